@@ -1,0 +1,53 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread a test process: two test processes on two cores get in each other's way otherwise.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+.PHONY: demo test check lint format test-wheel demo-base build clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: with the pinned one in place nothing later pulls in another.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/llamatune demo --output demo-output
+
+test: $(VENV)/.installed-dev
+	$(PYTEST)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The wheel in an environment of its own, with nothing else in it, runs the demo.
+test-wheel: $(VENV)/.installed-dev
+	$(BIN)/python tests/packaging/try_wheel.py
+
+# Trains the tiny base of the demo anew (about half an hour on two cores).
+demo-base: $(VENV)/.installed
+	$(BIN)/python -m llamatune.demo.recipe --output demo-base
+
+build: $(VENV)/.installed-dev
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache
