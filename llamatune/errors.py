@@ -1,0 +1,86 @@
+"""What a user can cause, each with its exit code.
+
+::
+
+    LlamatuneError
+    ├── SpecError          2   the command line or the run spec
+    ├── DataError          3   rows of a data file
+    ├── CheckpointError    4   a model, adapter, tokenizer or checkpoint is invalid, unsafe or does not fit
+    ├── EnvironmentFault   5   device, memory, disk, permission, directory in use
+    ├── NumericsError      6   loss or gradient not finite
+    └── Stopped           75   a signal asked a verb that writes to stop; the same command completes it
+        └── Interrupted  130   the same in a verb that only reads
+
+Everything else that escapes is our bug: exit code 1 and a traceback.
+"""
+
+from __future__ import annotations
+
+_LONGEST_MESSAGE = 2000
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, control characters escaped: messages quote rows and file names that we did not write."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class LlamatuneError(Exception):
+    """One line: what is wrong, where, and what to do about it.
+
+    Args:
+        what: the fault, in the user's words.
+        where: a path, ``path:line`` or key path.
+        todo: the next thing to try.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, where: object = None, todo: str | None = None) -> None:
+        self.what, self.where, self.todo = what, where, todo
+        parts = (what, None if where is None else str(where), todo)
+        message = ": ".join(printable(part) for part in parts if part)
+        if len(message) > _LONGEST_MESSAGE:
+            message = message[:_LONGEST_MESSAGE] + " ..."
+        super().__init__(message)
+
+
+class SpecError(LlamatuneError):
+    """The command line or the run spec is wrong."""
+
+    exit_code = 2
+
+
+class DataError(LlamatuneError):
+    """Rows of a data file, or a prepared directory, cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(LlamatuneError):
+    """A model, adapter, tokenizer or checkpoint is invalid, unsafe or does not fit."""
+
+    exit_code = 4
+
+
+class EnvironmentFault(LlamatuneError):
+    """Device, memory, disk, permission, or a directory that is in use."""
+
+    exit_code = 5
+
+
+class NumericsError(LlamatuneError):
+    """Loss or gradient is not finite."""
+
+    exit_code = 6
+
+
+class Stopped(LlamatuneError):
+    """A signal asked for a stop; running the same command again completes the work."""
+
+    exit_code = 75
+
+
+class Interrupted(Stopped):
+    """A signal asked a verb that only reads to stop."""
+
+    exit_code = 130

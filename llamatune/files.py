@@ -1,0 +1,300 @@
+"""Durable, atomic writes and bounded, safe reads.
+
+Everything the project writes goes through ``write_atomic`` (one file) or ``build_directory`` (a whole product), so a
+reader sees the old state or the new one, never a part. Everything it reads that could be hostile goes through
+``open_regular`` (no FIFO or device can hang or feed us for ever) and ``read_json`` (bounded, strict).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError
+
+MANIFEST = "llamatune.json"
+"""The description that every product directory carries: its kind, its inputs, and size and SHA-256 of each file."""
+
+_STAGING = ".llamatune-tmp-"
+_MEBIBYTE = 1 << 20
+
+
+def open_regular(path: Path, error: type[LlamatuneError] = CheckpointError, max_bytes: int | None = None) -> BinaryIO:
+    """Open a regular file for reading; a missing, special or oversized one raises ``error``."""
+    try:
+        # O_NONBLOCK: opening a FIFO for reading would otherwise wait for a writer for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise error("no such file", path) from None
+    except OSError as fault:
+        raise EnvironmentFault(f"cannot open: {fault.strerror}", path) from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise error(f"{what} where a file is expected", path)
+    if max_bytes is not None and status.st_size > max_bytes:
+        os.close(descriptor)
+        raise error(f"{status.st_size:,} bytes, more than the {max_bytes:,} that such a file may have", path)
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, error: type[LlamatuneError] = CheckpointError, max_bytes: int = _MEBIBYTE) -> bytes:
+    """The whole of a small regular file."""
+    with open_regular(path, error, max_bytes) as file:
+        try:
+            return file.read()
+        except OSError as fault:
+            raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Strict JSON: ``ValueError`` on NaN, duplicate keys, lone surrogates, endless nesting or endless digits."""
+
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {twice!r} appears twice")
+        return made
+
+    def refuse(constant: str) -> float:
+        raise ValueError(f"{constant} is not JSON")
+
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    try:
+        value = json.loads(text, object_pairs_hook=object_of, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a lone surrogate, which is no character") from None
+    return value
+
+
+def read_json(path: Path, error: type[LlamatuneError] = CheckpointError, max_bytes: int = _MEBIBYTE) -> dict[str, Any]:
+    """A JSON object from a bounded regular file."""
+    try:
+        value = parse_json(read_bytes(path, error, max_bytes))
+    except ValueError as fault:
+        raise error(f"not valid JSON: {fault}", path) from None
+    if not isinstance(value, dict):
+        raise error("not a JSON object", path)
+    return value
+
+
+def dump_json(value: Any) -> bytes:
+    """Strict, readable JSON with a final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def digest_bytes(data: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path, error: type[LlamatuneError] = CheckpointError) -> str:
+    """SHA-256 of a regular file of any size, in hexadecimal."""
+    with open_regular(path, error) as file:
+        digest = hashlib.sha256()
+        while block := file.read(_MEBIBYTE):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in ``path`` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def disk_fault(fault: OSError, path: Path) -> EnvironmentFault:
+    """What a failed write means to the user: path, cause, and free bytes where the disk is full."""
+    if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        return EnvironmentFault(f"no space left ({free:,} bytes free)", path, "free some space and run it again")
+    return EnvironmentFault(f"cannot write: {fault.strerror or fault}", path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A new file at ``path`` with the umask's mode, synced before the block ends. Not atomic: for staging areas."""
+    try:
+        with path.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as fault:
+        raise disk_fault(fault, path) from fault
+
+
+def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Replace ``path`` by ``content`` durably: temp file beside it, fsync, rename, fsync of the directory."""
+    temporary = path.with_name(f"{_STAGING}{os.getpid()}-{path.name}")
+    try:
+        temporary.unlink(missing_ok=True)
+        with writing(temporary) as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as fault:
+        raise disk_fault(fault, path) from fault
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below ``directory`` but the manifest itself, by relative POSIX path."""
+    found = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {p.relative_to(directory).as_posix(): {"bytes": p.stat().st_size, "sha256": digest_file(p)} for p in found}
+
+
+def finished_product(path: Path, kind: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest at ``path`` if it describes a complete product of the same kind and inputs, else None.
+
+    Files are compared by size (reading gigabytes again to find out that nothing is to be done would be absurd).
+    """
+    if not (path / MANIFEST).is_file():
+        return None
+    try:
+        manifest = read_json(path / MANIFEST, max_bytes=16 * _MEBIBYTE)
+    except LlamatuneError:
+        return None
+    same = manifest.get("kind") == kind and manifest.get("inputs") == json.loads(json.dumps(inputs))
+    listed = manifest.get("files")
+    if not same or not isinstance(listed, dict):
+        return None
+    for name, facts in listed.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != facts.get("bytes"):
+            return None
+    return manifest
+
+
+def refuse_occupied(path: Path, overwrite: bool) -> None:
+    """Raise unless ``path`` may become an output directory: absent, empty, or to be overwritten."""
+    if path.is_symlink() and not path.exists():
+        raise EnvironmentFault("a dangling symbolic link", path)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise EnvironmentFault("exists and is not a directory", path, "choose another output")
+    if not overwrite and next(path.iterdir(), None) is not None:
+        raise EnvironmentFault(
+            "the directory is not empty and holds something else", path, "choose another one, or pass --overwrite"
+        )
+
+
+def probe_writable(parent: Path) -> None:
+    """Raise before any work is done if nothing can be created, synced and renamed under ``parent``."""
+    probe = parent / f"{_STAGING}{os.getpid()}-probe"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with probe.open("xb") as file:
+            file.write(b"probe")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(probe, probe.with_suffix(".renamed"))
+        probe.with_suffix(".renamed").unlink()
+    except OSError as fault:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        raise disk_fault(fault, parent) from fault
+
+
+def remove_dead_staging(parent: Path, name: str) -> None:
+    """Remove staging directories for ``name`` whose process is gone; never anything that is not ours."""
+    for stale in parent.glob(f"{_STAGING}*-{glob_escape(name)}"):
+        owner = stale.name.removeprefix(_STAGING).split("-", 1)[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def glob_escape(name: str) -> str:
+    """``name`` with the characters that a glob gives a meaning put in brackets."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+@dataclass
+class Staging:
+    """A product in the making: write files below ``path``, and what readers should know into ``facts``."""
+
+    path: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def build_directory(path: Path, kind: str, inputs: dict[str, Any], overwrite: bool = False) -> Iterator[Staging]:
+    """Yield an empty staging directory beside ``path``; when the block ends it becomes ``path``, with a manifest.
+
+    The order is: files synced, manifest with their digests synced, directory synced, rename, parent synced. If the
+    block raises, nothing of it remains and whatever stood at ``path`` still stands.
+    """
+    refuse_occupied(path, overwrite)
+    path = Path(os.path.realpath(path))
+    probe_writable(path.parent)
+    remove_dead_staging(path.parent, path.name)
+    staging = path.with_name(f"{_STAGING}{os.getpid()}-{path.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir()
+        product = Staging(staging)
+        yield product
+        _sync_tree(staging)
+        manifest = {
+            "kind": kind,
+            "schema": 1,
+            "inputs": inputs,
+            "facts": product.facts,
+            "files": describe_files(staging),
+        }
+        with writing(staging / MANIFEST) as file:
+            file.write(dump_json(manifest))
+        sync_directory(staging)
+        _swap_in(staging, path)
+    except OSError as fault:
+        raise disk_fault(fault, path) from fault
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync_tree(directory: Path) -> None:
+    for found in directory.rglob("*"):
+        descriptor = os.open(found, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _swap_in(staging: Path, path: Path) -> None:
+    if path.exists() and next(path.iterdir(), None) is not None:
+        aside = path.with_name(f"{_STAGING}{os.getpid()}-old-{path.name}")
+        os.rename(path, aside)
+        os.rename(staging, path)
+        sync_directory(path.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+        return
+    os.rename(staging, path)
+    sync_directory(path.parent)

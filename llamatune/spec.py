@@ -1,0 +1,318 @@
+"""The run spec: YAML in, one frozen tree of values out, every error reported together and before torch is imported.
+
+A field below owns its name, default, bounds and meaning; the documentation and the JSON schema are made from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from llamatune.errors import SpecError
+from llamatune.files import read_bytes
+from llamatune.model.config import LINEAR_MODULES
+
+_ALIASES = {("lora", "lora_alpha"): "alpha", ("lora", "lora_dropout"): "dropout"}
+"""PEFT's spellings, where users know them."""
+
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)?")
+
+
+def _expand_targets(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",")]
+    if value == ["all-linear"]:
+        value = list(LINEAR_MODULES)
+    if isinstance(value, list):
+        unknown = [name for name in value if name not in LINEAR_MODULES]
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), LINEAR_MODULES, 1)
+            hint = f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(LINEAR_MODULES)} and all-linear"
+            raise ValueError(f"no linear layer called {unknown[0]!r}{hint}")
+        if len(set(value)) != len(value) or not value:
+            raise ValueError("names no layer" if not value else "names a layer twice")
+        return tuple(sorted(value, key=LINEAR_MODULES.index))
+    return value
+
+
+def _not_yet(value: Any) -> Any:
+    if value is True:
+        raise ValueError("not available in this version, leave it false")
+    return value
+
+
+def _checkpointing_mode(value: Any) -> Any:
+    if value in ("none", "block", "attention", "feed_forward", "sublayer"):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"every_([2-9]|[1-9]\d{1,2})", value):
+        return value
+    raise ValueError("not one of none, block, every_2 ... every_N, attention, feed_forward, sublayer")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+PathText = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NotYet = Annotated[Literal[False], BeforeValidator(_not_yet)]
+
+
+class ModelSection(_Section):
+    """Which base model, and how its weights are held."""
+
+    path: PathText = Field(description="a directory in Meta's or Hugging Face's format")
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random reads only the configuration and draws the weights from training.seed"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="how frozen weights are held")
+    num_layers: Positive | None = Field(None, description="keep only the first N layers, for debugging")
+
+
+class LoraSection(_Section):
+    """The trained low-rank update."""
+
+    r: Annotated[int, Field(ge=1, le=4096)] = Field(16, description="rank")
+    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="the update is scaled by alpha / r")
+    dropout: Fraction = Field(0.05, description="on the input of A")
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(_expand_targets)] = Field(
+        ("q_proj", "v_proj"), description="any of the seven linear layers, or all-linear"
+    )
+    init_from: PathText | None = Field(None, description="an adapter directory to start from")
+
+
+class DataSection(_Section):
+    """Which prepared rows."""
+
+    train: PathText = Field(description="a directory written by prepare-data")
+    validation: PathText | None = Field(None, description="another one; by default the split inside train")
+    packing: NotYet = Field(False, description="several samples in one row; not available yet")
+    shuffle: bool = Field(True, description="a permutation of (seed, epoch); false keeps the file's order")
+
+
+class TrainingSection(_Section):
+    """How the weights are changed."""
+
+    output_dir: PathText = Field(description="the run directory")
+    num_epochs: Positive | None = Field(None, description="passes over the rows; 1 if max_steps is not given either")
+    max_steps: Positive | None = Field(None, description="optimizer updates, in place of num_epochs")
+    micro_batch_size: Positive = Field(1, description="rows in one forward pass")
+    gradient_accumulation_steps: Positive = Field(8, description="forward passes per update")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="updates of linear rise to learning_rate")
+    warmup_ratio: Fraction | None = Field(None, description="in place of warmup_steps, a share of all updates")
+    min_learning_rate: Annotated[float, Field(ge=0)] = Field(0.0, description="where linear and cosine end")
+    betas: Annotated[tuple[Fraction, Fraction], Field(description="AdamW")] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW")
+    momentum: Fraction = Field(0.0, description="SGD")
+    nesterov: bool = Field(False, description="SGD")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="null: no clipping")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast; fp16 brings a GradScaler")
+    activation_checkpointing: Annotated[str, BeforeValidator(_checkpointing_mode)] = Field(
+        "none", description="none, block, every_2 ... every_N, attention, feed_forward or sublayer"
+    )
+    compile: NotYet = Field(False, description="torch.compile; not available yet")
+    memory_limit: Literal["auto"] = Field("auto", description="what the choice of recomputation may use")
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    log_every_steps: Positive = 1
+    save_every_steps: Positive | None = Field(None, description="default: every epoch")
+    keep_last: Positive = Field(2, description="checkpoints kept")
+
+    @model_validator(mode="after")
+    def _agree(self) -> TrainingSection:
+        problems = []
+        if self.num_epochs is not None and self.max_steps is not None:
+            problems.append("num_epochs and max_steps exclude each other")
+        if self.warmup_ratio is not None and self.warmup_steps:
+            problems.append("warmup_steps and warmup_ratio exclude each other")
+        if self.max_steps is not None and self.warmup_steps > self.max_steps:
+            problems.append(f"warmup_steps {self.warmup_steps} is longer than the run of {self.max_steps} steps")
+        if self.min_learning_rate > self.learning_rate:
+            problems.append(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        if self.nesterov and not self.momentum:
+            problems.append("nesterov needs momentum")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class EvaluationSection(_Section):
+    """When the validation loss is computed."""
+
+    every_steps: Positive | None = Field(None, description="default: every epoch, when there is validation data")
+    early_stopping_patience: Positive | None = Field(
+        None, description="stop after so many evaluations in a row without a lower loss"
+    )
+
+
+class RunSpec(_Section):
+    """Everything that decides what a training run computes."""
+
+    model: ModelSection
+    lora: LoraSection | None = Field(None, description="omit the section to train every parameter")
+    data: DataSection
+    training: TrainingSection
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _agree(self) -> RunSpec:
+        if self.lora is None and self.model.dtype != "float32":
+            raise ValueError(
+                f"training every parameter in {self.model.dtype} loses small updates; without a lora section set "
+                "model.dtype: float32 (training.precision may still be bf16 or fp16)"
+            )
+        if self.lora is not None and self.model.init == "random" and self.lora.init_from:
+            raise ValueError("lora.init_from needs the base it was trained on, not model.init: random")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved spec, every default written out; ``load_spec`` reads it back to an equal one."""
+        values = self.model_dump(mode="json")
+        if values["lora"] is None:
+            del values["lora"]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+class _SpecLoader(yaml.SafeLoader):
+    """YAML 1.2's scalars (``no`` is a word, ``010`` is ten, ``1e-5`` is a number); no aliases, tags or doubled keys."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.MarkedYAMLError(problem=f"anchors and aliases are not allowed (line {line})")
+        if getattr(event, "tag", None):
+            raise yaml.MarkedYAMLError(problem=f"tags are not allowed (line {line})")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
+                what = f"the key {key.value!r} appears twice" if isinstance(key, yaml.ScalarNode) else "odd key"
+                raise yaml.MarkedYAMLError(problem=f"{what} (line {key.start_mark.line + 1})")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
+    text = node.value.replace("_", "")
+    return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
+
+
+_NUMBER_TAG = "tag:yaml.org,2002:float"
+_SpecLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+_SpecLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(null|~|)$"), ["n", "~", ""])
+_SpecLoader.add_implicit_resolver(_NUMBER_TAG, re.compile(rf"^({_NUMBER.pattern}|\d+\.)$"), list("-+.0123456789"))
+_SpecLoader.add_constructor(_NUMBER_TAG, _number)
+
+
+def parse_yaml(text: str, where: object) -> Any:
+    """A YAML document with the strict scalars of a spec; any fault is a one-line ``SpecError``."""
+    try:
+        return yaml.load(text, Loader=_SpecLoader)
+    except RecursionError:
+        raise SpecError("nested too deeply", where) from None
+    except yaml.MarkedYAMLError as fault:
+        line = f" (line {fault.problem_mark.line + 1})" if fault.problem_mark else ""
+        raise SpecError(f"not valid YAML: {fault.problem}{line}", where) from None
+    except (yaml.YAMLError, ValueError) as fault:
+        raise SpecError(f"not valid YAML: {str(fault).splitlines()[0]}", where) from None
+
+
+def _override(values: dict[str, Any], assignment: str) -> None:
+    path, separator, text = assignment.partition("=")
+    keys = path.split(".")
+    if not separator or len(keys) < 2 or not all(keys):
+        raise SpecError(f"{assignment!r} is no override", None, "write section.key=value, as in training.seed=1")
+    for key in keys[:-1]:
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
+        if not isinstance(values, dict):
+            raise SpecError(f"{key!r} is not a section", assignment)
+    name = _ALIASES.get((keys[0], keys[-1]), keys[-1])
+    values[name] = parse_yaml(text, assignment) if text.strip() else None
+
+
+def _rename_aliases(values: dict[str, Any], where: object) -> None:
+    for (section, alias), name in _ALIASES.items():
+        inner = values.get(section)
+        if isinstance(inner, dict) and alias in inner:
+            if name in inner:
+                raise SpecError(f"{section}.{alias} and {section}.{name} are the same", where, "keep one")
+            inner[name] = inner.pop(alias)
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    section: Any = RunSpec
+    for key in location:
+        field = section.model_fields.get(key)
+        if field is None:
+            return []
+        section = next(
+            (t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if hasattr(t, "model_fields")),
+            None,
+        )
+        if section is None:
+            return []
+    return list(section.model_fields)
+
+
+def _describe(error: Any) -> str:
+    location = tuple(key for key in error["loc"] if isinstance(key, str))
+    path = ".".join(location) or "spec"
+    kind, given = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), 1, 0.5)
+        return f"{path}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
+    if kind == "missing":
+        return f"{path}: missing"
+    if kind == "value_error":
+        return f"{path}: {error['ctx']['error']}"
+    shown = f" (it is {given!r})" if isinstance(given, (str, int, float, bool)) or given is None else ""
+    message = error["msg"].replace("Input should be", "should be")
+    return f"{path}: {message}{shown}"
+
+
+def build_spec(values: Any, where: object, overrides: list[str] | None = None) -> RunSpec:
+    """A spec from plain values, each ``section.key=value`` of ``overrides`` put in first."""
+    if not isinstance(values, dict):
+        raise SpecError("not a mapping of sections", where, f"sections are {', '.join(RunSpec.model_fields)}")
+    _rename_aliases(values, where)
+    for assignment in overrides or []:
+        _override(values, assignment)
+    try:
+        return RunSpec.model_validate(_lists_as_tuples(values))
+    except ValidationError as fault:
+        described = [_describe(error) for error in fault.errors()]
+    count = f"{len(described)} errors: " if len(described) > 1 else ""
+    raise SpecError(count + "; ".join(described), where)
+
+
+def _lists_as_tuples(value: Any) -> Any:
+    """YAML has lists where the spec has pairs: strict validation asks for tuples."""
+    if isinstance(value, dict):
+        return {key: _lists_as_tuples(inner) for key, inner in value.items()}
+    return tuple(value) if isinstance(value, list) and not any(isinstance(v, str) for v in value) else value
+
+
+def load_spec(path: Path, overrides: list[str] | None = None) -> RunSpec:
+    """Read a run spec from a YAML (or JSON) file of at most 1 MiB."""
+    try:
+        text = read_bytes(path, SpecError).decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise SpecError(f"not UTF-8 at byte {fault.start}", path) from None
+    return build_spec(parse_yaml(text, path), path, overrides)

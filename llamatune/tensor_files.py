@@ -1,0 +1,136 @@
+"""The safetensors layout, checked before use and written as a stream.
+
+Reading tensors is left to the ``safetensors`` library; what stands here is what it does not offer: a header check that
+allocates nothing, and a writer that holds one tensor at a time. No torch: ``prepare-data`` writes with it too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from llamatune.errors import CheckpointError, LlamatuneError
+from llamatune.files import open_regular, parse_json
+
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+_LARGEST_HEADER = 100_000_000
+_LARGEST_DIMENSION = 1 << 40
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: safetensors dtype name, shape, and its bytes ``begin:end`` from the file's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(
+    path: Path, error: type[LlamatuneError] = CheckpointError
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors and the metadata that a safetensors file declares, proven consistent with its size.
+
+    Raises:
+        error: truncated or trailing bytes, overlapping or missing ranges, unknown dtypes, shapes that do not fit.
+    """
+    with open_regular(path, error) as file:
+        file_bytes = file.seek(0, 2)
+        file.seek(0)
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise error(f"{file_bytes} bytes is no safetensors file", path, "fetch it again")
+        header_bytes = struct.unpack("<Q", prefix)[0]
+        if header_bytes > _LARGEST_HEADER or 8 + header_bytes > file_bytes:
+            raise error(_foreign(prefix) or "not a safetensors file, or cut short", path, "fetch it again")
+        raw = file.read(header_bytes)
+    try:
+        header = parse_json(raw)
+        if not isinstance(header, dict):
+            raise ValueError("not an object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise ValueError("__metadata__ is not a map of strings")
+        data_start = 8 + header_bytes
+        entries = {name: _entry(name, facts, data_start) for name, facts in header.items()}
+    except (ValueError, KeyError, TypeError) as fault:
+        raise error(f"broken safetensors header: {fault}", path, "fetch it again") from None
+    expected = data_start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != expected:
+            raise error(f"tensor {name} overlaps another one or leaves a gap", path, "fetch it again")
+        expected = entry.end
+    if expected != file_bytes:
+        raise error(f"{file_bytes:,} bytes where its header tells of {expected:,}", path, "fetch it again")
+    return entries, metadata
+
+
+def _entry(name: str, facts: Mapping[str, object], data_start: int) -> TensorEntry:
+    dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
+    if dtype not in ITEM_BYTES or not isinstance(dtype, str):
+        raise ValueError(f"tensor {name} has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < _LARGEST_DIMENSION for n in shape):
+        raise ValueError(f"tensor {name} has the impossible shape {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        raise ValueError(f"tensor {name} has the impossible offsets {offsets!r}")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise ValueError(f"tensor {name} of shape {shape} and dtype {dtype} does not fill its {end - begin} bytes")
+    return TensorEntry(dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _foreign(prefix: bytes) -> str | None:
+    """What a file that is no safetensors file looks like."""
+    if prefix.startswith(b"version "):
+        return "a git-lfs pointer, not the file itself"
+    if prefix.lstrip().lower().startswith((b"<!doc", b"<html")):
+        return "an HTML page, not a safetensors file"
+    if prefix.startswith(b"PK"):
+        return "a zip archive (a PyTorch checkpoint?), not a safetensors file"
+    return None
+
+
+class TensorWriter:
+    """Writes a safetensors file as a stream: declare every tensor first, then ``write`` their bytes in that order.
+
+    Args:
+        file: open for writing at position 0.
+        tensors: ``(name, dtype, shape)`` in the order in which the bytes will come.
+        metadata: the strings of ``__metadata__``.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        offset = 0
+        for name, dtype, shape in tensors:
+            size = math.prod(shape) * ITEM_BYTES[dtype]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file, self._left = file, offset
+        file.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """The next bytes of the data region, in any portions."""
+        self._left -= memoryview(data).nbytes
+        assert self._left >= 0, "more bytes than the header declares"
+        self._file.write(data)
+
+    def finish(self) -> None:
+        """Check that every declared byte was written."""
+        assert self._left == 0, f"{self._left} declared bytes were not written"
