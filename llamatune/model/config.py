@@ -1,0 +1,116 @@
+"""The shape of a LLaMA model, and the family's presets. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llamatune.errors import CheckpointError, SpecError
+
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD_MODULES = ("gate_proj", "up_proj", "down_proj")
+LINEAR_MODULES = ATTENTION_MODULES + FEED_FORWARD_MODULES
+"""The seven linear layers of a block, in Hugging Face's names and order: what LoRA may target."""
+
+_LARGEST = {"hidden_size": 1 << 16, "intermediate_size": 1 << 18, "num_hidden_layers": 1024, "vocab_size": 1 << 22}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """LLaMA-2's hyper-parameters under Hugging Face's names (Touvron et al. 2023, section 2.2)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    head_dim: int = 0
+    """Defaults to ``hidden_size / num_attention_heads``."""
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 4096
+    tie_word_embeddings: bool = False
+    bos_token_id: int = 1
+    eos_token_ids: tuple[int, ...] = (2,)
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "vocab_size", "max_position_embeddings"):  # fmt: skip
+            value = getattr(self, name)
+            if type(value) is not int or not 0 < value <= _LARGEST.get(name, 1 << 24):
+                raise CheckpointError(f"{name} is {value!r}, which no LLaMA model has")
+        if self.head_dim == 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise CheckpointError(
+                    f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if type(self.head_dim) is not int or not 0 < self.head_dim <= 1024 or self.head_dim % 2:
+            raise CheckpointError(f"head_dim is {self.head_dim!r}; rotary embeddings need an even number up to 1024")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise CheckpointError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if not 0 < self.rms_norm_eps < 1 or not 1 <= self.rope_theta < 1e12:
+            raise CheckpointError(f"rms_norm_eps {self.rms_norm_eps!r} or rope_theta {self.rope_theta!r} is impossible")
+
+    def with_layers(self, num_layers: int | None) -> LlamaConfig:
+        """The same model cut after its first ``num_layers`` blocks (None: uncut)."""
+        if num_layers is None:
+            return self
+        if not 1 <= num_layers <= self.num_hidden_layers:
+            raise SpecError(
+                f"{num_layers} layers asked for", "model.num_layers", f"the model has {self.num_hidden_layers}"
+            )
+        return dataclasses.replace(self, num_hidden_layers=num_layers)
+
+    def linear_shape(self, module: str) -> tuple[int, int]:
+        """``(out, in)`` of one of the seven linear layers of a block."""
+        D, F = self.hidden_size, self.intermediate_size
+        HE, KE = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        return {
+            "q_proj": (HE, D), "k_proj": (KE, D), "v_proj": (KE, D), "o_proj": (D, HE),
+            "gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F),
+        }[module]  # fmt: skip
+
+    def parameter_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every tensor of a checkpoint in Hugging Face's names and order; a tied head has no tensor of its own."""
+        D, V = self.hidden_size, self.vocab_size
+        yield "model.embed_tokens.weight", (V, D)
+        for layer in range(self.num_hidden_layers):
+            prefix = f"model.layers.{layer}."
+            for module in LINEAR_MODULES:
+                yield f"{prefix}{linear_path(module)}.weight", self.linear_shape(module)
+            yield f"{prefix}input_layernorm.weight", (D,)
+            yield f"{prefix}post_attention_layernorm.weight", (D,)
+        yield "model.norm.weight", (D,)
+        if not self.tie_word_embeddings:
+            yield "lm_head.weight", (V, D)
+
+
+def linear_path(module: str) -> str:
+    """Where a linear layer lives inside its block: ``q_proj`` -> ``self_attn.q_proj``."""
+    return f"self_attn.{module}" if module in ATTENTION_MODULES else f"mlp.{module}"
+
+
+PRESETS: dict[str, LlamaConfig] = {
+    "llama-2-7b": LlamaConfig(4096, 11008, 32, 32, 32, 32000),
+    "llama-2-13b": LlamaConfig(5120, 13824, 40, 40, 40, 32000),
+    "llama-2-70b": LlamaConfig(8192, 28672, 80, 64, 8, 32000),
+    "tinyllama-1.1b": LlamaConfig(2048, 5632, 22, 32, 4, 32000, max_position_embeddings=2048),
+    "llama-3-8b": LlamaConfig(
+        4096, 14336, 32, 32, 8, 128256, rope_theta=500000.0, max_position_embeddings=8192,
+        bos_token_id=128000, eos_token_ids=(128001, 128009),
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> LlamaConfig:
+    """A member of the family by name."""
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise SpecError(f"unknown preset {name!r}", "--preset", f"there are {', '.join(PRESETS)}") from None

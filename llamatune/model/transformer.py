@@ -1,0 +1,268 @@
+"""LLaMA-2 (Touvron et al. 2023): pre-norm blocks of rotary grouped-query attention and SwiGLU feed-forward.
+
+Module names are Hugging Face's, so a state dict's keys are a checkpoint's. Shapes: ``B`` batch, ``T`` tokens, ``S``
+keys (cached ones and new ones), ``D`` hidden, ``H`` query heads, ``K`` key-value heads, ``E`` head dimension, ``F``
+feed-forward, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llamatune.model.config import LlamaConfig
+
+Rotation = tuple[Tensor, Tensor]
+"""cos and sin of the rotary angles, each (B or 1, 1, T, E), fp32."""
+
+
+def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Run a part of a block as it is; activation checkpointing puts a recomputing caller in its place."""
+    return function(*args)
+
+
+class _UpcastLinear(torch.autograd.Function):
+    """x W^T in x's precision with a frozen 16-bit W: one matrix is cast at a time, and none is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        (grad,) = grad_outputs
+        return grad @ weight.to(grad.dtype), None
+
+
+class Linear(nn.Linear):
+    """A matrix without bias (LLaMA has none), (..., in) -> (..., out).
+
+    Outside autocast the input's dtype decides in which precision the product is computed.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    @classmethod
+    def of(cls, config: LlamaConfig, module: str) -> Linear:
+        """One of the seven linear layers of a block."""
+        out_features, in_features = config.linear_shape(module)
+        return cls(in_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, self.weight)
+        return _UpcastLinear.apply(x, self.weight)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32 inside (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight.float()).to(x.dtype)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotation:
+    """cos and sin for ``positions`` (B or 1, T), each (B or 1, 1, T, E) in fp32 (Su et al. 2021, eq. 34).
+
+    The two halves of a head hold the pairs' first and second members (rotate-half, Hugging Face's layout).
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / theta**exponents  # (E/2,)
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, E/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, E)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn each pair of ``x`` (B, H, T, E) by its position's angle, in x's dtype."""
+    cos, sin = (part.to(x.dtype) for part in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for inference only.
+
+    ``update`` of a layer appends (B, K, T, E) and returns all of it, (B, K, S, E); ``length`` grows with the last one.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, capacity, config.head_dim)
+        self._stored = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + key.shape[2]
+        keys, values = self._stored[layer]
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        if layer == len(self._stored) - 1:
+            self.length = end
+        return keys[:, :, :end], values[:, :, :end]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i continue what row ``rows[i]`` held (beam search)."""
+        self._stored = self._stored.index_select(2, rows)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023), (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.q_proj = Linear.of(config, "q_proj")
+        self.k_proj = Linear.of(config, "k_proj")
+        self.v_proj = Linear.of(config, "v_proj")
+        self.o_proj = Linear.of(config, "o_proj")
+
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = (
+            project(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, E)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, K, S, E)
+        causal = mask is None and T > 1
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)  # (B, H, T, E)
+        return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer 2020, eq. 6), (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear.of(config, "gate_proj")
+        self.up_proj = Linear.of(config, "up_proj")
+        self.down_proj = Linear.of(config, "down_proj")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind its norm and added to the residual stream (B, T, D).
+
+    The three ``run_*`` callers are where activation checkpointing enters, from outside.
+    """
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.run_block = self.run_attention = self.run_feed_forward = call
+
+    def attend(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        return self.self_attn(self.input_layernorm(x), rotation, mask, cache)  # type: ignore[no-any-return]
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.run_attention(self.attend, x, rotation, mask, cache)
+        return x + self.run_feed_forward(self.feed_forward, x)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: the part whose names start with ``model.``."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """The whole model. Its parameters' names are ``config.parameter_shapes()``'s.
+
+    ``activation_dtype`` is the dtype of the residual stream; None: that of the embedding weights.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_dtype: torch.dtype | None = None
+        self.model = Decoder(config)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Final-norm states (B, T, D) of ``input_ids`` (B, T).
+
+        Args:
+            positions: (B or 1, T); by default they go on from the cache's length.
+            mask: bool (B, 1, T, S), True where a query may look; None: causal, which right padding needs no mask for.
+                With a cache that already holds tokens, T > 1 needs a mask.
+        """
+        x = self.model.embed_tokens(input_ids)  # (B, T, D)
+        if self.activation_dtype is not None:
+            x = x.to(self.activation_dtype)
+        if positions is None:
+            start = 0 if cache is None else cache.length
+            positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
+        rotation = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        for block in self.model.layers:
+            assert isinstance(block, Block)
+            x = block.run_block(block, x, rotation, mask, cache)
+        return self.model.norm(x)  # type: ignore[no-any-return]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., D), in their dtype."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden)  # type: ignore[no-any-return]
+        weight = self.model.embed_tokens.weight
+        if hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type):
+            return F.linear(hidden, weight)
+        return _UpcastLinear.apply(hidden, weight)  # type: ignore[no-any-return, no-untyped-call]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V); the arguments are those of ``hidden_states``."""
+        return self.head(self.hidden_states(input_ids, positions, mask, cache))
+
+
+def initialise(model: Transformer, seed: int, std: float = 0.02) -> None:
+    """Draw every weight anew, in place: matrices from N(0, std²) in fp32, norms 1; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
