@@ -1,0 +1,96 @@
+"""What a verb shows: progress and messages on stderr, its result on stdout, and nothing else anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from llamatune.errors import Interrupted, Stopped
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+    from llamatune.events import Event
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Console:
+    """One verb's voice, and its ear for signals, for the length of a ``with`` block.
+
+    A signal only sets a flag, which ``should_stop`` tells; the work ends at its next safe point. ``writes`` says
+    whether the verb writes files: it decides what a stop means to the caller (exit 75 or 130).
+    """
+
+    def __init__(self, json_mode: bool, writes: bool = True, log_every_steps: int = 1) -> None:
+        self._json_mode, self._writes, self._log_every_steps = json_mode, writes, log_every_steps
+        self._stop = False
+        self._previous: dict[int, Any] = {}
+        self._draw: Callable[[Event], None] | None = None
+        self._close_drawing: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> Self:
+        for number in _STOP_SIGNALS:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                self._previous[number] = signal.signal(number, self._note_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close_drawing()
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        if isinstance(fault, Stopped) and not self._writes:
+            raise Interrupted(fault.what, fault.where) from None
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True
+
+    def should_stop(self) -> bool:
+        """Whether a signal asked for an end."""
+        return self._stop
+
+    def on_event(self, event: Event) -> None:
+        """Draw an event on a terminal, or write it as a ``key=value`` line. A closed stderr stops no work."""
+        if self._draw is None:
+            if sys.stderr is not None and sys.stderr.isatty():
+                from llamatune.commands._live import LiveDrawing
+
+                live = LiveDrawing()
+                self._draw, self._close_drawing = live.draw, live.close
+            else:
+                from llamatune.commands._plain import PlainLines
+
+                self._draw = PlainLines(self._log_every_steps).draw
+        try:
+            self._draw(event)
+        except (OSError, ValueError):  # a pipe that was closed, a file object that was
+            self._draw = lambda event: None
+
+    def result(self, payload: dict[str, Any], human: Callable[[RichConsole], None]) -> None:
+        """Print ``payload`` as the one JSON object of stdout under ``--json``, else let ``human`` print for people."""
+        self._close_drawing()
+        self._close_drawing = lambda: None
+        try:
+            if self._json_mode:
+                sys.stdout.write(json.dumps(payload, ensure_ascii=False, allow_nan=False) + "\n")
+            else:
+                human(_stdout())
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read it has seen enough; keep Python from complaining again when it closes stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _stdout() -> RichConsole:
+    from rich.console import Console as RichConsole
+
+    wide = None if sys.stdout.isatty() else 120
+    return RichConsole(file=sys.stdout, width=wide, highlight=False, soft_wrap=True)

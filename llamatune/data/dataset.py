@@ -1,0 +1,131 @@
+"""Batches from a prepared directory, in an order that is a function of (seed, epoch)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from llamatune.errors import DataError
+from llamatune.files import MANIFEST, digest_bytes, read_bytes, read_json
+from llamatune.model.loss import IGNORED
+from llamatune.seeds import derived_seed
+from llamatune.tensor_files import read_header
+
+_TENSORS = {"input_ids": "I32", "loss_mask": "U8", "offsets": "I64", "source_rows": "I64"}
+_LARGEST_MANIFEST = 16 << 20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right to the longest.
+
+    ``input_ids`` and ``labels`` are (B, T) int64; a label is the id at its own position, or -100 (the model predicts
+    position t's label from position t-1). ``rows`` are row numbers of the input files, ``tokens`` counts no padding.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    rows: tuple[int, ...]
+    tokens: int
+    target_tokens: int
+
+
+class Split:
+    """The rows of one file of a prepared directory, memory-mapped."""
+
+    def __init__(self, path: Path) -> None:
+        entries, _ = read_header(path, DataError)
+        if {name: entry.dtype for name, entry in entries.items()} != _TENSORS:
+            raise DataError("not a file that prepare-data wrote", path, "prepare the data again")
+        with safe_open(path, framework="pt") as file:
+            self._ids, self._mask, offsets, rows = (file.get_tensor(name) for name in _TENSORS)
+        starts = offsets.tolist()
+        ordered = all(a < b for a, b in itertools.pairwise(starts))
+        if not starts or starts[0] != 0 or starts[-1] != len(self._ids) or not ordered:
+            raise DataError("row offsets do not fit the tokens", path, "prepare the data again")
+        if len(self._mask) != len(self._ids) or len(rows) != len(starts) - 1:
+            raise DataError("its tensors do not fit each other", path, "prepare the data again")
+        self._starts, self._rows = starts, rows.tolist()
+        before = torch.cat((torch.zeros(1, dtype=torch.int64), self._mask.cumsum(0)))
+        self.target_counts: list[int] = before[offsets].diff().tolist()
+        if self.target_counts and min(self.target_counts) == 0:
+            raise DataError("a row has no target token", path, "prepare the data again")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def largest_id(self) -> int:
+        return int(self._ids.max()) if len(self._ids) else -1
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row."""
+        return max((b - a for a, b in itertools.pairwise(self._starts)), default=0)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The rows at ``indices``, in that order."""
+        spans = [(self._starts[i], self._starts[i + 1]) for i in indices]
+        width = max(end - start for start, end in spans)
+        input_ids = torch.zeros(len(spans), width, dtype=torch.int64)
+        labels = torch.full((len(spans), width), IGNORED, dtype=torch.int64)
+        for row, (start, end) in enumerate(spans):
+            ids = self._ids[start:end].long()
+            input_ids[row, : end - start] = ids
+            labels[row, : end - start] = torch.where(self._mask[start:end].bool(), ids, IGNORED)
+        return Batch(
+            input_ids,
+            labels,
+            tuple(self._rows[i] for i in indices),
+            sum(end - start for start, end in spans),
+            sum(self.target_counts[i] for i in indices),
+        )
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Every row once, in the file's order, ``size`` at a time."""
+        for start in range(0, len(self), size):
+            yield self.batch(range(start, min(start + size, len(self))))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared directory: its splits, what ``prepare-data`` noted (``facts``), and a digest of all of it."""
+
+    train: Split
+    validation: Split | None
+    facts: dict[str, Any]
+    digest: str
+
+
+def open_prepared(path: Path) -> Prepared:
+    """Open a directory that ``prepare-data`` wrote; anything else is a ``DataError``."""
+    if not (path / MANIFEST).is_file():
+        what = "not a prepared directory" if path.exists() else "no such directory"
+        raise DataError(what, path, "make one with llamatune prepare-data")
+    manifest = read_json(path / MANIFEST, DataError, _LARGEST_MANIFEST)
+    if manifest.get("kind") != "prepared" or not isinstance(manifest.get("facts"), dict):
+        raise DataError("not a prepared directory", path, "make one with llamatune prepare-data")
+    if manifest.get("schema") != 1:
+        raise DataError(f"written by another version (schema {manifest.get('schema')})", path, "prepare the data again")
+    validation = path / "validation.safetensors"
+    return Prepared(
+        Split(path / "train.safetensors"),
+        Split(validation) if validation.exists() else None,
+        manifest["facts"],
+        digest_bytes(read_bytes(path / MANIFEST, DataError, _LARGEST_MANIFEST)),
+    )
+
+
+def epoch_order(rows: int, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
+    """The order in which epoch ``epoch`` (from 0) visits the rows: a permutation of (seed, epoch), or the file's."""
+    if not shuffle:
+        return list(range(rows))
+    generator = torch.Generator().manual_seed(derived_seed(seed, "order", epoch))
+    return torch.randperm(rows, generator=generator).tolist()

@@ -1,0 +1,109 @@
+"""Raw rows to token ids: what one batch of rows becomes, in this process or in a worker."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from llamatune.data.formats import FORMATS, Row, parse_row, strip_annotations
+from llamatune.data.prompts import Template
+from llamatune.data.rows import RawRow, RowError
+from llamatune.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a row becomes; it travels to the workers."""
+
+    tokenizer: Tokenizer
+    template: Template
+    format: str
+    max_seq_length: int
+    overlong: str
+    train_on_prompt: bool
+    strip_annotations: bool
+
+
+@dataclass
+class EncodedBatch:
+    """What became of the rows of one batch; ``positions`` and the like count from 0 within the batch.
+
+    Args:
+        ids: the tokens of all kept rows, one row after the other, BOS and EOS included.
+        positions: which rows were kept.
+        lengths: tokens of each kept row.
+        first_targets: index of each kept row's first target token; all later ones are targets too.
+        keys: a digest of each kept row's content: equal rows have equal keys.
+        full_lengths: (position, tokens before cutting) of every row that was encoded.
+        truncated: kept rows that lost tokens; ``truncated_tokens`` is how many they lost.
+        dropped: (position, reason).
+        refused: (position, kind, message).
+        ignored_keys: how many rows have each key that is no field.
+    """
+
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    positions: array[int] = field(default_factory=lambda: array("i"))
+    lengths: array[int] = field(default_factory=lambda: array("i"))
+    first_targets: array[int] = field(default_factory=lambda: array("i"))
+    keys: array[int] = field(default_factory=lambda: array("Q"))
+    full_lengths: list[tuple[int, int]] = field(default_factory=list)
+    truncated: int = 0
+    truncated_tokens: int = 0
+    dropped: list[tuple[int, str]] = field(default_factory=list)
+    refused: list[tuple[int, str, str]] = field(default_factory=list)
+    ignored_keys: Counter[str] = field(default_factory=Counter)
+
+
+def encode_batch(recipe: Recipe, rows: Sequence[RawRow]) -> EncodedBatch:
+    """Parse, prompt and tokenise ``rows``; a row that cannot be used is noted, never raised."""
+    batch = EncodedBatch()
+    for position, raw in enumerate(rows):
+        try:
+            row = parse_row(raw, FORMATS[recipe.format])
+            misfit = recipe.template.misfit(row)
+            if misfit is not None:
+                raise RowError("template_misfit", misfit)
+        except RowError as fault:
+            batch.refused.append((position, fault.kind, fault.message))
+            continue
+        batch.ignored_keys.update(row.ignored_keys)
+        _add(batch, recipe, position, row)
+    return batch
+
+
+def _add(batch: EncodedBatch, recipe: Recipe, position: int, row: Row) -> None:
+    tokenizer = recipe.tokenizer
+    completion = strip_annotations(row.completion) if recipe.strip_annotations else row.completion
+    prompt = recipe.template.prompt_of(row.fields, row.turns)
+    ids, first = tokenizer.encode_pair(prompt, recipe.template.completion_of(completion))
+    has_text = first < len(ids)
+    ids.append(tokenizer.eos_id)
+    excess = len(ids) - recipe.max_seq_length
+    batch.full_lengths.append((position, len(ids)))
+    if recipe.train_on_prompt:
+        first = 1
+    if excess > 0:
+        if recipe.overlong != "truncate":
+            batch.dropped.append((position, "overlong"))
+            return
+        del ids[recipe.max_seq_length :]  # and the EOS with it: the row does not end here
+    # A lone EOS behind a completion that the tokenizer normalised away would teach the model to say nothing.
+    if first >= len(ids) or not has_text:
+        batch.dropped.append((position, "no_target_tokens"))
+        return
+    if excess > 0:
+        batch.truncated += 1
+        batch.truncated_tokens += excess
+    batch.ids.extend(ids)
+    batch.positions.append(position)
+    batch.lengths.append(len(ids))
+    batch.first_targets.append(first)
+    batch.keys.append(_content_key(row))
+
+
+def _content_key(row: Row) -> int:
+    content = repr((sorted(row.fields.items()), row.turns, row.completion)).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

@@ -1,0 +1,192 @@
+"""What ``prepare-data`` is asked to do, checked before any long work: formats, template, and the inputs' digests."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamatune.data.encoding import Recipe
+from llamatune.data.formats import FORMATS, Format, decode_row, detect_format
+from llamatune.data.prompts import DEFAULT_TEMPLATES, Template, load_template
+from llamatune.data.rows import RowError, read_raw_rows
+from llamatune.data.tokenizer import load_tokenizer
+from llamatune.errors import DataError, SpecError
+from llamatune.events import Notice, OnEvent
+from llamatune.files import digest_file
+
+_REVISION = 1  # raise it when the same inputs come to give other bytes
+_ROWS_LOOKED_AT = 1000
+
+
+@dataclass
+class PrepareOptions:
+    """What ``prepare-data`` is asked to do; the command line's options by the same names.
+
+    Args:
+        rows: JSON Lines files or JSON lists, read in this order.
+        tokenizer: a ``tokenizer.model``, or a directory that holds one.
+        output: the directory to make.
+        format: a name of ``FORMATS``, or ``auto``: by each file's first usable row.
+        template: a built-in name or a YAML file; None: the format's own.
+        max_seq_length: tokens of a row at most, BOS and EOS included.
+        overlong: ``truncate`` on the right, ``drop`` the row, or ``error``.
+        validation_fraction: hold out about this share of the rows.
+        validation: files whose rows are the validation rows.
+        limit: read only so many of ``rows`` (``validation`` is read whole).
+        seed: decides which rows are held out.
+        train_on_prompt: prompt tokens are targets too; BOS never is.
+        skip_bad_rows: so many unusable rows are refused and counted; one more is an error.
+        gsm8k_annotations: ``keep`` or ``strip`` the calculator notes of GSM8K answers.
+        preview: rows that the command line shows; of no effect here.
+        overwrite: replace whatever stands at ``output``.
+    """
+
+    rows: list[Path]
+    tokenizer: Path
+    output: Path
+    format: str = "auto"
+    template: str | None = None
+    max_seq_length: int = 512
+    overlong: str = "truncate"
+    validation_fraction: float | None = None
+    validation: list[Path] | None = None
+    limit: int | None = None
+    seed: int = 0
+    train_on_prompt: bool = False
+    skip_bad_rows: int = 0
+    gsm8k_annotations: str = "keep"
+    preview: int = 0
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the options come to: how rows become tokens, and all that decides the product's bytes (``inputs``)."""
+
+    recipe: Recipe
+    inputs: dict[str, Any]
+
+
+def make_plan(options: PrepareOptions, on_event: OnEvent) -> Plan:
+    """Load the tokenizer and the template, find the format, and digest the input files."""
+    tokenizer = load_tokenizer(options.tokenizer)
+    row_format = _format_of(options)
+    template = _template_for(row_format, options, on_event)
+    gsm8k = row_format.name == "gsm8k"
+    recipe = Recipe(
+        tokenizer,
+        template,
+        row_format.name,
+        options.max_seq_length,
+        options.overlong,
+        options.train_on_prompt,
+        gsm8k and options.gsm8k_annotations == "strip",
+    )
+    # Where files lie, and how many rows we may skip, decides nothing of the product.
+    inputs = {
+        "revision": _REVISION,
+        "rows": [digest_file(path, DataError) for path in options.rows],
+        "validation": [digest_file(path, DataError) for path in options.validation or []],
+        "tokenizer": tokenizer.fingerprint,
+        "format": row_format.name,
+        "template": template.to_dict(),
+        "max_seq_length": options.max_seq_length,
+        "overlong": options.overlong,
+        "validation_fraction": options.validation_fraction,
+        "seed": options.seed if options.validation_fraction is not None else None,
+        "limit": options.limit,
+        "train_on_prompt": options.train_on_prompt,
+        "gsm8k_annotations": options.gsm8k_annotations if gsm8k else None,
+    }
+    return Plan(recipe, inputs)
+
+
+def check_options(options: PrepareOptions) -> None:
+    """Raise ``SpecError`` for values out of bounds and options that exclude each other."""
+    if not options.rows:
+        raise SpecError("no row files", None, "give at least one JSON or JSONL file")
+    bounds = (
+        ("--max-seq-length", options.max_seq_length, 2, 1 << 30),
+        ("--limit", options.limit, 1, 1 << 62),
+        ("--seed", options.seed, 0, (1 << 63) - 1),
+        ("--skip-bad-rows", options.skip_bad_rows, 0, 1 << 62),
+        ("--preview", options.preview, 0, 1 << 30),
+    )
+    for name, value, least, most in bounds:
+        if value is not None and not least <= value <= most:
+            raise SpecError(
+                f"{name} is {value}", None, f"it must be at least {least}" if value < least else "too large"
+            )
+    choices = (
+        ("--format", options.format, ("auto", *FORMATS)),
+        ("--overlong", options.overlong, ("truncate", "drop", "error")),
+        ("--gsm8k-annotations", options.gsm8k_annotations, ("keep", "strip")),
+    )
+    for name, choice, known in choices:
+        if choice not in known:
+            raise SpecError(f"{name} is {choice!r}", None, f"known: {', '.join(known)}")
+    fraction = options.validation_fraction
+    if fraction is not None and options.validation:
+        raise SpecError("--validation-fraction and --validation exclude each other", None, "give one of them")
+    if fraction is not None and not 0 < fraction < 1:
+        raise SpecError(f"--validation-fraction is {fraction}", None, "it must lie between 0 and 1")
+    output = Path(os.path.realpath(options.output))
+    for path in [*input_files(options), options.tokenizer]:
+        if Path(os.path.realpath(path)).is_relative_to(output):
+            raise SpecError("the output directory holds an input", path, "choose another --output")
+
+
+def input_files(options: PrepareOptions) -> list[Path]:
+    """Every row file, in the order in which they are read."""
+    return [*options.rows, *(options.validation or [])]
+
+
+def _format_of(options: PrepareOptions) -> Format:
+    if options.format != "auto":
+        return FORMATS[options.format]
+    found: tuple[Format, Path] | None = None
+    for path in input_files(options):
+        detected = detect_format(read_raw_rows(path))
+        if detected is None:
+            continue
+        if found is not None and detected is not found[0]:
+            raise DataError(
+                f"{detected.name} rows, but {found[1]} has {found[0].name} rows", path, "prepare them apart"
+            )
+        found = (detected, path)
+    if found is not None:
+        return found[0]
+    for path in input_files(options):
+        keys = _keys_of_first_object(path)
+        if keys:
+            shown = ", ".join(map(repr, keys[:10]))
+            raise DataError(f"rows of no known format, with {shown}", path, f"known: {', '.join(FORMATS)} (--format)")
+    return FORMATS["text"]  # there is no row at all, or none that could be read: each will be told of by itself
+
+
+def _keys_of_first_object(path: Path) -> list[str]:
+    for number, raw in enumerate(read_raw_rows(path)):
+        if number == _ROWS_LOOKED_AT:
+            break
+        try:
+            return list(decode_row(raw)) or ["no keys"]
+        except RowError:
+            continue
+    return []
+
+
+def _template_for(row_format: Format, options: PrepareOptions, on_event: OnEvent) -> Template:
+    template = load_template(options.template or DEFAULT_TEMPLATES[row_format.name])
+    lacking = sorted(template.placeholders - set(row_format.prompt_fields))
+    if lacking:
+        has = ", ".join(row_format.prompt_fields) or "none"
+        raise SpecError(
+            f"template {template.name!r} needs {{{lacking[0]}}}, which {row_format.name} rows lack",
+            None,
+            f"their fields: {has}",
+        )
+    if row_format.prompt_fields and not template.placeholders:
+        on_event(Notice(f"template {template.name!r} shows the model nothing of the row's prompt", "warning"))
+    return template

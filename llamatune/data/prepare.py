@@ -1,0 +1,234 @@
+"""Rows to a prepared directory: what ``llamatune prepare-data`` does.
+
+A prepared directory holds ``train.safetensors`` and, with validation rows, ``validation.safetensors`` (their layout is
+told by ``Spool.write_split``), ``refused.jsonl`` if rows were refused, and the manifest, whose ``facts`` say how the
+rows were read and what was truncated, dropped and refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llamatune.data.encoding import EncodedBatch, Recipe
+from llamatune.data.plan import PrepareOptions, check_options, input_files, make_plan
+from llamatune.data.report import Counts, PrepareReport, bad_rows_error, no_rows_error, overlong_error, shown_path
+from llamatune.data.rows import RawRow, read_raw_rows
+from llamatune.data.split import held_out_rows
+from llamatune.data.spool import Spool
+from llamatune.data.workers import encode_batches
+from llamatune.errors import DataError, Stopped
+from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.files import MANIFEST, Staging, build_directory, finished_product, refuse_occupied
+
+__all__ = ["PrepareOptions", "PrepareReport", "prepare_data"]
+
+KIND = "prepared"
+_BATCH_ROWS = 256
+_BATCH_BYTES = 1 << 19
+_BYTES_FOR_A_WORKER = 4 << 20  # starting a process costs about as much as encoding 1 MB
+_PROGRESS_EVERY_S = 0.5
+
+
+def prepare_data(
+    options: PrepareOptions,
+    on_event: OnEvent = ignore_event,
+    should_stop: ShouldStop = never_stop,
+    *,
+    workers: int | None = None,
+) -> PrepareReport:
+    """Make a prepared directory of ``options.rows``; ``workers`` (default: by cores and file size) alters no byte.
+
+    A finished product of the same inputs is left untouched, and its report is returned.
+
+    Raises:
+        SpecError: options that contradict each other or the rows' format.
+        DataError: bad rows beyond ``skip_bad_rows``, or no usable row.
+        CheckpointError: the tokenizer cannot be used.
+        EnvironmentFault: the output directory is taken or cannot be written.
+        Stopped: ``should_stop`` said so; nothing is left behind.
+    """
+    check_options(options)
+    if not (options.output / MANIFEST).is_file():
+        refuse_occupied(options.output, options.overwrite)
+    state = [_file_state(path) for path in input_files(options)]
+    plan = make_plan(options, on_event)
+    if not options.overwrite:
+        manifest = finished_product(options.output, KIND, plan.inputs)
+        report = manifest and PrepareReport.from_facts(options.output, manifest.get("facts"), unchanged=True)
+        if report and report.refused <= options.skip_bad_rows:
+            return report
+    with build_directory(options.output, KIND, plan.inputs, options.overwrite) as staging:
+        _Job(options, plan.recipe, staging, on_event, should_stop, workers).run()
+        if [_file_state(path) for path in input_files(options)] != state:
+            raise DataError("a row file was changed while it was read", None, "run the same command again")
+    report = PrepareReport.from_facts(options.output, staging.facts, unchanged=False)
+    assert report is not None
+    return report
+
+
+def _file_state(path: Path) -> tuple[int, int, int]:
+    try:
+        status = os.stat(path)
+    except OSError as fault:
+        raise DataError(f"cannot read: {fault.strerror}", path) from None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class _Job:
+    """One preparation, from the first row to the files in the staging directory."""
+
+    def __init__(
+        self,
+        options: PrepareOptions,
+        recipe: Recipe,
+        staging: Staging,
+        on_event: OnEvent,
+        should_stop: ShouldStop,
+        workers: int | None,
+    ) -> None:
+        self.options, self.recipe, self.staging = options, recipe, staging
+        self.on_event, self.should_stop = on_event, should_stop
+        self.total_bytes = sum(path.stat().st_size for path in input_files(options))
+        self.done_bytes = 0
+        self.reported_at = time.monotonic()
+        self.workers = workers if workers is not None else self._worker_count()
+        self.counts = Counts()
+
+    def run(self) -> None:
+        options, path = self.options, self.staging.path
+        with contextlib.ExitStack() as stack:
+            refused = stack.enter_context((path / "refused.jsonl").open("x", encoding="utf-8"))
+            train = stack.enter_context(Spool(path / "train.spool"))
+            self._encode(options.rows, options.limit, train, refused.write)
+            validation = None
+            if options.validation:
+                validation = stack.enter_context(Spool(path / "validation.spool"))
+                self._encode(options.validation, None, validation, refused.write)
+            if self.counts.refused > options.skip_bad_rows:
+                raise bad_rows_error(self.counts)
+            for spool, files in ((train, options.rows), (validation, options.validation)):
+                if spool is not None and not len(spool):
+                    raise no_rows_error(self.counts, files or [])
+            splits = self._write(train, validation)
+        if not self.counts.refused:
+            (path / "refused.jsonl").unlink()
+        self.staging.facts.update(self._facts(splits))
+
+    def _encode(self, files: list[Path], limit: int | None, spool: Spool, refuse: Callable[[str], object]) -> None:
+        """Read, encode and spool the rows of ``files``, counting what became of each."""
+        pending: list[tuple[Path, int, list[RawRow]]] = []
+
+        def batches() -> Iterator[list[RawRow]]:
+            for path, first_row, rows in _batches(files, limit):
+                pending.append((path, first_row, rows))
+                yield rows
+
+        encoded = encode_batches(self.recipe, batches(), self.workers, self.should_stop)
+        with contextlib.closing(encoded):
+            for batch in encoded:
+                path, first_row, rows = pending.pop(0)
+                self.counts.add(batch, path, rows)
+                for position, _, message in batch.refused:
+                    line = {"file": shown_path(path), "line": rows[position].line, "reason": message}
+                    refuse(json.dumps(line, ensure_ascii=True) + "\n")
+                if self.options.overlong == "error" and (overlong := _first_overlong(batch)) is not None:
+                    raise overlong_error(batch, overlong, path, rows[overlong].line, self.options.max_seq_length)
+                spool.add(batch, first_row)
+                self._progress(sum(len(row.data) for row in rows))
+        spool.finish()
+
+    def _write(self, train: Spool, validation: Spool | None) -> dict[str, dict[str, int]]:
+        path, fraction = self.staging.path, self.options.validation_fraction
+        train_keys = set(train.keys)
+        self.counts.duplicates = len(train) - len(train_keys)
+        splits: dict[str, dict[str, int]] = {}
+        if validation is not None:
+            both = sum(key in train_keys for key in validation.keys)
+            self.counts.duplicates += len(validation) - len(set(validation.keys))
+            self.counts.validation_rows_in_train = both
+            if both:
+                self.on_event(Notice(f"{both} validation rows are training rows too", "warning"))
+            splits["train"] = train.write_split(path / "train.safetensors", lambda _: True, self._check_stop)
+            splits["validation"] = validation.write_split(
+                path / "validation.safetensors", lambda _: True, self._check_stop
+            )
+        else:
+            held = held_out_rows(train.keys, fraction, self.options.seed) if fraction else bytearray(len(train))
+            splits["train"] = train.write_split(
+                path / "train.safetensors", lambda index: not held[index], self._check_stop
+            )
+            if any(held):
+                splits["validation"] = train.write_split(
+                    path / "validation.safetensors", lambda index: bool(held[index]), self._check_stop
+                )
+            elif fraction:
+                self.on_event(Notice("all rows are the same one, so none was held out for validation", "warning"))
+        return splits
+
+    def _facts(self, splits: dict[str, dict[str, int]]) -> dict[str, Any]:
+        recipe, tokenizer = self.recipe, self.recipe.tokenizer
+        return {
+            "format": recipe.format,
+            "template": recipe.template.to_dict(),
+            "tokenizer": {
+                "fingerprint": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+                "bos_id": tokenizer.bos_id,
+                "eos_id": tokenizer.eos_id,
+            },
+            "max_seq_length": recipe.max_seq_length,
+            "overlong": recipe.overlong,
+            "train_on_prompt": recipe.train_on_prompt,
+            "row_files": [shown_path(path) for path in self.options.rows],
+            "validation_files": [shown_path(path) for path in self.options.validation or []],
+            **self.counts.facts(),
+            "train_rows": splits["train"]["rows"],
+            "validation_rows": splits.get("validation", {"rows": 0})["rows"],
+            "tokens": sum(split["tokens"] for split in splits.values()),
+            "target_tokens": sum(split["target_tokens"] for split in splits.values()),
+            "splits": splits,
+        }
+
+    def _worker_count(self) -> int:
+        return min(len(os.sched_getaffinity(0)), self.total_bytes // _BYTES_FOR_A_WORKER)
+
+    def _progress(self, row_bytes: int) -> None:
+        self.done_bytes += row_bytes
+        now = time.monotonic()
+        if now - self.reported_at >= _PROGRESS_EVERY_S:
+            self.reported_at = now
+            self.on_event(Progress("bytes of rows encoded", min(self.done_bytes, self.total_bytes), self.total_bytes))
+
+    def _check_stop(self) -> None:
+        if self.should_stop():
+            raise Stopped("stopped before the rows were prepared", None, "run the same command again")
+
+
+def _first_overlong(batch: EncodedBatch) -> int | None:
+    return next((position for position, reason in batch.dropped if reason == "overlong"), None)
+
+
+def _batches(files: list[Path], limit: int | None) -> Iterator[tuple[Path, int, list[RawRow]]]:
+    """Rows of ``files`` in batches of one file each, with the number of each batch's first row, counted from 1."""
+    number = 1
+    for path in files:
+        rows: list[RawRow] = []
+        row_bytes = 0
+        for raw in read_raw_rows(path):
+            if limit is not None and number + len(rows) > limit:
+                break
+            rows.append(raw)
+            row_bytes += len(raw.data)
+            if len(rows) == _BATCH_ROWS or row_bytes >= _BATCH_BYTES:
+                yield path, number, rows
+                number += len(rows)
+                rows, row_bytes = [], 0
+        if rows:
+            yield path, number, rows
+            number += len(rows)

@@ -1,0 +1,277 @@
+"""Prompt templates: how the fields of a row become the text that the model is shown before it answers.
+
+A template is fixed text with ``{field}`` placeholders; ``{{`` and ``}}`` are literal braces. Nothing else has a
+meaning (no attributes, no format specs, no code), because templates are read from adapter directories that others
+wrote. Text that a field brings along is never looked at again, so braces in a row stay braces.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from llamatune.data.formats import Row
+from llamatune.errors import CheckpointError, DataError, LlamatuneError, SpecError
+from llamatune.files import read_bytes
+
+_LARGEST_FILE_BYTES = 1 << 20
+_LARGEST_TEXT = 100_000
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
+_UNSET = (None, "", False)
+_PROMPT_FIELDS = ("instruction", "question", "user", "prompt")
+
+
+@dataclass(frozen=True)
+class Template:
+    """How prompts are written.
+
+    Args:
+        name: a built-in name, or the stem of the file it came from.
+        prompt: the text of a prompt; the completion follows it at once.
+        prompt_without_input: used in place of ``prompt`` where the field ``input`` is empty.
+        system: how a chat's system message is put around the first user message (``{system}``, ``{user}``).
+        turn: an earlier turn of a chat (``{user}``, ``{assistant}``); turns stand before the prompt, oldest first.
+        before_completion: what stands between prompt and completion, and is learned with the completion.
+        strip: white space at both ends of a chat's messages is dropped.
+    """
+
+    name: str
+    prompt: str
+    prompt_without_input: str | None = None
+    system: str | None = None
+    turn: str | None = None
+    before_completion: str = ""
+    strip: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The template as JSON can hold it; ``from_dict`` reads it back."""
+        made = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            name: value for name, value in made.items() if name in ("name", "prompt") or value not in (None, "", False)
+        }
+
+    @classmethod
+    def from_dict(cls, data: object, where: object = None, error: type[LlamatuneError] = CheckpointError) -> Template:
+        """The template that ``to_dict`` described; anything else raises ``error``."""
+        if not isinstance(data, dict):
+            raise error("a template is a map of names to texts", where)
+        known = {f.name for f in fields(cls)}
+        for name, value in data.items():
+            if name not in known:
+                raise error(f"a template has no {name!r}", where, f"known: {', '.join(sorted(known))}")
+            expected = bool if name == "strip" else str
+            if type(value) is not expected and not (value is None and name not in ("name", "prompt", "strip")):
+                raise error(
+                    f"{name!r} of a template must be {'true or false' if expected is bool else 'a text'}", where
+                )
+            if isinstance(value, str):
+                _check_text(name, value, where, error)
+        for name in ("name", "prompt"):
+            if name not in data:
+                raise error(f"the template has no {name!r}", where)
+        made = dict(data)
+        if made.get("before_completion", "") is None:
+            del made["before_completion"]
+        return cls(**made)
+
+    @property
+    def placeholders(self) -> frozenset[str]:
+        """The fields of a row that the template names."""
+        names: set[str] = set()
+        for text in (self.prompt, self.prompt_without_input, self.system):
+            names.update(part for literal, part in _parts(text or "") if not literal)
+        return frozenset(names)
+
+    def prompt_of(self, fields: Mapping[str, str], turns: tuple[tuple[str, str], ...] = ()) -> str:
+        """The prompt for one row. ``fields`` fill the placeholders, ``turns`` are a chat's earlier turns.
+
+        Raises:
+            DataError: a placeholder that ``fields`` does not have.
+        """
+        filled = {name: text.strip() for name, text in fields.items()} if self.strip else dict(fields)
+        if self.strip:
+            turns = tuple((user.strip(), answer.strip()) for user, answer in turns)
+        if filled.get("system") and self.system is not None:
+            if turns:
+                (user, answer), *later = turns
+                turns = ((_fill(self.system, {**filled, "user": user}), answer), *later)
+            else:
+                filled["user"] = _fill(self.system, filled)
+        context = "".join(_fill(self.turn or "", {"user": user, "assistant": answer}) for user, answer in turns)
+        bare = self.prompt_without_input is not None and not filled.get("input")
+        text = self.prompt_without_input if bare else self.prompt
+        assert text is not None
+        return context + _fill(text, filled)
+
+    def completion_of(self, completion: str) -> str:
+        """The text to be learned for one row's completion."""
+        return self.before_completion + (completion.strip() if self.strip else completion)
+
+    def instruction_prompt(self, text: str) -> str:
+        """``text`` as a user's only message: it fills the instruction, question, user message or prompt.
+
+        A template without any placeholder takes it as it is.
+
+        Raises:
+            SpecError: the template has placeholders, but none that a message could fill.
+        """
+        names = self.placeholders
+        if not names:
+            return self.prompt + text
+        target = next((name for name in _PROMPT_FIELDS if name in names), None)
+        if target is None:
+            if len(names) > 1:
+                shown = ", ".join(f"{{{name}}}" for name in sorted(names))
+                raise SpecError(f"template {self.name!r} has no place for a prompt", None, f"it has {shown}")
+            (target,) = names
+        return self.prompt_of({**dict.fromkeys(names, ""), target: text})
+
+    def misfit(self, row: Row) -> str | None:
+        """Why this template would lose a part of ``row``, if it would."""
+        if row.turns and self.turn is None:
+            return f"the template {self.name!r} has no place for earlier turns"
+        if row.fields.get("system") and "system" not in self.placeholders:
+            return f"the template {self.name!r} has no place for a system message"
+        return None
+
+
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+_ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+TEMPLATES: dict[str, Template] = {
+    made.name: made
+    for made in (
+        Template("alpaca", _ALPACA_WITH_INPUT, prompt_without_input=_ALPACA_WITHOUT_INPUT),
+        Template("gsm8k", "Question: {question}\nAnswer:"),
+        # Meta puts EOS and BOS between turns. Here a row has one BOS and one EOS, so earlier turns are joined as text.
+        Template(
+            "llama2-chat",
+            "[INST] {user} [/INST]",
+            system="<<SYS>>\n{system}\n<</SYS>>\n\n{user}",
+            turn="[INST] {user} [/INST] {assistant} ",
+            before_completion=" ",
+            strip=True,
+        ),
+        Template("completion", "{prompt}"),
+        Template("text", ""),
+    )
+}
+"""The built-in templates. ``llama2-chat`` learns the last assistant message; earlier turns are context."""
+
+DEFAULT_TEMPLATES = {
+    "alpaca": "alpaca", "gsm8k": "gsm8k", "chat": "llama2-chat", "completion": "completion", "text": "text",
+}  # fmt: skip
+"""The template that each row format uses unless told otherwise."""
+
+
+def load_template(name_or_file: str) -> Template:
+    """A built-in template by name, or the one in a YAML file.
+
+    The file is one flat map with ``prompt`` and, if wanted, ``prompt_without_input`` (for chat also ``system``,
+    ``turn``, ``before_completion``). Anchors, aliases, tags and duplicate keys are refused.
+
+    Raises:
+        SpecError: no such name or file, or a file that is no template.
+    """
+    if name_or_file in TEMPLATES:
+        return TEMPLATES[name_or_file]
+    path = Path(name_or_file)
+    if not path.exists():
+        known = ", ".join(TEMPLATES)
+        raise SpecError(f"no template {name_or_file!r}", None, f"give a YAML file or one of: {known}")
+    texts: dict[str, Any] = dict(_flat_yaml(path))
+    if "name" in texts or "strip" in texts:
+        wrong = "name" if "name" in texts else "strip"
+        raise SpecError(f"a template file has no {wrong!r}", path, "write prompt and, if wanted, prompt_without_input")
+    return Template.from_dict({"name": path.stem, **texts}, path, SpecError)
+
+
+def _flat_yaml(path: Path) -> dict[str, str]:
+    """A YAML file of one map of texts, read from parser events so that nothing is ever resolved or expanded."""
+    import yaml
+
+    try:
+        text = read_bytes(path, SpecError, _LARGEST_FILE_BYTES).decode("utf-8-sig")
+        scalars: list[str] = []
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+                raise SpecError("a template file may have no anchors and aliases", path)
+            tag = getattr(event, "tag", None)
+            if tag is not None:
+                raise SpecError(f"a template file may have no tags such as {tag!r}", path)
+            if isinstance(event, yaml.MappingStartEvent):
+                depth += 1
+            if isinstance(event, yaml.SequenceStartEvent) or depth > 1:
+                raise SpecError("a template file is one flat map of names to texts", path)
+            if isinstance(event, yaml.ScalarEvent):
+                if depth == 0:
+                    raise SpecError("a template file is a map: prompt: ...", path)
+                scalars.append(event.value)
+            if isinstance(event, yaml.DocumentStartEvent) and scalars:
+                raise SpecError("a template file holds one YAML document", path)
+    except UnicodeDecodeError as fault:
+        raise SpecError(f"byte {fault.start} is not UTF-8", path) from None
+    except (yaml.YAMLError, RecursionError) as fault:
+        mark = getattr(fault, "problem_mark", None)
+        where = path if mark is None else f"{path}:{mark.line + 1}"
+        raise SpecError(f"not valid YAML: {getattr(fault, 'problem', None) or fault}", where) from None
+    keys = scalars[::2]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise SpecError(f"the key {key!r} appears twice", path)
+    return dict(zip(keys, scalars[1::2], strict=True))
+
+
+def _check_text(name: str, text: str, where: object, error: type[LlamatuneError]) -> None:
+    if len(text) > _LARGEST_TEXT:
+        raise error(f"{name!r} of the template has {len(text):,} characters, more than {_LARGEST_TEXT:,}", where)
+    if "\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text):
+        raise error(f"{name!r} of the template holds a NUL or a lone surrogate", where)
+    if name in ("name", "before_completion"):
+        return
+    try:
+        found = {part for literal, part in _parts(text) if not literal}
+    except ValueError as fault:
+        raise error(str(fault), where, "write {{ and }} for braces") from None
+    needed = {"system": {"system", "user"}, "turn": {"user", "assistant"}}.get(name, found)
+    if found != needed:
+        shown = " and ".join(f"{{{part}}}" for part in sorted(needed, reverse=True))
+        raise error(f"{name!r} of a template must hold {shown}, and no other placeholder", where)
+
+
+@functools.lru_cache(maxsize=256)
+def _parts(text: str) -> tuple[tuple[bool, str], ...]:
+    """``text`` cut into ``(True, literal)`` and ``(False, field)``; ``ValueError`` at a brace that is neither."""
+    parts: list[tuple[bool, str]] = []
+    end = 0
+    for match in _PLACEHOLDER.finditer(text):
+        parts.append((True, text[end : match.start()]))
+        end = match.end()
+        if match.group(1) is not None:
+            parts.append((False, match.group(1)))
+        elif match.group() in ("{{", "}}"):
+            parts.append((True, match.group()[0]))
+        else:
+            raise ValueError(f"{text[match.start() : match.start() + 20]!r} in a template is no {{field}}")
+    parts.append((True, text[end:]))
+    return tuple(parts)
+
+
+def _fill(text: str, fields: Mapping[str, str]) -> str:
+    try:
+        return "".join(part if literal else fields[part] for literal, part in _parts(text))
+    except KeyError as fault:
+        raise DataError(f"no field {fault.args[0]!r} for the template", None, f"there is {sorted(fields)}") from None

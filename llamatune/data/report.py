@@ -1,0 +1,156 @@
+"""What became of every row: the counts, the report and the errors made of them."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llamatune.data.encoding import EncodedBatch
+from llamatune.data.rows import RawRow
+from llamatune.errors import DataError
+
+_LONGEST_SHOWN = 5
+_MOST_KEYS = 100
+
+
+def shown_path(path: Path) -> str:
+    """``path`` as text that any file can hold, whatever bytes its name is made of."""
+    return str(path).encode(errors="replace").decode()
+
+
+@dataclass
+class Counts:
+    """The running totals of one preparation; ``rows_in`` is ``kept + dropped + refused``."""
+
+    rows_in: int = 0
+    kept: int = 0
+    truncated: int = 0
+    truncated_tokens: int = 0
+    duplicates: int = 0
+    validation_rows_in_train: int = 0
+    dropped_reasons: Counter[str] = field(default_factory=Counter)
+    refused_reasons: Counter[str] = field(default_factory=Counter)
+    ignored_keys: Counter[str] = field(default_factory=Counter)
+    longest: list[dict[str, Any]] = field(default_factory=list)
+    first_refused: str | None = None
+
+    @property
+    def refused(self) -> int:
+        """Rows that could not be used."""
+        return self.refused_reasons.total()
+
+    def add(self, batch: EncodedBatch, path: Path, rows: list[RawRow]) -> None:
+        """Count one batch of rows of ``path``."""
+        self.rows_in += len(rows)
+        self.kept += len(batch.positions)
+        self.truncated += batch.truncated
+        self.truncated_tokens += batch.truncated_tokens
+        self.dropped_reasons.update(reason for _, reason in batch.dropped)
+        self.refused_reasons.update(kind for _, kind, _ in batch.refused)
+        for key, count in batch.ignored_keys.items():
+            self.ignored_keys[key if key in self.ignored_keys or len(self.ignored_keys) < _MOST_KEYS else "..."] += (
+                count
+            )
+        if batch.refused and self.first_refused is None:
+            position, _, message = batch.refused[0]
+            self.first_refused = f"{shown_path(path)}:{rows[position].line}: {message}"
+        longest = heapq.nlargest(_LONGEST_SHOWN, batch.full_lengths, key=lambda found: found[1])
+        self.longest += [
+            {"tokens": tokens, "file": shown_path(path), "line": rows[position].line} for position, tokens in longest
+        ]
+        self.longest.sort(key=lambda found: -int(found["tokens"]))  # stable: of equals the earlier one stays first
+        del self.longest[_LONGEST_SHOWN:]
+
+    def facts(self) -> dict[str, Any]:
+        """The counts as the manifest holds them."""
+        return {
+            "rows_in": self.rows_in,
+            "kept": self.kept,
+            "truncated": self.truncated,
+            "truncated_tokens": self.truncated_tokens,
+            "dropped": self.dropped_reasons.total(),
+            "dropped_reasons": dict(sorted(self.dropped_reasons.items())),
+            "refused": self.refused,
+            "refused_reasons": dict(sorted(self.refused_reasons.items())),
+            "duplicates": self.duplicates,
+            "validation_rows_in_train": self.validation_rows_in_train,
+            "ignored_keys": dict(sorted(self.ignored_keys.items())),
+            "longest_rows": self.longest,
+        }
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What ``prepare-data`` did. ``unchanged``: a finished product of the same inputs was already there.
+
+    ``longest_rows`` names the longest rows before cutting; ``splits`` has rows, tokens, target tokens and the longest
+    row of each split as written.
+    """
+
+    output: str
+    unchanged: bool
+    rows_in: int
+    kept: int
+    truncated: int
+    truncated_tokens: int
+    dropped: int
+    dropped_reasons: dict[str, int]
+    refused: int
+    refused_reasons: dict[str, int]
+    duplicates: int
+    validation_rows_in_train: int
+    ignored_keys: dict[str, int]
+    longest_rows: list[dict[str, Any]]
+    train_rows: int
+    validation_rows: int
+    tokens: int
+    target_tokens: int
+    splits: dict[str, dict[str, int]]
+    format: str
+    template: dict[str, Any]
+    max_seq_length: int
+
+    @classmethod
+    def from_facts(cls, output: Path, facts: object, unchanged: bool) -> PrepareReport | None:
+        """The report that a manifest's facts tell; None if they are not what we write."""
+        names = cls.__dataclass_fields__.keys() - {"output", "unchanged"}
+        if not isinstance(facts, dict) or not names <= facts.keys():
+            return None
+        return cls(output=shown_path(output), unchanged=unchanged, **{name: facts[name] for name in names})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        return asdict(self)
+
+
+def bad_rows_error(counts: Counts) -> DataError:
+    """More rows are unusable than may be skipped."""
+    total = counts.refused
+    usable = "0 usable rows" if counts.kept == 0 else f"{total} bad row{'s' * (total != 1)}"
+    todo = f"{usable} of {counts.rows_in}"
+    if counts.kept:
+        todo += f"; mend {'it' if total == 1 else 'them'}, or leave {'it' if total == 1 else 'them'} out with "
+        todo += f"--skip-bad-rows {total}"
+    return DataError(str(counts.first_refused), None, todo)
+
+
+def no_rows_error(counts: Counts, files: list[Path]) -> DataError:
+    """Nothing is left to train on."""
+    reasons = ", ".join(f"{count} {kind}" for kind, count in (counts.dropped_reasons + counts.refused_reasons).items())
+    todo = "the files hold no rows" if not counts.rows_in else reasons
+    if counts.dropped_reasons["no_target_tokens"]:
+        todo += "; the prompts fill --max-seq-length: raise it"
+    return DataError(f"0 usable rows of {counts.rows_in}", ", ".join(map(shown_path, files)), todo)
+
+
+def overlong_error(batch: EncodedBatch, position: int, path: Path, line: int, max_seq_length: int) -> DataError:
+    """``--overlong error`` met a row that is too long."""
+    tokens = dict(batch.full_lengths)[position]
+    return DataError(
+        f"{shown_path(path)}:{line}: the row has {tokens} tokens, more than --max-seq-length {max_seq_length}",
+        None,
+        "raise it, or choose --overlong truncate or drop",
+    )

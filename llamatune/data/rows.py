@@ -1,0 +1,218 @@
+"""The rows of a data file as raw bytes, one at a time: JSON Lines, or one JSON list of rows.
+
+What is one row is decided on bytes, before anything is decoded: a line ends at ``\\n`` alone (U+2028 and U+0085 are
+text), and an element of a list ends where its brackets close. A row that cannot be read becomes a ``RowError`` and
+reading goes on behind it; at no time is more than ``LARGEST_ROW_BYTES`` of a row held.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from llamatune.errors import DataError, EnvironmentFault
+from llamatune.files import open_regular
+
+LARGEST_ROW_BYTES = 2 << 20
+"""Longer rows are refused: 2 MiB is half a million tokens, far beyond what LLaMA attends to, and encoding it takes a
+few hundred MB (up to 365 bytes a token while SentencePiece tells where each one stands)."""
+
+_PORTION = 1 << 20
+_BLANK = b" \t\r\n"
+_BOM = b"\xef\xbb\xbf"
+# Up to the next byte that matters. Possessive (++, *+), so no input makes a pattern try twice; a string that is not
+# closed in the buffer ends the match before its quote.
+_STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+_STRING = rb'"' + _STRING_REST.pattern + rb'"'
+_INSIDE = re.compile(rb'(?:[^"{}\[\]]++|' + _STRING + rb")*+", re.DOTALL)
+_OUTSIDE = re.compile(rb'(?:[^"{}\[\],]++|' + _STRING + rb")*+", re.DOTALL)
+_NOT_BLANK = re.compile(rb"[^ \t\r\n]")
+
+
+class RowError(Exception):
+    """A row that cannot be used. ``kind`` is what the report counts it under; the message says it for this row."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind, self.message = kind, message
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """The bytes of one row, or why there are none, and where it begins: 1-based line, 0-based byte of the file."""
+
+    line: int
+    offset: int
+    data: bytes
+    error: RowError | None = None
+
+
+def read_raw_rows(path: Path) -> Iterator[RawRow]:
+    """Every row of a JSONL file or JSON list in bounded memory; blank lines are no rows, a BOM is skipped.
+
+    Raises:
+        DataError: no such file, not a regular file, or not UTF-8 but UTF-16 or UTF-32.
+        EnvironmentFault: the file cannot be read.
+    """
+    with open_regular(path, DataError) as file:
+        try:
+            head = file.read(4096)
+            _refuse_other_encodings(head, path)
+            start = len(_BOM) if head.startswith(_BOM) else 0
+            while len(head) < _PORTION and not head[start:].strip(_BLANK):
+                more = file.read(4096)
+                if not more:
+                    return
+                head += more
+            file.seek(start)
+            if head[start:].lstrip(_BLANK).startswith(b"["):
+                yield from _ListReader(file, start).rows()
+            else:
+                yield from _lines(file, start)
+        except OSError as fault:
+            raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
+
+
+def _refuse_other_encodings(head: bytes, path: Path) -> None:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        name = "UTF-16"
+    elif len(head) >= 4 and head[:4].count(0) >= 2 and head[:4].strip(b"\0"):
+        name = "UTF-16 or UTF-32 without a byte order mark"
+    else:
+        return
+    raise DataError(f"{name} text (at byte 0), not UTF-8", f"{path}:1", "convert it: iconv -f UTF-16 -t UTF-8")
+
+
+def _too_large(data: bytes, offset: int) -> RowError:
+    if not data.strip(b"\0" + _BLANK):
+        return RowError("nul_bytes", f"NUL bytes from byte {offset} of the file on (a write that was cut off?)")
+    return RowError("too_large", f"the row has more than {LARGEST_ROW_BYTES:,} bytes")
+
+
+def _lines(file: BinaryIO, offset: int) -> Iterator[RawRow]:
+    line = 0
+    while data := file.readline(LARGEST_ROW_BYTES + 1):
+        line += 1
+        begin, offset = offset, offset + len(data)
+        if len(data) > LARGEST_ROW_BYTES and not data.endswith(b"\n"):
+            while rest := file.readline(_PORTION):
+                offset += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            yield RawRow(line, begin, b"", _too_large(data, begin))
+            continue
+        row = data.strip(_BLANK)
+        if row:
+            yield RawRow(line, begin + len(data) - len(data.lstrip(_BLANK)), row)
+
+
+class _ListReader:
+    """Cuts one JSON list into its elements. ``_at`` is the place in ``_buffer``; all before it is consumed."""
+
+    def __init__(self, file: BinaryIO, offset: int) -> None:
+        self._file, self._buffer, self._at = file, b"", 0
+        self._line, self._offset, self._ended = 1, offset, False
+
+    def rows(self) -> Iterator[RawRow]:
+        self._next_byte()
+        self._consume(1)
+        first = True
+        while True:
+            byte = self._next_byte()
+            if byte == b"]" and first:
+                self._consume(1)
+                break
+            if byte in (b",", b"]"):
+                yield self._fault("not_json", f"a row is missing before {byte.decode()!r}")
+            elif byte:
+                yield self._element()
+            first = False
+            if self._ended:
+                return
+            byte = self._next_byte()
+            if not byte:
+                yield self._fault("not_json", "the list is not closed: the file was cut short")
+                return
+            self._consume(1)
+            if byte == b"]":
+                break
+        if self._next_byte():
+            kind, what = "not_json", f"text behind the end of the list, at byte {self._offset}"
+            if self._buffer.startswith(b"\0", self._at):
+                kind, what = "nul_bytes", f"NUL bytes from byte {self._offset} of the file on"
+            yield self._fault(kind, what)
+
+    def _element(self) -> RawRow:
+        """Consume the element at ``_at`` up to the comma or bracket that ends it."""
+        line, offset, scan, depth, in_string = self._line, self._offset, self._at, 0, False
+        error: RowError | None = None
+        while True:
+            if in_string:
+                scan = _end_of(_STRING_REST, self._buffer, scan)
+                if self._buffer.startswith(b'"', scan):
+                    in_string = False
+                    scan += 1
+                    continue
+            else:
+                scan = _end_of(_INSIDE if depth else _OUTSIDE, self._buffer, scan)
+                byte = self._buffer[scan : scan + 1]
+                if depth == 0 and byte in (b",", b"]"):
+                    break
+                if byte:
+                    in_string = byte == b'"'
+                    if not in_string:
+                        depth = max(0, depth + (1 if byte in (b"{", b"[") else -1))
+                    scan += 1
+                    continue
+            if error is None and scan - self._at > LARGEST_ROW_BYTES:
+                error = _too_large(self._buffer[self._at : scan], offset)
+            if error is not None:  # its end is still looked for, but nothing of it is held
+                self._consume(scan - self._at)
+            scan -= self._at
+            if not self._read_on():
+                self._ended = True
+                return RawRow(line, offset, b"", error or self._unclosed(offset))
+        data = self._buffer[self._at : scan]
+        self._consume(len(data))
+        if error is None and len(data) > LARGEST_ROW_BYTES:
+            error = _too_large(data, offset)
+        return RawRow(line, offset, b"" if error else data.strip(_BLANK), error)
+
+    def _unclosed(self, offset: int) -> RowError:
+        nul = self._buffer.find(b"\0", self._at)
+        if nul >= 0:
+            return RowError("nul_bytes", f"NUL bytes from byte {offset + nul - self._at} of the file on")
+        return RowError("not_json", "the row does not end: a quote or bracket is not closed, or the file was cut short")
+
+    def _next_byte(self) -> bytes:
+        """The next byte that is not blank, unconsumed; empty at the end of the file."""
+        while True:
+            match = _NOT_BLANK.search(self._buffer, self._at)
+            self._consume((match.start() if match else len(self._buffer)) - self._at)
+            if match:
+                return match.group()
+            if not self._read_on():
+                return b""
+
+    def _read_on(self) -> bool:
+        more = self._file.read(_PORTION)
+        self._buffer = self._buffer[self._at :] + more
+        self._at = 0
+        return bool(more)
+
+    def _consume(self, count: int) -> None:
+        self._line += self._buffer.count(b"\n", self._at, self._at + count)
+        self._offset += count
+        self._at += count
+
+    def _fault(self, kind: str, message: str) -> RawRow:
+        return RawRow(self._line, self._offset, b"", RowError(kind, message))
+
+
+def _end_of(pattern: re.Pattern[bytes], buffer: bytes, start: int) -> int:
+    match = pattern.match(buffer, start)
+    assert match is not None, "the patterns match the empty string too"
+    return match.end()

@@ -1,0 +1,205 @@
+"""Text to token ids and back: one small interface over SentencePiece, LLaMA 1 and 2's own tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from bisect import bisect_right
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+from llamatune.errors import CheckpointError, DataError, EnvironmentFault
+from llamatune.files import digest_bytes, read_bytes
+
+LARGEST_MODEL_BYTES = 64 << 20
+"""LLaMA's tokenizer.model has 0.5 MB; no SentencePiece model in the field comes near this."""
+
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+_PROBE_TIMEOUT_S = 120
+_PROBE = """
+import resource, sys
+sys.path[:] = {path}
+import sentencepiece
+print("ready", flush=True)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+model = sentencepiece.SentencePieceProcessor(model_proto=sys.stdin.buffer.read())
+for text in ("", " ", "The 2 llamas", "\\u00e9\\u65e5\\U0001f999\\n\\t", "a" * 300):
+    ids = model.encode(text, return_type="offset_mapping")["ids"]
+    model.decode(ids)
+for i in range(model.vocab_size()):
+    model.id_to_piece(i)
+"""
+
+_sound_models: set[str] = set()
+
+
+class Tokenizer:
+    """A SentencePiece model with BOS and EOS.
+
+    Pickling takes the model's bytes along, so that a worker process needs neither the file nor another probe.
+
+    Args:
+        model: the bytes of a ``tokenizer.model`` that ``load_tokenizer`` has found sound.
+        path: where it came from, for messages.
+    """
+
+    def __init__(self, model: bytes, path: Path) -> None:
+        self._model = model
+        self.path = path
+        self.fingerprint = f"sha256:{digest_bytes(model)}"
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size: int = self._processor.vocab_size()
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes, Path]]:
+        return Tokenizer, (self._model, self.path)
+
+    def encode(self, text: str) -> list[int]:
+        """BOS and the ids of ``text``; no EOS. Control strings such as ``</s>`` in ``text`` are plain text."""
+        _refuse_surrogates(text)
+        ids: list[int] = self._processor.encode(text)
+        return [self.bos_id, *ids]
+
+    def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], int]:
+        """BOS and the ids of ``prompt + completion`` encoded in one call, and the index of the first completion token.
+
+        A token belongs to the completion if it holds any character of it, so a token that straddles the boundary
+        does. Pieces that come of one character (its UTF-8 bytes, or what normalisation makes of it) belong where the
+        character belongs. With an empty prompt every token after BOS is the completion's, SentencePiece's dummy
+        prefix included: a model that is given only BOS has to say it too. No EOS.
+        """
+        text = prompt + completion
+        _refuse_surrogates(text)
+        if not prompt or not completion:
+            ids: list[int] = self._processor.encode(text)
+            return [self.bos_id, *ids], 1 if completion else 1 + len(ids)
+        found = self._processor.encode(text, return_type="offset_mapping")
+        offsets: list[tuple[int, int]] = found["offsets"]
+        boundary = len(prompt)
+        first = bisect_right(offsets, boundary, key=_end)
+        # Of several pieces of one character only the last has a width; the others lie before it, at its beginning.
+        while first > 0 and offsets[first - 1] == (boundary, boundary):
+            first -= 1
+        return [self.bos_id, *found["ids"]], 1 + first
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``, without BOS, EOS, other control pieces, and ids that are no piece (padded heads)."""
+        processor = self._processor
+        plain = [i for i in ids if 0 <= i < self.vocab_size and not processor.is_control(i)]
+        text: str = processor.decode(plain)
+        return text
+
+    def piece(self, token_id: int) -> str:
+        """How the vocabulary spells one token: ``▁`` is a space, ``<0xE2>`` a byte, ``</s>`` the EOS."""
+        piece: str = self._processor.id_to_piece(token_id)
+        return piece
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a ``tokenizer.model`` file, or in a directory that holds one.
+
+    An unknown model is first parsed in a child process: SentencePiece has crashed on malformed ones, and a crash
+    must cost us an error, not the whole run. The verdict holds for this process.
+
+    Raises:
+        CheckpointError: no SentencePiece model, a broken one, or one without BOS or EOS.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _model_in(path)
+    model = read_bytes(path, max_bytes=LARGEST_MODEL_BYTES)
+    foreign = _foreign(model)
+    if foreign is not None:
+        what, todo = foreign
+        raise CheckpointError(what, path, todo)
+    fingerprint = digest_bytes(model)
+    if fingerprint not in _sound_models:
+        _probe(model, path)
+    tokenizer = Tokenizer(model, path)
+    for name, token_id in (("BOS", tokenizer.bos_id), ("EOS", tokenizer.eos_id)):
+        if not 0 <= token_id < tokenizer.vocab_size:
+            raise CheckpointError(f"the tokenizer has no {name} token", path, "use LLaMA's own tokenizer.model")
+    _sound_models.add(fingerprint)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, embedding_rows: int, where: object) -> None:
+    """Raise ``CheckpointError`` if the tokenizer has ids beyond the model's embedding; spare rows are fine."""
+    if tokenizer.vocab_size > embedding_rows:
+        raise CheckpointError(
+            f"tokenizer id {tokenizer.vocab_size - 1} >= {embedding_rows} embedding rows",
+            where,
+            "use the tokenizer that belongs to this model",
+        )
+
+
+def _model_in(directory: Path) -> Path:
+    path = directory / "tokenizer.model"
+    if path.exists():
+        return path
+    if (directory / "tokenizer.json").exists():
+        raise CheckpointError(
+            "a tokenizer.json but no tokenizer.model",
+            directory,
+            "only SentencePiece models are supported here: put the model's original tokenizer.model beside it",
+        )
+    raise CheckpointError("no tokenizer.model in this directory", directory, "give the path of a SentencePiece model")
+
+
+def _foreign(model: bytes) -> tuple[str, str] | None:
+    """What a file that is no SentencePiece model looks like, and what to do about it."""
+    head = model[:512].lstrip()
+    lowered = head.lower()
+    if not model:
+        return "an empty file, not a tokenizer", "fetch it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the tokenizer itself", "run `git lfs pull` where you cloned it"
+    if lowered.startswith((b"<!doc", b"<html", b"<?xml")):
+        return "an HTML page, not a tokenizer", "fetch it again (a login page was saved in its place?)"
+    if _TIKTOKEN_LINE.match(model):
+        return (
+            "a tiktoken file (Llama 3), not a SentencePiece model",
+            "only SentencePiece models are supported here: use a LLaMA 1 or 2 model with its tokenizer.model",
+        )
+    if head.startswith(b"{"):
+        return (
+            "a tokenizer.json (or other JSON), not a SentencePiece model",
+            "only SentencePiece models are supported here: give the model's tokenizer.model",
+        )
+    if head.startswith(b"PK\x03\x04"):
+        return "a zip archive, not a tokenizer", "give the path of a SentencePiece tokenizer.model"
+    return None
+
+
+def _probe(model: bytes, path: Path) -> None:
+    code = _PROBE.format(path=json.dumps([entry for entry in sys.path if entry]))
+    command = [sys.executable, "-I", "-S", "-c", code]
+    try:
+        child = subprocess.run(command, input=model, capture_output=True, timeout=_PROBE_TIMEOUT_S, check=False)
+    except OSError as fault:
+        raise EnvironmentFault(f"cannot start a process to check the tokenizer: {fault.strerror}", path) from None
+    except subprocess.TimeoutExpired:
+        sound = False
+    else:
+        if not child.stdout.startswith(b"ready"):
+            raise EnvironmentFault("a process to check the tokenizer did not start", path, "is there memory left?")
+        sound = child.returncode == 0
+    if not sound:
+        raise CheckpointError("not a sound SentencePiece model", path, "fetch the model's tokenizer.model again")
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as fault:
+        raise DataError(f"the text holds a lone surrogate at character {fault.start}, which is no character") from None
+
+
+def _end(offset: tuple[int, int]) -> int:
+    return offset[1]

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamatune.data.formats import FORMATS, detect_format, parse_row, row_of, strip_annotations, within_two_edits
+from llamatune.data.rows import RawRow, RowError
+
+
+def _raw(row: Any) -> RawRow:
+    return RawRow(1, 0, json.dumps(row).encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "fields", "completion"),
+    [
+        ("alpaca", {"instruction": "a", "input": "b", "output": "c"}, {"instruction": "a", "input": "b"}, "c"),
+        ("alpaca", {"instruction": "a", "output": "c"}, {"instruction": "a", "input": ""}, "c"),
+        ("alpaca", {"instruction": "a", "input": None, "output": "c"}, {"instruction": "a", "input": ""}, "c"),
+        ("gsm8k", {"question": "q", "answer": "1\n#### 1"}, {"question": "q"}, "1\n#### 1"),
+        ("completion", {"prompt": "p", "completion": " c"}, {"prompt": "p"}, " c"),
+        ("text", {"text": "t"}, {}, "t"),
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+            {"user": "u", "system": ""},
+            "a",
+        ),
+        (
+            "chat",
+            {
+                "conversations": [
+                    {"from": "system", "value": "s"},
+                    {"from": "human", "value": "u"},
+                    {"from": "gpt", "value": "a"},
+                ]
+            },
+            {"user": "u", "system": "s"},
+            "a",
+        ),
+    ],
+)
+def test_every_format_is_read_and_detected(name: str, row: Any, fields: dict[str, str], completion: str) -> None:
+    made = parse_row(_raw(row), FORMATS[name])
+    assert (made.fields, made.completion, made.turns) == (fields, completion, ())
+    assert detect_format([_raw(row)]) is FORMATS[name]
+
+
+def test_earlier_turns_of_a_chat() -> None:
+    said = [("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", "a2")]
+    row = row_of({"messages": [{"role": r, "content": c} for r, c in said]}, FORMATS["chat"])
+    assert (row.turns, row.fields["user"], row.completion) == ((("u1", "a1"),), "u2", "a2")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "kind", "message"),
+    [
+        (
+            "alpaca",
+            {"instruction": "a", "input": ""},
+            "missing_field",
+            "no field 'output'; the row has 'instruction', 'input'",
+        ),
+        ("alpaca", {}, "missing_field", "no field 'instruction'; the row has none"),
+        ("alpaca", {"instruction": "a", "output": ""}, "empty_field", "field 'output' of the row is empty"),
+        ("alpaca", {"instruction": " \n", "output": "b"}, "empty_field", "field 'instruction' of the row is empty"),
+        (
+            "alpaca",
+            {"instruction": "a", "output": 7},
+            "wrong_type",
+            "field 'output' of the row is a number, not a string",
+        ),
+        ("alpaca", {"instruction": "a", "output": None}, "wrong_type", "is null, not a string"),
+        (
+            "alpaca",
+            {"instruction": "a", "input": ["x"], "output": "b"},
+            "wrong_type",
+            "field 'input' of the row is a list",
+        ),
+        (
+            "alpaca",
+            {"instruction": "a", "outptu": "b"},
+            "unknown_field",
+            "unknown field 'outptu', did you mean 'output'?",
+        ),
+        ("alpaca", {"instruction": "a", "Output": "b"}, "unknown_field", "did you mean 'output'?"),
+        ("alpaca", {"instruction": "a\0", "output": "b"}, "bad_characters", "a NUL character in field 'instruction'"),
+        ("gsm8k", {"question": "a", "answers": "b"}, "unknown_field", "did you mean 'answer'?"),
+        ("chat", {"messages": "hi"}, "wrong_type", "field 'messages' of the row is a string, not a list"),
+        ("chat", {"messages": []}, "bad_messages", "no assistant message at its end"),
+        ("chat", {"messages": [{"role": "user", "content": "u"}]}, "bad_messages", "no assistant message at its end"),
+        (
+            "chat",
+            {"messages": [{"role": "user"}]},
+            "missing_field",
+            "no field 'content'; message 1 of 'messages' has 'role'",
+        ),
+        (
+            "chat",
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "bad_messages",
+            "message 1 of 'messages' has the role 'tool'",
+        ),
+        (
+            "chat",
+            {"messages": [{"role": "assistant", "content": "x"}]},
+            "bad_messages",
+            "the assistant's where the user's is",
+        ),
+        ("chat", {"messages": [], "conversations": []}, "bad_messages", "both 'messages' and 'conversations'"),
+        ("text", {"txt": "b"}, "unknown_field", "did you mean 'text'?"),
+    ],
+)
+def test_d1_d4_d16_rows_that_do_not_fit(name: str, row: Any, kind: str, message: str) -> None:
+    with pytest.raises(RowError) as caught:
+        parse_row(_raw(row), FORMATS[name])
+    assert caught.value.kind == kind
+    assert message in caught.value.message
+
+
+def test_d16_other_keys_are_ignored_and_told() -> None:
+    row = {"instruction": "a", "output": "b", "text": "whole", "id": 7, "source": {"url": "x"}}
+    assert parse_row(_raw(row), FORMATS["alpaca"]).ignored_keys == ("text", "id", "source")
+
+
+def test_detection_looks_past_unusable_rows_and_prefers_alpaca_to_its_text_key() -> None:
+    usable = {"text": "whole", "instruction": "a", "output": "b"}
+    rows = [RawRow(1, 0, b"{broken"), _raw([1]), _raw({"question": "no answer"}), _raw(usable)]
+    assert detect_format(rows) is FORMATS["alpaca"]
+    assert detect_format(rows[:3]) is FORMATS["gsm8k"]
+    assert detect_format(rows[:2]) is None
+    assert detect_format([_raw({"name": "x"})]) is None
+
+
+@given(st.text(max_size=8), st.text(max_size=8))
+def test_two_edits_is_symmetric_and_true_of_equals(left: str, right: str) -> None:
+    assert within_two_edits(left, right) == within_two_edits(right, left)
+    assert within_two_edits(left, left)
+    assert within_two_edits(left, left + "xy")
+    assert not within_two_edits(left, left + "xyz")
+
+
+def test_annotations_are_stripped_and_nothing_else() -> None:
+    assert strip_annotations("48/2 = <<48/2=24>>24 clips <<1+1=2>>2 << 3") == "48/2 = 24 clips 2 << 3"

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamatune.data.formats import FORMATS, row_of
+from llamatune.data.prompts import DEFAULT_TEMPLATES, TEMPLATES, Template, load_template
+from llamatune.errors import CheckpointError, DataError, SpecError
+
+
+def test_the_alpaca_prompts_are_stanfords() -> None:
+    template = load_template("alpaca")
+    assert template.prompt_of({"instruction": "Add.", "input": "1 2"}) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2"
+        "\n\n### Response:"
+    )
+    assert template.prompt_of({"instruction": "Add.", "input": ""}) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nAdd.\n\n### Response:"
+    )
+    assert template.completion_of("3") == "3"
+    assert template.instruction_prompt("Add.") == template.prompt_of({"instruction": "Add.", "input": ""})
+
+
+def test_the_other_built_in_prompts() -> None:
+    assert load_template("gsm8k").instruction_prompt("1+1?") == "Question: 1+1?\nAnswer:"
+    assert load_template("completion").instruction_prompt("Once") == "Once"
+    assert load_template("text").instruction_prompt("Once") == "Once"
+    assert load_template("llama2-chat").instruction_prompt(" Hi ") == "[INST] Hi [/INST]"
+
+
+def test_llama_2_chat_puts_the_system_message_into_the_first_turn() -> None:
+    said = [("system", "Be kind."), ("user", "u1"), ("assistant", " a1 "), ("user", "u2"), ("assistant", "a2 ")]
+    row = row_of({"messages": [{"role": r, "content": c} for r, c in said]}, FORMATS["chat"])
+    template = load_template("llama2-chat")
+    assert template.prompt_of(row.fields, row.turns) == (
+        "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nu1 [/INST] a1 [INST] u2 [/INST]"
+    )
+    assert template.completion_of(row.completion) == " a2"
+    single = row_of({"messages": [{"role": r, "content": c} for r, c in (said[0], said[1], said[4])]}, FORMATS["chat"])
+    assert template.prompt_of(single.fields) == "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nu1 [/INST]"
+
+
+def test_a_template_that_would_lose_a_part_of_a_chat_says_so() -> None:
+    said = [("system", "s"), ("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", "a2")]
+    row = row_of({"messages": [{"role": r, "content": c} for r, c in said]}, FORMATS["chat"])
+    assert TEMPLATES["llama2-chat"].misfit(row) is None
+    assert "earlier turns" in str(Template("x", "{user}").misfit(row))
+    assert "system message" in str(Template("x", "{user}", turn="{user}{assistant}").misfit(row))
+
+
+def test_every_format_has_a_template_it_can_fill() -> None:
+    for name, template in DEFAULT_TEMPLATES.items():
+        assert TEMPLATES[template].placeholders <= set(FORMATS[name].prompt_fields)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_survive_being_stored(name: str) -> None:
+    assert Template.from_dict(TEMPLATES[name].to_dict()) == TEMPLATES[name]
+
+
+@given(st.text(), st.text())
+def test_text_of_a_row_is_never_looked_at_again(instruction: str, context: str) -> None:
+    template = Template("x", "{{a}} {instruction}|{input}")
+    assert template.prompt_of({"instruction": instruction, "input": context}) == f"{{a}} {instruction}|{context}"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "a map of names"),
+        ({"name": "x"}, "no 'prompt'"),
+        ({"prompt": "x"}, "no 'name'"),
+        ({"name": "x", "prompt": 3}, "'prompt' of a template must be a text"),
+        ({"name": "x", "prompt": None}, "'prompt' of a template must be a text"),
+        ({"name": "x", "prompt": "a", "code": "b"}, "has no 'code'"),
+        ({"name": "x", "prompt": "a", "strip": 1}, "true or false"),
+        ({"name": "x", "prompt": "{a.__class__}"}, "is no {field}"),
+        ({"name": "x", "prompt": "{a!r}"}, "is no {field}"),
+        ({"name": "x", "prompt": "{a:>99999999}"}, "is no {field}"),
+        ({"name": "x", "prompt": "{0}"}, "is no {field}"),
+        ({"name": "x", "prompt": "{}"}, "is no {field}"),
+        ({"name": "x", "prompt": "}"}, "is no {field}"),
+        ({"name": "x", "prompt": "a\0"}, "NUL"),
+        ({"name": "x", "prompt": "a" * 200_000}, "characters, more than"),
+        ({"name": "x", "prompt": "a", "turn": "{user}"}, "must hold {user} and {assistant}"),
+    ],
+)
+def test_s10_stored_templates_are_read_strictly(data: Any, message: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        Template.from_dict(data, "adapter")
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 4
+
+
+def test_a_template_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "prompt: |-\n  Do {instruction}\n  with {input} {{ok}}:\nprompt_without_input: 'Do {instruction}:'\n"
+    )
+    template = load_template(str(path))
+    assert template.name == "mine"
+    assert template.prompt_of({"instruction": "a", "input": "b"}) == "Do a\nwith b {ok}:"
+    assert template.instruction_prompt("a") == "Do a:"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt: &a x\nprompt_without_input: *a\n", "no anchors"),
+        ("prompt: !!python/object/apply:os.system [x]\n", "no tags"),
+        ("prompt: !!str x\n", "no tags"),
+        ("prompt: a\nprompt: b\n", "appears twice"),
+        ("prompt: [a]\n", "one flat map"),
+        ("prompt: {a: b}\n", "one flat map"),
+        ("- prompt\n", "one flat map"),
+        ("just text\n", "is a map"),
+        ("", "has no 'prompt'"),
+        ("promt: a\n", "no 'promt'"),
+        ("name: a\nprompt: b\n", "no 'name'"),
+        ("prompt: '{a.b}'\n", "is no {field}"),
+        ("prompt: 'open\n", "not valid YAML"),
+        ("prompt: a\n---\nprompt: b\n", "one YAML document"),
+        ("[" * 5000, "one flat map"),
+    ],
+)
+def test_s9_template_files_that_are_none(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        load_template(str(path))
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_an_unknown_template_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(
+        SpecError, match=r"no template 'alpacca': give a YAML file or one of: alpaca, gsm8k, llama2-chat"
+    ):
+        load_template("alpacca")
+    with pytest.raises(SpecError, match="a directory where a file is expected"):
+        load_template(str(tmp_path))
+
+
+def test_prompts_that_cannot_be_filled() -> None:
+    with pytest.raises(DataError, match="no field 'input' for the template"):
+        Template("x", "{instruction}{input}").prompt_of({"instruction": "a"})
+    with pytest.raises(SpecError, match="no place for a prompt"):
+        Template("x", "{a}{b}").instruction_prompt("a")
+    assert Template("x", "<{topic}>").instruction_prompt("a") == "<a>"

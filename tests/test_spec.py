@@ -1,0 +1,205 @@
+"""The run spec: scalars as people mean them, every fault at once, and nothing silently ignored."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamatune.errors import SpecError
+from llamatune.spec import RunSpec, build_spec, load_spec, parse_yaml
+
+MINIMAL = """
+model: {path: base}
+lora: {}
+data: {train: prepared}
+training: {output_dir: runs/a}
+"""
+
+
+def spec(*overrides: str, text: str = MINIMAL) -> RunSpec:
+    return build_spec(parse_yaml(text, "run.yaml"), "run.yaml", list(overrides))
+
+
+def refusal(*overrides: str, text: str = MINIMAL) -> str:
+    with pytest.raises(SpecError) as caught:
+        spec(*overrides, text=text)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_documented_defaults_hold() -> None:
+    made = spec()
+    assert (made.lora.r, made.lora.alpha, made.lora.dropout) == (16, 32, 0.05)  # type: ignore[union-attr]
+    assert made.lora.target_modules == ("q_proj", "v_proj")  # type: ignore[union-attr]
+    training = made.training
+    assert (training.micro_batch_size, training.gradient_accumulation_steps) == (1, 8)
+    assert (training.learning_rate, training.precision, training.keep_last) == (1e-5, "bf16", 2)
+    assert (made.model.dtype, made.data.shuffle, training.max_grad_norm) == ("bfloat16", True, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("1E-5", 1e-5), (".5", 0.5), ("1e-05", 1e-5), ("2", 2.0), ("1_000.5", 1000.5)],
+)
+def test_numbers_are_numbers(text: str, value: float) -> None:
+    assert spec(f"training.learning_rate={text}").training.learning_rate == value
+
+
+def test_octal_sexagesimal_and_no_are_what_they_look_like() -> None:
+    assert spec("training.seed=010").training.seed == 10
+    assert spec("model.path=no").model.path == "no"
+    assert "valid integer" in refusal("lora.r=1:30")
+    assert "valid boolean" in refusal("data.shuffle=yes")
+
+
+def test_every_fault_is_reported_at_once_with_its_key_path() -> None:
+    message = refusal("training.lerning_rate=1", "lora.rr=3", "model.dtype=fp8", "training.seed=-1")
+    for part in (
+        "4 errors",
+        "training.lerning_rate: unknown key, did you mean 'learning_rate'?",
+        "lora.rr",
+        "model.dtype",
+    ):
+        assert part in message
+
+
+def test_pefts_spellings_are_accepted_but_not_beside_ours() -> None:
+    made = spec(text=MINIMAL.replace("lora: {}", "lora: {lora_alpha: 8, lora_dropout: 0.2}"))
+    assert (made.lora.alpha, made.lora.dropout) == (8, 0.2)  # type: ignore[union-attr]
+    assert "are the same" in refusal(text=MINIMAL.replace("lora: {}", "lora: {lora_alpha: 8, alpha: 8}"))
+    assert spec("lora.lora_alpha=4", text=MINIMAL.replace("{}", "{alpha: 8}")).lora.alpha == 4  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("lora.target_modules=[qproj]", "did you mean 'q_proj'?"),
+        ("lora.target_modules=[]", "names no layer"),
+        ("lora.target_modules=[q_proj, q_proj]", "names a layer twice"),
+        ("lora.r=0", "lora.r"),
+        ("lora.r=true", "valid integer"),
+        ("lora.dropout=1", "lora.dropout"),
+        ("training.learning_rate=.nan", "valid number"),
+        ("training.learning_rate=.inf", "valid number"),
+        ("training.learning_rate='1e-4'", "valid number"),
+        ("training.activation_checkpointing=every_1", "every_2"),
+        ("training.activation_checkpointing=every_x", "every_2"),
+        ("training.device=tpu", "training.device"),
+        ("training.nesterov=true", "nesterov needs momentum"),
+        ("training.min_learning_rate=1", "is above learning_rate"),
+        ("data.packing=true", "not available in this version"),
+        ("training.compile=true", "not available in this version"),
+        ("model.path=", "model.path"),
+        ("seed=1", "section.key=value"),
+        ("training", "section.key=value"),
+    ],
+)
+def test_what_means_nothing_is_refused(override: str, part: str) -> None:
+    assert part in refusal(override)
+
+
+def test_fields_that_exclude_each_other() -> None:
+    assert "exclude each other" in refusal("training.max_steps=5", "training.num_epochs=1")
+    assert "exclude each other" in refusal("training.warmup_steps=5", "training.warmup_ratio=0.1")
+    assert "longer than the run" in refusal("training.max_steps=5", "training.warmup_steps=6")
+
+
+def test_training_everything_in_sixteen_bits_is_refused_with_the_reason() -> None:
+    full = MINIMAL.replace("lora: {}\n", "")
+    assert "loses small updates" in refusal(text=full)
+    assert spec("model.dtype=float32", text=full).lora is None
+
+
+def test_all_linear_is_the_seven_and_a_string_may_hold_commas() -> None:
+    assert len(spec("lora.target_modules=all-linear").lora.target_modules) == 7  # type: ignore[union-attr]
+    made = spec("lora.target_modules='v_proj, q_proj'")
+    assert made.lora.target_modules == ("q_proj", "v_proj")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a: &x [1]\nb: *x", "anchors and aliases"),
+        ("model: !!python/object/apply:os.system [true]", "tags are not allowed"),
+        ("model: {path: a}\nmodel: {path: b}", "appears twice"),
+        ("model: {path: a, path: b}", "appears twice"),
+        ("a: [1", "not valid YAML"),
+        ("[" * 5000, "nested too deeply"),
+        ("- a", "not a mapping"),
+        ("", "not a mapping"),
+    ],
+)
+def test_yaml_that_is_hostile_or_broken_is_one_line(text: str, part: str) -> None:
+    assert part in refusal(text=text)
+
+
+def test_files_that_are_no_spec(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="no such file"):
+        load_spec(tmp_path / "absent.yaml")
+    with pytest.raises(SpecError, match="directory"):
+        load_spec(tmp_path)
+    (tmp_path / "big.yaml").write_bytes(b"#" * (2 << 20))
+    with pytest.raises(SpecError, match="more than"):
+        load_spec(tmp_path / "big.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"model: {path: caf\xe9}")
+    with pytest.raises(SpecError, match="not UTF-8 at byte 17"):
+        load_spec(tmp_path / "latin.yaml")
+
+
+def test_the_resolved_spec_reads_back_equal(tmp_path: Path) -> None:
+    made = spec("training.learning_rate=3e-4", "training.betas=[0.9, 0.95]", "lora.target_modules=all-linear")
+    (tmp_path / "spec.yaml").write_text(made.to_yaml(), encoding="utf-8")
+    assert load_spec(tmp_path / "spec.yaml") == made
+
+
+def test_a_json_spec_is_a_yaml_spec(tmp_path: Path) -> None:
+    text = '{"model": {"path": "base"}, "lora": {}, "data": {"train": "p"}, "training": {"output_dir": "r"}}'
+    (tmp_path / "spec.json").write_text(text, encoding="utf-8")
+    assert load_spec(tmp_path / "spec.json").model.path == "base"
+
+
+def test_errors_come_before_torch(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(MINIMAL.replace("output_dir", "output_dri"), encoding="utf-8")
+    code = (
+        "import sys\nfrom llamatune.cli import main\n"
+        f"try: main(['train', {str(tmp_path / 'run.yaml')!r}])\n"
+        "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]
+    assert "did you mean 'output_dir'?" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["model", "lora", "data", "training", "evaluation", "x"]), VALUES))
+def test_any_values_give_a_spec_or_one_line(values: dict[str, Any]) -> None:
+    try:
+        build_spec(values, "run.yaml")
+    except SpecError as fault:
+        assert "\n" not in str(fault)
+
+
+@given(st.text(max_size=60))
+def test_any_text_gives_values_or_one_line(text: str) -> None:
+    try:
+        parse_yaml(text, "run.yaml")
+    except SpecError as fault:
+        assert "\n" not in str(fault)
+
+
+def test_every_field_of_the_contract_is_there() -> None:
+    made = yaml.safe_load(spec().to_yaml())
+    assert set(made) == {"model", "lora", "data", "training", "evaluation"}
+    assert {"memory_limit", "compile", "log_every_steps", "save_every_steps", "warmup_ratio"} <= set(made["training"])
