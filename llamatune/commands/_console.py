@@ -63,7 +63,7 @@ class Console:
             if sys.stderr is not None and sys.stderr.isatty():
                 from llamatune.commands._live import LiveDrawing
 
-                live = LiveDrawing()
+                live = LiveDrawing(sys.stderr)
                 self._draw, self._close_drawing = live.draw, live.close
             else:
                 from llamatune.commands._plain import PlainLines
@@ -82,15 +82,10 @@ class Console:
             if self._json_mode:
                 sys.stdout.write(json.dumps(payload, ensure_ascii=False, allow_nan=False) + "\n")
             else:
-                human(_stdout())
+                from llamatune.commands._live import open_console
+
+                human(open_console(sys.stdout))
             sys.stdout.flush()
         except BrokenPipeError:
             # Whoever read it has seen enough; keep Python from complaining again when it closes stdout.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _stdout() -> RichConsole:
-    from rich.console import Console as RichConsole
-
-    wide = None if sys.stdout.isatty() else 120
-    return RichConsole(file=sys.stdout, width=wide, highlight=False, soft_wrap=True)

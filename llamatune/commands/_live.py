@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import IO
+
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -22,11 +24,22 @@ from llamatune.events import (
 )
 
 
-class LiveDrawing:
-    """Bars on stderr; a finished task's bar disappears, the training bar stays."""
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would exit; here the caller decides what a closed pipe means."""
+        raise BrokenPipeError
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+
+def open_console(file: IO[str]) -> Console:
+    """A rich console on ``file``: as wide as the terminal, 120 columns elsewhere."""
+    return _Console(file=file, width=None if file.isatty() else 120, highlight=False, soft_wrap=True)
+
+
+class LiveDrawing:
+    """Bars on a terminal; a finished task's bar disappears, the training bar stays."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._console = open_console(file)
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),

@@ -1,0 +1,88 @@
+"""The command line: builds the Typer app, maps errors to exit codes. Loads nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from llamatune import __version__
+from llamatune.commands.count_params import count_params
+from llamatune.commands.demo import demo
+from llamatune.commands.env import env
+from llamatune.commands.generate import generate
+from llamatune.commands.merge_lora import merge_lora
+from llamatune.commands.prepare_data import prepare_data
+from llamatune.commands.train import train
+from llamatune.errors import LlamatuneError, printable
+
+Verb = Callable[..., None]
+
+_CORE: dict[str, Verb] = {
+    "prepare-data": prepare_data,
+    "train": train,
+    "merge-lora": merge_lora,
+    "generate": generate,
+    "count-params": count_params,
+}
+_OTHERS: dict[str, Verb] = {"demo": demo, "env": env}
+
+
+def build_app() -> typer.Typer:
+    """Every verb, the five core ones first."""
+    app = typer.Typer(
+        name="llamatune",
+        help="Fine-tune LLaMA models with LoRA.",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    )
+
+    @app.callback(invoke_without_command=True)
+    def root(
+        context: typer.Context,
+        version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    ) -> None:
+        if version:
+            typer.echo(f"llamatune {__version__}")
+        elif context.invoked_subcommand is None:
+            typer.echo(context.get_help())
+
+    for panel, verbs in (("Core verbs", _CORE), ("More verbs", _OTHERS)):
+        for name, verb in verbs.items():
+            app.command(name, rich_help_panel=panel)(verb)
+    return app
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit with its code; what a user can cause ends in one line on stderr."""
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: list[str] | None) -> int:
+    try:
+        return build_app()(args=arguments, standalone_mode=False, prog_name="llamatune") or 0
+    except LlamatuneError as fault:
+        return _fail(str(fault), fault.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as fault:
+        where = f": {fault.filename}" if fault.filename else ""
+        return _fail(f"{fault.strerror or fault}{where}", 5)
+    except Exception as fault:
+        # Typer may carry its own copy of click, so its usage errors are known by what they can do.
+        if hasattr(fault, "format_message") and hasattr(fault, "exit_code"):
+            return _fail(f"{fault.format_message().rstrip('.')}: see llamatune --help", 2)
+        if type(fault).__name__ == "Abort":
+            return _fail("interrupted", 130)
+        raise
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {printable(message)}\n")
+    return code

@@ -1,0 +1,93 @@
+"""``llamatune train``: a run spec in, a run directory out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+
+def train(
+    spec_path: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The run spec.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Changes to it, as training.seed=1.")
+    ] = None,
+    resume: Annotated[str, typer.Option(help="auto: continue what the run directory holds; never.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and count everything, train nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Move what is in the way aside.")] = False,
+    force_base: Annotated[
+        bool, typer.Option("--force-base", help="Accept a tokenizer or starting adapter made for another base.")
+    ] = False,
+    allow_spec_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD", help="A field that may differ from the run's, as training.learning_rate."),
+    ] = None,
+    json_mode: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+) -> None:
+    """Fine-tune a model as a run spec says; run it again to continue."""
+    from llamatune.errors import SpecError
+    from llamatune.spec import load_spec
+
+    if resume not in ("auto", "never"):
+        raise SpecError(f"--resume is auto or never, not {resume!r}")
+    spec = load_spec(spec_path, overrides)
+
+    from llamatune.commands._console import Console
+    from llamatune.training.run import plan_training
+    from llamatune.training.run import train as run_training
+
+    with Console(json_mode, writes=True, log_every_steps=spec.training.log_every_steps) as console:
+        if dry_run:
+            plan = plan_training(spec, force_base=force_base, on_event=console.on_event)
+            console.result(plan, lambda out: _print_plan(out, plan, spec.to_yaml()))
+            return
+        summary = run_training(
+            spec,
+            resume=resume == "auto",
+            overwrite=overwrite,
+            force_base=force_base,
+            allowed_changes=tuple(allow_spec_change or ()),
+            on_event=console.on_event,
+            should_stop=console.should_stop,
+        )
+        console.result(summary, lambda out: _print_summary(out, summary))
+
+
+def _print_plan(out: RichConsole, plan: dict[str, Any], resolved: str) -> None:
+    out.print(resolved, markup=False)
+    for key, value in plan.items():
+        out.print(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}", markup=False)
+
+
+def _print_summary(out: RichConsole, summary: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from llamatune.commands._units import duration, gibibytes
+
+    reserved = summary["peak_reserved_bytes"]
+    memory = gibibytes(summary["peak_memory_bytes"])
+    table = Table(title="training", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("steps", f"{summary['steps']:,}")
+    table.add_row("runtime", duration(summary["runtime_s"]))
+    table.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}")
+    if reserved is None:
+        table.add_row(f"peak memory, {summary['device']}", f"{memory} resident")
+    else:
+        table.add_row(f"peak memory, {summary['device']}", f"{memory} allocated, {gibibytes(reserved)} reserved")
+    table.add_row("trainable parameters", f"{summary['trainable_parameters']:,} ({summary['trainable_percent']:.2f} %)")
+    if summary["best_eval_loss"] is not None:
+        table.add_row("best validation loss", f"{summary['best_eval_loss']:.4f} (step {summary['best_step']})")
+    out.print(table)
+    epochs = Table(title="per epoch", title_justify="left")
+    for heading in ("epoch", "train loss", "train perplexity"):
+        epochs.add_column(heading, justify="right")
+    for epoch in summary["epochs"]:
+        epochs.add_row(str(epoch["epoch"]), f"{epoch['train_loss']:.4f}", f"{epoch['train_perplexity']:.2f}")
+    out.print(epochs)
+    out.print(f"written to {summary['output_dir']}", markup=False)

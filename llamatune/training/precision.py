@@ -1,0 +1,53 @@
+"""Every pair of ``model.dtype`` and ``training.precision``: what is computed in which dtype."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import torch
+
+from llamatune.errors import EnvironmentFault
+from llamatune.events import Notice, OnEvent
+from llamatune.spec import RunSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(spec: RunSpec, device: torch.device, on_event: OnEvent) -> None:
+    """Refuse what the device cannot compute, and warn of what it computes very slowly."""
+    wanted = {spec.training.precision, {"bfloat16": "bf16", "float16": "fp16"}.get(spec.model.dtype, "fp32")}
+    if device.type == "cuda" and "bf16" in wanted and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise EnvironmentFault(
+            f"{torch.cuda.get_device_name(device)} has no bf16",
+            None,
+            "set training.precision: fp16 and model.dtype: float16",
+        )
+    if device.type == "cpu" and spec.training.precision == "fp16":
+        on_event(Notice("fp16 matrix products are very slow on a CPU; fp32 or bf16 are the quicker choices", "warning"))
+
+
+def autocast_factory(precision: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """What surrounds each forward pass: autocast to the precision's dtype, or nothing for fp32."""
+    dtype = AUTOCAST_DTYPES[precision]
+    if dtype is None:
+        return contextlib.nullcontext
+    return functools.partial(torch.autocast, device.type, dtype)
+
+
+def residual_dtype(model_dtype: torch.dtype, precision: str) -> torch.dtype:
+    """The dtype of the residual stream: the weights' own where the products are computed in it too, else fp32.
+
+    ========== ================= ================= =================
+    weights    fp32              bf16              fp16
+    ========== ================= ================= =================
+    float32    fp32              fp32, autocast    fp32, autocast
+    bfloat16   fp32, upcast      bf16              fp32, autocast
+    float16    fp32, upcast      fp32, autocast    fp16
+    ========== ================= ================= =================
+
+    'upcast': each frozen matrix is cast to fp32 for its product, one at a time, forward and backward.
+    """
+    return model_dtype if AUTOCAST_DTYPES[precision] == model_dtype else torch.float32

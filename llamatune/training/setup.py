@@ -1,0 +1,211 @@
+"""From a spec to everything that a step needs, checked from the cheapest to the dearest."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llamatune.accounting import ParameterCount, count_parameters
+from llamatune.checkpoints.adapter import Adapter, AdapterConfig, check_adapter, load_adapter
+from llamatune.checkpoints.checkpoint import Checkpoint
+from llamatune.checkpoints.config_files import read_config
+from llamatune.checkpoints.fingerprint import fingerprint
+from llamatune.checkpoints.loading import load_model, open_checkpoint
+from llamatune.data.dataset import Prepared, Split, open_prepared
+from llamatune.data.tokenizer import load_tokenizer
+from llamatune.devices import choose_device
+from llamatune.errors import CheckpointError
+from llamatune.events import Notice, OnEvent, ShouldStop
+from llamatune.model.config import LlamaConfig
+from llamatune.model.lora import apply_lora, load_lora, lora_parameters
+from llamatune.model.transformer import Transformer, initialise
+from llamatune.seeds import derived_seed
+from llamatune.spec import RunSpec
+from llamatune.training.memory import apply_activation_checkpointing
+from llamatune.training.optimizer import build_optimizer, warmup_steps
+from llamatune.training.precision import DTYPES, autocast_factory, check_precision, residual_dtype
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, opened and checked against each other; no weights are loaded yet."""
+
+    config: LlamaConfig
+    checkpoint: Checkpoint | None
+    base_fingerprint: str
+    prepared: Prepared
+    validation: Split | None
+    digests: dict[str, Any]
+    count: ParameterCount
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many windows an epoch has, and where the run ends; a window is one accumulation of micro-batches."""
+
+    rows_per_window: int
+    windows_per_epoch: int
+    num_epochs: int
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The model on its device and what changes it. ``parameters`` are the trained ones by checkpoint name."""
+
+    model: Transformer
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    autocast: Callable[[], contextlib.AbstractContextManager[object]]
+    device: torch.device
+
+
+def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
+    """Open the base and the data, and refuse what does not fit together."""
+    device = choose_device(spec.training.device)
+    check_precision(spec, device, on_event)
+    prepared = open_prepared(Path(spec.data.train))
+    validation, validation_digest = prepared.validation, None
+    if spec.data.validation is not None:
+        other = open_prepared(Path(spec.data.validation))
+        validation, validation_digest = other.train, other.digest
+    base = Path(spec.model.path)
+    if spec.model.init == "random":
+        checkpoint, config = None, read_config(base).with_layers(spec.model.num_layers)
+        base_fingerprint = f"random:{spec.training.seed}"
+    else:
+        checkpoint = open_checkpoint(base)
+        config = checkpoint.config.with_layers(spec.model.num_layers)
+        base_fingerprint = fingerprint(checkpoint)
+    _check_tokens(prepared, validation, config, base, spec)
+    _check_tokenizer(prepared, base, force_base, on_event)
+    if prepared.train.longest_row > config.max_position_embeddings:
+        longest = f"a row of {prepared.train.longest_row} tokens"
+        on_event(Notice(f"{longest} is longer than the {config.max_position_embeddings} the model knows", "warning"))
+    lora = spec.lora
+    count = count_parameters(config, lora.r if lora else None, lora.target_modules if lora else ())
+    digests = {"base": base_fingerprint, "train": prepared.digest, "validation": validation_digest}
+    return Inputs(config, checkpoint, base_fingerprint, prepared, validation, digests, count, device)
+
+
+def _check_tokens(prepared: Prepared, validation: Split | None, config: LlamaConfig, base: Path, spec: RunSpec) -> None:
+    splits = [(spec.data.train, prepared.train)]
+    if validation is not None:
+        splits.append((spec.data.validation or spec.data.train, validation))
+    for where, split in splits:
+        if split.largest_id >= config.vocab_size:
+            raise CheckpointError(
+                f"tokenizer id {split.largest_id} >= {config.vocab_size} embedding rows",
+                f"{where} against {base}",
+                "prepare the data with the tokenizer of this model",
+            )
+
+
+def _check_tokenizer(prepared: Prepared, base: Path, force_base: bool, on_event: OnEvent) -> None:
+    if not (base / "tokenizer.model").is_file():
+        on_event(Notice(f"{base} has no tokenizer.model to compare the data's tokenizer with", "warning"))
+        return
+    own, used = load_tokenizer(base).fingerprint, prepared.facts.get("tokenizer", {}).get("fingerprint")
+    if own != used:
+        if not force_base:
+            raise CheckpointError(
+                "the data was prepared with another tokenizer than the model's",
+                base / "tokenizer.model",
+                "prepare it again with this one, or pass --force-base",
+            )
+        on_event(Notice("training on the ids of another tokenizer than the model's, as --force-base asks", "warning"))
+
+
+def plan_schedule(spec: RunSpec, rows: int) -> Schedule:
+    """Count windows and steps; the last window of an epoch may be partial."""
+    training = spec.training
+    rows_per_window = training.micro_batch_size * training.gradient_accumulation_steps
+    windows_per_epoch = -(-rows // rows_per_window)
+    if training.max_steps is not None:
+        schedule = Schedule(
+            rows_per_window, windows_per_epoch, -(-training.max_steps // windows_per_epoch), training.max_steps
+        )
+    else:
+        epochs = training.num_epochs or 5
+        schedule = Schedule(rows_per_window, windows_per_epoch, epochs, epochs * windows_per_epoch)
+    warmup_steps(training, schedule.total_steps)
+    return schedule
+
+
+def build_learner(
+    spec: RunSpec, inputs: Inputs, force_base: bool, on_event: OnEvent, should_stop: ShouldStop
+) -> Learner:
+    """Load the base, put LoRA in, and build the optimizer over what is trained."""
+    dtype = DTYPES[spec.model.dtype]
+    if inputs.checkpoint is None:
+        with inputs.device:
+            model = Transformer(inputs.config)
+        initialise(model, spec.training.seed)
+        model.to(dtype)
+    else:
+        model = load_model(
+            inputs.checkpoint,
+            dtype,
+            inputs.device,
+            spec.model.num_layers,
+            writable=spec.lora is None,
+            on_event=on_event,
+            should_stop=should_stop,
+        )
+    model.activation_dtype = residual_dtype(dtype, spec.training.precision)
+    if spec.lora is None:
+        model.requires_grad_(True)
+        parameters = dict(model.named_parameters())
+    else:
+        lora = spec.lora
+        apply_lora(
+            model, lora.r, lora.alpha, lora.dropout, lora.target_modules, derived_seed(spec.training.seed, "lora")
+        )
+        if lora.init_from is not None:
+            load_lora(model, _starting_adapter(spec, inputs, force_base, on_event).tensors)
+        parameters = dict(lora_parameters(model))
+    apply_activation_checkpointing(model, spec.training.activation_checkpointing)
+    model.train()
+    return Learner(
+        model,
+        parameters,
+        build_optimizer(spec.training, parameters.values()),
+        torch.amp.GradScaler(inputs.device.type, enabled=spec.training.precision == "fp16"),
+        autocast_factory(spec.training.precision, inputs.device),
+        inputs.device,
+    )
+
+
+def _starting_adapter(spec: RunSpec, inputs: Inputs, force_base: bool, on_event: OnEvent) -> Adapter:
+    assert spec.lora is not None
+    assert spec.lora.init_from is not None
+    adapter = load_adapter(Path(spec.lora.init_from))
+    check_adapter(adapter, inputs.config, inputs.base_fingerprint, force_base, on_event)
+    found, wanted = adapter.config, adapter_config(spec)
+    if (found.r, set(found.target_modules), found.scaling) != (wanted.r, set(wanted.target_modules), wanted.scaling):
+        raise CheckpointError(
+            f"the adapter has r {found.r}, alpha {found.alpha:g} on {', '.join(found.target_modules)}",
+            spec.lora.init_from,
+            "give the lora section the same values",
+        )
+    return adapter
+
+
+def adapter_config(spec: RunSpec) -> AdapterConfig:
+    """The adapter that a spec with a lora section trains."""
+    assert spec.lora is not None
+    return AdapterConfig(
+        r=spec.lora.r,
+        alpha=spec.lora.alpha,
+        dropout=spec.lora.dropout,
+        target_modules=spec.lora.target_modules,
+        use_rslora=False,
+    )

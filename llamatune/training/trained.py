@@ -1,0 +1,96 @@
+"""How trained weights are written and read back: an adapter, or a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from llamatune.checkpoints.adapter import Adapter, load_adapter, save_adapter, write_adapter_files
+from llamatune.checkpoints.huggingface import write_huggingface
+from llamatune.checkpoints.tensors import write_tensors
+from llamatune.errors import CheckpointError
+from llamatune.files import Staging, build_directory
+from llamatune.spec import RunSpec
+from llamatune.training.setup import Inputs, Learner, adapter_config
+
+_WEIGHTS = "weights.safetensors"
+
+
+class TrainedWeights(Protocol):
+    """What the loop writes and reads, whichever weights are trained."""
+
+    def write_checkpoint(self, staging: Staging) -> None:
+        """The trained tensors, bit for bit, as files of a checkpoint in the making."""
+
+    def restore(self, checkpoint: Path) -> None:
+        """Put the tensors of a verified checkpoint back."""
+
+    def write_best(self, path: Path) -> None:
+        """Replace ``best/`` by the weights as they are now."""
+
+    def write_final(self, run: Path) -> None:
+        """Write ``adapter/`` or ``model/`` into the run directory."""
+
+
+def trained_weights(spec: RunSpec, inputs: Inputs, learner: Learner) -> TrainedWeights:
+    """The writer that fits the spec: with a lora section an adapter, without one the whole model."""
+    return _WholeModel(spec, inputs, learner) if spec.lora is None else _AdapterOnly(spec, inputs, learner)
+
+
+def _fill(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], where: Path) -> None:
+    if parameters.keys() != tensors.keys():
+        raise CheckpointError("its tensors are not those that this run trains", where)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+class _AdapterOnly:
+    """A checkpoint of an adapter is a PEFT directory too: it can be generated with and merged as it stands."""
+
+    def __init__(self, spec: RunSpec, inputs: Inputs, learner: Learner) -> None:
+        self._learner, self._config = learner, adapter_config(spec)
+        self._fingerprint, self._base = inputs.base_fingerprint, spec.model.path
+        self._template = inputs.prepared.facts.get("template")
+
+    def _adapter(self) -> Adapter:
+        tensors = {name: parameter.detach().cpu() for name, parameter in self._learner.parameters.items()}
+        return Adapter(self._config, tensors, self._fingerprint, self._template, self._base)
+
+    def write_checkpoint(self, staging: Staging) -> None:
+        write_adapter_files(staging.path, self._adapter())
+        staging.facts.update(base_fingerprint=self._fingerprint, template=self._template)
+
+    def restore(self, checkpoint: Path) -> None:
+        _fill(self._learner.parameters, load_adapter(checkpoint).tensors, checkpoint)
+
+    def write_best(self, path: Path) -> None:
+        save_adapter(path, self._adapter(), overwrite=True)
+
+    def write_final(self, run: Path) -> None:
+        save_adapter(run / "adapter", self._adapter(), overwrite=True)
+
+
+class _WholeModel:
+    def __init__(self, spec: RunSpec, inputs: Inputs, learner: Learner) -> None:
+        self._learner, self._config, self._base = learner, inputs.config, Path(spec.model.path)
+        self._template = inputs.prepared.facts.get("template")
+
+    def write_checkpoint(self, staging: Staging) -> None:
+        write_tensors(staging.path / _WEIGHTS, self._learner.parameters)
+
+    def restore(self, checkpoint: Path) -> None:
+        _fill(self._learner.parameters, load_file(checkpoint / _WEIGHTS), checkpoint)
+
+    def write_best(self, path: Path) -> None:
+        with build_directory(path, "model", {}, overwrite=True) as staging:
+            staging.facts["template"] = self._template
+            write_huggingface(staging.path, self._config, self._learner.parameters, torch.float32, self._base)
+
+    def write_final(self, run: Path) -> None:
+        self.write_best(run / "model")
