@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from llamatune.checkpoints.run_state import (
     restore_optimizer,
     save_run_state,
 )
-from llamatune.data.dataset import Batch, epoch_order
+from llamatune.data.dataset import epoch_order
 from llamatune.errors import CheckpointError, NumericsError, Stopped
 from llamatune.events import (
     CheckpointSaved,
@@ -34,42 +34,22 @@ from llamatune.events import (
     StepSkipped,
 )
 from llamatune.inference.evaluate import held_out_loss, perplexity
-from llamatune.model.loss import summed_loss
-from llamatune.seeds import derived_seed
 from llamatune.spec import RunSpec
 from llamatune.training.memory import peak_memory_bytes, peak_reserved_bytes
 from llamatune.training.optimizer import learning_rate_at
+from llamatune.training.position import Position
 from llamatune.training.run_directory import BEST, RunDirectory, prune_checkpoints
 from llamatune.training.setup import Inputs, Learner, Schedule
 from llamatune.training.trained import TrainedWeights
+from llamatune.training.window import (
+    WindowGradient,
+    accumulate_gradient,
+    make_update,
+    names_without_gradient,
+    skip_update,
+)
 
 _LOWEST_LOSS_SCALE = 1e-4
-
-
-@dataclass
-class Position:
-    """Where a run stands between two windows: all that is saved beside tensors, and nothing that can be derived.
-
-    ``step`` counts updates made, ``window`` accumulation windows consumed (an fp16 overflow consumes one and makes no
-    step). Learning rate is a function of ``step``; data order and dropout are functions of (seed, window).
-    """
-
-    step: int = 0
-    window: int = 0
-    saved_window: int = 0
-    saved_step: int = 0
-    evaluated_step: int = 0
-    closed_epochs: int = 0
-    epoch_loss: float = 0.0
-    epoch_target_tokens: int = 0
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-    best_eval_loss: float | None = None
-    best_step: int | None = None
-    evaluations_without_improvement: int = 0
-    tokens: int = 0
-    training_s: float = 0.0
-    elapsed_s: float = 0.0
-    skipped_windows: int = 0
 
 
 class TrainingLoop:
@@ -119,6 +99,8 @@ class TrainingLoop:
             self.on_event(Notice("another torch version or thread count than before: not bit-exact", "warning"))
         self.run.cut_metrics(progress["metrics_bytes"])
         self._last_checkpoint = found.path
+        if self.position.closed_epochs * self.schedule.windows_per_epoch > self.position.window:
+            self.position.reopen_epoch()  # the run had ended inside it, and now goes on for longer
 
     def execute(self) -> dict[str, Any]:
         """Train to the end; the summary of the run."""
@@ -224,7 +206,14 @@ class TrainingLoop:
         mean = position.epoch_loss / position.epoch_target_tokens
         elapsed = time.monotonic() - self._clock
         done = EpochDone(position.closed_epochs, self.schedule.num_epochs, mean, perplexity(mean), elapsed)
-        position.epochs.append({"epoch": done.epoch, "train_loss": mean, "train_perplexity": done.train_perplexity})
+        position.epochs.append(
+            {
+                "epoch": done.epoch,
+                "train_loss": mean,
+                "train_perplexity": done.train_perplexity,
+                "target_tokens": position.epoch_target_tokens,
+            }
+        )
         position.epoch_loss, position.epoch_target_tokens = 0.0, 0
         self.on_event(done)
 
@@ -272,79 +261,42 @@ class TrainingLoop:
         return self._order[1][start : start + self.schedule.rows_per_window]
 
     def _consume_window(self) -> None:
-        """Accumulate the gradient of one window's rows, weighted by target tokens, and make one update."""
         position, learner, training = self.position, self.learner, self.spec.training
         started, split, rows = time.monotonic(), self.inputs.prepared.train, self._window_rows()
         size = training.micro_batch_size
         micro_batches = [split.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
-        target_tokens = sum(batch.target_tokens for batch in micro_batches)
-        losses = []
-        for index, batch in enumerate(micro_batches):
-            torch.manual_seed(derived_seed(training.seed, "dropout", position.window, index))
-            with learner.autocast():
-                loss = summed_loss(learner.model, batch.input_ids, batch.labels)
-            learner.scaler.scale(loss / target_tokens).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-        loss_scale = learner.scaler.get_scale()
-        learner.scaler.unscale_(learner.optimizer)
-        gradients = [p.grad for p in learner.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        summed, grad_norm = float(torch.stack(losses).double().sum()), float(norm)
-        if not math.isfinite(summed):
-            bad = [batch for batch, loss in zip(micro_batches, losses, strict=True) if not torch.isfinite(loss)]
-            raise self._numerics_fault("the loss is not finite", bad)
-        if learner.scaler.is_enabled() and not math.isfinite(grad_norm):
-            self._skip_window(micro_batches)
+        gradient = accumulate_gradient(learner, micro_batches, training.seed, position.window)
+        if gradient.bad_rows:
+            raise self._numerics_fault("the loss is not finite", gradient.bad_rows)
+        if not gradient.is_finite:
+            all_rows = tuple(row for batch in micro_batches for row in batch.rows)
+            if not learner.scaler.is_enabled():
+                raise self._numerics_fault("the gradient is not finite", all_rows)
+            self._skip_window(all_rows)
             return
-        if not math.isfinite(grad_norm):
-            raise self._numerics_fault("the gradient is not finite", micro_batches)
         if position.step == 0:
-            self._check_gradients()
-        if training.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(learner.parameters.values(), training.max_grad_norm, norm)
+            without = names_without_gradient(learner)
+            assert not without, f"no gradient reached {without[0]} and {len(without) - 1} others"
         learning_rate = learning_rate_at(training, position.step, self.schedule.total_steps)
-        for group in learner.optimizer.param_groups:
-            group["lr"] = learning_rate
-        learner.optimizer.step()
-        learner.scaler.update()
-        learner.optimizer.zero_grad(set_to_none=True)
-        self._report_step(
-            summed, target_tokens, sum(b.tokens for b in micro_batches), learning_rate, grad_norm, loss_scale, started
-        )
+        make_update(learner, gradient, learning_rate, training.max_grad_norm)
+        self._report_step(gradient, learning_rate, started)
 
-    def _skip_window(self, micro_batches: list[Batch]) -> None:
-        scaler = self.learner.scaler
-        scaler.update()
-        self.learner.optimizer.zero_grad(set_to_none=True)
+    def _skip_window(self, rows: tuple[int, ...]) -> None:
+        loss_scale = skip_update(self.learner)
+        if loss_scale < _LOWEST_LOSS_SCALE:
+            raise self._numerics_fault("the gradient overflows fp16 at any loss scale", rows)
         self.position.window += 1
         self.position.skipped_windows += 1
-        skipped = StepSkipped(self.position.window, scaler.get_scale())
-        if skipped.loss_scale < _LOWEST_LOSS_SCALE:
-            raise self._numerics_fault("the gradient overflows fp16 at any loss scale", micro_batches)
-        self.run.record({"event": "skipped", "window": skipped.window, "loss_scale": skipped.loss_scale})
-        self.on_event(skipped)
+        self.run.record({"event": "skipped", "window": self.position.window, "loss_scale": loss_scale})
+        self.on_event(StepSkipped(self.position.window, loss_scale))
 
-    def _check_gradients(self) -> None:
-        """After the first backward every trained tensor must have a gradient: a silent None trains nothing."""
-        without = [name for name, parameter in self.learner.parameters.items() if parameter.grad is None]
-        assert not without, f"no gradient reached {without[0]} and {len(without) - 1} others"
-
-    def _report_step(
-        self,
-        summed: float,
-        target_tokens: int,
-        tokens: int,
-        learning_rate: float,
-        grad_norm: float,
-        loss_scale: float,
-        started: float,
-    ) -> None:
+    def _report_step(self, gradient: WindowGradient, learning_rate: float, started: float) -> None:
         position, now = self.position, time.monotonic()
         position.step += 1
         position.window += 1
-        position.epoch_loss += summed
-        position.epoch_target_tokens += target_tokens
-        position.tokens += tokens
+        position.epoch_loss += gradient.loss * gradient.target_tokens
+        position.epoch_target_tokens += gradient.target_tokens
+        position.tokens += gradient.tokens
         position.training_s += now - started
         done = StepDone(
             step=position.step,
@@ -352,12 +304,12 @@ class TrainingLoop:
             window=position.window,
             epoch=position.window / self.schedule.windows_per_epoch,
             num_epochs=self.schedule.num_epochs,
-            loss=summed / target_tokens,
+            loss=gradient.loss,
             learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            loss_scale=loss_scale,
-            target_tokens=target_tokens,
-            tokens_per_second=tokens / max(now - started, 1e-9),
+            grad_norm=gradient.grad_norm,
+            loss_scale=gradient.loss_scale,
+            target_tokens=gradient.target_tokens,
+            tokens_per_second=gradient.tokens / max(now - started, 1e-9),
             peak_memory_bytes=peak_memory_bytes(self.learner.device),
             elapsed_s=now - self._clock,
         )
@@ -366,9 +318,9 @@ class TrainingLoop:
         self.run.record({"event": "step", **values})
         self.on_event(done)
 
-    def _numerics_fault(self, what: str, batches: list[Batch] | tuple[()]) -> NumericsError:
-        rows = sorted({row for batch in batches for row in batch.rows})
-        among = f", among rows {', '.join(map(str, rows[:8]))}{' ...' if len(rows) > 8 else ''}" if rows else ""
+    def _numerics_fault(self, what: str, rows: tuple[int, ...]) -> NumericsError:
+        shown = ", ".join(map(str, sorted(rows)[:8])) + (" ..." if len(rows) > 8 else "")
+        among = f", among rows {shown}" if rows else ""
         training = self.spec.training
         last = f"the last good checkpoint is {self._last_checkpoint}" if self._last_checkpoint else "nothing was saved"
         return NumericsError(

@@ -1,0 +1,1 @@
+"""What is on disk: the only rooms that know a file format."""

@@ -1,0 +1,170 @@
+"""LoRA adapters as PEFT directories: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+PEFT itself loads an adapter whose configuration lost ``lora_alpha`` or lists other modules than its file, and computes
+something else without a word. Here the configuration is a closed schema, and the file must hold exactly what it says.
+Our own facts (fingerprint of the base, template) stand in the manifest beside them, which PEFT ignores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamatune.checkpoints.adapter_config import CONFIG_FILE, AdapterConfig, dump_config, read_adapter_config
+from llamatune.checkpoints.checkpoint import TORCH_DTYPES, read_into, refuse_unfit
+from llamatune.checkpoints.tensors import write_tensors
+from llamatune.errors import CheckpointError
+from llamatune.events import Notice, OnEvent, ignore_event
+from llamatune.files import MANIFEST, build_directory, digest_file, dump_json, read_json, writing
+from llamatune.model.config import LlamaConfig, linear_path
+from llamatune.tensor_files import read_header
+
+__all__ = ["Adapter", "AdapterConfig", "check_adapter", "load_adapter", "save_adapter", "write_adapter_files"]
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank update and where it belongs.
+
+    ``tensors`` are named like ``model.layers.0.self_attn.q_proj.lora_A.weight``: A (R, in), B (out, R), fp32.
+    ``base_path`` is the base as the user named it, ``digest`` the SHA-256 of the file it was loaded from.
+    """
+
+    config: AdapterConfig
+    tensors: dict[str, torch.Tensor]
+    base_fingerprint: str | None = None
+    template: dict[str, Any] | None = None
+    base_path: str | None = None
+    path: Path | None = None
+    digest: str | None = None
+
+    def matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A and B of the weight called ``name``, or None where it has no update."""
+        stem = name.removesuffix(".weight")
+        if f"{stem}.lora_A.weight" not in self.tensors:
+            return None
+        return self.tensors[f"{stem}.lora_A.weight"], self.tensors[f"{stem}.lora_B.weight"]
+
+
+def load_adapter(path: Path) -> Adapter:
+    """Read a PEFT adapter directory, ours or PEFT's own, into fp32 on the CPU. It is not yet checked against a base.
+
+    Raises:
+        CheckpointError: no adapter, a configuration that means something else than plain LoRA, a pickle, a broken or
+            changed file, NaN or infinity.
+    """
+    path = Path(path)
+    config, base_path = read_adapter_config(path)
+    file = path / WEIGHTS_FILE
+    if not file.exists() and (path / "adapter_model.bin").exists():
+        raise CheckpointError(
+            "adapter_model.bin is not read: it is a pickle and can run code", path,
+            "save the adapter as safetensors (PEFT: save_pretrained(..., safe_serialization=True))",
+        )  # fmt: skip
+    entries, _ = read_header(file)
+    digest = digest_file(file)
+    fingerprint, template = _read_facts(path, digest)
+    tensors = {}
+    for stored, entry in entries.items():
+        if entry.dtype not in TORCH_DTYPES:
+            raise CheckpointError(f"{stored} is {entry.dtype}, not a float tensor", file, "fetch it again")
+        tensor = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        read_into(file, entry.begin, tensor)
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{stored} holds NaN or infinity", file, "the training that wrote it had diverged")
+        tensors[stored.removeprefix(_PREFIX) if stored.startswith(_PREFIX) else f"({stored})"] = tensor.float()
+    return Adapter(config, tensors, fingerprint, template, base_path, path, digest)
+
+
+def check_adapter(
+    adapter: Adapter,
+    config: LlamaConfig,
+    fingerprint: str | None = None,
+    force_base: bool = False,
+    on_event: OnEvent = ignore_event,
+) -> None:
+    """Make sure that the adapter belongs to the base: every tensor in its shape, none more, and the same fingerprint.
+
+    Args:
+        fingerprint: the base's; None where there are no weights to compare with.
+        force_base: accept another base of the same shape.
+
+    Raises:
+        CheckpointError: tensors missing, unexpected or misshapen (named), or made for another base.
+    """
+    where = adapter.path or Path("adapter")
+    refuse_unfit(
+        where,
+        adapter_shapes(adapter.config, config),
+        {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()},
+        todo="adapter_config.json, its tensors and the base must belong together",
+    )
+    if not any(tensor.any() for name, tensor in adapter.tensors.items() if name.endswith(".lora_B.weight")):
+        on_event(Notice(f"{where}: every lora_B is zero, so the adapter changes nothing", "warning"))
+    if fingerprint is None:
+        return
+    if adapter.base_fingerprint is None:
+        on_event(Notice(f"{where}: it does not say which base it was trained on; make sure it is this one", "warning"))
+    elif adapter.base_fingerprint != fingerprint:
+        if not force_base:
+            named = f" ({adapter.base_path})" if adapter.base_path else ""
+            raise CheckpointError(
+                f"the adapter was trained on another base{named}", where, "give that base, or pass --force-base"
+            )
+        on_event(Notice(f"{where}: used on another base than it was trained on, as --force-base asks", "warning"))
+
+
+def adapter_shapes(adapter: AdapterConfig, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that an adapter of this configuration has on this model: targets x layers x {A, B}."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(config.num_hidden_layers):
+        for module in adapter.target_modules:
+            rows, columns = config.linear_shape(module)
+            stem = f"model.layers.{layer}.{linear_path(module)}"
+            shapes[f"{stem}.lora_A.weight"] = (adapter.r, columns)
+            shapes[f"{stem}.lora_B.weight"] = (rows, adapter.r)
+    return shapes
+
+
+def save_adapter(path: Path, adapter: Adapter, overwrite: bool = False, inputs: dict[str, Any] | None = None) -> None:
+    """Write an adapter directory atomically: PEFT's two files, and our facts in the manifest."""
+    with build_directory(path, "adapter", inputs or {}, overwrite) as staging:
+        write_adapter_files(staging.path, adapter)
+        staging.facts.update(base_fingerprint=adapter.base_fingerprint, template=adapter.template)
+
+
+def write_adapter_files(directory: Path, adapter: Adapter) -> None:
+    """PEFT's two files, without the manifest, into an existing directory; never a tensor with NaN or infinity."""
+    for name, tensor in adapter.tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name} holds NaN or infinity and is not saved", directory)
+    with writing(directory / CONFIG_FILE) as file:
+        file.write(dump_json(dump_config(adapter.config, adapter.base_path)))
+    tensors = {f"{_PREFIX}{name}": adapter.tensors[name].detach().float() for name in sorted(adapter.tensors)}
+    write_tensors(directory / WEIGHTS_FILE, tensors)
+
+
+def _read_facts(path: Path, digest: str) -> tuple[str | None, dict[str, Any] | None]:
+    """Fingerprint of the base and template from our manifest; PEFT's own adapters have none."""
+    if not (path / MANIFEST).exists():
+        return None, None
+    manifest = read_json(path / MANIFEST, max_bytes=16 << 20)
+    facts, files = manifest.get("facts"), manifest.get("files")
+    recorded = files.get(WEIGHTS_FILE) if isinstance(files, dict) else None
+    if isinstance(recorded, dict) and recorded.get("sha256") != digest:
+        raise CheckpointError(
+            "differs from what its manifest recorded", path / WEIGHTS_FILE,
+            f"fetch it again, or remove {MANIFEST} if you changed it yourself",
+        )  # fmt: skip
+    if not isinstance(facts, dict):
+        return None, None
+    fingerprint, template = facts.get("base_fingerprint"), facts.get("template")
+    if not isinstance(fingerprint, str | None) or not isinstance(template, dict | None):
+        raise CheckpointError("base_fingerprint or template is malformed", path / MANIFEST, "fetch it again")
+    return fingerprint, template

@@ -1,0 +1,134 @@
+"""A model checkpoint as its readers see it: Hugging Face names and layout, one tensor at a time."""
+
+from __future__ import annotations
+
+import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from llamatune.checkpoints.config_files import Format
+from llamatune.checkpoints.stored import Stored, listed
+from llamatune.checkpoints.tensors import tensor_bytes
+from llamatune.errors import CheckpointError, EnvironmentFault
+from llamatune.files import open_regular
+from llamatune.model.config import LlamaConfig
+
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+STORED_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What ``--dtype`` and ``model.dtype`` call them."""
+
+
+class Checkpoint(ABC):
+    """A checked checkpoint: every tensor of ``config`` is there, in its shape, and nothing else is.
+
+    ``names`` are those of ``config.parameter_shapes()``, in that order.
+    """
+
+    format: Format
+
+    def __init__(self, path: Path, config: LlamaConfig) -> None:
+        self.path, self.config = path, config
+        self._shapes = dict(config.parameter_shapes())
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor; a tied head is none of its own."""
+        return tuple(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole tensor's shape, whatever its shards hold."""
+        return self._shapes[name]
+
+    @abstractmethod
+    def parts(self, name: str) -> Sequence[Stored]:
+        """Where the tensor lies: one part, or one for each of Meta's shards."""
+
+    @abstractmethod
+    def tensor(self, name: str, mapped: bool = False) -> torch.Tensor:
+        """The tensor in memory of its own; ``mapped``: in the page cache, where the layout on disk allows it."""
+
+    @abstractmethod
+    def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Some rows of a matrix, (len(rows), in), or elements of a vector, without reading the others."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored."""
+        return TORCH_DTYPES[self.parts(name)[0].dtype]
+
+    def stored_bytes(self) -> int:
+        """The size of all tensors on disk."""
+        return sum(part.entry.end - part.entry.begin for name in self.names for part in self.parts(name))
+
+    def _read(self, stored: Stored, mapped: bool = False) -> torch.Tensor:
+        dtype, entry = TORCH_DTYPES[stored.dtype], stored.entry
+        if mapped and entry.begin % dtype.itemsize == 0:
+            # A private copy-on-write mapping: the file can never change through it.
+            return torch.frombuffer(
+                self._map(stored.path), dtype=dtype, count=(entry.end - entry.begin) // dtype.itemsize,
+                offset=entry.begin,
+            ).view(entry.shape)  # fmt: skip
+        tensor = torch.empty(entry.shape, dtype=dtype)
+        read_into(stored.path, entry.begin, tensor)
+        return tensor
+
+    def _read_rows(self, stored: Stored, rows: Iterable[int]) -> torch.Tensor:
+        dtype = TORCH_DTYPES[stored.dtype]
+        data = bytearray(stored.row_bytes(rows))
+        return torch.frombuffer(data, dtype=dtype).view(-1, *stored.shape[1:])
+
+    def _map(self, path: Path) -> mmap.mmap:
+        if path not in self._maps:
+            with open_regular(path) as file:
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[path]
+
+
+def read_into(path: Path, begin: int, tensor: torch.Tensor) -> None:
+    """Fill a contiguous CPU tensor with the bytes of ``path`` from ``begin`` on."""
+    view = tensor_bytes(tensor)
+    with open_regular(path) as file:
+        try:
+            file.seek(begin)
+            while view:
+                count = file.readinto(view)  # type: ignore[attr-defined]
+                if not count:
+                    raise CheckpointError("became shorter while it was read", path, "do not replace files in use")
+                view = view[count:]
+        except OSError as fault:
+            raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
+
+
+def refuse_unfit(
+    path: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    ignored: Iterable[str] = (),
+    dtypes: Mapping[str, str] | None = None,
+    todo: str = "configuration and weights must be of the same model",
+) -> None:
+    """Raise one line that names the missing, unexpected and misshapen tensors, if there are any."""
+    missing = [name for name in expected if name not in found]
+    surplus = sorted(set(found) - set(expected) - set(ignored))
+    misshapen = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    foreign = [f"{name} {dtype}" for name, dtype in (dtypes or {}).items() if dtype not in TORCH_DTYPES]
+    faults = [
+        f"{what}: {listed(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", surplus),
+            ("wrong shape", misshapen),
+            ("neither float32, bfloat16 nor float16", foreign),
+        )
+        if names
+    ]
+    if faults:
+        raise CheckpointError(f"the tensors do not fit the configuration ({'; '.join(faults)})", path, todo)

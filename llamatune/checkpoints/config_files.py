@@ -1,0 +1,251 @@
+"""``config.json`` (Hugging Face) and ``params.json`` (Meta) as a ``LlamaConfig``. No torch.
+
+What would compute something else than LLaMA is refused by name; what the weights know better (vocabulary of Meta's
+``-1``, a tied head) is taken from their headers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from llamatune.checkpoints.stored import Stored, has_weights, same_bytes, stored_huggingface, stored_meta
+from llamatune.errors import CheckpointError
+from llamatune.files import open_regular, read_json
+from llamatune.model.config import LlamaConfig
+
+Format = Literal["hf", "meta"]
+HF_HEAD, HF_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+META_HEAD, META_EMBEDDING = "output.weight", "tok_embeddings.weight"
+_LARGEST_TOKENIZER = 64 << 20
+
+
+def detect_format(path: Path) -> Format:
+    """Whether a model directory is Hugging Face's or Meta's."""
+    if not path.exists():
+        raise CheckpointError("no such model directory", path)
+    if not path.is_dir():
+        raise CheckpointError("a file where a model directory is expected", path, f"did you mean {path.parent}?")
+    found: list[Format] = []
+    if (path / "config.json").exists():
+        found.append("hf")
+    if (path / "params.json").exists():
+        found.append("meta")
+    if len(found) == 2:
+        found = [name for name in found if has_weights(path, name)] or found
+    if found:
+        return found[0]
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError("an adapter, not a model", path, "give the base as --model and this as --adapter")
+    raise CheckpointError(
+        "neither config.json (Hugging Face) nor params.json (Meta) is in it", path, "give a LLaMA model directory"
+    )
+
+
+def read_config(path: Path) -> LlamaConfig:
+    """The shape of the model in ``path``; weights, where there are any, are looked at by their headers alone."""
+    if detect_format(path) == "hf":
+        return huggingface_config(path, stored_huggingface(path) if has_weights(path, "hf") else None)
+    return meta_config(path, stored_meta(path) if has_weights(path, "meta") else None)
+
+
+def huggingface_config(path: Path, stored: dict[str, Stored] | None) -> LlamaConfig:
+    """``config.json`` as transformers 4 and 5 write it, and ``generation_config.json``'s stop tokens."""
+    facts = _Facts(path / "config.json")
+    if facts.raw.get("model_type") != "llama":
+        facts.refuse("model_type", "only 'llama' is supported")
+    facts.expect("hidden_act", "silu")
+    facts.expect("attention_bias", False)
+    facts.expect("mlp_bias", False)
+    for key in ("quantization_config", "rope_scaling", "rope_parameters"):
+        value = facts.raw.get(key)
+        if value is not None and (key == "quantization_config" or not _default_rope(value)):
+            facts.refuse(key, "its computation is not supported")
+    rope = facts.raw.get("rope_parameters") or {}
+    heads = facts.integer("num_attention_heads")
+    config = facts.build(
+        hidden_size=facts.integer("hidden_size"),
+        intermediate_size=facts.integer("intermediate_size"),
+        num_hidden_layers=facts.integer("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=facts.integer("num_key_value_heads", heads),
+        vocab_size=facts.integer("vocab_size"),
+        head_dim=facts.integer("head_dim", 0),
+        rms_norm_eps=facts.number("rms_norm_eps", 1e-6),
+        rope_theta=facts.number("rope_theta", facts.number("rope_theta", 10000.0, rope)),
+        max_position_embeddings=facts.integer("max_position_embeddings", 2048),
+        tie_word_embeddings=facts.flag("tie_word_embeddings", False),
+        bos_token_id=facts.integer("bos_token_id", 1),
+        eos_token_ids=_stop_tokens(path, facts),
+    )
+    if stored is None:
+        return config
+    head, embedding = stored.get(HF_HEAD), stored.get(HF_EMBEDDING)
+    if head is None and not config.tie_word_embeddings and embedding is not None:
+        raise CheckpointError(f"{HF_HEAD} is missing and tie_word_embeddings is false", path, "fetch the weights again")
+    if head is not None and embedding is not None:
+        tied = config.tie_word_embeddings and same_bytes(head, embedding)
+        config = dataclasses.replace(config, tie_word_embeddings=tied)
+    return config
+
+
+def meta_config(path: Path, shards: list[dict[str, Stored]] | None) -> LlamaConfig:
+    """``params.json``; the vocabulary of a ``-1`` comes from the embedding's rows, or else from the tokenizer."""
+    facts = _Facts(path / "params.json")
+    facts.expect("use_scaled_rope", False)
+    for key in ("quantization_args", "lora_args", "moe_args"):
+        if facts.raw.get(key) is not None:
+            facts.refuse(key, "its computation is not supported")
+    dim, heads = facts.integer("dim"), facts.integer("n_heads")
+    theta = facts.number("rope_theta", 10000.0)
+    multiple_of = facts.integer("multiple_of", 256)
+    multiplier = facts.number("ffn_dim_multiplier", 1.0)
+    if not 0 < multiple_of < 1 << 20 or not 0 < multiplier < 64 or not 0 < dim < 1 << 20:
+        facts.refuse("dim, multiple_of or ffn_dim_multiplier", "no LLaMA model has it")
+    vocabulary = facts.integer("vocab_size", -1)
+    if vocabulary == -1:
+        vocabulary = _meta_vocabulary(path, dim, shards)
+    llama_3 = vocabulary == 128256
+    return facts.build(
+        hidden_size=dim,
+        intermediate_size=feed_forward_size(dim, multiple_of, multiplier),
+        num_hidden_layers=facts.integer("n_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=facts.integer("n_kv_heads", heads),
+        vocab_size=vocabulary,
+        rms_norm_eps=facts.number("norm_eps", 1e-5),
+        rope_theta=theta,
+        max_position_embeddings=8192 if llama_3 else 4096,
+        tie_word_embeddings=shards is not None and not any(META_HEAD in shard for shard in shards),
+        bos_token_id=128000 if llama_3 else 1,
+        eos_token_ids=(128001, 128009) if llama_3 else (2,),
+    )
+
+
+def feed_forward_size(dim: int, multiple_of: int, multiplier: float) -> int:
+    """Meta's rule for the feed-forward width (llama/model.py, ``FeedForward.__init__``)."""
+    return multiple_of * -(-int(multiplier * int(2 * 4 * dim / 3)) // multiple_of)
+
+
+def embedding_axis(shards: list[dict[str, Stored]], dim: int) -> int:
+    """Along which axis Meta split the embedding: 1 (by columns) in Llama-2's shards, 0 (by rows) in Llama-3's."""
+    shape = shards[0][META_EMBEDDING].shape
+    return 0 if len(shape) == 2 and shape[1] == dim else 1
+
+
+def count_tokenizer_pieces(path: Path) -> int:
+    """Pieces of a SentencePiece model, counted in its protobuf (field 1 of ModelProto) without loading it."""
+    with open_regular(path, max_bytes=_LARGEST_TOKENIZER) as file:
+        data = file.read()
+    pieces = position = 0
+    try:
+        while position < len(data):
+            tag, position = _varint(data, position)
+            if tag & 7 == 2:
+                size, position = _varint(data, position)
+                position += size
+            elif tag & 7 in (1, 5):
+                position += 8 if tag & 7 == 1 else 4
+            elif tag & 7 == 0:
+                _, position = _varint(data, position)
+            else:
+                raise IndexError
+            pieces += tag == 0x0A
+        if position != len(data) or not pieces:
+            raise IndexError
+    except IndexError:
+        raise CheckpointError("not a SentencePiece model", path, "give the tokenizer.model of the weights") from None
+    return pieces
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise IndexError
+
+
+def _meta_vocabulary(path: Path, dim: int, shards: list[dict[str, Stored]] | None) -> int:
+    embedding = shards[0].get(META_EMBEDDING) if shards is not None else None
+    if shards is not None and embedding is not None and len(embedding.shape) == 2:
+        rows = embedding.shape[0]
+        return rows * len(shards) if embedding_axis(shards, dim) == 0 else rows
+    if (path / "tokenizer.model").exists():
+        return count_tokenizer_pieces(path / "tokenizer.model")
+    raise CheckpointError(
+        "vocab_size is -1 and there are neither weights nor a tokenizer.model", path / "params.json",
+        "put tokenizer.model beside it",
+    )  # fmt: skip
+
+
+def _default_rope(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    kind = value.get("rope_type", value.get("type", "default"))
+    return kind == "default" and value.get("partial_rotary_factor") in (None, 1.0)
+
+
+def _stop_tokens(path: Path, facts: _Facts) -> tuple[int, ...]:
+    """``eos_token_id`` of generation_config.json where it has one, else of config.json: a number or a list."""
+    generation = path / "generation_config.json"
+    found = read_json(generation).get("eos_token_id") if generation.exists() else None
+    where = generation if found is not None else facts.path
+    found = facts.raw.get("eos_token_id") if found is None else found
+    ids = [2] if found is None else found if isinstance(found, list) else [found]
+    if not ids or not all(type(n) is int and 0 <= n < 1 << 32 for n in ids):
+        raise CheckpointError(f"eos_token_id is {found!r}", where, "a token id or a list of token ids is expected")
+    return tuple(ids)
+
+
+class _Facts:
+    """A JSON object whose values are taken out with their types checked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.raw = read_json(path)
+
+    def refuse(self, key: str, why: str) -> None:
+        raise CheckpointError(f"{key} is {str(self.raw.get(key))[:80]!r}", self.path, why)
+
+    def expect(self, key: str, value: object) -> None:
+        found = self.raw.get(key)
+        if found is not None and (found != value or type(found) is not type(value)):
+            self.refuse(key, f"only {value!r} is supported: anything else computes another model")
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        return int(self._take(key, default, int, self.raw))
+
+    def flag(self, key: str, default: bool) -> bool:
+        return bool(self._take(key, default, bool, self.raw))
+
+    def number(self, key: str, default: float, source: dict[str, Any] | None = None) -> float:
+        source = self.raw if source is None else source
+        if type(source.get(key)) is int and abs(source[key]) < 1 << 60:
+            source = {key: float(source[key])}
+        value = float(self._take(key, default, float, source))
+        if not math.isfinite(value):
+            self.refuse(key, "a finite number is expected")
+        return value
+
+    def _take(self, key: str, default: Any, kind: type, source: dict[str, Any]) -> Any:
+        value = source.get(key)
+        if value is None and default is not None:
+            return default
+        if value is None:
+            raise CheckpointError(f"has no {key}", self.path, "fetch it again")
+        if type(value) is not kind:
+            names = {int: "a whole number", float: "a number", bool: "true or false"}
+            raise CheckpointError(f"{key} is {str(value)[:80]!r}", self.path, f"{names[kind]} is expected")
+        return value
+
+    def build(self, **values: Any) -> LlamaConfig:
+        try:
+            return LlamaConfig(**values)
+        except CheckpointError as fault:
+            raise CheckpointError(fault.what, self.path, fault.todo) from None

@@ -1,0 +1,77 @@
+"""From a checkpoint directory to a model, at the price of the model and one tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from llamatune.checkpoints.checkpoint import Checkpoint
+from llamatune.checkpoints.config_files import detect_format
+from llamatune.checkpoints.huggingface import HuggingFaceCheckpoint
+from llamatune.checkpoints.meta import MetaCheckpoint
+from llamatune.errors import Stopped
+from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.model.transformer import Transformer
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a model directory of either format and check it completely, before any tensor is read.
+
+    Raises:
+        CheckpointError: no model directory, a model that is not LLaMA, missing, unexpected or misshapen tensors,
+            broken or unsafe files.
+    """
+    path = Path(path)
+    if detect_format(path) == "meta":
+        return MetaCheckpoint.open(path)
+    return HuggingFaceCheckpoint.open(path)
+
+
+def load_model(
+    source: Path | Checkpoint,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    num_layers: int | None = None,
+    writable: bool = False,
+    on_event: OnEvent = ignore_event,
+    should_stop: ShouldStop = never_stop,
+) -> Transformer:
+    """Build the model and fill it with a checkpoint's weights, all frozen (``requires_grad`` false).
+
+    Args:
+        source: a model directory or an opened checkpoint.
+        dtype: what the weights are held in; None: as stored.
+        device: where they go, one tensor after the other.
+        num_layers: keep only the first blocks.
+        writable: the caller will change weights in place, so none may stay mapped from the file. Without it, CPU
+            weights that need no conversion are shared with the page cache.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    config = checkpoint.config.with_layers(num_layers)
+    device = torch.device(device)
+    with torch.device("meta"):
+        model = Transformer(config)
+    names = [name for name, _ in config.parameter_shapes()]
+    assert set(names) == {name for name, _ in model.named_parameters()}, "the model's names are the checkpoint's"
+    broken = []
+    for done, name in enumerate(names):
+        if should_stop():
+            raise Stopped("stopped while loading the model", checkpoint.path, "run the same command again")
+        stays = device.type == "cpu" and not writable and dtype in (None, checkpoint.dtype(name))
+        tensor = checkpoint.tensor(name, mapped=stays).to(device=device, dtype=dtype)
+        if not is_finite(tensor):
+            broken.append(name)
+        path, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(path), attribute, torch.nn.Parameter(tensor, requires_grad=False))
+        on_event(Progress("loading", done + 1, len(names)))
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        on_event(Notice(f"{checkpoint.path}: the weights of {broken[0]}{more} hold NaN or infinity", "warning"))
+    return model
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a float tensor holds neither NaN nor infinity; one pass, nothing allocated."""
+    least, most = tensor.aminmax()
+    return bool(torch.isfinite(least) & torch.isfinite(most))

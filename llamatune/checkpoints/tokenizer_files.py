@@ -1,0 +1,64 @@
+"""The tokenizer that travels with a model's weights. Files are copied as they are; no torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from llamatune.checkpoints.config_files import count_tokenizer_pieces
+from llamatune.errors import CheckpointError
+from llamatune.events import Notice, OnEvent, ignore_event
+from llamatune.files import dump_json, open_regular, writing
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+_FILES = (
+    SENTENCEPIECE_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_LARGEST = 256 << 20
+
+
+def copy_file(source: Path, directory: Path) -> None:
+    """Copy one regular file byte for byte, with the umask's mode."""
+    with open_regular(source, max_bytes=_LARGEST) as original, writing(directory / source.name) as copy:
+        shutil.copyfileobj(original, copy)
+
+
+def copy_huggingface_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignore_event) -> None:
+    """Every tokenizer file that transformers reads, from a model directory of either format."""
+    present = [name for name in _FILES if (source / name).exists()]
+    for name in present:
+        copy_file(source / name, directory)
+    if not present:
+        on_event(Notice(f"{source}: no tokenizer in it, so none is written", "warning"))
+    if present == [SENTENCEPIECE_FILE] and (source / "params.json").exists():
+        _complete_meta_tokenizer(source, directory, on_event)
+
+
+def _complete_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent) -> None:
+    """Meta's directories hold a ``tokenizer.model`` alone; transformers wants to be told what it is."""
+    try:
+        count_tokenizer_pieces(source / SENTENCEPIECE_FILE)
+    except CheckpointError:
+        on_event(Notice(f"{source}: not SentencePiece; transformers needs a tokenizer.json beside it", "warning"))
+        return
+    facts = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "clean_up_tokenization_spaces": False,
+        "legacy": True,
+    }
+    with writing(directory / "tokenizer_config.json") as file:
+        file.write(dump_json(facts))
+
+
+def copy_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignore_event) -> None:
+    """Meta's directories hold one ``tokenizer.model``."""
+    if (source / SENTENCEPIECE_FILE).exists():
+        copy_file(source / SENTENCEPIECE_FILE, directory)
+    else:
+        on_event(Notice(f"{source}: no tokenizer.model, which Meta's format needs; add it yourself", "warning"))

@@ -1,0 +1,95 @@
+"""``llamatune count-params``: parameters in closed form; no weights are loaded, and torch neither."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+    from llamatune.accounting import ParameterCount
+
+
+def count_params(
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="A model directory.", show_default=False)
+    ] = None,
+    preset_name: Annotated[
+        str | None,
+        typer.Option("--preset", metavar="NAME", help="A published shape, such as llama-2-7b.", show_default=False),
+    ] = None,
+    r: Annotated[int | None, typer.Option("--r", metavar="R", help="Rank of the adapter.", show_default="16")] = None,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(
+            "--target-modules", metavar="NAMES", help="A comma list, or all-linear.", show_default="q_proj,v_proj"
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", metavar="DIR", help="Take rank and modules from an adapter.", show_default=False),
+    ] = None,
+    json_mode: Annotated[bool, typer.Option("--json", help="Print the counts as one JSON object.")] = False,
+) -> None:
+    """Count a model's parameters and those that LoRA trains."""
+    from llamatune.accounting import count_parameters
+    from llamatune.checkpoints.adapter_config import read_adapter_config
+    from llamatune.checkpoints.config_files import read_config
+    from llamatune.commands._console import Console
+    from llamatune.errors import SpecError
+    from llamatune.model.config import LINEAR_MODULES, preset
+
+    with Console(json_mode, writes=False) as console:
+        if (model is None) == (preset_name is None):
+            raise SpecError("give one of --model and --preset", todo="for example --preset llama-2-7b")
+        if adapter is not None and (r is not None or target_modules is not None):
+            raise SpecError("--adapter says the rank and the modules", todo="leave out --r and --target-modules")
+        config = preset(preset_name) if preset_name is not None else read_config(model or Path())
+        if adapter is not None:
+            found, _ = read_adapter_config(adapter)
+            rank, targets = found.r, found.target_modules
+        else:
+            rank = 16 if r is None else r
+            names = (target_modules or "q_proj,v_proj").split(",")
+            targets = LINEAR_MODULES if names == ["all-linear"] else tuple(name.strip() for name in names)
+        unknown = [name for name in targets if name not in LINEAR_MODULES]
+        if unknown:
+            raise SpecError(
+                f"no linear layer called {unknown[0]!r}", "--target-modules", f"there are {', '.join(LINEAR_MODULES)}"
+            )
+        if not 1 <= rank <= 1 << 16:
+            raise SpecError(f"a rank of {rank}", "--r", "a rank from 1 to 65536 is needed")
+        count = count_parameters(config, rank, targets)
+        payload = {
+            "base_parameters": count.base_parameters,
+            "trainable_parameters": count.trainable_parameters,
+            "total_parameters": count.total_parameters,
+            "trainable_percent": round(count.trainable_percent, 4),
+            "reduction_percent": round(count.reduction_percent, 2),
+            "r": rank,
+            "target_modules": list(targets),
+            "modules": {name: dict(facts) for name, facts in count.modules.items()},
+        }
+        console.result(payload, lambda out: _print_count(out, count))
+
+
+def _print_count(out: RichConsole, count: ParameterCount) -> None:
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("module (all blocks together)")
+    table.add_column("base", justify="right")
+    table.add_column("adapter", justify="right")
+    for name, facts in count.modules.items():
+        table.add_row(name, f"{facts['base']:,}", f"{facts['adapter']:,}" if facts["adapter"] else "")
+    table.add_section()
+    adapter_parameters = count.total_parameters - count.base_parameters
+    table.add_row("all", f"{count.base_parameters:,}", f"{adapter_parameters:,}")
+    out.print(table)
+    out.print(count.familiar_line(), markup=False)
+    out.print(
+        f"{count.reduction_percent:.2f} % fewer trained parameters than the {count.base_parameters:,} of the base"
+    )
