@@ -100,7 +100,7 @@ class TrainingSection(_Section):
     """How the weights are changed."""
 
     output_dir: PathText = Field(description="the run directory")
-    num_epochs: Positive | None = Field(None, description="passes over the rows; 1 if max_steps is not given either")
+    num_epochs: Positive | None = Field(None, description="passes over the rows; 5 if max_steps is not given either")
     max_steps: Positive | None = Field(None, description="optimizer updates, in place of num_epochs")
     micro_batch_size: Positive = Field(1, description="rows in one forward pass")
     gradient_accumulation_steps: Positive = Field(8, description="forward passes per update")
@@ -306,7 +306,8 @@ def _lists_as_tuples(value: Any) -> Any:
     """YAML has lists where the spec has pairs: strict validation asks for tuples."""
     if isinstance(value, dict):
         return {key: _lists_as_tuples(inner) for key, inner in value.items()}
-    return tuple(value) if isinstance(value, list) and not any(isinstance(v, str) for v in value) else value
+    numbers = isinstance(value, list) and value and not any(isinstance(item, str) for item in value)
+    return tuple(value) if numbers else value
 
 
 def load_spec(path: Path, overrides: list[str] | None = None) -> RunSpec:

@@ -124,7 +124,8 @@ def _beam_search(
             raise Stopped("stopped while generating")
         logits = model.head(model.hidden_states(input_ids, cache=cache)[:, -1]).float()  # (beams, V)
         total = (scores[:, None] + logits.log_softmax(-1)).reshape(-1)
-        best = total.topk(min(2 * beams, len(total)))
+        # Enough that the living beams can be filled even if every EOS takes a place in each.
+        best = total.topk(min(max(2, 1 + len(eos_ids)) * beams, len(total)))
         kept: list[tuple[float, int, int]] = []
         for rank, (score, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
             beam, token = divmod(index, vocabulary)
@@ -135,7 +136,7 @@ def _beam_search(
                 kept.append((score, beam, token))
         done = sorted(done, key=lambda found: -found[0])[:beams]
         living = [[*living[beam], token] for _, beam, token in kept]
-        if len(done) == beams and kept[0][0] / count <= done[-1][0]:
+        if not kept or (len(done) == beams and kept[0][0] / count <= done[-1][0]):
             break
         scores = torch.tensor([score for score, _, _ in kept], device=model.device)
         cache.reorder(torch.tensor([beam for _, beam, _ in kept], device=model.device))

@@ -25,6 +25,11 @@ def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return function(*args)
 
 
+def widened(x: Tensor) -> Tensor:
+    """A 16-bit tensor in fp32; wider ones as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class _UpcastLinear(torch.autograd.Function):
     """x W^T in x's precision with a frozen 16-bit W: one matrix is cast at a time, and none is kept for backward."""
 
@@ -62,7 +67,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32 inside (Zhang & Sennrich 2019, eq. 4)."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32 or wider (Zhang & Sennrich 2019, eq. 4)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -70,9 +75,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = widened(x)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight.float()).to(x.dtype)
+        return (normed * widened(self.weight)).to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotation:

@@ -45,6 +45,7 @@ from llamatune.training.window import (
     WindowGradient,
     accumulate_gradient,
     make_update,
+    names_not_finite,
     names_without_gradient,
     skip_update,
 )
@@ -113,6 +114,8 @@ class TrainingLoop:
             if self.should_stop():
                 self._stop()
             self._consume_window()
+        if self.position.step == 0:
+            raise self._numerics_fault("no window made an update: every gradient overflowed fp16", ())
         self.weights.write_final(self.run.path)
         summary = self._summary()
         self.run.write_summary(summary)
@@ -151,7 +154,12 @@ class TrainingLoop:
         return self._out_of_work() or self._stopped_early()
 
     def _settle(self) -> None:
+        """Evaluate, close the epoch and save, each if it is due; never with a weight that is not finite."""
         position = self.position
+        if self._save_due() or self._eval_due():
+            broken = names_not_finite(self.learner)
+            if broken:
+                raise self._numerics_fault(f"the update made {broken[0]} infinite or NaN", ())
         if self.inputs.validation is not None and position.evaluated_step < position.step and self._eval_due():
             self._evaluate()
         if position.closed_epochs * self.schedule.windows_per_epoch < position.window and (
@@ -276,7 +284,8 @@ class TrainingLoop:
             return
         if position.step == 0:
             without = names_without_gradient(learner)
-            assert not without, f"no gradient reached {without[0]} and {len(without) - 1} others"
+            if without:
+                raise self._numerics_fault(f"no gradient reached {without[0]} and {len(without) - 1} others", ())
         learning_rate = learning_rate_at(training, position.step, self.schedule.total_steps)
         make_update(learner, gradient, learning_rate, training.max_grad_norm)
         self._report_step(gradient, learning_rate, started)
@@ -321,10 +330,10 @@ class TrainingLoop:
     def _numerics_fault(self, what: str, rows: tuple[int, ...]) -> NumericsError:
         shown = ", ".join(map(str, sorted(rows)[:8])) + (" ..." if len(rows) > 8 else "")
         among = f", among rows {shown}" if rows else ""
-        training = self.spec.training
+        training, step = self.spec.training, self.position.step + 1
         last = f"the last good checkpoint is {self._last_checkpoint}" if self._last_checkpoint else "nothing was saved"
         return NumericsError(
-            f"{what} at step {self.position.step + 1}{among} ({self.spec.model.dtype} weights, {training.precision})",
+            f"{what} at step {step}{among} ({self.spec.model.dtype} weights, {training.precision})",
             self.run.path,
             f"{last}; lower training.learning_rate or set training.precision: fp32",
         )

@@ -78,16 +78,21 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def _refuse_changes(old: RunSpec, new: RunSpec, allowed: tuple[str, ...], where: Path) -> bool:
-    """Raise on a changed field; True if the run is to go on for longer than it was."""
+def _refuse_changes(
+    old: RunSpec, new: RunSpec, allowed: tuple[str, ...], where: Path
+) -> tuple[bool, list[dict[str, Any]]]:
+    """Raise on a changed field; whether the run is to go on for longer than it was, and the changes that count."""
     before, after = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
-    grown, refused = False, []
+    grown, refused, accepted = False, [], []
     for field in sorted(before.keys() | after.keys()):
         was, now = before.get(field), after.get(field)
         if was == now or field in _MAY_CHANGE or field in allowed:
             grown |= was != now and field in _MAY_GROW
+            if was != now and field not in _MAY_CHANGE:
+                accepted.append({"field": field, "old": was, "new": now})
         elif field in _MAY_GROW and was is not None and now is not None and now > was:
             grown = True
+            accepted.append({"field": field, "old": was, "new": now})
         else:
             refused.append(f"{field}: {was} -> {now}")
     if refused:
@@ -96,7 +101,7 @@ def _refuse_changes(old: RunSpec, new: RunSpec, allowed: tuple[str, ...], where:
             where,
             "restore it, choose another training.output_dir, or pass --allow-spec-change FIELD",
         )
-    return grown
+    return grown, accepted
 
 
 def _refuse_other_inputs(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> None:
@@ -180,8 +185,10 @@ def claim_run_directory(
         unfinished = True
         if own and not overwrite and (list_checkpoints(path / CHECKPOINTS) or (path / SUMMARY).is_file()):
             # Before its first checkpoint a run holds nothing that another spec could contradict.
-            grown = _refuse_changes(load_spec(path / SPEC), spec, allowed_changes, path / SPEC)
-            _refuse_other_inputs(read_json(path / ORIGIN), inputs, path / ORIGIN)
+            grown, accepted = _refuse_changes(load_spec(path / SPEC), spec, allowed_changes, path / SPEC)
+            origin = read_json(path / ORIGIN)
+            _refuse_other_inputs(origin, inputs, path / ORIGIN)
+            inputs = {**inputs, "spec_changes": [*origin.get("spec_changes", []), *accepted]}
             if grown:
                 (path / SUMMARY).unlink(missing_ok=True)
             unfinished = not (path / SUMMARY).is_file()

@@ -20,7 +20,7 @@ from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.data.dataset import Prepared, Split, open_prepared
 from llamatune.data.tokenizer import load_tokenizer
 from llamatune.devices import choose_device
-from llamatune.errors import CheckpointError
+from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop
 from llamatune.model.config import LlamaConfig
 from llamatune.model.lora import apply_lora, load_lora, lora_parameters
@@ -85,6 +85,12 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
         checkpoint = open_checkpoint(base)
         config = checkpoint.config.with_layers(spec.model.num_layers)
         base_fingerprint = fingerprint(checkpoint)
+    if validation is None and (spec.evaluation.every_steps or spec.evaluation.early_stopping_patience):
+        raise SpecError(
+            "there is no validation data to evaluate on",
+            "evaluation",
+            "prepare it with --validation-fraction, name it in data.validation, or drop the section",
+        )
     _check_tokens(prepared, validation, config, base, spec)
     _check_tokenizer(prepared, base, force_base, on_event)
     if prepared.train.longest_row > config.max_position_embeddings:

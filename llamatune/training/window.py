@@ -88,3 +88,8 @@ def skip_update(learner: Learner) -> float:
 def names_without_gradient(learner: Learner) -> list[str]:
     """Trained tensors that no gradient reached; a silent None would train nothing."""
     return [name for name, parameter in learner.parameters.items() if parameter.grad is None]
+
+
+def names_not_finite(learner: Learner) -> list[str]:
+    """Trained tensors that an update made NaN or infinite, though its gradient was finite."""
+    return [name for name, parameter in learner.parameters.items() if not torch.isfinite(parameter).all()]

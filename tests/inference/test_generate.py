@@ -1,0 +1,149 @@
+"""Decoding in batches, with a cache and with beams, against transformers and against decoding alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llamatune.checkpoints.loading import load_model
+from llamatune.errors import Stopped
+from llamatune.inference.generate import complete
+from llamatune.inference.sampling import Sampling
+from llamatune.model.transformer import Transformer
+
+_chance = random.Random(4)
+PROMPTS = [[1, *(_chance.randrange(3, 131) for _ in range(length))] for length in (7, 1, 23, 0, 12)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base: Callable[..., Path]) -> Transformer:
+    return load_model(tiny_base()).eval()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_base: Callable[..., Path]) -> torch.nn.Module:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(tiny_base())
+
+
+def _transformers_ids(
+    reference: torch.nn.Module, prompt: list[int], eos: list[int] | None, **options: object
+) -> list[int]:
+    reference.generation_config.eos_token_id = eos
+    found = reference.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), do_sample=False,
+        pad_token_id=0, **options,
+    )[0, len(prompt) :].tolist()  # fmt: skip
+    return next((found[:i] for i, token in enumerate(found) if token in (eos or ())), found)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=[f"{len(prompt)} tokens" for prompt in PROMPTS])
+def test_greedy_ids_are_those_of_transformers(
+    model: Transformer, reference: torch.nn.Module, prompt: list[int]
+) -> None:
+    expected = _transformers_ids(reference, prompt, None, max_new_tokens=40)
+    assert complete(model, [prompt], Sampling(max_new_tokens=40, temperature=0), ())[0].ids == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_in_a_batch_is_completed_as_alone(
+    tiny_base: Callable[..., Path], dtype: torch.dtype, temperature: float
+) -> None:
+    """Ragged prompts; EOS ends some of them early."""
+    model = load_model(tiny_base(), dtype).eval()
+    sampling = Sampling(max_new_tokens=20, temperature=temperature, seed=3)
+    first = complete(model, PROMPTS, sampling, ())
+    eos = {first[0].ids[9], first[2].ids[4]}
+    alone = [complete(model, [prompt], sampling, eos)[0] for prompt in PROMPTS]
+    assert complete(model, PROMPTS, sampling, eos) == alone
+    assert complete(model, PROMPTS[::-1], sampling, eos) == alone[::-1]
+    assert {found.finish_reason for found in alone} == {"eos", "length"}
+
+
+def test_sampling_is_a_function_of_the_seed(model: Transformer) -> None:
+    def ids(seed: int, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+        torch.rand(5)  # the global generator has no say
+        return [found.ids for found in complete(model, prompts, Sampling(20, 1.0, seed=seed), ())]
+
+    assert ids(1) == ids(1)
+    assert ids(1)[2] == ids(1, [PROMPTS[2]])[0]
+    assert all(one != other for one, other in zip(ids(1), ids(2), strict=True))
+
+
+def test_eos_stops_and_is_left_out(model: Transformer) -> None:
+    free = complete(model, [PROMPTS[0]], Sampling(20, 0), ())[0].ids
+    cut = free.index(free[6])
+    stopped = complete(model, [PROMPTS[0]], Sampling(20, 0), {free[6]})[0]
+    assert (stopped.ids, stopped.finish_reason) == (free[:cut], "eos")
+    assert complete(model, [PROMPTS[0]], Sampling(6, 0), ())[0].finish_reason == "length"
+    at_once = complete(model, [PROMPTS[0]], Sampling(20, 0), {free[0]})[0]
+    assert (at_once.ids, at_once.finish_reason) == ([], "eos")
+
+
+def test_decoding_asks_whether_to_stop(model: Transformer) -> None:
+    answers = iter([False, False, True])
+    with pytest.raises(Stopped):
+        complete(model, PROMPTS, Sampling(20, 0), (), lambda: next(answers))
+    with pytest.raises(Stopped):
+        complete(model, PROMPTS, Sampling(20, 0, num_beams=2), (), lambda: True)
+
+
+# Beam search.
+
+
+@pytest.mark.parametrize("length", [1, 5, 16])
+@pytest.mark.parametrize("beams", [2, 3, 5])
+def test_beam_search_without_eos_is_that_of_transformers(
+    model: Transformer, reference: torch.nn.Module, beams: int, length: int
+) -> None:
+    sampling = Sampling(max_new_tokens=length, num_beams=beams)
+    for prompt in PROMPTS[:3]:
+        expected = _transformers_ids(reference, prompt, None, max_new_tokens=length, num_beams=beams)
+        found = complete(model, [prompt], sampling, ())[0]
+        assert found.ids == expected
+        assert found.finish_reason == "length"
+
+
+@pytest.mark.parametrize("beams", [2, 4])
+@pytest.mark.parametrize("ends", [1, 2, 3])
+def test_beam_search_with_eos_is_that_of_transformers(
+    model: Transformer, reference: torch.nn.Module, beams: int, ends: int
+) -> None:
+    """EOS tokens that the beams meet: of one, two or three ids (Llama 3 has two). Many prompts, many ways to end."""
+    chance, reasons = random.Random(beams * 10 + ends), set()
+    for _ in range(12):
+        prompt = [1, *(chance.randrange(3, 131) for _ in range(chance.randrange(1, 9)))]
+        with torch.no_grad():
+            likeliest = model(torch.tensor([prompt]))[0, -1].topk(ends + 6).indices.tolist()
+        eos = sorted(chance.sample(likeliest, ends))
+        expected = _transformers_ids(reference, prompt, eos, max_new_tokens=9, num_beams=beams)
+        found = complete(model, [prompt], Sampling(max_new_tokens=9, num_beams=beams), set(eos))[0]
+        assert found.ids == expected, (prompt, eos)
+        reasons.add(found.finish_reason)
+    assert reasons == {"eos", "length"}
+
+
+def test_beam_search_survives_eos_tokens_that_take_every_place(model: Transformer) -> None:
+    """Several EOS ids can fill all the candidates that are looked at; something must still be left to extend."""
+    with torch.no_grad():
+        likeliest = model(torch.tensor([PROMPTS[0]]))[0, -1].topk(4).indices.tolist()
+    found = complete(model, [PROMPTS[0]], Sampling(max_new_tokens=5, num_beams=2), set(likeliest))[0]
+    assert not set(found.ids) & set(likeliest)
+
+
+def test_several_prompts_with_beams_are_completed_as_alone(model: Transformer) -> None:
+    sampling = Sampling(max_new_tokens=8, num_beams=3)
+    alone = [complete(model, [prompt], sampling, {9, 40})[0] for prompt in PROMPTS]
+    assert complete(model, PROMPTS, sampling, {9, 40}) == alone
+
+
+def test_a_single_beam_is_not_beam_search(model: Transformer) -> None:
+    """One beam samples, or takes the likeliest at temperature 0."""
+    greedy = complete(model, [PROMPTS[0]], Sampling(12, 0, num_beams=1), ())[0].ids
+    assert complete(model, [PROMPTS[0]], Sampling(12, 1.0, seed=1, num_beams=1), ())[0].ids != greedy

@@ -1,0 +1,99 @@
+"""Which token comes next, against a distribution computed token by token."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamatune.errors import SpecError
+from llamatune.inference.sampling import Sampling, next_tokens, token_distribution
+
+# Far enough apart that rounding cannot swap two tokens.
+LOGITS = st.lists(st.integers(-40, 40), min_size=2, max_size=12, unique=True).map(lambda found: [v / 8 for v in found])
+
+
+def by_hand(logits: list[float], temperature: float, top_k: int | None, top_p: float) -> dict[int, float]:
+    """Probability of every token that may be drawn: temperature, then top-k, then top-p."""
+    weights = {token: math.exp(logit / temperature) for token, logit in enumerate(logits)}
+    ranked = sorted(weights, key=lambda token: -weights[token])[: top_k or len(weights)]
+    total, reached, nucleus = sum(weights[token] for token in ranked), 0.0, []
+    for token in ranked:
+        nucleus.append(token)
+        reached += weights[token] / total
+        if reached >= top_p:
+            break
+    total = sum(weights[token] for token in nucleus)
+    return {token: weights[token] / total for token in nucleus}
+
+
+@settings(deadline=None)
+@given(
+    LOGITS,
+    st.sampled_from([0.3, 0.7, 1.0, 2.5]),
+    st.none() | st.integers(1, 14),
+    st.sampled_from([0.05, 0.313, 0.7771, 0.95, 1.0]),
+)
+def test_the_distribution_is_the_one_by_hand(
+    logits: list[float], temperature: float, top_k: int | None, top_p: float
+) -> None:
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    found = token_distribution(torch.tensor([logits]), sampling)[0].tolist()
+    expected = by_hand(logits, temperature, top_k, top_p)
+    assert found == pytest.approx([expected.get(token, 0.0) for token in range(len(logits))], abs=1e-5)
+
+
+def test_rows_do_not_meet() -> None:
+    logits, sampling = torch.randn(5, 40), Sampling(temperature=0.8, top_k=9, top_p=0.8)
+    together = token_distribution(logits, sampling)
+    alone = torch.cat([token_distribution(row[None], sampling) for row in logits])
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(together.sum(-1), torch.ones(5))
+
+
+def test_the_nucleus_is_counted_among_the_top_k() -> None:
+    """0.4, 0.3, 0.2, 0.1: of the first two the likelier has 0.57, which is over 0.5; of all four it has not."""
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    assert token_distribution(logits, Sampling(temperature=1.0, top_k=2, top_p=0.5))[0].tolist() == pytest.approx(
+        [1, 0, 0, 0]
+    )
+    assert token_distribution(logits, Sampling(temperature=1.0, top_p=0.5))[0].tolist() == pytest.approx(
+        [4 / 7, 3 / 7, 0, 0]
+    )
+
+
+def test_draws_have_the_frequencies_of_the_distribution() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 3.0]])
+    sampling, generator = Sampling(temperature=1.3, top_k=4, top_p=0.97), torch.Generator().manual_seed(1)
+    drawn = Counter(next_tokens(logits, sampling, [generator])[0] for _ in range(4000))
+    for token, probability in enumerate(token_distribution(logits, sampling)[0].tolist()):
+        assert abs(drawn[token] / 4000 - probability) < 4 * math.sqrt(probability * (1 - probability) / 4000) + 1e-9
+
+
+def test_temperature_zero_takes_the_likeliest_whatever_else_is_asked() -> None:
+    logits = torch.randn(7, 30)
+    assert next_tokens(logits, Sampling(temperature=0, top_k=3, top_p=0.2), []) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "option"),
+    [
+        ({"temperature": -0.1}, "--temperature"),
+        ({"temperature": math.nan}, "--temperature"),
+        ({"temperature": math.inf}, "--temperature"),
+        ({"top_p": 0.0}, "--top-p"),
+        ({"top_p": 1.1}, "--top-p"),
+        ({"top_k": 0}, "--top-k"),
+        ({"max_new_tokens": 0}, "--max-new-tokens"),
+        ({"num_beams": 0}, "--num-beams"),
+        ({"seed": -1}, "--seed"),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused_by_its_options_name(values: dict[str, float], option: str) -> None:
+    with pytest.raises(SpecError, match=option) as raised:
+        Sampling(**values)  # type: ignore[arg-type]
+    assert raised.value.exit_code == 2

@@ -1,0 +1,36 @@
+"""The judges: transformers' LLaMA, and PEFT on top of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llamatune.checkpoints.adapter import load_adapter
+from llamatune.checkpoints.loading import load_model
+from llamatune.model.lora import apply_lora, load_lora
+from llamatune.model.transformer import Transformer
+
+IDS = torch.tensor([[1, 5, 30, 9, 77, 4, 12, 51, 8, 8, 63, 2, 40], [1, 3, 3, 70, 11, 25, 90, 6, 6, 44, 19, 37, 89]])
+
+
+def reference_logits(base: Path, ids: Tensor = IDS, adapter: Path | None = None) -> Tensor:
+    """Logits in fp32 as transformers, and PEFT where there is an adapter, compute them."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def adapted(base: Path, adapter: Path) -> Transformer:
+    """Our model with an adapter on it, in fp32."""
+    model, found = load_model(base, torch.float32), load_adapter(adapter)
+    apply_lora(model, found.config.r, found.config.scaling * found.config.r, 0.0, found.config.target_modules)
+    load_lora(model, found.tensors)
+    return model.eval()

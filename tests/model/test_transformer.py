@@ -1,0 +1,128 @@
+"""Our forward pass against transformers', and against itself where it takes another road."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from model_judges import IDS, reference_logits
+
+from llamatune.checkpoints.loading import load_model
+from llamatune.inference.generate import complete
+from llamatune.inference.sampling import Sampling
+from llamatune.model.config import LlamaConfig
+from llamatune.model.transformer import KVCache, Transformer, initialise
+
+SHAPES = {
+    "grouped": {},
+    "tied": {"tie_word_embeddings": True},
+    "every query its own keys": {"num_key_value_heads": 6},
+    "one key head": {"num_key_value_heads": 1},
+    "wide heads": {"head_dim": 14},
+    "other theta": {"rope_theta": 500000.0, "rms_norm_eps": 1e-3},
+}
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
+def test_logits_are_those_of_transformers(tiny_base: Callable[..., Path], changes: dict[str, object]) -> None:
+    base = tiny_base(**changes)
+    with torch.no_grad():
+        ours = load_model(base)(IDS)
+    torch.testing.assert_close(ours, reference_logits(base), atol=1e-4, rtol=0)
+    assert ours.std() > 0.1
+
+
+@pytest.mark.parametrize(("shards", "vocabulary"), [(1, 131), (2, 132)])
+def test_meta_directory_gives_the_logits_of_the_hugging_face_one(
+    tiny_base: Callable[..., Path], meta_copy: Callable[..., Path], shards: int, vocabulary: int
+) -> None:
+    base = tiny_base(vocab_size=vocabulary)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(meta_copy(base, shards))(IDS), load_model(base)(IDS), atol=1e-6, rtol=0)
+
+
+def test_bf16_stays_close_to_fp32(tiny_base: Callable[..., Path]) -> None:
+    base = tiny_base()
+    with torch.no_grad():
+        ours = load_model(base, torch.bfloat16)(IDS).float()
+    reference = reference_logits(base)
+    assert (ours - reference).norm() / reference.norm() < 0.03
+
+
+def test_right_padding_changes_no_real_position(tiny_base: Callable[..., Path]) -> None:
+    model = load_model(tiny_base())
+    padded = torch.cat((IDS, torch.zeros(2, 5, dtype=torch.int64)), dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(padded)[:, : IDS.shape[1]], model(IDS), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
+def test_cached_decoding_is_full_decoding(tiny_base: Callable[..., Path], changes: dict[str, object]) -> None:
+    """Seven tokens at once, then one at a time."""
+    model = load_model(tiny_base(**changes))
+    cache = KVCache(model.config, 2, IDS.shape[1], torch.float32, model.device)
+    with torch.no_grad():
+        parts = [model(IDS[:, :7], cache=cache)]
+        parts += [model(IDS[:, t : t + 1], cache=cache) for t in range(7, IDS.shape[1])]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(IDS), atol=1e-5, rtol=0)
+    assert cache.length == IDS.shape[1]
+
+
+def test_truncated_model_is_the_first_blocks(tiny_base: Callable[..., Path]) -> None:
+    from transformers import LlamaForCausalLM
+
+    base = tiny_base()
+    reference = LlamaForCausalLM.from_pretrained(base)
+    reference.model.layers = reference.model.layers[:2]
+    with torch.no_grad():
+        ours = load_model(base, num_layers=2)
+        torch.testing.assert_close(ours(IDS), reference(IDS, use_cache=False).logits, atol=1e-4, rtol=0)
+    assert len(ours.model.layers) == 2
+
+
+def test_weights_drawn_from_a_seed_are_the_same_each_time_and_others_for_another() -> None:
+    config = LlamaConfig(48, 100, 2, 6, 2, 131)
+    drawn = []
+    for seed in (4, 4, 5):
+        model = Transformer(config)
+        torch.rand(7)  # the global generator has no say
+        initialise(model, seed)
+        drawn.append(model.state_dict())
+    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+    matrices = [name for name in drawn[0] if drawn[0][name].dim() == 2]
+    assert not any(torch.equal(drawn[0][name], drawn[2][name]) for name in matrices)
+    assert all(abs(float(drawn[0][name].std()) - 0.02) < 0.001 for name in matrices)
+    assert all(bool((drawn[0][name] == 1).all()) for name in drawn[0].keys() - set(matrices))
+
+
+# The real pretrained model.
+
+
+@pytest.mark.parametrize("directory", ["stories260K-hf", "stories260K-meta"])
+def test_real_logits_are_those_of_transformers(shared_fixtures: Path, directory: str) -> None:
+    ids = torch.randint(3, 500, (3, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = load_model(shared_fixtures / directory)(ids)
+    torch.testing.assert_close(ours, reference_logits(shared_fixtures / "stories260K-hf", ids), atol=1e-4, rtol=0)
+
+
+def test_real_directories_of_both_formats_give_the_same_logits(shared_fixtures: Path) -> None:
+    ids = torch.randint(3, 500, (2, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        hf, meta = (load_model(shared_fixtures / f"stories260K-{format_}")(ids) for format_ in ("hf", "meta"))
+    torch.testing.assert_close(hf, meta, atol=1e-5, rtol=0)
+
+
+def test_real_greedy_text_of_200_tokens_is_that_of_transformers(shared_fixtures: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    base = shared_fixtures / "stories260K-hf"
+    prompt = [1, 403, 407, 261, 378]
+    reference = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    reference.generation_config.eos_token_id = None  # 200 tokens, whatever it says
+    expected = reference.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=200, pad_token_id=0)
+    found = complete(load_model(base), [prompt], Sampling(max_new_tokens=200, temperature=0), eos_ids=())
+    assert found[0].ids == expected[0, len(prompt) :].tolist()
+    assert len(found[0].ids) == 200

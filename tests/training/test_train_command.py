@@ -1,0 +1,163 @@
+"""``llamatune train`` as a job: killed, stopped, run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from run_tools import assert_same_outcome, files, make_spec, metrics, spec_values
+
+from llamatune.training.run import train
+
+Command = Callable[..., Any]
+LONG = {"training__max_steps": 120, "training__save_every_steps": 3, "evaluation__every_steps": 25}
+
+
+@pytest.fixture
+def spec_file(tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    def write(**changes: Any) -> Path:
+        data = prepared(validation_fraction=0.25, seed=3)
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(spec_values(tiny_base(), data, tmp_path / "run", **changes)))
+        return path
+
+    return write
+
+
+def _start(spec: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "llamatune", "train", str(spec), "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Until the run's log tells of a step; the process must live that long."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        log = run / "metrics.jsonl"
+        if log.exists() and f'"step": {step},' in log.read_text():
+            return
+        time.sleep(0.002)
+    pytest.fail(f"never came to step {step}: {process.communicate()}")
+
+
+def test_killed_terminated_and_run_again_gives_the_bytes_of_one_go(
+    command: Command,
+    spec_file: Callable[..., Path],
+    tiny_base: Callable[..., Path],
+    prepared: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """SIGKILL, then SIGTERM, then to the end, then once more: one result."""
+    spec, run = spec_file(**LONG), tmp_path / "run"
+    process = _start(spec)
+    _wait_for_step(process, run, 8)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (run / "adapter").exists()
+
+    process = _start(spec)
+    _wait_for_step(process, run, 30)
+    process.terminate()
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (75, "")
+    assert stderr.splitlines()[-1].startswith("error: stopped by a signal after step ")
+    assert "run the same command again" in stderr
+    saved = max((run / "checkpoints").iterdir()).name
+    assert f"saved step={int(saved[5:])} " in stderr
+    assert int(saved[5:]) == metrics(run, "step")[-1]["step"], "the checkpoint is of the last step that was made"
+
+    process = _start(spec)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert f"resumed_step={int(saved[5:])}" in stderr
+    assert json.loads(stdout) == json.loads((run / "summary.json").read_text())
+    train(make_spec(tiny_base(), prepared(validation_fraction=0.25, seed=3), tmp_path / "whole", **LONG))
+    assert_same_outcome(run, tmp_path / "whole")
+
+    before = files(run)
+    again = command("train", spec, "--json")
+    assert (again.code, again.stdout) == (0, stdout)
+    assert files(run) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)
+def test_every_signal_of_a_scheduler_saves_and_exits_75(
+    command: Command, spec_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Sent from inside the run, after its third step."""
+    from llamatune.training.run_directory import RunDirectory
+
+    record = RunDirectory.record
+
+    def signalling(self: RunDirectory, values: Any) -> None:
+        record(self, values)
+        if values.get("step") == 3:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(RunDirectory, "record", signalling)
+    before = signal.getsignal(number)
+    outcome = command("train", spec_file(**LONG), "--json")
+    assert (outcome.code, outcome.stdout) == (75, "")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
+    assert signal.getsignal(number) == before
+
+
+def test_overrides_resume_and_refusals_have_their_exit_codes(
+    command: Command, spec_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    spec = spec_file()
+    assert command("train", spec, "training.seed=7", "--json").code == 0
+    assert "seed: 7" in (tmp_path / "run" / "spec.yaml").read_text()
+    changed = command("train", spec, "training.seed=8")
+    assert changed.code == 2
+    assert "training.seed: 7 -> 8" in changed.stderr
+    assert changed.stderr.count("\n") == 1
+    never = command("train", spec, "training.seed=7", "--resume", "never")
+    assert never.code == 5
+    assert command("train", spec, "training.seed=7", "training.num_epochs=2", "--json").code == 0
+    assert command("train", spec, "training.learnig_rate=1", "--json").code == 2
+
+
+def test_a_loss_that_is_not_finite_is_exit_code_6(
+    command: Command, spec_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    spec = spec_file(training__learning_rate=1e30, training__max_grad_norm=None, training__optimizer="sgd")
+    outcome = command("train", spec, "--json")
+    assert (outcome.code, outcome.stdout) == (6, "")
+    assert "not finite at step 2" in outcome.stderr.splitlines()[-1]
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_log_that_is_no_terminal_has_one_line_a_report(command: Command, spec_file: Callable[..., Path]) -> None:
+    outcome = command("train", spec_file(training__num_epochs=2, training__log_every_steps=1), "--json")
+    steps = [line for line in outcome.stderr.splitlines() if line.startswith("epoch=") and " step=" in line]
+    assert [line.split(" loss=")[0] for line in steps] == [
+        f"epoch={epoch}/2 step={3 * (epoch - 1) + step}/6" for epoch in (1, 2) for step in (1, 2, 3)
+    ]
+    assert "\x1b" not in outcome.stderr
+    assert sum(line.startswith("eval step=") for line in outcome.stderr.splitlines()) == 2
+
+
+def test_a_dry_run_trains_nothing(command: Command, spec_file: Callable[..., Path], tmp_path: Path) -> None:
+    outcome = command("train", spec_file(), "--dry-run", "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.stdout)["total_steps"] == 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_table_at_the_end_tells_what_was_trained(command: Command, spec_file: Callable[..., Path]) -> None:
+    outcome = command("train", spec_file())
+    assert outcome.code == 0
+    for shown in ("runtime", "tokens/s", "peak memory, cpu", "trainable parameters", "train perplexity"):
+        assert shown in outcome.stdout
