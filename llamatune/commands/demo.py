@@ -1,0 +1,57 @@
+"""``llamatune demo``: the whole job in a few minutes, on material that ships with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+    from llamatune.demo.run import DemoReport
+
+_SHOWN = 8
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo-output"),
+    json_mode: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+) -> None:
+    """Run the whole job on a tiny model: prepare, count, train, compare, merge."""
+    from dataclasses import asdict
+
+    from llamatune.commands._console import Console
+    from llamatune.demo.run import run_demo
+
+    with Console(json_mode, writes=True, log_every_steps=10) as console:
+        report = run_demo(output, console.on_event, console.should_stop)
+        console.result(asdict(report), lambda out: _print(out, report))
+
+
+def _print(out: RichConsole, report: DemoReport) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from llamatune.commands._units import duration, gibibytes
+
+    table = Table(title="held-out questions, before and after LoRA", title_justify="left", show_lines=True)
+    table.add_column("question about a town that training never asked about", ratio=4)
+    table.add_column("base", ratio=5)
+    table.add_column("tuned", ratio=2)
+    for row in report.held_out[:_SHOWN]:
+        style = "green" if row.tuned == row.expected else "red"
+        table.add_row(Text(row.question), Text(row.base.strip(), style="dim"), Text(row.tuned, style=style))
+    out.print(table)
+    out.print("The base has read an atlas of a land that does not exist, and never a question.")
+    asked = len(report.held_out)
+    out.print(
+        f"exact match on {asked} held-out questions: base {report.base_exact_match:.1f} %, "
+        f"tuned {report.tuned_exact_match:.1f} %, merged {report.merged_exact_match:.1f} %"
+    )
+    out.print(
+        f"trained {report.trainable_parameters:,} parameters on top of {report.base_parameters:,} "
+        f"in {duration(report.training_s)}, peak memory {gibibytes(report.peak_memory_bytes)}"
+    )
+    out.print(f"everything is in {report.output}", markup=False)

@@ -1,0 +1,93 @@
+"""The shipped demo: a real effect on towns that nobody asked about in training, and material that is what it says."""
+
+import json
+
+import pytest
+from safetensors import safe_open
+
+from llamatune.checkpoints.loading import open_checkpoint
+from llamatune.demo import atlas
+from llamatune.demo.run import MATERIAL, demo_spec, run_demo
+from llamatune.training.run import train
+
+LARGEST_MATERIAL_BYTES = 8 << 20
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory):
+    output = tmp_path_factory.mktemp("demo") / "out"
+    return output, run_demo(output)
+
+
+def test_lora_turns_less_than_a_tenth_into_more_than_four_fifths(finished) -> None:
+    _, report = finished
+    assert len(report.held_out) >= 100
+    assert report.base_exact_match < 10
+    assert report.tuned_exact_match > 80
+    assert report.merged_exact_match == pytest.approx(report.tuned_exact_match, abs=1)
+
+
+def test_what_the_demo_writes_is_what_the_verbs_write(finished) -> None:
+    output, report = finished
+    assert {path.name for path in output.iterdir()} == {"prepared", "run", "merged"}
+    summary = json.loads((output / "run" / "summary.json").read_text())
+    assert summary["trainable_parameters"] == report.trainable_parameters
+    assert train(demo_spec(output)) == summary
+
+
+def test_a_second_demo_changes_no_byte(finished) -> None:
+    output, report = finished
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    again = run_demo(output)
+    assert again.held_out == report.held_out
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_the_material_is_small_and_the_base_between_one_and_four_million_parameters() -> None:
+    assert sum(path.stat().st_size for path in MATERIAL.rglob("*") if path.is_file()) <= LARGEST_MATERIAL_BYTES
+    with safe_open(MATERIAL / "base" / "model.safetensors", framework="pt") as file:
+        parameters = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118 - no mapping
+    assert 1_000_000 <= parameters <= 4_000_000
+    assert open_checkpoint(MATERIAL / "base").config.vocab_size == 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn"), [("instructions", atlas.instruction_rows), ("held_out", atlas.held_out_rows)]
+)
+def test_the_shipped_rows_are_what_the_atlas_draws(name: str, drawn) -> None:
+    lines = (MATERIAL / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == list(drawn())
+
+
+def test_no_question_about_a_held_out_town_is_trained_on() -> None:
+    held_out = atlas.held_out_towns()
+    assert not [row for row in atlas.instruction_rows() for town in held_out if town in row["instruction"]]
+    assert all(any(town in row["instruction"] for town in held_out) for row in atlas.held_out_rows())
+    trained = {row["instruction"] for row in atlas.instruction_rows()}
+    assert not trained & {row["instruction"] for row in atlas.held_out_rows()}
+
+
+def test_no_passage_holds_the_instruction_template() -> None:
+    for passage in atlas.passages(5, 300):
+        for words in ("Instruction", "Response", "Below is"):
+            assert words not in passage
+
+
+def test_passages_say_what_is_true_and_a_seed_says_the_same_twice() -> None:
+    known = atlas.facts()
+    first = list(atlas.passages(3, 50))
+    assert first == list(atlas.passages(3, 50))
+    assert first != list(atlas.passages(4, 50))
+    for passage in first:
+        towns = [town for town in atlas.TOWNS if town in passage]
+        assert len(towns) == 2
+        for town in towns:
+            assert all(value in passage for value in known[town].values())
+
+
+def test_every_question_has_one_short_right_answer() -> None:
+    known = atlas.facts()
+    for row in [*atlas.instruction_rows(), *atlas.held_out_rows()]:
+        (town,) = (town for town in atlas.TOWNS if town in row["instruction"])
+        assert row["output"] in known[town].values()
+        assert set(row) == {"instruction", "output"}
