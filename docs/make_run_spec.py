@@ -1,0 +1,85 @@
+"""Writes docs/run-spec.md from the fields of the run spec: ``python docs/make_run_spec.py``."""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from llamatune.spec import RunSpec
+
+INTRODUCTION = """# The run spec
+
+Made by `python docs/make_run_spec.py` from `llamatune/spec.py`; a test keeps the two equal.
+
+YAML (or JSON). Unknown keys are refused with the nearest known name, and all errors are reported together. `1e-5` is a
+number, `no` is a word. Any field can be given on the command line as `section.key=value`. Relative paths are relative
+to the working directory. `lora.lora_alpha` and `lora.lora_dropout` are accepted for `lora.alpha` and `lora.dropout`.
+
+A run that is started again may raise `training.num_epochs` or `training.max_steps`, and change
+`training.log_every_steps` and `training.keep_last`; any other change is refused unless `--allow-spec-change FIELD`
+names it.
+"""
+
+
+def options_of(annotation: Any) -> list[Any]:
+    """The types that a field may have, without their bounds."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return options_of(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [option for part in typing.get_args(annotation) for option in options_of(part)]
+    return [annotation]
+
+
+def section_of(field: FieldInfo) -> type[BaseModel]:
+    """The model behind a section of the spec."""
+    return next(o for o in options_of(field.annotation) if isinstance(o, type) and issubclass(o, BaseModel))
+
+
+def kind_of(field: FieldInfo) -> str:
+    """What may be written, in words."""
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
+    words = []
+    for option in options_of(field.annotation):
+        if typing.get_origin(option) is typing.Literal:
+            words += [f"`{yaml.safe_dump(value).splitlines()[0]}`" for value in typing.get_args(option)]
+        else:
+            words.append("list" if typing.get_origin(option) is tuple else names[option])
+    return " or ".join(words)
+
+
+def default_of(field: FieldInfo) -> str:
+    """The default as YAML."""
+    if field.is_required():
+        return "required"
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"`{yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}`"
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [INTRODUCTION]
+    for name, field in RunSpec.model_fields.items():
+        section = section_of(field)
+        lines += [
+            f"## {name}",
+            "",
+            f"{section.__doc__}",
+            "",
+            "| key | default | value | meaning |",
+            "|---|---|---|---|",
+        ]
+        for key, inner in section.model_fields.items():
+            lines.append(f"| `{key}` | {default_of(inner)} | {kind_of(inner)} | {inner.description or ''} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "run-spec.md").write_text(page(), encoding="utf-8")
