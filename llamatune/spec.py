@@ -92,7 +92,11 @@ class DataSection(_Section):
 
     train: PathText = Field(description="a directory written by prepare-data")
     validation: PathText | None = Field(None, description="another one; by default the split inside train")
-    packing: NotYet = Field(False, description="several samples in one row; not available yet")
+    packing: bool = Field(
+        False,
+        description="several samples in a row, each seeing itself alone; micro_batch_size counts such rows",
+    )
+    packed_tokens: Positive = Field(2048, description="the most tokens in a packed row; a longer sample has its own")
     shuffle: bool = Field(True, description="a permutation of (seed, epoch); false keeps the file's order")
 
 

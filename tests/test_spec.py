@@ -92,7 +92,6 @@ def test_pefts_spellings_are_accepted_but_not_beside_ours() -> None:
         ("training.device=tpu", "training.device"),
         ("training.nesterov=true", "nesterov needs momentum"),
         ("training.min_learning_rate=1", "is above learning_rate"),
-        ("data.packing=true", "not available in this version"),
         ("training.compile=true", "not available in this version"),
         ("model.path=", "model.path"),
         ("seed=1", "section.key=value"),

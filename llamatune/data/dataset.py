@@ -24,17 +24,21 @@ _LARGEST_MANIFEST = 16 << 20
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right to the longest.
+    """Samples one after another in one row, without padding.
 
-    ``input_ids`` and ``labels`` are (B, T) int64; a label is the id at its own position, or -100 (the model predicts
-    position t's label from position t-1). ``rows`` are row numbers of the input files, ``tokens`` counts no padding.
+    ``input_ids`` and ``labels`` are (1, N) int64; a label is the id at its own position, or -100 (the model predicts
+    position t's label from position t-1). ``lengths`` are the samples', ``rows`` their row numbers in the input files.
     """
 
     input_ids: Tensor
     labels: Tensor
+    lengths: tuple[int, ...]
     rows: tuple[int, ...]
-    tokens: int
     target_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
 
 
 class Split:
@@ -66,25 +70,20 @@ class Split:
         return int(self._ids.max()) if len(self._ids) else -1
 
     @property
-    def longest_row(self) -> int:
-        """Tokens of the longest row."""
-        return max((b - a for a, b in itertools.pairwise(self._starts)), default=0)
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [end - start for start, end in itertools.pairwise(self._starts)]
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The rows at ``indices``, in that order."""
-        spans = [(self._starts[i], self._starts[i + 1]) for i in indices]
-        width = max(end - start for start, end in spans)
-        input_ids = torch.zeros(len(spans), width, dtype=torch.int64)
-        labels = torch.full((len(spans), width), IGNORED, dtype=torch.int64)
-        for row, (start, end) in enumerate(spans):
-            ids = self._ids[start:end].long()
-            input_ids[row, : end - start] = ids
-            labels[row, : end - start] = torch.where(self._mask[start:end].bool(), ids, IGNORED)
+        spans = [slice(self._starts[i], self._starts[i + 1]) for i in indices]
+        input_ids = torch.cat([self._ids[span] for span in spans]).long()
+        targets = torch.cat([self._mask[span] for span in spans]).bool()
         return Batch(
-            input_ids,
-            labels,
+            input_ids[None],
+            torch.where(targets, input_ids, IGNORED)[None],
+            tuple(span.stop - span.start for span in spans),
             tuple(self._rows[i] for i in indices),
-            sum(end - start for start, end in spans),
             sum(self.target_counts[i] for i in indices),
         )
 

@@ -51,7 +51,7 @@ def held_out_loss(
             if should_stop():
                 raise Stopped("stopped during evaluation")
             with autocast():
-                total += float(summed_loss(model, batch.input_ids, batch.labels))
+                total += float(summed_loss(model, batch.input_ids, batch.labels, batch.lengths))
             tokens += batch.target_tokens
             done += len(batch.rows)
             on_batch(done, len(split))

@@ -8,12 +8,14 @@ feed-forward, ``V`` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llamatune.model.attention import Documents, attend
 from llamatune.model.config import LlamaConfig
 
 Rotation = tuple[Tensor, Tensor]
@@ -45,11 +47,15 @@ class _UpcastLinear(torch.autograd.Function):
         return grad @ weight.to(grad.dtype), None
 
 
-class Linear(nn.Linear):
-    """A matrix without bias (LLaMA has none), (..., in) -> (..., out).
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T; outside autocast the input's dtype decides in which precision the product is computed."""
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight)
+    return _UpcastLinear.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
 
-    Outside autocast the input's dtype decides in which precision the product is computed.
-    """
+
+class Linear(nn.Linear):
+    """A matrix without bias (LLaMA has none), (..., in) -> (..., out)."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -61,9 +67,7 @@ class Linear(nn.Linear):
         return cls(in_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type):
-            return F.linear(x, self.weight)
-        return _UpcastLinear.apply(x, self.weight)  # type: ignore[no-any-return, no-untyped-call]
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -126,6 +130,26 @@ class KVCache:
         self._stored = self._stored.index_select(2, rows)
 
 
+@dataclass(frozen=True)
+class Context:
+    """What every block of one forward pass shares.
+
+    ``mask`` bool (B, 1, T, S); ``documents``: the samples in a row without padding; ``rows``: the positions whose final
+    state is asked for, all that the last block computes once its keys and values are made.
+    """
+
+    rotation: Rotation
+    mask: Tensor | None = None
+    cache: KVCache | None = None
+    documents: Documents | None = None
+    rows: Tensor | None = None
+    last_layer: int = -1
+
+    def needed(self, x: Tensor, layer: int) -> Tensor:
+        """``x`` (1, N, ...), or in the last layer only its asked-for positions."""
+        return x if self.rows is None or layer != self.last_layer else x.index_select(1, self.rows)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023), (B, T, D) -> (B, T, D)."""
 
@@ -137,18 +161,18 @@ class Attention(nn.Module):
         self.v_proj = Linear.of(config, "v_proj")
         self.o_proj = Linear.of(config, "o_proj")
 
-    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (
             project(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, E)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, K, S, E)
-        causal = mask is None and T > 1
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)  # (B, H, T, E)
-        return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
+        q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer, k, v)  # (B, K, S, E)
+        o = attend(q, k, v, context.mask, context.documents)  # (B, H, T, E)
+        o = o.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * E)
+        return self.o_proj(context.needed(o, self.layer))  # type: ignore[no-any-return]
 
 
 class FeedForward(nn.Module):
@@ -178,14 +202,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.run_block = self.run_attention = self.run_feed_forward = call
 
-    def attend(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        return self.self_attn(self.input_layernorm(x), rotation, mask, cache)  # type: ignore[no-any-return]
+    def attend(self, x: Tensor, context: Context) -> Tensor:
+        return self.self_attn(self.input_layernorm(x), context)  # type: ignore[no-any-return]
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
-    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.run_attention(self.attend, x, rotation, mask, cache)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = context.needed(x, self.self_attn.layer) + self.run_attention(self.attend, x, context)
         return x + self.run_feed_forward(self.feed_forward, x)
 
 
@@ -216,40 +240,47 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D); the embedding's where the two are tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
     def hidden_states(
         self,
         input_ids: Tensor,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        documents: Documents | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Final-norm states (B, T, D) of ``input_ids`` (B, T).
+        """Final-norm states (B, T, D) of ``input_ids`` (B, T), or (1, len(rows), D).
 
         Args:
-            positions: (B or 1, T); by default they go on from the cache's length.
+            positions: (B or 1, T); by default those of the documents, else they go on from the cache's length.
             mask: bool (B, 1, T, S), True where a query may look; None: causal, which right padding needs no mask for.
                 With a cache that already holds tokens, T > 1 needs a mask.
+            documents: the samples in the one row of ``input_ids``.
+            rows: positions in the one row whose states are asked for; None: all.
         """
         x = self.model.embed_tokens(input_ids)  # (B, T, D)
         if self.activation_dtype is not None:
             x = x.to(self.activation_dtype)
+        if positions is None and documents is not None:
+            positions = documents.positions
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
         rotation = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        context = Context(rotation, mask, cache, documents, rows, len(self.model.layers) - 1)
         for block in self.model.layers:
             assert isinstance(block, Block)
-            x = block.run_block(block, x, rotation, mask, cache)
+            x = block.run_block(block, x, context)
         return self.model.norm(x)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D), in their dtype."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden)  # type: ignore[no-any-return]
-        weight = self.model.embed_tokens.weight
-        if hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type):
-            return F.linear(hidden, weight)
-        return _UpcastLinear.apply(hidden, weight)  # type: ignore[no-any-return, no-untyped-call]
+        return linear(hidden, self.head_weight)
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from llamatune.checkpoints.run_state import (
     restore_optimizer,
     save_run_state,
 )
-from llamatune.data.dataset import epoch_order
+from llamatune.data.packing import epoch_rows
 from llamatune.errors import CheckpointError, NumericsError, Stopped
 from llamatune.events import (
     CheckpointSaved,
@@ -39,7 +40,7 @@ from llamatune.training.memory import peak_memory_bytes, peak_reserved_bytes
 from llamatune.training.optimizer import learning_rate_at
 from llamatune.training.position import Position
 from llamatune.training.run_directory import BEST, RunDirectory, prune_checkpoints
-from llamatune.training.setup import Inputs, Learner, Schedule
+from llamatune.training.setup import Inputs, Learner, Schedule, packing_budget
 from llamatune.training.trained import TrainedWeights
 from llamatune.training.window import (
     WindowGradient,
@@ -77,7 +78,7 @@ class TrainingLoop:
         self.spec, self.inputs, self.schedule, self.learner = spec, inputs, schedule, learner
         self.weights, self.run, self.on_event, self.should_stop = weights, run, on_event, should_stop
         self.position = Position()
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order: tuple[int, list[list[int]]] = (-1, [])
         self._last_checkpoint: Path | None = None
         self._clock = time.monotonic()
 
@@ -122,7 +123,12 @@ class TrainingLoop:
         return summary
 
     def _announce(self) -> None:
-        count = self.inputs.count
+        count, samples, rows = self.inputs.count, len(self.inputs.prepared.train), self.schedule.rows
+        if self.spec.data.packing:
+            per_step = samples / self.schedule.windows_per_epoch
+            limit = self.spec.data.packed_tokens
+            message = f"packing: {samples:,} samples in {rows:,} rows of at most {limit:,} tokens"
+            self.on_event(Notice(f"{message}, about {per_step:,.1f} samples in each update"))
         self.on_event(
             RunStarted(
                 count.trainable_parameters,
@@ -260,11 +266,12 @@ class TrainingLoop:
 
     # One window.
 
-    def _window_rows(self) -> list[int]:
+    def _window_rows(self) -> list[list[int]]:
         epoch, place = divmod(self.position.window, self.schedule.windows_per_epoch)
         if self._order[0] != epoch:
-            rows = len(self.inputs.prepared.train)
-            self._order = (epoch, epoch_order(rows, self.spec.training.seed, epoch, self.spec.data.shuffle))
+            lengths, spec = self.inputs.prepared.train.lengths, self.spec
+            rows = epoch_rows(lengths, spec.training.seed, epoch, spec.data.shuffle, packing_budget(spec))
+            self._order = (epoch, rows)
         start = place * self.schedule.rows_per_window
         return self._order[1][start : start + self.schedule.rows_per_window]
 
@@ -272,7 +279,8 @@ class TrainingLoop:
         position, learner, training = self.position, self.learner, self.spec.training
         started, split, rows = time.monotonic(), self.inputs.prepared.train, self._window_rows()
         size = training.micro_batch_size
-        micro_batches = [split.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
+        chosen = [itertools.chain.from_iterable(rows[start : start + size]) for start in range(0, len(rows), size)]
+        micro_batches = [split.batch(list(indices)) for indices in chosen]
         gradient = accumulate_gradient(learner, micro_batches, training.seed, position.window)
         if gradient.bad_rows:
             raise self._numerics_fault("the loss is not finite", gradient.bad_rows)

@@ -32,7 +32,7 @@ def train(
         Stopped: ``should_stop`` said so; a checkpoint is saved.
     """
     inputs = open_inputs(spec, force_base, on_event)
-    schedule = plan_schedule(spec, len(inputs.prepared.train))
+    schedule = plan_schedule(spec, inputs.prepared.train)
     claim = claim_run_directory(spec, inputs.digests, overwrite, resume, allowed_changes)
     with claim as (run, unfinished), memory_faults(inputs.device):
         if not unfinished:
@@ -50,7 +50,7 @@ def train(
 def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent = ignore_event) -> dict[str, Any]:
     """Check everything that a run needs and count what it would do; nothing is loaded, trained or written."""
     inputs = open_inputs(spec, force_base, on_event)
-    schedule = plan_schedule(spec, len(inputs.prepared.train))
+    schedule = plan_schedule(spec, inputs.prepared.train)
     output = Path(spec.training.output_dir)
     if not (output / "origin.json").is_file():
         refuse_occupied(output, overwrite=False)

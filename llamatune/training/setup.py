@@ -18,6 +18,7 @@ from llamatune.checkpoints.config_files import read_config
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.data.dataset import Prepared, Split, open_prepared
+from llamatune.data.packing import pack
 from llamatune.data.tokenizer import load_tokenizer
 from llamatune.devices import choose_device
 from llamatune.errors import CheckpointError, SpecError
@@ -48,8 +49,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many windows an epoch has, and where the run ends; a window is one accumulation of micro-batches."""
+    """How many windows an epoch has, and where the run ends; a window is one accumulation of micro-batches.
 
+    A row is a sample, or several packed ones.
+    """
+
+    rows: int
     rows_per_window: int
     windows_per_epoch: int
     num_epochs: int
@@ -93,8 +98,9 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
         )
     _check_tokens(prepared, validation, config, base, spec)
     _check_tokenizer(prepared, base, force_base, on_event)
-    if prepared.train.longest_row > config.max_position_embeddings:
-        longest = f"a row of {prepared.train.longest_row} tokens"
+    longest_tokens = max(prepared.train.lengths, default=0)
+    if longest_tokens > config.max_position_embeddings:
+        longest = f"a row of {longest_tokens} tokens"
         on_event(Notice(f"{longest} is longer than the {config.max_position_embeddings} the model knows", "warning"))
     lora = spec.lora
     count = count_parameters(config, lora.r if lora else None, lora.target_modules if lora else ())
@@ -130,18 +136,24 @@ def _check_tokenizer(prepared: Prepared, base: Path, force_base: bool, on_event:
         on_event(Notice("training on the ids of another tokenizer than the model's, as --force-base asks", "warning"))
 
 
-def plan_schedule(spec: RunSpec, rows: int) -> Schedule:
+def packing_budget(spec: RunSpec) -> int | None:
+    """Tokens of a packed row; None: no packing."""
+    return spec.data.packed_tokens if spec.data.packing else None
+
+
+def plan_schedule(spec: RunSpec, train: Split) -> Schedule:
     """Count windows and steps; the last window of an epoch may be partial."""
-    training = spec.training
+    training, budget = spec.training, packing_budget(spec)
+    rows = len(train) if budget is None else len(pack(train.lengths, budget, range(len(train))))
     rows_per_window = training.micro_batch_size * training.gradient_accumulation_steps
     windows_per_epoch = -(-rows // rows_per_window)
     if training.max_steps is not None:
         schedule = Schedule(
-            rows_per_window, windows_per_epoch, -(-training.max_steps // windows_per_epoch), training.max_steps
+            rows, rows_per_window, windows_per_epoch, -(-training.max_steps // windows_per_epoch), training.max_steps
         )
     else:
         epochs = training.num_epochs or 5
-        schedule = Schedule(rows_per_window, windows_per_epoch, epochs, epochs * windows_per_epoch)
+        schedule = Schedule(rows, rows_per_window, windows_per_epoch, epochs, epochs * windows_per_epoch)
     warmup_steps(training, schedule.total_steps)
     return schedule
 

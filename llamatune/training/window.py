@@ -49,7 +49,7 @@ def accumulate_gradient(learner: Learner, micro_batches: Sequence[Batch], seed: 
     for index, batch in enumerate(micro_batches):
         torch.manual_seed(derived_seed(seed, "dropout", window, index))
         with learner.autocast():
-            loss = summed_loss(learner.model, batch.input_ids, batch.labels)
+            loss = summed_loss(learner.model, batch.input_ids, batch.labels, batch.lengths)
         learner.scaler.scale(loss / target_tokens).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     loss_scale = learner.scaler.get_scale()

@@ -40,7 +40,7 @@ def _gradients(base: Path, data: Path, size: int, dtype: torch.dtype, lora: bool
         model.requires_grad_(True)
     total, targets = 0.0, sum(split.target_counts)
     for batch in split.batches(size):
-        loss = summed_loss(model, batch.input_ids, batch.labels) / targets
+        loss = summed_loss(model, batch.input_ids, batch.labels, batch.lengths) / targets
         loss.backward()
         total += loss.item()
     return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -76,7 +76,9 @@ def test_the_loss_is_that_of_transformers_over_target_tokens(tiny_base: Callable
     reference = LlamaForCausalLM.from_pretrained(tiny_base())
     with torch.no_grad():
         expected = summed_cross_entropy(reference, collate(kept_rows(twelve)))
-        torch.testing.assert_close(summed_loss(model, batch.input_ids, batch.labels), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            summed_loss(model, batch.input_ids, batch.labels, batch.lengths), expected, rtol=1e-6, atol=0
+        )
     assert batch.target_tokens == sum(label != -100 for _, labels in kept_rows(twelve) for label in labels)
 
 

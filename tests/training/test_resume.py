@@ -28,6 +28,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "evaluation__every_steps": 3,
     },
     "fp16 with overflows": {"training__num_epochs": 5, "training__precision": "fp16"},
+    "packed": {
+        **SCHEDULED, "training__num_epochs": 2, "data__packing": True, "data__packed_tokens": 40,
+        "training__gradient_accumulation_steps": 1,
+    },
     "stops early": {
         "training__num_epochs": 9, "training__learning_rate": 1.0, "evaluation__early_stopping_patience": 2,
         "evaluation__every_steps": 1,
