@@ -124,6 +124,9 @@ class TrainingSection(_Section):
     activation_checkpointing: Annotated[str, BeforeValidator(_checkpointing_mode)] = Field(
         "none", description="none, block, every_2 ... every_N, attention, feed_forward or sublayer"
     )
+    fused: bool = Field(
+        True, description="compute a LoRA block by hand-written functions that keep little; false: the plain modules"
+    )
     compile: NotYet = Field(False, description="torch.compile; not available yet")
     memory_limit: Literal["auto"] = Field("auto", description="what the choice of recomputation may use")
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0

@@ -200,7 +200,9 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.run_block = self.run_attention = self.run_feed_forward = call
+        self.run_block: Callable[..., Tensor] = call
+        self.run_attention: Callable[..., Tensor] = call
+        self.run_feed_forward: Callable[..., Tensor] = call
 
     def attend(self, x: Tensor, context: Context) -> Tensor:
         return self.self_attn(self.input_layernorm(x), context)  # type: ignore[no-any-return]

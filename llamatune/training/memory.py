@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from llamatune.model.fused import Recompute, apply_fused
 from llamatune.model.transformer import Block, Transformer
 
 
@@ -20,17 +21,23 @@ def recompute(function: Any, *args: Any) -> Tensor:
     return checkpoint(function, *args, use_reentrant=False)  # type: ignore[no-any-return]
 
 
-def apply_activation_checkpointing(model: Transformer, mode: str) -> None:
+def apply_activation_checkpointing(model: Transformer, mode: str, fused: bool) -> None:
     """Choose what is recomputed: ``none``, ``block``, ``every_N`` (each N-th block), ``attention``, ``feed_forward``,
-    or ``sublayer`` (attention and feed-forward each on its own, norm included)."""
+    or ``sublayer`` (attention and feed-forward each on its own, norm included); ``fused``: by the functions of a LoRA
+    block that recompute no more than their gradients need."""
     for index, block in enumerate(model.model.layers):
         assert isinstance(block, Block)
-        if mode == "block" or (mode.startswith("every_") and (index + 1) % int(mode.removeprefix("every_")) == 0):
+        whole = mode == "block" or (mode.startswith("every_") and (index + 1) % int(mode.removeprefix("every_")) == 0)
+        feed_forward = mode in ("feed_forward", "sublayer")
+        if fused:
+            partly = Recompute.FEED_FORWARD if feed_forward else Recompute.NOTHING
+            apply_fused(block, Recompute.BLOCK if whole else partly)
+        elif whole:
             block.run_block = recompute
+        elif feed_forward:
+            block.run_feed_forward = recompute
         if mode in ("attention", "sublayer"):
             block.run_attention = recompute
-        if mode in ("feed_forward", "sublayer"):
-            block.run_feed_forward = recompute
 
 
 def peak_memory_bytes(device: torch.device) -> int:

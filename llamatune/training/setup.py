@@ -190,7 +190,8 @@ def build_learner(
         if lora.init_from is not None:
             load_lora(model, _starting_adapter(spec, inputs, force_base, on_event).tensors)
         parameters = dict(lora_parameters(model))
-    apply_activation_checkpointing(model, spec.training.activation_checkpointing)
+    fused = spec.training.fused and spec.lora is not None
+    apply_activation_checkpointing(model, spec.training.activation_checkpointing, fused)
     model.train()
     return Learner(
         model,

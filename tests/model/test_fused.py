@@ -1,0 +1,171 @@
+"""The hand-written functions compute what the plain modules compute, and their gradients are right with dropout on."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from llamatune.model import fused, projection
+from llamatune.model.config import LINEAR_MODULES, LlamaConfig
+from llamatune.model.fused import Recompute, apply_fused
+from llamatune.model.lora import apply_lora, lora_parameters
+from llamatune.model.loss import summed_loss
+from llamatune.model.projection import Projection
+from llamatune.model.transformer import RMSNorm, Transformer, initialise, rotary_angles
+
+LENGTHS = (11, 1, 17)
+LEVELS = list(Recompute)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that do not divide the rows, so that their seams are tested."""
+    monkeypatch.setattr(projection, "TILE_TOKENS", 7)
+    monkeypatch.setattr(fused, "TILE_TOKENS", 7)
+
+
+def model_with(targets: list[str], dtype: torch.dtype, r: int = 4, dropout: float = 0.0) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(LlamaConfig(48, 100, 3, 6, 2, 131))
+    initialise(model, 0, 0.15)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.uniform_(0.5, 1.5)
+    model.to(dtype)
+    apply_lora(model, r, 8, dropout, targets, 1)
+    for name, parameter in lora_parameters(model):
+        if dtype == torch.float64:
+            parameter.data = parameter.data.double()
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.2)
+    return model.train()
+
+
+def gradients(model: Transformer, autocast: torch.dtype | None = None) -> tuple[float, dict[str, Tensor]]:
+    torch.manual_seed(5)
+    ids = torch.randint(3, 131, (1, sum(LENGTHS)))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
+        loss = summed_loss(model, ids, labels, LENGTHS)
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in lora_parameters(model) if p.grad is not None}
+
+
+def fused_copy(model: Transformer, level: Recompute) -> Transformer:
+    twin = copy.deepcopy(model)
+    for block in twin.model.layers:
+        apply_fused(block, level)
+    return twin
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - one).norm() / one.norm()) for name, one in expected.items())
+
+
+TARGETS = [["q_proj", "v_proj"], list(LINEAR_MODULES), ["down_proj"], ["o_proj"], ["gate_proj", "k_proj"], ["up_proj"]]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("targets", TARGETS, ids="+".join)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
+def test_fused_equals_plain(targets: list[str], dtype: torch.dtype, tolerance: float, level: Recompute) -> None:
+    model = model_with(targets, dtype)
+    loss, expected = gradients(copy.deepcopy(model))
+    found_loss, found = gradients(fused_copy(model, level))
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+    assert len(expected) == 2 * 3 * len(targets)
+    assert worst(found, expected) < tolerance
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("r", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16 weights", "fp32 weights"])
+def test_under_bf16_fused_is_as_near_to_the_truth_as_plain(dtype: torch.dtype, r: int, level: Recompute) -> None:
+    model = model_with(list(LINEAR_MODULES), dtype, r)
+    truth = copy.deepcopy(model).double()
+    _, expected = gradients(truth)
+    _, plain = gradients(copy.deepcopy(model), torch.bfloat16)
+    _, found = gradients(fused_copy(model, level), torch.bfloat16)
+
+    def error(gradient: dict[str, Tensor]) -> float:
+        squares = [((gradient[name] - one).square().sum(), one.square().sum()) for name, one in expected.items()]
+        return float(sum(off for off, _ in squares) / sum(all_of_it for _, all_of_it in squares)) ** 0.5
+
+    assert error(found) < 1.2 * error(plain)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_gradients_with_dropout_agree_with_finite_differences(level: Recompute) -> None:
+    model = fused_copy(model_with(list(LINEAR_MODULES), torch.float64, dropout=0.3), level)
+    _, found = gradients(model)
+    ids = torch.manual_seed(5) and torch.randint(3, 131, (1, sum(LENGTHS)))
+    labels = ids.clone()
+    labels[:, :5] = -100
+
+    def loss() -> float:
+        torch.manual_seed(5)
+        torch.randint(3, 131, (1, sum(LENGTHS)))  # the generator stands where it stood above
+        return summed_loss(model, ids, labels, LENGTHS).item()
+
+    for name, parameter in lora_parameters(model):
+        place = (1, 2)
+        step, before = 1e-5, parameter.data[place].item()
+        parameter.data[place] = before + step
+        above = loss()
+        parameter.data[place] = before - step
+        below = loss()
+        parameter.data[place] = before
+        expected = (above - below) / (2 * step)
+        assert found[name][place].item() == pytest.approx(expected, rel=2e-4, abs=2e-6), name
+
+
+def test_every_level_gives_the_same_bits_with_dropout_on() -> None:
+    model = model_with(list(LINEAR_MODULES), torch.float32, dropout=0.3)
+    runs = [gradients(fused_copy(model, level)) for level in LEVELS]
+    for loss, found in runs[1:]:
+        assert loss == runs[0][0]
+        assert all(torch.equal(found[name], one) for name, one in runs[0][1].items())
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+    part = Projection(torch.ones(1, 1), None, None, 1.0, 0.3, seed=4)
+    kept = part.keep(torch.ones(400, 500), 0)
+    assert kept is not None
+    assert float((kept == 0).float().mean()) == pytest.approx(0.3, abs=0.005)
+    assert float(kept.mean()) == pytest.approx(1.0, abs=0.01)
+    assert torch.equal(kept, part.keep(torch.ones(400, 500), 0))
+    assert not torch.equal(kept, part.keep(torch.ones(400, 500), 7))
+
+
+def test_without_training_mode_nothing_is_dropped() -> None:
+    model = model_with(["q_proj"], torch.float32, dropout=0.9)
+    ids = torch.arange(3, 32)[None]
+    with torch.no_grad():
+        plain = model.eval()(ids)
+        for block in model.model.layers:
+            apply_fused(block)
+        torch.testing.assert_close(model(ids), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_norm_and_its_gradient_against_autograd() -> None:
+    norm = RMSNorm(12, 1e-5).double()
+    norm.weight.data.uniform_(0.5, 1.5)
+    x, grad = torch.randn(23, 12, dtype=torch.float64, requires_grad=True), torch.randn(23, 12, dtype=torch.float64)
+    norm(x).backward(grad)
+    with torch.no_grad():
+        torch.testing.assert_close(projection.normalise(x, norm, torch.float64), norm(x))
+        torch.testing.assert_close(projection.normalise_backward(grad, x, norm), x.grad)
+
+
+def test_turning_back_undoes_turning() -> None:
+    x = torch.randn(9, 3 * 8, dtype=torch.float64)
+    rotation = rotary_angles(torch.arange(9)[None], 8, 10000.0)
+    turned = x.clone()
+    projection.rotate_in_place(turned, rotation, 8)
+    assert not torch.allclose(turned, x)
+    projection.rotate_in_place(turned, rotation, 8, back=True)
+    torch.testing.assert_close(turned, x, atol=1e-6, rtol=1e-6)
