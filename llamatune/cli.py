@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -56,9 +60,56 @@ def build_app() -> typer.Typer:
     return app
 
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_WRITERS = ("prepare-data", "train", "merge-lora", "demo")
+
+
+class _StoppedEarly(BaseException):
+    """A signal before a verb listens for signals itself: nothing has begun, so nothing is to be finished."""
+
+
+def _stop_early(number: int, frame: FrameType | None) -> None:
+    raise _StoppedEarly
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit with its code; what a user can cause ends in one line on stderr."""
-    sys.exit(_exit_code(arguments))
+    _open_closed_streams()
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    try:
+        for number, action in before.items():
+            if action is not signal.SIG_IGN:
+                signal.signal(number, _stop_early)
+        code = _exit_code(arguments)
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+    _silence_closed_streams()
+    sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Put the null device where a standard stream was closed, before anything else gets its descriptor; write UTF-8."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _silence_closed_streams() -> None:
+    """Whoever read a pipe may have seen enough; keep Python from complaining when it flushes at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _exit_code(arguments: list[str] | None) -> int:
@@ -66,10 +117,11 @@ def _exit_code(arguments: list[str] | None) -> int:
         return build_app()(args=arguments, standalone_mode=False, prog_name="llamatune") or 0
     except LlamatuneError as fault:
         return _fail(str(fault), fault.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except (_StoppedEarly, KeyboardInterrupt):
+        words = sys.argv[1:] if arguments is None else arguments
+        writes = next((word for word in words if not word.startswith("-")), "") in _WRITERS
+        return _fail("stopped by a signal: run the same command again", 75 if writes else 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as fault:
         where = f": {fault.filename}" if fault.filename else ""
@@ -84,5 +136,7 @@ def _exit_code(arguments: list[str] | None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"error: {printable(message)}\n")
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"error: {printable(message)}\n")
+        sys.stderr.flush()
     return code

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import torch
 
-from llamatune.errors import EnvironmentFault
+from llamatune.errors import EnvironmentFault, SpecError
 
 
 def choose_device(name: str) -> torch.device:
     """``auto`` is CUDA where there is one; a device that is asked for and absent is an ``EnvironmentFault``."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise SpecError(f"no device is called {name!r}", None, "use auto, cpu, cuda or cuda:N")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)

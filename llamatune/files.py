@@ -164,6 +164,17 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
             temporary.unlink(missing_ok=True)
 
 
+def output_file(path: Path) -> Path:
+    """Where a file that is asked for will be written, links followed; raises before any work if it cannot be."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise EnvironmentFault("exists and is not a regular file", path, "choose another output")
+    if not target.parent.is_dir():
+        raise EnvironmentFault("no such directory", target.parent, "make it first")
+    probe_writable(target.parent)
+    return target
+
+
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file below ``directory`` but the manifest itself, by relative POSIX path."""
     found = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)

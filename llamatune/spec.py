@@ -298,6 +298,10 @@ def build_spec(values: Any, where: object, overrides: list[str] | None = None) -
     """A spec from plain values, each ``section.key=value`` of ``overrides`` put in first."""
     if not isinstance(values, dict):
         raise SpecError("not a mapping of sections", where, f"sections are {', '.join(RunSpec.model_fields)}")
+    if values.get("evaluation", ()) is None:
+        del values["evaluation"]
+    if values.get("lora", ()) is None:
+        raise SpecError("lora: empty", where, "write lora: {} for its defaults, or omit it to train every parameter")
     _rename_aliases(values, where)
     for assignment in overrides or []:
         _override(values, assignment)

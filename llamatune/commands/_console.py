@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -37,8 +36,10 @@ class Console:
 
     def __enter__(self) -> Self:
         for number in _STOP_SIGNALS:
-            with contextlib.suppress(ValueError):  # not in the main thread
-                self._previous[number] = signal.signal(number, self._note_signal)
+            # What the caller ignores (nohup, a shell's background job) stays ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    self._previous[number] = signal.signal(number, self._note_signal)
         return self
 
     def __exit__(
@@ -87,5 +88,4 @@ class Console:
                 human(open_console(sys.stdout))
             sys.stdout.flush()
         except BrokenPipeError:
-            # Whoever read it has seen enough; keep Python from complaining again when it closes stdout.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            pass  # whoever read it has seen enough

@@ -16,16 +16,17 @@ _SHOWN = 8
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option(help="Where everything is written.", readable=False)] = Path("demo-output"),
     json_mode: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
     """Run the whole job on a tiny model: prepare, count, train, compare, merge."""
     from dataclasses import asdict
 
     from llamatune.commands._console import Console
-    from llamatune.demo.run import run_demo
 
     with Console(json_mode, writes=True, log_every_steps=10) as console:
+        from llamatune.demo.run import run_demo
+
         report = run_demo(output, console.on_event, console.should_stop)
         console.result(asdict(report), lambda out: _print(out, report))
 

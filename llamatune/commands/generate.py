@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[Path, typer.Option(help="A model directory, Meta's or Hugging Face's.", show_default=False)],
-    adapter: Annotated[Path | None, typer.Option(help="An adapter directory to put on it.")] = None,
+    model: Annotated[
+        Path, typer.Option(help="A model directory, Meta's or Hugging Face's.", show_default=False, readable=False)
+    ],
+    adapter: Annotated[Path | None, typer.Option(help="An adapter directory to put on it.", readable=False)] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt; may be repeated. Without one, standard input is the prompt.")
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line, or JSONL rows.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line, or JSONL rows.", readable=False)] = None,
     template: Annotated[
         str | None, typer.Option(help="A template's name or file, or none; default: the one stored with the model.")
     ] = None,
@@ -30,7 +32,9 @@ def generate(
     num_beams: Annotated[int, typer.Option(help="Beam search over so many beams.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Show the base's answer beside the tuned one.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Also write the results to this JSONL file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write the results to this JSONL file.", readable=False)
+    ] = None,
     force_base: Annotated[bool, typer.Option("--force-base", help="Accept an adapter of another base.")] = False,
     dtype: Annotated[str, typer.Option(help="same, float32, bfloat16 or float16.")] = "same",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -46,17 +50,20 @@ def generate(
 
     from dataclasses import asdict
 
-    from llamatune.checkpoints.checkpoint import DTYPE_NAMES
     from llamatune.commands._console import Console
-    from llamatune.devices import choose_device
-    from llamatune.inference.answer import Request, answer
+    from llamatune.files import output_file
 
-    if dtype != "same" and dtype not in DTYPE_NAMES:
-        raise SpecError(f"--dtype is same, {', '.join(DTYPE_NAMES)}, not {dtype!r}")
-    request = Request(
-        model, prompts, sampling, adapter, template, compare, force_base, DTYPE_NAMES.get(dtype), choose_device(device)
-    )
+    if output is not None:
+        output = output_file(output)
     with Console(json_mode, writes=False) as console:
+        from llamatune.checkpoints.checkpoint import DTYPE_NAMES
+        from llamatune.devices import choose_device
+        from llamatune.inference.answer import Request, answer
+
+        if dtype != "same" and dtype not in DTYPE_NAMES:
+            raise SpecError(f"--dtype is same, {', '.join(DTYPE_NAMES)}, not {dtype!r}")
+        held, on = DTYPE_NAMES.get(dtype), choose_device(device)
+        request = Request(model, prompts, sampling, adapter, template, compare, force_base, held, on)
         answers = answer(request, console.on_event, console.should_stop)
         results = [asdict(found) for found in answers.results]
         if not compare:
@@ -69,8 +76,7 @@ def generate(
 
 
 def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[Prompt]:
-    import sys
-
+    from llamatune.commands._arguments import as_utf8, read_standard_input
     from llamatune.errors import SpecError
 
     if prompt and prompt_file:
@@ -80,8 +86,8 @@ def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[Prompt]
 
         return read_prompts(prompt_file)
     if prompt:
-        return list(prompt)
-    text = sys.stdin.read().removesuffix("\n")
+        return [as_utf8(text, "--prompt") for text in prompt]
+    text = read_standard_input().removesuffix("\n")
     if not text:
         raise SpecError("no prompt", "standard input", "pass --prompt TEXT, --prompt-file FILE, or pipe a prompt in")
     return [text]

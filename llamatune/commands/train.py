@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def train(
-    spec_path: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The run spec.", show_default=False)],
+    spec_path: Annotated[
+        Path, typer.Argument(metavar="SPEC.yaml", help="The run spec.", show_default=False, readable=False)
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Changes to it, as training.seed=1.")
     ] = None,
@@ -29,18 +31,20 @@ def train(
     json_mode: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
     """Fine-tune a model as a run spec says; run it again to continue."""
+    from llamatune.commands._arguments import as_utf8
     from llamatune.errors import SpecError
     from llamatune.spec import load_spec
 
     if resume not in ("auto", "never"):
         raise SpecError(f"--resume is auto or never, not {resume!r}")
-    spec = load_spec(spec_path, overrides)
+    spec = load_spec(spec_path, [as_utf8(text, "an override") for text in overrides or []])
 
     from llamatune.commands._console import Console
-    from llamatune.training.run import plan_training
-    from llamatune.training.run import train as run_training
 
     with Console(json_mode, writes=True, log_every_steps=spec.training.log_every_steps) as console:
+        from llamatune.training.run import plan_training
+        from llamatune.training.run import train as run_training
+
         if dry_run:
             plan = plan_training(spec, force_base=force_base, on_event=console.on_event)
             console.result(plan, lambda out: _print_plan(out, plan, spec.to_yaml()))

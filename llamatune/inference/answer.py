@@ -16,6 +16,7 @@ from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.data.prompts import Template, load_template
 from llamatune.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from llamatune.devices import memory_faults
 from llamatune.errors import CheckpointError, DataError, SpecError
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.files import MANIFEST, parse_json, read_bytes, read_json
@@ -82,8 +83,23 @@ def answer(request: Request, on_event: OnEvent = ignore_event, should_stop: Shou
         adapter = load_adapter(request.adapter)
         check_adapter(adapter, checkpoint.config, fingerprint(checkpoint), request.force_base, on_event)
     template = _template(request, adapter)
-    texts = [_prompt_text(prompt, template) for prompt in request.prompts]
+    texts = [_prompt_text(prompt, template, number) for number, prompt in enumerate(request.prompts, 1)]
     ids = [tokenizer.encode(text) for text in texts]
+    device = request.device or torch.device("cpu")
+    with memory_faults(device):
+        return _answer(request, checkpoint, tokenizer, adapter, texts, ids, on_event, should_stop)
+
+
+def _answer(
+    request: Request,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    adapter: Adapter | None,
+    texts: list[str],
+    ids: list[list[int]],
+    on_event: OnEvent,
+    should_stop: ShouldStop,
+) -> Answers:
     model = load_model(
         checkpoint, _dtype(request, checkpoint, on_event), request.device or "cpu", on_event=on_event,
         should_stop=should_stop,
@@ -149,14 +165,23 @@ def _stored_template(model: Path) -> dict[str, Any] | None:
     return stored
 
 
-def _prompt_text(prompt: Prompt, template: Template | None) -> str:
+def _prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
     if isinstance(prompt, str):
         return prompt if template is None else template.instruction_prompt(prompt)
     if template is not None:
-        return template.prompt_of({**dict.fromkeys(template.placeholders, ""), **prompt})
+        optional: dict[str, str] = {name: "" for name in ("input", "system") if name in template.placeholders}
+        missing = sorted(template.placeholders - optional.keys() - prompt.keys())
+        if missing:
+            had = ", ".join(map(repr, prompt))
+            raise DataError(
+                f"no field {missing[0]!r} for the template {template.name!r}", f"prompt {number}", f"it has {had}"
+            )
+        return template.prompt_of({**optional, **prompt})
     if "prompt" not in prompt:
         raise DataError(
-            "a row without the field 'prompt', and no template to make one", None, "name a template with --template"
+            "a row without the field 'prompt', and no template to make one",
+            f"prompt {number}",
+            "name a template with --template",
         )
     return prompt["prompt"]
 

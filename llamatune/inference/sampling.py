@@ -23,7 +23,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         bounds = (
-            ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("--max-new-tokens", self.max_new_tokens, 1 <= self.max_new_tokens <= 1 << 20, "1 to 1,048,576"),
             ("--temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             ("--top-k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1"),
             ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -40,7 +40,9 @@ def token_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
     The nucleus is the smallest set of the likeliest tokens whose probabilities reach ``top_p`` (Holtzman et al. 2020).
     """
-    scaled = logits.float() / sampling.temperature
+    # Relative to the likeliest, so that a tiny temperature divides to -inf and not to inf - inf.
+    logits = logits.float()
+    scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
         least = scaled.topk(sampling.top_k).values[:, -1:]
         scaled = scaled.masked_fill(scaled < least, -torch.inf)

@@ -10,7 +10,7 @@ from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_st
 from llamatune.files import refuse_occupied
 from llamatune.spec import RunSpec
 from llamatune.training.loop import TrainingLoop
-from llamatune.training.run_directory import claim_run_directory
+from llamatune.training.run_directory import claim_run_directory, finished_summary
 from llamatune.training.setup import build_learner, open_inputs, plan_schedule
 from llamatune.training.trained import trained_weights
 
@@ -33,14 +33,14 @@ def train(
     """
     inputs = open_inputs(spec, force_base, on_event)
     schedule = plan_schedule(spec, inputs.prepared.train)
-    claim = claim_run_directory(spec, inputs.digests, overwrite, resume, allowed_changes)
-    with claim as (run, unfinished), memory_faults(inputs.device):
-        if not unfinished:
-            summary = run.finished_summary()
-            assert summary is not None
-            on_event(Notice(f"{run.path} is finished: nothing to do"))
+    if resume and not overwrite:
+        summary = finished_summary(spec, inputs.digests, allowed_changes)
+        if summary is not None:
+            on_event(Notice(f"{spec.training.output_dir} is finished: nothing to do"))
             return summary
-        learner = build_learner(spec, inputs, force_base, on_event, should_stop)
+    claim = claim_run_directory(spec, inputs.digests, overwrite, resume, allowed_changes)
+    with claim as run, memory_faults(inputs.device):
+        learner = build_learner(spec, inputs, on_event, should_stop)
         weights = trained_weights(spec, inputs, learner)
         loop = TrainingLoop(spec, inputs, schedule, learner, weights, run, on_event, should_stop)
         loop.resume()

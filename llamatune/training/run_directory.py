@@ -59,10 +59,6 @@ class RunDirectory:
         self._metrics.truncate(length)
         self._metrics.seek(length)
 
-    def finished_summary(self) -> dict[str, Any] | None:
-        """``summary.json``, if the run got that far."""
-        return read_json(self.path / SUMMARY) if (self.path / SUMMARY).is_file() else None
-
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_atomic(self.path / SUMMARY, dump_json(summary))
 
@@ -148,6 +144,27 @@ def _move_aside(path: Path) -> None:
     sync_directory(path.parent)
 
 
+def _is_run(path: Path) -> bool:
+    """Whether a run began here: its lock is the first file that it makes, so this holds whenever it was killed."""
+    return (path / LOCK).is_file()
+
+
+def finished_summary(
+    spec: RunSpec, inputs: Mapping[str, Any], allowed_changes: tuple[str, ...] = ()
+) -> dict[str, Any] | None:
+    """The summary, if the output directory holds this very run, finished; nothing is written, not even a lock.
+
+    Raises:
+        SpecError: fields of the spec changed. CheckpointError: the base or the data did.
+    """
+    path = Path(spec.training.output_dir)
+    if not _is_run(path) or not (path / SUMMARY).is_file():
+        return None
+    grown, _ = _refuse_changes(load_spec(path / SPEC), spec, allowed_changes, path / SPEC)
+    _refuse_other_inputs(read_json(path / ORIGIN), inputs, path / ORIGIN)
+    return None if grown else read_json(path / SUMMARY)
+
+
 @contextlib.contextmanager
 def claim_run_directory(
     spec: RunSpec,
@@ -155,8 +172,8 @@ def claim_run_directory(
     overwrite: bool = False,
     resume: bool = True,
     allowed_changes: tuple[str, ...] = (),
-) -> Iterator[tuple[RunDirectory, bool]]:
-    """Lock ``training.output_dir`` for this run; yields it and whether there is still something to train.
+) -> Iterator[RunDirectory]:
+    """Lock ``training.output_dir`` for this run.
 
     A new or empty directory becomes the run's. The run's own is continued if ``spec`` and ``inputs`` (digests of the
     base, the data and the tokenizer) are what they were. Anything else is refused, or moved aside by ``overwrite``.
@@ -165,9 +182,8 @@ def claim_run_directory(
         SpecError: fields of the spec changed. CheckpointError: the base or the data did.
         EnvironmentFault: somebody else's directory, or in use.
     """
-    path = Path(spec.training.output_dir)
-    # The lock is the first file that a run makes, so a directory with one is a run's, whenever that was killed.
-    own = (path / LOCK).is_file()
+    path = Path(os.path.realpath(spec.training.output_dir))
+    own = _is_run(path)
     occupied = path.exists() and (not path.is_dir() or any(not _is_ours(entry) for entry in path.iterdir()))
     if occupied and not overwrite and not own:
         raise EnvironmentFault(
@@ -175,29 +191,26 @@ def claim_run_directory(
         )
     if occupied and not overwrite and not resume:
         raise EnvironmentFault("holds a run, and --resume is never", path, "pass --overwrite, or choose another one")
-    probe_writable(path)
+    probe_writable(path.parent if occupied and overwrite else path)
     if occupied and overwrite:
-        with _locked(path):
-            pass
+        if path.is_dir():
+            with _locked(path):
+                pass
         _move_aside(path)
         path.mkdir()
     with _locked(path):
-        unfinished = True
         if own and not overwrite and (list_checkpoints(path / CHECKPOINTS) or (path / SUMMARY).is_file()):
             # Before its first checkpoint a run holds nothing that another spec could contradict.
-            grown, accepted = _refuse_changes(load_spec(path / SPEC), spec, allowed_changes, path / SPEC)
+            _, accepted = _refuse_changes(load_spec(path / SPEC), spec, allowed_changes, path / SPEC)
             origin = read_json(path / ORIGIN)
             _refuse_other_inputs(origin, inputs, path / ORIGIN)
             inputs = {**inputs, "spec_changes": [*origin.get("spec_changes", []), *accepted]}
-            if grown:
-                (path / SUMMARY).unlink(missing_ok=True)
-            unfinished = not (path / SUMMARY).is_file()
+        (path / SUMMARY).unlink(missing_ok=True)
         run = RunDirectory(path)
         try:
-            if unfinished:
-                _write_if_changed(path / ORIGIN, dump_json(inputs))
-                _write_if_changed(path / SPEC, spec.to_yaml().encode())
-            yield run, unfinished
+            _write_if_changed(path / ORIGIN, dump_json(inputs))
+            _write_if_changed(path / SPEC, spec.to_yaml().encode())
+            yield run
         finally:
             run.close()
 

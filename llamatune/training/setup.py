@@ -42,6 +42,7 @@ class Inputs:
     base_fingerprint: str
     prepared: Prepared
     validation: Split | None
+    starting_adapter: Adapter | None
     digests: dict[str, Any]
     count: ParameterCount
     device: torch.device
@@ -102,10 +103,11 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
     if longest_tokens > config.max_position_embeddings:
         longest = f"a row of {longest_tokens} tokens"
         on_event(Notice(f"{longest} is longer than the {config.max_position_embeddings} the model knows", "warning"))
+    starting_adapter = _starting_adapter(spec, config, base_fingerprint, force_base, on_event)
     lora = spec.lora
     count = count_parameters(config, lora.r if lora else None, lora.target_modules if lora else ())
     digests = {"base": base_fingerprint, "train": prepared.digest, "validation": validation_digest}
-    return Inputs(config, checkpoint, base_fingerprint, prepared, validation, digests, count, device)
+    return Inputs(config, checkpoint, base_fingerprint, prepared, validation, starting_adapter, digests, count, device)
 
 
 def _check_tokens(prepared: Prepared, validation: Split | None, config: LlamaConfig, base: Path, spec: RunSpec) -> None:
@@ -158,9 +160,7 @@ def plan_schedule(spec: RunSpec, train: Split) -> Schedule:
     return schedule
 
 
-def build_learner(
-    spec: RunSpec, inputs: Inputs, force_base: bool, on_event: OnEvent, should_stop: ShouldStop
-) -> Learner:
+def build_learner(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop) -> Learner:
     """Load the base, put LoRA in, and build the optimizer over what is trained."""
     dtype = DTYPES[spec.model.dtype]
     if inputs.checkpoint is None:
@@ -187,8 +187,8 @@ def build_learner(
         apply_lora(
             model, lora.r, lora.alpha, lora.dropout, lora.target_modules, derived_seed(spec.training.seed, "lora")
         )
-        if lora.init_from is not None:
-            load_lora(model, _starting_adapter(spec, inputs, force_base, on_event).tensors)
+        if inputs.starting_adapter is not None:
+            load_lora(model, inputs.starting_adapter.tensors)
         parameters = dict(lora_parameters(model))
     fused = spec.training.fused and spec.lora is not None
     apply_activation_checkpointing(model, spec.training.activation_checkpointing, fused)
@@ -203,11 +203,13 @@ def build_learner(
     )
 
 
-def _starting_adapter(spec: RunSpec, inputs: Inputs, force_base: bool, on_event: OnEvent) -> Adapter:
-    assert spec.lora is not None
-    assert spec.lora.init_from is not None
+def _starting_adapter(
+    spec: RunSpec, config: LlamaConfig, base_fingerprint: str, force_base: bool, on_event: OnEvent
+) -> Adapter | None:
+    if spec.lora is None or spec.lora.init_from is None:
+        return None
     adapter = load_adapter(Path(spec.lora.init_from))
-    check_adapter(adapter, inputs.config, inputs.base_fingerprint, force_base, on_event)
+    check_adapter(adapter, config, base_fingerprint, force_base, on_event)
     found, wanted = adapter.config, adapter_config(spec)
     if (found.r, set(found.target_modules), found.scaling) != (wanted.r, set(wanted.target_modules), wanted.scaling):
         raise CheckpointError(

@@ -1,0 +1,89 @@
+"""Closed streams, early signals, odd locales: the exit code holds and there is never a traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llamatune.demo.run import MATERIAL
+
+LLAMATUNE = f"{sys.executable} -m llamatune"
+GENERATE = f"{LLAMATUNE} generate --model {MATERIAL / 'base'} --template none --temperature 0 --max-new-tokens 3"
+
+
+def shell(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", command], cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (f"{LLAMATUNE} count-params --preset llama-2-7b >&-", 0),
+        (f"{LLAMATUNE} count-params --preset llama-2-7b --json >&-", 0),
+        (f"{LLAMATUNE} count-params --preset llama-2-7b 2>&-", 0),
+        (f"{LLAMATUNE} train absent.yaml 2>&-", 2),
+        (f"{LLAMATUNE} train absent.yaml 2>/dev/full", 2),
+        (f"{GENERATE} --prompt Belby >&- 2>&-", 0),
+        (f"{GENERATE} <&-", 2),
+        (f"printf '\\xff' | {GENERATE}", 3),
+        (f"{GENERATE} </dev/zero", 3),
+        (f"{GENERATE} --prompt x --device tpu", 2),
+        (f"{GENERATE} --prompt x --output absent/file.jsonl", 5),
+        (f"{GENERATE} --prompt x --output .", 5),
+        (f"mkfifo pipe; {GENERATE} --prompt x --output pipe", 5),
+    ],
+)
+def test_the_exit_code_holds_and_there_is_no_traceback(command: str, code: int, tmp_path: Path) -> None:
+    done = shell(command, tmp_path)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error:") <= 1
+
+
+def test_training_goes_on_without_stderr(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {MATERIAL / 'base'}, dtype: float32}}\nlora: {{r: 2}}\ndata: {{train: prepared}}\n"
+        "training: {output_dir: run, max_steps: 2, precision: fp32}\n"
+    )
+    rows, tokenizer = MATERIAL / "held_out.jsonl", MATERIAL / "base" / "tokenizer.model"
+    prepare = f"{LLAMATUNE} prepare-data {rows} --tokenizer {tokenizer} --output prepared --limit 20"
+    assert shell(f"{prepare} >&- 2>&-", tmp_path).returncode == 0
+    assert shell(f"{LLAMATUNE} train run.yaml 2>&- | true", tmp_path).returncode == 0
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_c_locale_takes_utf8_prompts_and_overrides(tmp_path: Path) -> None:
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    said = shell(f"{GENERATE} --prompt 'Élan 日本' --json", tmp_path, **locale)
+    assert said.returncode == 0, said.stderr
+    (tmp_path / "run.yaml").write_text("model: {path: x}\nlora: {}\ndata: {train: p}\ntraining: {output_dir: r}\n")
+    refused = shell(f"{LLAMATUNE} train run.yaml 'data.train=prépa 日'", tmp_path, **locale)
+    assert refused.returncode == 3
+    assert "no such directory" in refused.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGUSR1, 130)])
+def test_a_signal_while_libraries_load_is_one_line(number: int, code: int, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*GENERATE.split(), "--prompt", "x", "--max-new-tokens", "400"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "libtorch" not in maps.read_text():
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "")
+    assert err.count("error:") == 1
+    assert "Traceback" not in err
+
+
+def test_what_the_caller_ignores_stays_ignored(tmp_path: Path) -> None:
+    command = f"trap '' HUP; {GENERATE} --prompt Belby & child=$!; sleep 1; kill -HUP $child; wait $child"
+    assert shell(command, tmp_path).returncode == 0
