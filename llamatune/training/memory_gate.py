@@ -114,7 +114,7 @@ def measure_step(
     Of ``spec`` everything counts that changes the step; its paths are not opened, weights are random. More than one
     ``gradient_accumulation_steps`` are measured as two: the later ones find the gradient there already.
     """
-    batch = _make_batch(rows, row_tokens, target_share)
+    batch = even_batch(rows, row_tokens, target_share)
     whole = _run(spec, config, batch)
     mode = spec.training.activation_checkpointing
     period = int(mode.removeprefix("every_")) if mode.startswith("every_") else 1
@@ -177,13 +177,17 @@ def _inputs_without_data(spec: RunSpec, config: LlamaConfig) -> Inputs:
     return Inputs(config, None, "", no_data, None, {}, count, torch.device("cpu"))
 
 
-def _make_batch(rows: int, row_tokens: int, target_share: float) -> Batch:
-    """Rows of equal length whose last tokens are targets, batched as training batches what it reads from a file."""
+def even_batch(rows: int, row_tokens: int, target_share: float, input_ids: Tensor | None = None) -> Batch:
+    """Rows of equal length whose last tokens are targets, batched as training batches what it reads from a file.
+
+    ``input_ids`` (rows, row_tokens) are 1 everywhere unless they are given.
+    """
+    ids = torch.ones(rows * row_tokens) if input_ids is None else input_ids
     targets = max(1, round(row_tokens * target_share))
     mask = torch.zeros(rows, row_tokens, dtype=torch.uint8)
     mask[:, -targets:] = 1
     tensors = {
-        "input_ids": torch.ones(rows * row_tokens, dtype=torch.int32),
+        "input_ids": ids.reshape(-1).int(),
         "loss_mask": mask.reshape(-1),
         "offsets": torch.arange(rows + 1) * row_tokens,
         "source_rows": torch.arange(rows),

@@ -15,7 +15,7 @@ from llamatune.events import ignore_event, never_stop
 from llamatune.model.config import LINEAR_MODULES, PRESETS, LlamaConfig
 from llamatune.spec import RunSpec
 from llamatune.training import memory_gate
-from llamatune.training.memory_gate import StorageMeter, measure_step
+from llamatune.training.memory_gate import StorageMeter, even_batch, measure_step
 from llamatune.training.setup import build_learner
 from llamatune.training.window import accumulate_gradient
 
@@ -111,7 +111,7 @@ def saved_bytes(spec: RunSpec, config: LlamaConfig, rows: int, tokens: int) -> i
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = memory_gate._make_batch(rows, tokens, 0.46)
+    batch = even_batch(rows, tokens, 0.46)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         accumulate_gradient(learner, [batch], 0, 0)
     return sum(kept.values())
@@ -139,7 +139,7 @@ def test_activations_are_what_autograd_says_it_saves(
 def test_without_content_is_as_with_content(mode: str) -> None:
     config = LlamaConfig(**{**vars(TINY), "num_hidden_layers": 4, "num_key_value_heads": 2})
     spec = spec_of(QV, mode, dropout=0.1, gradient_accumulation_steps=2)
-    batch = memory_gate._make_batch(2, 32, 0.46)
+    batch = even_batch(2, 32, 0.46)
     fake = memory_gate._run(spec, config, batch)
     gc.collect()
     with StorageMeter() as meter:
