@@ -29,6 +29,7 @@ TINY = LlamaConfig(64, 160, 3, 4, 4, 96)
 AT_MOST = {
     (QV, 1, 512, "none"): (14.91, 139),
     (LINEAR_MODULES, 1, 512, "none"): (15.78, 173),
+    (QV, 8, 512, "none"): (30.45, 138),
     (LINEAR_MODULES, 8, 512, "none"): (34.57, 168),
     (QV, 8, 512, "block"): (14.47, 8.1),
     (QV, 8, 2048, "block"): (19.93, 8.1),
