@@ -146,11 +146,20 @@ def _feed_forward_backward(
     return normalise_backward(dh.add_(more), x, norm), [dA_gate, dB_gate, dA_up, dB_up, dA_down, dB_down]
 
 
-def _sum_tiles(done: list[tuple[Tensor, list[Tensor | None]]]) -> tuple[Tensor, list[Tensor | None]]:
-    dx = torch.cat([tile for tile, _ in done]) if len(done) > 1 else done[0][0]
-    total = done[0][1]
-    for _, more in done[1:]:
-        total = [a if a is None or b is None else a.add_(b) for a, b in zip(total, more, strict=True)]
+def _feed_forward_gradients(
+    grad: Tensor, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], kept: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients with respect to x and the trained matrices, a tile of rows at a time."""
+    dx = torch.empty_like(x)
+    total: list[Tensor | None] = []
+    for start in range(0, len(x), TILE_TOKENS):
+        rows = slice(start, start + TILE_TOKENS)
+        held = (kept[0][rows], kept[1][rows]) if kept else None
+        dx[rows], more = _feed_forward_backward(grad[rows].to(dtype), x[rows], norm, parts, held, start)
+        for before, addend in zip(total, more, strict=bool(total)):
+            if before is not None and addend is not None:
+                before.add_(addend)
+        total = total or more
     return dx, total
 
 
@@ -189,13 +198,7 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, *kept = ctx.saved_tensors
         norm, parts, dtype = ctx.settings
-        grad = grads[0].to(dtype)
-        done = []
-        for start in range(0, len(x), TILE_TOKENS):
-            rows = slice(start, start + TILE_TOKENS)
-            held = (kept[0][rows], kept[1][rows]) if kept else None
-            done.append(_feed_forward_backward(grad[rows], x[rows], norm, parts, held, start))
-        dx, trained = _sum_tiles(done)
+        dx, trained = _feed_forward_gradients(grads[0], x, norm, parts, kept, dtype)
         return dx if ctx.needs_input_grad[0] else None, None, None, None, *trained
 
 
@@ -257,17 +260,13 @@ class _RecomputedBlock(torch.autograd.Function):
         x = ctx.saved_tensors[0].detach().requires_grad_(wants_input)
         with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=autocast):
             middle = context.needed(x[None], block.self_attn.layer)[0] + _attention(block, x, context, attention)
-        inner, grad = middle.detach(), grads[0]
-        done = []
-        for start, tile, dy in zip(range(0, len(inner), TILE_TOKENS), tiles(inner), tiles(grad), strict=True):
-            norm = block.post_attention_layernorm
-            done.append(_feed_forward_backward(dy.to(dtype), tile, norm, feed_forward, None, start))
-        dx, last = _sum_tiles(done)
+        norm = block.post_attention_layernorm
+        dx, last = _feed_forward_gradients(grads[0], middle.detach(), norm, feed_forward, (), dtype)
         first = _trained(attention)
         wanted = [tensor for tensor in (x, *first) if tensor is not None and tensor.requires_grad]
         if not wanted:
             return None, None, None, None, None, *(None for _ in first), *last
-        found = iter(torch.autograd.grad(middle, wanted, dx + grad))
+        found = iter(torch.autograd.grad(middle, wanted, dx.add_(grads[0])))
         own = [next(found) if wants_input else None]
         own += [None if tensor is None else next(found) for tensor in first]
         return own[0], None, None, None, None, *own[1:], *last

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,10 +164,9 @@ def build_learner(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop:
     """Load the base, put LoRA in, and build the optimizer over what is trained."""
     dtype = DTYPES[spec.model.dtype]
     if inputs.checkpoint is None:
-        with inputs.device:
+        with inputs.device, _default_dtype(dtype):  # no fp32 copy of a large model on the way
             model = Transformer(inputs.config)
         initialise(model, spec.training.seed)
-        model.to(dtype)
     else:
         model = load_model(
             inputs.checkpoint,
@@ -201,6 +200,16 @@ def build_learner(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop:
         autocast_factory(spec.training.precision, inputs.device),
         inputs.device,
     )
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _starting_adapter(

@@ -1,0 +1,136 @@
+"""One epoch with transformers' Trainer and PEFT, in a process of its own: what a user of the two would write.
+
+``python benchmarks/side_trainer.py SETTINGS.json``; the last line on stdout is a JSON object as side_llamatune.py's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from material import DTYPES, Row, read_rows
+from peft import PeftModel
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows as the Trainer takes them."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": self.rows[index].input_ids, "labels": self.rows[index].labels}
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Padded on the right to the longest of the batch."""
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
+
+    mask = torch.tensor([[1] * len(row["labels"]) + [0] * (width - len(row["labels"])) for row in rows])
+    return {"input_ids": padded("input_ids", 2), "labels": padded("labels", -100), "attention_mask": mask}
+
+
+class InOrder(Trainer):
+    """Visits the rows in their order, or by length, so that both sides see the same windows."""
+
+    by_length = False
+
+    def _get_train_sampler(self, *_: Any, **__: Any) -> torch.utils.data.Sampler:
+        if self.by_length:
+            lengths = [len(row.input_ids) for row in self.train_dataset.rows]
+            return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths)
+        return SequentialSampler(self.train_dataset)
+
+
+class Clock(TrainerCallback):
+    """Notes when training began and when each update was made; ``first_step_line`` tells a waiting parent at once."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.times.append(time.monotonic())
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.times.append(time.monotonic())
+        if len(self.times) == 2:
+            sys.stderr.write("step=1\n")
+            sys.stderr.flush()
+
+
+def load_peer(settings: dict[str, Any]) -> Any:
+    """The base in its dtype with the adapter in fp32, PEFT's default."""
+    kind = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+    model = AutoModelForCausalLM.from_pretrained(settings["base"], **{kind: DTYPES[settings["dtype"]][1]})
+    return PeftModel.from_pretrained(model.to(settings["device"]), settings["adapter"], is_trainable=True)
+
+
+def arguments(settings: dict[str, Any]) -> TrainingArguments:
+    """Constant rate, no decay, token-weighted loss: what the llamatune side does."""
+    values: dict[str, Any] = {
+        "output_dir": settings["output"],
+        "num_train_epochs": settings["num_epochs"],
+        "max_steps": settings.get("max_steps", -1),
+        "per_device_train_batch_size": settings["micro_batch_size"],
+        "gradient_accumulation_steps": settings["accumulation"],
+        "learning_rate": settings["learning_rate"],
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch_fused",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "bf16": settings["autocast"],
+        "gradient_checkpointing": settings["checkpointing"],
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "use_cpu": settings["device"] == "cpu",
+        "dataloader_pin_memory": settings["device"] != "cpu",
+        "seed": 0,
+    }
+    known = inspect.signature(TrainingArguments.__init__).parameters
+    return TrainingArguments(**{name: value for name, value in values.items() if name in known})
+
+
+def main() -> None:
+    """Train as the settings say and report."""
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    model, clock = load_peer(settings), Clock()
+    rows = Rows(read_rows(Path(settings["prepared"])))
+    trainer = InOrder(
+        model=model, args=arguments(settings), train_dataset=rows, data_collator=collate, callbacks=[clock]
+    )
+    trainer.by_length = settings["by_length"]
+    trainer.train()
+    cuda = settings["device"] != "cpu"
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report = {
+        "loop_s": clock.times[-1] - clock.times[0],
+        "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else resident,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+    }
+    sys.stdout.write(json.dumps(report) + "\n")
+
+
+if __name__ == "__main__":
+    main()

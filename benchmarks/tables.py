@@ -1,0 +1,85 @@
+"""A table of ratios that is on disk after every row: ``table.md`` and ``table.json``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Table:
+    """Rows of ours, theirs and their ratio, under what they were measured with."""
+
+    def __init__(self, output: Path, command: str) -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        self.output, self.rows, self.notes = output, [], []  # type: ignore[var-annotated]
+        self.facts = {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
+
+    def note(self, line: str) -> None:
+        """A line above the table."""
+        self.notes.append(line)
+        self.progress(line)
+
+    def progress(self, line: str) -> None:
+        """A line for who waits."""
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+    def row(self, name: str, ours: float, theirs: float, ratios: list[float], apart: float | None) -> None:
+        """``ratios`` of paired rounds: their median is shown, and their range; ``apart`` is the losses' difference."""
+        ratio = statistics.median(ratios)
+        self.rows.append({"name": name, "llamatune": ours, "peer": theirs, "ratio": ratio, "ratios": ratios,
+                          "largest_loss_difference": apart, "load": os.getloadavg()[0]})  # fmt: skip
+        self.progress(f"{name}: {ours:.4g} {theirs:.4g} ratio {ratio:.2f}")
+        (self.output / "table.json").write_text(json.dumps({**self.facts, "notes": self.notes, "rows": self.rows}))
+        (self.output / "table.md").write_text(self.markdown())
+
+    def markdown(self) -> str:
+        """The table and what it was measured with."""
+        lines = [f"- {name}: {value}" for name, value in self.facts.items()] + [f"- {note}" for note in self.notes]
+        lines += ["", "| | llamatune | transformers + PEFT | ratio | range of rounds | losses apart | load |",
+                  "|---|---|---|---|---|---|---|"]  # fmt: skip
+        for row in self.rows:
+            apart = row["largest_loss_difference"]
+            lines.append(
+                f"| {row['name']} | {row['llamatune']:.4g} | {row['peer']:.4g} | {row['ratio']:.2f} "
+                f"| {min(row['ratios']):.2f}-{max(row['ratios']):.2f} | {'' if apart is None else f'{apart:.2g}'} "
+                f"| {row['load']:.1f} |"
+            )
+        return "\n".join(lines) + "\n"
+
+
+def commit() -> str:
+    """What is checked out, and whether it was changed."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "no repository"
+
+
+def machine() -> str:
+    """Processor, cores and threads, and the GPU if there is one."""
+    kind = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            kind = line.partition(":")[2].strip()
+            break
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{kind}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}"
+
+
+def versions() -> dict[str, Any]:
+    """Of what was compared."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")}

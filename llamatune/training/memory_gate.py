@@ -1,0 +1,198 @@
+"""How many bytes of tensors a training step needs, found by running it without computing it.
+
+The step is the loop's own (``build_learner``, ``accumulate_gradient``, ``make_update``) on tensors that have a shape
+but no content (torch's FakeTensorMode), so LLaMA-2-7B takes seconds on one core and no memory. Not seen: what a kernel
+allocates inside itself, the allocator's fragments, the CUDA context. SDPA is the CPU's flash kernel, which keeps what
+CUDA's keeps: the output and one number per row and head. (It repeats grouped keys and values first; CUDA's need not.)
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llamatune.accounting import count_parameters
+from llamatune.data.dataset import Batch, Prepared, Split
+from llamatune.events import ignore_event, never_stop
+from llamatune.model.config import LlamaConfig
+from llamatune.spec import RunSpec
+from llamatune.training.setup import Inputs, Learner, build_learner
+from llamatune.training.window import accumulate_gradient, make_update
+
+TARGET_SHARE = 0.46
+"""The share of Alpaca's tokens that are trained, by LLaMA-2's tokenizer and the ``alpaca`` template."""
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of the tensors of one steady training step; every storage counts once, whatever views it has.
+
+    ``weights_bytes`` are the base, ``resident_bytes`` what lies there between steps (base, adapter, optimizer state),
+    ``after_forward_bytes`` what is alive when the first backward pass begins, ``peak_bytes`` the most at any time.
+    ``largest_tensor_bytes`` is the largest storage made during the step. ``saved_bytes_per_token_layer`` is what one
+    more block adds to ``after_forward_bytes`` for each token.
+    """
+
+    weights_bytes: int
+    resident_bytes: int
+    after_forward_bytes: int
+    peak_bytes: int
+    largest_tensor_bytes: int
+    saved_bytes_per_token_layer: float
+
+
+class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the storages of all tensors that operations return, until each is freed.
+
+    Over a FakeTensorMode, operations on real tensors alone (where the targets are) stay real, and reading a number off
+    a tensor without content gives 1.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live_bytes = 0
+        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self.start_window()
+
+    def start_window(self) -> None:
+        """Forget what was seen so far, but not what is alive."""
+        self.peak_bytes, self.largest_bytes = self.live_bytes, 0
+        self.backward_began_bytes: int | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.backward_began_bytes is None and torch._C._current_graph_task_id() != -1:
+            self.backward_began_bytes = self.live_bytes
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0 if args[0].is_floating_point() else 1
+        if given and not any(isinstance(tensor, FakeTensor) for tensor in given):
+            with unset_fake_temporarily():
+                result = func(*args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self._alive:
+            self._alive[key] = (weakref.ref(storage, lambda _: self._release(key)), size)
+            self._add(size)
+            self.largest_bytes = max(self.largest_bytes, size)
+        elif self._alive[key][1] != size:  # resized in place
+            self._add(size - self._alive[key][1])
+            self._alive[key] = (self._alive[key][0], size)
+
+    def _add(self, size: int) -> None:
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _release(self, key: int) -> None:
+        self.live_bytes -= self._alive.pop(key)[1]
+
+
+def measure_step(
+    spec: RunSpec, config: LlamaConfig, rows: int, row_tokens: int, target_share: float = TARGET_SHARE
+) -> StepMemory:
+    """The memory of a step of ``spec`` on a model of this shape, each micro-batch ``rows`` rows of ``row_tokens``.
+
+    Of ``spec`` everything counts that changes the step; its paths are not opened, weights are random. More than one
+    ``gradient_accumulation_steps`` are measured as two: the later ones find the gradient there already.
+    """
+    batch = even_batch(rows, row_tokens, target_share)
+    whole = _run(spec, config, batch)
+    mode = spec.training.activation_checkpointing
+    period = int(mode.removeprefix("every_")) if mode.startswith("every_") else 1
+    shallow, deeper = (_run(spec, _of_depth(config, depth), batch) for depth in (period, 2 * period))
+    saved = (deeper.after_forward_bytes - deeper.resident_bytes) - (
+        shallow.after_forward_bytes - shallow.resident_bytes
+    )
+    return StepMemory(
+        whole.weights_bytes,
+        whole.resident_bytes,
+        whole.after_forward_bytes,
+        whole.peak_bytes,
+        whole.largest_bytes,
+        saved / (period * batch.tokens),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    weights_bytes: int
+    resident_bytes: int
+    after_forward_bytes: int
+    peak_bytes: int
+    largest_bytes: int
+
+
+def _of_depth(config: LlamaConfig, layers: int) -> LlamaConfig:
+    return LlamaConfig(**{**vars(config), "num_hidden_layers": layers})
+
+
+def _run(spec: RunSpec, config: LlamaConfig, batch: Batch) -> _Run:
+    with FakeTensorMode(allow_non_fake_inputs=True), StorageMeter() as meter:
+        learner = build_learner(spec, _inputs_without_data(spec, config), ignore_event, never_stop)
+        micro_batches = [batch] * min(2, spec.training.gradient_accumulation_steps)
+        _step(spec, learner, micro_batches, 0)  # leaves the optimizer's state there
+        resident = meter.live_bytes
+        meter.start_window()
+        _step(spec, learner, micro_batches, 1)
+        trained = {id(parameter) for parameter in learner.parameters.values()}
+        weights = {tensor for tensor in learner.model.state_dict(keep_vars=True).values() if id(tensor) not in trained}
+    assert meter.backward_began_bytes is not None, "the step had no backward pass"
+    return _Run(
+        sum(tensor.numel() * tensor.element_size() for tensor in weights),
+        resident,
+        meter.backward_began_bytes,
+        meter.peak_bytes,
+        meter.largest_bytes,
+    )
+
+
+def _step(spec: RunSpec, learner: Learner, micro_batches: Sequence[Batch], window: int) -> None:
+    gradient = accumulate_gradient(learner, micro_batches, spec.training.seed, window)
+    make_update(learner, gradient, spec.training.learning_rate, spec.training.max_grad_norm)
+
+
+def _inputs_without_data(spec: RunSpec, config: LlamaConfig) -> Inputs:
+    lora = spec.lora
+    count = count_parameters(config, lora.r if lora else None, lora.target_modules if lora else ())
+    no_data = cast(Prepared, None)  # building a learner opens none
+    return Inputs(config, None, "", no_data, None, None, {}, count, torch.device("cpu"))
+
+
+def even_batch(rows: int, row_tokens: int, target_share: float, input_ids: Tensor | None = None) -> Batch:
+    """Rows of equal length whose last tokens are targets, batched as training batches what it reads from a file.
+
+    ``input_ids`` (rows, row_tokens) are 1 everywhere unless they are given.
+    """
+    ids = torch.ones(rows * row_tokens) if input_ids is None else input_ids
+    targets = max(1, round(row_tokens * target_share))
+    mask = torch.zeros(rows, row_tokens, dtype=torch.uint8)
+    mask[:, -targets:] = 1
+    tensors = {
+        "input_ids": ids.reshape(-1).int(),
+        "loss_mask": mask.reshape(-1),
+        "offsets": torch.arange(rows + 1) * row_tokens,
+        "source_rows": torch.arange(rows),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "rows.safetensors"
+        save_file(tensors, path)
+        return Split(path).batch(range(rows))
