@@ -48,11 +48,13 @@ class _UpcastLinear(torch.autograd.Function):
 class Linear(nn.Linear):
     """A matrix without bias (LLaMA has none), (..., in) -> (..., out).
 
-    Outside autocast the input's dtype decides in which precision the product is computed.
+    Outside autocast the input's dtype decides in which precision the product is computed. ``quantized``, where there
+    is one, computes the product in the place of ``weight``, which is None then.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.quantized: nn.Module | None = None
 
     @classmethod
     def of(cls, config: LlamaConfig, module: str) -> Linear:
@@ -61,6 +63,8 @@ class Linear(nn.Linear):
         return cls(in_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.quantized is not None:
+            return self.quantized(x)  # type: ignore[no-any-return]
         if x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type):
             return F.linear(x, self.weight)
         return _UpcastLinear.apply(x, self.weight)  # type: ignore[no-any-return, no-untyped-call]
