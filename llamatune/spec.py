@@ -109,7 +109,9 @@ class TrainingSection(_Section):
     max_steps: Positive | None = Field(None, description="optimizer updates, in place of num_epochs")
     micro_batch_size: Positive = Field(1, description="rows in one forward pass")
     gradient_accumulation_steps: Positive = Field(8, description="forward passes per update")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit holds the state of large tensors in 8 bits"
+    )
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
