@@ -19,8 +19,9 @@ def dynamic_levels(signed: bool) -> Tensor:
     levels = [0.0, 1.0]
     for decade in range(_DECADES):
         cells = 2 ** (decade + (0 if signed else 1))
-        edges = torch.linspace(0.1, 1.0, cells + 1, dtype=torch.float64, device="cpu")
-        middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade + 1 - _DECADES)).tolist()
+        # In plain floats: under FakeTensorMode, where memory is counted, tensors have no values.
+        top = 10.0 ** (decade + 1 - _DECADES)
+        middles = [top * (0.1 + 0.9 * (cell + 0.5) / cells) for cell in range(cells)]
         levels += middles + ([-middle for middle in middles] if signed else [])
     return torch.tensor(sorted(levels), dtype=torch.float32, device="cpu")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from model_judges import IDS
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.huggingface import HuggingFaceCheckpoint
@@ -20,7 +21,15 @@ from llamatune.errors import CheckpointError
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.blockwise import dynamic_levels
 from llamatune.model.lora import apply_lora, lora_parameters
-from llamatune.model.quantization import LEVELS, Scratch, quantize_blocks, quantize_nf4
+from llamatune.model.quantization import (
+    LEVELS,
+    NF4Weight,
+    Scratch,
+    hold_quantized,
+    quantize_blocks,
+    quantize_nf4,
+    storage,
+)
 from llamatune.model.transformer import Linear, Transformer
 from llamatune.training.memory import apply_activation_checkpointing
 
@@ -266,3 +275,18 @@ def test_weights_that_are_not_finite_are_refused_by_name(tiny_base: Callable[...
     save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight.*nf4"):
         nf4_model(tmp_path / "base")
+
+
+def test_a_step_runs_where_tensors_have_no_values(tiny_base: Callable[..., Path]) -> None:
+    """Peak memory of a large model is counted under FakeTensorMode; the layout alone must do."""
+    config = open_checkpoint(tiny_base()).config
+    with FakeTensorMode():
+        model, scratch = Transformer(config), Scratch()
+        for module in model.model.layers.modules():
+            if isinstance(module, Linear) and module.quantized is None:
+                shape = (module.out_features, module.in_features)
+                tensors = {name: torch.empty(size, dtype=dtype) for name, (dtype, size) in storage(shape).items()}
+                hold_quantized(module, NF4Weight(shape, tensors, scratch))
+        apply_lora(model, 4, 8, 0.0, ["q_proj", "v_proj"])
+        model(torch.zeros(1, 9, dtype=torch.long)).sum().backward()
+        assert all(parameter.grad is not None for _, parameter in lora_parameters(model))
