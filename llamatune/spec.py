@@ -71,7 +71,12 @@ class ModelSection(_Section):
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="random reads only the configuration and draws the weights from training.seed"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="how frozen weights are held")
+    dtype: Literal["float32", "bfloat16", "float16", "nf4"] = Field(
+        "bfloat16", description="how frozen weights are held; nf4 (QLoRA) needs a lora section"
+    )
+    quantized_cache: PathText | None = Field(
+        None, description="nf4: a directory that keeps the quantised weights of each base, made at the first run"
+    )
     num_layers: Positive | None = Field(None, description="keep only the first N layers, for debugging")
 
 
@@ -108,7 +113,9 @@ class TrainingSection(_Section):
     max_steps: Positive | None = Field(None, description="optimizer updates, in place of num_epochs")
     micro_batch_size: Positive = Field(1, description="rows in one forward pass")
     gradient_accumulation_steps: Positive = Field(8, description="forward passes per update")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit holds the state of large tensors in 8 bits"
+    )
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
@@ -173,6 +180,12 @@ class RunSpec(_Section):
 
     @model_validator(mode="after")
     def _agree(self) -> RunSpec:
+        if self.lora is None and self.model.dtype == "nf4":
+            raise ValueError(
+                "nf4 weights are frozen and nothing would be trained; add a lora section, or set model.dtype: float32"
+            )
+        if self.model.quantized_cache is not None and (self.model.dtype != "nf4" or self.model.init == "random"):
+            raise ValueError("model.quantized_cache is for model.dtype: nf4 and pretrained weights; leave it out")
         if self.lora is None and self.model.dtype != "float32":
             raise ValueError(
                 f"training every parameter in {self.model.dtype} loses small updates; without a lora section set "

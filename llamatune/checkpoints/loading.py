@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from llamatune.checkpoints.huggingface import HuggingFaceCheckpoint
 from llamatune.checkpoints.meta import MetaCheckpoint
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.model.quantization import NF4Weight, hold_quantized
 from llamatune.model.transformer import Transformer
 
 
@@ -36,6 +38,7 @@ def load_model(
     writable: bool = False,
     on_event: OnEvent = ignore_event,
     should_stop: ShouldStop = never_stop,
+    quantized: Callable[[str], NF4Weight | None] | None = None,
 ) -> Transformer:
     """Build the model and fill it with a checkpoint's weights, all frozen (``requires_grad`` false).
 
@@ -46,6 +49,7 @@ def load_model(
         num_layers: keep only the first blocks.
         writable: the caller will change weights in place, so none may stay mapped from the file. Without it, CPU
             weights that need no conversion are shared with the page cache.
+        quantized: gives what is to be held in NF4 by its name, on the device; None for what stays in ``dtype``.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     config = checkpoint.config.with_layers(num_layers)
@@ -58,12 +62,15 @@ def load_model(
     for done, name in enumerate(names):
         if should_stop():
             raise Stopped("stopped while loading the model", checkpoint.path, "run the same command again")
-        stays = device.type == "cpu" and not writable and dtype in (None, checkpoint.dtype(name))
-        tensor = checkpoint.tensor(name, mapped=stays).to(device=device, dtype=dtype)
-        if not is_finite(tensor):
-            broken.append(name)
         path, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(path), attribute, torch.nn.Parameter(tensor, requires_grad=False))
+        if quantized is not None and (packed := quantized(name)) is not None:
+            hold_quantized(model.get_submodule(path), packed)
+        else:
+            stays = device.type == "cpu" and not writable and dtype in (None, checkpoint.dtype(name))
+            tensor = checkpoint.tensor(name, mapped=stays).to(device=device, dtype=dtype)
+            if not is_finite(tensor):
+                broken.append(name)
+            setattr(model.get_submodule(path), attribute, torch.nn.Parameter(tensor, requires_grad=False))
         on_event(Progress("loading", done + 1, len(names)))
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""

@@ -181,7 +181,7 @@ class _FeedForward(torch.autograd.Function):
                 gate, up, down = parts
                 kept = []
                 for part in (gate, up):
-                    kept.append(torch.empty(len(x), len(part.weight), dtype=dtype, device=x.device))
+                    kept.append(torch.empty(len(x), part.out_features, dtype=dtype, device=x.device))
                 outputs = []
                 for start in range(0, len(x), TILE_TOKENS):
                     rows = slice(start, start + TILE_TOKENS)
@@ -215,6 +215,12 @@ def _feed_forward_parts(block: Block) -> tuple[Projection, ...]:
 
 def _trained(parts: Sequence[Projection]) -> list[Tensor | None]:
     return [tensor for part in parts for tensor in part.trained]
+
+
+def _only_row(x: Tensor) -> Tensor:
+    """(N, D) of (1, N, D): batches are rows without padding."""
+    assert len(x) == 1, "fused blocks take one row of samples"
+    return x[0]
 
 
 def _attention(block: Block, x: Tensor, context: Context, parts: Sequence[Projection]) -> Tensor:
@@ -273,18 +279,18 @@ class _RecomputedBlock(torch.autograd.Function):
 
 
 def _fused_attend(block: Block, x: Tensor, context: Context) -> Tensor:
-    return _attention(block, x[0], context, _attention_parts(block))[None]
+    return _attention(block, _only_row(x), context, _attention_parts(block))[None]
 
 
 def _fused_feed_forward(block: Block, again: bool, x: Tensor) -> Tensor:
     parts = _feed_forward_parts(block)
-    y = _FeedForward.apply(x[0], block.post_attention_layernorm, parts, again, *_trained(parts))  # type: ignore[no-untyped-call]
+    y = _FeedForward.apply(_only_row(x), block.post_attention_layernorm, parts, again, *_trained(parts))  # type: ignore[no-untyped-call]
     return y[None]  # type: ignore[no-any-return]
 
 
 def _run_recomputed(block: Block, x: Tensor, context: Context) -> Tensor:
     first, last = _attention_parts(block), _feed_forward_parts(block)
-    y = _RecomputedBlock.apply(x[0], block, context, first, last, *_trained((*first, *last)))  # type: ignore[no-untyped-call]
+    y = _RecomputedBlock.apply(_only_row(x), block, context, first, last, *_trained((*first, *last)))  # type: ignore[no-untyped-call]
     return y[None]  # type: ignore[no-any-return]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 
@@ -15,7 +16,7 @@ from llamatune.model.transformer import Linear, Transformer
 
 
 class LoRALinear(Linear):
-    """A frozen matrix and its trained low-rank update; ``weight`` keeps its name and its tensor.
+    """A frozen matrix and its trained low-rank update; ``weight`` or ``quantized`` keeps its name and its tensors.
 
     A is Kaiming-uniform with gain as in the reference implementation (bound 1/sqrt(in)), B is zero: the update starts
     at exactly nothing.
@@ -25,9 +26,9 @@ class LoRALinear(Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = frozen.in_features, frozen.out_features
         self.register_parameter("bias", None)
-        self.weight = frozen.weight
+        self.weight, self.quantized = frozen.weight, frozen.quantized
         self.scaling, self.dropout = alpha / r, dropout
-        device = frozen.weight.device
+        device = next(itertools.chain(frozen.parameters(), frozen.buffers())).device
         self.lora_A = nn.Parameter(torch.zeros(r, frozen.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(frozen.out_features, r, dtype=torch.float32, device=device))
 

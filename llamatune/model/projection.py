@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llamatune.model.lora import LoRALinear
+from llamatune.model.quantization import NF4Weight
 from llamatune.model.transformer import Linear, RMSNorm, Rotation, widened
 
 TILE_TOKENS = 2048
@@ -23,7 +24,7 @@ TILE_TOKENS = 2048
 class Projection:
     """One linear layer as numbers: frozen ``weight``, and LoRA's part where it is adapted."""
 
-    weight: Tensor
+    weight: Tensor | NF4Weight
     lora_A: Tensor | None  # noqa: N815 - the paper's and the layer's name
     lora_B: Tensor | None  # noqa: N815
     scaling: float
@@ -33,12 +34,22 @@ class Projection:
     @staticmethod
     def of(layer: Linear) -> Projection:
         """Take a layer's weights, and draw the seed of its dropout."""
+        weight = layer.weight if layer.quantized is None else layer.quantized
+        assert isinstance(weight, Tensor | NF4Weight)
         if not isinstance(layer, LoRALinear):
-            return Projection(layer.weight, None, None, 0.0, 0.0, 0)
+            return Projection(weight, None, None, 0.0, 0.0, 0)
         dropout = layer.dropout if layer.training else 0.0
         # Drawn from the global generator, so it is a function of the window, and the same when a block is run again.
         seed = int(torch.randint(1 << 62, ())) if dropout else 0
-        return Projection(layer.weight, layer.lora_A, layer.lora_B, layer.scaling, dropout, seed)
+        return Projection(weight, layer.lora_A, layer.lora_B, layer.scaling, dropout, seed)
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in) in ``dtype``; a quantised one is unpacked into the shared buffer, so use it at once."""
+        return self.weight.to(dtype) if isinstance(self.weight, Tensor) else self.weight.unpacked(dtype)
 
     @property
     def trained(self) -> tuple[Tensor | None, Tensor | None]:
@@ -55,7 +66,7 @@ class Projection:
 
 def project(x: Tensor, by: Projection, first_row: int = 0) -> Tensor:
     """x W^T + scaling · dropout(x) A^T B^T, in x's dtype."""
-    y = x @ by.weight.to(x.dtype).T
+    y = x @ by.matrix(x.dtype).T
     if by.lora_A is not None and by.lora_B is not None:
         keep = by.keep(x, first_row)
         t = (x if keep is None else x * keep) @ by.lora_A.to(x.dtype).T  # (N, R)
@@ -67,7 +78,7 @@ def project_backward(
     grad: Tensor, x: Tensor | None, by: Projection, wants_input: bool = True, first_row: int = 0
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients with respect to x, A and B; ``x`` is needed only where the layer is adapted."""
-    dx = grad @ by.weight.to(grad.dtype) if wants_input else None
+    dx = grad @ by.matrix(grad.dtype) if wants_input else None
     if by.lora_A is None or by.lora_B is None or x is None:
         return dx, None, None
     A, B = by.lora_A.to(grad.dtype), by.lora_B.to(grad.dtype)

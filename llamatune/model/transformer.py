@@ -55,10 +55,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A matrix without bias (LLaMA has none), (..., in) -> (..., out)."""
+    """A matrix without bias (LLaMA has none), (..., in) -> (..., out).
+
+    ``quantized``, where there is one, computes the product in the place of ``weight``, which is None then.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.quantized: nn.Module | None = None
 
     @classmethod
     def of(cls, config: LlamaConfig, module: str) -> Linear:
@@ -67,6 +71,8 @@ class Linear(nn.Linear):
         return cls(in_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.quantized is not None:
+            return self.quantized(x)  # type: ignore[no-any-return]
         return linear(x, self.weight)
 
 

@@ -8,9 +8,10 @@ CUDA's keeps: the output and one number per row and head. (It repeats grouped ke
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from llamatune.accounting import count_parameters
 from llamatune.data.dataset import Batch, Prepared, Split
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.config import LlamaConfig
+from llamatune.model.quantization import WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
 from llamatune.training.setup import Inputs, Learner, build_learner
 from llamatune.training.window import accumulate_gradient, make_update
@@ -145,8 +147,18 @@ def _of_depth(config: LlamaConfig, layers: int) -> LlamaConfig:
     return LlamaConfig(**{**vars(config), "num_hidden_layers": layers})
 
 
+@contextlib.contextmanager
+def _unpacking_as_on_a_gpu() -> Iterator[None]:
+    before = WEIGHTS_AT_ONCE["cpu"]
+    WEIGHTS_AT_ONCE["cpu"] = WEIGHTS_AT_ONCE["cuda"]
+    try:
+        yield
+    finally:
+        WEIGHTS_AT_ONCE["cpu"] = before
+
+
 def _run(spec: RunSpec, config: LlamaConfig, batch: Batch) -> _Run:
-    with FakeTensorMode(allow_non_fake_inputs=True), StorageMeter() as meter:
+    with _unpacking_as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), StorageMeter() as meter:
         learner = build_learner(spec, _inputs_without_data(spec, config), ignore_event, never_stop)
         micro_batches = [batch] * min(2, spec.training.gradient_accumulation_steps)
         _step(spec, learner, micro_batches, 0)  # leaves the optimizer's state there

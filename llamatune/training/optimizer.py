@@ -10,15 +10,18 @@ from torch import nn
 
 from llamatune.errors import SpecError
 from llamatune.spec import TrainingSection
+from llamatune.training.adamw_8bit import AdamW8bit
 
 
 def build_optimizer(spec: TrainingSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) or SGD over ``parameters``; the learning rate is set before each step."""
+    """AdamW (Loshchilov & Hutter 2019) in fp32 or 8 bits, or SGD; the learning rate is set before each step."""
     trained = list(parameters)
     if spec.optimizer == "sgd":
         return torch.optim.SGD(
             trained, spec.learning_rate, spec.momentum, weight_decay=spec.weight_decay, nesterov=spec.nesterov
         )
+    if spec.optimizer == "adamw_8bit":
+        return AdamW8bit(trained, spec.learning_rate, spec.betas, spec.eps, spec.weight_decay)
     return torch.optim.AdamW(trained, spec.learning_rate, spec.betas, spec.eps, spec.weight_decay, fused=True)
 
 

@@ -23,7 +23,7 @@ def check_precision(spec: RunSpec, device: torch.device, on_event: OnEvent) -> N
         raise EnvironmentFault(
             f"{torch.cuda.get_device_name(device)} has no bf16",
             None,
-            "set training.precision: fp16 and model.dtype: float16",
+            "set training.precision: fp16 and model.dtype: float16 or nf4",
         )
     if device.type == "cpu" and spec.training.precision == "fp16":
         on_event(Notice("fp16 matrix products are very slow on a CPU; fp32 or bf16 are the quicker choices", "warning"))
@@ -37,6 +37,16 @@ def autocast_factory(precision: str, device: torch.device) -> Callable[[], conte
     return functools.partial(torch.autocast, device.type, dtype)
 
 
+def held_dtype(spec: RunSpec) -> torch.dtype:
+    """The dtype of the frozen weights; with NF4 that of embedding, norms and head, which are not quantised.
+
+    Those are bf16 (cast to fp32 for an fp32 product, so no bf16 arithmetic is asked for), and fp16 where fp16 computes.
+    """
+    if spec.model.dtype == "nf4":
+        return torch.float16 if spec.training.precision == "fp16" else torch.bfloat16
+    return DTYPES[spec.model.dtype]
+
+
 def residual_dtype(model_dtype: torch.dtype, precision: str) -> torch.dtype:
     """The dtype of the residual stream: the weights' own where the products are computed in it too, else fp32.
 
@@ -46,8 +56,10 @@ def residual_dtype(model_dtype: torch.dtype, precision: str) -> torch.dtype:
     float32    fp32              fp32, autocast    fp32, autocast
     bfloat16   fp32, upcast      bf16              fp32, autocast
     float16    fp32, upcast      fp32, autocast    fp16
+    nf4        fp32, upcast      bf16              fp16
     ========== ================= ================= =================
 
-    'upcast': each frozen matrix is cast to fp32 for its product, one at a time, forward and backward.
+    'upcast': each frozen matrix is cast to fp32 for its product, one at a time, forward and backward. With ``nf4`` the
+    argument is the dtype of what is not quantised (``held_dtype``).
     """
     return model_dtype if AUTOCAST_DTYPES[precision] == model_dtype else torch.float32

@@ -17,6 +17,7 @@ from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.config_files import read_config
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
+from llamatune.checkpoints.quantized import QuantizedBase
 from llamatune.data.dataset import Prepared, Split, open_prepared
 from llamatune.data.packing import pack
 from llamatune.data.tokenizer import load_tokenizer
@@ -25,12 +26,13 @@ from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop
 from llamatune.model.config import LlamaConfig
 from llamatune.model.lora import apply_lora, load_lora, lora_parameters
+from llamatune.model.quantization import quantize_blocks
 from llamatune.model.transformer import Transformer, initialise
 from llamatune.seeds import derived_seed
 from llamatune.spec import RunSpec
 from llamatune.training.memory import apply_activation_checkpointing
 from llamatune.training.optimizer import build_optimizer, warmup_steps
-from llamatune.training.precision import DTYPES, autocast_factory, check_precision, residual_dtype
+from llamatune.training.precision import autocast_factory, check_precision, held_dtype, residual_dtype
 
 
 @dataclass(frozen=True)
@@ -162,11 +164,13 @@ def plan_schedule(spec: RunSpec, train: Split) -> Schedule:
 
 def build_learner(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop) -> Learner:
     """Load the base, put LoRA in, and build the optimizer over what is trained."""
-    dtype = DTYPES[spec.model.dtype]
+    dtype, nf4 = held_dtype(spec), spec.model.dtype == "nf4"
     if inputs.checkpoint is None:
         with inputs.device, _default_dtype(dtype):  # no fp32 copy of a large model on the way
             model = Transformer(inputs.config)
         initialise(model, spec.training.seed)
+        if nf4:
+            quantize_blocks(model, dtype)
     else:
         model = load_model(
             inputs.checkpoint,
@@ -176,6 +180,7 @@ def build_learner(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop:
             writable=spec.lora is None,
             on_event=on_event,
             should_stop=should_stop,
+            quantized=_quantized_base(spec, inputs, on_event, should_stop) if nf4 else None,
         )
     model.activation_dtype = residual_dtype(dtype, spec.training.precision)
     if spec.lora is None:
@@ -210,6 +215,14 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _quantized_base(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop) -> QuantizedBase:
+    assert inputs.checkpoint is not None
+    base = QuantizedBase(inputs.checkpoint, inputs.config, inputs.device, on_event, should_stop)
+    if spec.model.quantized_cache is not None:
+        base.use_cache(Path(spec.model.quantized_cache), inputs.base_fingerprint)
+    return base
 
 
 def _starting_adapter(

@@ -13,6 +13,7 @@ from llamatune.model.fused import Recompute, apply_fused
 from llamatune.model.lora import apply_lora, lora_parameters
 from llamatune.model.loss import summed_loss
 from llamatune.model.projection import Projection
+from llamatune.model.quantization import quantize_blocks
 from llamatune.model.transformer import RMSNorm, Transformer, initialise, rotary_angles
 
 LENGTHS = (11, 1, 17)
@@ -34,6 +35,8 @@ def model_with(targets: list[str], dtype: torch.dtype, r: int = 4, dropout: floa
         if parameter.dim() == 1:
             parameter.data.uniform_(0.5, 1.5)
     model.to(dtype)
+    if not targets:
+        return model.train()
     apply_lora(model, r, 8, dropout, targets, 1)
     for name, parameter in lora_parameters(model):
         if dtype == torch.float64:
@@ -79,6 +82,20 @@ def test_fused_equals_plain(targets: list[str], dtype: torch.dtype, tolerance: f
     assert found_loss == pytest.approx(loss, rel=1e-6)
     assert len(expected) == 2 * 3 * len(targets)
     assert worst(found, expected) < tolerance
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_on_an_nf4_base_fused_equals_plain(level: Recompute) -> None:
+    model = model_with([], torch.float32)
+    quantize_blocks(model, torch.float32)
+    apply_lora(model, 4, 8, 0.0, LINEAR_MODULES, 1)
+    for name, parameter in lora_parameters(model):
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.2)
+    loss, expected = gradients(copy.deepcopy(model))
+    found_loss, found = gradients(fused_copy(model, level))
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+    assert worst(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -40,6 +40,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "lora": None, "training__max_steps": 5, "training__learning_rate": 1e-3,
         "training__activation_checkpointing": "block", "evaluation__every_steps": 2,
     },
+    "nf4 base in bf16, 8-bit adamw": {
+        **SCHEDULED, "model__dtype": "nf4", "training__precision": "bf16", "training__optimizer": "adamw_8bit",
+        "training__max_steps": 5, "lora": {"r": 64, "alpha": 64, "dropout": 0.1, "target_modules": "all-linear"},
+    },
 }  # fmt: skip
 
 

@@ -1,0 +1,229 @@
+"""NF4: the frozen matrices in 4 bits (QLoRA, Dettmers et al. 2023, section 3), 0.516 bytes a weight.
+
+A matrix is read row after row in blocks of 64. Each weight becomes the nearest of 16 levels, the quantiles of a normal
+distribution, times its block's scale. The scales (the blocks' largest magnitudes) are quantised themselves: their mean
+is subtracted, and the rest is held in 8 bits in blocks of 256 (section 3, "double quantization"). Unlike the paper's,
+levels are chosen under the scale as it will be read back, which is never worse.
+
+Products unpack one matrix at a time, forward and again backward; autograd keeps none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from llamatune.model import blockwise
+from llamatune.model.blockwise import BlockwiseCode
+from llamatune.model.transformer import Linear, Transformer
+
+BLOCK = 64
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+    0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Appendix E of the paper."""
+_MIDDLES = tuple((low + high) / 2 for low, high in itertools.pairwise(LEVELS))
+
+WEIGHTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 19}
+"""How much is unpacked in one go: what stays in a core's cache, and on a GPU 64 MiB of indices."""
+
+
+def storage(shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and shapes of the tensors that hold a matrix of ``shape``; also what a cache file declares."""
+    blocks = -(-math.prod(shape) // BLOCK)
+    groups = -(-blocks // blockwise.BLOCK)
+    return {
+        "codes": (torch.uint8, (blocks * BLOCK // 2,)),
+        "scale_codes": (torch.uint8, (groups * blockwise.BLOCK,)),
+        "scale_factors": (torch.float32, (groups,)),
+        "scale_mean": (torch.float32, ()),
+    }
+
+
+class Scratch:
+    """The one buffer that matrices are unpacked into, shared by all layers of a model, and the lookup tables.
+
+    Why sharing is safe: a matrix lives in it from the unpacking to the one product that reads it, and nothing comes
+    between, since ``NF4Product`` does the two in a row, both forward and backward, and lets no view of it out. A
+    recomputation under activation checkpointing runs whole products, too. On a GPU both kernels are in one stream, so
+    the next unpacking waits for the product. Two threads or two streams must not run one model at the same time; every
+    model has its own.
+    """
+
+    def __init__(self) -> None:
+        self._rooms: dict[torch.device, Tensor] = {}
+        self._pairs: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._scales: dict[torch.device, BlockwiseCode] = {}
+
+    def room(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """``count`` uninitialised elements; whatever was in the buffer is lost."""
+        size = count * dtype.itemsize
+        room = self._rooms.get(device)
+        if room is None or len(room) < size:
+            room = None
+            self._rooms.pop(device, None)  # freed before its successor is asked for
+            with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside it
+                room = self._rooms[device] = torch.empty(size, dtype=torch.uint8, device=device)
+        return room[:size].view(dtype)
+
+    def pairs(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """For each of the 256 bytes its two levels in ``dtype``, seen as one integer twice as wide.
+
+        One gather of 256 integers then unpacks two weights (first the high nibble).
+        """
+        if (device, dtype) not in self._pairs:
+            levels = torch.tensor(LEVELS, dtype=dtype, device=device)
+            table = torch.cartesian_prod(levels, levels).contiguous()  # (256, 2)
+            self._pairs[device, dtype] = table.view(_pair_dtype(dtype)).view(-1)
+        return self._pairs[device, dtype]
+
+    def scales(self, device: torch.device) -> BlockwiseCode:
+        """The 8-bit code of the scales."""
+        if device not in self._scales:
+            self._scales[device] = BlockwiseCode(signed=True, device=device)
+        return self._scales[device]
+
+
+def _pair_dtype(dtype: torch.dtype) -> torch.dtype:
+    assert dtype.itemsize in (2, 4), f"no NF4 matrix is unpacked to {dtype}"
+    return torch.int32 if dtype.itemsize == 2 else torch.int64
+
+
+class NF4Weight(nn.Module):
+    """A frozen matrix (out, in) in NF4; calling it gives x W^T. Its buffers are those of ``storage``."""
+
+    codes: Tensor
+    scale_codes: Tensor
+    scale_factors: Tensor
+    scale_mean: Tensor
+
+    def __init__(self, shape: tuple[int, ...], tensors: dict[str, Tensor], scratch: Scratch) -> None:
+        super().__init__()
+        self.shape, self.scratch = shape, scratch
+        for name, (dtype, wanted) in storage(shape).items():
+            assert (tensors[name].dtype, tuple(tensors[name].shape)) == (dtype, wanted), name
+            self.register_buffer(name, tensors[name])
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the buffers take."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    def scales(self) -> Tensor:
+        """The blocks' scales as read back, fp32 (blocks,)."""
+        blocks = len(self.codes) * 2 // BLOCK
+        rest = self.scratch.scales(self.device).decode(self.scale_codes, self.scale_factors)
+        return rest[:blocks] + self.scale_mean
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in) in ``dtype`` inside the shared buffer: use it at once, the next call overwrites it."""
+        flat = self.scratch.room(len(self.codes) * 2, dtype, self.device)
+        dequantize(self.codes, self.scales(), self.scratch.pairs(dtype, self.device), flat)
+        return flat[: math.prod(self.shape)].view(self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) W^T in autocast's dtype, or in x's own outside autocast."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return NF4Product.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class NF4Product(torch.autograd.Function):
+    """x W^T; backward unpacks W again. The gradient reaches x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: NF4Weight) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.unpacked(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grad_outputs
+        return grad @ ctx.weight.unpacked(grad.dtype), None
+
+
+def dequantize(codes: Tensor, scales: Tensor, pairs: Tensor, out: Tensor) -> None:
+    """Write the weights (64 N,) of ``codes`` (32 N,) and fp32 ``scales`` (N,) into ``out``, a piece at a time.
+
+    A level rounded to out's dtype is multiplied in fp32 and rounded once more: within 2⁻⁸ in bf16, exact in fp32.
+    """
+    step = WEIGHTS_AT_ONCE[out.device.type]
+    for begin in range(0, len(out), step):
+        piece = out[begin : begin + step]
+        bytes_of_piece = codes[begin // 2 : (begin + step) // 2].int()
+        torch.index_select(pairs, 0, bytes_of_piece, out=piece.view(pairs.dtype))
+        piece.view(-1, BLOCK).mul_(scales[begin // BLOCK : (begin + step) // BLOCK, None])
+
+
+def quantize_nf4(W: Tensor, scratch: Scratch) -> NF4Weight:
+    """The NF4 form of a finite matrix, on its device; beside W it needs a few megabytes."""
+    flat = W.detach().reshape(-1)
+    shapes = storage(tuple(W.shape))
+    with torch.no_grad():
+        scales = torch.cat([piece.abs().amax(1) for piece in _pieces(flat)])
+        # Summed in fp64, so that thread count and device cannot move its last bit.
+        mean = scales.double().mean().float()
+        padding = shapes["scale_codes"][1][0] - len(scales)
+        scale_codes, factors = scratch.scales(W.device).encode(F.pad(scales - mean, (0, padding)))
+        tensors = {"scale_codes": scale_codes, "scale_factors": factors, "scale_mean": mean}
+        tensors["codes"] = torch.empty(shapes["codes"][1], dtype=torch.uint8, device=W.device)
+        weight = NF4Weight(tuple(W.shape), tensors, scratch)
+        scales, begin = weight.scales(), 0
+        for piece in _pieces(flat):
+            # A scale that came back as zero gives NaN or infinity here and zeros later, whatever the code.
+            codes = _nearest(piece / scales[begin : begin + len(piece), None]).view(-1, 2)
+            first = begin * BLOCK // 2
+            torch.add(codes[:, 0] << 4, codes[:, 1], out=weight.codes[first : first + len(codes)])
+            begin += len(piece)
+    return weight
+
+
+def _pieces(flat: Tensor) -> Iterator[Tensor]:
+    """The weights in fp32, (blocks, 64) at a time; zeros fill the last block."""
+    for piece in torch.split(flat, WEIGHTS_AT_ONCE[flat.device.type]):
+        wide, missing = piece.float(), -len(piece) % BLOCK
+        yield (F.pad(wide, (0, missing)) if missing else wide).view(-1, BLOCK)
+
+
+def _nearest(quotients: Tensor) -> Tensor:
+    """The numbers (uint8) of the nearest levels: how many of the 15 middles between levels lie below each quotient.
+
+    Fifteen comparisons are three times as fast as ``torch.bucketize`` on a CPU, and give the same.
+    """
+    count = torch.zeros(quotients.shape, dtype=torch.uint8, device=quotients.device)
+    above = torch.empty(quotients.shape, dtype=torch.bool, device=quotients.device)
+    for middle in _MIDDLES:
+        count.add_(torch.gt(quotients, middle, out=above).view(torch.uint8))
+    return count
+
+
+def hold_quantized(linear: nn.Module, weight: NF4Weight) -> None:
+    """Put an NF4 matrix in the place of a linear layer's own."""
+    assert isinstance(linear, Linear)
+    assert (linear.out_features, linear.in_features) == weight.shape
+    linear.register_parameter("weight", None)
+    linear.quantized = weight
+
+
+def quantize_blocks(model: Transformer, dtype: torch.dtype) -> None:
+    """Quantise every linear layer of every block of a model in memory; embedding, norms and head go to ``dtype``."""
+    scratch = Scratch()
+    for module in model.model.layers.modules():
+        if isinstance(module, Linear) and module.quantized is None:
+            hold_quantized(module, quantize_nf4(module.weight, scratch))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
