@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float
 STORED_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What ``--dtype`` and ``model.dtype`` call them."""
+_PORTION_BYTES = 16 << 20
+"""What is read at once of a tensor that is not one run of bytes."""
 
 
 class Checkpoint(ABC):
@@ -62,21 +65,42 @@ class Checkpoint(ABC):
 
     def stored_bytes(self) -> int:
         """The size of all tensors on disk."""
-        return sum(part.entry.end - part.entry.begin for name in self.names for part in self.parts(name))
+        parts = (part for name in self.names for part in self.parts(name))
+        return sum(math.prod(part.shape) * TORCH_DTYPES[part.dtype].itemsize for part in parts)
 
     def _read(self, stored: Stored, mapped: bool = False) -> torch.Tensor:
         dtype, entry = TORCH_DTYPES[stored.dtype], stored.entry
-        if mapped and entry.begin % dtype.itemsize == 0:
+        if mapped and stored.strides is None and entry.begin % dtype.itemsize == 0:
             # A private copy-on-write mapping: the file can never change through it.
             return torch.frombuffer(
                 self._map(stored.path), dtype=dtype, count=(entry.end - entry.begin) // dtype.itemsize,
                 offset=entry.begin,
             ).view(entry.shape)  # fmt: skip
         tensor = torch.empty(entry.shape, dtype=dtype)
-        read_into(stored.path, entry.begin, tensor)
+        self._fill(tensor, stored)
         return tensor
 
-    def _read_rows(self, stored: Stored, rows: Iterable[int]) -> torch.Tensor:
+    def _fill(self, into: torch.Tensor, stored: Stored) -> None:
+        """Read into a CPU tensor of any layout; what is not one run of bytes on both sides comes in portions."""
+        if stored.strides is None and into.is_contiguous():
+            read_into(stored.path, stored.entry.begin, into)
+            return
+        shape = stored.shape
+        strides = stored.strides or torch.empty(shape, device="meta").stride()
+        # Along the widest stride, what lies between two portions is theirs alone, and nothing is read twice.
+        wide = max(range(len(shape)), key=lambda i: (shape[i] > 1, strides[i]))
+        slice_extent = 1 + sum((n - 1) * s for i, (n, s) in enumerate(zip(shape, strides, strict=True)) if i != wide)
+        at_once = max(1, _PORTION_BYTES // into.itemsize // strides[wide])
+        for first in range(0, shape[wide], at_once):
+            count = min(at_once, shape[wide] - first)
+            held = torch.empty((count - 1) * strides[wide] + slice_extent, dtype=into.dtype)
+            read_into(stored.path, stored.entry.begin + first * strides[wide] * into.itemsize, held)
+            view = held.as_strided([count if i == wide else n for i, n in enumerate(shape)], strides)
+            into.narrow(wide, first, count).copy_(view)
+
+    def _read_rows(self, stored: Stored, rows: Sequence[int]) -> torch.Tensor:
+        if not stored.rows_are_whole:
+            return self._read(stored)[list(rows)]
         dtype = TORCH_DTYPES[stored.dtype]
         data = bytearray(stored.row_bytes(rows))
         return torch.frombuffer(data, dtype=dtype).view(-1, *stored.shape[1:])

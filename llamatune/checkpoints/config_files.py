@@ -7,12 +7,14 @@ What would compute something else than LLaMA is refused by name; what the weight
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 from llamatune.checkpoints.stored import Stored, has_weights, same_bytes, stored_huggingface, stored_meta
-from llamatune.errors import CheckpointError
+from llamatune.errors import CheckpointError, EnvironmentFault
 from llamatune.files import open_regular, read_json
 from llamatune.model.config import LlamaConfig
 
@@ -24,14 +26,14 @@ _LARGEST_TOKENIZER = 64 << 20
 
 def detect_format(path: Path) -> Format:
     """Whether a model directory is Hugging Face's or Meta's."""
-    if not path.exists():
+    if not _is_there(path):
         raise CheckpointError("no such model directory", path)
     if not path.is_dir():
         raise CheckpointError("a file where a model directory is expected", path, f"did you mean {path.parent}?")
     found: list[Format] = []
-    if (path / "config.json").exists():
+    if _is_there(path / "config.json"):
         found.append("hf")
-    if (path / "params.json").exists():
+    if _is_there(path / "params.json"):
         found.append("meta")
     if len(found) == 2:
         found = [name for name in found if has_weights(path, name)] or found
@@ -42,6 +44,17 @@ def detect_format(path: Path) -> Format:
     raise CheckpointError(
         "neither config.json (Hugging Face) nor params.json (Meta) is in it", path, "give a LLaMA model directory"
     )
+
+
+def _is_there(path: Path) -> bool:
+    """Whether ``path`` exists; that we may not know is a fault of its own."""
+    try:
+        os.stat(path)
+    except OSError as fault:
+        if fault.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            return False
+        raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
+    return True
 
 
 def read_config(path: Path) -> LlamaConfig:
@@ -122,6 +135,16 @@ def meta_config(path: Path, shards: list[dict[str, Stored]] | None) -> LlamaConf
         bos_token_id=128000 if llama_3 else 1,
         eos_token_ids=(128001, 128009) if llama_3 else (2,),
     )
+
+
+def missing_head_warning(path: Path, format_: Format, config: LlamaConfig) -> str | None:
+    """What to tell of a Meta model without a head: it may be tied, or its head may have been lost.
+
+    Meta's format has no flag that says which. Its own files hold the head of a tied model too.
+    """
+    if format_ != "meta" or not config.tie_word_embeddings:
+        return None
+    return f"{path}: no {META_HEAD} in the weights; the embedding serves as the head (right only for a tied model)"
 
 
 def feed_forward_size(dim: int, multiple_of: int, multiplier: float) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from llamatune.checkpoints.checkpoint import Checkpoint
-from llamatune.checkpoints.config_files import detect_format
+from llamatune.checkpoints.config_files import detect_format, missing_head_warning
 from llamatune.checkpoints.huggingface import HuggingFaceCheckpoint
 from llamatune.checkpoints.meta import MetaCheckpoint
 from llamatune.errors import Stopped
@@ -52,6 +52,7 @@ def load_model(
         quantized: gives what is to be held in NF4 by its name, on the device; None for what stays in ``dtype``.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    warn_of_missing_head(checkpoint, on_event)
     config = checkpoint.config.with_layers(num_layers)
     device = torch.device(device)
     with torch.device("meta"):
@@ -76,6 +77,13 @@ def load_model(
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         on_event(Notice(f"{checkpoint.path}: the weights of {broken[0]}{more} hold NaN or infinity", "warning"))
     return model
+
+
+def warn_of_missing_head(checkpoint: Checkpoint, on_event: OnEvent) -> None:
+    """A notice if the weights hold no head where the format would have one."""
+    warning = missing_head_warning(checkpoint.path, checkpoint.format, checkpoint.config)
+    if warning is not None:
+        on_event(Notice(warning, "warning"))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

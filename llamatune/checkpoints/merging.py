@@ -20,7 +20,7 @@ from llamatune.checkpoints.huggingface import (
     write_config_files,
     write_shards,
 )
-from llamatune.checkpoints.loading import is_finite, open_checkpoint
+from llamatune.checkpoints.loading import is_finite, open_checkpoint, warn_of_missing_head
 from llamatune.checkpoints.meta import MetaCheckpoint
 from llamatune.checkpoints.meta_writer import write_consolidated, write_params
 from llamatune.checkpoints.tokenizer_files import copy_file, copy_huggingface_tokenizer, copy_meta_tokenizer
@@ -111,6 +111,7 @@ def merge_lora(
         raise CheckpointError(
             "this adapter is already merged into the model", options.model, "give the base it was trained on"
         )
+    warn_of_missing_head(checkpoint, on_event)
     check_adapter(adapter, checkpoint.config, base_fingerprint, options.force_base, on_event)
     needed = _bytes_to_write(checkpoint, dtype)
     _refuse_small_disk(options.output, needed)

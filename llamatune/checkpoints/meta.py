@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from llamatune.checkpoints.checkpoint import Checkpoint, read_into, refuse_unfit
+from llamatune.checkpoints.checkpoint import Checkpoint, refuse_unfit
 from llamatune.checkpoints.config_files import META_EMBEDDING, META_HEAD, Format, embedding_axis, meta_config
 from llamatune.checkpoints.stored import Stored, stored_meta
 from llamatune.model.config import LlamaConfig
@@ -69,7 +69,11 @@ def shard_axis(name: str, embedding: int) -> int | None:
 
 
 class MetaCheckpoint(Checkpoint):
-    """A directory of ``params.json`` and ``consolidated.XX.pth``."""
+    """A directory of ``params.json`` and ``consolidated.XX.pth``.
+
+    Without ``output.weight`` it is read as a tied model, and whoever loads, merges or counts it is warned: the format
+    cannot say whether the head is tied or was lost.
+    """
 
     format: Format = "meta"
 
@@ -118,10 +122,7 @@ class MetaCheckpoint(Checkpoint):
             assert axis is not None
             W = torch.empty(self.shape(name), dtype=self.dtype(name))
             for part, into in zip(parts, W.chunk(len(parts), axis), strict=True):
-                if into.is_contiguous():
-                    read_into(part.path, part.entry.begin, into)
-                else:
-                    into.copy_(self._read(part))
+                self._fill(into, part)
         return rows_from_meta(W, self.config.head_dim) if is_rotated(name) else W
 
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
@@ -131,4 +132,9 @@ class MetaCheckpoint(Checkpoint):
         if shard_axis(name, self.embedding_axis) == 1:
             return torch.cat([self._read_rows(part, rows) for part in parts], dim=1)
         each = parts[0].shape[0]
-        return torch.cat([self._read_rows(parts[row // each], [row % each]) for row in rows])
+        chosen = torch.empty((len(rows), *parts[0].shape[1:]), dtype=self.dtype(name))
+        for number, part in enumerate(parts):
+            places = [place for place, row in enumerate(rows) if row // each == number]
+            if places:
+                chosen[places] = self._read_rows(part, [rows[place] % each for place in places])
+        return chosen

@@ -26,6 +26,8 @@ class Stored:
 
     path: Path
     entry: TensorEntry
+    strides: tuple[int, ...] | None = None
+    """In elements, of a view that does not fill ``entry.begin:entry.end`` in order."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,13 +39,20 @@ class Stored:
         """The safetensors name, such as ``BF16``."""
         return self.entry.dtype
 
+    @property
+    def rows_are_whole(self) -> bool:
+        """Whether each row of the matrix is one run of bytes: not so where a view is transposed."""
+        return self.strides is None or self.shape[1:] in ((), (1,)) or self.strides[1:] == (1,)
+
     def row_bytes(self, rows: Iterable[int]) -> bytes:
         """The bytes of some rows of a matrix (of elements of a vector), one after the other."""
         size = ITEM_BYTES[self.dtype] * math.prod(self.shape[1:])
+        step = size if self.strides is None else ITEM_BYTES[self.dtype] * self.strides[0]
+        assert self.rows_are_whole
         with open_regular(self.path) as file:
             parts = []
             for row in rows:
-                file.seek(self.entry.begin + row * size)
+                file.seek(self.entry.begin + row * step)
                 parts.append(file.read(size))
         return b"".join(parts)
 
@@ -105,7 +114,7 @@ def stored_meta(directory: Path) -> list[dict[str, Stored]]:
         missing = next(n for n in range(len(numbers) + 1) if n not in numbers)
         raise CheckpointError(f"consolidated.{missing:02d}.pth is missing", directory, "fetch all shards")
     shards = [directory / f"consolidated.{n:02d}.pth" for n in numbers]
-    return [{name: Stored(path, entry) for name, entry in read_archive(path).items()} for path in shards]
+    return [{name: Stored(path, e, e.strides) for name, e in read_archive(path).items()} for path in shards]
 
 
 def has_weights(directory: Path, format_: str) -> bool:
@@ -117,6 +126,8 @@ def has_weights(directory: Path, format_: str) -> bool:
 
 def same_bytes(one: Stored, other: Stored) -> bool:
     """Whether two tensors hold the same bytes; reads no further than the first difference."""
+    assert one.strides is None, "safetensors has no views"
+    assert other.strides is None
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     left = one.entry.end - one.entry.begin

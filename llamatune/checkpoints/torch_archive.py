@@ -2,6 +2,9 @@
 
 The pickle inside is walked by a small machine that knows the twenty-odd opcodes a plain ``dict[str, Tensor]`` needs and
 turns each tensor into the byte range it occupies. There is nothing to call, so there is nothing a file could run.
+
+A tensor may be a view: ``torch.save`` writes a piece of ``torch.chunk``, or a transposed weight, as strides into the
+whole storage. Views are read as long as no two of their elements are one, so nothing can be larger than its file.
 """
 
 from __future__ import annotations
@@ -24,7 +27,14 @@ _FUNCTIONS = ("collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "tor
 _LARGEST_PICKLE = 4 << 20
 _LARGEST_NUMBER = 1 << 40
 _MAY_SHARE = {"tok_embeddings.weight", "output.weight"}
-"""A tied head is saved as two names for one storage; no other tensors may overlap."""
+"""A tied head is saved as two names, or two views, of one storage; no other tensors may overlap."""
+
+
+@dataclass(frozen=True)
+class ArchivedTensor(TensorEntry):
+    """A tensor of an archive. A view's elements lie ``strides`` apart in ``begin:end``; None: they fill it in order."""
+
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,18 +54,19 @@ class _Tensor:
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
 class _RefusedError(Exception):
     """The pickle holds something other than plain tensors."""
 
 
-def read_archive(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of a ``torch.save`` file and where their bytes lie, proven to be plain, contiguous and apart.
+def read_archive(path: Path) -> dict[str, ArchivedTensor]:
+    """The tensors of a ``torch.save`` file and where their bytes lie, proven to be plain and apart.
 
     Raises:
         CheckpointError: a legacy or raw pickle, compressed records, an opcode or global that plain tensors do not
-            need (named), bytes missing or left over, strides or storages that do not fit.
+            need (named), bytes missing or left over, elements that overlap, views that leave their storage.
     """
     with open_regular(path) as file:
         file_bytes = file.seek(0, 2)
@@ -226,14 +237,23 @@ def _reduced(function: Any, arguments: Any) -> Any:
             numbers = (storage.numel, offset, *shape, *stride)
             if not all(type(n) is int and 0 <= n < _LARGEST_NUMBER for n in numbers) or len(shape) != len(stride):
                 raise _RefusedError("a tensor of impossible sizes")
-            contiguous = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-            if any(n > 1 and s != c for n, s, c in zip(shape, stride, contiguous, strict=True)):
-                raise _RefusedError(f"a tensor of shape {list(shape)} with strides {list(stride)}, not contiguous")
-            return _Tensor(storage, offset, shape)
+            return _Tensor(storage, offset, shape, stride)
     raise _RefusedError("a call that plain tensors do not need")
 
 
-def _entry(name: str, value: Any, records: dict[str, tuple[int, int]], prefix: str) -> TensorEntry:
+def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """From a view's first element to behind its last one; each dimension must step over all the finer ones."""
+    if 0 in shape:
+        return 0
+    reach = 0
+    for step, count in sorted(zip(stride, shape, strict=True)):
+        if count > 1 and step <= reach:
+            raise _RefusedError(f"a tensor of shape {list(shape)} with strides {list(stride)}: its elements overlap")
+        reach += step * (count - 1)
+    return reach + 1
+
+
+def _entry(name: str, value: Any, records: dict[str, tuple[int, int]], prefix: str) -> ArchivedTensor:
     if not isinstance(value, _Tensor):
         raise _RefusedError(f"{name!r} is not a tensor")
     storage = value.storage
@@ -241,19 +261,24 @@ def _entry(name: str, value: Any, records: dict[str, tuple[int, int]], prefix: s
         raise ValueError(f"tensor {name} has no data record")
     begin, end = records[f"{prefix}data/{storage.key}"]
     item_bytes = ITEM_BYTES[storage.dtype]
-    if value.offset + math.prod(value.shape) > storage.numel or storage.numel * item_bytes > end - begin:
+    extent = _extent(value.shape, value.stride)
+    if value.offset + extent > storage.numel or storage.numel * item_bytes > end - begin:
         raise _RefusedError(
             f"tensor {name} of shape {list(value.shape)} is larger than its storage of {end - begin:,} bytes"
         )
     first = begin + value.offset * item_bytes
-    return TensorEntry(storage.dtype, value.shape, first, first + math.prod(value.shape) * item_bytes)
+    # A view that misses no element of its extent and has them in order is no view to its readers.
+    in_order = [step for step, count in zip(value.stride, value.shape, strict=True) if count > 1]
+    plain = extent == 0 or (extent == math.prod(value.shape) and in_order == sorted(in_order, reverse=True))
+    strides = None if plain else value.stride
+    return ArchivedTensor(storage.dtype, value.shape, first, first + extent * item_bytes, strides)
 
 
-def _refuse_overlap(entries: dict[str, TensorEntry], path: Path) -> None:
+def _refuse_overlap(entries: dict[str, ArchivedTensor], path: Path) -> None:
+    """Extents must be apart: all tensors together are then no larger than the file, apart from a tied head."""
     position, before = 0, ""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        tied = {name, before} == _MAY_SHARE and entry == entries[before]
-        if entry.begin < position and not tied:
+        if entry.begin < position and {name, before} != _MAY_SHARE:
             raise CheckpointError(f"refused: tensors {before} and {name} share bytes", path, "fetch it again")
         position, before = max(position, entry.end), name
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def count_params(
     model: Annotated[
-        Path | None, typer.Option("--model", metavar="DIR", help="A model directory.", show_default=False)
+        Path | None,
+        typer.Option("--model", metavar="DIR", help="A model directory.", show_default=False, readable=False),
     ] = None,
     preset_name: Annotated[
         str | None,
@@ -30,30 +31,43 @@ def count_params(
     ] = None,
     adapter: Annotated[
         Path | None,
-        typer.Option("--adapter", metavar="DIR", help="Take rank and modules from an adapter.", show_default=False),
+        typer.Option(
+            "--adapter",
+            metavar="DIR",
+            help="Take rank and modules from an adapter.",
+            show_default=False,
+            readable=False,
+        ),
     ] = None,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the counts as one JSON object.")] = False,
 ) -> None:
     """Count a model's parameters and those that LoRA trains."""
-    from llamatune.accounting import count_parameters
-    from llamatune.checkpoints.adapter_config import read_adapter_config
-    from llamatune.checkpoints.config_files import read_config
     from llamatune.commands._console import Console
-    from llamatune.errors import SpecError
-    from llamatune.model.config import LINEAR_MODULES, preset
 
     with Console(json_mode, writes=False) as console:
+        from llamatune.accounting import count_parameters
+        from llamatune.checkpoints.adapter_config import read_adapter_config
+        from llamatune.checkpoints.config_files import detect_format, missing_head_warning, read_config
+        from llamatune.errors import SpecError
+        from llamatune.events import Notice
+        from llamatune.model.config import LINEAR_MODULES, preset
+
         if (model is None) == (preset_name is None):
             raise SpecError("give one of --model and --preset", todo="for example --preset llama-2-7b")
         if adapter is not None and (r is not None or target_modules is not None):
             raise SpecError("--adapter says the rank and the modules", todo="leave out --r and --target-modules")
-        config = preset(preset_name) if preset_name is not None else read_config(model or Path())
+        if model is not None:
+            config = read_config(model)
+            if (warning := missing_head_warning(model, detect_format(model), config)) is not None:
+                console.on_event(Notice(warning, "warning"))
+        else:
+            config = preset(preset_name or "")
         if adapter is not None:
             found, _ = read_adapter_config(adapter)
             rank, targets = found.r, found.target_modules
         else:
             rank = 16 if r is None else r
-            names = (target_modules or "q_proj,v_proj").split(",")
+            names = ("q_proj,v_proj" if target_modules is None else target_modules).split(",")
             targets = LINEAR_MODULES if names == ["all-linear"] else tuple(name.strip() for name in names)
         unknown = [name for name in targets if name not in LINEAR_MODULES]
         if unknown:

@@ -12,9 +12,16 @@ if TYPE_CHECKING:
 
 
 def merge_lora(
-    model: Annotated[Path, typer.Option("--model", metavar="DIR", help="The base model, Hugging Face's or Meta's.")],
-    adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter, a PEFT directory.")],
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The model directory to make.")],
+    # readable=False throughout: typer would call a missing permission a mistake of usage; to us it is exit code 5.
+    model: Annotated[
+        Path, typer.Option("--model", metavar="DIR", help="The base model, Hugging Face's or Meta's.", readable=False)
+    ],
+    adapter: Annotated[
+        Path, typer.Option("--adapter", metavar="DIR", help="The adapter, a PEFT directory.", readable=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="The model directory to make.", readable=False)
+    ],
     format_name: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="same, hf or meta: the layout of the files.")
     ] = "same",
@@ -29,20 +36,23 @@ def merge_lora(
 ) -> None:
     """Fold an adapter into its base: in fp32, rounded once."""
     from llamatune.commands._console import Console
-    from llamatune.errors import SpecError, printable
 
-    for option, value, known in (
-        ("--format", format_name, ("same", "hf", "meta")),
-        ("--dtype", dtype, ("same", "float32", "bfloat16", "float16")),
-    ):
-        if value not in known:
-            raise SpecError(f"{value!r} is unknown", option, f"choose one of {', '.join(known)}")
-    from dataclasses import asdict
+    with Console(json_mode, writes=True) as console:  # it hears signals from here on, while torch is loaded too
+        from llamatune.errors import SpecError, Stopped, printable
 
-    from llamatune.checkpoints.merging import MergeOptions
-    from llamatune.checkpoints.merging import merge_lora as run_merge
+        for option, value, known in (
+            ("--format", format_name, ("same", "hf", "meta")),
+            ("--dtype", dtype, ("same", "float32", "bfloat16", "float16")),
+        ):
+            if value not in known:
+                raise SpecError(f"{value!r} is unknown", option, f"choose one of {', '.join(known)}")
+        from dataclasses import asdict
 
-    with Console(json_mode, writes=True) as console:
+        from llamatune.checkpoints.merging import MergeOptions
+        from llamatune.checkpoints.merging import merge_lora as run_merge
+
+        if console.should_stop():
+            raise Stopped("stopped before merging", output, "run the same command again")
         report = run_merge(
             MergeOptions(model, adapter, output, format_name, dtype, force_base, overwrite),  # type: ignore[arg-type]
             console.on_event,

@@ -15,11 +15,18 @@ if TYPE_CHECKING:
 
 
 def prepare_data(
-    rows: Annotated[list[Path], typer.Argument(metavar="ROWS...", help="JSON Lines files or JSON lists of rows.")],
-    tokenizer: Annotated[
-        Path, typer.Option("--tokenizer", help="A SentencePiece tokenizer.model, or a directory that holds one.")
+    # readable=False throughout: typer would call a missing permission a mistake of usage; to us it is exit code 5.
+    rows: Annotated[
+        list[Path],
+        typer.Argument(metavar="ROWS...", help="JSON Lines files or JSON lists of rows.", readable=False),
     ],
-    output: Annotated[Path, typer.Option("--output", help="The directory to make.")],
+    tokenizer: Annotated[
+        Path,
+        typer.Option(
+            "--tokenizer", help="A SentencePiece tokenizer.model, or a directory that holds one.", readable=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", help="The directory to make.", readable=False)],
     format_name: Annotated[
         str, typer.Option("--format", metavar="NAME", help="auto, alpaca, gsm8k, chat, completion or text.")
     ] = "auto",
@@ -41,12 +48,21 @@ def prepare_data(
     validation_fraction: Annotated[
         float | None,
         typer.Option(
-            "--validation-fraction", metavar="F", help="Hold out about this share of the rows.", show_default=False
+            "--validation-fraction",
+            metavar="F",
+            help="Hold out about this share of the rows; 0: none.",
+            show_default=False,
         ),
     ] = None,
     validation: Annotated[
         list[Path] | None,
-        typer.Option("--validation", metavar="ROWS", help="A file of validation rows. Repeatable.", show_default=False),
+        typer.Option(
+            "--validation",
+            metavar="ROWS",
+            help="A file of validation rows. Repeatable.",
+            show_default=False,
+            readable=False,
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", help="Read only the first N rows.", show_default=False)
@@ -73,30 +89,34 @@ def prepare_data(
 ) -> None:
     """Turn instruction rows into token ids and loss masks for training."""
     from llamatune.commands._console import Console
-    from llamatune.data.plan import PrepareOptions
-    from llamatune.data.prepare import prepare_data as run_preparation
-    from llamatune.data.preview import preview_rows
-    from llamatune.data.tokenizer import load_tokenizer
 
-    options = PrepareOptions(
-        rows=rows,
-        tokenizer=tokenizer,
-        output=output,
-        format=format_name,
-        template=template,
-        max_seq_length=max_seq_length,
-        overlong=overlong,
-        validation_fraction=validation_fraction,
-        validation=validation or None,
-        limit=limit,
-        seed=seed,
-        train_on_prompt=train_on_prompt,
-        skip_bad_rows=skip_bad_rows,
-        gsm8k_annotations=gsm8k_annotations,
-        preview=preview,
-        overwrite=overwrite,
-    )
-    with Console(json_mode, writes=True) as console:
+    with Console(json_mode, writes=True) as console:  # it hears signals from here on
+        from llamatune.data.plan import PrepareOptions
+        from llamatune.data.prepare import prepare_data as run_preparation
+        from llamatune.data.preview import preview_rows
+        from llamatune.data.tokenizer import load_tokenizer
+        from llamatune.errors import Stopped
+
+        options = PrepareOptions(
+            rows=rows,
+            tokenizer=tokenizer,
+            output=output,
+            format=format_name,
+            template=template,
+            max_seq_length=max_seq_length,
+            overlong=overlong,
+            validation_fraction=validation_fraction,
+            validation=validation or None,
+            limit=limit,
+            seed=seed,
+            train_on_prompt=train_on_prompt,
+            skip_bad_rows=skip_bad_rows,
+            gsm8k_annotations=gsm8k_annotations,
+            preview=preview,
+            overwrite=overwrite,
+        )
+        if console.should_stop():
+            raise Stopped("stopped before any row was read", output, "run the same command again")
         report = run_preparation(options, console.on_event, console.should_stop)
         shown = preview_rows(output, load_tokenizer(tokenizer), preview) if preview else []
         payload = report.to_dict()

@@ -32,7 +32,7 @@ class PrepareOptions:
         template: a built-in name or a YAML file; None: the format's own.
         max_seq_length: tokens of a row at most, BOS and EOS included.
         overlong: ``truncate`` on the right, ``drop`` the row, or ``error``.
-        validation_fraction: hold out about this share of the rows.
+        validation_fraction: hold out about this share of the rows; 0, as None, holds out none.
         validation: files whose rows are the validation rows.
         limit: read only so many of ``rows`` (``validation`` is read whole).
         seed: decides which rows are held out.
@@ -75,6 +75,8 @@ def make_plan(options: PrepareOptions, on_event: OnEvent) -> Plan:
     row_format = _format_of(options)
     template = _template_for(row_format, options, on_event)
     gsm8k = row_format.name == "gsm8k"
+    if options.gsm8k_annotations == "strip" and not gsm8k:
+        on_event(Notice(f"--gsm8k-annotations strip has no effect on {row_format.name} rows", "warning"))
     recipe = Recipe(
         tokenizer,
         template,
@@ -94,8 +96,8 @@ def make_plan(options: PrepareOptions, on_event: OnEvent) -> Plan:
         "template": template.to_dict(),
         "max_seq_length": options.max_seq_length,
         "overlong": options.overlong,
-        "validation_fraction": options.validation_fraction,
-        "seed": options.seed if options.validation_fraction is not None else None,
+        "validation_fraction": options.validation_fraction or None,
+        "seed": options.seed if options.validation_fraction else None,
         "limit": options.limit,
         "train_on_prompt": options.train_on_prompt,
         "gsm8k_annotations": options.gsm8k_annotations if gsm8k else None,
@@ -128,10 +130,10 @@ def check_options(options: PrepareOptions) -> None:
         if choice not in known:
             raise SpecError(f"{name} is {choice!r}", None, f"known: {', '.join(known)}")
     fraction = options.validation_fraction
-    if fraction is not None and options.validation:
+    if fraction and options.validation:
         raise SpecError("--validation-fraction and --validation exclude each other", None, "give one of them")
-    if fraction is not None and not 0 < fraction < 1:
-        raise SpecError(f"--validation-fraction is {fraction}", None, "it must lie between 0 and 1")
+    if fraction is not None and not 0 <= fraction < 1:
+        raise SpecError(f"--validation-fraction is {fraction}", None, "it must be at least 0 and below 1")
     output = Path(os.path.realpath(options.output))
     for path in [*input_files(options), options.tokenizer]:
         if Path(os.path.realpath(path)).is_relative_to(output):

@@ -22,7 +22,7 @@ from llamatune.data.rows import RawRow, read_raw_rows
 from llamatune.data.split import held_out_rows
 from llamatune.data.spool import Spool
 from llamatune.data.workers import encode_batches
-from llamatune.errors import DataError, Stopped
+from llamatune.errors import DataError, EnvironmentFault, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.files import MANIFEST, Staging, build_directory, finished_product, refuse_occupied
 
@@ -75,8 +75,10 @@ def prepare_data(
 def _file_state(path: Path) -> tuple[int, int, int]:
     try:
         status = os.stat(path)
-    except OSError as fault:
+    except (FileNotFoundError, NotADirectoryError) as fault:
         raise DataError(f"cannot read: {fault.strerror}", path) from None
+    except OSError as fault:
+        raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -22,6 +22,8 @@ _LARGEST_FILE_BYTES = 1 << 20
 _LARGEST_TEXT = 100_000
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
 _UNSET = (None, "", False)
+_NULLS = ("", "~", "null", "Null", "NULL")
+"""How YAML spells nothing, without quotes."""
 _PROMPT_FIELDS = ("instruction", "question", "user", "prompt")
 
 
@@ -198,13 +200,13 @@ def load_template(name_or_file: str) -> Template:
     return Template.from_dict({"name": path.stem, **texts}, path, SpecError)
 
 
-def _flat_yaml(path: Path) -> dict[str, str]:
-    """A YAML file of one map of texts, read from parser events so that nothing is ever resolved or expanded."""
+def _flat_yaml(path: Path) -> dict[str, str | None]:
+    """A YAML file of one map of texts (or nulls), read from parser events: nothing is ever resolved or expanded."""
     import yaml
 
     try:
         text = read_bytes(path, SpecError, _LARGEST_FILE_BYTES).decode("utf-8-sig")
-        scalars: list[str] = []
+        scalars: list[tuple[str, bool]] = []
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
@@ -219,7 +221,7 @@ def _flat_yaml(path: Path) -> dict[str, str]:
             if isinstance(event, yaml.ScalarEvent):
                 if depth == 0:
                     raise SpecError("a template file is a map: prompt: ...", path)
-                scalars.append(event.value)
+                scalars.append((event.value, event.style is None and event.value in _NULLS))
             if isinstance(event, yaml.DocumentStartEvent) and scalars:
                 raise SpecError("a template file holds one YAML document", path)
     except UnicodeDecodeError as fault:
@@ -228,11 +230,12 @@ def _flat_yaml(path: Path) -> dict[str, str]:
         mark = getattr(fault, "problem_mark", None)
         where = path if mark is None else f"{path}:{mark.line + 1}"
         raise SpecError(f"not valid YAML: {getattr(fault, 'problem', None) or fault}", where) from None
-    keys = scalars[::2]
+    keys = [key for key, _ in scalars[::2]]
     for key in keys:
         if keys.count(key) > 1:
             raise SpecError(f"the key {key!r} appears twice", path)
-    return dict(zip(keys, scalars[1::2], strict=True))
+    texts = [None if is_null else text for text, is_null in scalars[1::2]]
+    return dict(zip(keys, texts, strict=True))
 
 
 def _check_text(name: str, text: str, where: object, error: type[LlamatuneError]) -> None:

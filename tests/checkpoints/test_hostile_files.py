@@ -261,18 +261,57 @@ def test_overlapping_records(meta):
     refused(meta, "overlaps")
 
 
-def test_expanded_tensor_with_stride_zero(meta):
+@pytest.mark.parametrize(
+    "view",
+    [
+        torch.zeros(1).expand(32, 32),
+        torch.zeros(32, 1).expand(32, 32),
+        torch.zeros(1, 32).expand(32, 32),
+        torch.zeros(63).as_strided((32, 32), (1, 1)),
+        torch.zeros(1023).as_strided((32, 32), (31, 1)),
+        torch.zeros(1023).as_strided((32, 32), (1, 31)),
+    ],
+)
+def test_tensors_whose_own_elements_overlap(meta, view):
     state = state_of(meta)
-    state["layers.0.attention.wq.weight"] = torch.zeros(1).expand(32, 32)
+    state["layers.0.attention.wq.weight"] = view
     torch.save(state, meta / "consolidated.00.pth")
-    refused(meta, "not contiguous")
+    refused(meta, "elements overlap")
 
 
-def test_transposed_tensor(meta):
+def strides_of_wq(meta, old, new):
+    """The pickle again, with other strides for the first tensor that has the strides ``old``."""
+
+    def change(name, data):
+        if name.endswith("data.pkl"):
+            assert old in data
+            data = data.replace(old, new, 1)
+        return data, zipfile.ZIP_STORED
+
+    rewritten(meta, change)
+
+
+def test_views_that_leave_their_storage_or_run_backwards(meta):
     state = state_of(meta)
-    state["layers.0.attention.wq.weight"] = torch.randn(32, 32).t()
+    state["layers.0.attention.wq.weight"] = torch.zeros(32, 77)[:, :32]
     torch.save(state, meta / "consolidated.00.pth")
-    refused(meta, "not contiguous")
+    assert open_checkpoint(meta).names
+    wide = b"K\x4dK\x01\x86"  # the tuple (77, 1), as protocol 2 writes it
+    strides_of_wq(meta, wide, b"K\x4eK\x01\x86")
+    assert open_checkpoint(meta).names, "31 * 78 + 32 elements are still in the storage of 32 * 77"
+    strides_of_wq(meta, b"K\x4eK\x01\x86", b"K\xffK\x01\x86")
+    refused(meta, "layers.0.attention.wq.weight of shape [32, 32] is larger than its storage")
+    strides_of_wq(meta, b"K\xffK\x01\x86", b"J\xff\xff\xff\xffK\x01\x86")
+    refused(meta, "impossible sizes")
+
+
+def test_interleaved_views_of_one_storage_are_refused(meta):
+    """They would share no byte; but their extents cross, and telling such files from a bomb's is not worth it."""
+    state = state_of(meta)
+    both = torch.randn(32, 64)
+    state["layers.0.attention.wq.weight"], state["layers.1.attention.wq.weight"] = both[:, :32], both[:, 32:]
+    torch.save(state, meta / "consolidated.00.pth")
+    refused(meta, "share bytes")
 
 
 def test_tensors_that_overlap(meta):

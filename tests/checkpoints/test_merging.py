@@ -122,6 +122,28 @@ def test_huggingface_to_meta_and_back_is_bit_identical(tmp_path, tied):
     assert torch.equal(one, three)
 
 
+@pytest.mark.parametrize("base", ["hf", "meta", "meta without a head"])
+@pytest.mark.parametrize("format_", ["hf", "meta"])
+def test_tied_models_are_merged_into_tied_models(tmp_path, base, format_):
+    model = save_tiny(tmp_path / "hf", tied=True)
+    source = tmp_path / "hf" if base == "hf" else save_meta(tmp_path / "meta", model)
+    if base == "meta without a head":
+        state = torch.load(source / "consolidated.00.pth", weights_only=True)
+        del state["output.weight"]
+        torch.save(state, source / "consolidated.00.pth")
+    adapter = save_peft(tmp_path / "adapter", tmp_path / "hf", list(LINEAR_MODULES))
+    events = []
+    merge_lora(MergeOptions(source, adapter, tmp_path / "out", format_), events.append)
+    warned = any(isinstance(event, Notice) and "no output.weight" in event.message for event in events)
+    assert warned is (base == "meta without a head")
+    expected = judged(tmp_path / "hf", adapter)
+    merged = open_checkpoint(tmp_path / "out")
+    head = merged.tensor("lm_head.weight" if "lm_head.weight" in merged.names else "model.embed_tokens.weight")
+    assert torch.equal(head, expected.state_dict()["lm_head.weight"])
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path / "out")(TOKENS), expected(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_rounded_once_and_the_report_counts_it(tmp_path):
     save_tiny(tmp_path / "base", dtype=torch.bfloat16)
     adapter = save_peft(tmp_path / "adapter", tmp_path / "base", ["q_proj", "down_proj"])

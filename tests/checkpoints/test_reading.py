@@ -104,6 +104,13 @@ def test_meta_without_a_head_is_tied_and_an_aliased_head_is_accepted(tiny, tmp_p
             state["output.weight"] = state["tok_embeddings.weight"]
         torch.save(state, path / "consolidated.00.pth")
         assert open_checkpoint(path).config.tie_word_embeddings is (name == "absent")
+        events = []
+        load_model(path, on_event=events.append)
+        warnings = [event.message for event in events if isinstance(event, Notice)]
+        told = [
+            f"{path}: no output.weight in the weights; the embedding serves as the head (right only for a tied model)"
+        ]
+        assert warnings == (told if name == "absent" else [])
 
 
 def test_old_rotary_buffers_are_ignored(tiny, tmp_path):

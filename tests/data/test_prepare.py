@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,26 @@ def test_gsm8k_annotations(prepare: Prepare, write_rows: WriteRows, tokenizer: T
         assert tokenizer.decode(ids) == "Question: 1+1?\nAnswer:" + answer
 
 
+@pytest.mark.parametrize("policy", ["keep", "strip"])
+def test_stripping_annotations_of_other_rows_is_remarked_upon(
+    prepare: Prepare, write_rows: WriteRows, policy: str
+) -> None:
+    notices: list[Event] = []
+    prepare(write_rows([alpaca(1, output="<<1+1=2>>2")]), gsm8k_annotations=policy, on_event=notices.append)
+    expected = Notice("--gsm8k-annotations strip has no effect on alpaca rows", "warning")
+    assert notices == ([expected] if policy == "strip" else [])
+
+
+def test_a_validation_fraction_of_nothing_is_no_split(prepare: Prepare, write_rows: WriteRows, tmp_path: Path) -> None:
+    path = write_rows([alpaca(n) for n in range(9)])
+    report = prepare(path, validation_fraction=0.0, seed=3)
+    assert (report.train_rows, report.validation_rows) == (9, 0)
+    assert prepare(path).unchanged, "the same product as without the option, whatever the seed"
+    held = write_rows([alpaca(n) for n in range(20, 23)], "held.jsonl")
+    report = prepare(path, validation_fraction=0.0, validation=[held], output=tmp_path / "other")
+    assert (report.train_rows, report.validation_rows) == (9, 3)
+
+
 def test_limit_reads_no_further(prepare: Prepare, write_rows: WriteRows, tmp_path: Path) -> None:
     first = write_rows([alpaca(1), alpaca(2)])
     second = write_rows([alpaca(3), "{broken"], "second.jsonl")
@@ -437,9 +458,9 @@ def test_progress_is_reported(prepare: Prepare, write_rows: WriteRows, monkeypat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"validation_fraction": 0.0}, "between 0 and 1"),
-        ({"validation_fraction": 1.0}, "between 0 and 1"),
-        ({"validation_fraction": float("nan")}, "between 0 and 1"),
+        ({"validation_fraction": -0.1}, "at least 0 and below 1"),
+        ({"validation_fraction": 1.0}, "at least 0 and below 1"),
+        ({"validation_fraction": float("nan")}, "at least 0 and below 1"),
         ({"validation_fraction": 0.1, "validation": [Path("x")]}, "exclude each other"),
         ({"max_seq_length": 1}, "--max-seq-length is 1: it must be at least 2"),
         ({"limit": 0}, "--limit is 0"),
@@ -490,3 +511,39 @@ def test_real_rows_with_llamas_tokenizer(prepare: Prepare, fixtures: Path, tmp_p
     assert (report.rows_in, report.kept, report.truncated) == (200, 200, 0)
     report = prepare(fixtures / "data" / "gsm8k_test.jsonl", tokenizer=model, output=tmp_path / "gsm8k")
     assert (report.format, report.rows_in) == ("gsm8k", 1319)
+
+
+def test_a_real_gsm8k_row_with_llamas_tokenizer(prepare: Prepare, fixtures: Path, tmp_path: Path) -> None:
+    model = fixtures / "data" / "llama2_tokenizer.model"
+    tokenizer = load_tokenizer(model)
+    for policy in ("keep", "strip"):
+        rows = [json.loads(line) for line in (fixtures / "data" / "gsm8k_train.jsonl").read_text().splitlines()[:50]]
+        prepare(
+            fixtures / "data" / "gsm8k_train.jsonl", tokenizer=model, limit=50, gsm8k_annotations=policy,
+            output=tmp_path / policy,
+        )  # fmt: skip
+        made = read_split(tmp_path / policy)
+        assert len(made) == 50
+        for row, (ids, mask, _) in zip(rows, made, strict=True):
+            answer = row["answer"] if policy == "keep" else re.sub("<<.*?>>", "", row["answer"])
+            assert ids == [*tokenizer.encode(f"Question: {row['question']}\nAnswer:{answer}"), 2]
+            assert tokenizer.decode([i for i, target in zip(ids, mask, strict=True) if target]) == answer
+
+
+def test_a_chat_with_llamas_tokenizer(prepare: Prepare, write_rows: WriteRows, fixtures: Path, tmp_path: Path) -> None:
+    said = [
+        ("system", "Be brief."), ("user", "What is 2 + 2?"), ("assistant", "4"),
+        ("user", "And twice that? \U0001f999"), ("assistant", "8 \U0001f999"),
+    ]  # fmt: skip
+    rows = [
+        {"messages": [{"role": role, "content": text} for role, text in said]},
+        {"conversations": [{"from": role, "value": text} for role, text in said]},
+    ]
+    model = fixtures / "data" / "llama2_tokenizer.model"
+    prepare(write_rows(rows), tokenizer=model)
+    tokenizer = load_tokenizer(model)
+    text = "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat is 2 + 2? [/INST] 4 [INST] And twice that? \U0001f999 [/INST]"
+    for ids, mask, _ in read_split(tmp_path / "out"):
+        assert ids == [*tokenizer.encode(text + " 8 \U0001f999"), 2]
+        assert (ids[0], ids.count(1), ids.count(2)) == (1, 1, 1)
+        assert tokenizer.decode([i for i, target in zip(ids, mask, strict=True) if target]).strip() == "8 \U0001f999"

@@ -121,6 +121,9 @@ def test_a_template_file(tmp_path: Path) -> None:
         ("- prompt\n", "one flat map"),
         ("just text\n", "is a map"),
         ("", "has no 'prompt'"),
+        ("prompt: null\n", "'prompt' of a template must be a text"),
+        ("prompt: ~\n", "'prompt' of a template must be a text"),
+        ("prompt:\nprompt_without_input: x\n", "'prompt' of a template must be a text"),
         ("promt: a\n", "no 'promt'"),
         ("name: a\nprompt: b\n", "no 'name'"),
         ("prompt: '{a.b}'\n", "is no {field}"),
@@ -136,6 +139,15 @@ def test_s9_template_files_that_are_none(tmp_path: Path, text: str, message: str
         load_template(str(path))
     assert message in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_a_null_in_a_template_file_is_no_text_and_quoted_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("prompt: 'null'\nprompt_without_input: null\n")
+    template = load_template(str(path))
+    assert (template.prompt, template.prompt_without_input) == ("null", None)
+    path.write_text("prompt: ''\n")
+    assert load_template(str(path)).prompt == ""
 
 
 def test_an_unknown_template_lists_the_known_ones(tmp_path: Path) -> None:
