@@ -8,6 +8,7 @@ reader sees the old state or the new one, never a part. Everything it reads that
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -25,6 +26,7 @@ MANIFEST = "llamatune.json"
 """The description that every product directory carries: its kind, its inputs, and size and SHA-256 of each file."""
 
 _STAGING = ".llamatune-tmp-"
+_PROBE = "probe"
 _MEBIBYTE = 1 << 20
 
 
@@ -147,7 +149,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
     """Replace ``path`` by ``content`` durably: temp file beside it, fsync, rename, fsync of the directory."""
-    temporary = path.with_name(f"{_STAGING}{os.getpid()}-{path.name}")
+    temporary = _staging_beside(path)
     try:
         temporary.unlink(missing_ok=True)
         with writing(temporary) as file:
@@ -219,15 +221,17 @@ def refuse_occupied(path: Path, overwrite: bool) -> None:
 
 def probe_writable(parent: Path) -> None:
     """Raise before any work is done if nothing can be created, synced and renamed under ``parent``."""
-    probe = parent / f"{_STAGING}{os.getpid()}-probe"
+    remove_dead_staging(parent, _PROBE)
+    probe = _staging_beside(parent / _PROBE)
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with probe.open("xb") as file:
             file.write(b"probe")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(probe, probe.with_suffix(".renamed"))
-        probe.with_suffix(".renamed").unlink()
+        renamed = _staging_beside(parent / f"renamed-{_PROBE}")
+        os.replace(probe, renamed)
+        renamed.unlink()
     except OSError as fault:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
@@ -235,11 +239,25 @@ def probe_writable(parent: Path) -> None:
 
 
 def remove_dead_staging(parent: Path, name: str) -> None:
-    """Remove staging directories for ``name`` whose process is gone; never anything that is not ours."""
-    for stale in parent.glob(f"{_STAGING}*-{glob_escape(name)}"):
+    """Remove what was being made for ``name`` by a process that is gone; never anything that is not ours."""
+    for stale in parent.glob(f"{_STAGING}*-{glob_escape(_short(name))}"):
         owner = stale.name.removeprefix(_STAGING).split("-", 1)[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(stale, ignore_errors=True)
+            if stale.is_dir() and not stale.is_symlink():
+                shutil.rmtree(stale, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    stale.unlink()
+
+
+def _staging_beside(path: Path) -> Path:
+    """Where this process makes what will be ``path``."""
+    return path.with_name(f"{_STAGING}{os.getpid()}-{_short(path.name)}")
+
+
+def _short(name: str) -> str:
+    """``name``, or a digest of one that would leave no room for the prefix within a file name's 255 bytes."""
+    return name if len(os.fsencode(name)) <= 200 else digest_bytes(os.fsencode(name))[:32]
 
 
 def glob_escape(name: str) -> str:
@@ -266,7 +284,7 @@ def build_directory(path: Path, kind: str, inputs: dict[str, Any], overwrite: bo
     path = Path(os.path.realpath(path))
     probe_writable(path.parent)
     remove_dead_staging(path.parent, path.name)
-    staging = path.with_name(f"{_STAGING}{os.getpid()}-{path.name}")
+    staging = _staging_beside(path)
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir()
@@ -300,12 +318,24 @@ def _sync_tree(directory: Path) -> None:
 
 
 def _swap_in(staging: Path, path: Path) -> None:
-    if path.exists() and next(path.iterdir(), None) is not None:
-        aside = path.with_name(f"{_STAGING}{os.getpid()}-old-{path.name}")
+    """Let ``staging`` become ``path`` in one step; what stood there is removed afterwards."""
+    if not path.exists():
+        os.rename(staging, path)
+    elif _exchange(staging, path):
+        shutil.rmtree(staging, ignore_errors=True)
+    else:
+        aside = _staging_beside(path.with_name(f"old-{path.name}"))
         os.rename(path, aside)
         os.rename(staging, path)
-        sync_directory(path.parent)
         shutil.rmtree(aside, ignore_errors=True)
-        return
-    os.rename(staging, path)
     sync_directory(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names atomically (Linux's renameat2); False where kernel or file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    current_directory, swap = -100, 2
+    return bool(renameat2(current_directory, os.fsencode(one), current_directory, os.fsencode(other), swap) == 0)

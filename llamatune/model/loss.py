@@ -68,11 +68,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 part = slice(start, start + step)
                 logits = widened(hidden[part].to(dtype) @ W.T)  # (chunk, V)
                 chosen = targets[part, None]
-                largest = logits.logsumexp(-1, keepdim=True)
-                total += (largest - logits.gather(1, chosen)).sum()
+                logits.sub_(logits.amax(-1, keepdim=True))
+                wanted = logits.gather(1, chosen)
+                share = logits.exp_().sum(-1, keepdim=True)
+                total += (share.log() - wanted).sum()
                 if gradient is not None:
-                    logits.sub_(largest).exp_()
-                    logits.scatter_add_(1, chosen, torch.full_like(largest, -1.0))
+                    logits.div_(share).scatter_add_(1, chosen, torch.full_like(share, -1.0))
                     gradient[part] = logits.to(dtype) @ W
             ctx.save_for_backward(gradient)
             return total
