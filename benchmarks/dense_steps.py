@@ -37,7 +37,7 @@ def llamatune_step(settings: dict[str, Any], batch: Batch) -> tuple[Step, int]:
     assert lora is not None
     count = count_parameters(checkpoint.config, lora.r, lora.target_modules)
     data: Any = None
-    inputs = Inputs(checkpoint.config, checkpoint, "", data, None, {}, count, torch.device(settings["device"]))
+    inputs = Inputs(checkpoint.config, checkpoint, "", data, None, None, {}, count, torch.device(settings["device"]))
     learner = build_learner(spec, inputs, ignore_event, never_stop)
 
     def step(window: int) -> float:
