@@ -242,7 +242,11 @@ _SpecLoader.add_constructor(_NUMBER_TAG, _number)
 def parse_yaml(text: str, where: object) -> Any:
     """A YAML document with the strict scalars of a spec; any fault is a one-line ``SpecError``."""
     try:
-        return yaml.load(text, Loader=_SpecLoader)
+        loader = _SpecLoader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except RecursionError:
         raise SpecError("nested too deeply", where) from None
     except yaml.MarkedYAMLError as fault:
