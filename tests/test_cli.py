@@ -1,6 +1,7 @@
 """The command line is a contract: exit codes, one-line errors, what goes to stdout and what to stderr."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -159,7 +160,16 @@ def test_a_closed_stdout_is_no_traceback() -> None:
 
 
 def test_shell_completion_is_offered() -> None:
+    # The shell is found among the parents, so there has to be one.
+    command = f"{sys.executable} -m llamatune --show-completion; exit $?"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "_LLAMATUNE_COMPLETE=complete_bash" in done.stdout
+
+
+def test_completion_knows_the_verbs() -> None:
+    asked = {"_LLAMATUNE_COMPLETE": "complete_bash", "COMP_WORDS": "llamatune mer", "COMP_CWORD": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "llamatune", "--show-completion", "bash"], capture_output=True, text=True
+        [sys.executable, "-m", "llamatune"], capture_output=True, text=True, env={**os.environ, **asked}
     )
-    assert done.returncode == 0
+    assert done.stdout.split() == ["merge-lora"]
