@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -240,7 +241,7 @@ def probe_writable(parent: Path) -> None:
 
 def remove_dead_staging(parent: Path, name: str) -> None:
     """Remove what was being made for ``name`` by a process that is gone; never anything that is not ours."""
-    for stale in parent.glob(f"{_STAGING}*-{glob_escape(_short(name))}"):
+    for stale in parent.glob(f"{_STAGING}*-{glob.escape(_short(name))}"):
         owner = stale.name.removeprefix(_STAGING).split("-", 1)[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():
             if stale.is_dir() and not stale.is_symlink():
@@ -258,11 +259,6 @@ def _staging_beside(path: Path) -> Path:
 def _short(name: str) -> str:
     """``name``, or a digest of one that would leave no room for the prefix within a file name's 255 bytes."""
     return name if len(os.fsencode(name)) <= 200 else digest_bytes(os.fsencode(name))[:32]
-
-
-def glob_escape(name: str) -> str:
-    """``name`` with the characters that a glob gives a meaning put in brackets."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 @dataclass

@@ -60,7 +60,7 @@ class TrainingLoop:
     Args:
         run: the claimed directory that metrics and checkpoints go to.
         on_event: told of each step, evaluation, epoch and checkpoint.
-        should_stop: asked between micro-batches' windows and during evaluation; when it says so, one checkpoint is
+        should_stop: asked between windows and during evaluation; when it says so, one checkpoint is
             saved and ``Stopped`` raised.
     """
 
