@@ -7,6 +7,7 @@
     ├── DataError          3   rows of a data file
     ├── CheckpointError    4   a model, adapter, tokenizer or checkpoint is invalid, unsafe or does not fit
     ├── EnvironmentFault   5   device, memory, disk, permission, directory in use
+    │   └── OutOfMemory    5   of the device or the host
     ├── NumericsError      6   loss or gradient not finite
     └── Stopped           75   a signal asked a verb that writes to stop; the same command completes it
         └── Interrupted  130   the same in a verb that only reads
@@ -66,6 +67,10 @@ class EnvironmentFault(LlamatuneError):
     """Device, memory, disk, permission, or a directory that is in use."""
 
     exit_code = 5
+
+
+class OutOfMemory(EnvironmentFault):
+    """The device or the host has no memory left for what was asked."""
 
 
 class NumericsError(LlamatuneError):

@@ -25,7 +25,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """What is about to be trained; ``resumed_step`` is the optimizer step the run continues from."""
+    """What is about to be trained, or continued after ``resumed_step`` updates that took ``elapsed_s``."""
 
     trainable_parameters: int
     total_parameters: int
@@ -35,6 +35,7 @@ class RunStarted:
     num_epochs: int
     resumed_step: int
     device: str
+    elapsed_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,21 @@ class StepDone:
     tokens_per_second: float
     peak_memory_bytes: int
     elapsed_s: float
+    peak_reserved_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class MemoryHeld:
+    """What stays in memory between updates, in bytes, known once this process has made one.
+
+    ``trained_bytes`` are the adapter's, or all weights', which ``frozen_bytes`` then has none of; ``device_bytes`` is
+    how much memory there is.
+    """
+
+    frozen_bytes: int
+    trained_bytes: int
+    optimizer_bytes: int
+    device_bytes: int
 
 
 @dataclass(frozen=True)
@@ -66,12 +82,16 @@ class StepSkipped:
 
 @dataclass(frozen=True)
 class EvalDone:
-    """Token-weighted validation loss after ``step`` updates."""
+    """Token-weighted validation loss after ``step`` updates, on ``rows`` rows; ``seconds`` is what it took."""
 
     step: int
     loss: float
     perplexity: float
     best: bool
+    epoch: float = 0.0
+    rows: int = 0
+    target_tokens: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -85,16 +105,27 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """Token-weighted means of one whole epoch."""
+    """Token-weighted means of one whole epoch, and the last validation inside it (None: there was none).
+
+    ``epoch_s`` is all of its time, ``evaluation_s`` and ``checkpoint_s`` what these took of it; ``tokens_per_second``
+    counts tokens that are no padding, in the time of the updates alone.
+    """
 
     epoch: int
     num_epochs: int
     train_loss: float
     train_perplexity: float
     elapsed_s: float
+    validation_loss: float | None = None
+    validation_perplexity: float | None = None
+    epoch_s: float = 0.0
+    evaluation_s: float = 0.0
+    checkpoint_s: float = 0.0
+    target_tokens: int = 0
+    tokens_per_second: float = 0.0
 
 
-Event = Notice | Progress | RunStarted | StepDone | StepSkipped | EvalDone | CheckpointSaved | EpochDone
+Event = Notice | Progress | RunStarted | StepDone | MemoryHeld | StepSkipped | EvalDone | CheckpointSaved | EpochDone
 OnEvent = Callable[[Event], None]
 ShouldStop = Callable[[], bool]
 

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +26,10 @@ from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError
 MANIFEST = "llamatune.json"
 """The description that every product directory carries: its kind, its inputs, and size and SHA-256 of each file."""
 
-_STAGING = ".llamatune-tmp-"
+STAGING = ".llamatune-tmp-"
+"""How the names begin of what is being made; a process id and the name to be follow."""
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
+"""What kernels, file systems and containers answer that cannot swap two names."""
 _PROBE = "probe"
 _MEBIBYTE = 1 << 20
 
@@ -104,6 +107,11 @@ def dump_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def dump_json_lines(values: Iterable[Any]) -> bytes:
+    """Strict JSON, one value a line."""
+    return "".join(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values).encode()
+
+
 def digest_bytes(data: bytes) -> str:
     """SHA-256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
@@ -137,15 +145,21 @@ def disk_fault(fault: OSError, path: Path) -> EnvironmentFault:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """A new file at ``path`` with the umask's mode, synced before the block ends. Not atomic: for staging areas."""
+def disk_faults(path: Path) -> Iterator[None]:
+    """What the block cannot write is an ``EnvironmentFault`` that names ``path``."""
     try:
-        with path.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield
     except OSError as fault:
         raise disk_fault(fault, path) from fault
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A new file at ``path`` with the umask's mode, synced before the block ends. Not atomic: for staging areas."""
+    with disk_faults(path), path.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
@@ -167,43 +181,27 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
             temporary.unlink(missing_ok=True)
 
 
-def output_file(path: Path) -> Path:
+def output_file(path: Path, overwrite: bool = True) -> Path:
     """Where a file that is asked for will be written, links followed; raises before any work if it cannot be."""
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise EnvironmentFault("exists and is not a regular file", path, "choose another output")
+    if target.exists() and not overwrite:
+        raise EnvironmentFault("exists", path, "choose another output, or pass --overwrite")
     if not target.parent.is_dir():
         raise EnvironmentFault("no such directory", target.parent, "make it first")
     probe_writable(target.parent)
     return target
 
 
-def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file below ``directory`` but the manifest itself, by relative POSIX path."""
-    found = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {p.relative_to(directory).as_posix(): {"bytes": p.stat().st_size, "sha256": digest_file(p)} for p in found}
-
-
-def finished_product(path: Path, kind: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest at ``path`` if it describes a complete product of the same kind and inputs, else None.
-
-    Files are compared by size (reading gigabytes again to find out that nothing is to be done would be absurd).
-    """
-    if not (path / MANIFEST).is_file():
-        return None
-    try:
-        manifest = read_json(path / MANIFEST, max_bytes=16 * _MEBIBYTE)
-    except LlamatuneError:
-        return None
-    same = manifest.get("kind") == kind and manifest.get("inputs") == json.loads(json.dumps(inputs))
-    listed = manifest.get("files")
-    if not same or not isinstance(listed, dict):
-        return None
-    for name, facts in listed.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != facts.get("bytes"):
-            return None
-    return manifest
+def _describe_files(staging: Staging) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a product but the manifest itself, by relative POSIX path."""
+    found = sorted(p for p in staging.path.rglob("*") if p.is_file() and p.name != MANIFEST)
+    described = {}
+    for path in found:
+        name = path.relative_to(staging.path).as_posix()
+        described[name] = {"bytes": path.stat().st_size, "sha256": staging.digests.get(name) or digest_file(path)}
+    return described
 
 
 def refuse_occupied(path: Path, overwrite: bool) -> None:
@@ -220,12 +218,22 @@ def refuse_occupied(path: Path, overwrite: bool) -> None:
         )
 
 
+def refuse_small_disk(path: Path, needed: int, what: str) -> None:
+    """Raise before any work is done if fewer than ``needed`` bytes, and a MiB to spare, are free at ``path``."""
+    existing = next(found for found in (path, *path.resolve().parents) if found.exists())
+    free = shutil.disk_usage(existing).free
+    if needed + _MEBIBYTE > free:
+        raise EnvironmentFault(
+            f"{what} needs {needed:,} bytes and {free:,} are free", path, "free some space, or another disk"
+        )
+
+
 def probe_writable(parent: Path) -> None:
     """Raise before any work is done if nothing can be created, synced and renamed under ``parent``."""
     remove_dead_staging(parent, _PROBE)
     probe = _staging_beside(parent / _PROBE)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        make_directory(parent)
         with probe.open("xb") as file:
             file.write(b"probe")
             file.flush()
@@ -239,21 +247,37 @@ def probe_writable(parent: Path) -> None:
         raise disk_fault(fault, parent) from fault
 
 
-def remove_dead_staging(parent: Path, name: str) -> None:
-    """Remove what was being made for ``name`` by a process that is gone; never anything that is not ours."""
-    for stale in parent.glob(f"{_STAGING}*-{glob.escape(_short(name))}"):
-        owner = stale.name.removeprefix(_STAGING).split("-", 1)[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            if stale.is_dir() and not stale.is_symlink():
-                shutil.rmtree(stale, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    stale.unlink()
+def make_directory(path: Path) -> None:
+    """Make ``path`` and its missing parents, each durable in the directory that holds it."""
+    missing = [found for found in (path, *path.parents) if not found.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync_directory(made.parent)
+
+
+def remove_dead_staging(parent: Path, name: str, owned: bool = False) -> None:
+    """Remove what was being made for ``name`` by a process that is gone; never anything that is not ours.
+
+    ``owned``: the caller holds a lock on ``parent``, so whoever was making it is gone, on whichever host it ran.
+    """
+    for stale in parent.glob(f"{STAGING}*-{glob.escape(_short(name))}"):
+        owner, _, made = stale.name.removeprefix(STAGING).partition("-")
+        if owner.isdigit() and (made == _short(name) if owned else not Path(f"/proc/{owner}").exists()):
+            remove(stale)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole directory as far as it goes; what stays is tried again another time."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _staging_beside(path: Path) -> Path:
     """Where this process makes what will be ``path``."""
-    return path.with_name(f"{_STAGING}{os.getpid()}-{_short(path.name)}")
+    return path.with_name(f"{STAGING}{os.getpid()}-{_short(path.name)}")
 
 
 def _short(name: str) -> str:
@@ -263,10 +287,14 @@ def _short(name: str) -> str:
 
 @dataclass
 class Staging:
-    """A product in the making: write files below ``path``, and what readers should know into ``facts``."""
+    """A product in the making: write files below ``path``, and what readers should know into ``facts``.
+
+    ``digests`` are the SHA-256 of files that were digested while they were written, by name; others are read again.
+    """
 
     path: Path
     facts: dict[str, Any] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -292,7 +320,7 @@ def build_directory(path: Path, kind: str, inputs: dict[str, Any], overwrite: bo
             "schema": 1,
             "inputs": inputs,
             "facts": product.facts,
-            "files": describe_files(staging),
+            "files": _describe_files(product),
         }
         with writing(staging / MANIFEST) as file:
             file.write(dump_json(manifest))
@@ -314,17 +342,20 @@ def _sync_tree(directory: Path) -> None:
 
 
 def _swap_in(staging: Path, path: Path) -> None:
-    """Let ``staging`` become ``path`` in one step; what stood there is removed afterwards."""
+    """Let ``staging`` become ``path`` in one step; what stood there is removed once that is durable."""
+    aside = staging
     if not path.exists():
         os.rename(staging, path)
-    elif _exchange(staging, path):
-        shutil.rmtree(staging, ignore_errors=True)
-    else:
+    elif not _exchange(staging, path):
         aside = _staging_beside(path.with_name(f"old-{path.name}"))
         os.rename(path, aside)
-        os.rename(staging, path)
-        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            os.rename(staging, path)
+        except OSError:
+            os.rename(aside, path)
+            raise
     sync_directory(path.parent)
+    remove(aside)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -334,4 +365,8 @@ def _exchange(one: Path, other: Path) -> bool:
     except (OSError, AttributeError):
         return False
     current_directory, swap = -100, 2
-    return bool(renameat2(current_directory, os.fsencode(one), current_directory, os.fsencode(other), swap) == 0)
+    if renameat2(current_directory, os.fsencode(one), current_directory, os.fsencode(other), swap) == 0:
+        return True
+    if (fault := ctypes.get_errno()) not in _NO_EXCHANGE:
+        raise OSError(fault, os.strerror(fault))
+    return False

@@ -6,6 +6,7 @@ allocates nothing, and a writer that holds one tensor at a time. No torch: ``pre
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -102,6 +103,8 @@ def _foreign(prefix: bytes) -> str | None:
 class TensorWriter:
     """Writes a safetensors file as a stream: declare every tensor first, then ``write`` their bytes in that order.
 
+    The bytes are digested on their way, so that nobody need read the file again to describe it.
+
     Args:
         file: open for writing at position 0.
         tensors: ``(name, dtype, shape)`` in the order in which the bytes will come.
@@ -122,15 +125,20 @@ class TensorWriter:
             offset += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file, self._left = file, offset
-        file.write(struct.pack("<Q", len(text)) + text)
+        self._file, self._left, self._digest = file, offset, hashlib.sha256()
+        self._put(struct.pack("<Q", len(text)) + text)
 
     def write(self, data: bytes | memoryview) -> None:
         """The next bytes of the data region, in any portions."""
         self._left -= memoryview(data).nbytes
         assert self._left >= 0, "more bytes than the header declares"
-        self._file.write(data)
+        self._put(data)
 
-    def finish(self) -> None:
-        """Check that every declared byte was written."""
+    def finish(self) -> str:
+        """Check that every declared byte was written; the file's SHA-256 in hexadecimal."""
         assert self._left == 0, f"{self._left} declared bytes were not written"
+        return self._digest.hexdigest()
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        self._file.write(data)

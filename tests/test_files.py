@@ -1,5 +1,6 @@
 """Durable writes and safe reads."""
 
+import errno
 import json
 import os
 import stat
@@ -13,13 +14,13 @@ from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError
 from llamatune.files import (
     MANIFEST,
     build_directory,
-    finished_product,
     open_regular,
     parse_json,
     read_json,
     refuse_occupied,
     write_atomic,
 )
+from llamatune.manifests import finished_product
 from llamatune.tensor_files import TensorWriter, read_header
 
 
@@ -76,7 +77,9 @@ def test_a_directory_appears_whole_with_its_manifest_or_not_at_all(tmp_path: Pat
     assert manifest["kind"] == "thing"
     assert manifest["facts"] == {"count": 3}
     assert manifest["files"]["part"]["bytes"] == 1
-    assert finished_product(target, "thing", {"a": 1}) == manifest
+    found = finished_product(target, "thing", {"a": 1})
+    assert found is not None
+    assert (found.kind, found.facts, found.bytes) == ("thing", {"count": 3}, 1)
     assert finished_product(target, "thing", {"a": 2}) is None
     (target / "part").write_bytes(b"xy")
     assert finished_product(target, "thing", {"a": 1}) is None
@@ -95,6 +98,31 @@ def test_an_occupied_directory_is_kept_unless_overwritten(tmp_path: Path) -> Non
         (staging.path / "new").write_text("x")
     assert sorted(p.name for p in target.iterdir()) == sorted([MANIFEST, "new"])
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_swap_that_fails_is_an_error_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where names cannot be swapped at all may the old product be away for a moment."""
+    from llamatune import files
+
+    target = tmp_path / "out"
+    with build_directory(target, "thing", {}) as staging:
+        (staging.path / "old").write_text("x")
+
+    def replace() -> None:
+        with build_directory(target, "thing", {}, overwrite=True) as staging:
+            (staging.path / "new").write_text("x")
+
+    def full(one: Path, other: Path) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "_exchange", full)
+    with pytest.raises(EnvironmentFault, match="no space left"):
+        replace()
+    assert sorted(path.name for path in target.iterdir()) == [MANIFEST, "old"]
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    replace()
+    assert sorted(path.name for path in target.iterdir()) == [MANIFEST, "new"]
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_leftovers_of_a_dead_process_are_removed_and_foreign_files_kept(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""How much memory of the host this process may still take. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def free_host_bytes(root: Path = Path("/")) -> int:
+    """What is available on the machine, or less where a control group (a container, a Slurm job) allows less."""
+    return max(0, min([_available(root), *_group_rooms(root)]))
+
+
+def _available(root: Path) -> int:
+    for line in _lines(root / "proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _group_rooms(root: Path) -> Iterator[int]:
+    """What is left under the limit of each group that this process is in, and of their parents.
+
+    File pages that nobody is using count as used there, but make room when it is wanted.
+    """
+    for line in _lines(root / "proc/self/cgroup"):
+        _, kinds, path = line.split(":", 2)
+        if kinds == "":  # version 2 has one tree for everything
+            top, limit, used, cache = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in kinds.split(","):
+            top, limit = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            used, cache = "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        for directory in (root / top / part for part in (group, *group.parents)):
+            allowed, taken = _number(directory / limit), _number(directory / used)
+            if allowed is not None and taken is not None:
+                spare = next((int(line.split()[1]) for line in _lines(directory / "memory.stat") if
+                              line.startswith(f"{cache} ")), 0)  # fmt: skip
+                yield allowed - taken + spare
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _number(path: Path) -> int | None:
+    """None where there is no such file, or it says ``max``."""
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,35 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from llamatune.errors import SpecError
+
+
+def gibibytes(size: float) -> str:
+    """``12.55 GiB``, or MiB where that reads better."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03``, or ``4.5 s`` below a minute."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, left = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d} min"
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), capped where it would overflow: strict JSON has no infinity."""
+    return math.exp(min(loss, 700.0))
+
+
+def parse_size(text: str, where: str) -> int:
+    """Bytes of ``40GiB``, ``512 MiB`` or ``24GB``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text)
+    if match is None or not float(match[1]):
+        raise SpecError(f"{text!r} is no size", where, "write it as 40GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2]) + 1))
