@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamatune.model.attention import Documents
+from llamatune.model.compilable import compilable
 from llamatune.model.transformer import Transformer, widened
 
 IGNORED = -100
 """The label of a position that is no target."""
 
-_CHUNK_LOGITS = 1 << 25
-"""Logits held at once: 128 MiB in fp32, 1,024 rows of LLaMA-2's vocabulary."""
+LOGITS_AT_ONCE = {"cuda": 1 << 25, "cpu": 1 << 22}
+"""In fp32 128 MiB, 1,024 rows of LLaMA-2's vocabulary; on a CPU 16 MiB, which stay near its cache."""
 
 
 def summed_loss(
@@ -30,7 +31,40 @@ def summed_loss(
     Args:
         lengths: ``input_ids`` is one row (1, N) of samples of these lengths; None: each of its rows is one sample.
     """
-    lengths = lengths or (input_ids.shape[1],) * len(input_ids)
+    hidden, targets, _ = _predictions(model, input_ids, labels, lengths or (input_ids.shape[1],) * len(input_ids))
+    weight = model.head_weight
+    if weight.requires_grad:
+        return F.cross_entropy(widened(model.head(hidden)), targets, reduction="sum")
+    return _FrozenHeadLoss.apply(  # type: ignore[no-any-return, no-untyped-call]
+        hidden, weight, targets, _product_dtype(hidden)
+    )
+
+
+@torch.no_grad()
+def target_losses(
+    model: Transformer, input_ids: Tensor, labels: Tensor, lengths: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each target token, (N,) fp64 in nats, and whether it was the likeliest, (N,) bool; on the CPU.
+
+    The arguments are those of ``summed_loss``. Where a token is no target, both are zero.
+    """
+    hidden, targets, predicting = _predictions(model, input_ids, labels, lengths)
+    losses = torch.zeros(labels.numel(), dtype=torch.float64)
+    correct = torch.zeros(labels.numel(), dtype=torch.bool)
+    W, step = model.head_weight.to(_product_dtype(hidden)), _chunk_rows(model.head_weight)
+    for start in range(0, len(hidden), step):
+        part = slice(start, start + step)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = widened(hidden[part].to(W.dtype) @ W.T)  # (chunk, V)
+        losses[predicting[part] + 1] = F.cross_entropy(logits, targets[part], reduction="none").double().cpu()
+        correct[predicting[part] + 1] = (logits.argmax(-1) == targets[part]).cpu()
+    return losses, correct
+
+
+def _predictions(
+    model: Transformer, input_ids: Tensor, labels: Tensor, lengths: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States (P, D) that predict a target, the targets (P,), and on the CPU the states' places in the row (P,)."""
     device = model.device
     # Found on the CPU, where the labels are: asking the device which positions count would stall it.
     next_labels = labels.reshape(-1).roll(-1)
@@ -42,11 +76,17 @@ def summed_loss(
         documents=Documents.of(lengths, device),
         rows=predicting.to(device, non_blocking=True),
     )[0]  # (P, D)
-    weight = model.head_weight
-    if weight.requires_grad:
-        return F.cross_entropy(widened(model.head(hidden)), targets, reduction="sum")
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
-    return _FrozenHeadLoss.apply(hidden, weight, targets, dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return hidden, targets, predicting
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """What the product with the head is computed in: autocast's dtype, or the states' own."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _chunk_rows(head_weight: Tensor) -> int:
+    return max(1, LOGITS_AT_ONCE[head_weight.device.type] // len(head_weight))
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -63,18 +103,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
             wants_gradient = ctx.needs_input_grad[0]
             gradient = torch.empty_like(hidden) if wants_gradient else None  # (P, D)
             total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-            step = max(1, _CHUNK_LOGITS // len(W))
+            step = _chunk_rows(W)
             for start in range(0, len(hidden), step):
                 part = slice(start, start + step)
-                logits = widened(hidden[part].to(dtype) @ W.T)  # (chunk, V)
-                chosen = targets[part, None]
-                logits.sub_(logits.amax(-1, keepdim=True))
-                wanted = logits.gather(1, chosen)
-                share = logits.exp_().sum(-1, keepdim=True)
-                total += (share.log() - wanted).sum()
+                logits = hidden[part].to(dtype) @ W.T  # (chunk, V)
+                total += _cross_entropy(logits, targets[part, None], wants_gradient)
                 if gradient is not None:
-                    logits.div_(share).scatter_add_(1, chosen, torch.full_like(share, -1.0))
-                    gradient[part] = logits.to(dtype) @ W
+                    gradient[part] = logits @ W
+                del logits  # before the next chunk's are made
             ctx.save_for_backward(gradient)
             return total
 
@@ -82,3 +118,18 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
+
+
+@compilable
+def _cross_entropy(logits: Tensor, targets: Tensor, wants_slope: bool) -> Tensor:
+    """The summed loss in fp32 or wider; its derivative, softmax(logits) - onehot, takes the logits' place.
+
+    ``logits`` (P, V), ``targets`` (P, 1).
+    """
+    wide = widened(logits)
+    wide.sub_(wide.amax(-1, keepdim=True))
+    wanted = wide.gather(1, targets)
+    total = wide.exp_().sum(-1, keepdim=True)
+    if wants_slope:
+        logits.copy_(wide.div_(total)).scatter_(1, targets, (wanted.exp() / total - 1).to(logits.dtype))
+    return (total.log() - wanted).sum()

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from llamatune.model.compilable import compilable
 from llamatune.model.lora import LoRALinear
 from llamatune.model.quantization import NF4Weight
 from llamatune.model.transformer import Linear, RMSNorm, Rotation, widened
@@ -103,31 +105,61 @@ def tiles(x: Tensor) -> tuple[Tensor, ...]:
 def normalise(x: Tensor, norm: RMSNorm, dtype: torch.dtype) -> Tensor:
     """RMSNorm of x in ``dtype``, as the module computes it, a tile at a time: only a tile is ever in fp32."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    weight = widened(norm.weight)
     for tile, into in zip(tiles(x), tiles(out), strict=True):
-        wide = widened(tile)
-        into.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps) * weight)
+        _normalise_into(into, tile, norm.weight, norm.eps)
     return out
+
+
+@compilable
+def _normalise_into(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    wide = widened(x)
+    out.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * widened(weight))
 
 
 def normalise_backward(grad: Tensor, x: Tensor, norm: RMSNorm) -> Tensor:
     """The gradient with respect to x, in x's dtype, from that with respect to the normed x."""
     out = torch.empty_like(x)
-    weight = widened(norm.weight)
     for dh, tile, into in zip(tiles(grad), tiles(x), tiles(out), strict=True):
-        wide = widened(tile)
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
-        unit, dh = wide * scale, widened(dh) * weight
-        into.copy_(scale * (dh - unit * (dh * unit).mean(-1, keepdim=True)))
+        _normalise_backward_into(into, dh, tile, norm.weight, norm.eps)
     return out
+
+
+@compilable
+def _normalise_backward_into(out: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    wide = widened(x)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    unit, dh = wide * scale, widened(grad) * widened(weight)
+    out.copy_(scale * (dh - unit * (dh * unit).mean(-1, keepdim=True)))
 
 
 def rotate_in_place(x: Tensor, rotation: Rotation, head_dim: int, back: bool = False) -> None:
     """Turn the pairs of x (N, heads · E) by their positions' angles, or back."""
-    cos, sin = (part[0, 0, :, None, : head_dim // 2].to(x.dtype) for part in rotation)  # (N, 1, E/2)
+    cos, sin = (part[0, 0] for part in rotation)  # (N, E)
+    _rotate_in_place(x, cos, sin, head_dim, back)
+
+
+@compilable
+def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int, back: bool) -> None:
+    cos, sin = (part[:, None, : head_dim // 2].to(x.dtype) for part in (cos, sin))  # (N, 1, E/2)
     first, second = x.view(len(x), -1, head_dim).chunk(2, dim=-1)
     if back:
         sin = -sin
     turned = first * cos - second * sin
     second.mul_(cos).add_(first * sin)
     first.copy_(turned)
+
+
+@compilable
+def swiglu_in_place(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, in gate's place."""
+    return F.silu(gate, inplace=True).mul_(up)
+
+
+@compilable
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of silu(gate) · up with respect to gate and to up; the latter in grad's place."""
+    sigmoid = torch.sigmoid(gate)
+    activated = gate * sigmoid
+    # silu'(g) = sigmoid(g) + silu(g) (1 - sigmoid(g))
+    slope = (1 - sigmoid).mul_(activated).add_(sigmoid)
+    return slope.mul_(grad).mul_(up), grad.mul_(activated)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from llamatune.model import blockwise
 from llamatune.model.blockwise import BlockwiseCode
+from llamatune.model.compilable import compilable, is_compiling
 from llamatune.model.transformer import Linear, Transformer
 
 BLOCK = 64
@@ -131,7 +132,13 @@ class NF4Weight(nn.Module):
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in ``dtype`` inside the shared buffer: use it at once, the next call overwrites it."""
         flat = self.scratch.room(len(self.codes) * 2, dtype, self.device)
-        dequantize(self.codes, self.scales(), self.scratch.pairs(dtype, self.device), flat)
+        scales, pairs = self.scales(), self.scratch.pairs(dtype, self.device)
+        if is_compiling() and flat.is_cuda:  # a CPU does it quicker in pieces that stay in its cache
+            dequantize_at_once(
+                self.codes.view(-1, BLOCK // 2), scales[:, None], pairs.view(dtype), flat.view(-1, BLOCK)
+            )
+        else:
+            dequantize(self.codes, scales, pairs, flat)
         return flat[: math.prod(self.shape)].view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,6 +174,12 @@ def dequantize(codes: Tensor, scales: Tensor, pairs: Tensor, out: Tensor) -> Non
         bytes_of_piece = codes[begin // 2 : (begin + step) // 2].int()
         torch.index_select(pairs, 0, bytes_of_piece, out=piece.view(pairs.dtype))
         piece.view(-1, BLOCK).mul_(scales[begin // BLOCK : (begin + step) // BLOCK, None])
+
+
+@compilable
+def dequantize_at_once(codes: Tensor, scales: Tensor, pairs: Tensor, out: Tensor) -> None:
+    """The same to the bit from codes (N, 32), scales (N, 1) and levels in out's dtype (512,) to out (N, 64)."""
+    out.copy_(pairs.view(256, 2)[codes.int()].view(out.shape) * scales)
 
 
 def quantize_nf4(W: Tensor, scratch: Scratch) -> NF4Weight:

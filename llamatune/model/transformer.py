@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llamatune.model.attention import Documents, attend
+from llamatune.model.compilable import compilable
 from llamatune.model.config import LlamaConfig
 
 Rotation = tuple[Tensor, Tensor]
@@ -54,6 +55,13 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return _UpcastLinear.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
 
 
+class Embedding(nn.Embedding):
+    """A row for each token id, (...) -> (..., D)."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: weights are read, or drawn by ``initialise``."""
+
+
 class Linear(nn.Linear):
     """A matrix without bias (LLaMA has none), (..., in) -> (..., out).
 
@@ -63,6 +71,9 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.quantized: nn.Module | None = None
+
+    def reset_parameters(self) -> None:
+        """Nothing, as in ``Embedding``."""
 
     @classmethod
     def of(cls, config: LlamaConfig, module: str) -> Linear:
@@ -85,9 +96,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = widened(x)
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * widened(self.weight)).to(x.dtype)
+        return _rms_norm(x, self.weight, self.eps)
+
+
+@compilable
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = widened(x)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * widened(weight)).to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotation:
@@ -102,9 +118,10 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotation:
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+@compilable
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of ``x`` (B, H, T, E) by its position's angle, in x's dtype."""
-    cos, sin = (part.to(x.dtype) for part in rotation)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -173,12 +190,18 @@ class Attention(nn.Module):
             project(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, E)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+        q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)  # (B, K, S, E)
         o = attend(q, k, v, context.mask, context.documents)  # (B, H, T, E)
         o = o.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * E)
         return self.o_proj(context.needed(o, self.layer))  # type: ignore[no-any-return]
+
+
+@compilable
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up."""
+    return F.silu(gate) * up
 
 
 class FeedForward(nn.Module):
@@ -191,7 +214,7 @@ class FeedForward(nn.Module):
         self.down_proj = Linear.of(config, "down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -226,13 +249,13 @@ class Decoder(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Transformer(nn.Module):
-    """The whole model. Its parameters' names are ``config.parameter_shapes()``'s.
+    """The whole model, made without a weight drawn. Its parameters' names are ``config.parameter_shapes()``'s.
 
     ``activation_dtype`` is the dtype of the residual stream; None: that of the embedding weights.
     """

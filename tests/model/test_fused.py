@@ -2,18 +2,20 @@
 
 import contextlib
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from llamatune.model import fused, projection
+from llamatune.model import fused, projection, recompute
 from llamatune.model.config import LINEAR_MODULES, LlamaConfig
-from llamatune.model.fused import Recompute, apply_fused
 from llamatune.model.lora import apply_lora, lora_parameters
 from llamatune.model.loss import summed_loss
 from llamatune.model.projection import Projection
 from llamatune.model.quantization import quantize_blocks
+from llamatune.model.recompute import Recompute, apply_fused
 from llamatune.model.transformer import RMSNorm, Transformer, initialise, rotary_angles
 
 LENGTHS = (11, 1, 17)
@@ -23,8 +25,8 @@ LEVELS = list(Recompute)
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that do not divide the rows, so that their seams are tested."""
-    monkeypatch.setattr(projection, "TILE_TOKENS", 7)
-    monkeypatch.setattr(fused, "TILE_TOKENS", 7)
+    for module in (projection, fused, recompute):
+        monkeypatch.setattr(module, "TILE_TOKENS", 7)
 
 
 def model_with(targets: list[str], dtype: torch.dtype, r: int = 4, dropout: float = 0.0) -> Transformer:
@@ -46,13 +48,15 @@ def model_with(targets: list[str], dtype: torch.dtype, r: int = 4, dropout: floa
     return model.train()
 
 
-def gradients(model: Transformer, autocast: torch.dtype | None = None) -> tuple[float, dict[str, Tensor]]:
+def gradients(
+    model: Transformer, autocast: torch.dtype | None = None, lengths: tuple[int, ...] = LENGTHS
+) -> tuple[float, dict[str, Tensor]]:
     torch.manual_seed(5)
-    ids = torch.randint(3, 131, (1, sum(LENGTHS)))
+    ids = torch.randint(3, 131, (1, sum(lengths)))
     labels = ids.clone()
     labels[:, :5] = -100
     with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
-        loss = summed_loss(model, ids, labels, LENGTHS)
+        loss = summed_loss(model, ids, labels, lengths)
     loss.backward()
     return loss.item(), {name: p.grad for name, p in lora_parameters(model) if p.grad is not None}
 
@@ -140,12 +144,39 @@ def test_gradients_with_dropout_agree_with_finite_differences(level: Recompute) 
         assert found[name][place].item() == pytest.approx(expected, rel=2e-4, abs=2e-6), name
 
 
-def test_every_level_gives_the_same_bits_with_dropout_on() -> None:
-    model = model_with(list(LINEAR_MODULES), torch.float32, dropout=0.3)
-    runs = [gradients(fused_copy(model, level)) for level in LEVELS]
+@pytest.mark.parametrize("lengths", [LENGTHS, (9, 9, 9), (300, 2), (7,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["", "autocast"])
+def test_every_level_gives_the_same_bits_with_dropout_on(
+    lengths: tuple[int, ...], dtype: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    model = model_with(list(LINEAR_MODULES), dtype, dropout=0.3)
+    runs = [gradients(fused_copy(model, level), autocast, lengths) for level in LEVELS]
     for loss, found in runs[1:]:
         assert loss == runs[0][0]
         assert all(torch.equal(found[name], one) for name, one in runs[0][1].items())
+
+
+class CountAttention(TorchDispatchMode):
+    """How often the attention kernel runs, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = {"forward": 0, "backward": 0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_flash_attention" in str(func):
+            self.calls["backward" if "backward" in str(func) else "forward"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("level", "runs"), [(0, 1), (1, 1), (2, 1), (3, 2)])
+def test_attention_runs_again_in_recomputed_blocks_alone(level: int, runs: int) -> None:
+    model = fused_copy(model_with(["q_proj"], torch.float32), Recompute(level))
+    with CountAttention() as counter:
+        gradients(model)
+    samples = 3 * len(LENGTHS)  # in each of three layers
+    assert counter.calls == {"forward": runs * samples, "backward": samples}
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
