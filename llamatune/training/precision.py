@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, OnEvent
 from llamatune.spec import RunSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_GROWTH, _BACKOFF = 2.0, 0.5
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,3 +66,48 @@ def residual_dtype(model_dtype: torch.dtype, precision: str) -> torch.dtype:
     argument is the dtype of what is not quantised (``held_dtype``).
     """
     return model_dtype if AUTOCAST_DTYPES[precision] == model_dtype else torch.float32
+
+
+class LossScaler:
+    """What the loss is multiplied by, so that small gradients do not vanish in fp16 (Micikevicius et al. 2018).
+
+    An overflow halves it, 2,000 updates in a row without one double it. Where it is not enabled it stays 1.
+    """
+
+    def __init__(self, enabled: bool, scale: float = 65536.0, growth_interval: int = 2000) -> None:
+        self.enabled, self.growth_interval = enabled, growth_interval
+        self.scale = scale if enabled else 1.0
+        self._updates = 0
+
+    def unscale(self, gradients: list[Tensor]) -> None:
+        """Divide by the scale, in place."""
+        if self.enabled:
+            torch._foreach_mul_(gradients, 1 / self.scale)
+
+    def grow(self) -> None:
+        """Note an update, and double the scale if it is time."""
+        self._updates += 1
+        if self.enabled and self._updates == self.growth_interval:
+            self.scale, self._updates = self.scale * _GROWTH, 0
+
+    def back_off(self) -> None:
+        """Halve the scale after an overflow."""
+        self.scale, self._updates = self.scale * _BACKOFF, 0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, by the names that torch's GradScaler has for it."""
+        if not self.enabled:
+            return {}
+        return {
+            "scale": self.scale,
+            "growth_factor": _GROWTH,
+            "backoff_factor": _BACKOFF,
+            "growth_interval": self.growth_interval,
+            "_growth_tracker": self._updates,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take ``state`` back."""
+        if state:
+            self.scale, self.growth_interval = state["scale"], state["growth_interval"]
+            self._updates = state["_growth_tracker"]

@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llamatune.checkpoints.run_state import optimizer_tensors, read_run_state, restore_optimizer, save_run_state
+from llamatune.checkpoints.run_state import read_run_state, save_run_state
 from llamatune.model.blockwise import BLOCK, BlockwiseCode, dynamic_levels
 from llamatune.training import adamw_8bit
 from llamatune.training.adamw_8bit import AdamW8bit
+from llamatune.training.optimizer import AdamW, Optimizer
 
 SHAPES = [(64, 128), (33, 200), (5000,), (12, 40)]
 """Two of whole blocks and not, one vector, one too small to be quantised."""
-SETTINGS = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.05}
+RATE = 0.01
+BETAS, EPS, DECAY = (0.9, 0.99), 1e-8, 0.05
 
 
 def problem(seed: int = 0) -> tuple[list[nn.Parameter], list[Tensor]]:
@@ -41,13 +43,21 @@ def gradients(weights: list[nn.Parameter], targets: list[Tensor], step: int) -> 
     return total
 
 
-def trained(optimizer_class: type[torch.optim.Optimizer], steps: int) -> tuple[list[nn.Parameter], list[float]]:
+def named(weights: list[nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {f"weight{number}": weight for number, weight in enumerate(weights)}
+
+
+def in_8_bits(weights: list[nn.Parameter]) -> Optimizer:
+    return Optimizer(named(weights), AdamW8bit(BETAS, EPS, DECAY))
+
+
+def trained(rule: type[AdamW] | type[AdamW8bit], steps: int) -> tuple[list[nn.Parameter], list[float]]:
     weights, targets = problem()
-    optimizer = optimizer_class(weights, **SETTINGS)  # type: ignore[arg-type]
+    optimizer = Optimizer(named(weights), rule(BETAS, EPS, DECAY))
     losses = []
     for step in range(steps):
         losses.append(gradients(weights, targets, step))
-        optimizer.step()
+        optimizer.step(RATE)
     return weights, losses
 
 
@@ -58,7 +68,7 @@ def test_it_follows_fp32_adamw() -> None:
     """
     start, _ = problem()
     found, found_losses = trained(AdamW8bit, 300)
-    expected, expected_losses = trained(torch.optim.AdamW, 300)
+    expected, expected_losses = trained(AdamW, 300)
     assert expected_losses[-1] < 0.8 * expected_losses[0]
     assert found_losses == pytest.approx(expected_losses, rel=0.01)
     for ours, theirs, first in zip(found, expected, start, strict=True):
@@ -68,7 +78,7 @@ def test_it_follows_fp32_adamw() -> None:
 
 def test_the_first_update_is_that_of_fp32() -> None:
     """Nothing is rounded before it is remembered."""
-    found, expected = trained(AdamW8bit, 1)[0], trained(torch.optim.AdamW, 1)[0]
+    found, expected = trained(AdamW8bit, 1)[0], trained(AdamW, 1)[0]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -107,30 +117,28 @@ def test_every_value_gets_the_nearest_level(signed: bool) -> None:
 def test_no_second_moment_vanishes_beside_a_first_one() -> None:
     """An element whose gradients are 1e-5 of its block's largest still makes steps of ordinary size."""
     weight = nn.Parameter(torch.zeros(64, 64))
-    optimizer = AdamW8bit([weight], lr=0.01)
+    optimizer = Optimizer({"weight": weight}, AdamW8bit())
     for _ in range(50):
         weight.grad = torch.full((64, 64), 1e-5)
         weight.grad[:, 0] = 1.0
         before = weight.detach().clone()
-        optimizer.step()
+        optimizer.step(0.01)
         assert float((weight.detach() - before).abs().max()) < 0.02
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values())
+def state_after_one_update(weight: nn.Parameter) -> dict[str, Tensor]:
+    weight.grad = torch.ones_like(weight)
+    optimizer = Optimizer({"weight": weight}, AdamW8bit())
+    optimizer.step(0.01)
+    return optimizer.state["weight"]
 
 
 def test_the_state_takes_2_03_bytes_a_parameter() -> None:
     weight = nn.Parameter(torch.zeros(512, 1024))
-    weight.grad = torch.ones_like(weight)
-    optimizer = AdamW8bit([weight], lr=0.01)
-    optimizer.step()
-    assert state_bytes(optimizer) / weight.numel() == pytest.approx(2 + 8 / 256, rel=1e-4)
-    small = nn.Parameter(torch.zeros(4095))
-    small.grad = torch.ones_like(small)
-    optimizer = AdamW8bit([small], lr=0.01)
-    optimizer.step()
-    assert {t.dtype for t in optimizer.state[small].values()} == {torch.float32}
+    state_bytes = sum(tensor.nbytes for tensor in state_after_one_update(weight).values())
+    assert state_bytes / weight.numel() == pytest.approx(2 + 8 / 256, rel=1e-4)
+    small = state_after_one_update(nn.Parameter(torch.zeros(4095)))
+    assert {tensor.dtype for tensor in small.values()} == {torch.float32}
 
 
 @pytest.fixture(params=[1 << 24, 1 << 12], ids=["at once", "in pieces"])
@@ -147,23 +155,23 @@ def test_buckets_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("elements_at_once")
 def test_saved_and_restored_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    names = [f"weight{number}" for number in range(len(SHAPES))]
     weights, targets = problem()
-    optimizer = AdamW8bit(weights, **SETTINGS)
+    optimizer = in_8_bits(weights)
     for step in range(12):
         gradients(weights, targets, step)
-        optimizer.step()
+        optimizer.step(RATE)
         if step == 5:
-            save_run_state(tmp_path / "state", lambda _: None, optimizer_tensors(optimizer, names), {"step": 6})
+            progress = {"step": 6, "position": {}, "scaler": {}, "metrics_bytes": 0}
+            save_run_state(tmp_path / "state", lambda _: None, optimizer.state_tensors(), progress)
             middle = [weight.detach().clone() for weight in weights]
     again = [nn.Parameter(weight) for weight in middle]
-    resumed = AdamW8bit(again, **SETTINGS)
-    restore_optimizer(resumed, names, read_run_state(tmp_path / "state").optimizer)
+    resumed = in_8_bits(again)
+    resumed.restore(read_run_state(tmp_path / "state").optimizer, tmp_path / "state")
     for step in range(6, 12):
         gradients(again, targets, step)
-        resumed.step()
+        resumed.step(RATE)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, weights, strict=True))
-    found, expected = optimizer_tensors(resumed, names), optimizer_tensors(optimizer, names)
+    found, expected = resumed.state_tensors(), optimizer.state_tensors()
     assert found.keys() == expected.keys()
     assert all(found[key].dtype == expected[key].dtype and torch.equal(found[key], expected[key]) for key in expected)
     assert torch.uint8 in {tensor.dtype for tensor in found.values()}
@@ -171,12 +179,12 @@ def test_saved_and_restored_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_parameter_without_a_gradient_is_left_alone() -> None:
     weights, targets = problem()
-    optimizer = AdamW8bit(weights, **SETTINGS)
+    optimizer = in_8_bits(weights)
     gradients(weights, targets, 0)
     weights[1].grad = None
     before = weights[1].detach().clone()
-    optimizer.step()
+    optimizer.step(RATE)
     assert torch.equal(weights[1], before)
     gradients(weights, targets, 1)
-    optimizer.step()
-    assert [int(optimizer.state[weight]["step"]) for weight in weights] == [2, 1, 2, 2]
+    optimizer.step(RATE)
+    assert [int(optimizer.state[name]["step"]) for name in named(weights)] == [2, 1, 2, 2]

@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from llamatune.errors import NumericsError, SpecError, Stopped
 from llamatune.events import StepSkipped
 from llamatune.training import run as run_module
+from llamatune.training import setup as training_setup
+from llamatune.training.precision import LossScaler
 from llamatune.training.run import train
 from llamatune.training.setup import Learner
 
@@ -101,11 +103,10 @@ def test_training_every_parameter_in_16_bits_is_refused_with_the_reason(dtype: s
 
 @pytest.fixture
 def scale_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Start every GradScaler at another scale."""
-    scaler = torch.amp.GradScaler
+    """Start every loss scaler at another scale."""
 
-    def start(scale: float, **more: object) -> None:
-        monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=scale, **more, **k))
+    def start(scale: float, growth_interval: int = 2000) -> None:
+        monkeypatch.setattr(training_setup, "LossScaler", lambda enabled: LossScaler(enabled, scale, growth_interval))
 
     return start
 
