@@ -1,16 +1,25 @@
-"""Activation checkpointing (Chen et al. 2016), and the memory that was really used."""
+"""Activation checkpointing (Chen et al. 2016), how much of it a run needs, and the memory that was really used."""
 
 from __future__ import annotations
 
 import resource
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from llamatune.model.fused import Recompute, apply_fused
+from llamatune.data.dataset import Split
+from llamatune.devices import free_memory_bytes
+from llamatune.events import Notice, OnEvent
+from llamatune.memory.plan import MemoryPlan, heaviest_rows, limit_of, plan_memory
+from llamatune.memory.remedies import remedies
+from llamatune.memory.step import Levels, is_whole, levels_of
+from llamatune.model.config import LlamaConfig
+from llamatune.model.recompute import Recompute, apply_fused
 from llamatune.model.transformer import Block, Transformer
+from llamatune.spec import RunSpec
 
 
 def recompute(function: Any, *args: Any) -> Tensor:
@@ -21,23 +30,47 @@ def recompute(function: Any, *args: Any) -> Tensor:
     return checkpoint(function, *args, use_reentrant=False)  # type: ignore[no-any-return]
 
 
-def apply_activation_checkpointing(model: Transformer, mode: str, fused: bool) -> None:
+def apply_activation_checkpointing(model: Transformer, mode: str, fused: bool, levels: Levels | None = None) -> None:
     """Choose what is recomputed: ``none``, ``block``, ``every_N`` (each N-th block), ``attention``, ``feed_forward``,
-    or ``sublayer`` (attention and feed-forward each on its own, norm included); ``fused``: by the functions of a LoRA
-    block that recompute no more than their gradients need."""
+    ``sublayer`` (attention and feed-forward each on its own, norm included) or ``projections``; ``fused``: by the
+    functions of a LoRA block that recompute no more than their gradients need, and by ``levels`` if they are given."""
+    levels = levels_of(mode, len(model.model.layers)) if levels is None else levels
     for index, block in enumerate(model.model.layers):
         assert isinstance(block, Block)
-        whole = mode == "block" or (mode.startswith("every_") and (index + 1) % int(mode.removeprefix("every_")) == 0)
-        feed_forward = mode in ("feed_forward", "sublayer")
         if fused:
-            partly = Recompute.FEED_FORWARD if feed_forward else Recompute.NOTHING
-            apply_fused(block, Recompute.BLOCK if whole else partly)
-        elif whole:
+            apply_fused(block, Recompute(levels[index]))
+        elif is_whole(mode, index):
             block.run_block = recompute
-        elif feed_forward:
+        elif mode in ("feed_forward", "sublayer"):
             block.run_feed_forward = recompute
         if mode in ("attention", "sublayer"):
             block.run_attention = recompute
+
+
+def plan_run_memory(spec: RunSpec, config: LlamaConfig, train: Split, device: torch.device) -> MemoryPlan:
+    """The plan of a run on its data, within ``training.memory_limit``."""
+    limit = limit_of(spec, free_memory_bytes(device))
+    rows = heaviest_rows(train.lengths, train.target_counts, spec)
+    return plan_memory(spec, config, rows, device.type == "cuda", limit)
+
+
+def report_plan(plan: MemoryPlan, spec: RunSpec, config: LlamaConfig, device: torch.device, on_event: OnEvent) -> None:
+    """Say what is recomputed that was not asked for, and warn of what will not fit."""
+    if not plan.fits:
+        found = remedies(spec, config, plan, device.type == "cuda")
+        helpful = next((remedy for remedy in found if remedy.fits), found[0] if found else None)
+        advice = f"; {helpful.advice()}" if helpful else ""
+        on_event(Notice(f"a step needs {plan.room()} that may be used{advice}", "warning"))
+    elif plan.levels and any(plan.levels) and spec.training.activation_checkpointing == "none":
+        on_event(Notice(f"recomputing: {plan.recomputing()}; {plan.room()}"))
+
+
+def resident_memory_bytes() -> int | None:
+    """What the process holds now, None where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -3,7 +3,7 @@
 The step is the loop's own (``build_learner``, ``accumulate_gradient``, ``make_update``) on tensors that have a shape
 but no content (torch's FakeTensorMode), so LLaMA-2-7B takes seconds on one core and no memory. Not seen: what a kernel
 allocates inside itself, the allocator's fragments, the CUDA context. SDPA is the CPU's flash kernel, which keeps what
-CUDA's keeps: the output and one number per row and head. (It repeats grouped keys and values first; CUDA's need not.)
+CUDA's keeps: the output and one number per row and head.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from torch.utils._pytree import tree_leaves
 from llamatune.accounting import count_parameters
 from llamatune.data.dataset import Batch, Prepared, Split
 from llamatune.events import ignore_event, never_stop
+from llamatune.memory.step import Levels
 from llamatune.model.config import LlamaConfig
+from llamatune.model.loss import LOGITS_AT_ONCE
 from llamatune.model.quantization import WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
 from llamatune.training.setup import Inputs, Learner, build_learner
@@ -94,18 +96,19 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key, size = id(storage), storage.nbytes()
         if key not in self._alive:
             self._alive[key] = (weakref.ref(storage, lambda _: self._release(key)), size)
-            self._add(size)
+            self._change(key, size)
             self.largest_bytes = max(self.largest_bytes, size)
         elif self._alive[key][1] != size:  # resized in place
-            self._add(size - self._alive[key][1])
+            self._change(key, size - self._alive[key][1])
             self._alive[key] = (self._alive[key][0], size)
 
-    def _add(self, size: int) -> None:
+    def _change(self, key: int, size: int) -> None:
+        """The storage ``key`` grew by ``size``, from or to nothing perhaps."""
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def _release(self, key: int) -> None:
-        self.live_bytes -= self._alive.pop(key)[1]
+        self._change(key, -self._alive.pop(key)[1])
 
 
 def measure_step(
@@ -148,18 +151,21 @@ def _of_depth(config: LlamaConfig, layers: int) -> LlamaConfig:
 
 
 @contextlib.contextmanager
-def _unpacking_as_on_a_gpu() -> Iterator[None]:
-    before = WEIGHTS_AT_ONCE["cpu"]
-    WEIGHTS_AT_ONCE["cpu"] = WEIGHTS_AT_ONCE["cuda"]
+def _at_once_as_on_a_gpu() -> Iterator[None]:
+    """What is unpacked or computed in portions, in portions of a GPU's size."""
+    before = [(sizes, sizes["cpu"]) for sizes in (WEIGHTS_AT_ONCE, LOGITS_AT_ONCE)]
+    for sizes, _ in before:
+        sizes["cpu"] = sizes["cuda"]
     try:
         yield
     finally:
-        WEIGHTS_AT_ONCE["cpu"] = before
+        for sizes, size in before:
+            sizes["cpu"] = size
 
 
-def _run(spec: RunSpec, config: LlamaConfig, batch: Batch) -> _Run:
-    with _unpacking_as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), StorageMeter() as meter:
-        learner = build_learner(spec, _inputs_without_data(spec, config), ignore_event, never_stop)
+def _run(spec: RunSpec, config: LlamaConfig, batch: Batch, levels: Levels | None = None) -> _Run:
+    with _at_once_as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), StorageMeter() as meter:
+        learner = build_learner(spec, _inputs_without_data(spec, config), ignore_event, never_stop, levels)
         micro_batches = [batch] * min(2, spec.training.gradient_accumulation_steps)
         _step(spec, learner, micro_batches, 0)  # leaves the optimizer's state there
         resident = meter.live_bytes

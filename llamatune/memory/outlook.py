@@ -1,0 +1,63 @@
+"""All that a plan can say: what is needed, how much more would fit, and what helps where it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llamatune.memory.plan import MemoryPlan, plan_memory
+from llamatune.memory.remedies import remedies
+from llamatune.memory.sizes import Rows
+from llamatune.model.config import LlamaConfig
+from llamatune.spec import RunSpec
+
+_MOST_ROWS = 1 << 16
+
+
+def outlook(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: bool) -> dict[str, Any]:
+    """The plan as JSON, under a limit with the largest micro-batch and row that fit, and remedies if it does not.
+
+    ``largest_micro_batch_size`` are rows like the longest, or packed ones. ``largest_row_tokens`` is the length to
+    which every row could grow: a sample up to what the model knows, a packed row beyond it.
+    """
+    facts = {
+        **plan.facts(),
+        "micro_batch_tokens": plan.rows.tokens,
+        "device": "cuda" if cuda else "cpu",
+        "fits": None if plan.limit_bytes is None else plan.fits,
+    }
+    if plan.limit_bytes is None:
+        return facts
+    size, packing = spec.training.micro_batch_size, spec.data.packing
+    share = plan.rows.targets / plan.rows.tokens
+    row = plan.rows.lengths[: max(1, len(plan.rows.lengths) // size)] if packing else (max(plan.rows.lengths),)
+
+    def fits(lengths: tuple[int, ...]) -> bool:
+        rows = Rows(lengths, max(1, round(sum(lengths) * share)))
+        return plan_memory(spec, config, rows, cuda, plan.limit_bytes).fits
+
+    def longer(tokens: int) -> tuple[int, ...]:
+        if not packing:
+            return (tokens,) * size
+        sample = max(1, plan.rows.tokens // len(plan.rows.lengths))
+        return ((sample,) * (tokens // sample) + ((tokens % sample,) if tokens % sample else ())) * size
+
+    return facts | {
+        "largest_micro_batch_size": largest(lambda count: fits(row * count), _MOST_ROWS),
+        "largest_row_tokens": largest(
+            lambda tokens: fits(longer(tokens)), 1 << 20 if packing else config.max_position_embeddings
+        ),
+        "remedies": [] if plan.fits else [remedy.facts() for remedy in remedies(spec, config, plan, cuda)],
+    }
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to ``most`` that fits, 0 if none does; what fits is taken to fit below, too."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,143 @@
+"""What a run will need, and how much its blocks recompute so that it needs no more than it may."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llamatune.memory.sizes import Rows
+from llamatune.memory.step import Levels, Step, StepBytes, levels_of
+from llamatune.model.config import LINEAR_MODULES, LlamaConfig
+from llamatune.spec import RunSpec
+from llamatune.units import gibibytes, parse_size
+
+LEVEL_NAMES = ("nothing", "gate and up", "q, k, v, gate and up", "the whole block")
+_AGAIN = ((), ("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+          tuple(name for name in LINEAR_MODULES if name != "down_proj"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The step of the heaviest micro-batch; ``levels`` are what each fused block recomputes, None for plain modules."""
+
+    rows: Rows
+    levels: Levels | None
+    step: StepBytes
+    limit_bytes: int | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the limit, if there is one."""
+        return self.limit_bytes is None or self.step.peak <= self.limit_bytes
+
+    def recomputing(self) -> str:
+        """``nothing in 20 layers, gate and up in 12 layers``."""
+        counts = [(self.levels or ()).count(level) for level in range(4)]
+        return ", ".join(
+            f"{name} in {count} layer" + "s" * (count > 1)
+            for count, name in zip(counts, LEVEL_NAMES, strict=True)
+            if count
+        )
+
+    def room(self) -> str:
+        """``about 23.1 GiB of 24.0 GiB``."""
+        return f"about {gibibytes(self.step.peak)}" + (
+            "" if self.limit_bytes is None else f" of {gibibytes(self.limit_bytes)}"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "predicted_peak_memory_bytes": self.step.peak,
+            "predicted_memory_bytes": dataclasses.asdict(self.step),
+            "recomputed_layers": None if self.levels is None else {
+                name: self.levels.count(level) for level, name in enumerate(LEVEL_NAMES)},
+            "memory_limit_bytes": self.limit_bytes,
+        }  # fmt: skip
+
+
+def plan_memory(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: bool, limit_bytes: int | None) -> MemoryPlan:
+    """Predict the peak of a step of ``rows``.
+
+    Under ``activation_checkpointing: none`` fused blocks recompute as much as the limit asks for, nothing if everything
+    fits; any other value is obeyed as it stands.
+    """
+    step, mode, layers = (
+        Step(spec, config, rows, cuda),
+        spec.training.activation_checkpointing,
+        config.num_hidden_layers,
+    )
+    if not step.z.fused:
+        return MemoryPlan(rows, None, step.highest(), limit_bytes)
+    levels = levels_of(mode, layers)
+    if mode == "none" and limit_bytes is not None:
+        levels = _cheapest_levels(step, layers, limit_bytes)
+    return MemoryPlan(rows, levels, step.highest(levels), limit_bytes)
+
+
+def _cheapest_levels(step: Step, layers: int, limit: int) -> Levels:
+    """As many layers as fit recompute nothing, of the rest as many as fit gate and up, and so on.
+
+    That is the least computation: a whole block is the cheapest way to a byte, so one layer that recomputes all spares
+    more than one other from recomputing anything. The last layers recompute least, since theirs is the backward pass
+    that finds everything still kept.
+    """
+
+    def fits(levels: Levels) -> bool:
+        return step.highest(levels).peak <= limit
+
+    above: Levels = ()
+    for level in range(3):
+        rest = layers - len(above)
+
+        def with_more(count: int, above: Levels = above, level: int = level, rest: int = rest) -> Levels:
+            return (3,) * (rest - count) + (level,) * count + above
+
+        most = bisect.bisect_left(range(rest + 1), True, key=lambda count: not fits(with_more(count))) - 1
+        if most < 0:
+            break  # recomputing everything is too much: a short row on few layers, or hopeless
+        above = with_more(most)[rest - most :]
+    chosen = (3,) * (layers - len(above)) + above
+    if above or fits(chosen):
+        return chosen
+    evenly = [(level,) * layers for level in range(4)]
+    return next(filter(fits, evenly), min(evenly, key=lambda levels: step.highest(levels).peak))
+
+
+def recomputed_share(config: LlamaConfig, levels: Levels) -> float:
+    """What the levels add to the products of a LoRA step: forward once, and once more to the gradient of the input."""
+    block = sum(_count(config, LINEAR_MODULES))
+    return sum(sum(_count(config, _AGAIN[level])) for level in levels) / (2 * block * len(levels))
+
+
+def _count(config: LlamaConfig, names: Sequence[str]) -> list[int]:
+    return [out * in_ for out, in_ in map(config.linear_shape, names)]
+
+
+def limit_of(spec: RunSpec, free_bytes: int | None) -> int | None:
+    """What ``training.memory_limit`` allows: an amount, or nine tenths of what is free, if that is known.
+
+    The last tenth is for the allocator's fragments and for what kernels hold inside.
+    """
+    given = spec.training.memory_limit
+    if given != "auto":
+        return parse_size(given, "training.memory_limit")
+    return None if free_bytes is None else free_bytes * 9 // 10
+
+
+def heaviest_rows(lengths: Sequence[int], target_counts: Sequence[int], spec: RunSpec) -> Rows:
+    """The micro-batch of prepared samples that needs most: the longest rows, or full ones of packed samples."""
+    size, data = spec.training.micro_batch_size, spec.data
+    if not data.packing:
+        longest = heapq.nlargest(size, range(len(lengths)), key=lengths.__getitem__)
+        return Rows(tuple(lengths[i] for i in longest), sum(target_counts[i] for i in longest))
+    total, ordered = sum(lengths), sorted(lengths)
+    tokens = min(total, size * max(data.packed_tokens, ordered[-1]))
+    count = max(1, tokens * len(lengths) // total)
+    samples = [ordered[(2 * place + 1) * len(ordered) // (2 * count)] for place in range(count)]
+    samples[-1] = max(1, samples[-1] + tokens - sum(samples))
+    return Rows(tuple(samples), round(tokens * sum(target_counts) / total))

@@ -1,0 +1,175 @@
+"""What a step is made of, in bytes: the numbers that follow from a spec and a model's shape alone.
+
+Letters as in ``model``: N tokens in the row of a micro-batch, P of them predicted, D hidden, Q and K the widths of all
+query and of all key-value heads, F feed-forward, V vocabulary, R rank. Lower case for bytes an element: ``w`` of a held
+weight, ``c`` of what products are computed in, ``s`` of the residual stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llamatune.accounting import count_parameters
+from llamatune.model.config import LINEAR_MODULES, LlamaConfig
+from llamatune.spec import RunSpec
+
+TILE_TOKENS, SHORT_TOKENS = 2048, 256
+LOGITS_AT_ONCE = {"cuda": 1 << 25, "cpu": 1 << 22}
+WEIGHTS_AT_ONCE, ELEMENTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 19}, {"cuda": 1 << 24, "cpu": 1 << 17}
+"""The code's own; a test keeps them equal."""
+
+_CODE_TABLE_BYTES = 4 << 16  # what finds the level of an 8-bit blockwise code
+_WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch: samples of these lengths one after another, of whose tokens ``targets`` are predicted."""
+
+    lengths: tuple[int, ...]
+    targets: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one part of a step: half a block, a block or the head.
+
+    ``kept`` lies there from its forward to its backward pass, its input included; ``forward`` is the most that is alive
+    during its forward pass, input and ``kept`` included; ``backward`` the most beyond ``kept`` during its backward
+    pass; ``gradients`` those of its trained tensors; ``cached`` stays until autocast ends.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+    gradients: int
+    cached: int = 0
+
+
+@dataclass(frozen=True)
+class AttentionBytes:
+    """Of softmax(q k^T) v: kept inputs and outputs, the output laid out anew (0: a view), and the most in flight."""
+
+    inputs: int
+    outputs: int
+    flat: int
+    forward: int
+    backward: int
+
+
+class Sizes:
+    """The sizes of one step of ``spec`` on a model of this shape; ``cuda`` or a CPU."""
+
+    def __init__(self, spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: bool) -> None:
+        training = spec.training
+        self.spec, self.config, self.rows, self.cuda = spec, config, rows, cuda
+        self.device = "cuda" if cuda else "cpu"
+        self.N, self.P = rows.tokens, min(rows.targets, rows.tokens)
+        self.D, self.F, self.V = config.hidden_size, config.intermediate_size, config.vocab_size
+        self.Q, self.K = config.linear_shape("q_proj")[0], config.linear_shape("k_proj")[0]
+        self.R = spec.lora.r if spec.lora else 0
+        self.targets = frozenset(spec.lora.target_modules) if spec.lora else frozenset()
+        self.trains_all, self.dropout = spec.lora is None, bool(spec.lora and spec.lora.dropout)
+        self.fused = spec.lora is not None and training.fused
+        self.accumulates = training.gradient_accumulation_steps > 1
+        self.nf4, self.autocast = spec.model.dtype == "nf4", training.precision != "fp32"
+        held = spec.model.dtype
+        if self.nf4:  # of what is not quantised
+            held = "float16" if training.precision == "fp16" else "bfloat16"
+        computed = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[training.precision]
+        self.w, self.c = _WIDTHS[held], _WIDTHS[computed]
+        self.casts = held != computed  # by the table in training.precision
+        self.s = 4 if self.casts else self.w
+
+    # What lies there between steps.
+
+    @property
+    def trained_counts(self) -> list[int]:
+        """Elements of each trained tensor."""
+        if self.trains_all:
+            return [math.prod(shape) for _, shape in self.config.parameter_shapes()]
+        shapes = [self.config.linear_shape(name) for name in LINEAR_MODULES if name in self.targets]
+        return [self.R * width for shape in shapes for width in shape] * self.config.num_hidden_layers
+
+    @property
+    def weights(self) -> int:
+        """The base as it is held."""
+        total = count_parameters(self.config).base_parameters
+        if not self.nf4:
+            return total * self.w
+        linears, layers = [self.count(name) for name in LINEAR_MODULES], self.config.num_hidden_layers
+        return (total - sum(linears) * layers) * self.w + sum(map(_nf4_bytes, linears)) * layers
+
+    @property
+    def optimizer_state(self) -> int:
+        training, counts = self.spec.training, self.trained_counts
+        if training.optimizer == "sgd":
+            return 4 * sum(counts) if training.momentum else 0
+        if training.optimizer == "adamw":
+            return sum(8 * count + 4 for count in counts)
+        blocks = (2 * -(-count // 256) * 260 if count >= 4096 else 8 * count for count in counts)
+        return sum(blocks) + 2 * _CODE_TABLE_BYTES
+
+    @property
+    def update(self) -> int:
+        """What the optimizer has in flight: AdamW in fp32 works in place, in 8 bits on a bucket of elements."""
+        if self.spec.training.optimizer != "adamw_8bit":
+            return 0
+        trained = sum(self.trained_counts)  # gradients filled up to whole blocks
+        return 4 * trained + 29 * min(trained, ELEMENTS_AT_ONCE[self.device])
+
+    @property
+    def unpacking(self) -> int:
+        """The buffer that NF4 matrices are unpacked into, and the table for their scales; they stay."""
+        return self.c * max(map(self.count, LINEAR_MODULES)) + _CODE_TABLE_BYTES if self.nf4 else 0
+
+    # Pieces of a pass.
+
+    def count(self, name: str) -> int:
+        """Elements of one of the seven matrices."""
+        return math.prod(self.config.linear_shape(name))
+
+    def matrix(self, name: str) -> int:
+        """What a product needs of its frozen matrix beside the matrix: the cast, or the pieces of its unpacking."""
+        if self.nf4:
+            return self.count(name) // 64 * 4 + 2 * min(self.count(name), WEIGHTS_AT_ONCE[self.device])
+        return self.count(name) * self.c if self.casts else 0
+
+    def gradients(self, names: Sequence[str]) -> int:
+        """The fp32 gradients of what is trained in these layers of one block."""
+        if self.trains_all:
+            return 4 * sum(map(self.count, names))
+        return sum(4 * self.R * sum(self.config.linear_shape(name)) for name in names if name in self.targets)
+
+    def attention(self) -> AttentionBytes:
+        """By the rule of ``model.attention.attend``: a kernel, or plain products for short samples in bf16 on a CPU."""
+        c, Q, N, lengths, H = self.c, self.Q, self.N, self.rows.lengths, self.config.num_attention_heads
+        several, ragged = len(lengths) > 1, len(set(lengths)) > 1
+        bf16 = not self.cuda and self.spec.training.precision == "bf16"
+        squares = [t * t * H for t in lengths if bf16 and t <= SHORT_TOKENS]
+        by_kernel = sum(t for t in lengths if not (bf16 and t <= SHORT_TOKENS))
+        scores, at_once = sum(squares), max(squares, default=0) if ragged else sum(squares)
+        # Other kernels than flash take keys and values repeated for each query head.
+        width = Q if squares or (self.cuda and (several or c == 4)) else self.K
+        one_kernel = not squares and (not ragged or (self.cuda and c == 2))
+        flat = 0 if one_kernel else N * Q * c
+        repeated = 2 * N * Q * c if width != self.K else 0
+        arranged = repeated + (N * Q * c * (2 if several and not ragged else 1) if squares else 0)
+        # Plain products keep the scaled q and the shares twice: in fp32 for softmax's gradient, and in c.
+        inputs = N * (Q + 2 * width) * c + scores * (4 + c)
+        outputs = by_kernel * (Q * c + H * 4)
+        softmax = (scores - at_once) * (4 + c) + at_once * (8 + 2 * c)
+        forward = arranged + max(softmax, scores * (4 + c) + outputs + 2 * flat)
+        gradients = N * (Q + 2 * width) * c + (N * Q * c if ragged and flat else 0)
+        return AttentionBytes(inputs, outputs, flat, forward, gradients + at_once * (8 - c))
+
+
+def _nf4_bytes(count: int) -> int:
+    blocks = -(-count // 64)
+    return blocks * 32 + -(-blocks // 256) * 260 + 4

@@ -1,0 +1,144 @@
+"""``llamatune plan-memory``: what it predicts, from what, and that it needs no torch for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llamatune import cli
+from llamatune.data.dataset import open_prepared
+from llamatune.data.lengths import read_lengths
+from llamatune.errors import DataError
+from llamatune.memory.plan import heaviest_rows
+from llamatune.memory.step import step_bytes
+from llamatune.model.config import PRESETS
+from llamatune.spec import build_spec, load_spec
+from llamatune.training.run import plan_training
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    def run(*arguments: str, code: int = 0) -> dict[str, Any]:
+        with pytest.raises(SystemExit) as left:
+            cli.main(["plan-memory", *arguments, "--json"])
+        out = capsys.readouterr()
+        assert left.value.code == code, out.err
+        return json.loads(out.out) if code == 0 else {"error": out.err}
+
+    return run
+
+
+@pytest.fixture
+def spec_file(tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path) -> Path:
+    values = {
+        "model": {"path": str(tiny_base()), "dtype": "float32"},
+        "lora": {"r": 4},
+        "data": {"train": str(prepared())},
+        "training": {"output_dir": str(tmp_path / "run"), "micro_batch_size": 3, "precision": "fp32", "device": "cpu"},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_a_preset_without_a_device_is_predicted_and_no_more(run: Callable[..., dict[str, Any]]) -> None:
+    found = run("--preset", "llama-2-7b", "--r", "8", "--target-modules", "all-linear", "--max-seq-length", "512")
+    values = {"model": {"path": "x"}, "lora": {"r": 8, "target_modules": "all-linear"}, "data": {"train": "x"}}
+    spec = build_spec(values | {"training": {"output_dir": "x"}}, "test")
+    rows = heaviest_rows([512], [512], spec)
+    assert found["predicted_peak_memory_bytes"] == step_bytes(spec, PRESETS["llama-2-7b"], rows, cuda=True).peak
+    assert found["predicted_peak_memory_bytes"] == sum(found["predicted_memory_bytes"].values())
+    assert found["fits"] is None
+    assert "remedies" not in found
+
+
+def test_what_is_called_the_largest_fits_and_one_more_does_not(run: Callable[..., dict[str, Any]]) -> None:
+    base = ("--preset", "llama-2-7b", "--memory", "24GiB", "--max-seq-length", "512")
+    found = run(*base)
+    assert found["fits"]
+    assert found["memory_limit_bytes"] == 24 * GIB * 9 // 10
+    most = found["largest_micro_batch_size"]
+    assert run(*base, "--micro-batch-size", str(most))["fits"]
+    assert not run(*base, "--micro-batch-size", str(most + 1))["fits"]
+    longest = found["largest_row_tokens"]
+    assert longest == PRESETS["llama-2-7b"].max_position_embeddings
+
+
+def test_what_does_not_fit_comes_with_what_helps(run: Callable[..., dict[str, Any]]) -> None:
+    base = ("--preset", "llama-2-7b", "--memory", "10GiB")
+    found = run(*base)
+    assert not found["fits"]
+    assert found["recomputed_layers"]["the whole block"] == 32
+    helpful = [remedy["change"] for remedy in found["remedies"] if remedy["fits"]]
+    assert helpful == ["model.dtype=nf4"]
+    costs = [remedy["more_compute"] for remedy in found["remedies"] if remedy["more_compute"] is not None]
+    assert costs == sorted(costs)
+    assert run(*base, *helpful)["fits"]
+
+
+def test_a_spec_is_planned_for_its_longest_rows(
+    run: Callable[..., dict[str, Any]], spec_file: Path, prepared: Callable[..., Path]
+) -> None:
+    lengths = sorted(open_prepared(prepared()).train.lengths)
+    found = run(str(spec_file), "--device", "cpu", "--memory", "1GiB")
+    assert found["micro_batch_tokens"] == sum(lengths[-3:])
+    assert run(str(spec_file), "training.micro_batch_size=2")["micro_batch_tokens"] == sum(lengths[-2:])
+    assert run(str(spec_file), "--max-seq-length", "7")["micro_batch_tokens"] == 3 * 7
+
+
+def test_a_dry_run_says_the_same(run: Callable[..., dict[str, Any]], spec_file: Path) -> None:
+    found = run(str(spec_file), "--device", "cpu", "training.memory_limit=100KiB")
+    plan = plan_training(load_spec(spec_file, ["training.memory_limit=100KiB"]))["memory_plan"]
+    assert plan == found
+    assert not found["fits"]
+
+
+def test_lengths_are_those_of_the_data(prepared: Callable[..., Path], tmp_path: Path) -> None:
+    split = open_prepared(prepared()).train
+    assert read_lengths(prepared()) == (split.lengths, split.target_counts)
+    (tmp_path / "train.safetensors").write_bytes((prepared() / "train.safetensors").read_bytes()[:-3])
+    with pytest.raises(DataError):
+        read_lengths(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "neither a spec nor --preset"),
+        (("--preset", "llama-9"), "unknown preset"),
+        (("--preset", "llama-2-7b", "--memory", "much"), "is no size"),
+        (("--preset", "llama-2-7b", "--device", "tpu"), "--device"),
+        (("--preset", "llama-2-7b", "--max-seq-length", "0"), "--max-seq-length"),
+        (("--preset", "llama-2-7b", "--r", "0"), "lora.r"),
+        (("--preset", "llama-2-7b", "training.memory_limit=lots"), "training.memory_limit"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    run: Callable[..., dict[str, Any]], arguments: tuple[str, ...], words: str
+) -> None:
+    assert words in run(*arguments, code=2)["error"]
+
+
+def test_torch_is_not_loaded(spec_file: Path) -> None:
+    code = f"""
+import sys
+from llamatune import cli
+try:
+    cli.main(["plan-memory", {str(spec_file)!r}, "--memory", "16GiB"])
+except SystemExit as left:
+    assert left.code == 0
+assert not {{"torch", "safetensors", "numpy"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for words in ("weights", "fits into 14.40 GiB", "largest that fit"):
+        assert words in done.stdout

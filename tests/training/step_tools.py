@@ -1,0 +1,47 @@
+"""Single steps whose memory is counted, on a spec without paths."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+from llamatune.data.dataset import Batch
+from llamatune.events import ignore_event, never_stop
+from llamatune.model.config import LlamaConfig
+from llamatune.spec import RunSpec
+from llamatune.training import memory_gate
+from llamatune.training.memory_gate import StorageMeter
+from llamatune.training.setup import build_learner
+
+
+def spec_of(targets: Sequence[str], checkpointing: str = "none", dropout: float = 0.0, **training: Any) -> RunSpec:
+    """LoRA of r=16 on ``targets``, all of the model where there are none; bf16 weights unless ``dtype`` is given."""
+    values: dict[str, Any] = {
+        "model": {"path": "none", "init": "random", "dtype": training.pop("dtype", "bfloat16")},
+        "data": {"train": "none"},
+        "training": {
+            "output_dir": "none",
+            "gradient_accumulation_steps": 1,
+            "activation_checkpointing": checkpointing,
+            "device": "cpu",
+            **training,
+        },
+    }
+    if targets:
+        values["lora"] = {"r": 16, "dropout": dropout, "target_modules": list(targets)}
+    return RunSpec.model_validate(values)
+
+
+def real_step(spec: RunSpec, config: LlamaConfig, batch: Batch) -> tuple[int, StorageMeter]:
+    """What lies there between steps, and the meter after a second step on tensors with content."""
+    gc.collect()
+    micro_batches = [batch] * min(2, spec.training.gradient_accumulation_steps)
+    with StorageMeter() as meter:
+        inputs = memory_gate._inputs_without_data(spec, config)
+        learner = build_learner(spec, inputs, ignore_event, never_stop)
+        memory_gate._step(spec, learner, micro_batches, 0)
+        resident = meter.live_bytes
+        meter.start_window()
+        memory_gate._step(spec, learner, micro_batches, 1)
+    return resident, meter

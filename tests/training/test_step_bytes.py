@@ -1,0 +1,156 @@
+"""The closed form of a step's memory beside the step itself, on tensors without content and on real ones."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from step_tools import real_step, spec_of
+
+from llamatune.data.dataset import Batch
+from llamatune.memory import sizes
+from llamatune.memory.sizes import Rows, Sizes
+from llamatune.memory.step import levels_of, step_bytes
+from llamatune.model import attention, loss, projection, quantization
+from llamatune.model.config import LINEAR_MODULES, PRESETS, LlamaConfig
+from llamatune.model.recompute import Recompute
+from llamatune.training import adamw_8bit, memory_gate
+from llamatune.training.memory_gate import even_batch
+
+QV = ("q_proj", "v_proj")
+TINY = LlamaConfig(64, 160, 3, 4, 2, 96)
+SMALL = LlamaConfig(256, 688, 4, 8, 8, 1000)
+TIED = LlamaConfig(64, 160, 2, 4, 4, 900, tie_word_embeddings=True)
+SEVEN = PRESETS["llama-2-7b"].with_layers(3)
+
+TOLERANCE = 0.05
+
+
+def predicted(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: tuple[int, ...] | None = None) -> int:
+    targets = rows * max(1, round(tokens * memory_gate.TARGET_SHARE))
+    with pytest.MonkeyPatch.context() as patch:
+        for portions in (sizes.WEIGHTS_AT_ONCE, sizes.LOGITS_AT_ONCE):
+            patch.setitem(portions, "cpu", portions["cuda"])  # as the gate does
+        return step_bytes(spec, config, Rows((tokens,) * rows, targets), cuda=False, levels=levels).peak
+
+
+def measured(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: tuple[int, ...] | None = None) -> int:
+    batch = even_batch(rows, tokens, memory_gate.TARGET_SHARE)
+    return memory_gate._run(spec, config, batch, levels).peak_bytes
+
+
+def test_the_sizes_of_tiles_and_chunks_are_the_code_s() -> None:
+    assert sizes.TILE_TOKENS == projection.TILE_TOKENS
+    assert sizes.LOGITS_AT_ONCE == loss.LOGITS_AT_ONCE
+    assert sizes.SHORT_TOKENS == attention._SHORT_TOKENS
+    assert sizes.WEIGHTS_AT_ONCE == quantization.WEIGHTS_AT_ONCE
+    assert sizes.ELEMENTS_AT_ONCE == adamw_8bit._ELEMENTS_AT_ONCE
+
+
+# (config, rows, tokens of each): short samples, a long one, more than a tile.
+# (config, rows, tokens of each): short samples, a long one, more than one of more than a tile of logits.
+SHAPES = [(TINY, 2, 64), (SMALL, 3, 300), (TINY, 1, 4096)]
+LORA = [
+    (SHAPES[number % 3], dtype, precision, targets, mode, dropout)
+    for number, ((dtype, precision), (targets, mode, dropout)) in enumerate(
+        itertools.product(
+            (("bfloat16", "bf16"), ("float32", "fp32"), ("float32", "bf16"), ("bfloat16", "fp32")),
+            ((QV, "none", 0.1), (LINEAR_MODULES, "projections", 0.0), (LINEAR_MODULES, "block", 0.1),
+             (LINEAR_MODULES, "every_2", 0.0), (QV, "sublayer", 0.0), (LINEAR_MODULES, "attention", 0.1),
+             (LINEAR_MODULES, "none", 0.0)),
+        )
+    )
+] + [(SHAPES[1], "nf4", "bf16", LINEAR_MODULES, "projections", 0.0)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "dtype", "precision", "targets", "mode", "dropout"), LORA)
+def test_fused_lora(
+    shape: tuple[LlamaConfig, int, int],
+    dtype: str,
+    precision: str,
+    targets: tuple[str, ...],
+    mode: str,
+    dropout: float,
+) -> None:
+    spec = spec_of(targets, mode, dropout, dtype=dtype, precision=precision, gradient_accumulation_steps=2)
+    tolerance = 2 * TOLERANCE if shape is SHAPES[0] else TOLERANCE  # where a hundred KiB are ten percent
+    assert predicted(spec, *shape) == pytest.approx(measured(spec, *shape), rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("targets", "dtype", "precision", "mode"),
+    [(*kind, mode) for kind in ((QV, "bfloat16", "bf16"), (LINEAR_MODULES, "float32", "fp32"), ((), "float32", "fp32"),
+                                ((), "float32", "bf16")) for mode in ("none", "block", "sublayer")]
+    + [(LINEAR_MODULES, "float32", "bf16", mode) for mode in ("every_2", "attention", "feed_forward")],
+)  # fmt: skip
+def test_plain_modules(targets: tuple[str, ...], dtype: str, precision: str, mode: str) -> None:
+    spec = spec_of(targets, mode, 0.1, dtype=dtype, precision=precision, fused=False)
+    assert predicted(spec, SMALL, 1, 512) == pytest.approx(measured(spec, SMALL, 1, 512), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adamw_8bit"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("config", [TINY, TIED], ids=["", "tied"])
+def test_every_parameter_trained(config: LlamaConfig, optimizer: str, accumulation: int) -> None:
+    momentum = {"momentum": 0.9} if optimizer == "sgd" else {}
+    spec = spec_of((), dtype="float32", optimizer=optimizer, gradient_accumulation_steps=accumulation, **momentum)
+    tolerance = 2 * TOLERANCE if optimizer == "adamw_8bit" else TOLERANCE  # its buckets are not all full
+    assert predicted(spec, config, 2, 96) == pytest.approx(measured(spec, config, 2, 96), rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("targets", "dtype", "mode", "rows"),
+    [(QV, "bfloat16", "none", 8), (LINEAR_MODULES, "bfloat16", "projections", 8), (LINEAR_MODULES, "nf4", "block", 8),
+     (LINEAR_MODULES, "float32", "feed_forward", 1)],
+)  # fmt: skip
+def test_blocks_of_7b(targets: tuple[str, ...], dtype: str, mode: str, rows: int) -> None:
+    spec = spec_of(targets, mode, dtype=dtype)
+    assert predicted(spec, SEVEN, rows, 512) == pytest.approx(measured(spec, SEVEN, rows, 512), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("levels", [(3, 2, 1, 0), (3, 3, 0, 0), (2, 1, 1, 0)], ids=str)
+def test_levels_may_differ_from_block_to_block(levels: tuple[int, ...]) -> None:
+    spec = spec_of(LINEAR_MODULES, dropout=0.1)
+    assert predicted(spec, SMALL, 2, 300, levels) == pytest.approx(measured(spec, SMALL, 2, 300, levels), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("lengths", [(40, 23, 77, 31), (300, 12, 280, 50)], ids=str)
+@pytest.mark.parametrize(("kind", "mode"), [("fused", "none"), ("fused", "projections"), ("fused", "block"),
+                                            ("plain", "none"), ("full", "block")])  # fmt: skip
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "fp32"), ("bfloat16", "bf16")])
+def test_samples_of_several_lengths_on_real_tensors(
+    lengths: tuple[int, ...], kind: str, mode: str, dtype: str, precision: str
+) -> None:
+    targets = () if kind == "full" else LINEAR_MODULES
+    held = "float32" if kind == "full" else dtype
+    spec = spec_of(targets, mode, 0.1, dtype=held, precision=precision, fused=kind != "plain")
+    ids = torch.randint(3, 90, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, ::2] = -100
+    labels[:, torch.tensor(lengths).cumsum(0) - 1] = ids[:, torch.tensor(lengths).cumsum(0) - 1]
+    target_tokens = int((labels != -100).sum())
+    batch = Batch(ids, labels, lengths, tuple(range(len(lengths))), target_tokens)
+    _, meter = real_step(spec, SMALL, batch)
+    found = step_bytes(spec, SMALL, Rows(lengths, target_tokens), cuda=False).peak
+    assert found == pytest.approx(meter.peak_bytes, rel=TOLERANCE)
+
+
+def test_categories_are_what_they_are_called() -> None:
+    spec = spec_of(LINEAR_MODULES, gradient_accumulation_steps=2)
+    found = step_bytes(spec, SEVEN, Rows((512,), 100), cuda=True)
+    trained = sum(Sizes(spec, SEVEN, Rows((1,), 1), cuda=True).trained_counts)
+    assert trained == 3 * 16 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert found.weights == 2 * (3 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096)
+    assert (found.adapter, found.gradients) == (4 * trained, 4 * trained)
+    assert found.optimizer_state == 8 * trained + 4 * 2 * 7 * 3
+    assert found.peak == sum(vars(found).values())
+
+
+def test_the_modes_name_the_levels_of_the_functions() -> None:
+    assert levels_of("none", 2) == (Recompute.NOTHING,) * 2
+    assert levels_of("feed_forward", 2) == levels_of("sublayer", 2) == (Recompute.FEED_FORWARD,) * 2
+    assert levels_of("projections", 2) == (Recompute.PROJECTIONS,) * 2
+    assert levels_of("block", 2) == (Recompute.BLOCK,) * 2
+    assert levels_of("every_2", 5) == (0, 3, 0, 3, 0)
