@@ -15,10 +15,10 @@ import torch
 
 from llamatune.checkpoints.adapter_config import CONFIG_FILE, AdapterConfig, dump_config, read_adapter_config
 from llamatune.checkpoints.checkpoint import TORCH_DTYPES, read_into, refuse_unfit
-from llamatune.checkpoints.tensors import write_tensors
+from llamatune.checkpoints.tensors import is_finite, write_tensors
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
-from llamatune.files import MANIFEST, build_directory, digest_file, dump_json, read_json, writing
+from llamatune.files import MANIFEST, Staging, build_directory, digest_file, dump_json, read_json, writing
 from llamatune.model.config import LlamaConfig, linear_path
 from llamatune.tensor_files import read_header
 
@@ -76,7 +76,7 @@ def load_adapter(path: Path) -> Adapter:
             raise CheckpointError(f"{stored} is {entry.dtype}, not a float tensor", file, "fetch it again")
         tensor = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
         read_into(file, entry.begin, tensor)
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise CheckpointError(f"{stored} holds NaN or infinity", file, "the training that wrote it had diverged")
         tensors[stored.removeprefix(_PREFIX) if stored.startswith(_PREFIX) else f"({stored})"] = tensor.float()
     return Adapter(config, tensors, fingerprint, template, base_path, path, digest)
@@ -135,19 +135,19 @@ def adapter_shapes(adapter: AdapterConfig, config: LlamaConfig) -> dict[str, tup
 def save_adapter(path: Path, adapter: Adapter, overwrite: bool = False, inputs: dict[str, Any] | None = None) -> None:
     """Write an adapter directory atomically: PEFT's two files, and our facts in the manifest."""
     with build_directory(path, "adapter", inputs or {}, overwrite) as staging:
-        write_adapter_files(staging.path, adapter)
+        write_adapter_files(staging, adapter)
         staging.facts.update(base_fingerprint=adapter.base_fingerprint, template=adapter.template)
 
 
-def write_adapter_files(directory: Path, adapter: Adapter) -> None:
-    """PEFT's two files, without the manifest, into an existing directory; never a tensor with NaN or infinity."""
+def write_adapter_files(staging: Staging, adapter: Adapter) -> None:
+    """PEFT's two files, without the manifest; never a tensor with NaN or infinity."""
     for name, tensor in adapter.tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{name} holds NaN or infinity and is not saved", directory)
-    with writing(directory / CONFIG_FILE) as file:
+        if not is_finite(tensor):
+            raise CheckpointError(f"{name} holds NaN or infinity and is not saved", staging.path)
+    with writing(staging.path / CONFIG_FILE) as file:
         file.write(dump_json(dump_config(adapter.config, adapter.base_path)))
     tensors = {f"{_PREFIX}{name}": adapter.tensors[name].detach().float() for name in sorted(adapter.tensors)}
-    write_tensors(directory / WEIGHTS_FILE, tensors)
+    write_tensors(staging, WEIGHTS_FILE, tensors)
 
 
 def _read_facts(path: Path, digest: str) -> tuple[str | None, dict[str, Any] | None]:

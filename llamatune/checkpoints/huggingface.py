@@ -15,7 +15,7 @@ from llamatune.checkpoints.stored import INDEX_FILE, SINGLE_FILE, Stored, stored
 from llamatune.checkpoints.tensors import tensor_bytes
 from llamatune.checkpoints.tokenizer_files import copy_file, copy_huggingface_tokenizer
 from llamatune.events import OnEvent, ignore_event
-from llamatune.files import dump_json, read_json, writing
+from llamatune.files import Staging, dump_json, read_json, writing
 from llamatune.model.config import LlamaConfig
 from llamatune.tensor_files import TensorWriter
 
@@ -71,7 +71,7 @@ Declared = tuple[str, torch.dtype, tuple[int, ...]]
 
 
 def write_huggingface(
-    directory: Path,
+    staging: Staging,
     config: LlamaConfig,
     tensors: Mapping[str, torch.Tensor] | Callable[[str], torch.Tensor],
     dtype: torch.dtype,
@@ -79,7 +79,7 @@ def write_huggingface(
     shard_bytes: int = _SHARD_BYTES,
     on_event: OnEvent = ignore_event,
 ) -> None:
-    """Write a whole model directory, into an existing one: weights in shards, configuration, tokenizer.
+    """Write a whole model: weights in shards, configuration, tokenizer.
 
     Args:
         tensors: by name, or a function that gives one (a sharded model gathers it then); each is asked for once, in
@@ -87,10 +87,10 @@ def write_huggingface(
         tokenizer_source: a model directory whose tokenizer files are copied.
     """
     shards = plan_shards(config, lambda name: dtype, shard_bytes)
-    write_shards(directory, shards, tensors if callable(tensors) else tensors.__getitem__)
-    write_config_files(directory, config, dtype)
+    write_shards(staging, shards, tensors if callable(tensors) else tensors.__getitem__)
+    write_config_files(staging.path, config, dtype)
     if tokenizer_source is not None:
-        copy_huggingface_tokenizer(tokenizer_source, directory, on_event)
+        copy_huggingface_tokenizer(tokenizer_source, staging.path, on_event)
 
 
 def plan_shards(
@@ -110,7 +110,7 @@ def plan_shards(
 
 
 def write_shards(
-    directory: Path, shards: Sequence[Sequence[Declared]], tensor_of: Callable[[str], torch.Tensor]
+    staging: Staging, shards: Sequence[Sequence[Declared]], tensor_of: Callable[[str], torch.Tensor]
 ) -> None:
     """``model.safetensors``, or numbered shards with their index; one tensor at a time is in memory."""
     weight_map: dict[str, str] = {}
@@ -118,7 +118,7 @@ def write_shards(
     for number, shard in enumerate(shards, 1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
         declared = [(name, STORED_DTYPES[dtype], shape) for name, dtype, shape in shard]
-        with writing(directory / file_name) as file:
+        with writing(staging.path / file_name) as file:
             writer = TensorWriter(file, declared, {"format": "pt"})
             for name, dtype, shape in shard:
                 tensor = tensor_of(name).detach().to("cpu", dtype).contiguous()
@@ -126,9 +126,9 @@ def write_shards(
                 writer.write(tensor_bytes(tensor))
                 weight_map[name] = file_name
                 total += tensor.nbytes
-            writer.finish()
+            staging.digests[file_name] = writer.finish()
     if len(shards) > 1:
-        with writing(directory / INDEX_FILE) as file:
+        with writing(staging.path / INDEX_FILE) as file:
             file.write(dump_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}))
 
 

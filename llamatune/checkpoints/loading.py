@@ -11,6 +11,7 @@ from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.config_files import detect_format, missing_head_warning
 from llamatune.checkpoints.huggingface import HuggingFaceCheckpoint
 from llamatune.checkpoints.meta import MetaCheckpoint
+from llamatune.checkpoints.tensors import is_finite
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.model.quantization import NF4Weight, hold_quantized
@@ -45,7 +46,7 @@ def load_model(
     Args:
         source: a model directory or an opened checkpoint.
         dtype: what the weights are held in; None: as stored.
-        device: where they go, one tensor after the other.
+        device: where they go, one tensor after the other, straight from the file's pages.
         num_layers: keep only the first blocks.
         writable: the caller will change weights in place, so none may stay mapped from the file. Without it, CPU
             weights that need no conversion are shared with the page cache.
@@ -67,8 +68,8 @@ def load_model(
         if quantized is not None and (packed := quantized(name)) is not None:
             hold_quantized(model.get_submodule(path), packed)
         else:
-            stays = device.type == "cpu" and not writable and dtype in (None, checkpoint.dtype(name))
-            tensor = checkpoint.tensor(name, mapped=stays).to(device=device, dtype=dtype)
+            shared = not writable and dtype in (None, checkpoint.dtype(name))
+            tensor = checkpoint.tensor(name, mapped=shared or device.type != "cpu").to(device=device, dtype=dtype)
             if not is_finite(tensor):
                 broken.append(name)
             setattr(model.get_submodule(path), attribute, torch.nn.Parameter(tensor, requires_grad=False))
@@ -84,9 +85,3 @@ def warn_of_missing_head(checkpoint: Checkpoint, on_event: OnEvent) -> None:
     warning = missing_head_warning(checkpoint.path, checkpoint.format, checkpoint.config)
     if warning is not None:
         on_event(Notice(warning, "warning"))
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a float tensor holds neither NaN nor infinity; one pass, nothing allocated."""
-    least, most = tensor.aminmax()
-    return bool(torch.isfinite(least) & torch.isfinite(most))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,13 +19,15 @@ from llamatune.checkpoints.huggingface import (
     write_config_files,
     write_shards,
 )
-from llamatune.checkpoints.loading import is_finite, open_checkpoint, warn_of_missing_head
+from llamatune.checkpoints.loading import open_checkpoint, warn_of_missing_head
 from llamatune.checkpoints.meta import MetaCheckpoint
 from llamatune.checkpoints.meta_writer import write_consolidated, write_params
+from llamatune.checkpoints.tensors import is_finite
 from llamatune.checkpoints.tokenizer_files import copy_file, copy_huggingface_tokenizer, copy_meta_tokenizer
-from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError, SpecError, Stopped
+from llamatune.errors import CheckpointError, LlamatuneError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.files import MANIFEST, build_directory, finished_product, read_json, refuse_occupied
+from llamatune.files import MANIFEST, Staging, build_directory, read_json, refuse_occupied, refuse_small_disk
+from llamatune.manifests import Manifest, finished_product
 from llamatune.model.lora import merged_weight
 
 _PORTION = 1 << 19
@@ -114,14 +115,14 @@ def merge_lora(
     warn_of_missing_head(checkpoint, on_event)
     check_adapter(adapter, checkpoint.config, base_fingerprint, options.force_base, on_event)
     needed = _bytes_to_write(checkpoint, dtype)
-    _refuse_small_disk(options.output, needed)
+    refuse_small_disk(options.output, needed, "the merged model")
 
     with (
         _workers() as workers,
         build_directory(options.output, "merged", inputs, options.overwrite) as staging,
     ):
         source = _MergedTensors(checkpoint, adapter, dtype, on_event, should_stop, workers)
-        _write(staging.path, format_, checkpoint, source, dtype, on_event)
+        _write(staging, format_, checkpoint, source, dtype, on_event)
         tally = source.tally
         report = MergeReport(
             output=str(options.output),
@@ -223,7 +224,7 @@ class _MergedTensors:
 
 
 def _write(
-    directory: Path,
+    staging: Staging,
     format_: str,
     checkpoint: Checkpoint,
     source: _MergedTensors,
@@ -231,16 +232,16 @@ def _write(
     on_event: OnEvent,
 ) -> None:
     """Same format: the base's own layout and files. The other: a directory as its users would expect it."""
-    config = checkpoint.config
+    config, directory = checkpoint.config, staging.path
     if isinstance(checkpoint, HuggingFaceCheckpoint) and format_ == "hf":
         shards = [
             [(name, source.dtype_of(name), checkpoint.shape(name)) for name in names] for names in checkpoint.layout()
         ]
-        write_shards(directory, shards, source)
+        write_shards(staging, shards, source)
         copy_config_files(checkpoint, directory, dtype)
         copy_huggingface_tokenizer(checkpoint.path, directory, on_event)
     elif format_ == "hf":
-        write_shards(directory, plan_shards(config, source.dtype_of), source)
+        write_shards(staging, plan_shards(config, source.dtype_of), source)
         write_config_files(directory, config, dtype or checkpoint.dtype(checkpoint.names[0]))
         copy_huggingface_tokenizer(checkpoint.path, directory, on_event)
     elif isinstance(checkpoint, MetaCheckpoint):
@@ -255,9 +256,9 @@ def _write(
         copy_meta_tokenizer(checkpoint.path, directory, on_event)
 
 
-def _report_again(manifest: dict[str, Any], output: Path) -> MergeReport:
+def _report_again(manifest: Manifest, output: Path) -> MergeReport:
     try:
-        report = dict(manifest["facts"]["report"])
+        report = dict(manifest.facts["report"])
         known = {field.name: report[field.name] for field in fields(MergeReport)}
     except (KeyError, TypeError, ValueError):
         raise CheckpointError("its manifest holds no report", output / MANIFEST, "choose another output") from None
@@ -285,12 +286,3 @@ def _bytes_to_write(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
         torch.Size(checkpoint.shape(name)).numel() * (dtype or checkpoint.dtype(name)).itemsize
         for name in checkpoint.names
     )
-
-
-def _refuse_small_disk(output: Path, needed: int) -> None:
-    existing = next(path for path in (output, *output.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed + (1 << 20) > free:
-        raise EnvironmentFault(
-            f"the merged model needs {needed:,} bytes and {free:,} are free", output, "free some space, or another disk"
-        )

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from llamatune.checkpoints.checkpoint import Checkpoint, read_into
-from llamatune.checkpoints.run_state import verify_checkpoint
-from llamatune.checkpoints.tensors import DTYPE_NAMES, tensor_bytes
+from llamatune.checkpoints.tensors import DTYPE_NAMES, is_finite, tensor_bytes
 from llamatune.errors import CheckpointError, LlamatuneError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop
-from llamatune.files import MANIFEST, build_directory, finished_product, writing
+from llamatune.files import MANIFEST, build_directory, writing
+from llamatune.manifests import finished_product, verify_product
 from llamatune.model.config import LINEAR_MODULES, LlamaConfig, linear_path
 from llamatune.model.quantization import NF4Weight, Scratch, quantize_nf4, storage
 from llamatune.tensor_files import TensorEntry, TensorWriter, read_header
@@ -68,9 +68,8 @@ class QuantizedBase:
         return NF4Weight(self._matrices[name], tensors, self._scratch)
 
     def _quantize(self, name: str) -> NF4Weight:
-        weight = self.checkpoint.tensor(name, mapped=self.device.type == "cpu").to(self.device)
-        least, most = weight.aminmax()
-        if not torch.isfinite(least) or not torch.isfinite(most):
+        weight = self.checkpoint.tensor(name, mapped=True).to(self.device)
+        if not is_finite(weight):
             raise CheckpointError(
                 f"{name} holds NaN or infinity, which nf4 has no code for", self.checkpoint.path, "use bfloat16"
             )
@@ -90,7 +89,7 @@ class QuantizedBase:
         try:
             if finished_product(path, _KIND, dict(inputs)) is None:
                 raise CheckpointError("incomplete, or not of this base", path)
-            verify_checkpoint(path)
+            verify_product(path)
             entries = read_header(path / _FILE)[0]
             if {name: (entry.dtype, entry.shape) for name, entry in entries.items()} != self._declared():
                 raise CheckpointError("not the tensors of this base", path)
@@ -122,4 +121,4 @@ class QuantizedBase:
                     tensor = getattr(packed, key).cpu().contiguous()
                     writer.write(tensor_bytes(tensor))
                 self.on_event(Progress("quantising", done + 1, len(self._matrices)))
-            writer.finish()
+            staging.digests[_FILE] = writer.finish()

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llamatune.checkpoints.tensors import write_tensors
-from llamatune.errors import CheckpointError, LlamatuneError
-from llamatune.files import MANIFEST, Staging, build_directory, digest_file, dump_json, read_json, writing
+from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError
+from llamatune.files import Staging, build_directory, dump_json, read_json, writing
+from llamatune.manifests import OtherVersion, verify_product
 from llamatune.tensor_files import read_header
 
 _NAME = re.compile(r"step-(\d{6,})")
-_OPTIMIZER, _PROGRESS = "optimizer.safetensors", "state.json"
+_OPTIMIZER, PROGRESS = "optimizer.safetensors", "state.json"
 SCHEMA = 1
 
 
@@ -45,35 +45,29 @@ def save_run_state(
     """Write one checkpoint durably; ``write_weights`` puts the trained tensors into what it is given."""
     with build_directory(path, "checkpoint", {"step": progress["step"]}, overwrite=True) as staging:
         write_weights(staging)
-        write_tensors(staging.path / _OPTIMIZER, optimizer)
-        with writing(staging.path / _PROGRESS) as file:
+        write_tensors(staging, _OPTIMIZER, optimizer)
+        with writing(staging.path / PROGRESS) as file:
             file.write(dump_json({"schema": SCHEMA, **progress}))
-
-
-def verify_checkpoint(path: Path) -> None:
-    """Compare every file with the manifest's sizes and digests; ``CheckpointError`` names the first that differs."""
-    files = read_json(path / MANIFEST, max_bytes=16 << 20).get("files")
-    if not isinstance(files, dict) or not files:
-        raise CheckpointError("no files in its manifest", path)
-    for name, facts in files.items():
-        if name != Path(name).name:
-            raise CheckpointError("the manifest names a file elsewhere", path)
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != facts.get("bytes"):
-            raise CheckpointError(f"{size} bytes where the manifest says {facts.get('bytes')}", file)
-        if digest_file(file) != facts.get("sha256"):
-            raise CheckpointError("its content does not match the manifest's SHA-256", file)
 
 
 def read_run_state(path: Path) -> RunState:
     """Read and verify one checkpoint."""
-    verify_checkpoint(path)
-    progress = read_json(path / _PROGRESS)
-    if progress.get("schema") != SCHEMA:
-        raise CheckpointError(f"written by another version (schema {progress.get('schema')})", path)
+    verify_product(path)
+    progress = read_progress(path)
     read_header(path / _OPTIMIZER)
     return RunState(path, load_file(path / _OPTIMIZER), progress)
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint: ``step``, ``position``, ``scaler``, ``metrics_bytes``, and what wrote it."""
+    progress = read_json(path / PROGRESS)
+    if progress.get("schema") != SCHEMA:
+        raise OtherVersion(progress.get("schema"), path)
+    kinds = {"step": int, "metrics_bytes": int, "position": dict, "scaler": dict}
+    wrong = [name for name, kind in kinds.items() if type(progress.get(name)) is not kind]
+    if wrong:
+        raise CheckpointError(f"{wrong[0]} is {str(progress.get(wrong[0]))[:80]!r}", path / PROGRESS)
+    return progress
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -85,33 +79,23 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def newest_run_state(directory: Path, on_skip: Callable[[str], None]) -> RunState | None:
-    """The newest checkpoint that verifies; each newer one that does not is told to ``on_skip`` in one line."""
+    """The newest checkpoint that verifies; each newer one that does not is told to ``on_skip`` in one line.
+
+    Raises:
+        EnvironmentFault: none verifies, and one could not be read: to start over would throw it away.
+        OtherVersion: so would it one that another version wrote.
+    """
+    unreadable = None
     for path in list_checkpoints(directory):
         try:
             return read_run_state(path)
+        except OtherVersion:
+            raise
+        except EnvironmentFault as fault:
+            unreadable = fault
+            on_skip(f"skipped {path}: {fault}")
         except LlamatuneError as fault:
             on_skip(f"skipped {path}: {fault}")
+    if unreadable is not None:
+        raise unreadable
     return None
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The state of ``optimizer`` by parameter name (in the order in which the parameters were given)."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{names[index]}/{key}": value.detach()
-        for index, entry in state.items()
-        for key, value in entry.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors of ``optimizer_tensors`` back."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        name, _, key = full_name.rpartition("/")
-        if name not in names:
-            raise CheckpointError(f"optimizer state of the unknown parameter {name}", _OPTIMIZER)
-        state.setdefault(names.index(name), {})[key] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})

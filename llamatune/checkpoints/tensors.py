@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llamatune.files import writing
+from llamatune.files import Staging, writing
 from llamatune.tensor_files import TensorWriter
 
 DTYPE_NAMES = {
@@ -29,12 +28,20 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(staging: Staging, file_name: str, tensors: Mapping[str, Tensor]) -> None:
     """A new safetensors file, synced, in the order of ``tensors``; one tensor at a time leaves its device."""
     declared = [(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with writing(path) as file:
-        writer = TensorWriter(file, declared, metadata or {"format": "pt"})
+    with writing(staging.path / file_name) as file:
+        writer = TensorWriter(file, declared, {"format": "pt"})
         for tensor in tensors.values():
             held = tensor.detach().cpu().contiguous()
             writer.write(tensor_bytes(held))
-        writer.finish()
+        staging.digests[file_name] = writer.finish()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a float tensor holds neither NaN nor infinity; one pass, nothing allocated."""
+    if not tensor.numel():
+        return True
+    least, most = tensor.aminmax()
+    return bool(torch.isfinite(least) & torch.isfinite(most))

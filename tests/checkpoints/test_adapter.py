@@ -25,6 +25,7 @@ from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.errors import CheckpointError, EnvironmentFault
 from llamatune.events import Notice
+from llamatune.files import Staging
 from llamatune.model.config import LINEAR_MODULES
 
 from .conftest import save_peft
@@ -215,7 +216,7 @@ def test_non_finite_tensors_are_neither_read_nor_written(tiny, tiny_adapter, tmp
     adapter = drawn(tiny[0])
     next(iter(adapter.tensors.values()))[0, 0] = value
     with pytest.raises(CheckpointError):
-        write_adapter_files(tmp_path, adapter)
+        write_adapter_files(Staging(tmp_path), adapter)
     with pytest.raises(CheckpointError):
         save_adapter(tmp_path / "new", adapter)
     assert not (tmp_path / "new").exists()

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llamatune.checkpoints import merging, torch_archive_writer
+from llamatune.checkpoints import torch_archive_writer
 from llamatune.checkpoints.adapter import load_adapter, save_adapter
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.huggingface import write_huggingface
@@ -23,6 +23,7 @@ from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.merging import MergeOptions, merge_lora
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Notice, Progress
+from llamatune.files import Staging
 from llamatune.model.config import LINEAR_MODULES
 
 from .conftest import meta_state, save_meta, save_peft, save_tiny
@@ -273,7 +274,7 @@ def test_stopping_at_every_tensor_leaves_nothing_c22(tiny, tiny_adapter, tmp_pat
 
 def test_small_disk_is_noticed_before_work(tiny, tiny_adapter, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: usage(0, 0, 1234))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1234))
     with pytest.raises(EnvironmentFault, match=r"needs [\d,]+ bytes and 1,234 are free"):
         merge_lora(MergeOptions(tiny[0], tiny_adapter, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
@@ -321,7 +322,7 @@ def test_live_model_written_in_shards_opens_in_transformers(tiny, tmp_path):
     for number, given in enumerate((model.state_dict(), model.get_parameter)):
         out = tmp_path / str(number)
         out.mkdir()
-        write_huggingface(out, model.config, given, torch.float32, tmp_path, shard_bytes=20_000)
+        write_huggingface(Staging(out), model.config, given, torch.float32, tmp_path, shard_bytes=20_000)
         assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
         theirs = LlamaForCausalLM.from_pretrained(out)
         assert all(torch.equal(theirs.state_dict()[n], tensor) for n, tensor in tiny[1].state_dict().items())
