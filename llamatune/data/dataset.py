@@ -12,8 +12,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llamatune.errors import DataError
+from llamatune.data.tokenizer import load_tokenizer
+from llamatune.errors import CheckpointError, DataError
+from llamatune.events import Notice, OnEvent
 from llamatune.files import MANIFEST, digest_bytes, read_bytes, read_json
+from llamatune.model.config import LlamaConfig
 from llamatune.model.loss import IGNORED
 from llamatune.seeds import derived_seed
 from llamatune.tensor_files import read_header
@@ -87,10 +90,11 @@ class Split:
             sum(self.target_counts[i] for i in indices),
         )
 
-    def batches(self, size: int) -> Iterator[Batch]:
-        """Every row once, in the file's order, ``size`` at a time."""
-        for start in range(0, len(self), size):
-            yield self.batch(range(start, min(start + size, len(self))))
+    def batches(self, size: int, limit: int | None = None) -> Iterator[Batch]:
+        """Every row once (or the first ``limit``), in the file's order, ``size`` at a time."""
+        rows = len(self) if limit is None else min(limit, len(self))
+        for start in range(0, rows, size):
+            yield self.batch(range(start, min(start + size, rows)))
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,35 @@ def open_prepared(path: Path) -> Prepared:
         manifest["facts"],
         digest_bytes(read_bytes(path / MANIFEST, DataError, _LARGEST_MANIFEST)),
     )
+
+
+def check_rows(split: Split, config: LlamaConfig, where: str, on_event: OnEvent) -> None:
+    """Raise ``CheckpointError`` for an id beyond the model's embedding; warn of rows beyond its context."""
+    if split.largest_id >= config.vocab_size:
+        raise CheckpointError(
+            f"tokenizer id {split.largest_id} >= {config.vocab_size} embedding rows",
+            where,
+            "prepare the data with the tokenizer of this model",
+        )
+    longest, known = max(split.lengths, default=0), config.max_position_embeddings
+    if longest > known:
+        on_event(Notice(f"{where}: a row of {longest} tokens is longer than the {known} the model knows", "warning"))
+
+
+def check_tokenizer(prepared: Prepared, model: Path, force_base: bool, on_event: OnEvent) -> None:
+    """Raise ``CheckpointError`` if the rows were encoded with another tokenizer than the model directory's."""
+    if not (model / "tokenizer.model").is_file():
+        on_event(Notice(f"{model} has no tokenizer.model to compare the data's tokenizer with", "warning"))
+        return
+    own, used = load_tokenizer(model).fingerprint, prepared.facts.get("tokenizer", {}).get("fingerprint")
+    if own != used:
+        if not force_base:
+            raise CheckpointError(
+                "the data was prepared with another tokenizer than the model's",
+                model / "tokenizer.model",
+                "prepare it again with this one, or pass --force-base",
+            )
+        on_event(Notice("the data's ids are another tokenizer's than the model's, as --force-base asks", "warning"))
 
 
 def epoch_order(rows: int, seed: int, epoch: int, shuffle: bool = True) -> list[int]:

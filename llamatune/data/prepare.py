@@ -24,7 +24,8 @@ from llamatune.data.spool import Spool
 from llamatune.data.workers import encode_batches
 from llamatune.errors import DataError, EnvironmentFault, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.files import MANIFEST, Staging, build_directory, finished_product, refuse_occupied
+from llamatune.files import MANIFEST, Staging, build_directory, refuse_occupied
+from llamatune.manifests import finished_product
 
 __all__ = ["PrepareOptions", "PrepareReport", "prepare_data"]
 
@@ -60,7 +61,7 @@ def prepare_data(
     plan = make_plan(options, on_event)
     if not options.overwrite:
         manifest = finished_product(options.output, KIND, plan.inputs)
-        report = manifest and PrepareReport.from_facts(options.output, manifest.get("facts"), unchanged=True)
+        report = manifest and PrepareReport.from_facts(options.output, manifest.facts, unchanged=True)
         if report and report.refused <= options.skip_bad_rows:
             return report
     with build_directory(options.output, KIND, plan.inputs, options.overwrite) as staging:
@@ -146,7 +147,7 @@ class _Job:
         spool.finish()
 
     def _write(self, train: Spool, validation: Spool | None) -> dict[str, dict[str, int]]:
-        path, fraction = self.staging.path, self.options.validation_fraction
+        staging, fraction = self.staging, self.options.validation_fraction
         train_keys = set(train.keys)
         self.counts.duplicates = len(train) - len(train_keys)
         splits: dict[str, dict[str, int]] = {}
@@ -156,18 +157,18 @@ class _Job:
             self.counts.validation_rows_in_train = both
             if both:
                 self.on_event(Notice(f"{both} validation rows are training rows too", "warning"))
-            splits["train"] = train.write_split(path / "train.safetensors", lambda _: True, self._check_stop)
+            splits["train"] = train.write_split(staging, "train.safetensors", lambda _: True, self._check_stop)
             splits["validation"] = validation.write_split(
-                path / "validation.safetensors", lambda _: True, self._check_stop
+                staging, "validation.safetensors", lambda _: True, self._check_stop
             )
         else:
             held = held_out_rows(train.keys, fraction, self.options.seed) if fraction else bytearray(len(train))
             splits["train"] = train.write_split(
-                path / "train.safetensors", lambda index: not held[index], self._check_stop
+                staging, "train.safetensors", lambda index: not held[index], self._check_stop
             )
             if any(held):
                 splits["validation"] = train.write_split(
-                    path / "validation.safetensors", lambda index: bool(held[index]), self._check_stop
+                    staging, "validation.safetensors", lambda index: bool(held[index]), self._check_stop
                 )
             elif fraction:
                 self.on_event(Notice("all rows are the same one, so none was held out for validation", "warning"))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llamatune.data.encoding import EncodedBatch
-from llamatune.files import writing
+from llamatune.files import Staging, writing
 from llamatune.tensor_files import TensorWriter
 
 _PORTION = 1 << 20
@@ -45,7 +45,9 @@ class Spool:
         self._file.close()
         self.path.unlink(missing_ok=True)
 
-    def write_split(self, path: Path, wanted: Callable[[int], bool], check_stop: Callable[[], None]) -> dict[str, int]:
+    def write_split(
+        self, staging: Staging, file_name: str, wanted: Callable[[int], bool], check_stop: Callable[[], None]
+    ) -> dict[str, int]:
         """Write the rows whose index is ``wanted`` as one split of a prepared directory, and count them.
 
         The tensors are ``offsets`` I64 (rows + 1) and ``source_rows`` I64 (rows), then ``input_ids`` I32 and
@@ -60,7 +62,7 @@ class Spool:
             ("input_ids", "I32", (tokens,)),
             ("loss_mask", "U8", (tokens,)),
         ]
-        with writing(path) as file:
+        with writing(staging.path / file_name) as file:
             writer = TensorWriter(file, tensors)
             writer.write(memoryview(offsets).cast("B"))
             writer.write(memoryview(array("q", (self.rows[index] for index in chosen))).cast("B"))
@@ -70,7 +72,7 @@ class Spool:
                     check_stop()
                 first = self.first_targets[index]
                 writer.write(bytes(first) + b"\1" * (self.lengths[index] - first))
-            writer.finish()
+            staging.digests[file_name] = writer.finish()
         targets = sum(self.lengths[index] - self.first_targets[index] for index in chosen)
         longest = max((self.lengths[index] for index in chosen), default=0)
         return {"rows": len(chosen), "tokens": tokens, "target_tokens": targets, "longest_row_tokens": longest}

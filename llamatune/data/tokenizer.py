@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
 
 from llamatune.errors import CheckpointError, DataError, EnvironmentFault
 from llamatune.files import digest_bytes, read_bytes
+from llamatune.versions import require_version
 
 LARGEST_MODEL_BYTES = 64 << 20
 """LLaMA's tokenizer.model has 0.5 MB; no SentencePiece model in the field comes near this."""
@@ -95,6 +96,11 @@ class Tokenizer:
         text: str = processor.decode(plain)
         return text
 
+    def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that ``ids`` add to ``prompt``: decoding them alone would lose a space at their start."""
+        before, whole = self.decode(prompt), self.decode([*prompt, *ids])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
+
     def piece(self, token_id: int) -> str:
         """How the vocabulary spells one token: ``▁`` is a space, ``<0xE2>`` a byte, ``</s>`` the EOS."""
         piece: str = self._processor.id_to_piece(token_id)
@@ -110,6 +116,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         CheckpointError: no SentencePiece model, a broken one, or one without BOS or EOS.
     """
+    require_version("sentencepiece", sentencepiece.__version__)
     path = Path(path)
     if path.is_dir():
         path = _model_in(path)
