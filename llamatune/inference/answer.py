@@ -6,24 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import torch
 
-from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
-from llamatune.checkpoints.checkpoint import Checkpoint
-from llamatune.checkpoints.fingerprint import fingerprint
-from llamatune.checkpoints.loading import load_model, open_checkpoint
-from llamatune.data.prompts import Template, load_template
-from llamatune.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from llamatune.data.prompts import Template
 from llamatune.devices import memory_faults
-from llamatune.errors import CheckpointError, DataError, SpecError
-from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.files import MANIFEST, parse_json, read_bytes, read_json
+from llamatune.errors import DataError
+from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.files import parse_json, read_bytes
 from llamatune.inference.generate import Completion, complete
+from llamatune.inference.opened import open_model
 from llamatune.inference.sampling import Sampling
-from llamatune.model.lora import apply_lora, load_lora
-from llamatune.model.transformer import Transformer
 
 _BATCH = 16
 _LARGEST_PROMPT_FILE = 256 << 20
@@ -73,96 +66,36 @@ def answer(request: Request, on_event: OnEvent = ignore_event, should_stop: Shou
         SpecError: nothing to compare with, or a template that has no place for a prompt.
         CheckpointError: model, tokenizer or adapter cannot be used or do not belong together.
     """
-    if request.compare and request.adapter is None:
-        raise SpecError("--compare needs two models", None, "give the tuned one with --adapter")
-    checkpoint = open_checkpoint(request.model)
-    tokenizer = load_tokenizer(request.model)
-    check_vocabulary(tokenizer, checkpoint.config.vocab_size, request.model)
-    adapter = None
-    if request.adapter is not None:
-        adapter = load_adapter(request.adapter)
-        check_adapter(adapter, checkpoint.config, fingerprint(checkpoint), request.force_base, on_event)
-    template = _template(request, adapter)
+    opened = open_model(
+        request.model, request.adapter, request.compare, request.force_base, request.dtype, request.device, on_event
+    )
+    tokenizer, template = opened.tokenizer(), opened.template(request.template)
     texts = [_prompt_text(prompt, template, number) for number, prompt in enumerate(request.prompts, 1)]
     ids = [tokenizer.encode(text) for text in texts]
-    device = request.device or torch.device("cpu")
-    with memory_faults(device):
-        return _answer(request, checkpoint, tokenizer, adapter, texts, ids, on_event, should_stop)
+    with memory_faults(opened.device, "use a 16-bit --dtype, or fewer --max-new-tokens"):
+        models = opened.load(on_event, should_stop)
+        eos_ids = {*opened.checkpoint.config.eos_token_ids, tokenizer.eos_id}
 
+        def run(name: str, task: str) -> tuple[list[Completion], float]:
+            started, done = monotonic(), []
+            for first in range(0, len(ids), _BATCH):
+                done += complete(models[name], ids[first : first + _BATCH], request.sampling, eos_ids, should_stop)
+                on_event(Progress(task, len(done), len(ids)))
+            return done, sum(len(found.ids) for found in done) / max(monotonic() - started, 1e-9)
 
-def _answer(
-    request: Request,
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer,
-    adapter: Adapter | None,
-    texts: list[str],
-    ids: list[list[int]],
-    on_event: OnEvent,
-    should_stop: ShouldStop,
-) -> Answers:
-    model = load_model(
-        checkpoint, _dtype(request, checkpoint, on_event), request.device or "cpu", on_event=on_event,
-        should_stop=should_stop,
-    )  # fmt: skip
-    model.eval()
-    eos_ids = {*checkpoint.config.eos_token_ids, tokenizer.eos_id}
-
-    def run(task: str) -> tuple[list[Completion], float]:
-        started, done = monotonic(), []
-        for first in range(0, len(ids), _BATCH):
-            done += complete(model, ids[first : first + _BATCH], request.sampling, eos_ids, should_stop)
-            on_event(Progress(task, len(done), len(ids)))
-        return done, sum(len(found.ids) for found in done) / max(monotonic() - started, 1e-9)
-
-    before = run("generating with the base")[0] if request.compare else None
-    if adapter is not None:
-        _put_on(model, adapter)
-    completions, speed = run("generating")
+        before = run("base_", "generating with the base")[0] if request.compare else None
+        completions, speed = run("", "generating")
     results = [
         Answer(
             text,
-            _continuation(tokenizer, prompt, found.ids),
+            tokenizer.continuation(prompt, found.ids),
             found.ids,
             found.finish_reason,
-            None if before is None else _continuation(tokenizer, prompt, before[index].ids),
+            None if before is None else tokenizer.continuation(prompt, before[index].ids),
         )
         for index, (text, prompt, found) in enumerate(zip(texts, ids, completions, strict=True))
     ]
     return Answers(results, speed)
-
-
-def _put_on(model: Transformer, adapter: Adapter) -> None:
-    config = adapter.config
-    apply_lora(model, config.r, config.scaling * config.r, 0.0, config.target_modules)
-    load_lora(model, adapter.tensors)
-    model.requires_grad_(False)
-
-
-def _dtype(request: Request, checkpoint: Checkpoint, on_event: OnEvent) -> torch.dtype | None:
-    on_cpu = request.device is None or request.device.type == "cpu"
-    if request.dtype is None and on_cpu and checkpoint.dtype("model.embed_tokens.weight") == torch.float16:
-        on_event(Notice("computing in fp32, since fp16 is very slow on a CPU; --dtype bfloat16 takes half the memory"))
-        return torch.float32
-    return request.dtype
-
-
-def _template(request: Request, adapter: Adapter | None) -> Template | None:
-    if request.template == "none":
-        return None
-    if request.template is not None:
-        return load_template(request.template)
-    stored = adapter.template if adapter is not None else _stored_template(request.model)
-    return None if stored is None else Template.from_dict(stored, request.adapter or request.model)
-
-
-def _stored_template(model: Path) -> dict[str, Any] | None:
-    if not (model / MANIFEST).is_file():
-        return None
-    facts = read_json(model / MANIFEST, max_bytes=16 << 20).get("facts")
-    stored = facts.get("template") if isinstance(facts, dict) else None
-    if not isinstance(stored, dict | None):
-        raise CheckpointError("the template is malformed", model / MANIFEST)
-    return stored
 
 
 def _prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
@@ -184,12 +117,6 @@ def _prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
             "name a template with --template",
         )
     return prompt["prompt"]
-
-
-def _continuation(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that ``ids`` add to the prompt: decoding them alone would lose a space at their start."""
-    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *ids])
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids)
 
 
 def read_prompts(path: Path) -> list[Prompt]:

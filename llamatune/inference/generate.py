@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,12 @@ from llamatune.inference.sampling import Sampling, next_tokens
 from llamatune.model.transformer import KVCache, Transformer
 from llamatune.seeds import derived_seed
 
+IsEnough = Callable[[Sequence[int]], bool]
+
 
 @dataclass(frozen=True)
 class Completion:
-    """New ids without the EOS that ended them; ``finish_reason`` is ``eos`` or ``length``."""
+    """New ids without the EOS that ended them; ``finish_reason`` is ``eos``, ``length``, or ``stop``: it was enough."""
 
     ids: list[int]
     finish_reason: str
@@ -29,15 +31,20 @@ def complete(
     sampling: Sampling,
     eos_ids: Collection[int],
     should_stop: ShouldStop = never_stop,
+    is_enough: IsEnough | None = None,
 ) -> list[Completion]:
     """Continue every prompt (ids, BOS included) as it would be continued alone.
+
+    Args:
+        is_enough: whether a completion, given its ids so far, needs no more; not for beam search.
 
     Raises:
         Stopped: ``should_stop`` said so, between two tokens.
     """
     if sampling.num_beams > 1:
+        assert is_enough is None, "a beam is known to be the best only at its end"
         return [_beam_search(model, prompt, sampling, eos_ids, should_stop) for prompt in prompts]
-    return _decode(model, prompts, sampling, eos_ids, should_stop)
+    return _decode(model, prompts, sampling, eos_ids, should_stop, is_enough)
 
 
 def _new_cache(model: Transformer, batch: int, capacity: int) -> KVCache:
@@ -73,6 +80,7 @@ def _decode(
     sampling: Sampling,
     eos_ids: Collection[int],
     should_stop: ShouldStop,
+    is_enough: IsEnough | None,
 ) -> list[Completion]:
     input_ids, padding = _padded(prompts, model.device)
     B, width = input_ids.shape
@@ -96,7 +104,9 @@ def _decode(
                 finished[row] = "eos"
                 continue
             chosen[row].append(token)
-            if len(chosen[row]) == sampling.max_new_tokens:
+            if is_enough is not None and is_enough(chosen[row]):
+                finished[row] = "stop"
+            elif len(chosen[row]) == sampling.max_new_tokens:
                 finished[row] = "length"
         if all(finished):
             return [Completion(ids, reason or "length") for ids, reason in zip(chosen, finished, strict=True)]

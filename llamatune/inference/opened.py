@@ -1,0 +1,119 @@
+"""Which model speaks: a base and the adapter to be put on it, checked against each other before any weight is read."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
+from llamatune.checkpoints.checkpoint import Checkpoint
+from llamatune.checkpoints.fingerprint import fingerprint
+from llamatune.checkpoints.loading import load_model, open_checkpoint
+from llamatune.data.prompts import Template, load_template
+from llamatune.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from llamatune.errors import CheckpointError, SpecError
+from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
+from llamatune.files import MANIFEST, read_json
+from llamatune.model.lora import apply_lora, load_lora
+from llamatune.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model directory and the adapter that belongs to it; make it with ``open_model``.
+
+    ``dtype`` is what the weights will be held in, None: as they are stored.
+    """
+
+    path: Path
+    checkpoint: Checkpoint
+    adapter: Adapter | None
+    compare: bool
+    dtype: torch.dtype | None
+    device: torch.device
+
+    @property
+    def dtype_name(self) -> str:
+        """``bfloat16``; of a checkpoint that mixes them, that of the embedding, which the model computes in."""
+        return str(self.dtype or _stored_dtype(self.checkpoint)).removeprefix("torch.")
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's own."""
+        tokenizer = load_tokenizer(self.path)
+        check_vocabulary(tokenizer, self.checkpoint.config.vocab_size, self.path)
+        return tokenizer
+
+    def template(self, name: str | None) -> Template | None:
+        """The template of that name or file; for None the one stored with the adapter or merged model, if any."""
+        if name == "none":
+            return None
+        if name is not None:
+            return load_template(name)
+        stored = self.adapter.template if self.adapter is not None else _stored_template(self.path)
+        where = self.path if self.adapter is None else self.adapter.path
+        return None if stored is None else Template.from_dict(stored, where)
+
+    def load(self, on_event: OnEvent, should_stop: ShouldStop) -> dict[str, Transformer]:
+        """The model asked for under ``""``, and the base under ``base_`` where the two are compared; ready to compute.
+
+        The keys are what the names of results are prefixed with. The two share the frozen weights.
+        """
+        loaded = load_model(self.checkpoint, self.dtype, self.device, on_event=on_event, should_stop=should_stop)
+        base = loaded.eval()
+        models = {"": base if self.adapter is None else _with_adapter(base, self.adapter)}
+        return {**models, "base_": base} if self.compare else models
+
+
+def open_model(
+    model: Path,
+    adapter: Path | None = None,
+    compare: bool = False,
+    force_base: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    on_event: OnEvent = ignore_event,
+) -> OpenedModel:
+    """Open a model directory and, if there is one, the adapter.
+
+    Raises:
+        SpecError: nothing to compare with.
+        CheckpointError: model or adapter cannot be used or do not belong together.
+    """
+    if compare and adapter is None:
+        raise SpecError("--compare needs two models", None, "give the tuned one with --adapter")
+    device = device or torch.device("cpu")
+    checkpoint, loaded = open_checkpoint(model), None
+    if adapter is not None:
+        loaded = load_adapter(adapter)
+        check_adapter(loaded, checkpoint.config, fingerprint(checkpoint), force_base, on_event)
+    if dtype is None and device.type == "cpu" and _stored_dtype(checkpoint) == torch.float16:
+        on_event(Notice("computing in fp32, since fp16 is very slow on a CPU; --dtype bfloat16 takes half the memory"))
+        dtype = torch.float32
+    return OpenedModel(model, checkpoint, loaded, compare, dtype, device)
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    return checkpoint.dtype("model.embed_tokens.weight")
+
+
+def _with_adapter(base: Transformer, adapter: Adapter) -> Transformer:
+    """The base with an adapter put on: a new model around the same frozen tensors."""
+    tuned = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+    config = adapter.config
+    apply_lora(tuned, config.r, config.scaling * config.r, 0.0, config.target_modules)
+    load_lora(tuned, adapter.tensors)
+    return tuned.requires_grad_(False).eval()
+
+
+def _stored_template(model: Path) -> dict[str, Any] | None:
+    if not (model / MANIFEST).is_file():
+        return None
+    facts = read_json(model / MANIFEST, max_bytes=16 << 20).get("facts")
+    stored = facts.get("template") if isinstance(facts, dict) else None
+    if not isinstance(stored, dict | None):
+        raise CheckpointError("the template is malformed", model / MANIFEST)
+    return stored

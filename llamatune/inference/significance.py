@@ -1,0 +1,67 @@
+"""How sure a number is: intervals and tests in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+_Z = NormalDist().inv_cdf(0.975)
+"""Standard errors on either side of a 95 % interval."""
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """So many right of so many asked, at least one."""
+
+    right: int
+    asked: int
+
+    @classmethod
+    def of(cls, verdicts: Iterable[bool]) -> Accuracy:
+        """Count what was right."""
+        counted = list(verdicts)
+        return cls(sum(counted), len(counted))
+
+    @property
+    def fraction(self) -> float:
+        return self.right / self.asked
+
+    @property
+    def interval(self) -> Interval:
+        """Wilson's 95 % score interval (Wilson 1927), which stays within 0 and 1 and holds for few questions."""
+        n, p = self.asked, self.fraction
+        shrink = 1 + _Z**2 / n
+        centre = (p + _Z**2 / (2 * n)) / shrink
+        half = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2)) / shrink
+        # Where all or none is right the bound is exactly 1 or 0, and rounding must not move it.
+        return 0.0 if self.right == 0 else centre - half, 1.0 if self.right == n else centre + half
+
+
+def exact_mcnemar(one_alone: int, other_alone: int) -> float:
+    """The two-sided p-value of McNemar's exact test (McNemar 1947).
+
+    Of two models that answered the same questions, each was right alone on so many. If they were equally good, each of
+    those questions would have fallen to either with probability 1/2.
+    """
+    n, fewer = one_alone + other_alone, min(one_alone, other_alone)
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / (1 << n))
+
+
+def ratio_interval(sums: Sequence[float], weights: Sequence[int]) -> Interval | None:
+    """95 % interval of sum(sums) / sum(weights) over rows drawn independently; None for a single row.
+
+    A row's tokens are not independent, so the row is the unit: the linearised variance of a ratio estimator (Cochran
+    1977, ch. 6), sum((s - ratio w)²) m / (m - 1) / sum(w)².
+    """
+    m, total = len(sums), sum(weights)
+    if m < 2:
+        return None
+    ratio = math.fsum(sums) / total
+    squares = math.fsum((s - ratio * w) ** 2 for s, w in zip(sums, weights, strict=True))
+    half = _Z * math.sqrt(squares * m / (m - 1)) / total
+    return ratio - half, ratio + half
