@@ -1,0 +1,1 @@
+"""Who else is told of a run's numbers: TensorBoard, and Weights & Biases."""

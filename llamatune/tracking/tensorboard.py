@@ -1,0 +1,33 @@
+"""TensorBoard's event files: ``tensorboard --logdir RUN/tensorboard``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+_FLUSH_S = 10
+
+
+class TensorBoardTracker:
+    """Event files in ``tensorboard/`` of the run directory, written anew from the first step on by each process.
+
+    So no step is missing that an earlier process did not come to write out; ``purge_step`` has TensorBoard forget what
+    it read in earlier files. The last of these stays, for a TensorBoard that has it open could not go on from there.
+    """
+
+    next_step = 0
+
+    def __init__(self, run: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        directory = run / "tensorboard"
+        for old in sorted(directory.glob("events.out.tfevents.*"))[:-1]:
+            old.unlink()
+        self._writer = SummaryWriter(str(directory), purge_step=0, flush_secs=_FLUSH_S)
+
+    def log(self, values: Mapping[str, float], step: int, time_s: float) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step, walltime=time_s)
+
+    def close(self, exit_code: int) -> None:
+        self._writer.close()

@@ -1,0 +1,202 @@
+"""Trackers listen to a run's events. Whatever befalls them costs one warning, and never the run.
+
+``metrics.jsonl`` is what a run leaves for good. A tracker is a copy of it for a chart: each process that works on the
+run begins by copying the lines that a tracker lacks, so that a tracker has every step once, however often the run was
+killed, and may be turned on at any time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from llamatune.errors import EnvironmentFault
+from llamatune.events import EvalDone, Event, Notice, OnEvent, RunStarted, StepDone
+from llamatune.files import open_regular, parse_json
+from llamatune.spec import RunSpec
+from llamatune.training.run_files import METRICS
+from llamatune.units import perplexity
+
+_BACKLOG = 10_000
+"""Lines that may wait for a tracker before it is given up."""
+_CLOSING_S = 30.0
+"""What all trackers together may take to end once the run has."""
+_KEYS = {
+    "step": {
+        "train/loss": "loss",
+        "train/learning_rate": "learning_rate",
+        "train/grad_norm": "grad_norm",
+        "train/tokens_per_second": "tokens_per_second",
+    },
+    "eval": {"eval/loss": "loss", "eval/perplexity": "perplexity"},
+}
+
+Line = Mapping[str, Any]
+"""A line of ``metrics.jsonl``."""
+
+
+class Tracker(Protocol):
+    """One chart of one run. Any method may raise, or take for ever."""
+
+    next_step: int
+    """The first step that it does not hold yet."""
+
+    def log(self, values: Mapping[str, float], step: int, time_s: float) -> None:
+        """Add what became known at ``step`` at ``time_s`` (seconds since 1970)."""
+
+    def close(self, exit_code: int) -> None:
+        """Write out what is left; ``exit_code`` is what the run came to."""
+
+
+def scalars(line: Line) -> dict[str, float]:
+    """What trackers are told of a line; of most kinds nothing."""
+    values = {name: line[key] for name, key in _KEYS.get(line["event"], {}).items()}
+    if line["event"] == "step":
+        values["train/perplexity"] = perplexity(line["loss"])
+    return values
+
+
+class Trackers:
+    """The trackers that the spec turns on, from the start of a run to the end of a ``with`` block.
+
+    Args:
+        report: told of every event, and warned of a tracker that failed.
+
+    Raises:
+        EnvironmentFault: a tracker's package is not installed. Nothing has begun then.
+    """
+
+    def __init__(self, spec: RunSpec, report: OnEvent) -> None:
+        self._run, self._report = Path(spec.training.output_dir), report
+        self._openers: dict[str, Callable[[], Tracker]] = {}
+        self._workers: list[_Worker] = []
+        if spec.tracking.tensorboard:
+            _require("tensorboard")
+            from llamatune.tracking.tensorboard import TensorBoardTracker
+
+            self._openers["TensorBoard"] = lambda: TensorBoardTracker(self._run)
+        if spec.tracking.wandb is not None:
+            _require("wandb")
+            from llamatune.tracking.weights_and_biases import WandbTracker
+
+            self._openers["W&B"] = lambda: WandbTracker(spec, self._run)
+
+    def on_event(self, event: Event) -> None:
+        """Pass an event on, and let the trackers know of it; waits for none of them."""
+        self._report(event)
+        match event:
+            case RunStarted() if self._openers:
+                recorded, began_s = (self._run / METRICS).stat().st_size, time.time() - event.elapsed_s
+                self._workers = [
+                    _Worker(name, opener, self._run / METRICS, recorded, began_s)
+                    for name, opener in self._openers.items()
+                ]
+            case StepDone() if self._workers:
+                self._tell({"event": "step", **asdict(event)})
+            case EvalDone() if self._workers:
+                self._tell({"event": "eval", **asdict(event)})
+
+    def _tell(self, line: Line) -> None:
+        for worker in self._workers:
+            worker.tell(line)
+        self._warn()
+
+    def _warn(self) -> None:
+        for worker in self._workers:
+            if worker.fault is not None and not worker.warned:
+                worker.warned = True
+                self._report(Notice(f"no longer tracking with {worker.name}: {worker.fault}", "warning"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        exit_code = 0 if fault is None else getattr(fault, "exit_code", 1)
+        for worker in self._workers:
+            worker.tell({"event": "end", "exit_code": exit_code})
+        deadline = time.monotonic() + _CLOSING_S
+        for worker in self._workers:
+            worker.wait(deadline - time.monotonic())
+        self._warn()
+
+
+class _Worker:
+    """A tracker in a thread of its own, which dies with the process."""
+
+    def __init__(self, name: str, opener: Callable[[], Tracker], metrics: Path, recorded: int, began_s: float) -> None:
+        self.name = name
+        self.fault: str | None = None
+        """Why there is no more to expect of it."""
+        self.warned = False
+        self._opener, self._metrics, self._recorded, self._began_s = opener, metrics, recorded, began_s
+        self._lines: queue.Queue[Line] = queue.Queue(_BACKLOG)
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def tell(self, line: Line) -> None:
+        if self.fault is None:
+            try:
+                self._lines.put_nowait(line)
+            except queue.Full:
+                self.fault = f"it is {_BACKLOG:,} lines behind"
+
+    def wait(self, seconds: float) -> None:
+        self._thread.join(max(seconds, 0.0))
+        if self._thread.is_alive() and self.fault is None:
+            self.fault = f"it did not end within {_CLOSING_S:g} s"
+
+    def _work(self) -> None:
+        try:
+            tracker, exit_code = self._opener(), 1
+            try:
+                exit_code = self._copy(tracker)
+            except BaseException as fault:
+                self._note(fault)
+            tracker.close(exit_code)
+        except BaseException as fault:
+            self._note(fault)
+
+    def _note(self, fault: BaseException) -> None:
+        what = f"{type(fault).__name__}: {fault}"
+        key = os.environ.get("WANDB_API_KEY")
+        if key:
+            what = what.replace(key, "***")
+        self.fault = self.fault or " ".join(what.split()).removesuffix(":")
+
+    def _copy(self, tracker: Tracker) -> int:
+        """Log every line until the end; what the run came to."""
+        elapsed_s = 0.0
+        for line in self._all_lines():
+            if line["event"] == "end":
+                return int(line["exit_code"])
+            values, elapsed_s = scalars(line), line.get("elapsed_s", elapsed_s)
+            if values and line["step"] >= tracker.next_step:
+                tracker.log(values, line["step"], self._began_s + elapsed_s)
+        return 1
+
+    def _all_lines(self) -> Iterator[Line]:
+        """What was recorded before this process went on with the run, then what it tells."""
+        left = self._recorded
+        with open_regular(self._metrics) as file:
+            while left > 0 and (text := file.readline()):
+                left -= len(text)
+                yield parse_json(text)
+        while self.fault is None:
+            yield self._lines.get()
+
+
+def _require(package: str) -> None:
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:  # a mere folder of that name is no package
+        install = f"pip install 'llamatune[{package}]', or leave it out"
+        raise EnvironmentFault(f"{package} is not installed", f"tracking.{package}", install)
