@@ -1,0 +1,146 @@
+"""What a report says, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from llamatune.accounting import ParameterCount, count_parameters
+from llamatune.checkpoints.config_files import read_config
+from llamatune.errors import LlamatuneError, printable
+from llamatune.reporting.curves import Epoch, epoch_means, running_average
+from llamatune.reporting.diagnosis import Diagnosis, diagnose
+from llamatune.reporting.run_log import LARGEST_NUMBER, Run
+from llamatune.reporting.samples import Samples
+from llamatune.reporting.spike_rows import with_rows
+from llamatune.units import perplexity
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """All that is said about one run. ``figures`` are None where the run has none (yet); sizes are in bytes."""
+
+    name: str
+    path: str
+    status: str
+    notices: list[str]
+    figures: dict[str, float | None]
+    diagnosis: Diagnosis
+    epochs: list[Epoch]
+    evaluations: list[dict[str, float]]
+    parameters: dict[str, dict[str, int]]
+    memory: dict[str, float]
+    data: dict[str, int | str]
+    spec: dict[str, Any]
+    spec_changes: list[str]
+    versions: dict[str, str]
+    traces: list[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Runs and what tells them apart: ``spec_differences`` holds each field's value by run."""
+
+    output: str
+    png: str | None
+    smoothing: float
+    runs: list[RunReport]
+    spec_differences: dict[str, dict[str, Any]]
+    samples: list[Samples]
+
+
+def report_run(run: Run, decay: float) -> RunReport:
+    """Judge one run; ``decay`` is the running average's."""
+    steps, evaluations = run.metrics.steps, run.metrics.evaluations
+    count, count_notice = _count(run)
+    epochs = epoch_means(steps, {found.step: found.loss for found in evaluations})
+    return RunReport(
+        name=run.name,
+        path=printable(str(run.path)),
+        status=run.status,
+        notices=[*run.notices, *([count_notice] if count_notice else [])],
+        figures=_figures(run, epochs, decay, count),
+        diagnosis=with_rows(run, diagnose(steps, evaluations)),
+        epochs=epochs,
+        evaluations=[
+            {"step": found.step, "loss": found.loss, "perplexity": perplexity(found.loss)} for found in evaluations
+        ],
+        parameters={} if count is None else {name: dict(facts) for name, facts in count.modules.items()},
+        memory=_memory(run),
+        data=run.data,
+        spec=run.spec.model_dump(mode="json"),
+        spec_changes=run.spec_changes,
+        versions=run.versions,
+        traces=run.traces,
+    )
+
+
+def _count(run: Run) -> tuple[ParameterCount | None, str]:
+    """Parameters by module, from the base's configuration; a notice where it is not what was trained on."""
+    spec = run.spec
+    try:
+        config = read_config(Path(spec.model.path)).with_layers(spec.model.num_layers)
+        lora = spec.lora
+        count = count_parameters(config, lora.r if lora else None, lora.target_modules if lora else ())
+    except (LlamatuneError, ValueError) as fault:  # a null byte in the path
+        return None, f"no parameters by module: {fault}"
+    if run.summary.get("total_parameters", count.total_parameters) != count.total_parameters:
+        return None, f"no parameters by module: {spec.model.path} is another model than the run's"
+    return count, ""
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in nested objects, by its keys joined with underscores."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}_")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER:
+            yield prefix + key, value
+
+
+def _figures(run: Run, epochs: Sequence[Epoch], decay: float, count: ParameterCount | None) -> dict[str, float | None]:
+    """What runs are compared by. What the log tells is taken from there, so that unfinished runs compare too."""
+    steps, evaluations = run.metrics.steps, run.metrics.evaluations
+    summary = dict(_numbers(run.summary))
+    best = min(evaluations, key=lambda found: found.loss, default=None)
+    last = evaluations[-1].loss if evaluations else None
+    trainable = count.trainable_parameters if count else summary.get("trainable_parameters")
+    total = count.total_parameters if count else summary.get("total_parameters")
+    return {
+        "steps": len(steps),
+        "epochs": steps[-1].epoch if steps else 0,
+        "train_loss": epochs[-1].train_loss if epochs else None,
+        "smoothed_train_loss": running_average([step.loss for step in steps], decay)[-1] if steps else None,
+        "best_validation_loss": best.loss if best else None,
+        "best_validation_step": best.step if best else None,
+        "last_validation_loss": last,
+        "last_validation_perplexity": None if last is None else perplexity(last),
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "trainable_percent": 100 * trainable / total if trainable and total else None,
+        "peak_memory_bytes": summary.get("peak_memory_bytes", steps[-1].peak_memory_bytes if steps else None),
+        "runtime_s": summary.get("runtime_s", steps[-1].elapsed_s if steps else None),
+        "tokens_per_second": summary.get("tokens_per_second"),
+        "median_tokens_per_second": median(step.tokens_per_second for step in steps) if steps else None,
+        "skipped_windows": len(run.metrics.skipped),
+    }
+
+
+def _memory(run: Run) -> dict[str, float]:
+    """All sizes that the run measured or foresaw; of an unfinished run the peak so far."""
+    sizes = {key: value for key, value in _numbers(run.summary) if key.endswith("_bytes")}
+    if not sizes and run.metrics.steps:
+        sizes["peak_memory_bytes"] = run.metrics.steps[-1].peak_memory_bytes
+    return sizes
+
+
+def spec_differences(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Fields whose values are not the same in all runs; None stands for a section that a run does without."""
+    flat = {run.name: run.spec.flat() for run in runs}
+    fields = list(dict.fromkeys(field for values in flat.values() for field in values))
+    table = {field: {name: values.get(field) for name, values in flat.items()} for field in fields}
+    del table["training.output_dir"]  # two runs never share one
+    return {field: row for field, row in table.items() if any(value != row[runs[0].name] for value in row.values())}

@@ -1,0 +1,138 @@
+"""How charts look and what becomes of them: SVG for a page with two colour schemes, or one PNG."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from llamatune.errors import EnvironmentFault
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PALETTE = {
+    "ink": ("#1f2328", "#e6edf3"),
+    "faint": ("#c9ced4", "#3d444d"),
+    "series-1": ("#054ea1", "#49affa"),
+    "series-2": ("#ff362f", "#ff9b63"),
+    "series-3": ("#099473", "#5ffcd0"),
+    "series-4": ("#a84f9d", "#ce84c8"),
+    "series-5": ("#877013", "#e3c33a"),
+    "series-6": ("#5b6570", "#adb6bf"),
+}
+"""Each colour on a light and on a dark page; the series are far apart with any one kind of cone missing too."""
+
+_INK, _FAINT = PALETTE["ink"][0], PALETTE["faint"][0]
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and scaled
+    "svg.hashsalt": "llamatune",  # the same curves give the same bytes
+    "text.parse_math": False,  # a dollar in a run's name is a dollar
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "axes.titlecolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.5,
+    "grid.alpha": 0.6,
+    "text.color": _INK,
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.0,
+}
+_SIZE_INCHES = (5.0, 3.1)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One set of axes: ``draw`` fills them, ``description`` says in words what can be seen there."""
+
+    name: str
+    title: str
+    description: str
+    draw: Callable[[Axes], None]
+
+
+def require_matplotlib() -> None:
+    """Raise before any work if the extra that draws is not installed."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise EnvironmentFault("the charts need matplotlib", None, "pip install llamatune[plots]") from None
+
+
+@contextlib.contextmanager
+def _our_style() -> Iterator[None]:
+    """matplotlib's own defaults and ours, whatever the user's configuration says."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a glyph that the font lacks, an axis without points
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def chart_svg(chart: Chart) -> str:
+    """One chart as an SVG element for an HTML page: titled, described, its colours variables of the page's style."""
+    with _our_style():
+        figure = _figure(*_SIZE_INCHES)
+        chart.draw(figure.add_subplot())
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = stream.getvalue()
+    view = re.search(r'viewBox="([\d. ]+)"', svg)
+    assert view is not None
+    body = svg[svg.index("<defs>", view.end()) :]
+    # Names are unique within a page; so is a style, which the page's own takes the place of.
+    body = re.sub(r"<style.*?</style>", "", body, count=1, flags=re.DOTALL)
+    body = re.sub(r'( id="|url\(#|href="#)', rf"\1{chart.name}-", body)
+    for name, (light, _) in PALETTE.items():
+        body = body.replace(light, f"var(--{name})")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{view[1]}" '
+        f'role="img" aria-labelledby="{chart.name}-title {chart.name}-description">\n'
+        f'<title id="{chart.name}-title">{escape(chart.title)}</title>\n'
+        f'<desc id="{chart.name}-description">{escape(chart.description)}</desc>\n{body}'
+    )
+
+
+def charts_png(charts: Sequence[Chart], legend: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """All charts in one picture, two in a row; below them each name of ``legend`` beside a line of its style."""
+    from matplotlib.lines import Line2D
+
+    rows = -(-len(charts) // 2)
+    with _our_style():
+        figure = _figure(2 * _SIZE_INCHES[0], rows * _SIZE_INCHES[1] + 0.25 * len(legend))
+        # A figure of its own for each: a colour bar narrows no other chart.
+        for chart, part in zip(charts, figure.subfigures(rows, 2, squeeze=False).flat, strict=False):
+            axes = part.add_subplot()
+            chart.draw(axes)
+            axes.set_title(chart.title)
+        figure.legend([Line2D([], [], **style) for style in legend.values()], list(legend), loc="outside lower left")
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=150, metadata={"Software": None})
+    return stream.getvalue()

@@ -1,0 +1,257 @@
+"""The page: one HTML file that needs nothing else, runs nothing, and shows whatever files said as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib import resources
+from string import Template
+from typing import Any
+
+import yaml
+
+from llamatune import __version__
+from llamatune.errors import printable
+from llamatune.reporting.charts import Curve
+from llamatune.reporting.contents import Report, RunReport
+from llamatune.reporting.diagnosis import Spike
+from llamatune.reporting.drawing import PALETTE, Chart
+from llamatune.reporting.samples import Samples
+from llamatune.reporting.wording import ABSENT, figure_rows, findings, loss, two_places, whole
+from llamatune.units import duration, gibibytes
+
+_PAGE = {"page": ("#ffffff", "#0d1117"), "panel": ("#f3f5f7", "#161b22"), "quiet": ("#57606a", "#9aa4af")}
+_MOST_ROWS_NAMED = 24
+
+
+class Markup(str):
+    """HTML that is ours. Any other text is escaped on its way into the page."""
+
+
+def _html(value: object) -> Markup:
+    """``value`` as HTML: text escaped, line breaks and tabs kept, other control characters made visible."""
+    if isinstance(value, Markup):
+        return value
+    text = "".join(c if c in "\n\t" else printable(c) for c in str(value))
+    return Markup(escape(text))
+
+
+def _element(tag: str, *content: object, **attributes: str) -> Markup:
+    names = "".join(f' {name.rstrip("_")}="{escape(value)}"' for name, value in attributes.items())
+    return Markup(f"<{tag}{names}>{''.join(map(_html, content))}</{tag}>")
+
+
+def _table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "numbers") -> Markup:
+    """A table whose rows begin with their heading, in a frame that scrolls sideways on a narrow screen."""
+    head = _element("tr", *(_element("th", heading, scope="col") for heading in headings))
+    body = [
+        _element("tr", _element("th", first, scope="row"), *(_element("td", x) for x in rest)) for first, *rest in rows
+    ]
+    if not body:
+        return Markup()
+    table = _element(
+        "table", _element("caption", caption), _element("thead", head), _element("tbody", *body), class_=kind
+    )
+    return _element("div", table, class_="scroll", tabindex="0")
+
+
+def _section(title: str, *content: Markup) -> Markup:
+    """A section with a heading; nothing at all without content."""
+    filled = [part for part in content if part]
+    return _element("section", _element("h2", title), *filled) if filled else Markup()
+
+
+def render_page(report: Report, charts: Sequence[tuple[Chart, str]], curves: Sequence[Curve]) -> str:
+    """The whole page; ``charts`` come with their SVG."""
+    names = [run.name for run in report.runs]
+    body = (
+        _overview(report),
+        _section("Diagnosis", *(_diagnosis(run) for run in report.runs)),
+        _section("Curves", _legend(curves), _key(report), _charts(charts)),
+        _section("Epochs", *(_epochs(run) for run in report.runs)),
+        _section("Before and after", *map(_answers, report.samples)),
+        _section("Differences between the specs", _differences(report, names)),
+        _section("Parameters and memory", *(part(run) for run in report.runs for part in (_parameters, _memory))),
+        _section("Data", *map(_data, report.runs)),
+        _section("Specs and versions", *map(_spec, report.runs)),
+        _element("p", f"Made by llamatune {__version__}.", class_="quiet"),
+    )
+    return Template(_file("page.html")).substitute(
+        title=_html("Training report: " + ", ".join(names)),
+        style=_colours() + _file("page.css"),
+        body="\n".join(part for part in body if part),
+    )
+
+
+def _file(name: str) -> str:
+    return resources.files("llamatune.reporting").joinpath(name).read_text(encoding="utf-8")
+
+
+def _colours() -> str:
+    """Every colour as a variable, for light pages and for dark ones."""
+    schemes = [
+        " ".join(f"--{name}: {colours[scheme]};" for name, colours in {**PALETTE, **_PAGE}.items()) for scheme in (0, 1)
+    ]
+    return f":root {{ {schemes[0]} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {schemes[1]} }} }}\n"
+
+
+def _overview(report: Report) -> Markup:
+    runs = report.runs
+    rows = [("status", *(run.status for run in runs))]
+    rows += [(label, *values) for label, values in figure_rows([run.figures for run in runs])]
+    notices = [f"{run.name}: {notice}" for run in runs for notice in run.notices]
+    return _element(
+        "section",
+        _table("Final figures", ["", *(run.name for run in runs)], rows),
+        _element("ul", *(_element("li", notice) for notice in notices), class_="quiet") if notices else "",
+    )
+
+
+def _diagnosis(run: RunReport) -> Markup:
+    said = _element("ul", *(_element("li", sentence) for sentence in findings(run.diagnosis)))
+    headings = (
+        "peak at step", "epoch", "loss", "usual before", "gradient norm before clipping", "usual before",
+        "learning rate", "steps", "rows of the window",
+    )  # fmt: skip
+    return Markup(_element("h3", run.name) + said + _table("Spikes", headings, map(_spike, run.diagnosis.spikes)))
+
+
+def _spike(spike: Spike) -> Sequence[object]:
+    if spike.rows is None:
+        rows = "the prepared data is needed to name them"
+    else:
+        more = len(spike.rows) - _MOST_ROWS_NAMED
+        rows = ", ".join(map(str, spike.rows[:_MOST_ROWS_NAMED])) + (f" and {more} more" if more > 0 else "")
+    return (
+        whole(spike.step),
+        spike.epoch,
+        loss(spike.loss),
+        loss(spike.typical_loss),
+        f"{spike.grad_norm:.3g}",
+        f"{spike.typical_grad_norm:.3g}",
+        f"{spike.learning_rate:.3g}",
+        f"{spike.first_step:,} to {spike.last_step:,}" + ("" if spike.recovered else ", not over"),
+        rows,
+    )
+
+
+def _legend(curves: Sequence[Curve]) -> Markup:
+    """Each run's name beside a line in its colour, its validation marker on it."""
+    items = []
+    for curve in curves:
+        dashes = " ".join(str(3 * length) for length in curve.dashes)
+        line = Markup(
+            f'<svg viewBox="0 0 44 12" aria-hidden="true"><path d="M0 6H44" stroke="var(--{curve.series})" '
+            f'stroke-width="3" stroke-dasharray="{dashes}"/></svg>'
+        )
+        items.append(_element("li", line, _element("span", f"{curve.run.name} (validation: {curve.marker[1]})")))
+    return _element("ul", *items, class_="legend")
+
+
+def _key(report: Report) -> Markup:
+    memory = f"decay {report.smoothing:g} (about {1 / (1 - report.smoothing):.0f} updates)"
+    sentences = (
+        f"Training loss: thin, each update; thick, a moving average with {memory}, its start corrected for bias.",
+        "Validation loss: dashed with markers.",
+        "A cross marks a spike, a dotted line the norm that gradients are clipped to.",
+        "Of long runs each stretch is drawn by its lowest and its highest update.",
+    )
+    return _element("p", " ".join(sentences), class_="quiet")
+
+
+def _charts(charts: Sequence[tuple[Chart, str]]) -> Markup:
+    figures = (_element("figure", _element("figcaption", chart.title), Markup(svg)) for chart, svg in charts)
+    return _element("div", *figures, class_="charts")
+
+
+def _epochs(run: RunReport) -> Markup:
+    def optional(value: float | None, form: Any) -> str:
+        return ABSENT if value is None else form(value)
+
+    headings = (
+        "epoch", "updates", "training loss", "perplexity", "validation loss", "perplexity", "target tokens", "ended at",
+    )  # fmt: skip
+    rows = [
+        (
+            f"{epoch.epoch}" + ("" if epoch.complete else " (part)"),
+            whole(epoch.steps),
+            loss(epoch.train_loss),
+            two_places(epoch.train_perplexity),
+            optional(epoch.validation_loss, loss),
+            optional(epoch.validation_perplexity, two_places),
+            whole(epoch.target_tokens),
+            duration(epoch.elapsed_s),
+        )
+        for epoch in run.epochs
+    ]
+    return _table(run.name, headings, rows)
+
+
+def _answers(found: Samples) -> Markup:
+    headings = ("prompt", "before", "after")
+    head = _element("tr", *(_element("th", heading, scope="col") for heading in headings))
+    rows = []
+    for sample in found.samples:
+        texts = (sample.prompt, ABSENT if sample.base is None else sample.base, sample.tuned)
+        cells = (Markup(f'<td data-label="{label}">{_html(x)}</td>') for label, x in zip(headings, texts, strict=True))
+        rows.append(_element("tr", *cells))
+    return _element(
+        "table",
+        _element("caption", found.source),
+        _element("thead", head),
+        _element("tbody", *rows),
+        class_="answers",
+    )
+
+
+def _differences(report: Report, names: Sequence[str]) -> Markup:
+    rows = [(field, *(_value(row[name]) for name in names)) for field, row in report.spec_differences.items()]
+    if len(names) > 1 and not rows:
+        return _element("p", "None but the run directory.")
+    return _table("Fields that are not the same in all runs", ["field", *names], rows)
+
+
+def _value(value: object) -> str:
+    return ABSENT if value is None else str(yaml.safe_dump(value, default_flow_style=True, width=1000)).splitlines()[0]
+
+
+def _parameters(run: RunReport) -> Markup:
+    rows = [
+        (name, whole(facts["base"]), whole(facts["adapter"]) if facts["adapter"] else "")
+        for name, facts in run.parameters.items()
+    ]
+    if rows:
+        base, adapter = (sum(facts[key] for facts in run.parameters.values()) for key in ("base", "adapter"))
+        rows.append(("all", whole(base), whole(adapter) if adapter else ""))
+    return _table(f"{run.name}: parameters, all blocks together", ("module", "base", "adapter"), rows)
+
+
+def _memory(run: RunReport) -> Markup:
+    rows = [
+        (name.removesuffix("_bytes").replace("_", " "), gibibytes(size), whole(size))
+        for name, size in run.memory.items()
+    ]
+    return _table(f"{run.name}: memory", ("", "size", "bytes"), rows)
+
+
+def _data(run: RunReport) -> Markup:
+    rows = [
+        (key.replace("_", " "), whole(value) if isinstance(value, int) else value) for key, value in run.data.items()
+    ]
+    return _table(f"{run.name}: {run.spec['data']['train']}", ("", "count"), rows)
+
+
+def _spec(run: RunReport) -> Markup:
+    known = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    facts = [
+        f"run directory: {run.path}",
+        f"trained with {known}" if known else "no checkpoint tells the versions that it was trained with",
+        *(f"changed between two starts: {change}" for change in run.spec_changes),
+        *(f"profiler trace: {name}" for name in run.traces),
+    ]
+    resolved = yaml.safe_dump(run.spec, sort_keys=False, allow_unicode=True)
+    return Markup(
+        _element("h3", run.name)
+        + _element("ul", *(_element("li", fact) for fact in facts))
+        + _element("details", _element("summary", "The resolved spec"), _element("pre", resolved))
+    )

@@ -1,0 +1,103 @@
+"""How figures and findings read, on the page and on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llamatune.reporting.diagnosis import Diagnosis, Trend, Validation
+from llamatune.units import duration, gibibytes
+
+ABSENT = "-"
+
+
+def whole(value: float) -> str:
+    """``1,234``."""
+    return f"{value:,.0f}"
+
+
+def loss(value: float) -> str:
+    """Four places, as logs have it."""
+    return f"{value:.4f}"
+
+
+def two_places(value: float) -> str:
+    """``12.35``, ``1,234.57``, and ``1.2e+07`` where that reads better."""
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.2g}"
+
+
+_FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "steps": ("steps", whole),
+    "epochs": ("epochs", two_places),
+    "train_loss": ("training loss, mean of the last epoch", loss),
+    "smoothed_train_loss": ("training loss, smoothed, at the end", loss),
+    "best_validation_loss": ("lowest validation loss", loss),
+    "best_validation_step": ("  at step", whole),
+    "last_validation_loss": ("last validation loss", loss),
+    "last_validation_perplexity": ("  its perplexity", two_places),
+    "trainable_parameters": ("trained parameters", whole),
+    "total_parameters": ("all parameters", whole),
+    "trainable_percent": ("  trained, %", lambda value: f"{value:.4f}"),
+    "peak_memory_bytes": ("peak memory", gibibytes),
+    "runtime_s": ("runtime", duration),
+    "tokens_per_second": ("tokens/s, whole run", whole),
+    "median_tokens_per_second": ("tokens/s, median step", whole),
+    "skipped_windows": ("windows skipped by fp16 overflow", whole),
+}
+
+
+def figure_rows(runs: list[dict[str, float | None]]) -> list[tuple[str, list[str]]]:
+    """A label and each run's value, for every figure that a run has."""
+    rows = []
+    for key, (label, form) in _FIGURES.items():
+        values = [figures[key] for figures in runs]
+        if any(value is not None for value in values):
+            rows.append((label, [ABSENT if value is None else form(value) for value in values]))
+    return rows
+
+
+def findings(diagnosis: Diagnosis) -> list[str]:
+    """The diagnosis in three sentences."""
+    return [_spikes(diagnosis), _validation(diagnosis.validation), _trend(diagnosis.trend)]
+
+
+def _spikes(diagnosis: Diagnosis) -> str:
+    spikes = diagnosis.spikes
+    if not spikes:
+        return "No spikes of the training loss."
+    worst = max(spikes, key=lambda spike: spike.loss / spike.typical_loss if spike.typical_loss else 0.0)
+    open_end = "" if spikes[-1].recovered else "; the loss never came back from the last one"
+    return (
+        f"{len(spikes)} spike{'s' * (len(spikes) > 1)} of the training loss, the worst at step {worst.step:,}: "
+        f"{worst.loss:.4f} where {worst.typical_loss:.4f} was usual{open_end}."
+    )
+
+
+def _validation(found: Validation | None) -> str:
+    if found is None:
+        return "Over-fitting cannot be judged with fewer than two evaluations."
+    lowest = f"lowest at step {found.turned_step:,} (epoch {found.turned_epoch}) with {found.lowest_loss:.4f}"
+    if found.rise:
+        last = (
+            f"{found.last_loss:.4f} ({found.rise:+.1%}) at the end; gap to the training loss {found.gap_at_turn:+.4f}"
+        )
+        said = f"validation loss {lowest}, {last} there and {found.gap_at_end:+.4f} at the end."
+    else:
+        said = f"validation loss {lowest}, the last one; gap to the training loss {found.gap_at_end:+.4f}."
+    match found.verdict:
+        case "over-fitting":
+            return f"Over-fitting since epoch {found.turned_epoch}: {said}"
+        case "rising":
+            return f"Validation and training loss both rise: {said}"
+    return f"No over-fitting: {said}"
+
+
+def _trend(found: Trend | None) -> str:
+    if found is None:
+        return "Too few steps to tell whether the loss still falls."
+    verdict = {
+        "falling": "The training loss still falls",
+        "rising": "The training loss rises",
+        "plateau": "Plateau of the training loss",
+    }.get(found.verdict, "Whether the training loss still falls is lost in its noise")
+    change = f"{found.change:+.1%} ± {found.uncertainty:.1%}"
+    return f"{verdict}: {change} from step {found.first_step:,} to the end, around {found.mean_loss:.4f}."

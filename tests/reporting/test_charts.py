@@ -1,0 +1,176 @@
+"""Curves and their drawing: averages against closed forms, colours against models of colour blindness, valid SVG."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy
+import pytest
+from report_material import falling, make_steps, noisy, write_run
+
+from llamatune.reporting.charts import Curve, make_charts
+from llamatune.reporting.curves import epoch_means, running_average, thinned
+from llamatune.reporting.drawing import PALETTE, chart_svg, charts_png
+from llamatune.reporting.run_log import Evaluation, read_run
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.95])
+def test_the_running_average_is_the_weighted_mean_of_its_definition(decay: float) -> None:
+    values = noisy(falling(30), 0.3)
+    for count, average in enumerate(running_average(values, decay), 1):
+        weights = [decay ** (count - 1 - place) for place in range(count)]
+        assert average == pytest.approx(sum(w * x for w, x in zip(weights, values, strict=False)) / sum(weights))
+    assert running_average([7.0] * 5, decay) == pytest.approx([7.0] * 5)
+
+
+def test_thinning_keeps_every_extreme_and_the_order() -> None:
+    values = noisy([1.0] * 10_000, 0.2)
+    values[1234], values[8765] = 50.0, 0.001
+    kept = thinned(values, 200)
+    assert kept == sorted(set(kept))
+    assert len(kept) <= 200
+    assert {1234, 8765} <= set(kept)
+    assert thinned(values[:150], 200) == list(range(150))
+    assert thinned([], 200) == []
+
+
+def test_epoch_means_weigh_target_tokens_and_take_the_last_evaluation_of_the_epoch() -> None:
+    steps = make_steps([4.0, 2.0, 1.0, 1.0, 0.5], epochs=1)
+    shares = (0.5, 1.0, 1.5, 2.0, 2.5)
+    tokens = (30, 10, 10, 10, 7)
+    steps = [
+        type(step)(**{**vars(step), "epoch": epoch, "target_tokens": count})
+        for step, epoch, count in zip(steps, shares, tokens, strict=True)
+    ]
+    first, second, third = epoch_means(steps, {1: 9.0, 2: 8.0, 3: 7.0})
+    assert (first.train_loss, first.validation_loss, first.steps) == (pytest.approx(140 / 40), 8.0, 2)
+    assert (second.train_loss, second.validation_loss, second.complete) == (1.0, 7.0, True)
+    assert (third.epoch, third.complete, third.validation_loss, third.target_tokens) == (3, False, None, 7)
+    assert first.train_perplexity == pytest.approx(numpy.exp(3.5))
+
+
+def _rgb(colour: str) -> numpy.ndarray:
+    channels = numpy.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return numpy.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
+def _contrast(one: str, other: str) -> float:
+    """WCAG 2's contrast ratio."""
+    light, dark = sorted(
+        (float(_rgb(colour) @ [0.2126, 0.7152, 0.0722]) + 0.05 for colour in (one, other)), reverse=True
+    )
+    return light / dark
+
+
+def _lab(linear: numpy.ndarray) -> numpy.ndarray:
+    xyz = numpy.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
+    f = numpy.cbrt(xyz / [0.9505, 1.0, 1.089])
+    return numpy.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+# Severity 1 of Machado, Oliveira and Fernandes (2009), on linear RGB.
+MISSING_CONES = {
+    "none": numpy.eye(3),
+    "long": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "medium": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "short": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+@pytest.mark.parametrize("missing", MISSING_CONES)
+def test_series_are_told_apart_without_any_one_kind_of_cone(missing: str, scheme: int) -> None:
+    matrix = numpy.array(MISSING_CONES[missing])
+    seen = {
+        name: _lab(numpy.clip(matrix @ _rgb(colours[scheme]), 0, 1))
+        for name, colours in PALETTE.items() if name.startswith("series")
+    }  # fmt: skip
+    distances = {(a, b): float(numpy.linalg.norm(seen[a] - seen[b])) for a, b in itertools.combinations(seen, 2)}
+    nearest = min(distances, key=distances.__getitem__)
+    assert distances[nearest] > 15, nearest  # a difference of 2.3 is just noticed
+    assert min(d for pair, d in distances.items() if set(pair) <= {"series-1", "series-2", "series-3"}) > 25
+
+
+@pytest.mark.parametrize(("scheme", "page"), [(0, "#ffffff"), (1, "#0d1117")])
+def test_lines_and_text_stand_out_from_the_page(scheme: int, page: str) -> None:
+    for name, colours in PALETTE.items():
+        if name != "faint":
+            assert _contrast(colours[scheme], page) > (7 if name == "ink" else 3), name
+
+
+def _curves(tmp_path: Path) -> list[Curve]:
+    norms = {
+        step: [{"event": "layer_grad_norms", "step": step, "norms": {f"layers.{n}": n * step for n in range(3)}}]
+        for step in range(1, 41)
+    }
+    skipped = {7: [{"event": "skipped", "window": 8, "loss_scale": 512.0}]}
+    paths = {
+        "plain": write_run(tmp_path / "plain", noisy(falling(40), 0.1), [Evaluation(20, 2.0), Evaluation(40, 1.5)]),
+        "no <b>$steps$</b>": write_run(tmp_path / "none", []),
+        "one step": write_run(tmp_path / "one", [2.0], training__max_grad_norm=None),
+        "_layers": write_run(tmp_path / "layers", falling(40), extra=norms),
+        "half": write_run(tmp_path / "half", [1e98, *falling(39)], extra=skipped, training__precision="fp16"),
+        "nothing lost": write_run(tmp_path / "zero", [0.0] * 5),
+        "the seventh": write_run(tmp_path / "seventh", falling(1500)),
+    }
+    curves = []
+    for place, (name, path) in enumerate(paths.items()):
+        run = read_run(path, name)
+        losses = [step.loss for step in run.metrics.steps]
+        validation = {found.step: found.loss for found in run.metrics.evaluations}
+        curves.append(Curve(run, place, running_average(losses, 0.9), epoch_means(run.metrics.steps, validation), []))
+    return curves
+
+
+def test_every_chart_is_valid_svg_without_addresses_scripts_or_colours_of_its_own(tmp_path: Path) -> None:
+    charts = make_charts(_curves(tmp_path))
+    assert [chart.name for chart in charts] == [
+        "loss", "perplexity", "epochs", "learning-rate", "gradient-norm", "throughput", "memory", "loss-scale",
+        "layers-3",
+    ]  # fmt: skip
+    ids: list[str] = []
+    for chart in charts:
+        svg = chart_svg(chart)
+        root = ElementTree.fromstring(svg)
+        assert (root.tag, root.get("role")) == (f"{SVG}svg", "img")
+        named = {element.get("id"): element for element in root.iter() if element.get("id")}
+        labels = [named[name] for name in (root.get("aria-labelledby") or "").split()]
+        assert [label.tag for label in labels] == [f"{SVG}title", f"{SVG}desc"]
+        assert labels[0].text == chart.title
+        assert labels[1].text == chart.description != ""
+        assert not {element.tag for element in root.iter()} & {f"{SVG}script", f"{SVG}foreignObject", f"{SVG}style"}
+        for element in root.iter():
+            for name, value in element.attrib.items():
+                assert not name.lower().startswith("on")
+                if name.endswith("href"):
+                    assert value.startswith("data:image/png;base64,") or value[1:] in named
+        for light, _ in PALETTE.values():
+            assert light not in svg
+        ids += named
+    assert len(ids) == len(set(ids))
+
+
+def test_the_same_curves_give_the_same_bytes(tmp_path: Path) -> None:
+    curves = _curves(tmp_path)
+    legend = {curve.run.name: curve.style for curve in curves}
+    once, again = (
+        ([chart_svg(chart) for chart in make_charts(curves)], charts_png(make_charts(curves), legend)) for _ in range(2)
+    )
+    assert once == again
+
+
+def test_the_picture_holds_every_chart_and_every_name(tmp_path: Path) -> None:
+    from PIL import Image
+
+    curves = _curves(tmp_path)
+    charts = make_charts(curves)
+    picture = Image.open(io.BytesIO(charts_png(charts, {curve.run.name: curve.style for curve in curves})))
+    assert picture.size == (1500, int(150 * (3.1 * 5 + 0.25 * 7)))
+    colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24) or []}
+    for curve in curves:
+        assert tuple(int(curve.style["color"][i : i + 2], 16) for i in (1, 3, 5)) in colours

@@ -1,0 +1,182 @@
+"""The diagnosis on curves with known answers, with noise; and silence where there is nothing to find."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy
+import pytest
+from report_material import falling, make_steps, noisy
+
+from llamatune.reporting.diagnosis import Trend, diagnose, find_spikes, judge_trend, judge_validation
+from llamatune.reporting.run_log import Evaluation
+from llamatune.reporting.wording import findings
+
+SMOOTH = {
+    "exponential": falling(400),
+    "steep": [1 + 9 * math.exp(-place / 8) for place in range(400)],
+    "linear": [3 - place / 200 for place in range(400)],
+    "constant": [2.0] * 400,
+    "slow rise": [1 + place / 400 for place in range(400)],
+    "stairs of epochs": [[2.0, 1.2, 0.7, 0.4][place // 100] for place in range(400)],
+    "to nothing": [math.exp(-place / 40) for place in range(400)],
+}
+
+
+@pytest.mark.parametrize("deviation", [0.0, 0.02, 0.15, 0.4])
+@pytest.mark.parametrize("shape", SMOOTH)
+def test_no_spike_is_found_where_there_is_none(shape: str, deviation: float) -> None:
+    for seed in range(3):
+        assert find_spikes(make_steps(noisy(SMOOTH[shape], deviation, seed))) == []
+
+
+@pytest.mark.parametrize("deviation", [0.0, 0.05, 0.2])
+@pytest.mark.parametrize("place", [40, 150, 399])
+def test_a_spike_is_found_at_its_step_with_its_norm_and_rate(place: int, deviation: float) -> None:
+    losses = noisy(falling(400), deviation, seed=place)
+    losses[place] *= 5
+    steps = make_steps(losses)
+    (spike,) = find_spikes(steps)
+    planted = steps[place]
+    assert (spike.step, spike.window, spike.loss) == (planted.step, planted.window, planted.loss)
+    assert (spike.grad_norm, spike.learning_rate) == (planted.grad_norm, planted.learning_rate)
+    assert (spike.first_step, spike.last_step) == (place + 1, place + 1)
+    assert spike.epoch == math.ceil(planted.epoch)
+    assert spike.typical_loss == pytest.approx(falling(400)[place], rel=0.1 + deviation)
+    assert spike.typical_grad_norm == pytest.approx(10 * spike.typical_loss)
+    assert spike.recovered == (place < 399)
+
+
+def test_neighbouring_high_losses_are_one_spike_told_by_its_peak() -> None:
+    losses = noisy(falling(300), 0.05)
+    for place, factor in zip(range(200, 206), (3, 5, 9, 1, 4, 3), strict=True):
+        losses[place] *= factor
+    (spike,) = find_spikes(make_steps(losses))
+    assert (spike.first_step, spike.step, spike.last_step) == (201, 203, 206)
+    assert spike.recovered
+
+
+def test_two_spikes_are_two_even_within_one_window() -> None:
+    losses = noisy(falling(300), 0.05)
+    losses[200] *= 6
+    losses[215] *= 4
+    assert [spike.step for spike in find_spikes(make_steps(losses))] == [201, 216]
+
+
+def test_a_loss_that_never_comes_back_is_a_spike_without_end() -> None:
+    losses = noisy([*falling(200), *[8.0] * 60], 0.05)
+    (spike,) = find_spikes(make_steps(losses))
+    assert (spike.first_step, spike.last_step, spike.recovered) == (201, 260, False)
+    assert "never came back" in findings(diagnose(make_steps(losses), []))[0]
+
+
+def _evaluations(curve: list[float], every: int, deviation: float, seed: int = 0) -> list[Evaluation]:
+    return [Evaluation(every * (n + 1), loss) for n, loss in enumerate(noisy(curve, deviation, seed))]
+
+
+@pytest.mark.parametrize(("count", "deviation"), [(4, 0.0), (10, 0.004), (40, 0.01)])
+def test_over_fitting_is_found_where_validation_turned(count: int, deviation: float) -> None:
+    """Validation falls for half of the run and rises for the other half, while the training loss goes on falling."""
+    steps = make_steps(noisy([2 - place / 400 for place in range(400)], 0.05), epochs=10)
+    bowl = [1.5 + 2 * ((n + 1) / count - 0.5) ** 2 for n in range(count)]
+    found = judge_validation(steps, _evaluations(bowl, 400 // count, deviation))
+    assert found is not None
+    assert found.verdict == "over-fitting"
+    assert abs(found.turned_step - 200) <= 2 * 400 // count
+    assert found.turned_epoch == math.ceil(found.turned_step / 40)
+    assert found.rise == pytest.approx(2.0 / 1.5 - 1, abs=0.05)
+    # The training loss is 1.5 in the middle and 1.0 at the end.
+    assert found.gap_at_turn == pytest.approx(0.0, abs=0.3)
+    assert found.gap_at_end == pytest.approx(1.0, abs=0.3)
+
+
+def test_gaps_compare_with_the_training_since_the_evaluation_before() -> None:
+    steps = make_steps([4.0] * 10 + [2.0] * 10 + [1.0] * 10)
+    found = judge_validation(steps, [Evaluation(10, 3.0), Evaluation(20, 2.5), Evaluation(30, 2.8)])
+    assert found is not None
+    assert (found.turned_step, found.lowest_loss, found.last_loss) == (20, 2.5, 2.8)
+    assert found.gap_at_turn == pytest.approx(0.5)
+    assert found.gap_at_end == pytest.approx(1.8)
+    assert found.rise == pytest.approx(0.12)
+
+
+@pytest.mark.parametrize(("count", "deviation"), [(2, 0.002), (5, 0.002), (12, 0.01), (40, 0.03)])
+def test_validation_that_falls_or_stays_is_no_over_fitting(count: int, deviation: float) -> None:
+    alarms = 0
+    for seed in range(50):
+        steps = make_steps(noisy(falling(10 * count), 0.1, seed))
+        for curve in (falling(count), [1.0] * count, [1 + 1 / (n + 1) for n in range(count)]):
+            found = judge_validation(steps, _evaluations(curve, 10, deviation, seed))
+            assert found is not None
+            alarms += found.verdict != "no over-fitting"
+    assert alarms <= (0 if count < 12 else 2)  # of 150; five deviations that are measured are not quite five
+
+
+def test_both_losses_rising_is_not_called_over_fitting() -> None:
+    steps = make_steps([1.0] * 20 + [3.0] * 20)
+    found = judge_validation(
+        steps, [Evaluation(10, 1.1), Evaluation(20, 1.1), Evaluation(30, 3.1), Evaluation(40, 3.2)]
+    )
+    assert found is not None
+    assert found.verdict == "rising"
+
+
+def test_one_evaluation_judges_nothing() -> None:
+    assert judge_validation(make_steps([1.0, 1.0]), [Evaluation(2, 1.0)]) is None
+    assert judge_validation([], []) is None
+
+
+def _trend(losses: list[float]) -> Trend:
+    found = judge_trend(make_steps(losses))
+    assert found is not None
+    return found
+
+
+def test_the_line_is_the_one_that_numpy_fits_and_its_error_the_text_books() -> None:
+    losses = noisy(falling(90), 0.1)
+    found = _trend(losses)
+    x, y = numpy.arange(61, 91), numpy.array(losses[60:])
+    (slope, _), covariance = numpy.polyfit(x, y, 1, cov=True)
+    assert found.first_step == 61
+    assert found.mean_loss == pytest.approx(y.mean())
+    assert found.change == pytest.approx(slope * 29 / y.mean())
+    assert found.uncertainty == pytest.approx(2 * math.sqrt(covariance[0, 0]) * 29 / y.mean())
+
+
+@pytest.mark.parametrize(
+    ("curve", "verdict"),
+    [
+        ([1.0] * 3000, "plateau"),
+        ([2 - place / 3000 for place in range(3000)], "falling"),
+        ([1 + place / 3000 for place in range(3000)], "rising"),
+    ],
+)
+def test_trends_are_told_through_noise(curve: list[float], verdict: str) -> None:
+    """Two standard errors are 95 %: one of twenty may be told otherwise."""
+    verdicts = [_trend(noisy(curve, 0.15, seed)).verdict for seed in range(20)]
+    assert verdicts.count(verdict) >= 18
+
+
+def test_a_short_noisy_run_is_not_called_a_plateau() -> None:
+    verdicts = [_trend(noisy([1.0] * 60, 0.4, seed)).verdict for seed in range(20)]
+    assert "plateau" not in verdicts
+    assert verdicts.count("too noisy to tell") >= 15
+
+
+def test_a_spike_that_passed_leaves_the_trend_as_it_was() -> None:
+    steady, chance = noisy([1.0] * 900, 0.02), random.Random(1)
+    spiked = list(steady)
+    for place in chance.sample(range(600, 900), 3):
+        spiked[place] *= 30
+    diagnosis = diagnose(make_steps(spiked), [])
+    assert len(diagnosis.spikes) == 3
+    assert diagnosis.trend is not None
+    assert diagnosis.trend.verdict == "plateau"
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 29])
+def test_too_few_steps_are_judged_by_nothing(count: int) -> None:
+    found = diagnose(make_steps([1.0] * count), [])
+    assert (found.spikes, found.validation, found.trend) == ([], None, None)
+    assert len(findings(found)) == 3

@@ -1,0 +1,431 @@
+"""Reports on real runs against what the runs, the data and the model say themselves; and on hostile ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from report_material import falling, noisy, spec_values, write_run
+
+from llamatune.accounting import count_parameters
+from llamatune.checkpoints.config_files import read_config
+from llamatune.data.dataset import Split
+from llamatune.errors import NumericsError, Stopped
+from llamatune.inference.answer import Request, answer
+from llamatune.inference.sampling import Sampling
+from llamatune.reporting.diagnosis import Diagnosis, Spike
+from llamatune.reporting.report import ReportOptions, make_report, report_as_json
+from llamatune.reporting.run_log import Evaluation, read_run
+from llamatune.reporting.spike_rows import with_rows
+from llamatune.spec import RunSpec, build_spec
+from llamatune.training.run import train
+
+Make = Callable[..., RunSpec]
+
+
+@pytest.fixture(scope="session")
+def spec_of(tiny_base: Callable[..., Path], prepared: Callable[..., Path]) -> Make:
+    """A spec of a run of 17 rows and 6 held out, 3 epochs of 3 windows, the last one partial."""
+
+    def make(output: Path, **changes: Any) -> RunSpec:
+        defaults = {
+            "model__path": str(tiny_base()), "data__train": str(prepared(validation_fraction=0.25, seed=3)),
+            "training__output_dir": str(output), "training__num_epochs": 3, "training__micro_batch_size": 4,
+            "training__gradient_accumulation_steps": 2, "training__learning_rate": 0.01, "training__device": "cpu",
+        }  # fmt: skip
+        values = spec_values(**{**defaults, **changes})
+        if values["lora"] is None:
+            del values["lora"]
+        return build_spec(values, "test")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished(spec_of: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    train(spec_of(run, training__log_layer_grad_norms=True, lora__target_modules="all-linear"))
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole_model(spec_of: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    values = spec_of(run).model_dump(mode="json")
+    del values["lora"]
+    train(build_spec({**values, "training": {**values["training"], "learning_rate": 1e-3}}, "test"))
+    return run
+
+
+def report_on(*runs: Path, to: Path, **options: Any) -> dict[str, Any]:
+    """The report as ``--json`` prints it."""
+    return json.loads(json.dumps(report_as_json(make_report(ReportOptions(runs, to, **options))), allow_nan=False))
+
+
+def test_figures_are_those_of_the_summary_the_base_and_the_data(finished: Path, tmp_path: Path) -> None:
+    report = report_on(finished, to=tmp_path / "report.html")
+    (run,) = report["runs"]
+    summary, figures = json.loads((finished / "summary.json").read_text()), run["figures"]
+    assert (run["name"], run["status"], run["notices"]) == ("finished", "finished", [])
+    assert [epoch["train_loss"] for epoch in run["epochs"]] == pytest.approx(
+        [epoch["train_loss"] for epoch in summary["epochs"]]
+    )
+    assert [epoch["target_tokens"] for epoch in run["epochs"]] == [e["target_tokens"] for e in summary["epochs"]]
+    assert [(epoch["complete"], epoch["steps"]) for epoch in run["epochs"]] == [(True, 3)] * 3
+    assert figures["train_loss"] == pytest.approx(summary["train_loss"])
+    assert figures["best_validation_loss"] == summary["best_eval_loss"]
+    assert figures["best_validation_step"] == summary["best_step"]
+    for key in ("steps", "trainable_parameters", "total_parameters", "peak_memory_bytes", "runtime_s"):
+        assert figures[key] == summary[key], key
+    assert figures["tokens_per_second"] == summary["tokens_per_second"]
+    assert run["memory"]["peak_memory_bytes"] == summary["peak_memory_bytes"]
+    spec = build_spec(run["spec"], "report")
+    assert spec.to_yaml() == (finished / "spec.yaml").read_text()
+    config = read_config(Path(spec.model.path))
+    count = count_parameters(config, 16, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    assert sum(facts["adapter"] for facts in run["parameters"].values()) == count.trainable_parameters
+    assert sum(facts["base"] for facts in run["parameters"].values()) == count.base_parameters
+    data = json.loads((Path(spec.data.train) / "llamatune.json").read_text())["facts"]
+    assert {key: run["data"][key] for key in ("rows_in", "kept", "truncated", "dropped", "duplicates")} == {
+        key: data[key] for key in ("rows_in", "kept", "truncated", "dropped", "duplicates")
+    }
+    assert (run["data"]["train_rows"], run["data"]["validation_rows"]) == (17, 6)
+    assert run["versions"]["torch"] == torch.__version__
+    assert [evaluation["step"] for evaluation in run["evaluations"]] == [3, 6, 9]
+
+
+def test_the_same_run_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        report_on(finished, to=tmp_path / f"{name}.html")
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_named_for_a_spike_are_those_that_were_trained_on(
+    packing: bool, spec_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[int, ...]] = []
+    batch = Split.batch
+
+    def recording(self: Split, indices: Any) -> Any:
+        found = batch(self, indices)
+        if self._rows is split_rows:
+            trained.append(found.rows)
+        return found
+
+    spec = spec_of(
+        tmp_path / "run", data__packing=packing, data__packed_tokens=60, evaluation__every_steps=100,
+        training__micro_batch_size=2, training__gradient_accumulation_steps=1,
+    )  # fmt: skip
+    from llamatune.training import setup
+
+    opened = setup.open_prepared(Path(spec.data.train))
+    split_rows = opened.train._rows
+    monkeypatch.setattr(setup, "open_prepared", lambda path: opened)
+    monkeypatch.setattr(Split, "batch", recording)
+    train(spec)
+    monkeypatch.undo()
+    run = read_run(tmp_path / "run", "run")
+    assert len(trained) == len(run.metrics.steps) > 9
+    spikes = [Spike(s.step, s.step, s.step, s.window, 1, s.loss, 1.0, 1.0, 1.0, 1.0, True) for s in run.metrics.steps]
+    named = with_rows(run, Diagnosis(spikes, None, None))
+    assert [tuple(spike.rows or ()) for spike in named.spikes] == [tuple(sorted(rows)) for rows in trained]
+
+
+def test_rows_are_not_named_where_they_cannot_be_known(tmp_path: Path) -> None:
+    losses = noisy(falling(60), 0.05)
+    losses[50] *= 9
+    run = write_run(tmp_path / "run", losses)
+    (found,) = report_on(run, to=tmp_path / "report.html")["runs"]
+    assert [spike["step"] for spike in found["diagnosis"]["spikes"]] == [51]
+    assert found["diagnosis"]["spikes"][0]["rows"] is None
+    assert any("prepared data is not there any more" in notice for notice in found["notices"])
+    assert "the prepared data is needed to name them" in (tmp_path / "report.html").read_text()
+
+
+def test_data_that_was_prepared_anew_is_not_taken_for_the_runs(finished: Path, tmp_path: Path) -> None:
+    origin = finished / "origin.json"
+    kept = origin.read_text()
+    try:
+        origin.write_text(json.dumps({**json.loads(kept), "train": "another digest"}))
+        (found,) = report_on(finished, to=tmp_path / "report.html")["runs"]
+    finally:
+        origin.write_text(kept)
+    assert found["data"] == {}
+    assert any("other data than the run's" in notice for notice in found["notices"])
+
+
+def _without_times(run: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: run[key] for key in ("evaluations", "diagnosis", "parameters", "data", "versions", "spec_changes")}
+    return {**kept, "epochs": [{**epoch, "elapsed_s": None} for epoch in run["epochs"]]}
+
+
+def test_a_run_resumed_again_and_again_is_reported_as_one_in_one_go(spec_of: Make, tmp_path: Path) -> None:
+    train(spec_of(tmp_path / "whole"))
+    states = []
+    for count in (2, 1, 3, 99):
+        left = iter(range(count))
+        try:
+            train(spec_of(tmp_path / "parts"), should_stop=lambda left=left: next(left, None) is None)
+        except Stopped:
+            (run,) = report_on(tmp_path / "parts", to=tmp_path / f"{count}.html")["runs"]
+            states.append((run["status"], run["figures"]["steps"], run["figures"]["tokens_per_second"]))
+    assert [status for status, _, _ in states] == ["unfinished"] * 3
+    assert [speed for _, _, speed in states] == [None] * 3
+    whole, parts = report_on(tmp_path / "whole", tmp_path / "parts", to=tmp_path / "both.html")["runs"]
+    assert _without_times(whole) == _without_times(parts)
+
+
+def test_a_run_that_broke_off_at_nan_is_reported(spec_of: Make, tmp_path: Path) -> None:
+    spec = spec_of(tmp_path / "run", training__learning_rate=1e30, training__max_grad_norm=None)
+    with pytest.raises(NumericsError):
+        train(spec)
+    (run,) = report_on(tmp_path / "run", to=tmp_path / "report.html")["runs"]
+    assert run["status"] == "unfinished"
+    assert run["figures"]["steps"] >= 1
+    assert run["figures"]["trainable_parameters"] > 0
+    assert run["memory"]["peak_memory_bytes"] > 0
+
+
+def test_answers_before_and_after_are_those_of_generate(
+    finished: Path, whole_model: Path, tmp_path: Path, tiny_base: Callable[..., Path]
+) -> None:
+    prompts, greedy = ["a red llama", "nine <i>blue</i> apples"], Sampling(5, temperature=0)
+    report = report_on(finished, whole_model, to=tmp_path / "r.html", prompts=prompts, max_new_tokens=5)
+    lora, full = report["samples"]
+    expected = answer(Request(tiny_base(), prompts, greedy, finished / "adapter", compare=True)).results
+    assert lora["source"] == "finished"
+    assert [(s["prompt"], s["base"], s["tuned"]) for s in lora["samples"]] == [
+        (found.prompt, found.base_completion, found.completion) for found in expected
+    ]
+    tuned = answer(Request(whole_model / "model", prompts, greedy)).results
+    base = answer(Request(tiny_base(), prompts, greedy, template="none")).results
+    assert [sample["tuned"] for sample in full["samples"]] == [found.completion for found in tuned]
+    assert [sample["prompt"] for sample in full["samples"]] == [found.prompt for found in tuned]
+    assert len(base) == len(full["samples"])
+    assert "nine &lt;i&gt;blue&lt;/i&gt; apples" in (tmp_path / "r.html").read_text()
+
+
+def test_a_run_of_every_parameter_has_no_adapter(whole_model: Path, tmp_path: Path) -> None:
+    (run,) = report_on(whole_model, to=tmp_path / "report.html")["runs"]
+    assert not any(facts["adapter"] for facts in run["parameters"].values())
+    assert run["figures"]["trainable_percent"] == 100
+
+
+def test_answers_come_from_what_generate_wrote(
+    finished: Path, tmp_path: Path, tiny_base: Callable[..., Path], command: Callable[..., Any]
+) -> None:
+    answers = tmp_path / "answers.jsonl"
+    done = command(
+        "generate", "--model", tiny_base(), "--adapter", finished / "adapter", "--prompt", "a llama", "--compare",
+        "--temperature", 0, "--max-new-tokens", 4, "--output", answers, "--json",
+    )  # fmt: skip
+    (expected,) = json.loads(done.stdout)["results"]
+    (samples,) = report_on(finished, to=tmp_path / "report.html", generations=answers)["samples"]
+    assert samples == {
+        "source": "answers.jsonl",
+        "samples": [
+            {"prompt": expected["prompt"], "base": expected["base_completion"], "tuned": expected["completion"]}
+        ],
+    }
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"prompt": 1, "completion": "x"}', '{"prompt": "x"}', "null"])
+def test_generations_of_another_kind_are_refused(
+    text: str, finished: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    (tmp_path / "g.jsonl").write_text(text + "\n")
+    done = command("report", finished, "--output", tmp_path / "r.html", "--generations", tmp_path / "g.jsonl")
+    assert (done.code, done.stdout) == (3, "")
+    assert "g.jsonl:1" in done.stderr
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_several_runs_are_compared_by_what_differs(finished: Path, whole_model: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "other", falling(30), [Evaluation(10, 2.0)], training__seed=7)
+    report = report_on(finished, whole_model, other, to=tmp_path / "report.html")
+    differences = report["spec_differences"]
+    assert differences["training.seed"] == {"finished": 0, "whole": 0, "other": 7}
+    assert differences["lora.r"] == {"finished": 16, "whole": None, "other": 16}
+    assert "training.output_dir" not in differences
+    assert "training.weight_decay" not in differences
+
+
+class _Reader(HTMLParser):
+    """All elements, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+HOSTILE = "</td></pre><script>alert(1)</script><img src=x onerror=alert(2)>&amp;$x\x1b[31m\u202e"
+
+
+def hostile_runs(folder: Path) -> list[Path]:
+    """Two runs and a file of generations with markup wherever text can stand."""
+    values = {"model__path": HOSTILE.replace("/", "|"), "data__train": "<svg onload=alert(3)>\0"}
+    norms = [{"event": "layer_grad_norms", "step": 1, "norms": {"</text><script>": 1.0, "$\\frac": 2.0}}]
+    one = write_run(folder / "<script>alert(4)<|script>", falling(30), extra={1: norms}, **values)
+    two = write_run(
+        folder / "'\" onmouseover='alert(5)'",
+        falling(3),
+        summary={"device": HOSTILE, "<b>_bytes": 5, "runtime_s": 1.7e308},
+    )
+    (one / "trace-<script>.json").write_text("{}")
+    change = {"field": HOSTILE, "old": HOSTILE, "new": ["<b>"]}
+    (one / "origin.json").write_text(json.dumps({"spec_changes": [change, "<b>"]}))
+    state = one / "checkpoints" / "step-000003" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps({"torch": HOSTILE, "llamatune": 3}))
+    (folder / "generations.jsonl").write_text(
+        json.dumps({"prompt": HOSTILE, "completion": HOSTILE, "base_completion": None}) + "\n"
+    )
+    return [one, two]
+
+
+def test_whatever_files_say_is_shown_as_text(tmp_path: Path) -> None:
+    one, two = hostile_runs(tmp_path)
+    report_on(one, two, to=tmp_path / "report.html", generations=tmp_path / "generations.jsonl")
+    page = _Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "img", "iframe", "object", "embed", "link", "form", "a", "base", "foreignobject"}
+    for tag, attributes in page.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "xlink:href", "action", "style") and value:
+                assert name == "style" or value.startswith(("#", "data:image/png;base64,"))
+    assert "<script>alert(1)</script>" in page.text
+    assert "<script>alert(4)<|script>" in page.text
+    assert "\x1b" not in page.text
+    assert "\u202e" not in page.text
+    policy = next(a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a)
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+STATES: dict[str, Callable[[Path], Path]] = {
+    "no step yet": lambda path: write_run(path, []),
+    "a single step": lambda path: write_run(path, [2.5], training__max_steps=1),
+    "one step and its evaluation": lambda path: write_run(path, [2.5], [Evaluation(1, 2.0)]),
+    "fp16 with skipped windows": lambda path: write_run(
+        path, falling(12), extra={3: [{"event": "skipped", "window": 4, "loss_scale": 0.5}]},
+        training__precision="fp16",
+    ),
+    "losses of zero": lambda path: write_run(path, [0.0] * 40, [Evaluation(20, 0.0), Evaluation(40, 0.0)]),
+    "a flat gradient": lambda path: write_run(path, [1e-300] * 40),
+    "losses beyond measure": lambda path: write_run(path, [9e98, 1.0, 9e98] * 20, [Evaluation(3, 1e99)]),
+    "a torn end": lambda path: write_run(path, falling(30), tail='{"event": "step", "st'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_run_in_any_state_is_reported(state: str, tmp_path: Path, command: Callable[..., Any]) -> None:
+    run = STATES[state](tmp_path / "run")
+    done = command("report", run, "--output", tmp_path / "r.html", "--json")
+    assert done.code == 0, done.stderr
+    payload = json.loads(done.stdout)
+    assert (done.stdout.count("\n"), payload["output"]) == (1, str(tmp_path / "r.html"))
+    assert len(payload["runs"][0]["diagnosis"]) == 3
+    assert "<svg" in (tmp_path / "r.html").read_text()
+
+
+def test_people_read_the_figures_and_the_findings(finished: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    done = command("report", finished, "--output", tmp_path / "r.html")
+    assert done.code == 0
+    for part in ("lowest validation loss", "trained parameters", "No spikes of the training loss", "written to"):
+        assert part in done.stdout
+    page = (tmp_path / "r.html").read_text()
+    for part in ("Final figures", "Diagnosis", "Curves", "Epochs", "Parameters and memory", "The resolved spec"):
+        assert part in page
+    assert "Before and after" not in page
+    assert "Differences between the specs" not in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (["absent"], 4, "no such directory: absent"),
+        (["empty"], 4, "not a run directory: empty"),
+        (["run", "./run"], 2, "given twice"),
+        (["run", "--smoothing", "1"], 2, "--smoothing is 1.0"),
+        (["run", "--png", "report.html"], 2, "the same file"),
+        (["run", "--prompt", "x", "--prompt-file", "y"], 2, "exclude each other"),
+        (["run", "--prompt", "x"], 4, "no trained weights yet"),
+        (["run", "--generations", "absent"], 3, "no such file: absent"),
+        (["run", "--png", "there.png"], 5, "exists: there.png: choose another output, or pass --overwrite"),
+        (["run", "--png", "absent/x.png"], 5, "no such directory"),
+        ([], 2, "Missing argument 'RUN...'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    arguments: list[str], code: int, part: str, tmp_path: Path, command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    write_run(tmp_path / "run", falling(5))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "there.png").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    done = command("report", *arguments, "--output", "report.html", "--json")
+    assert (done.code, done.stdout, done.stderr.count("\n")) == (code, "", 1)
+    assert part in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_an_existing_page_is_kept_unless_it_may_be_replaced(tmp_path: Path, command: Callable[..., Any]) -> None:
+    run, page = write_run(tmp_path / "run", falling(5)), tmp_path / "report.html"
+    page.write_text("mine")
+    done = command("report", run, "--output", page)
+    assert (done.code, page.read_text()) == (5, "mine")
+    assert "--overwrite" in done.stderr
+    assert command("report", run, "--output", page, "--overwrite").code == 0
+    assert page.read_text().startswith("<!DOCTYPE html>")
+
+
+def test_without_matplotlib_there_is_a_line_that_says_what_to_install(
+    tmp_path: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run", falling(5))
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = command("report", run, "--output", tmp_path / "report.html")
+    assert done.code == 5
+    assert done.stderr == "error: the charts need matplotlib: pip install llamatune[plots]\n"
+
+
+def test_a_signal_while_generating_leaves_no_page(finished: Path, tmp_path: Path) -> None:
+    asked: Iterator[int] = iter(range(3))
+    with pytest.raises(Stopped):
+        make_report(
+            ReportOptions([finished], tmp_path / "r.html", prompts=["a"], max_new_tokens=50),
+            should_stop=lambda: next(asked, None) is None,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_without_prompts_loads_no_torch(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", falling(30))
+    code = (
+        "import sys\nfrom llamatune.cli import main\n"
+        f"try: main(['report', {str(run)!r}, '--output', {str(tmp_path / 'r.html')!r}])\n"
+        "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 False"
