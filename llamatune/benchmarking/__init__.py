@@ -1,0 +1,1 @@
+"""The technique grid: what each technique costs and saves, measured."""

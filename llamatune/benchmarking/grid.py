@@ -1,0 +1,190 @@
+"""Which cells there are: every combination of the values of some axes. Loads no torch."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llamatune.errors import SpecError
+from llamatune.spec import RunSpec, build_spec
+
+LORA, BATCH = "lora", "batch"
+"""The two axes that are no key of the spec: ``on`` or ``off``, and micro-batch x accumulation as in ``1x8``."""
+
+_OFF = {
+    LORA: "off",
+    "training.precision": "fp32",
+    "training.gradient_accumulation_steps": "1",
+    "training.activation_checkpointing": "none",
+    "training.fused": "false",
+    "training.compile": "false",
+    "data.packing": "false",
+}
+_SHORT = {
+    "training.activation_checkpointing": "checkpointing",
+    "training.gradient_accumulation_steps": "accumulation",
+    "training.micro_batch_size": "micro-batch",
+}
+_COMMA = re.compile(r",(?![^\[{]*[\]}])")
+_BATCH_VALUE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A spec's key path, or ``lora``, or ``batch``, and its values; the others are compared with the first."""
+
+    key: str
+    values: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """A column's heading."""
+        return short_name(self.key)
+
+    def comparisons(self) -> list[tuple[str, str]]:
+        """Pairs of values, without a technique and with it.
+
+        Accumulation is compared at equal micro-batch and at equal global batch.
+        """
+        if self.key != BATCH:
+            return [(self.values[0], value) for value in self.values[1:]]
+        pairs = itertools.permutations([(value, *_batch_sizes(value)) for value in self.values], 2)
+        return [
+            (off, on)
+            for (off, micro, single), (on, micro_on, accumulated) in pairs
+            if single == 1 < accumulated and micro in (micro_on, micro_on * accumulated)
+        ]
+
+    def switch(self, value: str) -> str:
+        """The value as OFF or ON, with itself behind it where that says more; as it is where neither fits."""
+        if self.key == BATCH:
+            return f"{'OFF' if value.endswith('x1') else 'ON'} {value}"
+        if self.key not in _OFF:
+            return value
+        if value == _OFF[self.key]:
+            return "OFF"
+        return "ON" if value in ("on", "true") else f"ON {value}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination: the value of each axis by its key, and the spec that it makes, or why it makes none."""
+
+    values: Mapping[str, str]
+    spec: RunSpec | None
+    refusal: str | None = None
+
+    @property
+    def label(self) -> str:
+        return in_words(self.values) or "the spec"
+
+
+def short_name(key: str) -> str:
+    """The key without its section, or shorter."""
+    return _SHORT.get(key, key.rpartition(".")[2])
+
+
+def in_words(values: Mapping[str, str]) -> str:
+    """Values by their keys, as in ``lora=on, precision=bf16``."""
+    return ", ".join(f"{short_name(key)}={value}" for key, value in values.items())
+
+
+@dataclass(frozen=True)
+class Grid:
+    """``fixed`` are overrides of every cell's spec."""
+
+    axes: tuple[Axis, ...]
+    fixed: tuple[str, ...] = ()
+
+    def with_axes(self, axes: Sequence[Axis]) -> Grid:
+        """Axes of the same key are replaced, others stand behind."""
+        given = {axis.key: axis for axis in axes}
+        kept = [given.pop(axis.key, axis) for axis in self.axes]
+        return Grid((*kept, *given.values()), self.fixed)
+
+
+def preset_grid(name: str, cuda: bool) -> Grid:
+    """A grid by name; fp16 products take a hundred times longer on a CPU, so there it must be asked for."""
+    checkpointing = "training.activation_checkpointing"
+    if name == "techniques":
+        precisions = ("fp32", "bf16", "fp16") if cuda else ("fp32", "bf16")
+        axes = (
+            Axis(LORA, ("off", "on")),
+            Axis("training.precision", precisions),
+            Axis(BATCH, ("1x1", "8x1", "1x8")),
+            Axis(checkpointing, ("none", "every_2", "block")),
+        )
+        return Grid(axes, ("model.dtype=float32",))
+    if name == "checkpointing":
+        modes = ("none", "attention", "feed_forward", "sublayer", "projections", "block", "every_2", "every_3")
+        return Grid((Axis(checkpointing, modes),))
+    raise SpecError(f"unknown grid {name!r}", "--preset-grid", "there are techniques and checkpointing")
+
+
+def is_axis(text: str) -> bool:
+    """Whether ``KEY=VALUE`` can be nothing else: it has several values, or is no field of the spec."""
+    key, _, values = text.partition("=")
+    return key in (LORA, BATCH) or _COMMA.search(values) is not None
+
+
+def parse_axis(text: str) -> Axis:
+    """``KEY=V1,V2``; commas within brackets belong to a value."""
+    key, separator, values = text.partition("=")
+    found = tuple(value.strip() for value in _COMMA.split(values))
+    if not separator or not key or not all(found):
+        raise SpecError(f"{text!r} is no axis", "--grid", "write KEY=V1,V2 as in training.precision=fp32,bf16")
+    if len(set(found)) != len(found):
+        raise SpecError("names a value twice", f"--grid {text}")
+    if key == LORA and not set(found) <= {"on", "off"}:
+        raise SpecError("lora is on or off", f"--grid {text}", "its fields are axes too, as lora.r=4,16")
+    if key == BATCH and not all(_BATCH_VALUE.fullmatch(value) for value in found):
+        raise SpecError("batch is micro-batch x accumulation", f"--grid {text}", "write batch=1x1,8x1,1x8")
+    if key not in (LORA, BATCH) and "." not in key:
+        raise SpecError(f"{key!r} is no key of the spec", f"--grid {text}", "write section.key, lora or batch")
+    return Axis(key, found)
+
+
+def expand(values: Any, where: object, overrides: Sequence[str], grid: Grid) -> list[Cell]:
+    """Every combination, the last axis running fastest; ``values`` are those of the spec file, which stay as they are.
+
+    ``overrides`` are the user's, put in after the grid's own and before the axes' values.
+
+    Raises:
+        SpecError: no combination makes a spec; the first one's reason.
+    """
+    cells = []
+    for chosen in itertools.product(*(axis.values for axis in grid.axes)):
+        settings = {axis.key: value for axis, value in zip(grid.axes, chosen, strict=True)}
+        try:
+            spec = _apply(copy.deepcopy(values), where, [*grid.fixed, *overrides], settings)
+            cells.append(Cell(settings, spec))
+        except SpecError as fault:
+            cells.append(Cell(settings, None, str(fault)))
+    if all(cell.spec is None for cell in cells):
+        raise SpecError(f"no cell of the grid is a valid spec: {cells[0].refusal}")
+    return cells
+
+
+def _apply(values: Any, where: object, overrides: list[str], settings: Mapping[str, str]) -> RunSpec:
+    wanted = [f"{key}={value}" for key, value in settings.items() if key not in (LORA, BATCH)]
+    if BATCH in settings:
+        micro, accumulated = _batch_sizes(settings[BATCH])
+        wanted += [f"training.micro_batch_size={micro}", f"training.gradient_accumulation_steps={accumulated}"]
+    if isinstance(values, dict) and settings.get(LORA) == "on":
+        values.setdefault("lora", {})
+    if isinstance(values, dict) and settings.get(LORA) == "off":
+        values.pop("lora", None)
+        overrides = [override for override in overrides if not override.startswith("lora.")]
+        if meaningless := [key for key in settings if key.startswith("lora.")]:
+            raise SpecError(f"{meaningless[0]} says nothing with lora=off")
+    return build_spec(values, where, [*overrides, *wanted])
+
+
+def _batch_sizes(value: str) -> tuple[int, int]:
+    """Micro-batch and accumulation of ``1x8``."""
+    micro, _, accumulated = value.partition("x")
+    return int(micro), int(accumulated)

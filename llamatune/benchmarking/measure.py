@@ -1,0 +1,245 @@
+"""One cell: the loop's own steps, timed; then the largest of them once more, its memory taken apart."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamatune.benchmarking.meter import CategoryMeter
+from llamatune.data.dataset import Batch
+from llamatune.devices import memory_faults
+from llamatune.errors import NumericsError
+from llamatune.events import ignore_event, never_stop
+from llamatune.inference.evaluate import held_out_loss
+from llamatune.model.compilable import compiling
+from llamatune.spec import RunSpec
+from llamatune.training.compiling import check_compiler, compile_ahead
+from llamatune.training.memory import peak_memory_bytes, peak_reserved_bytes, plan_run_memory
+from llamatune.training.optimizer import learning_rate_at
+from llamatune.training.order import Windows
+from llamatune.training.setup import Inputs, Learner, Schedule, build_learner, plan_schedule
+from llamatune.training.window import (
+    LOWEST_LOSS_SCALE,
+    WindowGradient,
+    accumulate_gradient,
+    make_update,
+    skip_update,
+)
+
+_WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a cell is to measure: the first ``steps`` updates of a run of ``spec``, or (None) all of it.
+
+    The run is repeated for each of ``seeds``; time and memory are those of the first.
+    """
+
+    spec: RunSpec
+    steps: int | None
+    seeds: tuple[int, ...]
+    memory_limit_bytes: int | None
+
+
+@dataclass(frozen=True)
+class TimedSteps:
+    """What the updates took, warm-up included, and came to; ``loss`` is that of the last one's window."""
+
+    seconds: list[float]
+    tokens: list[int]
+    windows: int
+    loss: float
+
+
+class Trial:
+    """A run of one seed, from the weights it starts with.
+
+    ``training.memory_limit: auto`` recomputes nothing here: what is free just now must not change what a cell is.
+    """
+
+    def __init__(self, spec: RunSpec, inputs: Inputs, schedule: Schedule) -> None:
+        self.spec, self.schedule, self.device = spec, schedule, inputs.device
+        train, levels = inputs.prepared.train, None
+        if spec.training.memory_limit != "auto":
+            levels = plan_run_memory(spec, inputs.config, train, inputs.device).levels
+        self.learner: Learner = build_learner(spec, inputs, ignore_event, never_stop, levels)
+        if spec.training.compile:
+            compile_ahead(spec, self.learner, train, ignore_event)
+        self.windows = Windows(spec, train, schedule)
+        self.lengths = train.lengths
+
+    def update(self, micro_batches: list[Batch], window: int, step: int) -> WindowGradient | None:
+        """One window as the loop consumes it; None: an fp16 overflow, no update made."""
+        learner, training = self.learner, self.spec.training
+        gradient = accumulate_gradient(learner, micro_batches, training.seed, window)
+        if gradient.is_finite and not gradient.bad_rows:
+            rate = learning_rate_at(training, step, self.schedule.total_steps)
+            make_update(learner, gradient, rate, training.max_grad_norm)
+            return gradient
+        if gradient.bad_rows or not learner.scaler.enabled or skip_update(learner) < LOWEST_LOSS_SCALE:
+            raise NumericsError("the loss or the gradient is not finite", f"window {window}")
+        return None
+
+    def run(self, steps: int | None, first: contextlib.AbstractContextManager[object]) -> TimedSteps:
+        """Train for so many updates (None: to the end of the last epoch), the first window within ``first``."""
+        seconds: list[float] = []
+        tokens: list[int] = []
+        window, last = 0, self.schedule.num_epochs * self.schedule.windows_per_epoch
+        loss = float("nan")
+        while len(seconds) < steps if steps is not None else window < last:
+            started, micro_batches = time.perf_counter(), self.windows.micro_batches(window)
+            with first if window == 0 else contextlib.nullcontext():
+                gradient = self.update(micro_batches, window, len(seconds))
+            window += 1
+            if gradient is not None:
+                _wait_for(self.device)
+                seconds.append(time.perf_counter() - started)
+                tokens.append(gradient.tokens)
+                loss = gradient.loss
+        if not seconds:
+            raise NumericsError("no window made an update: every gradient overflowed fp16")
+        return TimedSteps(seconds, tokens, window, loss)
+
+    def take_apart(self, done: TimedSteps, limit_bytes: int | None) -> CategoryMeter:
+        """Repeat the windows that need the most memory, their tensors followed and nothing compiled.
+
+        (Compiled code makes tensors that nobody can follow; torch would leave the compiler aside by itself.)
+        """
+        chosen = heaviest_windows(self.windows, self.lengths, done.windows)
+        batches = [self.windows.micro_batches(window) for window in chosen]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        meter = self.meter(limit_bytes)
+        meter.know(
+            "temporary", (ids for window in batches for batch in window for ids in (batch.input_ids, batch.labels))
+        )
+        with compiling(False), meter:
+            for window, micro_batches in zip(chosen, batches, strict=True):
+                self.update(micro_batches, window, len(done.seconds))
+        return meter
+
+    def meter(self, limit_bytes: int | None) -> CategoryMeter:
+        """By the allocator on CUDA, which keeps the limit itself."""
+        if self.device.type == "cuda":
+            return CategoryMeter(self.learner, lambda: torch.cuda.max_memory_allocated(self.device))
+        return CategoryMeter(self.learner, limit_bytes=limit_bytes)
+
+
+def heaviest_windows(windows: Windows, lengths: list[int], count: int) -> list[int]:
+    """Of the first ``count`` windows the one with the largest micro-batch, and the one with the largest later one.
+
+    A later micro-batch finds the gradient of the earlier ones in memory. Most often the two are one window.
+    """
+    sizes = [[sum(lengths[i] for i in part) for part in windows.samples(window)] for window in range(count)]
+    largest = max(range(count), key=lambda window: max(sizes[window]))
+    later = max(range(count), key=lambda window: max(sizes[window][1:], default=0))
+    return sorted({largest, later})
+
+
+def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
+    """Time, memory and losses of a cell.
+
+    Raises:
+        OutOfMemory: the device's, the host's, or ``memory_limit_bytes``: on CUDA of what the allocator reserves,
+            on a CPU of live tensors (watched in the first window and in the heaviest one).
+    """
+    limit, device = task.memory_limit_bytes, inputs.device
+    if limit is not None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), index)
+    facts: dict[str, Any] = {}
+    losses, held_out = [], []
+    if task.spec.training.compile:
+        check_compiler(device)
+    with memory_faults(device), compiling(task.spec.training.compile):
+        for number, seed in enumerate(task.seeds):
+            training = task.spec.training.model_copy(update={"seed": seed})
+            spec = task.spec.model_copy(update={"training": training})
+            trial = Trial(spec, inputs, plan_schedule(spec, inputs.prepared.train))
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            watched = number == 0 and limit is not None and device.type == "cpu"
+            done = trial.run(task.steps, trial.meter(limit) if watched else contextlib.nullcontext())
+            losses.append(done.loss)
+            memory = _memory(device)
+            if inputs.validation is not None:
+                size, autocast = spec.training.micro_batch_size, trial.learner.autocast
+                held_out.append(_finite(held_out_loss(trial.learner.model, inputs.validation, size, autocast).loss))
+            if number == 0:
+                facts = _timing(done) | memory | _categories(trial.take_apart(done, limit), device)
+            del trial
+            gc.collect()  # fused blocks refer to themselves, and two models may not fit
+    return {
+        **facts,
+        "losses": losses,
+        "held_out_losses": held_out,
+        "trainable_parameters": inputs.count.trainable_parameters,
+        "total_parameters": inputs.count.total_parameters,
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _timing(done: TimedSteps) -> dict[str, Any]:
+    warm_up = min(_WARM_UP_STEPS, len(done.seconds) // 3)
+    seconds, tokens = done.seconds[warm_up:], done.tokens[warm_up:]
+    return {
+        "steps": len(done.seconds),
+        "warm_up_steps": warm_up,
+        "skipped_windows": done.windows - len(done.seconds),
+        "step_s": statistics.median(seconds),
+        "step_s_range": [min(seconds), max(seconds)],
+        "runtime_s": sum(done.seconds),
+        "tokens": sum(done.tokens),
+        "tokens_per_second": sum(tokens) / sum(seconds),
+    }
+
+
+def _memory(device: torch.device) -> dict[str, Any]:
+    """What the plain steps took. The allocator gives nothing back, so the device is as full now as it ever was."""
+    cuda = device.type == "cuda"
+    free, total = torch.cuda.mem_get_info(device) if cuda else (0, 0)
+    return {
+        "allocated_bytes": peak_memory_bytes(device) if cuda else None,
+        "reserved_bytes": peak_reserved_bytes(device),
+        "device_bytes": total - free if cuda else None,
+        "resident_bytes": resident_peak_bytes(),
+    }
+
+
+def _categories(meter: CategoryMeter, device: torch.device) -> dict[str, Any]:
+    """On a CPU the peak of the live tensors is the measure itself; what kernels need inside is seen on CUDA alone."""
+    categories = meter.categories()
+    if device.type == "cpu":
+        return {"allocated_bytes": meter.peak_bytes, "categories": categories, "unattributed_bytes": 0}
+    unseen = torch.cuda.max_memory_allocated(device) - sum(categories.values())
+    return {"categories": categories, "unattributed_bytes": unseen}
+
+
+def _finite(loss: float) -> float:
+    if not math.isfinite(loss):
+        raise NumericsError("the held-out loss is not finite")
+    return loss
+
+
+def resident_peak_bytes() -> int:
+    """The most physical memory that this process has had; ``getrusage`` would count its parent's image too."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

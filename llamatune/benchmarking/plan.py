@@ -1,0 +1,115 @@
+"""From a command line to cells that can be measured, or are refused for a reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamatune import __version__
+from llamatune.benchmarking.grid import Cell, Grid, expand, parse_axis, preset_grid
+from llamatune.benchmarking.measure import Task
+from llamatune.devices import choose_device
+from llamatune.errors import LlamatuneError
+from llamatune.events import Notice, OnEvent
+from llamatune.files import digest_bytes
+from llamatune.spec import RunSpec, load_spec, read_spec_values
+from llamatune.training.setup import Inputs, open_inputs
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What is to be measured.
+
+    ``grid`` are ``KEY=V1,V2`` axes; ``preset`` names a grid that they change (None: ``techniques`` where there are no
+    axes, else theirs alone). ``epochs`` (whole epochs) take the place of ``steps``; ``seeds`` None: the spec's own.
+    """
+
+    spec_path: Path
+    output: Path
+    overrides: Sequence[str] = ()
+    grid: Sequence[str] = ()
+    preset: str | None = None
+    steps: int = 20
+    epochs: int | None = None
+    seeds: tuple[int, ...] | None = None
+    memory_limit_bytes: int | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell, and what to measure of it or why it is refused; ``identity`` digests all that decides the outcome."""
+
+    cell: Cell
+    task: Task | None
+    identity: str
+    refusal: str | None
+
+
+def plan_benchmark(options: BenchmarkOptions, on_event: OnEvent) -> tuple[Grid, list[PlannedCell]]:
+    """Make every cell's spec and open what it reads, on the CPU: this process leaves the GPU to the cells.
+
+    Raises:
+        LlamatuneError: the spec is wrong by itself, or no cell has a valid one or what it reads.
+    """
+    base = load_spec(options.spec_path, list(options.overrides))
+    axes = [parse_axis(text) for text in options.grid]
+    preset = options.preset or (None if axes else "techniques")
+    grid = Grid(()) if preset is None else preset_grid(preset, choose_device(base.training.device).type == "cuda")
+    grid = grid.with_axes(axes)
+    overrides = [*options.overrides, f"training.output_dir={json.dumps(str(options.output))}"]
+    if options.epochs is not None:
+        overrides += [f"training.num_epochs={options.epochs}", "training.max_steps="]
+    cells = expand(read_spec_values(options.spec_path), options.spec_path, overrides, grid)
+    return grid, _planned(cells, options, on_event)
+
+
+def _planned(cells: list[Cell], options: BenchmarkOptions, on_event: OnEvent) -> list[PlannedCell]:
+    opened: dict[str, Inputs | LlamatuneError] = {}
+    said: set[Notice] = set()
+
+    def once(event: Any) -> None:
+        if event not in said:
+            said.add(event)
+            on_event(event)
+
+    planned = []
+    for cell in cells:
+        if cell.spec is None:
+            planned.append(PlannedCell(cell, None, "", cell.refusal))
+            continue
+        reads = cell.spec.model_dump_json(exclude={"training"})
+        if reads not in opened:
+            opened[reads] = _open(cell.spec, once)
+        inputs = opened[reads]
+        if isinstance(inputs, LlamatuneError):
+            planned.append(PlannedCell(cell, None, "", str(inputs)))
+            continue
+        steps = options.steps if options.epochs is None else None
+        seeds = options.seeds or (cell.spec.training.seed,)
+        task = Task(cell.spec, steps, seeds, options.memory_limit_bytes)
+        planned.append(PlannedCell(cell, task, _identity(task, inputs), None))
+    faults = [found for found in opened.values() if isinstance(found, LlamatuneError)]
+    if len(faults) == len(opened):
+        raise faults[0]
+    return planned
+
+
+def _open(spec: RunSpec, on_event: OnEvent) -> Inputs | LlamatuneError:
+    anywhere = spec.training.model_copy(update={"device": "cpu", "precision": "fp32"})
+    try:
+        return open_inputs(spec.model_copy(update={"training": anywhere}), False, on_event)
+    except LlamatuneError as fault:
+        return fault
+
+
+def _identity(task: Task, inputs: Inputs) -> str:
+    spec = task.spec.model_dump(mode="json", exclude={"training": {"output_dir"}, "tracking": True})
+    decisive = [spec, task.steps, task.seeds, task.memory_limit_bytes, inputs.digests]
+    versions = [__version__, torch.__version__, torch.get_num_threads()]
+    return digest_bytes(json.dumps([*decisive, *versions], sort_keys=True).encode())[:20]

@@ -1,0 +1,360 @@
+"""A cell measures the loop's own steps, whatever becomes of it is a result, and measured ones are not run again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamatune.benchmarking import cell as cell_module
+from llamatune.benchmarking import run as run_module
+from llamatune.benchmarking.cell import answer, run_cell
+from llamatune.benchmarking.measure import Task, Trial, heaviest_windows, resident_peak_bytes
+from llamatune.benchmarking.plan import BenchmarkOptions
+from llamatune.benchmarking.run import Benchmark, run_benchmark
+from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
+from llamatune.events import Event, Notice, ignore_event, never_stop
+from llamatune.spec import RunSpec, build_spec
+from llamatune.training.run import train
+from llamatune.training.setup import open_inputs, plan_schedule
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def values(tiny_base: Make, prepared: Make) -> dict[str, Any]:
+    """LoRA with dropout in fp32, windows of two micro-batches of three rows, and rows that are held out."""
+    return {
+        "model": {"path": str(tiny_base()), "dtype": "float32"},
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
+        "data": {"train": str(prepared(validation_fraction=0.2))},
+        "training": {
+            "output_dir": "unused",
+            "micro_batch_size": 3,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 0.01,
+            "lr_scheduler": "cosine",
+            "precision": "fp32",
+            "device": "cpu",
+            "max_steps": 4,
+        },
+    }
+
+
+@pytest.fixture
+def spec(values: dict[str, Any]) -> RunSpec:
+    return build_spec(values, "test")
+
+
+@pytest.fixture
+def spec_file(values: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "spec.yaml"
+    path.write_text(json.dumps(values))
+    return path
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
+    """Cells answer in this process, which takes no time to start; the tasks that they were given."""
+    asked: list[Task] = []
+
+    def run(task: Task, directory: Path, should_stop: Callable[[], bool]) -> dict[str, Any]:
+        if should_stop():
+            raise Stopped("stopped by a signal")
+        asked.append(task)
+        return answer(request(task))
+
+    monkeypatch.setattr(run_module, "run_cell", run)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # charts take seconds
+    return asked
+
+
+def request(task: Task) -> dict[str, Any]:
+    return json.loads(json.dumps({**vars(task), "spec": task.spec.to_yaml()}))
+
+
+def task(spec: RunSpec, steps: int | None = 4, seeds: tuple[int, ...] = (0,), limit: int | None = None) -> Task:
+    return Task(spec, steps, seeds, limit)
+
+
+def statuses(benchmark: Benchmark) -> list[str]:
+    return [result["status"] for result in benchmark.results]
+
+
+class TestWhatIsMeasured:
+    @pytest.mark.parametrize("changes", [{}, {"training.num_epochs": "2", "training.max_steps": ""}])
+    def test_losses_are_those_of_the_run_itself(
+        self, values: dict[str, Any], tmp_path: Path, changes: dict[str, str]
+    ) -> None:
+        overrides = [f"{key}={value}" for key, value in changes.items()]
+        spec = build_spec(values, "test", [*overrides, f"training.output_dir={tmp_path / 'run'}"])
+        found = answer(request(task(spec, None if changes else 4)))
+        summary = train(spec)
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if line["event"] == "step"]
+        assert found["steps"] == len(steps) == summary["steps"]
+        assert found["losses"] == [steps[-1]["loss"]]
+        assert found["held_out_losses"] == [[line["loss"] for line in lines if line["event"] == "eval"][-1]]
+        assert found["warm_up_steps"] == min(3, len(steps) // 3)
+
+    def test_each_seed_is_a_run_of_its_own(self, spec: RunSpec) -> None:
+        both = answer(request(task(spec, seeds=(3, 5))))
+        alone = [answer(request(task(spec, seeds=(seed,)))) for seed in (3, 5)]
+        assert both["losses"] == [found["losses"][0] for found in alone]
+        assert both["held_out_losses"] == [found["held_out_losses"][0] for found in alone]
+        assert both["categories"] == alone[0]["categories"], "memory is the first seed's"
+
+    def test_categories_add_up_to_the_peak(self, spec: RunSpec) -> None:
+        found = answer(request(task(spec)))
+        assert found["status"] == "measured"
+        assert sum(found["categories"].values()) == found["allocated_bytes"]
+        assert found["reserved_bytes"] is None
+        assert 0 < found["allocated_bytes"] < found["resident_bytes"]
+        assert found["tokens_per_second"] > 0
+        assert found["step_s_range"][0] <= found["step_s"] <= found["step_s_range"][1]
+
+    def test_the_heaviest_windows_hold_the_peak_of_them_all(self, spec: RunSpec) -> None:
+        inputs = open_inputs(spec, False, ignore_event)
+        trial = Trial(spec, inputs, plan_schedule(spec, inputs.prepared.train))
+        count = trial.schedule.windows_per_epoch
+        trial.update(trial.windows.micro_batches(0), 0, 0)  # the optimizer's state is there from now on
+        peaks = []
+        for window in range(count):
+            batches = trial.windows.micro_batches(window)
+            with trial.meter(None) as meter:
+                trial.update(batches, window, 1)
+            peaks.append(meter.peak_bytes)
+        chosen = heaviest_windows(trial.windows, trial.lengths, count)
+        assert max(peaks[window] for window in chosen) == max(peaks)
+        assert len(set(peaks)) > 1, "rows of one length would show nothing"
+
+    def test_an_amount_of_memory_recomputes_and_auto_does_not(self, values: dict[str, Any]) -> None:
+        def peak(*overrides: str) -> int:
+            spec = build_spec(copy.deepcopy(values), "test", ["training.micro_batch_size=12", *overrides])
+            return int(answer(request(task(spec, 1)))["allocated_bytes"])
+
+        named, auto = peak("training.activation_checkpointing=block"), peak()
+        assert named < auto == peak("training.memory_limit=1GiB")
+        assert peak("training.memory_limit=1KB") == named
+
+    def test_an_overflow_in_fp16_consumes_a_window_and_is_no_step(
+        self, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        spec = build_spec(values, "test", ["training.precision=fp16", "training.learning_rate=0.001"])
+        outcomes = iter([None, True, None, True, True])
+        update = Trial.update
+
+        def overflowing(self: Trial, *arguments: Any) -> Any:
+            return None if next(outcomes, True) is None else update(self, *arguments)
+
+        monkeypatch.setattr(Trial, "update", overflowing)
+        found = answer(request(task(spec, 3)))
+        assert (found["steps"], found["skipped_windows"]) == (3, 2)
+
+
+class TestWhatBecomesOfACell:
+    def test_memory_limit_is_the_peak_to_the_byte(self, spec: RunSpec) -> None:
+        peak = answer(request(task(spec)))["allocated_bytes"]
+        assert answer(request(task(spec, limit=peak)))["status"] == "measured"
+        short = answer(request(task(spec, limit=peak - 1)))
+        assert short["status"] == "oom"
+        assert f"{peak - 1:,} bytes are allowed" in short["reason"]
+        assert answer(request(task(spec, limit=1000)))["status"] == "oom", "the weights alone are more"
+
+    def test_what_does_not_fit_together_is_refused(self, values: dict[str, Any], prepared: Make) -> None:
+        spec = build_spec(values, "test", [f"data.train={prepared()}", "evaluation.every_steps=1"])
+        found = answer(request(task(spec)))
+        assert (found["status"], found["exit_code"]) == ("refused", 2)
+        assert "no validation data" in found["reason"]
+
+    def test_a_loss_that_is_not_finite_is_a_failure(self, values: dict[str, Any]) -> None:
+        found = answer(request(task(build_spec(values, "test", ["training.learning_rate=1e30"]))))
+        assert (found["status"], found["exit_code"]) == ("failed", 6)
+
+    @pytest.mark.parametrize(
+        ("script", "status", "reason"),
+        [
+            ("kill -9 $$", "killed", "SIGKILL"),
+            ("echo first >&2; echo the last line >&2; exit 3", "failed", "the last line"),
+            ("exit 1", "failed", "no message"),
+        ],
+    )
+    def test_a_child_that_dies_is_a_result(
+        self, spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, status: str, reason: str
+    ) -> None:
+        monkeypatch.setattr(cell_module.sys, "executable", self.program(tmp_path, script))
+        found = run_cell(task(spec), tmp_path, never_stop)
+        assert found["status"] == status
+        assert reason in found["reason"]
+        assert not list(tmp_path.glob(".llamatune*"))
+
+    def test_a_stop_ends_the_child(self, spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            cell_module.sys, "executable", self.program(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 600")
+        )
+        with pytest.raises(Stopped):
+            run_cell(task(spec), tmp_path, lambda: (tmp_path / "pid").exists())
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+
+    def program(self, directory: Path, script: str) -> str:
+        path = directory / "python"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        return str(path)
+
+
+class TestTheBenchmark:
+    def test_a_measured_cell_is_not_run_again(self, spec_file: Path, tmp_path: Path, here: list[Task]) -> None:
+        def run(*grid: str, **more: Any) -> Benchmark:
+            return run_benchmark(BenchmarkOptions(spec_file, tmp_path / "out", grid=grid, steps=2, **more))
+
+        first = run("lora=off,on")
+        assert (len(here), statuses(first)) == (2, ["measured"] * 2)
+        before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        assert run("lora=off,on").payload() == first.payload()
+        assert len(here) == 2
+        after = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        assert after == before
+        run("lora=off,on", "training.activation_checkpointing=none,block")
+        assert len(here) == 4, "two cells of the larger grid were there"
+        run("lora=off,on", seeds=(1,))
+        assert len(here) == 6, "another seed is another cell"
+        run("lora=off,on", overwrite=True)
+        assert len(here) == 8
+        assert (tmp_path / "out.old-1").is_dir()
+
+    def test_stopped_it_goes_on_where_it_was(self, spec_file: Path, tmp_path: Path, here: list[Task]) -> None:
+        options = BenchmarkOptions(spec_file, tmp_path / "out", grid=["lora=off,on", "batch=1x1,1x2"], steps=2)
+        with pytest.raises(Stopped, match="after 3 of 4 cells") as stopped:
+            run_benchmark(options, should_stop=lambda: len(here) == 3)
+        assert stopped.value.exit_code == 75
+        left_by_a_kill = tmp_path / "out" / ".llamatune-cell-x"
+        left_by_a_kill.mkdir()
+        done = run_benchmark(options)
+        assert (len(here), statuses(done)) == (4, ["measured"] * 4)
+        assert not left_by_a_kill.exists()
+        assert [dict(result["values"]) for result in done.results][1] == {"lora": "off", "batch": "1x2"}
+
+    def test_killed_and_failed_cells_are_tried_again_and_out_of_memory_is_final(
+        self, spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        outcomes: list[dict[str, Any]] = [
+            {"status": "oom", "reason": "out of memory"},
+            {"status": "killed", "reason": "killed (SIGKILL)"},
+            {"status": "failed", "reason": "boom", "exit_code": 1},
+        ]
+        asked: list[Task] = []
+
+        def run(task: Task, directory: Path, should_stop: Callable[[], bool]) -> dict[str, Any]:
+            asked.append(task)
+            return outcomes[{1: 0, 2: 1, 4: 2}[task.spec.training.micro_batch_size]]
+
+        monkeypatch.setattr(run_module, "run_cell", run)
+        options = BenchmarkOptions(spec_file, tmp_path / "out", grid=["training.micro_batch_size=1,2,4"], steps=2)
+        assert statuses(run_benchmark(options)) == ["oom", "killed", "failed"]
+        assert statuses(run_benchmark(options)) == ["oom", "killed", "failed"]
+        assert [task.spec.training.micro_batch_size for task in asked] == [1, 2, 4, 2, 4]
+        assert "failed (exit 1): boom" in (tmp_path / "out" / "benchmark.md").read_text()
+
+    def test_refused_cells_stand_beside_measured_ones(self, spec_file: Path, tmp_path: Path, here: list[Task]) -> None:
+        grid = ["lora=off,on", "model.dtype=bfloat16,float32"]
+        done = run_benchmark(BenchmarkOptions(spec_file, tmp_path / "out", grid=grid, steps=2))
+        assert statuses(done) == ["refused", "measured", "measured", "measured"]
+        assert len(here) == 3
+        assert "refused: lora" not in (text := (tmp_path / "out" / "benchmark.md").read_text())
+        assert "loses small updates" in text
+
+    def test_an_axis_may_name_data_that_is_not_there(
+        self, spec_file: Path, tmp_path: Path, here: list[Task], prepared: Make
+    ) -> None:
+        grid = [f"data.train={prepared()},{tmp_path / 'absent'}"]
+        done = run_benchmark(BenchmarkOptions(spec_file, tmp_path / "out", grid=grid, steps=2))
+        assert statuses(done) == ["measured", "refused"]
+        assert "no such directory" in done.results[1]["reason"]
+
+    @pytest.mark.parametrize(
+        ("overrides", "fault"),
+        [(["model.path=absent"], CheckpointError), (["training.precison=fp32"], SpecError)],
+    )
+    def test_what_no_cell_can_begin_with_is_a_fault_before_anything_is_written(
+        self, spec_file: Path, tmp_path: Path, here: list[Task], overrides: list[str], fault: type[Exception]
+    ) -> None:
+        with pytest.raises(fault):
+            run_benchmark(BenchmarkOptions(spec_file, tmp_path / "out", overrides))
+        assert not here
+        assert not (tmp_path / "out").exists()
+
+    def test_somebody_elses_directory_is_left_alone(self, spec_file: Path, tmp_path: Path, here: list[Task]) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("all of it")
+        with pytest.raises(EnvironmentFault):
+            run_benchmark(BenchmarkOptions(spec_file, tmp_path / "out", grid=["lora=on"], steps=2))
+        assert not here
+        run_benchmark(BenchmarkOptions(spec_file, tmp_path / "out", grid=["lora=on"], steps=2, overwrite=True))
+        assert (tmp_path / "out.old-1" / "thesis.tex").read_text() == "all of it"
+
+    def test_without_matplotlib_there_is_a_notice_and_no_chart(
+        self, spec_file: Path, tmp_path: Path, here: list[Task]
+    ) -> None:
+        events: list[Event] = []
+        run_benchmark(BenchmarkOptions(spec_file, tmp_path / "out", grid=["lora=on"], steps=2), events.append)
+        told = [event for event in events if isinstance(event, Notice) and "llamatune[plots]" in event.message]
+        assert len(told) == 1
+        assert sorted(path.name for path in (tmp_path / "out").glob("bench*")) == [
+            "benchmark.csv", "benchmark.json", "benchmark.md"
+        ]  # fmt: skip
+
+
+def test_the_verb_measures_cells_in_processes_of_their_own(
+    spec_file: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    output = tmp_path / "out"
+    arguments = ("benchmark", spec_file, "--grid", "lora=on,off", "model.dtype=bfloat16", "--steps", "2",
+                 "--memory-limit", "1GiB", "--output", output)  # fmt: skip
+    done = command(*arguments, "--json")
+    assert done.code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [cell["status"] for cell in told["cells"]] == ["measured", "refused"]
+    assert told["cells"][0]["threads"] == 1
+    assert told["axes"] == [{"key": "lora", "values": ["on", "off"]}]
+    assert "cell 1 of 2: lora=on: peak" in done.stderr
+    assert json.loads((output / "benchmark.json").read_text())["cells"] == told["cells"]
+    again = command(*arguments, "--layout", "nested")
+    assert again.code == 0
+    assert "Peak memory, MiB" in again.stdout
+    assert f"tables and chart are in {output}" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--seeds", "0,0"], "no seeds"),
+        (["--seeds", "x"], "no seeds"),
+        (["--memory-limit", "40"], "no size"),
+        (["--memory-limit", "0GiB"], "no size"),
+        (["--layout", "round"], "flat or nested"),
+        (["--preset-grid", "all"], "techniques and checkpointing"),
+        (["--steps", "0"], "steps"),
+        (["--grid", "lora"], "no axis"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_nothing_is_written(
+    spec_file: Path, tmp_path: Path, command: Callable[..., Any], arguments: list[str], part: str
+) -> None:
+    done = command("benchmark", spec_file, "--output", tmp_path / "out", *arguments)
+    assert (done.code, done.stdout) == (2, "")
+    assert part in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_resident_set_is_this_processs_own() -> None:
+    assert 50 << 20 < resident_peak_bytes() < 1 << 40
