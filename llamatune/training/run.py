@@ -7,12 +7,20 @@ from typing import Any
 
 from llamatune.devices import memory_faults
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
-from llamatune.files import refuse_occupied
+from llamatune.files import refuse_occupied, refuse_small_disk
+from llamatune.memory.outlook import outlook
+from llamatune.model.compilable import compiling
 from llamatune.spec import RunSpec
+from llamatune.training.compiling import check_compiler, compile_ahead
 from llamatune.training.loop import TrainingLoop
+from llamatune.training.memory import plan_run_memory, report_plan, resident_memory_bytes
+from llamatune.training.profiling import profiled
 from llamatune.training.run_directory import claim_run_directory, finished_summary
 from llamatune.training.setup import build_learner, open_inputs, plan_schedule
 from llamatune.training.trained import trained_weights
+
+_CHECKPOINT_BYTES = 12
+"""Of a trained parameter, at most: itself and AdamW's two moments, each in fp32."""
 
 
 def train(
@@ -38,13 +46,24 @@ def train(
         if summary is not None:
             on_event(Notice(f"{spec.training.output_dir} is finished: nothing to do"))
             return summary
+    needed = _CHECKPOINT_BYTES * inputs.count.trainable_parameters
+    refuse_small_disk(Path(spec.training.output_dir), needed, "a checkpoint")
+    if spec.training.compile:
+        check_compiler(inputs.device)
     claim = claim_run_directory(spec, inputs.digests, overwrite, resume, allowed_changes)
     with claim as run, memory_faults(inputs.device):
-        learner = build_learner(spec, inputs, on_event, should_stop)
+        plan = plan_run_memory(spec, inputs.config, inputs.prepared.train, inputs.device)
+        report_plan(plan, spec, inputs.config, inputs.device, on_event)
+        memory_facts = {**plan.facts(), "memory_before_model_bytes": resident_memory_bytes()}
+        learner = build_learner(spec, inputs, on_event, should_stop, plan.levels)
         weights = trained_weights(spec, inputs, learner)
-        loop = TrainingLoop(spec, inputs, schedule, learner, weights, run, on_event, should_stop)
-        loop.resume()
-        return loop.execute()
+        profiling = profiled(spec.training.profile_steps, inputs.device, run.path, on_event)
+        with compiling(spec.training.compile), profiling as on_event:
+            if spec.training.compile:
+                compile_ahead(spec, learner, inputs.prepared.train, on_event)
+            loop = TrainingLoop(spec, inputs, schedule, learner, weights, run, on_event, should_stop, memory_facts)
+            loop.resume()
+            return loop.execute()
 
 
 def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent = ignore_event) -> dict[str, Any]:
@@ -54,7 +73,10 @@ def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent 
     output = Path(spec.training.output_dir)
     if not (output / "origin.json").is_file():
         refuse_occupied(output, overwrite=False)
+    if spec.training.compile:
+        check_compiler(inputs.device)
     facts = inputs.prepared.facts
+    memory = plan_run_memory(spec, inputs.config, inputs.prepared.train, inputs.device)
     return {
         "trainable_parameters": inputs.count.trainable_parameters,
         "total_parameters": inputs.count.total_parameters,
@@ -67,4 +89,5 @@ def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent 
         "total_steps": schedule.total_steps,
         "device": str(inputs.device),
         "output_dir": str(output),
+        "memory_plan": outlook(spec, inputs.config, memory, inputs.device.type == "cuda"),
     }

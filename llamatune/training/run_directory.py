@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from llamatune.checkpoints.run_state import list_checkpoints
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError
-from llamatune.files import dump_json, parse_json, probe_writable, read_bytes, read_json, sync_directory, write_atomic
-from llamatune.spec import RunSpec, load_spec
+from llamatune.files import (
+    STAGING,
+    disk_faults,
+    dump_json,
+    make_directory,
+    probe_writable,
+    read_bytes,
+    read_json,
+    remove,
+    remove_dead_staging,
+    sync_directory,
+    write_atomic,
+)
+from llamatune.spec import RunSpec, TrackingSection, load_spec
+from llamatune.training.run_files import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
+from llamatune.training.run_lock import LOCK, run_lock
 
-LOCK, SPEC, METRICS, SUMMARY, ORIGIN = ".llamatune.lock", "spec.yaml", "metrics.jsonl", "summary.json", "origin.json"
-CHECKPOINTS, BEST = "checkpoints", "best"
+_MADE_HERE = (SPEC, SUMMARY, ORIGIN, BEST, ADAPTER, MODEL, "probe", "renamed-probe")
+_TRASH = ".trash-"
 
-_MAY_CHANGE = ("training.log_every_steps", "training.keep_last", "training.output_dir")
+_MAY_CHANGE = (
+    "training.log_every_steps",
+    "training.log_layer_grad_norms",
+    "training.profile_steps",
+    "training.keep_last",
+    "training.output_dir",
+    # What is recomputed changes no bit.
+    "training.activation_checkpointing",
+    "training.memory_limit",
+    *(f"tracking.{name}" for name in TrackingSection.model_fields),
+)
 _MAY_GROW = ("training.num_epochs", "training.max_steps")
 
 
@@ -30,7 +51,8 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._metrics = (path / METRICS).open("ab")
+        with self._log_faults():
+            self._metrics = (path / METRICS).open("ab")
 
     @property
     def checkpoints(self) -> Path:
@@ -39,14 +61,15 @@ class RunDirectory:
     def record(self, values: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
         line = json.dumps(values, allow_nan=False) + "\n"
-        self._metrics.write(line.encode())
-        self._metrics.flush()
+        with self._log_faults():
+            self._metrics.write(line.encode())
+            self._metrics.flush()
 
     def sync_metrics(self) -> int:
         """Make the log durable; its length in bytes."""
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        return self._metrics.tell()
+        with self._log_faults():
+            os.fsync(self._metrics.fileno())
+            return self._metrics.tell()
 
     def cut_metrics(self, length: int) -> None:
         """Drop what was logged after the checkpoint that is being resumed."""
@@ -56,29 +79,26 @@ class RunDirectory:
                 self.path / METRICS,
                 "was it edited? start again elsewhere",
             )
-        self._metrics.truncate(length)
-        self._metrics.seek(length)
+        with self._log_faults():
+            self._metrics.truncate(length)
+            self._metrics.seek(length)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_atomic(self.path / SUMMARY, dump_json(summary))
 
     def close(self) -> None:
-        self._metrics.close()
+        with contextlib.suppress(OSError):  # a line that could not be written has raised before
+            self._metrics.close()
 
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    def _log_faults(self) -> contextlib.AbstractContextManager[None]:
+        return disk_faults(self.path / METRICS)
 
 
 def _refuse_changes(
     old: RunSpec, new: RunSpec, allowed: tuple[str, ...], where: Path
 ) -> tuple[bool, list[dict[str, Any]]]:
     """Raise on a changed field; whether the run is to go on for longer than it was, and the changes that count."""
-    before, after = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
+    before, after = old.flat(), new.flat()
     grown, refused, accepted = False, [], []
     for field in sorted(before.keys() | after.keys()):
         was, now = before.get(field), after.get(field)
@@ -108,35 +128,8 @@ def _refuse_other_inputs(old: Mapping[str, Any], new: Mapping[str, Any], where: 
         )
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """An advisory lock that dies with its process."""
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EnvironmentFault(f"in use by {_owner(descriptor)}", path, "wait for it or stop it") from None
-        note = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(note).encode(), 0)
-        try:
-            yield
-        finally:
-            os.ftruncate(descriptor, 0)
-    finally:
-        os.close(descriptor)
-
-
-def _owner(descriptor: int) -> str:
-    try:
-        note = parse_json(os.pread(descriptor, 4096, 0))
-        return f"process {note['pid']} on {note['host']} since {note['started']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
-
-
-def _move_aside(path: Path) -> None:
+def move_aside(path: Path) -> None:
+    """Give a directory that is in the way a name with a number."""
     number = 1
     while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1
@@ -184,7 +177,7 @@ def claim_run_directory(
     """
     path = Path(os.path.realpath(spec.training.output_dir))
     own = _is_run(path)
-    occupied = path.exists() and (not path.is_dir() or any(not _is_ours(entry) for entry in path.iterdir()))
+    occupied = path.exists() and (not path.is_dir() or any(not is_ours(entry) for entry in path.iterdir()))
     if occupied and not overwrite and not own:
         raise EnvironmentFault(
             "the directory is not empty and is no run", path, "choose another training.output_dir, or pass --overwrite"
@@ -194,42 +187,62 @@ def claim_run_directory(
     probe_writable(path.parent if occupied and overwrite else path)
     if occupied and overwrite:
         if path.is_dir():
-            with _locked(path):
+            with run_lock(path):
                 pass
-        _move_aside(path)
-        path.mkdir()
-    with _locked(path):
+        move_aside(path)
+        make_directory(path)
+    with run_lock(path):
         if own and not overwrite and (list_checkpoints(path / CHECKPOINTS) or (path / SUMMARY).is_file()):
             # Before its first checkpoint a run holds nothing that another spec could contradict.
             _, accepted = _refuse_changes(load_spec(path / SPEC), spec, allowed_changes, path / SPEC)
             origin = read_json(path / ORIGIN)
             _refuse_other_inputs(origin, inputs, path / ORIGIN)
-            inputs = {**inputs, "spec_changes": [*origin.get("spec_changes", []), *accepted]}
-        (path / SUMMARY).unlink(missing_ok=True)
+            changes = origin.get("spec_changes", [])
+            if accepted and changes[-len(accepted) :] != accepted:  # killed after this write, it is here again
+                changes = [*changes, *accepted]
+            inputs = {**inputs, "spec_changes": changes} if changes else inputs
+        _remove_leftovers(path)
+        with disk_faults(path / SUMMARY):
+            (path / SUMMARY).unlink(missing_ok=True)
         run = RunDirectory(path)
         try:
-            _write_if_changed(path / ORIGIN, dump_json(inputs))
-            _write_if_changed(path / SPEC, spec.to_yaml().encode())
+            write_if_changed(path / ORIGIN, dump_json(inputs))
+            write_if_changed(path / SPEC, spec.to_yaml().encode())
             yield run
         finally:
             run.close()
 
 
-def _is_ours(entry: Path) -> bool:
+def is_ours(entry: Path) -> bool:
     """Whether a file in a directory is a lock or a leftover of ours, which anything may be written beside."""
     return entry.name.startswith(".llamatune")
 
 
-def _write_if_changed(path: Path, content: bytes) -> None:
-    if path.is_file() and read_bytes(path) == content:
+def write_if_changed(path: Path, content: bytes) -> None:
+    """Replace a file, unless it is what it would become."""
+    if path.is_file() and path.stat().st_size == len(content) and read_bytes(path, max_bytes=len(content)) == content:
         return
     write_atomic(path, content)
 
 
-def prune_checkpoints(found: list[Path], keep_last: int, on_fault: Callable[[str], None]) -> None:
-    """Remove all but the first ``keep_last`` of ``found``; each leaves the namespace before it is deleted."""
-    for path in found[keep_last:]:
-        trash = path.with_name(f".trash-{path.name}")
+def _remove_leftovers(path: Path) -> None:
+    """Remove what a killed process of this run was making or removing; the lock says that it is gone."""
+    for name in _MADE_HERE:
+        remove_dead_staging(path, name, owned=True)
+    for leftover in (path / CHECKPOINTS).glob(".*"):  # nobody else has anything to do in there
+        if leftover.name.startswith((STAGING, _TRASH)):
+            remove(leftover)
+
+
+def prune_checkpoints(newest: Path, keep_last: int, on_fault: Callable[[str], None]) -> None:
+    """Of the checkpoints up to ``newest``, which is known to be good, keep the last so many.
+
+    Each leaves the namespace before it is deleted. One of a later step is damaged, or it would be the newest: it is
+    left to be replaced when the run gets there, and does not count.
+    """
+    found = list_checkpoints(newest.parent)
+    for path in found[found.index(newest) + keep_last :]:
+        trash = path.with_name(f"{_TRASH}{path.name}")
         try:
             shutil.rmtree(trash, ignore_errors=True)
             os.rename(path, trash)

@@ -18,12 +18,12 @@ from llamatune.checkpoints.config_files import read_config
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.quantized import QuantizedBase
-from llamatune.data.dataset import Prepared, Split, open_prepared
+from llamatune.data.dataset import Prepared, Split, check_rows, check_tokenizer, open_prepared
 from llamatune.data.packing import pack
-from llamatune.data.tokenizer import load_tokenizer
 from llamatune.devices import choose_device
 from llamatune.errors import CheckpointError, SpecError
-from llamatune.events import Notice, OnEvent, ShouldStop
+from llamatune.events import OnEvent, ShouldStop
+from llamatune.memory.step import Levels
 from llamatune.model.config import LlamaConfig
 from llamatune.model.lora import apply_lora, load_lora, lora_parameters
 from llamatune.model.quantization import quantize_blocks
@@ -31,8 +31,8 @@ from llamatune.model.transformer import Transformer, initialise
 from llamatune.seeds import derived_seed
 from llamatune.spec import RunSpec
 from llamatune.training.memory import apply_activation_checkpointing
-from llamatune.training.optimizer import build_optimizer, warmup_steps
-from llamatune.training.precision import autocast_factory, check_precision, held_dtype, residual_dtype
+from llamatune.training.optimizer import Optimizer, build_optimizer, warmup_steps
+from llamatune.training.precision import LossScaler, autocast_factory, check_precision, held_dtype, residual_dtype
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Learner:
 
     model: Transformer
     parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    optimizer: Optimizer
+    scaler: LossScaler
     autocast: Callable[[], contextlib.AbstractContextManager[object]]
     device: torch.device
 
@@ -99,45 +99,15 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
             "evaluation",
             "prepare it with --validation-fraction, name it in data.validation, or drop the section",
         )
-    _check_tokens(prepared, validation, config, base, spec)
-    _check_tokenizer(prepared, base, force_base, on_event)
-    longest_tokens = max(prepared.train.lengths, default=0)
-    if longest_tokens > config.max_position_embeddings:
-        longest = f"a row of {longest_tokens} tokens"
-        on_event(Notice(f"{longest} is longer than the {config.max_position_embeddings} the model knows", "warning"))
+    check_rows(prepared.train, config, f"{spec.data.train} against {base}", on_event)
+    if validation is not None:
+        check_rows(validation, config, f"{spec.data.validation or spec.data.train} against {base}", on_event)
+    check_tokenizer(prepared, base, force_base, on_event)
     starting_adapter = _starting_adapter(spec, config, base_fingerprint, force_base, on_event)
     lora = spec.lora
     count = count_parameters(config, lora.r if lora else None, lora.target_modules if lora else ())
     digests = {"base": base_fingerprint, "train": prepared.digest, "validation": validation_digest}
     return Inputs(config, checkpoint, base_fingerprint, prepared, validation, starting_adapter, digests, count, device)
-
-
-def _check_tokens(prepared: Prepared, validation: Split | None, config: LlamaConfig, base: Path, spec: RunSpec) -> None:
-    splits = [(spec.data.train, prepared.train)]
-    if validation is not None:
-        splits.append((spec.data.validation or spec.data.train, validation))
-    for where, split in splits:
-        if split.largest_id >= config.vocab_size:
-            raise CheckpointError(
-                f"tokenizer id {split.largest_id} >= {config.vocab_size} embedding rows",
-                f"{where} against {base}",
-                "prepare the data with the tokenizer of this model",
-            )
-
-
-def _check_tokenizer(prepared: Prepared, base: Path, force_base: bool, on_event: OnEvent) -> None:
-    if not (base / "tokenizer.model").is_file():
-        on_event(Notice(f"{base} has no tokenizer.model to compare the data's tokenizer with", "warning"))
-        return
-    own, used = load_tokenizer(base).fingerprint, prepared.facts.get("tokenizer", {}).get("fingerprint")
-    if own != used:
-        if not force_base:
-            raise CheckpointError(
-                "the data was prepared with another tokenizer than the model's",
-                base / "tokenizer.model",
-                "prepare it again with this one, or pass --force-base",
-            )
-        on_event(Notice("training on the ids of another tokenizer than the model's, as --force-base asks", "warning"))
 
 
 def packing_budget(spec: RunSpec) -> int | None:
@@ -162,8 +132,13 @@ def plan_schedule(spec: RunSpec, train: Split) -> Schedule:
     return schedule
 
 
-def build_learner(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop) -> Learner:
-    """Load the base, put LoRA in, and build the optimizer over what is trained."""
+def build_learner(
+    spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop, levels: Levels | None = None
+) -> Learner:
+    """Load the base, put LoRA in, and build the optimizer over what is trained.
+
+    ``levels`` are what fused blocks recompute; None: by ``training.activation_checkpointing``.
+    """
     dtype, nf4 = held_dtype(spec), spec.model.dtype == "nf4"
     if inputs.checkpoint is None:
         with inputs.device, _default_dtype(dtype):  # no fp32 copy of a large model on the way
@@ -195,13 +170,13 @@ def build_learner(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop:
             load_lora(model, inputs.starting_adapter.tensors)
         parameters = dict(lora_parameters(model))
     fused = spec.training.fused and spec.lora is not None
-    apply_activation_checkpointing(model, spec.training.activation_checkpointing, fused)
+    apply_activation_checkpointing(model, spec.training.activation_checkpointing, fused, levels)
     model.train()
     return Learner(
         model,
         parameters,
-        build_optimizer(spec.training, parameters.values()),
-        torch.amp.GradScaler(inputs.device.type, enabled=spec.training.precision == "fp16"),
+        build_optimizer(spec.training, parameters),
+        LossScaler(spec.training.precision == "fp16"),
         autocast_factory(spec.training.precision, inputs.device),
         inputs.device,
     )

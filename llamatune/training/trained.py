@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -14,11 +14,14 @@ from llamatune.checkpoints.adapter import Adapter, load_adapter, save_adapter, w
 from llamatune.checkpoints.huggingface import write_huggingface
 from llamatune.checkpoints.tensors import write_tensors
 from llamatune.errors import CheckpointError
-from llamatune.files import Staging, build_directory
+from llamatune.files import Staging, build_directory, dump_json, writing
 from llamatune.spec import RunSpec
+from llamatune.training.run_files import ADAPTER, MODEL
 from llamatune.training.setup import Inputs, Learner, adapter_config
 
 _WEIGHTS = "weights.safetensors"
+EVALUATION = "evaluation.json"
+"""Beside the best weights: step, epoch, loss, perplexity, rows and target tokens of their evaluation."""
 
 
 class TrainedWeights(Protocol):
@@ -30,8 +33,8 @@ class TrainedWeights(Protocol):
     def restore(self, checkpoint: Path) -> None:
         """Put the tensors of a verified checkpoint back."""
 
-    def write_best(self, path: Path) -> None:
-        """Replace ``best/`` by the weights as they are now."""
+    def write_best(self, path: Path, evaluation: Mapping[str, Any]) -> None:
+        """Replace ``best/`` by the weights as they are now, and ``evaluation.json`` says how good they are."""
 
     def write_final(self, run: Path) -> None:
         """Write ``adapter/`` or ``model/`` into the run directory."""
@@ -50,6 +53,11 @@ def _fill(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor],
             parameter.copy_(tensors[name])
 
 
+def _write_evaluation(staging: Staging, evaluation: Mapping[str, Any]) -> None:
+    with writing(staging.path / EVALUATION) as file:
+        file.write(dump_json(evaluation))
+
+
 class _AdapterOnly:
     """A checkpoint of an adapter is a PEFT directory too: it can be generated with and merged as it stands."""
 
@@ -59,21 +67,22 @@ class _AdapterOnly:
         self._template = inputs.prepared.facts.get("template")
 
     def _adapter(self) -> Adapter:
-        tensors = {name: parameter.detach().cpu() for name, parameter in self._learner.parameters.items()}
-        return Adapter(self._config, tensors, self._fingerprint, self._template, self._base)
+        return Adapter(self._config, dict(self._learner.parameters), self._fingerprint, self._template, self._base)
 
     def write_checkpoint(self, staging: Staging) -> None:
-        write_adapter_files(staging.path, self._adapter())
+        write_adapter_files(staging, self._adapter())
         staging.facts.update(base_fingerprint=self._fingerprint, template=self._template)
 
     def restore(self, checkpoint: Path) -> None:
         _fill(self._learner.parameters, load_adapter(checkpoint).tensors, checkpoint)
 
-    def write_best(self, path: Path) -> None:
-        save_adapter(path, self._adapter(), overwrite=True)
+    def write_best(self, path: Path, evaluation: Mapping[str, Any]) -> None:
+        with build_directory(path, "adapter", {}, overwrite=True) as staging:
+            self.write_checkpoint(staging)
+            _write_evaluation(staging, evaluation)
 
     def write_final(self, run: Path) -> None:
-        save_adapter(run / "adapter", self._adapter(), overwrite=True)
+        save_adapter(run / ADAPTER, self._adapter(), overwrite=True)
 
 
 class _WholeModel:
@@ -82,15 +91,20 @@ class _WholeModel:
         self._template = inputs.prepared.facts.get("template")
 
     def write_checkpoint(self, staging: Staging) -> None:
-        write_tensors(staging.path / _WEIGHTS, self._learner.parameters)
+        write_tensors(staging, _WEIGHTS, self._learner.parameters)
 
     def restore(self, checkpoint: Path) -> None:
         _fill(self._learner.parameters, load_file(checkpoint / _WEIGHTS), checkpoint)
 
-    def write_best(self, path: Path) -> None:
+    def write_best(self, path: Path, evaluation: Mapping[str, Any]) -> None:
         with build_directory(path, "model", {}, overwrite=True) as staging:
-            staging.facts["template"] = self._template
-            write_huggingface(staging.path, self._config, self._learner.parameters, torch.float32, self._base)
+            self._write_model(staging)
+            _write_evaluation(staging, evaluation)
 
     def write_final(self, run: Path) -> None:
-        self.write_best(run / "model")
+        with build_directory(run / MODEL, "model", {}, overwrite=True) as staging:
+            self._write_model(staging)
+
+    def _write_model(self, staging: Staging) -> None:
+        staging.facts["template"] = self._template
+        write_huggingface(staging, self._config, self._learner.parameters, torch.float32, self._base)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from llamatune.checkpoints.tensors import is_finite
 from llamatune.data.dataset import Batch
+from llamatune.errors import Stopped
+from llamatune.events import ShouldStop, never_stop
 from llamatune.model.loss import summed_loss
 from llamatune.seeds import derived_seed
 from llamatune.training.setup import Learner
+
+LOWEST_LOSS_SCALE = 1e-4
+"""Where halving is given up: a gradient that overflows fp16 even then overflows at any scale."""
+
+FINISHING_S = 15.0
+"""How long a window that was asked to stop may go on. Slurm kills after 30 s, and saving takes a while too."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +49,31 @@ class WindowGradient:
         return math.isfinite(self.grad_norm)
 
 
-def accumulate_gradient(learner: Learner, micro_batches: Sequence[Batch], seed: int, window: int) -> WindowGradient:
+def accumulate_gradient(
+    learner: Learner, micro_batches: Sequence[Batch], seed: int, window: int, should_stop: ShouldStop = never_stop
+) -> WindowGradient:
     """Sum the gradient of every micro-batch's summed loss over the window's target tokens.
 
     Dropout is a function of (seed, window, micro-batch). The device is waited for once, at the end.
+
+    Raises:
+        Stopped: ``should_stop`` said so, and what is left of the window would take too long, by what went before.
     """
-    target_tokens = sum(batch.target_tokens for batch in micro_batches)
-    losses = []
+    target_tokens, loss_scale = sum(batch.target_tokens for batch in micro_batches), learner.scaler.scale
+    losses, started = [], time.monotonic()
     for index, batch in enumerate(micro_batches):
+        if index and should_stop():
+            left_s = (time.monotonic() - started) / index * (len(micro_batches) - index)
+            if left_s > FINISHING_S:
+                raise Stopped(f"after {index} of the {len(micro_batches)} micro-batches of a window")
         torch.manual_seed(derived_seed(seed, "dropout", window, index))
         with learner.autocast():
             loss = summed_loss(learner.model, batch.input_ids, batch.labels, batch.lengths)
-        learner.scaler.scale(loss / target_tokens).backward()  # type: ignore[no-untyped-call]
+        (loss / (target_tokens / loss_scale)).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
-    loss_scale = learner.scaler.get_scale()
-    learner.scaler.unscale_(learner.optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in learner.parameters.values() if p.grad is not None])
+    gradients = [p.grad for p in learner.parameters.values() if p.grad is not None]
+    learner.scaler.unscale(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients)
     summed = torch.stack(losses).double().tolist()
     bad = [batch for batch, loss in zip(micro_batches, summed, strict=True) if not math.isfinite(loss)]
     return WindowGradient(
@@ -71,18 +90,27 @@ def make_update(learner: Learner, gradient: WindowGradient, learning_rate: float
     """Clip (Pascanu et al. 2013), step, and clear the gradient."""
     if max_grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(learner.parameters.values(), max_grad_norm, gradient.norm)
-    for group in learner.optimizer.param_groups:
-        group["lr"] = learning_rate
-    learner.optimizer.step()
-    learner.scaler.update()
-    learner.optimizer.zero_grad(set_to_none=True)
+    learner.optimizer.step(learning_rate)
+    learner.scaler.grow()
+    learner.optimizer.zero_grad()
+
+
+def layer_grad_norms(learner: Learner) -> dict[str, float]:
+    """The gradient's norm by block (``layers.0`` ...) and by module outside of them; the device is waited for once."""
+    gradients: dict[str, list[Tensor]] = {}
+    for name, parameter in learner.parameters.items():
+        if parameter.grad is not None:
+            path = name.removeprefix("model.").split(".")
+            gradients.setdefault(".".join(path[: 2 if path[0] == "layers" else 1]), []).append(parameter.grad)
+    norms = torch.stack([torch.nn.utils.get_total_norm(tensors) for tensors in gradients.values()])
+    return dict(zip(gradients, norms.tolist(), strict=True))
 
 
 def skip_update(learner: Learner) -> float:
     """After an fp16 overflow: clear the gradient and lower the loss scale, which is returned."""
-    learner.scaler.update()
-    learner.optimizer.zero_grad(set_to_none=True)
-    return learner.scaler.get_scale()
+    learner.scaler.back_off()
+    learner.optimizer.zero_grad()
+    return learner.scaler.scale
 
 
 def names_without_gradient(learner: Learner) -> list[str]:
@@ -92,4 +120,4 @@ def names_without_gradient(learner: Learner) -> list[str]:
 
 def names_not_finite(learner: Learner) -> list[str]:
     """Trained tensors that an update made NaN or infinite, though its gradient was finite."""
-    return [name for name, parameter in learner.parameters.items() if not torch.isfinite(parameter).all()]
+    return [name for name, parameter in learner.parameters.items() if not is_finite(parameter)]

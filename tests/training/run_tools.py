@@ -15,7 +15,7 @@ from llamatune.spec import RunSpec, build_spec
 from llamatune.training.run import train
 
 REPEATABLE = ("event", "step", "window", "epoch", "loss", "learning_rate", "grad_norm", "loss_scale", "perplexity",
-              "target_tokens")  # fmt: skip
+              "target_tokens", "rows", "best")  # fmt: skip
 
 
 def spec_values(base: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
@@ -83,11 +83,13 @@ def outcome(run: Path) -> dict[str, Any]:
     """All of a run that must come out the same, however often it was interrupted."""
     state = json.loads((last_checkpoint(run) / "state.json").read_text())
     summary = json.loads((run / "summary.json").read_text())
-    kept = ("steps", "train_loss", "best_eval_loss", "best_step", "epochs", "skipped_windows", "stopped_early")
+    kept = ("steps", "train_loss", "best_eval_loss", "best_step", "skipped_windows", "stopped_early")
+    timed = ("epoch_s", "evaluation_s", "checkpoint_s", "tokens_per_second")
     products = {f"{kind}/{name}": x for kind in ("adapter", "best", "model") for name, x in files(run / kind).items()}
     return {
         "metrics": [{key: line[key] for key in REPEATABLE if key in line} for line in metrics(run)],
         "summary": {key: summary[key] for key in kept},
+        "epochs": [{key: value for key, value in epoch.items() if key not in timed} for epoch in summary["epochs"]],
         "scaler": state["scaler"],
         "optimizer": (last_checkpoint(run) / "optimizer.safetensors").read_bytes(),
         **products,
@@ -98,6 +100,7 @@ def assert_same_outcome(found: Path, expected: Path) -> None:
     ours, theirs = outcome(found), outcome(expected)
     assert ours["metrics"] == theirs["metrics"]
     assert ours["summary"] == theirs["summary"]
+    assert ours["epochs"] == theirs["epochs"]
     differing = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
     assert not differing, f"not the same bytes: {sorted(differing)}"
 

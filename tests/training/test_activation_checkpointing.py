@@ -40,8 +40,10 @@ def _outcome(mode: str, kind: str, base: Path, data: Path, directory: Path) -> t
     return _outcomes[mode, kind]
 
 
-@pytest.mark.parametrize("kind", ["lora", "full", "full, bf16"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [(mode, kind) for mode in MODES for kind in ("lora", "full", "full, bf16")] + [("projections", "lora")],
+)
 def test_every_mode_gives_the_same_bits(
     tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path, mode: str, kind: str
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,17 @@ import pytest
 import run_tools
 import torch
 from run_tools import Crash, StopAfter, assert_same_outcome, crash_at, files, make_spec, metrics, run_and_record
+from safetensors.torch import load_file
 
-from llamatune.errors import Stopped
+from llamatune import manifests
+from llamatune.checkpoints import run_state
+from llamatune.errors import CheckpointError, EnvironmentFault, Stopped
 from llamatune.events import Event, Notice, RunStarted, StepDone
+from llamatune.files import MANIFEST, digest_file
 from llamatune.spec import RunSpec
+from llamatune.training import loop, trained
+from llamatune.training import setup as training_setup
+from llamatune.training.precision import LossScaler
 from llamatune.training.run import train
 
 SCHEDULED = {"training__lr_scheduler": "cosine", "training__warmup_steps": 2, "training__max_grad_norm": 0.4}
@@ -34,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "stops early": {
         "training__num_epochs": 9, "training__learning_rate": 1.0, "evaluation__early_stopping_patience": 2,
-        "evaluation__every_steps": 1,
+        "evaluation__every_steps": 1, "evaluation__early_stopping_min_delta": 0.01,
     },
     "every parameter, recomputed": {
         "lora": None, "training__max_steps": 5, "training__learning_rate": 1e-3,
@@ -52,8 +61,7 @@ def run_of(
     tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., RunSpec]:
     """A spec for a named variant; 18 rows in windows of 5 make a partial last window, 5 rows are held out."""
-    scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=2.0**26, growth_interval=3, **k))
+    monkeypatch.setattr(training_setup, "LossScaler", lambda enabled: LossScaler(enabled, 2.0**26, 3))
 
     def make(name: str, variant: str) -> RunSpec:
         changes = {
@@ -152,6 +160,121 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_notice(run_of: Callable[.
     assert len([line for line in notices if str(damaged.parent) in line and "skipped" in line]) == 1
     assert next(event for event in events if isinstance(event, RunStarted)).resumed_step == 2
     assert_same_outcome(run, Path(whole.training.output_dir))
+
+
+def _stopped_after(spec: RunSpec, *counts: int) -> Path:
+    for count in counts:
+        stop = StopAfter(count)
+        with pytest.raises(Stopped):
+            train(spec, on_event=stop.on_event, should_stop=stop.should_stop)
+    return Path(spec.training.output_dir)
+
+
+def test_the_newest_checkpoint_is_that_of_the_last_step_whatever_the_clock_says(run_of: Callable[..., RunSpec]) -> None:
+    run = _stopped_after(run_of("run", "adamw, epochs, validation"), 2, 1)
+    for age, path in enumerate(sorted((run / "checkpoints").iterdir())):
+        os.utime(path, (age * -1000, age * -1000))
+    _, events = run_and_record(run_of("run", "adamw, epochs, validation"))
+    assert next(event for event in events if isinstance(event, RunStarted)).resumed_step == 3
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_not_thrown_away(run_of: Callable[..., RunSpec]) -> None:
+    """A damaged one may be trained again; one that only another version understands is worth a question."""
+    spec = run_of("run", "adamw, epochs, validation")
+    run = _stopped_after(spec, 2)
+    checkpoint = run_tools.last_checkpoint(run)
+    state, manifest = checkpoint / "state.json", checkpoint / MANIFEST
+    state.write_text(json.dumps({**json.loads(state.read_text()), "schema": 99}))
+    told = json.loads(manifest.read_text())
+    told["files"]["state.json"] = {"bytes": state.stat().st_size, "sha256": digest_file(state)}
+    for schema in (1, 99):
+        manifest.write_text(json.dumps({**told, "schema": schema}))
+        before = files(run)
+        with pytest.raises(CheckpointError, match="another version \\(schema 99\\)"):
+            train(spec)
+        assert {name: files(run)[name] for name in before} == before
+
+
+def test_a_checkpoint_that_cannot_be_read_is_no_reason_to_start_over(
+    run_of: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless an older one can be read; what is damaged is passed over, what a disk does not give now may come back."""
+    spec = run_of("run", "adamw, epochs, validation")
+    run = _stopped_after(spec, 2, 1)
+    opened = manifests.open_regular
+
+    def failing(path: Path) -> Any:
+        if path.is_relative_to(run / "checkpoints" / "step-000003") or not older:
+            raise EnvironmentFault("cannot read: Input/output error", path)
+        return opened(path)
+
+    monkeypatch.setattr(manifests, "open_regular", failing)
+    older = False
+    with pytest.raises(EnvironmentFault, match="Input/output error"):
+        train(spec)
+    older = True
+    _, events = run_and_record(spec)
+    assert next(event for event in events if isinstance(event, RunStarted)).resumed_step == 2
+
+
+def test_a_resumed_run_reads_its_state_once_and_onto_the_cpu(
+    run_of: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More memory than training itself needs would end a run for good where it barely fitted."""
+    spec = run_of("run", "every parameter, recomputed")
+    _stopped_after(spec, 2)
+    read: list[str] = []
+
+    def counting(path: Path, *more: Any) -> dict[str, torch.Tensor]:
+        tensors = load_file(path, *more)
+        assert all(tensor.device.type == "cpu" for tensor in tensors.values())
+        read.append(path.name)
+        return tensors
+
+    for module in (run_state, trained):
+        monkeypatch.setattr(module, "load_file", counting)
+    train(spec)
+    assert sorted(read) == ["optimizer.safetensors", "weights.safetensors"]
+
+
+def test_another_processor_or_thread_count_is_remarked_upon(
+    run_of: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = run_of("run", "adamw, epochs, validation")
+    _stopped_after(spec, 2)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    _, events = run_and_record(spec)
+    notices = [event.message for event in events if isinstance(event, Notice)]
+    assert any("not bit-exact" in line and "cpu was" in line and "threads" not in line for line in notices)
+
+
+def test_memory_that_ends_is_one_line_and_the_run_goes_on_from_its_checkpoint(
+    run_of: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, spec = (run_of(name, "saves and evaluates at odd steps") for name in ("whole", "run"))
+    train(whole)
+    update = loop.make_update
+
+    def update_until_memory_ends(learner: Any, *more: Any) -> None:
+        if next(steps) == 5:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        update(learner, *more)
+
+    steps = itertools.count()
+    monkeypatch.setattr(loop, "make_update", update_until_memory_ends)
+    with pytest.raises(EnvironmentFault, match="out of memory") as raised:
+        train(spec)
+    assert raised.value.exit_code == 5
+    _, events = run_and_record(spec)
+    assert next(event for event in events if isinstance(event, RunStarted)).resumed_step == 4
+    assert_same_outcome(Path(spec.training.output_dir), Path(whole.training.output_dir))
+
+
+def test_a_slow_save_is_remarked_upon(run_of: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler kills soon after its signal."""
+    monkeypatch.setattr(loop, "_SLOW_SAVE_S", -1.0)
+    _, events = run_and_record(run_of("run", "saves and evaluates at odd steps"))
+    assert any(isinstance(event, Notice) and "saving took" in event.message for event in events)
 
 
 def test_a_finished_run_is_left_as_it_is(run_of: Callable[..., RunSpec]) -> None:

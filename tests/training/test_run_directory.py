@@ -13,6 +13,7 @@ from run_tools import StopAfter, assert_same_outcome, files, losses, make_spec, 
 
 from llamatune.data.prepare import PrepareOptions, prepare_data
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
+from llamatune.events import Event, RunStarted
 from llamatune.spec import RunSpec, load_spec
 from llamatune.training.run import plan_training, train
 
@@ -155,6 +156,88 @@ def test_no_checkpoint_beyond_keep_last_stays_and_the_newest_does(
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
         "step-000005", "step-000006", "step-000007",
     ]  # fmt: skip
+
+
+def test_the_newest_good_checkpoint_is_kept_though_a_damaged_one_is_newer(
+    stopped: Path, spec_with: Callable[..., RunSpec]
+) -> None:
+    """A resumed run that saves step 3 beside a damaged step 4 must not delete step 3 for it."""
+    shutil.copytree(stopped / "checkpoints" / "step-000002", stopped / "checkpoints" / "step-000004")
+    (stopped / "checkpoints" / "step-000004" / "state.json").write_text("{}")
+    stop = StopAfter(1)
+    with pytest.raises(Stopped):
+        train(spec_with(training__keep_last=1), on_event=stop.on_event, should_stop=stop.should_stop)
+    assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+    assert train(spec_with(training__keep_last=1))["steps"] == 4
+    assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["step-000004"]
+
+
+def test_a_run_that_was_killed_before_it_pruned_prunes_when_it_resumes(
+    stopped: Path, spec_with: Callable[..., RunSpec]
+) -> None:
+    shutil.copytree(stopped / "checkpoints" / "step-000002", stopped / "checkpoints" / "step-000001")
+    began: list[RunStarted] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, RunStarted):
+            began.append(event)
+
+    with pytest.raises(Stopped):
+        train(spec_with(training__keep_last=1), on_event=observe, should_stop=lambda: bool(began))
+    assert began[0].resumed_step == 2
+    assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_only_those(
+    stopped: Path, spec_with: Callable[..., RunSpec]
+) -> None:
+    """Under the run's lock the process that left them is gone, whoever has its number now (here: us)."""
+    ours = [f".llamatune-tmp-{os.getpid()}-{name}" for name in ("origin.json", "spec.yaml", "summary.json", "best")]
+    in_checkpoints = [f".llamatune-tmp-{os.getpid()}-step-000003", ".trash-step-000001"]
+    foreign = [f".llamatune-tmp-{os.getpid()}-merged", ".llamatune-tmp-notes", "notes.txt"]
+    for name in [*ours, *foreign]:
+        (stopped / name).write_text("half a file")
+    for name in in_checkpoints:
+        (stopped / "checkpoints" / name).mkdir()
+        (stopped / "checkpoints" / name / "state.json").write_text("{")
+    train(spec_with())
+    names = {path.name for path in stopped.rglob("*")}
+    assert names >= set(foreign)
+    assert not names & {*ours, *in_checkpoints}
+
+
+def test_a_log_that_cannot_be_written_is_named(stopped: Path, spec_with: Callable[..., RunSpec]) -> None:
+    (stopped / "metrics.jsonl").unlink()
+    (stopped / "metrics.jsonl").symlink_to("/dev/full")
+    shutil.rmtree(stopped / "checkpoints")
+    with pytest.raises(EnvironmentFault, match=r"metrics\.jsonl") as raised:
+        train(spec_with())
+    assert raised.value.exit_code == 5
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_told_before_the_model_is_loaded(
+    spec_with: Callable[..., RunSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1 << 20))
+    with pytest.raises(EnvironmentFault, match=r"a checkpoint needs 23,040 bytes and 1,048,576 are free"):
+        train(spec_with())
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_secret_of_the_environment_is_written(
+    stopped: Path, spec_with: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = {
+        "HF_TOKEN": "hf_qwertyuiop",
+        "WANDB_API_KEY": "0123456789abcdef",
+        "AWS_SECRET_KEY": "xyzzyx/plugh",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    train(spec_with())
+    written = b"".join(files(stopped).values())
+    assert written
+    assert not [name for name, value in secrets.items() if name.encode() in written or value.encode() in written]
 
 
 def test_best_is_kept_though_it_is_long_past(

@@ -159,5 +159,35 @@ def test_a_dry_run_trains_nothing(command: Command, spec_file: Callable[..., Pat
 def test_the_table_at_the_end_tells_what_was_trained(command: Command, spec_file: Callable[..., Path]) -> None:
     outcome = command("train", spec_file())
     assert outcome.code == 0
-    for shown in ("runtime", "tokens/s", "peak memory, cpu", "trainable parameters", "train perplexity"):
+    for shown in ("runtime", "tokens/s", "peak memory, cpu", "trainable parameters", "perplexity"):
         assert shown in outcome.stdout
+
+
+def test_no_run_loads_torchs_compiler(
+    spec_file: Callable[..., Path], tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It takes as long to load as torch itself; torch.optim and torch.nn.init on meta tensors would."""
+    kinds: list[dict[str, Any]] = [
+        {"evaluation__every_steps": 1, "training__precision": "bf16", "model__dtype": "bfloat16"},
+        {"training__optimizer": "sgd", "training__momentum": 0.5},
+        {"training__optimizer": "adamw_8bit", "model__dtype": "nf4"},
+        {"training__precision": "fp16", "model__init": "random"},
+        {"lora": None},
+    ]
+    specs = []
+    for number, changes in enumerate(kinds):
+        path = spec_file(training__max_steps=2, training__output_dir=str(tmp_path / f"run-{number}"), **changes)
+        specs.append(str(path.rename(tmp_path / f"spec-{number}.yaml")))
+    code = """
+import contextlib, sys
+from llamatune.cli import main
+for spec in sys.argv[1:]:
+    with contextlib.suppress(SystemExit):
+        main(["train", spec, "--json"])
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code, *specs], capture_output=True, text=True, check=True)
+    *summaries, loaded = done.stdout.splitlines()
+    assert [json.loads(line)["steps"] for line in summaries] == [2] * len(kinds), done.stderr
+    assert "torch.optim" in loaded.split()
+    assert not {"torch._dynamo", "torch._inductor", "sympy"} & set(loaded.split())

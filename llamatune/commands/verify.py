@@ -1,0 +1,56 @@
+"""``llamatune verify``: is this directory what was written?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+    from llamatune.verification import Verified
+
+
+def verify(
+    # readable=False: typer would call a missing permission a mistake of usage; to us it is exit code 5.
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="A run, checkpoint, adapter, model or prepared directory, or a cache of quantised weights.",
+            show_default=False,
+            readable=False,
+        ),
+    ],
+    json_mode: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+) -> None:
+    """Check every byte of a directory against its manifest."""
+    from llamatune.commands._console import Console
+
+    with Console(json_mode, writes=False) as console:  # it hears signals from here on, while torch is loaded too
+        from dataclasses import asdict
+
+        from llamatune.errors import Stopped
+        from llamatune.verification import verify as run_verification
+
+        if console.should_stop():
+            raise Stopped("stopped before anything was read", directory, "run the same command again")
+        report = run_verification(directory, console.on_event, console.should_stop)
+        console.result(asdict(report), lambda out: _print_report(out, report))
+
+
+def _print_report(out: RichConsole, report: Verified, indent: str = "") -> None:
+    from llamatune.errors import printable
+
+    what = {"content": "every byte is", "structure": "headers and tensors are"}[report.checked]
+    line = f"{indent}{printable(report.path)}: {report.kind}, {report.files:,} files, {report.bytes:,} bytes"
+    out.print(line if indent else f"{line}: {what} in order", markup=False)
+    for part in report.parts:
+        _print_report(out, part, indent + "  ")
+    if report.steps is not None:
+        out.print(f"{report.steps:,} steps, {'finished' if report.finished else 'not finished'}")
+    if report.unlisted:
+        names = ", ".join(printable(name) for name in report.unlisted[:5]) + (" ..." if report.unlisted[5:] else "")
+        out.print(f"{indent}files of others, not looked at: {names}", markup=False)

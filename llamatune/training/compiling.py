@@ -1,0 +1,54 @@
+"""``training.compile``: whether torch.compile works here, and its work done before the first step."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+
+from llamatune.data.dataset import Split
+from llamatune.errors import EnvironmentFault
+from llamatune.events import Notice, OnEvent
+from llamatune.model.loss import summed_loss
+from llamatune.spec import RunSpec
+from llamatune.training.setup import Learner
+
+
+@contextlib.contextmanager
+def compiler_faults() -> Iterator[None]:
+    """Turn what the compiler cannot do on this machine into one line."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except (TorchDynamoException, ImportError, OSError) as fault:
+        reason = str(fault).strip().partition("\n")[0]
+        raise EnvironmentFault(
+            f"torch.compile does not work here ({reason})",
+            "training.compile",
+            "set it to false; a CPU needs a C++ compiler such as g++, a GPU Triton and a C compiler",
+        ) from fault
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile next to nothing, so that a missing compiler is told before weights are loaded."""
+    with compiler_faults():
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+
+
+def compile_ahead(spec: RunSpec, learner: Learner, split: Split, on_event: OnEvent) -> None:
+    """Run a micro-batch forward and backward, and forget its gradient.
+
+    Always the same rows, wherever a run goes on, so that the compiler is given the same sizes.
+    """
+    started = time.monotonic()
+    batch = split.batch(list(range(min(spec.training.micro_batch_size, len(split)))))
+    with compiler_faults():
+        with learner.autocast():
+            loss = summed_loss(learner.model, batch.input_ids, batch.labels, batch.lengths)
+        loss.backward()  # type: ignore[no-untyped-call]
+    for parameter in learner.parameters.values():
+        parameter.grad = None
+    on_event(Notice(f"compiled what lies between the matrix products in {time.monotonic() - started:.1f} s"))

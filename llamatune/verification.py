@@ -1,0 +1,180 @@
+"""Whether a directory holds what its manifest says, byte for byte: what ``llamatune verify`` does.
+
+What has no manifest (a model from elsewhere, PEFT's own adapter) is checked for its structure: headers against sizes,
+index against shards, tensors against the configuration.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from llamatune.checkpoints.adapter import load_adapter
+from llamatune.checkpoints.adapter_config import CONFIG_FILE
+from llamatune.checkpoints.loading import open_checkpoint
+from llamatune.checkpoints.run_state import PROGRESS, list_checkpoints, read_progress
+from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError, Stopped
+from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.files import MANIFEST, STAGING, open_regular, parse_json, read_json
+from llamatune.manifests import has_manifest, unlisted_files, verify_product
+from llamatune.spec import load_spec
+from llamatune.tensor_files import read_header
+from llamatune.training.run_files import BEST, CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
+from llamatune.training.run_lock import LOCK
+
+_READ_BY_NAME = re.compile(
+    r".*\.(safetensors|pth|bin|index\.json)|(adapter_|generation_)?config\.json|params\.json|state\.json"
+)
+"""Names that a reader of models, adapters or checkpoints looks for, whether a manifest lists them or not."""
+_LONGEST_LINE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found in order. ``checked`` is ``content`` where there was a manifest, else ``structure``.
+
+    ``unlisted`` are files of others, which no reader of ours looks at. A run or a cache is made of ``parts``; ``steps``
+    are those that a run's log tells of, ``finished`` whether it came to its end.
+    """
+
+    path: str
+    kind: str
+    checked: Literal["content", "structure"]
+    files: int
+    bytes: int
+    unlisted: list[str] = field(default_factory=list)
+    parts: list[Verified] = field(default_factory=list)
+    steps: int | None = None
+    finished: bool | None = None
+    ok: bool = True
+
+
+def verify(path: Path, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop) -> Verified:
+    """Check a run, checkpoint, adapter, model, prepared directory or cache of quantised weights.
+
+    Raises:
+        CheckpointError: it is none of these, or a file of it is missing, surplus, cut, changed or unsafe.
+        EnvironmentFault: a file cannot be read. Stopped: ``should_stop`` said so.
+    """
+    if not path.is_dir():
+        what = "a file where a directory is expected" if path.exists() else "no such directory"
+        raise CheckpointError(what, path, "give a run, checkpoint, adapter, model or prepared directory")
+    try:
+        if _is_run(path):
+            return _verify_run(path, on_event, should_stop)
+        if has_manifest(path):
+            return _verify_content(path, on_event, should_stop)
+        cached = sorted(entry for entry in path.iterdir() if entry.name.startswith("nf4-") and has_manifest(entry))
+        if cached:
+            return _whole(path, "quantized-cache", [_verify_content(entry, on_event, should_stop) for entry in cached])
+        return _verify_structure(path, on_event)
+    except (CheckpointError, EnvironmentFault, Stopped):
+        raise
+    except LlamatuneError as fault:  # what is a mistake of usage elsewhere is a broken file here
+        raise CheckpointError(fault.what, fault.where, fault.todo) from None
+
+
+def _whole(path: Path, kind: str, parts: list[Verified], **more: Any) -> Verified:
+    files, size = sum(part.files for part in parts), sum(part.bytes for part in parts)
+    return Verified(str(path), kind, "content", files, size, parts=parts, **more)
+
+
+def _verify_content(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verified:
+    manifest = verify_product(path, on_event, should_stop)
+    for name in manifest.files:
+        if name.endswith(".safetensors"):
+            read_header(path / name)
+    unlisted = unlisted_files(path, manifest)
+    for name in unlisted:
+        base = name.rpartition("/")[2]
+        if _READ_BY_NAME.fullmatch(base) or base.startswith(STAGING):
+            raise CheckpointError("not in the manifest, but readers would use it", path / name, "remove it")
+    if manifest.kind == "checkpoint":
+        read_progress(path)
+    return Verified(str(path), manifest.kind, "content", len(manifest.files), manifest.bytes, unlisted)
+
+
+def _verify_structure(path: Path, on_event: OnEvent) -> Verified:
+    if (path / PROGRESS).exists():
+        raise CheckpointError("a checkpoint of a run without its manifest", path / MANIFEST, "remove the checkpoint")
+    on_event(Notice(f"{path}: no manifest, so its structure is checked and not its content", "warning"))
+    if (path / CONFIG_FILE).exists():
+        adapter = load_adapter(path)
+        stored = {path / CONFIG_FILE, path / "adapter_model.safetensors"}
+        assert adapter.tensors
+        kind = "adapter"
+    else:
+        checkpoint = open_checkpoint(path)
+        stored = {part.path for name in checkpoint.names for part in checkpoint.parts(name)}
+        kind = "model"
+    return Verified(str(path), kind, "structure", len(stored), sum(file.stat().st_size for file in stored))
+
+
+def _is_run(path: Path) -> bool:
+    return (path / LOCK).exists() or all(os.path.lexists(path / name) for name in (SPEC, METRICS))
+
+
+def _verify_run(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verified:
+    spec = load_spec(path / SPEC)
+    read_json(path / ORIGIN)
+    summary = read_json(path / SUMMARY) if os.path.lexists(path / SUMMARY) else None
+    checkpoints = list_checkpoints(path / CHECKPOINTS)
+    last = read_progress(checkpoints[0]) if checkpoints else None
+    steps = _verify_log(path / METRICS, last, summary)
+    final = "model" if spec.lora is None else "adapter"
+    has_best = (summary or (last or {}).get("position", {})).get("best_step") is not None
+    products = [
+        path / name for name, due in ((final, summary is not None), (BEST, has_best)) if due or _is_there(path / name)
+    ]
+    parts = []
+    for part in (*checkpoints, *products):
+        try:
+            parts.append(_verify_content(part, on_event, should_stop))
+        except CheckpointError:
+            if part in products or part.exists():
+                raise  # else it was pruned by the run, which is going on
+    if summary is None:
+        on_event(Notice(f"{path}: not finished; the command that started it continues it"))
+    return _whole(path, "run", parts, steps=steps, finished=summary is not None)
+
+
+def _is_there(path: Path) -> bool:
+    return os.path.lexists(path)
+
+
+def _verify_log(path: Path, last: dict[str, Any] | None, summary: dict[str, Any] | None) -> int:
+    """The steps that a run's log tells of: each once and in order, as many as checkpoint and summary say.
+
+    Only beyond the last checkpoint of a run that is not finished may the last line be torn: it is cut when the run
+    goes on.
+    """
+    synced, step, at_checkpoint = 0 if last is None else last["metrics_bytes"], 0, 0
+    with open_regular(path) as file:
+        size = file.seek(0, 2)
+        if size < synced:
+            raise CheckpointError(f"{size:,} bytes where the last checkpoint remembers {synced:,}", path)
+        file.seek(0)
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
+            torn = not line.endswith(b"\n")
+            if torn and summary is None and file.tell() > synced and len(line) < _LONGEST_LINE:
+                break
+            try:
+                entry = parse_json(line)
+                if torn or not isinstance(entry, dict):
+                    raise ValueError("no line of its own" if torn else "not an object")
+            except ValueError as fault:
+                raise CheckpointError(f"not a line of strict JSON: {fault}", f"{path}:{number}") from None
+            if entry.get("event") == "step":
+                step += 1
+                if entry.get("step") != step:
+                    raise CheckpointError(f"step {entry.get('step')} where {step} should be", f"{path}:{number}")
+            if file.tell() <= synced:
+                at_checkpoint = step
+    for where, told, wanted in (("checkpoint", at_checkpoint, last), ("summary", step, summary)):
+        counted = None if wanted is None else wanted.get("step" if where == "checkpoint" else "steps")
+        if wanted is not None and told != counted:
+            raise CheckpointError(f"tells of {told} steps where the {where} has {counted}", path)
+    return step
