@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llamatune.errors import SpecError
 from llamatune.files import read_bytes
 from llamatune.model.config import LINEAR_MODULES
+from llamatune.strict_yaml import parse_yaml
+from llamatune.units import parse_size
 
 _ALIASES = {("lora", "lora_alpha"): "alpha", ("lora", "lora_dropout"): "dropout"}
 """PEFT's spellings, where users know them."""
-
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)?")
 
 
 def _expand_targets(value: Any) -> Any:
@@ -40,18 +41,21 @@ def _expand_targets(value: Any) -> Any:
     return value
 
 
-def _not_yet(value: Any) -> Any:
-    if value is True:
-        raise ValueError("not available in this version, leave it false")
-    return value
-
-
 def _checkpointing_mode(value: Any) -> Any:
-    if value in ("none", "block", "attention", "feed_forward", "sublayer"):
+    if value in ("none", "block", "attention", "feed_forward", "sublayer", "projections"):
         return value
     if isinstance(value, str) and re.fullmatch(r"every_([2-9]|[1-9]\d{1,2})", value):
         return value
-    raise ValueError("not one of none, block, every_2 ... every_N, attention, feed_forward, sublayer")
+    raise ValueError("not one of none, block, every_2 ... every_N, attention, feed_forward, sublayer, projections")
+
+
+def _memory_size(value: str) -> str:
+    if value != "auto":
+        try:
+            parse_size(value, "memory_limit")
+        except SpecError as fault:
+            raise ValueError(f"{fault.what}, and not auto; {fault.todo}") from None
+    return value
 
 
 class _Section(BaseModel):
@@ -61,7 +65,6 @@ class _Section(BaseModel):
 PathText = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-NotYet = Annotated[Literal[False], BeforeValidator(_not_yet)]
 
 
 class ModelSection(_Section):
@@ -129,16 +132,30 @@ class TrainingSection(_Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="null: no clipping")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast; fp16 brings a GradScaler")
     activation_checkpointing: Annotated[str, BeforeValidator(_checkpointing_mode)] = Field(
-        "none", description="none, block, every_2 ... every_N, attention, feed_forward or sublayer"
+        "none",
+        description="none, block, every_2 ... every_N, attention, feed_forward, sublayer or projections "
+        "(fused LoRA only: q, k, v, gate and up again, but not attention)",
     )
     fused: bool = Field(
         True, description="compute a LoRA block by hand-written functions that keep little; false: the plain modules"
     )
-    compile: NotYet = Field(False, description="torch.compile; not available yet")
-    memory_limit: Literal["auto"] = Field("auto", description="what the choice of recomputation may use")
+    compile: bool = Field(
+        False, description="torch.compile of what lies between the matrix products; it pays in long runs"
+    )
+    memory_limit: Annotated[str, AfterValidator(_memory_size)] = Field(
+        "auto",
+        description="as 24GiB; what activation_checkpointing: none may use before fused LoRA blocks recompute; "
+        "auto: 90 % of what is free",
+    )
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     log_every_steps: Positive = 1
+    log_layer_grad_norms: bool = Field(
+        False, description="record the norm of each block's gradient at every step, before clipping"
+    )
+    profile_steps: Positive | None = Field(
+        None, description="write a torch.profiler trace of the first N windows after each start into the run directory"
+    )
     save_every_steps: Positive | None = Field(None, description="default: every epoch")
     keep_last: Positive = Field(2, description="checkpoints kept")
 
@@ -167,6 +184,28 @@ class EvaluationSection(_Section):
     early_stopping_patience: Positive | None = Field(
         None, description="stop after so many evaluations in a row without a lower loss"
     )
+    early_stopping_min_delta: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="to patience, a loss is lower only if it is by more than this below the last one that was; "
+        "best/ is the lowest in any case",
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> EvaluationSection:
+        if self.early_stopping_min_delta and self.early_stopping_patience is None:
+            raise ValueError("early_stopping_min_delta needs early_stopping_patience")
+        return self
+
+
+class TrackingSection(_Section):
+    """Who is told of the numbers beside metrics.jsonl; it changes nothing that is computed."""
+
+    tensorboard: bool = Field(False, description="event files in tensorboard/ of the run directory")
+    wandb: Literal["offline", "online"] | None = Field(
+        None, description="W&B: offline writes to wandb/ of the run directory, to be sent by wandb sync; null: off"
+    )
+    wandb_project: PathText = "llamatune"
+    wandb_name: PathText | None = Field(None, description="default: the name of the run directory")
 
 
 class RunSpec(_Section):
@@ -177,6 +216,7 @@ class RunSpec(_Section):
     data: DataSection
     training: TrainingSection
     evaluation: EvaluationSection = EvaluationSection()
+    tracking: TrackingSection = TrackingSection()
 
     @model_validator(mode="after")
     def _agree(self) -> RunSpec:
@@ -191,6 +231,11 @@ class RunSpec(_Section):
                 f"training every parameter in {self.model.dtype} loses small updates; without a lora section set "
                 "model.dtype: float32 (training.precision may still be bf16 or fp16)"
             )
+        if self.training.activation_checkpointing == "projections" and (self.lora is None or not self.training.fused):
+            raise ValueError(
+                "activation_checkpointing: projections is for a lora section and training.fused: true; "
+                "the plain modules have sublayer and block"
+            )
         if self.lora is not None and self.model.init == "random" and self.lora.init_from:
             raise ValueError("lora.init_from needs the base it was trained on, not model.init: random")
         return self
@@ -202,58 +247,17 @@ class RunSpec(_Section):
             del values["lora"]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
-
-class _SpecLoader(yaml.SafeLoader):
-    """YAML 1.2's scalars (``no`` is a word, ``010`` is ten, ``1e-5`` is a number); no aliases, tags or doubled keys."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        line = event.start_mark.line + 1
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.MarkedYAMLError(problem=f"anchors and aliases are not allowed (line {line})")
-        if getattr(event, "tag", None):
-            raise yaml.MarkedYAMLError(problem=f"tags are not allowed (line {line})")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
-                what = f"the key {key.value!r} appears twice" if isinstance(key, yaml.ScalarNode) else "odd key"
-                raise yaml.MarkedYAMLError(problem=f"{what} (line {key.start_mark.line + 1})")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    def flat(self) -> dict[str, Any]:
+        """Every value by its key path, as ``training.seed``."""
+        return dict(_flat(self.model_dump(mode="json")))
 
 
-def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
-    text = node.value.replace("_", "")
-    return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
-
-
-_NUMBER_TAG = "tag:yaml.org,2002:float"
-_SpecLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-_SpecLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(null|~|)$"), ["n", "~", ""])
-_SpecLoader.add_implicit_resolver(_NUMBER_TAG, re.compile(rf"^({_NUMBER.pattern}|\d+\.)$"), list("-+.0123456789"))
-_SpecLoader.add_constructor(_NUMBER_TAG, _number)
-
-
-def parse_yaml(text: str, where: object) -> Any:
-    """A YAML document with the strict scalars of a spec; any fault is a one-line ``SpecError``."""
-    try:
-        loader = _SpecLoader(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
-    except RecursionError:
-        raise SpecError("nested too deeply", where) from None
-    except yaml.MarkedYAMLError as fault:
-        line = f" (line {fault.problem_mark.line + 1})" if fault.problem_mark else ""
-        raise SpecError(f"not valid YAML: {fault.problem}{line}", where) from None
-    except (yaml.YAMLError, ValueError) as fault:
-        raise SpecError(f"not valid YAML: {str(fault).splitlines()[0]}", where) from None
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _override(values: dict[str, Any], assignment: str) -> None:
@@ -315,8 +319,9 @@ def build_spec(values: Any, where: object, overrides: list[str] | None = None) -
     """A spec from plain values, each ``section.key=value`` of ``overrides`` put in first."""
     if not isinstance(values, dict):
         raise SpecError("not a mapping of sections", where, f"sections are {', '.join(RunSpec.model_fields)}")
-    if values.get("evaluation", ()) is None:
-        del values["evaluation"]
+    for section in ("evaluation", "tracking"):
+        if values.get(section, ()) is None:
+            del values[section]
     if values.get("lora", ()) is None:
         raise SpecError("lora: empty", where, "write lora: {} for its defaults, or omit it to train every parameter")
     _rename_aliases(values, where)
@@ -338,10 +343,15 @@ def _lists_as_tuples(value: Any) -> Any:
     return tuple(value) if numbers else value
 
 
-def load_spec(path: Path, overrides: list[str] | None = None) -> RunSpec:
-    """Read a run spec from a YAML (or JSON) file of at most 1 MiB."""
+def read_spec_values(path: Path) -> Any:
+    """The plain values of a YAML (or JSON) file of at most 1 MiB, not yet checked."""
     try:
         text = read_bytes(path, SpecError).decode("utf-8-sig")
     except UnicodeDecodeError as fault:
         raise SpecError(f"not UTF-8 at byte {fault.start}", path) from None
-    return build_spec(parse_yaml(text, path), path, overrides)
+    return parse_yaml(text, path)
+
+
+def load_spec(path: Path, overrides: list[str] | None = None) -> RunSpec:
+    """Read a run spec from a file."""
+    return build_spec(read_spec_values(path), path, overrides)

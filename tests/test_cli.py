@@ -11,7 +11,7 @@ import pytest
 from llamatune.cli import main
 
 CORE = ["prepare-data", "train", "merge-lora", "generate", "count-params"]
-OTHERS = ["demo", "env"]
+OTHERS = ["evaluate", "benchmark", "plan-memory", "report", "verify", "demo", "env"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -69,6 +69,10 @@ def test_a_verbs_help_never_loads_torch(verb: str) -> None:
         (["generate", "--model", "absent", "--prompt", "x", "--prompt-file", "y"], 2, "exclude each other"),
         (["generate", "--model", "absent", "--prompt-file", "absent.txt"], 3, "no such file"),
         (["generate", "--model", "absent", "--prompt", "x", "--compare"], 2, "--compare needs two models"),
+        (["evaluate", "--model", "absent", "--data", "absent"], 4, "absent"),
+        (["evaluate", "--model", "absent", "--data", "absent", "--device", "cuda:77"], 5, "no device cuda:77"),
+        (["verify"], 2, "Missing argument 'DIR'"),
+        (["verify", "absent"], 4, "no such directory"),
         (["count-params"], 2, "--preset"),
         (["count-params", "--preset", "llama-9"], 2, "llama-2-7b"),
         (["count-params", "--model", "absent"], 4, "absent"),
@@ -88,7 +92,7 @@ def test_an_error_is_one_line_on_stderr_and_stdout_stays_empty(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    got, out, err = run(capsys, *arguments, *(["--json"] if json_mode and arguments[0] in CORE else []))
+    got, out, err = run(capsys, *arguments, *(["--json"] if json_mode and arguments[0] in (*CORE, "evaluate") else []))
     assert got == code or (code is None and got in (3, 4))
     assert out == ""
     assert err.startswith("error: ")
@@ -150,6 +154,24 @@ def test_env_tells_versions_and_devices(capsys: pytest.CaptureFixture[str]) -> N
     assert code == 0
     assert {"llamatune", "python", "packages", "devices", "cpu_cores", "memory_bytes"} <= told.keys()
     assert "torch" in told["packages"]
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, None)],
+    ids=["unset", "set by the user"],
+)
+def test_the_allocator_is_set_before_torch_unless_the_user_did(given: dict[str, str], left: str | None) -> None:
+    code = (
+        "import os, sys\nfrom llamatune.cli import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit: print(os.environ.get('PYTORCH_ALLOC_CONF'), 'torch' in sys.modules)"
+    )
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTORCH_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=inherited | given
+    )
+    assert done.stdout.splitlines()[-1] == f"{left} False"
 
 
 def test_a_closed_stdout_is_no_traceback() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -61,10 +62,10 @@ class Console:
     def on_event(self, event: Event) -> None:
         """Draw an event on a terminal, or write it as a ``key=value`` line. A closed stderr stops no work."""
         if self._draw is None:
-            if sys.stderr is not None and sys.stderr.isatty():
-                from llamatune.commands._live import LiveDrawing
+            if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+                from llamatune.commands._live import LiveDrawing, open_console
 
-                live = LiveDrawing(sys.stderr)
+                live = LiveDrawing(open_console(sys.stderr))
                 self._draw, self._close_drawing = live.draw, live.close
             else:
                 from llamatune.commands._plain import PlainLines

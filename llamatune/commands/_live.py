@@ -1,33 +1,41 @@
-"""Events on a terminal: bars for what is under way, lines for what is done."""
+"""Events on a terminal: bars and a panel for what is under way, lines for what is done."""
 
 from __future__ import annotations
 
-from typing import IO
+import os
+import time
+from typing import IO, TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from llamatune.commands._units import gibibytes
 from llamatune.errors import printable
-from llamatune.events import (
-    CheckpointSaved,
-    EpochDone,
-    EvalDone,
-    Event,
-    Notice,
-    Progress,
-    RunStarted,
-    StepDone,
-    StepSkipped,
-)
+from llamatune.events import EpochDone, EvalDone, Event, Notice, Progress, RunStarted, StepSkipped
+
+if TYPE_CHECKING:
+    from llamatune.commands._panel import TrainingPanel
+
+_REDRAWN_EVERY_S = 0.5
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Rich would exit; here the caller decides what a closed pipe means."""
         raise BrokenPipeError
+
+    @property
+    def encoding(self) -> str:
+        """What a terminal shows; the stream itself is always UTF-8."""
+        return super().encoding if speaks_utf8() or not self.file.isatty() else "ascii"
+
+
+def speaks_utf8() -> bool:
+    """Whether the locale says that the terminal shows UTF-8."""
+    names = (os.environ.get(name) for name in ("LC_ALL", "LC_CTYPE", "LANG"))
+    return "utf" in next((name.lower() for name in names if name), "")
 
 
 def open_console(file: IO[str]) -> Console:
@@ -36,62 +44,76 @@ def open_console(file: IO[str]) -> Console:
 
 
 class LiveDrawing:
-    """Bars on a terminal; a finished task's bar disappears, the training bar stays."""
+    """Bars on a terminal, and a panel while a run trains; a finished task's bar disappears, the panel stays.
 
-    def __init__(self, file: IO[str]) -> None:
-        self._console = open_console(file)
+    Drawn when an event comes, twice a second at most and in no thread of its own: that costs training nothing it would
+    notice, and what is shown changes with events alone.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
             TimeRemainingColumn(),
-            console=self._console,
+            console=console,
         )
-        self._tasks: dict[str, object] = {}
-        self._bars.start()
+        self._tasks: dict[str, TaskID] = {}
+        self._panel: TrainingPanel | None = None
+        self._drawn = 0.0
+        self._live = Live(console=console, auto_refresh=False, get_renderable=self._picture)
+        self._live.start()
 
     def close(self) -> None:
-        self._bars.stop()
+        self._live.stop()
 
-    def _show(self, name: str, done: int, total: int | None, facts: str = "", keep: bool = False) -> None:
-        if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(name, total=total, facts="")
-        task = self._tasks[name]
-        self._bars.update(task, completed=done, total=total, facts=facts)  # type: ignore[arg-type]
-        if total is not None and done >= total and not keep:
-            self._bars.remove_task(self._tasks.pop(name))  # type: ignore[arg-type]
+    def _picture(self) -> RenderableType:
+        bars = [self._bars] if self._bars.tasks else []
+        return Group(*([self._panel] if self._panel else []), *bars)
 
     def draw(self, event: Event) -> None:
         match event:
+            case Progress():
+                self._count(event)
+            case RunStarted():
+                from llamatune.commands._panel import TrainingPanel  # it needs torch, which has been loaded by now
+
+                self._panel = TrainingPanel(event)
+        if self._panel is not None:
+            self._panel.note(event)
+        for line in self._lines(event):
+            self._console.print(line)
+        if time.monotonic() - self._drawn >= _REDRAWN_EVERY_S:
+            self._live.refresh()
+            self._drawn = time.monotonic()
+
+    def _count(self, event: Progress) -> None:
+        if event.task not in self._tasks:
+            self._tasks[event.task] = self._bars.add_task(event.task, total=event.total)
+        self._bars.update(self._tasks[event.task], completed=event.done, total=event.total)
+        if event.total is not None and event.done >= event.total:
+            self._bars.remove_task(self._tasks.pop(event.task))
+
+    def _lines(self, event: Event) -> list[str]:
+        """What stays above the picture."""
+        match event:
             case Notice():
                 style = "yellow" if event.kind == "warning" else "dim"
-                self._console.print(f"[{style}]{event.kind}:[/] {escape(printable(event.message))}")
-            case Progress():
-                self._show(event.task, event.done, event.total)
+                return [f"[{style}]{event.kind}:[/] {escape(printable(event.message))}"]
             case RunStarted():
                 resumed = f", continuing after step {event.resumed_step}" if event.resumed_step else ""
-                self._console.print(
+                return [
                     f"training {event.trainable_parameters:,} of {event.total_parameters:,} parameters "
                     f"on {event.device}, {event.train_rows:,} rows{resumed}"
-                )
-            case StepDone():
-                facts = (
-                    f"loss {event.loss:.4f}  lr {event.learning_rate:.2e}  {event.tokens_per_second:,.0f} tok/s  "
-                    f"peak {gibibytes(event.peak_memory_bytes)}"
-                )
-                self._show("training", event.step, event.total_steps, facts, keep=True)
+                ]
             case StepSkipped():
-                self._console.print(f"[yellow]overflow:[/] window {event.window}, loss scale {event.loss_scale:g}")
+                return [f"[yellow]overflow:[/] window {event.window}, loss scale {event.loss_scale:g}"]
             case EvalDone():
                 best = "  [green]best so far[/]" if event.best else ""
-                self._console.print(
-                    f"step {event.step}: validation loss {event.loss:.4f}, perplexity {event.perplexity:.2f}{best}"
-                )
-            case CheckpointSaved():
-                self._console.print(f"[dim]saved {escape(printable(event.path))} in {event.seconds:.2f} s[/]")
+                found = f"validation loss {event.loss:.4f}, perplexity {event.perplexity:.2f}"
+                return [f"step {event.step}: {found}{best}"]
             case EpochDone():
-                self._console.print(
-                    f"epoch {event.epoch} of {event.num_epochs}: train loss {event.train_loss:.4f}, "
-                    f"perplexity {event.train_perplexity:.2f}"
-                )
+                found = f"train loss {event.train_loss:.4f}, perplexity {event.train_perplexity:.2f}"
+                return [f"epoch {event.epoch} of {event.num_epochs}: {found}"]
+        return []

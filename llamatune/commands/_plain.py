@@ -11,6 +11,7 @@ from llamatune.events import (
     EpochDone,
     EvalDone,
     Event,
+    MemoryHeld,
     Notice,
     Progress,
     RunStarted,
@@ -58,6 +59,11 @@ class PlainLines:
                     f"tokens_per_second={event.tokens_per_second:.0f} "
                     f"peak_memory_bytes={event.peak_memory_bytes} elapsed_s={event.elapsed_s:.1f}"
                 )
+            case MemoryHeld():
+                return (
+                    f"held frozen_bytes={event.frozen_bytes} trained_bytes={event.trained_bytes} "
+                    f"optimizer_bytes={event.optimizer_bytes} device_bytes={event.device_bytes}"
+                )
             case StepSkipped():
                 return f"skipped window={event.window} loss_scale={event.loss_scale:g}"
             case EvalDone():
@@ -66,9 +72,16 @@ class PlainLines:
             case CheckpointSaved():
                 return f"saved step={event.step} path={printable(event.path)} seconds={event.seconds:.2f}"
             case EpochDone():
+                held_out = ""
+                if event.validation_loss is not None:
+                    held_out = (
+                        f"validation_loss={event.validation_loss:.4f} "
+                        f"validation_perplexity={event.validation_perplexity:.4f} "
+                    )
                 return (
                     f"epoch={event.epoch}/{event.num_epochs} train_loss={event.train_loss:.4f} "
-                    f"train_perplexity={event.train_perplexity:.4f} elapsed_s={event.elapsed_s:.1f}"
+                    f"train_perplexity={event.train_perplexity:.4f} {held_out}epoch_s={event.epoch_s:.1f} "
+                    f"tokens_per_second={event.tokens_per_second:.0f} elapsed_s={event.elapsed_s:.1f}"
                 )
 
     def _progress(self, event: Progress) -> str | None:

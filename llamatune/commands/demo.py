@@ -35,7 +35,7 @@ def _print(out: RichConsole, report: DemoReport) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from llamatune.commands._units import duration, gibibytes
+    from llamatune.units import duration, gibibytes
 
     table = Table(title="held-out questions, before and after LoRA", title_justify="left", show_lines=True)
     table.add_column("question about a town that training never asked about", ratio=4)

@@ -22,7 +22,7 @@ def env(
 
     from llamatune import __version__
     from llamatune.commands._console import Console
-    from llamatune.commands._units import gibibytes
+    from llamatune.units import gibibytes
 
     packages = ("torch", "safetensors", "sentencepiece", "pydantic", "typer", "rich", "PyYAML")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -51,7 +51,7 @@ def generate(
     from dataclasses import asdict
 
     from llamatune.commands._console import Console
-    from llamatune.files import output_file
+    from llamatune.files import dump_json_lines, output_file, write_atomic
 
     if output is not None:
         output = output_file(output)
@@ -70,35 +70,21 @@ def generate(
             for found in results:
                 del found["base_completion"]
         if output is not None:
-            _write_jsonl(output, results)
+            write_atomic(output, dump_json_lines(results))
         payload = {"results": results, "tokens_per_second": answers.tokens_per_second}
         console.result(payload, lambda out: _print(out, answers, compare))
 
 
 def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[Prompt]:
-    from llamatune.commands._arguments import as_utf8, read_standard_input
+    from llamatune.commands._arguments import given_prompts, read_standard_input
     from llamatune.errors import SpecError
 
-    if prompt and prompt_file:
-        raise SpecError("--prompt and --prompt-file exclude each other")
-    if prompt_file is not None:
-        from llamatune.inference.answer import read_prompts
-
-        return read_prompts(prompt_file)
-    if prompt:
-        return [as_utf8(text, "--prompt") for text in prompt]
+    if prompts := given_prompts(prompt, prompt_file):
+        return prompts
     text = read_standard_input().removesuffix("\n")
     if not text:
         raise SpecError("no prompt", "standard input", "pass --prompt TEXT, --prompt-file FILE, or pipe a prompt in")
     return [text]
-
-
-def _write_jsonl(path: Path, results: list[dict[str, object]]) -> None:
-    import json
-
-    from llamatune.files import write_atomic
-
-    write_atomic(path, "".join(json.dumps(found, ensure_ascii=False) + "\n" for found in results).encode())
 
 
 def _print(out: RichConsole, answers: Answers, compare: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,35 +43,43 @@ def train(
     from llamatune.commands._console import Console
 
     with Console(json_mode, writes=True, log_every_steps=spec.training.log_every_steps) as console:
+        from llamatune.tracking.trackers import Trackers
         from llamatune.training.run import plan_training
         from llamatune.training.run import train as run_training
 
+        trackers = Trackers(spec, console.on_event)
         if dry_run:
             plan = plan_training(spec, force_base=force_base, on_event=console.on_event)
             console.result(plan, lambda out: _print_plan(out, plan, spec.to_yaml()))
             return
-        summary = run_training(
-            spec,
-            resume=resume == "auto",
-            overwrite=overwrite,
-            force_base=force_base,
-            allowed_changes=tuple(allow_spec_change or ()),
-            on_event=console.on_event,
-            should_stop=console.should_stop,
-        )
+        with trackers:
+            summary = run_training(
+                spec,
+                resume=resume == "auto",
+                overwrite=overwrite,
+                force_base=force_base,
+                allowed_changes=tuple(allow_spec_change or ()),
+                on_event=trackers.on_event,
+                should_stop=console.should_stop,
+            )
         console.result(summary, lambda out: _print_summary(out, summary))
 
 
 def _print_plan(out: RichConsole, plan: dict[str, Any], resolved: str) -> None:
+    from llamatune.commands.plan_memory import print_memory_plan
+
     out.print(resolved, markup=False)
     for key, value in plan.items():
+        if key == "memory_plan":
+            print_memory_plan(out, value)
+            continue
         out.print(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}", markup=False)
 
 
 def _print_summary(out: RichConsole, summary: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from llamatune.commands._units import duration, gibibytes
+    from llamatune.units import duration, gibibytes
 
     reserved = summary["peak_reserved_bytes"]
     memory = gibibytes(summary["peak_memory_bytes"])
@@ -88,10 +97,19 @@ def _print_summary(out: RichConsole, summary: dict[str, Any]) -> None:
     if summary["best_eval_loss"] is not None:
         table.add_row("best validation loss", f"{summary['best_eval_loss']:.4f} (step {summary['best_step']})")
     out.print(table)
+    columns: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("epoch", "epoch", str),
+        ("train\nloss", "train_loss", "{:.4f}".format),
+        ("train\nperplexity", "train_perplexity", "{:.2f}".format),
+        ("validation\nloss", "validation_loss", "{:.4f}".format),
+        ("validation\nperplexity", "validation_perplexity", "{:.2f}".format),
+        ("time", "epoch_s", duration),
+        ("tokens/s", "tokens_per_second", "{:,.0f}".format),
+    ]
     epochs = Table(title="per epoch", title_justify="left")
-    for heading in ("epoch", "train loss", "train perplexity"):
+    for heading, _, _ in columns:
         epochs.add_column(heading, justify="right")
     for epoch in summary["epochs"]:
-        epochs.add_row(str(epoch["epoch"]), f"{epoch['train_loss']:.4f}", f"{epoch['train_perplexity']:.2f}")
+        epochs.add_row(*("" if epoch[key] is None else show(epoch[key]) for _, key, show in columns))
     out.print(epochs)
     out.print(f"written to {summary['output_dir']}", markup=False)

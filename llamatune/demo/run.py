@@ -17,7 +17,9 @@ from llamatune.data.prepare import prepare_data
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.answer import Answer, Request, answer
 from llamatune.inference.sampling import Sampling
-from llamatune.spec import RunSpec, build_spec, parse_yaml
+from llamatune.inference.significance import Accuracy
+from llamatune.spec import RunSpec, build_spec
+from llamatune.strict_yaml import parse_yaml
 from llamatune.training.run import train
 
 MATERIAL = Path(str(resources.files("llamatune.demo")))
@@ -121,8 +123,7 @@ def _report(
     ]
 
     def exact_match(kind: str) -> float:
-        right = [row for row in held_out if getattr(row, kind) == row.expected]
-        return 100 * len(right) / len(held_out)
+        return 100 * Accuracy.of(getattr(row, kind) == row.expected for row in held_out).fraction
 
     return DemoReport(
         str(output),

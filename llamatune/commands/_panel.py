@@ -1,0 +1,166 @@
+"""A run at a glance: how far, how well, how fast, in how much memory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from llamatune.errors import printable
+from llamatune.events import CheckpointSaved, EvalDone, Event, MemoryHeld, RunStarted, StepDone
+from llamatune.units import duration, gibibytes, perplexity
+
+_LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
+_MOST_POINTS = 512
+
+
+class Curve:
+    """A series of any length as at most 512 means over equally long stretches."""
+
+    def __init__(self) -> None:
+        self._means: list[float] = []
+        self._stretch, self._sum, self._count = 1, 0.0, 0
+
+    def add(self, value: float) -> None:
+        self._sum += value
+        self._count += 1
+        if self._count == self._stretch:
+            self._means.append(self._sum / self._count)
+            self._sum, self._count = 0.0, 0
+        if len(self._means) == _MOST_POINTS:
+            self._means = [sum(pair) / 2 for pair in zip(self._means[::2], self._means[1::2], strict=True)]
+            self._stretch *= 2
+
+    def sparkline(self, width: int, ascii_only: bool = False) -> str:
+        """The curve in ``width`` columns, or fewer while there is less to show.
+
+        The highest level is reached by the highest tenth: the first losses of a run would flatten all others.
+        """
+        count, levels = min(width, len(self._means)), _ASCII_LEVELS if ascii_only else _LEVELS
+        if not count:
+            return ""
+        edges = [round(column * len(self._means) / count) for column in range(count + 1)]
+        means = [sum(self._means[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+        low, high = min(means), sorted(means)[math.ceil(0.9 * (count - 1))]
+        scale = (len(levels) - 1) / (high - low) if high > low else 0.0
+        return "".join(levels[round((min(mean, high) - low) * scale)] for mean in means)
+
+
+class _Sparkline:
+    """A curve as wide as there is room."""
+
+    def __init__(self, curve: Curve) -> None:
+        self._curve = curve
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self._curve.sparkline(options.max_width, options.ascii_only), style="cyan", no_wrap=True)
+
+
+class TrainingPanel:
+    """What a run's events came to so far, drawn as a panel of any width."""
+
+    def __init__(self, started: RunStarted) -> None:
+        self._started = started
+        self._losses = Curve()
+        self._first: StepDone | None = None
+        self._step: StepDone | None = None
+        self._evaluation: EvalDone | None = None
+        self._best: EvalDone | None = None
+        self._saved: CheckpointSaved | None = None
+        self._memory: MemoryHeld | None = None
+
+    def note(self, event: Event) -> None:
+        """Take in an event of the run."""
+        match event:
+            case StepDone():
+                self._losses.add(event.loss)
+                self._first, self._step = self._first or event, event
+            case EvalDone():
+                self._evaluation = event
+                self._best = event if event.best else self._best
+            case CheckpointSaved():
+                self._saved = event
+            case MemoryHeld():
+                self._memory = event
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        rows = Table.grid(padding=(0, 2), expand=True)
+        rows.add_column(style="dim", no_wrap=True)
+        rows.add_column(ratio=1)
+        for label, content in self._rows():
+            rows.add_row(label, content)
+        title = f"training on {self._started.device}"
+        panel = Panel(Group(self._progress(), rows), title=title, title_align="left", border_style="dim")
+        # The console leaves lines alone that do not fit; inside the frame they are wrapped.
+        yield from console.render(panel, options.update(no_wrap=False, overflow="fold"))
+
+    def _progress(self) -> RenderableType:
+        step, total = self._step.step if self._step else self._started.resumed_step, self._started.total_steps
+        epochs = self._started.num_epochs
+        epoch = min(int(self._step.epoch - 1e-9) + 1, epochs) if self._step else None
+        line = Table.grid(padding=(0, 2), expand=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True, justify="right")
+        of_epochs = f", epoch {epoch} of {epochs}" if epoch else ""
+        line.add_row(
+            ProgressBar(total=total, completed=step, complete_style="cyan"), f"step {step:,} of {total:,}{of_epochs}"
+        )
+        return line
+
+    def _rows(self) -> list[tuple[str, RenderableType]]:
+        rows: list[tuple[str, RenderableType]] = []
+        if self._step is not None:
+            step = self._step
+            rows += [
+                ("loss", self._loss(step)),
+                ("update", f"learning rate {step.learning_rate:.2e}, gradient norm {step.grad_norm:.3g}"),
+                ("speed", f"{step.tokens_per_second:,.0f} tokens/s"),
+                ("time", self._time(step)),
+                ("peak memory", self._peak(step)),
+            ]
+        if self._memory is not None:
+            rows.append(("of which", self._held(self._memory)))
+        if self._evaluation is not None:
+            rows.append(("validation", self._validation(self._evaluation)))
+        if self._saved is not None:
+            name = printable(Path(self._saved.path).name)
+            rows.append(("checkpoint", Text(f"{name}, saved in {self._saved.seconds:.2f} s")))
+        return rows
+
+    def _loss(self, step: StepDone) -> RenderableType:
+        line = Table.grid(padding=(0, 2), expand=True)
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1)
+        line.add_row(f"{step.loss:.4f}, perplexity {perplexity(step.loss):.2f}", _Sparkline(self._losses))
+        return line
+
+    def _time(self, step: StepDone) -> str:
+        elapsed = f"{duration(step.elapsed_s)} elapsed"
+        if self._first is None or self._first is step or step.step == step.total_steps:
+            return elapsed
+        pace_s = (step.elapsed_s - self._first.elapsed_s) / (step.step - self._first.step)
+        return f"{elapsed}, {duration(pace_s * (step.total_steps - step.step))} left"
+
+    def _peak(self, step: StepDone) -> str:
+        size = f" of {gibibytes(self._memory.device_bytes)}" if self._memory else ""
+        reserved = step.peak_reserved_bytes
+        rest = "resident" if reserved is None else f"{gibibytes(reserved)} reserved"
+        return f"{gibibytes(step.peak_memory_bytes)}{size}, {rest}"
+
+    def _held(self, memory: MemoryHeld) -> str:
+        weights = gibibytes(memory.frozen_bytes or memory.trained_bytes)
+        adapter = f", adapter {gibibytes(memory.trained_bytes)}" if memory.frozen_bytes else ""
+        return f"weights {weights}{adapter}, optimizer {gibibytes(memory.optimizer_bytes)}"
+
+    def _validation(self, evaluation: EvalDone) -> str:
+        found = f"{evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f} at step {evaluation.step:,}"
+        if evaluation.best:
+            return f"{found}, the best"
+        best = self._best
+        return f"{found}; best {best.loss:.4f} at step {best.step:,}" if best else found
