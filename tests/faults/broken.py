@@ -1,0 +1,51 @@
+"""Writers with the faults that the sweeps are there to find; a warm run can be given one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def in_place() -> None:
+    """Directories are written where they are read, and read without a look at their digests."""
+    from llamatune import files
+    from llamatune.checkpoints import adapter, run_state
+
+    @contextlib.contextmanager
+    def build(path: Path, kind: str, inputs: dict[str, Any], overwrite: bool = False) -> Iterator[files.Staging]:
+        path.mkdir(parents=True, exist_ok=True)
+        for old in path.iterdir():
+            old.unlink()
+        product = files.Staging(path)
+        yield product
+        facts = {"kind": kind, "schema": 1, "inputs": inputs, "facts": product.facts}
+        made = {
+            file.name: {"bytes": file.stat().st_size, "sha256": files.digest_file(file)}
+            for file in path.iterdir() if file.name != files.MANIFEST
+        }  # fmt: skip
+        (path / files.MANIFEST).write_bytes(files.dump_json({**facts, "files": made}))
+
+    run_state.build_directory = adapter.build_directory = build
+    run_state.verify_product = lambda path: None
+
+
+def silent() -> None:
+    """A failed write of the adapter is passed over."""
+    from llamatune.training.trained import _AdapterOnly
+
+    write = _AdapterOnly.write_final
+
+    def write_final(self: _AdapterOnly, run: Path) -> None:
+        with contextlib.suppress(Exception):
+            write(self, run)
+
+    _AdapterOnly.write_final = write_final
+
+
+def unsynced() -> None:
+    """Nothing is made durable."""
+    import os
+
+    os.fsync = lambda descriptor: None

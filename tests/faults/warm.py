@@ -1,0 +1,185 @@
+"""Runs of the command line in processes of their own, without the seconds that importing torch takes.
+
+A parent that has imported everything forks a child for each run. The child can be traced (it stops itself until strace
+has attached, and what strace sees is what the kernel sees) or killed after a while. Nothing of a run is left in the
+parent: each starts from the same memory. ``Warm`` is the client, this file run as a script the parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NO_STRACE = "strace is not here, or may not trace: apt-get install strace"
+_LONGEST_RUN_S = 120
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: its exit code (negative: the signal that killed it), what it said, and how long it took."""
+
+    code: int
+    stdout: str
+    stderr: str
+    wall_s: float
+
+
+def strace() -> str | None:
+    """Where strace is, if it is there and may trace here; None otherwise."""
+    found = shutil.which("strace")
+    if found is None:
+        return None
+    tried = subprocess.run([found, "-qq", "-e", "trace=none", "true"], capture_output=True)
+    return found if tried.returncode == 0 else None
+
+
+class Warm:
+    """The client of one parent; ``first`` is a command line that it runs once itself, to load what is loaded lazily."""
+
+    def __init__(self, first: list[list[str]], scratch: Path) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self._errors = (scratch / "warm-parent.log").open("w+")
+        self._parent = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(first)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment, cwd=scratch,
+        )  # fmt: skip
+
+    def run(
+        self,
+        arguments: list[str],
+        *,
+        tracing: list[str] | None = None,
+        log: Path | None = None,
+        kill_after_s: float | None = None,
+        loss_scale: float | None = None,
+        broken: str | None = None,
+    ) -> Ended:
+        """One run.
+
+        Args:
+            tracing: options of strace; its log goes to ``log``.
+            kill_after_s: when SIGKILL comes, unless the run has ended by then.
+            loss_scale: where fp16's loss scale begins, so high that it overflows.
+            broken: a function of ``broken.py`` that spoils the writer.
+        """
+        task = {"arguments": arguments, "tracing": tracing, "log": str(log), "kill_after_s": kill_after_s,
+                "loss_scale": loss_scale, "broken": broken}  # fmt: skip
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._parent.stdin.write(json.dumps(task) + "\n")
+        self._parent.stdin.flush()
+        answer = self._parent.stdout.readline()
+        if not answer:
+            self._errors.seek(0)
+            raise AssertionError(f"the parent of the runs died: {self._errors.read()}")
+        return Ended(**json.loads(answer))
+
+    def close(self) -> None:
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._parent.stdin.close()
+        self._parent.wait(timeout=60)
+        self._parent.stdout.close()
+        self._errors.close()
+
+
+def _child(task: dict[str, Any], output: int, errors: int) -> int:
+    os.dup2(output, 1)
+    os.dup2(errors, 2)
+    if task["loss_scale"] is not None:
+        from llamatune.training import setup
+        from llamatune.training.precision import LossScaler
+
+        setup.LossScaler = lambda enabled: LossScaler(enabled, task["loss_scale"], 3)
+    if task["broken"] is not None:
+        import broken
+
+        getattr(broken, task["broken"])()
+    if task["tracing"] is not None:
+        any_process = ctypes.c_ulong(-1)  # PR_SET_PTRACER: where only ancestors may trace, let strace do it
+        ctypes.CDLL(None).prctl(0x59616D61, any_process, 0, 0, 0)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return _main(task["arguments"])
+
+
+def _main(arguments: list[str]) -> int:
+    from llamatune.cli import main
+
+    try:
+        main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    raise AssertionError("main always exits")
+
+
+def _attach(pid: int, options: list[str], log: str) -> subprocess.Popen[bytes]:
+    """strace on the stopped child; back when it has begun and the child runs."""
+    os.waitpid(pid, os.WUNTRACED)
+    tracer = subprocess.Popen(["strace", "-f", "-qq", "-o", log, *options, "-p", str(pid)], stdin=subprocess.DEVNULL)
+    while "TracerPid:\t0\n" in Path(f"/proc/{pid}/status").read_text():
+        assert tracer.poll() is None, "strace could not attach"
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGCONT)
+    return tracer
+
+
+def _run(task: dict[str, Any]) -> Ended:
+    output, errors = (os.memfd_create(name) for name in ("stdout", "stderr"))
+    started = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = _child(task, output, errors)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+    tracer = _attach(pid, task["tracing"], task["log"]) if task["tracing"] is not None else None
+    watched = os.pidfd_open(pid)
+    limit = _LONGEST_RUN_S if task["kill_after_s"] is None else task["kill_after_s"]
+    if not select.select([watched], [], [], limit)[0]:
+        os.kill(pid, signal.SIGKILL)
+    os.close(watched)
+    _, status = os.waitpid(pid, 0)
+    wall_s = time.monotonic() - started
+    if tracer is not None:
+        tracer.wait(timeout=60)
+    said = []
+    for descriptor in (output, errors):
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        with os.fdopen(descriptor, "rb") as file:
+            said.append(file.read().decode(errors="replace"))
+    return Ended(os.waitstatus_to_exitcode(status), *said, wall_s)
+
+
+def _serve(first: list[list[str]]) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for arguments in first:
+        code = _main(arguments)
+        assert code == 0, arguments
+    for line in sys.stdin:
+        ended = _run(json.loads(line))
+        answers.write(json.dumps(vars(ended)) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))
