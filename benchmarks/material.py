@@ -109,3 +109,10 @@ def read_rows(prepared: Path) -> list[Row]:
         Row(ids[a:b], [i if m else -100 for i, m in zip(ids[a:b], mask[a:b], strict=True)])
         for a, b in itertools.pairwise(starts)
     ]
+
+
+def padded(rows: list[Row]) -> tuple[Tensor, Tensor]:
+    """Ids and labels (B, T), padded on the right to the longest."""
+    width = max(len(row.input_ids) for row in rows)
+    ids = torch.tensor([row.input_ids + [2] * (width - len(row.input_ids)) for row in rows])
+    return ids, torch.tensor([row.labels + [-100] * (width - len(row.labels)) for row in rows])

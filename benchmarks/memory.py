@@ -1,51 +1,86 @@
-"""The memory of a step of LLaMA-2-7B, llamatune and transformers + PEFT by one meter, without a GPU.
+"""The memory of a step of LLaMA-2-7B, llamatune and transformers + PEFT by one meter.
 
-``python benchmarks/memory.py [--peer] [--spec KEY=VALUE]`` prints GiB of tensors at the peak and KiB kept for the
-backward pass per token and layer: bf16 base, fp32 adapters of rank 16, AdamW's state, 46 % of the tokens trained.
+``python benchmarks/memory.py [--peer] [--spec KEY=VALUE]`` needs no GPU: it prints GiB of tensors at the peak and KiB
+kept for the backward pass per token and layer: bf16 or NF4 base, fp32 adapters of rank 16, AdamW's state, 46 % of the
+tokens trained. ``--device cuda --output DIR`` runs the same steps on a GPU, each in a process of its own, and writes
+what torch allocated and reserved at most.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from bench import SETTINGS, Bench, add_options
 from material import ALPHA, SHAPES, TARGETS, R
+from tables import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llamatune.model.config import LlamaConfig
 from llamatune.spec import build_spec
 from llamatune.training.memory_gate import StorageMeter, measure_step
 
-SETTINGS = (  # targets, rows, row tokens, activation checkpointing
-    ("qv", 1, 512, "none"),
-    ("all", 1, 512, "none"),
-    ("qv", 8, 512, "none"),
-    ("all", 8, 512, "none"),
-    ("qv", 8, 512, "block"),
-    ("qv", 8, 2048, "block"),
+
+class Row(NamedTuple):
+    """One line: what is adapted, the micro-batch, ``training.activation_checkpointing`` and ``model.dtype``."""
+
+    targets: str
+    rows: int
+    tokens: int
+    mode: str
+    dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        base = "NF4: " if self.dtype == "nf4" else ""
+        targets = {"qv": "q,v", "all": "all seven"}[self.targets]
+        return f"{base}{self.rows} x {self.tokens}, {targets}, {'nothing' if self.mode == 'none' else self.mode}"
+
+
+ROWS = (
+    Row("qv", 1, 512, "none"),
+    Row("all", 1, 512, "none"),
+    Row("qv", 8, 512, "none"),
+    Row("all", 8, 512, "none"),
+    Row("all", 8, 512, "feed_forward"),
+    Row("qv", 8, 512, "block"),
+    Row("all", 8, 512, "block"),
+    Row("qv", 8, 2048, "block"),
+    Row("qv", 1, 512, "none", "nf4"),
+    Row("all", 1, 512, "none", "nf4"),
+    Row("qv", 8, 512, "block", "nf4"),
+    Row("all", 8, 512, "block", "nf4"),
 )
 
 
-def ours(overrides: list[str], targets: str, rows: int, tokens: int, mode: str) -> tuple[float, float]:
+def ours(overrides: list[str], row: Row) -> tuple[float, float]:
     """Peak GiB and saved KiB per token and layer of the loop's own step."""
     values = {
-        "model": {"path": "none", "init": "random"},
-        "lora": {"r": R, "alpha": ALPHA, "dropout": 0.0, "target_modules": list(TARGETS[targets])},
+        "model": {"path": "none", "init": "random", "dtype": row.dtype},
+        "lora": {"r": R, "alpha": ALPHA, "dropout": 0.0, "target_modules": list(TARGETS[row.targets])},
         "data": {"train": "none"},
-        "training": {"output_dir": "none", "gradient_accumulation_steps": 1, "activation_checkpointing": mode,
+        "training": {"output_dir": "none", "gradient_accumulation_steps": 1, "activation_checkpointing": row.mode,
                      "device": "cpu"},
     }  # fmt: skip
-    measured = measure_step(build_spec(values, "benchmark", overrides), SHAPES["7b"], rows, tokens)
+    measured = measure_step(build_spec(values, "benchmark", overrides), SHAPES["7b"], row.rows, row.tokens)
     return measured.peak_bytes / 2**30, measured.saved_bytes_per_token_layer / 2**10
 
 
-def theirs(targets: str, rows: int, tokens: int, mode: str) -> tuple[float, float]:
+def has_peer(row: Row) -> bool:
+    """PEFT recomputes blocks or nothing; its 4-bit base is bitsandbytes', whose kernels the meter cannot see into."""
+    return row.dtype == "bfloat16" and row.mode in ("none", "block")
+
+
+def theirs(row: Row) -> tuple[float, float]:
     """The same of a plain step of transformers + PEFT at their defaults (no autocast, every logit)."""
-    peak, _ = peer_step(SHAPES["7b"], targets, rows, tokens, mode)
-    (_, one), (_, two) = (peer_step(SHAPES["7b"].with_layers(n), targets, rows, tokens, mode) for n in (1, 2))
+    shape, (targets, rows, tokens, mode, _) = SHAPES["7b"], row
+    peak, _ = peer_step(shape, targets, rows, tokens, mode)
+    (_, one), (_, two) = (peer_step(shape.with_layers(n), targets, rows, tokens, mode) for n in (1, 2))
     return peak / 2**30, (two - one) / (rows * tokens) / 2**10
 
 
@@ -92,25 +127,53 @@ def peer_step(config: LlamaConfig, targets: str, rows: int, tokens: int, mode: s
     return meter.peak_bytes, meter.backward_began_bytes - resident
 
 
-def main() -> None:
+def without_gpu(options: argparse.Namespace) -> None:
     """Print a Markdown table, a line as soon as it is known."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", action="store_true", help="transformers + PEFT too")
-    parser.add_argument("--spec", action="append", default=[], metavar="KEY=VALUE", help="for llamatune's run spec")
-    options = parser.parse_args()
     heads = ["setting", "llamatune GiB", "KiB/token/layer", "seconds to find out"]
     heads += ["PEFT GiB", "KiB/token/layer"] if options.peer else []
     sys.stdout.write(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n")
-    for setting in SETTINGS:
+    for row in ROWS:
         started = time.monotonic()
-        peak, saved = ours(options.spec, *setting)
-        targets, rows, tokens, mode = setting
-        line = f"| {rows} x {tokens}, {targets}, {mode} | {peak:.2f} | {saved:.1f} | {time.monotonic() - started:.0f} |"
+        peak, saved = ours(options.spec, row)
+        line = f"| {row.name} | {peak:.2f} | {saved:.1f} | {time.monotonic() - started:.0f} |"
         if options.peer:
-            peak, saved = theirs(*setting)
-            line += f" {peak:.2f} | {saved:.1f} |"
+            line += " {:.2f} | {:.1f} |".format(*theirs(row)) if has_peer(row) else " | |"
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
+
+
+def on_device(bench: Bench, table: Table) -> None:
+    """Three real steps of each row, each side alone in a process."""
+    shape = bench.options.shape
+    for row in ROWS:
+        spec = bench.spec(shape, row.targets, None, row.rows, dtype=row.dtype, activation_checkpointing=row.mode)
+        found = [bench.steps({"llamatune": spec}, None, shape, row.rows, row.tokens, rounds=3)]
+        if has_peer(row):
+            setting = SETTINGS["Trainer, batch 8"]._replace(checkpointing=row.mode != "none")
+            theirs = bench.peer(shape, row.targets, setting)
+            found.append(bench.steps({}, theirs, shape, row.rows, row.tokens, rounds=3))
+        for kind in ("memory", "reserved"):
+            sizes = [run[f"peak_{kind}_bytes"] / 2**30 for run in found if run[f"peak_{kind}_bytes"]]
+            if sizes:
+                theirs_gib = sizes[1] if len(sizes) > 1 else None
+                table.row(
+                    f"peak {kind}, GiB, {row.name}", sizes[0], theirs_gib, [x / sizes[0] for x in sizes[1:]], None
+                )
+
+
+def main() -> None:
+    """Print or measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", action="store_true", help="transformers + PEFT too, without a GPU")
+    parser.add_argument("--steps", action="store_true", help="run steps on --device, as is always done on a GPU")
+    add_options(parser, output_required=False)
+    options = parser.parse_args()
+    if options.device == "cpu" and not options.steps:
+        return without_gpu(options)
+    options.shape = options.shape or "7b"
+    table = Table(options.output, " ".join(sys.argv))
+    with tempfile.TemporaryDirectory() as scratch:
+        return on_device(Bench(options, Path(scratch)), table)
 
 
 if __name__ == "__main__":

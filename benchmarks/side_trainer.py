@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from material import DTYPES, Row, read_rows
-from peft import PeftModel
+from material import Row, padded, read_rows
+from peers import peft_model
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
@@ -37,17 +36,15 @@ class Rows(torch.utils.data.Dataset):
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """Padded on the right to the longest of the batch."""
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def padded(name: str, value: int) -> torch.Tensor:
-        return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
-
-    mask = torch.tensor([[1] * len(row["labels"]) + [0] * (width - len(row["labels"])) for row in rows])
-    return {"input_ids": padded("input_ids", 2), "labels": padded("labels", -100), "attention_mask": mask}
+    ids, labels = padded([Row(**row) for row in rows])
+    lengths = torch.tensor([len(row["labels"]) for row in rows])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask.long()}
 
 
 class InOrder(Trainer):
-    """Visits the rows in their order, or by length, so that both sides see the same windows."""
+    """Visits the rows in their order, so that both sides see the same windows; or by length, as it does itself where
+    ``train_sampling_strategy`` is ``group_by_length``."""
 
     by_length = False
 
@@ -74,20 +71,13 @@ class Clock(TrainerCallback):
             sys.stderr.flush()
 
 
-def load_peer(settings: dict[str, Any]) -> Any:
-    """The base in its dtype with the adapter in fp32, PEFT's default."""
-    kind = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
-    model = AutoModelForCausalLM.from_pretrained(settings["base"], **{kind: DTYPES[settings["dtype"]][1]})
-    return PeftModel.from_pretrained(model.to(settings["device"]), settings["adapter"], is_trainable=True)
-
-
 def arguments(settings: dict[str, Any]) -> TrainingArguments:
     """Constant rate, no decay, token-weighted loss: what the llamatune side does."""
     values: dict[str, Any] = {
         "output_dir": settings["output"],
         "num_train_epochs": settings["num_epochs"],
         "max_steps": settings.get("max_steps", -1),
-        "per_device_train_batch_size": settings["micro_batch_size"],
+        "per_device_train_batch_size": settings["micro_batch"],
         "gradient_accumulation_steps": settings["accumulation"],
         "learning_rate": settings["learning_rate"],
         "lr_scheduler_type": "constant",
@@ -113,7 +103,7 @@ def arguments(settings: dict[str, Any]) -> TrainingArguments:
 def main() -> None:
     """Train as the settings say and report."""
     settings = json.loads(Path(sys.argv[1]).read_text())
-    model, clock = load_peer(settings), Clock()
+    model, clock = peft_model(settings), Clock()
     rows = Rows(read_rows(Path(settings["prepared"])))
     trainer = InOrder(
         model=model, args=arguments(settings), train_dataset=rows, data_collator=collate, callbacks=[clock]

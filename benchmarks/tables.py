@@ -27,34 +27,44 @@ class Table:
         """A line above the table."""
         self.notes.append(line)
         self.progress(line)
+        self.write()
 
     def progress(self, line: str) -> None:
         """A line for who waits."""
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
-    def row(self, name: str, ours: float, theirs: float, ratios: list[float], apart: float | None) -> None:
+    def row(self, name: str, ours: float, theirs: float | None, ratios: list[float], apart: float | None) -> None:
         """``ratios`` of paired rounds: their median is shown, and their range; ``apart`` is the losses' difference."""
-        ratio = statistics.median(ratios)
+        ratio = statistics.median(ratios) if ratios else None
         self.rows.append({"name": name, "llamatune": ours, "peer": theirs, "ratio": ratio, "ratios": ratios,
                           "largest_loss_difference": apart, "load": os.getloadavg()[0]})  # fmt: skip
-        self.progress(f"{name}: {ours:.4g} {theirs:.4g} ratio {ratio:.2f}")
+        self.progress(f"{name}: {shown(ours)} {shown(theirs)} ratio {shown(ratio)}")
+        self.write()
+
+    def write(self) -> None:
+        """Put on disk what is known."""
         (self.output / "table.json").write_text(json.dumps({**self.facts, "notes": self.notes, "rows": self.rows}))
         (self.output / "table.md").write_text(self.markdown())
 
     def markdown(self) -> str:
         """The table and what it was measured with."""
         lines = [f"- {name}: {value}" for name, value in self.facts.items()] + [f"- {note}" for note in self.notes]
-        lines += ["", "| | llamatune | transformers + PEFT | ratio | range of rounds | losses apart | load |",
+        lines += ["", "| | llamatune | peer | ratio | range of rounds | losses apart | load |",
                   "|---|---|---|---|---|---|---|"]  # fmt: skip
         for row in self.rows:
+            ratios = row["ratios"]
+            span = f"{min(ratios):.2f}-{max(ratios):.2f}" if ratios else ""
+            cells = [shown(row[key]) for key in ("llamatune", "peer", "ratio")]
             apart = row["largest_loss_difference"]
-            lines.append(
-                f"| {row['name']} | {row['llamatune']:.4g} | {row['peer']:.4g} | {row['ratio']:.2f} "
-                f"| {min(row['ratios']):.2f}-{max(row['ratios']):.2f} | {'' if apart is None else f'{apart:.2g}'} "
-                f"| {row['load']:.1f} |"
-            )
+            cells += [span, "" if apart is None else f"{apart:.2g}", f"{row['load']:.1f}"]
+            lines.append(f"| {' | '.join([row['name'], *cells])} |")
         return "\n".join(lines) + "\n"
+
+
+def shown(number: float | None) -> str:
+    """Four digits, or nothing."""
+    return "" if number is None else f"{number:.4g}"
 
 
 def commit() -> str:

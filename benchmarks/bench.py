@@ -1,0 +1,151 @@
+"""What the comparisons share: sides and their settings, a scratch directory, and scripts run as processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from material import ALPHA, DTYPES, SHAPES, TARGETS, R, make_adapter, make_base
+
+HERE = Path(__file__).parent
+LEARNING_RATE = 2e-4
+
+
+class Setting(NamedTuple):
+    """How a peer is run on windows of eight rows; ``sixteen_bit`` holds its adapter, too, in the base's dtype."""
+
+    peer: str
+    micro_batch: int = 8
+    accumulation: int = 1
+    by_length: bool = False
+    autocast: bool = False
+    sixteen_bit: bool = False
+    checkpointing: bool = False
+    compile: bool = False
+
+
+SETTINGS = {
+    "Trainer, batch 8": Setting("trainer"),  # its defaults
+    "Trainer, batch 1 x 8": Setting("trainer", 1, 8),
+    "Trainer, batch 8, autocast": Setting("trainer", autocast=True),
+    "Trainer, batch 8, 16-bit adapters": Setting("trainer", sixteen_bit=True),
+    "Trainer, batch 8 by length, 16-bit adapters": Setting("trainer", by_length=True, sixteen_bit=True),
+    "Trainer, batch 32 by length, 16-bit adapters": Setting("trainer", 32, by_length=True, sixteen_bit=True),
+    "torchtune, defaults": Setting("torchtune", 2, 4, sixteen_bit=True, checkpointing=True),
+    "torchtune, best": Setting("torchtune", sixteen_bit=True, compile=True),
+    "litgpt, defaults": Setting("litgpt", 1, 8, sixteen_bit=True),
+    "litgpt, best": Setting("litgpt", sixteen_bit=True, compile=True),
+}
+"""Best: what was quickest on equal windows; compiled on a GPU alone, where it pays within an epoch."""
+
+
+def add_options(parser: argparse.ArgumentParser, output_required: bool = True) -> None:
+    """The options of every script that builds a ``Bench``."""
+    parser.add_argument("--tokenizer", type=Path, help="LLaMA-2's tokenizer.model")
+    parser.add_argument("--output", type=Path, required=output_required, help="where table.md and table.json go")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, help="of the model; the default is 7b on a GPU")
+    parser.add_argument("--dense-rounds", type=int, default=15)
+    parser.add_argument("--spec", action="append", default=[], metavar="KEY=VALUE", help="for llamatune's run spec")
+
+
+class Bench:
+    """One comparison: its scratch directory, what all sides read, and how processes are run."""
+
+    def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
+        self.options, self.scratch, self.runs = options, scratch, 0
+        self._bases: dict[str, Path] = {}
+        self._adapters: dict[tuple[str, str], Path] = {}
+
+    def base(self, shape: str) -> Path:
+        """A model directory of a shape, made once."""
+        if shape not in self._bases:
+            path, dtype, options = self.scratch / f"base-{shape}", DTYPES[self.options.dtype][1], self.options
+            self._bases[shape] = make_base(path, SHAPES[shape], dtype, options.tokenizer, options.device)
+        return self._bases[shape]
+
+    def adapter(self, shape: str, targets: str) -> Path:
+        """An adapter directory to start from, made once."""
+        key = (shape, targets)
+        if key not in self._adapters:
+            path = self.scratch / f"adapter-{shape}-{targets}"
+            self._adapters[key] = make_adapter(path, SHAPES[shape], TARGETS[targets])
+        return self._adapters[key]
+
+    def new_path(self, name: str) -> Path:
+        """A name that no run has used."""
+        self.runs += 1
+        return self.scratch / f"{self.runs:03d}-{name}"
+
+    def spec(
+        self,
+        shape: str,
+        targets: str,
+        prepared: Path | None = None,
+        micro_batch: int = 8,
+        accumulation: int = 1,
+        dtype: str | None = None,
+        **training: Any,
+    ) -> Any:
+        """A llamatune run spec as plain values, ``--spec`` put in last; ``dtype`` is ``model.dtype``."""
+        values: dict[str, Any] = {
+            "model": {"path": str(self.base(shape)), "dtype": dtype or DTYPES[self.options.dtype][0]},
+            "lora": {"r": R, "alpha": ALPHA, "dropout": 0.0, "target_modules": list(TARGETS[targets]),
+                     "init_from": str(self.adapter(shape, targets))},
+            "data": {"train": str(prepared), "shuffle": False},
+            "training": {"output_dir": str(self.new_path("run")), "micro_batch_size": micro_batch,
+                         "gradient_accumulation_steps": accumulation, "learning_rate": LEARNING_RATE,
+                         "precision": self.options.dtype, "device": self.options.device, **training},
+        }  # fmt: skip
+        for assignment in self.options.spec:
+            name, _, text = assignment.partition("=")
+            section, _, key = name.partition(".")
+            values[section][key] = json.loads(text) if text[:1] in '0123456789tfn[{"' else text
+        return values
+
+    def peer(
+        self, shape: str, targets: str, setting: Setting, prepared: Path | None = None, **more: Any
+    ) -> dict[str, Any]:
+        """Settings of another project's side."""
+        return {"base": str(self.base(shape)), "adapter": str(self.adapter(shape, targets)), "prepared": str(prepared),
+                "output": str(self.new_path(setting.peer)), "dtype": self.options.dtype, "device": self.options.device,
+                "learning_rate": LEARNING_RATE, **setting._asdict(),
+                "autocast": setting.autocast and self.options.dtype == "bf16",
+                "compile": setting.compile and self.options.device == "cuda", **more}  # fmt: skip
+
+    def steps(
+        self, ours: dict[str, Any], theirs: dict[str, Any] | None, shape: str, rows: int, tokens: int, **more: Any
+    ) -> dict[str, Any]:
+        """What steps.py found for llamatune's specs by name, and for a peer."""
+        settings = {"ours": ours, "theirs": theirs, "device": self.options.device, "rows": rows, "row_tokens": tokens,
+                    "target_share": 0.46, "vocab_size": SHAPES[shape].vocab_size, "warm_up": 3,
+                    "rounds": self.options.dense_rounds, **more}  # fmt: skip
+        return self.report("steps.py", settings)
+
+    def command(self, script: str, values: Any) -> list[str]:
+        """A command whose settings lie in a file (JSON is YAML too)."""
+        path = self.new_path("settings.json")
+        path.write_text(json.dumps(values))
+        if script == "llamatune":
+            return [sys.executable, "-m", "llamatune", "train", str(path)]
+        return [sys.executable, str(HERE / script), str(path)]
+
+    def report(self, script: str, values: Any) -> dict[str, Any]:
+        """Run a script and read the JSON object on its last line; ``wall_s`` is the whole process."""
+        started = time.monotonic()
+        done = subprocess.run(self.command(script, values), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{script} failed:\n{done.stderr[-3000:]}")
+        return {**json.loads(done.stdout.splitlines()[-1]), "wall_s": time.monotonic() - started}
+
+
+def difference(ours: list[float], theirs: list[float]) -> float:
+    """The largest difference between two runs' losses of the same updates."""
+    return max((abs(a - b) for a, b in zip(ours, theirs, strict=True)), default=math.nan)

@@ -1,0 +1,166 @@
+"""Seconds of training time that a checkpoint of LLaMA-2-7B's adapter takes, beside torch.save and PEFT, in turns.
+
+``python benchmarks/checkpoints.py DIRECTORY`` saves fp32 matrices of rank 16 and AdamW's state for them into a
+directory on the disk that is to be measured; no base is needed. When the clock stops, llamatune's checkpoint is
+digested (SHA-256) and on the disk (fsync, rename); the others have been written, and synced where it says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import importlib.util
+import os
+import pstats
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from material import ALPHA, SHAPES, TARGETS, R
+
+from llamatune.checkpoints.adapter import AdapterConfig, adapter_shapes
+from llamatune.checkpoints.run_state import save_run_state
+from llamatune.spec import build_spec
+from llamatune.training.optimizer import Optimizer, build_optimizer
+from llamatune.training.trained import trained_weights
+
+PHASES = {  # where a profile finds the seconds of each
+    "finite?": ("aminmax", "isfinite"),
+    "gather": ("'cpu'", "'contiguous'"),
+    "digest": ("'_hashlib.HASH'",),
+    "write": ("'_io.BufferedWriter'",),
+    "fsync": ("posix.fsync",),
+}
+Save = Callable[[Path], None]
+
+
+def llamatune_side(targets: str) -> tuple[Optimizer, Save]:
+    """An optimizer after one update, and what training does to save it and its weights."""
+    values = {
+        "model": {"path": "llama-2-7b"},
+        "lora": {"r": R, "alpha": ALPHA, "target_modules": list(TARGETS[targets])},
+        "data": {"train": "none"},
+        "training": {"output_dir": "none"},
+    }
+    spec = build_spec(values, "benchmark")
+    shapes = adapter_shapes(AdapterConfig(R, ALPHA, target_modules=TARGETS[targets]), SHAPES["7b"])
+    parameters = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    optimizer = build_optimizer(spec.training, parameters)
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step(1e-4)
+    optimizer.zero_grad()
+    inputs: Any = SimpleNamespace(base_fingerprint="sha256:0", prepared=SimpleNamespace(facts={}))
+    learner: Any = SimpleNamespace(parameters=parameters)
+    weights = trained_weights(spec, inputs, learner)
+
+    def save(directory: Path) -> None:
+        save_run_state(directory / "step-000001", weights.write_checkpoint, optimizer.state_tensors(), {"step": 1})
+
+    return optimizer, save
+
+
+def torch_save(optimizer: Optimizer, sync: bool) -> Save:
+    """Everything in one file, as a short training script would."""
+
+    def save(directory: Path) -> None:
+        with (directory / "checkpoint.pt").open("wb") as file:
+            torch.save({"weights": dict(optimizer.parameters), "optimizer": optimizer.state}, file)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+
+    return save
+
+
+def peft_save(optimizer: Optimizer, targets: str) -> Save:
+    """PEFT's ``save_pretrained`` and the optimizer with ``torch.save``, as transformers' Trainer does it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = SHAPES["7b"]
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    with torch.device("meta"):
+        base = LlamaForCausalLM(LlamaConfig(**{name: getattr(shape, name) for name in names}))
+        model = get_peft_model(base, LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(TARGETS[targets])))
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                setattr(module, name, torch.nn.Parameter(torch.randn(parameter.shape)))
+
+    def save(directory: Path) -> None:
+        model.save_pretrained(directory)
+        torch.save(optimizer.state, directory / "optimizer.pt")
+
+    return save
+
+
+def timed(save: Save, scratch: Path) -> tuple[float, float, float]:
+    """Seconds, processor seconds, and MiB of memory that it took beyond what was held."""
+    with tempfile.TemporaryDirectory(dir=scratch) as directory:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+        held, started, processor = memory_kib("VmRSS"), time.monotonic(), time.process_time()
+        save(Path(directory))
+        return time.monotonic() - started, time.process_time() - processor, (memory_kib("VmHWM") - held) / 1024
+
+
+def memory_kib(name: str) -> int:
+    """One line of this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def phases(save: Save, scratch: Path) -> dict[str, float]:
+    """Seconds of each phase of one save, from a profile."""
+    profile = cProfile.Profile()
+    with tempfile.TemporaryDirectory(dir=scratch) as directory:
+        profile.enable()
+        save(Path(directory))
+        profile.disable()
+    found = pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
+    return {
+        phase: sum(times[2] for (_, _, function), times in found if any(part in function for part in parts))
+        for phase, parts in PHASES.items()
+    }
+
+
+def main() -> None:
+    """Save in turns and print a line for each way."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="on the disk that is to be measured")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--targets", choices=TARGETS, nargs="*", default=list(TARGETS))
+    options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for targets in options.targets:
+        optimizer, ours = llamatune_side(targets)
+        ways = {
+            "llamatune": ours,
+            "torch.save": torch_save(optimizer, sync=False),
+            "torch.save and fsync": torch_save(optimizer, sync=True),
+        }
+        if importlib.util.find_spec("peft") is not None:
+            ways["PEFT's save_pretrained, torch.save"] = peft_save(optimizer, targets)
+        found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
+        for _ in range(options.rounds):
+            for name, save in ways.items():
+                found[name].append(timed(save, options.directory))
+        count = sum(parameter.numel() for parameter in optimizer.parameters.values())
+        sys.stdout.write(f"{targets}: {count:,} parameters, {12 * count / 1e6:.1f} MB with AdamW's state\n")
+        for name, runs in found.items():
+            seconds, processor, mib = (statistics.median(column) for column in zip(*runs, strict=True))
+            least, most = min(run[0] for run in runs), max(run[0] for run in runs)
+            took = f"{seconds:.3f} s ({least:.3f}-{most:.3f}), processor {processor:.3f} s"
+            sys.stdout.write(f"  {name:35} {took}, {mib:.1f} MiB more\n")
+        shares = ", ".join(f"{phase} {share:.3f} s" for phase, share in phases(ours, options.directory).items())
+        sys.stdout.write(f"  of llamatune's: {shares}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""When ``training.compile`` pays: eager and compiled steps in turns on Alpaca rows of changing lengths.
+
+``python benchmarks/compiling.py --rows alpaca.json --tokenizer TOKENIZER --output DIR`` tells, for each setting, how
+long the first step takes beyond a later one (all that torch.compile imports and makes, with an empty and with a filled
+cache), the ratio of later steps, and after how many of them the compiler's time is earned back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench import Bench, add_options, difference
+from material import make_prepared
+from tables import Table
+
+
+def measure(bench: Bench, table: Table, targets: str, dtype: str) -> None:
+    """One setting, each time in a process of its own."""
+    options, shape = bench.options, bench.options.shape
+    cache = bench.new_path("compiler-cache")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    prepared = make_prepared(bench.new_path("prepared"), options.rows, options.tokenizer, None)
+    ours = {name: bench.spec(shape, targets, dtype=dtype, compile=name == "compiled") for name in ("compiled", "eager")}
+    more = {"prepared": str(prepared), "warm_up": 1}
+    first = bench.steps(ours, None, shape, 8, 0, **more)
+    again = bench.steps(ours, None, shape, 8, 0, **more, rounds=2)
+    steps, ratio = first["step_s"], statistics.median(first["ratios"])
+    name = f"{shape}, {targets}, {dtype}"
+    apart = difference(*first["losses"].values())
+    table.row(f"step, s: compiled, eager; {name}", steps["compiled"], steps["eager"], first["ratios"], apart)
+    for kind, found in (("empty", first), ("filled", again)):
+        seconds = found["first_step_s"]["compiled"] - steps["compiled"]
+        gained = steps["eager"] * (1 - 1 / ratio)
+        pays = f"after {seconds / gained:.0f} steps" if gained > 0 else "never"
+        table.note(f"{name}: compiling takes {seconds:.1f} s with {kind} cache and is earned back {pays}")
+
+
+def all_settings(bench: Bench, table: Table) -> None:
+    """Those of the page."""
+    held: dict[str, Any] = {"bf16": "bfloat16", "fp32": "float32"}
+    for targets in ("qv", "all"):
+        measure(bench, table, targets, held[bench.options.dtype])
+    measure(bench, table, "qv", "nf4")
+
+
+def main() -> None:
+    """Measure and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, required=True, help="Alpaca rows, JSON")
+    add_options(parser)
+    parser.set_defaults(dense_rounds=40)
+    options = parser.parse_args()
+    options.shape = options.shape or ("7b" if options.device == "cuda" else "50m")
+    table = Table(options.output, " ".join(sys.argv))
+    with tempfile.TemporaryDirectory() as scratch:
+        all_settings(Bench(options, Path(scratch)), table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""One epoch with torchtune's or litgpt's model and loss, in a process of its own.
+
+Their recipes are command lines with their own data sets, so the loop here is ours: the same windows of rows, padded to
+the longest of a micro-batch, weighted by target tokens, fused AdamW. ``python benchmarks/side_peer.py SETTINGS.json``;
+the last line on stdout is a JSON object as side_llamatune.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from material import padded, read_rows
+from peers import load
+from torch.nn.utils import clip_grad_norm_
+
+
+def main() -> None:
+    """Train as the settings say and report."""
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    device, size = settings["device"], settings["micro_batch"]
+    rows, peer = read_rows(Path(settings["prepared"])), load(settings)
+    trained = [parameter for parameter in peer.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, settings["learning_rate"], weight_decay=0.0, fused=True)
+    losses, window = [], size * settings["accumulation"]
+    started = time.monotonic()
+    for _ in range(settings["num_epochs"]):
+        for first in range(0, len(rows), window):
+            batches = [padded(rows[i : i + size]) for i in range(first, min(first + window, len(rows)), size)]
+            counts = [int((labels[:, 1:] != -100).sum()) for _, labels in batches]
+            total = torch.zeros((), device=device)
+            for (ids, labels), count in zip(batches, counts, strict=True):
+                loss = peer.loss(ids.to(device), labels.to(device)) * (count / sum(counts))
+                loss.backward()
+                total += loss.detach()
+            clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(total))
+    took, cuda = time.monotonic() - started, device != "cpu"
+    report = {
+        "loop_s": took,
+        "losses": losses,
+        "trainable_parameters": sum(parameter.numel() for parameter in trained),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated()
+        if cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+    }
+    sys.stdout.write(json.dumps(report) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Whole training steps in turns in one process: llamatune by one or more specs, and a peer.
+
+``python benchmarks/steps.py SETTINGS.json``; rows are equal and without padding, or those of a prepared directory. The
+last line on stdout is a JSON object: each side's seconds and losses, the ratios of paired rounds (second side over
+first), and the process's memory, which is a side's own where it runs alone.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamatune.accounting import count_parameters
+from llamatune.checkpoints.loading import open_checkpoint
+from llamatune.data.dataset import Batch, open_prepared
+from llamatune.events import ignore_event, never_stop
+from llamatune.model.compilable import compiling
+from llamatune.spec import build_spec
+from llamatune.training.memory_gate import even_batch
+from llamatune.training.setup import Inputs, build_learner
+from llamatune.training.window import accumulate_gradient, make_update
+
+Step = Callable[[int], float]
+"""One update with the window's number, from 0; its loss."""
+
+
+def llamatune_step(values: dict[str, Any], batches: list[Batch]) -> tuple[Step, int]:
+    """The loop's own functions on the benchmark's batches."""
+    spec = build_spec(values, "benchmark")
+    checkpoint, lora = open_checkpoint(Path(spec.model.path)), spec.lora
+    assert lora is not None
+    count = count_parameters(checkpoint.config, lora.r, lora.target_modules)
+    data: Any = None
+    device = torch.device(spec.training.device)
+    inputs = Inputs(checkpoint.config, checkpoint, "", data, None, None, {}, count, device)
+    learner = build_learner(spec, inputs, ignore_event, never_stop)
+
+    def step(window: int) -> float:
+        with compiling(spec.training.compile):
+            gradient = accumulate_gradient(learner, [batches[window % len(batches)]], 0, window)
+            make_update(learner, gradient, spec.training.learning_rate, spec.training.max_grad_norm)
+        return gradient.loss
+
+    return step, sum(parameter.numel() for parameter in learner.parameters.values())
+
+
+def peer_step(settings: dict[str, Any], ids: Tensor, labels: Tensor) -> tuple[Step, int]:
+    """What a training loop does in a step: forward with labels, backward, clip, fused AdamW."""
+    from peers import load
+
+    peer, device = load(settings), settings["device"]
+    trained = [parameter for parameter in peer.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, settings["learning_rate"], weight_decay=0.0, fused=True)
+
+    def step(window: int) -> float:
+        loss = peer.loss(ids.to(device), labels.to(device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    return step, sum(parameter.numel() for parameter in trained)
+
+
+def timed(step: Step, window: int, cuda: bool) -> tuple[float, float]:
+    """Seconds and loss of one step, the device waited for."""
+    if cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    loss = step(window)
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, loss
+
+
+def main() -> None:
+    """Measure as the settings say and report."""
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    cuda = settings["device"] != "cpu"
+    if settings.get("prepared"):
+        split, size = open_prepared(Path(settings["prepared"])).train, settings["rows"]
+        batches = [split.batch(list(range(i, min(i + size, len(split))))) for i in range(0, len(split), size)]
+    else:
+        rows, tokens = settings["rows"], settings["row_tokens"]
+        generator = torch.Generator().manual_seed(3)
+        ids = torch.randint(3, settings["vocab_size"], (rows, tokens), generator=generator)
+        batches = [even_batch(rows, tokens, settings["target_share"], ids)]
+        labels = ids.clone()
+        labels[:, : tokens - max(1, round(tokens * settings["target_share"]))] = -100
+    sides = {name: llamatune_step(spec, batches) for name, spec in settings["ours"].items()}
+    if settings["theirs"] is not None:
+        sides[settings["theirs"]["peer"]] = peer_step(settings["theirs"], ids, labels)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    losses: dict[str, list[float]] = {name: [] for name in sides}
+    for window in range(settings["warm_up"] + settings["rounds"]):
+        order = list(sides) if window % 2 else list(sides)[::-1]
+        for name in order:
+            took, loss = timed(sides[name][0], window, cuda)
+            losses[name].append(loss)
+            seconds[name].append(took)
+    steady = {name: values[settings["warm_up"] :] for name, values in seconds.items()}
+    report: dict[str, Any] = {
+        "step_s": {name: statistics.median(values) for name, values in steady.items()},
+        "first_step_s": {name: values[0] for name, values in seconds.items()},
+        "losses": losses,
+        "trainable_parameters": {name: side[1] for name, side in sides.items()},
+        "peak_memory_bytes": torch.cuda.max_memory_allocated()
+        if cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+    }
+    if len(sides) == 2:
+        first, second = steady.values()
+        report["ratios"] = [b / a for a, b in zip(first, second, strict=True)]
+    sys.stdout.write(json.dumps(report) + "\n")
+
+
+if __name__ == "__main__":
+    main()
