@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One thread a test process: two test processes on two cores get in each other's way otherwise.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test check lint format test-wheel demo-base build clean
+.PHONY: demo test test-faults check lint format test-wheel demo-base build clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(PYTEST)
+
+# The long sweeps: thousands of faults, kills and damaged files.
+test-faults: $(VENV)/.installed-dev
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

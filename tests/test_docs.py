@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
+from llamatune.accounting import count_parameters
+from llamatune.checkpoints.config_files import read_config
 from llamatune.demo.run import MATERIAL
-from llamatune.spec import build_spec
+from llamatune.spec import build_spec, load_spec
+from llamatune.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,9 +56,17 @@ def test_the_readmes_commands_run_in_their_order(workplace: Path) -> None:
     assert json.loads((run / "summary.json").read_text())["best_eval_loss"] > 0
 
 
-def test_every_yaml_block_is_a_spec_or_a_template() -> None:
-    for block in blocks("yaml"):
-        build_spec(yaml.safe_load(block.replace("2e-4", "0.0002")), "README.md")
+@pytest.mark.parametrize("page", ["README.md", "docs/tracking.md"])
+def test_every_yaml_block_is_a_spec(page: str) -> None:
+    for block in blocks("yaml", (ROOT / page).read_text(encoding="utf-8")):
+        build_spec(parse_yaml(block, page), page)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.yaml")))
+def test_every_example_is_a_spec_of_a_model_that_is_there(name: str) -> None:
+    spec = load_spec(ROOT / "examples" / name)
+    count = count_parameters(read_config(ROOT / spec.model.path))
+    assert (count.base_parameters == 100_685_568) == ("100m" in name)
 
 
 def test_the_readmes_two_commands_are_the_makefiles() -> None:
