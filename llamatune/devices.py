@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from llamatune.errors import EnvironmentFault, OutOfMemory, SpecError
-from llamatune.free_memory import free_host_bytes
+from llamatune.free_memory import free_host_bytes, held_host_bytes
+from llamatune.units import gibibytes
 from llamatune.versions import require_version
+
+_DEVICE_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def choose_device(name: str) -> torch.device:
@@ -42,24 +45,29 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def memory_faults(
-    device: torch.device,
-    advice: str = "lower training.micro_batch_size, set training.activation_checkpointing: block, "
-    "or use a 16-bit model.dtype",
-) -> Iterator[None]:
-    """Turn running out of memory into one line with what was held and what helps."""
+def memory_faults(device: torch.device, advice: str | Callable[[], str]) -> Iterator[None]:
+    """Turn running out of memory into one line: what was held, allocated and reserved apart, and what helps."""
     try:
         yield
-    except torch.OutOfMemoryError as fault:
-        held, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-        raise OutOfMemory(
-            f"out of memory on {device}: {held / 2**30:.2f} GiB allocated, {reserved / 2**30:.2f} GiB reserved",
-            None,
-            advice,
-        ) from fault
-    except MemoryError as fault:
-        raise OutOfMemory("out of memory on the host", None, advice) from fault
-    except RuntimeError as fault:
-        if "can't allocate memory" not in str(fault):
+    except (MemoryError, RuntimeError) as fault:
+        if isinstance(fault, torch.OutOfMemoryError) or any(text in str(fault) for text in _DEVICE_IS_FULL):
+            free, size = torch.cuda.mem_get_info(device)
+            held = {
+                "allocated": torch.cuda.memory_allocated(device),
+                "reserved": torch.cuda.memory_reserved(device),
+                f"of {gibibytes(size)} free": free,
+            }
+        elif isinstance(fault, MemoryError) or "can't allocate memory" in str(fault):
+            device = torch.device("cpu")
+            held = held_host_bytes() | {"free": free_host_bytes()}
+        else:
             raise
-        raise OutOfMemory("out of memory on the host", None, advice) from fault
+        told = ", ".join(f"{gibibytes(held_bytes)} {what}" for what, held_bytes in held.items())
+        raise OutOfMemory(f"out of memory on {device}: {told}", None, _told(advice)) from fault
+
+
+def _told(advice: str | Callable[[], str]) -> str | None:
+    try:
+        return advice if isinstance(advice, str) else advice()
+    except MemoryError:  # there is not even room to think
+        return None

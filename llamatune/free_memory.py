@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:
-    """What is available on the machine, or less where a control group (a container, a Slurm job) allows less."""
-    return max(0, min([_available(root), *_group_rooms(root)]))
+    """What is available on the machine, or less where a control group (a container, a Slurm job) allows less, or
+    ``ulimit -v``."""
+    return max(0, min([_available(root), *_group_rooms(root), *_address_room()]))
+
+
+def held_host_bytes() -> dict[str, int]:
+    """What this process has ``resident`` in memory, and has ``mapped``; empty where the system does not tell."""
+    try:
+        mapped, resident = (int(pages) for pages in Path("/proc/self/statm").read_text().split()[:2])
+    except OSError:
+        return {}
+    return {"resident": resident * resource.getpagesize(), "mapped": mapped * resource.getpagesize()}
+
+
+def _address_room() -> Iterator[int]:
+    allowed, held = resource.getrlimit(resource.RLIMIT_AS)[0], held_host_bytes()
+    if allowed != resource.RLIM_INFINITY and held:
+        yield allowed - held["mapped"]
 
 
 def _available(root: Path) -> int:

@@ -161,7 +161,7 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
     losses, held_out = [], []
     if task.spec.training.compile:
         check_compiler(device)
-    with memory_faults(device), compiling(task.spec.training.compile):
+    with memory_faults(device, ""), compiling(task.spec.training.compile):
         for number, seed in enumerate(task.seeds):
             training = task.spec.training.model_copy(update={"seed": seed})
             spec = task.spec.model_copy(update={"training": training})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,9 @@ from llamatune.memory.sizes import Rows
 from llamatune.model.config import LlamaConfig
 from llamatune.spec import LoraSection, RunSpec
 from llamatune.units import gibibytes
+
+_LESS = 0.8
+"""Of the memory that was planned for and was not there, what to plan for next."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +40,37 @@ class Remedy:
         return dataclasses.asdict(self)
 
 
+def after_running_out(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: bool) -> str:
+    """What was tried, and three changes to try next, for a step that found less memory than was planned for.
+
+    First those that bring it to four fifths, the cheapest in computation first, then those that save most. Blocks that
+    recompute as much as a limit asks would answer most changes by recomputing less, so there the limit comes first.
+    """
+    target = int(plan.step.peak * _LESS)
+    found = remedies(spec, config, plan, cuda)
+    if plan.levels is not None and spec.training.activation_checkpointing == "none":
+        lower = plan_memory(spec, config, plan.rows, cuda, target)
+        if lower.step.peak < plan.step.peak:
+            change = f"training.memory_limit={math.ceil(lower.step.peak / 2**20)}MiB"
+            saved = plan.step.peak - lower.step.peak
+            found.insert(0, Remedy(change, "blocks recompute more", None, lower.step.peak, saved, lower.fits))
+    enough = [remedy for remedy in found if remedy.peak_bytes <= target]
+    others = sorted((remedy for remedy in found if remedy.peak_bytes > target), key=lambda remedy: remedy.peak_bytes)
+    count, tokens = len(plan.rows.lengths), plan.rows.tokens
+    advice = "; ".join(remedy.advice() for remedy in (enough + others)[:3])
+    tried = f"a pass over {count} samples, {tokens} tokens, was to need {plan.room()}"
+    return f"{tried}; try {advice}" if advice else tried
+
+
 def remedies(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: bool) -> list[Remedy]:
-    """Everything that is not on yet and lowers the peak, each by itself."""
+    """Everything that is not on yet and lowers the peak by more than a thousandth, each by itself."""
     found: list[Remedy] = []
     training, lora = spec.training, spec.lora
 
     def consider(change: str, effect: str, more: float | None, changed: RunSpec, rows: Rows = plan.rows) -> None:
         after = plan_memory(changed, config, rows, cuda, plan.limit_bytes)
         saved = plan.step.peak - after.step.peak
-        if saved > 0:
+        if saved > plan.step.peak // 1000:
             found.append(Remedy(change, effect, more, after.step.peak, saved, after.fits))
 
     def with_training(**changes: Any) -> RunSpec:
@@ -58,6 +84,13 @@ def remedies(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: bool) -
     narrow = {"bf16": "bfloat16", "fp16": "float16"}.get(training.precision)
     if lora is not None and spec.model.dtype == "float32" and narrow is not None:
         consider(f"model.dtype={narrow}", "frozen weights in 16 bits", 0.0, with_dtype(narrow))
+    if training.precision == "fp32":
+        wide = lora is not None and spec.model.dtype == "float32"
+        changed = with_training(precision="bf16").model_copy(
+            update={"model": with_dtype("bfloat16").model} if wide else {}
+        )
+        change = "model.dtype=bfloat16 " * wide + "training.precision=bf16"
+        consider(change, "all in 16 bits but what is trained", 0.0, changed)
     if training.micro_batch_size > 1:
         size, steps = training.micro_batch_size // 2, training.gradient_accumulation_steps * 2
         consider(
@@ -83,7 +116,10 @@ def remedies(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: bool) -
         consider("model.dtype=nf4", "frozen weights in 4 bits, unpacked for each product", None, with_dtype("nf4"))
     if lora is None:
         changed = spec.model_copy(update={"lora": LoraSection()})
-        consider("a lora section", "trains an adapter alone", None, changed)
+        consider(f"lora.r={LoraSection().r}", "trains an adapter alone", None, changed)
+    if lora is not None and lora.r > 1:
+        changed = spec.model_copy(update={"lora": lora.model_copy(update={"r": lora.r // 2})})
+        consider(f"lora.r={lora.r // 2}", "a smaller adapter", None, changed)
     longest = max(plan.rows.lengths)
     if longest >= 64:
         consider(
@@ -93,6 +129,8 @@ def remedies(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: bool) -
             spec,
             _halved(plan.rows) if not spec.data.packing else _fewer(plan.rows, 0.5),
         )
+    if training.optimizer != "sgd":
+        consider("training.optimizer=sgd", "keeps no state", None, with_training(optimizer="sgd"))
     return found
 
 

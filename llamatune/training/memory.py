@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,14 +62,6 @@ def report_plan(plan: MemoryPlan, spec: RunSpec, config: LlamaConfig, device: to
         on_event(Notice(f"a step needs {plan.room()} that may be used{advice}", "warning"))
     elif plan.levels and any(plan.levels) and spec.training.activation_checkpointing == "none":
         on_event(Notice(f"recomputing: {plan.recomputing()}; {plan.room()}"))
-
-
-def resident_memory_bytes() -> int | None:
-    """What the process holds now, None where the system does not tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        return None
 
 
 def peak_memory_bytes(device: torch.device) -> int:
