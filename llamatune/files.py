@@ -135,31 +135,42 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def disk_fault(fault: OSError, path: Path) -> EnvironmentFault:
-    """What a failed write means to the user: path, cause, and free bytes where the disk is full."""
+def disk_fault(fault: OSError, path: Path, needed: int | None = None) -> EnvironmentFault:
+    """What a failed write means to the user: path, cause, and, where the disk is full, the bytes needed and free."""
     if fault.errno in (errno.ENOSPC, errno.EDQUOT):
         existing = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(existing).free
-        return EnvironmentFault(f"no space left ({free:,} bytes free)", path, "free some space and run it again")
+        wanted = "for one more name" if needed is None else f"for {needed:,} bytes"
+        return EnvironmentFault(f"no space left {wanted}, {free:,} are free", path, "free some space and run it again")
     return EnvironmentFault(f"cannot write: {fault.strerror or fault}", path)
 
 
 @contextlib.contextmanager
-def disk_faults(path: Path) -> Iterator[None]:
-    """What the block cannot write is an ``EnvironmentFault`` that names ``path``."""
+def disk_faults(path: Path, needed: int | None = None) -> Iterator[None]:
+    """What the block cannot write, ``needed`` bytes of it, is an ``EnvironmentFault`` that names ``path``."""
     try:
         yield
     except OSError as fault:
-        raise disk_fault(fault, path) from fault
+        raise disk_fault(fault, path, needed) from fault
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """A new file at ``path`` with the umask's mode, synced before the block ends. Not atomic: for staging areas."""
-    with disk_faults(path), path.open("xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+def writing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
+    """A new file at ``path`` with the umask's mode, synced before the block ends. Not atomic: for staging areas.
+
+    ``size``: how many bytes it will have about, where that is known before they are written.
+    """
+    written = 0
+    try:
+        with path.open("xb") as file:
+            try:
+                yield file
+            finally:
+                written = file.tell()
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as fault:
+        raise disk_fault(fault, path, max(size, written) or None) from fault
 
 
 def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
@@ -167,7 +178,7 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
     temporary = _staging_beside(path)
     try:
         temporary.unlink(missing_ok=True)
-        with writing(temporary) as file:
+        with writing(temporary, len(content) if isinstance(content, bytes) else 0) as file:
             if isinstance(content, bytes):
                 file.write(content)
             else:

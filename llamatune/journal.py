@@ -49,7 +49,7 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as fault:
-            raise disk_fault(fault, self._path) from fault
+            raise disk_fault(fault, self._path, len(lines)) from fault
 
 
 @contextlib.contextmanager

@@ -100,6 +100,11 @@ def _foreign(prefix: bytes) -> str | None:
     return None
 
 
+def data_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
+    """How many bytes tensors take that are declared as for ``TensorWriter``."""
+    return sum(math.prod(shape) * ITEM_BYTES[dtype] for _, dtype, shape in tensors)
+
+
 class TensorWriter:
     """Writes a safetensors file as a stream: declare every tensor first, then ``write`` their bytes in that order.
 

@@ -17,7 +17,7 @@ from llamatune.checkpoints.tokenizer_files import copy_file, copy_huggingface_to
 from llamatune.events import OnEvent, ignore_event
 from llamatune.files import Staging, dump_json, read_json, writing
 from llamatune.model.config import LlamaConfig
-from llamatune.tensor_files import TensorWriter
+from llamatune.tensor_files import TensorWriter, data_bytes
 
 _SHARD_BYTES = 5_000_000_000
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -118,7 +118,7 @@ def write_shards(
     for number, shard in enumerate(shards, 1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
         declared = [(name, STORED_DTYPES[dtype], shape) for name, dtype, shape in shard]
-        with writing(staging.path / file_name) as file:
+        with writing(staging.path / file_name, data_bytes(declared)) as file:
             writer = TensorWriter(file, declared, {"format": "pt"})
             for name, dtype, shape in shard:
                 tensor = tensor_of(name).detach().to("cpu", dtype).contiguous()

@@ -48,8 +48,8 @@ def load_model(
         dtype: what the weights are held in; None: as stored.
         device: where they go, one tensor after the other, straight from the file's pages.
         num_layers: keep only the first blocks.
-        writable: the caller will change weights in place, so none may stay mapped from the file. Without it, CPU
-            weights that need no conversion are shared with the page cache.
+        writable: the caller will change weights in place, or outlive the file, so none may stay mapped from it.
+            Without it, CPU weights that need no conversion are shared with the page cache.
         quantized: gives what is to be held in NF4 by its name, on the device; None for what stays in ``dtype``.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)

@@ -17,6 +17,7 @@ from llamatune.checkpoints.torch_archive_writer import ArchiveWriter
 from llamatune.errors import CheckpointError
 from llamatune.files import dump_json, writing
 from llamatune.model.config import LlamaConfig
+from llamatune.tensor_files import data_bytes
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -48,7 +49,7 @@ def write_consolidated(
     with contextlib.ExitStack() as stack:
         writers = []
         for shard in range(shards):
-            file = stack.enter_context(writing(directory / f"consolidated.{shard:02d}.pth"))
+            file = stack.enter_context(writing(directory / f"consolidated.{shard:02d}.pth", data_bytes(declared)))
             writers.append(ArchiveWriter(file, f"consolidated.{shard:02d}", declared))
         for name, _ in shapes:
             if _is_tied_head(config, name):  # comes right after the embedding, which W still holds

@@ -20,7 +20,7 @@ from llamatune.files import MANIFEST, build_directory, writing
 from llamatune.manifests import finished_product, verify_product
 from llamatune.model.config import LINEAR_MODULES, LlamaConfig, linear_path
 from llamatune.model.quantization import NF4Weight, Scratch, quantize_nf4, storage
-from llamatune.tensor_files import TensorEntry, TensorWriter, read_header
+from llamatune.tensor_files import TensorEntry, TensorWriter, data_bytes, read_header
 
 _FILE, _KIND = "nf4.safetensors", "nf4-weights"
 SCHEMA = 1
@@ -110,7 +110,7 @@ class QuantizedBase:
         ours = (path / MANIFEST).exists()  # anything else that stands there is refused
         with (
             build_directory(path, _KIND, dict(inputs), overwrite=ours) as staging,
-            writing(staging.path / _FILE) as file,
+            writing(staging.path / _FILE, data_bytes(declared)) as file,
         ):
             writer = TensorWriter(file, declared, {"format": "pt"})
             for done, name in enumerate(self._matrices):

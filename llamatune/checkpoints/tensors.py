@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llamatune.files import Staging, writing
-from llamatune.tensor_files import TensorWriter
+from llamatune.tensor_files import TensorWriter, data_bytes
 
 DTYPE_NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
@@ -31,7 +31,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def write_tensors(staging: Staging, file_name: str, tensors: Mapping[str, Tensor]) -> None:
     """A new safetensors file, synced, in the order of ``tensors``; one tensor at a time leaves its device."""
     declared = [(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with writing(staging.path / file_name) as file:
+    with writing(staging.path / file_name, data_bytes(declared)) as file:
         writer = TensorWriter(file, declared, {"format": "pt"})
         for tensor in tensors.values():
             held = tensor.detach().cpu().contiguous()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llamatune.data.encoding import EncodedBatch
 from llamatune.files import Staging, writing
-from llamatune.tensor_files import TensorWriter
+from llamatune.tensor_files import TensorWriter, data_bytes
 
 _PORTION = 1 << 20
 
@@ -62,7 +62,7 @@ class Spool:
             ("input_ids", "I32", (tokens,)),
             ("loss_mask", "U8", (tokens,)),
         ]
-        with writing(staging.path / file_name) as file:
+        with writing(staging.path / file_name, data_bytes(tensors)) as file:
             writer = TensorWriter(file, tensors)
             writer.write(memoryview(offsets).cast("B"))
             writer.write(memoryview(array("q", (self.rows[index] for index in chosen))).cast("B"))

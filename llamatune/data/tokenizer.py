@@ -25,9 +25,11 @@ _PROBE = """
 import resource, sys
 sys.path[:] = {path}
 import sentencepiece
-print("ready", flush=True)
+allowed = resource.getrlimit(resource.RLIMIT_AS)[1]
+size = 4 << 30 if allowed == resource.RLIM_INFINITY else min(4 << 30, allowed)
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+print("ready", flush=True)
 model = sentencepiece.SentencePieceProcessor(model_proto=sys.stdin.buffer.read())
 for text in ("", " ", "The 2 llamas", "\\u00e9\\u65e5\\U0001f999\\n\\t", "a" * 300):
     ids = model.encode(text, return_type="offset_mapping")["ids"]
