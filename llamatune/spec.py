@@ -81,6 +81,11 @@ class ModelSection(_Section):
         None, description="nf4: a directory that keeps the quantised weights of each base, made at the first run"
     )
     num_layers: Positive | None = Field(None, description="keep only the first N layers, for debugging")
+    memory_map: bool = Field(
+        True,
+        description="on a CPU: frozen weights stay in the file's pages; false reads them, for file systems on "
+        "which a file may change or vanish while it is used",
+    )
 
 
 class LoraSection(_Section):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+from llamatune.checkpoints.run_state import list_checkpoints
 from llamatune.devices import memory_faults
+from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.files import refuse_occupied, refuse_small_disk
+from llamatune.free_memory import held_host_bytes
 from llamatune.memory.outlook import outlook
+from llamatune.memory.remedies import after_running_out
 from llamatune.model.compilable import compiling
 from llamatune.spec import RunSpec
 from llamatune.training.compiling import check_compiler, compile_ahead
 from llamatune.training.loop import TrainingLoop
-from llamatune.training.memory import plan_run_memory, report_plan, resident_memory_bytes
+from llamatune.training.memory import plan_run_memory, report_plan
 from llamatune.training.profiling import profiled
 from llamatune.training.run_directory import claim_run_directory, finished_summary
+from llamatune.training.run_files import CHECKPOINTS
 from llamatune.training.setup import build_learner, open_inputs, plan_schedule
 from llamatune.training.trained import trained_weights
 
@@ -39,6 +45,7 @@ def train(
         LlamatuneError: the member of the tree that tells what was wrong; nothing is left half-written.
         Stopped: ``should_stop`` said so; a checkpoint is saved.
     """
+    _refuse_ranks()
     inputs = open_inputs(spec, force_base, on_event)
     schedule = plan_schedule(spec, inputs.prepared.train)
     if resume and not overwrite:
@@ -50,11 +57,17 @@ def train(
     refuse_small_disk(Path(spec.training.output_dir), needed, "a checkpoint")
     if spec.training.compile:
         check_compiler(inputs.device)
+    plan = plan_run_memory(spec, inputs.config, inputs.prepared.train, inputs.device)
+
+    def what_helps() -> str:
+        advice = after_running_out(spec, inputs.config, plan, inputs.device.type == "cuda")
+        saved = list_checkpoints(Path(spec.training.output_dir) / CHECKPOINTS)
+        return f"{advice}; the last checkpoint is {saved[0]}" if saved else advice
+
     claim = claim_run_directory(spec, inputs.digests, overwrite, resume, allowed_changes)
-    with claim as run, memory_faults(inputs.device):
-        plan = plan_run_memory(spec, inputs.config, inputs.prepared.train, inputs.device)
+    with claim as run, memory_faults(inputs.device, what_helps):
         report_plan(plan, spec, inputs.config, inputs.device, on_event)
-        memory_facts = {**plan.facts(), "memory_before_model_bytes": resident_memory_bytes()}
+        memory_facts = {**plan.facts(), "memory_before_model_bytes": held_host_bytes().get("resident")}
         learner = build_learner(spec, inputs, on_event, should_stop, plan.levels)
         weights = trained_weights(spec, inputs, learner)
         profiling = profiled(spec.training.profile_steps, inputs.device, run.path, on_event)
@@ -64,6 +77,17 @@ def train(
             loop = TrainingLoop(spec, inputs, schedule, learner, weights, run, on_event, should_stop, memory_facts)
             loop.resume()
             return loop.execute()
+
+
+def _refuse_ranks() -> None:
+    """Processes that a launcher started would each train the same, or wait for a lock, and not share the work."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1":
+        raise EnvironmentFault(
+            f"a launcher started {ranks} processes, and one trains a model here",
+            "WORLD_SIZE",
+            "start one, without torchrun",
+        )
 
 
 def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent = ignore_event) -> dict[str, Any]:

@@ -38,9 +38,10 @@ _MAY_CHANGE = (
     "training.profile_steps",
     "training.keep_last",
     "training.output_dir",
-    # What is recomputed changes no bit.
+    # What is recomputed, and where weights lie, changes no bit.
     "training.activation_checkpointing",
     "training.memory_limit",
+    "model.memory_map",
     *(f"tracking.{name}" for name in TrackingSection.model_fields),
 )
 _MAY_GROW = ("training.num_epochs", "training.max_steps")
@@ -60,9 +61,9 @@ class RunDirectory:
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
-        line = json.dumps(values, allow_nan=False) + "\n"
-        with self._log_faults():
-            self._metrics.write(line.encode())
+        line = json.dumps(values, allow_nan=False).encode() + b"\n"
+        with self._log_faults(len(line)):
+            self._metrics.write(line)
             self._metrics.flush()
 
     def sync_metrics(self) -> int:
@@ -90,8 +91,8 @@ class RunDirectory:
         with contextlib.suppress(OSError):  # a line that could not be written has raised before
             self._metrics.close()
 
-    def _log_faults(self) -> contextlib.AbstractContextManager[None]:
-        return disk_faults(self.path / METRICS)
+    def _log_faults(self, needed: int | None = None) -> contextlib.AbstractContextManager[None]:
+        return disk_faults(self.path / METRICS, needed)
 
 
 def _refuse_changes(

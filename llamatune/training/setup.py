@@ -152,7 +152,7 @@ def build_learner(
             dtype,
             inputs.device,
             spec.model.num_layers,
-            writable=spec.lora is None,
+            writable=spec.lora is None or not spec.model.memory_map,
             on_event=on_event,
             should_stop=should_stop,
             quantized=_quantized_base(spec, inputs, on_event, should_stop) if nf4 else None,
