@@ -48,6 +48,8 @@ ROWS = (
     Row("qv", 8, 512, "none"),
     Row("all", 8, 512, "none"),
     Row("all", 8, 512, "feed_forward"),
+    Row("qv", 8, 512, "projections"),
+    Row("all", 8, 512, "projections"),
     Row("qv", 8, 512, "block"),
     Row("all", 8, 512, "block"),
     Row("qv", 8, 2048, "block"),

@@ -92,4 +92,6 @@ def machine() -> str:
 
 def versions() -> dict[str, Any]:
     """Of what was compared."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")}
+    names = ("torch", "transformers", "peft", "accelerate")
+    installed = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
+    return {name: installed[name] for name in names if name in installed}
