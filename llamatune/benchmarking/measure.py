@@ -19,6 +19,7 @@ from llamatune.devices import memory_faults
 from llamatune.errors import NumericsError
 from llamatune.events import ignore_event, never_stop
 from llamatune.inference.evaluate import held_out_loss
+from llamatune.memory.plan import heaviest_rows, limit_of, plan_memory
 from llamatune.model.compilable import compiling
 from llamatune.spec import RunSpec
 from llamatune.training.compiling import check_compiler, compile_ahead
@@ -181,6 +182,7 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
             gc.collect()  # fused blocks refer to themselves, and two models may not fit
     return {
         **facts,
+        "predicted_bytes": predicted_bytes(task.spec, inputs),
         "losses": losses,
         "held_out_losses": held_out,
         "trainable_parameters": inputs.count.trainable_parameters,
@@ -190,6 +192,13 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def predicted_bytes(spec: RunSpec, inputs: Inputs) -> int:
+    """What ``plan-memory`` says of the heaviest rows of the data, whether or not the steps met them."""
+    train = inputs.prepared.train
+    rows = heaviest_rows(train.lengths, train.target_counts, spec)
+    return plan_memory(spec, inputs.config, rows, inputs.device.type == "cuda", limit_of(spec, None)).step.peak
 
 
 def _timing(done: TimedSteps) -> dict[str, Any]:

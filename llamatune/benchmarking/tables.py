@@ -14,7 +14,7 @@ from llamatune.benchmarking.grid import Axis, in_words
 
 MEMORY, SPEED = "memory", "speed"
 """The parts of the flat table."""
-_MEMORY_FACTS = ("allocated_bytes", "reserved_bytes", "device_bytes", "resident_bytes")
+_MEMORY_FACTS = ("allocated_bytes", "predicted_bytes", "reserved_bytes", "device_bytes", "resident_bytes")
 _FACTS = ("step_s", "tokens_per_second", "runtime_s", "steps", "warm_up_steps", "skipped_windows", "tokens",
           "unattributed_bytes", "trainable_parameters", "total_parameters", "device", "device_name", "threads",
           "torch")  # fmt: skip
@@ -62,6 +62,7 @@ def flat_table(axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[
         MEMORY: {
             "peak": lambda r: sized(r["allocated_bytes"]),
             "ratio": ratio("allocated_bytes"),
+            "planned": lambda r: sized(r["predicted_bytes"]),
             "parameters": lambda r: sized(r["categories"]["parameters"]),
             "gradients": lambda r: sized(r["categories"]["gradients"]),
             "optimizer": lambda r: sized(r["categories"]["optimizer"]),
@@ -89,7 +90,7 @@ def flat_table(axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[
     header = (*(axis.name for axis in axes), *shown)
     used = [place for place in range(len(header)) if place <= len(axes) or any(row[place] for row in rows)]
     return Table(
-        " and ".join(f"Memory, {unit}" if part == MEMORY else "Speed and loss" for part in parts),
+        _title(parts, unit),
         tuple(header[place] for place in used),
         tuple(tuple(row[place] for place in used) for row in rows),
         len(axes),
@@ -97,10 +98,16 @@ def flat_table(axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[
     )
 
 
+def _title(parts: Sequence[str], unit: str) -> str:
+    titles = {MEMORY: f"Memory ({unit})", SPEED: "Speed and loss"}
+    return ", ".join(titles[part] if place == 0 else titles[part].lower() for place, part in enumerate(parts))
+
+
 def _notes(results: Sequence[Result]) -> list[str]:
     notes = ["'ratio' (of the peak) and 'speed' (of tokens/s) are to the first cell that was measured."]
     if (gap := _largest_gap(results)) >= 0.001:
         notes.append(f"The categories add up to the peak within {gap:.1%}; the rest is inside kernels and rounding.")
+    notes += _prediction(results)
     reasons: dict[str, list[str]] = {}
     for result in results:
         if result["status"] != "measured":
@@ -112,6 +119,16 @@ def _notes(results: Sequence[Result]) -> list[str]:
         others = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
         notes.append(f"{reason} [{cells[0]}{others}]")
     return notes
+
+
+def _prediction(results: Sequence[Result]) -> list[str]:
+    apart = [abs(r["predicted_bytes"] / r["allocated_bytes"] - 1) for r in results if r["status"] == "measured"]
+    if not apart:
+        return []
+    return [
+        f"'planned' is what plan-memory says of the heaviest rows of the data: at most {max(apart):.1%} from the peak, "
+        f"median {statistics.median(apart):.1%}."
+    ]
 
 
 def _largest_gap(results: Sequence[Result]) -> float:

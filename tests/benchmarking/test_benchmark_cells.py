@@ -18,6 +18,8 @@ from llamatune.benchmarking.cell import answer, run_cell
 from llamatune.benchmarking.measure import Task, Trial, heaviest_windows, resident_peak_bytes
 from llamatune.benchmarking.plan import BenchmarkOptions
 from llamatune.benchmarking.run import Benchmark, run_benchmark
+from llamatune.data.prepare import PrepareOptions, prepare_data
+from llamatune.demo.run import MATERIAL
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Event, Notice, ignore_event, never_stop
 from llamatune.spec import RunSpec, build_spec
@@ -57,6 +59,14 @@ def spec_file(values: dict[str, Any], tmp_path: Path) -> Path:
     path = tmp_path / "spec.yaml"
     path.write_text(json.dumps(values))
     return path
+
+
+@pytest.fixture(scope="module")
+def demo_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("demo") / "prepared"
+    tokenizer = MATERIAL / "base" / "tokenizer.model"
+    prepare_data(PrepareOptions(rows=[MATERIAL / "instructions.jsonl"], tokenizer=tokenizer, output=output, limit=24))
+    return output
 
 
 @pytest.fixture
@@ -118,6 +128,22 @@ class TestWhatIsMeasured:
         assert 0 < found["allocated_bytes"] < found["resident_bytes"]
         assert found["tokens_per_second"] > 0
         assert found["step_s_range"][0] <= found["step_s"] <= found["step_s_range"][1]
+
+    @pytest.mark.parametrize("lora", ["on", "off"])
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    @pytest.mark.parametrize(("batch", "accumulation"), [(1, 1), (8, 1), (1, 8)])
+    @pytest.mark.parametrize("checkpointing", ["none", "every_2", "block"])
+    def test_the_plan_is_within_a_tenth_of_every_cell_of_the_default_grid(
+        self, demo_rows: Path, lora: str, precision: str, batch: int, accumulation: int, checkpointing: str
+    ) -> None:
+        """On the base that ships with the package, one epoch, so that the heaviest rows are met."""
+        training = {"output_dir": "unused", "precision": precision, "micro_batch_size": batch, "device": "cpu"}
+        training |= {"gradient_accumulation_steps": accumulation, "activation_checkpointing": checkpointing}
+        model = {"path": str(MATERIAL / "base"), "dtype": "float32"}
+        values = {"model": model, "data": {"train": str(demo_rows)}, "training": training}
+        spec = build_spec(values | ({"lora": {"r": 8}} if lora == "on" else {}), "test")
+        found = answer(request(task(spec, -(-24 // (batch * accumulation)))))
+        assert found["predicted_bytes"] == pytest.approx(found["allocated_bytes"], rel=0.1)
 
     def test_the_heaviest_windows_hold_the_peak_of_them_all(self, spec: RunSpec) -> None:
         inputs = open_inputs(spec, False, ignore_event)

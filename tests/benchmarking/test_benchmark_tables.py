@@ -28,6 +28,7 @@ def measured(number: int) -> dict[str, Any]:
     return {
         "status": "measured",
         "allocated_bytes": sum(categories.values()),
+        "predicted_bytes": round(1.04 * sum(categories.values())),
         "reserved_bytes": None,
         "device_bytes": None,
         "resident_bytes": 300 << 20,
