@@ -193,6 +193,8 @@ def claim_run_directory(
         move_aside(path)
         make_directory(path)
     with run_lock(path):
+        with disk_faults(path / LOCK):
+            sync_directory(path)  # by the lock's name it is known to be a run's, whatever else a power cut leaves
         if own and not overwrite and (list_checkpoints(path / CHECKPOINTS) or (path / SUMMARY).is_file()):
             # Before its first checkpoint a run holds nothing that another spec could contradict.
             _, accepted = _refuse_changes(load_spec(path / SPEC), spec, allowed_changes, path / SPEC)
