@@ -29,6 +29,7 @@ from llamatune.commands.report import report
 from llamatune.commands.train import train
 from llamatune.commands.verify import verify
 from llamatune.errors import LlamatuneError, printable
+from llamatune.free_memory import free_host_bytes
 
 Verb = Callable[..., None]
 
@@ -159,6 +160,11 @@ def _exit_code(arguments: list[str] | None) -> int:
     except OSError as fault:
         where = f": {fault.filename}" if fault.filename else ""
         return _fail(f"{fault.strerror or fault}{where}", 5)
+    except (MemoryError, ImportError) as fault:  # the libraries alone take some 700 MiB of addresses
+        if isinstance(fault, ImportError) and "failed to map segment" not in str(fault):
+            raise
+        free = f"{free_host_bytes():,} bytes are free to this process"
+        return _fail(f"out of memory: {free}: free some, or raise its limit (ulimit -v)", 5)
     except Exception as fault:
         # Typer may carry its own copy of click, so its usage errors are known by what they can do.
         if hasattr(fault, "format_message") and hasattr(fault, "exit_code"):

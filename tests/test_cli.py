@@ -36,6 +36,20 @@ def test_without_arguments_there_is_help_and_no_error(capsys: pytest.CaptureFixt
     assert "Core verbs" in out
 
 
+@pytest.mark.parametrize("fault", [MemoryError(), ImportError("libgomp.so: failed to map segment from shared object")])
+def test_no_room_for_the_libraries_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def build() -> None:
+        raise fault
+
+    monkeypatch.setattr("llamatune.cli.build_app", build)
+    code, out, err = run(capsys, "env")
+    assert (code, out) == (5, "")
+    assert err.startswith("error: out of memory: ")
+    assert err.count("\n") == 1
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--version")
     assert code == 0
