@@ -90,7 +90,8 @@ class TestRemedies:
     def test_what_is_on_is_not_proposed(self) -> None:
         spec = spec_of(LINEAR_MODULES, "block", dtype="nf4", optimizer="adamw_8bit")
         plan = plan_memory(spec, SEVEN, Rows((40,), 20), True, 1)
-        assert remedies(spec, SEVEN, plan, cuda=True) == []
+        found = [remedy.change for remedy in remedies(spec, SEVEN, plan, cuda=True)]
+        assert found == ["lora.r=8", "training.optimizer=sgd"]
 
     @pytest.mark.parametrize("true_answer", [0, 1, 2, 63, 64, 1000])
     def test_the_largest_that_fits(self, true_answer: int) -> None:
