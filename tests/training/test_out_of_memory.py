@@ -130,7 +130,7 @@ def test_memory_that_does_not_suffice_for_advice_still_ends_in_one_line() -> Non
         raise MemoryError
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     training=st.fixed_dictionaries(
         {
@@ -157,7 +157,7 @@ def test_whatever_the_spec_of_an_adapter_there_are_three_changes_that_lower_the_
     rows = Rows((512,) * training["micro_batch_size"], 200 * training["micro_batch_size"])
     plan = plan_memory(spec, PRESETS["llama-2-7b"], rows, cuda, limit)
     found = _remedies(after_running_out(spec, PRESETS["llama-2-7b"], plan, cuda))
-    smallest = dtype == "nf4" and training["micro_batch_size"] == 1 and training["activation_checkpointing"] == "block"
+    smallest = dtype == "nf4" and training["activation_checkpointing"] == "block"
     assert len(found) == 3 or lora is None or smallest
     assert found
     assert len({change for change, _ in found}) == len(found)
