@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from step_tools import saved_by_autograd
+from torch import nn
 
 from llamatune.benchmarking.meter import CATEGORIES, CategoryMeter
 from llamatune.errors import OutOfMemory
@@ -192,22 +193,6 @@ def test_categories_add_up_to_the_peak_and_to_closed_forms(lora: bool, precision
     assert found["activations"] > 0
 
 
-def storages_that_autograd_saves(learner: Learner) -> int:
-    """Each once, parameters left out, as autograd's own hooks tell."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in learner.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        accumulate_gradient(learner, [BATCH], 0, 0)
-    return sum(kept.values())
-
-
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("fused", [True, False])
@@ -215,7 +200,7 @@ def test_activations_and_casts_are_what_autograd_says_it_saves(lora: bool, preci
     spec = spec_of(lora, dropout=0.1, precision=precision, fused=fused)
     _, meter = metered(spec, 1)
     ever = sizes_ever(meter)
-    expected = storages_that_autograd_saves(learner_of(spec))
+    expected = saved_by_autograd(learner_of(spec), BATCH)
     # Alive but not saved: ids and positions, the angles that all blocks share (each in two dtypes), the loss.
     shared = 80 * 8 * 8 + 2 * 80 * TINY.head_dim * (4 + 2)
     batch = 80 * 8  # saved by a trained embedding, but older than the step

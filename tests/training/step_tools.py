@@ -6,13 +6,17 @@ import gc
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from llamatune.data.dataset import Batch
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.config import LlamaConfig
 from llamatune.spec import RunSpec
 from llamatune.training import memory_gate
 from llamatune.training.memory_gate import StorageMeter
-from llamatune.training.setup import build_learner
+from llamatune.training.setup import Learner, build_learner
+from llamatune.training.window import accumulate_gradient
 
 
 def spec_of(targets: Sequence[str], checkpointing: str = "none", dropout: float = 0.0, **training: Any) -> RunSpec:
@@ -45,3 +49,19 @@ def real_step(spec: RunSpec, config: LlamaConfig, batch: Batch) -> tuple[int, St
         meter.start_window()
         memory_gate._step(spec, learner, micro_batches, 1)
     return resident, meter
+
+
+def saved_by_autograd(learner: Learner, batch: Batch) -> int:
+    """Bytes that a forward pass saves as autograd's own hooks tell: each storage once, parameters left out."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in learner.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        accumulate_gradient(learner, [batch], 0, 0)
+    return sum(kept.values())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from step_tools import real_step, spec_of
-from torch import Tensor
+from step_tools import real_step, saved_by_autograd, spec_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llamatune.accounting import count_parameters
@@ -15,7 +14,6 @@ from llamatune.spec import RunSpec
 from llamatune.training import memory_gate
 from llamatune.training.memory_gate import StorageMeter, even_batch, measure_step
 from llamatune.training.setup import build_learner
-from llamatune.training.window import accumulate_gradient
 
 GIB, KIB = 1 << 30, 1 << 10
 QV = ("q_proj", "v_proj")
@@ -87,19 +85,7 @@ class TestTheMeter:
 def saved_bytes(spec: RunSpec, config: LlamaConfig, rows: int, tokens: int) -> int:
     """What autograd says it saves in a real forward pass, each storage once, parameters left out."""
     learner = build_learner(spec, memory_gate._inputs_without_data(spec, config), ignore_event, never_stop)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in learner.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    batch = even_batch(rows, tokens, 0.46)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        accumulate_gradient(learner, [batch], 0, 0)
-    return sum(kept.values())
+    return saved_by_autograd(learner, even_batch(rows, tokens, 0.46))
 
 
 @pytest.mark.parametrize("targets", [QV, LINEAR_MODULES])
