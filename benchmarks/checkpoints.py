@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from material import ALPHA, SHAPES, TARGETS, R
 
-from llamatune.checkpoints.adapter import AdapterConfig, adapter_shapes
 from llamatune.checkpoints.run_state import save_run_state
+from llamatune.shapes.adapter import AdapterSpec
 from llamatune.spec import build_spec
 from llamatune.training.optimizer import Optimizer, build_optimizer
 from llamatune.training.trained import trained_weights
@@ -49,8 +49,8 @@ def llamatune_side(targets: str) -> tuple[Optimizer, Save]:
         "training": {"output_dir": "none"},
     }
     spec = build_spec(values, "benchmark")
-    shapes = adapter_shapes(AdapterConfig(R, ALPHA, target_modules=TARGETS[targets]), SHAPES["7b"])
-    parameters = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    shapes = AdapterSpec(R, ALPHA, target_modules=TARGETS[targets]).checkpoint_shapes(SHAPES["7b"])
+    parameters = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes}
     optimizer = build_optimizer(spec.training, parameters)
     for parameter in parameters.values():
         parameter.grad = torch.randn_like(parameter)

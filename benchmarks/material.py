@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llamatune.data.prepare import PrepareOptions, prepare_data
-from llamatune.model.config import LINEAR_MODULES, PRESETS, LlamaConfig, linear_path
+from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig, linear_path
 
 DTYPES = {"bf16": ("bfloat16", torch.bfloat16), "fp32": ("float32", torch.float32)}
 """Under the name of ``training.precision``: the name of ``model.dtype``, and torch's."""

@@ -3,7 +3,7 @@
 Prints, for each that can be imported, the relative error of the round trip, bytes a weight, and the best and median
 time of quantising and of unpacking to bf16, all of them in turns in one process. Whatever is missing is left out.
 
-Why ``llamatune/model/quantization.py`` is our own code: on one CPU core (torch 2.13, bitsandbytes 0.50.2, torchao 0.18)
+Why ``llamatune/model/nf4.py`` is our own code: on one CPU core (torch 2.13, bitsandbytes 0.50.2, torchao 0.18)
 errors agree to three digits at the same bytes a weight (0.0921, 0.516), ours quantises in 107 ms where they take 504
 and 1202, unpacks in 8.4 ms where they take 13 and 145, and nothing has to be installed. On a GPU this has not been run
 yet: there bitsandbytes unpacks in one kernel, ours in three for each 2^24 weights.
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llamatune.model.quantization import Scratch, quantize_nf4
+from llamatune.model.nf4 import Scratch, quantize_nf4
 
 
 class Entrant(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llamatune.checkpoints.config_files import read_config
-from llamatune.model.config import LlamaConfig, linear_path
+from llamatune.shapes.config import LlamaConfig, linear_path
 
 PACKAGES = {"trainer": "peft", "torchtune": "torchtune.models.llama2", "litgpt": "litgpt.lora", "unsloth": "unsloth"}
 """What a peer is imported as. unsloth needs a GPU even to be imported."""

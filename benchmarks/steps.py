@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamatune.accounting import count_parameters
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.data.dataset import Batch, open_prepared
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.compilable import compiling
+from llamatune.shapes.counts import count_parameters
 from llamatune.spec import build_spec
 from llamatune.training.memory_gate import even_batch
 from llamatune.training.setup import Inputs, build_learner
@@ -36,9 +36,8 @@ Step = Callable[[int], float]
 def llamatune_step(values: dict[str, Any], batches: list[Batch]) -> tuple[Step, int]:
     """The loop's own functions on the benchmark's batches."""
     spec = build_spec(values, "benchmark")
-    checkpoint, lora = open_checkpoint(Path(spec.model.path)), spec.lora
-    assert lora is not None
-    count = count_parameters(checkpoint.config, lora.r, lora.target_modules)
+    checkpoint = open_checkpoint(Path(spec.model.path))
+    count = count_parameters(checkpoint.config, spec.adapter)
     data: Any = None
     device = torch.device(spec.training.device)
     inputs = Inputs(checkpoint.config, checkpoint, "", data, None, None, {}, count, device)

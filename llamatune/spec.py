@@ -6,7 +6,6 @@ A field below owns its name, default, bounds and meaning; the documentation and 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +15,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from llamatune.errors import SpecError
 from llamatune.files import read_bytes
-from llamatune.model.config import LINEAR_MODULES
+from llamatune.shapes.adapter import AdapterSpec
+from llamatune.shapes.config import LINEAR_MODULES
+from llamatune.shapes.levels import MODES, is_mode
 from llamatune.strict_yaml import parse_yaml
 from llamatune.units import parse_size
 
@@ -42,11 +43,9 @@ def _expand_targets(value: Any) -> Any:
 
 
 def _checkpointing_mode(value: Any) -> Any:
-    if value in ("none", "block", "attention", "feed_forward", "sublayer", "projections"):
+    if isinstance(value, str) and is_mode(value):
         return value
-    if isinstance(value, str) and re.fullmatch(r"every_([2-9]|[1-9]\d{1,2})", value):
-        return value
-    raise ValueError("not one of none, block, every_2 ... every_N, attention, feed_forward, sublayer, projections")
+    raise ValueError(f"not one of {', '.join(MODES)}")
 
 
 def _memory_size(value: str) -> str:
@@ -244,6 +243,12 @@ class RunSpec(_Section):
         if self.lora is not None and self.model.init == "random" and self.lora.init_from:
             raise ValueError("lora.init_from needs the base it was trained on, not model.init: random")
         return self
+
+    @property
+    def adapter(self) -> AdapterSpec | None:
+        """The adapter that is trained; None: every parameter is."""
+        lora = self.lora
+        return None if lora is None else AdapterSpec(lora.r, lora.alpha, lora.dropout, lora.target_modules)
 
     def to_yaml(self) -> str:
         """The resolved spec, every default written out; ``load_spec`` reads it back to an equal one."""

@@ -20,14 +20,15 @@ FLOORS = [
     {"checkpoints", "data"},
     {"model"},
     {"memory"},
-    {"spec", "accounting"},
+    {"spec"},
+    {"shapes"},
     {"devices", "tensor_files", "seeds", "strict_yaml", "versions", "journal", "units", "manifests"},
     {"free_memory"},
     {"files"},
     {"errors", "events"},
 ]
 # The configuration is part of what is computed, but needs no torch, and the foundation may speak of it.
-SHARED = {"llamatune", "llamatune.model.config"}
+SHARED = {"llamatune", "llamatune.shapes.config"}
 
 
 def rooms() -> dict[str, Path]:

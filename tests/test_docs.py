@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llamatune.accounting import count_parameters
 from llamatune.checkpoints.config_files import read_config
 from llamatune.demo.run import MATERIAL
+from llamatune.shapes.counts import count_parameters
 from llamatune.spec import build_spec, load_spec
 from llamatune.strict_yaml import parse_yaml
 

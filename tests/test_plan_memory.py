@@ -18,7 +18,7 @@ from llamatune.data.lengths import read_lengths
 from llamatune.errors import DataError
 from llamatune.memory.plan import heaviest_rows
 from llamatune.memory.step import step_bytes
-from llamatune.model.config import PRESETS
+from llamatune.shapes.config import PRESETS
 from llamatune.spec import build_spec, load_spec
 from llamatune.training.run import plan_training
 

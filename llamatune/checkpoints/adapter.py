@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 
-from llamatune.checkpoints.adapter_config import CONFIG_FILE, AdapterConfig, dump_config, read_adapter_config
+from llamatune.checkpoints.adapter_config import CONFIG_FILE, dump_config, read_adapter_config
 from llamatune.checkpoints.checkpoint import TORCH_DTYPES, read_into, refuse_unfit
 from llamatune.checkpoints.tensors import is_finite, write_tensors
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.files import MANIFEST, Staging, build_directory, digest_file, dump_json, read_json, writing
-from llamatune.model.config import LlamaConfig, linear_path
+from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
+from llamatune.shapes.config import LlamaConfig
 from llamatune.tensor_files import read_header
-
-__all__ = ["Adapter", "AdapterConfig", "check_adapter", "load_adapter", "save_adapter", "write_adapter_files"]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -36,7 +35,7 @@ class Adapter:
     ``base_path`` is the base as the user named it, ``digest`` the SHA-256 of the file it was loaded from.
     """
 
-    config: AdapterConfig
+    config: AdapterSpec
     tensors: dict[str, torch.Tensor]
     base_fingerprint: str | None = None
     template: dict[str, Any] | None = None
@@ -44,12 +43,11 @@ class Adapter:
     path: Path | None = None
     digest: str | None = None
 
-    def matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A and B of the weight called ``name``, or None where it has no update."""
+    def trained(self, name: str) -> tuple[torch.Tensor, ...]:
+        """The adapter's tensors for the weight called ``name``, none where it has no update."""
         stem = name.removesuffix(".weight")
-        if f"{stem}.lora_A.weight" not in self.tensors:
-            return None
-        return self.tensors[f"{stem}.lora_A.weight"], self.tensors[f"{stem}.lora_B.weight"]
+        names = [f"{stem}.{tensor}.weight" for tensor in ADAPTER_KINDS[self.config.kind].tensors]
+        return tuple(self.tensors[name] for name in names if name in self.tensors)
 
 
 def load_adapter(path: Path) -> Adapter:
@@ -101,7 +99,7 @@ def check_adapter(
     where = adapter.path or Path("adapter")
     refuse_unfit(
         where,
-        adapter_shapes(adapter.config, config),
+        dict(adapter.config.checkpoint_shapes(config)),
         {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()},
         todo="adapter_config.json, its tensors and the base must belong together",
     )
@@ -118,18 +116,6 @@ def check_adapter(
                 f"the adapter was trained on another base{named}", where, "give that base, or pass --force-base"
             )
         on_event(Notice(f"{where}: used on another base than it was trained on, as --force-base asks", "warning"))
-
-
-def adapter_shapes(adapter: AdapterConfig, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that an adapter of this configuration has on this model: targets x layers x {A, B}."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in range(config.num_hidden_layers):
-        for module in adapter.target_modules:
-            rows, columns = config.linear_shape(module)
-            stem = f"model.layers.{layer}.{linear_path(module)}"
-            shapes[f"{stem}.lora_A.weight"] = (adapter.r, columns)
-            shapes[f"{stem}.lora_B.weight"] = (rows, adapter.r)
-    return shapes
 
 
 def save_adapter(path: Path, adapter: Adapter, overwrite: bool = False, inputs: dict[str, Any] | None = None) -> None:

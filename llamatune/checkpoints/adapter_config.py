@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llamatune.errors import CheckpointError
 from llamatune.files import read_json
-from llamatune.model.config import LINEAR_MODULES
+from llamatune.shapes.adapter import AdapterSpec
+from llamatune.shapes.config import LINEAR_MODULES
 
 CONFIG_FILE = "adapter_config.json"
 _PEFT_VERSION = "0.17.0"
@@ -34,26 +34,7 @@ _REASONS = {
 }
 
 
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Rank, alpha and target modules of a LoRA adapter; targets are kept sorted, as PEFT writes them."""
-
-    r: int
-    alpha: float
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    use_rslora: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "target_modules", tuple(sorted(self.target_modules)))
-
-    @property
-    def scaling(self) -> float:
-        """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023)."""
-        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-
-def read_adapter_config(path: Path) -> tuple[AdapterConfig, str | None]:
+def read_adapter_config(path: Path) -> tuple[AdapterSpec, str | None]:
     """The configuration in an adapter directory, and the base it names.
 
     Raises:
@@ -101,11 +82,11 @@ def read_adapter_config(path: Path) -> tuple[AdapterConfig, str | None]:
     if not set(targets) <= set(LINEAR_MODULES) or len(set(targets)) != len(targets):
         refuse("target_modules", f"each of {', '.join(LINEAR_MODULES)} may appear once, nothing else")
     base = facts.get("base_model_name_or_path")
-    config = AdapterConfig(int(r), float(alpha), float(dropout), tuple(targets), bool(facts.get("use_rslora")))  # type: ignore[arg-type]
+    config = AdapterSpec(int(r), float(alpha), float(dropout), tuple(targets), bool(facts.get("use_rslora")))  # type: ignore[arg-type]
     return config, base if isinstance(base, str) else None
 
 
-def dump_config(config: AdapterConfig, base_path: str | None) -> dict[str, Any]:
+def dump_config(config: AdapterSpec, base_path: str | None) -> dict[str, Any]:
     """The keys that PEFT, transformers, vLLM and llama.cpp read."""
     alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
     return {

@@ -15,7 +15,7 @@ from llamatune.checkpoints.stored import Stored, listed
 from llamatune.checkpoints.tensors import tensor_bytes
 from llamatune.errors import CheckpointError, EnvironmentFault
 from llamatune.files import open_regular
-from llamatune.model.config import LlamaConfig
+from llamatune.shapes.config import LlamaConfig
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 STORED_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

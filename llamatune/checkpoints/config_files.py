@@ -16,7 +16,7 @@ from typing import Any, Literal
 from llamatune.checkpoints.stored import Stored, has_weights, same_bytes, stored_huggingface, stored_meta
 from llamatune.errors import CheckpointError, EnvironmentFault
 from llamatune.files import open_regular, read_json
-from llamatune.model.config import LlamaConfig
+from llamatune.shapes.config import LlamaConfig
 
 Format = Literal["hf", "meta"]
 HF_HEAD, HF_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -16,7 +16,7 @@ from llamatune.checkpoints.tensors import tensor_bytes
 from llamatune.checkpoints.tokenizer_files import copy_file, copy_huggingface_tokenizer
 from llamatune.events import OnEvent, ignore_event
 from llamatune.files import Staging, dump_json, read_json, writing
-from llamatune.model.config import LlamaConfig
+from llamatune.shapes.config import LlamaConfig
 from llamatune.tensor_files import TensorWriter, data_bytes
 
 _SHARD_BYTES = 5_000_000_000

@@ -14,7 +14,7 @@ from llamatune.checkpoints.meta import MetaCheckpoint
 from llamatune.checkpoints.tensors import is_finite
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.model.quantization import NF4Weight, hold_quantized
+from llamatune.model.nf4 import NF4Weight, hold_quantized
 from llamatune.model.transformer import Transformer
 
 

@@ -28,7 +28,7 @@ from llamatune.errors import CheckpointError, LlamatuneError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.files import MANIFEST, Staging, build_directory, read_json, refuse_occupied, refuse_small_disk
 from llamatune.manifests import Manifest, finished_product
-from llamatune.model.lora import merged_weight
+from llamatune.model.adapters.apply import adapter_class
 
 _PORTION = 1 << 19
 """Weights folded at once: their fp32 values stay in the processor's cache."""
@@ -98,7 +98,7 @@ def merge_lora(
     inputs = {
         "base_fingerprint": base_fingerprint,
         "adapter_sha256": adapter.digest,
-        "adapter_config": {**asdict(adapter.config), "target_modules": list(adapter.config.target_modules)},
+        "adapter_config": adapter.config.facts(),
         "format": format_,
         "dtype": options.dtype,
     }
@@ -175,9 +175,9 @@ class _MergedTensors:
     def __call__(self, name: str) -> torch.Tensor:
         if self.should_stop():
             raise Stopped("stopped while merging", self.checkpoint.path, "run the same command again")
-        W, matrices, dtype = self.checkpoint.tensor(name), self.adapter.matrices(name), self.dtype_of(name)
-        if matrices is not None:
-            result = self._fold(name, W, *matrices, dtype)
+        W, trained, dtype = self.checkpoint.tensor(name), self.adapter.trained(name), self.dtype_of(name)
+        if trained:
+            result = self._fold(name, W, trained, dtype)
         else:
             result = W.to(dtype)
             if dtype != W.dtype and not is_finite(result):
@@ -186,15 +186,16 @@ class _MergedTensors:
         self.on_event(Progress("merging", self.done, len(self.checkpoint.names)))
         return result
 
-    def _fold(self, name: str, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _fold(self, name: str, W: torch.Tensor, trained: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
         result = torch.empty(W.shape, dtype=dtype)
-        rows = max(1, _PORTION // W.shape[1])
-        scaling = self.adapter.config.scaling
+        rows, spec = max(1, _PORTION // W.shape[1]), self.adapter.config
+        merged, scaling = adapter_class(spec.kind).merged, spec.scaling(name.split(".")[-2])
 
         def fold(first: int) -> tuple[float, int, int]:
-            base = W[first : first + rows]
-            exact = merged_weight(base, A, B[first : first + rows], scaling)
-            rounded = result[first : first + rows].copy_(exact)
+            part = slice(first, first + rows)
+            base = W[part]
+            exact = merged(base, trained, scaling, part)
+            rounded = result[part].copy_(exact)
             changed = exact != base.float()
             vanished = changed & (rounded == base.to(dtype))
             error = float((rounded.float() - exact).abs_().max())

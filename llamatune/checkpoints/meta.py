@@ -15,7 +15,7 @@ import torch
 from llamatune.checkpoints.checkpoint import Checkpoint, refuse_unfit
 from llamatune.checkpoints.config_files import META_EMBEDDING, META_HEAD, Format, embedding_axis, meta_config
 from llamatune.checkpoints.stored import Stored, stored_meta
-from llamatune.model.config import LlamaConfig
+from llamatune.shapes.config import LlamaConfig
 
 _WHOLE = {
     "model.embed_tokens.weight": META_EMBEDDING,

@@ -16,7 +16,7 @@ from llamatune.checkpoints.tensors import tensor_bytes
 from llamatune.checkpoints.torch_archive_writer import ArchiveWriter
 from llamatune.errors import CheckpointError
 from llamatune.files import dump_json, writing
-from llamatune.model.config import LlamaConfig
+from llamatune.shapes.config import LlamaConfig
 from llamatune.tensor_files import data_bytes
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

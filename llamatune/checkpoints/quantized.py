@@ -18,8 +18,8 @@ from llamatune.errors import CheckpointError, LlamatuneError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop
 from llamatune.files import MANIFEST, build_directory, writing
 from llamatune.manifests import finished_product, verify_product
-from llamatune.model.config import LINEAR_MODULES, LlamaConfig, linear_path
-from llamatune.model.quantization import NF4Weight, Scratch, quantize_nf4, storage
+from llamatune.model.nf4 import NF4Weight, Scratch, quantize_nf4, storage
+from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig, linear_path
 from llamatune.tensor_files import TensorEntry, TensorWriter, data_bytes, read_header
 
 _FILE, _KIND = "nf4.safetensors", "nf4-weights"

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
-    from llamatune.accounting import ParameterCount
+    from llamatune.shapes.counts import ParameterCount
 
 
 def count_params(
@@ -45,12 +45,13 @@ def count_params(
     from llamatune.commands._console import Console
 
     with Console(json_mode, writes=False) as console:
-        from llamatune.accounting import count_parameters
         from llamatune.checkpoints.adapter_config import read_adapter_config
         from llamatune.checkpoints.config_files import detect_format, missing_head_warning, read_config
         from llamatune.errors import SpecError
         from llamatune.events import Notice
-        from llamatune.model.config import LINEAR_MODULES, preset
+        from llamatune.shapes.adapter import AdapterSpec
+        from llamatune.shapes.config import LINEAR_MODULES, preset
+        from llamatune.shapes.counts import count_parameters
 
         if (model is None) == (preset_name is None):
             raise SpecError("give one of --model and --preset", todo="for example --preset llama-2-7b")
@@ -76,7 +77,7 @@ def count_params(
             )
         if not 1 <= rank <= 1 << 16:
             raise SpecError(f"a rank of {rank}", "--r", "a rank from 1 to 65536 is needed")
-        count = count_parameters(config, rank, targets)
+        count = count_parameters(config, AdapterSpec(rank, rank, target_modules=targets))
         payload = {
             "base_parameters": count.base_parameters,
             "trainable_parameters": count.trainable_parameters,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
     from llamatune.memory.sizes import Rows
-    from llamatune.model.config import LlamaConfig
+    from llamatune.shapes.config import LlamaConfig
     from llamatune.spec import RunSpec
 
 
@@ -65,7 +65,7 @@ def plan_memory(
         from llamatune.events import Notice
         from llamatune.memory import plan as planning
         from llamatune.memory.outlook import outlook
-        from llamatune.model.config import preset
+        from llamatune.shapes.config import preset
         from llamatune.spec import build_spec, load_spec
         from llamatune.units import parse_size
 

@@ -16,9 +16,9 @@ from llamatune.data.tokenizer import load_tokenizer
 from llamatune.errors import CheckpointError, DataError
 from llamatune.events import Notice, OnEvent
 from llamatune.files import MANIFEST, digest_bytes, read_bytes, read_json
-from llamatune.model.config import LlamaConfig
 from llamatune.model.loss import IGNORED
 from llamatune.seeds import derived_seed
+from llamatune.shapes.config import LlamaConfig
 from llamatune.tensor_files import read_header
 
 _TENSORS = {"input_ids": "I32", "loss_mask": "U8", "offsets": "I64", "source_rows": "I64"}

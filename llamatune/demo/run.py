@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from llamatune.accounting import count_parameters
 from llamatune.checkpoints.config_files import read_config
 from llamatune.checkpoints.merging import MergeOptions, merge_lora
 from llamatune.data.plan import PrepareOptions
@@ -18,6 +17,7 @@ from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_st
 from llamatune.inference.answer import Answer, Request, answer
 from llamatune.inference.sampling import Sampling
 from llamatune.inference.significance import Accuracy
+from llamatune.shapes.counts import count_parameters
 from llamatune.spec import RunSpec, build_spec
 from llamatune.strict_yaml import parse_yaml
 from llamatune.training.run import train
@@ -94,7 +94,7 @@ def run_demo(output: Path, on_event: OnEvent = ignore_event, should_stop: Should
         should_stop,
     )
     say(f"count-params --model base --r {lora.r} --target-modules {','.join(lora.target_modules)}")
-    count = count_parameters(read_config(base), lora.r, lora.target_modules)
+    count = count_parameters(read_config(base), spec.adapter)
     on_event(Notice(count.familiar_line()))
     say("train finetune.yaml")
     summary = train(spec, on_event=on_event, should_stop=should_stop)

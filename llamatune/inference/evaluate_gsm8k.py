@@ -218,7 +218,7 @@ def _settings(
         "task": "gsm8k",
         "revision": _REVISION,
         "model": fingerprint(opened.checkpoint),
-        "adapter": None if adapter is None else {"sha256": adapter.digest, "scaling": adapter.config.scaling},
+        "adapter": None if adapter is None else {"sha256": adapter.digest, "scaling": adapter.config.scaling()},
         "compare": evaluation.compare,
         "dtype": opened.dtype_name,
         "tokenizer": tokenizer.fingerprint,

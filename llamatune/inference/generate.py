@@ -11,7 +11,9 @@ from torch import Tensor
 from llamatune.errors import Stopped
 from llamatune.events import ShouldStop, never_stop
 from llamatune.inference.sampling import Sampling, next_tokens
-from llamatune.model.transformer import KVCache, Transformer
+from llamatune.model.cache import KVCache
+from llamatune.model.layers import linear
+from llamatune.model.transformer import Transformer
 from llamatune.seeds import derived_seed
 
 IsEnough = Callable[[Sequence[int]], bool]
@@ -50,6 +52,11 @@ def complete(
 def _new_cache(model: Transformer, batch: int, capacity: int) -> KVCache:
     dtype = model.activation_dtype or model.model.embed_tokens.weight.dtype
     return KVCache(model.config, batch, capacity, dtype, model.device)
+
+
+def _next_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
+    """Logits of the last position alone, (B, T, D) -> (B, V)."""
+    return linear(hidden[:, -1], head_weight)
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -94,9 +101,9 @@ def _decode(
             raise Stopped("stopped while generating")
         end = length + input_ids.shape[1]
         positions = (torch.arange(length, end, device=model.device)[None] - padding[:, None]).clamp(min=0)
-        hidden = model.hidden_states(input_ids, positions, _visible(padding, length, end), cache)
+        logits = model(input_ids, positions, _visible(padding, length, end), cache, read=_next_logits)  # (B, V)
         length = end
-        tokens = next_tokens(model.head(hidden[:, -1]).float(), sampling, generators)  # (B, D) -> (B, V)
+        tokens = next_tokens(logits.float(), sampling, generators)
         for row, token in enumerate(tokens):
             if finished[row] is not None:
                 continue
@@ -132,7 +139,7 @@ def _beam_search(
     for count in range(1, sampling.max_new_tokens + 1):
         if should_stop():
             raise Stopped("stopped while generating")
-        logits = model.head(model.hidden_states(input_ids, cache=cache)[:, -1]).float()  # (beams, V)
+        logits = model(input_ids, cache=cache, read=_next_logits).float()  # (beams, V)
         total = (scores[:, None] + logits.log_softmax(-1)).reshape(-1)
         # Enough that the living beams can be filled even if every EOS takes a place in each.
         best = total.topk(min(max(2, 1 + len(eos_ids)) * beams, len(total)))

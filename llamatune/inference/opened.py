@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from llamatune.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.files import MANIFEST, read_json
-from llamatune.model.lora import apply_lora, load_lora
+from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
 from llamatune.model.transformer import Transformer
 
 
@@ -103,9 +104,8 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 def _with_adapter(base: Transformer, adapter: Adapter) -> Transformer:
     """The base with an adapter put on: a new model around the same frozen tensors."""
     tuned = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
-    config = adapter.config
-    apply_lora(tuned, config.r, config.scaling * config.r, 0.0, config.target_modules)
-    load_lora(tuned, adapter.tensors)
+    apply_adapter(tuned, dataclasses.replace(adapter.config, dropout=0.0))
+    load_adapter_tensors(tuned, adapter.tensors)
     return tuned.requires_grad_(False).eval()
 
 

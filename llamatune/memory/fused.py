@@ -1,9 +1,10 @@
-"""The bytes of ``model.fused`` and ``model.recompute``, moment by moment in the order of their lines."""
+"""The bytes of ``model.lean``, moment by moment in the order of their lines."""
 
 from __future__ import annotations
 
-from llamatune.memory.sizes import TILE_TOKENS, Part, Sizes
-from llamatune.model.config import ATTENTION_MODULES, FEED_FORWARD_MODULES
+from llamatune.memory.sizes import Part, Sizes
+from llamatune.shapes.config import ATTENTION_MODULES, FEED_FORWARD_MODULES
+from llamatune.shapes.limits import TILE_TOKENS
 
 _INPUTS = ("q_proj", "k_proj", "v_proj")
 

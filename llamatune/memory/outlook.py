@@ -8,7 +8,7 @@ from typing import Any
 from llamatune.memory.plan import MemoryPlan, plan_memory
 from llamatune.memory.remedies import remedies
 from llamatune.memory.sizes import Rows
-from llamatune.model.config import LlamaConfig
+from llamatune.shapes.config import LlamaConfig
 from llamatune.spec import RunSpec
 
 _MOST_ROWS = 1 << 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llamatune.memory.sizes import Part, Sizes
-from llamatune.model.config import ATTENTION_MODULES, FEED_FORWARD_MODULES
+from llamatune.shapes.config import ATTENTION_MODULES, FEED_FORWARD_MODULES
 
 _INPUTS, _OPENING = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 

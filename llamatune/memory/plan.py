@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamatune.memory.sizes import Rows
-from llamatune.memory.step import Levels, Step, StepBytes, levels_of
-from llamatune.model.config import LINEAR_MODULES, LlamaConfig
+from llamatune.memory.step import Step, StepBytes
+from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.levels import Levels, Recompute, levels_of
 from llamatune.spec import RunSpec
 from llamatune.units import gibibytes, parse_size
-
-LEVEL_NAMES = ("nothing", "gate and up", "q, k, v, gate and up", "the whole block")
-_AGAIN = ((), ("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
-          tuple(name for name in LINEAR_MODULES if name != "down_proj"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,12 +33,8 @@ class MemoryPlan:
 
     def recomputing(self) -> str:
         """``nothing in 20 layers, gate and up in 12 layers``."""
-        counts = [(self.levels or ()).count(level) for level in range(4)]
-        return ", ".join(
-            f"{name} in {count} layer" + "s" * (count > 1)
-            for count, name in zip(counts, LEVEL_NAMES, strict=True)
-            if count
-        )
+        counts = [(level, (self.levels or ()).count(level)) for level in Recompute]
+        return ", ".join(f"{level.label} in {count} layer" + "s" * (count > 1) for level, count in counts if count)
 
     def room(self) -> str:
         """``about 23.1 GiB of 24.0 GiB``."""
@@ -55,7 +48,7 @@ class MemoryPlan:
             "predicted_peak_memory_bytes": self.step.peak,
             "predicted_memory_bytes": dataclasses.asdict(self.step),
             "recomputed_layers": None if self.levels is None else {
-                name: self.levels.count(level) for level, name in enumerate(LEVEL_NAMES)},
+                level.label: self.levels.count(level) for level in Recompute},
             "memory_limit_bytes": self.limit_bytes,
         }  # fmt: skip
 
@@ -71,7 +64,7 @@ def plan_memory(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: bool, limi
         spec.training.activation_checkpointing,
         config.num_hidden_layers,
     )
-    if not step.z.fused:
+    if not step.z.lean:
         return MemoryPlan(rows, None, step.highest(), limit_bytes)
     levels = levels_of(mode, layers)
     if mode == "none" and limit_bytes is not None:
@@ -91,27 +84,28 @@ def _cheapest_levels(step: Step, layers: int, limit: int) -> Levels:
         return step.highest(levels).peak <= limit
 
     above: Levels = ()
-    for level in range(3):
+    *lighter, heaviest = Recompute
+    for level in lighter:
         rest = layers - len(above)
 
-        def with_more(count: int, above: Levels = above, level: int = level, rest: int = rest) -> Levels:
-            return (3,) * (rest - count) + (level,) * count + above
+        def with_more(count: int, above: Levels = above, level: Recompute = level, rest: int = rest) -> Levels:
+            return (heaviest,) * (rest - count) + (level,) * count + above
 
         most = bisect.bisect_left(range(rest + 1), True, key=lambda count: not fits(with_more(count))) - 1
         if most < 0:
             break  # recomputing everything is too much: a short row on few layers, or hopeless
         above = with_more(most)[rest - most :]
-    chosen = (3,) * (layers - len(above)) + above
+    chosen = (heaviest,) * (layers - len(above)) + above
     if above or fits(chosen):
         return chosen
-    evenly = [(level,) * layers for level in range(4)]
+    evenly = [(level,) * layers for level in Recompute]
     return next(filter(fits, evenly), min(evenly, key=lambda levels: step.highest(levels).peak))
 
 
 def recomputed_share(config: LlamaConfig, levels: Levels) -> float:
     """What the levels add to the products of a LoRA step: forward once, and once more to the gradient of the input."""
     block = sum(_count(config, LINEAR_MODULES))
-    return sum(sum(_count(config, _AGAIN[level])) for level in levels) / (2 * block * len(levels))
+    return sum(sum(_count(config, level.modules)) for level in levels) / (2 * block * len(levels))
 
 
 def _count(config: LlamaConfig, names: Sequence[str]) -> list[int]:

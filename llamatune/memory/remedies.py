@@ -9,7 +9,8 @@ from typing import Any
 
 from llamatune.memory.plan import MemoryPlan, plan_memory, recomputed_share
 from llamatune.memory.sizes import Rows
-from llamatune.model.config import LlamaConfig
+from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.levels import Recompute
 from llamatune.spec import LoraSection, RunSpec
 from llamatune.units import gibibytes
 
@@ -105,7 +106,7 @@ def remedies(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: bool) -
     if training.activation_checkpointing != "block":
         share = 1 / 3
         if lora is not None:
-            share = recomputed_share(config, (3,)) if training.fused else 1 / 2
+            share = recomputed_share(config, (Recompute.BLOCK,)) if training.fused else 1 / 2
         consider(
             "training.activation_checkpointing=block",
             "every block computed again",

@@ -7,18 +7,15 @@ weight, ``c`` of what products are computed in, ``s`` of the residual stream.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamatune.accounting import count_parameters
-from llamatune.model.config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.counts import count_parameters
+from llamatune.shapes.limits import ELEMENTS_AT_ONCE, SHORT_TOKENS, WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
-
-TILE_TOKENS, SHORT_TOKENS = 2048, 256
-LOGITS_AT_ONCE = {"cuda": 1 << 25, "cpu": 1 << 22}
-WEIGHTS_AT_ONCE, ELEMENTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 19}, {"cuda": 1 << 24, "cpu": 1 << 17}
-"""The code's own; a test keeps them equal."""
 
 _CODE_TABLE_BYTES = 4 << 16  # what finds the level of an 8-bit blockwise code
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -73,10 +70,11 @@ class Sizes:
         self.N, self.P = rows.tokens, min(rows.targets, rows.tokens)
         self.D, self.F, self.V = config.hidden_size, config.intermediate_size, config.vocab_size
         self.Q, self.K = config.linear_shape("q_proj")[0], config.linear_shape("k_proj")[0]
-        self.R = spec.lora.r if spec.lora else 0
-        self.targets = frozenset(spec.lora.target_modules) if spec.lora else frozenset()
-        self.trains_all, self.dropout = spec.lora is None, bool(spec.lora and spec.lora.dropout)
-        self.fused = spec.lora is not None and training.fused
+        self.adapter = spec.adapter
+        self.R = self.adapter.r if self.adapter else 0
+        self.targets = frozenset(self.adapter.target_modules) if self.adapter else frozenset()
+        self.trains_all, self.dropout = self.adapter is None, bool(self.adapter and self.adapter.dropout)
+        self.lean = self.adapter is not None and training.fused
         self.accumulates = training.gradient_accumulation_steps > 1
         self.nf4, self.autocast = spec.model.dtype == "nf4", training.precision != "fp32"
         held = spec.model.dtype
@@ -89,13 +87,11 @@ class Sizes:
 
     # What lies there between steps.
 
-    @property
+    @functools.cached_property
     def trained_counts(self) -> list[int]:
         """Elements of each trained tensor."""
-        if self.trains_all:
-            return [math.prod(shape) for _, shape in self.config.parameter_shapes()]
-        shapes = [self.config.linear_shape(name) for name in LINEAR_MODULES if name in self.targets]
-        return [self.R * width for shape in shapes for width in shape] * self.config.num_hidden_layers
+        shapes = self.config.parameter_shapes() if self.adapter is None else self.adapter.checkpoint_shapes(self.config)
+        return [math.prod(shape) for _, shape in shapes]
 
     @property
     def weights(self) -> int:
@@ -143,9 +139,9 @@ class Sizes:
 
     def gradients(self, names: Sequence[str]) -> int:
         """The fp32 gradients of what is trained in these layers of one block."""
-        if self.trains_all:
+        if self.adapter is None:
             return 4 * sum(map(self.count, names))
-        return sum(4 * self.R * sum(self.config.linear_shape(name)) for name in names if name in self.targets)
+        return sum(4 * self.adapter.parameter_count(self.config, name) for name in names)
 
     def attention(self) -> AttentionBytes:
         """By the rule of ``model.attention.attend``: a kernel, or plain products for short samples in bf16 on a CPU."""

@@ -8,12 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llamatune.memory import fused, plain
-from llamatune.memory.sizes import LOGITS_AT_ONCE, Part, Rows, Sizes
-from llamatune.model.config import LlamaConfig
+from llamatune.memory.sizes import Part, Rows, Sizes
+from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.levels import (
+    Levels,
+    Recompute,
+    checkpoints_attention,
+    checkpoints_feed_forward,
+    is_whole,
+    levels_of,
+)
+from llamatune.shapes.limits import LOGITS_AT_ONCE
 from llamatune.spec import RunSpec
-
-Levels = tuple[int, ...]
-"""How much each fused block recomputes, by the numbers of ``model.recompute.Recompute``."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +40,6 @@ class StepBytes:
     @property
     def peak(self) -> int:
         return sum(dataclasses.astuple(self))
-
-
-def levels_of(mode: str, layers: int) -> Levels:
-    """What each fused block recomputes under ``training.activation_checkpointing``."""
-    level = {"block": 3, "projections": 2, "feed_forward": 1, "sublayer": 1}.get(mode, 0)
-    return tuple(3 if is_whole(mode, layer) else level for layer in range(layers))
-
-
-def is_whole(mode: str, layer: int) -> bool:
-    """Whether a mode recomputes this whole block: ``block``, or each N-th under ``every_N``."""
-    return mode == "block" or (mode.startswith("every_") and (layer + 1) % int(mode.removeprefix("every_")) == 0)
 
 
 def step_bytes(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: bool, levels: Levels | None = None) -> StepBytes:
@@ -84,22 +79,23 @@ class Step:
         adapter = 0 if z.trains_all else trained
         return StepBytes(z.weights, adapter, z.optimizer_state, gradients, kept, inside + z.unpacking)
 
-    def _block_parts(self, level: int, whole: bool, first: bool, last: bool) -> list[Part]:
+    def _block_parts(self, level: Recompute, whole: bool, first: bool, last: bool) -> list[Part]:
         z = self.z
-        if z.fused and level == 3:
+        if z.lean and level is Recompute.BLOCK:
             return [fused.block(z, last)]
-        if z.fused:
-            attention, feed_forward = fused.attention(z, level == 2, last), fused.feed_forward(z, level >= 1, last)
+        if z.lean:
+            attention = fused.attention(z, level is Recompute.PROJECTIONS, last)
+            feed_forward = fused.feed_forward(z, level >= Recompute.FEED_FORWARD, last)
         else:
             attention, feed_forward = plain.attention(z, first, last), plain.feed_forward(z, last)
         x, middle = z.N * z.D * z.s, (z.P if last else z.N) * z.D * z.s
         if whole:
             return [_checkpointed([attention, feed_forward], x)]
-        if self.mode in ("attention", "sublayer"):
+        if checkpoints_attention(self.mode):
             attention = _checkpointed([attention], x)
-        if self.mode in ("feed_forward", "sublayer") and not z.fused:
+        if checkpoints_feed_forward(self.mode) and not z.lean:
             feed_forward = _checkpointed([feed_forward], middle)
-        if not z.fused:  # what autocast caches is kept anyway where nothing is run again
+        if not z.lean:  # what autocast caches is kept anyway where nothing is run again
             attention, feed_forward = (
                 part if part.kept in (x, middle) else dataclasses.replace(part, cached=0)
                 for part in (attention, feed_forward)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_SHORT_TOKENS = 256
-"""Up to here plain matrix products are quicker than the CPU's flash kernel in bf16, about twice at 120 tokens."""
+from llamatune.shapes.limits import SHORT_TOKENS
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Docu
 
 def _attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     T = q.shape[2]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or T > _SHORT_TOKENS:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or T > SHORT_TOKENS:
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:

@@ -1,7 +1,8 @@
-"""The loss of next-token prediction, summed, with no logit that no label needs."""
+"""Cross-entropy of next-token prediction, summed over target tokens; only logits that predict a target are computed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,13 +11,12 @@ from torch.nn import functional as F
 
 from llamatune.model.attention import Documents
 from llamatune.model.compilable import compilable
-from llamatune.model.transformer import Transformer, widened
+from llamatune.model.layers import linear, widened
+from llamatune.model.transformer import Transformer
+from llamatune.shapes.limits import LOGITS_AT_ONCE
 
 IGNORED = -100
 """The label of a position that is no target."""
-
-LOGITS_AT_ONCE = {"cuda": 1 << 25, "cpu": 1 << 22}
-"""In fp32 128 MiB, 1,024 rows of LLaMA-2's vocabulary; on a CPU 16 MiB, which stay near its cache."""
 
 
 def summed_loss(
@@ -31,13 +31,17 @@ def summed_loss(
     Args:
         lengths: ``input_ids`` is one row (1, N) of samples of these lengths; None: each of its rows is one sample.
     """
-    hidden, targets, _ = _predictions(model, input_ids, labels, lengths or (input_ids.shape[1],) * len(input_ids))
-    weight = model.head_weight
-    if weight.requires_grad:
-        return F.cross_entropy(widened(model.head(hidden)), targets, reduction="sum")
-    return _FrozenHeadLoss.apply(  # type: ignore[no-any-return, no-untyped-call]
-        hidden, weight, targets, _product_dtype(hidden)
-    )
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        if weight.requires_grad:
+            return F.cross_entropy(widened(linear(hidden, weight)), targets, reduction="sum")
+        return _FrozenHeadLoss.apply(  # type: ignore[no-any-return, no-untyped-call]
+            hidden, weight, targets, _product_dtype(hidden)
+        )
+
+    lengths = lengths or (input_ids.shape[1],) * len(input_ids)
+    summed, _ = _of_predictions(model, input_ids, labels, lengths, loss)
+    return summed  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -48,35 +52,50 @@ def target_losses(
 
     The arguments are those of ``summed_loss``. Where a token is no target, both are zero.
     """
-    hidden, targets, predicting = _predictions(model, input_ids, labels, lengths)
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        W, step = weight.to(_product_dtype(hidden)), _chunk_rows(weight)
+        losses = torch.zeros(len(targets), dtype=torch.float64)
+        correct = torch.zeros(len(targets), dtype=torch.bool)
+        for start in range(0, len(hidden), step):
+            part = slice(start, start + step)
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = widened(hidden[part].to(W.dtype) @ W.T)  # (chunk, V)
+            losses[part] = F.cross_entropy(logits, targets[part], reduction="none").double().cpu()
+            correct[part] = (logits.argmax(-1) == targets[part]).cpu()
+        return losses, correct
+
+    (found_losses, found_correct), predicting = _of_predictions(model, input_ids, labels, lengths, loss)
     losses = torch.zeros(labels.numel(), dtype=torch.float64)
     correct = torch.zeros(labels.numel(), dtype=torch.bool)
-    W, step = model.head_weight.to(_product_dtype(hidden)), _chunk_rows(model.head_weight)
-    for start in range(0, len(hidden), step):
-        part = slice(start, start + step)
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = widened(hidden[part].to(W.dtype) @ W.T)  # (chunk, V)
-        losses[predicting[part] + 1] = F.cross_entropy(logits, targets[part], reduction="none").double().cpu()
-        correct[predicting[part] + 1] = (logits.argmax(-1) == targets[part]).cpu()
+    losses[predicting + 1], correct[predicting + 1] = found_losses, found_correct
     return losses, correct
 
 
-def _predictions(
-    model: Transformer, input_ids: Tensor, labels: Tensor, lengths: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """States (P, D) that predict a target, the targets (P,), and on the CPU the states' places in the row (P,)."""
+def _of_predictions(
+    model: Transformer,
+    input_ids: Tensor,
+    labels: Tensor,
+    lengths: tuple[int, ...],
+    loss: Callable[[Tensor, Tensor, Tensor], Any],
+) -> tuple[Any, Tensor]:
+    """``loss`` of the states (P, D) that predict a target, the head's weight and the targets (P,).
+
+    Also returns the states' places in the row (P,), on the CPU.
+    """
     device = model.device
     # Found on the CPU, where the labels are: asking the device which positions count would stall it.
     next_labels = labels.reshape(-1).roll(-1)
     next_labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORED  # a sample's last token predicts nothing
     predicting = (next_labels != IGNORED).nonzero().squeeze(1)  # (P,) of N
     targets = next_labels[predicting].to(device, non_blocking=True)
-    hidden = model.hidden_states(
+    result = model(
         input_ids.reshape(1, -1).to(device, non_blocking=True),
         documents=Documents.of(lengths, device),
         rows=predicting.to(device, non_blocking=True),
-    )[0]  # (P, D)
-    return hidden, targets, predicting
+        read=lambda hidden, weight: loss(hidden[0], weight, targets),
+    )
+    return result, predicting
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

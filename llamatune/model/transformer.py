@@ -13,168 +13,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llamatune.model.attention import Documents, attend
-from llamatune.model.compilable import compilable
-from llamatune.model.config import LlamaConfig
-
-Rotation = tuple[Tensor, Tensor]
-"""cos and sin of the rotary angles, each (B or 1, 1, T, E), fp32."""
-
-
-def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Run a part of a block as it is; activation checkpointing puts a recomputing caller in its place."""
-    return function(*args)
-
-
-def widened(x: Tensor) -> Tensor:
-    """A 16-bit tensor in fp32; wider ones as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class _UpcastLinear(torch.autograd.Function):
-    """x W^T in x's precision with a frozen 16-bit W: one matrix is cast at a time, and none is kept for backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        (grad,) = grad_outputs
-        return grad @ weight.to(grad.dtype), None
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T; outside autocast the input's dtype decides in which precision the product is computed."""
-    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, weight)
-    return _UpcastLinear.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class Embedding(nn.Embedding):
-    """A row for each token id, (...) -> (..., D)."""
-
-    def reset_parameters(self) -> None:
-        """Nothing: weights are read, or drawn by ``initialise``."""
-
-
-class Linear(nn.Linear):
-    """A matrix without bias (LLaMA has none), (..., in) -> (..., out).
-
-    ``quantized``, where there is one, computes the product in the place of ``weight``, which is None then.
-    """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-        self.quantized: nn.Module | None = None
-
-    def reset_parameters(self) -> None:
-        """Nothing, as in ``Embedding``."""
-
-    @classmethod
-    def of(cls, config: LlamaConfig, module: str) -> Linear:
-        """One of the seven linear layers of a block."""
-        out_features, in_features = config.linear_shape(module)
-        return cls(in_features, out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.quantized is not None:
-            return self.quantized(x)  # type: ignore[no-any-return]
-        return linear(x, self.weight)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32 or wider (Zhang & Sennrich 2019, eq. 4)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _rms_norm(x, self.weight, self.eps)
-
-
-@compilable
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = widened(x)
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normed * widened(weight)).to(x.dtype)
-
-
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotation:
-    """cos and sin for ``positions`` (B or 1, T), each (B or 1, 1, T, E) in fp32 (Su et al. 2021, eq. 34).
-
-    The two halves of a head hold the pairs' first and second members (rotate-half, Hugging Face's layout).
-    """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    frequencies = 1.0 / theta**exponents  # (E/2,)
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, E/2)
-    angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, E)
-    return angles.cos(), angles.sin()
-
-
-@compilable
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of ``x`` (B, H, T, E) by its position's angle, in x's dtype."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, for inference only.
-
-    ``update`` of a layer appends (B, K, T, E) and returns all of it, (B, K, S, E); ``length`` grows with the last one.
-    """
-
-    def __init__(
-        self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self._stored = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + key.shape[2]
-        keys, values = self._stored[layer]
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        if layer == len(self._stored) - 1:
-            self.length = end
-        return keys[:, :, :end], values[:, :, :end]
-
-    def reorder(self, rows: Tensor) -> None:
-        """Let row i continue what row ``rows[i]`` held (beam search)."""
-        self._stored = self._stored.index_select(2, rows)
+from llamatune.model.cache import KVCache
+from llamatune.model.layers import Embedding, Linear, RMSNorm, linear, swiglu
+from llamatune.model.rope import Rotation, rotary_angles, rotate
+from llamatune.shapes.config import LlamaConfig
 
 
 @dataclass(frozen=True)
 class Context:
     """What every block of one forward pass shares.
 
-    ``mask`` bool (B, 1, T, S); ``documents``: the samples in a row without padding; ``rows``: the positions whose final
-    state is asked for, all that the last block computes once its keys and values are made.
+    ``mask`` bool (B, 1, T, S); ``documents``: the samples in a row without padding.
     """
 
     rotation: Rotation
     mask: Tensor | None = None
     cache: KVCache | None = None
     documents: Documents | None = None
-    rows: Tensor | None = None
-    last_layer: int = -1
 
-    def needed(self, x: Tensor, layer: int) -> Tensor:
-        """``x`` (1, N, ...), or in the last layer only its asked-for positions."""
-        return x if self.rows is None or layer != self.last_layer else x.index_select(1, self.rows)
+
+def select_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The positions ``rows`` of x (1, N, ...); None: all."""
+    return x if rows is None else x.index_select(1, rows)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023), (B, T, D) -> (B, T, D)."""
+    """Grouped-query attention (Ainslie et al. 2023), (B, T, D) -> (B, T, D), or (1, len(rows), D)."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -184,7 +50,7 @@ class Attention(nn.Module):
         self.v_proj = Linear.of(config, "v_proj")
         self.o_proj = Linear.of(config, "o_proj")
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (
             project(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, E)
@@ -195,13 +61,7 @@ class Attention(nn.Module):
             k, v = context.cache.update(self.layer, k, v)  # (B, K, S, E)
         o = attend(q, k, v, context.mask, context.documents)  # (B, H, T, E)
         o = o.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * E)
-        return self.o_proj(context.needed(o, self.layer))  # type: ignore[no-any-return]
-
-
-@compilable
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up."""
-    return F.silu(gate) * up
+        return self.o_proj(select_rows(o, rows))  # type: ignore[no-any-return]
 
 
 class FeedForward(nn.Module):
@@ -220,8 +80,14 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind its norm and added to the residual stream (B, T, D).
 
-    The three ``run_*`` callers are where activation checkpointing enters, from outside.
+    A block that computes the same in another way is a subclass that overrides ``forward``; ``of`` gives it the layers
+    of a block that is there.
     """
+
+    self_attn: Attention
+    mlp: FeedForward
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -229,19 +95,24 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.run_block: Callable[..., Tensor] = call
-        self.run_attention: Callable[..., Tensor] = call
-        self.run_feed_forward: Callable[..., Tensor] = call
 
-    def attend(self, x: Tensor, context: Context) -> Tensor:
-        return self.self_attn(self.input_layernorm(x), context)  # type: ignore[no-any-return]
+    def take_layers_of(self, block: Block) -> None:
+        """Hold the layers of another block under the same names, and its training mode."""
+        nn.Module.__init__(self)
+        for name, layer in block.named_children():
+            self.add_module(name, layer)
+        self.training = block.training
+
+    def attend(self, x: Tensor, context: Context, rows: Tensor | None) -> Tensor:
+        return self.self_attn(self.input_layernorm(x), context, rows)  # type: ignore[no-any-return]
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = context.needed(x, self.self_attn.layer) + self.run_attention(self.attend, x, context)
-        return x + self.run_feed_forward(self.feed_forward, x)
+    def forward(self, x: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); with ``rows``, once keys and values are made, only these positions: (1, rows, D)."""
+        x = select_rows(x, rows) + self.attend(x, context, rows)
+        return x + self.feed_forward(x)
 
 
 class Decoder(nn.Module):
@@ -252,6 +123,17 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+ReadStates = Callable[[Tensor, Tensor], Any]
+"""What is made of final states (B, T, D) and the head's weight (V, D): logits, or a loss."""
+
+
+class Head(Linear):
+    """The output layer, (B, T, D) -> logits (B, T, V), or what ``read`` makes of the states."""
+
+    def forward(self, x: Tensor, read: Any = linear) -> Any:
+        return read(x, self.weight)
 
 
 class Transformer(nn.Module):
@@ -265,18 +147,13 @@ class Transformer(nn.Module):
         self.config = config
         self.activation_dtype: torch.dtype | None = None
         self.model = Decoder(config)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = None if config.tie_word_embeddings else Head(config.hidden_size, config.vocab_size)
 
     @property
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
-    @property
-    def head_weight(self) -> Tensor:
-        """(V, D); the embedding's where the two are tied."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-
-    def hidden_states(
+    def forward(
         self,
         input_ids: Tensor,
         positions: Tensor | None = None,
@@ -284,15 +161,18 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         documents: Documents | None = None,
         rows: Tensor | None = None,
-    ) -> Tensor:
-        """Final-norm states (B, T, D) of ``input_ids`` (B, T), or (1, len(rows), D).
+        read: ReadStates = linear,
+    ) -> Any:
+        """Logits (B, T, V) of ``input_ids`` (B, T), or what ``read`` makes of the final states.
 
         Args:
             positions: (B or 1, T); by default those of the documents, else they go on from the cache's length.
             mask: bool (B, 1, T, S), True where a query may look; None: causal, which right padding needs no mask for.
                 With a cache that already holds tokens, T > 1 needs a mask.
             documents: the samples in the one row of ``input_ids``.
-            rows: positions in the one row whose states are asked for; None: all.
+            rows: positions in the one row whose states are asked for, all that the last block computes; None: all.
+            read: gets the final-norm states (B, T, D), or (1, len(rows), D), and the weight of the head (V, D), which
+                is the embedding's where the two are tied.
         """
         x = self.model.embed_tokens(input_ids)  # (B, T, D)
         if self.activation_dtype is not None:
@@ -303,33 +183,11 @@ class Transformer(nn.Module):
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
         rotation = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        context = Context(rotation, mask, cache, documents, rows, len(self.model.layers) - 1)
-        for block in self.model.layers:
-            assert isinstance(block, Block)
-            x = block.run_block(block, x, context)
-        return self.model.norm(x)  # type: ignore[no-any-return]
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., D), in their dtype."""
-        return linear(hidden, self.head_weight)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """Logits (B, T, V); the arguments are those of ``hidden_states``."""
-        return self.head(self.hidden_states(input_ids, positions, mask, cache))
-
-
-def initialise(model: Transformer, seed: int, std: float = 0.02) -> None:
-    """Draw every weight anew, in place: matrices from N(0, std²) in fp32, norms 1; the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        context = Context(rotation, mask, cache, documents)
+        *earlier, last = self.model.layers
+        for block in earlier:
+            x = block(x, context)
+        hidden = self.model.norm(last(x, context, rows))
+        if self.lm_head is None:
+            return read(hidden, self.model.embed_tokens.weight)
+        return self.lm_head(hidden, read)

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llamatune.accounting import ParameterCount, count_parameters
 from llamatune.checkpoints.config_files import read_config
 from llamatune.errors import LlamatuneError, printable
 from llamatune.reporting.curves import Epoch, epoch_means, running_average
@@ -16,6 +15,7 @@ from llamatune.reporting.diagnosis import Diagnosis, diagnose
 from llamatune.reporting.run_log import LARGEST_NUMBER, Run
 from llamatune.reporting.samples import Samples
 from llamatune.reporting.spike_rows import with_rows
+from llamatune.shapes.counts import ParameterCount, count_parameters
 from llamatune.units import perplexity
 
 
@@ -83,8 +83,7 @@ def _count(run: Run) -> tuple[ParameterCount | None, str]:
     spec = run.spec
     try:
         config = read_config(Path(spec.model.path)).with_layers(spec.model.num_layers)
-        lora = spec.lora
-        count = count_parameters(config, lora.r if lora else None, lora.target_modules if lora else ())
+        count = count_parameters(config, spec.adapter)
     except (LlamatuneError, ValueError) as fault:  # a null byte in the path
         return None, f"no parameters by module: {fault}"
     if run.summary.get("total_parameters", count.total_parameters) != count.total_parameters:

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamatune.model.blockwise import BLOCK, BlockwiseCode
+from llamatune.shapes.limits import ELEMENTS_AT_ONCE
 
 SMALLEST_QUANTIZED = 4096
 """Tensors with fewer elements keep their state in fp32, as everywhere in the field: there is nothing to win."""
-_ELEMENTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 17}
-"""Bounds the fp32 copies of the state: 64 MiB each on a GPU, what a core's cache holds on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _pieces(weight: Tensor, grad: Tensor, state: dict[str, Tensor], large: bool)
     """The parameter cut into runs that a bucket can hold; gradients of large ones are filled up to whole blocks."""
     assert weight.is_contiguous()
     weights, grad = weight.view(-1), grad.reshape(-1).float()
-    size = _ELEMENTS_AT_ONCE[weight.device.type]
+    size = ELEMENTS_AT_ONCE[weight.device.type]
     for begin in range(0, len(weights), size):
         run, blocks = slice(begin, begin + size), slice(begin // BLOCK, (begin + size) // BLOCK)
         part = grad[run]
@@ -133,7 +132,7 @@ def _buckets(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     bucket: list[_Piece] = []
     held = 0
     for piece in pieces:
-        if bucket and held + len(piece.grad) > _ELEMENTS_AT_ONCE[piece.grad.device.type]:
+        if bucket and held + len(piece.grad) > ELEMENTS_AT_ONCE[piece.grad.device.type]:
             yield bucket
             bucket, held = [], 0
         bucket.append(piece)

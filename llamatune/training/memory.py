@@ -1,49 +1,18 @@
-"""Activation checkpointing (Chen et al. 2016), how much of it a run needs, and the memory that was really used."""
+"""The memory plan of a run on its data, and the peak memory that was used."""
 
 from __future__ import annotations
 
 import resource
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from llamatune.data.dataset import Split
 from llamatune.devices import free_memory_bytes
 from llamatune.events import Notice, OnEvent
 from llamatune.memory.plan import MemoryPlan, heaviest_rows, limit_of, plan_memory
 from llamatune.memory.remedies import remedies
-from llamatune.memory.step import Levels, is_whole, levels_of
-from llamatune.model.config import LlamaConfig
-from llamatune.model.recompute import Recompute, apply_fused
-from llamatune.model.transformer import Block, Transformer
+from llamatune.shapes.config import LlamaConfig
 from llamatune.spec import RunSpec
-
-
-def recompute(function: Any, *args: Any) -> Tensor:
-    """Run a part of a block keeping its inputs only; backward runs it again, with the same dropout.
-
-    Non-reentrant: the reentrant kind gives no gradient, or a part of it, when the block's input needs none.
-    """
-    return checkpoint(function, *args, use_reentrant=False)  # type: ignore[no-any-return]
-
-
-def apply_activation_checkpointing(model: Transformer, mode: str, fused: bool, levels: Levels | None = None) -> None:
-    """Choose what is recomputed: ``none``, ``block``, ``every_N`` (each N-th block), ``attention``, ``feed_forward``,
-    ``sublayer`` (attention and feed-forward each on its own, norm included) or ``projections``; ``fused``: by the
-    functions of a LoRA block that recompute no more than their gradients need, and by ``levels`` if they are given."""
-    levels = levels_of(mode, len(model.model.layers)) if levels is None else levels
-    for index, block in enumerate(model.model.layers):
-        assert isinstance(block, Block)
-        if fused:
-            apply_fused(block, Recompute(levels[index]))
-        elif is_whole(mode, index):
-            block.run_block = recompute
-        elif mode in ("feed_forward", "sublayer"):
-            block.run_feed_forward = recompute
-        if mode in ("attention", "sublayer"):
-            block.run_attention = recompute
 
 
 def plan_run_memory(spec: RunSpec, config: LlamaConfig, train: Split, device: torch.device) -> MemoryPlan:

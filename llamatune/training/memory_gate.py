@@ -23,13 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llamatune.accounting import count_parameters
 from llamatune.data.dataset import Batch, Prepared, Split
 from llamatune.events import ignore_event, never_stop
-from llamatune.memory.step import Levels
-from llamatune.model.config import LlamaConfig
-from llamatune.model.loss import LOGITS_AT_ONCE
-from llamatune.model.quantization import WEIGHTS_AT_ONCE
+from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.counts import count_parameters
+from llamatune.shapes.levels import Levels, period_of
+from llamatune.shapes.limits import LOGITS_AT_ONCE, WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
 from llamatune.training.setup import Inputs, Learner, build_learner
 from llamatune.training.window import accumulate_gradient, make_update
@@ -121,8 +120,7 @@ def measure_step(
     """
     batch = even_batch(rows, row_tokens, target_share)
     whole = _run(spec, config, batch)
-    mode = spec.training.activation_checkpointing
-    period = int(mode.removeprefix("every_")) if mode.startswith("every_") else 1
+    period = period_of(spec.training.activation_checkpointing)
     shallow, deeper = (_run(spec, _of_depth(config, depth), batch) for depth in (period, 2 * period))
     saved = (deeper.after_forward_bytes - deeper.resident_bytes) - (
         shallow.after_forward_bytes - shallow.resident_bytes
@@ -189,8 +187,7 @@ def _step(spec: RunSpec, learner: Learner, micro_batches: Sequence[Batch], windo
 
 
 def _inputs_without_data(spec: RunSpec, config: LlamaConfig) -> Inputs:
-    lora = spec.lora
-    count = count_parameters(config, lora.r if lora else None, lora.target_modules if lora else ())
+    count = count_parameters(config, spec.adapter)
     no_data = cast(Prepared, None)  # building a learner opens none
     return Inputs(config, None, "", no_data, None, None, {}, count, torch.device("cpu"))
 

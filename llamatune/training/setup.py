@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llamatune.accounting import ParameterCount, count_parameters
-from llamatune.checkpoints.adapter import Adapter, AdapterConfig, check_adapter, load_adapter
+from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.config_files import read_config
 from llamatune.checkpoints.fingerprint import fingerprint
@@ -23,14 +22,16 @@ from llamatune.data.packing import pack
 from llamatune.devices import choose_device
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import OnEvent, ShouldStop
-from llamatune.memory.step import Levels
-from llamatune.model.config import LlamaConfig
-from llamatune.model.lora import apply_lora, load_lora, lora_parameters
-from llamatune.model.quantization import quantize_blocks
-from llamatune.model.transformer import Transformer, initialise
+from llamatune.model.adapters.apply import adapter_parameters, apply_adapter, load_adapter_tensors
+from llamatune.model.checkpointing import apply_activation_checkpointing
+from llamatune.model.initialise import initialise
+from llamatune.model.nf4 import quantize_blocks
+from llamatune.model.transformer import Transformer
 from llamatune.seeds import derived_seed
+from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.counts import ParameterCount, count_parameters
+from llamatune.shapes.levels import Levels
 from llamatune.spec import RunSpec
-from llamatune.training.memory import apply_activation_checkpointing
 from llamatune.training.optimizer import Optimizer, build_optimizer, warmup_steps
 from llamatune.training.precision import LossScaler, autocast_factory, check_precision, held_dtype, residual_dtype
 
@@ -104,8 +105,7 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
         check_rows(validation, config, f"{spec.data.validation or spec.data.train} against {base}", on_event)
     check_tokenizer(prepared, base, force_base, on_event)
     starting_adapter = _starting_adapter(spec, config, base_fingerprint, force_base, on_event)
-    lora = spec.lora
-    count = count_parameters(config, lora.r if lora else None, lora.target_modules if lora else ())
+    count = count_parameters(config, spec.adapter)
     digests = {"base": base_fingerprint, "train": prepared.digest, "validation": validation_digest}
     return Inputs(config, checkpoint, base_fingerprint, prepared, validation, starting_adapter, digests, count, device)
 
@@ -158,19 +158,17 @@ def build_learner(
             quantized=_quantized_base(spec, inputs, on_event, should_stop) if nf4 else None,
         )
     model.activation_dtype = residual_dtype(dtype, spec.training.precision)
-    if spec.lora is None:
+    adapter = spec.adapter
+    if adapter is None:
         model.requires_grad_(True)
         parameters = dict(model.named_parameters())
     else:
-        lora = spec.lora
-        apply_lora(
-            model, lora.r, lora.alpha, lora.dropout, lora.target_modules, derived_seed(spec.training.seed, "lora")
-        )
+        apply_adapter(model, adapter, derived_seed(spec.training.seed, "lora"))
         if inputs.starting_adapter is not None:
-            load_lora(model, inputs.starting_adapter.tensors)
-        parameters = dict(lora_parameters(model))
-    fused = spec.training.fused and spec.lora is not None
-    apply_activation_checkpointing(model, spec.training.activation_checkpointing, fused, levels)
+            load_adapter_tensors(model, inputs.starting_adapter.tensors)
+        parameters = dict(adapter_parameters(model))
+    lean = spec.training.fused and adapter is not None
+    apply_activation_checkpointing(model, spec.training.activation_checkpointing, lean, levels)
     model.train()
     return Learner(
         model,
@@ -203,27 +201,16 @@ def _quantized_base(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_sto
 def _starting_adapter(
     spec: RunSpec, config: LlamaConfig, base_fingerprint: str, force_base: bool, on_event: OnEvent
 ) -> Adapter | None:
-    if spec.lora is None or spec.lora.init_from is None:
+    wanted = spec.adapter
+    if wanted is None or spec.lora is None or spec.lora.init_from is None:
         return None
     adapter = load_adapter(Path(spec.lora.init_from))
     check_adapter(adapter, config, base_fingerprint, force_base, on_event)
-    found, wanted = adapter.config, adapter_config(spec)
-    if (found.r, set(found.target_modules), found.scaling) != (wanted.r, set(wanted.target_modules), wanted.scaling):
+    found = adapter.config
+    if (found.r, found.target_modules, found.scaling()) != (wanted.r, wanted.target_modules, wanted.scaling()):
         raise CheckpointError(
             f"the adapter has r {found.r}, alpha {found.alpha:g} on {', '.join(found.target_modules)}",
             spec.lora.init_from,
             "give the lora section the same values",
         )
     return adapter
-
-
-def adapter_config(spec: RunSpec) -> AdapterConfig:
-    """The adapter that a spec with a lora section trains."""
-    assert spec.lora is not None
-    return AdapterConfig(
-        r=spec.lora.r,
-        alpha=spec.lora.alpha,
-        dropout=spec.lora.dropout,
-        target_modules=spec.lora.target_modules,
-        use_rslora=False,
-    )

@@ -17,7 +17,7 @@ from llamatune.errors import CheckpointError
 from llamatune.files import Staging, build_directory, dump_json, writing
 from llamatune.spec import RunSpec
 from llamatune.training.run_files import ADAPTER, MODEL
-from llamatune.training.setup import Inputs, Learner, adapter_config
+from llamatune.training.setup import Inputs, Learner
 
 _WEIGHTS = "weights.safetensors"
 EVALUATION = "evaluation.json"
@@ -62,7 +62,8 @@ class _AdapterOnly:
     """A checkpoint of an adapter is a PEFT directory too: it can be generated with and merged as it stands."""
 
     def __init__(self, spec: RunSpec, inputs: Inputs, learner: Learner) -> None:
-        self._learner, self._config = learner, adapter_config(spec)
+        assert spec.adapter is not None
+        self._learner, self._config = learner, spec.adapter
         self._fingerprint, self._base = inputs.base_fingerprint, spec.model.path
         self._template = inputs.prepared.facts.get("template")
 

@@ -15,8 +15,8 @@ from torch import nn
 from llamatune.benchmarking.meter import CATEGORIES, CategoryMeter
 from llamatune.errors import OutOfMemory
 from llamatune.events import ignore_event, never_stop
-from llamatune.model.config import LINEAR_MODULES, LlamaConfig
 from llamatune.model.loss import summed_loss
+from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
 from llamatune.spec import RunSpec
 from llamatune.training import memory_gate
 from llamatune.training.memory_gate import even_batch

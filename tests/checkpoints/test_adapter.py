@@ -14,8 +14,6 @@ from transformers import LlamaForCausalLM
 
 from llamatune.checkpoints.adapter import (
     Adapter,
-    AdapterConfig,
-    adapter_shapes,
     check_adapter,
     load_adapter,
     save_adapter,
@@ -26,7 +24,8 @@ from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.errors import CheckpointError, EnvironmentFault
 from llamatune.events import Notice
 from llamatune.files import Staging
-from llamatune.model.config import LINEAR_MODULES
+from llamatune.shapes.adapter import AdapterSpec
+from llamatune.shapes.config import LINEAR_MODULES
 
 from .conftest import save_peft
 
@@ -35,10 +34,10 @@ TOKENS = torch.randint(0, 96, (2, 7), generator=torch.Generator().manual_seed(5)
 
 def drawn(path, targets=("q_proj", "v_proj"), r=4, alpha=8.0, **facts):
     checkpoint = open_checkpoint(path)
-    config = AdapterConfig(r, alpha, 0.05, tuple(targets), facts.pop("use_rslora", False))
+    config = AdapterSpec(r, alpha, 0.05, tuple(targets), facts.pop("use_rslora", False))
     generator = torch.Generator().manual_seed(9)
-    shapes = adapter_shapes(config, checkpoint.config)
-    tensors = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
+    shapes = config.checkpoint_shapes(checkpoint.config)
+    tensors = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes}
     return Adapter(config, tensors, fingerprint(checkpoint), base_path=str(path), **facts)
 
 

@@ -24,7 +24,7 @@ from llamatune.checkpoints.merging import MergeOptions, merge_lora
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Notice, Progress
 from llamatune.files import Staging
-from llamatune.model.config import LINEAR_MODULES
+from llamatune.shapes.config import LINEAR_MODULES
 
 from .conftest import meta_state, save_meta, save_peft, save_tiny
 

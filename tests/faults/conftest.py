@@ -14,7 +14,7 @@ from warm import Warm
 
 from llamatune.checkpoints.huggingface import write_huggingface
 from llamatune.files import Staging
-from llamatune.model.config import LlamaConfig
+from llamatune.shapes.config import LlamaConfig
 
 SHAPE = LlamaConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

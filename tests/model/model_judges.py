@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from llamatune.checkpoints.adapter import load_adapter
 from llamatune.checkpoints.loading import load_model
-from llamatune.model.lora import apply_lora, load_lora
+from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
 from llamatune.model.transformer import Transformer
 
 IDS = torch.tensor([[1, 5, 30, 9, 77, 4, 12, 51, 8, 8, 63, 2, 40], [1, 3, 3, 70, 11, 25, 90, 6, 6, 44, 19, 37, 89]])
@@ -31,6 +32,6 @@ def reference_logits(base: Path, ids: Tensor = IDS, adapter: Path | None = None)
 def adapted(base: Path, adapter: Path) -> Transformer:
     """Our model with an adapter on it, in fp32."""
     model, found = load_model(base, torch.float32), load_adapter(adapter)
-    apply_lora(model, found.config.r, found.config.scaling * found.config.r, 0.0, found.config.target_modules)
-    load_lora(model, found.tensors)
+    apply_adapter(model, dataclasses.replace(found.config, dropout=0.0))
+    load_adapter_tensors(model, found.tensors)
     return model.eval()

@@ -14,7 +14,9 @@ from llamatune.checkpoints.adapter import load_adapter, save_adapter
 from llamatune.checkpoints.loading import load_model
 from llamatune.checkpoints.merging import MergeOptions, merge_lora
 from llamatune.errors import SpecError
-from llamatune.model.lora import apply_lora, lora_parameters, merged_weight
+from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
+from llamatune.model.adapters.lora import LoRALinear
+from llamatune.shapes.adapter import AdapterSpec
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EitherFormat = Callable[[Path], Path]
@@ -73,7 +75,7 @@ def test_merged_is_unmerged(
 
 def test_merging_rounds_once_from_fp32() -> None:
     W, A, B = torch.randn(37, 53).bfloat16(), torch.randn(3, 53).bfloat16(), torch.randn(37, 3).bfloat16()
-    merged = merged_weight(W, A, B, 0.37)
+    merged = LoRALinear.merged(W, (A, B), 0.37)
     expected = W.double() + 0.37 * (B.double() @ A.double())
     assert merged.dtype == torch.float32
     torch.testing.assert_close(merged.double(), expected, atol=1e-6, rtol=1e-6)
@@ -84,8 +86,8 @@ def test_a_starts_kaiming_uniform_and_b_at_zero_both_in_fp32(
     tiny_base: Callable[..., Path], dtype: torch.dtype
 ) -> None:
     model = load_model(tiny_base(), dtype)
-    apply_lora(model, 40, 8, 0.1, SEVEN, seed=1)
-    parameters = dict(lora_parameters(model))
+    apply_adapter(model, AdapterSpec(40, 8, 0.1, tuple(SEVEN)), seed=1)
+    parameters = dict(adapter_parameters(model))
     assert len(parameters) == 2 * 7 * 3
     for name, trained in parameters.items():
         assert trained.dtype == torch.float32
@@ -107,7 +109,7 @@ def test_a_starts_kaiming_uniform_and_b_at_zero_both_in_fp32(
 def test_the_base_keeps_its_tensors_its_dtype_and_learns_nothing(tiny_base: Callable[..., Path]) -> None:
     model = load_model(tiny_base(), torch.bfloat16)
     before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    apply_lora(model, 3, 6, 0.0, SEVEN)
+    apply_adapter(model, AdapterSpec(3, 6, 0.0, tuple(SEVEN)))
     after = dict(model.named_parameters())
     assert all(after[name].data_ptr() == pointer for name, pointer in before.items())
     assert {name for name, parameter in after.items() if parameter.requires_grad} == after.keys() - before.keys()
@@ -118,7 +120,7 @@ def test_a_fresh_adapter_changes_no_logit(tiny_base: Callable[..., Path]) -> Non
     model = load_model(tiny_base())
     with torch.no_grad():
         before = model(IDS)
-        apply_lora(model, 3, 6, 0.5, SEVEN)
+        apply_adapter(model, AdapterSpec(3, 6, 0.5, tuple(SEVEN)))
         assert torch.equal(model.eval()(IDS), before)
 
 
@@ -127,8 +129,8 @@ def test_the_same_seed_draws_the_same_a_and_every_matrix_another_one(tiny_base: 
     for seed in (1, 1, 2):
         model = load_model(tiny_base())
         torch.rand(3)  # the global generator has no say
-        apply_lora(model, 3, 6, 0.0, ["q_proj", "o_proj"], seed)
-        drawn.append({name: A.detach() for name, A in lora_parameters(model) if "lora_A" in name})
+        apply_adapter(model, AdapterSpec(3, 6, 0.0, ("q_proj", "o_proj")), seed)
+        drawn.append({name: A.detach() for name, A in adapter_parameters(model) if "lora_A" in name})
     assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
     assert not any(torch.equal(drawn[0][name], drawn[2][name]) for name in drawn[0])
     assert len({float(A.sum()) for A in drawn[0].values()}) == len(drawn[0])
@@ -137,7 +139,7 @@ def test_the_same_seed_draws_the_same_a_and_every_matrix_another_one(tiny_base: 
 def test_dropout_acts_on_the_input_of_a_in_training_alone(tiny_base: Callable[..., Path]) -> None:
     """With B's only column at 1 and A at 1/in, the mean update is the mean of the kept inputs."""
     model = load_model(tiny_base())
-    apply_lora(model, 1, 2, 0.5, ["q_proj"])
+    apply_adapter(model, AdapterSpec(1, 2, 0.5, ("q_proj",)))
     layer = model.model.layers[0].self_attn.q_proj
     with torch.no_grad():
         layer.lora_A.fill_(1.0)
@@ -153,7 +155,7 @@ def test_dropout_acts_on_the_input_of_a_in_training_alone(tiny_base: Callable[..
 
 def test_a_target_that_is_no_linear_layer_is_refused_and_the_seven_are_named(tiny_base: Callable[..., Path]) -> None:
     with pytest.raises(SpecError, match=r"q_porj.*q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"):
-        apply_lora(load_model(tiny_base()), 3, 6, 0.0, ["q_porj"])
+        apply_adapter(load_model(tiny_base()), AdapterSpec(3, 6, 0.0, ("q_porj",)))
 
 
 # The real pretrained model.

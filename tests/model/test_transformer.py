@@ -12,8 +12,10 @@ from model_judges import IDS, reference_logits
 from llamatune.checkpoints.loading import load_model
 from llamatune.inference.generate import complete
 from llamatune.inference.sampling import Sampling
-from llamatune.model.config import LlamaConfig
-from llamatune.model.transformer import KVCache, Transformer, initialise
+from llamatune.model.cache import KVCache
+from llamatune.model.initialise import initialise
+from llamatune.model.transformer import Transformer
+from llamatune.shapes.config import LlamaConfig
 
 SHAPES = {
     "grouped": {},

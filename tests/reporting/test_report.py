@@ -14,7 +14,6 @@ import pytest
 import torch
 from report_material import falling, noisy, spec_values, write_run
 
-from llamatune.accounting import count_parameters
 from llamatune.checkpoints.config_files import read_config
 from llamatune.data.dataset import Split
 from llamatune.errors import NumericsError, Stopped
@@ -24,6 +23,9 @@ from llamatune.reporting.diagnosis import Diagnosis, Spike
 from llamatune.reporting.report import ReportOptions, make_report, report_as_json
 from llamatune.reporting.run_log import Evaluation, read_run
 from llamatune.reporting.spike_rows import with_rows
+from llamatune.shapes.adapter import AdapterSpec
+from llamatune.shapes.config import LINEAR_MODULES
+from llamatune.shapes.counts import count_parameters
 from llamatune.spec import RunSpec, build_spec
 from llamatune.training.run import train
 
@@ -89,7 +91,7 @@ def test_figures_are_those_of_the_summary_the_base_and_the_data(finished: Path, 
     spec = build_spec(run["spec"], "report")
     assert spec.to_yaml() == (finished / "spec.yaml").read_text()
     config = read_config(Path(spec.model.path))
-    count = count_parameters(config, 16, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    count = count_parameters(config, AdapterSpec(16, 32, target_modules=LINEAR_MODULES))
     assert sum(facts["adapter"] for facts in run["parameters"].values()) == count.trainable_parameters
     assert sum(facts["base"] for facts in run["parameters"].values()) == count.base_parameters
     data = json.loads((Path(spec.data.train) / "llamatune.json").read_text())["facts"]

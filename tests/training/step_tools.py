@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llamatune.data.dataset import Batch
 from llamatune.events import ignore_event, never_stop
-from llamatune.model.config import LlamaConfig
+from llamatune.shapes.config import LlamaConfig
 from llamatune.spec import RunSpec
 from llamatune.training import memory_gate
 from llamatune.training.memory_gate import StorageMeter

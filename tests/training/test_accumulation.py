@@ -13,8 +13,9 @@ from torch import Tensor
 
 from llamatune.checkpoints.loading import load_model
 from llamatune.data.dataset import open_prepared
-from llamatune.model.lora import apply_lora, lora_parameters
+from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
 from llamatune.model.loss import summed_loss
+from llamatune.shapes.adapter import AdapterSpec
 from llamatune.training.run import train
 
 SIZES = [1, 2, 3, 4, 5, 6, 7, 12]  # of 12 rows: 5 and 7 leave an uneven last one
@@ -30,9 +31,9 @@ def twelve(prepared: Callable[..., Path]) -> Path:
 def _gradients(base: Path, data: Path, size: int, dtype: torch.dtype, lora: bool) -> tuple[float, dict[str, Tensor]]:
     model, split = load_model(base, dtype, writable=True), open_prepared(data).train
     if lora:
-        apply_lora(model, 4, 8, 0.0, TARGETS, seed=1)
+        apply_adapter(model, AdapterSpec(4, 8, 0.0, tuple(TARGETS)), seed=1)
         torch.manual_seed(2)
-        for name, parameter in lora_parameters(model):
+        for name, parameter in adapter_parameters(model):
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, 0.0, 0.2)
         model.to(dtype)

@@ -11,10 +11,11 @@ import torch
 from run_tools import adapter_tensors, files, losses, make_spec, metrics
 
 from llamatune.checkpoints.loading import load_model
-from llamatune.model.lora import apply_lora, lora_parameters
+from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
+from llamatune.model.checkpointing import apply_activation_checkpointing
 from llamatune.model.loss import summed_loss
 from llamatune.model.transformer import Attention, FeedForward, Transformer
-from llamatune.training.memory import apply_activation_checkpointing
+from llamatune.shapes.adapter import AdapterSpec
 from llamatune.training.run import train
 
 MODES = ["block", "every_2", "every_3", "attention", "feed_forward", "sublayer"]
@@ -71,16 +72,16 @@ def test_a_mode_recomputes_what_it_says_and_every_adapter_tensor_gets_a_gradient
     tiny_base: Callable[..., Path], mode: str, attentions: list[int], feed_forwards: list[int]
 ) -> None:
     model = load_model(tiny_base())
-    apply_lora(model, 4, 8, 0.1, SEVEN)
-    for name, parameter in lora_parameters(model):
+    apply_adapter(model, AdapterSpec(4, 8, 0.1, tuple(SEVEN)))
+    for name, parameter in adapter_parameters(model):
         if "lora_B" in name:
             torch.nn.init.ones_(parameter)
-    apply_activation_checkpointing(model, mode, fused=False)
+    apply_activation_checkpointing(model, mode, lean=False)
     calls = _count_calls(model)
     summed_loss(model.train(), IDS, IDS).backward()
     assert [calls[f"model.layers.{layer}.self_attn"] for layer in range(3)] == attentions
     assert [calls[f"model.layers.{layer}.mlp"] for layer in range(3)] == feed_forwards
-    for name, parameter in lora_parameters(model):
+    for name, parameter in adapter_parameters(model):
         assert parameter.grad is not None, name
         assert float(parameter.grad.norm()) > 0, name
 

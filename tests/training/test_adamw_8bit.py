@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llamatune.checkpoints.run_state import read_run_state, save_run_state
 from llamatune.model.blockwise import BLOCK, BlockwiseCode, dynamic_levels
-from llamatune.training import adamw_8bit
+from llamatune.shapes.limits import ELEMENTS_AT_ONCE
 from llamatune.training.adamw_8bit import AdamW8bit
 from llamatune.training.optimizer import AdamW, Optimizer
 
@@ -143,12 +143,12 @@ def test_the_state_takes_2_03_bytes_a_parameter() -> None:
 
 @pytest.fixture(params=[1 << 24, 1 << 12], ids=["at once", "in pieces"])
 def elements_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(adamw_8bit._ELEMENTS_AT_ONCE, "cpu", request.param)
+    monkeypatch.setitem(ELEMENTS_AT_ONCE, "cpu", request.param)
 
 
 def test_buckets_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = trained(AdamW8bit, 20)[0]
-    monkeypatch.setitem(adamw_8bit._ELEMENTS_AT_ONCE, "cpu", 1 << 10)
+    monkeypatch.setitem(ELEMENTS_AT_ONCE, "cpu", 1 << 10)
     for ours, theirs in zip(trained(AdamW8bit, 20)[0], whole, strict=True):
         assert torch.equal(ours, theirs)
 

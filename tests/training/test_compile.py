@@ -23,7 +23,7 @@ from llamatune.errors import EnvironmentFault, Stopped
 from llamatune.events import Notice
 from llamatune.model import compilable as compilable_room
 from llamatune.model.compilable import compiling, is_compiling
-from llamatune.model.quantization import BLOCK, Scratch, dequantize_at_once, quantize_nf4
+from llamatune.model.nf4 import BLOCK, Scratch, dequantize_at_once, quantize_nf4
 from llamatune.training.compiling import check_compiler
 from llamatune.training.run import train
 

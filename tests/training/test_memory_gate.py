@@ -7,9 +7,10 @@ import torch
 from step_tools import real_step, saved_by_autograd, spec_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llamatune.accounting import count_parameters
 from llamatune.events import ignore_event, never_stop
-from llamatune.model.config import LINEAR_MODULES, PRESETS, LlamaConfig
+from llamatune.shapes.adapter import AdapterSpec
+from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig
+from llamatune.shapes.counts import count_parameters
 from llamatune.spec import RunSpec
 from llamatune.training import memory_gate
 from llamatune.training.memory_gate import StorageMeter, even_batch, measure_step
@@ -122,7 +123,7 @@ def test_without_content_is_as_with_content(mode: str) -> None:
 def test_weights_and_states_are_the_closed_form() -> None:
     config = PRESETS["tinyllama-1.1b"].with_layers(2)
     measured = measure_step(spec_of(LINEAR_MODULES), config, 1, 16)
-    count = count_parameters(config, 16, LINEAR_MODULES)
+    count = count_parameters(config, AdapterSpec(16, 32, target_modules=LINEAR_MODULES))
     assert measured.weights_bytes == 2 * count.base_parameters
     fp32 = 4 * count.trainable_parameters
     counters = 4 * 2 * len(LINEAR_MODULES) * 2  # AdamW's, one a tensor

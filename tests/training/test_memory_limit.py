@@ -18,7 +18,7 @@ from llamatune.memory.plan import heaviest_rows, plan_memory, recomputed_share
 from llamatune.memory.remedies import remedies
 from llamatune.memory.sizes import Rows
 from llamatune.memory.step import step_bytes
-from llamatune.model.config import LINEAR_MODULES, PRESETS, LlamaConfig
+from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig
 from llamatune.spec import RunSpec
 from llamatune.training.run import train
 from llamatune.units import parse_size

@@ -24,7 +24,7 @@ from llamatune.free_memory import free_host_bytes
 from llamatune.memory.plan import heaviest_rows, plan_memory
 from llamatune.memory.remedies import after_running_out
 from llamatune.memory.sizes import Rows
-from llamatune.model.config import PRESETS
+from llamatune.shapes.config import PRESETS
 from llamatune.spec import RunSpec, build_spec, load_spec
 
 GIB = 1 << 30

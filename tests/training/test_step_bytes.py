@@ -10,13 +10,12 @@ import torch
 from step_tools import real_step, spec_of
 
 from llamatune.data.dataset import Batch
-from llamatune.memory import sizes
 from llamatune.memory.sizes import Rows, Sizes
-from llamatune.memory.step import levels_of, step_bytes
-from llamatune.model import attention, loss, projection, quantization
-from llamatune.model.config import LINEAR_MODULES, PRESETS, LlamaConfig
-from llamatune.model.recompute import Recompute
-from llamatune.training import adamw_8bit, memory_gate
+from llamatune.memory.step import step_bytes
+from llamatune.shapes import limits
+from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig
+from llamatune.shapes.levels import Recompute, levels_of
+from llamatune.training import memory_gate
 from llamatune.training.memory_gate import even_batch
 
 QV = ("q_proj", "v_proj")
@@ -31,7 +30,7 @@ TOLERANCE = 0.05
 def predicted(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: tuple[int, ...] | None = None) -> int:
     targets = rows * max(1, round(tokens * memory_gate.TARGET_SHARE))
     with pytest.MonkeyPatch.context() as patch:
-        for portions in (sizes.WEIGHTS_AT_ONCE, sizes.LOGITS_AT_ONCE):
+        for portions in (limits.WEIGHTS_AT_ONCE, limits.LOGITS_AT_ONCE):
             patch.setitem(portions, "cpu", portions["cuda"])  # as the gate does
         return step_bytes(spec, config, Rows((tokens,) * rows, targets), cuda=False, levels=levels).peak
 
@@ -39,14 +38,6 @@ def predicted(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: tu
 def measured(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: tuple[int, ...] | None = None) -> int:
     batch = even_batch(rows, tokens, memory_gate.TARGET_SHARE)
     return memory_gate._run(spec, config, batch, levels).peak_bytes
-
-
-def test_the_sizes_of_tiles_and_chunks_are_the_code_s() -> None:
-    assert sizes.TILE_TOKENS == projection.TILE_TOKENS
-    assert sizes.LOGITS_AT_ONCE == loss.LOGITS_AT_ONCE
-    assert sizes.SHORT_TOKENS == attention._SHORT_TOKENS
-    assert sizes.WEIGHTS_AT_ONCE == quantization.WEIGHTS_AT_ONCE
-    assert sizes.ELEMENTS_AT_ONCE == adamw_8bit._ELEMENTS_AT_ONCE
 
 
 # (config, rows, tokens of each): short samples, a long one, more than a tile.

@@ -1,10 +1,10 @@
-"""The block's two halves as hand-written autograd functions that keep little for the backward pass.
+"""The two halves of a lean block as hand-written autograd functions.
 
 The plain modules are the specification; these compute the same from the same weights. What autograd would save is
-recomputed from a half's input instead: norms always, and more as ``recompute`` chooses. Frozen weights get no gradient,
-LoRA's intermediates are rank-wide, dropout is redrawn from its seed, and rotation happens in place.
+computed again from a half's input: norms always, and more as the level of recomputation says. Frozen weights get no
+gradient, LoRA's intermediates are rank-wide, dropout is redrawn from its seed, and rotation happens in place.
 
-Shapes as in ``transformer``: x (N, D) is a row of tokens, weights (out, in), A (R, in), B (out, R).
+Shapes as in ``transformer``: x (N, D) is a row of tokens, weights (out, in).
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 
 from llamatune.model.attention import attend
-from llamatune.model.projection import (
-    TILE_TOKENS,
+from llamatune.model.layers import RMSNorm, Trained, swiglu
+from llamatune.model.lean.pieces import (
     Projection,
     normalise,
     normalise_backward,
-    project,
-    project_backward,
     rotate_in_place,
     swiglu_backward,
     swiglu_in_place,
+    trained_by,
 )
-from llamatune.model.transformer import Block, Context, RMSNorm, Rotation, swiglu
+from llamatune.model.rope import Rotation
+from llamatune.model.transformer import Block, Context, select_rows
+from llamatune.shapes import limits
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:
@@ -38,17 +39,17 @@ def computing_dtype(x: Tensor) -> torch.dtype:
 
 
 class _AttentionInput(torch.autograd.Function):
-    """Norm, q, k and v with LoRA, and rotation of q and k; x is all that is kept."""
+    """Norm, q, k and v with their adapters, and rotation of q and k; x is all that is kept."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], rotation: Rotation, head_dim: int,
-        *trained: Tensor | None,
+        *trained: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         dtype = computing_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             h = normalise(x, norm, dtype)
-            outputs = tuple(project(h, part) for part in parts)
+            outputs = tuple(part(h) for part in parts)
             for y in outputs[:2]:
                 rotate_in_place(y, rotation, head_dim)
         ctx.save_for_backward(x)
@@ -60,39 +61,38 @@ class _AttentionInput(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         norm, parts, rotation, head_dim, dtype = ctx.settings
         wants_input = ctx.needs_input_grad[0]
-        adapted = any(part.lora_A is not None for part in parts)
-        h = normalise(x, norm, dtype) if adapted else None
+        h = normalise(x, norm, dtype) if trained_by(parts) else None
         total: Tensor | None = None
-        trained: list[Tensor | None] = []
+        trained: list[Tensor] = []
         for place, (grad, part) in enumerate(zip(grads, parts, strict=True)):
             if place < 2:
                 grad = grad.clone(memory_format=torch.contiguous_format)
                 rotate_in_place(grad, rotation, head_dim, back=True)
-            dh, dA, dB = project_backward(grad, h, part, wants_input)
+            dh, more = part.gradients(grad, h, wants_input)
             if dh is not None:
                 total = dh if total is None else total.add_(dh)
-            trained += [dA, dB]
+            trained += more
         dx = None if total is None else normalise_backward(total, x, norm)
         return dx, None, None, None, None, *trained
 
 
 class _Projected(torch.autograd.Function):
-    """One adapted layer; its input is all that is kept."""
+    """One linear layer; its input is all that is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, part: Projection, *trained: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, part: Projection, *trained: Tensor) -> Tensor:
         dtype = computing_dtype(x)
         ctx.save_for_backward(x)
         ctx.settings = part, dtype
         with torch.autocast(x.device.type, enabled=False):
-            return project(x.to(dtype), part)
+            return part(x.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         part, dtype = ctx.settings
-        dx, dA, dB = project_backward(grads[0].to(dtype), x.to(dtype), part, ctx.needs_input_grad[0])
-        return None if dx is None else dx.to(x.dtype), None, dA, dB
+        dx, trained = part.gradients(grads[0].to(dtype), x.to(dtype), ctx.needs_input_grad[0])
+        return None if dx is None else dx.to(x.dtype), None, *trained
 
 
 def feed_forward(
@@ -106,10 +106,10 @@ def feed_forward(
     """SwiGLU of a tile whose rows begin at ``first``; gate and up go into the rows of ``kept``, if there are any."""
     gate, up, down = parts
     h = normalise(x, norm, dtype)
-    g, u = project(h, gate, first), project(h, up, first)
+    g, u = gate(h, first), up(h, first)
     for whole, tile in zip(kept, (g, u), strict=False):
         whole[first : first + len(x)] = tile
-    return project(swiglu_in_place(g, u), down, first)
+    return down(swiglu_in_place(g, u), first)
 
 
 def _feed_forward_backward(
@@ -119,60 +119,58 @@ def _feed_forward_backward(
     parts: Sequence[Projection],
     kept: tuple[Tensor, Tensor] | None,
     first: int,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Gradients of a tile with respect to the normed x and the trained matrices; ``kept`` are gate and up, if kept."""
+) -> tuple[Tensor, Trained]:
+    """Gradients of a tile with respect to the normed x and the trained tensors; ``kept`` are gate and up, if kept."""
     gate, up, down = parts
-    adapted = gate.lora_A is not None or up.lora_A is not None
-    h = normalise(x, norm, grad.dtype) if adapted or kept is None else None
+    h = normalise(x, norm, grad.dtype) if trained_by((gate, up)) or kept is None else None
     if kept is None:
         assert h is not None
-        g, u = project(h, gate, first), project(h, up, first)
+        g, u = gate(h, first), up(h, first)
     else:
         g, u = kept
-    activated = swiglu(g, u) if down.lora_A is not None else None
-    da, dA_down, dB_down = project_backward(grad, activated, down, first_row=first)
+    activated = swiglu(g, u) if down.trained else None
+    da, trained_down = down.gradients(grad, activated, first_row=first)
     assert da is not None
     del activated  # before the peak
     dg, du = swiglu_backward(da, g, u)
-    dh, dA_gate, dB_gate = project_backward(dg, h, gate, first_row=first)
-    more, dA_up, dB_up = project_backward(du, h, up, first_row=first)
+    dh, trained_gate = gate.gradients(dg, h, first_row=first)
+    more, trained_up = up.gradients(du, h, first_row=first)
     assert dh is not None
     assert more is not None
-    return dh.add_(more), [dA_gate, dB_gate, dA_up, dB_up, dA_down, dB_down]
+    return dh.add_(more), (*trained_gate, *trained_up, *trained_down)
 
 
 def feed_forward_gradients(
     grad: Tensor, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], kept: Sequence[Tensor], dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Gradients with respect to x and the trained matrices, a tile of rows at a time."""
+) -> tuple[Tensor, Trained]:
+    """Gradients with respect to x and the trained tensors, a tile of rows at a time."""
     dx = torch.empty_like(x)
-    total: list[Tensor | None] = []
-    for start in range(0, len(x), TILE_TOKENS):
-        rows = slice(start, start + TILE_TOKENS)
+    total: Trained = ()
+    for start in range(0, len(x), limits.TILE_TOKENS):
+        rows = slice(start, start + limits.TILE_TOKENS)
         held = (kept[0][rows], kept[1][rows]) if kept else None
         dh, more = _feed_forward_backward(grad[rows].to(dtype), x[rows], norm, parts, held, start)
         dx[rows] = normalise_backward(dh, x[rows], norm)
         for before, addend in zip(total, more, strict=bool(total)):
-            if before is not None and addend is not None:
-                before.add_(addend)
+            before.add_(addend)
         total = total or more
     return dx, total
 
 
 class _FeedForward(torch.autograd.Function):
-    """Norm, gate, up, SiLU, product and down with LoRA; x is kept, and gate and up unless they are recomputed."""
+    """Norm, gate, up, SiLU, product and down with their adapters; kept are x, and gate and up unless ``recompute``."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], recompute: bool, *trained: Tensor | None
+        ctx: Any, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], recompute: bool, *trained: Tensor
     ) -> Tensor:
         dtype = computing_dtype(x)
         kept: list[Tensor] = []
         if not recompute:
-            kept += [torch.empty(len(x), part.out_features, dtype=dtype, device=x.device) for part in parts[:2]]
+            kept += [torch.empty(len(x), part.layer.out_features, dtype=dtype, device=x.device) for part in parts[:2]]
         with torch.autocast(x.device.type, enabled=False):
-            starts = range(0, len(x), TILE_TOKENS)
-            outputs = [feed_forward(x[s : s + TILE_TOKENS], norm, parts, dtype, s, kept) for s in starts]
+            size = limits.TILE_TOKENS
+            outputs = [feed_forward(x[s : s + size], norm, parts, dtype, s, kept) for s in range(0, len(x), size)]
             y = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         ctx.save_for_backward(x, *kept)
         ctx.settings = norm, parts, dtype
@@ -187,7 +185,7 @@ class _FeedForward(torch.autograd.Function):
 
 
 def attention_parts(block: Block) -> tuple[Projection, ...]:
-    """q, k, v and o, their dropout seeds drawn: whoever runs them again drops the same."""
+    """q, k, v and o, their dropout drawn: whoever runs them again drops the same."""
     module = block.self_attn
     return tuple(Projection.of(layer) for layer in (module.q_proj, module.k_proj, module.v_proj, module.o_proj))
 
@@ -198,25 +196,15 @@ def feed_forward_parts(block: Block) -> tuple[Projection, ...]:
     return tuple(Projection.of(layer) for layer in (module.gate_proj, module.up_proj, module.down_proj))
 
 
-def trained_by(parts: Sequence[Projection]) -> list[Tensor | None]:
-    """A and B of each, None where a layer is not adapted."""
-    return [tensor for part in parts for tensor in part.trained]
-
-
-def only_row(x: Tensor) -> Tensor:
-    """(N, D) of (1, N, D): batches are rows without padding."""
-    assert len(x) == 1, "fused blocks take one row of samples"
-    return x[0]
-
-
 def attended(
     block: Block,
     x: Tensor,
     context: Context,
+    rows: Tensor | None,
     parts: Sequence[Projection],
     around: contextlib.AbstractContextManager[object] = contextlib.nullcontext(),  # noqa: B008 - it has no state
 ) -> Tensor:
-    """Norm, q, k, v, rotation and attention, the latter inside ``around``: (N, D) -> (N or asked-for rows, H * E)."""
+    """Norm, q, k, v, rotation and attention, the latter inside ``around``: (N, D) -> (N or len(rows), H * E)."""
     module, inputs = block.self_attn, parts[:3]
     q, k, v = _AttentionInput.apply(  # type: ignore[no-untyped-call]
         x, block.input_layernorm, inputs, context.rotation, module.head_dim, *trained_by(inputs)
@@ -224,7 +212,7 @@ def attended(
     q, k, v = (y.view(1, len(y), -1, module.head_dim).transpose(1, 2) for y in (q, k, v))  # (1, H or K, N, E)
     with around:
         o = attend(q, k, v, None, context.documents)  # (1, H, N, E)
-    return context.needed(o.transpose(1, 2).flatten(2), module.layer)[0]
+    return select_rows(o.transpose(1, 2).flatten(2), rows)[0]
 
 
 def projected(o: Tensor, by: Projection) -> Tensor:

@@ -23,7 +23,9 @@ from torch.nn import functional as F
 from llamatune.model import blockwise
 from llamatune.model.blockwise import BlockwiseCode
 from llamatune.model.compilable import compilable, is_compiling
-from llamatune.model.transformer import Linear, Transformer
+from llamatune.model.layers import Linear
+from llamatune.model.transformer import Transformer
+from llamatune.shapes.limits import WEIGHTS_AT_ONCE
 
 BLOCK = 64
 LEVELS = (
@@ -33,9 +35,6 @@ LEVELS = (
 )  # fmt: skip
 """Appendix E of the paper."""
 _MIDDLES = tuple((low + high) / 2 for low, high in itertools.pairwise(LEVELS))
-
-WEIGHTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 19}
-"""How much is unpacked in one go: what stays in a core's cache, and on a GPU 64 MiB of indices."""
 
 
 def storage(shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

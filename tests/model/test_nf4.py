@@ -19,9 +19,11 @@ from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.quantized import QuantizedBase
 from llamatune.errors import CheckpointError
 from llamatune.events import ignore_event, never_stop
+from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
 from llamatune.model.blockwise import dynamic_levels
-from llamatune.model.lora import apply_lora, lora_parameters
-from llamatune.model.quantization import (
+from llamatune.model.checkpointing import apply_activation_checkpointing
+from llamatune.model.layers import Linear
+from llamatune.model.nf4 import (
     LEVELS,
     WEIGHTS_AT_ONCE,
     NF4Weight,
@@ -31,8 +33,8 @@ from llamatune.model.quantization import (
     quantize_nf4,
     storage,
 )
-from llamatune.model.transformer import Linear, Transformer
-from llamatune.training.memory import apply_activation_checkpointing
+from llamatune.model.transformer import Transformer
+from llamatune.shapes.adapter import AdapterSpec
 
 SHAPES = [(64, 64), (37, 53), (1, 1), (3, 5), (1, 200), (130, 129), (257, 128), (100, 48)]
 
@@ -145,10 +147,10 @@ def nf4_model(base: Path, dtype: torch.dtype = torch.bfloat16) -> Transformer:
 
 
 def with_adapters(model: Transformer, dropout: float = 0.0) -> Transformer:
-    apply_lora(model, 4, 8, dropout, ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"], seed=3)
+    apply_adapter(model, AdapterSpec(4, 8, dropout, ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")), seed=3)
     torch.manual_seed(5)
     with torch.no_grad():
-        for name, parameter in lora_parameters(model):
+        for name, parameter in adapter_parameters(model):
             if "lora_B" in name:
                 parameter.normal_(0.0, 0.1)
     return model.train()
@@ -169,7 +171,7 @@ def logits_and_gradients(model: Transformer) -> dict[str, Tensor]:
     model.zero_grad()
     logits = model(IDS)
     torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), IDS.roll(-1, 1).flatten()).backward()
-    gradients = {name: p.grad.clone() for name, p in lora_parameters(model) if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in adapter_parameters(model) if p.grad is not None}
     assert gradients
     return {"logits": logits.detach().clone(), **gradients}
 
@@ -202,7 +204,7 @@ def test_recomputation_changes_no_bit(tiny_base: Callable[..., Path], mode: str)
     """Unpacking again in the middle of backward overwrites nothing that is still needed."""
     model = with_adapters(nf4_model(tiny_base()), dropout=0.2)
     again = copy.deepcopy(model)
-    apply_activation_checkpointing(again, mode, fused=False)
+    apply_activation_checkpointing(again, mode, lean=False)
     results = []
     for each in (model, again):
         torch.manual_seed(1)
@@ -288,6 +290,6 @@ def test_a_step_runs_where_tensors_have_no_values(tiny_base: Callable[..., Path]
                 shape = (module.out_features, module.in_features)
                 tensors = {name: torch.empty(size, dtype=dtype) for name, (dtype, size) in storage(shape).items()}
                 hold_quantized(module, NF4Weight(shape, tensors, scratch))
-        apply_lora(model, 4, 8, 0.0, ["q_proj", "v_proj"])
+        apply_adapter(model, AdapterSpec(4, 8, 0.0, ("q_proj", "v_proj")))
         model(torch.zeros(1, 9, dtype=torch.long)).sum().backward()
-        assert all(parameter.grad is not None for _, parameter in lora_parameters(model))
+        assert all(parameter.grad is not None for _, parameter in adapter_parameters(model))

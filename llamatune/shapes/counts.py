@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llamatune.model.config import LINEAR_MODULES, LlamaConfig, linear_path
+from llamatune.shapes.adapter import AdapterSpec
+from llamatune.shapes.config import LlamaConfig, linear_path
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,15 @@ class ParameterCount:
         )
 
 
-def count_parameters(config: LlamaConfig, r: int | None = None, targets: Iterable[str] = ()) -> ParameterCount:
-    """Count a model with LoRA of rank ``r`` on ``targets`` (a matrix out x in gains r * (out + in)), or all of it."""
-    chosen = set(targets) if r is not None else set()
+def count_parameters(config: LlamaConfig, adapter: AdapterSpec | None = None) -> ParameterCount:
+    """Count a model with an adapter, or without one, when every parameter is trained."""
     modules: dict[str, dict[str, int]] = {}
     for name, shape in config.parameter_shapes():
         module = name.removesuffix(".weight").split(".", 3)[-1] if ".layers." in name else name.removesuffix(".weight")
         modules.setdefault(module, {"base": 0, "adapter": 0})["base"] += math.prod(shape)
-    for target in LINEAR_MODULES:
-        if target in chosen and r is not None:
-            adapter = r * sum(config.linear_shape(target)) * config.num_hidden_layers
-            modules[linear_path(target)]["adapter"] = adapter
     base = sum(facts["base"] for facts in modules.values())
-    adapter = sum(facts["adapter"] for facts in modules.values())
-    return ParameterCount(base, base if r is None else adapter, modules)
+    if adapter is None:
+        return ParameterCount(base, base, modules)
+    for target in adapter.target_modules:
+        modules[linear_path(target)]["adapter"] = adapter.parameter_count(config, target) * config.num_hidden_layers
+    return ParameterCount(base, sum(facts["adapter"] for facts in modules.values()), modules)

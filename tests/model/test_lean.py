@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llamatune.model import fused, projection, recompute
-from llamatune.model.config import LINEAR_MODULES, LlamaConfig
-from llamatune.model.lora import apply_lora, lora_parameters
+from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
+from llamatune.model.checkpointing import apply_activation_checkpointing
+from llamatune.model.initialise import initialise
+from llamatune.model.layers import Dropout, RMSNorm
+from llamatune.model.lean import pieces
 from llamatune.model.loss import summed_loss
-from llamatune.model.projection import Projection
-from llamatune.model.quantization import quantize_blocks
-from llamatune.model.recompute import Recompute, apply_fused
-from llamatune.model.transformer import RMSNorm, Transformer, initialise, rotary_angles
+from llamatune.model.nf4 import quantize_blocks
+from llamatune.model.rope import rotary_angles
+from llamatune.model.transformer import Transformer
+from llamatune.shapes import limits
+from llamatune.shapes.adapter import AdapterSpec
+from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.levels import Recompute
 
 LENGTHS = (11, 1, 17)
 LEVELS = list(Recompute)
@@ -25,8 +30,7 @@ LEVELS = list(Recompute)
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that do not divide the rows, so that their seams are tested."""
-    for module in (projection, fused, recompute):
-        monkeypatch.setattr(module, "TILE_TOKENS", 7)
+    monkeypatch.setattr(limits, "TILE_TOKENS", 7)
 
 
 def model_with(targets: list[str], dtype: torch.dtype, r: int = 4, dropout: float = 0.0) -> Transformer:
@@ -39,8 +43,8 @@ def model_with(targets: list[str], dtype: torch.dtype, r: int = 4, dropout: floa
     model.to(dtype)
     if not targets:
         return model.train()
-    apply_lora(model, r, 8, dropout, targets, 1)
-    for name, parameter in lora_parameters(model):
+    apply_adapter(model, AdapterSpec(r, 8, dropout, tuple(targets)), 1)
+    for name, parameter in adapter_parameters(model):
         if dtype == torch.float64:
             parameter.data = parameter.data.double()
         if "lora_B" in name:
@@ -58,13 +62,12 @@ def gradients(
     with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
         loss = summed_loss(model, ids, labels, lengths)
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in lora_parameters(model) if p.grad is not None}
+    return loss.item(), {name: p.grad for name, p in adapter_parameters(model) if p.grad is not None}
 
 
-def fused_copy(model: Transformer, level: Recompute) -> Transformer:
+def lean_copy(model: Transformer, level: Recompute) -> Transformer:
     twin = copy.deepcopy(model)
-    for block in twin.model.layers:
-        apply_fused(block, level)
+    apply_activation_checkpointing(twin, "none", lean=True, levels=(level,) * len(twin.model.layers))
     return twin
 
 
@@ -82,7 +85,7 @@ TARGETS = [["q_proj", "v_proj"], list(LINEAR_MODULES), ["down_proj"], ["o_proj"]
 def test_fused_equals_plain(targets: list[str], dtype: torch.dtype, tolerance: float, level: Recompute) -> None:
     model = model_with(targets, dtype)
     loss, expected = gradients(copy.deepcopy(model))
-    found_loss, found = gradients(fused_copy(model, level))
+    found_loss, found = gradients(lean_copy(model, level))
     assert found_loss == pytest.approx(loss, rel=1e-6)
     assert len(expected) == 2 * 3 * len(targets)
     assert worst(found, expected) < tolerance
@@ -92,12 +95,12 @@ def test_fused_equals_plain(targets: list[str], dtype: torch.dtype, tolerance: f
 def test_on_an_nf4_base_fused_equals_plain(level: Recompute) -> None:
     model = model_with([], torch.float32)
     quantize_blocks(model, torch.float32)
-    apply_lora(model, 4, 8, 0.0, LINEAR_MODULES, 1)
-    for name, parameter in lora_parameters(model):
+    apply_adapter(model, AdapterSpec(4, 8, 0.0, LINEAR_MODULES), 1)
+    for name, parameter in adapter_parameters(model):
         if "lora_B" in name:
             parameter.data.normal_(0, 0.2)
     loss, expected = gradients(copy.deepcopy(model))
-    found_loss, found = gradients(fused_copy(model, level))
+    found_loss, found = gradients(lean_copy(model, level))
     assert found_loss == pytest.approx(loss, rel=1e-6)
     assert worst(found, expected) < 1e-5
 
@@ -110,7 +113,7 @@ def test_under_bf16_fused_is_as_near_to_the_truth_as_plain(dtype: torch.dtype, r
     truth = copy.deepcopy(model).double()
     _, expected = gradients(truth)
     _, plain = gradients(copy.deepcopy(model), torch.bfloat16)
-    _, found = gradients(fused_copy(model, level), torch.bfloat16)
+    _, found = gradients(lean_copy(model, level), torch.bfloat16)
 
     def error(gradient: dict[str, Tensor]) -> float:
         squares = [((gradient[name] - one).square().sum(), one.square().sum()) for name, one in expected.items()]
@@ -121,7 +124,7 @@ def test_under_bf16_fused_is_as_near_to_the_truth_as_plain(dtype: torch.dtype, r
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_gradients_with_dropout_agree_with_finite_differences(level: Recompute) -> None:
-    model = fused_copy(model_with(list(LINEAR_MODULES), torch.float64, dropout=0.3), level)
+    model = lean_copy(model_with(list(LINEAR_MODULES), torch.float64, dropout=0.3), level)
     _, found = gradients(model)
     ids = torch.manual_seed(5) and torch.randint(3, 131, (1, sum(LENGTHS)))
     labels = ids.clone()
@@ -132,7 +135,7 @@ def test_gradients_with_dropout_agree_with_finite_differences(level: Recompute) 
         torch.randint(3, 131, (1, sum(LENGTHS)))  # the generator stands where it stood above
         return summed_loss(model, ids, labels, LENGTHS).item()
 
-    for name, parameter in lora_parameters(model):
+    for name, parameter in adapter_parameters(model):
         place = (1, 2)
         step, before = 1e-5, parameter.data[place].item()
         parameter.data[place] = before + step
@@ -151,7 +154,7 @@ def test_every_level_gives_the_same_bits_with_dropout_on(
     lengths: tuple[int, ...], dtype: torch.dtype, autocast: torch.dtype | None
 ) -> None:
     model = model_with(list(LINEAR_MODULES), dtype, dropout=0.3)
-    runs = [gradients(fused_copy(model, level), autocast, lengths) for level in LEVELS]
+    runs = [gradients(lean_copy(model, level), autocast, lengths) for level in LEVELS]
     for loss, found in runs[1:]:
         assert loss == runs[0][0]
         assert all(torch.equal(found[name], one) for name, one in runs[0][1].items())
@@ -172,7 +175,7 @@ class CountAttention(TorchDispatchMode):
 
 @pytest.mark.parametrize(("level", "runs"), [(0, 1), (1, 1), (2, 1), (3, 2)])
 def test_attention_runs_again_in_recomputed_blocks_alone(level: int, runs: int) -> None:
-    model = fused_copy(model_with(["q_proj"], torch.float32), Recompute(level))
+    model = lean_copy(model_with(["q_proj"], torch.float32), Recompute(level))
     with CountAttention() as counter:
         gradients(model)
     samples = 3 * len(LENGTHS)  # in each of three layers
@@ -180,13 +183,13 @@ def test_attention_runs_again_in_recomputed_blocks_alone(level: int, runs: int) 
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
-    part = Projection(torch.ones(1, 1), None, None, 1.0, 0.3, seed=4)
-    kept = part.keep(torch.ones(400, 500), 0)
+    dropout = Dropout(0.3, seed=4)
+    kept = dropout.mask(torch.ones(400, 500))
     assert kept is not None
     assert float((kept == 0).float().mean()) == pytest.approx(0.3, abs=0.005)
     assert float(kept.mean()) == pytest.approx(1.0, abs=0.01)
-    assert torch.equal(kept, part.keep(torch.ones(400, 500), 0))
-    assert not torch.equal(kept, part.keep(torch.ones(400, 500), 7))
+    assert torch.equal(kept, dropout.mask(torch.ones(400, 500)))
+    assert not torch.equal(kept, dropout.at_row(7).mask(torch.ones(400, 500)))
 
 
 def test_without_training_mode_nothing_is_dropped() -> None:
@@ -194,8 +197,7 @@ def test_without_training_mode_nothing_is_dropped() -> None:
     ids = torch.arange(3, 32)[None]
     with torch.no_grad():
         plain = model.eval()(ids)
-        for block in model.model.layers:
-            apply_fused(block)
+        apply_activation_checkpointing(model, "none", lean=True)
         torch.testing.assert_close(model(ids), plain, atol=1e-5, rtol=1e-5)
 
 
@@ -205,15 +207,15 @@ def test_norm_and_its_gradient_against_autograd() -> None:
     x, grad = torch.randn(23, 12, dtype=torch.float64, requires_grad=True), torch.randn(23, 12, dtype=torch.float64)
     norm(x).backward(grad)
     with torch.no_grad():
-        torch.testing.assert_close(projection.normalise(x, norm, torch.float64), norm(x))
-        torch.testing.assert_close(projection.normalise_backward(grad, x, norm), x.grad)
+        torch.testing.assert_close(pieces.normalise(x, norm, torch.float64), norm(x))
+        torch.testing.assert_close(pieces.normalise_backward(grad, x, norm), x.grad)
 
 
 def test_turning_back_undoes_turning() -> None:
     x = torch.randn(9, 3 * 8, dtype=torch.float64)
     rotation = rotary_angles(torch.arange(9)[None], 8, 10000.0)
     turned = x.clone()
-    projection.rotate_in_place(turned, rotation, 8)
+    pieces.rotate_in_place(turned, rotation, 8)
     assert not torch.allclose(turned, x)
-    projection.rotate_in_place(turned, rotation, 8, back=True)
+    pieces.rotate_in_place(turned, rotation, 8, back=True)
     torch.testing.assert_close(turned, x, atol=1e-6, rtol=1e-6)

@@ -1,0 +1,1 @@
+"""Adapters: one file a kind, and what all kinds share."""

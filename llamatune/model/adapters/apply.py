@@ -1,0 +1,64 @@
+"""Put an adapter on a model, read and fill its trained tensors by their adapter names."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from llamatune.errors import SpecError
+from llamatune.model.adapters.adapted_linear import AdaptedLinear
+from llamatune.model.layers import Linear
+from llamatune.model.transformer import Block, Transformer
+from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
+from llamatune.shapes.config import LINEAR_MODULES
+
+
+def adapter_class(kind: str) -> type[AdaptedLinear]:
+    """The class of an adapter kind, from the file that ``ADAPTER_KINDS`` names."""
+    where = ADAPTER_KINDS[kind]
+    adapted: type[AdaptedLinear] = getattr(importlib.import_module(where.module), where.class_name)
+    return adapted
+
+
+def apply_adapter(model: Transformer, adapter: AdapterSpec, seed: int = 0) -> None:
+    """Freeze ``model`` and put an adapted layer in the place of every target of every block, drawn from ``seed``."""
+    unknown = sorted(set(adapter.target_modules) - set(LINEAR_MODULES))
+    if unknown or not adapter.target_modules:
+        raise SpecError(
+            f"no linear layer called {unknown[0]!r}" if unknown else "no target modules",
+            "lora.target_modules",
+            f"there are {', '.join(LINEAR_MODULES)}",
+        )
+    model.requires_grad_(False)
+    generator, adapted = torch.Generator().manual_seed(seed), adapter_class(adapter.kind)
+    for block in model.model.layers:
+        assert isinstance(block, Block)
+        for half in (block.self_attn, block.mlp):
+            for name, layer in list(half.named_children()):
+                shapes = adapter.tensor_shapes(model.config, name)
+                if shapes:
+                    assert isinstance(layer, Linear)
+                    replacement = adapted(layer, shapes, adapter.scaling(name), adapter.dropout)
+                    replacement.start(generator)
+                    setattr(half, name, replacement)
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every trained tensor under its adapter name, ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            for name, parameter in zip(module.trained_names, module.trained, strict=True):
+                assert isinstance(parameter, nn.Parameter)
+                yield f"{path}.{name}.weight", parameter
+
+
+def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Fill the adapter of a model from tensors under their adapter names; both sets of names are the same."""
+    parameters = dict(adapter_parameters(model))
+    assert parameters.keys() == tensors.keys(), "the adapter was not checked against the model"
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])

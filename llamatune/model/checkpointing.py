@@ -1,0 +1,69 @@
+"""Activation checkpointing (Chen et al. 2016): which block computes what again in the backward pass.
+
+LoRA blocks are replaced by lean blocks, whose levels recompute no more than their gradients need. Plain blocks are run
+again by torch's checkpointing, as a whole or by halves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from llamatune.model.lean.block import LeanBlock
+from llamatune.model.transformer import Block, Context, Transformer
+from llamatune.shapes.levels import Levels, checkpoints_attention, checkpoints_feed_forward, is_whole, levels_of
+
+
+def _recompute(function: Any, *args: Any) -> Tensor:
+    """Run a part of a block keeping its inputs only; backward runs it again, with the same dropout.
+
+    Non-reentrant: the reentrant kind gives no gradient, or a part of it, when the block's input needs none.
+    """
+    return checkpoint(function, *args, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+class CheckpointedBlock(Block):
+    """A plain block that torch's checkpointing runs again: all of it, or its halves, norms included."""
+
+    def __init__(self, block: Block, whole: bool, attention: bool, feed_forward: bool) -> None:
+        self.take_layers_of(block)
+        self.whole, self.again_attention, self.again_feed_forward = whole, attention, feed_forward
+
+    def attend(self, x: Tensor, context: Context, rows: Tensor | None) -> Tensor:
+        attend = super().attend
+        return _recompute(attend, x, context, rows) if self.again_attention else attend(x, context, rows)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        feed_forward = super().feed_forward
+        return _recompute(feed_forward, x) if self.again_feed_forward else feed_forward(x)
+
+    def forward(self, x: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
+        forward = super().forward
+        return _recompute(forward, x, context, rows) if self.whole else forward(x, context, rows)
+
+
+class CheckpointedLeanBlock(LeanBlock):
+    """A lean block whose attention half torch's checkpointing runs again."""
+
+    def attend(self, x: Tensor, context: Context, rows: Tensor | None) -> Tensor:
+        return _recompute(super().attend, x, context, rows)
+
+
+def apply_activation_checkpointing(model: Transformer, mode: str, lean: bool, levels: Levels | None = None) -> None:
+    """Replace the blocks of ``model`` by ones that recompute as ``mode`` says.
+
+    Args:
+        mode: one of ``shapes.levels.MODES``.
+        lean: lean blocks, at ``levels`` if they are given, else at those of ``mode``.
+    """
+    blocks, attention, feed_forward = model.model.layers, checkpoints_attention(mode), checkpoints_feed_forward(mode)
+    levels = levels_of(mode, len(blocks)) if levels is None else levels
+    for index, block in enumerate(blocks):
+        assert isinstance(block, Block)
+        if lean:
+            kind = CheckpointedLeanBlock if attention else LeanBlock
+            blocks[index] = kind(block, levels[index])
+        elif mode != "none":
+            blocks[index] = CheckpointedBlock(block, is_whole(mode, index), attention, feed_forward)

@@ -1,0 +1,164 @@
+"""Layers of a LLaMA block: embedding, linear layer, RMSNorm and SwiGLU.
+
+A linear layer computes in two ways: by autograd, as ``layer(x)``, and inside the hand-written functions of a lean
+block, as ``layer(x, dropout)`` with ``layer.gradients(...)``. Both enter by ``__call__``, so hooks see both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llamatune.model.compilable import compilable
+from llamatune.shapes.config import LlamaConfig
+
+Trained = tuple[Tensor, ...]
+"""The trained tensors of one linear layer, or their gradients. What each means, only its kind of adapter knows."""
+
+
+def widened(x: Tensor) -> Tensor:
+    """A 16-bit tensor in fp32; wider ones as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _UpcastLinear(torch.autograd.Function):
+    """x W^T in x's precision with a frozen 16-bit W: one matrix is cast at a time, and none is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        (grad,) = grad_outputs
+        return grad @ weight.to(grad.dtype), None
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T; outside autocast the input's dtype decides in which precision the product is computed."""
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight)
+    return _UpcastLinear.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Embedding(nn.Embedding):
+    """A row for each token id, (...) -> (..., D)."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: weights are read, or drawn by ``initialise``."""
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """The dropout of one layer's input in one pass: the same mask whenever it is made again.
+
+    ``first_row`` is the place of the input's first row among all rows of the pass.
+    """
+
+    p: float = 0.0
+    seed: int = 0
+    first_row: int = 0
+
+    @staticmethod
+    def drawn(p: float) -> Dropout:
+        """Draw the seed from the global generator, so that it is a function of the accumulation window."""
+        return Dropout(p, int(torch.randint(1 << 62, ())) if p else 0)
+
+    def at_row(self, first_row: int) -> Dropout:
+        """The same dropout for rows from ``first_row`` on."""
+        return replace(self, first_row=first_row)
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """1 / (1 - p) where an element of ``x`` is kept and 0 elsewhere, in x's dtype; None without dropout."""
+        if not self.p:
+            return None
+        generator = torch.Generator(x.device).manual_seed(self.seed + self.first_row)
+        kept = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator)
+        return kept.div_(1 - self.p)
+
+
+NO_DROPOUT = Dropout()
+
+
+class QuantizedWeight(Protocol):
+    """A frozen matrix in a packed form; calling it gives x W^T."""
+
+    shape: tuple[int, ...]
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in) in ``dtype`` inside a shared buffer: use it at once, the next call overwrites it."""
+
+
+class Linear(nn.Linear):
+    """A matrix without bias (LLaMA has none), (..., in) -> (..., out).
+
+    ``quantized``, where there is one, computes the product in the place of ``weight``, which is None then.
+    """
+
+    trained: Trained = ()
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.quantized: QuantizedWeight | None = None
+
+    def reset_parameters(self) -> None:
+        """Nothing, as in ``Embedding``."""
+
+    @classmethod
+    def of(cls, config: LlamaConfig, module: str) -> Linear:
+        """One of the seven linear layers of a block."""
+        out_features, in_features = config.linear_shape(module)
+        return cls(in_features, out_features)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in) in ``dtype``; a quantised one lies in a shared buffer, so use it at once."""
+        return self.weight.to(dtype) if self.quantized is None else self.quantized.unpacked(dtype)
+
+    def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """x W^T; with ``dropout``, which a frozen layer has none of, in x's dtype and without autograd."""
+        if dropout is not None:
+            return x @ self.matrix(x.dtype).T
+        return linear(x, self.weight) if self.quantized is None else self.quantized(x)
+
+    def draw_dropout(self) -> Dropout:
+        """The dropout of one pass."""
+        return NO_DROPOUT
+
+    def gradients(
+        self, grad: Tensor, x: Tensor | None, dropout: Dropout, wants_input: bool
+    ) -> tuple[Tensor | None, Trained]:
+        """Gradients with respect to x, if wanted, and to ``trained``; only an adapted layer needs ``x``."""
+        return grad @ self.matrix(grad.dtype) if wants_input else None, ()
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32 or wider (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _rms_norm(x, self.weight, self.eps)
+
+
+@compilable
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = widened(x)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * widened(weight)).to(x.dtype)
+
+
+@compilable
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up."""
+    return F.silu(gate) * up

@@ -1,0 +1,119 @@
+"""Pieces of the hand-written block: products with their dropout, norms, rotation and SwiGLU, forward and backward.
+
+Nothing here is followed by autograd. Shapes as in ``transformer``: x (N, D) is a row of tokens, weights (out, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llamatune.model.compilable import compilable
+from llamatune.model.layers import Dropout, Linear, RMSNorm, Trained, widened
+from llamatune.model.rope import Rotation
+from llamatune.shapes import limits
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer and the dropout of its input in one pass: run again, it drops the same."""
+
+    layer: Linear
+    dropout: Dropout
+
+    @staticmethod
+    def of(layer: Linear) -> Projection:
+        """Draw the dropout of a pass."""
+        return Projection(layer, layer.draw_dropout())
+
+    @property
+    def trained(self) -> Trained:
+        """The adapter's tensors, none where the layer is not adapted."""
+        return self.layer.trained
+
+    def __call__(self, x: Tensor, first_row: int = 0) -> Tensor:
+        """The layer's output for rows that begin at ``first_row``, (N, in) -> (N, out), in x's dtype."""
+        return self.layer(x, self.dropout.at_row(first_row))  # type: ignore[no-any-return]
+
+    def gradients(
+        self, grad: Tensor, x: Tensor | None, wants_input: bool = True, first_row: int = 0
+    ) -> tuple[Tensor | None, Trained]:
+        """Gradients with respect to x and to ``trained``; ``x`` is needed only where the layer is adapted."""
+        return self.layer.gradients(grad, x, self.dropout.at_row(first_row), wants_input)
+
+
+def trained_by(parts: Sequence[Projection]) -> list[Tensor]:
+    """The trained tensors of several layers, one layer after another."""
+    return [tensor for part in parts for tensor in part.trained]
+
+
+def tiles(x: Tensor) -> tuple[Tensor, ...]:
+    """The rows of x, ``TILE_TOKENS`` at a time."""
+    return torch.split(x, limits.TILE_TOKENS)
+
+
+def normalise(x: Tensor, norm: RMSNorm, dtype: torch.dtype) -> Tensor:
+    """RMSNorm of x in ``dtype``, as the module computes it, a tile at a time: only a tile is ever in fp32."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for tile, into in zip(tiles(x), tiles(out), strict=True):
+        _normalise_into(into, tile, norm.weight, norm.eps)
+    return out
+
+
+@compilable
+def _normalise_into(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    wide = widened(x)
+    out.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * widened(weight))
+
+
+def normalise_backward(grad: Tensor, x: Tensor, norm: RMSNorm) -> Tensor:
+    """The gradient with respect to x, in x's dtype, from that with respect to the normed x."""
+    out = torch.empty_like(x)
+    for dh, tile, into in zip(tiles(grad), tiles(x), tiles(out), strict=True):
+        _normalise_backward_into(into, dh, tile, norm.weight, norm.eps)
+    return out
+
+
+@compilable
+def _normalise_backward_into(out: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    wide = widened(x)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    unit, dh = wide * scale, widened(grad) * widened(weight)
+    out.copy_(scale * (dh - unit * (dh * unit).mean(-1, keepdim=True)))
+
+
+def rotate_in_place(x: Tensor, rotation: Rotation, head_dim: int, back: bool = False) -> None:
+    """Turn the pairs of x (N, heads · E) by their positions' angles, or back."""
+    cos, sin = (part[0, 0] for part in rotation)  # (N, E)
+    _rotate_in_place(x, cos, sin, head_dim, back)
+
+
+@compilable
+def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int, back: bool) -> None:
+    cos, sin = (part[:, None, : head_dim // 2].to(x.dtype) for part in (cos, sin))  # (N, 1, E/2)
+    first, second = x.view(len(x), -1, head_dim).chunk(2, dim=-1)
+    if back:
+        sin = -sin
+    turned = first * cos - second * sin
+    second.mul_(cos).add_(first * sin)
+    first.copy_(turned)
+
+
+@compilable
+def swiglu_in_place(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, in gate's place."""
+    return F.silu(gate, inplace=True).mul_(up)
+
+
+@compilable
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of silu(gate) · up with respect to gate and to up; the latter in grad's place."""
+    sigmoid = torch.sigmoid(gate)
+    activated = gate * sigmoid
+    # silu'(g) = sigmoid(g) + silu(g) (1 - sigmoid(g))
+    slope = (1 - sigmoid).mul_(activated).add_(sigmoid)
+    return slope.mul_(grad).mul_(up), grad.mul_(activated)

@@ -1,0 +1,87 @@
+"""An adapter's kind, rank, alpha, dropout and target modules, and the shapes of its tensors. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llamatune.shapes.config import LlamaConfig, linear_path
+
+
+@dataclass(frozen=True)
+class AdapterKind:
+    """A kind of adapter: where its class is, and the tensors that it trains beside each adapted matrix (out, in).
+
+    ``tensors`` maps a tensor's name to its dimensions, each ``r``, ``in`` or ``out``.
+    """
+
+    module: str
+    class_name: str
+    tensors: Mapping[str, tuple[str, ...]]
+
+
+ADAPTER_KINDS: dict[str, AdapterKind] = {
+    "lora": AdapterKind("llamatune.model.adapters.lora", "LoRALinear", {"lora_A": ("r", "in"), "lora_B": ("out", "r")}),
+}
+"""Every kind by name. A new kind is a line here and a file in ``model/adapters``."""
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Which linear layers are adapted, and how. ``target_modules`` are kept sorted, as PEFT writes them.
+
+    ``module_ranks`` and ``module_alphas`` hold what differs from ``r`` and ``alpha`` for single target modules.
+    """
+
+    r: int
+    alpha: float
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    use_rslora: bool = False
+    kind: str = "lora"
+    module_ranks: tuple[tuple[str, int], ...] = ()
+    module_alphas: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target_modules", tuple(sorted(self.target_modules)))
+
+    def rank(self, module: str) -> int:
+        """The rank of one target module's update."""
+        return dict(self.module_ranks).get(module, self.r)
+
+    def scaling(self, module: str = "") -> float:
+        """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023)."""
+        r, alpha = self.rank(module), dict(self.module_alphas).get(module, self.alpha)
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON; what plain LoRA does not use is left out."""
+        unused = [name for name in ("module_ranks", "module_alphas") if not getattr(self, name)]
+        unused += ["kind"] if self.kind == "lora" else []
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        kept = {name: value for name, value in values.items() if name not in unused}
+        return {**kept, "target_modules": list(self.target_modules)}
+
+    def tensor_shapes(self, config: LlamaConfig, module: str) -> dict[str, tuple[int, ...]]:
+        """The trained tensors of one linear layer by name; none if it is no target."""
+        if module not in self.target_modules:
+            return {}
+        out_features, in_features = config.linear_shape(module)
+        sizes = {"r": self.rank(module), "in": in_features, "out": out_features}
+        tensors = ADAPTER_KINDS[self.kind].tensors
+        return {name: tuple(sizes[dimension] for dimension in dimensions) for name, dimensions in tensors.items()}
+
+    def parameter_count(self, config: LlamaConfig, module: str) -> int:
+        """Trained parameters of one linear layer of one block."""
+        return sum(map(math.prod, self.tensor_shapes(config, module).values()))
+
+    def checkpoint_shapes(self, config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every trained tensor of a model under its adapter name, ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
+        for layer in range(config.num_hidden_layers):
+            for module in self.target_modules:
+                stem = f"model.layers.{layer}.{linear_path(module)}"
+                for name, shape in self.tensor_shapes(config, module).items():
+                    yield f"{stem}.{name}.weight", shape
