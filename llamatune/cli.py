@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import io
 import os
@@ -11,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +31,7 @@ from llamatune.commands.train import train
 from llamatune.commands.verify import verify
 from llamatune.errors import LlamatuneError, printable
 from llamatune.free_memory import free_host_bytes
+from llamatune.ranks import refuse_ranks
 
 Verb = Callable[..., None]
 
@@ -49,6 +51,15 @@ _OTHERS: dict[str, Verb] = {
     "demo": demo,
     "env": env,
 }
+
+
+def _in_one_process(verb: Verb) -> Verb:
+    @functools.wraps(verb)
+    def run(**options: Any) -> None:
+        refuse_ranks()
+        verb(**options)
+
+    return run
 
 
 def build_app() -> typer.Typer:
@@ -72,7 +83,7 @@ def build_app() -> typer.Typer:
 
     for panel, verbs in (("Core verbs", _CORE), ("More verbs", _OTHERS)):
         for name, verb in verbs.items():
-            app.command(name, rich_help_panel=panel)(verb)
+            app.command(name, rich_help_panel=panel)(_in_one_process(verb))
     return app
 
 

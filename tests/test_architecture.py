@@ -22,7 +22,7 @@ FLOORS = [
     {"memory"},
     {"spec", "accounting"},
     {"devices", "tensor_files", "seeds", "strict_yaml", "versions", "journal", "units", "manifests"},
-    {"free_memory"},
+    {"free_memory", "ranks"},
     {"files"},
     {"errors", "events"},
 ]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from llamatune.checkpoints.run_state import list_checkpoints
 from llamatune.devices import memory_faults
-from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.files import refuse_occupied, refuse_small_disk
 from llamatune.free_memory import held_host_bytes
@@ -45,7 +43,6 @@ def train(
         LlamatuneError: the member of the tree that tells what was wrong; nothing is left half-written.
         Stopped: ``should_stop`` said so; a checkpoint is saved.
     """
-    _refuse_ranks()
     inputs = open_inputs(spec, force_base, on_event)
     schedule = plan_schedule(spec, inputs.prepared.train)
     if resume and not overwrite:
@@ -77,17 +74,6 @@ def train(
             loop = TrainingLoop(spec, inputs, schedule, learner, weights, run, on_event, should_stop, memory_facts)
             loop.resume()
             return loop.execute()
-
-
-def _refuse_ranks() -> None:
-    """Processes that a launcher started would each train the same, or wait for a lock, and not share the work."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks != "1":
-        raise EnvironmentFault(
-            f"a launcher started {ranks} processes, and one trains a model here",
-            "WORLD_SIZE",
-            "start one, without torchrun",
-        )
 
 
 def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent = ignore_event) -> dict[str, Any]:
