@@ -1,4 +1,4 @@
-"""How many processes a launcher started: one does the work here, and several would each do all of it."""
+"""How many processes a launcher started. Nothing here shares work among several: each would do all of it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _LAUNCHERS = {
     _PMI: ("mpirun", "start one: mpirun -n 1"),
     _WORLD: ("a launcher", "start one, or unset WORLD_SIZE where no launcher set it"),
 }
-"""Who sets each variable, and the remedy; srun sets PMI_SIZE too, so its own variable is asked first."""
+"""Who sets each variable, and what to do; srun can set PMI_SIZE too, so its own variable comes first."""
 
 _SAME_IN_A_STEP = {_SRUN: "SLURM_NTASKS", "SLURM_STEP_TASKS_PER_NODE": "SLURM_TASKS_PER_NODE"}
-"""What srun says of its step, and where sbatch says it of a job; sbatch keeps a SLURM_NTASKS that it was not given."""
+"""srun sets both of each pair alike; sbatch sets the second alone, SLURM_NTASKS only where it was given a number."""
 
 
 def refuse_ranks(environment: Mapping[str, str] = os.environ) -> None:
@@ -39,7 +39,7 @@ def refuse_ranks(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _of_an_outer_step(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """What sbatch took from the step that it was called in: a step's own two descriptions of it are equal."""
+    """The variables to ignore: those that a job inherited because sbatch was called inside a step of another job."""
     pairs = [(environment.get(step), environment.get(job)) for step, job in _SAME_IN_A_STEP.items()]
     if _count(environment, _SRUN) > 1 and any(step and job and step != job for step, job in pairs):
         return _SRUN, _PMI
