@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llamatune.data.formats import FORMATS, Row, parse_row, strip_annotations
+from llamatune.data.decoding import Row
+from llamatune.data.formats import FORMATS, parse_row, strip_annotations
 from llamatune.data.prompts import Template
 from llamatune.data.rows import RawRow, RowError
 from llamatune.data.tokenizer import Tokenizer

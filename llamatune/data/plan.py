@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llamatune.data.decoding import decode_row
 from llamatune.data.encoding import Recipe
-from llamatune.data.formats import FORMATS, Format, decode_row, detect_format
+from llamatune.data.formats import FORMATS, Format, detect_format
 from llamatune.data.prompts import DEFAULT_TEMPLATES, Template, load_template
 from llamatune.data.rows import RowError, read_raw_rows
 from llamatune.data.tokenizer import load_tokenizer
