@@ -33,6 +33,14 @@ class Row:
 
 def decode_row(raw: RawRow) -> dict[str, Any]:
     """The JSON object that ``raw`` holds, checked but not yet of any format; raises ``RowError``."""
+    value = decode_value(raw)
+    if not isinstance(value, dict):
+        raise RowError("not_an_object", f"{kind_of(value)} where a row, a JSON object, is expected")
+    return value
+
+
+def decode_value(raw: RawRow) -> Any:
+    """The JSON value that ``raw`` holds, of whatever kind; raises ``RowError``."""
     if raw.error is not None:
         raise raw.error
     nul = raw.data.find(b"\0")
@@ -58,8 +66,6 @@ def decode_row(raw: RawRow) -> dict[str, Any]:
     if text.count("[") + text.count("{") > _DEEPEST and _deeper_than(value, _DEEPEST):
         # Where the parser gives up depends on the stack above it, which differs between us and a worker.
         raise RowError("not_json", "nested too deeply")
-    if not isinstance(value, dict):
-        raise RowError("not_an_object", f"{kind_of(value)} where a row, a JSON object, is expected")
     return value
 
 
@@ -102,6 +108,21 @@ def text_field(row: Mapping[str, Any], name: str, where: str = "the row") -> str
     if not value or value.isspace():
         raise RowError("empty_field", f"field {name!r} of {where} is empty")
     return without_nul(value, name)
+
+
+def optional_text(row: Mapping[str, Any], name: str) -> str:
+    """The text under ``name``; empty if it is absent, or null as pandas writes it."""
+    value = row.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RowError("wrong_type", f"field {name!r} of the row is {kind_of(value)}, not a string")
+    return without_nul(value, name)
+
+
+def is_empty(value: object) -> bool:
+    """Whether ``value`` says nothing: null, or an empty text, list or object (these also inside a text)."""
+    return value is None or value in ([], {}) or (isinstance(value, str) and value.strip() in ("", "[]", "{}"))
 
 
 def without_nul(value: str, name: str) -> str:

@@ -42,7 +42,7 @@ class EncodedBatch:
         truncated: kept rows that lost tokens; ``truncated_tokens`` is how many they lost.
         dropped: (position, reason).
         refused: (position, kind, message).
-        ignored_keys: how many rows have each key that is no field.
+        ignored_keys: how many rows have each key that is no field, or a field that the template does not show.
     """
 
     ids: array[int] = field(default_factory=lambda: array("i"))
@@ -71,6 +71,7 @@ def encode_batch(recipe: Recipe, rows: Sequence[RawRow]) -> EncodedBatch:
             batch.refused.append((position, fault.kind, fault.message))
             continue
         batch.ignored_keys.update(row.ignored_keys)
+        batch.ignored_keys.update(recipe.template.unshown(row))
         _add(batch, recipe, position, row)
     return batch
 

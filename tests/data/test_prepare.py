@@ -300,6 +300,32 @@ def test_d16_misspelt_and_extra_keys(prepare: Prepare, write_rows: WriteRows) ->
     assert report.ignored_keys == {"id": 2, "text": 1}
 
 
+def test_a_rows_system_message_and_earlier_turns_are_in_its_tokens(
+    prepare: Prepare, write_rows: WriteRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    said = [{"from": "human", "value": "seven"}, {"from": "gpt", "value": "stone"}]
+    prepare(write_rows([{"system": "green hills", "conversations": said}]))
+    ((ids, _, _),) = read_split(tmp_path / "out")
+    assert tokenizer.decode(ids) == "[INST] <<SYS>>\ngreen hills\n<</SYS>>\n\nseven [/INST] stone"
+    template = tmp_path / "mine.yaml"
+    template.write_text('prompt: "{system} {instruction} {input}:"\nturn: "{user}? {assistant}. "\n')
+    path = write_rows([alpaca(1, system="green", history=[["seven", "stone"]]), alpaca(2)])
+    prepare(path, template=str(template), output=tmp_path / "alpaca")
+    first, second = (tokenizer.decode(ids) for ids, _, _ in read_split(tmp_path / "alpaca"))
+    assert first == "seven? stone. green Count 1 apples :There are 1."
+    assert second == " Count 2 apples :There are 2."
+    message = _refused(prepare, path, output=tmp_path / "plain")
+    assert f"{path}:1: the template 'alpaca' has no place for earlier turns" in message
+
+
+def test_a_field_that_the_template_does_not_show_is_told_of(
+    prepare: Prepare, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text('prompt: "{instruction}:"\n')
+    rows = write_rows([alpaca(1), alpaca(2, input="green hills")])
+    assert prepare(rows, template=str(tmp_path / "mine.yaml")).ignored_keys == {"input": 1}
+
+
 def test_d17_a_nul_filled_tail(prepare: Prepare, write_rows: WriteRows) -> None:
     path = write_rows([alpaca(1)])
     size = path.stat().st_size
