@@ -163,6 +163,7 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from llamatune.data.rows import shown_place
     from llamatune.errors import printable
 
     def reasons(counts: dict[str, int]) -> str:
@@ -191,7 +192,10 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
             f"{split['rows']:,} rows, {split['tokens']:,} tokens, {split['target_tokens']:,} of them targets "
             f"({share:.0%}), longest row {split['longest_row_tokens']:,}",
         )
-    longest = ", ".join(f"{row['tokens']:,} ({row['file']}:{row['line']})" for row in report.longest_rows[:3])
+    longest = ", ".join(
+        f"{row['tokens']:,} ({shown_place(row['file'], row['line'], row.get('row'))})"
+        for row in report.longest_rows[:3]
+    )
     add("longest before cutting", longest)
     out.print(table)
     note = "already prepared, left as it is: " if report.unchanged else "written to "

@@ -21,6 +21,11 @@ def shown_path(path: Path) -> str:
     return str(path).encode(errors="replace").decode()
 
 
+def row_facts(row: RawRow, path: Path) -> dict[str, Any]:
+    """Where a row is, as JSON tells it: ``file``, ``line`` and, in a JSON list, ``row``."""
+    return {"file": shown_path(path), "line": row.line, **({} if row.row is None else {"row": row.row})}
+
+
 @dataclass
 class Counts:
     """The running totals of one preparation; ``rows_in`` is ``kept + dropped + refused``."""
@@ -56,11 +61,9 @@ class Counts:
             )
         if batch.refused and self.first_refused is None:
             position, _, message = batch.refused[0]
-            self.first_refused = f"{shown_path(path)}:{rows[position].line}: {message}"
+            self.first_refused = f"{rows[position].place(shown_path(path))}: {message}"
         longest = heapq.nlargest(_LONGEST_SHOWN, batch.full_lengths, key=lambda found: found[1])
-        self.longest += [
-            {"tokens": tokens, "file": shown_path(path), "line": rows[position].line} for position, tokens in longest
-        ]
+        self.longest += [{"tokens": tokens, **row_facts(rows[position], path)} for position, tokens in longest]
         self.longest.sort(key=lambda found: -int(found["tokens"]))  # stable: of equals the earlier one stays first
         del self.longest[_LONGEST_SHOWN:]
 
@@ -146,11 +149,11 @@ def no_rows_error(counts: Counts, files: list[Path]) -> DataError:
     return DataError(f"0 usable rows of {counts.rows_in}", ", ".join(map(shown_path, files)), todo)
 
 
-def overlong_error(batch: EncodedBatch, position: int, path: Path, line: int, max_seq_length: int) -> DataError:
+def overlong_error(batch: EncodedBatch, position: int, path: Path, row: RawRow, max_seq_length: int) -> DataError:
     """``--overlong error`` met a row that is too long."""
     tokens = dict(batch.full_lengths)[position]
     return DataError(
-        f"{shown_path(path)}:{line}: the row has {tokens} tokens, more than --max-seq-length {max_seq_length}",
+        f"{row.place(shown_path(path))}: the row has {tokens} tokens, more than --max-seq-length {max_seq_length}",
         None,
         "raise it, or choose --overlong truncate or drop",
     )

@@ -114,6 +114,22 @@ def test_d2_how_the_file_is_written_alters_no_token(prepare: Prepare, tmp_path: 
     assert products[0] == products[1] == products[2]
 
 
+def test_rows_of_a_list_on_one_line_are_named_by_their_number(prepare: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    rows = [alpaca(n) for n in range(1, 300)]
+    rows[200] = alpaca(201, output="seven stone " * 40)
+    path.write_text(json.dumps(rows))
+    assert prepare(path).longest_rows[0].items() >= {"file": str(path), "line": 1, "row": 201}.items()
+    message = _refused(prepare, path, max_seq_length=99, overlong="error", overwrite=True)
+    assert message.startswith(f"{path}: row 201: the row has ")
+    rows[120] = {"instruction": "a"}
+    path.write_text(json.dumps(rows))
+    assert _refused(prepare, path, overwrite=True).startswith(f"{path}: row 121: no field 'output'")
+    prepare(path, skip_bad_rows=1, overwrite=True)
+    refused = json.loads((tmp_path / "out" / "refused.jsonl").read_text())
+    assert (refused["line"], refused["row"]) == (1, 121)
+
+
 def test_d2_utf_16_and_latin_1_are_named(prepare: Prepare, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes((json.dumps(alpaca(1)) + "\n").encode("utf-16"))

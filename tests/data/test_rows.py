@@ -97,6 +97,19 @@ def test_d2_bom_crlf_blank_lines_and_no_final_newline_alter_nothing(path: Path) 
     assert [raw.line for raw in _read(path, b"[\n" + first + b",\n\n" + second + b"\n]")] == [2, 4]
 
 
+def test_a_row_of_a_list_is_called_by_its_number_and_by_its_line_where_that_tells_something(path: Path) -> None:
+    rows: list[Any] = [{"text": "a"}, {"text": "b"}, 7]
+
+    def places(text: str) -> list[str]:
+        return [raw.place("f") for raw in _read(path, text.encode())]
+
+    assert places(json.dumps(rows)) == ["f: row 1", "f: row 2", "f: row 3"]
+    assert places(json.dumps(rows, indent=1)) == ["f:2: row 1", "f:5: row 2", "f:8: row 3"]
+    assert places("\n" + "\n\n".join(map(json.dumps, rows))) == ["f:2", "f:4", "f:6"]
+    assert places("[{}, , {}, {") == ["f: row 1", "f: row 2", "f: row 3", "f: row 4"]
+    assert places("[{}] x") == ["f: row 1", "f: row 2"]
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_d2_utf_16_is_named(path: Path, encoding: str) -> None:
     path.write_bytes('{"text": "é"}\n'.encode(encoding))
