@@ -183,6 +183,8 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
     add("dropped", f"{report.dropped:,}{reasons(report.dropped_reasons)}")
     add("refused", f"{report.refused:,}{reasons(report.refused_reasons)}")
     add("duplicates", f"{report.duplicates:,}")
+    if report.prompts_not_prefix:
+        add("prompts not a prefix", f"{report.prompts_not_prefix:,} (alone they give other tokens than in their row)")
     if report.ignored_keys:
         add("ignored keys", ", ".join(f"{key} ({n:,})" for key, n in report.ignored_keys.items()))
     for name, split in report.splits.items():

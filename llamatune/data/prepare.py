@@ -22,6 +22,7 @@ from llamatune.data.report import (
     PrepareReport,
     bad_rows_error,
     no_rows_error,
+    not_prefix_warning,
     overlong_error,
     row_facts,
     shown_path,
@@ -126,6 +127,8 @@ class _Job:
             for spool, files in ((train, options.rows), (validation, options.validation)):
                 if spool is not None and not len(spool):
                     raise no_rows_error(self.counts, files or [])
+            if self.counts.prompts_not_prefix:
+                self.on_event(Notice(not_prefix_warning(self.counts), "warning"))
             splits = self._write(train, validation)
         if not self.counts.refused:
             (path / "refused.jsonl").unlink()

@@ -34,6 +34,7 @@ class Counts:
     kept: int = 0
     truncated: int = 0
     truncated_tokens: int = 0
+    prompts_not_prefix: int = 0
     duplicates: int = 0
     validation_rows_in_train: int = 0
     dropped_reasons: Counter[str] = field(default_factory=Counter)
@@ -53,6 +54,7 @@ class Counts:
         self.kept += len(batch.positions)
         self.truncated += batch.truncated
         self.truncated_tokens += batch.truncated_tokens
+        self.prompts_not_prefix += batch.prompts_not_prefix
         self.dropped_reasons.update(reason for _, reason in batch.dropped)
         self.refused_reasons.update(kind for _, kind, _ in batch.refused)
         for key, count in batch.ignored_keys.items():
@@ -74,6 +76,7 @@ class Counts:
             "kept": self.kept,
             "truncated": self.truncated,
             "truncated_tokens": self.truncated_tokens,
+            "prompts_not_prefix": self.prompts_not_prefix,
             "dropped": self.dropped_reasons.total(),
             "dropped_reasons": dict(sorted(self.dropped_reasons.items())),
             "refused": self.refused,
@@ -90,7 +93,8 @@ class PrepareReport:
     """What ``prepare-data`` did. ``unchanged``: a finished product of the same inputs was already there.
 
     ``longest_rows`` names the longest rows before cutting; ``splits`` has rows, tokens, target tokens and the longest
-    row of each split as written.
+    row of each split as written. ``prompts_not_prefix`` counts the kept rows whose tokens do not begin with those
+    of the prompt alone; None: the directory was made before they were counted.
     """
 
     output: str
@@ -115,18 +119,29 @@ class PrepareReport:
     format: str
     template: dict[str, Any]
     max_seq_length: int
+    prompts_not_prefix: int | None = None
 
     @classmethod
     def from_facts(cls, output: Path, facts: object, unchanged: bool) -> PrepareReport | None:
         """The report that a manifest's facts tell; None if they are not what we write."""
         names = cls.__dataclass_fields__.keys() - {"output", "unchanged"}
-        if not isinstance(facts, dict) or not names <= facts.keys():
+        if not isinstance(facts, dict) or not names - {"prompts_not_prefix"} <= facts.keys():
             return None
-        return cls(output=shown_path(output), unchanged=unchanged, **{name: facts[name] for name in names})
+        told = {name: facts[name] for name in names & facts.keys()}
+        return cls(output=shown_path(output), unchanged=unchanged, **told)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
         return asdict(self)
+
+
+def not_prefix_warning(counts: Counts) -> str:
+    """What to do about prompts that end in the middle of a token of their row."""
+    return (
+        f"{counts.prompts_not_prefix:,} of {counts.kept:,} rows begin with other tokens than their prompt alone gives, "
+        "so generate will not continue it as trained: drop the space at the end of the template or prompt, and let the "
+        "template's before_completion begin with a space or a newline"
+    )
 
 
 def bad_rows_error(counts: Counts) -> DataError:
