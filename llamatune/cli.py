@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from llamatune import __version__
+from llamatune.commands._parsing import StrictCommand, StrictGroup
 from llamatune.commands.benchmark import benchmark
 from llamatune.commands.count_params import count_params
 from llamatune.commands.demo import demo
@@ -56,6 +57,7 @@ def build_app() -> typer.Typer:
     app = typer.Typer(
         name="llamatune",
         help="Fine-tune LLaMA models with LoRA.",
+        cls=StrictGroup,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     )
@@ -72,7 +74,7 @@ def build_app() -> typer.Typer:
 
     for panel, verbs in (("Core verbs", _CORE), ("More verbs", _OTHERS)):
         for name, verb in verbs.items():
-            app.command(name, rich_help_panel=panel)(verb)
+            app.command(name, cls=StrictCommand, rich_help_panel=panel)(verb)
     return app
 
 

@@ -147,6 +147,17 @@ def test_beam_search_survives_eos_tokens_that_take_every_place(model: Transforme
     assert not set(found.ids) & set(likeliest)
 
 
+@pytest.mark.parametrize("beams", [1, 4])
+def test_what_is_not_used_of_the_length_costs_nothing(model: Transformer, beams: int) -> None:
+    """So many tokens would be more memory than any machine has."""
+    eos = {complete(model, [PROMPTS[2]], Sampling(30, 0, num_beams=beams), ())[0].ids[-1]}
+    short, long = (
+        complete(model, [PROMPTS[2]], Sampling(length, 0, num_beams=beams), eos)[0] for length in (400, 1 << 40)
+    )
+    assert short.finish_reason == "eos"
+    assert long == short
+
+
 def test_several_prompts_with_beams_are_completed_as_alone(model: Transformer) -> None:
     sampling = Sampling(max_new_tokens=8, num_beams=3)
     alone = [complete(model, [prompt], sampling, {9, 40})[0] for prompt in PROMPTS]
