@@ -12,8 +12,8 @@ from model_judges import IDS, reference_logits
 from llamatune.checkpoints.loading import load_model
 from llamatune.inference.generate import complete
 from llamatune.inference.sampling import Sampling
-from llamatune.model.config import LlamaConfig
 from llamatune.model import transformer
+from llamatune.model.config import LlamaConfig
 from llamatune.model.transformer import KVCache, Transformer, initialise
 
 SHAPES = {
