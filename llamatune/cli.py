@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from llamatune import __version__
+from llamatune.commands._parsing import StrictCommand, StrictGroup
 from llamatune.commands.benchmark import benchmark
 from llamatune.commands.count_params import count_params
 from llamatune.commands.demo import demo
@@ -67,6 +68,7 @@ def build_app() -> typer.Typer:
     app = typer.Typer(
         name="llamatune",
         help="Fine-tune LLaMA models with LoRA.",
+        cls=StrictGroup,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     )
@@ -83,7 +85,7 @@ def build_app() -> typer.Typer:
 
     for panel, verbs in (("Core verbs", _CORE), ("More verbs", _OTHERS)):
         for name, verb in verbs.items():
-            app.command(name, rich_help_panel=panel)(_in_one_process(verb))
+            app.command(name, cls=StrictCommand, rich_help_panel=panel)(_in_one_process(verb))
     return app
 
 

@@ -23,7 +23,7 @@ FLOORS = [
     {"spec", "accounting"},
     {"devices", "tensor_files", "seeds", "strict_yaml", "versions", "journal", "units", "manifests"},
     {"free_memory", "ranks"},
-    {"files"},
+    {"files", "paths"},
     {"errors", "events"},
 ]
 # The configuration is part of what is computed, but needs no torch, and the foundation may speak of it.

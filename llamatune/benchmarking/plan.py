@@ -17,7 +17,7 @@ from llamatune.devices import choose_device
 from llamatune.errors import LlamatuneError
 from llamatune.events import Notice, OnEvent
 from llamatune.files import digest_bytes
-from llamatune.spec import RunSpec, load_spec, read_spec_values
+from llamatune.spec import RunSpec, load_spec, read_spec_values, refuse_twice
 from llamatune.training.setup import Inputs, open_inputs
 
 
@@ -58,6 +58,7 @@ def plan_benchmark(options: BenchmarkOptions, on_event: OnEvent) -> tuple[Grid, 
         LlamatuneError: the spec is wrong by itself, or no cell has a valid one or what it reads.
     """
     base = load_spec(options.spec_path, list(options.overrides))
+    refuse_twice([*options.overrides, *options.grid])
     axes = [parse_axis(text) for text in options.grid]
     preset = options.preset or (None if axes else "techniques")
     grid = Grid(()) if preset is None else preset_grid(preset, choose_device(base.training.device).type == "cuda")

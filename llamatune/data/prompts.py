@@ -17,6 +17,7 @@ from typing import Any
 from llamatune.data.decoding import Row
 from llamatune.errors import CheckpointError, DataError, LlamatuneError, SpecError
 from llamatune.files import read_bytes
+from llamatune.paths import expand_home
 
 _LARGEST_FILE_BYTES = 1 << 20
 _LARGEST_TEXT = 100_000
@@ -198,7 +199,7 @@ def load_template(name_or_file: str) -> Template:
     """
     if name_or_file in TEMPLATES:
         return TEMPLATES[name_or_file]
-    path = Path(name_or_file)
+    path = Path(expand_home(name_or_file))
     if not path.exists():
         known = ", ".join(TEMPLATES)
         raise SpecError(f"no template {name_or_file!r}", None, f"give a YAML file or one of: {known}")

@@ -79,7 +79,7 @@ def answer(request: Request, on_event: OnEvent = ignore_event, should_stop: Shou
     )
     tokenizer, template = opened.tokenizer(), opened.template(request.template)
     texts = [_prompt_text(prompt, template, number) for number, prompt in enumerate(request.prompts, 1)]
-    ids = [tokenizer.encode(text) for text in texts]
+    ids = opened.encode(tokenizer, texts, request.sampling.max_new_tokens, on_event)
     with memory_faults(opened.device, "use a 16-bit --dtype, or fewer --max-new-tokens"):
         models = opened.load(on_event, should_stop)
         eos_ids = {*opened.checkpoint.config.eos_token_ids, tokenizer.eos_id}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,21 @@ class OpenedModel:
         stored = self.adapter.template if self.adapter is not None else _stored_template(self.path)
         where = self.path if self.adapter is None else self.adapter.path
         return None if stored is None else Template.from_dict(stored, where)
+
+    def encode(
+        self, tokenizer: Tokenizer, prompts: Sequence[str], new_tokens: int, on_event: OnEvent
+    ) -> list[list[int]]:
+        """Ids of each prompt, BOS included; a warning if they, or so many new tokens after them, exceed the context."""
+        ids = [tokenizer.encode(prompt) for prompt in prompts]
+        known = self.checkpoint.config.max_position_embeddings
+        longest, beyond = max(map(len, ids), default=0), sum(len(prompt) > known for prompt in ids)
+        if beyond:
+            what = f"{beyond} of {len(ids)} prompts have more than the {known} tokens the model knows"
+            on_event(Notice(f"{what}, the longest {longest}", "warning"))
+        elif longest + new_tokens > known:
+            what = f"a prompt of {longest} tokens and up to {new_tokens} new ones"
+            on_event(Notice(f"{what} can become more than the {known} tokens the model knows", "warning"))
+        return ids
 
     def load(self, on_event: OnEvent, should_stop: ShouldStop) -> dict[str, Transformer]:
         """The model asked for under ``""``, and the base under ``base_`` where the two are compared; ready to compute.

@@ -48,7 +48,8 @@ def train(
     if resume and not overwrite:
         summary = finished_summary(spec, inputs.digests, allowed_changes)
         if summary is not None:
-            on_event(Notice(f"{spec.training.output_dir} is finished: nothing to do"))
+            how = "stopped early" if summary.get("stopped_early") else "is finished"
+            on_event(Notice(f"{spec.training.output_dir} {how}: nothing to do"))
             return summary
     needed = _CHECKPOINT_BYTES * inputs.count.trainable_parameters
     refuse_small_disk(Path(spec.training.output_dir), needed, "a checkpoint")
