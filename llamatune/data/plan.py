@@ -74,7 +74,7 @@ class Plan:
 
 def make_plan(options: PrepareOptions, on_event: OnEvent) -> Plan:
     """Load the tokenizer and the template, find the format, and digest the input files."""
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer, on_event)
     row_format = _format_of(options)
     template = _template_for(row_format, options, on_event)
     gsm8k = row_format.name == "gsm8k"
