@@ -13,7 +13,7 @@ from llamatune.data.dataset import Batch
 from llamatune.memory import sizes
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.memory.step import levels_of, step_bytes
-from llamatune.model import attention, loss, projection, quantization
+from llamatune.model import loss, projection, quantization
 from llamatune.model.config import LINEAR_MODULES, PRESETS, LlamaConfig
 from llamatune.model.recompute import Recompute
 from llamatune.training import adamw_8bit, memory_gate
@@ -44,7 +44,6 @@ def measured(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: tup
 def test_the_sizes_of_tiles_and_chunks_are_the_code_s() -> None:
     assert sizes.TILE_TOKENS == projection.TILE_TOKENS
     assert sizes.LOGITS_AT_ONCE == loss.LOGITS_AT_ONCE
-    assert sizes.SHORT_TOKENS == attention._SHORT_TOKENS
     assert sizes.WEIGHTS_AT_ONCE == quantization.WEIGHTS_AT_ONCE
     assert sizes.ELEMENTS_AT_ONCE == adamw_8bit._ELEMENTS_AT_ONCE
 
