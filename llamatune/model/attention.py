@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from llamatune.devices import capability_of
 from llamatune.model.kernels import Kernel, choose_kernel, head_room
 
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -59,12 +61,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Docu
     return torch.cat([_attend(*sample) for sample in samples], dim=2)
 
 
-def _dtype_name(q: Tensor) -> str:
-    return str(q.dtype).removeprefix("torch.")
-
-
 def _kernel(q: Tensor, mask: str = "causal", samples: int = 1) -> Kernel:
-    return choose_kernel(capability_of(q.device), _dtype_name(q), q.shape[3], q.shape[2], samples, mask)
+    return choose_kernel(capability_of(q.device), _DTYPES[q.dtype], q.shape[3], q.shape[2], samples, mask)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "causal", mask: Tensor | None = None) -> Tensor:
@@ -76,7 +74,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "causal", mask: Tensor 
     if kernel is Kernel.SDPA:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
     k, v = _repeated(q, k, v)
-    missing = head_room(kernel, capability_of(q.device), _dtype_name(q), E) - E
+    missing = head_room(kernel, capability_of(q.device), _DTYPES[q.dtype], E) - E
     if missing:
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=E**-0.5)

@@ -13,7 +13,7 @@ from llamatune.data.dataset import Batch
 from llamatune.memory import sizes
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.memory.step import levels_of, step_bytes
-from llamatune.model import loss, projection, quantization
+from llamatune.model import attention, loss, projection, quantization
 from llamatune.model.config import LINEAR_MODULES, PRESETS, LlamaConfig
 from llamatune.model.recompute import Recompute
 from llamatune.training import adamw_8bit, memory_gate
@@ -134,6 +134,20 @@ def test_samples_of_several_lengths_on_real_tensors(
     _, meter = real_step(spec, SMALL, batch)
     found = step_bytes(spec, SMALL, Rows(lengths, target_tokens), cuda=False).peak
     assert found == pytest.approx(meter.peak_bytes, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 300), (3, 200)])
+@pytest.mark.parametrize(("fused", "mode"), [(True, "none"), (True, "projections"), (False, "none"), (True, "block")])
+@pytest.mark.parametrize("hidden", [256, 240], ids=["heads of 32", "heads of 30, filled up"])
+def test_a_gpu_that_wants_keys_and_values_repeated(
+    monkeypatch: pytest.MonkeyPatch, hidden: int, fused: bool, mode: str, rows: int, tokens: int
+) -> None:
+    config = LlamaConfig(hidden, 688, 4, 8, 2, 1000)
+    spec = spec_of(LINEAR_MODULES, mode, dtype="float32", precision="fp32", fused=fused)
+    monkeypatch.setattr(attention, "capability_of", lambda device: (9, 0))
+    targets = rows * max(1, round(tokens * memory_gate.TARGET_SHARE))
+    found = step_bytes(spec, config, Rows((tokens,) * rows, targets), (9, 0)).peak
+    assert found == pytest.approx(measured(spec, config, rows, tokens), rel=TOLERANCE)
 
 
 def test_categories_are_what_they_are_called() -> None:
