@@ -165,7 +165,7 @@ def _refuse_unsupported(device: torch.device) -> None:
     raise EnvironmentFault(
         f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; {built}",
         device,
-        f"{build_for(capability)}, or use the device cpu",
+        f"{build_for(capability)}, or use the device cpu (in the environment: CUDA_VISIBLE_DEVICES=)",
     )
 
 
