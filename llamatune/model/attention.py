@@ -53,7 +53,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Docu
     if documents is None or len(documents.lengths) == 1:
         return _attend(q, k, v)
     lengths = list(documents.lengths)
-    if _kernel(q, samples=len(lengths)) is Kernel.VARLEN:
+    _, _, N, E = q.shape
+    if choose_kernel(capability_of(q.device), _DTYPES[q.dtype], E, N, len(lengths)) is Kernel.VARLEN:
         return _attend_to_ragged(q, k, v, documents)
     if len(set(lengths)) == 1:
         return _attend_to_equal(q, k, v, len(lengths))
@@ -61,20 +62,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Docu
     return torch.cat([_attend(*sample) for sample in samples], dim=2)
 
 
-def _kernel(q: Tensor, mask: str = "causal", samples: int = 1) -> Kernel:
-    return choose_kernel(capability_of(q.device), _DTYPES[q.dtype], q.shape[3], q.shape[2], samples, mask)
-
-
 def _attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "causal", mask: Tensor | None = None) -> Tensor:
     """One call for a batch whose rows are one sample each; ``kind`` of mask as ``choose_kernel`` has it."""
-    kernel, (T, E) = _kernel(q, kind), q.shape[2:]
+    _, _, T, E = q.shape
+    capability, dtype = capability_of(q.device), _DTYPES[q.dtype]
+    kernel = choose_kernel(capability, dtype, E, T, 1, kind)
     causal = kind == "causal" and T > 1
     if kernel is Kernel.PRODUCTS:
         return _attend_by_products(q, k, v)
     if kernel is Kernel.SDPA:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
     k, v = _repeated(q, k, v)
-    missing = head_room(kernel, capability_of(q.device), _DTYPES[q.dtype], E) - E
+    missing = head_room(kernel, capability, dtype, E) - E
     if missing:
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=E**-0.5)
