@@ -22,6 +22,7 @@ from torch import Tensor
 from llamatune.accounting import count_parameters
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.data.dataset import Batch, open_prepared
+from llamatune.devices import choose_device
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.compilable import compiling
 from llamatune.spec import build_spec
@@ -40,7 +41,7 @@ def llamatune_step(values: dict[str, Any], batches: list[Batch]) -> tuple[Step, 
     assert lora is not None
     count = count_parameters(checkpoint.config, lora.r, lora.target_modules)
     data: Any = None
-    device = torch.device(spec.training.device)
+    device = choose_device(spec.training.device)
     inputs = Inputs(checkpoint.config, checkpoint, "", data, None, None, {}, count, device)
     learner = build_learner(spec, inputs, ignore_event, never_stop)
 

@@ -93,9 +93,6 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, s
 _WRITERS = ("prepare-data", "train", "merge-lora", "benchmark", "demo", "report")
 
 
-_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-
-
 class _StoppedEarly(BaseException):
     """A signal before a verb listens for signals itself: nothing has begun, so nothing is to be finished."""
 
@@ -107,7 +104,6 @@ def _stop_early(number: int, frame: FrameType | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit with its code; what a user can cause ends in one line on stderr."""
     _open_closed_streams()
-    _let_segments_grow()
     _collect_less_garbage()
     before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
     try:
@@ -140,12 +136,6 @@ def _open_closed_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-
-
-def _let_segments_grow() -> None:
-    """Keep CUDA's allocator from losing memory to gaps, as rows differ in length; what the user set stays."""
-    if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
-        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"  # torch reads it when CUDA starts
 
 
 def _silence_closed_streams() -> None:

@@ -26,8 +26,8 @@ FLOORS = [
     {"files", "paths"},
     {"errors", "events"},
 ]
-# The configuration is part of what is computed, but needs no torch, and the foundation may speak of it.
-SHARED = {"llamatune", "llamatune.model.config"}
+# Shapes and kernels are part of what is computed, but need no torch, and the foundation may speak of them.
+SHARED = {"llamatune", "llamatune.model.config", "llamatune.model.kernels"}
 
 
 def rooms() -> dict[str, Path]:

@@ -15,7 +15,7 @@ import torch
 
 from llamatune.benchmarking.meter import CategoryMeter
 from llamatune.data.dataset import Batch
-from llamatune.devices import memory_faults
+from llamatune.devices import capability_of, memory_faults
 from llamatune.errors import NumericsError
 from llamatune.events import ignore_event, never_stop
 from llamatune.inference.evaluate import held_out_loss
@@ -198,7 +198,7 @@ def predicted_bytes(spec: RunSpec, inputs: Inputs) -> int:
     """What ``plan-memory`` says of the heaviest rows of the data, whether or not the steps met them."""
     train = inputs.prepared.train
     rows = heaviest_rows(train.lengths, train.target_counts, spec)
-    return plan_memory(spec, inputs.config, rows, inputs.device.type == "cuda", limit_of(spec, None)).step.peak
+    return plan_memory(spec, inputs.config, rows, capability_of(inputs.device), limit_of(spec, None)).step.peak
 
 
 def _timing(done: TimedSteps) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from llamatune import __version__
 from llamatune.benchmarking.grid import Cell, Grid, expand, parse_axis, preset_grid
 from llamatune.benchmarking.measure import Task
-from llamatune.devices import choose_device
+from llamatune.devices import find_device
 from llamatune.errors import LlamatuneError
 from llamatune.events import Notice, OnEvent
 from llamatune.files import digest_bytes
@@ -61,7 +61,9 @@ def plan_benchmark(options: BenchmarkOptions, on_event: OnEvent) -> tuple[Grid, 
     refuse_twice([*options.overrides, *options.grid])
     axes = [parse_axis(text) for text in options.grid]
     preset = options.preset or (None if axes else "techniques")
-    grid = Grid(()) if preset is None else preset_grid(preset, choose_device(base.training.device).type == "cuda")
+    grid = (
+        Grid(()) if preset is None else preset_grid(preset, find_device(base.training.device, on_event).type == "cuda")
+    )
     grid = grid.with_axes(axes)
     overrides = [*options.overrides, f"training.output_dir={json.dumps(str(options.output))}"]
     if options.epochs is not None:

@@ -96,7 +96,7 @@ def evaluate(
         of_both: dict[str, Any] = {
             "model": model, "data": data, "adapter": adapter, "compare": compare, "limit": limit,
             "batch_size": batch_size, "force_base": force_base, "dtype": DTYPE_NAMES.get(dtype),
-            "device": choose_device(device),
+            "device": choose_device(device, console.on_event),
         }  # fmt: skip
         if task is None:
             rows_file = None if per_row is None else output_file(per_row, overwrite)

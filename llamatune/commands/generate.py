@@ -63,7 +63,7 @@ def generate(
 
         if dtype != "same" and dtype not in DTYPE_NAMES:
             raise SpecError(f"--dtype is same, {', '.join(DTYPE_NAMES)}, not {dtype!r}")
-        held, on = DTYPE_NAMES.get(dtype), choose_device(device)
+        held, on = DTYPE_NAMES.get(dtype), choose_device(device, console.on_event)
         request = Request(model, prompts, sampling, adapter, template, compare, force_base, held, on)
         answers = answer(request, console.on_event, console.should_stop)
         results = [asdict(found) for found in answers.results]

@@ -16,6 +16,7 @@ from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.data.prompts import Template, load_template
 from llamatune.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from llamatune.devices import lacks_bf16
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.files import MANIFEST, read_json
@@ -109,6 +110,10 @@ def open_model(
     if dtype is None and device.type == "cpu" and _stored_dtype(checkpoint) == torch.float16:
         on_event(Notice("computing in fp32, since fp16 is very slow on a CPU; --dtype bfloat16 takes half the memory"))
         dtype = torch.float32
+    if (dtype or _stored_dtype(checkpoint)) == torch.bfloat16 and lacks_bf16(device):
+        on_event(
+            Notice(f"{torch.cuda.get_device_name(device)} has no bf16 and is slow with it; --dtype float16 is quick")
+        )
     return OpenedModel(model, checkpoint, loaded, compare, dtype, device)
 
 

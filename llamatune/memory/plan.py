@@ -12,6 +12,7 @@ from typing import Any
 from llamatune.memory.sizes import Rows
 from llamatune.memory.step import Levels, Step, StepBytes, levels_of
 from llamatune.model.config import LINEAR_MODULES, LlamaConfig
+from llamatune.model.kernels import Gpu
 from llamatune.spec import RunSpec
 from llamatune.units import gibibytes, parse_size
 
@@ -60,7 +61,7 @@ class MemoryPlan:
         }  # fmt: skip
 
 
-def plan_memory(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: bool, limit_bytes: int | None) -> MemoryPlan:
+def plan_memory(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu, limit_bytes: int | None) -> MemoryPlan:
     """Predict the peak of a step of ``rows``.
 
     Under ``activation_checkpointing: none`` fused blocks recompute as much as the limit asks for, nothing if everything

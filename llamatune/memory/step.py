@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from llamatune.memory import fused, plain
 from llamatune.memory.sizes import LOGITS_AT_ONCE, Part, Rows, Sizes
 from llamatune.model.config import LlamaConfig
+from llamatune.model.kernels import Gpu
 from llamatune.spec import RunSpec
 
 Levels = tuple[int, ...]
@@ -47,7 +48,7 @@ def is_whole(mode: str, layer: int) -> bool:
     return mode == "block" or (mode.startswith("every_") and (layer + 1) % int(mode.removeprefix("every_")) == 0)
 
 
-def step_bytes(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: bool, levels: Levels | None = None) -> StepBytes:
+def step_bytes(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu, levels: Levels | None = None) -> StepBytes:
     """The memory of a step whose micro-batches are ``rows``; ``levels`` in place of ``activation_checkpointing``'s."""
     return Step(spec, config, rows, cuda).highest(levels)
 
@@ -55,7 +56,7 @@ def step_bytes(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: bool, level
 class Step:
     """One step's parts, each computed once."""
 
-    def __init__(self, spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: bool) -> None:
+    def __init__(self, spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu) -> None:
         self.z, self.mode = Sizes(spec, config, rows, cuda), spec.training.activation_checkpointing
         self._block = functools.cache(self._block_parts)
 

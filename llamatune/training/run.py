@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.checkpoints.run_state import list_checkpoints
-from llamatune.devices import memory_faults
+from llamatune.devices import capability_of, memory_faults
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.files import refuse_occupied, refuse_small_disk
 from llamatune.free_memory import held_host_bytes
@@ -58,7 +58,7 @@ def train(
     plan = plan_run_memory(spec, inputs.config, inputs.prepared.train, inputs.device)
 
     def what_helps() -> str:
-        advice = after_running_out(spec, inputs.config, plan, inputs.device.type == "cuda")
+        advice = after_running_out(spec, inputs.config, plan, capability_of(inputs.device))
         saved = list_checkpoints(Path(spec.training.output_dir) / CHECKPOINTS)
         return f"{advice}; the last checkpoint is {saved[0]}" if saved else advice
 
@@ -100,5 +100,5 @@ def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent 
         "total_steps": schedule.total_steps,
         "device": str(inputs.device),
         "output_dir": str(output),
-        "memory_plan": outlook(spec, inputs.config, memory, inputs.device.type == "cuda"),
+        "memory_plan": outlook(spec, inputs.config, memory, capability_of(inputs.device)),
     }

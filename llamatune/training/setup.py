@@ -78,7 +78,7 @@ class Learner:
 
 def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
     """Open the base and the data, and refuse what does not fit together."""
-    device = choose_device(spec.training.device)
+    device = choose_device(spec.training.device, on_event)
     check_precision(spec, device, on_event)
     prepared = open_prepared(Path(spec.data.train))
     validation, validation_digest = prepared.validation, None

@@ -44,7 +44,6 @@ def measured(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: tup
 def test_the_sizes_of_tiles_and_chunks_are_the_code_s() -> None:
     assert sizes.TILE_TOKENS == projection.TILE_TOKENS
     assert sizes.LOGITS_AT_ONCE == loss.LOGITS_AT_ONCE
-    assert sizes.SHORT_TOKENS == attention._SHORT_TOKENS
     assert sizes.WEIGHTS_AT_ONCE == quantization.WEIGHTS_AT_ONCE
     assert sizes.ELEMENTS_AT_ONCE == adamw_8bit._ELEMENTS_AT_ONCE
 
@@ -135,6 +134,20 @@ def test_samples_of_several_lengths_on_real_tensors(
     _, meter = real_step(spec, SMALL, batch)
     found = step_bytes(spec, SMALL, Rows(lengths, target_tokens), cuda=False).peak
     assert found == pytest.approx(meter.peak_bytes, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 300), (3, 200)])
+@pytest.mark.parametrize(("fused", "mode"), [(True, "none"), (True, "projections"), (False, "none"), (True, "block")])
+@pytest.mark.parametrize("hidden", [256, 240], ids=["heads of 32", "heads of 30, filled up"])
+def test_a_gpu_that_wants_keys_and_values_repeated(
+    monkeypatch: pytest.MonkeyPatch, hidden: int, fused: bool, mode: str, rows: int, tokens: int
+) -> None:
+    config = LlamaConfig(hidden, 688, 4, 8, 2, 1000)
+    spec = spec_of(LINEAR_MODULES, mode, dtype="float32", precision="fp32", fused=fused)
+    monkeypatch.setattr(attention, "capability_of", lambda device: (9, 0))
+    targets = rows * max(1, round(tokens * memory_gate.TARGET_SHARE))
+    found = step_bytes(spec, config, Rows((tokens,) * rows, targets), (9, 0)).peak
+    assert found == pytest.approx(measured(spec, config, rows, tokens), rel=TOLERANCE)
 
 
 def test_categories_are_what_they_are_called() -> None:
