@@ -21,7 +21,7 @@ FLOORS = [
     {"model"},
     {"memory"},
     {"spec", "accounting"},
-    {"devices", "tensor_files", "seeds", "strict_yaml", "versions", "journal", "units", "manifests"},
+    {"devices", "threads", "tensor_files", "seeds", "strict_yaml", "versions", "journal", "units", "manifests"},
     {"free_memory"},
     {"files"},
     {"errors", "events"},
