@@ -95,6 +95,13 @@ def test_the_whole_package_never_loads_transformers_or_peft() -> None:
     assert not loaded_after(every) & {"transformers", "peft", "accelerate"}
 
 
+def test_matplotlib_is_loaded_only_to_draw() -> None:
+    every = "; ".join(f"import {name.removesuffix('.__init__')}" for name in rooms() if "__main__" not in name)
+    assert "matplotlib" not in loaded_after(every)
+    drawing = "from llamatune.reporting.drawing import require_matplotlib; require_matplotlib()"
+    assert "matplotlib" in loaded_after(drawing)
+
+
 @pytest.mark.parametrize(
     "forbidden", ["weights_only=False", "strict=False)", "pickle.load", "shell=True", "torch.save("]
 )

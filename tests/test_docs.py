@@ -14,6 +14,7 @@ from llamatune.checkpoints.config_files import read_config
 from llamatune.spec import build_spec, load_spec
 from llamatune.strict_yaml import parse_yaml
 
+
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
     make_workplace(tmp_path)
