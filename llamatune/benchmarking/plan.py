@@ -18,7 +18,8 @@ from llamatune.errors import LlamatuneError
 from llamatune.events import Notice, OnEvent
 from llamatune.files import digest_bytes
 from llamatune.spec import RunSpec, load_spec, read_spec_values, refuse_twice
-from llamatune.training.setup import Inputs, open_inputs
+from llamatune.threads import threads_for
+from llamatune.training.setup import Inputs, micro_batch_tokens, open_inputs
 
 
 @dataclass(frozen=True)
@@ -114,5 +115,6 @@ def _open(spec: RunSpec, on_event: OnEvent) -> Inputs | LlamatuneError:
 def _identity(task: Task, inputs: Inputs) -> str:
     spec = task.spec.model_dump(mode="json", exclude={"training": {"output_dir"}, "tracking": True})
     decisive = [spec, task.steps, task.seeds, task.memory_limit_bytes, inputs.digests]
-    versions = [__version__, torch.__version__, torch.get_num_threads()]
+    threads = threads_for(inputs.config, micro_batch_tokens(task.spec, inputs.prepared.train))
+    versions = [__version__, torch.__version__, threads]
     return digest_bytes(json.dumps([*decisive, *versions], sort_keys=True).encode())[:20]

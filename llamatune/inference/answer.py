@@ -21,6 +21,7 @@ from llamatune.files import parse_json, read_bytes
 from llamatune.inference.generate import Completion, complete
 from llamatune.inference.opened import open_model
 from llamatune.inference.sampling import Sampling
+from llamatune.threads import suitable_threads
 
 _BATCH = 16
 _LARGEST_PROMPT_FILE = 256 << 20
@@ -80,9 +81,11 @@ def answer(request: Request, on_event: OnEvent = ignore_event, should_stop: Shou
     tokenizer, template = opened.tokenizer(), opened.template(request.template)
     texts = [_prompt_text(prompt, template, number) for number, prompt in enumerate(request.prompts, 1)]
     ids = opened.encode(tokenizer, texts, request.sampling.max_new_tokens, on_event)
-    with memory_faults(opened.device, "use a 16-bit --dtype, or fewer --max-new-tokens"):
+    beams, config = request.sampling.num_beams, opened.checkpoint.config
+    threads = suitable_threads(config, beams if beams > 1 else min(_BATCH, len(ids)))
+    with memory_faults(opened.device, "use a 16-bit --dtype, or fewer --max-new-tokens"), threads:
         models = opened.load(on_event, should_stop)
-        eos_ids = {*opened.checkpoint.config.eos_token_ids, tokenizer.eos_id}
+        eos_ids = {*config.eos_token_ids, tokenizer.eos_id}
 
         def run(name: str, task: str) -> tuple[list[Completion], float]:
             started, done = monotonic(), []

@@ -22,6 +22,7 @@ from llamatune.inference.opened import OpenedModel
 from llamatune.inference.sampling import Sampling
 from llamatune.inference.significance import Accuracy, exact_mcnemar
 from llamatune.journal import Journal, open_journal
+from llamatune.threads import suitable_threads
 
 _REVISION = 1  # raise it when the same settings come to give other answers
 
@@ -158,6 +159,8 @@ def evaluate_gsm8k(
             del answered[len(answered) // evaluation.batch_size * evaluation.batch_size :]
             journal.keep(len(answered))
         stack.enter_context(memory_faults(opened.device, MEMORY_ADVICE))
+        together = min(evaluation.batch_size, len(prompts))
+        stack.enter_context(suitable_threads(opened.checkpoint.config, together))
         try:
             for batch in _replies(evaluation, opened, tokenizer, prompts[len(answered) :], on_event, should_stop):
                 added = list(zip(questions[len(answered) :], batch, strict=False))

@@ -14,13 +14,14 @@ from llamatune.memory.outlook import outlook
 from llamatune.memory.remedies import after_running_out
 from llamatune.model.compilable import compiling
 from llamatune.spec import RunSpec
+from llamatune.threads import suitable_threads
 from llamatune.training.compiling import check_compiler, compile_ahead
 from llamatune.training.loop import TrainingLoop
 from llamatune.training.memory import plan_run_memory, report_plan
 from llamatune.training.profiling import profiled
 from llamatune.training.run_directory import claim_run_directory, finished_summary
 from llamatune.training.run_files import CHECKPOINTS
-from llamatune.training.setup import build_learner, open_inputs, plan_schedule
+from llamatune.training.setup import build_learner, micro_batch_tokens, open_inputs, plan_schedule
 from llamatune.training.trained import trained_weights
 
 _CHECKPOINT_BYTES = 12
@@ -63,7 +64,8 @@ def train(
         return f"{advice}; the last checkpoint is {saved[0]}" if saved else advice
 
     claim = claim_run_directory(spec, inputs.digests, overwrite, resume, allowed_changes)
-    with claim as run, memory_faults(inputs.device, what_helps):
+    threads = suitable_threads(inputs.config, micro_batch_tokens(spec, inputs.prepared.train))
+    with claim as run, memory_faults(inputs.device, what_helps), threads:
         report_plan(plan, spec, inputs.config, inputs.device, on_event)
         memory_facts = {**plan.facts(), "memory_before_model_bytes": held_host_bytes().get("resident")}
         learner = build_learner(spec, inputs, on_event, should_stop, plan.levels)

@@ -132,6 +132,13 @@ def plan_schedule(spec: RunSpec, train: Split) -> Schedule:
     return schedule
 
 
+def micro_batch_tokens(spec: RunSpec, train: Split) -> float:
+    """Tokens of the average micro-batch; a packed row counts as full."""
+    tokens = sum(train.lengths)
+    row_tokens = packing_budget(spec) or tokens / len(train)
+    return min(tokens, spec.training.micro_batch_size * row_tokens)
+
+
 def build_learner(
     spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop, levels: Levels | None = None
 ) -> Learner:
