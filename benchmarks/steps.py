@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.data.dataset import Batch, open_prepared
+from llamatune.devices import choose_device
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.compilable import compiling
 from llamatune.shapes.counts import count_parameters
@@ -39,7 +40,7 @@ def llamatune_step(values: dict[str, Any], batches: list[Batch]) -> tuple[Step, 
     checkpoint = open_checkpoint(Path(spec.model.path))
     count = count_parameters(checkpoint.config, spec.adapter)
     data: Any = None
-    device = torch.device(spec.training.device)
+    device = choose_device(spec.training.device)
     inputs = Inputs(checkpoint.config, checkpoint, "", data, None, None, {}, count, device)
     learner = build_learner(spec, inputs, ignore_event, never_stop)
 

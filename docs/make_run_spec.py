@@ -21,9 +21,11 @@ YAML (or JSON). Unknown keys are refused with the nearest known name, and all er
 number, `no` is a word. Any field can be given on the command line as `section.key=value`. Relative paths are relative
 to the working directory. `lora.lora_alpha` and `lora.lora_dropout` are accepted for `lora.alpha` and `lora.dropout`.
 
-A run that is started again may raise `training.num_epochs` or `training.max_steps`, and change what only watches it
+A run that is started again may raise `training.num_epochs` or `training.max_steps`, raise
+`evaluation.early_stopping_patience` or set it to null, and change what only watches it
 (`training.log_every_steps`, `training.log_layer_grad_norms`, `training.profile_steps`, `tracking`) and
-`training.keep_last`; any other change is refused unless `--allow-spec-change FIELD` names it.
+`training.keep_last`; any other change is refused unless `--allow-spec-change FIELD` names it. A path may begin with `~`
+or `~user`; the `spec.yaml` of the run holds it expanded.
 """
 
 

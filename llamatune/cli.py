@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import io
 import os
@@ -11,11 +12,12 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from llamatune import __version__
+from llamatune.commands._parsing import StrictCommand, StrictGroup
 from llamatune.commands.benchmark import benchmark
 from llamatune.commands.count_params import count_params
 from llamatune.commands.demo import demo
@@ -30,6 +32,7 @@ from llamatune.commands.train import train
 from llamatune.commands.verify import verify
 from llamatune.errors import LlamatuneError, printable
 from llamatune.free_memory import free_host_bytes
+from llamatune.ranks import refuse_ranks
 
 Verb = Callable[..., None]
 
@@ -51,11 +54,21 @@ _OTHERS: dict[str, Verb] = {
 }
 
 
+def _in_one_process(verb: Verb) -> Verb:
+    @functools.wraps(verb)
+    def run(**options: Any) -> None:
+        refuse_ranks()
+        verb(**options)
+
+    return run
+
+
 def build_app() -> typer.Typer:
     """Every verb, the five core ones first."""
     app = typer.Typer(
         name="llamatune",
         help="Fine-tune LLaMA models with LoRA.",
+        cls=StrictGroup,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     )
@@ -72,15 +85,12 @@ def build_app() -> typer.Typer:
 
     for panel, verbs in (("Core verbs", _CORE), ("More verbs", _OTHERS)):
         for name, verb in verbs.items():
-            app.command(name, rich_help_panel=panel)(verb)
+            app.command(name, cls=StrictCommand, rich_help_panel=panel)(_in_one_process(verb))
     return app
 
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _WRITERS = ("prepare-data", "train", "merge-lora", "benchmark", "demo", "report")
-
-
-_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 class _StoppedEarly(BaseException):
@@ -94,7 +104,6 @@ def _stop_early(number: int, frame: FrameType | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit with its code; what a user can cause ends in one line on stderr."""
     _open_closed_streams()
-    _let_segments_grow()
     _collect_less_garbage()
     before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
     try:
@@ -127,12 +136,6 @@ def _open_closed_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-
-
-def _let_segments_grow() -> None:
-    """Keep CUDA's allocator from losing memory to gaps, as rows differ in length; what the user set stays."""
-    if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
-        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"  # torch reads it when CUDA starts
 
 
 def _silence_closed_streams() -> None:

@@ -173,8 +173,11 @@ def writing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
         raise disk_fault(fault, path, max(size, written) or None) from fault
 
 
-def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Replace ``path`` by ``content`` durably: temp file beside it, fsync, rename, fsync of the directory."""
+def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None], overwrite: bool = True) -> None:
+    """Replace ``path`` by ``content`` durably: temp file beside it, fsync, rename, fsync of the directory.
+
+    Without ``overwrite`` a file that has appeared there meanwhile stays, and ``EnvironmentFault`` is raised.
+    """
     temporary = _staging_beside(path)
     try:
         temporary.unlink(missing_ok=True)
@@ -183,6 +186,8 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
                 file.write(content)
             else:
                 content(file)
+        if not overwrite:
+            _refuse_existing(path, path)
         os.replace(temporary, path)
         sync_directory(path.parent)
     except OSError as fault:
@@ -192,17 +197,25 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
             temporary.unlink(missing_ok=True)
 
 
-def output_file(path: Path, overwrite: bool = True) -> Path:
-    """Where a file that is asked for will be written, links followed; raises before any work if it cannot be."""
+def output_file(path: Path, overwrite: bool) -> Path:
+    """Where a file that is asked for will be written, links followed; raises before any work if it cannot be.
+
+    Every option that names a file to be written passes here first, with the verb's ``--overwrite``.
+    """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise EnvironmentFault("exists and is not a regular file", path, "choose another output")
-    if target.exists() and not overwrite:
-        raise EnvironmentFault("exists", path, "choose another output, or pass --overwrite")
+    if not overwrite:
+        _refuse_existing(target, path)
     if not target.parent.is_dir():
         raise EnvironmentFault("no such directory", target.parent, "make it first")
     probe_writable(target.parent)
     return target
+
+
+def _refuse_existing(target: Path, named: Path) -> None:
+    if target.exists():
+        raise EnvironmentFault("exists", named, "choose another output, or pass --overwrite")
 
 
 def _describe_files(staging: Staging) -> dict[str, dict[str, Any]]:

@@ -59,8 +59,10 @@ def open_journal(path: Path, settings: dict[str, Any], overwrite: bool = False) 
     Raises:
         EnvironmentFault: lines of other settings (named) or of no journal, and no ``overwrite``; in use; not writable.
     """
-    target = output_file(path)
+    target = output_file(path, overwrite=True)  # whose lines they are is asked below
     beside = target.with_name(f"{target.name}.settings.json")
+    if not overwrite and beside.exists() and not (target.exists() and target.stat().st_size):
+        _refuse_other_kind(beside, settings)
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(target.open("a+b"))
@@ -82,11 +84,19 @@ def open_journal(path: Path, settings: dict[str, Any], overwrite: bool = False) 
         yield Journal(file, path)
 
 
+_TODO = "choose another output, or pass --overwrite"
+
+
+def _refuse_other_kind(beside: Path, settings: dict[str, Any]) -> None:
+    """A journal that was stopped before its first line may leave its settings; any other file there is the user's."""
+    if read_json(beside, EnvironmentFault, 64 << 20).keys() != settings.keys():
+        raise EnvironmentFault("exists, and is not what would be written there", beside, _TODO)
+
+
 def _refuse_others(path: Path, beside: Path, settings: dict[str, Any]) -> None:
-    todo = "choose another output, or pass --overwrite"
     if not beside.exists():
-        raise EnvironmentFault(f"not empty, and no {beside.name} says what wrote it", path, todo)
+        raise EnvironmentFault(f"not empty, and no {beside.name} says what wrote it", path, _TODO)
     old = read_json(beside, EnvironmentFault, 64 << 20)
     changed = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
     if changed:
-        raise EnvironmentFault(f"written with another {', '.join(changed)}", path, todo)
+        raise EnvironmentFault(f"written with another {', '.join(changed)}", path, _TODO)

@@ -6,7 +6,8 @@ A field below owns its name, default, bounds and meaning; the documentation and 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from llamatune.errors import SpecError
 from llamatune.files import read_bytes
+from llamatune.paths import expand_home
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES
 from llamatune.shapes.levels import MODES, is_mode
@@ -61,7 +63,15 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-PathText = Annotated[str, Field(min_length=1)]
+def _home_expanded(value: str) -> str:
+    try:
+        return expand_home(value)
+    except SpecError as fault:
+        raise ValueError(f"{fault.what}; {fault.todo}") from None
+
+
+NonEmptyText = Annotated[str, Field(min_length=1)]
+PathText = Annotated[NonEmptyText, AfterValidator(_home_expanded)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -208,8 +218,8 @@ class TrackingSection(_Section):
     wandb: Literal["offline", "online"] | None = Field(
         None, description="W&B: offline writes to wandb/ of the run directory, to be sent by wandb sync; null: off"
     )
-    wandb_project: PathText = "llamatune"
-    wandb_name: PathText | None = Field(None, description="default: the name of the run directory")
+    wandb_project: NonEmptyText = "llamatune"
+    wandb_name: NonEmptyText | None = Field(None, description="default: the name of the run directory")
 
 
 class RunSpec(_Section):
@@ -283,6 +293,15 @@ def _override(values: dict[str, Any], assignment: str) -> None:
             raise SpecError(f"{key!r} is not a section", assignment)
     name = _ALIASES.get((keys[0], keys[-1]), keys[-1])
     values[name] = parse_yaml(text, assignment) if text.strip() else None
+
+
+def refuse_twice(overrides: Sequence[str]) -> None:
+    """Raise ``SpecError`` if two ``section.key=value`` of a user are of one field; an alias is its field."""
+    fields = [tuple(text.partition("=")[0].split(".")) for text in overrides]
+    counts = Counter((*field[:-1], _ALIASES.get((field[0], field[-1]), field[-1])) for field in fields)
+    for field, count in counts.items():
+        if count > 1:
+            raise SpecError(f"{'.'.join(field)} is given {count} times", None, "it takes one value, keep one")
 
 
 def _rename_aliases(values: dict[str, Any], where: object) -> None:
@@ -363,5 +382,6 @@ def read_spec_values(path: Path) -> Any:
 
 
 def load_spec(path: Path, overrides: list[str] | None = None) -> RunSpec:
-    """Read a run spec from a file."""
+    """Read a run spec from a file; ``overrides`` are the user's, each of another field."""
+    refuse_twice(overrides or [])
     return build_spec(read_spec_values(path), path, overrides)

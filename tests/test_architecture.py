@@ -22,13 +22,12 @@ FLOORS = [
     {"memory"},
     {"spec"},
     {"shapes"},
-    {"devices", "tensor_files", "seeds", "strict_yaml", "versions", "journal", "units", "manifests"},
-    {"free_memory"},
-    {"files"},
+    {"devices", "threads", "tensor_files", "seeds", "strict_yaml", "versions", "journal", "units", "manifests"},
+    {"free_memory", "ranks"},
+    {"files", "paths"},
     {"errors", "events"},
 ]
-# The configuration is part of what is computed, but needs no torch, and the foundation may speak of it.
-SHARED = {"llamatune", "llamatune.shapes.config"}
+SHARED = {"llamatune"}
 
 
 def rooms() -> dict[str, Path]:
@@ -94,6 +93,13 @@ def test_building_the_command_line_loads_neither_torch_nor_pydantic() -> None:
 def test_the_whole_package_never_loads_transformers_or_peft() -> None:
     every = "; ".join(f"import {name.removesuffix('.__init__')}" for name in rooms() if "__main__" not in name)
     assert not loaded_after(every) & {"transformers", "peft", "accelerate"}
+
+
+def test_matplotlib_is_loaded_only_to_draw() -> None:
+    every = "; ".join(f"import {name.removesuffix('.__init__')}" for name in rooms() if "__main__" not in name)
+    assert "matplotlib" not in loaded_after(every)
+    drawing = "from llamatune.reporting.drawing import require_matplotlib; require_matplotlib()"
+    assert "matplotlib" in loaded_after(drawing)
 
 
 @pytest.mark.parametrize(

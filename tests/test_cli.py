@@ -171,24 +171,6 @@ def test_env_tells_versions_and_devices(capsys: pytest.CaptureFixture[str]) -> N
     assert "torch" in told["packages"]
 
 
-@pytest.mark.parametrize(
-    ("given", "left"),
-    [({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, None)],
-    ids=["unset", "set by the user"],
-)
-def test_the_allocator_is_set_before_torch_unless_the_user_did(given: dict[str, str], left: str | None) -> None:
-    code = (
-        "import os, sys\nfrom llamatune.cli import main\n"
-        "try: main(['--version'])\n"
-        "except SystemExit: print(os.environ.get('PYTORCH_ALLOC_CONF'), 'torch' in sys.modules)"
-    )
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTORCH_")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=inherited | given
-    )
-    assert done.stdout.splitlines()[-1] == f"{left} False"
-
-
 def test_a_closed_stdout_is_no_traceback() -> None:
     command = f"{sys.executable} -m llamatune count-params --preset llama-2-7b | true"
     done = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)

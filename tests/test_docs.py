@@ -3,52 +3,30 @@
 import importlib.util
 import json
 import re
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from readme_job import README, ROOT, blocks, commands, make_workplace, run_quietly
 
 from llamatune.checkpoints.config_files import read_config
-from llamatune.demo.run import MATERIAL
 from llamatune.shapes.counts import count_parameters
 from llamatune.spec import build_spec, load_spec
 from llamatune.strict_yaml import parse_yaml
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str, text: str = README) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [block for name, block in found if name == language]
-
-
-def commands() -> list[list[str]]:
-    return [shlex.split(line) for block in blocks("bash") for line in block.splitlines() if line]
-
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """What the README's user has: a model (a tiny one here), rows, and the README's spec."""
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "llama-2-7b").symlink_to(MATERIAL / "base")
-    rows = (MATERIAL / "instructions.jsonl").read_text(encoding="utf-8").splitlines()[:30]
-    (tmp_path / "alpaca_data.json").write_text(f"[{','.join(rows)}]", encoding="utf-8")
-    (tmp_path / "run.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
+    make_workplace(tmp_path)
     return tmp_path
 
 
-def test_the_readmes_commands_run_in_their_order(workplace: Path) -> None:
+def test_the_readmes_commands_run_in_their_order_and_warn_of_nothing(workplace: Path) -> None:
     verbs = {command[1] for command in commands()}
     assert {"prepare-data", "train", "merge-lora", "generate", "count-params"} <= verbs
     for command in commands():
         assert command[0] == "llamatune"
-        done = subprocess.run(
-            [sys.executable, "-m", *command], cwd=workplace, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{shlex.join(command)}: {done.stderr}"
+        run_quietly([sys.executable, "-m", *command], workplace)
     run = workplace / "runs" / "alpaca"
     for name in ("spec.yaml", "metrics.jsonl", "summary.json", "adapter", "best", "checkpoints"):
         assert (run / name).exists(), name
@@ -98,3 +76,15 @@ def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+def texts() -> dict[str, str]:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*"), *(ROOT / "llamatune").rglob("*.py")]
+    return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in pages if path.is_file()}
+
+
+def test_nobody_is_sent_to_the_package_index_for_this_project() -> None:
+    """There ``llamatune`` is another one: what is missing is installed by its own name, this from its checkout."""
+    for name, text in texts().items():
+        found = re.search(r"llamatune\[|pip install[^\n`]*llamatune|\[plots", text)
+        assert not found, f"{name}: {found}"

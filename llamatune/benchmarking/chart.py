@@ -1,4 +1,4 @@
-"""The cells as bars: memory by category, and speed beside it. Needs matplotlib, which ``llamatune[plots]`` brings."""
+"""The cells as bars: memory by category, and speed beside it."""
 
 from __future__ import annotations
 

@@ -15,18 +15,19 @@ import torch
 
 from llamatune.benchmarking.meter import CategoryMeter
 from llamatune.data.dataset import Batch
-from llamatune.devices import memory_faults
+from llamatune.devices import capability_of, memory_faults
 from llamatune.errors import NumericsError
 from llamatune.events import ignore_event, never_stop
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.memory.plan import heaviest_rows, limit_of, plan_memory
 from llamatune.model.compilable import compiling
 from llamatune.spec import RunSpec
+from llamatune.threads import suitable_threads
 from llamatune.training.compiling import check_compiler, compile_ahead
 from llamatune.training.memory import peak_memory_bytes, peak_reserved_bytes, plan_run_memory
 from llamatune.training.optimizer import learning_rate_at
 from llamatune.training.order import Windows
-from llamatune.training.setup import Inputs, Learner, Schedule, build_learner, plan_schedule
+from llamatune.training.setup import Inputs, Learner, Schedule, build_learner, micro_batch_tokens, plan_schedule
 from llamatune.training.window import (
     LOWEST_LOSS_SCALE,
     WindowGradient,
@@ -162,7 +163,8 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
     losses, held_out = [], []
     if task.spec.training.compile:
         check_compiler(device)
-    with memory_faults(device, ""), compiling(task.spec.training.compile):
+    threads = suitable_threads(inputs.config, micro_batch_tokens(task.spec, inputs.prepared.train))
+    with memory_faults(device, ""), compiling(task.spec.training.compile), threads:
         for number, seed in enumerate(task.seeds):
             training = task.spec.training.model_copy(update={"seed": seed})
             spec = task.spec.model_copy(update={"training": training})
@@ -178,6 +180,7 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
                 held_out.append(_finite(held_out_loss(trial.learner.model, inputs.validation, size, autocast).loss))
             if number == 0:
                 facts = _timing(done) | memory | _categories(trial.take_apart(done, limit), device)
+                facts["threads"] = torch.get_num_threads()
             del trial
             gc.collect()  # fused blocks refer to themselves, and two models may not fit
     return {
@@ -189,7 +192,6 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
         "total_parameters": inputs.count.total_parameters,
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
@@ -198,7 +200,7 @@ def predicted_bytes(spec: RunSpec, inputs: Inputs) -> int:
     """What ``plan-memory`` says of the heaviest rows of the data, whether or not the steps met them."""
     train = inputs.prepared.train
     rows = heaviest_rows(train.lengths, train.target_counts, spec)
-    return plan_memory(spec, inputs.config, rows, inputs.device.type == "cuda", limit_of(spec, None)).step.peak
+    return plan_memory(spec, inputs.config, rows, capability_of(inputs.device), limit_of(spec, None)).step.peak
 
 
 def _timing(done: TimedSteps) -> dict[str, Any]:

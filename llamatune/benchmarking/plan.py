@@ -13,12 +13,13 @@ import torch
 from llamatune import __version__
 from llamatune.benchmarking.grid import Cell, Grid, expand, parse_axis, preset_grid
 from llamatune.benchmarking.measure import Task
-from llamatune.devices import choose_device
+from llamatune.devices import find_device
 from llamatune.errors import LlamatuneError
 from llamatune.events import Notice, OnEvent
 from llamatune.files import digest_bytes
-from llamatune.spec import RunSpec, load_spec, read_spec_values
-from llamatune.training.setup import Inputs, open_inputs
+from llamatune.spec import RunSpec, load_spec, read_spec_values, refuse_twice
+from llamatune.threads import threads_for
+from llamatune.training.setup import Inputs, micro_batch_tokens, open_inputs
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,12 @@ def plan_benchmark(options: BenchmarkOptions, on_event: OnEvent) -> tuple[Grid, 
         LlamatuneError: the spec is wrong by itself, or no cell has a valid one or what it reads.
     """
     base = load_spec(options.spec_path, list(options.overrides))
+    refuse_twice([*options.overrides, *options.grid])
     axes = [parse_axis(text) for text in options.grid]
     preset = options.preset or (None if axes else "techniques")
-    grid = Grid(()) if preset is None else preset_grid(preset, choose_device(base.training.device).type == "cuda")
+    grid = (
+        Grid(()) if preset is None else preset_grid(preset, find_device(base.training.device, on_event).type == "cuda")
+    )
     grid = grid.with_axes(axes)
     overrides = [*options.overrides, f"training.output_dir={json.dumps(str(options.output))}"]
     if options.epochs is not None:
@@ -111,5 +115,6 @@ def _open(spec: RunSpec, on_event: OnEvent) -> Inputs | LlamatuneError:
 def _identity(task: Task, inputs: Inputs) -> str:
     spec = task.spec.model_dump(mode="json", exclude={"training": {"output_dir"}, "tracking": True})
     decisive = [spec, task.steps, task.seeds, task.memory_limit_bytes, inputs.digests]
-    versions = [__version__, torch.__version__, torch.get_num_threads()]
+    threads = threads_for(inputs.config, micro_batch_tokens(task.spec, inputs.prepared.train))
+    versions = [__version__, torch.__version__, threads]
     return digest_bytes(json.dumps([*decisive, *versions], sort_keys=True).encode())[:20]

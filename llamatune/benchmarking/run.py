@@ -164,6 +164,6 @@ def _write(output: Path, benchmark: Benchmark, on_event: OnEvent) -> None:
     try:
         products |= draw_chart(benchmark.axes, benchmark.results)
     except ImportError:
-        on_event(Notice("no chart without matplotlib: pip install 'llamatune[plots]'"))
+        on_event(Notice("no chart without matplotlib: pip install matplotlib"))
     for kind, content in products.items():
         write_if_changed(output / f"benchmark.{kind}", content)

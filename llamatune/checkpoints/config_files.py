@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llamatune.checkpoints.stored import Stored, has_weights, same_bytes, stored_huggingface, stored_meta
-from llamatune.errors import CheckpointError, EnvironmentFault
-from llamatune.files import open_regular, read_json
+from llamatune.checkpoints.tokenizer_pieces import count_tokenizer_pieces
+from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError
+from llamatune.files import MANIFEST, read_json
 from llamatune.shapes.config import LlamaConfig
 
 Format = Literal["hf", "meta"]
 HF_HEAD, HF_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 META_HEAD, META_EMBEDDING = "output.weight", "tok_embeddings.weight"
-_LARGEST_TOKENIZER = 64 << 20
+_LARGEST_MANIFEST = 16 << 20
+_LLAMA_3_VOCABULARY = 128256
+_CODE_LLAMA_THETA = 1e6
 
 
 def detect_format(path: Path) -> Format:
@@ -72,11 +75,8 @@ def huggingface_config(path: Path, stored: dict[str, Stored] | None) -> LlamaCon
     facts.expect("hidden_act", "silu")
     facts.expect("attention_bias", False)
     facts.expect("mlp_bias", False)
-    for key in ("quantization_config", "rope_scaling", "rope_parameters"):
-        value = facts.raw.get(key)
-        if value is not None and (key == "quantization_config" or not _default_rope(value)):
-            facts.refuse(key, "its computation is not supported")
-    rope = facts.raw.get("rope_parameters") or {}
+    if facts.raw.get("quantization_config") is not None:
+        facts.refuse("quantization_config", "its computation is not supported")
     heads = facts.integer("num_attention_heads")
     config = facts.build(
         hidden_size=facts.integer("hidden_size"),
@@ -87,7 +87,7 @@ def huggingface_config(path: Path, stored: dict[str, Stored] | None) -> LlamaCon
         vocab_size=facts.integer("vocab_size"),
         head_dim=facts.integer("head_dim", 0),
         rms_norm_eps=facts.number("rms_norm_eps", 1e-6),
-        rope_theta=facts.number("rope_theta", facts.number("rope_theta", 10000.0, rope)),
+        rope_theta=_rope_theta(facts),
         max_position_embeddings=facts.integer("max_position_embeddings", 2048),
         tie_word_embeddings=facts.flag("tie_word_embeddings", False),
         bos_token_id=facts.integer("bos_token_id", 1),
@@ -120,7 +120,7 @@ def meta_config(path: Path, shards: list[dict[str, Stored]] | None) -> LlamaConf
     vocabulary = facts.integer("vocab_size", -1)
     if vocabulary == -1:
         vocabulary = _meta_vocabulary(path, dim, shards)
-    llama_3 = vocabulary == 128256
+    llama_3 = vocabulary == _LLAMA_3_VOCABULARY
     return facts.build(
         hidden_size=dim,
         intermediate_size=feed_forward_size(dim, multiple_of, multiplier),
@@ -130,7 +130,7 @@ def meta_config(path: Path, shards: list[dict[str, Stored]] | None) -> LlamaConf
         vocab_size=vocabulary,
         rms_norm_eps=facts.number("norm_eps", 1e-5),
         rope_theta=theta,
-        max_position_embeddings=8192 if llama_3 else 4096,
+        max_position_embeddings=_meta_positions(path, vocabulary, theta),
         tie_word_embeddings=shards is not None and not any(META_HEAD in shard for shard in shards),
         bos_token_id=128000 if llama_3 else 1,
         eos_token_ids=(128001, 128009) if llama_3 else (2,),
@@ -158,42 +158,6 @@ def embedding_axis(shards: list[dict[str, Stored]], dim: int) -> int:
     return 0 if len(shape) == 2 and shape[1] == dim else 1
 
 
-def count_tokenizer_pieces(path: Path) -> int:
-    """Pieces of a SentencePiece model, counted in its protobuf (field 1 of ModelProto) without loading it."""
-    with open_regular(path, max_bytes=_LARGEST_TOKENIZER) as file:
-        data = file.read()
-    pieces = position = 0
-    try:
-        while position < len(data):
-            tag, position = _varint(data, position)
-            if tag & 7 == 2:
-                size, position = _varint(data, position)
-                position += size
-            elif tag & 7 in (1, 5):
-                position += 8 if tag & 7 == 1 else 4
-            elif tag & 7 == 0:
-                _, position = _varint(data, position)
-            else:
-                raise IndexError
-            pieces += tag == 0x0A
-        if position != len(data) or not pieces:
-            raise IndexError
-    except IndexError:
-        raise CheckpointError("not a SentencePiece model", path, "give the tokenizer.model of the weights") from None
-    return pieces
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise IndexError
-
-
 def _meta_vocabulary(path: Path, dim: int, shards: list[dict[str, Stored]] | None) -> int:
     embedding = shards[0].get(META_EMBEDDING) if shards is not None else None
     if shards is not None and embedding is not None and len(embedding.shape) == 2:
@@ -207,11 +171,62 @@ def _meta_vocabulary(path: Path, dim: int, shards: list[dict[str, Stored]] | Non
     )  # fmt: skip
 
 
-def _default_rope(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    kind = value.get("rope_type", value.get("type", "default"))
-    return kind == "default" and value.get("partial_rotary_factor") in (None, 1.0)
+def _meta_positions(path: Path, vocabulary: int, theta: float) -> int:
+    """The context length, which ``params.json`` does not tell: a merge of ours noted it, Meta's models are known."""
+    noted = manifest_facts(path).get("max_position_embeddings")
+    if type(noted) is int:
+        return noted
+    if vocabulary == _LLAMA_3_VOCABULARY:
+        return 8192
+    return 16384 if theta == _CODE_LLAMA_THETA else 4096
+
+
+def manifest_facts(directory: Path) -> dict[str, Any]:
+    """What an earlier merge wrote down about the model in ``directory``, if it is one."""
+    try:
+        manifest = directory / MANIFEST
+        facts = read_json(manifest, max_bytes=_LARGEST_MANIFEST).get("facts") if manifest.exists() else None
+    except LlamatuneError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def rope_facts(theta: float) -> dict[str, Any]:
+    """The base of the rotation as transformers 4, mlx-lm and Ollama read it, and as transformers 5 does."""
+    return {"rope_parameters": {"rope_theta": theta, "rope_type": "default"}, "rope_theta": theta}
+
+
+def _rope_theta(facts: _Facts) -> float:
+    """``rope_theta`` from its three homes, which must agree; transformers 5 takes ``rope_scaling`` for another name
+    of ``rope_parameters``."""
+    homes: dict[str, dict[str, Any]] = {"rope_theta": facts.raw}
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = facts.raw.get(key)
+        if rope is not None:
+            _refuse_scaled_rope(facts, key, rope)
+            homes[f"{key}.rope_theta"] = rope
+    if facts.raw.get("partial_rotary_factor") not in (None, 1.0):
+        facts.refuse("partial_rotary_factor", "only 1.0 is supported: anything else computes another model")
+    found = {
+        home: facts.number("rope_theta", 0.0, source)
+        for home, source in homes.items()
+        if source.get("rope_theta") is not None
+    }
+    if len(set(found.values())) > 1:
+        told = ", ".join(f"{home} is {theta}" for home, theta in found.items())
+        raise CheckpointError(told, facts.path, "readers differ in which one they take; keep the model's own alone")
+    return next(iter(found.values()), 10000.0)
+
+
+def _refuse_scaled_rope(facts: _Facts, key: str, rope: Any) -> None:
+    if not isinstance(rope, dict):
+        facts.refuse(key, "its computation is not supported")
+    for name in ("rope_type", "type"):
+        if rope.get(name) not in (None, "default"):
+            facts.refuse(key, f"{name} {str(rope[name])[:40]!r} is not supported, only 'default'")
+    by_layer = any(isinstance(value, dict) for value in rope.values())
+    if by_layer or rope.get("partial_rotary_factor") not in (None, 1.0):
+        facts.refuse(key, "its computation is not supported")
 
 
 def _stop_tokens(path: Path, facts: _Facts) -> tuple[int, ...]:

@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llamatune.checkpoints.checkpoint import STORED_DTYPES, Checkpoint, refuse_unfit
-from llamatune.checkpoints.config_files import HF_HEAD, Format, huggingface_config
+from llamatune.checkpoints.config_files import HF_HEAD, Format, huggingface_config, rope_facts
 from llamatune.checkpoints.stored import INDEX_FILE, SINGLE_FILE, Stored, stored_huggingface
 from llamatune.checkpoints.tensors import tensor_bytes
 from llamatune.checkpoints.tokenizer_files import copy_file, copy_huggingface_tokenizer
@@ -20,6 +21,8 @@ from llamatune.shapes.config import LlamaConfig
 from llamatune.tensor_files import TensorWriter, data_bytes
 
 _SHARD_BYTES = 5_000_000_000
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+"""transformers 5 writes the first, transformers 4 and others read the second."""
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Old checkpoints store the rotary frequencies, which follow from the configuration."""
 
@@ -154,9 +157,9 @@ def write_config_files(directory: Path, config: LlamaConfig, dtype: torch.dtype)
         "pretraining_tp": 1,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_scaling": None,
-        "rope_theta": config.rope_theta,
+        **rope_facts(config.rope_theta),
         "tie_word_embeddings": config.tie_word_embeddings,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        **dict.fromkeys(_DTYPE_KEYS, str(dtype).removeprefix("torch.")),
         "use_cache": True,
         "vocab_size": config.vocab_size,
     }
@@ -167,14 +170,20 @@ def write_config_files(directory: Path, config: LlamaConfig, dtype: torch.dtype)
 
 
 def copy_config_files(source: HuggingFaceCheckpoint, directory: Path, dtype: torch.dtype | None) -> None:
-    """The base's own configuration, byte for byte apart from the dtype (if it changes) and a contradicted tie flag."""
+    """The base's own configuration, with every spelling of what readers look for under different names.
+
+    ``dtype``: what the weights are cast to; None: as the base says.
+    """
     facts = read_json(source.path / "config.json")
-    changed = dict(facts)
+    stated = _stated(facts)
+    rope = rope_facts(source.config.rope_theta)
+    rope["rope_parameters"] |= _stated(stated.pop("rope_parameters", {}))
+    dtype_name = stated.get("dtype", stated.get("torch_dtype"))
+    names = {} if dtype_name is None else dict.fromkeys(_DTYPE_KEYS, dtype_name)
+    changed = {**facts, **rope, **names, **stated}
     if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        changed.update({key: name for key in ("torch_dtype", "dtype") if key in facts} or {"torch_dtype": name})
-    if bool(facts.get("tie_word_embeddings")) != source.config.tie_word_embeddings:
-        changed["tie_word_embeddings"] = source.config.tie_word_embeddings
+        changed |= dict.fromkeys(_DTYPE_KEYS, str(dtype).removeprefix("torch."))
+    changed["tie_word_embeddings"] = source.config.tie_word_embeddings  # mlx-lm takes a missing flag for true
     if changed == facts:
         copy_file(source.path / "config.json", directory)
     else:
@@ -182,3 +191,7 @@ def copy_config_files(source: HuggingFaceCheckpoint, directory: Path, dtype: tor
             file.write(dump_json(changed))
     if (source.path / "generation_config.json").exists():
         copy_file(source.path / "generation_config.json", directory)
+
+
+def _stated(facts: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in facts.items() if value is not None}

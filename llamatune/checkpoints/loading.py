@@ -69,7 +69,9 @@ def load_model(
             hold_quantized(model.get_submodule(path), packed)
         else:
             shared = not writable and dtype in (None, checkpoint.dtype(name))
-            tensor = checkpoint.tensor(name, mapped=shared or device.type != "cpu").to(device=device, dtype=dtype)
+            tensor = checkpoint.tensor(name, mapped=shared or device.type != "cpu").to(device)
+            if dtype is not None:
+                tensor = tensor.to(dtype)  # on the device, which casts quicker than a CPU
             if not is_finite(tensor):
                 broken.append(name)
             setattr(model.get_submodule(path), attribute, torch.nn.Parameter(tensor, requires_grad=False))

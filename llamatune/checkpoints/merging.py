@@ -5,12 +5,13 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import DTYPE_NAMES, Checkpoint
+from llamatune.checkpoints.config_files import manifest_facts
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.huggingface import (
     HuggingFaceCheckpoint,
@@ -24,9 +25,9 @@ from llamatune.checkpoints.meta import MetaCheckpoint
 from llamatune.checkpoints.meta_writer import write_consolidated, write_params
 from llamatune.checkpoints.tensors import is_finite
 from llamatune.checkpoints.tokenizer_files import copy_file, copy_huggingface_tokenizer, copy_meta_tokenizer
-from llamatune.errors import CheckpointError, LlamatuneError, SpecError, Stopped
+from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.files import MANIFEST, Staging, build_directory, read_json, refuse_occupied, refuse_small_disk
+from llamatune.files import MANIFEST, Staging, build_directory, refuse_occupied, refuse_small_disk
 from llamatune.manifests import Manifest, finished_product
 from llamatune.model.adapters.apply import adapter_class
 
@@ -106,7 +107,7 @@ def merge_lora(
     if finished is not None:
         return _report_again(finished, options.output)
     refuse_occupied(options.output, options.overwrite)
-    before = _facts_of_base(options.model)
+    before = manifest_facts(options.model)
     merged_before = [digest for digest in before.get("adapters", []) if isinstance(digest, str)]
     if adapter.digest in merged_before:
         raise CheckpointError(
@@ -141,6 +142,8 @@ def merge_lora(
             base_forced=adapter.base_fingerprint not in (None, base_fingerprint),
             report=asdict(report),
         )
+        if format_ == "meta":  # params.json has no word for it
+            staging.facts["max_position_embeddings"] = checkpoint.config.max_position_embeddings
     if tally.not_finite:
         on_event(
             Notice(f"{options.model}: {tally.not_finite[0]} holds NaN or infinity, and so does the copy", "warning")
@@ -271,15 +274,6 @@ def _refuse_own_inputs(options: MergeOptions) -> None:
     for option, path in (("--model", options.model), ("--adapter", options.adapter)):
         if output == path.resolve() or output in path.resolve().parents:
             raise SpecError(f"--output would replace {option}", options.output, "choose another output")
-
-
-def _facts_of_base(model: Path) -> dict[str, Any]:
-    """What an earlier merge wrote down about the base, if it is one."""
-    try:
-        facts = read_json(model / MANIFEST, max_bytes=16 << 20).get("facts") if (model / MANIFEST).exists() else None
-    except LlamatuneError:
-        return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def _bytes_to_write(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:

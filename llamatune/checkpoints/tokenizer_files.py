@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from llamatune.checkpoints.config_files import count_tokenizer_pieces
+from llamatune.checkpoints.tokenizer_pieces import count_tokenizer_pieces
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.files import dump_json, open_regular, writing

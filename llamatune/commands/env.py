@@ -22,19 +22,32 @@ def env(
 
     from llamatune import __version__
     from llamatune.commands._console import Console
+    from llamatune.devices import (
+        build_for,
+        capability_of,
+        cuda_fault,
+        driver_version,
+        gpu_count,
+        has_kernels,
+        lacks_bf16,
+    )
     from llamatune.units import gibibytes
 
     packages = ("torch", "safetensors", "sentencepiece", "pydantic", "typer", "rich", "PyYAML")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    total = [torch.cuda.get_device_properties(index).total_memory for index in range(count)]
+    fault, driver, architectures = cuda_fault(), driver_version(), torch.cuda.get_arch_list()
+    gpus = [torch.device("cuda", index) for index in range(gpu_count())]
+    capabilities = [capability for gpu in gpus if (capability := capability_of(gpu))]
+    total = [torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus]
     devices = [
         {
-            "device": f"cuda:{index}",
-            "name": torch.cuda.get_device_name(index),
-            "memory_bytes": total[index],
-            "bf16": torch.cuda.get_device_capability(index) >= (8, 0),
+            "device": str(gpu),
+            "name": torch.cuda.get_device_name(gpu),
+            "memory_bytes": size,
+            "bf16": not lacks_bf16(gpu),
+            "capability": "{}.{}".format(*capability),
+            "supported": has_kernels(capability, architectures),
         }
-        for index in range(count)
+        for gpu, size, capability in zip(gpus, total, capabilities, strict=True)
     ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     versions = {name: importlib.metadata.version(name) for name in packages}
@@ -47,6 +60,9 @@ def env(
         "cpu_cores": len(os.sched_getaffinity(0)),
         "memory_bytes": memory,
         "cuda": torch.version.cuda,
+        "cuda_architectures": architectures,
+        "cuda_driver": driver and "{}.{}".format(*driver),
+        "cuda_fault": fault,
         "devices": devices,
     }
     with Console(json_mode, writes=False) as console:
@@ -55,11 +71,16 @@ def env(
             out.print(f"llamatune {__version__}, Python {payload['python']}, {payload['platform']}")
             out.print(", ".join(f"{name} {version}" for name, version in versions.items()))
             out.print(f"cpu: {payload['cpu_cores']} cores, {payload['cpu_capability']}, {gibibytes(memory)}")
-            for index, facts in enumerate(devices):
+            if torch.version.cuda:
+                known = f"a driver for CUDA up to {payload['cuda_driver']}" if driver else "no driver"
+                out.print(f"torch for CUDA {torch.version.cuda}, {known}, kernels for {', '.join(architectures)}")
+            for facts, size, capability in zip(devices, total, capabilities, strict=True):
                 bf16 = "with" if facts["bf16"] else "without"
-                out.print(f"cuda:{index}: {facts['name']}, {gibibytes(total[index])}, {bf16} bf16")
+                told = f"compute capability {facts['capability']}, {gibibytes(size)}, {bf16} bf16"
+                out.print(f"{facts['device']}: {facts['name']}, {told}")
+                if not facts["supported"]:
+                    out.print(f"{facts['device']} cannot be used by this torch: {build_for(capability)}")
             if not devices:
-                built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-                out.print(f"no CUDA device (torch was built {built})")
+                out.print(f"no CUDA device ({fault or 'torch was built without CUDA'})")
 
         console.result(payload, human)

@@ -51,7 +51,9 @@ def evaluate(
         Path | None,
         typer.Option(help="Keep each answer in this JSONL file; the same command goes on with it.", readable=False),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --output.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what stands at --per-row or --output.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first N rows.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows that are computed together.")] = 16,
     force_base: Annotated[
@@ -70,7 +72,7 @@ def evaluate(
         of_rows = {"split": split, "per_row": per_row}
         of_tasks = {
             "template": template, "shots": shots, "shots_data": shots_data, "seed": seed,
-            "max_new_tokens": max_new_tokens, "output": output, "overwrite": overwrite or None,
+            "max_new_tokens": max_new_tokens, "output": output,
         }  # fmt: skip
         if task not in (None, "gsm8k"):
             raise SpecError(
@@ -80,6 +82,8 @@ def evaluate(
             if value is not None:
                 kind = "it needs --task gsm8k" if task is None else "it needs prepared data, without --task"
                 raise SpecError(kind, f"--{name.replace('_', '-')}")
+        if overwrite and per_row is None and output is None:
+            raise SpecError("it needs --per-row or --output", "--overwrite")
 
         from llamatune.checkpoints.checkpoint import DTYPE_NAMES
         from llamatune.devices import choose_device
@@ -92,19 +96,19 @@ def evaluate(
         of_both: dict[str, Any] = {
             "model": model, "data": data, "adapter": adapter, "compare": compare, "limit": limit,
             "batch_size": batch_size, "force_base": force_base, "dtype": DTYPE_NAMES.get(dtype),
-            "device": choose_device(device),
+            "device": choose_device(device, console.on_event),
         }  # fmt: skip
         if task is None:
-            rows_file = None if per_row is None else output_file(per_row)
+            rows_file = None if per_row is None else output_file(per_row, overwrite)
             scored = evaluate_prepared(
                 PreparedEvaluation(**of_both, split=split), console.on_event, console.should_stop
             )
             if rows_file is not None:
-                write_atomic(rows_file, dump_json_lines(scored.per_row()))
+                write_atomic(rows_file, dump_json_lines(scored.per_row()), overwrite)
             payload = scored.to_dict()
         else:
             given: dict[str, Any] = {name: value for name, value in of_tasks.items() if value is not None}
-            asked = Gsm8kEvaluation(**of_both, **given)
+            asked = Gsm8kEvaluation(**of_both, **given, overwrite=overwrite)
             payload = evaluate_gsm8k(asked, console.on_event, console.should_stop).to_dict()
         console.result(
             payload, lambda out: _print_table(out, payload) if out.is_terminal else _print_lines(out, payload)

@@ -35,6 +35,7 @@ def generate(
     output: Annotated[
         Path | None, typer.Option(help="Also write the results to this JSONL file.", readable=False)
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --output.")] = False,
     force_base: Annotated[bool, typer.Option("--force-base", help="Accept an adapter of another base.")] = False,
     dtype: Annotated[str, typer.Option(help="same, float32, bfloat16 or float16.")] = "same",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -54,7 +55,7 @@ def generate(
     from llamatune.files import dump_json_lines, output_file, write_atomic
 
     if output is not None:
-        output = output_file(output)
+        output = output_file(output, overwrite)
     with Console(json_mode, writes=False) as console:
         from llamatune.checkpoints.checkpoint import DTYPE_NAMES
         from llamatune.devices import choose_device
@@ -62,7 +63,7 @@ def generate(
 
         if dtype != "same" and dtype not in DTYPE_NAMES:
             raise SpecError(f"--dtype is same, {', '.join(DTYPE_NAMES)}, not {dtype!r}")
-        held, on = DTYPE_NAMES.get(dtype), choose_device(device)
+        held, on = DTYPE_NAMES.get(dtype), choose_device(device, console.on_event)
         request = Request(model, prompts, sampling, adapter, template, compare, force_base, held, on)
         answers = answer(request, console.on_event, console.should_stop)
         results = [asdict(found) for found in answers.results]
@@ -70,7 +71,7 @@ def generate(
             for found in results:
                 del found["base_completion"]
         if output is not None:
-            write_atomic(output, dump_json_lines(results))
+            write_atomic(output, dump_json_lines(results), overwrite)
         payload = {"results": results, "tokens_per_second": answers.tokens_per_second}
         console.result(payload, lambda out: _print(out, answers, compare))
 

@@ -65,8 +65,9 @@ def plan_memory(
         from llamatune.events import Notice
         from llamatune.memory import plan as planning
         from llamatune.memory.outlook import outlook
+        from llamatune.paths import expand_home
         from llamatune.shapes.config import preset
-        from llamatune.spec import build_spec, load_spec
+        from llamatune.spec import build_spec, load_spec, refuse_twice
         from llamatune.units import parse_size
 
         given = [as_utf8(text, "an argument") for text in arguments or []]
@@ -80,10 +81,11 @@ def plan_memory(
         changes = [f"{key}={value}" for key, value in options if value is not None]
         if preset_name is not None:
             config = preset(preset_name)
+            refuse_twice(given + changes)
             values = {"model": {"path": preset_name}, "lora": {}, "data": {"train": "none"}}
             spec = build_spec(values | {"training": {"output_dir": "none"}}, "--preset", given + changes)
         elif given:
-            spec = load_spec(Path(given[0]), given[1:] + changes)
+            spec = load_spec(Path(expand_home(given[0])), given[1:] + changes)
             config = read_config(Path(spec.model.path))
         else:
             raise SpecError("neither a spec nor --preset", todo="for example --preset llama-2-7b")

@@ -163,6 +163,7 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from llamatune.data.rows import shown_place
     from llamatune.errors import printable
 
     def reasons(counts: dict[str, int]) -> str:
@@ -182,6 +183,8 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
     add("dropped", f"{report.dropped:,}{reasons(report.dropped_reasons)}")
     add("refused", f"{report.refused:,}{reasons(report.refused_reasons)}")
     add("duplicates", f"{report.duplicates:,}")
+    if report.prompts_not_prefix:
+        add("prompts not a prefix", f"{report.prompts_not_prefix:,} (alone they give other tokens than in their row)")
     if report.ignored_keys:
         add("ignored keys", ", ".join(f"{key} ({n:,})" for key, n in report.ignored_keys.items()))
     for name, split in report.splits.items():
@@ -191,7 +194,10 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
             f"{split['rows']:,} rows, {split['tokens']:,} tokens, {split['target_tokens']:,} of them targets "
             f"({share:.0%}), longest row {split['longest_row_tokens']:,}",
         )
-    longest = ", ".join(f"{row['tokens']:,} ({row['file']}:{row['line']})" for row in report.longest_rows[:3])
+    longest = ", ".join(
+        f"{row['tokens']:,} ({shown_place(row['file'], row['line'], row.get('row'))})"
+        for row in report.longest_rows[:3]
+    )
     add("longest before cutting", longest)
     out.print(table)
     note = "already prepared, left as it is: " if report.unchanged else "written to "

@@ -86,7 +86,7 @@ def _print_summary(out: RichConsole, summary: dict[str, Any]) -> None:
     table = Table(title="training", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="right")
-    table.add_row("steps", f"{summary['steps']:,}")
+    table.add_row("steps", f"{summary['steps']:,}" + (", stopped early" if summary.get("stopped_early") else ""))
     table.add_row("runtime", duration(summary["runtime_s"]))
     table.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}")
     if reserved is None:

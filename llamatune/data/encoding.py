@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llamatune.data.formats import FORMATS, Row, parse_row, strip_annotations
+from llamatune.data.boundary import prompt_check
+from llamatune.data.decoding import Row
+from llamatune.data.formats import FORMATS, parse_row, strip_annotations
 from llamatune.data.prompts import Template
 from llamatune.data.rows import RawRow, RowError
 from llamatune.data.tokenizer import Tokenizer
@@ -39,9 +41,10 @@ class EncodedBatch:
         keys: a digest of each kept row's content: equal rows have equal keys.
         full_lengths: (position, tokens before cutting) of every row that was encoded.
         truncated: kept rows that lost tokens; ``truncated_tokens`` is how many they lost.
+        prompts_not_prefix: kept rows whose tokens do not begin with those of the prompt alone.
         dropped: (position, reason).
         refused: (position, kind, message).
-        ignored_keys: how many rows have each key that is no field.
+        ignored_keys: how many rows have each key that is no field, or a field that the template does not show.
     """
 
     ids: array[int] = field(default_factory=lambda: array("i"))
@@ -52,6 +55,7 @@ class EncodedBatch:
     full_lengths: list[tuple[int, int]] = field(default_factory=list)
     truncated: int = 0
     truncated_tokens: int = 0
+    prompts_not_prefix: int = 0
     dropped: list[tuple[int, str]] = field(default_factory=list)
     refused: list[tuple[int, str, str]] = field(default_factory=list)
     ignored_keys: Counter[str] = field(default_factory=Counter)
@@ -70,6 +74,7 @@ def encode_batch(recipe: Recipe, rows: Sequence[RawRow]) -> EncodedBatch:
             batch.refused.append((position, fault.kind, fault.message))
             continue
         batch.ignored_keys.update(row.ignored_keys)
+        batch.ignored_keys.update(recipe.template.unshown(row))
         _add(batch, recipe, position, row)
     return batch
 
@@ -78,7 +83,9 @@ def _add(batch: EncodedBatch, recipe: Recipe, position: int, row: Row) -> None:
     tokenizer = recipe.tokenizer
     completion = strip_annotations(row.completion) if recipe.strip_annotations else row.completion
     prompt = recipe.template.prompt_of(row.fields, row.turns)
-    ids, first = tokenizer.encode_pair(prompt, recipe.template.completion_of(completion))
+    completion = recipe.template.completion_of(completion)
+    ids, first = tokenizer.encode_pair(prompt, completion)
+    is_prefix = prompt_check(tokenizer).is_prefix(prompt, completion, ids)
     has_text = first < len(ids)
     ids.append(tokenizer.eos_id)
     excess = len(ids) - recipe.max_seq_length
@@ -97,6 +104,7 @@ def _add(batch: EncodedBatch, recipe: Recipe, position: int, row: Row) -> None:
     if excess > 0:
         batch.truncated += 1
         batch.truncated_tokens += excess
+    batch.prompts_not_prefix += not is_prefix
     batch.ids.extend(ids)
     batch.positions.append(position)
     batch.lengths.append(len(ids))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llamatune.data.decoding import decode_row
 from llamatune.data.encoding import Recipe
-from llamatune.data.formats import FORMATS, Format, decode_row, detect_format
+from llamatune.data.formats import FORMATS, Format, detect_format
 from llamatune.data.prompts import DEFAULT_TEMPLATES, Template, load_template
 from llamatune.data.rows import RowError, read_raw_rows
 from llamatune.data.tokenizer import load_tokenizer
@@ -16,7 +17,9 @@ from llamatune.errors import DataError, SpecError
 from llamatune.events import Notice, OnEvent
 from llamatune.files import digest_file
 
-_REVISION = 1  # raise it when the same inputs come to give other bytes
+# Raise a revision when the same inputs come to give other bytes. The second is that of templates with a place for what
+# the first left out: a row's `system` and `history`. Products of the others stay what they are.
+_REVISION, _REVISION_WITH_CONTEXT = 1, 2
 _ROWS_LOOKED_AT = 1000
 
 
@@ -71,7 +74,7 @@ class Plan:
 
 def make_plan(options: PrepareOptions, on_event: OnEvent) -> Plan:
     """Load the tokenizer and the template, find the format, and digest the input files."""
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer, on_event)
     row_format = _format_of(options)
     template = _template_for(row_format, options, on_event)
     gsm8k = row_format.name == "gsm8k"
@@ -88,7 +91,7 @@ def make_plan(options: PrepareOptions, on_event: OnEvent) -> Plan:
     )
     # Where files lie, and how many rows we may skip, decides nothing of the product.
     inputs = {
-        "revision": _REVISION,
+        "revision": _REVISION_WITH_CONTEXT if template.turn or "system" in template.placeholders else _REVISION,
         "rows": [digest_file(path, DataError) for path in options.rows],
         "validation": [digest_file(path, DataError) for path in options.validation or []],
         "tokenizer": tokenizer.fingerprint,

@@ -17,7 +17,16 @@ from typing import Any
 
 from llamatune.data.encoding import EncodedBatch, Recipe
 from llamatune.data.plan import PrepareOptions, check_options, input_files, make_plan
-from llamatune.data.report import Counts, PrepareReport, bad_rows_error, no_rows_error, overlong_error, shown_path
+from llamatune.data.report import (
+    Counts,
+    PrepareReport,
+    bad_rows_error,
+    no_rows_error,
+    not_prefix_warning,
+    overlong_error,
+    row_facts,
+    shown_path,
+)
 from llamatune.data.rows import RawRow, read_raw_rows
 from llamatune.data.split import held_out_rows
 from llamatune.data.spool import Spool
@@ -118,6 +127,8 @@ class _Job:
             for spool, files in ((train, options.rows), (validation, options.validation)):
                 if spool is not None and not len(spool):
                     raise no_rows_error(self.counts, files or [])
+            if self.counts.prompts_not_prefix:
+                self.on_event(Notice(not_prefix_warning(self.counts), "warning"))
             splits = self._write(train, validation)
         if not self.counts.refused:
             (path / "refused.jsonl").unlink()
@@ -138,10 +149,10 @@ class _Job:
                 path, first_row, rows = pending.pop(0)
                 self.counts.add(batch, path, rows)
                 for position, _, message in batch.refused:
-                    line = {"file": shown_path(path), "line": rows[position].line, "reason": message}
+                    line = {**row_facts(rows[position], path), "reason": message}
                     refuse(json.dumps(line, ensure_ascii=True) + "\n")
                 if self.options.overlong == "error" and (overlong := _first_overlong(batch)) is not None:
-                    raise overlong_error(batch, overlong, path, rows[overlong].line, self.options.max_seq_length)
+                    raise overlong_error(batch, overlong, path, rows[overlong], self.options.max_seq_length)
                 spool.add(batch, first_row)
                 self._progress(sum(len(row.data) for row in rows))
         spool.finish()

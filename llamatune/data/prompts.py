@@ -14,9 +14,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from llamatune.data.formats import Row
+from llamatune.data.decoding import Row
 from llamatune.errors import CheckpointError, DataError, LlamatuneError, SpecError
 from llamatune.files import read_bytes
+from llamatune.paths import expand_home
 
 _LARGEST_FILE_BYTES = 1 << 20
 _LARGEST_TEXT = 100_000
@@ -83,10 +84,7 @@ class Template:
     @property
     def placeholders(self) -> frozenset[str]:
         """The fields of a row that the template names."""
-        names: set[str] = set()
-        for text in (self.prompt, self.prompt_without_input, self.system):
-            names.update(part for literal, part in _parts(text or "") if not literal)
-        return frozenset(names)
+        return _names_in(self.prompt, self.prompt_without_input, self.system)
 
     def prompt_of(self, fields: Mapping[str, str], turns: tuple[tuple[str, str], ...] = ()) -> str:
         """The prompt for one row. ``fields`` fill the placeholders, ``turns`` are a chat's earlier turns.
@@ -95,6 +93,7 @@ class Template:
             DataError: a placeholder that ``fields`` does not have.
         """
         filled = {name: text.strip() for name, text in fields.items()} if self.strip else dict(fields)
+        filled.setdefault("system", "")
         if self.strip:
             turns = tuple((user.strip(), answer.strip()) for user, answer in turns)
         if filled.get("system") and self.system is not None:
@@ -104,10 +103,10 @@ class Template:
             else:
                 filled["user"] = _fill(self.system, filled)
         context = "".join(_fill(self.turn or "", {"user": user, "assistant": answer}) for user, answer in turns)
-        bare = self.prompt_without_input is not None and not filled.get("input")
-        text = self.prompt_without_input if bare else self.prompt
-        assert text is not None
-        return context + _fill(text, filled)
+        return context + _fill(self._prompt_for(filled), filled)
+
+    def _prompt_for(self, fields: Mapping[str, str]) -> str:
+        return self.prompt if self.prompt_without_input is None or fields.get("input") else self.prompt_without_input
 
     def completion_of(self, completion: str) -> str:
         """The text to be learned for one row's completion."""
@@ -135,10 +134,21 @@ class Template:
     def misfit(self, row: Row) -> str | None:
         """Why this template would lose a part of ``row``, if it would."""
         if row.turns and self.turn is None:
-            return f"the template {self.name!r} has no place for earlier turns"
-        if row.fields.get("system") and "system" not in self.placeholders:
-            return f"the template {self.name!r} has no place for a system message"
+            return (
+                f"the template {self.name!r} has no place for earlier turns (of 'messages', 'conversations' or "
+                "'history'): give it a `turn`, or take them out of the row"
+            )
+        if row.fields.get("system") and "system" in self.unshown(row):
+            return (
+                f"the template {self.name!r} has no place for a system message ('system'): name {{system}} in it, or "
+                "take that out of the row"
+            )
         return None
+
+    def unshown(self, row: Row) -> tuple[str, ...]:
+        """The fields of ``row`` that hold something and that the prompt made of it does not show."""
+        shown = _names_in(self._prompt_for(row.fields), self.system)
+        return tuple(name for name, text in row.fields.items() if text and name not in shown)
 
 
 _ALPACA_WITH_INPUT = (
@@ -189,7 +199,7 @@ def load_template(name_or_file: str) -> Template:
     """
     if name_or_file in TEMPLATES:
         return TEMPLATES[name_or_file]
-    path = Path(name_or_file)
+    path = Path(expand_home(name_or_file))
     if not path.exists():
         known = ", ".join(TEMPLATES)
         raise SpecError(f"no template {name_or_file!r}", None, f"give a YAML file or one of: {known}")
@@ -253,6 +263,11 @@ def _check_text(name: str, text: str, where: object, error: type[LlamatuneError]
     if found != needed:
         shown = " and ".join(f"{{{part}}}" for part in sorted(needed, reverse=True))
         raise error(f"{name!r} of a template must hold {shown}, and no other placeholder", where)
+
+
+@functools.lru_cache(maxsize=256)
+def _names_in(*texts: str | None) -> frozenset[str]:
+    return frozenset(part for text in texts for literal, part in _parts(text or "") if not literal)
 
 
 @functools.lru_cache(maxsize=256)

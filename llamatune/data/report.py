@@ -21,6 +21,11 @@ def shown_path(path: Path) -> str:
     return str(path).encode(errors="replace").decode()
 
 
+def row_facts(row: RawRow, path: Path) -> dict[str, Any]:
+    """Where a row is, as JSON tells it: ``file``, ``line`` and, in a JSON list, ``row``."""
+    return {"file": shown_path(path), "line": row.line, **({} if row.row is None else {"row": row.row})}
+
+
 @dataclass
 class Counts:
     """The running totals of one preparation; ``rows_in`` is ``kept + dropped + refused``."""
@@ -29,6 +34,7 @@ class Counts:
     kept: int = 0
     truncated: int = 0
     truncated_tokens: int = 0
+    prompts_not_prefix: int = 0
     duplicates: int = 0
     validation_rows_in_train: int = 0
     dropped_reasons: Counter[str] = field(default_factory=Counter)
@@ -48,6 +54,7 @@ class Counts:
         self.kept += len(batch.positions)
         self.truncated += batch.truncated
         self.truncated_tokens += batch.truncated_tokens
+        self.prompts_not_prefix += batch.prompts_not_prefix
         self.dropped_reasons.update(reason for _, reason in batch.dropped)
         self.refused_reasons.update(kind for _, kind, _ in batch.refused)
         for key, count in batch.ignored_keys.items():
@@ -56,11 +63,9 @@ class Counts:
             )
         if batch.refused and self.first_refused is None:
             position, _, message = batch.refused[0]
-            self.first_refused = f"{shown_path(path)}:{rows[position].line}: {message}"
+            self.first_refused = f"{rows[position].place(shown_path(path))}: {message}"
         longest = heapq.nlargest(_LONGEST_SHOWN, batch.full_lengths, key=lambda found: found[1])
-        self.longest += [
-            {"tokens": tokens, "file": shown_path(path), "line": rows[position].line} for position, tokens in longest
-        ]
+        self.longest += [{"tokens": tokens, **row_facts(rows[position], path)} for position, tokens in longest]
         self.longest.sort(key=lambda found: -int(found["tokens"]))  # stable: of equals the earlier one stays first
         del self.longest[_LONGEST_SHOWN:]
 
@@ -71,6 +76,7 @@ class Counts:
             "kept": self.kept,
             "truncated": self.truncated,
             "truncated_tokens": self.truncated_tokens,
+            "prompts_not_prefix": self.prompts_not_prefix,
             "dropped": self.dropped_reasons.total(),
             "dropped_reasons": dict(sorted(self.dropped_reasons.items())),
             "refused": self.refused,
@@ -87,7 +93,8 @@ class PrepareReport:
     """What ``prepare-data`` did. ``unchanged``: a finished product of the same inputs was already there.
 
     ``longest_rows`` names the longest rows before cutting; ``splits`` has rows, tokens, target tokens and the longest
-    row of each split as written.
+    row of each split as written. ``prompts_not_prefix`` counts the kept rows whose tokens do not begin with those
+    of the prompt alone; None: the directory was made before they were counted.
     """
 
     output: str
@@ -112,18 +119,29 @@ class PrepareReport:
     format: str
     template: dict[str, Any]
     max_seq_length: int
+    prompts_not_prefix: int | None = None
 
     @classmethod
     def from_facts(cls, output: Path, facts: object, unchanged: bool) -> PrepareReport | None:
         """The report that a manifest's facts tell; None if they are not what we write."""
         names = cls.__dataclass_fields__.keys() - {"output", "unchanged"}
-        if not isinstance(facts, dict) or not names <= facts.keys():
+        if not isinstance(facts, dict) or not names - {"prompts_not_prefix"} <= facts.keys():
             return None
-        return cls(output=shown_path(output), unchanged=unchanged, **{name: facts[name] for name in names})
+        told = {name: facts[name] for name in names & facts.keys()}
+        return cls(output=shown_path(output), unchanged=unchanged, **told)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
         return asdict(self)
+
+
+def not_prefix_warning(counts: Counts) -> str:
+    """What to do about prompts that end in the middle of a token of their row."""
+    return (
+        f"{counts.prompts_not_prefix:,} of {counts.kept:,} rows begin with other tokens than their prompt alone gives, "
+        "so generate will not continue it as trained: drop the space at the end of the template or prompt, and let the "
+        "template's before_completion begin with a space or a newline"
+    )
 
 
 def bad_rows_error(counts: Counts) -> DataError:
@@ -146,11 +164,11 @@ def no_rows_error(counts: Counts, files: list[Path]) -> DataError:
     return DataError(f"0 usable rows of {counts.rows_in}", ", ".join(map(shown_path, files)), todo)
 
 
-def overlong_error(batch: EncodedBatch, position: int, path: Path, line: int, max_seq_length: int) -> DataError:
+def overlong_error(batch: EncodedBatch, position: int, path: Path, row: RawRow, max_seq_length: int) -> DataError:
     """``--overlong error`` met a row that is too long."""
     tokens = dict(batch.full_lengths)[position]
     return DataError(
-        f"{shown_path(path)}:{line}: the row has {tokens} tokens, more than --max-seq-length {max_seq_length}",
+        f"{row.place(shown_path(path))}: the row has {tokens} tokens, more than --max-seq-length {max_seq_length}",
         None,
         "raise it, or choose --overlong truncate or drop",
     )

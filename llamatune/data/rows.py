@@ -42,12 +42,27 @@ class RowError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """The bytes of one row, or why there are none, and where it begins: 1-based line, 0-based byte of the file."""
+    """The bytes of one row, or why there are none, and where it begins: 1-based line, 0-based byte of the file.
+
+    ``row`` is its 1-based number in a JSON list; None in JSON Lines, where the line tells which row it is.
+    """
 
     line: int
     offset: int
     data: bytes
     error: RowError | None = None
+    row: int | None = None
+
+    def place(self, path: object) -> str:
+        """Where the row of the file ``path`` is, as messages say it."""
+        return shown_place(path, self.line, self.row)
+
+
+def shown_place(path: object, line: int, row: int | None) -> str:
+    """``path:line``; of a JSON list also the row's number, and its line only if others stand above it."""
+    if row is None:
+        return f"{path}:{line}"
+    return f"{path}: row {row}" if line == 1 else f"{path}:{line}: row {row}"
 
 
 def read_raw_rows(path: Path) -> Iterator[RawRow]:
@@ -114,7 +129,7 @@ class _ListReader:
 
     def __init__(self, file: BinaryIO, offset: int) -> None:
         self._file, self._buffer, self._at = file, b"", 0
-        self._line, self._offset, self._ended = 1, offset, False
+        self._line, self._offset, self._row, self._ended = 1, offset, 0, False
 
     def rows(self) -> Iterator[RawRow]:
         self._next_byte()
@@ -147,6 +162,7 @@ class _ListReader:
 
     def _element(self) -> RawRow:
         """Consume the element at ``_at`` up to the comma or bracket that ends it."""
+        self._row += 1
         line, offset, scan, depth, in_string = self._line, self._offset, self._at, 0, False
         error: RowError | None = None
         while True:
@@ -174,12 +190,12 @@ class _ListReader:
             scan -= self._at
             if not self._read_on():
                 self._ended = True
-                return RawRow(line, offset, b"", error or self._unclosed(offset))
+                return RawRow(line, offset, b"", error or self._unclosed(offset), self._row)
         data = self._buffer[self._at : scan]
         self._consume(len(data))
         if error is None and len(data) > LARGEST_ROW_BYTES:
             error = _too_large(data, offset)
-        return RawRow(line, offset, b"" if error else data.strip(_BLANK), error)
+        return RawRow(line, offset, b"" if error else data.strip(_BLANK), error, self._row)
 
     def _unclosed(self, offset: int) -> RowError:
         nul = self._buffer.find(b"\0", self._at)
@@ -209,7 +225,8 @@ class _ListReader:
         self._at += count
 
     def _fault(self, kind: str, message: str) -> RawRow:
-        return RawRow(self._line, self._offset, b"", RowError(kind, message))
+        self._row += 1
+        return RawRow(self._line, self._offset, b"", RowError(kind, message), self._row)
 
 
 def _end_of(pattern: re.Pattern[bytes], buffer: bytes, start: int) -> int:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import sentencepiece
 
+from llamatune.data.tokenizer_agreement import SENTENCEPIECE_FILE, check_agreement
 from llamatune.errors import CheckpointError, DataError, EnvironmentFault
+from llamatune.events import OnEvent, ignore_event
 from llamatune.files import digest_bytes, read_bytes
 from llamatune.versions import require_version
 
@@ -108,15 +110,21 @@ class Tokenizer:
         piece: str = self._processor.id_to_piece(token_id)
         return piece
 
+    def pieces(self) -> list[str]:
+        """The whole vocabulary, by id."""
+        pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
+        return pieces
 
-def load_tokenizer(path: Path) -> Tokenizer:
+
+def load_tokenizer(path: Path, on_event: OnEvent = ignore_event) -> Tokenizer:
     """The tokenizer in a ``tokenizer.model`` file, or in a directory that holds one.
 
     An unknown model is first parsed in a child process: SentencePiece has crashed on malformed ones, and a crash
     must cost us an error, not the whole run. The verdict holds for this process.
 
     Raises:
-        CheckpointError: no SentencePiece model, a broken one, or one without BOS or EOS.
+        CheckpointError: no SentencePiece model, a broken one, one without BOS or EOS, or one that the files beside it
+            contradict.
     """
     require_version("sentencepiece", sentencepiece.__version__)
     path = Path(path)
@@ -135,6 +143,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if not 0 <= token_id < tokenizer.vocab_size:
             raise CheckpointError(f"the tokenizer has no {name} token", path, "use LLaMA's own tokenizer.model")
     _sound_models.add(fingerprint)
+    check_agreement(path, tokenizer.pieces(), tokenizer.bos_id, tokenizer.eos_id, on_event)
     return tokenizer
 
 
@@ -149,7 +158,7 @@ def check_vocabulary(tokenizer: Tokenizer, embedding_rows: int, where: object) -
 
 
 def _model_in(directory: Path) -> Path:
-    path = directory / "tokenizer.model"
+    path = directory / SENTENCEPIECE_FILE
     if path.exists():
         return path
     if (directory / "tokenizer.json").exists():

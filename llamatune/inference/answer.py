@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
 import torch
 
+from llamatune.data.decoding import Row, decode_row, decode_value, kind_of
+from llamatune.data.formats import prompt_row_of
 from llamatune.data.prompts import Template
+from llamatune.data.rows import RawRow, RowError, read_raw_rows
 from llamatune.devices import memory_faults
 from llamatune.errors import DataError
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
@@ -17,12 +21,17 @@ from llamatune.files import parse_json, read_bytes
 from llamatune.inference.generate import Completion, complete
 from llamatune.inference.opened import open_model
 from llamatune.inference.sampling import Sampling
+from llamatune.threads import suitable_threads
 
 _BATCH = 16
 _LARGEST_PROMPT_FILE = 256 << 20
 
-Prompt = str | Mapping[str, str]
-"""A user's message, or a row's fields by name."""
+_ROW_SUFFIXES = (".json", ".jsonl", ".ndjson")
+_ROWS_BEGIN = re.compile(rb"""\s*(?:\{\s*["']|\[\s*(?:\{\s*["']|["']))""")
+"""How a file of rows or a list of prompts begins; ``[INST] Hi`` and ``{name} is`` begin otherwise."""
+
+Prompt = str | Mapping[str, str] | Row
+"""A user's message, or a row: its fields by name, or one of a file."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +80,12 @@ def answer(request: Request, on_event: OnEvent = ignore_event, should_stop: Shou
     )
     tokenizer, template = opened.tokenizer(), opened.template(request.template)
     texts = [_prompt_text(prompt, template, number) for number, prompt in enumerate(request.prompts, 1)]
-    ids = [tokenizer.encode(text) for text in texts]
-    with memory_faults(opened.device, "use a 16-bit --dtype, or fewer --max-new-tokens"):
+    ids = opened.encode(tokenizer, texts, request.sampling.max_new_tokens, on_event)
+    beams, config = request.sampling.num_beams, opened.checkpoint.config
+    threads = suitable_threads(config, beams if beams > 1 else min(_BATCH, len(ids)))
+    with memory_faults(opened.device, "use a 16-bit --dtype, or fewer --max-new-tokens"), threads:
         models = opened.load(on_event, should_stop)
-        eos_ids = {*opened.checkpoint.config.eos_token_ids, tokenizer.eos_id}
+        eos_ids = {*config.eos_token_ids, tokenizer.eos_id}
 
         def run(name: str, task: str) -> tuple[list[Completion], float]:
             started, done = monotonic(), []
@@ -101,48 +112,85 @@ def answer(request: Request, on_event: OnEvent = ignore_event, should_stop: Shou
 def _prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
     if isinstance(prompt, str):
         return prompt if template is None else template.instruction_prompt(prompt)
-    if template is not None:
-        optional: dict[str, str] = {name: "" for name in ("input", "system") if name in template.placeholders}
-        missing = sorted(template.placeholders - optional.keys() - prompt.keys())
-        if missing:
-            had = ", ".join(map(repr, prompt))
+    row, where = prompt if isinstance(prompt, Row) else Row(dict(prompt), ""), f"prompt {number}"
+    if template is None or not template.placeholders:
+        text = row.fields.get("prompt", row.fields.get("text"))
+        if text is None:
             raise DataError(
-                f"no field {missing[0]!r} for the template {template.name!r}", f"prompt {number}", f"it has {had}"
+                "a row without the field 'prompt', and no template to make one",
+                where,
+                "name a template with --template",
             )
-        return template.prompt_of({**optional, **prompt})
-    if "prompt" not in prompt:
-        raise DataError(
-            "a row without the field 'prompt', and no template to make one",
-            f"prompt {number}",
-            "name a template with --template",
-        )
-    return prompt["prompt"]
+        return text if template is None else template.instruction_prompt(text)
+    optional: dict[str, str] = {name: "" for name in ("input", "system") if name in template.placeholders}
+    for name in sorted(template.placeholders - optional.keys() - row.fields.keys()):
+        what = "a field that is no text," if name in row.ignored_keys else "no field"
+        had = ", ".join(map(repr, row.fields)) or "none"
+        raise DataError(f"{what} {name!r} for the template {template.name!r}", where, f"it has the texts {had}")
+    if misfit := template.misfit(row):
+        raise DataError(misfit, where)
+    return template.prompt_of({**optional, **row.fields}, row.turns)
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts from a file: JSONL rows where a line starts with a brace, else one prompt a line; blank lines skipped.
+    """Prompts from a file: rows as ``prepare-data`` reads them, or plain text, one prompt a line; blank lines skipped.
+
+    A file holds rows if its name ends in .json, .jsonl or .ndjson, or if it begins as JSON does. A list may hold texts.
 
     Raises:
-        DataError: no prompts, not UTF-8, or a broken row (with its line).
+        DataError: no prompts, not UTF-8, a row that cannot be used (with its place), or rows between plain lines.
     """
+    content = read_bytes(path, DataError, _LARGEST_PROMPT_FILE)
+    if path.suffix.lower() in _ROW_SUFFIXES or _begins_as_rows(content):
+        prompts = [_row_prompt(raw, path) for raw in read_raw_rows(path)]
+    else:
+        prompts = list(_plain_prompts(content, path))
+    if not prompts:
+        raise DataError("no prompts", path)
+    return prompts
+
+
+def _begins_as_rows(content: bytes) -> bool:
+    content = content.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if _ROWS_BEGIN.match(content) or (content.startswith(b"{") and _is_object(content.split(b"\n", 1)[0])):
+        return True
     try:
-        text = read_bytes(path, DataError, _LARGEST_PROMPT_FILE).decode("utf-8-sig")
+        return content.startswith(b"[") and isinstance(parse_json(content), list)
+    except ValueError:
+        return False
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        decode_row(RawRow(1, 0, line.strip()))
+    except RowError:
+        return False
+    return True
+
+
+def _plain_prompts(content: bytes, path: Path) -> Iterator[str]:
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
         raise DataError(f"not UTF-8 at byte {fault.start}", path) from None
-    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise DataError("no prompts", path)
-    if not all(line.lstrip().startswith("{") for _, line in lines):
-        return [line for _, line in lines]
-    return [_row(line, f"{path}:{number}") for number, line in lines]
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.lstrip().startswith("{") and _is_object(line.encode()):
+            raise DataError(
+                "a JSON row in a file that begins as plain text", f"{path}:{number}", "let every line be a row, or none"
+            )
+        if line.strip():
+            yield line.rstrip("\r")
 
 
-def _row(line: str, where: str) -> dict[str, str]:
+def _row_prompt(raw: RawRow, path: Path) -> Prompt:
     try:
-        row = parse_json(line)
-    except ValueError as fault:
-        raise DataError(f"not valid JSON: {fault}", where) from None
-    fields = {key: value for key, value in row.items() if isinstance(value, str)}
-    if not fields:
-        raise DataError("no text field in the row", where)
-    return fields
+        value = decode_value(raw)
+        if isinstance(value, str) and value.strip():
+            return value
+        if not isinstance(value, dict):
+            what = "an empty text" if isinstance(value, str) else kind_of(value)
+            raise RowError("not_an_object", f"{what} where a row or a prompt is expected")
+        return prompt_row_of(value)
+    except RowError as fault:
+        todo = "mend it, or give plain prompts one a line in a .txt file that does not begin as JSON does"
+        raise DataError(fault.message, raw.place(path), todo) from None

@@ -19,6 +19,7 @@ from llamatune.inference.opened import OpenedModel, open_model
 from llamatune.inference.significance import Accuracy, ratio_interval
 from llamatune.model.loss import IGNORED, target_losses
 from llamatune.model.transformer import Transformer
+from llamatune.threads import suitable_threads
 from llamatune.units import perplexity
 
 
@@ -192,7 +193,9 @@ def evaluate_prepared(
         check_rows(part, opened.checkpoint.config, f"{evaluation.data} against {evaluation.model}", on_event)
     check_tokenizer(prepared, evaluation.model, evaluation.force_base, on_event)
     total = sum(min(len(part), evaluation.limit or len(part)) for part in chosen.values())
-    with memory_faults(opened.device, MEMORY_ADVICE):
+    tokens = sum(sum(part.lengths[: evaluation.limit]) for part in chosen.values())
+    threads = suitable_threads(opened.checkpoint.config, tokens * min(1.0, evaluation.batch_size / total))
+    with memory_faults(opened.device, MEMORY_ADVICE), threads:
         models = opened.load(on_event, should_stop)
         names: list[str] = []
         scores: dict[str, list[RowScore]] = {prefix: [] for prefix in models}

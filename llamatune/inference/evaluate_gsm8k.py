@@ -22,6 +22,7 @@ from llamatune.inference.opened import OpenedModel
 from llamatune.inference.sampling import Sampling
 from llamatune.inference.significance import Accuracy, exact_mcnemar
 from llamatune.journal import Journal, open_journal
+from llamatune.threads import suitable_threads
 
 _REVISION = 1  # raise it when the same settings come to give other answers
 
@@ -140,8 +141,8 @@ def evaluate_gsm8k(
     if evaluation.shots_data is not None:
         examples = choose_examples(evaluation.shots_data, evaluation.shots, evaluation.seed, asked)
     questions = asked[: evaluation.limit]
-    prompts = [tokenizer.encode(prompt_of(question, template, examples)) for question in questions]
-    _warn_of_long_prompts(prompts, opened, evaluation.max_new_tokens, on_event)
+    texts = [prompt_of(question, template, examples) for question in questions]
+    prompts = opened.encode(tokenizer, texts, evaluation.max_new_tokens, on_event)
     report = Gsm8kReport(str(evaluation.data), opened.dtype_name, evaluation.shots, [])
     answered = report.answered
     with contextlib.ExitStack() as stack:
@@ -158,6 +159,8 @@ def evaluate_gsm8k(
             del answered[len(answered) // evaluation.batch_size * evaluation.batch_size :]
             journal.keep(len(answered))
         stack.enter_context(memory_faults(opened.device, MEMORY_ADVICE))
+        together = min(evaluation.batch_size, len(prompts))
+        stack.enter_context(suitable_threads(opened.checkpoint.config, together))
         try:
             for batch in _replies(evaluation, opened, tokenizer, prompts[len(answered) :], on_event, should_stop):
                 added = list(zip(questions[len(answered) :], batch, strict=False))
@@ -194,15 +197,6 @@ def _replies(
             for replies, prompt, found in zip(said, batch, completions, strict=True):
                 replies[prefix] = Reply(tokenizer.continuation(prompt, found.ids), found.finish_reason)
         yield said
-
-
-def _warn_of_long_prompts(
-    prompts: list[list[int]], opened: OpenedModel, max_new_tokens: int, on_event: OnEvent
-) -> None:
-    longest, known = max(map(len, prompts)), opened.checkpoint.config.max_position_embeddings
-    if longest + max_new_tokens > known:
-        what = f"a prompt of {longest} tokens and {max_new_tokens} new ones"
-        on_event(Notice(f"{what} are more than the {known} the model knows", "warning"))
 
 
 def _settings(

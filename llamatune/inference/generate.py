@@ -156,7 +156,7 @@ def _beam_search(
         if not kept or (len(done) == beams and kept[0][0] / count <= done[-1][0]):
             break
         scores = torch.tensor([score for score, _, _ in kept], device=model.device)
-        cache.reorder(torch.tensor([beam for _, beam, _ in kept], device=model.device))
+        cache.reorder([beam for _, beam, _ in kept])
         input_ids = torch.tensor([[token] for _, _, token in kept], device=model.device)
     else:
         done += [(score / sampling.max_new_tokens, ids) for (score, _, _), ids in zip(kept, living, strict=True)]

@@ -55,10 +55,10 @@ def read_questions(path: Path) -> list[Question]:
         try:
             row = parse_row(raw, FORMATS["gsm8k"])
         except RowError as fault:
-            raise DataError(fault.message, f"{path}:{raw.line}") from None
+            raise DataError(fault.message, raw.place(path)) from None
         expected = extract_answer(row.completion)
         if expected is None:
-            raise DataError("the answer has no '#### number' to compare with", f"{path}:{raw.line}")
+            raise DataError("the answer has no '#### number' to compare with", raw.place(path))
         questions.append(Question(number, row.fields["question"], row.completion, expected))
     if not questions:
         raise DataError("no rows", path, "give GSM8K rows, of question and answer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.data.prompts import Template, load_template
 from llamatune.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from llamatune.devices import lacks_bf16
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.files import MANIFEST, read_json
@@ -58,6 +60,21 @@ class OpenedModel:
         where = self.path if self.adapter is None else self.adapter.path
         return None if stored is None else Template.from_dict(stored, where)
 
+    def encode(
+        self, tokenizer: Tokenizer, prompts: Sequence[str], new_tokens: int, on_event: OnEvent
+    ) -> list[list[int]]:
+        """Ids of each prompt, BOS included; a warning if they, or so many new tokens after them, exceed the context."""
+        ids = [tokenizer.encode(prompt) for prompt in prompts]
+        known = self.checkpoint.config.max_position_embeddings
+        longest, beyond = max(map(len, ids), default=0), sum(len(prompt) > known for prompt in ids)
+        if beyond:
+            what = f"{beyond} of {len(ids)} prompts have more than the {known} tokens the model knows"
+            on_event(Notice(f"{what}, the longest {longest}", "warning"))
+        elif longest + new_tokens > known:
+            what = f"a prompt of {longest} tokens and up to {new_tokens} new ones"
+            on_event(Notice(f"{what} can become more than the {known} tokens the model knows", "warning"))
+        return ids
+
     def load(self, on_event: OnEvent, should_stop: ShouldStop) -> dict[str, Transformer]:
         """The model asked for under ``""``, and the base under ``base_`` where the two are compared; ready to compute.
 
@@ -94,6 +111,10 @@ def open_model(
     if dtype is None and device.type == "cpu" and _stored_dtype(checkpoint) == torch.float16:
         on_event(Notice("computing in fp32, since fp16 is very slow on a CPU; --dtype bfloat16 takes half the memory"))
         dtype = torch.float32
+    if (dtype or _stored_dtype(checkpoint)) == torch.bfloat16 and lacks_bf16(device):
+        on_event(
+            Notice(f"{torch.cuda.get_device_name(device)} has no bf16 and is slow with it; --dtype float16 is quick")
+        )
     return OpenedModel(model, checkpoint, loaded, compare, dtype, device)
 
 

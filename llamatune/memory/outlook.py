@@ -8,13 +8,14 @@ from typing import Any
 from llamatune.memory.plan import MemoryPlan, plan_memory
 from llamatune.memory.remedies import remedies
 from llamatune.memory.sizes import Rows
+from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.config import LlamaConfig
 from llamatune.spec import RunSpec
 
 _MOST_ROWS = 1 << 16
 
 
-def outlook(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: bool) -> dict[str, Any]:
+def outlook(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) -> dict[str, Any]:
     """The plan as JSON, under a limit with the largest micro-batch and row that fit, and remedies if it does not.
 
     ``largest_micro_batch_size`` are rows like the longest, or packed ones. ``largest_row_tokens`` is the length to

@@ -11,6 +11,7 @@ from typing import Any
 
 from llamatune.memory.sizes import Rows
 from llamatune.memory.step import Step, StepBytes
+from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.levels import Levels, Recompute, levels_of
 from llamatune.spec import RunSpec
@@ -53,7 +54,7 @@ class MemoryPlan:
         }  # fmt: skip
 
 
-def plan_memory(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: bool, limit_bytes: int | None) -> MemoryPlan:
+def plan_memory(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu, limit_bytes: int | None) -> MemoryPlan:
     """Predict the peak of a step of ``rows``.
 
     Under ``activation_checkpointing: none`` fused blocks recompute as much as the limit asks for, nothing if everything

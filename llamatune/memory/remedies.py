@@ -9,6 +9,7 @@ from typing import Any
 
 from llamatune.memory.plan import MemoryPlan, plan_memory, recomputed_share
 from llamatune.memory.sizes import Rows
+from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.config import LlamaConfig
 from llamatune.shapes.levels import Recompute
 from llamatune.spec import LoraSection, RunSpec
@@ -41,7 +42,7 @@ class Remedy:
         return dataclasses.asdict(self)
 
 
-def after_running_out(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: bool) -> str:
+def after_running_out(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) -> str:
     """What was tried, and three changes to try next, for a step that found less memory than was planned for.
 
     First those that bring it to four fifths, the cheapest in computation first, then those that save most. Blocks that
@@ -63,7 +64,7 @@ def after_running_out(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda
     return f"{tried}; try {advice}" if advice else tried
 
 
-def remedies(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: bool) -> list[Remedy]:
+def remedies(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) -> list[Remedy]:
     """Everything that is not on yet and lowers the peak by more than a thousandth, each by itself."""
     found: list[Remedy] = []
     training, lora = spec.training, spec.lora

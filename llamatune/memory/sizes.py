@@ -12,9 +12,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability, Gpu, Kernel, choose_kernel, head_room
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.counts import count_parameters
-from llamatune.shapes.limits import ELEMENTS_AT_ONCE, SHORT_TOKENS, WEIGHTS_AT_ONCE
+from llamatune.shapes.limits import ELEMENTS_AT_ONCE, WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
 
 _CODE_TABLE_BYTES = 4 << 16  # what finds the level of an 8-bit blockwise code
@@ -61,11 +62,11 @@ class AttentionBytes:
 
 
 class Sizes:
-    """The sizes of one step of ``spec`` on a model of this shape; ``cuda`` or a CPU."""
+    """The sizes of one step of ``spec`` on a model of this shape."""
 
-    def __init__(self, spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: bool) -> None:
+    def __init__(self, spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu) -> None:
         training = spec.training
-        self.spec, self.config, self.rows, self.cuda = spec, config, rows, cuda
+        self.spec, self.config, self.rows, self.cuda = spec, config, rows, bool(cuda)
         self.device = "cuda" if cuda else "cpu"
         self.N, self.P = rows.tokens, min(rows.targets, rows.tokens)
         self.D, self.F, self.V = config.hidden_size, config.intermediate_size, config.vocab_size
@@ -82,6 +83,7 @@ class Sizes:
             held = "float16" if training.precision == "fp16" else "bfloat16"
         computed = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[training.precision]
         self.w, self.c = _WIDTHS[held], _WIDTHS[computed]
+        self.computed, self.capability = computed, _capability(cuda, computed)
         self.casts = held != computed  # by the table in training.precision
         self.s = 4 if self.casts else self.w
 
@@ -144,19 +146,22 @@ class Sizes:
         return sum(4 * self.adapter.parameter_count(self.config, name) for name in names)
 
     def attention(self) -> AttentionBytes:
-        """By the rule of ``model.attention.attend``: a kernel, or plain products for short samples in bf16 on a CPU."""
-        c, Q, N, lengths, H = self.c, self.Q, self.N, self.rows.lengths, self.config.num_attention_heads
-        several, ragged = len(lengths) > 1, len(set(lengths)) > 1
-        bf16 = not self.cuda and self.spec.training.precision == "bf16"
-        squares = [t * t * H for t in lengths if bf16 and t <= SHORT_TOKENS]
-        by_kernel = sum(t for t in lengths if not (bf16 and t <= SHORT_TOKENS))
+        """By the rule of ``shapes.attention_kernels``."""
+        c, N, lengths, H = self.c, self.N, self.rows.lengths, self.config.num_attention_heads
+        several, ragged, head = len(lengths) > 1, len(set(lengths)) > 1, self.config.head_dim
+        kernels = {t: choose_kernel(self.capability, self.computed, head, t, len(lengths)) for t in set(lengths)}
+        kernel = kernels[max(lengths)]  # on a GPU that of all
+        squares = [t * t * H for t in lengths if kernels[t] is Kernel.PRODUCTS]
+        by_kernel = sum(t for t in lengths if kernels[t] is not Kernel.PRODUCTS)
         scores, at_once = sum(squares), max(squares, default=0) if ragged else sum(squares)
-        # Other kernels than flash take keys and values repeated for each query head.
-        width = Q if squares or (self.cuda and (several or c == 4)) else self.K
-        one_kernel = not squares and (not ragged or (self.cuda and c == 2))
-        flat = 0 if one_kernel else N * Q * c
-        repeated = 2 * N * Q * c if width != self.K else 0
-        arranged = repeated + (N * Q * c * (2 if several and not ragged else 1) if squares else 0)
+        room = head_room(kernel, self.capability, self.computed, head)
+        Q, K = H * room, self.config.num_key_value_heads * room
+        width = Q if squares or kernel in (Kernel.VARLEN, Kernel.EFFICIENT) else K
+        one_kernel = not squares and room == head and (not ragged or kernel is Kernel.VARLEN)
+        flat = 0 if one_kernel else N * self.Q * c
+        repeated = 2 * N * Q * c if width != K else 0
+        filled = N * (Q + 2 * width) * c if room > head else 0
+        arranged = repeated + filled + (N * Q * c * (2 if several and not ragged else 1) if squares else 0)
         # Plain products keep the scaled q and the shares twice: in fp32 for softmax's gradient, and in c.
         inputs = N * (Q + 2 * width) * c + scores * (4 + c)
         outputs = by_kernel * (Q * c + H * 4)
@@ -164,6 +169,13 @@ class Sizes:
         forward = arranged + max(softmax, scores * (4 + c) + outputs + 2 * flat)
         gradients = N * (Q + 2 * width) * c + (N * Q * c if ragged and flat else 0)
         return AttentionBytes(inputs, outputs, flat, forward, gradients + at_once * (8 - c))
+
+
+def _capability(gpu: Gpu, computed: str) -> Capability | None:
+    """Of a GPU that is not at hand: FlashAttention's oldest, or for fp16, which others leave to bf16, a T4's."""
+    if isinstance(gpu, tuple):
+        return gpu
+    return None if not gpu else (7, 5) if computed == "float16" else OLDEST_WITH_BF16
 
 
 def _nf4_bytes(count: int) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from llamatune.memory import fused, plain
 from llamatune.memory.sizes import Part, Rows, Sizes
+from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.config import LlamaConfig
 from llamatune.shapes.levels import (
     Levels,
@@ -42,7 +43,7 @@ class StepBytes:
         return sum(dataclasses.astuple(self))
 
 
-def step_bytes(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: bool, levels: Levels | None = None) -> StepBytes:
+def step_bytes(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu, levels: Levels | None = None) -> StepBytes:
     """The memory of a step whose micro-batches are ``rows``; ``levels`` in place of ``activation_checkpointing``'s."""
     return Step(spec, config, rows, cuda).highest(levels)
 
@@ -50,7 +51,7 @@ def step_bytes(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: bool, level
 class Step:
     """One step's parts, each computed once."""
 
-    def __init__(self, spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: bool) -> None:
+    def __init__(self, spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu) -> None:
         self.z, self.mode = Sizes(spec, config, rows, cuda), spec.training.activation_checkpointing
         self._block = functools.cache(self._block_parts)
 

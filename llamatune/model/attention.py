@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llamatune.shapes.limits import SHORT_TOKENS
+from llamatune.devices import capability_of
+from llamatune.shapes.attention_kernels import Kernel, choose_kernel, head_room
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @dataclass(frozen=True)
@@ -47,28 +49,47 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Docu
         documents: B is 1 and the row holds these samples; each attends to itself alone.
     """
     if mask is not None or q.shape[2] != k.shape[2]:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return _attend(q, k, v, "none" if mask is None else "given", mask)
     if documents is None or len(documents.lengths) == 1:
-        return _attend_causally(q, k, v)
-    varlen = _varlen_kernel() if q.is_cuda and q.dtype != torch.float32 else None
-    if varlen is not None:
-        return varlen(q, k, v, documents)
+        return _attend(q, k, v)
     lengths = list(documents.lengths)
+    _, _, N, E = q.shape
+    if choose_kernel(capability_of(q.device), _DTYPES[q.dtype], E, N, len(lengths)) is Kernel.VARLEN:
+        return _attend_to_ragged(q, k, v, documents)
     if len(set(lengths)) == 1:
         return _attend_to_equal(q, k, v, len(lengths))
     samples = zip(*(torch.split(x, lengths, dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([_attend_causally(*sample) for sample in samples], dim=2)
+    return torch.cat([_attend(*sample) for sample in samples], dim=2)
 
 
-def _attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    T = q.shape[2]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or T > SHORT_TOKENS:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+def _attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "causal", mask: Tensor | None = None) -> Tensor:
+    """One call for a batch whose rows are one sample each; ``kind`` of mask as ``choose_kernel`` has it."""
+    _, _, T, E = q.shape
+    capability, dtype = capability_of(q.device), _DTYPES[q.dtype]
+    kernel = choose_kernel(capability, dtype, E, T, 1, kind)
+    causal = kind == "causal" and T > 1
+    if kernel is Kernel.PRODUCTS:
+        return _attend_by_products(q, k, v)
+    if kernel is Kernel.SDPA:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    k, v = _repeated(q, k, v)
+    missing = head_room(kernel, capability, dtype, E) - E
+    if missing:
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=E**-0.5)
+    return o[..., :E] if missing else o
+
+
+def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with a head for each of q's."""
     groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return (k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)) if groups > 1 else (k, v)
+
+
+def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = _repeated(q, k, v)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (B, H, T, T)
-    later = torch.ones(T, T, dtype=torch.bool).triu(1)
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
     shares: Tensor = scores.masked_fill(later, -torch.inf).softmax(-1, dtype=torch.float32)
     return shares.to(v.dtype) @ v
 
@@ -77,31 +98,24 @@ def _attend_to_equal(q: Tensor, k: Tensor, v: Tensor, samples: int) -> Tensor:
     """Samples of one length are a batch: one call, and its output is kept once."""
     H, N, E = q.shape[1:]
     q, k, v = (x.transpose(1, 2).reshape(samples, N // samples, -1, E).transpose(1, 2) for x in (q, k, v))
-    o = _attend_causally(q, k, v)  # (samples, H, N / samples, E)
+    o = _attend(q, k, v)  # (samples, H, N / samples, E)
     return o.transpose(1, 2).reshape(1, N, H, E).transpose(1, 2)
 
 
+def _attend_to_ragged(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Samples of several lengths in one call of a GPU's FlashAttention."""
+    varlen_attn, causal = _varlen()
+    k, v = _repeated(q, k, v)
+    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v))  # (N, H, E)
+    longest = max(documents.lengths)
+    out: Tensor = varlen_attn(q, k, v, documents.bounds, documents.bounds, longest, longest, **causal)
+    return out.transpose(0, 1)[None]  # (1, H, N, E)
+
+
 @functools.cache
-def _varlen_kernel() -> Callable[[Tensor, Tensor, Tensor, Documents], Tensor] | None:
-    """FlashAttention over ragged samples, where torch has it and the GPU runs it (compute capability 8 and up)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    if torch.cuda.get_device_capability() < (8, 0):
-        return None
-    # The way to ask for causality changed between releases.
+def _varlen() -> tuple[Any, dict[str, Any]]:
+    """torch's function, imported where it is needed, and causality as this release of torch wants it asked for."""
+    from torch.nn.attention.varlen import varlen_attn
+
     known = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (N, H, E)
-        longest = max(documents.lengths)
-        out = varlen_attn(q, k, v, documents.bounds, documents.bounds, longest, longest, **causal)
-        assert isinstance(out, Tensor)
-        return out.transpose(0, 1)[None]  # (1, H, N, E)
-
-    return kernel
+    return varlen_attn, {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}

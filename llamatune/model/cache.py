@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from llamatune.shapes.config import LlamaConfig
+
+_FIRST_ROOM_TOKENS = 256
 
 
 class KVCache:
     """Keys and values of the tokens seen so far, for inference only.
 
     ``update`` of a layer appends (B, K, T, E) and returns all of it, (B, K, S, E); ``length`` grows with the last one.
+    Room doubles as it is used up, up to ``capacity`` tokens, and a layer at a time, so that little is held twice.
     """
 
     def __init__(
         self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self._stored = torch.zeros(shape, dtype=dtype, device=device)
+        self._capacity, self._layers = capacity, config.num_hidden_layers
+        shape = (2, batch, config.num_key_value_heads, 0, config.head_dim)
+        self._stored = [torch.empty(shape, dtype=dtype, device=device) for _ in range(self._layers)]
         self.length = 0
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         end = self.length + key.shape[2]
+        if end > self._stored[layer].shape[3]:
+            self._stored[layer] = self._with_room(self._stored[layer], end)
         keys, values = self._stored[layer]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
-        if layer == len(self._stored) - 1:
+        if layer == self._layers - 1:
             self.length = end
         return keys[:, :, :end], values[:, :, :end]
 
-    def reorder(self, rows: Tensor) -> None:
-        """Let row i continue what row ``rows[i]`` held (beam search)."""
-        self._stored = self._stored.index_select(2, rows)
+    def _with_room(self, stored: Tensor, tokens: int) -> Tensor:
+        room = max(tokens, min(self._capacity, max(2 * tokens, _FIRST_ROOM_TOKENS)))
+        grown = stored.new_empty((*stored.shape[:3], room, stored.shape[4]))
+        grown[:, :, :, : self.length] = stored[:, :, :, : self.length]
+        return grown
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let row i continue what row ``rows[i]`` held (beam search); what is not used yet is not copied."""
+        moved = [row for row, source in enumerate(rows) if row != source]
+        if not moved:
+            return
+        device = self._stored[0].device
+        targets, sources = torch.tensor(moved, device=device), torch.tensor([rows[row] for row in moved], device=device)
+        for stored in self._stored:
+            used = stored[:, :, :, : self.length]
+            used.index_copy_(1, targets, used.index_select(1, sources))

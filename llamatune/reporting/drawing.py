@@ -71,11 +71,11 @@ class Chart:
 
 
 def require_matplotlib() -> None:
-    """Raise before any work if the extra that draws is not installed."""
+    """Raise before any work if what draws cannot be imported."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise EnvironmentFault("the charts need matplotlib", None, "pip install llamatune[plots]") from None
+        raise EnvironmentFault("the charts need matplotlib", None, "pip install matplotlib") from None
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def make_report(
     """
     if not 0 <= options.smoothing < 1:
         raise SpecError(f"--smoothing is {options.smoothing}", None, "give a number from 0 to below 1")
-    if options.png is not None and options.png.absolute() == options.output.absolute():
+    if options.png is not None and options.png.resolve() == options.output.resolve():
         raise SpecError("--png and --output are the same file", options.output)
     require_matplotlib()
     output = output_file(options.output, options.overwrite)
@@ -76,9 +76,11 @@ def make_report(
         samples,
     )
     charts = make_charts(curves)
-    write_atomic(output, render_page(report, [(chart, chart_svg(chart)) for chart in charts], curves).encode())
+    page = render_page(report, [(chart, chart_svg(chart)) for chart in charts], curves)
+    write_atomic(output, page.encode(), options.overwrite)
     if picture is not None:
-        write_atomic(picture, charts_png(charts, {curve.run.name: curve.style for curve in curves}))
+        drawn = charts_png(charts, {curve.run.name: curve.style for curve in curves})
+        write_atomic(picture, drawn, options.overwrite)
     return report
 
 

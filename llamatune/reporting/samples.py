@@ -81,7 +81,8 @@ def generate_samples(
     spec = run.spec
     if spec.model.init == "random" or spec.model.num_layers is not None:
         raise SpecError("its base is not the model on the disk", run.path, "leave --prompt out, or pass --generations")
-    base, sampling, on = Path(spec.model.path), Sampling(max_new_tokens, temperature=0), choose_device(device)
+    base, sampling = Path(spec.model.path), Sampling(max_new_tokens, temperature=0)
+    on = choose_device(device, on_event)
 
     def ask(request: Request) -> list[Answer]:
         return answer(request, on_event, should_stop).results

@@ -198,5 +198,5 @@ class _Worker:
 def _require(package: str) -> None:
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:  # a mere folder of that name is no package
-        install = f"pip install 'llamatune[{package}]', or leave it out"
+        install = f"pip install {package}, or leave it out"
         raise EnvironmentFault(f"{package} is not installed", f"tracking.{package}", install)

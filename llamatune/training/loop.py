@@ -32,12 +32,12 @@ from llamatune.training.memory import peak_memory_bytes, peak_reserved_bytes
 from llamatune.training.optimizer import learning_rate_at
 from llamatune.training.order import Windows
 from llamatune.training.position import Position
-from llamatune.training.run_directory import RunDirectory, prune_checkpoints
+from llamatune.training.run_directory import LEAST_GAIN, RunDirectory, prune_checkpoints
 from llamatune.training.run_files import BEST
 from llamatune.training.setup import Inputs, Learner, Schedule
-from llamatune.training.summary import announce, held_memory, summarise
+from llamatune.training.summary import announce, early_stop, held_memory, summarise
 from llamatune.training.trained import TrainedWeights
-from llamatune.training.validation import note_evaluation, stops_early, validate
+from llamatune.training.validation import note_evaluation, recount_patience, stops_early, validate
 from llamatune.training.window import (
     LOWEST_LOSS_SCALE,
     WindowGradient,
@@ -115,6 +115,8 @@ class TrainingLoop:
                 "choose another training.output_dir",
             )
         self.run.cut_metrics(progress["metrics_bytes"])
+        if LEAST_GAIN in self.run.changed_fields:
+            recount_patience(self.spec, self.position, self.run.evaluation_losses())
         self._last_checkpoint = found.path
         self._prune(found.path)
 
@@ -132,12 +134,15 @@ class TrainingLoop:
         if self.position.step == 0:
             raise self._numerics_fault("no window made an update: every gradient overflowed fp16", ())
         self.weights.write_final(self.run.path)
+        stopped_early = stops_early(self.spec, self.position) and not self._out_of_work()
+        if stopped_early:
+            self.on_event(Notice(early_stop(self.position, self.schedule)))
         summary = summarise(
             self.inputs,
             self.position,
             self.learner.device,
             runtime_s=time.monotonic() - self._clock,
-            stopped_early=stops_early(self.spec, self.position) and not self._out_of_work(),
+            stopped_early=stopped_early,
             output_dir=self.run.path,
         )
         summary |= self.memory_facts

@@ -7,7 +7,7 @@ import resource
 import torch
 
 from llamatune.data.dataset import Split
-from llamatune.devices import free_memory_bytes
+from llamatune.devices import capability_of, free_memory_bytes
 from llamatune.events import Notice, OnEvent
 from llamatune.memory.plan import MemoryPlan, heaviest_rows, limit_of, plan_memory
 from llamatune.memory.remedies import remedies
@@ -19,13 +19,13 @@ def plan_run_memory(spec: RunSpec, config: LlamaConfig, train: Split, device: to
     """The plan of a run on its data, within ``training.memory_limit``."""
     limit = limit_of(spec, free_memory_bytes(device))
     rows = heaviest_rows(train.lengths, train.target_counts, spec)
-    return plan_memory(spec, config, rows, device.type == "cuda", limit)
+    return plan_memory(spec, config, rows, capability_of(device), limit)
 
 
 def report_plan(plan: MemoryPlan, spec: RunSpec, config: LlamaConfig, device: torch.device, on_event: OnEvent) -> None:
     """Say what is recomputed that was not asked for, and warn of what will not fit."""
     if not plan.fits:
-        found = remedies(spec, config, plan, device.type == "cuda")
+        found = remedies(spec, config, plan, capability_of(device))
         helpful = next((remedy for remedy in found if remedy.fits), found[0] if found else None)
         advice = f"; {helpful.advice()}" if helpful else ""
         on_event(Notice(f"a step needs {plan.room()} that may be used{advice}", "warning"))

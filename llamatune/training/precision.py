@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamatune.devices import lacks_bf16
 from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, OnEvent
 from llamatune.spec import RunSpec
@@ -22,7 +23,7 @@ AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def check_precision(spec: RunSpec, device: torch.device, on_event: OnEvent) -> None:
     """Refuse what the device cannot compute, and warn of what it computes very slowly."""
     wanted = {spec.training.precision, {"bfloat16": "bf16", "float16": "fp16"}.get(spec.model.dtype, "fp32")}
-    if device.type == "cuda" and "bf16" in wanted and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if "bf16" in wanted and lacks_bf16(device):
         raise EnvironmentFault(
             f"{torch.cuda.get_device_name(device)} has no bf16",
             None,

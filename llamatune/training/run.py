@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from llamatune.checkpoints.run_state import list_checkpoints
-from llamatune.devices import memory_faults
-from llamatune.errors import EnvironmentFault
+from llamatune.devices import capability_of, memory_faults
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.files import refuse_occupied, refuse_small_disk
 from llamatune.free_memory import held_host_bytes
@@ -16,13 +14,14 @@ from llamatune.memory.outlook import outlook
 from llamatune.memory.remedies import after_running_out
 from llamatune.model.compilable import compiling
 from llamatune.spec import RunSpec
+from llamatune.threads import suitable_threads
 from llamatune.training.compiling import check_compiler, compile_ahead
 from llamatune.training.loop import TrainingLoop
 from llamatune.training.memory import plan_run_memory, report_plan
 from llamatune.training.profiling import profiled
 from llamatune.training.run_directory import claim_run_directory, finished_summary
 from llamatune.training.run_files import CHECKPOINTS
-from llamatune.training.setup import build_learner, open_inputs, plan_schedule
+from llamatune.training.setup import build_learner, micro_batch_tokens, open_inputs, plan_schedule
 from llamatune.training.trained import trained_weights
 
 _CHECKPOINT_BYTES = 12
@@ -45,13 +44,13 @@ def train(
         LlamatuneError: the member of the tree that tells what was wrong; nothing is left half-written.
         Stopped: ``should_stop`` said so; a checkpoint is saved.
     """
-    _refuse_ranks()
     inputs = open_inputs(spec, force_base, on_event)
     schedule = plan_schedule(spec, inputs.prepared.train)
     if resume and not overwrite:
         summary = finished_summary(spec, inputs.digests, allowed_changes)
         if summary is not None:
-            on_event(Notice(f"{spec.training.output_dir} is finished: nothing to do"))
+            how = "stopped early" if summary.get("stopped_early") else "is finished"
+            on_event(Notice(f"{spec.training.output_dir} {how}: nothing to do"))
             return summary
     needed = _CHECKPOINT_BYTES * inputs.count.trainable_parameters
     refuse_small_disk(Path(spec.training.output_dir), needed, "a checkpoint")
@@ -60,12 +59,13 @@ def train(
     plan = plan_run_memory(spec, inputs.config, inputs.prepared.train, inputs.device)
 
     def what_helps() -> str:
-        advice = after_running_out(spec, inputs.config, plan, inputs.device.type == "cuda")
+        advice = after_running_out(spec, inputs.config, plan, capability_of(inputs.device))
         saved = list_checkpoints(Path(spec.training.output_dir) / CHECKPOINTS)
         return f"{advice}; the last checkpoint is {saved[0]}" if saved else advice
 
     claim = claim_run_directory(spec, inputs.digests, overwrite, resume, allowed_changes)
-    with claim as run, memory_faults(inputs.device, what_helps):
+    threads = suitable_threads(inputs.config, micro_batch_tokens(spec, inputs.prepared.train))
+    with claim as run, memory_faults(inputs.device, what_helps), threads:
         report_plan(plan, spec, inputs.config, inputs.device, on_event)
         memory_facts = {**plan.facts(), "memory_before_model_bytes": held_host_bytes().get("resident")}
         learner = build_learner(spec, inputs, on_event, should_stop, plan.levels)
@@ -77,17 +77,6 @@ def train(
             loop = TrainingLoop(spec, inputs, schedule, learner, weights, run, on_event, should_stop, memory_facts)
             loop.resume()
             return loop.execute()
-
-
-def _refuse_ranks() -> None:
-    """Processes that a launcher started would each train the same, or wait for a lock, and not share the work."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks != "1":
-        raise EnvironmentFault(
-            f"a launcher started {ranks} processes, and one trains a model here",
-            "WORLD_SIZE",
-            "start one, without torchrun",
-        )
 
 
 def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent = ignore_event) -> dict[str, Any]:
@@ -113,5 +102,5 @@ def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent 
         "total_steps": schedule.total_steps,
         "device": str(inputs.device),
         "output_dir": str(output),
-        "memory_plan": outlook(spec, inputs.config, memory, inputs.device.type == "cuda"),
+        "memory_plan": outlook(spec, inputs.config, memory, capability_of(inputs.device)),
     }

@@ -45,13 +45,18 @@ _MAY_CHANGE = (
     *(f"tracking.{name}" for name in TrackingSection.model_fields),
 )
 _MAY_GROW = ("training.num_epochs", "training.max_steps")
+_PATIENCE = "evaluation.early_stopping_patience"
+LEAST_GAIN = "evaluation.early_stopping_min_delta"
 
 
 class RunDirectory:
-    """A locked run directory; make it with ``claim_run_directory``."""
+    """A locked run directory; make it with ``claim_run_directory``.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    ``changed_fields`` are those of the spec that changed between two starts of the run.
+    """
+
+    def __init__(self, path: Path, changed_fields: frozenset[str] = frozenset()) -> None:
+        self.path, self.changed_fields = path, changed_fields
         with self._log_faults():
             self._metrics = (path / METRICS).open("ab")
 
@@ -84,6 +89,11 @@ class RunDirectory:
             self._metrics.truncate(length)
             self._metrics.seek(length)
 
+    def evaluation_losses(self) -> list[float]:
+        """The validation losses that the log holds, in their order."""
+        with (self.path / METRICS).open("rb") as log:
+            return [json.loads(line)["loss"] for line in log if line.startswith(b'{"event": "eval"')]
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_atomic(self.path / SUMMARY, dump_json(summary))
 
@@ -95,20 +105,24 @@ class RunDirectory:
         return disk_faults(self.path / METRICS, needed)
 
 
-def _refuse_changes(
-    old: RunSpec, new: RunSpec, allowed: tuple[str, ...], where: Path
-) -> tuple[bool, list[dict[str, Any]]]:
-    """Raise on a changed field; whether the run is to go on for longer than it was, and the changes that count."""
+def _is_growth(field: str, was: Any, now: Any, after: Mapping[str, Any]) -> bool:
+    """Whether a change makes a run longer and nothing else: what was computed until now stays what it would be."""
+    if field in _MAY_GROW:
+        return was is not None and now is not None and bool(now > was)
+    if field == _PATIENCE:
+        return was is not None and (now is None or now > was)
+    return field == LEAST_GAIN and after[_PATIENCE] is None  # nobody asks for it any more
+
+
+def _refuse_changes(old: RunSpec, new: RunSpec, allowed: tuple[str, ...], where: Path) -> list[dict[str, Any]]:
+    """Raise on a changed field; the changes that are accepted and count."""
     before, after = old.flat(), new.flat()
-    grown, refused, accepted = False, [], []
+    refused, accepted = [], []
     for field in sorted(before.keys() | after.keys()):
         was, now = before.get(field), after.get(field)
-        if was == now or field in _MAY_CHANGE or field in allowed:
-            grown |= was != now and field in _MAY_GROW
-            if was != now and field not in _MAY_CHANGE:
-                accepted.append({"field": field, "old": was, "new": now})
-        elif field in _MAY_GROW and was is not None and now is not None and now > was:
-            grown = True
+        if was == now or field in _MAY_CHANGE:
+            continue
+        if field in allowed or _is_growth(field, was, now, after):
             accepted.append({"field": field, "old": was, "new": now})
         else:
             refused.append(f"{field}: {was} -> {now}")
@@ -118,7 +132,7 @@ def _refuse_changes(
             where,
             "restore it, choose another training.output_dir, or pass --allow-spec-change FIELD",
         )
-    return grown, accepted
+    return accepted
 
 
 def _refuse_other_inputs(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> None:
@@ -154,9 +168,11 @@ def finished_summary(
     path = Path(spec.training.output_dir)
     if not _is_run(path) or not (path / SUMMARY).is_file():
         return None
-    grown, _ = _refuse_changes(load_spec(path / SPEC), spec, allowed_changes, path / SPEC)
+    accepted = _refuse_changes(load_spec(path / SPEC), spec, allowed_changes, path / SPEC)
     _refuse_other_inputs(read_json(path / ORIGIN), inputs, path / ORIGIN)
-    return None if grown else read_json(path / SUMMARY)
+    summary = read_json(path / SUMMARY)
+    reopening = (*_MAY_GROW, _PATIENCE, LEAST_GAIN) if summary.get("stopped_early") else _MAY_GROW
+    return None if any(change["field"] in reopening for change in accepted) else summary
 
 
 @contextlib.contextmanager
@@ -197,7 +213,7 @@ def claim_run_directory(
             sync_directory(path)  # by the lock's name it is known to be a run's, whatever else a power cut leaves
         if own and not overwrite and (list_checkpoints(path / CHECKPOINTS) or (path / SUMMARY).is_file()):
             # Before its first checkpoint a run holds nothing that another spec could contradict.
-            _, accepted = _refuse_changes(load_spec(path / SPEC), spec, allowed_changes, path / SPEC)
+            accepted = _refuse_changes(load_spec(path / SPEC), spec, allowed_changes, path / SPEC)
             origin = read_json(path / ORIGIN)
             _refuse_other_inputs(origin, inputs, path / ORIGIN)
             changes = origin.get("spec_changes", [])
@@ -207,7 +223,7 @@ def claim_run_directory(
         _remove_leftovers(path)
         with disk_faults(path / SUMMARY):
             (path / SUMMARY).unlink(missing_ok=True)
-        run = RunDirectory(path)
+        run = RunDirectory(path, frozenset(change["field"] for change in inputs.get("spec_changes", [])))
         try:
             write_if_changed(path / ORIGIN, dump_json(inputs))
             write_if_changed(path / SPEC, spec.to_yaml().encode())

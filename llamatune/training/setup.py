@@ -79,7 +79,7 @@ class Learner:
 
 def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
     """Open the base and the data, and refuse what does not fit together."""
-    device = choose_device(spec.training.device)
+    device = choose_device(spec.training.device, on_event)
     check_precision(spec, device, on_event)
     prepared = open_prepared(Path(spec.data.train))
     validation, validation_digest = prepared.validation, None
@@ -130,6 +130,13 @@ def plan_schedule(spec: RunSpec, train: Split) -> Schedule:
         schedule = Schedule(rows, rows_per_window, windows_per_epoch, epochs, epochs * windows_per_epoch)
     warmup_steps(training, schedule.total_steps)
     return schedule
+
+
+def micro_batch_tokens(spec: RunSpec, train: Split) -> float:
+    """Tokens of the average micro-batch; a packed row counts as full."""
+    tokens = sum(train.lengths)
+    row_tokens = packing_budget(spec) or tokens / len(train)
+    return min(tokens, spec.training.micro_batch_size * row_tokens)
 
 
 def build_learner(

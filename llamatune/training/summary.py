@@ -42,6 +42,16 @@ def announce(
     )
 
 
+def early_stop(position: Position, schedule: Schedule) -> str:
+    """Why a run ended before its last step, in one line."""
+    count, best = position.evaluations_without_improvement, position.best_step
+    return (
+        f"stopped early after step {position.step} of {schedule.total_steps}: no lower validation loss in {count} "
+        f"evaluations, the lowest was {position.best_eval_loss:.4f} at step {best}; with a larger "
+        "evaluation.early_stopping_patience the same command goes on"
+    )
+
+
 def held_memory(learner: Learner) -> MemoryHeld:
     """What the learner keeps between updates; storage that tensors share counts once."""
     trained = list(learner.parameters.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 from llamatune.events import EvalDone, OnEvent, Progress, ShouldStop
 from llamatune.inference.evaluate import held_out_loss
@@ -44,21 +45,32 @@ def validate(
 
 
 def note_evaluation(spec: RunSpec, position: Position, done: EvalDone) -> None:
-    """Enter an evaluation: the lowest loss so far, and whether patience is satisfied.
-
-    Patience compares with the last evaluation that satisfied it, not with the lowest: small gains that add up to more
-    than min_delta are progress.
-    """
+    """Enter an evaluation: the lowest loss so far, and whether patience is satisfied."""
     if done.best:
         position.best_eval_loss, position.best_step = done.loss, done.step
-    least = spec.evaluation.early_stopping_min_delta
-    if position.patience_loss is None or done.loss < position.patience_loss - least:
-        position.patience_loss, position.evaluations_without_improvement = done.loss, 0
-    else:
-        position.evaluations_without_improvement += 1
+    _note_patience(spec, position, done.loss)
     position.evaluated_step = done.step
     position.open_epoch.validation_loss = done.loss
     position.open_epoch.evaluation_s += done.seconds
+
+
+def _note_patience(spec: RunSpec, position: Position, loss: float) -> None:
+    """Compare with the last evaluation that satisfied patience, not with the lowest.
+
+    Small gains that add up to more than min_delta are progress.
+    """
+    least = spec.evaluation.early_stopping_min_delta
+    if position.patience_loss is None or loss < position.patience_loss - least:
+        position.patience_loss, position.evaluations_without_improvement = loss, 0
+    else:
+        position.evaluations_without_improvement += 1
+
+
+def recount_patience(spec: RunSpec, position: Position, losses: Iterable[float]) -> None:
+    """Judge all evaluations of the run anew: its min_delta is another than it was when they were made."""
+    position.patience_loss, position.evaluations_without_improvement = None, 0
+    for loss in losses:
+        _note_patience(spec, position, loss)
 
 
 def stops_early(spec: RunSpec, position: Position) -> bool:

@@ -73,11 +73,13 @@ def test_untouched_tensors_keep_their_bytes_and_files_their_layout(tmp_path):
     before, after = files_of(tmp_path / "base"), files_of(tmp_path / "out")
     assert set(after) == set(before) | {"llamatune.json"}
     changed = {name for name in before if before[name] != after[name]}
-    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+    for name in ("generation_config.json", "tokenizer.json"):
         assert name not in changed
+    config = json.loads(after["config.json"])
+    assert json.loads(before["config.json"]).items() <= config.items()
     index = json.loads(before["model.safetensors.index.json"])["weight_map"]
     assert json.loads(after["model.safetensors.index.json"])["weight_map"] == index
-    assert changed - {"model.safetensors.index.json"} == {
+    assert changed - {"model.safetensors.index.json", "config.json"} == {
         shard for tensor, shard in index.items() if tensor.endswith("q_proj.weight")
     }
 
@@ -326,6 +328,9 @@ def test_live_model_written_in_shards_opens_in_transformers(tiny, tmp_path):
         assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
         theirs = LlamaForCausalLM.from_pretrained(out)
         assert all(torch.equal(theirs.state_dict()[n], tensor) for n, tensor in tiny[1].state_dict().items())
+        written = json.loads((out / "config.json").read_text())
+        assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 10000.0
+        assert written["dtype"] == written["torch_dtype"] == "float32"
         assert theirs.config.rope_parameters["rope_theta"] == 10000.0
 
 

@@ -133,6 +133,42 @@ def test_transformers_4_and_5_spellings_agree(tiny, tmp_path):
     assert read_config(tmp_path / "new").rope_theta == 5000.0
 
 
+HOMES = [
+    {"rope_theta": 7e3},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 7e3}},
+    {"rope_scaling": {"type": "default", "rope_theta": 7000}},
+]
+
+
+@pytest.mark.parametrize("other", [7e3, 5e5])
+@pytest.mark.parametrize("homes", [(0, 1), (0, 2), (1, 2)])
+def test_theta_in_two_places_must_be_one(tiny, tmp_path, homes, other):
+    """transformers 4 and 5 take different ones (vllm#42624)."""
+    raw = json.loads((tiny[0] / "config.json").read_text())
+    raw.pop("rope_parameters")
+    first, second = (json.loads(json.dumps(HOMES[home])) for home in homes)
+    (second["rope_parameters"] if homes[1] == 1 else second["rope_scaling"])["rope_theta"] = other
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **first, **second}))
+    if other == 7e3:
+        assert read_config(tmp_path).rope_theta == 7e3
+    else:
+        with pytest.raises(
+            CheckpointError, match=r"rope_theta is 7000\.0, rope_\w+\.rope_theta is 500000\.0: .*config"
+        ):
+            read_config(tmp_path)
+
+
+def test_code_llama_has_16384_positions(tiny, tmp_path):
+    """So it was trained; Meta's params.json says no more than the base of the rotation."""
+    facts = json.loads((save_meta(tmp_path / "meta", tiny[1]) / "params.json").read_text())
+    for theta, vocabulary, positions in (
+        (None, 32000, 4096), (10000.0, 32016, 4096), (1000000, 32016, 16384), (1e6, 32000, 16384),
+        (500000.0, 128256, 8192),
+    ):  # fmt: skip
+        (tmp_path / "params.json").write_text(json.dumps({**facts, "rope_theta": theta, "vocab_size": vocabulary}))
+        assert read_config(tmp_path).max_position_embeddings == positions
+
+
 def test_stop_tokens_come_from_the_generation_configuration(tiny, tmp_path):
     save_tiny(tmp_path / "m", eos_token_id=[2, 5])
     (tmp_path / "m" / "generation_config.json").unlink(missing_ok=True)

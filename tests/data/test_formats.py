@@ -136,6 +136,108 @@ def test_detection_looks_past_unusable_rows_and_prefers_alpaca_to_its_text_key()
     assert detect_format([_raw({"name": "x"})]) is None
 
 
+SAID = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+TURNS = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        (
+            "text",
+            {"text": "t", "sex": "f", "dept": "x", "team": "y", "test": 1, "texts": [], "history": "old", "tools": 3},
+        ),
+        (
+            "alpaca",
+            {"instruction": "i", "input": "", "output": "o", "outputs": 3, "inputs": 1, "story": "s", "index": 0},
+        ),
+        ("gsm8k", {"question": "q", "answer": "a", "answers": ["a"], "questions": 1}),
+        ("completion", {"prompt": "p", "completion": "c", "prompts": 2, "completions": "d"}),
+        ("chat", {"messages": SAID, "message": "m", "conversation": 4}),
+        ("chat", {"conversations": TURNS, "conversation": 4, "message": "m", "messages_": 0}),
+    ],
+)
+def test_a_column_is_no_misspelling_of_a_field_that_is_there(name: str, row: dict[str, Any]) -> None:
+    made = parse_row(_raw(row), FORMATS[name])
+    assert set(made.ignored_keys) == row.keys() - set(FORMATS[name].keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "known"),
+    [
+        ("alpaca", {"instruction": "i", "output": "o", "inputs": "x"}, "input"),
+        ("alpaca", {"instruction": "i", "output": "o", "INPUT": "x"}, "input"),
+        ("alpaca", {"instruction": "i", "output": "o", "sytem": "x"}, "system"),
+        ("chat", {"message": SAID}, "messages"),
+        ("chat", {"messages": SAID, "systems": "x"}, "system"),
+        ("completion", {"prompt": "p", "completions": "c"}, "completion"),
+    ],
+)
+def test_a_key_close_to_a_field_that_is_absent_is_a_misspelling(name: str, row: dict[str, Any], known: str) -> None:
+    with pytest.raises(RowError, match=f"did you mean '{known}'"):
+        parse_row(_raw(row), FORMATS[name])
+
+
+def test_a_system_field_and_a_history_are_read() -> None:
+    for messages in ({"conversations": TURNS}, {"messages": SAID}):
+        assert row_of({"system": "Be kind.", **messages}, FORMATS["chat"]).fields == {"user": "u", "system": "Be kind."}
+    own = [{"from": "system", "value": "s"}, *TURNS]
+    assert row_of({"system": "s", "conversations": own}, FORMATS["chat"]).fields["system"] == "s"
+    with pytest.raises(RowError, match="both a field 'system' and a system message"):
+        row_of({"system": "other", "conversations": own}, FORMATS["chat"])
+    row = {"instruction": "i", "output": "o", "system": "s", "history": [["u1", "a1"], ["u2", "a2"]]}
+    made = row_of(row, FORMATS["alpaca"])
+    assert made.fields == {"instruction": "i", "input": "", "system": "s"}
+    assert made.turns == (("u1", "a1"), ("u2", "a2"))
+    assert made.ignored_keys == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("chat", {"tools": '[{"name": "f"}]', "messages": SAID}, "field 'tools' would be lost: chat rows"),
+        ("chat", {"functions": [{"name": "f"}], "messages": SAID}, "field 'functions' would be lost"),
+        ("chat", {"history": [["u", "a"]], "messages": SAID}, "field 'history' would be lost"),
+        ("chat", {"images": ["a.png"], "conversations": TURNS}, "field 'images' would be lost"),
+        ("chat", {"system": 7, "messages": SAID}, "field 'system' of the row is a number, not a string"),
+        ("chat", {"weight": 0, "messages": SAID}, "the row has a 'weight' other than 1"),
+        ("alpaca", {"instruction": "i", "output": "o", "history": "u"}, "field 'history' of the row is no list of"),
+        ("alpaca", {"instruction": "i", "output": "o", "history": [["u", ""]]}, "no list of [user, assistant] pairs"),
+        ("alpaca", {"instruction": "i", "output": "o", "tools": ["f"]}, "field 'tools' would be lost: alpaca rows"),
+        ("gsm8k", {"question": "q", "answer": "a", "system": "s"}, "field 'system' would be lost: gsm8k rows"),
+        ("completion", {"prompt": "p", "completion": "c", "system": "s"}, "field 'system' would be lost: completion"),
+    ],
+)  # fmt: skip
+def test_content_that_would_be_lost_is_refused_by_name(name: str, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError) as caught:
+        parse_row(_raw(row), FORMATS[name])
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"weight": 0}, {"weight": 0.5}, {"train": False}, {"loss": False}, {"tool_calls": [{"id": "1"}]},
+        {"function_call": {"name": "f"}}, {"reasoning_content": "hm"}, {"images": ["a.png"]}, {"mask": True},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_keys_of_messages_that_hold_content_or_weight_are_refused_by_name(key: str, extra: dict[str, Any]) -> None:
+    said = SAID if key == "messages" else TURNS
+    with pytest.raises(RowError) as caught:
+        row_of({key: [said[0], {**said[1], **extra}]}, FORMATS["chat"])
+    assert f"message 2 of '{key}' has " in caught.value.message
+    assert repr(next(iter(extra))) in caught.value.message
+
+
+def test_empty_keys_metadata_and_default_weights_may_pass() -> None:
+    extra = {"weight": 1, "train": True, "tool_calls": [], "function_call": None, "name": "Ann", "message_id": "x"}
+    row = {"messages": [SAID[0], {**SAID[1], **extra}], "tools": "[]", "system": "", "history": [], "weight": 1.0}
+    made = row_of(row, FORMATS["chat"])
+    assert (made.fields, made.completion) == ({"user": "u", "system": ""}, "a")
+    assert made.ignored_keys == ("tools", "history", "weight", "messages[].message_id", "messages[].name")
+
+
 @given(st.text(max_size=8), st.text(max_size=8))
 def test_two_edits_is_symmetric_and_true_of_equals(left: str, right: str) -> None:
     assert within_two_edits(left, right) == within_two_edits(right, left)

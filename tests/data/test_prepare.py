@@ -114,6 +114,22 @@ def test_d2_how_the_file_is_written_alters_no_token(prepare: Prepare, tmp_path: 
     assert products[0] == products[1] == products[2]
 
 
+def test_rows_of_a_list_on_one_line_are_named_by_their_number(prepare: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    rows = [alpaca(n) for n in range(1, 300)]
+    rows[200] = alpaca(201, output="seven stone " * 40)
+    path.write_text(json.dumps(rows))
+    assert prepare(path).longest_rows[0].items() >= {"file": str(path), "line": 1, "row": 201}.items()
+    message = _refused(prepare, path, max_seq_length=99, overlong="error", overwrite=True)
+    assert message.startswith(f"{path}: row 201: the row has ")
+    rows[120] = {"instruction": "a"}
+    path.write_text(json.dumps(rows))
+    assert _refused(prepare, path, overwrite=True).startswith(f"{path}: row 121: no field 'output'")
+    prepare(path, skip_bad_rows=1, overwrite=True)
+    refused = json.loads((tmp_path / "out" / "refused.jsonl").read_text())
+    assert (refused["line"], refused["row"]) == (1, 121)
+
+
 def test_d2_utf_16_and_latin_1_are_named(prepare: Prepare, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes((json.dumps(alpaca(1)) + "\n").encode("utf-16"))
@@ -298,6 +314,32 @@ def test_d16_misspelt_and_extra_keys(prepare: Prepare, write_rows: WriteRows) ->
     assert f"{path}:2: the key 'output' appears twice" in _refused(prepare, path)
     report = prepare(write_rows([alpaca(1, text="t", id=3), alpaca(2, id=4)]))
     assert report.ignored_keys == {"id": 2, "text": 1}
+
+
+def test_a_rows_system_message_and_earlier_turns_are_in_its_tokens(
+    prepare: Prepare, write_rows: WriteRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    said = [{"from": "human", "value": "seven"}, {"from": "gpt", "value": "stone"}]
+    prepare(write_rows([{"system": "green hills", "conversations": said}]))
+    ((ids, _, _),) = read_split(tmp_path / "out")
+    assert tokenizer.decode(ids) == "[INST] <<SYS>>\ngreen hills\n<</SYS>>\n\nseven [/INST] stone"
+    template = tmp_path / "mine.yaml"
+    template.write_text('prompt: "{system} {instruction} {input}:"\nturn: "{user}? {assistant}. "\n')
+    path = write_rows([alpaca(1, system="green", history=[["seven", "stone"]]), alpaca(2)])
+    prepare(path, template=str(template), output=tmp_path / "alpaca")
+    first, second = (tokenizer.decode(ids) for ids, _, _ in read_split(tmp_path / "alpaca"))
+    assert first == "seven? stone. green Count 1 apples :There are 1."
+    assert second == " Count 2 apples :There are 2."
+    message = _refused(prepare, path, output=tmp_path / "plain")
+    assert f"{path}:1: the template 'alpaca' has no place for earlier turns" in message
+
+
+def test_a_field_that_the_template_does_not_show_is_told_of(
+    prepare: Prepare, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text('prompt: "{instruction}:"\n')
+    rows = write_rows([alpaca(1), alpaca(2, input="green hills")])
+    assert prepare(rows, template=str(tmp_path / "mine.yaml")).ignored_keys == {"input": 1}
 
 
 def test_d17_a_nul_filled_tail(prepare: Prepare, write_rows: WriteRows) -> None:

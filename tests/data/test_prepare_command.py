@@ -55,6 +55,15 @@ def test_the_report_and_the_preview(rows: Path, models: dict[str, Path], tmp_pat
     assert "left as it is" in again.stdout
 
 
+def test_the_longest_rows_of_a_list_are_named_by_their_number(models: dict[str, Path], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([alpaca(n, output="stone " * n) for n in range(1, 9)]))
+    done = _run(rows, "--tokenizer", models["bpe"], "--output", tmp_path / "out")
+    shown = " ".join(done.stdout.replace(str(tmp_path), "").split())
+    assert "row 8)" in shown, done.stdout
+    assert "rows.json:1)" not in shown
+
+
 def test_json_is_one_object_with_the_promised_keys(rows: Path, models: dict[str, Path], tmp_path: Path) -> None:
     done = _run(
         rows, "--tokenizer", models["bpe"], "--output", tmp_path / "out", "--json", "--preview", 1,

@@ -54,6 +54,21 @@ def test_a_template_that_would_lose_a_part_of_a_chat_says_so() -> None:
     assert "system message" in str(Template("x", "{user}", turn="{user}{assistant}").misfit(row))
 
 
+def test_a_template_shows_an_alpaca_rows_system_and_history_or_says_so() -> None:
+    row = {"instruction": "i", "output": "o", "system": "s", "history": [["u", "a"]]}
+    made = row_of(row, FORMATS["alpaca"])
+    whole = Template("x", "{system}|{instruction}|{input}", "{system}|{instruction}", turn="{user}>{assistant}|")
+    assert whole.misfit(made) is None
+    assert whole.prompt_of(made.fields, made.turns) == "u>a|s|i"
+    assert whole.prompt_of({"instruction": "i", "input": ""}) == "|i", "rows without a system message fit too"
+    assert "earlier turns (of 'messages', 'conversations' or 'history')" in str(TEMPLATES["alpaca"].misfit(made))
+    alone = row_of({**row, "history": []}, FORMATS["alpaca"])
+    assert "system message ('system')" in str(TEMPLATES["alpaca"].misfit(alone))
+    half = Template("x", "{system}|{instruction}|{input}", "{instruction}")  # this row has no input
+    assert "system message ('system')" in str(half.misfit(alone))
+    assert half.misfit(row_of({**row, "history": [], "input": "x"}, FORMATS["alpaca"])) is None
+
+
 def test_every_format_has_a_template_it_can_fill() -> None:
     for name, template in DEFAULT_TEMPLATES.items():
         assert TEMPLATES[template].placeholders <= set(FORMATS[name].prompt_fields)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamatune.data import rows as rows_module
-from llamatune.data.formats import decode_row, detect_format
+from llamatune.data.decoding import decode_row
+from llamatune.data.formats import detect_format
 from llamatune.data.rows import LARGEST_ROW_BYTES, RawRow, RowError, read_raw_rows
 from llamatune.errors import DataError, LlamatuneError
 
@@ -94,6 +95,19 @@ def test_d2_bom_crlf_blank_lines_and_no_final_newline_alter_nothing(path: Path) 
         assert _values(path, content) == rows
     assert [raw.line for raw in _read(path, b"\n" + first + b"\n\n" + second)] == [2, 4]
     assert [raw.line for raw in _read(path, b"[\n" + first + b",\n\n" + second + b"\n]")] == [2, 4]
+
+
+def test_a_row_of_a_list_is_called_by_its_number_and_by_its_line_where_that_tells_something(path: Path) -> None:
+    rows: list[Any] = [{"text": "a"}, {"text": "b"}, 7]
+
+    def places(text: str) -> list[str]:
+        return [raw.place("f") for raw in _read(path, text.encode())]
+
+    assert places(json.dumps(rows)) == ["f: row 1", "f: row 2", "f: row 3"]
+    assert places(json.dumps(rows, indent=1)) == ["f:2: row 1", "f:5: row 2", "f:8: row 3"]
+    assert places("\n" + "\n\n".join(map(json.dumps, rows))) == ["f:2", "f:4", "f:6"]
+    assert places("[{}, , {}, {") == ["f: row 1", "f: row 2", "f: row 3", "f: row 4"]
+    assert places("[{}] x") == ["f: row 1", "f: row 2"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])

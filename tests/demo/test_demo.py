@@ -1,13 +1,17 @@
 """The shipped demo: a real effect on towns that nobody asked about in training, and material that is what it says."""
 
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
+from readme_job import run_quietly, unexpected_lines
 from safetensors import safe_open
 
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.demo import atlas
-from llamatune.demo.run import MATERIAL, demo_spec, run_demo
+from llamatune.demo.run import MATERIAL, DemoReport, HeldOut, demo_spec, run_demo
 from llamatune.training.run import train
 
 LARGEST_MATERIAL_BYTES = 8 << 20
@@ -15,8 +19,11 @@ LARGEST_MATERIAL_BYTES = 8 << 20
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory):
+    """The verb, which writes nothing to stderr but what it has to tell, and its report."""
     output = tmp_path_factory.mktemp("demo") / "out"
-    return output, run_demo(output)
+    told = run_quietly([sys.executable, "-m", "llamatune", "demo", "--output", str(output), "--json"], output.parent)
+    report = json.loads(told)
+    return output, DemoReport(**{**report, "held_out": [HeldOut(**row) for row in report["held_out"]]})
 
 
 def test_lora_turns_less_than_a_tenth_into_more_than_four_fifths(finished) -> None:
@@ -25,6 +32,31 @@ def test_lora_turns_less_than_a_tenth_into_more_than_four_fifths(finished) -> No
     assert report.base_exact_match < 10
     assert report.tuned_exact_match > 80
     assert report.merged_exact_match == pytest.approx(report.tuned_exact_match, abs=1)
+
+
+def test_a_warning_of_a_library_would_be_noticed(tmp_path: Path) -> None:
+    """Without numpy torch writes two lines; they are what an install of the dependencies alone once showed."""
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError(name='numpy')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with pytest.raises(AssertionError, match="Failed to initialize NumPy"):
+        run_quietly([sys.executable, "-m", "llamatune", "env"], tmp_path, PYTHONPATH=path)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("info: $ llamatune train finetune.yaml", True),
+        ("saved step=29 path=out/run/checkpoints/step-000029 seconds=0.01", True),
+        ("generating_with_the_base=208/476", True),
+        ("warning: the adapter was trained on another base", False),
+        ("a.py:3: UserWarning: Failed to initialize NumPy: No module named 'numpy'", False),
+        ("  cpu = _conversion_method_template(device=torch.device('cpu'))", False),
+        ("Traceback (most recent call last):", False),
+        ("", False),
+    ],
+)
+def test_what_a_verb_may_write_to_stderr(line: str, expected: bool) -> None:
+    assert (unexpected_lines(f"info: first\n{line}\n") == []) == expected
 
 
 def test_what_the_demo_writes_is_what_the_verbs_write(finished) -> None:

@@ -112,6 +112,12 @@ def test_per_row_holds_a_line_for_each_row(
     assert sum(row["correct_tokens"] for row in rows) / told["target_tokens"] == told["token_accuracy"]
     numbers = [row["row"] for row in rows]
     assert numbers == sorted(set(numbers))
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    words = ("evaluate", "--model", base, "--data", prepared(), "--per-row", tmp_path / "rows.jsonl", "--limit", 1)
+    refused = command(*words)
+    assert (refused.code, refused.stdout, (tmp_path / "rows.jsonl").read_bytes()) == (5, "", before)
+    assert command(*words, "--overwrite").code == 0
+    assert (tmp_path / "rows.jsonl").read_text().count("\n") == 1
 
 
 def test_the_loss_is_the_one_that_training_reported(
@@ -158,6 +164,23 @@ def test_an_output_of_other_settings_is_exit_5_unless_overwritten(
     assert "max_new_tokens" in outcome.stderr
     assert (tmp_path / "out.jsonl").read_bytes() == before
     assert command(*words, "--max-new-tokens", 6, "--overwrite").code == 0
+
+
+def test_a_file_that_stands_where_the_settings_go_is_left_alone(
+    command: Command, base: Path, questions: Path, tmp_path: Path
+) -> None:
+    words = ("evaluate", "--model", base, "--task", "gsm8k", "--data", questions, "--output", tmp_path / "out.jsonl")
+    beside = tmp_path / "out.jsonl.settings.json"
+    beside.write_text('{"mine": true}')
+    refused = command(*words, "--max-new-tokens", 5)
+    assert (refused.code, beside.read_text()) == (5, '{"mine": true}')
+    assert not (tmp_path / "out.jsonl").exists()
+    assert command(*words, "--max-new-tokens", 5, "--overwrite").code == 0
+
+
+def test_questions_that_may_pass_the_context_are_warned_of(command: Command, base: Path, questions: Path) -> None:
+    done = command("evaluate", "--model", base, "--task", "gsm8k", "--data", questions, "--max-new-tokens", 256)
+    assert done.stderr.count("can become more than the 256 tokens the model knows") == 1
 
 
 def test_data_of_another_tokenizer_is_refused_unless_forced(

@@ -11,9 +11,10 @@ import torch
 
 from llamatune.checkpoints.loading import load_model
 from llamatune.errors import Stopped
+from llamatune.inference import generate
 from llamatune.inference.generate import complete
 from llamatune.inference.sampling import Sampling
-from llamatune.model.transformer import Transformer
+from llamatune.model.transformer import KVCache, Transformer
 
 _chance = random.Random(4)
 PROMPTS = [[1, *(_chance.randrange(3, 131) for _ in range(length))] for length in (7, 1, 23, 0, 12)]
@@ -145,6 +146,22 @@ def test_beam_search_survives_eos_tokens_that_take_every_place(model: Transforme
         likeliest = model(torch.tensor([PROMPTS[0]]))[0, -1].topk(4).indices.tolist()
     found = complete(model, [PROMPTS[0]], Sampling(max_new_tokens=5, num_beams=2), set(likeliest))[0]
     assert not set(found.ids) & set(likeliest)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_the_cache_takes_room_for_what_is_used_of_the_length(
+    model: Transformer, beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eos = {complete(model, [PROMPTS[2]], Sampling(30, 0, num_beams=beams), ())[0].ids[-1]}
+    caches: list[KVCache] = []
+    new_cache = generate._new_cache
+    monkeypatch.setattr(generate, "_new_cache", lambda *given: caches.append(new_cache(*given)) or caches[-1])
+    short, long = (
+        complete(model, [PROMPTS[2]], Sampling(length, 0, num_beams=beams), eos)[0] for length in (40, 1 << 20)
+    )
+    assert short.finish_reason == "eos"
+    assert long == short
+    assert [{stored.shape[3] for stored in cache._stored} for cache in caches] == [{64}, {256}]
 
 
 def test_several_prompts_with_beams_are_completed_as_alone(model: Transformer) -> None:

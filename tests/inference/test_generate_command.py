@@ -96,6 +96,52 @@ def test_output_holds_one_result_a_line(command: Command, base: Path, tmp_path: 
         "generate", "--model", base, "--prompt", "a", "--prompt", "nine", *GREEDY, "--json", "--output", file
     )
     assert [json.loads(line) for line in file.read_text().splitlines()] == _results(outcome)
+    before = file.read_bytes()
+    words = ("generate", "--model", base, "--prompt", "red", *GREEDY, "--output", file)
+    refused = command(*words)
+    assert (refused.code, refused.stdout, file.read_bytes()) == (5, "", before)
+    assert command(*words, "--overwrite").code == 0
+    assert json.loads(file.read_text())["prompt"] == "red"
+
+
+def test_an_output_that_appears_while_it_works_is_left_alone(
+    command: Command, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llamatune.inference import answer
+
+    file, complete = tmp_path / "out.jsonl", answer.complete
+
+    def meanwhile(*given: Any) -> Any:
+        file.write_text("mine")
+        return complete(*given)
+
+    monkeypatch.setattr(answer, "complete", meanwhile)
+    refused = command("generate", "--model", base, "--prompt", "red", *GREEDY, "--output", file)
+    assert (refused.code, file.read_text()) == (5, "mine")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "warning"),
+    [
+        (("a red llama",), 12, None),
+        (("a red llama",), 256, "tokens and up to 256 new ones can become more than the 256 tokens the model knows"),
+        (("a", "a red llama " * 99), 1, "1 of 2 prompts have more than the 256 tokens the model knows, the longest "),
+    ],
+)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_beyond_the_models_context_there_is_one_warning(
+    command: Command, base: Path, adapter: Path, prompts: tuple[str, ...], new: int, warning: str | None, beams: int
+) -> None:
+    """Also where two models are asked."""
+    words = [word for prompt in prompts for word in ("--prompt", prompt)]
+    if beams == 1:
+        words += ["--adapter", adapter, "--compare"]
+    done = command("generate", "--model", base, *words, "--max-new-tokens", new, "--num-beams", beams)
+    assert done.code == 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("warning: ") and "the model knows" in line]
+    assert len(told) == (warning is not None)
+    assert warning is None or warning in told[0]
 
 
 def test_compare_shows_the_base_beside_the_tuned_model(command: Command, base: Path, adapter: Path) -> None:

@@ -1,4 +1,4 @@
-"""Builds sdist and wheel, installs the wheel in an empty environment, and runs the demo there.
+"""Builds sdist and wheel, installs the wheel in an empty environment, and runs the demo and README's job there.
 
 Not collected by pytest: it installs torch anew. ``make test-wheel`` runs it.
 """
@@ -14,7 +14,8 @@ import venv
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from readme_job import ROOT, commands, make_workplace, run_quietly
+
 LARGEST_MATERIAL_BYTES = 8 << 20
 
 
@@ -47,12 +48,18 @@ def main() -> None:
         installed = run(str(python), "-m", "pip", "list", "--format", "freeze", cwd=place).lower()
         assert "transformers" not in installed
         assert "peft" not in installed
-        out = run(str(place / "empty" / "bin" / "llamatune"), "demo", "--output", "demo", "--json", cwd=place)
-        report = json.loads(out)
+        # As its user would: nothing of this environment leads to other packages.
+        for name in [name for name in os.environ if name.startswith(("PYTHON", "VIRTUAL_ENV"))]:
+            del os.environ[name]
+        llamatune = str(place / "empty" / "bin" / "llamatune")
+        report = json.loads(run_quietly([llamatune, "demo", "--output", "demo", "--json"], place))
         assert report["base_exact_match"] < 10, report
         assert report["tuned_exact_match"] > 80, report
+        make_workplace(place)
+        for _, *arguments in commands():
+            run_quietly([llamatune, *arguments], place)
         sys.stdout.write(
-            f"{wheel.name} and {sdist.name}: demo in an empty environment: exact match "
+            f"{wheel.name} and {sdist.name}: demo and README's job in an empty environment: exact match "
             f"{report['base_exact_match']:.1f} % -> {report['tuned_exact_match']:.1f} %, material {material:,} bytes\n"
         )
 

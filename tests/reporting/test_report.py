@@ -409,7 +409,7 @@ def test_without_matplotlib_there_is_a_line_that_says_what_to_install(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = command("report", run, "--output", tmp_path / "report.html")
     assert done.code == 5
-    assert done.stderr == "error: the charts need matplotlib: pip install llamatune[plots]\n"
+    assert done.stderr == "error: the charts need matplotlib: pip install matplotlib\n"
 
 
 def test_a_signal_while_generating_leaves_no_page(finished: Path, tmp_path: Path) -> None:

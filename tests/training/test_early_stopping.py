@@ -13,10 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference_run import collate, kept_rows, summed_cross_entropy
-from run_tools import StopAfter, assert_same_outcome, last_checkpoint, make_spec, metrics, run_and_record
+from run_tools import (
+    Crash,
+    StopAfter,
+    assert_same_outcome,
+    crash_at,
+    last_checkpoint,
+    make_spec,
+    metrics,
+    run_and_record,
+)
 
 from llamatune.errors import CheckpointError, SpecError, Stopped
-from llamatune.events import CheckpointSaved, EpochDone, EvalDone
+from llamatune.events import CheckpointSaved, EpochDone, EvalDone, Notice
 from llamatune.files import MANIFEST, digest_file
 from llamatune.spec import RunSpec
 from llamatune.training.position import Position
@@ -234,3 +243,93 @@ def test_an_epoch_in_which_a_run_ended_is_gone_on_with(spec_with: SpecWith) -> N
     )
     run = Path(planned["output_dir"])
     assert_same_outcome(run.parent / "grown", run)
+
+
+# A run that stopped early goes on when it may be more patient.
+
+RESTLESS = {
+    "training__num_epochs": 4, "training__learning_rate": 0.3, "training__save_every_steps": 2,
+    "evaluation__every_steps": 1, "evaluation__early_stopping_patience": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({}, {"evaluation__early_stopping_patience": 3}),
+        ({}, {"evaluation__early_stopping_patience": None}),
+        (
+            {"evaluation__early_stopping_min_delta": 0.05},
+            {"evaluation__early_stopping_patience": None, "evaluation__early_stopping_min_delta": 0.0},
+        ),
+        (
+            {"lora": {"r": 4, "alpha": 8, "dropout": 0.3}, "training__save_every_steps": 5},
+            {"evaluation__early_stopping_patience": 4},
+        ),
+    ],
+    ids=["raised", "null", "null, and no min_delta", "dropout"],
+)
+def test_with_more_patience_it_goes_on_as_if_it_had_had_it_from_the_start(
+    spec_with: SpecWith, first: dict[str, Any], then: dict[str, Any]
+) -> None:
+    before, events = run_and_record(spec_with("parts", **{**RESTLESS, **first}))
+    assert before["stopped_early"]
+    stop = before["steps"]
+    told = [event.message for event in events if isinstance(event, Notice) and "stopped early" in event.message]
+    assert len(told) == 1
+    assert told[0].startswith(f"stopped early after step {stop} of 12: no lower validation loss in 1 evaluations")
+    patient = {**RESTLESS, **first, **then}
+    again, events = run_and_record(spec_with("parts", **{**RESTLESS, **first}))
+    assert again == before
+    assert any(isinstance(event, Notice) and "stopped early: nothing to do" in event.message for event in events)
+    parts = train(spec_with("parts", **patient))
+    assert parts["steps"] > stop
+    whole = train(spec_with("whole", **patient))
+    run, other = Path(whole["output_dir"]), Path(parts["output_dir"])
+    assert_same_outcome(other, run)
+    positions = [json.loads((last_checkpoint(path) / "state.json").read_text())["position"] for path in (run, other)]
+    for name in ("patience_loss", "evaluations_without_improvement", "best_eval_loss", "best_step", "saved_step"):
+        assert positions[0][name] == positions[1][name], name
+    recorded = json.loads((other / "origin.json").read_text())["spec_changes"]
+    assert {change["field"] for change in recorded} == {name.replace("__", ".") for name in then}
+
+
+def test_killed_as_it_goes_on_it_goes_on_all_the_same(spec_with: SpecWith) -> None:
+    """The changed min_delta is known from the run's record where the spec on the disk is the new one already."""
+    first = {**RESTLESS, "evaluation__early_stopping_min_delta": 0.05}
+    then = {**RESTLESS, "evaluation__early_stopping_patience": None}
+    assert train(spec_with("parts", **first))["stopped_early"]
+    with pytest.raises(Crash):
+        train(spec_with("parts", **then), on_event=crash_at(0))
+    parts, whole = train(spec_with("parts", **then)), train(spec_with("whole", **then))
+    assert_same_outcome(Path(parts["output_dir"]), Path(whole["output_dir"]))
+
+
+def test_less_patience_is_another_run(spec_with: SpecWith) -> None:
+    train(spec_with(**{**RESTLESS, "evaluation__early_stopping_patience": 2}))
+    for patience, least in ((1, 0.0), (2, 0.5), (3, 0.5)):
+        changed = {"evaluation__early_stopping_patience": patience, "evaluation__early_stopping_min_delta": least}
+        with pytest.raises(SpecError, match="the spec differs from the run's: evaluation"):
+            train(spec_with(**{**RESTLESS, **changed}))
+
+
+def test_another_least_difference_judges_all_evaluations_anew_where_it_is_allowed(spec_with: SpecWith) -> None:
+    least = "evaluation.early_stopping_min_delta"
+    eager = {**RESTLESS, "training__learning_rate": 0.01, "evaluation__early_stopping_patience": 2}
+    before = train(spec_with("parts", **eager, evaluation__early_stopping_min_delta=100.0))
+    assert (before["steps"], before["stopped_early"]) == (3, True)
+    parts = train(spec_with("parts", **eager), allowed_changes=(least,))
+    assert parts["steps"] > 3
+    whole = train(spec_with("whole", **eager))
+    assert_same_outcome(Path(parts["output_dir"]), Path(whole["output_dir"]))
+
+
+def test_a_run_that_had_all_its_steps_is_finished_whatever_the_patience(spec_with: SpecWith) -> None:
+    calm = {"training__num_epochs": 1, "evaluation__early_stopping_patience": 5}
+    before = train(spec_with(**calm))
+    assert not before["stopped_early"]
+    again, events = run_and_record(spec_with(**{**calm, "evaluation__early_stopping_patience": 6}))
+    assert again == before
+    assert [event.message for event in events if isinstance(event, Notice)] == [
+        f"{before['output_dir']} is finished: nothing to do"
+    ]

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 import yaml
 from run_tools import assert_same_outcome, make_spec, spec_values
@@ -71,19 +70,3 @@ def test_a_product_that_is_replaced_stays_whole_for_who_has_it_open(
     assert sum(open_prepared(tmp_path / "data").train.lengths) < sum(old.lengths)
     for i, ids in enumerate(before):
         torch.testing.assert_close(old.batch([i]).input_ids, ids, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("ranks", ["2", "16"])
-def test_several_ranks_are_refused_before_anything_is_written(
-    tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path, ranks: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """They would wait for each other's lock, and the launcher would end all of them when one gives up."""
-    from llamatune.errors import EnvironmentFault
-
-    monkeypatch.setenv("WORLD_SIZE", ranks)
-    with pytest.raises(EnvironmentFault, match=f"started {ranks} processes"):
-        train(make_spec(tiny_base(), prepared(), tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    train(make_spec(tiny_base(), prepared(), tmp_path / "run"))

@@ -12,6 +12,7 @@ from step_tools import real_step, spec_of
 from llamatune.data.dataset import Batch
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.memory.step import step_bytes
+from llamatune.model import attention
 from llamatune.shapes import limits
 from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig
 from llamatune.shapes.levels import Recompute, levels_of
@@ -126,6 +127,20 @@ def test_samples_of_several_lengths_on_real_tensors(
     _, meter = real_step(spec, SMALL, batch)
     found = step_bytes(spec, SMALL, Rows(lengths, target_tokens), cuda=False).peak
     assert found == pytest.approx(meter.peak_bytes, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 300), (3, 200)])
+@pytest.mark.parametrize(("fused", "mode"), [(True, "none"), (True, "projections"), (False, "none"), (True, "block")])
+@pytest.mark.parametrize("hidden", [256, 240], ids=["heads of 32", "heads of 30, filled up"])
+def test_a_gpu_that_wants_keys_and_values_repeated(
+    monkeypatch: pytest.MonkeyPatch, hidden: int, fused: bool, mode: str, rows: int, tokens: int
+) -> None:
+    config = LlamaConfig(hidden, 688, 4, 8, 2, 1000)
+    spec = spec_of(LINEAR_MODULES, mode, dtype="float32", precision="fp32", fused=fused)
+    monkeypatch.setattr(attention, "capability_of", lambda device: (9, 0))
+    targets = rows * max(1, round(tokens * memory_gate.TARGET_SHARE))
+    found = step_bytes(spec, config, Rows((tokens,) * rows, targets), (9, 0)).peak
+    assert found == pytest.approx(measured(spec, config, rows, tokens), rel=TOLERANCE)
 
 
 def test_categories_are_what_they_are_called() -> None:

@@ -1,0 +1,104 @@
+"""Chat rows: ``messages`` of ``role`` and ``content``, or ShareGPT's ``conversations`` of ``from`` and ``value``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llamatune.data.decoding import Row, is_empty, kind_of, optional_text, quote, text_field
+from llamatune.data.rows import RowError
+
+_SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "system": "system",
+}  # fmt: skip
+
+_METADATA = {
+    "id", "uuid", "name", "index", "idx", "turn", "turn_identifier", "timestamp", "created", "created_at", "updated_at",
+    "date", "time", "lang", "language", "country", "state", "model", "source", "url", "hash", "hashed_ip", "toxic",
+    "redacted", "token_count", "num_tokens", "length",
+}  # fmt: skip
+"""Keys of a message that hold none of its text and do not say what is trained; so does any that ends in ``_id``."""
+
+_TRAINING = ("weight", "train", "training", "trainable", "loss", "learn")
+"""How other tools mark which messages are trained; 1 or true is what happens without the mark."""
+
+
+def read_chat(row: Mapping[str, Any], *, as_prompt: bool = False) -> Row:
+    """A system message or none, then user and assistant in turn, an assistant message last.
+
+    The system message may also stand in the row's field ``system``. ``as_prompt``: a user message may come last; the
+    last assistant message, if there is one, is the completion as ever.
+    """
+    sharegpt = "conversations" in row
+    if sharegpt and "messages" in row:
+        raise RowError("bad_messages", "both 'messages' and 'conversations'; a chat row has one of them")
+    name, role_key, text_key = ("conversations", "from", "value") if sharegpt else ("messages", "role", "content")
+    if name not in row:
+        keys = ", ".join(quote(key) for key in row) or "none"
+        raise RowError("missing_field", f"no field 'messages'; the row has {keys}")
+    messages = row[name]
+    if not isinstance(messages, list):
+        raise RowError("wrong_type", f"field {name!r} of the row is {kind_of(messages)}, not a list")
+    _refuse_other_training(row, _TRAINING[:2], "the row")
+    said: list[tuple[str, str]] = []
+    ignored: set[str] = set()
+    for number, message in enumerate(messages, start=1):
+        where = f"message {number} of {name!r}"
+        if not isinstance(message, dict):
+            raise RowError("wrong_type", f"{where} is {kind_of(message)}, not an object")
+        if len(message) > 2:
+            ignored.update(f"{name}[].{key}" for key in _ignored_keys(message, (role_key, text_key), where))
+        role = text_field(message, role_key, where)
+        if sharegpt:
+            role = _SHAREGPT_ROLES.get(role, role)
+        if role not in ("system", "user", "assistant"):
+            raise RowError("bad_messages", f"{where} has the role {quote(role)}; known: system, user, assistant")
+        said.append((role, text_field(message, text_key, where)))
+    first = 2 if said and said[0][0] == "system" else 1
+    own = said.pop(0)[1] if first == 2 else ""
+    for number, (role, _) in enumerate(said):
+        expected = ("user", "assistant")[number % 2]
+        if role != expected:
+            raise RowError(
+                "bad_messages",
+                f"message {first + number} of {name!r} is the {role}'s where the {expected}'s is expected",
+            )
+    if as_prompt and len(said) % 2:
+        said.append(("assistant", ""))
+    if not said or len(said) % 2:
+        what = "message" if as_prompt else "assistant message at its end, so there is nothing to learn"
+        raise RowError("bad_messages", f"{name!r} has no {what}")
+    pairs = tuple((said[i][1], said[i + 1][1]) for i in range(0, len(said), 2))
+    fields = {"user": pairs[-1][0], "system": _system(row, own, name)}
+    return Row(fields, pairs[-1][1], pairs[:-1], tuple(sorted(ignored)))
+
+
+def _system(row: Mapping[str, Any], own: str, name: str) -> str:
+    given = optional_text(row, "system")
+    if own and not is_empty(given) and given != own:
+        raise RowError("bad_messages", f"both a field 'system' and a system message in {name!r}; leave one of them out")
+    return own or ("" if is_empty(given) else given)
+
+
+def _ignored_keys(message: Mapping[str, Any], read: tuple[str, str], where: str) -> list[str]:
+    """The keys of ``message`` that nothing is lost with; any other raises ``RowError``."""
+    _refuse_other_training(message, _TRAINING, where)
+    ignored = []
+    for key, value in message.items():
+        if key in read or key in _TRAINING or is_empty(value):
+            continue
+        if key not in _METADATA and not key.endswith("_id"):
+            raise RowError("unread_field", f"{where} has {quote(key)}, which would be lost; take it out if it may be")
+        ignored.append(key)
+    return ignored
+
+
+def _refuse_other_training(holder: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    for key in keys:
+        if key in holder and not is_empty(holder[key]) and holder[key] != 1:
+            raise RowError(
+                "unread_field",
+                f"{where} has a {key!r} other than 1, which is not supported: the last assistant message is trained, "
+                "and no other; take the key out if that is what you want",
+            )

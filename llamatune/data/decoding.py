@@ -1,0 +1,143 @@
+"""One row decoded: the JSON object in its bytes, the texts in that, and what a format makes of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llamatune.data.rows import RawRow, RowError
+from llamatune.files import parse_json
+
+_LONGEST_QUOTE = 80
+_DEEPEST = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One usable row.
+
+    Args:
+        fields: what a template's placeholders may name.
+        completion: the text to be learned.
+        turns: earlier (user, assistant) turns of a chat, oldest first.
+        ignored_keys: keys of the row that no format knows.
+    """
+
+    fields: dict[str, str]
+    completion: str
+    turns: tuple[tuple[str, str], ...] = ()
+    ignored_keys: tuple[str, ...] = field(default=(), compare=False)
+
+
+def decode_row(raw: RawRow) -> dict[str, Any]:
+    """The JSON object that ``raw`` holds, checked but not yet of any format; raises ``RowError``."""
+    value = decode_value(raw)
+    if not isinstance(value, dict):
+        raise RowError("not_an_object", f"{kind_of(value)} where a row, a JSON object, is expected")
+    return value
+
+
+def decode_value(raw: RawRow) -> Any:
+    """The JSON value that ``raw`` holds, of whatever kind; raises ``RowError``."""
+    if raw.error is not None:
+        raise raw.error
+    nul = raw.data.find(b"\0")
+    if nul >= 0:
+        raise RowError("nul_bytes", f"a NUL byte at byte {raw.offset + nul} of the file (a write that was cut off?)")
+    try:
+        text = raw.data.decode()
+    except UnicodeDecodeError as fault:
+        byte, at = raw.data[fault.start], raw.offset + fault.start
+        raise RowError(
+            "not_utf8", f"byte 0x{byte:02x} at byte {at} of the file is not UTF-8 (Latin-1 text? iconv converts it)"
+        ) from None
+    try:
+        value = parse_json(text)
+    except json.JSONDecodeError as fault:
+        # The parser counts lines and columns from the row's own beginning, so only the column of a one-line row holds.
+        place = f"column {fault.colno}" if fault.lineno == 1 else f"line {fault.lineno} of the row"
+        raise RowError("not_json", f"not valid JSON: {fault.msg} at {place}") from None
+    except ValueError as fault:
+        raise _value_fault(str(fault), text) from None
+    except RecursionError:
+        raise RowError("not_json", "nested too deeply") from None
+    if text.count("[") + text.count("{") > _DEEPEST and _deeper_than(value, _DEEPEST):
+        # Where the parser gives up depends on the stack above it, which differs between us and a worker.
+        raise RowError("not_json", "nested too deeply")
+    return value
+
+
+def _deeper_than(value: object, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return any(isinstance(inner, (dict, list)) for inner in level)
+
+
+def _value_fault(message: str, text: str) -> RowError:
+    if "surrogate" in message:
+        value = json.loads(text)
+        for key, content in value.items() if isinstance(value, dict) else ():
+            try:
+                json.dumps([key, content], ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                return RowError("bad_characters", f"a lone surrogate, which is no character, in field {quote(key)}")
+        return RowError("bad_characters", message)
+    if "digits" in message:
+        return RowError("not_json", "not usable JSON: an integer of thousands of digits")
+    if "twice" in message:
+        return RowError("duplicate_key", message)
+    return RowError("not_json", f"not usable JSON: {message}")
+
+
+def text_field(row: Mapping[str, Any], name: str, where: str = "the row") -> str:
+    """The text under ``name``; ``RowError`` if it is absent, no text, or blank."""
+    if name not in row:
+        keys = ", ".join(quote(key) for key in row) or "none"
+        raise RowError("missing_field", f"no field {name!r}; {where} has {keys}")
+    value = row[name]
+    if not isinstance(value, str):
+        raise RowError("wrong_type", f"field {name!r} of {where} is {kind_of(value)}, not a string")
+    if not value or value.isspace():
+        raise RowError("empty_field", f"field {name!r} of {where} is empty")
+    return without_nul(value, name)
+
+
+def optional_text(row: Mapping[str, Any], name: str) -> str:
+    """The text under ``name``; empty if it is absent, or null as pandas writes it."""
+    value = row.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RowError("wrong_type", f"field {name!r} of the row is {kind_of(value)}, not a string")
+    return without_nul(value, name)
+
+
+def is_empty(value: object) -> bool:
+    """Whether ``value`` says nothing: null, or an empty text, list or object (these also inside a text)."""
+    return value is None or value in ([], {}) or (isinstance(value, str) and value.strip() in ("", "[]", "{}"))
+
+
+def without_nul(value: str, name: str) -> str:
+    """``value``, or ``RowError`` for a character that no tokenizer can take."""
+    if "\0" in value:
+        raise RowError("bad_characters", f"a NUL character in field {name!r}")
+    return value
+
+
+def quote(text: str) -> str:
+    """A name from a row as messages show it, cut if it is long."""
+    return repr(text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "...")
+
+
+def kind_of(value: object) -> str:
+    """What JSON calls ``value``, with its article."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number"}
+    return "null" if value is None else names.get(type(value), "a number")

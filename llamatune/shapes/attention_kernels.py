@@ -1,0 +1,63 @@
+"""Which kernel computes attention: one rule for the model and for the memory plan. No torch."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from llamatune.shapes.limits import SHORT_TOKENS
+
+Capability = tuple[int, int]
+"""A GPU's CUDA compute capability: (7, 5) of a T4, (9, 0) of an H100."""
+
+OLDEST_WITH_BF16: Capability = (8, 0)
+"""The first to have FlashAttention and bf16."""
+
+Gpu = bool | Capability | None
+"""What a step is planned for. A capability, or True: a GPU that is not at hand. Otherwise a CPU."""
+
+
+class Kernel(Enum):
+    """How attention is computed."""
+
+    VARLEN = "varlen"
+    """FlashAttention over several samples of a row in one call; k and v are repeated for each query head."""
+    SDPA = "sdpa"
+    """torch's scaled_dot_product_attention, a call for each length: FlashAttention on a GPU. k and v as they are."""
+    EFFICIENT = "efficient"
+    """The same by its memory-efficient kernel, for which k and v are repeated and heads filled up to ``head_room``."""
+    PRODUCTS = "products"
+    """Two matrix products and a softmax."""
+
+
+def choose_kernel(
+    capability: Capability | None, dtype: str, head_dim: int, tokens: int, samples: int = 1, mask: str = "causal"
+) -> Kernel:
+    """The kernel for ``samples`` in one row, the one in question of ``tokens``.
+
+    On a GPU torch falls back to a matrix of T x T scores, kept for the backward pass, where k and v have fewer heads
+    than q and FlashAttention does not run: below compute capability 8, in fp32, with a mask, with heads above 256.
+
+    Args:
+        capability: None is a CPU.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        mask: ``causal``; ``given`` as a tensor; ``none``: queries follow all keys, as in decoding.
+    """
+    if capability is None:
+        short = dtype == "bfloat16" and mask == "causal" and tokens <= SHORT_TOKENS
+        return Kernel.PRODUCTS if short else Kernel.SDPA
+    if mask == "given" or not _flash_runs(capability, dtype, head_dim):
+        return Kernel.EFFICIENT
+    return Kernel.VARLEN if samples > 1 and head_dim % 8 == 0 else Kernel.SDPA
+
+
+def head_room(kernel: Kernel, capability: Capability | None, dtype: str, head_dim: int) -> int:
+    """The head size that ``kernel`` computes with: on a GPU whole 16 bytes, and torch fills up for FlashAttention."""
+    whole = 4 if dtype == "float32" else 8
+    return head_dim if capability is None or kernel is Kernel.PRODUCTS else -(-head_dim // whole) * whole
+
+
+def _flash_runs(capability: Capability, dtype: str, head_dim: int) -> bool:
+    """Forward and backward."""
+    if 192 < head_dim <= 224 and capability not in ((8, 0), (9, 0), (10, 0)):
+        return False  # the backward pass wants more shared memory than other GPUs have
+    return capability >= OLDEST_WITH_BF16 and dtype != "float32" and head_dim <= 256

@@ -1,0 +1,298 @@
+"""What is chosen, prepared and refused on GPUs, by what torch says of them: no GPU is needed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llamatune import cli, devices
+from llamatune.checkpoints.loading import load_model
+from llamatune.devices import choose_device, cuda_fault, find_device, has_kernels
+from llamatune.errors import EnvironmentFault
+from llamatune.events import Notice, ignore_event
+from llamatune.inference.opened import open_model
+from llamatune.spec import build_spec
+from llamatune.training.precision import check_precision
+from llamatune.training.setup import open_inputs
+
+CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+Gpus = Callable[..., list[Any]]
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
+    """GPUs of these names and capabilities under a torch with these kernels; gives the questions that CUDA was asked.
+
+    With no GPU, ``fault`` is what torch says when CUDA starts.
+    """
+    asked: list[Any] = []
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that what the code sets is undone
+        monkeypatch.delenv(name)
+    devices.capability_of.cache_clear()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+    def install(
+        *found: tuple[str, tuple[int, int]], architectures: list[str] = CU130, cuda: str = "13.0", fault: str = ""
+    ) -> list[Any]:
+        def index_of(device: Any) -> int:
+            asked.append((device, os.environ.get("PYTORCH_ALLOC_CONF")))
+            return torch.device(device).index or 0
+
+        def start() -> None:
+            raise RuntimeError(fault)
+
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        replaced = {
+            "is_available": lambda: bool(found),
+            "device_count": lambda: len(found),
+            "get_arch_list": lambda: architectures,
+            "get_device_capability": lambda device=None: found[index_of(device)][1],
+            "get_device_name": lambda device=None: found[index_of(device)][0],
+            "get_device_properties": lambda device=None: SimpleNamespace(total_memory=16 << 30),
+            "init": start,
+        }
+        for name, function in replaced.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+        return asked
+
+    yield install
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    devices.capability_of.cache_clear()
+
+
+V100, T4, H100 = ("Tesla V100-SXM2-16GB", (7, 0)), ("Tesla T4", (7, 5)), ("NVIDIA H100", (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "expected"),
+    [
+        ((7, 0), CU130, False),
+        ((7, 0), CU126, True),
+        ((7, 2), CU126, True),
+        ((7, 5), CU130, True),
+        ((8, 9), CU130, True),  # machine code of 8.6
+        ((8, 0), ["sm_86"], False),
+        ((10, 3), CU130, True),
+        ((12, 1), CU126, False),
+        ((12, 0), [*CU126, "compute_90"], True),
+        ((7, 0), ["compute_90"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((9, 1), ["sm_90a"], False),
+        ((10, 3), ["sm_100f"], True),
+        ((11, 0), ["compute_100f"], False),
+        ((12, 0), ["compute_90a"], False),
+        ((9, 0), [], True),  # nothing is known
+        ((9, 0), ["gfx90a"], True),  # ROCm
+    ],
+)
+def test_a_build_runs_where_its_machine_code_or_its_ptx_does(
+    capability: tuple[int, int], architectures: list[str], expected: bool
+) -> None:
+    assert has_kernels(capability, architectures) is expected
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_gpu_without_kernels_is_refused_with_the_build_to_install(gpus: Gpus, name: str) -> None:
+    gpus(V100, H100)
+    with pytest.raises(
+        EnvironmentFault, match=r"V100.*7\.0; torch .* only for sm_75.*pip install .*/whl/cu126"
+    ) as told:
+        choose_device(name)
+    assert "\n" not in str(told.value)
+    assert choose_device("cuda:1") == torch.device("cuda:1"), "each device is judged by itself"
+
+
+def test_a_gpu_newer_than_the_build_wants_a_newer_build(gpus: Gpus) -> None:
+    gpus(("NVIDIA B200", (10, 0)), architectures=CU126, cuda="12.6")
+    with pytest.raises(EnvironmentFault, match=r"10\.0.*a build of torch for a newer CUDA"):
+        choose_device("auto")
+    gpus(V100, architectures=CU126, cuda="12.6")
+    devices.capability_of.cache_clear()
+    assert choose_device("auto").type == "cuda"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--model", "absent", "--prompt", "x", "--device", "cuda"],
+        ["evaluate", "--model", "absent", "--data", "absent"],
+        ["train", "SPEC"],
+    ],
+)
+def test_verbs_refuse_it_on_one_line(
+    gpus: Gpus, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]
+) -> None:
+    gpus(V100)
+    spec = tmp_path / "run.yaml"
+    spec.write_text("model: {path: absent}\nlora: {}\ndata: {train: absent}\ntraining: {output_dir: out}\n")
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(spec) if word == "SPEC" else word for word in arguments])
+    assert left.value.code == 5
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1
+    assert told[0].startswith("error: Tesla V100-SXM2-16GB has compute capability 7.0")
+
+
+def test_what_computes_on_cuda_has_growing_segments_and_no_cudnn_attention(
+    gpus: Gpus, tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path
+) -> None:
+    asked = gpus(T4, H100)
+    values = {
+        "model": {"path": str(tiny_base())},
+        "lora": {},
+        "data": {"train": str(prepared())},
+        "training": {"output_dir": str(tmp_path / "run"), "device": "cuda:1"},
+    }
+    assert find_device("cuda:1") == torch.device("cuda:1")
+    assert torch.backends.cuda.cudnn_sdp_enabled(), "the benchmark's parent computes nothing"
+    assert open_inputs(build_spec(values, "test"), False, ignore_event).device == torch.device("cuda:1")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert asked
+    assert {setting for _, setting in asked} == {"expandable_segments:True"}, "CUDA starts with the first question"
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_settings_of_the_user_stay(gpus: Gpus, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    gpus(H100)
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    choose_device("cuda")
+    found = [os.environ.get(other) for other in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]
+    assert sorted(found, key=str) == [None, "max_split_size_mb:512"]
+
+
+def test_a_gpu_that_has_started_is_left_as_it_is(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(H100)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    choose_device("cuda")
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("fault", "driver", "expected"),
+    [
+        ("Found no NVIDIA driver on your system. Please check\nmore", None, "(Found no NVIDIA driver on your system)"),
+        ("CUDA unknown error - this may be due to", (13, 0), "(CUDA unknown error - this may be due to)"),
+        ("The NVIDIA driver is too old", (12, 4), "knows CUDA only up to 12.4; update it, or pip install"),
+        ("The NVIDIA driver is too old", (11, 4), "knows CUDA only up to 11.4; update it, or install a build"),
+    ],
+)
+def test_auto_says_why_it_takes_the_cpu(
+    gpus: Gpus, monkeypatch: pytest.MonkeyPatch, fault: str, driver: tuple[int, int] | None, expected: str
+) -> None:
+    gpus(fault=fault)
+    monkeypatch.setattr(devices, "driver_version", lambda: driver)
+    told: list[Any] = []
+    assert choose_device("auto", told.append) == torch.device("cpu")
+    assert [notice.kind for notice in told] == ["warning"]
+    assert expected in told[0].message
+    with pytest.raises(EnvironmentFault, match="no device cuda; CUDA offers 0 "):
+        choose_device("cuda")
+    assert choose_device("cpu", told.append) == torch.device("cpu")
+    assert len(told) == 1, "who asks for the CPU wants no word of GPUs"
+
+
+def test_a_torch_without_cuda_takes_the_cpu_without_a_word() -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("this torch is built for CUDA")
+    told: list[Any] = []
+    assert choose_device("auto", told.append) == torch.device("cpu")
+    assert not told
+    assert cuda_fault() is None
+
+
+def test_a_gpu_that_does_not_start_is_one_line(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(H100)
+
+    def busy(device: Any = None) -> None:
+        raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", busy)
+    with pytest.raises(EnvironmentFault, match=r"CUDA does not start: CUDA-capable.* unavailable: cuda"):
+        choose_device("auto")
+
+
+def test_bf16_is_the_matter_of_the_device_that_computes(
+    gpus: Gpus, tiny_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(H100, T4)
+    values: dict[str, Any] = {"model": {"path": "x"}, "lora": {}, "data": {"train": "x"}}
+    spec = build_spec({**values, "training": {"output_dir": "x", "precision": "bf16"}}, "test")
+    check_precision(spec, torch.device("cuda:0"), ignore_event)
+    with pytest.raises(EnvironmentFault, match="Tesla T4 has no bf16"):
+        check_precision(spec, torch.device("cuda:1"), ignore_event)
+    for device, count in (("cuda:0", 0), ("cuda:1", 1)):
+        told: list[Any] = []
+        open_model(tiny_base(), dtype=torch.bfloat16, device=torch.device(device), on_event=told.append)
+        assert len([event for event in told if isinstance(event, Notice) and "no bf16" in event.message]) == count
+
+
+def test_env_tells_what_the_build_supports(
+    gpus: Gpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpus(V100, H100)
+    monkeypatch.setattr(devices, "driver_version", lambda: (13, 1))
+    outputs = []
+    for arguments in (["env", "--json"], ["env"]):
+        with pytest.raises(SystemExit) as left:
+            cli.main(arguments)
+        assert left.value.code == 0
+        outputs.append(capsys.readouterr().out)
+    told, text = json.loads(outputs[0]), " ".join(outputs[1].split())
+    assert (told["cuda_architectures"], told["cuda_driver"], told["cuda_fault"]) == (CU130, "13.1", None)
+    facts = [(gpu["capability"], gpu["supported"], gpu["bf16"]) for gpu in told["devices"]]
+    assert facts == [("7.0", False, False), ("9.0", True, True)]
+    assert "cuda:0 cannot be used by this torch: pip install" in text
+    assert "cuda:1 cannot" not in text
+
+
+class Casts(TorchDispatchMode):
+    """The dtypes that tensors of the CPU are cast to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_cpu: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wanted = (kwargs or {}).get("dtype")
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and wanted != args[0].dtype:
+            self.on_cpu.append(wanted)
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_where_they_will_compute(
+    tiny_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamatune.checkpoints.loading.is_finite", lambda tensor: True)  # meta holds no values
+    load = functools.partial(load_model, tiny_base(), torch.bfloat16)
+    with Casts() as casts:
+        model = load("meta")
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    assert not [dtype for dtype in casts.on_cpu if dtype is not None]
+    with Casts() as casts:
+        load("cpu")
+    assert casts.on_cpu, "or the meter counts nothing"
+
+
+def test_the_allocator_is_set_for_whoever_calls_from_python() -> None:
+    code = (
+        "import os\nfrom llamatune.devices import choose_device\n"
+        "before = os.environ.get('PYTORCH_ALLOC_CONF')\nchoose_device('cpu')\nchoose_device('auto')\n"
+        "print(before, os.environ.get('PYTORCH_ALLOC_CONF'))"
+    )
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTORCH_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=inherited)
+    assert done.stdout.split() == ["None", "expandable_segments:True"]
