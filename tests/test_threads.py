@@ -88,11 +88,11 @@ def test_the_tokens_of_a_micro_batch_are_those_of_its_rows_or_of_a_full_packed_r
 OBSERVED = """
 import json, sys, torch
 from llamatune.model.transformer import Transformer
-seen, forward = set(), Transformer.hidden_states
+seen, forward = set(), Transformer.forward
 def watched(self, *more, **named):
     seen.add(torch.get_num_threads())
     return forward(self, *more, **named)
-Transformer.hidden_states = watched
+Transformer.forward = watched
 from llamatune.cli import main
 try:
     main(sys.argv[1:])

@@ -14,7 +14,8 @@ from llamatune.errors import Stopped
 from llamatune.inference import generate
 from llamatune.inference.generate import complete
 from llamatune.inference.sampling import Sampling
-from llamatune.model.transformer import KVCache, Transformer
+from llamatune.model.cache import KVCache
+from llamatune.model.transformer import Transformer
 
 _chance = random.Random(4)
 PROMPTS = [[1, *(_chance.randrange(3, 131) for _ in range(length))] for length in (7, 1, 23, 0, 12)]
