@@ -109,7 +109,8 @@ def test_a_build_runs_where_its_machine_code_or_its_ptx_does(
 def test_a_gpu_without_kernels_is_refused_with_the_build_to_install(gpus: Gpus, name: str) -> None:
     gpus(V100, H100)
     with pytest.raises(
-        EnvironmentFault, match=r"V100.*7\.0; torch .* only for sm_75.*pip install .*/whl/cu126"
+        EnvironmentFault,
+        match=r"V100.*7\.0; torch .* only for sm_75.*install torch 2\.10 to 2\.14 built for CUDA 12\.6",
     ) as told:
         choose_device(name)
     assert "\n" not in str(told.value)
