@@ -187,7 +187,7 @@ def test_a_gpu_that_has_started_is_left_as_it_is(gpus: Gpus, monkeypatch: pytest
     [
         ("Found no NVIDIA driver on your system. Please check\nmore", None, "(Found no NVIDIA driver on your system)"),
         ("CUDA unknown error - this may be due to", (13, 0), "(CUDA unknown error - this may be due to)"),
-        ("The NVIDIA driver is too old", (12, 4), "knows CUDA only up to 12.4; update it, or pip install"),
+        ("The NVIDIA driver is too old", (12, 4), "knows CUDA only up to 12.4; update it, or install torch"),
         ("The NVIDIA driver is too old", (11, 4), "knows CUDA only up to 11.4; update it, or install a build"),
     ],
 )
