@@ -256,7 +256,7 @@ def test_env_tells_what_the_build_supports(
     assert (told["cuda_architectures"], told["cuda_driver"], told["cuda_fault"]) == (CU130, "13.1", None)
     facts = [(gpu["capability"], gpu["supported"], gpu["bf16"]) for gpu in told["devices"]]
     assert facts == [("7.0", False, False), ("9.0", True, True)]
-    assert "cuda:0 cannot be used by this torch: pip install" in text
+    assert "cuda:0 cannot be used by this torch: install torch" in text
     assert "cuda:1 cannot" not in text
 
 
