@@ -23,7 +23,9 @@ _DEVICE_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 _OLDEST_OF_CUDA_13: Capability = (7, 5)
-_CUDA_12_BUILD = "pip install --force-reinstall 'torch>=2.10,<2.15' --index-url https://download.pytorch.org/whl/cu126"
+_CUDA_12_BUILD = (
+    "install torch 2.10 to 2.14 built for CUDA 12.6 (https://pytorch.org/get-started/previous-versions has the command)"
+)
 """The last builds that hold kernels for compute capabilities 5.0 to 7.0."""
 _ANY_BUILD = "install a build of torch for a newer CUDA (https://pytorch.org/get-started/locally)"
 

@@ -109,7 +109,8 @@ def test_a_build_runs_where_its_machine_code_or_its_ptx_does(
 def test_a_gpu_without_kernels_is_refused_with_the_build_to_install(gpus: Gpus, name: str) -> None:
     gpus(V100, H100)
     with pytest.raises(
-        EnvironmentFault, match=r"V100.*7\.0; torch .* only for sm_75.*pip install .*/whl/cu126"
+        EnvironmentFault,
+        match=r"V100.*7\.0; torch .* only for sm_75.*install torch 2\.10 to 2\.14 built for CUDA 12\.6",
     ) as told:
         choose_device(name)
     assert "\n" not in str(told.value)
@@ -186,7 +187,7 @@ def test_a_gpu_that_has_started_is_left_as_it_is(gpus: Gpus, monkeypatch: pytest
     [
         ("Found no NVIDIA driver on your system. Please check\nmore", None, "(Found no NVIDIA driver on your system)"),
         ("CUDA unknown error - this may be due to", (13, 0), "(CUDA unknown error - this may be due to)"),
-        ("The NVIDIA driver is too old", (12, 4), "knows CUDA only up to 12.4; update it, or pip install"),
+        ("The NVIDIA driver is too old", (12, 4), "knows CUDA only up to 12.4; update it, or install torch"),
         ("The NVIDIA driver is too old", (11, 4), "knows CUDA only up to 11.4; update it, or install a build"),
     ],
 )
@@ -255,7 +256,7 @@ def test_env_tells_what_the_build_supports(
     assert (told["cuda_architectures"], told["cuda_driver"], told["cuda_fault"]) == (CU130, "13.1", None)
     facts = [(gpu["capability"], gpu["supported"], gpu["bf16"]) for gpu in told["devices"]]
     assert facts == [("7.0", False, False), ("9.0", True, True)]
-    assert "cuda:0 cannot be used by this torch: pip install" in text
+    assert "cuda:0 cannot be used by this torch: install torch" in text
     assert "cuda:1 cannot" not in text
 
 

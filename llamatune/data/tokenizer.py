@@ -12,7 +12,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from llamatune.data.tokenizer_agreement import SENTENCEPIECE_FILE, check_agreement
+from llamatune.checkpoints.tokenizer_files import SENTENCEPIECE_FILE
+from llamatune.data.tokenizer_agreement import check_agreement
 from llamatune.errors import CheckpointError, DataError, EnvironmentFault
 from llamatune.events import OnEvent, ignore_event
 from llamatune.files import digest_bytes, read_bytes

@@ -7,15 +7,15 @@ transformers reads tokens from four more files, and the model's own BOS and EOS 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llamatune.checkpoints.tokenizer_files import SENTENCEPIECE_FILE
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent
 from llamatune.files import read_json
 
-SENTENCEPIECE_FILE = "tokenizer.model"
 _WHOLE, _ADDED = "tokenizer.json", "added_tokens.json"
 _CONFIG, _ROLES = "tokenizer_config.json", "special_tokens_map.json"
 _MODEL_FILES = ("config.json", "generation_config.json")
@@ -83,14 +83,13 @@ def _check_tokens(directory: Path, found: dict[str, _Facts], pieces: Sequence[st
                 f"lacks tokens of tokenizer.model: {_listed((token, ids[token]) for token in pieces if token in lost)}"
             )
             raise CheckpointError(what, directory / name, _TODO)
-    for token in [token for token in strange if _PADDING.fullmatch(token)]:
-        token_id, file = strange.pop(token)
-        told = _listed([(token, token_id)])
-        on_event(Notice(f"{file}: {told} is not in tokenizer.model; no row will hold it"))
+    padding = {token: strange.pop(token) for token in list(strange) if _PADDING.fullmatch(token)}
     if strange:
         file = next(iter(strange.values()))[1]
         told = _listed((token, token_id) for token, (token_id, _) in strange.items())
         raise CheckpointError(f"tokens that tokenizer.model does not have: {told}", file, _TODO)
+    for token, (token_id, file) in padding.items():
+        on_event(Notice(f"{file}: {_listed([(token, token_id)])} is not in tokenizer.model; no row will hold it"))
 
 
 def _tokens(name: str, facts: _Facts) -> Iterator[tuple[Any, Any]]:
@@ -159,6 +158,6 @@ def _check_model(file: Path, needed: Sequence[tuple[str, int]], pieces: Sequence
             raise CheckpointError(what, file, "use the model's own tokenizer, or correct the id")
 
 
-def _listed(tokens: Any) -> str:
+def _listed(tokens: Iterable[tuple[str, int | None]]) -> str:
     told = [f"{token[:40]!r} ({'no id' if token_id is None else token_id})" for token, token_id in tokens]
     return ", ".join(told[:_LISTED]) + (f" and {len(told) - _LISTED} more" if len(told) > _LISTED else "")

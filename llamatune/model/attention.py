@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from llamatune.devices import capability_of
 from llamatune.shapes.attention_kernels import Kernel, choose_kernel, head_room
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in (
+    torch.float64, torch.float32, torch.bfloat16, torch.float16)}  # fmt: skip
 
 
 @dataclass(frozen=True)

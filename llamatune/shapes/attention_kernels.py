@@ -39,7 +39,7 @@ def choose_kernel(
 
     Args:
         capability: None is a CPU.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``float64``, ``float32``, ``bfloat16`` or ``float16``.
         mask: ``causal``; ``given`` as a tensor; ``none``: queries follow all keys, as in decoding.
     """
     if capability is None:
@@ -52,7 +52,7 @@ def choose_kernel(
 
 def head_room(kernel: Kernel, capability: Capability | None, dtype: str, head_dim: int) -> int:
     """The head size that ``kernel`` computes with: on a GPU whole 16 bytes, and torch fills up for FlashAttention."""
-    whole = 4 if dtype == "float32" else 8
+    whole = {"float64": 2, "float32": 4}.get(dtype, 8)
     return head_dim if capability is None or kernel is Kernel.PRODUCTS else -(-head_dim // whole) * whole
 
 
@@ -60,4 +60,4 @@ def _flash_runs(capability: Capability, dtype: str, head_dim: int) -> bool:
     """Forward and backward."""
     if 192 < head_dim <= 224 and capability not in ((8, 0), (9, 0), (10, 0)):
         return False  # the backward pass wants more shared memory than other GPUs have
-    return capability >= OLDEST_WITH_BF16 and dtype != "float32" and head_dim <= 256
+    return capability >= OLDEST_WITH_BF16 and dtype in ("bfloat16", "float16") and head_dim <= 256

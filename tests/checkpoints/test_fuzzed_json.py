@@ -76,11 +76,11 @@ def damaged(draw, value):
             node = node[step]
         change = draw(st.sampled_from(["replace", "replace", "remove", "rename", "add"]))
         if change == "replace":
-            node[key] = draw(HOSTILE)
+            node[key] = copy.deepcopy(draw(HOSTILE))  # what is drawn is shared, and the next change may be in it
         elif change == "remove":
             del node[key]
         elif isinstance(node, dict):
-            node[draw(st.text(max_size=6))] = node.pop(key) if change == "rename" else draw(HOSTILE)
+            node[draw(st.text(max_size=6))] = node.pop(key) if change == "rename" else copy.deepcopy(draw(HOSTILE))
     return value
 
 

@@ -174,3 +174,34 @@ def test_the_fixtures_files_agree(fixtures: Path) -> None:
     load_tokenizer(fixtures / "stories260K-hf", told.append)
     load_tokenizer(fixtures / "stories260K-meta", told.append)
     assert not told
+
+
+@pytest.mark.parametrize("verb", ["prepare-data", "generate", "evaluate", "train"])
+def test_every_verb_that_needs_the_tokenizer_refuses(
+    command: Callable[..., Any],
+    tiny_base: Callable[..., Path],
+    tiny_rows: Path,
+    prepared: Callable[..., Path],
+    tmp_path: Path,
+    verb: str,
+) -> None:
+    model, data = tmp_path / "model", prepared()
+    shutil.copytree(tiny_base(), model)
+    (model / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 100}))
+    spec = {
+        "model": {"path": str(model)},
+        "data": {"train": str(data)},
+        "lora": {"r": 2},
+        "training": {"max_steps": 1, "output_dir": str(tmp_path / "run")},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(spec))
+    words = {
+        "prepare-data": (tiny_rows, "--tokenizer", model, "--output", tmp_path / "data"),
+        "generate": ("--model", model, "--prompt", "a red llama"),
+        "evaluate": ("--model", model, "--data", data),
+        "train": (tmp_path / "run.yaml",),
+    }
+    outcome = command(verb, *words[verb])
+    assert outcome.code == 4, outcome.stderr
+    assert "'<|im_end|>' (100)" in outcome.stderr
+    assert not (tmp_path / "data").exists()

@@ -47,6 +47,8 @@ CPU, V100, T4, A100, RTX3090, L4, H100, B200, RTX5090 = (
         (H100, "bfloat16", 128, 1, 1, "none", "sdpa"),
         (T4, "float16", 128, 1, 1, "none", "efficient"),
         (H100, "float32", 128, 1, 1, "none", "efficient"),
+        (CPU, "float64", 8, 29, 3, "causal", "sdpa"),
+        (H100, "float64", 8, 29, 3, "causal", "efficient"),
     ],
 )
 def test_the_table_of_kernels(
