@@ -71,7 +71,7 @@ def test_a_c_locale_takes_utf8_prompts_and_overrides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGUSR1, 130)])
 def test_a_signal_while_libraries_load_is_one_line(number: int, code: int, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [*GENERATE.split(), "--prompt", "x", "--max-new-tokens", "400"],
+        [*GENERATE.split()[:-1], "400", "--prompt", "x"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     maps = Path(f"/proc/{process.pid}/maps")
