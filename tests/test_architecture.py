@@ -21,10 +21,10 @@ FLOORS = [
     {"model"},
     {"memory"},
     {"spec"},
-    {"shapes"},
     {"devices", "threads", "tensor_files", "seeds", "strict_yaml", "versions", "journal", "units", "manifests"},
     {"free_memory", "ranks"},
     {"files", "paths"},
+    {"shapes"},
     {"errors", "events"},
 ]
 SHARED = {"llamatune"}
