@@ -11,9 +11,10 @@ import torch
 from llamatune.model.config import LINEAR_MODULES, LlamaConfig
 
 BREAK_EVEN = 1 << 25
-"""Multiply-adds of the average product below which a second thread gains at most a sixth of a training step.
+"""Multiply-adds of the average product from which on a second thread pays.
 
-``benchmarks/threads.py`` measures it; the figures are in ``docs/performance.md``.
+Just below, on two idle cores, it would gain about a fifth in training and two fifths in evaluation, far below nothing;
+on busy cores it costs many times the time. ``benchmarks/threads.py`` measures it, ``docs/performance.md`` has figures.
 """
 
 _LEAST_TOKENS = 128

@@ -1,4 +1,4 @@
-"""README's job from its first command to its last, on the tiny model that ships, with an eye on every line of stderr."""
+"""README's job from its first command to its last, on the tiny model that ships, every line of stderr looked at."""
 
 from __future__ import annotations
 
