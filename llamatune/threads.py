@@ -11,10 +11,11 @@ import torch
 from llamatune.model.config import LINEAR_MODULES, LlamaConfig
 
 BREAK_EVEN = 1 << 25
-"""Multiply-adds of the average product from which on a second thread pays.
+"""Multiply-adds of the average product from which on threads are left to torch.
 
-Just below, on two idle cores, it would gain about a fifth in training and two fifths in evaluation, far below nothing;
-on busy cores it costs many times the time. ``benchmarks/threads.py`` measures it, ``docs/performance.md`` has figures.
+Half of it gained a sixth in training and two fifths in evaluation from a second idle core, and the demo's training
+nothing; on busy cores threads cost many times the time. ``benchmarks/threads.py`` measures, ``docs/performance.md`` has
+the figures.
 """
 
 _LEAST_TOKENS = 128
