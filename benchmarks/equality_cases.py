@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 DEMO = Path(__file__).parents[1] / "llamatune" / "demo"
 BASE, TOKENIZER = "material/base", "material/base/tokenizer.model"
+ODD, ODD_BASE = "material/odd", "odd-full/run/model"
 PREPARED, OTHER_PREPARED = "prepare-alpaca/prepared", "prepare-gsm8k/prepared"
 ADAPTER = "fused-none/run/adapter"
 ALL, QV = "lora.target_modules=all-linear", "lora.target_modules=q_proj,v_proj"
@@ -52,18 +53,24 @@ class Case:
 
 
 def write_material(folder: Path) -> None:
-    """The demo's base and rows, rows of the other formats, and two run specs."""
+    """The demo's base, another shape, the demo's rows, rows of the other formats, and two run specs."""
     shutil.copytree(DEMO / "base", folder / "base")
+    (folder / "odd").mkdir()
+    shutil.copy(DEMO / "base" / "tokenizer.model", folder / "odd")
+    shape = {"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 3, "num_attention_heads": 3,
+             "num_key_value_heads": 1, "tie_word_embeddings": True, "rope_theta": 500.0}  # fmt: skip
+    config = json.loads((DEMO / "base" / "config.json").read_text()) | shape
+    (folder / "odd" / "config.json").write_text(json.dumps(config))
     shutil.copy(DEMO / "instructions.jsonl", folder)
     rows: dict[str, list[Any]] = {
         "chat": [_chat(number) for number in range(23)],
         "conversations": [{"conversations": [{"from": "human", "value": f"What is made in town {number}?"},
                                              {"from": "gpt", "value": "rope, kites and " * (number % 4) + "bells"}]}
                           for number in range(9)],
-        "gsm8k": [{"question": f"There are {a} boats with {b} oars each. How many oars are there?",
-                   "answer": f"Each has {b}. That is {a}*{b}=<<{a}*{b}={a * b}>>{a * b}.\n#### {a * b}"}
-                  for a in range(2, 8) for b in (3, 7)],
+        "gsm8k": [_problem(boats, oars) for boats in range(2, 8) for oars in (3, 7)],
+        "shots": [_problem(boats, 11) for boats in (3, 5, 9)],
         "text": [{"text": "river:Alda\ndish:bean stew\n" * (1 + number % 3)} for number in range(17)],
+        "long": [{"text": "river:Alda\ndish:bean stew\n" * (30 + number % 3)} for number in range(26)],
         "completion": [{"prompt": f"{number} bridges: ", "completion": "Alda, Gilda"} for number in range(7)]
         + [{"prompt": "no completion"}, {"prompt": "7 bridges: ", "completion": ""}],
     }  # fmt: skip
@@ -87,6 +94,12 @@ def _chat(number: int) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in system + turns]}
 
 
+def _problem(boats: int, oars: int) -> dict[str, Any]:
+    product = f"{boats}*{oars}=<<{boats}*{oars}={boats * oars}>>{boats * oars}"
+    return {"question": f"There are {boats} boats with {oars} oars each. How many oars are there?",
+            "answer": f"Each has {oars}. That is {product}.\n#### {boats * oars}"}  # fmt: skip
+
+
 def _prepare(name: str, rows: str, *options: str, shows: str | None = None) -> Case:
     command = ("prepare-data", f"material/{rows}", "--tokenizer", TOKENIZER, "--output", f"{name}/prepared", "--json")
     return Case(name, ((*command, *options),), shows=shows)
@@ -108,6 +121,7 @@ def _preparing() -> Iterable[Case]:
                    shows='"dropped": [1-9]')  # fmt: skip
     yield _prepare("prepare-gsm8k", "gsm8k.jsonl", "--gsm8k-annotations", "strip")
     yield _prepare("prepare-text", "text.jsonl", "--max-seq-length", "23")
+    yield _prepare("prepare-long", "long.jsonl", shows='"longest_row_tokens": 3..')
     yield _prepare("prepare-completion", "completion.jsonl", "--skip-bad-rows", "2", shows='"refused": 2')
 
 
@@ -145,6 +159,17 @@ def _training() -> Iterable[Case]:
                  needs=("prepare-gsm8k",), shows='"stopped_early": true')  # fmt: skip
     yield _train("init-from", ALL, f"lora.init_from={ADAPTER}", needs=("fused-none",))
     yield _train("random", ALL, "model.init=random", "model.num_layers=3")
+    # Fused blocks go by tiles of 2,048 tokens, logits by 4,096 rows, and rows beyond 256 use another attention in bf16.
+    long = ("data.train=prepare-long/prepared", "training.micro_batch_size=13",
+            "training.gradient_accumulation_steps=1", "training.max_steps=2")  # fmt: skip
+    yield _train("long", ALL, *long, needs=("prepare-long",))
+    yield _train(
+        "long-bf16", ALL, *long, *sixteen, "training.activation_checkpointing=every_2", needs=("prepare-long",)
+    )
+    # A shape of its own: grouped heads, an intermediate size that is no multiple of 64, a tied head.
+    yield _train("odd-full", f"model.path={ODD}", "model.init=random", spec="full")
+    yield _train("odd-plain", ALL, plain, f"model.path={ODD_BASE}", "model.dtype=nf4", needs=("odd-full",))
+    yield _train("odd-fused", ALL, f"model.path={ODD_BASE}", *sixteen, needs=("odd-full",))
     yield _train("full", "training.learning_rate=1e-4", spec="full")
     yield _train("full-8bit", "training.optimizer=adamw_8bit", "training.precision=bf16",
                  "training.activation_checkpointing=block", spec="full")  # fmt: skip
@@ -161,14 +186,16 @@ def _resuming() -> Iterable[Case]:
 
 
 def _merging() -> Iterable[Case]:
-    def merge(name: str, *options: str, base: str = BASE, needs: tuple[str, ...] = ()) -> Case:
-        command = ("merge-lora", "--model", base, "--adapter", ADAPTER, "--output", f"{name}/model", *options, "--json")
-        return Case(name, (command,), ("fused-none", *needs))
+    def merge(name: str, *options: str, base: str = BASE, adapted: str = "fused-none", **more: Any) -> Case:
+        paths = ("--model", base, "--adapter", f"{adapted}/run/adapter", "--output", f"{name}/model")
+        return Case(name, (("merge-lora", *paths, *options, "--json"),), (adapted, *more.get("needs", ())))
 
     yield merge("merge-same")
     yield merge("merge-float16", "--dtype", "float16")
     yield merge("merge-meta", "--format", "meta", "--dtype", "bfloat16")
-    yield merge("merge-from-meta", "--format", "hf", "--force-base", base="merge-meta/model", needs=("merge-meta",))
+    yield merge("merge-from-meta", "--format", "hf", "--force-base", base="merge-meta/model", adapted="plain-none",
+                needs=("merge-meta",))  # fmt: skip
+    yield merge("merge-odd", "--format", "meta", base=ODD_BASE, adapted="odd-fused")
 
 
 def _generating() -> Iterable[Case]:
@@ -181,6 +208,9 @@ def _generating() -> Iterable[Case]:
     yield generate("generate-sampled", *tuned, "--seed", "5", "--temperature", "0.9", "--top-k", "40")
     yield generate("generate-beams", *tuned, "--num-beams", "3")
     yield generate("generate-merged", "merge-same/model", "merge-same", "--dtype", "bfloat16", "--top-p", "0.5")
+    yield generate(
+        "generate-odd", ODD_BASE, "odd-full", "--temperature", "1", "--num-beams", "2", "--template", "alpaca"
+    )
     yield generate("generate-meta", "merge-meta/model", "merge-meta", "--temperature", "0", "--template", "none")
 
 
@@ -189,7 +219,7 @@ def _evaluating() -> Iterable[Case]:
     rows = ("--data", PREPARED, "--split", "all", "--per-row", "evaluate-rows/rows.jsonl")
     yield Case("evaluate-rows", ((*tuned, *rows),), ("fused-none",))
     questions = ("--task", "gsm8k", "--data", "material/gsm8k.jsonl", "--limit", "7", "--max-new-tokens", "16")
-    shots = ("--shots", "2", "--shots-data", "material/gsm8k.jsonl", "--output", "evaluate-gsm8k/shots.jsonl")
+    shots = ("--shots", "2", "--shots-data", "material/shots.jsonl", "--output", "evaluate-gsm8k/shots.jsonl")
     yield Case("evaluate-gsm8k", ((*tuned, *questions), (*tuned, *questions, *shots)), ("fused-none",))
 
 

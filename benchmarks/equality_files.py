@@ -24,7 +24,7 @@ TIMES = ("began_s", "checkpoint_s", "elapsed_s", "epoch_s", "evaluation_s", "run
          "tokens_per_second", "training_s")  # fmt: skip
 MEASURED_MEMORY = ("memory_before_model_bytes", "peak_memory_bytes")
 LOCK = ".llamatune.lock"
-STATE, LOG = "state.json", "metrics.jsonl"
+STATE, LOG, MANIFEST = "state.json", "metrics.jsonl", "llamatune.json"
 
 _STATE_ENTRY = re.compile(rb'("state\.json": \{\s*"bytes": )\d+(,\s*"sha256": ")[0-9a-f]{64}"')
 _METRICS_BYTES = re.compile(rb'("metrics_bytes": )(\d+)')
@@ -52,7 +52,7 @@ def compare_folders(before: Path, after: Path, roots: tuple[Path, Path], unstabl
     size = sum((before / name).stat().st_size for name in expected)
     differing = [f"{name}: only before" for name in expected if name not in found]
     differing += [f"{name}: only after" for name in found if name not in expected]
-    for name in sorted(set(expected) & set(found), key=lambda name: (not name.endswith(".jsonl"), name)):
+    for name in sorted(set(expected) & set(found), key=_order):
         contents = [comparable(side / name, root, unstable) for side, root in zip((before, after), roots, strict=True)]
         if contents[0] != contents[1]:
             differing.append(f"{name}: {describe(name, *contents)}")
@@ -64,6 +64,11 @@ def _names(folder: Path) -> list[str]:
     return sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() and path.name != LOCK
     )
+
+
+def _order(name: str) -> tuple[bool, bool, str]:
+    """Metrics first, since they say where a run went another way; manifests last, since they only repeat digests."""
+    return name.endswith(MANIFEST), not name.endswith(".jsonl"), name
 
 
 def comparable(path: Path, root: Path, unstable: tuple[str, ...] = ()) -> bytes:

@@ -152,4 +152,4 @@ def test_the_commands_of_both_sides_run_and_a_changed_constant_ends_in_exit_code
     assert "1 configurations, 3 files" in same.stdout
     assert "all equal" in same.stdout
     assert other.returncode == 1, other.stderr
-    assert "DIFFERS: prepared/llamatune.json: .files.train.safetensors.sha256: " in other.stdout
+    assert "DIFFERS: prepared/train.safetensors: tensor input_ids: " in other.stdout
