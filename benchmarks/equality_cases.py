@@ -200,7 +200,8 @@ def _merging() -> Iterable[Case]:
 
 def _generating() -> Iterable[Case]:
     def generate(name: str, model: str, needs: str, *options: str) -> Case:
-        prompts = ("--prompt", "On which river does Marby lie?", "--prompt", "Name a dish.", "--max-new-tokens", "24")
+        texts = ("On which river does Marby lie?", "Name a dish.", "hello", "craft:kites and")
+        prompts = (*(part for text in texts for part in ("--prompt", text)), "--max-new-tokens", "80")
         return Case(name, (("generate", "--model", model, *prompts, *options, "--json"),), (needs,))
 
     tuned = (BASE, "fused-none", "--adapter", ADAPTER)
@@ -208,9 +209,7 @@ def _generating() -> Iterable[Case]:
     yield generate("generate-sampled", *tuned, "--seed", "5", "--temperature", "0.9", "--top-k", "40")
     yield generate("generate-beams", *tuned, "--num-beams", "3")
     yield generate("generate-merged", "merge-same/model", "merge-same", "--dtype", "bfloat16", "--top-p", "0.5")
-    yield generate(
-        "generate-odd", ODD_BASE, "odd-full", "--temperature", "1", "--num-beams", "2", "--template", "alpaca"
-    )
+    yield generate("generate-odd", ODD_BASE, "odd-full", "--temperature", "4", "--top-p", "1")
     yield generate("generate-meta", "merge-meta/model", "merge-meta", "--temperature", "0", "--template", "none")
 
 
