@@ -29,8 +29,8 @@ def dynamic_levels(signed: bool) -> Tensor:
 class BlockwiseCode:
     """The map in both directions, with its tables on one device.
 
-    The unsigned map rounds no positive number to zero. Adam divides by the root of the second moment: if it were rounded
-    to zero while the first moment is not, the update would have no bound.
+    The unsigned map rounds no positive number to zero. Adam divides by the root of the second moment: if that were
+    rounded to zero and the first moment were not, the update would have no bound.
     """
 
     def __init__(self, signed: bool, device: torch.device) -> None:
