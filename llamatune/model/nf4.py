@@ -53,7 +53,7 @@ class Scratch:
     """The buffer that matrices are unpacked into, shared by all layers of a model, and the lookup tables.
 
     Sharing is safe because a matrix is in the buffer only from its unpacking to the product that follows at once.
-    ``NF4Product`` does both, forward and backward, and returns no view of the buffer. Recomputation runs whole products.
+    ``NF4Product`` does both, forward and backward, and returns no view of it. Recomputation runs whole products.
     On a GPU both kernels are in one stream, so the next unpacking waits for the product. Two threads or two streams
     must not run one model at the same time. Every model has its own buffer.
     """
