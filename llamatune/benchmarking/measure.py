@@ -15,12 +15,13 @@ import torch
 
 from llamatune.benchmarking.meter import CategoryMeter
 from llamatune.data.dataset import Batch
-from llamatune.devices import capability_of, memory_faults
+from llamatune.devices import capability_of
 from llamatune.errors import NumericsError
 from llamatune.events import ignore_event, never_stop
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.memory.plan import heaviest_rows, limit_of, plan_memory
 from llamatune.model.compilable import compiling
+from llamatune.out_of_memory import memory_faults
 from llamatune.spec import RunSpec
 from llamatune.threads import suitable_threads
 from llamatune.training.compiling import check_compiler, compile_ahead

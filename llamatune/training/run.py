@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.checkpoints.run_state import list_checkpoints
-from llamatune.devices import capability_of, memory_faults
+from llamatune.devices import capability_of
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.files import refuse_occupied, refuse_small_disk
 from llamatune.free_memory import held_host_bytes
 from llamatune.memory.outlook import outlook
 from llamatune.memory.remedies import after_running_out
 from llamatune.model.compilable import compiling
+from llamatune.out_of_memory import memory_faults
 from llamatune.spec import RunSpec
 from llamatune.threads import suitable_threads
 from llamatune.training.compiling import check_compiler, compile_ahead

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from run_tools import make_spec, spec_values
 
 from llamatune.data.dataset import open_prepared
-from llamatune.devices import memory_faults
 from llamatune.errors import OutOfMemory
 from llamatune.free_memory import free_host_bytes
 from llamatune.memory.plan import heaviest_rows, plan_memory
 from llamatune.memory.remedies import after_running_out
 from llamatune.memory.sizes import Rows
+from llamatune.out_of_memory import memory_faults
 from llamatune.shapes.config import PRESETS
 from llamatune.spec import RunSpec, build_spec, load_spec
 
