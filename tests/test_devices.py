@@ -23,8 +23,8 @@ from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, ignore_event
 from llamatune.inference.opened import open_model
 from llamatune.spec import build_spec
+from llamatune.training.inputs import open_inputs
 from llamatune.training.precision import check_precision
-from llamatune.training.setup import open_inputs
 
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]

@@ -23,8 +23,9 @@ from llamatune.demo.run import MATERIAL
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Event, Notice, ignore_event, never_stop
 from llamatune.spec import RunSpec, build_spec
+from llamatune.training.inputs import open_inputs
 from llamatune.training.run import train
-from llamatune.training.setup import open_inputs, plan_schedule
+from llamatune.training.schedule import plan_schedule
 
 Make = Callable[..., Path]
 

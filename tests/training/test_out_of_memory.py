@@ -174,11 +174,11 @@ def test_the_line_of_a_run_names_its_last_checkpoint(
     spec = make_spec(tiny_base(), prepared(), tmp_path / "run", training__save_every_steps=1)
     update, calls = loop.make_update, []
 
-    def update_twice(learner: Any, *more: Any) -> None:
+    def update_twice(learner: Any, *more: Any) -> Any:
         calls.append(None)
         if len(calls) == 3:
             raise MemoryError
-        update(learner, *more)
+        return update(learner, *more)
 
     monkeypatch.setattr(loop, "make_update", update_twice)
     with pytest.raises(OutOfMemory, match=r"the last checkpoint is .*run/checkpoints/step-0*2$"):
