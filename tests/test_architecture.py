@@ -21,6 +21,7 @@ FLOORS = [
     {"model"},
     {"memory"},
     {"spec"},
+    {"spec_types"},
     {
         *("devices", "torch_build", "out_of_memory", "threads", "tensor_files", "seeds", "strict_yaml", "versions"),
         *("journal", "units", "manifests"),
