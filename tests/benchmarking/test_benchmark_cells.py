@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,7 +179,8 @@ class TestWhatIsMeasured:
         update = Trial.update
 
         def overflowing(self: Trial, *arguments: Any) -> Any:
-            return None if next(outcomes, True) is None else update(self, *arguments)
+            made = next(outcomes, True) is not None
+            return update(self, *arguments) if made else SimpleNamespace(made=False)
 
         monkeypatch.setattr(Trial, "update", overflowing)
         found = answer(request(task(spec, 3)))
