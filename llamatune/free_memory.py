@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:
-    """The machine's available memory, or what a control group (container, Slurm job) or ``ulimit -v`` allows if less."""
+    """The machine's available memory, or less where a control group (container, Slurm job) or ``ulimit -v`` says so."""
     return max(0, min([_available(root), *_group_bytes(root), *_address_bytes()]))
 
 
