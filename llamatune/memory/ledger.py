@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,11 +24,11 @@ class Walk(Protocol):
 
 @dataclass(frozen=True)
 class Moment:
-    """The highest moment of one step of a walk, and the bytes of what is alive there by name."""
+    """The highest moment of one step of a walk: its bytes, and the names and bytes of the tensors alive there."""
 
     step: str
     bytes: int
-    alive: dict[str, int]
+    tensors: tuple[tuple[str, int], ...]
 
 
 class Ledger:
@@ -45,7 +44,8 @@ class Ledger:
         self._alive: dict[Tensor, tuple[str, int]] = {}
         self._made = 0
         self._step = ""
-        self._highest, self._then = 0, self._alive
+        self._highest: int = 0
+        self._then: tuple[tuple[str, int], ...] = ()
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -63,7 +63,7 @@ class Ledger:
         self._alive[self._made] = name, size
         self.live_bytes += size
         if self.live_bytes > self._highest:
-            self._highest, self._then = self.live_bytes, self._alive.copy()
+            self._highest, self._then = self.live_bytes, tuple(self._alive.values())
         return self._made
 
     def keep(self, name: str, size: int) -> Tensor:
@@ -79,9 +79,9 @@ class Ledger:
         """Make a tensor and free it at once."""
         self.free(self.make(name, size))
 
-    def alive(self) -> dict[str, int]:
-        """The bytes of what is alive, by name."""
-        return _by_name(self._alive)
+    def alive(self) -> tuple[tuple[str, int], ...]:
+        """The names and bytes of what is alive."""
+        return tuple(self._alive.values())
 
     def take_moments(self) -> tuple[Moment, ...]:
         """The highest moments of the steps since the last call."""
@@ -92,16 +92,8 @@ class Ledger:
     def _close(self) -> None:
         """End the step so far, if anything was made in it."""
         if self._step and self._highest:
-            self._moments.append(Moment(self._step, self._highest, _by_name(self._then)))
+            self._moments.append(Moment(self._step, self._highest, self._then))
         self._highest = 0
-
-
-def _by_name(tensors: dict[Tensor, tuple[str, int]]) -> dict[str, int]:
-    sizes: Counter[str] = Counter()
-    for name, size in tensors.values():
-        if size:
-            sizes[name] += size
-    return dict(sizes)
 
 
 @dataclass(frozen=True)
@@ -113,7 +105,7 @@ class Part:
     """
 
     name: str
-    kept: dict[str, int]
+    kept: tuple[tuple[str, int], ...]
     forward: tuple[Moment, ...]
     backward: tuple[Moment, ...]
     kept_bytes: int
@@ -137,4 +129,4 @@ class Part:
     @classmethod
     def moment(cls, name: str, step: str, tensors: str, size: int) -> Part:
         """A part of one moment, without a forward pass."""
-        return cls(name, {}, (), (Moment(step, size, {tensors: size}),), 0, 0, size, 0, 0)
+        return cls(name, (), (), (Moment(step, size, ((tensors, size),)),), 0, 0, size, 0, 0)

@@ -65,10 +65,12 @@ class Sizes:
     @functools.cached_property
     def trained_counts(self) -> list[int]:
         """Elements of each trained tensor."""
-        shapes = self.config.parameter_shapes() if self.adapter is None else self.adapter.checkpoint_shapes(self.config)
-        return [math.prod(shape) for _, shape in shapes]
+        if self.adapter is None:
+            return [math.prod(shape) for _, shape in self.config.parameter_shapes()]
+        modules = [self.adapter.tensor_shapes(self.config, name) for name in self.adapter.target_modules]
+        return [math.prod(shape) for shapes in modules for shape in shapes.values()] * self.config.num_hidden_layers
 
-    @property
+    @functools.cached_property
     def weights(self) -> int:
         """The base as it is held."""
         total = count_parameters(self.config).base_parameters
@@ -77,7 +79,7 @@ class Sizes:
         linears, layers = [self.count(name) for name in LINEAR_MODULES], self.config.num_hidden_layers
         return (total - sum(linears) * layers) * self.w + sum(map(_nf4_bytes, linears)) * layers
 
-    @property
+    @functools.cached_property
     def optimizer_state(self) -> int:
         training, counts = self.spec.training, self.trained_counts
         if training.optimizer == "sgd":

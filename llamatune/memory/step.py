@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 from llamatune.memory import lean_block, plain_block
 from llamatune.memory.checkpointing import Checkpointed
-from llamatune.memory.ledger import Part, Walk
+from llamatune.memory.ledger import Moment, Part, Walk
 from llamatune.memory.loss import FrozenHead, TrainedHead
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.shapes.attention_kernels import Gpu
@@ -82,14 +83,16 @@ class StepMoment:
 class _Placed(NamedTuple):
     """A part in one pass of a step: ``total`` is its highest moment with what is alive beside it.
 
-    ``gradients`` are those made so far; ``others`` what other parts keep, and casts that autocast keeps.
+    ``gradients`` are those made so far; ``others`` what other parts keep, and casts that autocast keeps. ``layer`` is
+    one of ``layers``, which follow one another and are alike; the head counts as the layer behind the last.
     """
 
     total: int
     gradients: int
     others: int
     phase: str
-    layer: int | None
+    layer: int
+    layers: range
     part: Part
 
 
@@ -115,8 +118,7 @@ class Step:
     def highest(self, levels: Levels | None = None) -> StepBytes:
         """The bytes at the peak of a step whose blocks recompute ``levels``, by default the mode's."""
         top = max(self._walk(levels), key=itemgetter(0))
-        peak = top.part.forward_peak if top.phase == "forward" else top.part.backward_peak
-        return self._categories(top, peak)
+        return self._categories(top, top.total - top.gradients - top.others)
 
     def moments(self, levels: Levels | None = None) -> list[StepMoment]:
         """Every moment of the walk; parts that are alike are one, at the layer where they are highest."""
@@ -126,54 +128,61 @@ class Step:
             alike.setdefault((placed.phase, id(placed.part)), []).append(placed)
         found = []
         for group in alike.values():
-            layers = tuple(sorted(placed.layer for placed in group if placed.layer is not None))
+            layers = tuple(sorted({layer for placed in group for layer in placed.layers if layer < self.layers}))
             top = max(group, key=itemgetter(0))
             for moment in top.part.forward if top.phase == "forward" else top.part.backward:
-                memory = self._categories(top, moment.bytes)
-                alive = self._beside(top, walk) | moment.alive
+                memory, alive = self._categories(top, moment.bytes), self._alive(top, moment, walk)
                 found.append(StepMoment(top.phase, layers, top.part.name, moment.step, memory, alive))
         return found
 
     def _walk(self, levels: Levels | None) -> list[_Placed]:
-        """Forward through the blocks and the head, back again, and over the update."""
+        """Forward through the blocks and the head, back again, and over the update.
+
+        From layer to layer of a run of like ones memory grows or shrinks evenly: the ends of the run are the highest.
+        """
+        accumulates, walk = self.z.accumulates, []
+        gradients, others, cached = self._trained if accumulates else 0, self._inputs, 0
+
+        def place(phase: str, layer: int, layers: range, part: Part) -> None:
+            forward = phase == "forward"
+            peak, beside = part.forward_peak + cached if forward else part.backward_peak, others + cached * forward
+            walk.append(_Placed(gradients + others + peak, gradients, beside, phase, layer, layers, part))
+
+        runs = [*self._runs(levels), (range(self.layers, self.layers + 1), [self._head])]
+        for layers, parts in runs:
+            others += (len(layers) - 1) * sum(part.kept_bytes for part in parts)
+            cached += (len(layers) - 1) * sum(part.cached for part in parts)
+            for part in parts:
+                place("forward", layers[-1], layers, part)
+                others, cached = others + part.kept_bytes, cached + part.cached
+        for layers, parts in reversed(runs):
+            between = len(layers) - 2
+            for layer in sorted({layers[0], layers[-1]}, reverse=True):
+                for part in reversed(parts):
+                    others -= part.kept_bytes
+                    place("backward", layer, layers, part)
+                    gradients += 0 if accumulates else part.gradients
+                if layer == layers[-1] and between > 0:
+                    others -= between * sum(part.kept_bytes for part in parts)
+                    gradients += 0 if accumulates else between * sum(part.gradients for part in parts)
+        if self.z.trains_all:
+            place("backward", -1, range(0), self._embedding)
+        gradients = self._trained
+        place("update", -1, range(0), self._update)
+        return walk
+
+    def _runs(self, levels: Levels | None) -> Iterator[tuple[range, list[Part]]]:
+        """Layers that follow one another and are alike, and their parts."""
         chosen = levels_of(self.mode, self.layers) if levels is None else levels
         special = not (self.z.lean or self.z.trains_all)  # no gradient leads behind the first of frozen plain blocks
-        parts: list[tuple[int | None, Part]] = [
-            (layer, part)
+        kinds = [
+            (level, is_whole(self.mode, layer), special and layer == 0, layer == self.layers - 1)
             for layer, level in enumerate(chosen)
-            for part in self._block(level, is_whole(self.mode, layer), special and layer == 0, layer == self.layers - 1)
         ]
-        parts.append((None, self._head))
-        at_once = self.z.accumulates  # gradients of an earlier micro-batch are there
-        gradients, others, cached, walk = self._trained if at_once else 0, self._inputs, 0, []
-        for layer, part in parts:
-            walk.append(
-                _Placed(
-                    gradients + others + cached + part.forward_peak, gradients, others + cached, "forward", layer, part
-                )
-            )
-            others, cached = others + part.kept_bytes, cached + part.cached
-        for layer, part in reversed(parts):
-            others -= part.kept_bytes
-            walk.append(_Placed(gradients + others + part.backward_peak, gradients, others, "backward", layer, part))
-            gradients += 0 if at_once else part.gradients
-        if self.z.trains_all:
-            walk.append(
-                _Placed(
-                    gradients + others + self._embedding.backward_peak,
-                    gradients,
-                    others,
-                    "backward",
-                    None,
-                    self._embedding,
-                )
-            )
-        walk.append(
-            _Placed(
-                self._trained + others + self._update.backward_peak, self._trained, others, "update", None, self._update
-            )
-        )
-        return walk
+        start = 0
+        for kind, run in itertools.groupby(kinds):
+            layers = range(start, start := start + len(list(run)))
+            yield layers, self._block(*kind)
 
     def _categories(self, placed: _Placed, size: int) -> StepBytes:
         """Of a moment of ``size`` bytes of a part. What it keeps counts as activations in the backward pass alone."""
@@ -184,19 +193,23 @@ class Step:
             z.weights, adapter, z.optimizer_state, placed.gradients, placed.others + kept, size - kept + z.unpacking
         )
 
-    def _beside(self, placed: _Placed, walk: Sequence[_Placed]) -> dict[str, int]:
-        """What is alive beside a part, by name: what parts before it in the forward pass keep, and what always is."""
+    def _alive(self, placed: _Placed, moment: Moment, walk: Sequence[_Placed]) -> dict[str, int]:
+        """The bytes of all that is alive at a moment of a part, by name."""
         z = self.z
         sizes = Counter({
             "weights": z.weights, "adapter": 0 if z.trains_all else self._trained, "optimizer state": z.optimizer_state,
             "gradients": placed.gradients, "buffer of unpacked weights": z.unpacking,
             "token ids, positions, labels, rotation": self._inputs})  # fmt: skip
-        for other in walk if placed.part.kept else ():
-            if other.part is placed.part and other.layer == placed.layer:
-                break
-            for name, size in other.part.kept.items():
-                sizes[f"kept by {other.part.name}: {name}"] += size
-            sizes["casts that autocast keeps"] += other.part.cached if placed.phase == "forward" else 0
+        before = True  # whether a part comes before this one in its layer
+        for other in walk[: [other.part.name for other in walk].index("head")]:
+            before &= other.layers != placed.layers or other.part is not placed.part
+            layers = len(range(other.layers.start, min(other.layers.stop, placed.layer)))
+            layers += before and placed.layer in other.layers
+            for name, size in other.part.kept:
+                sizes[f"kept by {other.part.name}: {name}"] += layers * size
+            sizes["casts that autocast keeps"] += layers * other.part.cached * (placed.phase == "forward")
+        for name, size in moment.tensors:
+            sizes[name] += size
         return {name: size for name, size in sizes.items() if size}
 
     def _block_parts(self, level: Recompute, whole: bool, first: bool, last: bool) -> list[Part]:
@@ -212,7 +225,7 @@ class Step:
         else:
             attention, feed_forward = plain_block.Attention(z, first, last), plain_block.FeedForward(z, last)
             casts = [plain_block.cached_casts(z, names) for names in (ATTENTION_MODULES, FEED_FORWARD_MODULES)]
-        if whole or level is Recompute.BLOCK:
+        if whole or level == Recompute.BLOCK:
             block = lean_block.RecomputedBlock(z, last) if z.lean else Checkpointed([attention, feed_forward], x)
             return [Part.of("block", block, sum(gradients), sum(casts))]
         halves: list[Walk] = [attention, feed_forward]

@@ -29,13 +29,13 @@ def test_the_highest_moment_of_each_step_and_what_is_alive_there() -> None:
         ledger.free(x)
         ledger.use("y", 2)
         ledger.use("nothing", 0)
-    found = [(moment.step, moment.bytes, moment.alive) for moment in ledger.take_moments()]
+    found = [(moment.step, moment.bytes, dict(moment.tensors)) for moment in ledger.take_moments()]
     assert found == [
         ("again: q, k", 22, {"x": 5, "q": 10, "cast": 7}),
         ("again", 9, {"x": 5, "k": 3, "o": 1}),
         ("end", 5, {"k": 3, "y": 2}),
     ]
-    assert (ledger.alive(), ledger.live_bytes) == ({"k": 3}, 3)
+    assert (ledger.alive(), ledger.live_bytes) == ((("k", 3),), 3)
     assert ledger.take_moments() == ()
     ledger.free(k)
     with pytest.raises(KeyError):
@@ -61,6 +61,8 @@ def test_a_walk_that_frees_less_than_it_makes_is_refused() -> None:
 @pytest.mark.parametrize("mode", ["none", "block", "every_2", "attention", "feed_forward", "sublayer", "projections"])
 @pytest.mark.parametrize("kind", ["lean", "plain", "full"])
 def test_the_highest_moment_is_the_peak_and_its_tensors_add_up(kind: str, mode: str) -> None:
+    if (kind != "lean") and mode == "projections":
+        pytest.skip("plain blocks do not know this mode")
     targets = () if kind == "full" else LINEAR_MODULES
     for dtype, precision, tokens, accumulation in itertools.product(
         ("float32", "bfloat16"), ("bf16", "fp32"), (30, 4096), (1, 2)
