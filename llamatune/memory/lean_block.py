@@ -159,7 +159,7 @@ class FeedForward:
         z, T, narrow, wide = self.z, self.tile, self.narrow, self.wide
         dx = ledger.make("gradient of x", self.rows * z.D * z.s)
         cast = ledger.make("cast of the gradient", narrow if z.s != z.c else 0)
-        with ledger.step("gate and up again"):
+        with ledger.step("gate and up again" if self.recompute else "norm again"):
             wants_input = self.recompute or bool(z.targets.intersection(_OPENING))
             again = [ledger.make("normed x of a tile", narrow if wants_input else 0)]
             if self.recompute:
