@@ -1,4 +1,4 @@
-"""``llamatune plan-memory``: what a run will need, in closed form; no weights are loaded, and torch neither."""
+"""``llamatune plan-memory``: the predicted peak memory of a run. Neither weights nor torch are loaded."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def plan_memory(
     ] = False,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
 ) -> None:
-    """Predict the peak memory of a run, what else would fit, and what helps where it does not."""
+    """Predict the peak memory of a run, what else would fit, and what would lower the peak."""
     from llamatune.commands._arguments import as_utf8
     from llamatune.commands._console import Console
 
@@ -107,7 +107,7 @@ def plan_memory(
 
 
 def _rows(spec: RunSpec, config: LlamaConfig, max_seq_length: int | None, has_data: bool) -> tuple[Rows, str | None]:
-    """The heaviest micro-batch: of the prepared data where it is there, else of rows of equal length."""
+    """The heaviest micro-batch: of the prepared data if there is any, else of rows of equal length."""
     from llamatune.data.lengths import read_lengths
     from llamatune.errors import SpecError
     from llamatune.memory.plan import heaviest_rows
@@ -124,7 +124,7 @@ def _rows(spec: RunSpec, config: LlamaConfig, max_seq_length: int | None, has_da
 
 
 def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
-    """The table of a plan, and below it what fits or what helps."""
+    """The table of a plan, and below it what fits or what would lower the peak."""
     from rich.table import Table
 
     from llamatune.units import gibibytes

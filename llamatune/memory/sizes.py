@@ -1,4 +1,4 @@
-"""What a step is made of, in bytes: the numbers that follow from a spec and a model's shape alone.
+"""Sizes of a step in elements and bytes: what follows from a spec and a model's shape alone.
 
 Letters as in ``model``: N tokens in the row of a micro-batch, P of them predicted, D hidden, Q and K the widths of all
 query and of all key-value heads, F feed-forward, V vocabulary, R rank. Lower case for bytes an element: ``w`` of a held

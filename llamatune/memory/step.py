@@ -1,4 +1,4 @@
-"""The most bytes that are alive at any moment of a training step, found by walking through its parts."""
+"""The peak memory of a training step and its moments, from a walk through the parts of the step."""
 
 from __future__ import annotations
 
@@ -126,14 +126,14 @@ class Step:
         alike: dict[tuple[str, int], list[_Placed]] = {}
         for placed in walk:
             alike.setdefault((placed.phase, id(placed.part)), []).append(placed)
-        found = []
+        moments = []
         for group in alike.values():
             layers = tuple(sorted({layer for placed in group for layer in placed.layers if layer < self.layers}))
             top = max(group, key=itemgetter(0))
             for moment in top.part.forward if top.phase == "forward" else top.part.backward:
                 memory, alive = self._categories(top, moment.bytes), self._alive(top, moment, walk)
-                found.append(StepMoment(top.phase, layers, top.part.name, moment.step, memory, alive))
-        return found
+                moments.append(StepMoment(top.phase, layers, top.part.name, moment.step, memory, alive))
+        return moments
 
     def _walk(self, levels: Levels | None) -> list[_Placed]:
         """Forward through the blocks and the head, back again, and over the update.
