@@ -1,4 +1,4 @@
-"""``llamatune plan-memory``: what a run will need, in closed form; no weights are loaded, and torch neither."""
+"""``llamatune plan-memory``: the predicted peak memory of a run. Neither weights nor torch are loaded."""
 
 from __future__ import annotations
 
@@ -53,9 +53,12 @@ def plan_memory(
         str | None,
         typer.Option("--target-modules", metavar="NAMES", help="A comma list, or all-linear.", show_default=False),
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show the moments of the step, and what is alive at its peak.")
+    ] = False,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
 ) -> None:
-    """Predict the peak memory of a run, what else would fit, and what helps where it does not."""
+    """Predict the peak memory of a run, what else would fit, and what would lower the peak."""
     from llamatune.commands._arguments import as_utf8
     from llamatune.commands._console import Console
 
@@ -64,7 +67,8 @@ def plan_memory(
         from llamatune.errors import SpecError
         from llamatune.events import Notice
         from llamatune.memory import plan as planning
-        from llamatune.memory.outlook import outlook
+        from llamatune.memory.plan_report import explain as explain_plan
+        from llamatune.memory.plan_report import plan_report
         from llamatune.paths import expand_home
         from llamatune.shapes.config import preset
         from llamatune.spec import build_spec, load_spec, refuse_twice
@@ -95,12 +99,15 @@ def plan_memory(
             console.on_event(Notice(note))
         limit = planning.limit_of(spec, None if memory is None else parse_size(memory, "--memory"))
         cuda = device == "cuda"
-        facts = outlook(spec, config, planning.plan_memory(spec, config, rows, cuda, limit), cuda)
+        plan = planning.plan_memory(spec, config, rows, cuda, limit)
+        facts = plan_report(spec, config, plan, cuda)
+        if explain:
+            facts["moments"] = explain_plan(spec, config, plan, cuda)
         console.result(facts, lambda out: print_memory_plan(out, facts))
 
 
 def _rows(spec: RunSpec, config: LlamaConfig, max_seq_length: int | None, has_data: bool) -> tuple[Rows, str | None]:
-    """The heaviest micro-batch: of the prepared data where it is there, else of rows of equal length."""
+    """The heaviest micro-batch: of the prepared data if there is any, else of rows of equal length."""
     from llamatune.data.lengths import read_lengths
     from llamatune.errors import SpecError
     from llamatune.memory.plan import heaviest_rows
@@ -117,7 +124,7 @@ def _rows(spec: RunSpec, config: LlamaConfig, max_seq_length: int | None, has_da
 
 
 def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
-    """The table of a plan, and below it what fits or what helps."""
+    """The table of a plan, and below it what fits or what would lower the peak."""
     from rich.table import Table
 
     from llamatune.units import gibibytes
@@ -132,6 +139,8 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
     table.add_section()
     table.add_row("all", gibibytes(facts["predicted_peak_memory_bytes"]))
     out.print(table)
+    if "moments" in facts:
+        _print_moments(out, facts["moments"])
     layers = facts["recomputed_layers"]
     if layers is not None and any(count for name, count in layers.items() if name != "nothing"):
         shown = ", ".join(f"{name} in {count}" for name, count in layers.items() if count)
@@ -153,3 +162,39 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
         end = "fits" if remedy["fits"] else "not enough alone"
         line = f"  {remedy['change']}: {gibibytes(remedy['peak_bytes'])}, {end} ({remedy['effect']}{cost})"
         out.print(line, markup=False, soft_wrap=True)
+
+
+def _print_moments(out: RichConsole, moments: list[dict[str, Any]]) -> None:
+    """A row for each moment, the peak marked, and the tensors that are alive at the peak."""
+    from rich.table import Table
+
+    from llamatune.units import gibibytes
+
+    table = Table(title="moments of the step, in its order; alike layers where they are highest", title_justify="left")
+    for heading in ("pass", "layers", "part", "moment"):
+        table.add_column(heading)
+    for heading in ("gradients", "activations", "temporary", "all"):
+        table.add_column(heading, justify="right")
+    alive: dict[str, int] = {}
+    for moment in moments:
+        sizes, alive = moment["memory_bytes"], moment.get("alive", alive)
+        columns = [gibibytes(sizes[name]) for name in ("gradients", "activations", "temporary")]
+        step = moment["step"] + (" <- peak" if "alive" in moment else "")
+        layers = _ranges(moment["layers"])
+        table.add_row(moment["phase"], layers, moment["part"], step, *columns, gibibytes(moment["bytes"]))
+    out.print(table)
+    table = Table(title="alive at the peak", title_justify="left", show_header=False)
+    for name, size in sorted(alive.items(), key=lambda item: -item[1]):
+        table.add_row(name, gibibytes(size))
+    out.print(table)
+
+
+def _ranges(layers: list[int]) -> str:
+    """``0-30`` or ``0, 2, 4``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
