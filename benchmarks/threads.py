@@ -20,9 +20,9 @@ from material import make_base
 from steps import llamatune_step
 
 from llamatune.checkpoints.loading import load_model, open_checkpoint
+from llamatune.inference.engine import complete
 from llamatune.inference.evaluate import score_batch
-from llamatune.inference.generate import complete
-from llamatune.inference.sampling import Sampling
+from llamatune.options.inference import Sampling
 from llamatune.shapes.config import LlamaConfig
 from llamatune.threads import mean_product
 from llamatune.training.memory_gate import even_batch

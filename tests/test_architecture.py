@@ -20,7 +20,7 @@ FLOORS = [
     {"checkpoints", "data"},
     {"model"},
     {"memory"},
-    {"spec"},
+    {"spec", "options"},
     {"devices", "threads", "tensor_files", "seeds", "strict_yaml", "versions", "journal", "units", "manifests"},
     {"free_memory", "ranks"},
     {"files", "paths"},

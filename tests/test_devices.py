@@ -21,7 +21,8 @@ from llamatune.checkpoints.loading import load_model
 from llamatune.devices import choose_device, cuda_fault, find_device, has_kernels
 from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, ignore_event
-from llamatune.inference.opened import open_model
+from llamatune.inference.model_source import open_model
+from llamatune.options.inference import ModelSource
 from llamatune.spec import build_spec
 from llamatune.training.precision import check_precision
 from llamatune.training.setup import open_inputs
@@ -237,7 +238,7 @@ def test_bf16_is_the_matter_of_the_device_that_computes(
         check_precision(spec, torch.device("cuda:1"), ignore_event)
     for device, count in (("cuda:0", 0), ("cuda:1", 1)):
         told: list[Any] = []
-        open_model(tiny_base(), dtype=torch.bfloat16, device=torch.device(device), on_event=told.append)
+        open_model(ModelSource(tiny_base(), dtype="bfloat16", device=device), told.append)
         assert len([event for event in told if isinstance(event, Notice) and "no bf16" in event.message]) == count
 
 

@@ -63,14 +63,14 @@ class Console:
         """Draw an event on a terminal, or write it as a ``key=value`` line. A closed stderr stops no work."""
         if self._draw is None:
             if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
-                from llamatune.commands._live import LiveDrawing, open_console
+                from llamatune.commands._progress_bars import ProgressBars, open_console
 
-                live = LiveDrawing(open_console(sys.stderr))
+                live = ProgressBars(open_console(sys.stderr))
                 self._draw, self._close_drawing = live.draw, live.close
             else:
-                from llamatune.commands._plain import PlainLines
+                from llamatune.commands._key_value_lines import KeyValueLines
 
-                self._draw = PlainLines(self._log_every_steps).draw
+                self._draw = KeyValueLines(self._log_every_steps).draw
         try:
             self._draw(event)
         except (OSError, ValueError):  # a pipe that was closed, a file object that was
@@ -84,7 +84,7 @@ class Console:
             if self._json_mode:
                 sys.stdout.write(json.dumps(payload, ensure_ascii=False, allow_nan=False) + "\n")
             else:
-                from llamatune.commands._live import open_console
+                from llamatune.commands._progress_bars import open_console
 
                 human(open_console(sys.stdout))
             sys.stdout.flush()

@@ -22,7 +22,7 @@ from llamatune.events import (
 _PROGRESS_INTERVAL_S = 10.0
 
 
-class PlainLines:
+class KeyValueLines:
     """One line a report, on stderr; long tasks say where they are every ten seconds and when they end."""
 
     def __init__(self, log_every_steps: int = 1) -> None:

@@ -16,7 +16,7 @@ from llamatune.errors import printable
 from llamatune.events import EpochDone, EvalDone, Event, Notice, Progress, RunStarted, StepSkipped
 
 if TYPE_CHECKING:
-    from llamatune.commands._panel import TrainingPanel
+    from llamatune.commands._training_panel import TrainingPanel
 
 _REDRAWN_EVERY_S = 0.5
 
@@ -43,7 +43,7 @@ def open_console(file: IO[str]) -> Console:
     return _Console(file=file, width=None if file.isatty() else 120, highlight=False, soft_wrap=True)
 
 
-class LiveDrawing:
+class ProgressBars:
     """Bars on a terminal, and a panel while a run trains; a finished task's bar disappears, the panel stays.
 
     Drawn when an event comes, twice a second at most and in no thread of its own: that costs training nothing it would
@@ -77,7 +77,9 @@ class LiveDrawing:
             case Progress():
                 self._count(event)
             case RunStarted():
-                from llamatune.commands._panel import TrainingPanel  # it needs torch, which has been loaded by now
+                from llamatune.commands._training_panel import (
+                    TrainingPanel,  # it needs torch, which has been loaded by now
+                )
 
                 self._panel = TrainingPanel(event)
         if self._panel is not None:
