@@ -41,17 +41,22 @@ class PrepareOptions(Options):
         float | None, Option(metavar="F", help="Hold out about this share of the rows; 0: none.", at_least=0, below=1)
     ] = None
     validation: Annotated[Sequence[Path], Option(metavar="ROWS", help="A file of validation rows. Repeatable.")] = ()
-    limit: Annotated[int | None, Option(metavar="N", help="Read only the first N rows.", at_least=1, at_most=1 << 62)] = None
+    limit: Annotated[
+        int | None, Option(metavar="N", help="Read only the first N rows.", at_least=1, at_most=1 << 62)
+    ] = None
     seed: Annotated[int, Option(help="Decides which rows are held out.", at_least=0, below=1 << 63)] = 0
     train_on_prompt: Annotated[bool, Option(help="Prompt tokens are learned too, not only the completion.")] = False
     skip_bad_rows: Annotated[
-        int, Option(metavar="N", help="Leave out up to N unusable rows; one more is an error.", at_least=0, at_most=1 << 62)
+        int,
+        Option(metavar="N", help="Leave out up to N unusable rows; one more is an error.", at_least=0, at_most=1 << 62),
     ] = 0
     gsm8k_annotations: Annotated[
         Literal["keep", "strip"],
         Option(metavar="POLICY", help="Calculator notes such as <<48/2=24>>: keep or strip."),
     ] = "keep"
-    preview: Annotated[int, Option(metavar="N", help="Show the first N training rows, token by token.", at_least=0, at_most=1 << 30)] = 0
+    preview: Annotated[
+        int, Option(metavar="N", help="Show the first N training rows, token by token.", at_least=0, at_most=1 << 30)
+    ] = 0
     show_ids: Annotated[bool, Option(help="Token ids in the preview too.")] = False
     overwrite: Annotated[bool, Option(help="Replace what stands at --output.")] = False
 
