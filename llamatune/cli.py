@@ -75,7 +75,7 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, s
 
 
 class _StoppedEarly(BaseException):
-    """A signal before a verb listens for signals itself: nothing has begun, so nothing is to be finished."""
+    """A signal before the verb handles signals itself. No work has begun."""
 
 
 def _stop_early(number: int, frame: FrameType | None) -> None:
@@ -83,7 +83,7 @@ def _stop_early(number: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command and exit with its code; what a user can cause ends in one line on stderr."""
+    """Run one command and exit with its code. An error that a user can cause is one line on stderr."""
     _open_closed_streams()
     _collect_less_garbage()
     before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _collect_less_garbage() -> None:
-    """Importing torch makes 170,000 objects that all stay: looking among them for garbage took a third of a second."""
+    """Importing torch makes 170,000 objects that all stay. Collecting garbage among them took a third of a second."""
     gc.set_threshold(10_000, 50, 50)
     atexit.register(gc.freeze)
 
@@ -120,7 +120,7 @@ def _open_closed_streams() -> None:
 
 
 def _silence_closed_streams() -> None:
-    """Whoever read a pipe may have seen enough; keep Python from complaining when it flushes at exit."""
+    """The reader of a pipe may have closed it; keep Python from complaining when it flushes at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -150,7 +150,7 @@ def _exit_code(arguments: list[str] | None) -> int:
     except OSError as fault:
         where = f": {fault.filename}" if fault.filename else ""
         return _fail(f"{fault.strerror or fault}{where}", 5)
-    except (MemoryError, ImportError) as fault:  # the libraries alone take some 700 MiB of addresses
+    except (MemoryError, ImportError) as fault:  # the libraries alone take some 700 MiB of address space
         if isinstance(fault, ImportError) and "failed to map segment" not in str(fault):
             raise
         free = f"{free_host_bytes():,} bytes are free to this process"

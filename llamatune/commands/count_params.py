@@ -1,4 +1,4 @@
-"""``llamatune count-params``: parameters in closed form; no weights are loaded, and torch neither."""
+"""``llamatune count-params``: parameters in closed form, without weights and without torch."""
 
 from __future__ import annotations
 

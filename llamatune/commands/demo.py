@@ -46,7 +46,7 @@ def _print(out: RichConsole, report: DemoReport) -> None:
         style = "green" if row.tuned == row.expected else "red"
         table.add_row(Text(row.question), Text(row.base.strip(), style="dim"), Text(row.tuned, style=style))
     out.print(table)
-    out.print("The base has read an atlas of a land that does not exist, and never a question.")
+    out.print("The base was trained on the text of an invented atlas, without questions.")
     asked = len(report.held_out)
     out.print(
         f"exact match on {asked} held-out questions: base {report.base_exact_match:.1f} %, "

@@ -53,7 +53,7 @@ def _print_lines(out: RichConsole, payload: dict[str, Any]) -> None:
 
 
 def _print_table(out: RichConsole, payload: dict[str, Any]) -> None:
-    """A line a measure, a column a model."""
+    """A row per measure, a column per model."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""``llamatune report``: run directories in, one page of curves, tables and findings out."""
+"""``llamatune report``: a page of curves, tables and findings about run directories."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def report(
     with Console(json_mode, writes=True) as console:
         from llamatune.reporting.report import make_report, report_as_json
 
-        made = make_report(options, console.on_event, console.should_stop)
-        console.result(report_as_json(made), lambda out: _print(out, made))
+        page = make_report(options, console.on_event, console.should_stop)
+        console.result(report_as_json(page), lambda out: _print(out, page))
 
 
-def _print(out: RichConsole, made: Report) -> None:
+def _print(out: RichConsole, page: Report) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -37,13 +37,13 @@ def _print(out: RichConsole, made: Report) -> None:
 
     table = Table()
     table.add_column("")
-    for run in made.runs:
+    for run in page.runs:
         table.add_column(Text(run.name), justify="right")
-    table.add_row("status", *(run.status for run in made.runs))
-    for label, values in figure_rows([run.figures for run in made.runs]):
+    table.add_row("status", *(run.status for run in page.runs))
+    for label, values in figure_rows([run.figures for run in page.runs]):
         table.add_row(label, *values)
     out.print(table)
-    for run in made.runs:
+    for run in page.runs:
         for sentence in [*run.notices, *findings(run.diagnosis)]:
             out.print(Text(f"{run.name}: {sentence}"))
-    out.print(Text(f"written to {printable(made.output)}"))
+    out.print(Text(f"written to {printable(page.output)}"))

@@ -45,4 +45,4 @@ def _print_report(out: RichConsole, report: Verified, indent: str = "") -> None:
         out.print(f"{report.steps:,} steps, {'finished' if report.finished else 'not finished'}")
     if report.unlisted:
         names = ", ".join(printable(name) for name in report.unlisted[:5]) + (" ..." if report.unlisted[5:] else "")
-        out.print(f"{indent}files of others, not looked at: {names}", markup=False)
+        out.print(f"{indent}files that the manifest does not list, not checked: {names}", markup=False)

@@ -1,4 +1,4 @@
-"""Token ids in, token ids out: batched decoding with a KV cache, and beam search."""
+"""Decoding engine: batched token generation with a KV cache, and beam search."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IsEnough = Callable[[Sequence[int]], bool]
 
 @dataclass(frozen=True)
 class Completion:
-    """New ids without the EOS that ended them; ``finish_reason`` is ``eos``, ``length``, or ``stop``: it was enough."""
+    """New ids without the EOS; ``finish_reason`` is ``eos``, ``length``, or ``stop``: ``is_enough`` said so."""
 
     ids: list[int]
     finish_reason: str
@@ -69,9 +69,9 @@ def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Ten
 
 
 def _visible(padding: Tensor, first: int, last: int) -> Tensor | None:
-    """Who sees whom, (B, 1, last - first, last), for queries ``first : last``; None where plain causality is enough.
+    """Attention mask (B, 1, last - first, last) for queries ``first : last``; None where the causal mask is enough.
 
-    A padding position sees itself alone: a row of the mask with nothing in it would turn into NaN.
+    A padding position attends to itself alone: a row of the mask with no entry would give NaN.
     """
     if not padding.any():
         return None
@@ -125,9 +125,9 @@ def _decode(
 def _beam_search(
     model: Transformer, prompt: Sequence[int], sampling: Sampling, eos_ids: Collection[int], should_stop: ShouldStop
 ) -> Completion:
-    """The likeliest completion among ``num_beams`` that are followed, by mean log-probability per new token.
+    """The likeliest completion of ``num_beams`` beams, by mean log-probability per new token.
 
-    A finished beam competes with what is left until no living one can still beat the worst of ``num_beams`` finished.
+    The search ends when no unfinished beam can still beat the worst of ``num_beams`` finished ones.
     """
     beams, vocabulary = sampling.num_beams, model.config.vocab_size
     cache = _new_cache(model, beams, len(prompt) + sampling.max_new_tokens)
@@ -135,31 +135,33 @@ def _beam_search(
     # All beams start equal: only the first may be extended, or they would stay equal.
     scores = torch.full((beams,), -torch.inf, device=model.device)
     scores[0] = 0.0
-    living: list[list[int]] = [[] for _ in range(beams)]
-    done: list[tuple[float, list[int]]] = []
+    unfinished: list[list[int]] = [[] for _ in range(beams)]
+    finished: list[tuple[float, list[int]]] = []
     for count in range(1, sampling.max_new_tokens + 1):
         if should_stop():
             raise Stopped("stopped while generating")
         logits = model(input_ids, cache=cache, read=_next_logits).float()  # (beams, V)
         total = (scores[:, None] + logits.log_softmax(-1)).reshape(-1)
-        # Enough that the living beams can be filled even if every EOS takes a place in each.
+        # Enough to fill the unfinished beams even if every EOS takes a place in each.
         best = total.topk(min(max(2, 1 + len(eos_ids)) * beams, len(total)))
         kept: list[tuple[float, int, int]] = []
         for rank, (score, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
             beam, token = divmod(index, vocabulary)
             if token in eos_ids:
                 if rank < beams:
-                    done.append((score / count, living[beam]))
+                    finished.append((score / count, unfinished[beam]))
             elif len(kept) < beams:
                 kept.append((score, beam, token))
-        done = sorted(done, key=lambda found: -found[0])[:beams]
-        living = [[*living[beam], token] for _, beam, token in kept]
-        if not kept or (len(done) == beams and kept[0][0] / count <= done[-1][0]):
+        finished = sorted(finished, key=lambda beam: -beam[0])[:beams]
+        unfinished = [[*unfinished[beam], token] for _, beam, token in kept]
+        if not kept or (len(finished) == beams and kept[0][0] / count <= finished[-1][0]):
             break
         scores = torch.tensor([score for score, _, _ in kept], device=model.device)
         cache.reorder([beam for _, beam, _ in kept])
         input_ids = torch.tensor([[token] for _, _, token in kept], device=model.device)
     else:
-        done += [(score / sampling.max_new_tokens, ids) for (score, _, _), ids in zip(kept, living, strict=True)]
-    ids = max(done, key=lambda found: found[0])[1]
+        finished += [
+            (score / sampling.max_new_tokens, ids) for (score, _, _), ids in zip(kept, unfinished, strict=True)
+        ]
+    ids = max(finished, key=lambda beam: beam[0])[1]
     return Completion(ids, "length" if len(ids) == sampling.max_new_tokens else "eos")

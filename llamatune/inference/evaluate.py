@@ -79,7 +79,7 @@ def held_out_loss(
     should_stop: ShouldStop = never_stop,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeldOutLoss:
-    """Mean loss per target token over every row of ``split``, dropout off; ``Stopped`` when asked to."""
+    """Mean loss per target token over every row of ``split``, without dropout. Raises ``Stopped`` on request."""
     was_training = model.training
     model.eval()
     rows: list[RowScore] = []
