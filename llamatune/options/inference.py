@@ -15,11 +15,8 @@ DEFAULT_TARGET_MODULES = "q_proj,v_proj"
 _GSM8K_NEW_TOKENS = 512
 
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
-PromptTexts = Annotated[
-    Sequence[str], Option(help="A prompt; may be repeated. Without one, standard input is the prompt.")
-]
-PromptFile = Annotated[Path | None, Option(help="One prompt a line, or rows in JSON or JSON Lines.")]
-MaxNewTokens = Annotated[int, Option(help="The most that is generated.", at_least=1, at_most=1 << 20)]
+PromptFile = Annotated[Path | None, Option("One prompt a line, or rows in JSON or JSON Lines.")]
+MaxNewTokens = Annotated[int, Option("The most that is generated.", at_least=1, at_most=1 << 20)]
 
 
 @dataclass(frozen=True)
@@ -29,12 +26,12 @@ class ModelSource(Options):
     ``dtype`` is what the weights are held in; ``same``: as they are stored.
     """
 
-    model: Annotated[Path, Option(help="A model directory, Meta's or Hugging Face's.")]
-    adapter: Annotated[Path | None, Option(help="An adapter directory to put on it.")] = None
-    compare: Annotated[bool, Option(help="Show the base's answer beside the tuned one.")] = False
-    force_base: Annotated[bool, Option(last=True, help="Accept an adapter of another base.")] = False
-    dtype: Annotated[Dtype, Option(last=True, help="same, float32, bfloat16 or float16.")] = "same"
-    device: Annotated[str, Option(last=True, help="auto, cpu, cuda or cuda:N.")] = "auto"
+    model: Annotated[Path, Option("A model directory, Meta's or Hugging Face's.")]
+    adapter: Annotated[Path | None, Option("An adapter directory to put on it.")] = None
+    compare: Annotated[bool, Option("Show the base's answer beside the tuned one.")] = False
+    force_base: Annotated[bool, Option("Accept an adapter of another base.", last=True)] = False
+    dtype: Annotated[Dtype, Option("same, float32, bfloat16 or float16.", last=True)] = "same"
+    device: Annotated[str, Option("auto, cpu, cuda or cuda:N.", last=True)] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,32 +44,34 @@ class Sampling(Options):
     """How completions are drawn: ``temperature`` 0 is greedy, ``num_beams`` above 1 is beam search, drawing nothing."""
 
     max_new_tokens: MaxNewTokens = 128
-    temperature: Annotated[float, Option(help="0 is greedy.", at_least=0, below=float("inf"))] = 0.6
-    top_k: Annotated[int | None, Option(help="Draw from the K likeliest tokens.", at_least=1)] = None
+    temperature: Annotated[float, Option("0 is greedy.", at_least=0, below=float("inf"))] = 0.6
+    top_k: Annotated[int | None, Option("Draw from the K likeliest tokens.", at_least=1)] = None
     top_p: Annotated[
-        float, Option(help="Draw from the likeliest tokens that reach this probability.", above=0, at_most=1)
+        float, Option("Draw from the likeliest tokens that reach this probability.", above=0, at_most=1)
     ] = 0.9
-    num_beams: Annotated[int, Option(help="Beam search over so many beams.", at_least=1, at_most=64)] = 1
-    seed: Annotated[int, Option(help="The same seed draws the same text.", at_least=0, below=1 << 63)] = 0
+    num_beams: Annotated[int, Option("Beam search over so many beams.", at_least=1, at_most=64)] = 1
+    seed: Annotated[int, Option("The same seed draws the same text.", at_least=0, below=1 << 63)] = 0
 
 
 @dataclass(frozen=True)
 class PromptOptions(Options):
     """Prompts, and the template that they are put in; None: the one stored with the adapter or merged model."""
 
-    prompt: PromptTexts = ()
+    prompt: Annotated[
+        Sequence[str], Option("A prompt; may be repeated. Without one, standard input is the prompt.")
+    ] = ()
     prompt_file: PromptFile = None
     template: Annotated[
-        str | None, Option(help="A template's name or file, or none; default: the one stored with the model.")
+        str | None, Option("A template's name or file, or none; default: the one stored with the model.")
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(Sampling, PromptOptions, ModelSource):
-    """A model, prompts and how to sample. The bases are written last first: so their options are listed."""
+    """A model, prompts and how to sample. The options of the last base are listed first, as in every dataclass."""
 
-    output: Annotated[Path | None, Option(help="Also write the results to this JSONL file.")] = None
-    overwrite: Annotated[bool, Option(help="Replace what stands at --output.")] = False
+    output: Annotated[Path | None, Option("Also write the results to this JSONL file.")] = None
+    overwrite: Annotated[bool, Option("Replace what stands at --output.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,41 +82,37 @@ class EvaluateOptions(ModelSource):
     and the two files. None stands for an option that was not given, so that one without effect can be refused.
     """
 
-    data: Annotated[Path, Option(help="A directory of prepare-data; with --task, a file of rows.")]
-    compare: Annotated[bool, Option(help="Evaluate the base beside the tuned model.")] = False
+    data: Annotated[Path, Option("A directory of prepare-data; with --task, a file of rows.")]
+    compare: Annotated[bool, Option("Evaluate the base beside the tuned model.")] = False
     task: Annotated[
-        str | None, Option(help="gsm8k: generate answers and score them.", shown_default="loss on prepared rows")
+        str | None, Option("gsm8k: generate answers and score them.", shown_default="loss on prepared rows")
     ] = None
     split: Annotated[
         Literal["train", "validation", "all"] | None,
-        Option(help="Of prepared data: train, validation or all.", shown_default="validation, else train"),
+        Option("Of prepared data: train, validation or all.", shown_default="validation, else train"),
     ] = None
-    per_row: Annotated[Path | None, Option(help="Also write each prepared row's loss to this JSONL file.")] = None
+    per_row: Annotated[Path | None, Option("Also write each prepared row's loss to this JSONL file.")] = None
     template: Annotated[
         str | None,
         Option(
-            help="Of zero-shot questions: a template's name or file, or none.",
+            "Of zero-shot questions: a template's name or file, or none.",
             shown_default="the one stored with the model, else gsm8k",
         ),
     ] = None
-    shots: Annotated[
-        int | None, Option(help="Show N worked examples before each question.", at_least=0, at_most=100)
-    ] = None
-    shots_data: Annotated[Path | None, Option(help="The file of rows that examples are chosen from.")] = None
-    seed: Annotated[int | None, Option(help="Decides which examples are shown.", shown_default=str(Sampling.seed))] = (
+    shots: Annotated[int | None, Option("Show N worked examples before each question.", at_least=0, at_most=100)] = None
+    shots_data: Annotated[Path | None, Option("The file of rows that examples are chosen from.")] = None
+    seed: Annotated[int | None, Option("Decides which examples are shown.", shown_default=str(Sampling.seed))] = None
+    max_new_tokens: Annotated[int | None, Option("The most of one answer.", shown_default=str(_GSM8K_NEW_TOKENS))] = (
         None
     )
-    max_new_tokens: Annotated[
-        int | None, Option(help="The most of one answer.", shown_default=str(_GSM8K_NEW_TOKENS))
-    ] = None
-    output: Annotated[
-        Path | None, Option(help="Keep each answer in this JSONL file; the same command goes on with it.")
-    ] = None
-    overwrite: Annotated[bool, Option(help="Replace what stands at --per-row or --output.")] = False
-    limit: Annotated[int | None, Option(help="Only the first N rows.", at_least=1)] = None
-    batch_size: Annotated[int, Option(help="Rows that are computed together.", at_least=1)] = 16
+    output: Annotated[Path | None, Option("Keep each answer in this JSONL file; the same command goes on with it.")] = (
+        None
+    )
+    overwrite: Annotated[bool, Option("Replace what stands at --per-row or --output.")] = False
+    limit: Annotated[int | None, Option("Only the first N rows.", at_least=1)] = None
+    batch_size: Annotated[int, Option("Rows that are computed together.", at_least=1)] = 16
     force_base: Annotated[
-        bool, Option(last=True, help="Accept an adapter of another base, or data of another tokenizer.")
+        bool, Option("Accept an adapter of another base, or data of another tokenizer.", last=True)
     ] = False
 
     def __post_init__(self) -> None:
@@ -151,33 +146,31 @@ class EvaluateOptions(ModelSource):
 class MergeOptions(Options):
     """What to merge, and how to write it; ``same`` means as the base has it."""
 
-    model: Annotated[Path, Option(metavar="DIR", help="The base model, Hugging Face's or Meta's.")]
-    adapter: Annotated[Path, Option(metavar="DIR", help="The adapter, a PEFT directory.")]
-    output: Annotated[Path, Option(metavar="DIR", help="The model directory to make.")]
+    model: Annotated[Path, Option("The base model, Hugging Face's or Meta's.", metavar="DIR")]
+    adapter: Annotated[Path, Option("The adapter, a PEFT directory.", metavar="DIR")]
+    output: Annotated[Path, Option("The model directory to make.", metavar="DIR")]
     format: Annotated[
-        Literal["same", "hf", "meta"], Option(metavar="FORMAT", help="same, hf or meta: the layout of the files.")
+        Literal["same", "hf", "meta"], Option("same, hf or meta: the layout of the files.", metavar="FORMAT")
     ] = "same"
-    dtype: Annotated[Dtype, Option(metavar="DTYPE", help="same, float32, bfloat16 or float16: of the weights.")] = (
-        "same"
-    )
-    force_base: Annotated[bool, Option(help="Accept an adapter that was trained on another base.")] = False
-    overwrite: Annotated[bool, Option(help="Replace what stands at --output.")] = False
+    dtype: Annotated[Dtype, Option("same, float32, bfloat16 or float16: of the weights.", metavar="DTYPE")] = "same"
+    force_base: Annotated[bool, Option("Accept an adapter that was trained on another base.")] = False
+    overwrite: Annotated[bool, Option("Replace what stands at --output.")] = False
 
 
 @dataclass(frozen=True)
 class CountOptions(Options):
     """A model or a published shape, and the adapter that is counted with it."""
 
-    model: Annotated[Path | None, Option(metavar="DIR", help="A model directory.")] = None
-    preset: Annotated[str | None, Option(metavar="NAME", help="A published shape, such as llama-2-7b.")] = None
+    model: Annotated[Path | None, Option("A model directory.", metavar="DIR")] = None
+    preset: Annotated[str | None, Option("A published shape, such as llama-2-7b.", metavar="NAME")] = None
     r: Annotated[
         int | None,
-        Option(metavar="R", help="Rank of the adapter.", shown_default=str(DEFAULT_RANK), at_least=1, at_most=1 << 16),
+        Option("Rank of the adapter.", metavar="R", shown_default=str(DEFAULT_RANK), at_least=1, at_most=1 << 16),
     ] = None
     target_modules: Annotated[
-        str | None, Option(metavar="NAMES", help="A comma list, or all-linear.", shown_default=DEFAULT_TARGET_MODULES)
+        str | None, Option("A comma list, or all-linear.", metavar="NAMES", shown_default=DEFAULT_TARGET_MODULES)
     ] = None
-    adapter: Annotated[Path | None, Option(metavar="DIR", help="Take rank and modules from an adapter.")] = None
+    adapter: Annotated[Path | None, Option("Take rank and modules from an adapter.", metavar="DIR")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,8 +187,8 @@ class VerifyOptions(Options):
     directory: Annotated[
         Path,
         Option(
+            "A run, checkpoint, adapter, model or prepared directory, or a cache of quantised weights.",
             argument=True,
             metavar="DIR",
-            help="A run, checkpoint, adapter, model or prepared directory, or a cache of quantised weights.",
         ),
     ]

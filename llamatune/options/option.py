@@ -6,13 +6,13 @@ import operator
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from typing import Any, Literal
 
 from llamatune.errors import SpecError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Option:
     """Stands in ``Annotated`` beside the type of a field; the default is the field's own.
 
@@ -26,6 +26,7 @@ class Option:
     """
 
     help: str
+    _: KW_ONLY
     metavar: str | None = None
     flag: str | None = None
     shown_default: str | None = None
