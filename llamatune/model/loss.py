@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llamatune.model.attention import Documents
 from llamatune.model.compilable import compilable
 from llamatune.model.layers import linear, widened
 from llamatune.model.transformer import Transformer
@@ -89,9 +88,10 @@ def _of_predictions(
     next_labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORED  # a sample's last token predicts nothing
     predicting = (next_labels != IGNORED).nonzero().squeeze(1)  # (P,) of N
     targets = next_labels[predicting].to(device, non_blocking=True)
+    del next_labels  # not needed at the peak
     result = model(
         input_ids.reshape(1, -1).to(device, non_blocking=True),
-        documents=Documents.of(lengths, device),
+        lengths=lengths,
         rows=predicting.to(device, non_blocking=True),
         read=lambda hidden, weight: loss(hidden[0], weight, targets),
     )
