@@ -15,12 +15,11 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llamatune.errors import SpecError
-from llamatune.files import read_bytes
 from llamatune.paths import expand_home
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES
 from llamatune.shapes.levels import MODES, is_mode
-from llamatune.strict_yaml import parse_yaml
+from llamatune.strict_yaml import parse_yaml, read_yaml
 from llamatune.units import parse_size
 
 _ALIASES = {("lora", "lora_alpha"): "alpha", ("lora", "lora_dropout"): "dropout"}
@@ -372,16 +371,7 @@ def _lists_as_tuples(value: Any) -> Any:
     return tuple(value) if numbers else value
 
 
-def read_spec_values(path: Path) -> Any:
-    """The plain values of a YAML (or JSON) file of at most 1 MiB, not yet checked."""
-    try:
-        text = read_bytes(path, SpecError).decode("utf-8-sig")
-    except UnicodeDecodeError as fault:
-        raise SpecError(f"not UTF-8 at byte {fault.start}", path) from None
-    return parse_yaml(text, path)
-
-
 def load_spec(path: Path, overrides: list[str] | None = None) -> RunSpec:
     """Read a run spec from a file; ``overrides`` are the user's, each of another field."""
     refuse_twice(overrides or [])
-    return build_spec(read_spec_values(path), path, overrides)
+    return build_spec(read_yaml(path), path, overrides)

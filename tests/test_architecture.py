@@ -18,7 +18,7 @@ FLOORS = [
     {"training"},
     {"inference"},
     {"checkpoints", "data"},
-    {"model"},
+    {"model", "tokenizers"},
     {"memory"},
     {"spec"},
     {"devices", "threads", "tensor_files", "seeds", "strict_yaml", "versions", "journal", "units", "manifests"},

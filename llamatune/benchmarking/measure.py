@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llamatune.benchmarking.meter import CategoryMeter
-from llamatune.data.dataset import Batch
+from llamatune.data.batches import Batch, Windows
 from llamatune.devices import capability_of, memory_faults
 from llamatune.errors import NumericsError
 from llamatune.events import ignore_event, never_stop
@@ -26,7 +26,6 @@ from llamatune.threads import suitable_threads
 from llamatune.training.compiling import check_compiler, compile_ahead
 from llamatune.training.memory import peak_memory_bytes, peak_reserved_bytes, plan_run_memory
 from llamatune.training.optimizer import learning_rate_at
-from llamatune.training.order import Windows
 from llamatune.training.setup import Inputs, Learner, Schedule, build_learner, micro_batch_tokens, plan_schedule
 from llamatune.training.window import (
     LOWEST_LOSS_SCALE,
@@ -76,7 +75,7 @@ class Trial:
         self.learner: Learner = build_learner(spec, inputs, ignore_event, never_stop, levels)
         if spec.training.compile:
             compile_ahead(spec, self.learner, train, ignore_event)
-        self.windows = Windows(spec, train, schedule)
+        self.windows = Windows(spec, train, schedule.rows_per_window, schedule.windows_per_epoch)
         self.lengths = train.lengths
 
     def update(self, micro_batches: list[Batch], window: int, step: int) -> WindowGradient | None:

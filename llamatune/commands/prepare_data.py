@@ -10,8 +10,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
+    from llamatune.data.prepare_report import PrepareReport
     from llamatune.data.preview import PreviewRow
-    from llamatune.data.report import PrepareReport
 
 
 def prepare_data(
@@ -91,11 +91,11 @@ def prepare_data(
     from llamatune.commands._console import Console
 
     with Console(json_mode, writes=True) as console:  # it hears signals from here on
-        from llamatune.data.plan import PrepareOptions
         from llamatune.data.prepare import prepare_data as run_preparation
+        from llamatune.data.prepare_options import PrepareOptions
         from llamatune.data.preview import preview_rows
-        from llamatune.data.tokenizer import load_tokenizer
         from llamatune.errors import Stopped
+        from llamatune.tokenizers.sentencepiece import load_tokenizer
 
         options = PrepareOptions(
             rows=rows,

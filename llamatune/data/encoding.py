@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llamatune.data.boundary import prompt_check
-from llamatune.data.decoding import Row
-from llamatune.data.formats import FORMATS, parse_row, strip_annotations
-from llamatune.data.prompts import Template
+from llamatune.data.prefix_check import prompt_check
+from llamatune.data.row_formats import FORMATS, parse_row, strip_annotations
+from llamatune.data.row_parsing import Row
 from llamatune.data.rows import RawRow, RowError
-from llamatune.data.tokenizer import Tokenizer
+from llamatune.data.templates import Template
+from llamatune.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,8 @@
-"""Several samples in one row of about equal length: first-fit-decreasing bin packing (Johnson 1973)."""
+"""Packing of several samples into one row: first-fit-decreasing bin packing (Johnson 1973)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-
-from llamatune.data.dataset import epoch_order
-from llamatune.seeds import derived_seed
 
 
 def pack(lengths: Sequence[int], budget: int, order: Sequence[int]) -> list[list[int]]:
@@ -55,19 +50,3 @@ class _FirstFit:
         while node > 1:
             node //= 2
             self._most[node] = max(self._most[2 * node], self._most[2 * node + 1])
-
-
-def epoch_rows(lengths: Sequence[int], seed: int, epoch: int, shuffle: bool, budget: int | None) -> list[list[int]]:
-    """Which samples stand in each row of an epoch, in the order in which rows are trained: a function of (seed, epoch).
-
-    Without a ``budget`` a row is one sample. With one, which samples share a row changes from epoch to epoch if
-    ``shuffle``, the number of rows does not.
-    """
-    order = epoch_order(len(lengths), seed, epoch, shuffle)
-    if budget is None:
-        return [[index] for index in order]
-    rows = pack(lengths, budget, order)
-    if not shuffle:
-        return sorted(rows, key=min)
-    generator = torch.Generator().manual_seed(derived_seed(seed, "rows", epoch))
-    return [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.data.encoding import EncodedBatch, Recipe
-from llamatune.data.plan import PrepareOptions, check_options, input_files, make_plan
-from llamatune.data.report import (
+from llamatune.data.prepare_options import PrepareOptions, check_options, input_files, make_plan
+from llamatune.data.prepare_report import (
     Counts,
     PrepareReport,
     bad_rows_error,
@@ -28,8 +28,8 @@ from llamatune.data.report import (
     shown_path,
 )
 from llamatune.data.rows import RawRow, read_raw_rows
-from llamatune.data.split import held_out_rows
 from llamatune.data.spool import Spool
+from llamatune.data.validation_split import held_out_rows
 from llamatune.data.workers import encode_batches
 from llamatune.errors import DataError, EnvironmentFault, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop

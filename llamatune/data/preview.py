@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from llamatune.data.tokenizer import Tokenizer
 from llamatune.errors import DataError
 from llamatune.files import open_regular
 from llamatune.tensor_files import TensorEntry, read_header
+from llamatune.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)

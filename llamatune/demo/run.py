@@ -11,8 +11,8 @@ from typing import Any
 
 from llamatune.checkpoints.config_files import read_config
 from llamatune.checkpoints.merging import MergeOptions, merge_lora
-from llamatune.data.plan import PrepareOptions
 from llamatune.data.prepare import prepare_data
+from llamatune.data.prepare_options import PrepareOptions
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.answer import Answer, Request, answer
 from llamatune.inference.sampling import Sampling

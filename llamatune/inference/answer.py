@@ -10,10 +10,10 @@ from time import monotonic
 
 import torch
 
-from llamatune.data.decoding import Row, decode_row, decode_value, kind_of
-from llamatune.data.formats import prompt_row_of
-from llamatune.data.prompts import Template
+from llamatune.data.row_formats import prompt_row_of
+from llamatune.data.row_parsing import Row, decode_row, decode_value, kind_of
 from llamatune.data.rows import RawRow, RowError, read_raw_rows
+from llamatune.data.templates import Template
 from llamatune.devices import memory_faults
 from llamatune.errors import DataError
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop

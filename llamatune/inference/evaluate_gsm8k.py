@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.checkpoints.fingerprint import fingerprint
-from llamatune.data.prompts import TEMPLATES, Template
-from llamatune.data.tokenizer import Tokenizer
+from llamatune.data.templates import TEMPLATES, Template
 from llamatune.devices import memory_faults
 from llamatune.errors import DataError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
@@ -23,6 +22,7 @@ from llamatune.inference.sampling import Sampling
 from llamatune.inference.significance import Accuracy, exact_mcnemar
 from llamatune.journal import Journal, open_journal
 from llamatune.threads import suitable_threads
+from llamatune.tokenizers.base import Tokenizer
 
 _REVISION = 1  # raise it when the same settings come to give other answers
 

@@ -15,14 +15,15 @@ from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
-from llamatune.data.prompts import Template, load_template
-from llamatune.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from llamatune.data.templates import Template, load_template
 from llamatune.devices import lacks_bf16
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.files import MANIFEST, read_json
 from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
 from llamatune.model.transformer import Transformer
+from llamatune.tokenizers.base import Tokenizer, check_vocabulary
+from llamatune.tokenizers.sentencepiece import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from llamatune.checkpoints.run_state import (
     newest_run_state,
     save_run_state,
 )
+from llamatune.data.batches import Windows
 from llamatune.errors import CheckpointError, NumericsError, Stopped
 from llamatune.events import (
     CheckpointSaved,
@@ -30,7 +31,6 @@ from llamatune.events import (
 from llamatune.spec import RunSpec
 from llamatune.training.memory import peak_memory_bytes, peak_reserved_bytes
 from llamatune.training.optimizer import learning_rate_at
-from llamatune.training.order import Windows
 from llamatune.training.position import Position
 from llamatune.training.run_directory import LEAST_GAIN, RunDirectory, prune_checkpoints
 from llamatune.training.run_files import BEST
@@ -85,7 +85,7 @@ class TrainingLoop:
         self.spec, self.inputs, self.schedule, self.learner = spec, inputs, schedule, learner
         self.weights, self.run, self.on_event, self.should_stop = weights, run, on_event, should_stop
         self.position = Position()
-        self.windows = Windows(spec, inputs.prepared.train, schedule)
+        self.windows = Windows(spec, inputs.prepared.train, schedule.rows_per_window, schedule.windows_per_epoch)
         self._last_checkpoint: Path | None = None
         self._memory: MemoryHeld | None = None
         self._clock = time.monotonic()

@@ -6,7 +6,7 @@ import resource
 
 import torch
 
-from llamatune.data.dataset import Split
+from llamatune.data.batches import Split
 from llamatune.devices import capability_of, free_memory_bytes
 from llamatune.events import Notice, OnEvent
 from llamatune.memory.plan import MemoryPlan, heaviest_rows, limit_of, plan_memory

@@ -17,7 +17,7 @@ from llamatune.checkpoints.config_files import read_config
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.quantized import QuantizedBase
-from llamatune.data.dataset import Prepared, Split, check_rows, check_tokenizer, open_prepared
+from llamatune.data.batches import Prepared, Split, check_rows, check_tokenizer, open_prepared, packing_budget
 from llamatune.data.packing import pack
 from llamatune.devices import choose_device
 from llamatune.errors import CheckpointError, SpecError
@@ -108,11 +108,6 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
     count = count_parameters(config, spec.adapter)
     digests = {"base": base_fingerprint, "train": prepared.digest, "validation": validation_digest}
     return Inputs(config, checkpoint, base_fingerprint, prepared, validation, starting_adapter, digests, count, device)
-
-
-def packing_budget(spec: RunSpec) -> int | None:
-    """Tokens of a packed row; None: no packing."""
-    return spec.data.packed_tokens if spec.data.packing else None
 
 
 def plan_schedule(spec: RunSpec, train: Split) -> Schedule:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llamatune.checkpoints.tensors import is_finite
-from llamatune.data.dataset import Batch
+from llamatune.data.batches import Batch
 from llamatune.errors import Stopped
 from llamatune.events import ShouldStop, never_stop
 from llamatune.model.loss import summed_loss

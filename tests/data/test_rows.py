@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamatune.data import rows as rows_module
-from llamatune.data.decoding import decode_row
-from llamatune.data.formats import detect_format
+from llamatune.data.row_formats import detect_format
+from llamatune.data.row_parsing import decode_row
 from llamatune.data.rows import LARGEST_ROW_BYTES, RawRow, RowError, read_raw_rows
 from llamatune.errors import DataError, LlamatuneError
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamatune.data.dataset import Batch
+from llamatune.data.batches import Batch
 from llamatune.events import ignore_event, never_stop
 from llamatune.shapes.config import LlamaConfig
 from llamatune.spec import RunSpec

@@ -9,7 +9,7 @@ import pytest
 import torch
 from step_tools import real_step, spec_of
 
-from llamatune.data.dataset import Batch
+from llamatune.data.batches import Batch
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.memory.step import step_bytes
 from llamatune.model import attention

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamatune.data.formats import FORMATS, detect_format, parse_row, row_of, strip_annotations, within_two_edits
+from llamatune.data.row_formats import FORMATS, detect_format, parse_row, row_of, strip_annotations, within_two_edits
 from llamatune.data.rows import RawRow, RowError
 
 

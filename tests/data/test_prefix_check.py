@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from prepared_rows import alpaca
 
-from llamatune.data.boundary import PromptCheck
+from llamatune.data.prefix_check import PromptCheck
 from llamatune.data.prepare import PrepareReport
-from llamatune.data.tokenizer import load_tokenizer
 from llamatune.events import Event, Notice
 from llamatune.files import dump_json, read_json
+from llamatune.tokenizers.sentencepiece import load_tokenizer
 
 Prepare = Callable[..., PrepareReport]
 WriteRows = Callable[..., Path]
@@ -24,11 +24,13 @@ PARTS = [
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "normalising", "suffix", "llama"])
 def test_the_check_says_what_encoding_the_whole_prompt_says(
-    models: dict[str, Path], request: pytest.FixtureRequest, kind: str
+    tokenizer_models: dict[str, Path], request: pytest.FixtureRequest, kind: str
 ) -> None:
     real = kind == "llama"
     tokenizer = load_tokenizer(
-        request.getfixturevalue("fixtures") / "data" / "llama2_tokenizer.model" if real else models[kind]
+        request.getfixturevalue("shared_fixtures") / "data" / "llama2_tokenizer.model"
+        if real
+        else tokenizer_models[kind]
     )
     check, chance = PromptCheck(tokenizer), random.Random(5)
     assert check._by_word == (kind in ("bpe", "unigram", "llama")), "the two ways are both tried"
@@ -81,7 +83,7 @@ def test_a_directory_from_before_they_were_counted_still_opens(
     assert (report.unchanged, report.prompts_not_prefix) == (True, None)
 
 
-def test_real_rows(prepare: Prepare, fixtures: Path) -> None:
+def test_real_rows(prepare: Prepare, shared_fixtures: Path) -> None:
     """Alpaca's completions follow a colon at once, and LLaMA has pieces such as ``:-`` and ``:[``."""
-    rows = fixtures / "data" / "alpaca_data_200.json"
-    assert prepare(rows, tokenizer=fixtures / "data" / "llama2_tokenizer.model").prompts_not_prefix == 9
+    rows = shared_fixtures / "data" / "alpaca_data_200.json"
+    assert prepare(rows, tokenizer=shared_fixtures / "data" / "llama2_tokenizer.model").prompts_not_prefix == 9

@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llamatune.data.chat import read_chat
-from llamatune.data.decoding import Row, decode_row, is_empty, kind_of, optional_text, quote, text_field, without_nul
+from llamatune.data.chat_rows import read_chat
+from llamatune.data.row_parsing import Row, decode_row, is_empty, kind_of, optional_text, quote, text_field, without_nul
 from llamatune.data.rows import RawRow, RowError
 
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamatune.data.decoding import decode_row
 from llamatune.data.encoding import Recipe
-from llamatune.data.formats import FORMATS, Format, detect_format
-from llamatune.data.prompts import DEFAULT_TEMPLATES, Template, load_template
+from llamatune.data.row_formats import FORMATS, Format, detect_format
+from llamatune.data.row_parsing import decode_row
 from llamatune.data.rows import RowError, read_raw_rows
-from llamatune.data.tokenizer import load_tokenizer
+from llamatune.data.templates import DEFAULT_TEMPLATES, Template, load_template
 from llamatune.errors import DataError, SpecError
 from llamatune.events import Notice, OnEvent
 from llamatune.files import digest_file
+from llamatune.tokenizers.sentencepiece import load_tokenizer
 
 # Raise a revision when the same inputs come to give other bytes. The second is that of templates with a place for what
 # the first left out: a row's `system` and `history`. Products of the others stay what they are.

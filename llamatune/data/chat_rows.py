@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llamatune.data.decoding import Row, is_empty, kind_of, optional_text, quote, text_field
+from llamatune.data.row_parsing import Row, is_empty, kind_of, optional_text, quote, text_field
 from llamatune.data.rows import RowError
 
 _SHAREGPT_ROLES = {
