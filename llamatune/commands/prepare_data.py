@@ -1,4 +1,4 @@
-"""``llamatune prepare-data``: rows of text in, a prepared directory out."""
+"""``llamatune prepare-data``: the command line of data preparation, its report and its preview."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def prepare_data(
-    # readable=False throughout: typer would call a missing permission a mistake of usage; to us it is exit code 5.
+    # readable=False: typer would report a missing permission as a usage error (2), but it is exit code 5.
     rows: Annotated[
         list[Path],
         typer.Argument(metavar="ROWS...", help="JSON Lines files or JSON lists of rows.", readable=False),
@@ -23,10 +23,10 @@ def prepare_data(
     tokenizer: Annotated[
         Path,
         typer.Option(
-            "--tokenizer", help="A SentencePiece tokenizer.model, or a directory that holds one.", readable=False
+            "--tokenizer", help="A SentencePiece tokenizer.model, or a directory that contains one.", readable=False
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", help="The directory to make.", readable=False)],
+    output: Annotated[Path, typer.Option("--output", help="The directory to create.", readable=False)],
     format_name: Annotated[
         str, typer.Option("--format", metavar="NAME", help="auto, alpaca, gsm8k, chat, completion or text.")
     ] = "auto",
@@ -36,21 +36,21 @@ def prepare_data(
             "--template",
             metavar="NAME|FILE",
             help="alpaca, gsm8k, llama2-chat, completion, text, or a YAML file with `prompt`.",
-            show_default="the format's own",
+            show_default="by format",
         ),
     ] = None,
     max_seq_length: Annotated[
-        int, typer.Option("--max-seq-length", help="Tokens of a row at most, BOS and EOS included.")
+        int, typer.Option("--max-seq-length", help="The most tokens of a row, BOS and EOS included.")
     ] = 512,
     overlong: Annotated[
-        str, typer.Option("--overlong", metavar="POLICY", help="Rows beyond that: truncate, drop or error.")
+        str, typer.Option("--overlong", metavar="POLICY", help="For longer rows: truncate, drop or error.")
     ] = "truncate",
     validation_fraction: Annotated[
         float | None,
         typer.Option(
             "--validation-fraction",
             metavar="F",
-            help="Hold out about this share of the rows; 0: none.",
+            help="Hold out about this fraction of the rows; 0: none.",
             show_default=False,
         ),
     ] = None,
@@ -67,9 +67,9 @@ def prepare_data(
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", help="Read only the first N rows.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Decides which rows are held out.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the held-out rows.")] = 0,
     train_on_prompt: Annotated[
-        bool, typer.Option("--train-on-prompt", help="Prompt tokens are learned too, not only the completion.")
+        bool, typer.Option("--train-on-prompt", help="Train on prompt tokens too, not only on the completion.")
     ] = False,
     skip_bad_rows: Annotated[
         int, typer.Option("--skip-bad-rows", metavar="N", help="Leave out up to N unusable rows; one more is an error.")
@@ -77,20 +77,20 @@ def prepare_data(
     gsm8k_annotations: Annotated[
         str,
         typer.Option(
-            "--gsm8k-annotations", metavar="POLICY", help="Calculator notes such as <<48/2=24>>: keep or strip."
+            "--gsm8k-annotations", metavar="POLICY", help="Calculator annotations such as <<48/2=24>>: keep or strip."
         ),
     ] = "keep",
     preview: Annotated[
-        int, typer.Option("--preview", metavar="N", help="Show the first N training rows, token by token.")
+        int, typer.Option("--preview", metavar="N", help="Show the tokens of the first N training rows.")
     ] = 0,
-    show_ids: Annotated[bool, typer.Option("--show-ids", help="Token ids in the preview too.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --output.")] = False,
+    show_ids: Annotated[bool, typer.Option("--show-ids", help="Show token ids in the preview too.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")] = False,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
     """Turn instruction rows into token ids and loss masks for training."""
     from llamatune.commands._console import Console
 
-    with Console(json_mode, writes=True) as console:  # it hears signals from here on
+    with Console(json_mode, writes=True) as console:  # signals are handled from here on
         from llamatune.data.prepare import prepare_data as run_preparation
         from llamatune.data.prepare_options import PrepareOptions
         from llamatune.data.preview import preview_rows
@@ -139,7 +139,7 @@ def _row_payload(row: PreviewRow) -> dict[str, Any]:
 
 
 def _print_row(out: RichConsole, row: PreviewRow, show_ids: bool) -> None:
-    """Trained tokens are green and the others dim; without colours trained stretches stand in ``[[ ]]``."""
+    """Print trained tokens in green and others dim; without colours trained spans are in ``[[ ]]``."""
     from rich.text import Text
 
     from llamatune.errors import printable
@@ -184,7 +184,10 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
     add("refused", f"{report.refused:,}{reasons(report.refused_reasons)}")
     add("duplicates", f"{report.duplicates:,}")
     if report.prompts_not_prefix:
-        add("prompts not a prefix", f"{report.prompts_not_prefix:,} (alone they give other tokens than in their row)")
+        add(
+            "prompts not a prefix",
+            f"{report.prompts_not_prefix:,} (encoded alone they have other tokens than in their row)",
+        )
     if report.ignored_keys:
         add("ignored keys", ", ".join(f"{key} ({n:,})" for key, n in report.ignored_keys.items()))
     for name, split in report.splits.items():
@@ -198,7 +201,7 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
         f"{row['tokens']:,} ({shown_place(row['file'], row['line'], row.get('row'))})"
         for row in report.longest_rows[:3]
     )
-    add("longest before cutting", longest)
+    add("longest before truncation", longest)
     out.print(table)
     note = "already prepared, left as it is: " if report.unchanged else "written to "
     out.print(note + printable(report.output), markup=False)

@@ -32,7 +32,8 @@ class Batch:
     """Samples one after another in one row, without padding.
 
     ``input_ids`` and ``labels`` are (1, N) int64; a label is the id at its own position, or -100 (the model predicts
-    position t's label from position t-1). ``lengths`` are the samples', ``rows`` their row numbers in the input files.
+    the label at position t from position t-1). ``lengths`` are tokens of the samples, ``rows`` their row numbers in the
+    input files.
     """
 
     input_ids: Tensor
@@ -129,7 +130,7 @@ def open_prepared(path: Path) -> Prepared:
 
 
 def check_rows(split: Split, config: LlamaConfig, where: str, on_event: OnEvent) -> None:
-    """Raise ``CheckpointError`` for an id beyond the model's embedding; warn of rows beyond its context."""
+    """Raise ``CheckpointError`` for an id beyond the model's embedding; warn about rows beyond its context length."""
     if split.largest_id >= config.vocab_size:
         raise CheckpointError(
             f"tokenizer id {split.largest_id} >= {config.vocab_size} embedding rows",
@@ -138,7 +139,7 @@ def check_rows(split: Split, config: LlamaConfig, where: str, on_event: OnEvent)
         )
     longest, known = max(split.lengths, default=0), config.max_position_embeddings
     if longest > known:
-        on_event(Notice(f"{where}: a row of {longest} tokens is longer than the {known} the model knows", "warning"))
+        on_event(Notice(f"{where}: a row of {longest} tokens exceeds the model's context length of {known}", "warning"))
 
 
 def check_tokenizer(prepared: Prepared, model: Path, force_base: bool, on_event: OnEvent) -> None:
@@ -154,7 +155,12 @@ def check_tokenizer(prepared: Prepared, model: Path, force_base: bool, on_event:
                 model / "tokenizer.model",
                 "prepare it again with this one, or pass --force-base",
             )
-        on_event(Notice("the data's ids are another tokenizer's than the model's, as --force-base asks", "warning"))
+        on_event(
+            Notice(
+                "the data was prepared with another tokenizer than the model's; accepted because of --force-base",
+                "warning",
+            )
+        )
 
 
 def epoch_order(rows: int, seed: int, epoch: int, shuffle: bool = True) -> list[int]:

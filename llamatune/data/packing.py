@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], budget: int, order: Sequence[int]) -> list[list[int]]:
-    """Distribute samples over rows of at most ``budget`` tokens; a longer sample has a row of its own.
+    """The samples of each row of at most ``budget`` tokens; a longer sample has a row of its own.
 
-    Samples are taken longest first, equal ones in ``order``, each into the first row that has room. The number of rows
-    depends on the lengths alone.
+    Samples are placed longest first, those of equal length in ``order``, each in the first row with room. The number of
+    rows depends on the lengths alone.
     """
     rows: list[list[int]] = []
     room = _FirstFit(len(lengths))
@@ -24,7 +24,7 @@ def pack(lengths: Sequence[int], budget: int, order: Sequence[int]) -> list[list
 
 
 class _FirstFit:
-    """A tree of maxima over the room that is left in each row: the first row with enough is found in log time."""
+    """A segment tree of the room left in each row: finds the first row with enough room in logarithmic time."""
 
     def __init__(self, rows: int) -> None:
         self._leaves = 1 << max(1, rows - 1).bit_length()
@@ -34,7 +34,7 @@ class _FirstFit:
         self._set(self._leaves + row, room)
 
     def take(self, tokens: int) -> int | None:
-        """The first row with room for ``tokens``, which it then has less."""
+        """The first row with room for ``tokens``, which are subtracted from it; None: no row has room."""
         if self._most[1] < tokens:
             return None
         node = 1

@@ -58,8 +58,8 @@ def _complete_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent) -
 
 
 def copy_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignore_event) -> None:
-    """Meta's directories hold one ``tokenizer.model``."""
+    """The ``tokenizer.model`` of a model directory, the one tokenizer file of Meta's format."""
     if (source / SENTENCEPIECE_FILE).exists():
         copy_file(source / SENTENCEPIECE_FILE, directory)
     else:
-        on_event(Notice(f"{source}: no tokenizer.model, which Meta's format needs; add it yourself", "warning"))
+        on_event(Notice(f"{source}: no tokenizer.model, which Meta's format needs: add it yourself", "warning"))

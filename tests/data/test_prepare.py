@@ -460,7 +460,7 @@ def test_a_foreign_directory_is_left_alone(prepare: Prepare, write_rows: WriteRo
 def test_an_output_that_holds_an_input_is_refused(prepare: Prepare, write_rows: WriteRows, tmp_path: Path) -> None:
     path = write_rows([alpaca(1)])
     message = _refused(prepare, path, output=tmp_path, overwrite=True, error=SpecError)
-    assert "holds an input" in message
+    assert "contains an input" in message
     assert path.exists()
 
 

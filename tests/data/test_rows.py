@@ -213,7 +213,7 @@ def test_d17_a_sparse_tail_of_any_length_is_one_bad_row(path: Path) -> None:
         (b"[{},", [None, "1: the list is not closed: the file was cut short"]),
         (b'[{}, {"a": "b', [None, "1: the row does not end"]),
         (b"[{},\n]", [None, "2: a row is missing before ']'"]),
-        (b"[{}]\nx", [None, "2: text behind the end of the list"]),
+        (b"[{}]\nx", [None, "2: text after the end of the list"]),
         (b'[{"a": }, {}]', ["1: not valid JSON", None]),
     ],
 )

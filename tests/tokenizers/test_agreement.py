@@ -122,7 +122,7 @@ def test_a_padding_token_passes_with_a_notice(beside: Beside, name: str) -> None
     told: list[object] = []
     load_tokenizer(beside(added_tokens={name: 512}, tokenizer_config={"pad_token": name}), told.append)
     assert [event.message for event in told if isinstance(event, Notice)] == [
-        f"{beside() / 'added_tokens.json'}: {name!r} (512) is not in tokenizer.model; no row will hold it"
+        f"{beside() / 'added_tokens.json'}: {name!r} (512) is not in tokenizer.model; no row will contain it"
     ]
 
 
