@@ -74,12 +74,12 @@ def encode_batch(recipe: Recipe, rows: Sequence[RawRow]) -> EncodedBatch:
             batch.refused.append((position, fault.kind, fault.message))
             continue
         batch.ignored_keys.update(row.ignored_keys)
-        batch.ignored_keys.update(recipe.template.unshown(row))
-        _add(batch, recipe, position, row)
+        batch.ignored_keys.update(recipe.template.unused_fields(row))
+        _encode_row(batch, recipe, position, row)
     return batch
 
 
-def _add(batch: EncodedBatch, recipe: Recipe, position: int, row: Row) -> None:
+def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row) -> None:
     tokenizer = recipe.tokenizer
     completion = strip_annotations(row.completion) if recipe.strip_annotations else row.completion
     prompt = recipe.template.prompt_of(row.fields, row.turns)

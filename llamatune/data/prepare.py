@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llamatune.data.encoding import EncodedBatch, Recipe
+from llamatune.data.encoding import Recipe
 from llamatune.data.prepare_options import PrepareOptions, check_options, input_files, resolve_options
 from llamatune.data.prepare_report import (
     Counts,
@@ -110,7 +110,8 @@ class _Job:
         self.total_bytes = sum(path.stat().st_size for path in input_files(options))
         self.done_bytes = 0
         self.reported_at = time.monotonic()
-        self.workers = workers if workers is not None else self._worker_count()
+        by_size = min(len(os.sched_getaffinity(0)), self.total_bytes // _BYTES_FOR_A_WORKER)
+        self.workers = by_size if workers is None else workers
         self.counts = Counts()
 
     def run(self) -> None:
@@ -152,7 +153,8 @@ class _Job:
                 for position, _, message in batch.refused:
                     line = {**row_facts(rows[position], path), "reason": message}
                     refuse(json.dumps(line, ensure_ascii=True) + "\n")
-                if self.options.overlong == "error" and (overlong := _first_overlong(batch)) is not None:
+                overlong = next((position for position, reason in batch.dropped if reason == "overlong"), None)
+                if self.options.overlong == "error" and overlong is not None:
                     raise overlong_error(batch, overlong, path, rows[overlong], self.options.max_seq_length)
                 spool.add(batch, first_row)
                 self._progress(sum(len(row.data) for row in rows))
@@ -207,19 +209,12 @@ class _Job:
             "splits": splits,
         }
 
-    def _worker_count(self) -> int:
-        return min(len(os.sched_getaffinity(0)), self.total_bytes // _BYTES_FOR_A_WORKER)
-
     def _progress(self, row_bytes: int) -> None:
         self.done_bytes += row_bytes
         now = time.monotonic()
         if now - self.reported_at >= _PROGRESS_EVERY_S:
             self.reported_at = now
             self.on_event(Progress("bytes of rows encoded", min(self.done_bytes, self.total_bytes), self.total_bytes))
-
-
-def _first_overlong(batch: EncodedBatch) -> int | None:
-    return next((position for position, reason in batch.dropped if reason == "overlong"), None)
 
 
 def _batches(files: list[Path], limit: int | None) -> Iterator[tuple[Path, int, list[RawRow]]]:

@@ -133,14 +133,14 @@ class Template:
                 f"the template {self.name!r} has no place for earlier turns (of 'messages', 'conversations' or "
                 "'history'): give it a `turn`, or take them out of the row"
             )
-        if row.fields.get("system") and "system" in self.unshown(row):
+        if row.fields.get("system") and "system" in self.unused_fields(row):
             return (
                 f"the template {self.name!r} has no place for a system message ('system'): name {{system}} in it, or "
                 "take that out of the row"
             )
         return None
 
-    def unshown(self, row: Row) -> tuple[str, ...]:
+    def unused_fields(self, row: Row) -> tuple[str, ...]:
         """The non-empty fields of ``row`` that its prompt does not contain."""
         shown = _names_in(self._prompt_for(row.fields), self.system)
         return tuple(name for name, text in row.fields.items() if text and name not in shown)
