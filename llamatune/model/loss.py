@@ -84,7 +84,7 @@ def _of_predictions(
     Also returns the states' places in the row (P,), on the CPU.
     """
     device = model.device
-    # Found on the CPU, where the labels are: asking the device which positions count would stall it.
+    # The positions are computed on the CPU, where the labels are: reading them from the device would stall it.
     next_labels = labels.reshape(-1).roll(-1)
     next_labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORED  # a sample's last token predicts nothing
     predicting = (next_labels != IGNORED).nonzero().squeeze(1)  # (P,) of N
