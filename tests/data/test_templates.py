@@ -163,6 +163,9 @@ def test_a_null_in_a_template_file_is_no_text_and_quoted_it_is(tmp_path: Path) -
     assert (template.prompt, template.prompt_without_input) == ("null", None)
     path.write_text("prompt: ''\n")
     assert load_template(str(path)).prompt == ""
+    path.write_text("prompt: 010\nbefore_completion: true\nturn: Null\n")
+    template = load_template(str(path))
+    assert (template.prompt, template.before_completion, template.turn) == ("010", "true", None)
 
 
 def test_an_unknown_template_lists_the_known_ones(tmp_path: Path) -> None:
