@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llamatune.checkpoints.stored import Stored, has_weights, same_bytes, stored_huggingface, stored_meta
-from llamatune.checkpoints.tokenizer_pieces import count_tokenizer_pieces
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError
 from llamatune.files import MANIFEST, read_json
 from llamatune.shapes.config import LlamaConfig
@@ -164,7 +163,9 @@ def _meta_vocabulary(path: Path, dim: int, shards: list[dict[str, Stored]] | Non
         rows = embedding.shape[0]
         return rows * len(shards) if embedding_axis(shards, dim) == 0 else rows
     if (path / "tokenizer.model").exists():
-        return count_tokenizer_pieces(path / "tokenizer.model")
+        from llamatune.tokenizers.sentencepiece import count_pieces  # importing the library takes 40 ms
+
+        return count_pieces(path / "tokenizer.model")
     raise CheckpointError(
         "vocab_size is -1 and there are neither weights nor a tokenizer.model", path / "params.json",
         "put tokenizer.model beside it",

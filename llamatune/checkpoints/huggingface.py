@@ -14,11 +14,11 @@ from llamatune.checkpoints.checkpoint import STORED_DTYPES, Checkpoint, refuse_u
 from llamatune.checkpoints.config_files import HF_HEAD, Format, huggingface_config, rope_facts
 from llamatune.checkpoints.stored import INDEX_FILE, SINGLE_FILE, Stored, stored_huggingface
 from llamatune.checkpoints.tensors import tensor_bytes
-from llamatune.checkpoints.tokenizer_files import copy_file, copy_huggingface_tokenizer
 from llamatune.events import OnEvent, ignore_event
 from llamatune.files import Staging, dump_json, read_json, writing
 from llamatune.shapes.config import LlamaConfig
 from llamatune.tensor_files import TensorWriter, data_bytes
+from llamatune.tokenizers.copied_files import copy_file, copy_huggingface_tokenizer
 
 _SHARD_BYTES = 5_000_000_000
 _DTYPE_KEYS = ("dtype", "torch_dtype")

@@ -23,13 +23,13 @@ from llamatune.checkpoints.loading import open_checkpoint, warn_of_missing_head
 from llamatune.checkpoints.meta import MetaCheckpoint
 from llamatune.checkpoints.meta_writer import write_consolidated, write_params
 from llamatune.checkpoints.tensors import is_finite
-from llamatune.checkpoints.tokenizer_files import copy_file, copy_huggingface_tokenizer, copy_meta_tokenizer
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.files import MANIFEST, Staging, build_directory, refuse_occupied, refuse_small_disk
 from llamatune.manifests import Manifest, finished_product
 from llamatune.model.adapters.apply import adapter_class
 from llamatune.options.inference import MergeOptions
+from llamatune.tokenizers.copied_files import copy_file, copy_huggingface_tokenizer, copy_meta_tokenizer
 
 _PORTION = 1 << 19
 """Weights folded at once: their fp32 values stay in the processor's cache."""

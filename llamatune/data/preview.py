@@ -1,4 +1,4 @@
-"""The first rows of a prepared directory as a person can check them: every token, and whether it is trained."""
+"""Preview of a prepared directory: the tokens of its first rows, and which of them are trained."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from llamatune.data.tokenizer import Tokenizer
 from llamatune.errors import DataError
 from llamatune.files import open_regular
 from llamatune.tensor_files import TensorEntry, read_header
+from llamatune.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)
 class PreviewToken:
-    """One token: its id, how the vocabulary spells it, and whether it is a target of training."""
+    """One token: its id, its piece of the vocabulary, and whether it is a target."""
 
     id: int
     piece: str
@@ -31,7 +31,7 @@ class PreviewRow:
 
 
 def preview_rows(directory: Path, tokenizer: Tokenizer, count: int) -> list[PreviewRow]:
-    """The first ``count`` training rows, read back from what was written to ``directory``."""
+    """The first ``count`` training rows of a prepared directory."""
     path = directory / "train.safetensors"
     entries, _ = read_header(path, DataError)
     with open_regular(path, DataError) as file:

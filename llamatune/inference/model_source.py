@@ -15,8 +15,7 @@ from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import DTYPE_NAMES, Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
-from llamatune.data.prompts import Template, load_template
-from llamatune.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from llamatune.data.templates import Template, load_template
 from llamatune.devices import choose_device, lacks_bf16
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
@@ -24,6 +23,8 @@ from llamatune.files import MANIFEST, read_json
 from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
 from llamatune.model.transformer import Transformer
 from llamatune.options.inference import ModelSource
+from llamatune.tokenizers.base import Tokenizer, check_vocabulary
+from llamatune.tokenizers.sentencepiece import load_tokenizer
 
 
 @dataclass(frozen=True)

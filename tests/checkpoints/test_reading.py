@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llamatune.checkpoints.config_files import count_tokenizer_pieces, detect_format, read_config
+from llamatune.checkpoints.config_files import detect_format, read_config
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.errors import CheckpointError, SpecError, Stopped
@@ -266,5 +266,3 @@ def test_fixture_model_in_both_formats(shared_fixtures):
     with torch.no_grad():
         for checkpoint in (hf, meta):
             torch.testing.assert_close(load_model(checkpoint)(tokens), judge(tokens).logits, rtol=1e-4, atol=1e-4)
-    assert count_tokenizer_pieces(hf.path / "tokenizer.model") == 512
-    assert count_tokenizer_pieces(shared_fixtures / "data" / "llama2_tokenizer.model") == 32000

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from llamatune import cli
-from llamatune.data.dataset import open_prepared
+from llamatune.data.batches import open_prepared
 from llamatune.data.lengths import read_lengths
 from llamatune.errors import DataError
 from llamatune.memory.plan import heaviest_rows

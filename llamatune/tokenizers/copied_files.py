@@ -1,16 +1,15 @@
-"""The tokenizer that travels with a model's weights. Files are copied as they are; no torch."""
+"""Copies of tokenizer files, byte for byte, from one model directory to another."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from llamatune.checkpoints.tokenizer_pieces import count_tokenizer_pieces
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.files import dump_json, open_regular, writing
+from llamatune.tokenizers.base import SENTENCEPIECE_FILE
 
-SENTENCEPIECE_FILE = "tokenizer.model"
 _FILES = (
     SENTENCEPIECE_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
@@ -36,9 +35,11 @@ def copy_huggingface_tokenizer(source: Path, directory: Path, on_event: OnEvent 
 
 
 def _complete_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent) -> None:
-    """Meta's directories hold a ``tokenizer.model`` alone; transformers wants to be told what it is."""
+    """Write the ``tokenizer_config.json`` that transformers needs beside a ``tokenizer.model``."""
+    from llamatune.tokenizers.sentencepiece import count_pieces  # importing the library takes 40 ms
+
     try:
-        count_tokenizer_pieces(source / SENTENCEPIECE_FILE)
+        count_pieces(source / SENTENCEPIECE_FILE)
     except CheckpointError:
         on_event(Notice(f"{source}: not SentencePiece; transformers needs a tokenizer.json beside it", "warning"))
         return
@@ -57,8 +58,8 @@ def _complete_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent) -
 
 
 def copy_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignore_event) -> None:
-    """Meta's directories hold one ``tokenizer.model``."""
+    """The ``tokenizer.model`` of a model directory, the one tokenizer file of Meta's format."""
     if (source / SENTENCEPIECE_FILE).exists():
         copy_file(source / SENTENCEPIECE_FILE, directory)
     else:
-        on_event(Notice(f"{source}: no tokenizer.model, which Meta's format needs; add it yourself", "warning"))
+        on_event(Notice(f"{source}: no tokenizer.model, which Meta's format needs: add it yourself", "warning"))
