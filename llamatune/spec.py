@@ -15,8 +15,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llamatune.errors import SpecError
-from llamatune.files import read_bytes
 from llamatune.paths import expand_home
+from llamatune.safe_reading import read_bytes
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES
 from llamatune.shapes.levels import MODES, is_mode

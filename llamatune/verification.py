@@ -16,12 +16,14 @@ from llamatune.checkpoints.adapter import load_adapter
 from llamatune.checkpoints.adapter_config import CONFIG_FILE
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.checkpoints.run_state import PROGRESS, list_checkpoints, read_progress
+from llamatune.durable_writing import STAGING
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError, Stopped
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
-from llamatune.files import MANIFEST, STAGING, open_regular, parse_json, read_json
-from llamatune.manifests import has_manifest, unlisted_files, verify_product
+from llamatune.formats.manifest import MANIFEST, has_manifest, unlisted_files, verify_product
+from llamatune.formats.safetensors import read_header
+from llamatune.safe_reading import open_regular
 from llamatune.spec import load_spec
-from llamatune.tensor_files import read_header
+from llamatune.strict_json import parse_json, read_json
 from llamatune.training.run_files import BEST, CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK
 

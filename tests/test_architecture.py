@@ -21,9 +21,9 @@ FLOORS = [
     {"model"},
     {"memory"},
     {"spec"},
-    {"devices", "threads", "tensor_files", "seeds", "strict_yaml", "versions", "journal", "units", "manifests"},
-    {"free_memory", "ranks"},
-    {"files", "paths"},
+    {"devices", "threads", "formats", "seeds", "strict_yaml", "versions", "units"},
+    {"free_memory", "ranks", "strict_json"},
+    {"durable_writing", "safe_reading", "paths"},
     {"shapes"},
     {"errors", "events"},
 ]

@@ -10,18 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llamatune.durable_writing import refuse_occupied, write_atomic
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError
-from llamatune.files import (
-    MANIFEST,
-    build_directory,
-    open_regular,
-    parse_json,
-    read_json,
-    refuse_occupied,
-    write_atomic,
-)
-from llamatune.manifests import finished_product
-from llamatune.tensor_files import TensorWriter, read_header
+from llamatune.formats.manifest import MANIFEST, build_directory, finished_product
+from llamatune.formats.safetensors import TensorWriter, read_header
+from llamatune.safe_reading import open_regular
+from llamatune.strict_json import parse_json, read_json
 
 
 def test_a_fifo_or_a_device_is_refused_at_once(tmp_path: Path) -> None:
@@ -102,7 +96,7 @@ def test_an_occupied_directory_is_kept_unless_overwritten(tmp_path: Path) -> Non
 
 def test_a_swap_that_fails_is_an_error_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where names cannot be swapped at all may the old product be away for a moment."""
-    from llamatune import files
+    from llamatune import durable_writing
 
     target = tmp_path / "out"
     with build_directory(target, "thing", {}) as staging:
@@ -115,11 +109,11 @@ def test_a_swap_that_fails_is_an_error_and_changes_nothing(tmp_path: Path, monke
     def full(one: Path, other: Path) -> bool:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "_exchange", full)
+    monkeypatch.setattr(durable_writing, "_exchange", full)
     with pytest.raises(EnvironmentFault, match="no space left"):
         replace()
     assert sorted(path.name for path in target.iterdir()) == [MANIFEST, "old"]
-    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(durable_writing, "_exchange", lambda one, other: False)
     replace()
     assert sorted(path.name for path in target.iterdir()) == [MANIFEST, "new"]
     assert list(tmp_path.iterdir()) == [target]

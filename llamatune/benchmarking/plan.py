@@ -16,7 +16,7 @@ from llamatune.benchmarking.measure import Task
 from llamatune.devices import find_device
 from llamatune.errors import LlamatuneError
 from llamatune.events import Notice, OnEvent
-from llamatune.files import digest_bytes
+from llamatune.safe_reading import digest_bytes
 from llamatune.spec import RunSpec, load_spec, read_spec_values, refuse_twice
 from llamatune.threads import threads_for
 from llamatune.training.setup import Inputs, micro_batch_tokens, open_inputs

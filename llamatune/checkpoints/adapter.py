@@ -16,12 +16,15 @@ import torch
 from llamatune.checkpoints.adapter_config import CONFIG_FILE, dump_config, read_adapter_config
 from llamatune.checkpoints.checkpoint import TORCH_DTYPES, read_into, refuse_unfit
 from llamatune.checkpoints.tensors import is_finite, write_tensors
+from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
-from llamatune.files import MANIFEST, Staging, build_directory, digest_file, dump_json, read_json, writing
+from llamatune.formats.manifest import MANIFEST, Staging, build_directory, find_manifest
+from llamatune.formats.safetensors import read_header
+from llamatune.safe_reading import digest_file
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
 from llamatune.shapes.config import LlamaConfig
-from llamatune.tensor_files import read_header
+from llamatune.strict_json import dump_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -66,8 +69,13 @@ def load_adapter(path: Path) -> Adapter:
             "save the adapter as safetensors (PEFT: save_pretrained(..., safe_serialization=True))",
         )  # fmt: skip
     entries, _ = read_header(file)
-    digest = digest_file(file)
-    fingerprint, template = _read_facts(path, digest)
+    digest, manifest = digest_file(file), find_manifest(path)  # PEFT's own adapters have no manifest
+    if manifest is not None and manifest.files.get(WEIGHTS_FILE, (0, digest))[1] != digest:
+        raise CheckpointError(
+            "differs from what its manifest recorded", file,
+            f"fetch it again, or remove {MANIFEST} if you changed it yourself",
+        )  # fmt: skip
+    fingerprint, template = (manifest.base_fingerprint, manifest.template) if manifest else (None, None)
     tensors = {}
     for stored, entry in entries.items():
         if entry.dtype not in TORCH_DTYPES:
@@ -134,23 +142,3 @@ def write_adapter_files(staging: Staging, adapter: Adapter) -> None:
         file.write(dump_json(dump_config(adapter.config, adapter.base_path)))
     tensors = {f"{_PREFIX}{name}": adapter.tensors[name].detach().float() for name in sorted(adapter.tensors)}
     write_tensors(staging, WEIGHTS_FILE, tensors)
-
-
-def _read_facts(path: Path, digest: str) -> tuple[str | None, dict[str, Any] | None]:
-    """Fingerprint of the base and template from our manifest; PEFT's own adapters have none."""
-    if not (path / MANIFEST).exists():
-        return None, None
-    manifest = read_json(path / MANIFEST, max_bytes=16 << 20)
-    facts, files = manifest.get("facts"), manifest.get("files")
-    recorded = files.get(WEIGHTS_FILE) if isinstance(files, dict) else None
-    if isinstance(recorded, dict) and recorded.get("sha256") != digest:
-        raise CheckpointError(
-            "differs from what its manifest recorded", path / WEIGHTS_FILE,
-            f"fetch it again, or remove {MANIFEST} if you changed it yourself",
-        )  # fmt: skip
-    if not isinstance(facts, dict):
-        return None, None
-    fingerprint, template = facts.get("base_fingerprint"), facts.get("template")
-    if not isinstance(fingerprint, str | None) or not isinstance(template, dict | None):
-        raise CheckpointError("base_fingerprint or template is malformed", path / MANIFEST, "fetch it again")
-    return fingerprint, template

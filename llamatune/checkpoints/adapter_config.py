@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.errors import CheckpointError
-from llamatune.files import read_json
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES
+from llamatune.strict_json import read_json
 
 CONFIG_FILE = "adapter_config.json"
 _PEFT_VERSION = "0.17.0"

@@ -14,7 +14,7 @@ from llamatune.checkpoints.config_files import Format
 from llamatune.checkpoints.stored import Stored, listed
 from llamatune.checkpoints.tensors import tensor_bytes
 from llamatune.errors import CheckpointError, EnvironmentFault
-from llamatune.files import open_regular
+from llamatune.safe_reading import open_regular
 from llamatune.shapes.config import LlamaConfig
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -16,13 +16,13 @@ from typing import Any, Literal
 from llamatune.checkpoints.stored import Stored, has_weights, same_bytes, stored_huggingface, stored_meta
 from llamatune.checkpoints.tokenizer_pieces import count_tokenizer_pieces
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError
-from llamatune.files import MANIFEST, read_json
+from llamatune.formats.manifest import Manifest, find_manifest
 from llamatune.shapes.config import LlamaConfig
+from llamatune.strict_json import read_json
 
 Format = Literal["hf", "meta"]
 HF_HEAD, HF_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 META_HEAD, META_EMBEDDING = "output.weight", "tok_embeddings.weight"
-_LARGEST_MANIFEST = 16 << 20
 _LLAMA_3_VOCABULARY = 128256
 _CODE_LLAMA_THETA = 1e6
 
@@ -173,22 +173,20 @@ def _meta_vocabulary(path: Path, dim: int, shards: list[dict[str, Stored]] | Non
 
 def _meta_positions(path: Path, vocabulary: int, theta: float) -> int:
     """The context length, which ``params.json`` does not tell: a merge of ours noted it, Meta's models are known."""
-    noted = manifest_facts(path).get("max_position_embeddings")
-    if type(noted) is int:
-        return noted
+    manifest = merge_manifest(path)
+    if manifest is not None and manifest.max_position_embeddings is not None:
+        return manifest.max_position_embeddings
     if vocabulary == _LLAMA_3_VOCABULARY:
         return 8192
     return 16384 if theta == _CODE_LLAMA_THETA else 4096
 
 
-def manifest_facts(directory: Path) -> dict[str, Any]:
-    """What an earlier merge wrote down about the model in ``directory``, if it is one."""
+def merge_manifest(directory: Path) -> Manifest | None:
+    """The manifest that an earlier merge left beside the model in ``directory``; None if there is none to read."""
     try:
-        manifest = directory / MANIFEST
-        facts = read_json(manifest, max_bytes=_LARGEST_MANIFEST).get("facts") if manifest.exists() else None
+        return find_manifest(directory)
     except LlamatuneError:
-        return {}
-    return facts if isinstance(facts, dict) else {}
+        return None
 
 
 def rope_facts(theta: float) -> dict[str, Any]:

@@ -15,10 +15,12 @@ from llamatune.checkpoints.config_files import HF_HEAD, Format, huggingface_conf
 from llamatune.checkpoints.stored import INDEX_FILE, SINGLE_FILE, Stored, stored_huggingface
 from llamatune.checkpoints.tensors import tensor_bytes
 from llamatune.checkpoints.tokenizer_files import copy_file, copy_huggingface_tokenizer
+from llamatune.durable_writing import writing
 from llamatune.events import OnEvent, ignore_event
-from llamatune.files import Staging, dump_json, read_json, writing
+from llamatune.formats.manifest import Staging
+from llamatune.formats.safetensors import TensorWriter, data_bytes
 from llamatune.shapes.config import LlamaConfig
-from llamatune.tensor_files import TensorWriter, data_bytes
+from llamatune.strict_json import dump_json, read_json
 
 _SHARD_BYTES = 5_000_000_000
 _DTYPE_KEYS = ("dtype", "torch_dtype")

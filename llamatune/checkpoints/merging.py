@@ -11,7 +11,7 @@ import torch
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import DTYPE_NAMES, Checkpoint
-from llamatune.checkpoints.config_files import manifest_facts
+from llamatune.checkpoints.config_files import merge_manifest
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.huggingface import (
     HuggingFaceCheckpoint,
@@ -25,10 +25,10 @@ from llamatune.checkpoints.meta import MetaCheckpoint
 from llamatune.checkpoints.meta_writer import write_consolidated, write_params
 from llamatune.checkpoints.tensors import is_finite
 from llamatune.checkpoints.tokenizer_files import copy_file, copy_huggingface_tokenizer, copy_meta_tokenizer
+from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.files import MANIFEST, Staging, build_directory, refuse_occupied, refuse_small_disk
-from llamatune.manifests import Manifest, finished_product
+from llamatune.formats.manifest import MANIFEST, Manifest, Staging, build_directory, finished_product
 from llamatune.model.adapters.apply import adapter_class
 
 _PORTION = 1 << 19
@@ -107,8 +107,8 @@ def merge_lora(
     if finished is not None:
         return _report_again(finished, options.output)
     refuse_occupied(options.output, options.overwrite)
-    before = manifest_facts(options.model)
-    merged_before = [digest for digest in before.get("adapters", []) if isinstance(digest, str)]
+    before = merge_manifest(options.model)
+    merged_before = before.merged_adapters if before else []
     if adapter.digest in merged_before:
         raise CheckpointError(
             "this adapter is already merged into the model", options.model, "give the base it was trained on"
@@ -137,7 +137,7 @@ def merge_lora(
         )
         staging.facts.update(
             adapters=[*merged_before, adapter.digest],
-            template=adapter.template if adapter.template is not None else before.get("template"),
+            template=adapter.template if adapter.template is not None or before is None else before.template,
             base_fingerprint=base_fingerprint,
             base_forced=adapter.base_fingerprint not in (None, base_fingerprint),
             report=asdict(report),

@@ -13,11 +13,12 @@ from llamatune.checkpoints.checkpoint import STORED_DTYPES
 from llamatune.checkpoints.config_files import feed_forward_size
 from llamatune.checkpoints.meta import is_rotated, meta_name, rows_to_meta, shard_axis
 from llamatune.checkpoints.tensors import tensor_bytes
-from llamatune.checkpoints.torch_archive_writer import ArchiveWriter
+from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
-from llamatune.files import dump_json, writing
+from llamatune.formats.safetensors import data_bytes
+from llamatune.formats.torch_archive_writer import ArchiveWriter
 from llamatune.shapes.config import LlamaConfig
-from llamatune.tensor_files import data_bytes
+from llamatune.strict_json import dump_json
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -14,13 +14,13 @@ import torch
 
 from llamatune.checkpoints.checkpoint import Checkpoint, read_into
 from llamatune.checkpoints.tensors import DTYPE_NAMES, is_finite, tensor_bytes
+from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError, LlamatuneError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop
-from llamatune.files import MANIFEST, build_directory, writing
-from llamatune.manifests import finished_product, verify_product
+from llamatune.formats.manifest import build_directory, finished_product, has_manifest, verify_product
+from llamatune.formats.safetensors import TensorEntry, TensorWriter, data_bytes, read_header
 from llamatune.model.nf4 import NF4Weight, Scratch, quantize_nf4, storage
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig, linear_path
-from llamatune.tensor_files import TensorEntry, TensorWriter, data_bytes, read_header
 
 _FILE, _KIND = "nf4.safetensors", "nf4-weights"
 SCHEMA = 1
@@ -84,7 +84,7 @@ class QuantizedBase:
         self._cached = path / _FILE, read_header(path / _FILE)[0]
 
     def _usable(self, path: Path, inputs: Mapping[str, object]) -> bool:
-        if not (path / MANIFEST).exists():
+        if not has_manifest(path):
             return False
         try:
             if finished_product(path, _KIND, dict(inputs)) is None:
@@ -107,7 +107,7 @@ class QuantizedBase:
 
     def _write(self, path: Path, inputs: Mapping[str, object]) -> None:
         declared = [(name, dtype, shape) for name, (dtype, shape) in self._declared().items()]
-        ours = (path / MANIFEST).exists()  # anything else that stands there is refused
+        ours = has_manifest(path)  # anything else that stands there is refused
         with (
             build_directory(path, _KIND, dict(inputs), overwrite=ours) as staging,
             writing(staging.path / _FILE, data_bytes(declared)) as file,

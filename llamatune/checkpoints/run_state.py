@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llamatune.checkpoints.tensors import write_tensors
+from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError
-from llamatune.files import Staging, build_directory, dump_json, read_json, writing
-from llamatune.manifests import OtherVersion, verify_product
-from llamatune.tensor_files import read_header
+from llamatune.formats.manifest import OtherVersion, Staging, build_directory, verify_product
+from llamatune.formats.safetensors import read_header
+from llamatune.strict_json import dump_json, read_json
 
 _NAME = re.compile(r"step-(\d{6,})")
 _OPTIMIZER, PROGRESS = "optimizer.safetensors", "state.json"

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamatune.checkpoints.torch_archive import read_archive
 from llamatune.errors import CheckpointError
-from llamatune.files import open_regular, read_json
-from llamatune.tensor_files import ITEM_BYTES, TensorEntry, read_header
+from llamatune.formats.safetensors import ITEM_BYTES, TensorEntry, read_header
+from llamatune.formats.torch_archive import read_archive
+from llamatune.safe_reading import open_regular
+from llamatune.strict_json import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llamatune.files import Staging, writing
-from llamatune.tensor_files import TensorWriter, data_bytes
+from llamatune.durable_writing import writing
+from llamatune.formats.manifest import Staging
+from llamatune.formats.safetensors import TensorWriter, data_bytes
 
 DTYPE_NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",

@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 from llamatune.checkpoints.tokenizer_pieces import count_tokenizer_pieces
+from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
-from llamatune.files import dump_json, open_regular, writing
+from llamatune.safe_reading import open_regular
+from llamatune.strict_json import dump_json
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 _FILES = (

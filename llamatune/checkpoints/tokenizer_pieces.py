@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llamatune.errors import CheckpointError
-from llamatune.files import open_regular
+from llamatune.safe_reading import open_regular
 
 _LARGEST_TOKENIZER = 64 << 20
 

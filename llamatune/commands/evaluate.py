@@ -87,9 +87,10 @@ def evaluate(
 
         from llamatune.checkpoints.checkpoint import DTYPE_NAMES
         from llamatune.devices import choose_device
-        from llamatune.files import dump_json_lines, output_file, write_atomic
+        from llamatune.durable_writing import output_file, write_atomic
         from llamatune.inference.evaluate import PreparedEvaluation, evaluate_prepared
         from llamatune.inference.evaluate_gsm8k import Gsm8kEvaluation, evaluate_gsm8k
+        from llamatune.strict_json import dump_json_lines
 
         if dtype != "same" and dtype not in DTYPE_NAMES:
             raise SpecError(f"--dtype is same, {', '.join(DTYPE_NAMES)}, not {dtype!r}")

@@ -52,7 +52,8 @@ def generate(
     from dataclasses import asdict
 
     from llamatune.commands._console import Console
-    from llamatune.files import dump_json_lines, output_file, write_atomic
+    from llamatune.durable_writing import output_file, write_atomic
+    from llamatune.strict_json import dump_json_lines
 
     if output is not None:
         output = output_file(output, overwrite)

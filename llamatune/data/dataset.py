@@ -15,11 +15,13 @@ from torch import Tensor
 from llamatune.data.tokenizer import load_tokenizer
 from llamatune.errors import CheckpointError, DataError
 from llamatune.events import Notice, OnEvent
-from llamatune.files import MANIFEST, digest_bytes, read_bytes, read_json
+from llamatune.formats.manifest import MANIFEST
+from llamatune.formats.safetensors import read_header
 from llamatune.model.loss import IGNORED
+from llamatune.safe_reading import digest_bytes, read_bytes
 from llamatune.seeds import derived_seed
 from llamatune.shapes.config import LlamaConfig
-from llamatune.tensor_files import read_header
+from llamatune.strict_json import read_json
 
 _TENSORS = {"input_ids": "I32", "loss_mask": "U8", "offsets": "I64", "source_rows": "I64"}
 _LARGEST_MANIFEST = 16 << 20

@@ -6,8 +6,8 @@ import itertools
 from pathlib import Path
 
 from llamatune.errors import DataError
-from llamatune.files import open_regular
-from llamatune.tensor_files import read_header
+from llamatune.formats.safetensors import read_header
+from llamatune.safe_reading import open_regular
 
 
 def read_lengths(prepared: Path) -> tuple[list[int], list[int]]:

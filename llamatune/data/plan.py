@@ -15,7 +15,7 @@ from llamatune.data.rows import RowError, read_raw_rows
 from llamatune.data.tokenizer import load_tokenizer
 from llamatune.errors import DataError, SpecError
 from llamatune.events import Notice, OnEvent
-from llamatune.files import digest_file
+from llamatune.safe_reading import digest_file
 
 # Raise a revision when the same inputs come to give other bytes. The second is that of templates with a place for what
 # the first left out: a row's `system` and `history`. Products of the others stay what they are.

@@ -31,10 +31,10 @@ from llamatune.data.rows import RawRow, read_raw_rows
 from llamatune.data.split import held_out_rows
 from llamatune.data.spool import Spool
 from llamatune.data.workers import encode_batches
+from llamatune.durable_writing import refuse_occupied
 from llamatune.errors import DataError, EnvironmentFault, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.files import MANIFEST, Staging, build_directory, refuse_occupied
-from llamatune.manifests import finished_product
+from llamatune.formats.manifest import Staging, build_directory, finished_product, has_manifest
 
 __all__ = ["PrepareOptions", "PrepareReport", "prepare_data"]
 
@@ -64,7 +64,7 @@ def prepare_data(
         Stopped: ``should_stop`` said so; nothing is left behind.
     """
     check_options(options)
-    if not (options.output / MANIFEST).is_file():
+    if not has_manifest(options.output):
         refuse_occupied(options.output, options.overwrite)
     state = [_file_state(path) for path in input_files(options)]
     plan = make_plan(options, on_event)

@@ -9,8 +9,8 @@ from typing import BinaryIO
 
 from llamatune.data.tokenizer import Tokenizer
 from llamatune.errors import DataError
-from llamatune.files import open_regular
-from llamatune.tensor_files import TensorEntry, read_header
+from llamatune.formats.safetensors import TensorEntry, read_header
+from llamatune.safe_reading import open_regular
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 
 from llamatune.data.decoding import Row
 from llamatune.errors import CheckpointError, DataError, LlamatuneError, SpecError
-from llamatune.files import read_bytes
 from llamatune.paths import expand_home
+from llamatune.safe_reading import read_bytes
 
 _LARGEST_FILE_BYTES = 1 << 20
 _LARGEST_TEXT = 100_000

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llamatune.data.encoding import EncodedBatch
-from llamatune.files import Staging, writing
-from llamatune.tensor_files import TensorWriter, data_bytes
+from llamatune.durable_writing import writing
+from llamatune.formats.manifest import Staging
+from llamatune.formats.safetensors import TensorWriter, data_bytes
 
 _PORTION = 1 << 20
 

@@ -16,7 +16,7 @@ from llamatune.checkpoints.tokenizer_files import SENTENCEPIECE_FILE
 from llamatune.data.tokenizer_agreement import check_agreement
 from llamatune.errors import CheckpointError, DataError, EnvironmentFault
 from llamatune.events import OnEvent, ignore_event
-from llamatune.files import digest_bytes, read_bytes
+from llamatune.safe_reading import digest_bytes, read_bytes
 from llamatune.versions import require_version
 
 LARGEST_MODEL_BYTES = 64 << 20

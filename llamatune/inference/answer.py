@@ -17,10 +17,11 @@ from llamatune.data.rows import RawRow, RowError, read_raw_rows
 from llamatune.devices import memory_faults
 from llamatune.errors import DataError
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.files import parse_json, read_bytes
 from llamatune.inference.generate import Completion, complete
 from llamatune.inference.opened import open_model
 from llamatune.inference.sampling import Sampling
+from llamatune.safe_reading import read_bytes
+from llamatune.strict_json import parse_json
 from llamatune.threads import suitable_threads
 
 _BATCH = 16

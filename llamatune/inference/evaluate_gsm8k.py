@@ -14,14 +14,14 @@ from llamatune.data.tokenizer import Tokenizer
 from llamatune.devices import memory_faults
 from llamatune.errors import DataError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.files import digest_file
+from llamatune.formats.answer_log import Journal, open_journal
 from llamatune.inference.evaluate import MEMORY_ADVICE, Evaluation
 from llamatune.inference.generate import complete
 from llamatune.inference.gsm8k import Question, choose_examples, extract_answer, is_answered, prompt_of, read_questions
 from llamatune.inference.opened import OpenedModel
 from llamatune.inference.sampling import Sampling
 from llamatune.inference.significance import Accuracy, exact_mcnemar
-from llamatune.journal import Journal, open_journal
+from llamatune.safe_reading import digest_file
 from llamatune.threads import suitable_threads
 
 _REVISION = 1  # raise it when the same settings come to give other answers

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,9 +17,9 @@ from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.data.prompts import Template, load_template
 from llamatune.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from llamatune.devices import lacks_bf16
-from llamatune.errors import CheckpointError, SpecError
+from llamatune.errors import SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
-from llamatune.files import MANIFEST, read_json
+from llamatune.formats.manifest import find_manifest
 from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
 from llamatune.model.transformer import Transformer
 
@@ -56,7 +55,8 @@ class OpenedModel:
             return None
         if name is not None:
             return load_template(name)
-        stored = self.adapter.template if self.adapter is not None else _stored_template(self.path)
+        manifest = find_manifest(self.path) if self.adapter is None else None
+        stored = self.adapter.template if self.adapter is not None else manifest and manifest.template
         where = self.path if self.adapter is None else self.adapter.path
         return None if stored is None else Template.from_dict(stored, where)
 
@@ -128,13 +128,3 @@ def _with_adapter(base: Transformer, adapter: Adapter) -> Transformer:
     apply_adapter(tuned, dataclasses.replace(adapter.config, dropout=0.0))
     load_adapter_tensors(tuned, adapter.tensors)
     return tuned.requires_grad_(False).eval()
-
-
-def _stored_template(model: Path) -> dict[str, Any] | None:
-    if not (model / MANIFEST).is_file():
-        return None
-    facts = read_json(model / MANIFEST, max_bytes=16 << 20).get("facts")
-    stored = facts.get("template") if isinstance(facts, dict) else None
-    if not isinstance(stored, dict | None):
-        raise CheckpointError("the template is malformed", model / MANIFEST)
-    return stored

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamatune.durable_writing import output_file, write_atomic
 from llamatune.errors import SpecError
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
-from llamatune.files import output_file, write_atomic
 from llamatune.reporting.charts import Curve, make_charts
 from llamatune.reporting.contents import Report, report_run, spec_differences
 from llamatune.reporting.curves import running_average

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llamatune.errors import CheckpointError, LlamatuneError, SpecError, printable
-from llamatune.files import MANIFEST, digest_bytes, open_regular, parse_json, read_bytes, read_json
+from llamatune.formats.manifest import MANIFEST
+from llamatune.safe_reading import digest_bytes, open_regular, read_bytes
 from llamatune.spec import RunSpec, load_spec
+from llamatune.strict_json import parse_json, read_json
 from llamatune.training.run_files import CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK
 

@@ -20,8 +20,9 @@ from typing import Any, Protocol, Self
 
 from llamatune.errors import EnvironmentFault
 from llamatune.events import EvalDone, Event, Notice, OnEvent, RunStarted, StepDone
-from llamatune.files import open_regular, parse_json
+from llamatune.safe_reading import open_regular
 from llamatune.spec import RunSpec
+from llamatune.strict_json import parse_json
 from llamatune.training.run_files import METRICS
 from llamatune.units import perplexity
 

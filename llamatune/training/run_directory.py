@@ -11,21 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.checkpoints.run_state import list_checkpoints
-from llamatune.errors import CheckpointError, EnvironmentFault, SpecError
-from llamatune.files import (
+from llamatune.durable_writing import (
     STAGING,
     disk_faults,
-    dump_json,
     make_directory,
     probe_writable,
-    read_bytes,
-    read_json,
     remove,
     remove_dead_staging,
     sync_directory,
     write_atomic,
 )
+from llamatune.errors import CheckpointError, EnvironmentFault, SpecError
+from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec, TrackingSection, load_spec
+from llamatune.strict_json import dump_json, read_json
 from llamatune.training.run_files import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK, run_lock
 

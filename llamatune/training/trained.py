@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from llamatune.checkpoints.adapter import Adapter, load_adapter, save_adapter, write_adapter_files
 from llamatune.checkpoints.huggingface import write_huggingface
 from llamatune.checkpoints.tensors import write_tensors
+from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
-from llamatune.files import Staging, build_directory, dump_json, writing
+from llamatune.formats.manifest import Staging, build_directory
 from llamatune.spec import RunSpec
+from llamatune.strict_json import dump_json
 from llamatune.training.run_files import ADAPTER, MODEL
 from llamatune.training.setup import Inputs, Learner
 

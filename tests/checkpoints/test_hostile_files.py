@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from llamatune.checkpoints.config_files import count_tokenizer_pieces, read_config
 from llamatune.checkpoints.loading import open_checkpoint
-from llamatune.checkpoints.torch_archive import read_archive
 from llamatune.errors import CheckpointError, LlamatuneError
+from llamatune.formats.torch_archive import read_archive
 
 from .conftest import save_meta, save_tiny
 

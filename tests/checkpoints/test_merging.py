@@ -15,7 +15,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llamatune.checkpoints import torch_archive_writer
 from llamatune.checkpoints.adapter import load_adapter, save_adapter
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.huggingface import write_huggingface
@@ -23,7 +22,8 @@ from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.merging import MergeOptions, merge_lora
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Notice, Progress
-from llamatune.files import Staging
+from llamatune.formats import torch_archive_writer
+from llamatune.formats.manifest import Staging
 from llamatune.shapes.config import LINEAR_MODULES
 
 from .conftest import meta_state, save_meta, save_peft, save_tiny
@@ -159,12 +159,12 @@ def test_rounded_once_and_the_report_counts_it(tmp_path):
     base, merged = open_checkpoint(tmp_path / "base"), open_checkpoint(tmp_path / "out")
     worst = changed = vanished = 0.0
     for name in base.names:
-        matrices = stored.matrices(name)
+        matrices = stored.trained(name)
         W = base.tensor(name)
-        if matrices is None:
+        if not matrices:
             assert torch.equal(merged.tensor(name), W)
             continue
-        exact = W.float() + stored.config.scaling * (matrices[1] @ matrices[0])
+        exact = W.float() + stored.config.scaling() * (matrices[1] @ matrices[0])
         assert torch.equal(merged.tensor(name), exact.bfloat16())
         worst = max(worst, (exact.bfloat16().float() - exact).abs().max().item())
         changed += (exact != W.float()).sum().item()

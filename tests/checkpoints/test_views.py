@@ -9,7 +9,7 @@ from llamatune.checkpoints import checkpoint as checkpoint_module
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.merging import MergeOptions, merge_lora
-from llamatune.checkpoints.torch_archive import read_archive
+from llamatune.formats.torch_archive import read_archive
 
 from .conftest import META_NAMES, meta_state, save_meta, save_tiny
 

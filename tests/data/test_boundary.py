@@ -11,7 +11,7 @@ from llamatune.data.boundary import PromptCheck
 from llamatune.data.prepare import PrepareReport
 from llamatune.data.tokenizer import load_tokenizer
 from llamatune.events import Event, Notice
-from llamatune.files import dump_json, read_json
+from llamatune.strict_json import dump_json, read_json
 
 Prepare = Callable[..., PrepareReport]
 WriteRows = Callable[..., Path]

@@ -17,7 +17,7 @@ from llamatune.data.prompts import TEMPLATES
 from llamatune.data.tokenizer import Tokenizer, load_tokenizer
 from llamatune.errors import CheckpointError, DataError, EnvironmentFault, LlamatuneError, SpecError, Stopped
 from llamatune.events import Event, Notice, Progress
-from llamatune.files import read_json
+from llamatune.strict_json import read_json
 
 Prepare = Callable[..., PrepareReport]
 WriteRows = Callable[..., Path]

@@ -13,7 +13,7 @@ from run_tools import spec_values
 from warm import Warm
 
 from llamatune.checkpoints.huggingface import write_huggingface
-from llamatune.files import Staging
+from llamatune.formats.manifest import Staging
 from llamatune.shapes.config import LlamaConfig
 
 SHAPE = LlamaConfig(

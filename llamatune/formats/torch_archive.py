@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llamatune.errors import CheckpointError
-from llamatune.files import open_regular
-from llamatune.tensor_files import ITEM_BYTES, TensorEntry
+from llamatune.formats.safetensors import ITEM_BYTES, TensorEntry
+from llamatune.safe_reading import open_regular
 
 STORAGE_CLASSES = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage", "F64": "DoubleStorage"}
 _DTYPES = {name: dtype for dtype, name in STORAGE_CLASSES.items()}

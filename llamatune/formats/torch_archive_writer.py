@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from llamatune.checkpoints.torch_archive import STORAGE_CLASSES
-from llamatune.tensor_files import ITEM_BYTES
+from llamatune.formats.safetensors import ITEM_BYTES
+from llamatune.formats.torch_archive import STORAGE_CLASSES
 
 _ALIGNMENT = 64
 _LARGEST_SHORT = 0xFFFFFFFF

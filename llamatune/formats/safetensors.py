@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llamatune.errors import CheckpointError, LlamatuneError
-from llamatune.files import open_regular, parse_json
+from llamatune.safe_reading import open_regular
+from llamatune.strict_json import parse_json
 
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llamatune.durable_writing import disk_fault, output_file, write_atomic
 from llamatune.errors import EnvironmentFault
-from llamatune.files import disk_fault, dump_json, dump_json_lines, output_file, parse_json, read_json, write_atomic
+from llamatune.strict_json import dump_json, dump_json_lines, parse_json, read_json
 
 
 class Journal:
