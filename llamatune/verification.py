@@ -20,10 +20,10 @@ from llamatune.durable_writing import STAGING
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError, Stopped
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, has_manifest, unlisted_files, verify_product
+from llamatune.formats.metrics import LONGEST_LINE, Step, parse_line, read_lines
 from llamatune.formats.safetensors import read_header
-from llamatune.safe_reading import open_regular
 from llamatune.spec import load_spec
-from llamatune.strict_json import parse_json, read_json
+from llamatune.strict_json import read_json
 from llamatune.training.run_files import BEST, CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK
 
@@ -31,7 +31,6 @@ _READ_BY_NAME = re.compile(
     r".*\.(safetensors|pth|bin|index\.json)|(adapter_|generation_)?config\.json|params\.json|state\.json"
 )
 """Names that a reader of models, adapters or checkpoints looks for, whether a manifest lists them or not."""
-_LONGEST_LINE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -154,29 +153,26 @@ def _verify_log(path: Path, last: dict[str, Any] | None, summary: dict[str, Any]
     goes on.
     """
     synced, step, at_checkpoint = 0 if last is None else last["metrics_bytes"], 0, 0
-    with open_regular(path) as file:
-        size = file.seek(0, 2)
-        if size < synced:
-            raise CheckpointError(f"{size:,} bytes where the last checkpoint remembers {synced:,}", path)
-        file.seek(0)
-        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
-            torn = not line.endswith(b"\n")
-            if torn and summary is None and file.tell() > synced and len(line) < _LONGEST_LINE:
-                break
-            try:
-                entry = parse_json(line)
-                if torn or not isinstance(entry, dict):
-                    raise ValueError("no line of its own" if torn else "not an object")
-            except ValueError as fault:
-                raise CheckpointError(f"not a line of strict JSON: {fault}", f"{path}:{number}") from None
-            if entry.get("event") == "step":
-                step += 1
-                if entry.get("step") != step:
-                    raise CheckpointError(f"step {entry.get('step')} where {step} should be", f"{path}:{number}")
-            if file.tell() <= synced:
-                at_checkpoint = step
-    for where, told, wanted in (("checkpoint", at_checkpoint, last), ("summary", step, summary)):
-        counted = None if wanted is None else wanted.get("step" if where == "checkpoint" else "steps")
-        if wanted is not None and told != counted:
-            raise CheckpointError(f"tells of {told} steps where the {where} has {counted}", path)
+    end = 0
+    for number, end, line in read_lines(path):
+        torn = not line.endswith(b"\n") and len(line) < LONGEST_LINE
+        if torn and summary is None and end > synced:
+            break
+        try:
+            entry = parse_line(line)
+        except ValueError as fault:
+            raise CheckpointError(f"not a line of strict JSON: {fault}", f"{path}:{number}") from None
+        if entry.get("event") == Step.event:
+            step += 1
+            if entry.get("step") != step:
+                raise CheckpointError(f"step {entry.get('step')} where {step} should be", f"{path}:{number}")
+        if end <= synced:
+            at_checkpoint = step
+    if end < synced:
+        raise CheckpointError(f"{end:,} bytes where the last checkpoint remembers {synced:,}", path)
+    for where, logged, state, key in (
+        ("checkpoint", at_checkpoint, last, "step"), ("summary", step, summary, "steps"),
+    ):  # fmt: skip
+        if state is not None and logged != state.get(key):
+            raise CheckpointError(f"holds {logged} steps where the {where} has {state.get(key)}", path)
     return step

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from llamatune.errors import CheckpointError, LlamatuneError, SpecError, printable
 from llamatune.formats.manifest import MANIFEST
-from llamatune.safe_reading import digest_bytes, open_regular, read_bytes
+from llamatune.formats.metrics import Metrics, read_metrics
+from llamatune.safe_reading import digest_bytes, read_bytes
 from llamatune.spec import RunSpec, load_spec
 from llamatune.strict_json import parse_json, read_json
 from llamatune.training.run_files import CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK
 
-_LONGEST_LINE = 1 << 20
 _LARGEST_MANIFEST = 16 << 20
 _DATA_NAMES = ("format", "template")
 _DATA_COUNTS = (
@@ -33,52 +32,6 @@ _DATA_COUNTS = (
     "duplicates",
 )
 _SPLIT_COUNTS = ("rows", "tokens", "target_tokens", "longest_row_tokens")
-# Far above any real figure: products and axis limits stay finite below the one, floats are exact below the other.
-LARGEST_NUMBER, _LARGEST_WHOLE = 1e100, 1 << 53
-
-
-@dataclass(frozen=True)
-class Step:
-    """One line of the log for one update, as training wrote it; ``grad_norm`` is from before clipping."""
-
-    step: int
-    window: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    loss_scale: float
-    target_tokens: int
-    tokens_per_second: float
-    peak_memory_bytes: int
-    elapsed_s: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The validation loss after ``step`` updates."""
-
-    step: int
-    loss: float
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A window whose gradient overflowed fp16, and the loss scale that was set after it."""
-
-    window: int
-    loss_scale: float
-
-
-@dataclass
-class Metrics:
-    """All of ``metrics.jsonl``; ``torn`` says that its last line is not whole."""
-
-    steps: list[Step] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
-    layer_grad_norms: dict[int, dict[str, float]] = field(default_factory=dict)
-    torn: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,79 +91,6 @@ def read_run(path: Path, name: str) -> Run:
         traces=sorted(printable(found.name) for found in path.glob("trace-*.json")),
         notices=[notice for notice in notices if notice],
     )
-
-
-def _number(values: Mapping[str, Any], name: str, whole: bool) -> Any:
-    """One value of a line; ``ValueError`` if it is no number that a run can have logged."""
-    value = values.get(name)
-    if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
-        raise ValueError(f"{name!r} is not a {'whole ' if whole else ''}number")
-    if not abs(value) < (_LARGEST_WHOLE if whole else LARGEST_NUMBER):
-        raise ValueError(f"{name!r} is too large")
-    return value
-
-
-Record = TypeVar("Record", Step, Evaluation, Skipped)
-
-
-def _record(kind: type[Record], values: Mapping[str, Any]) -> Record:
-    return kind(**{wanted.name: _number(values, wanted.name, wanted.type == "int") for wanted in fields(kind)})
-
-
-def _objects(path: Path, metrics: Metrics) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each line's number and object. A last line that is not whole is noted: its writer may be at it, or was killed."""
-    with open_regular(path) as file:
-        number = 0
-        while line := file.readline(_LONGEST_LINE):
-            number += 1
-            try:
-                value = parse_json(line)
-                if not line.endswith(b"\n") or not isinstance(value, dict):
-                    raise ValueError("not a line with one object")
-            except ValueError as fault:
-                if not file.read(1):
-                    metrics.torn = True
-                    return
-                raise CheckpointError(f"not valid JSON: {fault}", f"{path}:{number}", "was it edited?") from None
-            yield number, value
-
-
-def _add(metrics: Metrics, values: Mapping[str, Any]) -> None:
-    last_step = metrics.steps[-1].step if metrics.steps else 0
-    match values.get("event"):
-        case "step":
-            step = _record(Step, values)
-            if step.step <= last_step or step.target_tokens < 1:
-                raise ValueError(f"no step that can follow step {last_step}")
-            metrics.steps.append(step)
-        case "eval":
-            evaluation = _record(Evaluation, values)
-            if evaluation.step != last_step or (metrics.evaluations and metrics.evaluations[-1].step == last_step):
-                raise ValueError(f"no evaluation that can follow step {last_step}")
-            metrics.evaluations.append(evaluation)
-        case "skipped":
-            metrics.skipped.append(_record(Skipped, values))
-        case "layer_grad_norms":
-            norms = values.get("norms")
-            if not isinstance(norms, dict) or not norms:
-                raise ValueError("'norms' holds no norm")
-            found = {sys.intern(printable(name)): _number(norms, name, whole=False) for name in norms}
-            metrics.layer_grad_norms[_number(values, "step", whole=True)] = found
-
-
-def read_metrics(path: Path) -> Metrics:
-    """Read ``metrics.jsonl``; events that this version does not know are passed over.
-
-    Raises:
-        CheckpointError: a line but the last is broken, a value is no number, or steps do not rise.
-    """
-    metrics = Metrics()
-    for number, values in _objects(path, metrics):
-        try:
-            _add(metrics, values)
-        except ValueError as fault:
-            raise CheckpointError(str(fault), f"{path}:{number}", "was it edited?") from None
-    return metrics
 
 
 def _status(path: Path, summary: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from llamatune.events import (
     StepDone,
     StepSkipped,
 )
+from llamatune.formats.metrics import Evaluation, LayerGradNorms, Skipped, Step, read_metrics, record_of
 from llamatune.spec import RunSpec
 from llamatune.training.memory import peak_memory_bytes, peak_reserved_bytes
 from llamatune.training.optimizer import learning_rate_at
@@ -94,7 +95,7 @@ class TrainingLoop:
         """Continue from the newest checkpoint that verifies, if there is one."""
         found = newest_run_state(self.run.checkpoints, self._warn)
         if found is None:
-            self.run.cut_metrics(0)
+            self.run.log.cut(0)
             return
         progress, learner = found.progress, self.learner
         self.weights.restore(found.path)
@@ -114,9 +115,10 @@ class TrainingLoop:
                 found.path,
                 "choose another training.output_dir",
             )
-        self.run.cut_metrics(progress["metrics_bytes"])
+        self.run.log.cut(progress["metrics_bytes"])
         if LEAST_GAIN in self.run.changed_fields:
-            recount_patience(self.spec, self.position, self.run.evaluation_losses())
+            evaluations = read_metrics(self.run.log.path).evaluations
+            recount_patience(self.spec, self.position, [evaluation.loss for evaluation in evaluations])
         self._last_checkpoint = found.path
         self._prune(found.path)
 
@@ -201,7 +203,7 @@ class TrainingLoop:
         if not math.isfinite(done.loss):
             raise self._numerics_fault("the validation loss is not finite", ())
         values = asdict(done)
-        self.run.record({"event": "eval", **values})
+        self.run.log.append(record_of(Evaluation, done))
         if values.pop("best"):
             del values["seconds"]  # what is written is a function of the run alone
             self.weights.write_best(self.run.path / BEST, values)
@@ -226,7 +228,7 @@ class TrainingLoop:
                 "step": position.step,
                 "position": asdict(position),
                 "scaler": learner.scaler.state(),
-                "metrics_bytes": self.run.sync_metrics(),
+                "metrics_bytes": self.run.log.sync(),
                 "llamatune": __version__,
                 **_machine(),
             },
@@ -276,7 +278,7 @@ class TrainingLoop:
         make_update(learner, gradient, learning_rate, training.max_grad_norm)
         self._report_step(gradient, learning_rate, started)
         if norms is not None:
-            self.run.record({"event": "layer_grad_norms", "step": position.step, "norms": norms})
+            self.run.log.append(LayerGradNorms(position.step, norms))
 
     def _skip_window(self, rows: tuple[int, ...]) -> None:
         loss_scale = skip_update(self.learner)
@@ -284,7 +286,7 @@ class TrainingLoop:
             raise self._numerics_fault("the gradient overflows fp16 at any loss scale", rows)
         self.position.window += 1
         self.position.skipped_windows += 1
-        self.run.record({"event": "skipped", "window": self.position.window, "loss_scale": loss_scale})
+        self.run.log.append(Skipped(self.position.window, loss_scale))
         self.on_event(StepSkipped(self.position.window, loss_scale))
 
     def _report_step(self, gradient: WindowGradient, learning_rate: float, started: float) -> None:
@@ -306,9 +308,7 @@ class TrainingLoop:
             elapsed_s=now - self._clock,
             peak_reserved_bytes=peak_reserved_bytes(self.learner.device),
         )
-        values = asdict(done)
-        del values["total_steps"], values["num_epochs"], values["peak_reserved_bytes"]
-        self.run.record({"event": "step", **values})
+        self.run.log.append(record_of(Step, done))
         self.on_event(done)
         if self._memory is None:
             self._memory = held_memory(self.learner)

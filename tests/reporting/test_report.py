@@ -17,11 +17,12 @@ from report_material import falling, noisy, spec_values, write_run
 from llamatune.checkpoints.config_files import read_config
 from llamatune.data.dataset import Split
 from llamatune.errors import NumericsError, Stopped
+from llamatune.formats.metrics import Evaluation
 from llamatune.inference.answer import Request, answer
 from llamatune.inference.sampling import Sampling
 from llamatune.reporting.diagnosis import Diagnosis, Spike
 from llamatune.reporting.report import ReportOptions, make_report, report_as_json
-from llamatune.reporting.run_log import Evaluation, read_run
+from llamatune.reporting.run_log import read_run
 from llamatune.reporting.spike_rows import with_rows
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES
