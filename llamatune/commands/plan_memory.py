@@ -101,8 +101,8 @@ def plan_memory(
 
 def _rows(spec: RunSpec, config: LlamaConfig, max_seq_length: int | None, has_data: bool) -> tuple[Rows, str | None]:
     """The heaviest micro-batch: of the prepared data where it is there, else of rows of equal length."""
-    from llamatune.data.lengths import read_lengths
     from llamatune.errors import SpecError
+    from llamatune.formats.prepared import read_lengths
     from llamatune.memory.plan import heaviest_rows
 
     if max_seq_length is not None and not 1 <= max_seq_length <= 1 << 20:

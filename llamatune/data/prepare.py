@@ -1,8 +1,7 @@
 """Rows to a prepared directory: what ``llamatune prepare-data`` does.
 
-A prepared directory holds ``train.safetensors`` and, with validation rows, ``validation.safetensors`` (their layout is
-told by ``Spool.write_split``), ``refused.jsonl`` if rows were refused, and the manifest, whose ``facts`` say how the
-rows were read and what was truncated, dropped and refused.
+A prepared directory holds its splits (``formats.prepared``), ``refused.jsonl`` if rows were refused, and the manifest,
+whose ``facts`` say how the rows were read and what was truncated, dropped and refused.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ from llamatune.durable_writing import refuse_occupied
 from llamatune.errors import DataError, EnvironmentFault, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import Staging, build_directory, finished_product, has_manifest
+from llamatune.formats.prepared import KIND
 
 __all__ = ["PrepareOptions", "PrepareReport", "prepare_data"]
 
-KIND = "prepared"
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 19
 _BYTES_FOR_A_WORKER = 4 << 20  # starting a process costs about as much as encoding 1 MB
@@ -168,18 +167,14 @@ class _Job:
             self.counts.validation_rows_in_train = both
             if both:
                 self.on_event(Notice(f"{both} validation rows are training rows too", "warning"))
-            splits["train"] = train.write_split(staging, "train.safetensors", lambda _: True, self._check_stop)
-            splits["validation"] = validation.write_split(
-                staging, "validation.safetensors", lambda _: True, self._check_stop
-            )
+            splits["train"] = train.write_split(staging, "train", lambda _: True, self._check_stop)
+            splits["validation"] = validation.write_split(staging, "validation", lambda _: True, self._check_stop)
         else:
             held = held_out_rows(train.keys, fraction, self.options.seed) if fraction else bytearray(len(train))
-            splits["train"] = train.write_split(
-                staging, "train.safetensors", lambda index: not held[index], self._check_stop
-            )
+            splits["train"] = train.write_split(staging, "train", lambda index: not held[index], self._check_stop)
             if any(held):
                 splits["validation"] = train.write_split(
-                    staging, "validation.safetensors", lambda index: bool(held[index]), self._check_stop
+                    staging, "validation", lambda index: bool(held[index]), self._check_stop
                 )
             elif fraction:
                 self.on_event(Notice("all rows are the same one, so none was held out for validation", "warning"))

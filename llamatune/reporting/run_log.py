@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.errors import CheckpointError, LlamatuneError, SpecError, printable
-from llamatune.formats.manifest import MANIFEST
 from llamatune.formats.metrics import Metrics, read_metrics
-from llamatune.safe_reading import digest_bytes, read_bytes
+from llamatune.formats.prepared import read_prepared_manifest
+from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec, load_spec
 from llamatune.strict_json import parse_json, read_json
 from llamatune.training.run_files import CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK
 
-_LARGEST_MANIFEST = 16 << 20
 _DATA_NAMES = ("format", "template")
 _DATA_COUNTS = (
     "max_seq_length",
@@ -105,25 +104,24 @@ def _status(path: Path, summary: Mapping[str, Any]) -> str:
         return "unfinished"
 
 
-def _manifest_facts(directory: Path, digest: object) -> dict[str, Any]:
-    """What ``prepare-data`` noted in ``directory``; ``ValueError`` if that is gone, or another one than the run's."""
+def _prepared_facts(directory: Path, digest: object) -> dict[str, Any]:
+    """The facts of a prepared directory; ``ValueError`` if it is gone, or another one than the run's."""
     try:
-        raw = read_bytes(directory / MANIFEST, CheckpointError, _LARGEST_MANIFEST)
-        facts = parse_json(raw)["facts"]
-    except (LlamatuneError, ValueError, KeyError, TypeError):
+        manifest = read_prepared_manifest(directory)
+    except LlamatuneError:
         raise ValueError(f"the prepared data is not there any more: {printable(str(directory))}") from None
-    if digest_bytes(raw) != digest or not isinstance(facts, dict) or not isinstance(facts.get("splits"), dict):
+    if manifest.digest != digest or not isinstance(manifest.facts.get("splits"), dict):
         raise ValueError(f"other data than the run's is there now: {printable(str(directory))}")
-    return facts
+    return manifest.facts
 
 
 def _prepared_counts(spec: RunSpec, origin: Mapping[str, Any]) -> tuple[dict[str, int | str], str]:
     """Counts of the prepared data, splits as ``train_rows`` and so on, and what there is to say about their lack."""
     try:
-        facts = _manifest_facts(Path(spec.data.train), origin.get("train"))
+        facts = _prepared_facts(Path(spec.data.train), origin.get("train"))
         splits = facts["splits"]
         if spec.data.validation is not None:
-            other = _manifest_facts(Path(spec.data.validation), origin.get("validation"))
+            other = _prepared_facts(Path(spec.data.validation), origin.get("validation"))
             splits = {"train": splits.get("train"), "validation": other["splits"].get("train")}
     except ValueError as fault:
         return {}, str(fault)

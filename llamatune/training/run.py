@@ -88,7 +88,7 @@ def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent 
         refuse_occupied(output, overwrite=False)
     if spec.training.compile:
         check_compiler(inputs.device)
-    facts = inputs.prepared.facts
+    facts = inputs.prepared.manifest.facts
     memory = plan_run_memory(spec, inputs.config, inputs.prepared.train, inputs.device)
     return {
         "trainable_parameters": inputs.count.trainable_parameters,

@@ -85,7 +85,7 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
     validation, validation_digest = prepared.validation, None
     if spec.data.validation is not None:
         other = open_prepared(Path(spec.data.validation))
-        validation, validation_digest = other.train, other.digest
+        validation, validation_digest = other.train, other.manifest.digest
     base = Path(spec.model.path)
     if spec.model.init == "random":
         checkpoint, config = None, read_config(base).with_layers(spec.model.num_layers)
@@ -106,7 +106,7 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
     check_tokenizer(prepared, base, force_base, on_event)
     starting_adapter = _starting_adapter(spec, config, base_fingerprint, force_base, on_event)
     count = count_parameters(config, spec.adapter)
-    digests = {"base": base_fingerprint, "train": prepared.digest, "validation": validation_digest}
+    digests = {"base": base_fingerprint, "train": prepared.manifest.digest, "validation": validation_digest}
     return Inputs(config, checkpoint, base_fingerprint, prepared, validation, starting_adapter, digests, count, device)
 
 

@@ -67,7 +67,7 @@ class _AdapterOnly:
         assert spec.adapter is not None
         self._learner, self._config = learner, spec.adapter
         self._fingerprint, self._base = inputs.base_fingerprint, spec.model.path
-        self._template = inputs.prepared.facts.get("template")
+        self._template = inputs.prepared.manifest.template
 
     def _adapter(self) -> Adapter:
         return Adapter(self._config, dict(self._learner.parameters), self._fingerprint, self._template, self._base)
@@ -91,7 +91,7 @@ class _AdapterOnly:
 class _WholeModel:
     def __init__(self, spec: RunSpec, inputs: Inputs, learner: Learner) -> None:
         self._learner, self._config, self._base = learner, inputs.config, Path(spec.model.path)
-        self._template = inputs.prepared.facts.get("template")
+        self._template = inputs.prepared.manifest.template
 
     def write_checkpoint(self, staging: Staging) -> None:
         write_tensors(staging, _WEIGHTS, self._learner.parameters)
