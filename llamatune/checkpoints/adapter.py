@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from llamatune.checkpoints.adapter_config import CONFIG_FILE, dump_config, read_adapter_config
-from llamatune.checkpoints.checkpoint import TORCH_DTYPES, read_into, refuse_unfit
-from llamatune.checkpoints.tensors import is_finite, write_tensors
+from llamatune.checkpoints.checkpoint import read_into, refuse_unfit
+from llamatune.checkpoints.tensor_bytes import is_finite, write_tensors
 from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.formats.manifest import MANIFEST, Staging, build_directory, find_manifest
 from llamatune.formats.safetensors import read_header
+from llamatune.model.torch_dtypes import STORED_WEIGHTS
 from llamatune.safe_reading import digest_file
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
 from llamatune.shapes.config import LlamaConfig
@@ -78,9 +79,9 @@ def load_adapter(path: Path) -> Adapter:
     fingerprint, template = (manifest.base_fingerprint, manifest.template) if manifest else (None, None)
     tensors = {}
     for stored, entry in entries.items():
-        if entry.dtype not in TORCH_DTYPES:
+        if entry.dtype not in STORED_WEIGHTS:
             raise CheckpointError(f"{stored} is {entry.dtype}, not a float tensor", file, "fetch it again")
-        tensor = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        tensor = torch.empty(entry.shape, dtype=STORED_WEIGHTS[entry.dtype])
         read_into(file, entry.begin, tensor)
         if not is_finite(tensor):
             raise CheckpointError(f"{stored} holds NaN or infinity", file, "the training that wrote it had diverged")

@@ -8,7 +8,7 @@ import json
 import torch
 
 from llamatune.checkpoints.checkpoint import Checkpoint
-from llamatune.checkpoints.tensors import tensor_bytes
+from llamatune.checkpoints.tensor_bytes import tensor_bytes
 
 _SAMPLED_ROWS = 16
 

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llamatune.checkpoints.tensors import write_tensors
+from llamatune.checkpoints.tensor_bytes import write_tensors
 from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError
 from llamatune.formats.manifest import OtherVersion, Staging, build_directory, verify_product

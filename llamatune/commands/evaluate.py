@@ -85,18 +85,18 @@ def evaluate(
         if overwrite and per_row is None and output is None:
             raise SpecError("it needs --per-row or --output", "--overwrite")
 
-        from llamatune.checkpoints.checkpoint import DTYPE_NAMES
         from llamatune.devices import choose_device
         from llamatune.durable_writing import output_file, write_atomic
         from llamatune.inference.evaluate import PreparedEvaluation, evaluate_prepared
         from llamatune.inference.evaluate_gsm8k import Gsm8kEvaluation, evaluate_gsm8k
+        from llamatune.model.torch_dtypes import TORCH_DTYPES
         from llamatune.strict_json import dump_json_lines
 
-        if dtype != "same" and dtype not in DTYPE_NAMES:
-            raise SpecError(f"--dtype is same, {', '.join(DTYPE_NAMES)}, not {dtype!r}")
+        if dtype != "same" and dtype not in TORCH_DTYPES:
+            raise SpecError(f"--dtype is same, {', '.join(TORCH_DTYPES)}, not {dtype!r}")
         of_both: dict[str, Any] = {
             "model": model, "data": data, "adapter": adapter, "compare": compare, "limit": limit,
-            "batch_size": batch_size, "force_base": force_base, "dtype": DTYPE_NAMES.get(dtype),
+            "batch_size": batch_size, "force_base": force_base, "dtype": TORCH_DTYPES.get(dtype),
             "device": choose_device(device, console.on_event),
         }  # fmt: skip
         if task is None:

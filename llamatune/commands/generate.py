@@ -58,13 +58,13 @@ def generate(
     if output is not None:
         output = output_file(output, overwrite)
     with Console(json_mode, writes=False) as console:
-        from llamatune.checkpoints.checkpoint import DTYPE_NAMES
         from llamatune.devices import choose_device
         from llamatune.inference.answer import Request, answer
+        from llamatune.model.torch_dtypes import TORCH_DTYPES
 
-        if dtype != "same" and dtype not in DTYPE_NAMES:
-            raise SpecError(f"--dtype is same, {', '.join(DTYPE_NAMES)}, not {dtype!r}")
-        held, on = DTYPE_NAMES.get(dtype), choose_device(device, console.on_event)
+        if dtype != "same" and dtype not in TORCH_DTYPES:
+            raise SpecError(f"--dtype is same, {', '.join(TORCH_DTYPES)}, not {dtype!r}")
+        held, on = TORCH_DTYPES.get(dtype), choose_device(device, console.on_event)
         request = Request(model, prompts, sampling, adapter, template, compare, force_base, held, on)
         answers = answer(request, console.on_event, console.should_stop)
         results = [asdict(found) for found in answers.results]

@@ -60,7 +60,7 @@ def plan_memory(
     from llamatune.commands._console import Console
 
     with Console(json_mode, writes=False) as console:
-        from llamatune.checkpoints.config_files import read_config
+        from llamatune.checkpoints.model_directory import read_config
         from llamatune.errors import SpecError
         from llamatune.events import Notice
         from llamatune.memory import plan as planning

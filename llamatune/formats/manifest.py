@@ -163,6 +163,13 @@ def find_manifest(directory: Path, error: type[LlamatuneError] = CheckpointError
     return Manifest(path, digest_bytes(content), schema, kind, inputs, facts, entries)
 
 
+def manifest_if_readable(directory: Path) -> Manifest | None:
+    """The manifest in ``directory``; None if there is none or it is broken."""
+    with contextlib.suppress(LlamatuneError):
+        return find_manifest(directory)
+    return None
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a product.
 

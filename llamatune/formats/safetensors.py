@@ -17,12 +17,9 @@ from typing import BinaryIO
 
 from llamatune.errors import CheckpointError, LlamatuneError
 from llamatune.safe_reading import open_regular
+from llamatune.shapes.dtypes import ITEM_BYTES
 from llamatune.strict_json import parse_json
 
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
 _LARGEST_HEADER = 100_000_000
 _LARGEST_DIMENSION = 1 << 40
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llamatune.errors import CheckpointError
-from llamatune.formats.safetensors import ITEM_BYTES, TensorEntry
+from llamatune.formats.safetensors import TensorEntry
 from llamatune.safe_reading import open_regular
+from llamatune.shapes.dtypes import ITEM_BYTES
 
 STORAGE_CLASSES = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage", "F64": "DoubleStorage"}
 _DTYPES = {name: dtype for dtype, name in STORAGE_CLASSES.items()}

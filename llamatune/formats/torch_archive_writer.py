@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from llamatune.formats.safetensors import ITEM_BYTES
 from llamatune.formats.torch_archive import STORAGE_CLASSES
+from llamatune.shapes.dtypes import ITEM_BYTES
 
 _ALIGNMENT = 64
 _LARGEST_SHORT = 0xFFFFFFFF

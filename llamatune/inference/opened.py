@@ -21,6 +21,7 @@ from llamatune.errors import SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.formats.manifest import find_manifest
 from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
+from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.model.transformer import Transformer
 
 
@@ -41,7 +42,7 @@ class OpenedModel:
     @property
     def dtype_name(self) -> str:
         """``bfloat16``; of a checkpoint that mixes them, that of the embedding, which the model computes in."""
-        return str(self.dtype or _stored_dtype(self.checkpoint)).removeprefix("torch.")
+        return DTYPE_NAMES[self.dtype or _stored_dtype(self.checkpoint)]
 
     def tokenizer(self) -> Tokenizer:
         """The model's own."""

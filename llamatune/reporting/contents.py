@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llamatune.checkpoints.config_files import read_config
+from llamatune.checkpoints.model_directory import read_config
 from llamatune.errors import LlamatuneError, printable
 from llamatune.formats.metrics import LARGEST_NUMBER
 from llamatune.reporting.curves import Epoch, epoch_means, running_average

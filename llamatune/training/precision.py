@@ -13,11 +13,12 @@ from torch import Tensor
 from llamatune.devices import lacks_bf16
 from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, OnEvent
+from llamatune.model.torch_dtypes import TORCH_DTYPES
+from llamatune.shapes.dtypes import PRECISIONS
 from llamatune.spec import RunSpec
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GROWTH, _BACKOFF = 2.0, 0.5
-AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPES = {name: None if name == "fp32" else TORCH_DTYPES[dtype] for name, dtype in PRECISIONS.items()}
 
 
 def check_precision(spec: RunSpec, device: torch.device, on_event: OnEvent) -> None:
@@ -48,7 +49,7 @@ def held_dtype(spec: RunSpec) -> torch.dtype:
     """
     if spec.model.dtype == "nf4":
         return torch.float16 if spec.training.precision == "fp16" else torch.bfloat16
-    return DTYPES[spec.model.dtype]
+    return TORCH_DTYPES[spec.model.dtype]
 
 
 def residual_dtype(model_dtype: torch.dtype, precision: str) -> torch.dtype:

@@ -13,10 +13,10 @@ from torch import nn
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
-from llamatune.checkpoints.config_files import read_config
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
-from llamatune.checkpoints.quantized import QuantizedBase
+from llamatune.checkpoints.model_directory import read_config
+from llamatune.checkpoints.nf4_cache import QuantizedBase
 from llamatune.data.dataset import Prepared, Split, check_rows, check_tokenizer, open_prepared
 from llamatune.data.packing import pack
 from llamatune.devices import choose_device

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llamatune.checkpoints.adapter import Adapter, load_adapter, save_adapter, write_adapter_files
 from llamatune.checkpoints.huggingface import write_huggingface
-from llamatune.checkpoints.tensors import write_tensors
+from llamatune.checkpoints.tensor_bytes import write_tensors
 from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.formats.manifest import Staging, build_directory
@@ -110,4 +110,6 @@ class _WholeModel:
 
     def _write_model(self, staging: Staging) -> None:
         staging.facts["template"] = self._template
-        write_huggingface(staging, self._config, self._learner.parameters, torch.float32, self._base)
+        write_huggingface(
+            staging, self._config, self._learner.parameters.__getitem__, lambda name: torch.float32, self._base
+        )

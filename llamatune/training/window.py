@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llamatune.checkpoints.tensors import is_finite
+from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.data.dataset import Batch
 from llamatune.errors import Stopped
 from llamatune.events import ShouldStop, never_stop

@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llamatune.checkpoints.config_files import count_tokenizer_pieces, read_config
 from llamatune.checkpoints.loading import open_checkpoint
+from llamatune.checkpoints.model_directory import read_config
+from llamatune.checkpoints.tokenizer_pieces import count_tokenizer_pieces
 from llamatune.errors import CheckpointError, LlamatuneError
 from llamatune.formats.torch_archive import read_archive
 

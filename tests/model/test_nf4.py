@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.huggingface import HuggingFaceCheckpoint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
-from llamatune.checkpoints.quantized import QuantizedBase
+from llamatune.checkpoints.nf4_cache import QuantizedBase
 from llamatune.errors import CheckpointError
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter

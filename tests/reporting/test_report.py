@@ -14,7 +14,7 @@ import pytest
 import torch
 from report_material import falling, noisy, spec_values, write_run
 
-from llamatune.checkpoints.config_files import read_config
+from llamatune.checkpoints.model_directory import read_config
 from llamatune.data.dataset import Split
 from llamatune.errors import NumericsError, Stopped
 from llamatune.formats.metrics import Evaluation
