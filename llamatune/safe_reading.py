@@ -42,6 +42,15 @@ def read_bytes(path: Path, error: type[LlamatuneError] = CheckpointError, max_by
             raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
 
 
+def stand_in(head: bytes) -> str | None:
+    """What was fetched in place of a binary file, by its first bytes: a git-lfs pointer, an HTML page, or None."""
+    if head.startswith(b"version "):
+        return "a git-lfs pointer, not the file itself"
+    if head.lstrip().lower().startswith((b"<!doc", b"<html")):
+        return "an HTML page, not the file itself"
+    return None
+
+
 def digest_bytes(data: bytes) -> str:
     """SHA-256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

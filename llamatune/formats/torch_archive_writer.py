@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from llamatune.formats.torch_archive import STORAGE_CLASSES
+from llamatune.formats.torch_pickle import STORAGE_CLASSES
 from llamatune.shapes.dtypes import ITEM_BYTES
 
 _ALIGNMENT = 64

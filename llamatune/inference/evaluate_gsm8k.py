@@ -14,7 +14,7 @@ from llamatune.data.tokenizer import Tokenizer
 from llamatune.devices import memory_faults
 from llamatune.errors import DataError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.formats.answer_log import Journal, open_journal
+from llamatune.formats.answer_log import AnswerLog, open_answer_log
 from llamatune.inference.evaluate import MEMORY_ADVICE, Evaluation
 from llamatune.inference.generate import complete
 from llamatune.inference.gsm8k import Question, choose_examples, extract_answer, is_answered, prompt_of, read_questions
@@ -146,31 +146,31 @@ def evaluate_gsm8k(
     report = Gsm8kReport(str(evaluation.data), opened.dtype_name, evaluation.shots, [])
     answered = report.answered
     with contextlib.ExitStack() as stack:
-        journal = None
+        log = None
         if evaluation.output is not None:
             settings = _settings(evaluation, opened, tokenizer, template, examples)
-            journal = stack.enter_context(open_journal(evaluation.output, settings, evaluation.overwrite))
-            answered += _kept(journal, questions, ("", "base_") if evaluation.compare else ("",))
+            log = stack.enter_context(open_answer_log(evaluation.output, settings, evaluation.overwrite))
+            answered += _kept(log, questions, ("", "base_") if evaluation.compare else ("",))
             if answered:
                 on_event(Notice(f"{evaluation.output} holds {len(answered)} of {len(questions)} answers already"))
             if len(answered) == len(questions):
                 return report
             # A batch is answered whole, so that who stands beside whom does not depend on where it was stopped.
             del answered[len(answered) // evaluation.batch_size * evaluation.batch_size :]
-            journal.keep(len(answered))
+            log.keep(len(answered))
         stack.enter_context(memory_faults(opened.device, MEMORY_ADVICE))
         together = min(evaluation.batch_size, len(prompts))
         stack.enter_context(suitable_threads(opened.checkpoint.config, together))
         try:
             for batch in _replies(evaluation, opened, tokenizer, prompts[len(answered) :], on_event, should_stop):
                 added = list(zip(questions[len(answered) :], batch, strict=False))
-                if journal is not None:
-                    journal.append(as_line(*answer) for answer in added)
+                if log is not None:
+                    log.append(as_line(*answer) for answer in added)
                 answered += added
                 on_event(Progress("answering", len(answered), len(questions)))
         except Stopped:
             what, todo = f"stopped after {len(answered)} of {len(questions)} questions", "run the same command again"
-            raise Stopped(what, evaluation.output, todo if journal else None) from None
+            raise Stopped(what, evaluation.output, todo if log else None) from None
     return report
 
 
@@ -223,9 +223,9 @@ def _settings(
     }
 
 
-def _kept(journal: Journal, questions: list[Question], prefixes: Sequence[str]) -> Iterator[tuple[Question, Replies]]:
+def _kept(log: AnswerLog, questions: list[Question], prefixes: Sequence[str]) -> Iterator[tuple[Question, Replies]]:
     """What the output holds already, up to the first line that this evaluation would not have written."""
-    for question, line in zip(questions, journal.entries(), strict=False):
+    for question, line in zip(questions, log.entries(), strict=False):
         try:
             replies = {p: Reply(line[f"{p}completion"], line[f"{p}finish_reason"]) for p in prefixes}
             if as_line(question, replies) != line:
