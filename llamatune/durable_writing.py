@@ -218,7 +218,7 @@ def _short(name: str) -> str:
 def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty directory beside ``path``; when the block ends, it becomes ``path`` durably and in one step.
 
-    The block syncs its files. If it raises, nothing of it remains and what stood at ``path`` still stands.
+    The block syncs its files. If it raises, nothing of it remains, and ``path`` is as it was.
     """
     refuse_occupied(path, overwrite)
     path = Path(os.path.realpath(path))

@@ -1,4 +1,4 @@
-"""YAML as a spec needs it: what is written is what is meant, and nothing in it can surprise."""
+"""YAML read strictly: the scalars of YAML 1.2, no aliases, tags or duplicate keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NUMBER = re.compile(r"[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)?")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2's scalars (``no`` is a word, ``010`` is ten, ``1e-5`` is a number); no aliases, tags or doubled keys."""
+    """``no`` is a string, ``010`` is ten, ``1e-5`` is a number."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 

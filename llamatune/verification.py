@@ -1,7 +1,7 @@
-"""Whether a directory holds what its manifest says, byte for byte: what ``llamatune verify`` does.
+"""``llamatune verify``: a directory against its manifest, byte for byte, and a run's log against its checkpoints.
 
-What has no manifest (a model from elsewhere, PEFT's own adapter) is checked for its structure: headers against sizes,
-index against shards, tensors against the configuration.
+A directory without a manifest (a model from elsewhere, PEFT's own adapter) is checked for its structure: headers
+against sizes, index against shards, tensors against the configuration.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from llamatune.training.run_lock import LOCK
 _READ_BY_NAME = re.compile(
     r".*\.(safetensors|pth|bin|index\.json)|(adapter_|generation_)?config\.json|params\.json|state\.json"
 )
-"""Names that a reader of models, adapters or checkpoints looks for, whether a manifest lists them or not."""
+"""Names that readers of models, adapters and checkpoints open even if no manifest lists them."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in order. ``checked`` is ``content`` where there was a manifest, else ``structure``.
+    """A directory without faults. ``checked`` is ``content`` where there was a manifest, else ``structure``.
 
-    ``unlisted`` are files of others, which no reader of ours looks at. A run or a cache is made of ``parts``; ``steps``
-    are those that a run's log tells of, ``finished`` whether it came to its end.
+    ``unlisted`` are files that are not in the manifest and that no reader of ours opens. A run or a cache has
+    ``parts``; ``steps`` counts the steps in a run's log.
     """
 
     path: str
@@ -74,7 +74,7 @@ def verify(path: Path, on_event: OnEvent = ignore_event, should_stop: ShouldStop
         return _verify_structure(path, on_event)
     except (CheckpointError, EnvironmentFault, Stopped):
         raise
-    except LlamatuneError as fault:  # what is a mistake of usage elsewhere is a broken file here
+    except LlamatuneError as fault:  # such as a SpecError: elsewhere a usage error, here a broken file
         raise CheckpointError(fault.what, fault.where, fault.todo) from None
 
 
@@ -136,7 +136,7 @@ def _verify_run(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verif
             parts.append(_verify_content(part, on_event, should_stop))
         except CheckpointError:
             if part in products or part.exists():
-                raise  # else it was pruned by the run, which is going on
+                raise  # else the run, which is still going on, has pruned it
     if summary is None:
         on_event(Notice(f"{path}: not finished; the command that started it continues it"))
     return _whole(path, "run", parts, steps=steps, finished=summary is not None)
@@ -147,10 +147,10 @@ def _is_there(path: Path) -> bool:
 
 
 def _verify_log(path: Path, last: dict[str, Any] | None, summary: dict[str, Any] | None) -> int:
-    """The steps that a run's log tells of: each once and in order, as many as checkpoint and summary say.
+    """The number of steps in a run's log: each once and in order, as many as checkpoint and summary say.
 
-    Only beyond the last checkpoint of a run that is not finished may the last line be torn: it is cut when the run
-    goes on.
+    The last line may be torn only after the last checkpoint of a run that is not finished: it is cut when the run
+    continues.
     """
     synced, step, at_checkpoint = 0 if last is None else last["metrics_bytes"], 0, 0
     end = 0

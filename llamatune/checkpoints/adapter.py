@@ -1,8 +1,8 @@
 """LoRA adapters as PEFT directories: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-PEFT itself loads an adapter whose configuration lost ``lora_alpha`` or lists other modules than its file, and computes
-something else without a word. Here the configuration is a closed schema, and the file must hold exactly what it says.
-Our own facts (fingerprint of the base, template) stand in the manifest beside them, which PEFT ignores.
+The configuration is a closed schema, and the file must hold exactly the tensors that it describes: PEFT itself loads an
+adapter without ``lora_alpha``, or with other modules than its file, and silently computes something else. Our own facts
+(fingerprint of the base, template) are in the manifest beside them, which PEFT ignores.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Adapter:
-    """A low-rank update and where it belongs.
+    """The tensors of an adapter, its configuration and its base.
 
     ``tensors`` are named like ``model.layers.0.self_attn.q_proj.lora_A.weight``: A (R, in), B (out, R), fp32.
     ``base_path`` is the base as the user named it, ``digest`` the SHA-256 of the file it was loaded from.
@@ -58,8 +58,8 @@ def load_adapter(path: Path) -> Adapter:
     """Read a PEFT adapter directory, ours or PEFT's own, into fp32 on the CPU. It is not yet checked against a base.
 
     Raises:
-        CheckpointError: no adapter, a configuration that means something else than plain LoRA, a pickle, a broken or
-            changed file, NaN or infinity.
+        CheckpointError: no adapter, a configuration that is not plain LoRA, a pickle, a broken or changed file, NaN or
+            infinity.
     """
     path = Path(path)
     config, base_path = read_adapter_config(path)
@@ -96,7 +96,7 @@ def check_adapter(
     force_base: bool = False,
     on_event: OnEvent = ignore_event,
 ) -> None:
-    """Make sure that the adapter belongs to the base: every tensor in its shape, none more, and the same fingerprint.
+    """Check that the adapter belongs to the base: exactly the expected tensors and shapes, and the same fingerprint.
 
     Args:
         fingerprint: the base's; None where there are no weights to compare with.
@@ -117,7 +117,7 @@ def check_adapter(
     if fingerprint is None:
         return
     if adapter.base_fingerprint is None:
-        on_event(Notice(f"{where}: it does not say which base it was trained on; make sure it is this one", "warning"))
+        on_event(Notice(f"{where}: it does not name the base it was trained on; make sure it is this one", "warning"))
     elif adapter.base_fingerprint != fingerprint:
         if not force_base:
             named = f" ({adapter.base_path})" if adapter.base_path else ""

@@ -44,7 +44,7 @@ class Checkpoint(ABC):
         return tuple(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The whole tensor's shape, whatever its shards hold."""
+        """The shape of the whole tensor, of which a shard may hold a part."""
         return self._shapes[name]
 
     @abstractmethod

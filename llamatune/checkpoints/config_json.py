@@ -23,7 +23,7 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def read_config_json(path: Path, tensors: dict[str, TensorLocation] | None) -> LlamaConfig:
-    """``config.json`` as transformers 4 and 5 write it, and ``generation_config.json``'s stop tokens."""
+    """Read ``config.json`` as transformers 4 and 5 write it, and the stop tokens of ``generation_config.json``."""
     facts = JsonFields(path / "config.json")
     if facts.raw.get("model_type") != "llama":
         facts.refuse("model_type", "only 'llama' is supported")
@@ -60,7 +60,7 @@ def read_config_json(path: Path, tensors: dict[str, TensorLocation] | None) -> L
 
 
 def write_config_json(directory: Path, config: LlamaConfig, dtype: str) -> None:
-    """``config.json`` in the spelling that transformers 4 and 5 both read, and ``generation_config.json``."""
+    """Write ``config.json`` with the keys of transformers 4 and 5, and ``generation_config.json``."""
     ends = config.eos_token_ids
     tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
     facts: dict[str, object] = {
@@ -122,13 +122,15 @@ def _stated(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def rope_facts(theta: float) -> dict[str, Any]:
-    """The base of the rotation as transformers 4, mlx-lm and Ollama read it, and as transformers 5 does."""
+    """RoPE's theta under the keys of transformers 4, mlx-lm and Ollama, and of transformers 5."""
     return {"rope_parameters": {"rope_theta": theta, "rope_type": "default"}, "rope_theta": theta}
 
 
 def _rope_theta(facts: JsonFields) -> float:
-    """``rope_theta`` from its three homes, which must agree; transformers 5 takes ``rope_scaling`` for another name
-    of ``rope_parameters``."""
+    """``rope_theta`` from the three keys that may hold it, which must agree.
+
+    transformers 5 reads ``rope_scaling`` as another name of ``rope_parameters``.
+    """
     homes: dict[str, dict[str, Any]] = {"rope_theta": facts.raw}
     for key in ("rope_parameters", "rope_scaling"):
         rope = facts.raw.get(key)

@@ -25,7 +25,7 @@ from llamatune.strict_json import dump_json
 
 _SHARD_BYTES = 5_000_000_000
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Old checkpoints store the rotary frequencies, which follow from the configuration."""
+"""Old checkpoints store the rotary frequencies, which the configuration determines."""
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -76,7 +76,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
 
 Declared = tuple[str, torch.dtype, tuple[int, ...]]
-"""A tensor to come: name, dtype and shape."""
+"""A tensor to be written: name, dtype and shape."""
 
 
 def write_huggingface(
@@ -104,7 +104,7 @@ def write_huggingface(
 def plan_shards(
     config: LlamaConfig, dtype_of: Callable[[str], torch.dtype], shard_bytes: int = _SHARD_BYTES
 ) -> list[list[Declared]]:
-    """Which tensors go into which file, in the model's own order, none larger than ``shard_bytes`` unless one is."""
+    """The tensors of each file, in the model's order; no file exceeds ``shard_bytes`` unless a single tensor does."""
     shards: list[list[Declared]] = [[]]
     size = 0
     for name, shape in config.parameter_shapes():

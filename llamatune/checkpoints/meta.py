@@ -1,8 +1,8 @@
-"""Meta checkpoints: other names, shards that split matrices, and q and k rows in pairs.
+"""Meta checkpoints, ``consolidated.XX.pth``, read and written: names, shards, and the order of q and k rows.
 
 Meta rotates neighbouring rows of a head as pairs (x0, x1), (x2, x3), ...; Hugging Face rotates the first half of a head
-against the second, (x0, x_{E/2}), ... The same model therefore stores the rows of q and k in another order. They are
-permuted here, at the door, and nowhere else.
+against the second, (x0, x_{E/2}), ... The rows of q and k are therefore stored in another order; they are permuted in
+this file alone.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def shard_axis(name: str, embedding: int) -> int | None:
 class MetaCheckpoint(Checkpoint):
     """A directory of ``params.json`` and ``consolidated.XX.pth``.
 
-    Without ``output.weight`` it is read as a tied model, and whoever loads, merges or counts it is warned: the format
-    cannot say whether the head is tied or was lost.
+    Without ``output.weight`` it is read as a tied model, with a warning: the format does not say whether the head is
+    tied or was lost.
     """
 
     format: Format = "meta"
@@ -209,7 +209,7 @@ def write_consolidated(
             file = stack.enter_context(writing(directory / f"consolidated.{shard:02d}.pth", data_bytes(declared)))
             writers.append(ArchiveWriter(file, f"consolidated.{shard:02d}", declared))
         for name, _ in shapes:
-            if _is_tied_head(config, name):  # comes right after the embedding, which W still holds
+            if _is_tied_head(config, name):  # it follows the embedding, which W still is
                 axis = 0
             else:
                 W = tensor_of(name).detach().to("cpu", dtype_of(name))
@@ -218,8 +218,8 @@ def write_consolidated(
                 axis = -1 if axis_or_none is None else axis_or_none
             pieces = [W] * shards if axis < 0 else W.chunk(shards, axis)
             for writer, piece in zip(writers, pieces, strict=True):
-                held = piece.contiguous()
-                writer.write(tensor_bytes(held))
+                contiguous = piece.contiguous()
+                writer.write(tensor_bytes(contiguous))
         for writer in writers:
             writer.finish()
 

@@ -107,7 +107,7 @@ class QuantizedBase:
 
     def _write(self, path: Path, inputs: Mapping[str, object]) -> None:
         declared = [(name, dtype, shape) for name, (dtype, shape) in self._declared().items()]
-        ours = has_manifest(path)  # anything else that stands there is refused
+        ours = has_manifest(path)  # any other directory there is refused
         with (
             build_directory(path, _KIND, dict(inputs), overwrite=ours) as staging,
             writing(staging.path / _FILE, data_bytes(declared)) as file,

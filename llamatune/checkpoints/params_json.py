@@ -24,7 +24,7 @@ _CODE_LLAMA_THETA = 1e6
 
 
 def read_params_json(path: Path, shards: list[dict[str, TensorLocation]] | None) -> LlamaConfig:
-    """``params.json``; the vocabulary of a ``-1`` comes from the embedding's rows, or else from the tokenizer."""
+    """Read ``params.json``; a vocabulary of -1 is taken from the embedding's rows, or else from the tokenizer."""
     facts = JsonFields(path / "params.json")
     facts.expect("use_scaled_rope", False)
     for key in ("quantization_args", "lora_args", "moe_args"):
@@ -81,7 +81,7 @@ def _meta_vocabulary(path: Path, dim: int, shards: list[dict[str, TensorLocation
 
 
 def _meta_positions(path: Path, vocabulary: int, theta: float) -> int:
-    """The context length, which ``params.json`` does not tell: a merge of ours noted it, Meta's models are known."""
+    """The context length, which ``params.json`` does not hold: from the manifest of a merge, or of Meta's models."""
     manifest = manifest_if_readable(path)
     if manifest is not None and manifest.max_position_embeddings is not None:
         return manifest.max_position_embeddings
@@ -91,13 +91,13 @@ def _meta_positions(path: Path, vocabulary: int, theta: float) -> int:
 
 
 def write_params_json(directory: Path, config: LlamaConfig) -> None:
-    """``params.json`` with settings that reproduce the feed-forward width."""
+    """Write ``params.json``, with settings that give the same feed-forward width."""
     with writing(directory / "params.json") as file:
         file.write(dump_json(meta_params(config)))
 
 
 def meta_params(config: LlamaConfig) -> dict[str, Any]:
-    """The configuration in Meta's words, which have neither a feed-forward width nor a head dimension of their own."""
+    """The configuration in Meta's keys, which state neither the feed-forward width nor the head dimension."""
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         raise CheckpointError(
             f"head_dim {config.head_dim} x {config.num_attention_heads} heads is not hidden_size {config.hidden_size}",

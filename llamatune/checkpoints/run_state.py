@@ -1,4 +1,8 @@
-"""What a run needs to continue exactly: trained tensors, optimizer state, and where it stood."""
+"""Checkpoints of a run: trained tensors, optimizer state and ``state.json``, written and read. A format of ours.
+
+``state.json`` holds ``schema``, ``step``, ``position``, ``scaler``, ``metrics_bytes`` (the length of the log), and the
+versions and machine that wrote it. A checkpoint of another schema is not skipped but refused.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +47,7 @@ def save_run_state(
     optimizer: Mapping[str, Tensor],
     progress: Mapping[str, Any],
 ) -> None:
-    """Write one checkpoint durably; ``write_weights`` puts the trained tensors into what it is given."""
+    """Write one checkpoint durably; ``write_weights`` writes the trained tensors into the staging directory."""
     with build_directory(path, "checkpoint", {"step": progress["step"]}, overwrite=True) as staging:
         write_weights(staging)
         write_tensors(staging, _OPTIMIZER, optimizer)
@@ -60,7 +64,7 @@ def read_run_state(path: Path) -> RunState:
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint: ``step``, ``position``, ``scaler``, ``metrics_bytes``, and what wrote it."""
+    """``state.json`` of a checkpoint."""
     progress = read_json(path / PROGRESS)
     if progress.get("schema") != SCHEMA:
         raise OtherVersion(progress.get("schema"), path)
@@ -72,19 +76,19 @@ def read_progress(path: Path) -> dict[str, Any]:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Finished checkpoints of a run, newest step first; the clock has no say."""
+    """Finished checkpoints of a run by step, the newest first."""
     if not directory.is_dir():
         return []
-    found = [(int(match[1]), p) for p in directory.iterdir() if (match := _NAME.fullmatch(p.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    steps = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(steps, reverse=True)]
 
 
 def newest_run_state(directory: Path, on_skip: Callable[[str], None]) -> RunState | None:
-    """The newest checkpoint that verifies; each newer one that does not is told to ``on_skip`` in one line.
+    """The newest checkpoint that verifies; ``on_skip`` gets one line for each newer one that does not.
 
     Raises:
-        EnvironmentFault: none verifies, and one could not be read: to start over would throw it away.
-        OtherVersion: so would it one that another version wrote.
+        EnvironmentFault: none verifies and one could not be read; starting over would lose it.
+        OtherVersion: another version wrote one; starting over would lose it.
     """
     unreadable = None
     for path in list_checkpoints(directory):

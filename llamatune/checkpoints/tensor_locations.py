@@ -24,7 +24,7 @@ _META_SHARD = re.compile(r"consolidated\.(\d{2})\.pth")
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """One tensor, or one shard's part of it, as it lies in ``path``."""
+    """One tensor, or one shard's part of it, as it is stored in ``path``."""
 
     path: Path
     entry: TensorEntry

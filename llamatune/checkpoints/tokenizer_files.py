@@ -1,4 +1,4 @@
-"""The tokenizer that travels with a model's weights. Files are copied as they are; no torch."""
+"""Copies the tokenizer files of a model directory byte for byte. No torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def copy_huggingface_tokenizer(source: Path, directory: Path, on_event: OnEvent 
 
 
 def _complete_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent) -> None:
-    """Meta's directories hold a ``tokenizer.model`` alone; transformers wants to be told what it is."""
+    """Add the ``tokenizer_config.json`` that transformers needs beside Meta's ``tokenizer.model``."""
     try:
         count_tokenizer_pieces(source / SENTENCEPIECE_FILE)
     except CheckpointError:
@@ -59,7 +59,7 @@ def _complete_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent) -
 
 
 def copy_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignore_event) -> None:
-    """Meta's directories hold one ``tokenizer.model``."""
+    """Copy ``tokenizer.model``, the only tokenizer file of a Meta directory."""
     if (source / SENTENCEPIECE_FILE).exists():
         copy_file(source / SENTENCEPIECE_FILE, directory)
     else:

@@ -1,4 +1,8 @@
-"""How many pieces a SentencePiece model has, without the library. No torch."""
+"""The number of pieces in a SentencePiece model. No torch.
+
+Counted in the file and not by the library, whose loader can crash on a malformed model and would need a process of its
+own; a protobuf parser would be one more dependency for one number.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ _LARGEST_TOKENIZER = 64 << 20
 
 
 def count_tokenizer_pieces(path: Path) -> int:
-    """Pieces of a SentencePiece model, counted in its protobuf (field 1 of ModelProto) without loading it."""
+    """The pieces of a SentencePiece model: field 1 of its protobuf message, ModelProto."""
     with open_regular(path, max_bytes=_LARGEST_TOKENIZER) as file:
         data = file.read()
     pieces = position = 0

@@ -1,4 +1,4 @@
-"""Encoded rows on their way to disk: tokens in a temporary file, a few numbers a row in memory."""
+"""Encoded rows before they are written as splits: tokens in a temporary file, 32 bytes a row in memory."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def build_directory(path: Path, kind: str, inputs: dict[str, Any], overwrite: bo
     """Yield an empty staging directory beside ``path``; when the block ends it becomes ``path``, with a manifest.
 
     The order is: files synced, manifest with their digests synced, directory synced, rename, parent synced. If the
-    block raises, nothing of it remains and what stood at ``path`` still stands.
+    block raises, nothing of it remains, and ``path`` is as it was.
     """
     with staged_directory(path, overwrite) as directory:
         product = Staging(directory)
