@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llamatune.checkpoints.adapter import load_adapter
+from llamatune.checkpoints.adapter import WEIGHTS_FILE, load_adapter
 from llamatune.checkpoints.adapter_config import CONFIG_FILE
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.checkpoints.run_state import PROGRESS, list_checkpoints, read_progress
@@ -104,14 +104,14 @@ def _verify_structure(path: Path, on_event: OnEvent) -> Verified:
     on_event(Notice(f"{path}: no manifest, so its structure is checked and not its content", "warning"))
     if (path / CONFIG_FILE).exists():
         adapter = load_adapter(path)
-        stored = {path / CONFIG_FILE, path / "adapter_model.safetensors"}
+        files = {path / CONFIG_FILE, path / WEIGHTS_FILE}
         assert adapter.tensors
         kind = "adapter"
     else:
         checkpoint = open_checkpoint(path)
-        stored = {part.path for name in checkpoint.names for part in checkpoint.parts(name)}
+        files = {part.path for name in checkpoint.names for part in checkpoint.parts(name)}
         kind = "model"
-    return Verified(str(path), kind, "structure", len(stored), sum(file.stat().st_size for file in stored))
+    return Verified(str(path), kind, "structure", len(files), sum(file.stat().st_size for file in files))
 
 
 def _is_run(path: Path) -> bool:
@@ -128,7 +128,9 @@ def _verify_run(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verif
     final = "model" if spec.lora is None else "adapter"
     has_best = (summary or (last or {}).get("position", {})).get("best_step") is not None
     products = [
-        path / name for name, due in ((final, summary is not None), (BEST, has_best)) if due or _is_there(path / name)
+        path / name
+        for name, due in ((final, summary is not None), (BEST, has_best))
+        if due or os.path.lexists(path / name)
     ]
     parts = []
     for part in (*checkpoints, *products):
@@ -140,10 +142,6 @@ def _verify_run(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verif
     if summary is None:
         on_event(Notice(f"{path}: not finished; the command that started it continues it"))
     return _whole(path, "run", parts, steps=steps, finished=summary is not None)
-
-
-def _is_there(path: Path) -> bool:
-    return os.path.lexists(path)
 
 
 def _verify_log(path: Path, last: dict[str, Any] | None, summary: dict[str, Any] | None) -> int:

@@ -151,7 +151,7 @@ def read_metrics(path: Path) -> Metrics:
             fault = CheckpointError(f"not valid JSON: {reason}", f"{path}:{number}", "was it edited?")
             continue
         try:
-            _add(metrics, values, path)
+            _add(metrics, values)
         except ValueError as reason:
             raise CheckpointError(str(reason), f"{path}:{number}", "was it edited?") from None
     metrics.torn = fault is not None
@@ -159,10 +159,22 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Each line's number from 1, its end in the file, and its bytes; one of more than a MiB comes in pieces."""
+    """Each line's number from 1, its end in the file, and its bytes; one of more than a MiB comes in pieces.
+
+    Raises:
+        OtherVersion: the log is of another schema.
+    """
     with open_regular(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+            if number == 1 and line.startswith(b'{"event": "schema"') and (version := _version(line)) != SCHEMA:
+                raise OtherVersion(version, path)
             yield number, file.tell(), line
+
+
+def _version(line: bytes) -> Any:
+    with contextlib.suppress(ValueError):
+        return parse_line(line).get("version")
+    return None
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -173,7 +185,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
     return values
 
 
-def _add(metrics: Metrics, values: Mapping[str, Any], path: Path) -> None:
+def _add(metrics: Metrics, values: Mapping[str, Any]) -> None:
     last_step = metrics.steps[-1].step if metrics.steps else 0
     match values.get("event"):
         case Step.event:
@@ -194,8 +206,6 @@ def _add(metrics: Metrics, values: Mapping[str, Any], path: Path) -> None:
                 raise ValueError("'norms' holds no norm")
             by_layer = {sys.intern(printable(name)): _number(norms, name, whole=False) for name in norms}
             metrics.layer_grad_norms[_number(values, "step", whole=True)] = by_layer
-        case "schema" if values.get("version") != SCHEMA:
-            raise OtherVersion(values.get("version"), path)
 
 
 def _checked(kind: type[_Flat], values: Mapping[str, Any]) -> _Flat:
