@@ -15,13 +15,13 @@ from typing import Any, Literal
 from llamatune.checkpoints.adapter import WEIGHTS_FILE, load_adapter
 from llamatune.checkpoints.adapter_config import CONFIG_FILE
 from llamatune.checkpoints.loading import open_checkpoint
-from llamatune.checkpoints.run_state import PROGRESS, list_checkpoints, read_progress
 from llamatune.durable_writing import STAGING
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError, Stopped
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, has_manifest, unlisted_files, verify_product
 from llamatune.formats.metrics import LONGEST_LINE, Step, parse_line, read_lines
 from llamatune.formats.safetensors import read_header
+from llamatune.formats.state_json import STATE, list_checkpoints, read_progress
 from llamatune.spec import load_spec
 from llamatune.strict_json import read_json
 from llamatune.training.run_files import BEST, CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
@@ -99,7 +99,7 @@ def _verify_content(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> V
 
 
 def _verify_structure(path: Path, on_event: OnEvent) -> Verified:
-    if (path / PROGRESS).exists():
+    if (path / STATE).exists():
         raise CheckpointError("a checkpoint of a run without its manifest", path / MANIFEST, "remove the checkpoint")
     on_event(Notice(f"{path}: no manifest, so its structure is checked and not its content", "warning"))
     if (path / CONFIG_FILE).exists():

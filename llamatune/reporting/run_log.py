@@ -13,6 +13,7 @@ from typing import Any
 from llamatune.errors import CheckpointError, LlamatuneError, SpecError, printable
 from llamatune.formats.metrics import Metrics, read_metrics
 from llamatune.formats.prepared import read_prepared_manifest
+from llamatune.formats.state_json import list_checkpoints, read_progress
 from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec, load_spec
 from llamatune.strict_json import parse_json, read_json
@@ -144,13 +145,10 @@ def _spec_changes(origin: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _versions(path: Path) -> dict[str, str]:
-    """Versions that the newest checkpoint remembers."""
-    states = [state for state in path.glob(f"{CHECKPOINTS}/step-*/state.json") if state.parent.name[5:].isdigit()]
-    if not states:
-        return {}
+    """The versions in the newest checkpoint."""
     try:
-        state = read_json(max(states, key=lambda state: int(state.parent.name[5:])))
-    except (LlamatuneError, ValueError):  # int() refuses thousands of digits
+        state = read_progress(list_checkpoints(path / CHECKPOINTS)[0])
+    except (LlamatuneError, IndexError):
         return {}
     return {key: printable(state[key]) for key in ("llamatune", "torch") if isinstance(state.get(key), str)}
 

@@ -12,11 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from llamatune import __version__
-from llamatune.checkpoints.run_state import (
-    checkpoint_path,
-    newest_run_state,
-    save_run_state,
-)
+from llamatune.checkpoints.run_state import newest_run_state, save_run_state
 from llamatune.errors import CheckpointError, NumericsError, Stopped
 from llamatune.events import (
     CheckpointSaved,
@@ -28,6 +24,7 @@ from llamatune.events import (
     StepSkipped,
 )
 from llamatune.formats.metrics import Evaluation, LayerGradNorms, Skipped, Step, read_metrics, record_of
+from llamatune.formats.state_json import checkpoint_path
 from llamatune.spec import RunSpec
 from llamatune.training.memory import peak_memory_bytes, peak_reserved_bytes
 from llamatune.training.optimizer import learning_rate_at

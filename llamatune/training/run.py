@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llamatune.checkpoints.run_state import list_checkpoints
 from llamatune.devices import capability_of, memory_faults
 from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.formats.state_json import list_checkpoints
 from llamatune.free_memory import held_host_bytes
 from llamatune.memory.outlook import outlook
 from llamatune.memory.remedies import after_running_out

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llamatune.checkpoints.run_state import list_checkpoints
 from llamatune.durable_writing import (
     STAGING,
     disk_faults,
@@ -22,6 +21,7 @@ from llamatune.durable_writing import (
 )
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError
 from llamatune.formats.metrics import MetricsLog
+from llamatune.formats.state_json import list_checkpoints
 from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec, TrackingSection, load_spec
 from llamatune.strict_json import dump_json, read_json

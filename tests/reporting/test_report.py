@@ -296,7 +296,8 @@ def hostile_runs(folder: Path) -> list[Path]:
     (one / "origin.json").write_text(json.dumps({"spec_changes": [change, "<b>"]}))
     state = one / "checkpoints" / "step-000003" / "state.json"
     state.parent.mkdir(parents=True)
-    state.write_text(json.dumps({"torch": HOSTILE, "llamatune": 3}))
+    progress = {"schema": 1, "step": 3, "metrics_bytes": 0, "position": {}, "scaler": {}}
+    state.write_text(json.dumps({**progress, "torch": HOSTILE, "llamatune": 3}))
     (folder / "generations.jsonl").write_text(
         json.dumps({"prompt": HOSTILE, "completion": HOSTILE, "base_completion": None}) + "\n"
     )
