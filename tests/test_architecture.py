@@ -21,7 +21,10 @@ FLOORS = [
     {"model"},
     {"memory"},
     {"spec"},
-    {"devices", "threads", "formats", "seeds", "strict_yaml", "versions", "units"},
+    {"spec_types"},
+    {
+        *("devices", "torch_build", "out_of_memory", "threads", "formats", "seeds", "strict_yaml", "versions", "units"),
+    },
     {"free_memory", "ranks", "strict_json"},
     {"durable_writing", "safe_reading", "paths"},
     {"shapes"},

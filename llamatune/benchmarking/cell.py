@@ -85,7 +85,7 @@ def _ask(child: subprocess.Popen[bytes], request: bytes, should_stop: ShouldStop
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Do what is asked, in this process; every fault that has a name is an answer too."""
     from llamatune.benchmarking.measure import Task, measure
-    from llamatune.training.setup import open_inputs
+    from llamatune.training.inputs import open_inputs
 
     task = Task(
         build_spec(parse_yaml(request["spec"], "the cell's spec"), "the cell's spec"),

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from llamatune.benchmarking.step_meter import StorageMeter
 from llamatune.errors import OutOfMemory
-from llamatune.training.memory_gate import StorageMeter
-from llamatune.training.setup import Learner
+from llamatune.training.learner import Learner
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "casts", "temporary")
 """Each storage is in one of them, decided by its whole life.

@@ -111,16 +111,16 @@ class MetricsLog:
             return self._file.tell()
 
     def cut(self, length: int) -> None:
-        """Drop the lines after the first ``length`` bytes: they are from after the checkpoint that is resumed."""
+        """Cut the log to its length at the checkpoint that the run resumes from."""
         if length > self._file.tell():
-            what = "shorter than its last checkpoint remembers"
+            what = "shorter than its last checkpoint says"
             raise CheckpointError(what, self.path, "was it edited? start again elsewhere")
         with disk_faults(self.path):
             self._file.truncate(length)
             self._file.seek(length)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a line that could not be written has raised before
+        with contextlib.suppress(OSError):  # a failed write has already raised
             self._file.close()
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.data.prompts import TEMPLATES, Template
 from llamatune.data.tokenizer import Tokenizer
-from llamatune.devices import memory_faults
 from llamatune.errors import DataError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.answer_log import AnswerLog, open_answer_log
@@ -21,6 +20,7 @@ from llamatune.inference.gsm8k import Question, choose_examples, extract_answer,
 from llamatune.inference.opened import OpenedModel
 from llamatune.inference.sampling import Sampling
 from llamatune.inference.significance import Accuracy, exact_mcnemar
+from llamatune.out_of_memory import memory_faults
 from llamatune.safe_reading import digest_file
 from llamatune.threads import suitable_threads
 

@@ -22,7 +22,7 @@ def with_rows(run: Run, diagnosis: Diagnosis) -> Diagnosis:
         return diagnosis
     from llamatune.data.dataset import open_prepared
     from llamatune.training.order import Windows
-    from llamatune.training.setup import plan_schedule
+    from llamatune.training.schedule import plan_schedule
 
     try:
         train = open_prepared(Path(run.spec.data.train)).train
