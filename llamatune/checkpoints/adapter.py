@@ -117,7 +117,7 @@ def check_adapter(
     if fingerprint is None:
         return
     if adapter.base_fingerprint is None:
-        on_event(Notice(f"{where}: it does not name the base it was trained on; make sure it is this one", "warning"))
+        on_event(Notice(f"{where}: it does not say which base it was trained on; make sure it is this one", "warning"))
     elif adapter.base_fingerprint != fingerprint:
         if not force_base:
             named = f" ({adapter.base_path})" if adapter.base_path else ""
