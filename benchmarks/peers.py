@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamatune.checkpoints.config_files import read_config
+from llamatune.checkpoints.model_directory import read_config
 from llamatune.shapes.config import LlamaConfig, linear_path
 
 PACKAGES = {"trainer": "peft", "torchtune": "torchtune.models.llama2", "litgpt": "litgpt.lora", "unsloth": "unsloth"}

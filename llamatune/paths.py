@@ -1,4 +1,4 @@
-"""Paths as users write them."""
+"""Expands ``~`` in a path that a user wrote."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from llamatune.errors import SpecError
-from llamatune.files import read_bytes
+from llamatune.safe_reading import read_bytes
 
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)?")
 

@@ -1,7 +1,7 @@
-"""Whether a directory holds what its manifest says, byte for byte: what ``llamatune verify`` does.
+"""``llamatune verify``: a directory against its manifest, byte for byte, and a run's log against its checkpoints.
 
-What has no manifest (a model from elsewhere, PEFT's own adapter) is checked for its structure: headers against sizes,
-index against shards, tensors against the configuration.
+A directory without a manifest (a model from elsewhere, PEFT's own adapter) is checked for its structure: headers
+against sizes, index against shards, tensors against the configuration.
 """
 
 from __future__ import annotations
@@ -12,32 +12,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llamatune.checkpoints.adapter import load_adapter
+from llamatune.checkpoints.adapter import WEIGHTS_FILE, load_adapter
 from llamatune.checkpoints.adapter_config import CONFIG_FILE
 from llamatune.checkpoints.loading import open_checkpoint
-from llamatune.checkpoints.run_state import PROGRESS, list_checkpoints, read_progress
+from llamatune.durable_writing import STAGING
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError, Stopped
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
-from llamatune.files import MANIFEST, STAGING, open_regular, parse_json, read_json
-from llamatune.manifests import has_manifest, unlisted_files, verify_product
+from llamatune.formats.manifest import MANIFEST, has_manifest, unlisted_files, verify_product
+from llamatune.formats.metrics import LONGEST_LINE, Step, parse_line, read_lines
+from llamatune.formats.safetensors import read_header
+from llamatune.formats.state_json import STATE, list_checkpoints, read_progress
 from llamatune.spec import load_spec
-from llamatune.tensor_files import read_header
+from llamatune.strict_json import read_json
 from llamatune.training.run_files import BEST, CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK
 
 _READ_BY_NAME = re.compile(
     r".*\.(safetensors|pth|bin|index\.json)|(adapter_|generation_)?config\.json|params\.json|state\.json"
 )
-"""Names that a reader of models, adapters or checkpoints looks for, whether a manifest lists them or not."""
-_LONGEST_LINE = 1 << 20
+"""Names that readers of models, adapters and checkpoints open even if no manifest lists them."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in order. ``checked`` is ``content`` where there was a manifest, else ``structure``.
+    """A directory without faults. ``checked`` is ``content`` where there was a manifest, else ``structure``.
 
-    ``unlisted`` are files of others, which no reader of ours looks at. A run or a cache is made of ``parts``; ``steps``
-    are those that a run's log tells of, ``finished`` whether it came to its end.
+    ``unlisted`` are files that are not in the manifest and that no reader of ours opens. A run or a cache has
+    ``parts``; ``steps`` counts the steps in a run's log.
     """
 
     path: str
@@ -73,7 +74,7 @@ def verify(path: Path, on_event: OnEvent = ignore_event, should_stop: ShouldStop
         return _verify_structure(path, on_event)
     except (CheckpointError, EnvironmentFault, Stopped):
         raise
-    except LlamatuneError as fault:  # what is a mistake of usage elsewhere is a broken file here
+    except LlamatuneError as fault:  # such as a SpecError: elsewhere a usage error, here a broken file
         raise CheckpointError(fault.what, fault.where, fault.todo) from None
 
 
@@ -98,19 +99,19 @@ def _verify_content(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> V
 
 
 def _verify_structure(path: Path, on_event: OnEvent) -> Verified:
-    if (path / PROGRESS).exists():
+    if (path / STATE).exists():
         raise CheckpointError("a checkpoint of a run without its manifest", path / MANIFEST, "remove the checkpoint")
     on_event(Notice(f"{path}: no manifest, so its structure is checked and not its content", "warning"))
     if (path / CONFIG_FILE).exists():
         adapter = load_adapter(path)
-        stored = {path / CONFIG_FILE, path / "adapter_model.safetensors"}
+        files = {path / CONFIG_FILE, path / WEIGHTS_FILE}
         assert adapter.tensors
         kind = "adapter"
     else:
         checkpoint = open_checkpoint(path)
-        stored = {part.path for name in checkpoint.names for part in checkpoint.parts(name)}
+        files = {part.path for name in checkpoint.names for part in checkpoint.parts(name)}
         kind = "model"
-    return Verified(str(path), kind, "structure", len(stored), sum(file.stat().st_size for file in stored))
+    return Verified(str(path), kind, "structure", len(files), sum(file.stat().st_size for file in files))
 
 
 def _is_run(path: Path) -> bool:
@@ -127,7 +128,9 @@ def _verify_run(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verif
     final = "model" if spec.lora is None else "adapter"
     has_best = (summary or (last or {}).get("position", {})).get("best_step") is not None
     products = [
-        path / name for name, due in ((final, summary is not None), (BEST, has_best)) if due or _is_there(path / name)
+        path / name
+        for name, due in ((final, summary is not None), (BEST, has_best))
+        if due or os.path.lexists(path / name)
     ]
     parts = []
     for part in (*checkpoints, *products):
@@ -135,46 +138,39 @@ def _verify_run(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verif
             parts.append(_verify_content(part, on_event, should_stop))
         except CheckpointError:
             if part in products or part.exists():
-                raise  # else it was pruned by the run, which is going on
+                raise  # else the run, which is still going on, has pruned it
     if summary is None:
         on_event(Notice(f"{path}: not finished; the command that started it continues it"))
     return _whole(path, "run", parts, steps=steps, finished=summary is not None)
 
 
-def _is_there(path: Path) -> bool:
-    return os.path.lexists(path)
-
-
 def _verify_log(path: Path, last: dict[str, Any] | None, summary: dict[str, Any] | None) -> int:
-    """The steps that a run's log tells of: each once and in order, as many as checkpoint and summary say.
+    """The number of steps in a run's log: each once and in order, as many as checkpoint and summary say.
 
-    Only beyond the last checkpoint of a run that is not finished may the last line be torn: it is cut when the run
-    goes on.
+    The last line may be torn only after the last checkpoint of a run that is not finished: it is cut when the run
+    continues.
     """
     synced, step, at_checkpoint = 0 if last is None else last["metrics_bytes"], 0, 0
-    with open_regular(path) as file:
-        size = file.seek(0, 2)
-        if size < synced:
-            raise CheckpointError(f"{size:,} bytes where the last checkpoint remembers {synced:,}", path)
-        file.seek(0)
-        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
-            torn = not line.endswith(b"\n")
-            if torn and summary is None and file.tell() > synced and len(line) < _LONGEST_LINE:
-                break
-            try:
-                entry = parse_json(line)
-                if torn or not isinstance(entry, dict):
-                    raise ValueError("no line of its own" if torn else "not an object")
-            except ValueError as fault:
-                raise CheckpointError(f"not a line of strict JSON: {fault}", f"{path}:{number}") from None
-            if entry.get("event") == "step":
-                step += 1
-                if entry.get("step") != step:
-                    raise CheckpointError(f"step {entry.get('step')} where {step} should be", f"{path}:{number}")
-            if file.tell() <= synced:
-                at_checkpoint = step
-    for where, told, wanted in (("checkpoint", at_checkpoint, last), ("summary", step, summary)):
-        counted = None if wanted is None else wanted.get("step" if where == "checkpoint" else "steps")
-        if wanted is not None and told != counted:
-            raise CheckpointError(f"tells of {told} steps where the {where} has {counted}", path)
+    end = 0
+    for number, end, line in read_lines(path):
+        torn = not line.endswith(b"\n") and len(line) < LONGEST_LINE
+        if torn and summary is None and end > synced:
+            break
+        try:
+            entry = parse_line(line)
+        except ValueError as fault:
+            raise CheckpointError(f"not a line of strict JSON: {fault}", f"{path}:{number}") from None
+        if entry.get("event") == Step.event:
+            step += 1
+            if entry.get("step") != step:
+                raise CheckpointError(f"step {entry.get('step')} where {step} should be", f"{path}:{number}")
+        if end <= synced:
+            at_checkpoint = step
+    if end < synced:
+        raise CheckpointError(f"{end:,} bytes where the last checkpoint remembers {synced:,}", path)
+    for where, logged, state, key in (
+        ("checkpoint", at_checkpoint, last, "step"), ("summary", step, summary, "steps"),
+    ):  # fmt: skip
+        if state is not None and logged != state.get(key):
+            raise CheckpointError(f"holds {logged} steps where the {where} has {state.get(key)}", path)
     return step

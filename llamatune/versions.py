@@ -1,15 +1,15 @@
-"""The oldest release of a package that we run on, enforced where it is used: installers can be overruled."""
+"""Required versions of torch and sentencepiece, checked at run time as well: an installer can be overruled."""
 
 from __future__ import annotations
 
 from llamatune.errors import EnvironmentFault
 
 OLDEST = {"torch": "2.10", "sentencepiece": "0.2.3"}
-"""Earlier ones have holes in loading (torch) or crash on malformed models (sentencepiece); as in ``pyproject.toml``."""
+"""Older torch loads files unsafely; older sentencepiece crashes on malformed models. As in ``pyproject.toml``."""
 
 
 def require_version(package: str, found: str) -> None:
-    """Raise ``EnvironmentFault`` if version ``found`` of ``package`` is older than we run on."""
+    """Raise ``EnvironmentFault`` if version ``found`` of ``package`` is older than the required one."""
     oldest = OLDEST[package]
     if _numbers(found) < _numbers(oldest):
         raise EnvironmentFault(

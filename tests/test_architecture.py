@@ -23,11 +23,10 @@ FLOORS = [
     {"spec", "options"},
     {"spec_types"},
     {
-        *("devices", "torch_build", "out_of_memory", "threads", "tensor_files", "seeds", "strict_yaml", "versions"),
-        *("journal", "units", "manifests"),
+        *("devices", "torch_build", "out_of_memory", "threads", "formats", "seeds", "strict_yaml", "versions", "units"),
     },
-    {"free_memory", "ranks"},
-    {"files", "paths"},
+    {"free_memory", "ranks", "strict_json"},
+    {"durable_writing", "safe_reading", "paths"},
     {"shapes"},
     {"errors", "events"},
 ]

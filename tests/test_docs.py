@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from readme_job import README, ROOT, blocks, commands, make_workplace, run_quietly
 
-from llamatune.checkpoints.config_files import read_config
+from llamatune.checkpoints.model_directory import read_config
 from llamatune.shapes.counts import count_parameters
 from llamatune.spec import build_spec, load_spec
 from llamatune.strict_yaml import parse_yaml

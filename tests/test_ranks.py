@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from run_tools import spec_values
 
-from llamatune.cli import _CORE, _OTHERS
+from llamatune.cli import VERBS as ALL_VERBS
 from llamatune.errors import EnvironmentFault
 from llamatune.ranks import refuse_ranks
 
@@ -79,11 +80,11 @@ def test_every_verb_refuses_before_it_looks_at_anything(
 
 
 def test_no_verb_is_left_out() -> None:
-    assert {arguments[0] for arguments in VERBS} == _CORE.keys() | _OTHERS.keys()
+    assert {arguments[0] for arguments in VERBS} == {*itertools.chain(*ALL_VERBS.values())}
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--version"], ["--help"], [], *([verb, "--help"] for verb in (*_CORE, *_OTHERS))]
+    "arguments", [["--version"], ["--help"], [], *([verb, "--help"] for verb in itertools.chain(*ALL_VERBS.values()))]
 )
 def test_help_and_version_are_for_every_process(
     command: Command, launched: Callable[..., None], arguments: list[str]

@@ -16,10 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamatune.durable_writing import write_atomic
 from llamatune.errors import LlamatuneError, OutOfMemory, Stopped
 from llamatune.events import ShouldStop, ignore_event
-from llamatune.files import dump_json, parse_json, read_json, write_atomic
 from llamatune.spec import build_spec
+from llamatune.strict_json import dump_json, parse_json, read_json
 from llamatune.strict_yaml import parse_yaml
 
 if TYPE_CHECKING:

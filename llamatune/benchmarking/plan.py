@@ -14,8 +14,8 @@ from llamatune.benchmarking.measure import Task
 from llamatune.devices import find_device
 from llamatune.errors import LlamatuneError
 from llamatune.events import Notice, OnEvent
-from llamatune.files import digest_bytes
 from llamatune.options.training import BenchmarkOptions
+from llamatune.safe_reading import digest_bytes
 from llamatune.spec import RunSpec, load_spec, refuse_twice
 from llamatune.strict_yaml import read_yaml
 from llamatune.threads import threads_for

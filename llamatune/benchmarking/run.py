@@ -23,10 +23,11 @@ from llamatune.benchmarking.tables import (
     results_csv,
     word_for,
 )
+from llamatune.durable_writing import probe_writable, refuse_occupied, write_atomic
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.files import dump_json, probe_writable, read_json, refuse_occupied, write_atomic
 from llamatune.options.training import BenchmarkOptions
+from llamatune.strict_json import dump_json, read_json
 from llamatune.training.run_directory import is_ours, move_aside, write_if_changed
 from llamatune.training.run_lock import run_lock
 

@@ -1,1 +1,1 @@
-"""What is on disk: the only rooms that know a file format."""
+"""Models, adapters and run states on disk: Hugging Face, Meta and PEFT directories; loading and merging."""

@@ -1,8 +1,8 @@
 """LoRA adapters as PEFT directories: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-PEFT itself loads an adapter whose configuration lost ``lora_alpha`` or lists other modules than its file, and computes
-something else without a word. Here the configuration is a closed schema, and the file must hold exactly what it says.
-Our own facts (fingerprint of the base, template) stand in the manifest beside them, which PEFT ignores.
+The configuration is a closed schema, and the file must hold exactly the tensors that it describes: PEFT itself loads an
+adapter without ``lora_alpha``, or with other modules than its file, and silently computes something else. Our own facts
+(fingerprint of the base, template) are in the manifest beside them, which PEFT ignores.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from typing import Any
 import torch
 
 from llamatune.checkpoints.adapter_config import CONFIG_FILE, dump_config, read_adapter_config
-from llamatune.checkpoints.checkpoint import TORCH_DTYPES, read_into, refuse_unfit
-from llamatune.checkpoints.tensors import is_finite, write_tensors
+from llamatune.checkpoints.checkpoint import read_into, refuse_unfit
+from llamatune.checkpoints.tensor_bytes import is_finite, write_tensors
+from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
-from llamatune.files import MANIFEST, Staging, build_directory, digest_file, dump_json, read_json, writing
+from llamatune.formats.manifest import MANIFEST, Staging, build_directory, find_manifest
+from llamatune.formats.safetensors import read_header
+from llamatune.model.torch_dtypes import STORED_WEIGHTS
+from llamatune.safe_reading import digest_file
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
 from llamatune.shapes.config import LlamaConfig
-from llamatune.tensor_files import read_header
+from llamatune.strict_json import dump_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -29,7 +33,7 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Adapter:
-    """A low-rank update and where it belongs.
+    """The tensors of an adapter, its configuration and its base.
 
     ``tensors`` are named like ``model.layers.0.self_attn.q_proj.lora_A.weight``: A (R, in), B (out, R), fp32.
     ``base_path`` is the base as the user named it, ``digest`` the SHA-256 of the file it was loaded from.
@@ -54,8 +58,8 @@ def load_adapter(path: Path) -> Adapter:
     """Read a PEFT adapter directory, ours or PEFT's own, into fp32 on the CPU. It is not yet checked against a base.
 
     Raises:
-        CheckpointError: no adapter, a configuration that means something else than plain LoRA, a pickle, a broken or
-            changed file, NaN or infinity.
+        CheckpointError: no adapter, a configuration that is not plain LoRA, a pickle, a broken or changed file, NaN or
+            infinity.
     """
     path = Path(path)
     config, base_path = read_adapter_config(path)
@@ -66,13 +70,18 @@ def load_adapter(path: Path) -> Adapter:
             "save the adapter as safetensors (PEFT: save_pretrained(..., safe_serialization=True))",
         )  # fmt: skip
     entries, _ = read_header(file)
-    digest = digest_file(file)
-    fingerprint, template = _read_facts(path, digest)
+    digest, manifest = digest_file(file), find_manifest(path)  # PEFT's own adapters have no manifest
+    if manifest is not None and manifest.files.get(WEIGHTS_FILE, (0, digest))[1] != digest:
+        raise CheckpointError(
+            "differs from what its manifest recorded", file,
+            f"fetch it again, or remove {MANIFEST} if you changed it yourself",
+        )  # fmt: skip
+    fingerprint, template = (manifest.base_fingerprint, manifest.template) if manifest else (None, None)
     tensors = {}
     for stored, entry in entries.items():
-        if entry.dtype not in TORCH_DTYPES:
+        if entry.dtype not in STORED_WEIGHTS:
             raise CheckpointError(f"{stored} is {entry.dtype}, not a float tensor", file, "fetch it again")
-        tensor = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        tensor = torch.empty(entry.shape, dtype=STORED_WEIGHTS[entry.dtype])
         read_into(file, entry.begin, tensor)
         if not is_finite(tensor):
             raise CheckpointError(f"{stored} holds NaN or infinity", file, "the training that wrote it had diverged")
@@ -87,7 +96,7 @@ def check_adapter(
     force_base: bool = False,
     on_event: OnEvent = ignore_event,
 ) -> None:
-    """Make sure that the adapter belongs to the base: every tensor in its shape, none more, and the same fingerprint.
+    """Check that the adapter belongs to the base: exactly the expected tensors and shapes, and the same fingerprint.
 
     Args:
         fingerprint: the base's; None where there are no weights to compare with.
@@ -134,23 +143,3 @@ def write_adapter_files(staging: Staging, adapter: Adapter) -> None:
         file.write(dump_json(dump_config(adapter.config, adapter.base_path)))
     tensors = {f"{_PREFIX}{name}": adapter.tensors[name].detach().float() for name in sorted(adapter.tensors)}
     write_tensors(staging, WEIGHTS_FILE, tensors)
-
-
-def _read_facts(path: Path, digest: str) -> tuple[str | None, dict[str, Any] | None]:
-    """Fingerprint of the base and template from our manifest; PEFT's own adapters have none."""
-    if not (path / MANIFEST).exists():
-        return None, None
-    manifest = read_json(path / MANIFEST, max_bytes=16 << 20)
-    facts, files = manifest.get("facts"), manifest.get("files")
-    recorded = files.get(WEIGHTS_FILE) if isinstance(files, dict) else None
-    if isinstance(recorded, dict) and recorded.get("sha256") != digest:
-        raise CheckpointError(
-            "differs from what its manifest recorded", path / WEIGHTS_FILE,
-            f"fetch it again, or remove {MANIFEST} if you changed it yourself",
-        )  # fmt: skip
-    if not isinstance(facts, dict):
-        return None, None
-    fingerprint, template = facts.get("base_fingerprint"), facts.get("template")
-    if not isinstance(fingerprint, str | None) or not isinstance(template, dict | None):
-        raise CheckpointError("base_fingerprint or template is malformed", path / MANIFEST, "fetch it again")
-    return fingerprint, template

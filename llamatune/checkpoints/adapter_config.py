@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.errors import CheckpointError
-from llamatune.files import read_json
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES
+from llamatune.strict_json import read_json
 
 CONFIG_FILE = "adapter_config.json"
 _PEFT_VERSION = "0.17.0"
-"""The oldest release whose every key we write; readers compare it with their own."""
+"""The oldest release that has every key that we write; readers compare it with their own."""
 _READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights", "bias")
 _WITHOUT_EFFECT = (
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "peft_version", "inference_mode",

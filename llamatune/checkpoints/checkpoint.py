@@ -1,34 +1,34 @@
-"""A model checkpoint as its readers see it: Hugging Face names and layout, one tensor at a time."""
+"""``Checkpoint``: a model on disk, read and written tensor by tensor under Hugging Face's names and in its layout."""
 
 from __future__ import annotations
 
 import math
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from llamatune.checkpoints.config_files import Format
-from llamatune.checkpoints.stored import Stored, listed
-from llamatune.checkpoints.tensors import tensor_bytes
+from llamatune.checkpoints.model_directory import Format
+from llamatune.checkpoints.tensor_bytes import tensor_bytes
+from llamatune.checkpoints.tensor_locations import TensorLocation, listed
 from llamatune.errors import CheckpointError, EnvironmentFault
-from llamatune.files import open_regular
+from llamatune.events import OnEvent
+from llamatune.formats.manifest import Staging
+from llamatune.model.torch_dtypes import STORED_WEIGHTS
+from llamatune.safe_reading import open_regular
 from llamatune.shapes.config import LlamaConfig
 
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-STORED_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What ``--dtype`` and ``model.dtype`` call them."""
 _PORTION_BYTES = 16 << 20
 """What is read at once of a tensor that is not one run of bytes."""
 
 
 class Checkpoint(ABC):
-    """A checked checkpoint: every tensor of ``config`` is there, in its shape, and nothing else is.
+    """A checked model directory: every tensor of ``config`` is there, in its shape, and nothing else is.
 
-    ``names`` are those of ``config.parameter_shapes()``, in that order.
+    A format is a subclass, which reads it, and a function beside it that writes a new directory (``write_huggingface``,
+    ``write_meta``). ``names`` are those of ``config.parameter_shapes()``, in that order.
     """
 
     format: Format
@@ -44,12 +44,12 @@ class Checkpoint(ABC):
         return tuple(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The whole tensor's shape, whatever its shards hold."""
+        """The shape of the whole tensor, of which a shard may hold a part."""
         return self._shapes[name]
 
     @abstractmethod
-    def parts(self, name: str) -> Sequence[Stored]:
-        """Where the tensor lies: one part, or one for each of Meta's shards."""
+    def parts(self, name: str) -> Sequence[TensorLocation]:
+        """Where the tensor is stored: one part, or one for each of Meta's shards."""
 
     @abstractmethod
     def tensor(self, name: str, mapped: bool = False) -> torch.Tensor:
@@ -59,51 +59,60 @@ class Checkpoint(ABC):
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
         """Some rows of a matrix, (len(rows), in), or elements of a vector, without reading the others."""
 
+    @abstractmethod
+    def write_copy(
+        self, staging: Staging, tensor_of: Callable[[str], torch.Tensor], dtype: torch.dtype | None, on_event: OnEvent
+    ) -> None:
+        """Write the model again with other tensors, in its own layout and with its own configuration and tokenizer.
+
+        ``tensor_of`` gives each weight once; ``dtype`` is what all are cast to, None: each as it is stored.
+        """
+
     def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
-        return TORCH_DTYPES[self.parts(name)[0].dtype]
+        """As location."""
+        return STORED_WEIGHTS[self.parts(name)[0].dtype]
 
     def stored_bytes(self) -> int:
         """The size of all tensors on disk."""
         parts = (part for name in self.names for part in self.parts(name))
-        return sum(math.prod(part.shape) * TORCH_DTYPES[part.dtype].itemsize for part in parts)
+        return sum(math.prod(part.shape) * STORED_WEIGHTS[part.dtype].itemsize for part in parts)
 
-    def _read(self, stored: Stored, mapped: bool = False) -> torch.Tensor:
-        dtype, entry = TORCH_DTYPES[stored.dtype], stored.entry
-        if mapped and stored.strides is None and entry.begin % dtype.itemsize == 0:
+    def _read(self, location: TensorLocation, mapped: bool = False) -> torch.Tensor:
+        dtype, entry = STORED_WEIGHTS[location.dtype], location.entry
+        if mapped and location.strides is None and entry.begin % dtype.itemsize == 0:
             # A private copy-on-write mapping: the file can never change through it.
             return torch.frombuffer(
-                self._map(stored.path), dtype=dtype, count=(entry.end - entry.begin) // dtype.itemsize,
+                self._map(location.path), dtype=dtype, count=(entry.end - entry.begin) // dtype.itemsize,
                 offset=entry.begin,
             ).view(entry.shape)  # fmt: skip
         tensor = torch.empty(entry.shape, dtype=dtype)
-        self._fill(tensor, stored)
+        self._fill(tensor, location)
         return tensor
 
-    def _fill(self, into: torch.Tensor, stored: Stored) -> None:
+    def _fill(self, into: torch.Tensor, location: TensorLocation) -> None:
         """Read into a CPU tensor of any layout; what is not one run of bytes on both sides comes in portions."""
-        if stored.strides is None and into.is_contiguous():
-            read_into(stored.path, stored.entry.begin, into)
+        if location.strides is None and into.is_contiguous():
+            read_into(location.path, location.entry.begin, into)
             return
-        shape = stored.shape
-        strides = stored.strides or torch.empty(shape, device="meta").stride()
-        # Along the widest stride, what lies between two portions is theirs alone, and nothing is read twice.
+        shape = location.shape
+        strides = location.strides or torch.empty(shape, device="meta").stride()
+        # Portions along the widest stride do not overlap in the file, so nothing is read twice.
         wide = max(range(len(shape)), key=lambda i: (shape[i] > 1, strides[i]))
         slice_extent = 1 + sum((n - 1) * s for i, (n, s) in enumerate(zip(shape, strides, strict=True)) if i != wide)
         at_once = max(1, _PORTION_BYTES // into.itemsize // strides[wide])
         for first in range(0, shape[wide], at_once):
             count = min(at_once, shape[wide] - first)
-            held = torch.empty((count - 1) * strides[wide] + slice_extent, dtype=into.dtype)
-            read_into(stored.path, stored.entry.begin + first * strides[wide] * into.itemsize, held)
-            view = held.as_strided([count if i == wide else n for i, n in enumerate(shape)], strides)
+            portion = torch.empty((count - 1) * strides[wide] + slice_extent, dtype=into.dtype)
+            read_into(location.path, location.entry.begin + first * strides[wide] * into.itemsize, portion)
+            view = portion.as_strided([count if i == wide else n for i, n in enumerate(shape)], strides)
             into.narrow(wide, first, count).copy_(view)
 
-    def _read_rows(self, stored: Stored, rows: Sequence[int]) -> torch.Tensor:
-        if not stored.rows_are_whole:
-            return self._read(stored)[list(rows)]
-        dtype = TORCH_DTYPES[stored.dtype]
-        data = bytearray(stored.row_bytes(rows))
-        return torch.frombuffer(data, dtype=dtype).view(-1, *stored.shape[1:])
+    def _read_rows(self, location: TensorLocation, rows: Sequence[int]) -> torch.Tensor:
+        if not location.rows_are_whole:
+            return self._read(location)[list(rows)]
+        dtype = STORED_WEIGHTS[location.dtype]
+        data = bytearray(location.row_bytes(rows))
+        return torch.frombuffer(data, dtype=dtype).view(-1, *location.shape[1:])
 
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
@@ -113,7 +122,7 @@ class Checkpoint(ABC):
 
 
 def read_into(path: Path, begin: int, tensor: torch.Tensor) -> None:
-    """Fill a contiguous CPU tensor with the bytes of ``path`` from ``begin`` on."""
+    """Fill a contiguous CPU tensor with the bytes of ``path`` from ``begin``."""
     view = tensor_bytes(tensor)
     with open_regular(path) as file:
         try:
@@ -143,7 +152,7 @@ def refuse_unfit(
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
-    foreign = [f"{name} {dtype}" for name, dtype in (dtypes or {}).items() if dtype not in TORCH_DTYPES]
+    foreign = [f"{name} {dtype}" for name, dtype in (dtypes or {}).items() if dtype not in STORED_WEIGHTS]
     faults = [
         f"{what}: {listed(names)}"
         for what, names in (

@@ -1,4 +1,4 @@
-"""A digest that tells models apart and copies of one model not."""
+"""The fingerprint of a model: a digest that is equal for copies of the same weights in either format."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import json
 import torch
 
 from llamatune.checkpoints.checkpoint import Checkpoint
-from llamatune.checkpoints.tensors import tensor_bytes
+from llamatune.checkpoints.tensor_bytes import tensor_bytes
 
 _SAMPLED_ROWS = 16
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 over names, shapes and 16 evenly spread rows of every tensor (elements of
-    a vector), in Hugging Face's names and order.
+    """SHA-256 over names, shapes and 16 evenly spread rows of every tensor (elements of a vector).
 
-    Rows are taken as float32 values, so the copies in Meta's and Hugging Face's format, and a lossless widening, agree.
+    Names and order are Hugging Face's, rows are float32 values: copies in either format, or in a wider dtype, agree.
     The head is always part of it: the embedding when tied. Reads a few hundred kilobytes to a few tens of megabytes.
     """
     digest = hashlib.sha256()

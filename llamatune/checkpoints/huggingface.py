@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from llamatune.checkpoints.checkpoint import STORED_DTYPES, Checkpoint, refuse_unfit
-from llamatune.checkpoints.config_files import HF_HEAD, Format, huggingface_config, rope_facts
-from llamatune.checkpoints.stored import INDEX_FILE, SINGLE_FILE, Stored, stored_huggingface
-from llamatune.checkpoints.tensors import tensor_bytes
+from llamatune.checkpoints.checkpoint import Checkpoint, refuse_unfit
+from llamatune.checkpoints.config_json import EMBEDDING, HEAD, copy_config_json, read_config_json, write_config_json
+from llamatune.checkpoints.model_directory import Format
+from llamatune.checkpoints.tensor_bytes import tensor_bytes
+from llamatune.checkpoints.tensor_locations import INDEX_FILE, SINGLE_FILE, TensorLocation, locate_huggingface
+from llamatune.durable_writing import writing
 from llamatune.events import OnEvent, ignore_event
-from llamatune.files import Staging, dump_json, read_json, writing
+from llamatune.formats.manifest import Staging
+from llamatune.formats.safetensors import TensorWriter, data_bytes
+from llamatune.model.torch_dtypes import DTYPE_NAMES, STORED_NAMES
 from llamatune.shapes.config import LlamaConfig
-from llamatune.tensor_files import TensorWriter, data_bytes
-from llamatune.tokenizers.copied_files import copy_file, copy_huggingface_tokenizer
+from llamatune.strict_json import dump_json
+from llamatune.tokenizers.copied_files import copy_huggingface_tokenizer
 
 _SHARD_BYTES = 5_000_000_000
-_DTYPE_KEYS = ("dtype", "torch_dtype")
-"""transformers 5 writes the first, transformers 4 and others read the second."""
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Old checkpoints store the rotary frequencies, which follow from the configuration."""
+"""Old checkpoints store the rotary frequencies, which the configuration determines."""
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -32,19 +33,19 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     format: Format = "hf"
 
-    def __init__(self, path: Path, config: LlamaConfig, stored: dict[str, Stored]) -> None:
+    def __init__(self, path: Path, config: LlamaConfig, locations: dict[str, TensorLocation]) -> None:
         super().__init__(path, config)
-        self.stored = stored
+        self.locations = locations
 
     @classmethod
     def open(cls, path: Path) -> HuggingFaceCheckpoint:
         """Check configuration, headers and index against each other; no tensor is read."""
-        stored = stored_huggingface(path)
-        config = huggingface_config(path, stored)
-        ignored = [name for name in stored if _BUFFERS.fullmatch(name)]
+        locations = locate_huggingface(path)
+        config = read_config_json(path, locations)
+        ignored = [name for name in locations if _BUFFERS.fullmatch(name)]
         if config.tie_word_embeddings:
-            ignored.append(HF_HEAD)
-        used = {name: part for name, part in stored.items() if name not in ignored}
+            ignored.append(HEAD)
+        used = {name: part for name, part in locations.items() if name not in ignored}
         refuse_unfit(
             path,
             dict(config.parameter_shapes()),
@@ -53,45 +54,49 @@ class HuggingFaceCheckpoint(Checkpoint):
         )
         return cls(path, config, used)
 
-    def parts(self, name: str) -> Sequence[Stored]:
-        return (self.stored[name],)
+    def parts(self, name: str) -> Sequence[TensorLocation]:
+        return (self.locations[name],)
 
     def tensor(self, name: str, mapped: bool = False) -> torch.Tensor:
-        return self._read(self.stored[name], mapped)
-
-    def layout(self) -> list[list[str]]:
-        """The tensors of each file, files by name and tensors as they lie in them."""
-        files = sorted({part.path for part in self.stored.values()})
-        by_position = sorted(self.stored, key=lambda name: self.stored[name].entry.begin)
-        return [[name for name in by_position if self.stored[name].path == file] for file in files]
+        return self._read(self.locations[name], mapped)
 
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        return self._read_rows(self.stored[name], rows)
+        return self._read_rows(self.locations[name], rows)
+
+    def write_copy(
+        self, staging: Staging, tensor_of: Callable[[str], torch.Tensor], dtype: torch.dtype | None, on_event: OnEvent
+    ) -> None:
+        files = sorted({part.path for part in self.locations.values()})
+        shards: dict[Path, list[Declared]] = {file: [] for file in files}
+        for name, part in sorted(self.locations.items(), key=lambda item: item[1].entry.begin):
+            shards[part.path].append((name, dtype or self.dtype(name), part.shape))
+        write_shards(staging, list(shards.values()), tensor_of)
+        copy_config_json(self.path, self.config, staging.path, None if dtype is None else DTYPE_NAMES[dtype])
+        copy_huggingface_tokenizer(self.path, staging.path, on_event)
 
 
 Declared = tuple[str, torch.dtype, tuple[int, ...]]
-"""A tensor to come: name, dtype and shape."""
+"""A tensor to be written: name, dtype and shape."""
 
 
 def write_huggingface(
     staging: Staging,
     config: LlamaConfig,
-    tensors: Mapping[str, torch.Tensor] | Callable[[str], torch.Tensor],
-    dtype: torch.dtype,
+    tensor_of: Callable[[str], torch.Tensor],
+    dtype_of: Callable[[str], torch.dtype],
     tokenizer_source: Path | None = None,
-    shard_bytes: int = _SHARD_BYTES,
     on_event: OnEvent = ignore_event,
+    shard_bytes: int = _SHARD_BYTES,
 ) -> None:
     """Write a whole model: weights in shards, configuration, tokenizer.
 
     Args:
-        tensors: by name, or a function that gives one (a sharded model gathers it then); each is asked for once, in
-            the order of ``config.parameter_shapes()``, and converted to ``dtype`` on the CPU.
+        tensor_of: a weight by name (a sharded model gathers it then); each is asked for once, in the order of
+            ``config.parameter_shapes()``, and converted to its dtype on the CPU.
         tokenizer_source: a model directory whose tokenizer files are copied.
     """
-    shards = plan_shards(config, lambda name: dtype, shard_bytes)
-    write_shards(staging, shards, tensors if callable(tensors) else tensors.__getitem__)
-    write_config_files(staging.path, config, dtype)
+    write_shards(staging, plan_shards(config, dtype_of, shard_bytes), tensor_of)
+    write_config_json(staging.path, config, DTYPE_NAMES[dtype_of(EMBEDDING)])
     if tokenizer_source is not None:
         copy_huggingface_tokenizer(tokenizer_source, staging.path, on_event)
 
@@ -99,7 +104,7 @@ def write_huggingface(
 def plan_shards(
     config: LlamaConfig, dtype_of: Callable[[str], torch.dtype], shard_bytes: int = _SHARD_BYTES
 ) -> list[list[Declared]]:
-    """Which tensors go into which file, in the model's own order, none larger than ``shard_bytes`` unless one is."""
+    """The tensors of each file, in the model's order; no file exceeds ``shard_bytes`` unless a single tensor does."""
     shards: list[list[Declared]] = [[]]
     size = 0
     for name, shape in config.parameter_shapes():
@@ -120,7 +125,7 @@ def write_shards(
     total = 0
     for number, shard in enumerate(shards, 1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
-        declared = [(name, STORED_DTYPES[dtype], shape) for name, dtype, shape in shard]
+        declared = [(name, STORED_NAMES[dtype], shape) for name, dtype, shape in shard]
         with writing(staging.path / file_name, data_bytes(declared)) as file:
             writer = TensorWriter(file, declared, {"format": "pt"})
             for name, dtype, shape in shard:
@@ -133,65 +138,3 @@ def write_shards(
     if len(shards) > 1:
         with writing(staging.path / INDEX_FILE) as file:
             file.write(dump_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}))
-
-
-def write_config_files(directory: Path, config: LlamaConfig, dtype: torch.dtype) -> None:
-    """``config.json`` in the spelling that transformers 4 and 5 both read, and ``generation_config.json``."""
-    ends = config.eos_token_ids
-    tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
-    facts: dict[str, object] = {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        **tokens,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": config.num_key_value_heads,
-        "pretraining_tp": 1,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": None,
-        **rope_facts(config.rope_theta),
-        "tie_word_embeddings": config.tie_word_embeddings,
-        **dict.fromkeys(_DTYPE_KEYS, str(dtype).removeprefix("torch.")),
-        "use_cache": True,
-        "vocab_size": config.vocab_size,
-    }
-    with writing(directory / "config.json") as file:
-        file.write(dump_json(facts))
-    with writing(directory / "generation_config.json") as file:
-        file.write(dump_json(tokens))
-
-
-def copy_config_files(source: HuggingFaceCheckpoint, directory: Path, dtype: torch.dtype | None) -> None:
-    """The base's own configuration, with every spelling of what readers look for under different names.
-
-    ``dtype``: what the weights are cast to; None: as the base says.
-    """
-    facts = read_json(source.path / "config.json")
-    stated = _stated(facts)
-    rope = rope_facts(source.config.rope_theta)
-    rope["rope_parameters"] |= _stated(stated.pop("rope_parameters", {}))
-    dtype_name = stated.get("dtype", stated.get("torch_dtype"))
-    names = {} if dtype_name is None else dict.fromkeys(_DTYPE_KEYS, dtype_name)
-    changed = {**facts, **rope, **names, **stated}
-    if dtype is not None:
-        changed |= dict.fromkeys(_DTYPE_KEYS, str(dtype).removeprefix("torch."))
-    changed["tie_word_embeddings"] = source.config.tie_word_embeddings  # mlx-lm takes a missing flag for true
-    if changed == facts:
-        copy_file(source.path / "config.json", directory)
-    else:
-        with writing(directory / "config.json") as file:
-            file.write(dump_json(changed))
-    if (source.path / "generation_config.json").exists():
-        copy_file(source.path / "generation_config.json", directory)
-
-
-def _stated(facts: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if value is not None}

@@ -1,4 +1,4 @@
-"""From a checkpoint directory to a model, at the price of the model and one tensor."""
+"""Loads a model directory of either format into a ``Transformer``; peak memory is the model and one tensor."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from llamatune.checkpoints.checkpoint import Checkpoint
-from llamatune.checkpoints.config_files import detect_format, missing_head_warning
 from llamatune.checkpoints.huggingface import HuggingFaceCheckpoint
 from llamatune.checkpoints.meta import MetaCheckpoint
-from llamatune.checkpoints.tensors import is_finite
+from llamatune.checkpoints.model_directory import detect_format, missing_head_warning
+from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.model.nf4 import NF4Weight, hold_quantized

@@ -1,4 +1,4 @@
-"""Folds an adapter into its base, tensor by tensor: in fp32, rounded once, and saying what the rounding cost."""
+"""Merges an adapter into its base, tensor by tensor: in fp32, rounded once, with a report of the rounding errors."""
 
 from __future__ import annotations
 
@@ -9,38 +9,30 @@ from pathlib import Path
 import torch
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
-from llamatune.checkpoints.checkpoint import DTYPE_NAMES, Checkpoint
-from llamatune.checkpoints.config_files import manifest_facts
+from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
-from llamatune.checkpoints.huggingface import (
-    HuggingFaceCheckpoint,
-    copy_config_files,
-    plan_shards,
-    write_config_files,
-    write_shards,
-)
+from llamatune.checkpoints.huggingface import write_huggingface
 from llamatune.checkpoints.loading import open_checkpoint, warn_of_missing_head
-from llamatune.checkpoints.meta import MetaCheckpoint
-from llamatune.checkpoints.meta_writer import write_consolidated, write_params
-from llamatune.checkpoints.tensors import is_finite
+from llamatune.checkpoints.meta import write_meta
+from llamatune.checkpoints.tensor_bytes import is_finite
+from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.files import MANIFEST, Staging, build_directory, refuse_occupied, refuse_small_disk
-from llamatune.manifests import Manifest, finished_product
+from llamatune.formats.manifest import MANIFEST, Manifest, build_directory, finished_product, manifest_if_readable
 from llamatune.model.adapters.apply import adapter_class
+from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from llamatune.options.inference import MergeOptions
-from llamatune.tokenizers.copied_files import copy_file, copy_huggingface_tokenizer, copy_meta_tokenizer
 
 _PORTION = 1 << 19
-"""Weights folded at once: their fp32 values stay in the processor's cache."""
+"""Weights merged at once: their fp32 values stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
     """What was written. Errors compare the stored weights with their fp32 values.
 
-    ``vanished_fraction`` is, of the weights that the adapter changes, the share that rounding put back onto the
-    base's value. ``already_done``: the output was there before, from the same inputs.
+    ``vanished_fraction``: the share of the weights changed by the adapter that rounding returned to the base's value.
+    ``already_done``: the output existed before, made of the same inputs.
     """
 
     output: str
@@ -70,7 +62,7 @@ class _Tally:
 def merge_lora(
     options: MergeOptions, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop
 ) -> MergeReport:
-    """Write the base with the adapter folded in, as a model directory of its own, all at once or not at all.
+    """Write the base with the adapter merged into it, as a model directory, all at once or not at all.
 
     Raises:
         CheckpointError: the adapter does not belong to the base, or is already in it; a weight overflows the dtype.
@@ -81,7 +73,7 @@ def merge_lora(
     adapter = load_adapter(options.adapter)
     _refuse_own_inputs(options)
     format_ = checkpoint.format if options.format == "same" else options.format
-    dtype = None if options.dtype == "same" else DTYPE_NAMES[options.dtype]
+    dtype = None if options.dtype == "same" else TORCH_DTYPES[options.dtype]
     base_fingerprint = fingerprint(checkpoint)
     inputs = {
         "base_fingerprint": base_fingerprint,
@@ -92,10 +84,10 @@ def merge_lora(
     }
     finished = finished_product(options.output, "merged", inputs)
     if finished is not None:
-        return _report_again(finished, options.output)
+        return _stored_report(finished, options.output)
     refuse_occupied(options.output, options.overwrite)
-    before = manifest_facts(options.model)
-    merged_before = [digest for digest in before.get("adapters", []) if isinstance(digest, str)]
+    before = manifest_if_readable(options.model)
+    merged_before = before.merged_adapters if before else []
     if adapter.digest in merged_before:
         raise CheckpointError(
             "this adapter is already merged into the model", options.model, "give the base it was trained on"
@@ -110,12 +102,16 @@ def merge_lora(
         build_directory(options.output, "merged", inputs, options.overwrite) as staging,
     ):
         source = _MergedTensors(checkpoint, adapter, dtype, on_event, should_stop, workers)
-        _write(staging, format_, checkpoint, source, dtype, on_event)
+        if format_ == checkpoint.format:
+            checkpoint.write_copy(staging, source, dtype, on_event)
+        else:
+            write = write_huggingface if format_ == "hf" else write_meta
+            write(staging, checkpoint.config, source, source.dtype_of, checkpoint.path, on_event)
         tally = source.tally
         report = MergeReport(
             output=str(options.output),
             format=format_,
-            dtype=str(dtype or checkpoint.dtype(checkpoint.names[0])).removeprefix("torch."),
+            dtype=DTYPE_NAMES[dtype or checkpoint.dtype(checkpoint.names[0])],
             tensors=len(checkpoint.names),
             merged_tensors=tally.merged_tensors,
             max_abs_error=tally.max_abs_error,
@@ -124,12 +120,12 @@ def merge_lora(
         )
         staging.facts.update(
             adapters=[*merged_before, adapter.digest],
-            template=adapter.template if adapter.template is not None else before.get("template"),
+            template=adapter.template if adapter.template is not None or before is None else before.template,
             base_fingerprint=base_fingerprint,
             base_forced=adapter.base_fingerprint not in (None, base_fingerprint),
             report=asdict(report),
         )
-        if format_ == "meta":  # params.json has no word for it
+        if format_ == "meta":  # params.json has no key for it
             staging.facts["max_position_embeddings"] = checkpoint.config.max_position_embeddings
     if tally.not_finite:
         on_event(
@@ -139,12 +135,12 @@ def merge_lora(
 
 
 def _workers() -> ThreadPoolExecutor:
-    """Threads that each fold a portion alone: portions are too small for torch to share one among all cores."""
+    """Threads that each merge a portion alone: portions are too small for torch to split one among all cores."""
     return ThreadPoolExecutor(min(16, torch.get_num_threads()), initializer=torch.set_num_threads, initargs=(1,))
 
 
 class _MergedTensors:
-    """The merged model's tensors by name, each made when it is asked for; counts what rounding does to them."""
+    """The merged model's tensors by name, each computed when it is asked for; tallies the effects of rounding."""
 
     def __init__(
         self,
@@ -202,52 +198,17 @@ class _MergedTensors:
         return result
 
     def _refuse_overflow(self, name: str, exact: torch.Tensor, dtype: torch.dtype) -> None:
-        """Weights that were finite must stay finite; a base that holds NaN itself is only remarked upon."""
+        """Refuse finite weights that would become infinite; a base that holds NaN itself is only noted."""
         finite = exact.float()
         largest = float(finite[finite.isfinite()].abs().max()) if bool(finite.isfinite().any()) else 0.0
         if largest > torch.finfo(dtype).max:
-            kind = str(dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{name} holds {largest:g}, which {kind} cannot hold", self.checkpoint.path, "choose another --dtype"
-            )
+            what = f"{name} holds {largest:g}, which {DTYPE_NAMES[dtype]} cannot hold"
+            raise CheckpointError(what, self.checkpoint.path, "choose another --dtype")
         if name not in self.tally.not_finite:
             self.tally.not_finite.append(name)
 
 
-def _write(
-    staging: Staging,
-    format_: str,
-    checkpoint: Checkpoint,
-    source: _MergedTensors,
-    dtype: torch.dtype | None,
-    on_event: OnEvent,
-) -> None:
-    """Same format: the base's own layout and files. The other: a directory as its users would expect it."""
-    config, directory = checkpoint.config, staging.path
-    if isinstance(checkpoint, HuggingFaceCheckpoint) and format_ == "hf":
-        shards = [
-            [(name, source.dtype_of(name), checkpoint.shape(name)) for name in names] for names in checkpoint.layout()
-        ]
-        write_shards(staging, shards, source)
-        copy_config_files(checkpoint, directory, dtype)
-        copy_huggingface_tokenizer(checkpoint.path, directory, on_event)
-    elif format_ == "hf":
-        write_shards(staging, plan_shards(config, source.dtype_of), source)
-        write_config_files(directory, config, dtype or checkpoint.dtype(checkpoint.names[0]))
-        copy_huggingface_tokenizer(checkpoint.path, directory, on_event)
-    elif isinstance(checkpoint, MetaCheckpoint):
-        write_consolidated(
-            directory, config, source, source.dtype_of, len(checkpoint.shards), checkpoint.embedding_axis, False
-        )
-        copy_file(checkpoint.path / "params.json", directory)
-        copy_meta_tokenizer(checkpoint.path, directory, on_event)
-    else:
-        write_params(directory, config)
-        write_consolidated(directory, config, source, source.dtype_of)
-        copy_meta_tokenizer(checkpoint.path, directory, on_event)
-
-
-def _report_again(manifest: Manifest, output: Path) -> MergeReport:
+def _stored_report(manifest: Manifest, output: Path) -> MergeReport:
     try:
         report = dict(manifest.facts["report"])
         known = {field.name: report[field.name] for field in fields(MergeReport)}

@@ -1,8 +1,7 @@
-"""What a run needs to continue exactly: trained tensors, optimizer state, and where it stood."""
+"""Checkpoints of a run: trained tensors, optimizer state and ``state.json``, saved and read back."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,13 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llamatune.checkpoints.tensors import write_tensors
-from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError
-from llamatune.files import Staging, build_directory, dump_json, read_json, writing
-from llamatune.manifests import OtherVersion, verify_product
-from llamatune.tensor_files import read_header
+from llamatune.checkpoints.tensor_bytes import write_tensors
+from llamatune.errors import EnvironmentFault, LlamatuneError
+from llamatune.formats.manifest import OtherVersion, Staging, build_directory, verify_product
+from llamatune.formats.safetensors import read_header
+from llamatune.formats.state_json import list_checkpoints, read_progress, write_progress
 
-_NAME = re.compile(r"step-(\d{6,})")
-_OPTIMIZER, PROGRESS = "optimizer.safetensors", "state.json"
-SCHEMA = 1
+_OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -31,23 +28,17 @@ class RunState:
     progress: dict[str, Any]
 
 
-def checkpoint_path(directory: Path, step: int) -> Path:
-    """``checkpoints/step-000100`` inside a run directory."""
-    return directory / f"step-{step:06d}"
-
-
 def save_run_state(
     path: Path,
     write_weights: Callable[[Staging], None],
     optimizer: Mapping[str, Tensor],
     progress: Mapping[str, Any],
 ) -> None:
-    """Write one checkpoint durably; ``write_weights`` puts the trained tensors into what it is given."""
+    """Write one checkpoint durably; ``write_weights`` writes the trained tensors into the staging directory."""
     with build_directory(path, "checkpoint", {"step": progress["step"]}, overwrite=True) as staging:
         write_weights(staging)
         write_tensors(staging, _OPTIMIZER, optimizer)
-        with writing(staging.path / PROGRESS) as file:
-            file.write(dump_json({"schema": SCHEMA, **progress}))
+        write_progress(staging.path, progress)
 
 
 def read_run_state(path: Path) -> RunState:
@@ -58,32 +49,12 @@ def read_run_state(path: Path) -> RunState:
     return RunState(path, load_file(path / _OPTIMIZER), progress)
 
 
-def read_progress(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint: ``step``, ``position``, ``scaler``, ``metrics_bytes``, and what wrote it."""
-    progress = read_json(path / PROGRESS)
-    if progress.get("schema") != SCHEMA:
-        raise OtherVersion(progress.get("schema"), path)
-    kinds = {"step": int, "metrics_bytes": int, "position": dict, "scaler": dict}
-    wrong = [name for name, kind in kinds.items() if type(progress.get(name)) is not kind]
-    if wrong:
-        raise CheckpointError(f"{wrong[0]} is {str(progress.get(wrong[0]))[:80]!r}", path / PROGRESS)
-    return progress
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Finished checkpoints of a run, newest step first; the clock has no say."""
-    if not directory.is_dir():
-        return []
-    found = [(int(match[1]), p) for p in directory.iterdir() if (match := _NAME.fullmatch(p.name))]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
 def newest_run_state(directory: Path, on_skip: Callable[[str], None]) -> RunState | None:
-    """The newest checkpoint that verifies; each newer one that does not is told to ``on_skip`` in one line.
+    """The newest checkpoint that verifies; ``on_skip`` gets one line for each newer one that does not.
 
     Raises:
-        EnvironmentFault: none verifies, and one could not be read: to start over would throw it away.
-        OtherVersion: so would it one that another version wrote.
+        EnvironmentFault: none verifies and one could not be read; starting over would lose it.
+        OtherVersion: another version wrote one; starting over would lose it.
     """
     unreadable = None
     for path in list_checkpoints(directory):

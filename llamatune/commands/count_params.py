@@ -23,7 +23,7 @@ def count_params(
 
     with Console(json_mode, writes=False) as console:
         from llamatune.checkpoints.adapter_config import read_adapter_config
-        from llamatune.checkpoints.config_files import detect_format, missing_head_warning, read_config
+        from llamatune.checkpoints.model_directory import detect_format, missing_head_warning, read_config
         from llamatune.errors import SpecError
         from llamatune.events import Notice
         from llamatune.shapes.adapter import AdapterSpec

@@ -22,8 +22,9 @@ def evaluate(
 
     with Console(json_mode, writes=options.output is not None) as console:
         if options.task is None:
-            from llamatune.files import dump_json_lines, output_file, write_atomic
+            from llamatune.durable_writing import output_file, write_atomic
             from llamatune.inference.evaluate import evaluate_prepared
+            from llamatune.strict_json import dump_json_lines
 
             rows_file = None if options.per_row is None else output_file(options.per_row, options.overwrite)
             report = evaluate_prepared(options, console.on_event, console.should_stop)

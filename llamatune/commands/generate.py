@@ -25,7 +25,8 @@ def generate(
     from dataclasses import asdict
 
     from llamatune.commands._console import Console
-    from llamatune.files import dump_json_lines, output_file, write_atomic
+    from llamatune.durable_writing import output_file, write_atomic
+    from llamatune.strict_json import dump_json_lines
 
     output = None if options.output is None else output_file(options.output, options.overwrite)
     with Console(json_mode, writes=False) as console:

@@ -25,7 +25,7 @@ def plan_memory(
     from llamatune.commands._console import Console
 
     with Console(json_mode, writes=False) as console:
-        from llamatune.checkpoints.config_files import read_config
+        from llamatune.checkpoints.model_directory import read_config
         from llamatune.errors import SpecError
         from llamatune.events import Notice
         from llamatune.memory import plan as planning
@@ -67,7 +67,7 @@ def plan_memory(
 
 def _rows(spec: RunSpec, config: LlamaConfig, max_seq_length: int | None, has_data: bool) -> tuple[Rows, str | None]:
     """The heaviest micro-batch: of the prepared data if there is any, else of rows of equal length."""
-    from llamatune.data.lengths import read_lengths
+    from llamatune.formats.prepared import read_lengths
     from llamatune.memory.plan import heaviest_rows
 
     prepared = Path(spec.data.train)

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,16 +14,13 @@ from torch import Tensor
 from llamatune.data.packing import pack
 from llamatune.errors import CheckpointError, DataError
 from llamatune.events import Notice, OnEvent
-from llamatune.files import MANIFEST, digest_bytes, read_bytes, read_json
+from llamatune.formats.manifest import Manifest
+from llamatune.formats.prepared import COLUMNS, SplitFile, check_row_starts, read_prepared_manifest, split_path
 from llamatune.model.loss import IGNORED
 from llamatune.seeds import derived_seed
 from llamatune.shapes.config import LlamaConfig
 from llamatune.spec import RunSpec
-from llamatune.tensor_files import read_header
 from llamatune.tokenizers.sentencepiece import load_tokenizer
-
-_TENSORS = {"input_ids": "I32", "loss_mask": "U8", "offsets": "I64", "source_rows": "I64"}
-_LARGEST_MANIFEST = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -51,18 +47,11 @@ class Split:
     """The rows of one file of a prepared directory, memory-mapped."""
 
     def __init__(self, path: Path) -> None:
-        entries, _ = read_header(path, DataError)
-        if {name: entry.dtype for name, entry in entries.items()} != _TENSORS:
-            raise DataError("not a file that prepare-data wrote", path, "prepare the data again")
+        SplitFile(path)  # checks the header
         with safe_open(path, framework="pt") as file:
-            self._ids, self._mask, offsets, rows = (file.get_tensor(name) for name in _TENSORS)
-        starts = offsets.tolist()
-        ordered = all(a < b for a, b in itertools.pairwise(starts))
-        if not starts or starts[0] != 0 or starts[-1] != len(self._ids) or not ordered:
-            raise DataError("row offsets do not fit the tokens", path, "prepare the data again")
-        if len(self._mask) != len(self._ids) or len(rows) != len(starts) - 1:
-            raise DataError("its tensors do not fit each other", path, "prepare the data again")
-        self._starts, self._rows = starts, rows.tolist()
+            offsets, rows, self._ids, self._mask = (file.get_tensor(name) for name in COLUMNS)
+        self._starts, self._rows = offsets.tolist(), rows.tolist()
+        check_row_starts(self._starts, len(self._ids), path)
         before = torch.cat((torch.zeros(1, dtype=torch.int64), self._mask.cumsum(0)))
         self.target_counts: list[int] = before[offsets].diff().tolist()
         if self.target_counts and min(self.target_counts) == 0:
@@ -102,31 +91,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared directory: its splits, what ``prepare-data`` noted (``facts``), and a digest of all of it."""
+    """A prepared directory: its splits and its manifest."""
 
     train: Split
     validation: Split | None
-    facts: dict[str, Any]
-    digest: str
+    manifest: Manifest
 
 
 def open_prepared(path: Path) -> Prepared:
     """Open a directory that ``prepare-data`` wrote; anything else is a ``DataError``."""
-    if not (path / MANIFEST).is_file():
-        what = "not a prepared directory" if path.exists() else "no such directory"
-        raise DataError(what, path, "make one with llamatune prepare-data")
-    manifest = read_json(path / MANIFEST, DataError, _LARGEST_MANIFEST)
-    if manifest.get("kind") != "prepared" or not isinstance(manifest.get("facts"), dict):
-        raise DataError("not a prepared directory", path, "make one with llamatune prepare-data")
-    if manifest.get("schema") != 1:
-        raise DataError(f"written by another version (schema {manifest.get('schema')})", path, "prepare the data again")
-    validation = path / "validation.safetensors"
-    return Prepared(
-        Split(path / "train.safetensors"),
-        Split(validation) if validation.exists() else None,
-        manifest["facts"],
-        digest_bytes(read_bytes(path / MANIFEST, DataError, _LARGEST_MANIFEST)),
-    )
+    manifest, validation = read_prepared_manifest(path), split_path(path, "validation")
+    return Prepared(Split(split_path(path, "train")), Split(validation) if validation.exists() else None, manifest)
 
 
 def check_rows(split: Split, config: LlamaConfig, where: str, on_event: OnEvent) -> None:
@@ -147,7 +122,7 @@ def check_tokenizer(prepared: Prepared, model: Path, force_base: bool, on_event:
     if not (model / "tokenizer.model").is_file():
         on_event(Notice(f"{model} has no tokenizer.model to compare the data's tokenizer with", "warning"))
         return
-    own, used = load_tokenizer(model).fingerprint, prepared.facts.get("tokenizer", {}).get("fingerprint")
+    own, used = load_tokenizer(model).fingerprint, prepared.manifest.tokenizer_fingerprint
     if own != used:
         if not force_base:
             raise CheckpointError(

@@ -1,8 +1,7 @@
 """``prepare-data``: rows to a prepared directory, by reading, encoding, splitting and writing.
 
-A prepared directory contains ``train.safetensors`` and, with validation rows, ``validation.safetensors`` (layout: see
-``Spool.write_split``), ``refused.jsonl`` if rows were refused, and the manifest, whose ``facts`` are the settings and
-the counts of truncated, dropped and refused rows.
+A prepared directory contains its splits (``formats.prepared``), ``refused.jsonl`` if rows were refused, and a manifest,
+whose ``facts`` are the settings and the counts of truncated, dropped and refused rows.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ from llamatune.data.rows import RawRow, read_raw_rows
 from llamatune.data.spool import Spool
 from llamatune.data.validation_split import held_out_rows
 from llamatune.data.workers import encode_batches, raise_if_stopped
+from llamatune.durable_writing import refuse_occupied
 from llamatune.errors import DataError, EnvironmentFault
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.files import MANIFEST, Staging, build_directory, refuse_occupied
-from llamatune.manifests import finished_product
+from llamatune.formats.manifest import Staging, build_directory, finished_product, has_manifest
+from llamatune.formats.prepared import KIND
 from llamatune.options.preparation import PrepareOptions
 
 __all__ = ["PrepareOptions", "PrepareReport", "prepare_data"]
 
-KIND = "prepared"
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 19
 _BYTES_FOR_A_WORKER = 4 << 20  # starting a process costs about as much as encoding 1 MB
@@ -66,7 +65,7 @@ def prepare_data(
         Stopped: ``should_stop`` returned true; no file is left.
     """
     check_options(options)
-    if not (options.output / MANIFEST).is_file():
+    if not has_manifest(options.output):
         refuse_occupied(options.output, options.overwrite)
     state = [_file_state(path) for path in input_files(options)]
     recipe, inputs = resolve_options(options, on_event)
@@ -173,14 +172,14 @@ class _Job:
             self.counts.validation_rows_in_train = both
             if both:
                 self.on_event(Notice(f"{both} validation rows are training rows too", "warning"))
-            splits["train"] = train.write_split(staging, "train.safetensors", lambda _: True, check_stop)
-            splits["validation"] = validation.write_split(staging, "validation.safetensors", lambda _: True, check_stop)
+            splits["train"] = train.write_split(staging, "train", lambda _: True, check_stop)
+            splits["validation"] = validation.write_split(staging, "validation", lambda _: True, check_stop)
         else:
             held = held_out_rows(train.keys, fraction, self.options.seed) if fraction else bytearray(len(train))
-            splits["train"] = train.write_split(staging, "train.safetensors", lambda index: not held[index], check_stop)
+            splits["train"] = train.write_split(staging, "train", lambda index: not held[index], check_stop)
             if any(held):
                 splits["validation"] = train.write_split(
-                    staging, "validation.safetensors", lambda index: bool(held[index]), check_stop
+                    staging, "validation", lambda index: bool(held[index]), check_stop
                 )
             elif fraction:
                 self.on_event(Notice("all rows are equal, so none was held out for validation", "warning"))

@@ -13,8 +13,8 @@ from llamatune.data.rows import RowError, read_raw_rows
 from llamatune.data.templates import DEFAULT_TEMPLATES, Template, load_template
 from llamatune.errors import DataError, SpecError
 from llamatune.events import Notice, OnEvent
-from llamatune.files import digest_file
 from llamatune.options.preparation import PrepareOptions
+from llamatune.safe_reading import digest_file
 from llamatune.tokenizers.sentencepiece import load_tokenizer
 
 # Raise a revision when the same inputs give other bytes. The second is for templates with a place for a row's `system`

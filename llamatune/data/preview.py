@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from llamatune.errors import DataError
-from llamatune.files import open_regular
-from llamatune.tensor_files import TensorEntry, read_header
+from llamatune.formats.prepared import SplitFile, split_path
 from llamatune.tokenizers.base import Tokenizer
 
 
@@ -31,25 +27,13 @@ class PreviewRow:
 
 
 def preview_rows(directory: Path, tokenizer: Tokenizer, count: int) -> list[PreviewRow]:
-    """The first ``count`` training rows of a prepared directory."""
-    path = directory / "train.safetensors"
-    entries, _ = read_header(path, DataError)
-    with open_regular(path, DataError) as file:
-        shown = min(count, entries["source_rows"].shape[0])
-        offsets = _read(file, entries["offsets"], "q", 0, shown + 1)
-        numbers = _read(file, entries["source_rows"], "q", 0, shown)
-        rows = []
-        for index in range(shown):
-            begin, end = offsets[index], offsets[index + 1]
-            ids = _read(file, entries["input_ids"], "i", begin, end)
-            mask = _read(file, entries["loss_mask"], "B", begin, end)
-            tokens = (PreviewToken(i, tokenizer.piece(i), bool(trained)) for i, trained in zip(ids, mask, strict=True))
-            rows.append(PreviewRow(numbers[index], tuple(tokens)))
+    """The first ``count`` training rows, read back from what was written to ``directory``."""
+    split = SplitFile(split_path(directory, "train"))
+    shown = min(count, len(split))
+    offsets, numbers = split.column("offsets", 0, shown + 1), split.column("source_rows", 0, shown)
+    rows = []
+    for number, begin, end in zip(numbers, offsets, offsets[1:], strict=False):
+        ids, mask = split.column("input_ids", begin, end), split.column("loss_mask", begin, end)
+        tokens = (PreviewToken(i, tokenizer.piece(i), bool(trained)) for i, trained in zip(ids, mask, strict=True))
+        rows.append(PreviewRow(number, tuple(tokens)))
     return rows
-
-
-def _read(file: BinaryIO, entry: TensorEntry, typecode: str, begin: int, end: int) -> array[int]:
-    made: array[int] = array(typecode)
-    file.seek(entry.begin + begin * made.itemsize)
-    made.frombytes(file.read((end - begin) * made.itemsize))
-    return made

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llamatune.data.rows import RawRow, RowError
-from llamatune.files import parse_json
+from llamatune.strict_json import parse_json
 
 _LONGEST_QUOTE = 80
 _DEEPEST = 100

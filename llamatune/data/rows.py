@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llamatune.errors import DataError, EnvironmentFault
-from llamatune.files import open_regular
+from llamatune.safe_reading import open_regular
 
 LARGEST_ROW_BYTES = 2 << 20
 """Longer rows are refused: 2 MiB is half a million tokens, far beyond LLaMA's context, and encoding it takes a few

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llamatune.data.encoding import EncodedBatch
-from llamatune.files import Staging, writing
-from llamatune.tensor_files import TensorWriter, data_bytes
+from llamatune.formats.manifest import Staging
+from llamatune.formats.prepared import write_split
 
 _PORTION = 1 << 20
 
@@ -46,39 +46,34 @@ class Spool:
         self.path.unlink(missing_ok=True)
 
     def write_split(
-        self, staging: Staging, file_name: str, wanted: Callable[[int], bool], check_stop: Callable[[], None]
+        self, staging: Staging, split: str, wanted: Callable[[int], bool], check_stop: Callable[[], None]
     ) -> dict[str, int]:
-        """Write the rows whose index is ``wanted`` as one split of a prepared directory, and count them.
-
-        The tensors are ``offsets`` I64 (rows + 1) and ``source_rows`` I64 (rows), then ``input_ids`` I32 and
-        ``loss_mask`` U8 (1: the token is a target), one after the other: the widest first, so that each is aligned.
-        """
+        """Write the rows whose index is ``wanted`` as one split of a prepared directory, and count them."""
         chosen = array("q", (index for index in range(len(self)) if wanted(index)))
-        offsets = array("q", itertools.accumulate((self.lengths[index] for index in chosen), initial=0))
-        tokens = offsets[-1]
-        tensors = [
-            ("offsets", "I64", (len(offsets),)),
-            ("source_rows", "I64", (len(chosen),)),
-            ("input_ids", "I32", (tokens,)),
-            ("loss_mask", "U8", (tokens,)),
-        ]
-        with writing(staging.path / file_name, data_bytes(tensors)) as file:
-            writer = TensorWriter(file, tensors)
-            writer.write(memoryview(offsets).cast("B"))
-            writer.write(memoryview(array("q", (self.rows[index] for index in chosen))).cast("B"))
-            self._copy_tokens(writer, wanted, check_stop)
-            for number, index in enumerate(chosen):
-                if number % 4096 == 0:
-                    check_stop()
-                first = self.first_targets[index]
-                writer.write(bytes(first) + b"\1" * (self.lengths[index] - first))
-            staging.digests[file_name] = writer.finish()
-        targets = sum(self.lengths[index] - self.first_targets[index] for index in chosen)
-        longest = max((self.lengths[index] for index in chosen), default=0)
-        return {"rows": len(chosen), "tokens": tokens, "target_tokens": targets, "longest_row_tokens": longest}
+        lengths = array("i", (self.lengths[index] for index in chosen))
+        write_split(
+            staging,
+            split,
+            lengths,
+            array("q", (self.rows[index] for index in chosen)),
+            self._tokens(wanted, check_stop),
+            self._mask(chosen, check_stop),
+        )
+        tokens, prompts = sum(lengths), sum(self.first_targets[index] for index in chosen)
+        longest = max(lengths, default=0)
+        return {
+            "rows": len(chosen), "tokens": tokens, "target_tokens": tokens - prompts, "longest_row_tokens": longest,
+        }  # fmt: skip
 
-    def _copy_tokens(self, writer: TensorWriter, wanted: Callable[[int], bool], check_stop: Callable[[], None]) -> None:
-        """Copy the wanted rows' tokens in runs of neighbours, a portion at a time."""
+    def _mask(self, chosen: array[int], check_stop: Callable[[], None]) -> Iterator[bytes]:
+        for number, index in enumerate(chosen):
+            if number % 4096 == 0:
+                check_stop()
+            first = self.first_targets[index]
+            yield bytes(first) + b"\1" * (self.lengths[index] - first)
+
+    def _tokens(self, wanted: Callable[[int], bool], check_stop: Callable[[], None]) -> Iterator[bytes]:
+        """The wanted rows' tokens, a portion at a time."""
         with self.path.open("rb") as source:
             for take, run in itertools.groupby(range(len(self)), wanted):
                 left = 4 * sum(self.lengths[index] for index in run)
@@ -89,5 +84,5 @@ class Spool:
                     check_stop()
                     portion = source.read(min(left, _PORTION))
                     assert portion, "the spool is shorter than its rows"
-                    writer.write(portion)
+                    yield portion
                     left -= len(portion)

@@ -17,7 +17,8 @@ from typing import Annotated, Any
 import typer
 
 from llamatune.demo import atlas
-from llamatune.files import dump_json, write_atomic
+from llamatune.durable_writing import write_atomic
+from llamatune.strict_json import dump_json
 
 PASSAGES = 32_000
 MAX_SEQ_LENGTH = 256

@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from llamatune.checkpoints.config_files import read_config
 from llamatune.checkpoints.merging import merge_lora
+from llamatune.checkpoints.model_directory import read_config
 from llamatune.data.prepare import prepare_data
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.generate import Generation, generate

@@ -11,15 +11,15 @@ from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import DataError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.files import digest_file
+from llamatune.formats.answer_log import AnswerLog, open_answer_log
 from llamatune.inference.engine import complete
 from llamatune.inference.evaluate import MEMORY_ADVICE
 from llamatune.inference.gsm8k import Question, choose_examples, extract_answer, is_answered, prompt_of, read_questions
 from llamatune.inference.model_source import OpenedModel, open_model
 from llamatune.inference.significance import Accuracy, exact_mcnemar
-from llamatune.journal import Journal, open_journal
 from llamatune.options.inference import EvaluateOptions
 from llamatune.out_of_memory import memory_faults
+from llamatune.safe_reading import digest_file
 from llamatune.threads import suitable_threads
 from llamatune.tokenizers.base import Tokenizer
 
@@ -108,31 +108,31 @@ def evaluate_gsm8k(
     report = Gsm8kReport(str(options.data), opened.dtype_name, options.shots or 0, [])
     answered = report.answered
     with contextlib.ExitStack() as stack:
-        journal = None
+        log = None
         if options.output is not None:
             settings = _settings(options, opened, tokenizer, template, examples)
-            journal = stack.enter_context(open_journal(options.output, settings, options.overwrite))
-            answered += _kept(journal, questions, ("", "base_") if options.compare else ("",))
+            log = stack.enter_context(open_answer_log(options.output, settings, options.overwrite))
+            answered += _kept(log, questions, ("", "base_") if options.compare else ("",))
             if answered:
                 on_event(Notice(f"{options.output} holds {len(answered)} of {len(questions)} answers already"))
             if len(answered) == len(questions):
                 return report
             # Whole batches only, so that the rows of a batch do not depend on where the evaluation was stopped.
             del answered[len(answered) // options.batch_size * options.batch_size :]
-            journal.keep(len(answered))
+            log.keep(len(answered))
         stack.enter_context(memory_faults(opened.device, MEMORY_ADVICE))
         together = min(options.batch_size, len(prompts))
         stack.enter_context(suitable_threads(opened.checkpoint.config, together))
         try:
             for batch in _replies(options, opened, tokenizer, prompts[len(answered) :], on_event, should_stop):
                 added = list(zip(questions[len(answered) :], batch, strict=False))
-                if journal is not None:
-                    journal.append(as_line(*answer) for answer in added)
+                if log is not None:
+                    log.append(as_line(*answer) for answer in added)
                 answered += added
                 on_event(Progress("answering", len(answered), len(questions)))
         except Stopped:
             what, todo = f"stopped after {len(answered)} of {len(questions)} questions", "run the same command again"
-            raise Stopped(what, options.output, todo if journal else None) from None
+            raise Stopped(what, options.output, todo if log else None) from None
     return report
 
 
@@ -185,9 +185,9 @@ def _settings(
     }
 
 
-def _kept(journal: Journal, questions: list[Question], prefixes: Sequence[str]) -> Iterator[tuple[Question, Replies]]:
+def _kept(log: AnswerLog, questions: list[Question], prefixes: Sequence[str]) -> Iterator[tuple[Question, Replies]]:
     """The answers already in the output, up to the first line that this evaluation would not have written."""
-    for question, line in zip(questions, journal.entries(), strict=False):
+    for question, line in zip(questions, log.entries(), strict=False):
         try:
             replies = {p: Reply(line[f"{p}completion"], line[f"{p}finish_reason"]) for p in prefixes}
             if as_line(question, replies) != line:

@@ -7,20 +7,19 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
-from llamatune.checkpoints.checkpoint import DTYPE_NAMES, Checkpoint
+from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.data.templates import Template, load_template
 from llamatune.devices import choose_device, lacks_bf16
-from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
-from llamatune.files import MANIFEST, read_json
+from llamatune.formats.manifest import find_manifest
 from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
+from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from llamatune.model.transformer import Transformer
 from llamatune.options.inference import ModelSource
 from llamatune.tokenizers.base import Tokenizer, check_vocabulary
@@ -44,7 +43,7 @@ class OpenedModel:
     @property
     def dtype_name(self) -> str:
         """``bfloat16``; of a checkpoint that mixes them, that of the embedding, which the model computes in."""
-        return str(self.dtype or _stored_dtype(self.checkpoint)).removeprefix("torch.")
+        return DTYPE_NAMES[self.dtype or _stored_dtype(self.checkpoint)]
 
     def tokenizer(self) -> Tokenizer:
         tokenizer = load_tokenizer(self.path)
@@ -57,7 +56,8 @@ class OpenedModel:
             return None
         if name is not None:
             return load_template(name)
-        stored = self.adapter.template if self.adapter is not None else _stored_template(self.path)
+        manifest = find_manifest(self.path) if self.adapter is None else None
+        stored = self.adapter.template if self.adapter is not None else manifest and manifest.template
         where = self.path if self.adapter is None else self.adapter.path
         return None if stored is None else Template.from_dict(stored, where)
 
@@ -98,7 +98,7 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event) -> OpenedM
     if source.adapter is not None:
         adapter = load_adapter(source.adapter)
         check_adapter(adapter, checkpoint.config, fingerprint(checkpoint), source.force_base, on_event)
-    dtype = DTYPE_NAMES.get(source.dtype)
+    dtype = TORCH_DTYPES.get(source.dtype)
     if dtype is None and device.type == "cpu" and _stored_dtype(checkpoint) == torch.float16:
         on_event(Notice("computing in fp32, since fp16 is very slow on a CPU; --dtype bfloat16 takes half the memory"))
         dtype = torch.float32
@@ -119,13 +119,3 @@ def _with_adapter(base: Transformer, adapter: Adapter) -> Transformer:
     apply_adapter(tuned, dataclasses.replace(adapter.config, dropout=0.0))
     load_adapter_tensors(tuned, adapter.tensors)
     return tuned.requires_grad_(False).eval()
-
-
-def _stored_template(model: Path) -> dict[str, Any] | None:
-    if not (model / MANIFEST).is_file():
-        return None
-    facts = read_json(model / MANIFEST, max_bytes=16 << 20).get("facts")
-    stored = facts.get("template") if isinstance(facts, dict) else None
-    if not isinstance(stored, dict | None):
-        raise CheckpointError("the template is malformed", model / MANIFEST)
-    return stored

@@ -11,7 +11,8 @@ from llamatune.data.row_parsing import Row, decode_row, decode_value, kind_of
 from llamatune.data.rows import RawRow, RowError, read_raw_rows
 from llamatune.data.templates import Template
 from llamatune.errors import DataError, SpecError
-from llamatune.files import parse_json, read_bytes
+from llamatune.safe_reading import read_bytes
+from llamatune.strict_json import parse_json
 
 _LARGEST_PROMPT_FILE = 256 << 20
 

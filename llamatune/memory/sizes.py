@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability, Gpu
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.counts import count_parameters
+from llamatune.shapes.dtypes import PRECISIONS, WEIGHT_BYTES
 from llamatune.shapes.limits import ELEMENTS_AT_ONCE, WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
 
 _CODE_TABLE_BYTES = 4 << 16  # what finds the level of an 8-bit blockwise code
-_WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Sizes:
         held = spec.model.dtype
         if self.nf4:  # of what is not quantised
             held = "float16" if training.precision == "fp16" else "bfloat16"
-        computed = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[training.precision]
-        self.w, self.c = _WIDTHS[held], _WIDTHS[computed]
+        computed = PRECISIONS[training.precision]
+        self.w, self.c = WEIGHT_BYTES[held], WEIGHT_BYTES[computed]
         self.computed, self.capability = computed, _capability(cuda, computed)
         self.casts = held != computed  # by the table in training.precision
         self.s = 4 if self.casts else self.w

@@ -15,10 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamatune.devices import capability_of
+from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.shapes.attention_kernels import Kernel, choose_kernel, head_room
-
-_DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in (
-    torch.float64, torch.float32, torch.bfloat16, torch.float16)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Docu
         return _attend(q, k, v)
     lengths = list(documents.lengths)
     _, _, N, E = q.shape
-    if choose_kernel(capability_of(q.device), _DTYPES[q.dtype], E, N, len(lengths)) is Kernel.VARLEN:
+    if choose_kernel(capability_of(q.device), DTYPE_NAMES[q.dtype], E, N, len(lengths)) is Kernel.VARLEN:
         return _attend_to_ragged(q, k, v, documents)
     if len(set(lengths)) == 1:
         return _attend_to_equal(q, k, v, len(lengths))
@@ -66,7 +64,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Docu
 def _attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "causal", mask: Tensor | None = None) -> Tensor:
     """One call for a batch whose rows are one sample each; ``kind`` of mask as ``choose_kernel`` has it."""
     _, _, T, E = q.shape
-    capability, dtype = capability_of(q.device), _DTYPES[q.dtype]
+    capability, dtype = capability_of(q.device), DTYPE_NAMES[q.dtype]
     kernel = choose_kernel(capability, dtype, E, T, 1, kind)
     causal = kind == "causal" and T > 1
     if kernel is Kernel.PRODUCTS:

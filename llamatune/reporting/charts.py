@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llamatune.formats.metrics import Step
 from llamatune.reporting.curves import Epoch, thinned
 from llamatune.reporting.diagnosis import Spike
 from llamatune.reporting.drawing import PALETTE, Chart
-from llamatune.reporting.run_log import Run, Step
+from llamatune.reporting.run_log import Run
 from llamatune.units import perplexity
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from llamatune.durable_writing import output_file, write_atomic
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
-from llamatune.files import output_file, write_atomic
 from llamatune.inference.prompt_files import given_prompts
 from llamatune.options.training import ReportOptions
 from llamatune.reporting.charts import Curve, make_charts

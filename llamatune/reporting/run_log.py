@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from llamatune.errors import CheckpointError, LlamatuneError, SpecError, printable
-from llamatune.files import MANIFEST, digest_bytes, open_regular, parse_json, read_bytes, read_json
+from llamatune.formats.metrics import Metrics, read_metrics
+from llamatune.formats.prepared import read_prepared_manifest
+from llamatune.formats.state_json import list_checkpoints, read_progress
+from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec, load_spec
+from llamatune.strict_json import parse_json, read_json
 from llamatune.training.run_files import CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK
 
-_LONGEST_LINE = 1 << 20
-_LARGEST_MANIFEST = 16 << 20
 _DATA_NAMES = ("format", "template")
 _DATA_COUNTS = (
     "max_seq_length",
@@ -31,52 +32,6 @@ _DATA_COUNTS = (
     "duplicates",
 )
 _SPLIT_COUNTS = ("rows", "tokens", "target_tokens", "longest_row_tokens")
-# Far above any real figure: products and axis limits stay finite below the one, floats are exact below the other.
-LARGEST_NUMBER, _LARGEST_WHOLE = 1e100, 1 << 53
-
-
-@dataclass(frozen=True)
-class Step:
-    """One line of the log for one update, as training wrote it; ``grad_norm`` is from before clipping."""
-
-    step: int
-    window: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    loss_scale: float
-    target_tokens: int
-    tokens_per_second: float
-    peak_memory_bytes: int
-    elapsed_s: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The validation loss after ``step`` updates."""
-
-    step: int
-    loss: float
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A window whose gradient overflowed fp16, and the loss scale that was set after it."""
-
-    window: int
-    loss_scale: float
-
-
-@dataclass
-class Metrics:
-    """All of ``metrics.jsonl``; ``torn`` says that its last line is not whole."""
-
-    steps: list[Step] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
-    layer_grad_norms: dict[int, dict[str, float]] = field(default_factory=dict)
-    torn: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,79 +93,6 @@ def read_run(path: Path, name: str) -> Run:
     )
 
 
-def _number(values: Mapping[str, Any], name: str, whole: bool) -> Any:
-    """One value of a line; ``ValueError`` if it is no number that a run can have logged."""
-    value = values.get(name)
-    if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
-        raise ValueError(f"{name!r} is not a {'whole ' if whole else ''}number")
-    if not abs(value) < (_LARGEST_WHOLE if whole else LARGEST_NUMBER):
-        raise ValueError(f"{name!r} is too large")
-    return value
-
-
-Record = TypeVar("Record", Step, Evaluation, Skipped)
-
-
-def _record(kind: type[Record], values: Mapping[str, Any]) -> Record:
-    return kind(**{wanted.name: _number(values, wanted.name, wanted.type == "int") for wanted in fields(kind)})
-
-
-def _objects(path: Path, metrics: Metrics) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each line's number and object. A last line that is not whole is noted: its writer may be at it, or was killed."""
-    with open_regular(path) as file:
-        number = 0
-        while line := file.readline(_LONGEST_LINE):
-            number += 1
-            try:
-                value = parse_json(line)
-                if not line.endswith(b"\n") or not isinstance(value, dict):
-                    raise ValueError("not a line with one object")
-            except ValueError as fault:
-                if not file.read(1):
-                    metrics.torn = True
-                    return
-                raise CheckpointError(f"not valid JSON: {fault}", f"{path}:{number}", "was it edited?") from None
-            yield number, value
-
-
-def _add(metrics: Metrics, values: Mapping[str, Any]) -> None:
-    last_step = metrics.steps[-1].step if metrics.steps else 0
-    match values.get("event"):
-        case "step":
-            step = _record(Step, values)
-            if step.step <= last_step or step.target_tokens < 1:
-                raise ValueError(f"no step that can follow step {last_step}")
-            metrics.steps.append(step)
-        case "eval":
-            evaluation = _record(Evaluation, values)
-            if evaluation.step != last_step or (metrics.evaluations and metrics.evaluations[-1].step == last_step):
-                raise ValueError(f"no evaluation that can follow step {last_step}")
-            metrics.evaluations.append(evaluation)
-        case "skipped":
-            metrics.skipped.append(_record(Skipped, values))
-        case "layer_grad_norms":
-            norms = values.get("norms")
-            if not isinstance(norms, dict) or not norms:
-                raise ValueError("'norms' holds no norm")
-            found = {sys.intern(printable(name)): _number(norms, name, whole=False) for name in norms}
-            metrics.layer_grad_norms[_number(values, "step", whole=True)] = found
-
-
-def read_metrics(path: Path) -> Metrics:
-    """Read ``metrics.jsonl``; events that this version does not know are passed over.
-
-    Raises:
-        CheckpointError: a line but the last is broken, a value is no number, or steps do not rise.
-    """
-    metrics = Metrics()
-    for number, values in _objects(path, metrics):
-        try:
-            _add(metrics, values)
-        except ValueError as fault:
-            raise CheckpointError(str(fault), f"{path}:{number}", "was it edited?") from None
-    return metrics
-
-
 def _status(path: Path, summary: Mapping[str, Any]) -> str:
     """Whether the run ended, or still goes on as far as the note in its lock tells (a killed one leaves it behind)."""
     if summary:
@@ -223,25 +105,24 @@ def _status(path: Path, summary: Mapping[str, Any]) -> str:
         return "unfinished"
 
 
-def _manifest_facts(directory: Path, digest: object) -> dict[str, Any]:
-    """What ``prepare-data`` noted in ``directory``; ``ValueError`` if that is gone, or another one than the run's."""
+def _prepared_facts(directory: Path, digest: object) -> dict[str, Any]:
+    """The facts of a prepared directory; ``ValueError`` if it is gone, or another one than the run's."""
     try:
-        raw = read_bytes(directory / MANIFEST, CheckpointError, _LARGEST_MANIFEST)
-        facts = parse_json(raw)["facts"]
-    except (LlamatuneError, ValueError, KeyError, TypeError):
+        manifest = read_prepared_manifest(directory)
+    except LlamatuneError:
         raise ValueError(f"the prepared data is not there any more: {printable(str(directory))}") from None
-    if digest_bytes(raw) != digest or not isinstance(facts, dict) or not isinstance(facts.get("splits"), dict):
+    if manifest.digest != digest or not isinstance(manifest.facts.get("splits"), dict):
         raise ValueError(f"other data than the run's is there now: {printable(str(directory))}")
-    return facts
+    return manifest.facts
 
 
 def _prepared_counts(spec: RunSpec, origin: Mapping[str, Any]) -> tuple[dict[str, int | str], str]:
     """Counts of the prepared data, splits as ``train_rows`` and so on, and what there is to say about their lack."""
     try:
-        facts = _manifest_facts(Path(spec.data.train), origin.get("train"))
+        facts = _prepared_facts(Path(spec.data.train), origin.get("train"))
         splits = facts["splits"]
         if spec.data.validation is not None:
-            other = _manifest_facts(Path(spec.data.validation), origin.get("validation"))
+            other = _prepared_facts(Path(spec.data.validation), origin.get("validation"))
             splits = {"train": splits.get("train"), "validation": other["splits"].get("train")}
     except ValueError as fault:
         return {}, str(fault)
@@ -264,13 +145,10 @@ def _spec_changes(origin: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _versions(path: Path) -> dict[str, str]:
-    """Versions that the newest checkpoint remembers."""
-    states = [state for state in path.glob(f"{CHECKPOINTS}/step-*/state.json") if state.parent.name[5:].isdigit()]
-    if not states:
-        return {}
+    """The versions in the newest checkpoint."""
     try:
-        state = read_json(max(states, key=lambda state: int(state.parent.name[5:])))
-    except (LlamatuneError, ValueError):  # int() refuses thousands of digits
+        state = read_progress(list_checkpoints(path / CHECKPOINTS)[0])
+    except (LlamatuneError, IndexError):
         return {}
     return {key: printable(state[key]) for key in ("llamatune", "torch") if isinstance(state.get(key), str)}
 

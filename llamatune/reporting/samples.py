@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from llamatune.errors import CheckpointError, DataError, SpecError, printable
 from llamatune.events import OnEvent, ShouldStop
-from llamatune.files import parse_json, read_bytes
 from llamatune.options.inference import ModelSource, Sampling
 from llamatune.options.training import ReportOptions
 from llamatune.reporting.run_log import Run
+from llamatune.safe_reading import read_bytes
+from llamatune.strict_json import parse_json
 from llamatune.training.run_files import ADAPTER, MODEL
 
 if TYPE_CHECKING:

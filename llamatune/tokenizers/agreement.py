@@ -13,7 +13,7 @@ from typing import Any
 
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent
-from llamatune.files import read_json
+from llamatune.strict_json import read_json
 from llamatune.tokenizers.base import SENTENCEPIECE_FILE
 
 _WHOLE, _ADDED = "tokenizer.json", "added_tokens.json"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
-from llamatune.files import dump_json, open_regular, writing
+from llamatune.safe_reading import open_regular
+from llamatune.strict_json import dump_json
 from llamatune.tokenizers.base import SENTENCEPIECE_FILE
 
 _FILES = (

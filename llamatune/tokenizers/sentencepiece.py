@@ -15,7 +15,7 @@ import sentencepiece
 
 from llamatune.errors import CheckpointError, DataError, EnvironmentFault
 from llamatune.events import OnEvent, ignore_event
-from llamatune.files import digest_bytes, read_bytes
+from llamatune.safe_reading import digest_bytes, read_bytes
 from llamatune.tokenizers.agreement import check_agreement
 from llamatune.tokenizers.base import SENTENCEPIECE_FILE, Tokenizer
 from llamatune.versions import require_version

@@ -20,7 +20,7 @@ from typing import Any, Protocol, Self
 
 from llamatune.errors import EnvironmentFault
 from llamatune.events import EvalDone, Event, Notice, OnEvent, RunStarted, StepDone
-from llamatune.files import open_regular, parse_json
+from llamatune.formats.metrics import parse_line, read_lines
 from llamatune.spec import RunSpec
 from llamatune.training.run_files import METRICS
 from llamatune.units import perplexity
@@ -186,11 +186,10 @@ class _Worker:
 
     def _all_lines(self) -> Iterator[Line]:
         """What was recorded before this process went on with the run, then what it tells."""
-        left = self._recorded
-        with open_regular(self._metrics) as file:
-            while left > 0 and (text := file.readline()):
-                left -= len(text)
-                yield parse_json(text)
+        for _, end, text in read_lines(self._metrics):
+            if end > self._recorded:
+                break
+            yield parse_line(text)
         while self.fault is None:
             yield self._lines.get()
 

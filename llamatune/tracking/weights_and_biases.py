@@ -9,7 +9,8 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from llamatune.files import read_bytes, write_atomic
+from llamatune.durable_writing import write_atomic
+from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec
 
 _INIT_S, _FINISH_S = 20, 20

@@ -10,9 +10,9 @@ import torch
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
-from llamatune.checkpoints.config_files import read_config
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import open_checkpoint
+from llamatune.checkpoints.model_directory import read_config
 from llamatune.data.batches import Prepared, Split, check_rows, check_tokenizer, open_prepared
 from llamatune.devices import choose_device
 from llamatune.errors import CheckpointError, SpecError
@@ -46,7 +46,7 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
     validation, validation_digest = prepared.validation, None
     if spec.data.validation is not None:
         other = open_prepared(Path(spec.data.validation))
-        validation, validation_digest = other.train, other.digest
+        validation, validation_digest = other.train, other.manifest.digest
     base = Path(spec.model.path)
     if spec.model.init == "random":
         checkpoint, config = None, read_config(base).with_layers(spec.model.num_layers)
@@ -67,7 +67,7 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
     check_tokenizer(prepared, base, force_base, on_event)
     starting_adapter = _starting_adapter(spec, config, base_fingerprint, force_base, on_event)
     count = count_parameters(config, spec.adapter)
-    digests = {"base": base_fingerprint, "train": prepared.digest, "validation": validation_digest}
+    digests = {"base": base_fingerprint, "train": prepared.manifest.digest, "validation": validation_digest}
     return Inputs(config, checkpoint, base_fingerprint, prepared, validation, starting_adapter, digests, count, device)
 
 

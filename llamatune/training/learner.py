@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llamatune.checkpoints.loading import load_model
-from llamatune.checkpoints.quantized import QuantizedBase
+from llamatune.checkpoints.nf4_cache import QuantizedBase
 from llamatune.events import OnEvent, ShouldStop
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter, load_adapter_tensors
 from llamatune.model.checkpointing import apply_activation_checkpointing

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llamatune.checkpoints.tensors import is_finite
+from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.data.batches import Windows
 from llamatune.errors import CheckpointError, NumericsError, Stopped
 from llamatune.events import (
@@ -22,6 +22,7 @@ from llamatune.events import (
     StepDone,
     StepSkipped,
 )
+from llamatune.formats.metrics import Evaluation, LayerGradNorms, Skipped, Step, read_metrics, record_of
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.spec import RunSpec
 from llamatune.training.inputs import Inputs
@@ -72,7 +73,7 @@ class TrainingLoop:
         """Continue from the newest checkpoint that verifies, if there is one."""
         checkpoint = load_checkpoint(self.run, self.weights, self.learner, self._warn)
         if checkpoint is None:
-            self.run.cut_metrics(0)
+            self.run.log.cut(0)
             return
         path, self.progress, metrics_bytes = checkpoint
         if self._closed_windows() > self.progress.window and not self._finished():
@@ -81,9 +82,9 @@ class TrainingLoop:
                 path,
                 "choose another training.output_dir",
             )
-        self.run.cut_metrics(metrics_bytes)
+        self.run.log.cut(metrics_bytes)
         if LEAST_GAIN in self.run.changed_fields:
-            losses = self.run.evaluation_losses()
+            losses = [evaluation.loss for evaluation in read_metrics(self.run.log.path).evaluations]
             self.progress.recount_patience(losses, self.spec.evaluation.early_stopping_min_delta)
         self._last_checkpoint = path
         prune_checkpoints(path, self.spec.training.keep_last, self._warn)
@@ -125,7 +126,7 @@ class TrainingLoop:
                 raise self._numerics_fault("the gradient overflows fp16 at any loss scale", rows)
             progress.window += 1
             progress.skipped_windows += 1
-            self.run.record({"event": "skipped", "window": progress.window, "loss_scale": loss_scale})
+            self.run.log.append(Skipped(progress.window, loss_scale))
             self.on_event(StepSkipped(progress.window, loss_scale))
             return
         if update.without_gradient:
@@ -149,15 +150,13 @@ class TrainingLoop:
             elapsed_s=now - self._clock,
             peak_reserved_bytes=peak_reserved_bytes(learner.device),
         )
-        values = asdict(done)
-        del values["total_steps"], values["num_epochs"], values["peak_reserved_bytes"]
-        self.run.record({"event": "step", **values})
+        self.run.log.append(record_of(Step, done))
         self.on_event(done)
         if self._first_update:
             self._first_update = False
             self.on_event(held_memory(learner))
         if update.layer_grad_norms is not None:
-            self.run.record({"event": "layer_grad_norms", "step": progress.step, "norms": update.layer_grad_norms})
+            self.run.log.append(LayerGradNorms(progress.step, update.layer_grad_norms))
 
     # Between windows. What is due follows from the progress alone, so a resumed run does it where it was left.
 
@@ -231,7 +230,7 @@ class TrainingLoop:
             seconds=time.monotonic() - started,
         )
         values = asdict(done)
-        self.run.record({"event": "eval", **values})
+        self.run.log.append(record_of(Evaluation, done))
         if values.pop("best"):
             del values["seconds"]  # what is written is a function of the run alone
             self.weights.write_best(self.run.path / BEST, values)

@@ -13,10 +13,12 @@ from torch import Tensor
 from llamatune.devices import lacks_bf16
 from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, OnEvent
+from llamatune.model.torch_dtypes import TORCH_DTYPES
+from llamatune.shapes.dtypes import PRECISIONS
 from llamatune.spec import RunSpec
 
 _GROWTH, _BACKOFF = 2.0, 0.5
-_AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST_DTYPES = {name: None if name == "fp32" else TORCH_DTYPES[dtype] for name, dtype in PRECISIONS.items()}
 
 
 def check_precision(spec: RunSpec, device: torch.device, on_event: OnEvent) -> None:
@@ -47,8 +49,7 @@ def held_dtype(spec: RunSpec) -> torch.dtype:
     """
     if spec.model.dtype == "nf4":
         return torch.float16 if spec.training.precision == "fp16" else torch.bfloat16
-    dtype: torch.dtype = getattr(torch, spec.model.dtype)
-    return dtype
+    return TORCH_DTYPES[spec.model.dtype]
 
 
 def residual_dtype(model_dtype: torch.dtype, precision: str) -> torch.dtype:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from llamatune.durable_writing import write_atomic
 from llamatune.events import Event, Notice, OnEvent, RunStarted, StepDone, StepSkipped
-from llamatune.files import write_atomic
 from llamatune.training.run_files import trace_name
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from llamatune import __version__
-from llamatune.checkpoints.run_state import checkpoint_path, newest_run_state, save_run_state
+from llamatune.checkpoints.run_state import newest_run_state, save_run_state
 from llamatune.errors import CheckpointError
+from llamatune.formats.state_json import checkpoint_path
 from llamatune.training.learner import Learner
 from llamatune.training.progress import RunProgress
 from llamatune.training.run_directory import RunDirectory
@@ -35,7 +36,7 @@ def save_checkpoint(run: RunDirectory, weights: WeightOutput, learner: Learner, 
             "step": progress.step,
             "position": asdict(progress),
             "scaler": learner.scaler.state(),
-            "metrics_bytes": run.sync_metrics(),
+            "metrics_bytes": run.log.sync(),
             "llamatune": __version__,
             **_machine(),
         },

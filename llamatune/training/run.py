@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llamatune.checkpoints.run_state import list_checkpoints
 from llamatune.devices import capability_of
+from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.events import Notice, OnEvent, RunStarted, ShouldStop, ignore_event, never_stop
-from llamatune.files import refuse_occupied, refuse_small_disk
+from llamatune.formats.state_json import list_checkpoints
 from llamatune.free_memory import held_host_bytes
 from llamatune.memory.plan_report import plan_report
 from llamatune.memory.remedies import after_running_out
@@ -115,7 +115,7 @@ def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent 
         refuse_occupied(output, overwrite=False)
     if spec.training.compile:
         check_compiler(inputs.device)
-    facts = inputs.prepared.facts
+    facts = inputs.prepared.manifest.facts
     memory = plan_run_memory(spec, inputs.config, inputs.prepared.train, inputs.device)
     return {
         "trainable_parameters": inputs.count.trainable_parameters,

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llamatune.checkpoints.run_state import list_checkpoints
-from llamatune.errors import CheckpointError, EnvironmentFault, SpecError
-from llamatune.files import (
+from llamatune.durable_writing import (
     STAGING,
     disk_faults,
-    dump_json,
     make_directory,
     probe_writable,
-    read_bytes,
-    read_json,
     remove,
     remove_dead_staging,
     sync_directory,
     write_atomic,
 )
+from llamatune.errors import CheckpointError, EnvironmentFault, SpecError
+from llamatune.formats.metrics import MetricsLog
+from llamatune.formats.state_json import list_checkpoints
+from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec, TrackingSection, load_spec
+from llamatune.strict_json import dump_json, read_json
 from llamatune.training.run_files import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK, run_lock
 
@@ -57,52 +56,14 @@ class RunDirectory:
 
     def __init__(self, path: Path, changed_fields: frozenset[str] = frozenset()) -> None:
         self.path, self.changed_fields = path, changed_fields
-        with self._log_faults():
-            self._metrics = (path / METRICS).open("ab")
+        self.log = MetricsLog(path / METRICS)
 
     @property
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
 
-    def record(self, values: Mapping[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``."""
-        line = json.dumps(values, allow_nan=False).encode() + b"\n"
-        with self._log_faults(len(line)):
-            self._metrics.write(line)
-            self._metrics.flush()
-
-    def sync_metrics(self) -> int:
-        """Make the log durable; its length in bytes."""
-        with self._log_faults():
-            os.fsync(self._metrics.fileno())
-            return self._metrics.tell()
-
-    def cut_metrics(self, length: int) -> None:
-        """Cut the log to its length at the checkpoint that the run resumes from."""
-        if length > self._metrics.tell():
-            raise CheckpointError(
-                "shorter than its last checkpoint says",
-                self.path / METRICS,
-                "was it edited? start again elsewhere",
-            )
-        with self._log_faults():
-            self._metrics.truncate(length)
-            self._metrics.seek(length)
-
-    def evaluation_losses(self) -> list[float]:
-        """The validation losses in the log, in order."""
-        with (self.path / METRICS).open("rb") as log:
-            return [json.loads(line)["loss"] for line in log if line.startswith(b'{"event": "eval"')]
-
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_atomic(self.path / SUMMARY, dump_json(summary))
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # a failed write has already raised
-            self._metrics.close()
-
-    def _log_faults(self, needed: int | None = None) -> contextlib.AbstractContextManager[None]:
-        return disk_faults(self.path / METRICS, needed)
 
 
 def _is_growth(field: str, was: Any, now: Any, after: Mapping[str, Any]) -> bool:
@@ -229,7 +190,7 @@ def claim_run_directory(
             write_if_changed(path / SPEC, spec.to_yaml().encode())
             yield run
         finally:
-            run.close()
+            run.log.close()
 
 
 def is_ours(entry: Path) -> bool:

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llamatune.durable_writing import disk_faults
 from llamatune.errors import EnvironmentFault
-from llamatune.files import disk_faults, parse_json
+from llamatune.strict_json import parse_json
 
 LOCK = ".llamatune.lock"
 """The first file that a run makes; it names the process that holds the lock."""

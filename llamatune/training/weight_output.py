@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from llamatune.checkpoints.adapter import Adapter, load_adapter, save_adapter, write_adapter_files
 from llamatune.checkpoints.huggingface import write_huggingface
-from llamatune.checkpoints.tensors import write_tensors
+from llamatune.checkpoints.tensor_bytes import write_tensors
+from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
-from llamatune.files import Staging, build_directory, dump_json, writing
+from llamatune.formats.manifest import Staging, build_directory
 from llamatune.spec import RunSpec
+from llamatune.strict_json import dump_json
 from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner
 from llamatune.training.run_files import ADAPTER, MODEL
@@ -66,7 +68,7 @@ class _AdapterOnly:
         assert spec.adapter is not None
         self._learner, self._config = learner, spec.adapter
         self._fingerprint, self._base = inputs.base_fingerprint, spec.model.path
-        self._template = inputs.prepared.facts.get("template")
+        self._template = inputs.prepared.manifest.template
 
     def _adapter(self) -> Adapter:
         return Adapter(self._config, dict(self._learner.parameters), self._fingerprint, self._template, self._base)
@@ -90,7 +92,7 @@ class _AdapterOnly:
 class _WholeModel:
     def __init__(self, spec: RunSpec, inputs: Inputs, learner: Learner) -> None:
         self._learner, self._config, self._base = learner, inputs.config, Path(spec.model.path)
-        self._template = inputs.prepared.facts.get("template")
+        self._template = inputs.prepared.manifest.template
 
     def write_checkpoint(self, staging: Staging) -> None:
         write_tensors(staging, _WEIGHTS, self._learner.parameters)
@@ -109,4 +111,5 @@ class _WholeModel:
 
     def _write_model(self, staging: Staging) -> None:
         staging.facts["template"] = self._template
-        write_huggingface(staging, self._config, self._learner.parameters, torch.float32, self._base)
+        parameters = self._learner.parameters
+        write_huggingface(staging, self._config, parameters.__getitem__, lambda name: torch.float32, self._base)

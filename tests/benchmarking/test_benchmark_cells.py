@@ -18,10 +18,11 @@ from llamatune.benchmarking import run as run_module
 from llamatune.benchmarking.cell import answer, run_cell
 from llamatune.benchmarking.measure import Task, Trial, heaviest_windows, resident_peak_bytes
 from llamatune.benchmarking.run import Benchmark, run_benchmark
-from llamatune.data.prepare import PrepareOptions, prepare_data
+from llamatune.data.prepare import prepare_data
 from llamatune.demo.run import MATERIAL
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Event, Notice, ignore_event, never_stop
+from llamatune.options.preparation import PrepareOptions
 from llamatune.options.training import BenchmarkOptions
 from llamatune.spec import RunSpec, build_spec
 from llamatune.training.inputs import open_inputs

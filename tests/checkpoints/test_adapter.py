@@ -23,7 +23,7 @@ from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.errors import CheckpointError, EnvironmentFault
 from llamatune.events import Notice
-from llamatune.files import Staging
+from llamatune.formats.manifest import Staging
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES
 
@@ -250,7 +250,7 @@ def test_directories_that_hold_no_adapter(tiny, tmp_path):
 def test_rslora_from_peft(tiny, tmp_path):
     save_peft(tmp_path / "a", tiny[0], ["o_proj", "down_proj"], r=4, alpha=6, use_rslora=True)
     adapter = load_adapter(tmp_path / "a")
-    assert adapter.config.scaling == 3.0
+    assert adapter.config.scaling() == 3.0
     check_adapter(adapter, open_checkpoint(tiny[0]).config)
 
 

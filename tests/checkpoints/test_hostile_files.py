@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llamatune.checkpoints.config_files import read_config
 from llamatune.checkpoints.loading import open_checkpoint
-from llamatune.checkpoints.torch_archive import read_archive
+from llamatune.checkpoints.model_directory import read_config
 from llamatune.errors import CheckpointError, LlamatuneError
+from llamatune.formats.torch_archive import read_archive
 
 from .conftest import save_meta, save_tiny
 

@@ -15,15 +15,16 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llamatune.checkpoints import torch_archive_writer
 from llamatune.checkpoints.adapter import load_adapter, save_adapter
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.huggingface import write_huggingface
 from llamatune.checkpoints.loading import load_model, open_checkpoint
-from llamatune.checkpoints.merging import MergeOptions, merge_lora
+from llamatune.checkpoints.merging import merge_lora
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Notice, Progress
-from llamatune.files import Staging
+from llamatune.formats import torch_archive_writer
+from llamatune.formats.manifest import Staging
+from llamatune.options.inference import MergeOptions
 from llamatune.shapes.config import LINEAR_MODULES
 
 from .conftest import meta_state, save_meta, save_peft, save_tiny
@@ -159,12 +160,12 @@ def test_rounded_once_and_the_report_counts_it(tmp_path):
     base, merged = open_checkpoint(tmp_path / "base"), open_checkpoint(tmp_path / "out")
     worst = changed = vanished = 0.0
     for name in base.names:
-        matrices = stored.matrices(name)
+        matrices = stored.trained(name)
         W = base.tensor(name)
-        if matrices is None:
+        if not matrices:
             assert torch.equal(merged.tensor(name), W)
             continue
-        exact = W.float() + stored.config.scaling * (matrices[1] @ matrices[0])
+        exact = W.float() + stored.config.scaling() * (matrices[1] @ matrices[0])
         assert torch.equal(merged.tensor(name), exact.bfloat16())
         worst = max(worst, (exact.bfloat16().float() - exact).abs().max().item())
         changed += (exact != W.float()).sum().item()
@@ -321,10 +322,10 @@ def test_meta_cannot_express_a_head_dimension_of_its_own(tmp_path):
 def test_live_model_written_in_shards_opens_in_transformers(tiny, tmp_path):
     model = load_model(tiny[0])
     (tmp_path / "tokenizer.model").write_bytes(b"x")
-    for number, given in enumerate((model.state_dict(), model.get_parameter)):
+    for number, given in enumerate((model.state_dict().__getitem__, model.get_parameter)):
         out = tmp_path / str(number)
         out.mkdir()
-        write_huggingface(Staging(out), model.config, given, torch.float32, tmp_path, shard_bytes=20_000)
+        write_huggingface(Staging(out), model.config, given, lambda name: torch.float32, tmp_path, shard_bytes=20_000)
         assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
         theirs = LlamaForCausalLM.from_pretrained(out)
         assert all(torch.equal(theirs.state_dict()[n], tensor) for n, tensor in tiny[1].state_dict().items())

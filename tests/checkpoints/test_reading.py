@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llamatune.checkpoints.config_files import detect_format, read_config
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
+from llamatune.checkpoints.model_directory import detect_format, read_config
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import Notice
 

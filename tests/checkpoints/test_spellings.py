@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from llamatune.checkpoints.config_files import read_config
 from llamatune.checkpoints.loading import load_model
-from llamatune.checkpoints.merging import MergeOptions, merge_lora
+from llamatune.checkpoints.merging import merge_lora
+from llamatune.checkpoints.model_directory import read_config
+from llamatune.options.inference import MergeOptions
 
 from .conftest import save_peft, save_tiny
 

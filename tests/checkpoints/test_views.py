@@ -8,8 +8,9 @@ import torch
 from llamatune.checkpoints import checkpoint as checkpoint_module
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
-from llamatune.checkpoints.merging import MergeOptions, merge_lora
-from llamatune.checkpoints.torch_archive import read_archive
+from llamatune.checkpoints.merging import merge_lora
+from llamatune.formats.torch_archive import read_archive
+from llamatune.options.inference import MergeOptions
 
 from .conftest import META_NAMES, meta_state, save_meta, save_tiny
 

@@ -26,7 +26,7 @@ from llamatune.commands import _progress_bars
 from llamatune.commands._console import Console
 from llamatune.commands._progress_bars import ProgressBars, open_console, speaks_utf8
 from llamatune.commands._training_panel import Curve, TrainingPanel
-from llamatune.data.prepare import PrepareOptions, prepare_data
+from llamatune.data.prepare import prepare_data
 from llamatune.demo.run import MATERIAL
 from llamatune.events import (
     CheckpointSaved,
@@ -38,6 +38,7 @@ from llamatune.events import (
     RunStarted,
     StepDone,
 )  # fmt: skip
+from llamatune.options.preparation import PrepareOptions
 
 GIB = 1 << 30
 

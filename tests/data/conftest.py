@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from llamatune.data.prepare import PrepareOptions, PrepareReport, prepare_data
+from llamatune.data.prepare import prepare_data
+from llamatune.data.prepare_report import PrepareReport
+from llamatune.options.preparation import PrepareOptions
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from llamatune.tensor_files import read_header
+from llamatune.formats.safetensors import read_header
 
 
 def alpaca(number: int, **changes: Any) -> dict[str, Any]:

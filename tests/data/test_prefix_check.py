@@ -8,9 +8,9 @@ import pytest
 from prepared_rows import alpaca
 
 from llamatune.data.prefix_check import PromptCheck
-from llamatune.data.prepare import PrepareReport
+from llamatune.data.prepare_report import PrepareReport
 from llamatune.events import Event, Notice
-from llamatune.files import dump_json, read_json
+from llamatune.strict_json import dump_json, read_json
 from llamatune.tokenizers.sentencepiece import load_tokenizer
 
 Prepare = Callable[..., PrepareReport]

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from prepared_rows import alpaca, read_split
 
-from llamatune.data.prepare import PrepareReport
+from llamatune.data.prepare_report import PrepareReport
 from llamatune.data.preview import preview_rows
 from llamatune.data.templates import TEMPLATES
 from llamatune.errors import CheckpointError, DataError, EnvironmentFault, LlamatuneError, SpecError, Stopped
 from llamatune.events import Event, Notice, Progress
-from llamatune.files import read_json
+from llamatune.strict_json import read_json
 from llamatune.tokenizers.base import Tokenizer
 from llamatune.tokenizers.sentencepiece import load_tokenizer
 

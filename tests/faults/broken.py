@@ -10,22 +10,24 @@ from typing import Any
 
 def in_place() -> None:
     """Directories are written where they are read, and read without a look at their digests."""
-    from llamatune import files
     from llamatune.checkpoints import adapter, run_state
+    from llamatune.formats.manifest import MANIFEST, Staging
+    from llamatune.safe_reading import digest_file
+    from llamatune.strict_json import dump_json
 
     @contextlib.contextmanager
-    def build(path: Path, kind: str, inputs: dict[str, Any], overwrite: bool = False) -> Iterator[files.Staging]:
+    def build(path: Path, kind: str, inputs: dict[str, Any], overwrite: bool = False) -> Iterator[Staging]:
         path.mkdir(parents=True, exist_ok=True)
         for old in path.iterdir():
             old.unlink()
-        product = files.Staging(path)
+        product = Staging(path)
         yield product
         facts = {"kind": kind, "schema": 1, "inputs": inputs, "facts": product.facts}
         made = {
-            file.name: {"bytes": file.stat().st_size, "sha256": files.digest_file(file)}
-            for file in path.iterdir() if file.name != files.MANIFEST
+            file.name: {"bytes": file.stat().st_size, "sha256": digest_file(file)}
+            for file in path.iterdir() if file.name != MANIFEST
         }  # fmt: skip
-        (path / files.MANIFEST).write_bytes(files.dump_json({**facts, "files": made}))
+        (path / MANIFEST).write_bytes(dump_json({**facts, "files": made}))
 
     run_state.build_directory = adapter.build_directory = build
     run_state.verify_product = lambda path: None

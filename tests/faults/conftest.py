@@ -13,7 +13,7 @@ from run_tools import spec_values
 from warm import Warm
 
 from llamatune.checkpoints.huggingface import write_huggingface
-from llamatune.files import Staging
+from llamatune.formats.manifest import Staging
 from llamatune.shapes.config import LlamaConfig
 
 SHAPE = LlamaConfig(
@@ -28,7 +28,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -
     path, generator = tmp_path_factory.mktemp("small-base") / "base", torch.Generator().manual_seed(2)
     path.mkdir()
     weights = {name: torch.randn(shape, generator=generator) * 0.15 for name, shape in SHAPE.parameter_shapes()}
-    write_huggingface(Staging(path), SHAPE, weights, torch.float32)
+    write_huggingface(Staging(path), SHAPE, weights.__getitem__, lambda name: torch.float32)
     (path / "tokenizer.model").write_bytes(tiny_tokenizer.read_bytes())
     return path
 

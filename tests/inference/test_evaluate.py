@@ -17,12 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llamatune.data.prepare import PrepareOptions, prepare_data
+from llamatune.data.prepare import prepare_data
 from llamatune.errors import CheckpointError, DataError, NumericsError, SpecError, Stopped
 from llamatune.inference.evaluate import PreparedReport, evaluate_prepared
 from llamatune.inference.model_source import open_model
 from llamatune.inference.significance import Accuracy, exact_mcnemar, ratio_interval
 from llamatune.options.inference import EvaluateOptions, ModelSource
+from llamatune.options.preparation import PrepareOptions
 
 Z = 1.959963984540054
 

@@ -124,7 +124,8 @@ def test_the_loss_is_the_one_that_training_reported(
     command: Command, base: Path, prepared: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The run's last validation loss, of its adapter on the base and of the merged model."""
-    from llamatune.checkpoints.merging import MergeOptions, merge_lora
+    from llamatune.checkpoints.merging import merge_lora
+    from llamatune.options.inference import MergeOptions
     from llamatune.spec import build_spec
     from llamatune.training.run import train
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from llamatune.checkpoints.merging import MergeOptions, merge_lora
-from llamatune.data.prepare import PrepareOptions, prepare_data
+from llamatune.checkpoints.merging import merge_lora
+from llamatune.data.prepare import prepare_data
+from llamatune.options.inference import MergeOptions
+from llamatune.options.preparation import PrepareOptions
 from llamatune.spec import build_spec
 from llamatune.training.run import train
 

@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamatune.data.prepare import PrepareOptions, prepare_data
+from llamatune.data.prepare import prepare_data
 from llamatune.data.templates import TEMPLATES
 from llamatune.errors import DataError, EnvironmentFault, LlamatuneError, SpecError, Stopped
 from llamatune.inference import evaluate_gsm8k as module
@@ -34,6 +34,7 @@ from llamatune.inference.gsm8k import (
     read_questions,
 )
 from llamatune.options.inference import EvaluateOptions
+from llamatune.options.preparation import PrepareOptions
 from llamatune.spec import build_spec
 from llamatune.training.run import train
 

@@ -14,8 +14,8 @@ import yaml
 
 from llamatune import cli
 from llamatune.data.batches import open_prepared
-from llamatune.data.lengths import read_lengths
 from llamatune.errors import DataError
+from llamatune.formats.prepared import read_lengths
 from llamatune.memory.plan import heaviest_rows
 from llamatune.memory.step import step_bytes
 from llamatune.shapes.config import PRESETS

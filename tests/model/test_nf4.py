@@ -16,25 +16,17 @@ from torch._subclasses import FakeTensorMode
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.huggingface import HuggingFaceCheckpoint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
-from llamatune.checkpoints.quantized import QuantizedBase
+from llamatune.checkpoints.nf4_cache import QuantizedBase
 from llamatune.errors import CheckpointError
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
 from llamatune.model.blockwise import dynamic_levels
 from llamatune.model.checkpointing import apply_activation_checkpointing
 from llamatune.model.layers import Linear
-from llamatune.model.nf4 import (
-    LEVELS,
-    WEIGHTS_AT_ONCE,
-    NF4Weight,
-    Scratch,
-    hold_quantized,
-    quantize_blocks,
-    quantize_nf4,
-    storage,
-)
+from llamatune.model.nf4 import LEVELS, NF4Weight, Scratch, hold_quantized, quantize_blocks, quantize_nf4, storage
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.adapter import AdapterSpec
+from llamatune.shapes.limits import WEIGHTS_AT_ONCE
 
 SHAPES = [(64, 64), (37, 53), (1, 1), (3, 5), (1, 200), (130, 129), (257, 128), (100, 48)]
 

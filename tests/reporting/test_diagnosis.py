@@ -9,8 +9,8 @@ import numpy
 import pytest
 from report_material import falling, make_steps, noisy
 
+from llamatune.formats.metrics import Evaluation
 from llamatune.reporting.diagnosis import Trend, diagnose, find_spikes, judge_trend, judge_validation
-from llamatune.reporting.run_log import Evaluation
 from llamatune.reporting.wording import findings
 
 SMOOTH = {

@@ -12,9 +12,9 @@ import pytest
 from report_material import falling, noisy, write_run
 from test_report import hostile_runs
 
+from llamatune.formats.metrics import Evaluation
 from llamatune.options.training import ReportOptions
 from llamatune.reporting.report import make_report
-from llamatune.reporting.run_log import Evaluation
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium on the path")
 

@@ -14,15 +14,16 @@ import pytest
 import torch
 from report_material import falling, noisy, spec_values, write_run
 
-from llamatune.checkpoints.config_files import read_config
+from llamatune.checkpoints.model_directory import read_config
 from llamatune.data.batches import Split
 from llamatune.errors import NumericsError, Stopped
+from llamatune.formats.metrics import Evaluation
 from llamatune.inference.generate import generate
 from llamatune.options.inference import ModelSource, Sampling
 from llamatune.options.training import ReportOptions
 from llamatune.reporting.diagnosis import Diagnosis, Spike
 from llamatune.reporting.report import make_report, report_as_json
-from llamatune.reporting.run_log import Evaluation, read_run
+from llamatune.reporting.run_log import read_run
 from llamatune.reporting.spike_rows import with_rows
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES
@@ -296,7 +297,8 @@ def hostile_runs(folder: Path) -> list[Path]:
     (one / "origin.json").write_text(json.dumps({"spec_changes": [change, "<b>"]}))
     state = one / "checkpoints" / "step-000003" / "state.json"
     state.parent.mkdir(parents=True)
-    state.write_text(json.dumps({"torch": HOSTILE, "llamatune": 3}))
+    progress = {"schema": 1, "step": 3, "metrics_bytes": 0, "position": {}, "scaler": {}}
+    state.write_text(json.dumps({**progress, "torch": HOSTILE, "llamatune": 3}))
     (folder / "generations.jsonl").write_text(
         json.dumps({"prompt": HOSTILE, "completion": HOSTILE, "base_completion": None}) + "\n"
     )

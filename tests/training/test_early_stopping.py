@@ -26,7 +26,8 @@ from run_tools import (
 
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import CheckpointSaved, EpochDone, EvalDone, Notice
-from llamatune.files import MANIFEST, digest_file
+from llamatune.formats.manifest import MANIFEST
+from llamatune.safe_reading import digest_file
 from llamatune.spec import RunSpec
 from llamatune.training.progress import RunProgress
 from llamatune.training.run import train

@@ -14,9 +14,10 @@ from run_tools import adapter_tensors, files, losses, make_spec, run_and_record,
 from safetensors.torch import load_file
 
 from llamatune.checkpoints.loading import load_model
-from llamatune.checkpoints.merging import MergeOptions, merge_lora
+from llamatune.checkpoints.merging import merge_lora
 from llamatune.errors import EnvironmentFault, SpecError, Stopped
 from llamatune.events import Notice, Progress
+from llamatune.options.inference import MergeOptions
 from llamatune.training import run as run_module
 from llamatune.training.learner import Learner
 from llamatune.training.run import train

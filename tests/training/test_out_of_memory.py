@@ -77,7 +77,7 @@ def test_a_limit_on_the_process_ends_in_one_line_with_three_changes(
 
 
 def _plan(spec: RunSpec, data: Path) -> int:
-    from llamatune.checkpoints.config_files import read_config
+    from llamatune.checkpoints.model_directory import read_config
     from llamatune.memory.plan import limit_of
 
     train = open_prepared(data).train

@@ -13,7 +13,8 @@ import yaml
 from run_tools import assert_same_outcome, make_spec, spec_values
 
 from llamatune.data.batches import open_prepared
-from llamatune.data.prepare import PrepareOptions, prepare_data
+from llamatune.data.prepare import prepare_data
+from llamatune.options.preparation import PrepareOptions
 from llamatune.training.run import train
 
 _CUT_WHILE_TRAINING = """

@@ -15,11 +15,12 @@ import torch
 from run_tools import Crash, StopAfter, assert_same_outcome, crash_at, files, make_spec, metrics, run_and_record
 from safetensors.torch import load_file
 
-from llamatune import manifests
 from llamatune.checkpoints import run_state
 from llamatune.errors import CheckpointError, EnvironmentFault, Stopped
 from llamatune.events import Event, Notice, RunStarted, StepDone
-from llamatune.files import MANIFEST, digest_file
+from llamatune.formats import manifest as manifests
+from llamatune.formats.manifest import MANIFEST
+from llamatune.safe_reading import digest_file
 from llamatune.spec import RunSpec
 from llamatune.training import learner as learner_module
 from llamatune.training import loop, weight_output

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from run_tools import StopAfter, assert_same_outcome, files, losses, make_spec, metrics
 
-from llamatune.data.prepare import PrepareOptions, prepare_data
+from llamatune.data.prepare import prepare_data
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Event, RunStarted
+from llamatune.options.preparation import PrepareOptions
 from llamatune.spec import RunSpec, load_spec
 from llamatune.training.run import plan_training, train
 

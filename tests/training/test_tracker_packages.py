@@ -103,14 +103,14 @@ from pathlib import Path
 import llamatune.tracking.trackers as trackers
 import llamatune.tracking.weights_and_biases as tracker
 from llamatune.cli import main
-from llamatune.training.run_directory import RunDirectory
+from llamatune.formats.metrics import MetricsLog
 
-def record(self, values, record=RunDirectory.record):
-    record(self, values)
-    while values.get("step") == {step} and not Path("gate").exists():
+def append(self, record, append=MetricsLog.append):
+    append(self, record)
+    while getattr(record, "step", None) == {step} and not Path("gate").exists():
         time.sleep(0.01)
 
-RunDirectory.record = record
+MetricsLog.append = append
 tracker._INIT_S = tracker._FINISH_S = {patience_s}
 trackers._CLOSING_S = {closing_s}
 main(["train", "run.yaml", "--json"])

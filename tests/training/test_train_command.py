@@ -98,16 +98,16 @@ def test_every_signal_of_a_scheduler_saves_and_exits_75(
     command: Command, spec_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Sent from inside the run, after its third step."""
-    from llamatune.training.run_directory import RunDirectory
+    from llamatune.formats.metrics import MetricsLog, Record, Step
 
-    record = RunDirectory.record
+    append = MetricsLog.append
 
-    def signalling(self: RunDirectory, values: Any) -> None:
-        record(self, values)
-        if values.get("step") == 3:
+    def signalling(self: MetricsLog, record: Record) -> None:
+        append(self, record)
+        if isinstance(record, Step) and record.step == 3:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(RunDirectory, "record", signalling)
+    monkeypatch.setattr(MetricsLog, "append", signalling)
     before = signal.getsignal(number)
     outcome = command("train", spec_file(**LONG), "--json")
     assert (outcome.code, outcome.stdout) == (75, "")

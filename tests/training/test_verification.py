@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from run_tools import StopAfter, make_spec
 
-from llamatune.checkpoints.merging import MergeOptions, merge_lora
+from llamatune.checkpoints.merging import merge_lora
 from llamatune.errors import CheckpointError, EnvironmentFault, Stopped
 from llamatune.events import Notice, Progress
-from llamatune.files import MANIFEST
+from llamatune.formats.manifest import MANIFEST
+from llamatune.options.inference import MergeOptions
 from llamatune.training.run import train
 from llamatune.verification import verify
 
@@ -262,7 +263,7 @@ def test_progress_is_told_and_a_signal_ends_it_with_130(
     with pytest.raises(Stopped):
         verify(made["merged"], should_stop=lambda: bool(told))
 
-    from llamatune import manifests
+    from llamatune.formats import manifest as manifests
 
     opened = manifests.open_regular
 
@@ -278,7 +279,7 @@ def test_progress_is_told_and_a_signal_ends_it_with_130(
 def test_a_file_that_cannot_be_read_is_exit_code_5(
     made: dict[str, Path], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llamatune import manifests
+    from llamatune.formats import manifest as manifests
 
     class Failing:
         def __enter__(self) -> Failing:

@@ -1,8 +1,7 @@
-"""A base in NF4, quantised while it is read, or read from a cache of quantised weights.
+"""A base in NF4, quantised while it is read, or read from a cache on disk of quantised weights.
 
 The cache is a directory of products, one for each base: ``nf4-<fingerprint>-<layers>/nf4.safetensors`` holds the
-tensors of ``quantization.storage`` as ``<name>.<tensor>``. Another base therefore never meets the cache of this one.
-What does not match its manifest's digests is made again.
+tensors of ``nf4.storage`` as ``<name>.<tensor>``. A product that does not match its manifest is made again.
 """
 
 from __future__ import annotations
@@ -13,23 +12,24 @@ from pathlib import Path
 import torch
 
 from llamatune.checkpoints.checkpoint import Checkpoint, read_into
-from llamatune.checkpoints.tensors import DTYPE_NAMES, is_finite, tensor_bytes
+from llamatune.checkpoints.tensor_bytes import is_finite, tensor_bytes
+from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError, LlamatuneError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop
-from llamatune.files import MANIFEST, build_directory, writing
-from llamatune.manifests import finished_product, verify_product
+from llamatune.formats.manifest import build_directory, finished_product, has_manifest, verify_product
+from llamatune.formats.safetensors import TensorEntry, TensorWriter, data_bytes, read_header
 from llamatune.model.nf4 import NF4Weight, Scratch, quantize_nf4, storage
+from llamatune.model.torch_dtypes import STORED_NAMES
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig, linear_path
-from llamatune.tensor_files import TensorEntry, TensorWriter, data_bytes, read_header
 
 _FILE, _KIND = "nf4.safetensors", "nf4-weights"
 SCHEMA = 1
 
 
 class QuantizedBase:
-    """Gives the NF4 form of each linear layer of the blocks, on ``device``, and None for everything else.
+    """Gives the NF4 form of each linear layer of the blocks, on ``device``, and None for every other tensor.
 
-    Peak memory is what was given out, and one tensor as stored with a few megabytes beside it.
+    Peak memory is that of the tensors given out, and of one tensor as stored and a few megabytes.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class QuantizedBase:
         return quantize_nf4(weight, self._scratch)
 
     def use_cache(self, directory: Path, base_fingerprint: str) -> None:
-        """Read from ``directory`` from now on; what it lacks or holds damaged is made first."""
+        """Read from ``directory`` from now on; a missing or damaged cache is made first."""
         path = directory / f"nf4-{base_fingerprint.removeprefix('sha256:')[:16]}-{self._layers}"
         inputs = {"base": base_fingerprint, "layers": self._layers, "schema": SCHEMA}
         if not self._usable(path, inputs):
@@ -84,7 +84,7 @@ class QuantizedBase:
         self._cached = path / _FILE, read_header(path / _FILE)[0]
 
     def _usable(self, path: Path, inputs: Mapping[str, object]) -> bool:
-        if not (path / MANIFEST).exists():
+        if not has_manifest(path):
             return False
         try:
             if finished_product(path, _KIND, dict(inputs)) is None:
@@ -100,14 +100,14 @@ class QuantizedBase:
 
     def _declared(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {
-            f"{name}.{key}": (DTYPE_NAMES[dtype], tensor_shape)
+            f"{name}.{key}": (STORED_NAMES[dtype], tensor_shape)
             for name, shape in self._matrices.items()
             for key, (dtype, tensor_shape) in storage(shape).items()
         }
 
     def _write(self, path: Path, inputs: Mapping[str, object]) -> None:
         declared = [(name, dtype, shape) for name, (dtype, shape) in self._declared().items()]
-        ours = (path / MANIFEST).exists()  # anything else that stands there is refused
+        ours = has_manifest(path)  # any other directory there is refused
         with (
             build_directory(path, _KIND, dict(inputs), overwrite=ours) as staging,
             writing(staging.path / _FILE, data_bytes(declared)) as file,

@@ -1,6 +1,7 @@
-"""A file of JSON lines that a job appends to while it works, and goes on with after it was stopped anywhere.
+"""``evaluate``'s answers as JSON lines, appended while the job works and continued after it was stopped anywhere.
 
-Beside ``FILE`` stands ``FILE.settings.json``: what decides the lines. Only a job of equal settings goes on with them.
+``FILE.settings.json`` beside ``FILE`` holds the settings that decide the lines. Only a job of equal settings continues
+them, so a later schema of the lines needs no more than a ``schema`` among the settings; today's have none.
 """
 
 from __future__ import annotations
@@ -12,18 +13,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llamatune.durable_writing import disk_fault, output_file, write_atomic
 from llamatune.errors import EnvironmentFault
-from llamatune.files import disk_fault, dump_json, dump_json_lines, output_file, parse_json, read_json, write_atomic
+from llamatune.strict_json import dump_json, dump_json_lines, parse_json, read_json
 
 
-class Journal:
-    """A locked file of JSON lines; make it with ``open_journal``."""
+class AnswerLog:
+    """A locked file of JSON lines; make it with ``open_answer_log``."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path = file, path
 
     def entries(self) -> Iterator[Any]:
-        """What the lines hold, up to the first that is cut short or no JSON."""
+        """The values of the lines, up to the first that is cut short or not JSON."""
         self._file.seek(0)
         for line in self._file:
             try:
@@ -53,13 +55,13 @@ class Journal:
 
 
 @contextlib.contextmanager
-def open_journal(path: Path, settings: dict[str, Any], overwrite: bool = False) -> Iterator[Journal]:
-    """Lock ``path`` for a job of these settings, which are plain JSON, and whoever left it there unfinished goes on.
+def open_answer_log(path: Path, settings: dict[str, Any], overwrite: bool = False) -> Iterator[AnswerLog]:
+    """Lock ``path`` for a job of these settings, which are plain JSON; lines of a stopped job with equal settings stay.
 
     Raises:
-        EnvironmentFault: lines of other settings (named) or of no journal, and no ``overwrite``; in use; not writable.
+        EnvironmentFault: without ``overwrite``, lines of other settings (named) or of none; in use; not writable.
     """
-    target = output_file(path, overwrite=True)  # whose lines they are is asked below
+    target = output_file(path, overwrite=True)  # existing lines are checked below
     beside = target.with_name(f"{target.name}.settings.json")
     if not overwrite and beside.exists() and not (target.exists() and target.stat().st_size):
         _refuse_other_kind(beside, settings)
@@ -73,22 +75,22 @@ def open_journal(path: Path, settings: dict[str, Any], overwrite: bool = False) 
         except BlockingIOError:
             raise EnvironmentFault("in use by another process", path, "wait for it or stop it") from None
         except OSError:
-            pass  # a network file system without locks; lines that two wrote at once are found and written again
+            pass  # a network file system without locks; lines of two jobs at once are detected and written again
         if overwrite:
             file.truncate(0)
         if file.seek(0, os.SEEK_END):
             _refuse_others(path, beside, settings)
         else:
-            # The lines come after what they mean: an empty file is anybody's.
+            # Settings before lines: a file without lines belongs to no job yet.
             write_atomic(beside, dump_json(settings))
-        yield Journal(file, path)
+        yield AnswerLog(file, path)
 
 
 _TODO = "choose another output, or pass --overwrite"
 
 
 def _refuse_other_kind(beside: Path, settings: dict[str, Any]) -> None:
-    """A journal that was stopped before its first line may leave its settings; any other file there is the user's."""
+    """A job stopped before its first line may leave its settings; any other file of that name is the user's."""
     if read_json(beside, EnvironmentFault, 64 << 20).keys() != settings.keys():
         raise EnvironmentFault("exists, and is not what would be written there", beside, _TODO)
 

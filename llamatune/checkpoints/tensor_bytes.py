@@ -8,14 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llamatune.files import Staging, writing
-from llamatune.tensor_files import TensorWriter, data_bytes
-
-DTYPE_NAMES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL",
-}  # fmt: skip
-"""safetensors' names of the dtypes that we write."""
+from llamatune.durable_writing import writing
+from llamatune.formats.manifest import Staging
+from llamatune.formats.safetensors import TensorWriter, data_bytes
+from llamatune.model.torch_dtypes import STORED_NAMES
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -30,12 +26,12 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def write_tensors(staging: Staging, file_name: str, tensors: Mapping[str, Tensor]) -> None:
     """A new safetensors file, synced, in the order of ``tensors``; one tensor at a time leaves its device."""
-    declared = [(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    declared = [(name, STORED_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
     with writing(staging.path / file_name, data_bytes(declared)) as file:
         writer = TensorWriter(file, declared, {"format": "pt"})
         for tensor in tensors.values():
-            held = tensor.detach().cpu().contiguous()
-            writer.write(tensor_bytes(held))
+            on_cpu = tensor.detach().cpu().contiguous()
+            writer.write(tensor_bytes(on_cpu))
         staging.digests[file_name] = writer.finish()
 
 

@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint directory stores, and where their bytes lie. Headers only: no torch, no weights."""
+"""Which tensors a model directory stores, and the file and bytes of each. Only headers are read. No torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamatune.checkpoints.torch_archive import read_archive
 from llamatune.errors import CheckpointError
-from llamatune.files import open_regular, read_json
-from llamatune.tensor_files import ITEM_BYTES, TensorEntry, read_header
+from llamatune.formats.safetensors import TensorEntry, read_header
+from llamatune.formats.torch_archive import read_archive
+from llamatune.safe_reading import open_regular
+from llamatune.shapes.dtypes import ITEM_BYTES
+from llamatune.strict_json import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -21,8 +23,8 @@ _META_SHARD = re.compile(r"consolidated\.(\d{2})\.pth")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor, or one shard's part of it, as it lies in ``path``."""
+class TensorLocation:
+    """One tensor, or one shard's part of it, as it is stored in ``path``."""
 
     path: Path
     entry: TensorEntry
@@ -62,15 +64,16 @@ def listed(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def stored_huggingface(directory: Path) -> dict[str, Stored]:
+def locate_huggingface(directory: Path) -> dict[str, TensorLocation]:
     """The tensors of ``model.safetensors``, or of the shards that its index names.
 
     Raises:
         CheckpointError: no weights, weights of another kind, a shard outside the directory, an index that disagrees
             with its shards, a broken file.
     """
-    if _present(directory / SINGLE_FILE):
-        return {name: Stored(directory / SINGLE_FILE, e) for name, e in read_header(directory / SINGLE_FILE)[0].items()}
+    single = directory / SINGLE_FILE
+    if _present(single):
+        return {name: TensorLocation(single, entry) for name, entry in read_header(single)[0].items()}
     index = directory / INDEX_FILE
     if not _present(index):
         raise CheckpointError(*_no_weights(directory))
@@ -80,17 +83,17 @@ def stored_huggingface(directory: Path) -> dict[str, Stored]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
             raise CheckpointError(f"unsafe shard name {shard!r} for {name}", index, "a shard is a plain file name")
-    stored: dict[str, Stored] = {}
+    tensors: dict[str, TensorLocation] = {}
     unlisted, twice = [], []
     for shard in sorted(set(weight_map.values())):
         for name, entry in read_header(directory / shard)[0].items():
             if weight_map.get(name) == shard:
-                stored[name] = Stored(directory / shard, entry)
+                tensors[name] = TensorLocation(directory / shard, entry)
             elif name in weight_map:
                 twice.append(name)
             else:
                 unlisted.append(name)
-    absent = [name for name in weight_map if name not in stored]
+    absent = [name for name in weight_map if name not in tensors]
     if unlisted or absent or twice:
         faults = [
             f"{what} {listed(sorted(names))}"
@@ -102,10 +105,10 @@ def stored_huggingface(directory: Path) -> dict[str, Stored]:
             if names
         ]
         raise CheckpointError(f"the index disagrees with the shards ({'; '.join(faults)})", index, "fetch them again")
-    return stored
+    return tensors
 
 
-def stored_meta(directory: Path) -> list[dict[str, Stored]]:
+def locate_meta(directory: Path) -> list[dict[str, TensorLocation]]:
     """The tensors of each ``consolidated.XX.pth``, in the order of the shards and under Meta's names."""
     numbers = sorted(int(m[1]) for p in directory.iterdir() if (m := _META_SHARD.fullmatch(p.name)))
     if not numbers:
@@ -114,7 +117,7 @@ def stored_meta(directory: Path) -> list[dict[str, Stored]]:
         missing = next(n for n in range(len(numbers) + 1) if n not in numbers)
         raise CheckpointError(f"consolidated.{missing:02d}.pth is missing", directory, "fetch all shards")
     shards = [directory / f"consolidated.{n:02d}.pth" for n in numbers]
-    return [{name: Stored(path, e, e.strides) for name, e in read_archive(path).items()} for path in shards]
+    return [{name: TensorLocation(path, e, e.strides) for name, e in read_archive(path).items()} for path in shards]
 
 
 def has_weights(directory: Path, format_: str) -> bool:
@@ -124,7 +127,7 @@ def has_weights(directory: Path, format_: str) -> bool:
     return any(_META_SHARD.fullmatch(p.name) for p in directory.iterdir())
 
 
-def same_bytes(one: Stored, other: Stored) -> bool:
+def same_bytes(one: TensorLocation, other: TensorLocation) -> bool:
     """Whether two tensors hold the same bytes; reads no further than the first difference."""
     assert one.strides is None, "safetensors has no views"
     assert other.strides is None

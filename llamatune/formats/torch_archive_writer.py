@@ -1,6 +1,6 @@
 """Writes PyTorch's zip format as a stream of plain tensors that ``torch.load`` reads, safely and memory-mapped.
 
-No torch: the pickle is spelled out opcode by opcode, so what it can contain is what stands here.
+No torch: the pickle is written opcode by opcode, so it can contain nothing else.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import zlib
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from llamatune.checkpoints.torch_archive import STORAGE_CLASSES
-from llamatune.tensor_files import ITEM_BYTES
+from llamatune.formats.torch_pickle import STORAGE_CLASSES
+from llamatune.shapes.dtypes import ITEM_BYTES
 
 _ALIGNMENT = 64
 _LARGEST_SHORT = 0xFFFFFFFF
-"""From here on a size or an offset goes into zip's 64-bit fields, and this value stands in the 32-bit one."""
+"""From this value on, a size or an offset goes into zip's 64-bit fields, and this value into the 32-bit one."""
 _DATE = (1980 - 1980) << 9 | 1 << 5 | 1
 """1 January 1980: the same tensors give the same bytes."""
 

@@ -1,7 +1,6 @@
-"""The safetensors layout, checked before use and written as a stream.
+"""The safetensors format: a header check that allocates nothing, and a writer that streams. No torch.
 
-Reading tensors is left to the ``safetensors`` library; what stands here is what it does not offer: a header check that
-allocates nothing, and a writer that holds one tensor at a time. No torch: ``prepare-data`` writes with it too.
+Tensors are read by the ``safetensors`` library, which offers neither of the two.
 """
 
 from __future__ import annotations
@@ -16,12 +15,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llamatune.errors import CheckpointError, LlamatuneError
-from llamatune.files import open_regular, parse_json
+from llamatune.safe_reading import open_regular, stand_in
+from llamatune.shapes.dtypes import ITEM_BYTES
+from llamatune.strict_json import parse_json
 
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
 _LARGEST_HEADER = 100_000_000
 _LARGEST_DIMENSION = 1 << 40
 
@@ -52,7 +49,9 @@ def read_header(
             raise error(f"{file_bytes} bytes is no safetensors file", path, "fetch it again")
         header_bytes = struct.unpack("<Q", prefix)[0]
         if header_bytes > _LARGEST_HEADER or 8 + header_bytes > file_bytes:
-            raise error(_foreign(prefix) or "not a safetensors file, or cut short", path, "fetch it again")
+            archive = "a zip archive (a PyTorch checkpoint?), not a safetensors file" if prefix[:2] == b"PK" else None
+            what = stand_in(prefix) or archive or "not a safetensors file, or cut short"
+            raise error(what, path, "fetch it again")
         raw = file.read(header_bytes)
     try:
         header = parse_json(raw)
@@ -71,7 +70,7 @@ def read_header(
             raise error(f"tensor {name} overlaps another one or leaves a gap", path, "fetch it again")
         expected = entry.end
     if expected != file_bytes:
-        raise error(f"{file_bytes:,} bytes where its header tells of {expected:,}", path, "fetch it again")
+        raise error(f"{file_bytes:,} bytes where its header declares {expected:,}", path, "fetch it again")
     return entries, metadata
 
 
@@ -89,17 +88,6 @@ def _entry(name: str, facts: Mapping[str, object], data_start: int) -> TensorEnt
     return TensorEntry(dtype, tuple(shape), data_start + begin, data_start + end)
 
 
-def _foreign(prefix: bytes) -> str | None:
-    """What a file that is no safetensors file looks like."""
-    if prefix.startswith(b"version "):
-        return "a git-lfs pointer, not the file itself"
-    if prefix.lstrip().lower().startswith((b"<!doc", b"<html")):
-        return "an HTML page, not a safetensors file"
-    if prefix.startswith(b"PK"):
-        return "a zip archive (a PyTorch checkpoint?), not a safetensors file"
-    return None
-
-
 def data_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
     """How many bytes tensors take that are declared as for ``TensorWriter``."""
     return sum(math.prod(shape) * ITEM_BYTES[dtype] for _, dtype, shape in tensors)
@@ -108,7 +96,7 @@ def data_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
 class TensorWriter:
     """Writes a safetensors file as a stream: declare every tensor first, then ``write`` their bytes in that order.
 
-    The bytes are digested on their way, so that nobody need read the file again to describe it.
+    The bytes are digested as they are written, so that the manifest needs no second read of the file.
 
     Args:
         file: open for writing at position 0.

@@ -1,0 +1,268 @@
+"""Durable, atomic writes of files and directories, and checks of the disk before the work.
+
+A reader sees the old state or the new one, never a part: ``write_atomic`` replaces one file, ``staged_directory`` a
+directory. Before either, ``output_file``, ``refuse_occupied`` and ``refuse_small_disk`` refuse what cannot be written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import glob
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from llamatune.errors import EnvironmentFault
+from llamatune.safe_reading import digest_bytes
+
+STAGING = ".llamatune-tmp-"
+"""The prefix of a file or directory that is not finished; a process id and the final name follow."""
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
+"""Errors of kernels, file systems and containers that cannot swap two names."""
+_PROBE = "probe"
+_MEBIBYTE = 1 << 20
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in ``path`` durable."""
+    _sync(path, os.O_DIRECTORY)
+
+
+def sync_tree(directory: Path) -> None:
+    """Make every file and every subdirectory of ``directory`` durable."""
+    for entry in directory.rglob("*"):
+        _sync(entry)
+
+
+def _sync(path: Path, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_RDONLY | flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def disk_fault(fault: OSError, path: Path, needed: int | None = None) -> EnvironmentFault:
+    """The error for a failed write: path, cause, and, where the disk is full, the bytes needed and free."""
+    if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+        purpose = "for one more name" if needed is None else f"for {needed:,} bytes"
+        what = f"no space left {purpose}, {_free_bytes(path):,} are free"
+        return EnvironmentFault(what, path, "free some space and run it again")
+    return EnvironmentFault(f"cannot write: {fault.strerror or fault}", path)
+
+
+def _free_bytes(path: Path) -> int:
+    """Free bytes of the disk that holds ``path``, or that would if it existed."""
+    path = Path(os.path.realpath(path))
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
+@contextlib.contextmanager
+def disk_faults(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an ``OSError`` of the block, which writes ``needed`` bytes, into an error that names ``path``."""
+    try:
+        yield
+    except OSError as fault:
+        raise disk_fault(fault, path, needed) from fault
+
+
+@contextlib.contextmanager
+def writing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
+    """A new file at ``path`` with the umask's mode, synced before the block ends. Not atomic: for staging directories.
+
+    ``size``: its expected number of bytes, for the error when the disk is full.
+    """
+    written = 0
+    try:
+        with path.open("xb") as file:
+            try:
+                yield file
+            finally:
+                written = file.tell()
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as fault:
+        raise disk_fault(fault, path, max(size, written) or None) from fault
+
+
+def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None], overwrite: bool = True) -> None:
+    """Replace ``path`` by ``content`` durably: temporary file beside it, fsync, rename, fsync of the directory.
+
+    Without ``overwrite``, a file that exists at that moment stays, and ``EnvironmentFault`` is raised.
+    """
+    temporary = _staging_beside(path)
+    try:
+        temporary.unlink(missing_ok=True)
+        with writing(temporary, len(content) if isinstance(content, bytes) else 0) as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+        if not overwrite:
+            _refuse_existing(path, path)
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as fault:
+        raise disk_fault(fault, path) from fault
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def output_file(path: Path, overwrite: bool) -> Path:
+    """The path of an output file, links resolved; raises before any work if it cannot be written.
+
+    Every option that names an output file is checked here, with the verb's ``--overwrite``.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise EnvironmentFault("exists and is not a regular file", path, "choose another output")
+    if not overwrite:
+        _refuse_existing(target, path)
+    if not target.parent.is_dir():
+        raise EnvironmentFault("no such directory", target.parent, "make it first")
+    probe_writable(target.parent)
+    return target
+
+
+def _refuse_existing(target: Path, named: Path) -> None:
+    if target.exists():
+        raise EnvironmentFault("exists", named, "choose another output, or pass --overwrite")
+
+
+def refuse_occupied(path: Path, overwrite: bool) -> None:
+    """Raise unless ``path`` may become an output directory: absent, empty, or to be overwritten."""
+    if path.is_symlink() and not path.exists():
+        raise EnvironmentFault("a dangling symbolic link", path)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise EnvironmentFault("exists and is not a directory", path, "choose another output")
+    if not overwrite and next(path.iterdir(), None) is not None:
+        raise EnvironmentFault(
+            "the directory is not empty and holds something else", path, "choose another one, or pass --overwrite"
+        )
+
+
+def refuse_small_disk(path: Path, needed: int, what: str) -> None:
+    """Raise before any work is done if fewer than ``needed`` bytes, and a MiB to spare, are free at ``path``."""
+    free = _free_bytes(path)
+    if needed + _MEBIBYTE > free:
+        raise EnvironmentFault(
+            f"{what} needs {needed:,} bytes and {free:,} are free", path, "free some space, or another disk"
+        )
+
+
+def probe_writable(parent: Path) -> None:
+    """Raise before any work is done if nothing can be created, synced and renamed under ``parent``."""
+    remove_dead_staging(parent, _PROBE)
+    probe = _staging_beside(parent / _PROBE)
+    try:
+        make_directory(parent)
+        with probe.open("xb") as file:
+            file.write(b"probe")
+            file.flush()
+            os.fsync(file.fileno())
+        renamed = _staging_beside(parent / f"renamed-{_PROBE}")
+        os.replace(probe, renamed)
+        renamed.unlink()
+    except OSError as fault:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        raise disk_fault(fault, parent) from fault
+
+
+def make_directory(path: Path) -> None:
+    """Make ``path`` and its missing parents, each durable in the directory that holds it."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync_directory(place.parent)
+
+
+def remove_dead_staging(parent: Path, name: str, owned: bool = False) -> None:
+    """Remove staging files and directories of ``name`` whose process has ended; nothing else.
+
+    ``owned``: the caller holds a lock on ``parent``, so their process has ended, whichever host it ran on.
+    """
+    for stale in parent.glob(f"{STAGING}*-{glob.escape(_short(name))}"):
+        owner, _, final = stale.name.removeprefix(STAGING).partition("-")
+        if owner.isdigit() and (final == _short(name) if owned else not Path(f"/proc/{owner}").exists()):
+            remove(stale)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole directory; what cannot be removed stays, without an error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _staging_beside(path: Path) -> Path:
+    """The temporary name of ``path`` in this process."""
+    return path.with_name(f"{STAGING}{os.getpid()}-{_short(path.name)}")
+
+
+def _short(name: str) -> str:
+    """``name``, or a digest of one that would leave no room for the prefix within a file name's 255 bytes."""
+    return name if len(os.fsencode(name)) <= 200 else digest_bytes(os.fsencode(name))[:32]
+
+
+@contextlib.contextmanager
+def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty directory beside ``path``; when the block ends, it becomes ``path`` durably and in one step.
+
+    The block syncs its files. If it raises, nothing of it remains, and ``path`` is as it was.
+    """
+    refuse_occupied(path, overwrite)
+    path = Path(os.path.realpath(path))
+    probe_writable(path.parent)
+    remove_dead_staging(path.parent, path.name)
+    staging = _staging_beside(path)
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir()
+        yield staging
+        sync_directory(staging)
+        _swap_in(staging, path)
+    except OSError as fault:
+        raise disk_fault(fault, path) from fault
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _swap_in(staging: Path, path: Path) -> None:
+    """Rename ``staging`` to ``path`` in one step; what stood there is removed once that is durable."""
+    aside = staging
+    if not path.exists():
+        os.rename(staging, path)
+    elif not _exchange(staging, path):
+        aside = _staging_beside(path.with_name(f"old-{path.name}"))
+        os.rename(path, aside)
+        try:
+            os.rename(staging, path)
+        except OSError:
+            os.rename(aside, path)
+            raise
+    sync_directory(path.parent)
+    remove(aside)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names atomically (Linux's renameat2); False where kernel or file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    current_directory, swap = -100, 2
+    if renameat2(current_directory, os.fsencode(one), current_directory, os.fsencode(other), swap) == 0:
+        return True
+    if (fault := ctypes.get_errno()) not in _NO_EXCHANGE:
+        raise OSError(fault, os.strerror(fault))
+    return False

@@ -1,0 +1,264 @@
+"""``llamatune.json``, the manifest of a product: its kind, its inputs, its facts, and size and SHA-256 of each file.
+
+Every directory that a verb makes is a product: a prepared directory, checkpoint, adapter, model or NF4 cache.
+``build_directory`` writes one with its manifest, ``read_manifest`` and ``find_manifest`` read the manifest, and
+``verify_product`` compares every byte with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from llamatune.durable_writing import staged_directory, sync_tree, writing
+from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError, Stopped
+from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.safe_reading import digest_bytes, digest_file, open_regular, read_bytes
+from llamatune.strict_json import dump_json, parse_json_object
+
+MANIFEST = "llamatune.json"
+SCHEMA = 1
+_LARGEST_MANIFEST = 16 << 20
+_BLOCK = 1 << 20
+T = TypeVar("T")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class OtherVersion(CheckpointError):
+    """Whole, as far as can be told, but written by another version of llamatune."""
+
+    def __init__(self, schema: object, where: Path) -> None:
+        super().__init__(f"written by another version (schema {schema!r})", where, "use the version that wrote it")
+
+
+@dataclass
+class Staging:
+    """A product in the making: write files below ``path``, and what readers should know into ``facts``.
+
+    ``digests`` holds the SHA-256 of files that were digested while they were written, by name; others are read again.
+    """
+
+    path: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def build_directory(path: Path, kind: str, inputs: dict[str, Any], overwrite: bool = False) -> Iterator[Staging]:
+    """Yield an empty staging directory beside ``path``; when the block ends it becomes ``path``, with a manifest.
+
+    The order is: files synced, manifest with their digests synced, directory synced, rename, parent synced. If the
+    block raises, nothing of it remains, and ``path`` is as it was.
+    """
+    with staged_directory(path, overwrite) as directory:
+        product = Staging(directory)
+        yield product
+        sync_tree(directory)
+        manifest = {
+            "kind": kind,
+            "schema": SCHEMA,
+            "inputs": inputs,
+            "facts": product.facts,
+            "files": {name: _describe_file(product, name) for name in _file_names(directory)},
+        }
+        with writing(directory / MANIFEST) as file:
+            file.write(dump_json(manifest))
+
+
+def _file_names(directory: Path) -> list[str]:
+    """Every file below ``directory`` but the manifests, as relative POSIX paths."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return [path.relative_to(directory).as_posix() for path in paths]
+
+
+def _describe_file(product: Staging, name: str) -> dict[str, Any]:
+    path = product.path / name
+    return {"bytes": path.stat().st_size, "sha256": product.digests.get(name) or digest_file(path)}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest as read. ``files`` are (bytes, SHA-256) by path relative to the product; ``digest`` is its own.
+
+    The properties are facts with their types checked; each is None where the product does not have it.
+    """
+
+    path: Path
+    digest: str
+    schema: Any
+    kind: Any
+    inputs: Any
+    facts: dict[str, Any]
+    files: dict[str, tuple[int, str]]
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(size for size, _ in self.files.values())
+
+    @property
+    def template(self) -> dict[str, Any] | None:
+        """The prompt template that the rows were encoded with."""
+        return self._fact("template", self.facts.get("template"), dict)
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """The fingerprint of the model that an adapter was trained on, or that was merged."""
+        return self._fact("base_fingerprint", self.facts.get("base_fingerprint"), str)
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """The fingerprint of the tokenizer that a prepared directory was made with."""
+        tokenizer: dict[str, Any] = self._fact("tokenizer", self.facts.get("tokenizer"), dict) or {}
+        return self._fact("the tokenizer's fingerprint", tokenizer.get("fingerprint"), str)
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """The context length of a merged model in Meta's format, whose ``params.json`` cannot hold it."""
+        noted = self.facts.get("max_position_embeddings")
+        return noted if type(noted) is int else None
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The SHA-256 of each adapter that is merged into a model."""
+        digests = self.facts.get("adapters")
+        return [digest for digest in digests if isinstance(digest, str)] if isinstance(digests, list) else []
+
+    def _fact(self, name: str, value: Any, kind: type[T]) -> T | None:
+        if value is not None and not isinstance(value, kind):
+            raise CheckpointError(f"{name} is malformed", self.path, "fetch or make it again")
+        return value
+
+
+def has_manifest(directory: Path) -> bool:
+    """Whether anything has the manifest's name; a dangling link counts and is refused when it is read."""
+    return os.path.lexists(directory / MANIFEST)
+
+
+def find_manifest(directory: Path, error: type[LlamatuneError] = CheckpointError) -> Manifest | None:
+    """The manifest in ``directory``, None if there is none; of another schema only the facts are read.
+
+    Raises:
+        error: no regular file, no strict JSON, or of our schema and not what ``build_directory`` writes: no kind, facts
+            or files, or a file entry that is unsafe, such as a path that leads out of the directory.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        return None
+    content = read_bytes(path, error, _LARGEST_MANIFEST)
+    raw = parse_json_object(content, path, error)
+    schema, kind, inputs, facts, files = (raw.get(key) for key in ("schema", "kind", "inputs", "facts", "files"))
+    if schema != SCHEMA:
+        facts, files = facts if isinstance(facts, dict) else {}, {}
+    elif not isinstance(kind, str) or not isinstance(facts, dict) or not isinstance(files, dict) or not files:
+        raise error("not the manifest of a product", path, "fetch or make it again")
+    entries = {name: _file_entry(name, entry, path, error) for name, entry in files.items()}
+    return Manifest(path, digest_bytes(content), schema, kind, inputs, facts, entries)
+
+
+def manifest_if_readable(directory: Path) -> Manifest | None:
+    """The manifest in ``directory``; None if there is none or it is broken."""
+    with contextlib.suppress(LlamatuneError):
+        return find_manifest(directory)
+    return None
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a product.
+
+    Raises:
+        CheckpointError: as ``find_manifest``; also if it is missing or of another schema (``OtherVersion``).
+    """
+    manifest = find_manifest(directory)
+    if manifest is None:
+        raise CheckpointError("no such file", directory / MANIFEST)
+    if manifest.schema != SCHEMA:
+        raise OtherVersion(manifest.schema, manifest.path)
+    return manifest
+
+
+def _file_entry(name: str, entry: Any, where: Path, error: type[LlamatuneError]) -> tuple[int, str]:
+    parts = PurePosixPath(name).parts
+    plain = parts and name == "/".join(parts) and ".." not in parts and "\0" not in name and name != MANIFEST
+    if not plain or len(name) > 1000 or any(len(part.encode()) > 255 for part in parts):
+        raise error(f"names the unsafe path {name[:80]!r}", where, "do not use this directory")
+    size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+    if type(size) is not int or size < 0 or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise error(f"has no size and SHA-256 of {name[:80]!r}", where, "fetch or make it again")
+    return size, digest
+
+
+def finished_product(path: Path, kind: str, inputs: dict[str, Any]) -> Manifest | None:
+    """The manifest at ``path`` if it describes a complete product of the same kind and inputs, else None.
+
+    Files are compared by size alone: their content may be gigabytes.
+    """
+    try:
+        manifest = read_manifest(path)
+    except LlamatuneError:
+        return None
+    same = manifest.kind == kind and manifest.inputs == json.loads(json.dumps(inputs))
+    return manifest if same and not _misfits(path, manifest) else None
+
+
+def verify_product(directory: Path, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop) -> Manifest:
+    """Compare every byte of a product with its manifest, which is returned.
+
+    Raises:
+        CheckpointError: files that are missing, or of another size or content; the first is named, all are counted.
+        Stopped: ``should_stop`` said so.
+    """
+    manifest = read_manifest(directory)
+    faults = _misfits(directory, manifest)
+    done = 0
+    for name, (size, digest) in manifest.files.items():
+        if name not in faults and _digest(directory / name, done, manifest.bytes, on_event, should_stop) != digest:
+            faults[name] = "its content does not match the manifest's SHA-256"
+        done += size
+    if faults:
+        name, what = next(iter(faults.items()))
+        more = f" (and {len(faults) - 1} more: {', '.join([*faults][1:4])})" if len(faults) > 1 else ""
+        raise CheckpointError(what + more, directory / name, "fetch or make it again")
+    return manifest
+
+
+def unlisted_files(directory: Path, manifest: Manifest) -> list[str]:
+    """The files in a product's directory that its manifest does not list."""
+    names = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if not path.is_dir())
+    return [name for name in names if name != MANIFEST and name not in manifest.files]
+
+
+def _misfits(directory: Path, manifest: Manifest) -> dict[str, str]:
+    """The files that are missing or of another size, each with what is wrong."""
+    faults = {}
+    for name, (size, _) in manifest.files.items():
+        path = directory / name
+        if not path.exists():
+            faults[name] = "missing"
+        elif not path.is_file():
+            faults[name] = "not a regular file"
+        elif path.stat().st_size != size:
+            faults[name] = f"{path.stat().st_size:,} bytes where the manifest says {size:,}"
+    return faults
+
+
+def _digest(path: Path, done: int, total: int, on_event: OnEvent, should_stop: ShouldStop) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open_regular(path) as file:
+            while block := file.read(_BLOCK):
+                if should_stop():
+                    raise Stopped("stopped while verifying", path, "run the same command again")
+                digest.update(block)
+                done += len(block)
+                on_event(Progress("bytes verified", done, total))
+    except OSError as fault:
+        raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
+    return digest.hexdigest()

@@ -1,0 +1,223 @@
+"""``metrics.jsonl``, the log of a run: a typed record for each kind of line, the writer and the readers.
+
+A line is one strict-JSON object, ``{"event": KIND, ...}``. Kinds that this version does not know are passed over. The
+log has no header: a log of another schema begins with ``{"event": "schema", "version": N}``, which is refused here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from llamatune.durable_writing import disk_faults
+from llamatune.errors import CheckpointError, printable
+from llamatune.formats.manifest import OtherVersion
+from llamatune.safe_reading import open_regular
+from llamatune.strict_json import parse_json
+
+SCHEMA = 1
+LARGEST_NUMBER = 1e100
+"""Far above any real figure, so that products and axis limits stay finite."""
+_LARGEST_WHOLE = 1 << 53
+"""Below it every whole number is exact as a float."""
+LONGEST_LINE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update; ``grad_norm`` is from before clipping."""
+
+    event: ClassVar[str] = "step"
+    step: int
+    window: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    loss_scale: float
+    target_tokens: int
+    tokens_per_second: float
+    peak_memory_bytes: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The validation loss after ``step`` updates. Readers need ``step`` and ``loss`` alone and check no other field."""
+
+    event: ClassVar[str] = "eval"
+    step: int
+    loss: float
+    perplexity: float | None = None
+    best: bool | None = None
+    epoch: float | None = None
+    rows: int | None = None
+    target_tokens: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A window whose gradient overflowed fp16, and the loss scale that was set after it."""
+
+    event: ClassVar[str] = "skipped"
+    window: int
+    loss_scale: float
+
+
+@dataclass(frozen=True)
+class LayerGradNorms:
+    """The norm of each layer's gradient in one update, by the layer's name."""
+
+    event: ClassVar[str] = "layer_grad_norms"
+    step: int
+    norms: Mapping[str, float]
+
+
+Record = Step | Evaluation | Skipped | LayerGradNorms
+_Flat = TypeVar("_Flat", Step, Evaluation, Skipped)
+
+
+def record_of(kind: type[_Flat], done: object) -> _Flat:
+    """The record of an event (``StepDone``, ``EvalDone``), whose attributes have the names of the fields."""
+    return kind(**{entry.name: getattr(done, entry.name) for entry in fields(kind)})
+
+
+class MetricsLog:
+    """The log while its run appends to it. A failed write is an ``EnvironmentFault`` that names the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with disk_faults(path):
+            self._file = path.open("ab")
+
+    def append(self, record: Record) -> None:
+        """Write one line."""
+        line = json.dumps({"event": record.event, **vars(record)}, allow_nan=False).encode() + b"\n"
+        with disk_faults(self.path, len(line)):
+            self._file.write(line)
+            self._file.flush()
+
+    def sync(self) -> int:
+        """Make the log durable; its length in bytes."""
+        with disk_faults(self.path):
+            os.fsync(self._file.fileno())
+            return self._file.tell()
+
+    def cut(self, length: int) -> None:
+        """Cut the log to its length at the checkpoint that the run resumes from."""
+        if length > self._file.tell():
+            what = "shorter than its last checkpoint says"
+            raise CheckpointError(what, self.path, "was it edited? start again elsewhere")
+        with disk_faults(self.path):
+            self._file.truncate(length)
+            self._file.seek(length)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # a failed write has already raised
+            self._file.close()
+
+
+@dataclass
+class Metrics:
+    """All records of a log; ``torn`` says that its last line is not whole."""
+
+    steps: list[Step] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    layer_grad_norms: dict[int, dict[str, float]] = field(default_factory=dict)
+    torn: bool = False
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Every record of a log. A last line that is not whole is left out: a run may be writing it, or was killed.
+
+    Raises:
+        CheckpointError: a line but the last is broken, a value is no number, or steps do not rise.
+    """
+    metrics, fault = Metrics(), None
+    for number, _, line in read_lines(path):
+        if fault is not None:
+            raise fault
+        try:
+            values = parse_line(line)
+        except ValueError as reason:
+            fault = CheckpointError(f"not valid JSON: {reason}", f"{path}:{number}", "was it edited?")
+            continue
+        try:
+            _add(metrics, values)
+        except ValueError as reason:
+            raise CheckpointError(str(reason), f"{path}:{number}", "was it edited?") from None
+    metrics.torn = fault is not None
+    return metrics
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Each line's number from 1, its end in the file, and its bytes; one of more than a MiB comes in pieces.
+
+    Raises:
+        OtherVersion: the log is of another schema.
+    """
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+            if number == 1 and line.startswith(b'{"event": "schema"') and (version := _version(line)) != SCHEMA:
+                raise OtherVersion(version, path)
+            yield number, file.tell(), line
+
+
+def _version(line: bytes) -> Any:
+    with contextlib.suppress(ValueError):
+        return parse_line(line).get("version")
+    return None
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """The object of a line; ``ValueError`` if it is not one whole line of strict JSON."""
+    values = parse_json(line)
+    if not line.endswith(b"\n") or not isinstance(values, dict):
+        raise ValueError("not a line with one object")
+    return values
+
+
+def _add(metrics: Metrics, values: Mapping[str, Any]) -> None:
+    last_step = metrics.steps[-1].step if metrics.steps else 0
+    match values.get("event"):
+        case Step.event:
+            step = _checked(Step, values)
+            if step.step <= last_step or step.target_tokens < 1:
+                raise ValueError(f"no step that can follow step {last_step}")
+            metrics.steps.append(step)
+        case Evaluation.event:
+            evaluation = _checked(Evaluation, values)
+            if evaluation.step != last_step or (metrics.evaluations and metrics.evaluations[-1].step == last_step):
+                raise ValueError(f"no evaluation that can follow step {last_step}")
+            metrics.evaluations.append(evaluation)
+        case Skipped.event:
+            metrics.skipped.append(_checked(Skipped, values))
+        case LayerGradNorms.event:
+            norms = values.get("norms")
+            if not isinstance(norms, dict) or not norms:
+                raise ValueError("'norms' holds no norm")
+            by_layer = {sys.intern(printable(name)): _number(norms, name, whole=False) for name in norms}
+            metrics.layer_grad_norms[_number(values, "step", whole=True)] = by_layer
+
+
+def _checked(kind: type[_Flat], values: Mapping[str, Any]) -> _Flat:
+    needed = [entry for entry in fields(kind) if entry.default is MISSING]
+    return kind(**{entry.name: _number(values, entry.name, whole=entry.type == "int") for entry in needed})
+
+
+def _number(values: Mapping[str, Any], name: str, whole: bool) -> Any:
+    """One value of a line; ``ValueError`` if it is no number that a run can have logged."""
+    value = values.get(name)
+    if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
+        raise ValueError(f"{name!r} is not a {'whole ' if whole else ''}number")
+    if not abs(value) < (_LARGEST_WHOLE if whole else LARGEST_NUMBER):
+        raise ValueError(f"{name!r} is too large")
+    return value

@@ -1,0 +1,118 @@
+"""Prepared directories, which ``prepare-data`` writes: token ids, loss mask and row offsets in safetensors. No torch.
+
+A split is one file, ``train.safetensors`` or ``validation.safetensors``, with the tensors of ``COLUMNS``. ``offsets``
+(rows + 1) say where each row begins and ends in ``input_ids`` and ``loss_mask`` (tokens; 1: the token is a target), and
+``source_rows`` (rows) are the row numbers in the input files, from 1. The facts in the manifest say how rows were read.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+
+from llamatune.durable_writing import writing
+from llamatune.errors import DataError
+from llamatune.formats import manifest
+from llamatune.formats.manifest import Manifest, Staging, find_manifest
+from llamatune.formats.safetensors import TensorWriter, data_bytes, read_header
+from llamatune.safe_reading import open_regular
+
+KIND = "prepared"
+SCHEMA = "1"
+"""Of a split, in the metadata of its file; a file without it, as they are written today, is of schema 1."""
+COLUMNS = {"offsets": ("I64", "q"), "source_rows": ("I64", "q"), "input_ids": ("I32", "i"), "loss_mask": ("U8", "B")}
+"""Each tensor's dtype and its code for ``array``, in the order in the file: the widest first, so each is aligned."""
+
+
+def split_path(directory: Path, split: str) -> Path:
+    """The file of ``train`` or ``validation``."""
+    return directory / f"{split}.safetensors"
+
+
+def write_split(
+    staging: Staging,
+    split: str,
+    lengths: Iterable[int],
+    source_rows: array[int],
+    input_ids: Iterable[bytes],
+    loss_mask: Iterable[bytes],
+) -> None:
+    """Write one split. ``lengths`` are the rows' tokens; ids (int32) and mask come as bytes in any portions."""
+    offsets = array("q", itertools.accumulate(lengths, initial=0))
+    counts = {"offsets": len(offsets), "source_rows": len(source_rows)}
+    tensors = [(name, dtype, (counts.get(name, offsets[-1]),)) for name, (dtype, _) in COLUMNS.items()]
+    path = split_path(staging.path, split)
+    with writing(path, data_bytes(tensors)) as file:
+        writer = TensorWriter(file, tensors)
+        for portion in itertools.chain((offsets.tobytes(), source_rows.tobytes()), input_ids, loss_mask):
+            writer.write(portion)
+        staging.digests[path.name] = writer.finish()
+
+
+class SplitFile:
+    """One split, its header checked; columns are read when they are asked for.
+
+    Raises:
+        DataError: not a split, of another schema, or its tensors do not fit each other.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries, metadata = read_header(path, DataError)
+        if metadata.get("schema", SCHEMA) != SCHEMA:
+            raise DataError(f"written by another version (schema {metadata['schema']})", path, "prepare the data again")
+        if {name: entry.dtype for name, entry in self._entries.items()} != {
+            name: dtype for name, (dtype, _) in COLUMNS.items()
+        }:
+            raise DataError("not a file that prepare-data wrote", path, "prepare the data again")
+        shapes = {name: entry.shape for name, entry in self._entries.items()}
+        tokens, rows = shapes["input_ids"], shapes["source_rows"]
+        flat = len(tokens) == len(rows) == 1
+        if not flat or shapes["loss_mask"] != tokens or shapes["offsets"] != (rows[0] + 1,):
+            raise DataError("its tensors do not fit each other", path, "prepare the data again")
+
+    def __len__(self) -> int:
+        return self._entries["source_rows"].shape[0]
+
+    def column(self, name: str, begin: int = 0, end: int | None = None) -> array[int]:
+        """Elements ``begin:end`` of one tensor."""
+        values: array[int] = array(COLUMNS[name][1])
+        entry = self._entries[name]
+        last = entry.end if end is None else entry.begin + end * values.itemsize
+        with open_regular(self.path, DataError) as file:
+            file.seek(entry.begin + begin * values.itemsize)
+            values.frombytes(file.read(last - file.tell()))
+        return values
+
+    def row_starts(self) -> list[int]:
+        """Where each row begins in the tokens, and where the last one ends."""
+        starts = self.column("offsets").tolist()
+        check_row_starts(starts, self._entries["input_ids"].shape[0], self.path)
+        return starts
+
+
+def check_row_starts(starts: list[int], tokens: int, path: Path) -> None:
+    """Raise ``DataError`` unless rows that begin and end there make up all tokens, none empty."""
+    ordered = all(begin < end for begin, end in itertools.pairwise(starts))
+    if starts[:1] != [0] or starts[-1] != tokens or not ordered:
+        raise DataError("row offsets do not fit the tokens", path, "prepare the data again")
+
+
+def read_lengths(directory: Path) -> tuple[list[int], list[int]]:
+    """Tokens and target tokens of each training row."""
+    split = SplitFile(split_path(directory, "train"))
+    rows, mask = list(itertools.pairwise(split.row_starts())), split.column("loss_mask").tobytes()
+    return [end - begin for begin, end in rows], [mask.count(1, begin, end) for begin, end in rows]
+
+
+def read_prepared_manifest(directory: Path) -> Manifest:
+    """The manifest of a prepared directory; ``DataError`` if it is none, or of another schema."""
+    found = find_manifest(directory, DataError)
+    if found is None or found.kind != KIND:
+        what = "not a prepared directory" if directory.exists() else "no such directory"
+        raise DataError(what, directory, "make one with llamatune prepare-data")
+    if found.schema != manifest.SCHEMA:
+        raise DataError(f"written by another version (schema {found.schema})", directory, "prepare the data again")
+    return found

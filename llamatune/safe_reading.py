@@ -1,0 +1,65 @@
+"""Reads of files that could be hostile: regular files only, of a bounded size; SHA-256 digests."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError
+
+_MEBIBYTE = 1 << 20
+
+
+def open_regular(path: Path, error: type[LlamatuneError] = CheckpointError, max_bytes: int | None = None) -> BinaryIO:
+    """Open a regular file for reading; a missing, special or oversized one raises ``error``."""
+    try:
+        # O_NONBLOCK: opening a FIFO for reading would otherwise wait for a writer for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise error("no such file", path) from None
+    except OSError as fault:
+        raise EnvironmentFault(f"cannot open: {fault.strerror}", path) from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise error(f"{what} where a file is expected", path)
+    if max_bytes is not None and status.st_size > max_bytes:
+        os.close(descriptor)
+        raise error(f"{status.st_size:,} bytes, more than the {max_bytes:,} that such a file may have", path)
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, error: type[LlamatuneError] = CheckpointError, max_bytes: int = _MEBIBYTE) -> bytes:
+    """The whole of a small regular file."""
+    with open_regular(path, error, max_bytes) as file:
+        try:
+            return file.read()
+        except OSError as fault:
+            raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
+
+
+def stand_in(head: bytes) -> str | None:
+    """What was fetched in place of a binary file, by its first bytes: a git-lfs pointer, an HTML page, or None."""
+    if head.startswith(b"version "):
+        return "a git-lfs pointer, not the file itself"
+    if head.lstrip().lower().startswith((b"<!doc", b"<html")):
+        return "an HTML page, not the file itself"
+    return None
+
+
+def digest_bytes(data: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path, error: type[LlamatuneError] = CheckpointError) -> str:
+    """SHA-256 of a regular file of any size, in hexadecimal."""
+    with open_regular(path, error) as file:
+        digest = hashlib.sha256()
+        while block := file.read(_MEBIBYTE):
+            digest.update(block)
+        return digest.hexdigest()

@@ -1,0 +1,86 @@
+"""Durable writes of files and directories."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from llamatune import durable_writing
+from llamatune.durable_writing import refuse_occupied, write_atomic
+from llamatune.errors import EnvironmentFault
+from llamatune.formats.manifest import MANIFEST, build_directory
+
+
+def test_write_atomic_replaces_whole_files_with_the_umasks_mode(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    previous = os.umask(0o027)
+    try:
+        write_atomic(target, b"one")
+        write_atomic(target, b"two")
+    finally:
+        os.umask(previous)
+    assert target.read_bytes() == b"two"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    write_atomic(target, b"old")
+
+    def fails(file: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(EnvironmentFault, match="no space left"):
+        write_atomic(target, fails)
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_occupied_directory_is_kept_unless_overwritten(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine").write_text("precious")
+    with pytest.raises(EnvironmentFault, match="not empty"):
+        refuse_occupied(target, overwrite=False)
+    with pytest.raises(EnvironmentFault), build_directory(target, "thing", {}):
+        pass
+    assert (target / "mine").read_text() == "precious"
+    with build_directory(target, "thing", {}, overwrite=True) as staging:
+        (staging.path / "new").write_text("x")
+    assert sorted(p.name for p in target.iterdir()) == sorted([MANIFEST, "new"])
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_swap_that_fails_is_an_error_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where names cannot be swapped at all may the old product be away for a moment."""
+    target = tmp_path / "out"
+    with build_directory(target, "thing", {}) as staging:
+        (staging.path / "old").write_text("x")
+
+    def replace() -> None:
+        with build_directory(target, "thing", {}, overwrite=True) as staging:
+            (staging.path / "new").write_text("x")
+
+    def full(one: Path, other: Path) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(durable_writing, "_exchange", full)
+    with pytest.raises(EnvironmentFault, match="no space left"):
+        replace()
+    assert sorted(path.name for path in target.iterdir()) == [MANIFEST, "old"]
+    monkeypatch.setattr(durable_writing, "_exchange", lambda one, other: False)
+    replace()
+    assert sorted(path.name for path in target.iterdir()) == [MANIFEST, "new"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_leftovers_of_a_dead_process_are_removed_and_foreign_files_kept(tmp_path: Path) -> None:
+    dead = tmp_path / ".llamatune-tmp-999999999-out"
+    dead.mkdir()
+    (tmp_path / ".other").mkdir()
+    with build_directory(tmp_path / "out", "thing", {}):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".other", "out"]
