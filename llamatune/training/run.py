@@ -93,17 +93,10 @@ def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, progress: R
         on_event(Notice(f"{message}, about {per_step:,.1f} samples in each update"))
     on_event(
         RunStarted(
-            trainable_parameters=count.trainable_parameters,
-            total_parameters=count.total_parameters,
-            train_rows=samples,
-            validation_rows=0 if validation is None else len(validation),
-            total_steps=schedule.total_steps,
-            num_epochs=schedule.num_epochs,
-            resumed_step=progress.step,
-            device=str(inputs.device),
-            elapsed_s=progress.elapsed_s,
+            count.trainable_parameters, count.total_parameters, samples, 0 if validation is None else len(validation),
+            schedule.total_steps, schedule.num_epochs, progress.step, str(inputs.device), progress.elapsed_s,
         )
-    )
+    )  # fmt: skip
 
 
 def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent = ignore_event) -> dict[str, Any]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from llamatune.checkpoints.adapter import Adapter, load_adapter, save_adapter, write_adapter_files
+from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter_files
 from llamatune.checkpoints.huggingface import write_huggingface
 from llamatune.checkpoints.tensor_bytes import write_tensors
 from llamatune.durable_writing import writing
@@ -27,89 +28,82 @@ EVALUATION = "evaluation.json"
 """In ``best/``: step, epoch, loss, perplexity, rows and target tokens of the evaluation of these weights."""
 
 
-class WeightOutput(Protocol):
-    """Writes and restores the trained weights, an adapter's or all."""
+class WeightOutput(abc.ABC):
+    """Writes and restores the trained weights; ``kind`` names the product, and its directory in the run."""
 
+    kind: str
+
+    def __init__(self, spec: RunSpec, inputs: Inputs, learner: Learner) -> None:
+        self._spec, self._inputs, self._parameters = spec, inputs, learner.parameters
+        self._template = inputs.prepared.manifest.template
+
+    @abc.abstractmethod
     def write_checkpoint(self, staging: Staging) -> None:
         """Write the trained tensors, bit for bit, into a checkpoint's staging directory."""
 
+    @abc.abstractmethod
+    def read_checkpoint(self, checkpoint: Path) -> Mapping[str, Tensor]:
+        """The trained tensors of a verified checkpoint."""
+
+    @abc.abstractmethod
+    def write_product(self, staging: Staging) -> None:
+        """Write the adapter or model for other programs."""
+
+    @torch.no_grad()
     def restore(self, checkpoint: Path) -> None:
         """Load the tensors of a verified checkpoint."""
+        tensors = self.read_checkpoint(checkpoint)
+        if self._parameters.keys() != tensors.keys():
+            raise CheckpointError("its tensors are not those that this run trains", checkpoint)
+        for name, parameter in self._parameters.items():
+            parameter.copy_(tensors[name])
 
     def write_best(self, path: Path, evaluation: Mapping[str, Any]) -> None:
         """Replace ``best/`` by the current weights, with their ``evaluation`` in ``evaluation.json``."""
+        with build_directory(path, self.kind, {}, overwrite=True) as staging:
+            self.write_product(staging)
+            with writing(staging.path / EVALUATION) as file:
+                file.write(dump_json(evaluation))
 
     def write_final(self, run: Path) -> None:
         """Write ``adapter/`` or ``model/`` into the run directory."""
+        with build_directory(run / self.kind, self.kind, {}, overwrite=True) as staging:
+            self.write_product(staging)
 
 
 def weight_output(spec: RunSpec, inputs: Inputs, learner: Learner) -> WeightOutput:
     """An adapter's writer where the spec has a lora section, else the whole model's."""
-    return _WholeModel(spec, inputs, learner) if spec.lora is None else _AdapterOnly(spec, inputs, learner)
+    return (_WholeModel if spec.lora is None else _AdapterOnly)(spec, inputs, learner)
 
 
-def _fill(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], where: Path) -> None:
-    if parameters.keys() != tensors.keys():
-        raise CheckpointError("its tensors are not those that this run trains", where)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-
-
-def _write_evaluation(staging: Staging, evaluation: Mapping[str, Any]) -> None:
-    with writing(staging.path / EVALUATION) as file:
-        file.write(dump_json(evaluation))
-
-
-class _AdapterOnly:
+class _AdapterOnly(WeightOutput):
     """A checkpoint of an adapter is a PEFT directory too: ``generate`` and ``merge-lora`` take it."""
 
-    def __init__(self, spec: RunSpec, inputs: Inputs, learner: Learner) -> None:
-        assert spec.adapter is not None
-        self._learner, self._config = learner, spec.adapter
-        self._fingerprint, self._base = inputs.base_fingerprint, spec.model.path
-        self._template = inputs.prepared.manifest.template
-
-    def _adapter(self) -> Adapter:
-        return Adapter(self._config, dict(self._learner.parameters), self._fingerprint, self._template, self._base)
+    kind = ADAPTER
 
     def write_checkpoint(self, staging: Staging) -> None:
-        write_adapter_files(staging, self._adapter())
-        staging.facts.update(base_fingerprint=self._fingerprint, template=self._template)
+        assert self._spec.adapter is not None
+        fingerprint, base = self._inputs.base_fingerprint, self._spec.model.path
+        tensors: dict[str, Tensor] = dict(self._parameters)
+        write_adapter_files(staging, Adapter(self._spec.adapter, tensors, fingerprint, self._template, base))
+        staging.facts.update(base_fingerprint=fingerprint, template=self._template)
 
-    def restore(self, checkpoint: Path) -> None:
-        _fill(self._learner.parameters, load_adapter(checkpoint).tensors, checkpoint)
+    write_product = write_checkpoint
 
-    def write_best(self, path: Path, evaluation: Mapping[str, Any]) -> None:
-        with build_directory(path, "adapter", {}, overwrite=True) as staging:
-            self.write_checkpoint(staging)
-            _write_evaluation(staging, evaluation)
-
-    def write_final(self, run: Path) -> None:
-        save_adapter(run / ADAPTER, self._adapter(), overwrite=True)
+    def read_checkpoint(self, checkpoint: Path) -> Mapping[str, Tensor]:
+        return load_adapter(checkpoint).tensors
 
 
-class _WholeModel:
-    def __init__(self, spec: RunSpec, inputs: Inputs, learner: Learner) -> None:
-        self._learner, self._config, self._base = learner, inputs.config, Path(spec.model.path)
-        self._template = inputs.prepared.manifest.template
+class _WholeModel(WeightOutput):
+    kind = MODEL
 
     def write_checkpoint(self, staging: Staging) -> None:
-        write_tensors(staging, _WEIGHTS, self._learner.parameters)
+        write_tensors(staging, _WEIGHTS, self._parameters)
 
-    def restore(self, checkpoint: Path) -> None:
-        _fill(self._learner.parameters, load_file(checkpoint / _WEIGHTS), checkpoint)
+    def read_checkpoint(self, checkpoint: Path) -> Mapping[str, Tensor]:
+        return load_file(checkpoint / _WEIGHTS)
 
-    def write_best(self, path: Path, evaluation: Mapping[str, Any]) -> None:
-        with build_directory(path, "model", {}, overwrite=True) as staging:
-            self._write_model(staging)
-            _write_evaluation(staging, evaluation)
-
-    def write_final(self, run: Path) -> None:
-        with build_directory(run / MODEL, "model", {}, overwrite=True) as staging:
-            self._write_model(staging)
-
-    def _write_model(self, staging: Staging) -> None:
+    def write_product(self, staging: Staging) -> None:
         staging.facts["template"] = self._template
-        parameters = self._learner.parameters
-        write_huggingface(staging, self._config, parameters.__getitem__, lambda name: torch.float32, self._base)
+        base, parameters = Path(self._spec.model.path), self._parameters
+        write_huggingface(staging, self._inputs.config, parameters.__getitem__, lambda name: torch.float32, base)
