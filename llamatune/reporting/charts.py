@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llamatune.reporting.curves import Epoch, thinned
 from llamatune.reporting.diagnosis import Spike
 from llamatune.reporting.drawing import PALETTE, Chart
-from llamatune.reporting.run_log import Run, Step
+from llamatune.reporting.run_reader import Run, Step
 from llamatune.units import perplexity
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamatune.reporting.run_log import Step
+from llamatune.reporting.run_reader import Step
 from llamatune.units import perplexity
 
 

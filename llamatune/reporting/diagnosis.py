@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from llamatune.reporting.curves import epoch_of, mean_loss
-from llamatune.reporting.run_log import Evaluation, Step
+from llamatune.reporting.run_reader import Evaluation, Step
 
 # A spike's loss jumps this many robust deviations higher above the median of the ten steps before it than losses did
 # lately. Jumps are ratios: the noise of batches is multiplicative and skewed, and five deviations of its logarithm come

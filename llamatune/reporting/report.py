@@ -15,7 +15,7 @@ from llamatune.reporting.contents import Report, report_run, spec_differences
 from llamatune.reporting.curves import running_average
 from llamatune.reporting.drawing import chart_svg, charts_png, require_matplotlib
 from llamatune.reporting.page import render_page
-from llamatune.reporting.run_log import name_runs, read_run
+from llamatune.reporting.run_reader import name_runs, read_run
 from llamatune.reporting.samples import generate_samples, read_generations
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llamatune.errors import CheckpointError, DataError, SpecError, printable
 from llamatune.events import OnEvent, ShouldStop
 from llamatune.files import parse_json, read_bytes
-from llamatune.reporting.run_log import Run
+from llamatune.reporting.run_reader import Run
 from llamatune.training.run_files import ADAPTER, MODEL
 
 if TYPE_CHECKING:

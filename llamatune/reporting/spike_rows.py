@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llamatune.errors import LlamatuneError
 from llamatune.reporting.diagnosis import Diagnosis
-from llamatune.reporting.run_log import Run
+from llamatune.reporting.run_reader import Run
 
 _DECIDE_THE_ORDER = ("data.", "training.seed", "training.micro_batch_size", "training.gradient_accumulation_steps")
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamatune.reporting.run_log import Evaluation, Step
+from llamatune.reporting.run_reader import Evaluation, Step
 from llamatune.spec import build_spec
 
 MEMORY_BYTES = 3 << 30

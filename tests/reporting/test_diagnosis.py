@@ -10,7 +10,7 @@ import pytest
 from report_material import falling, make_steps, noisy
 
 from llamatune.reporting.diagnosis import Trend, diagnose, find_spikes, judge_trend, judge_validation
-from llamatune.reporting.run_log import Evaluation
+from llamatune.reporting.run_reader import Evaluation
 from llamatune.reporting.wording import findings
 
 SMOOTH = {

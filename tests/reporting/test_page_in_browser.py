@@ -13,7 +13,7 @@ from report_material import falling, noisy, write_run
 from test_report import hostile_runs
 
 from llamatune.reporting.report import ReportOptions, make_report
-from llamatune.reporting.run_log import Evaluation
+from llamatune.reporting.run_reader import Evaluation
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium on the path")
 

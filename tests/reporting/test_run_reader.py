@@ -12,7 +12,7 @@ import pytest
 from report_material import falling, make_steps, write_run
 
 from llamatune.errors import CheckpointError, SpecError
-from llamatune.reporting.run_log import Evaluation, name_runs, read_metrics, read_run
+from llamatune.reporting.run_reader import Evaluation, name_runs, read_metrics, read_run
 
 STEP = {"event": "step", **vars(make_steps([2.0])[0])}
 
