@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llamatune.data.prepare import PrepareOptions, prepare_data
-from llamatune.demo.run import MATERIAL, demo_spec
+from llamatune.demo.run_demo import MATERIAL, demo_spec
 from llamatune.events import EpochDone, EvalDone, Event
 from llamatune.spec import build_spec
 from llamatune.training.run import train

@@ -27,7 +27,7 @@ from llamatune.commands._console import Console
 from llamatune.commands._live import LiveDrawing, open_console, speaks_utf8
 from llamatune.commands._panel import Curve, TrainingPanel
 from llamatune.data.prepare import PrepareOptions, prepare_data
-from llamatune.demo.run import MATERIAL
+from llamatune.demo.run_demo import MATERIAL
 from llamatune.events import (
     CheckpointSaved,
     EvalDone,

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
-    from llamatune.benchmarking.run import Benchmark
+    from llamatune.benchmarking.run_benchmark import Benchmark
     from llamatune.benchmarking.tables import Table
 
 
@@ -68,9 +68,9 @@ def benchmark(
     chosen_seeds = None if seeds is None else _seeds(seeds)
     limit = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
     with Console(json_mode, writes=True) as console:
+        from llamatune.benchmarking.cell_plan import BenchmarkOptions
         from llamatune.benchmarking.grid import is_axis
-        from llamatune.benchmarking.plan import BenchmarkOptions
-        from llamatune.benchmarking.run import run_benchmark
+        from llamatune.benchmarking.run_benchmark import run_benchmark
 
         # `--grid A=1,2 B=3,4` reads as two axes, and is.
         axes += [word for word in words if is_axis(word)]

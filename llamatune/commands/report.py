@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
-    from llamatune.reporting.contents import Report
+    from llamatune.reporting.report_data import Report
 
 
 def report(
@@ -39,7 +39,7 @@ def report(
 
     with Console(json_mode, writes=True) as console:
         from llamatune.commands._arguments import given_prompts
-        from llamatune.reporting.report import ReportOptions, make_report, report_as_json
+        from llamatune.reporting.make_report import ReportOptions, make_report, report_as_json
 
         options = ReportOptions(
             runs,
@@ -61,7 +61,7 @@ def _print(out: RichConsole, made: Report) -> None:
     from rich.text import Text
 
     from llamatune.errors import printable
-    from llamatune.reporting.wording import figure_rows, findings
+    from llamatune.reporting.report_text import figure_rows, findings
 
     table = Table()
     table.add_column("")

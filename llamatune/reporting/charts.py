@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llamatune.reporting.curves import Epoch, thinned
+from llamatune.reporting.averages import Epoch, thinned
+from llamatune.reporting.chart_images import PALETTE, Chart
 from llamatune.reporting.diagnosis import Spike
-from llamatune.reporting.drawing import PALETTE, Chart
 from llamatune.reporting.run_reader import Run, Step
 from llamatune.units import perplexity
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from llamatune.reporting.curves import epoch_of, mean_loss
+from llamatune.reporting.averages import epoch_of, mean_loss
 from llamatune.reporting.run_reader import Evaluation, Step
 
 # A spike's loss jumps this many robust deviations higher above the median of the ten steps before it than losses did

@@ -12,7 +12,7 @@ import torch
 from step_tools import saved_by_autograd
 from torch import nn
 
-from llamatune.benchmarking.meter import CATEGORIES, CategoryMeter
+from llamatune.benchmarking.category_meter import CATEGORIES, CategoryMeter
 from llamatune.errors import OutOfMemory
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.loss import summed_loss

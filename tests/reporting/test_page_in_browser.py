@@ -12,7 +12,7 @@ import pytest
 from report_material import falling, noisy, write_run
 from test_report import hostile_runs
 
-from llamatune.reporting.report import ReportOptions, make_report
+from llamatune.reporting.make_report import ReportOptions, make_report
 from llamatune.reporting.run_reader import Evaluation
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium on the path")

@@ -20,7 +20,7 @@ from llamatune.errors import NumericsError, Stopped
 from llamatune.inference.answer import Request, answer
 from llamatune.inference.sampling import Sampling
 from llamatune.reporting.diagnosis import Diagnosis, Spike
-from llamatune.reporting.report import ReportOptions, make_report, report_as_json
+from llamatune.reporting.make_report import ReportOptions, make_report, report_as_json
 from llamatune.reporting.run_reader import Evaluation, read_run
 from llamatune.reporting.spike_rows import with_rows
 from llamatune.shapes.adapter import AdapterSpec

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from llamatune.errors import SpecError
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.files import output_file, write_atomic
+from llamatune.reporting.averages import running_average
+from llamatune.reporting.chart_images import chart_svg, charts_png, require_matplotlib
 from llamatune.reporting.charts import Curve, make_charts
-from llamatune.reporting.contents import Report, report_run, spec_differences
-from llamatune.reporting.curves import running_average
-from llamatune.reporting.drawing import chart_svg, charts_png, require_matplotlib
-from llamatune.reporting.page import render_page
+from llamatune.reporting.html_page import render_page
+from llamatune.reporting.report_data import Report, report_run, spec_differences
 from llamatune.reporting.run_reader import name_runs, read_run
-from llamatune.reporting.samples import generate_samples, read_generations
+from llamatune.reporting.sample_answers import generate_samples, read_generations
 
 if TYPE_CHECKING:
     from llamatune.inference.answer import Prompt

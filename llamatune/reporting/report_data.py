@@ -10,10 +10,10 @@ from typing import Any
 
 from llamatune.checkpoints.config_files import read_config
 from llamatune.errors import LlamatuneError, printable
-from llamatune.reporting.curves import Epoch, epoch_means, running_average
+from llamatune.reporting.averages import Epoch, epoch_means, running_average
 from llamatune.reporting.diagnosis import Diagnosis, diagnose
 from llamatune.reporting.run_reader import LARGEST_NUMBER, Run
-from llamatune.reporting.samples import Samples
+from llamatune.reporting.sample_answers import Samples
 from llamatune.reporting.spike_rows import with_rows
 from llamatune.shapes.counts import ParameterCount, count_parameters
 from llamatune.units import perplexity

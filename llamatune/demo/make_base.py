@@ -1,4 +1,4 @@
-"""How ``llamatune/demo/base`` was made: ``python -m llamatune.demo.recipe --output DIR`` makes it again.
+"""How ``llamatune/demo/base`` was made: ``python -m llamatune.demo.make_base --output DIR`` makes it again.
 
 It writes the atlas, trains the tokenizer, and then calls ``llamatune prepare-data`` and ``llamatune train`` with
 ``pretrain.yaml``, as a user would. Stopped anywhere, the same command goes on.

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llamatune import __version__
-from llamatune.benchmarking.cell import SCRATCH, run_cell
-from llamatune.benchmarking.chart import draw_chart
+from llamatune.benchmarking.bar_chart import draw_chart
+from llamatune.benchmarking.cell_plan import BenchmarkOptions, PlannedCell, plan_benchmark
+from llamatune.benchmarking.cell_process import SCRATCH, run_cell
 from llamatune.benchmarking.effects import Effect, Result, effects
 from llamatune.benchmarking.grid import Axis
-from llamatune.benchmarking.plan import BenchmarkOptions, PlannedCell, plan_benchmark
 from llamatune.benchmarking.tables import (
     effects_table,
     flat_table,

@@ -12,12 +12,12 @@ import yaml
 
 from llamatune import __version__
 from llamatune.errors import printable
+from llamatune.reporting.chart_images import PALETTE, Chart
 from llamatune.reporting.charts import Curve
-from llamatune.reporting.contents import Report, RunReport
 from llamatune.reporting.diagnosis import Spike
-from llamatune.reporting.drawing import PALETTE, Chart
-from llamatune.reporting.samples import Samples
-from llamatune.reporting.wording import ABSENT, figure_rows, findings, loss, two_places, whole
+from llamatune.reporting.report_data import Report, RunReport
+from llamatune.reporting.report_text import ABSENT, figure_rows, findings, loss, two_places, whole
+from llamatune.reporting.sample_answers import Samples
 from llamatune.units import duration, gibibytes
 
 _PAGE = {"page": ("#ffffff", "#0d1117"), "panel": ("#f3f5f7", "#161b22"), "quiet": ("#57606a", "#9aa4af")}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llamatune.benchmarking.meter import CategoryMeter
+from llamatune.benchmarking.category_meter import CategoryMeter
 from llamatune.data.dataset import Batch
 from llamatune.devices import capability_of, memory_faults
 from llamatune.errors import NumericsError

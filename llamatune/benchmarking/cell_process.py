@@ -1,6 +1,6 @@
 """A cell in a process of its own: what the benchmark asks of it, and what may become of it.
 
-``python -m llamatune.benchmarking.cell RESULT.json`` reads its task from stdin.
+``python -m llamatune.benchmarking.cell_process RESULT.json`` reads its task from stdin.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llamatune.spec import build_spec
 from llamatune.strict_yaml import parse_yaml
 
 if TYPE_CHECKING:
-    from llamatune.benchmarking.measure import Task
+    from llamatune.benchmarking.measure_cell import Task
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1
@@ -50,7 +50,7 @@ def run_cell(task: Task, directory: Path, should_stop: ShouldStop) -> dict[str, 
         result, errors = Path(scratch) / "result.json", Path(scratch) / "stderr"
         with errors.open("wb") as stderr:
             child = subprocess.Popen(
-                [sys.executable, "-m", "llamatune.benchmarking.cell", str(result)],
+                [sys.executable, "-m", "llamatune.benchmarking.cell_process", str(result)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -83,7 +83,7 @@ def _ask(child: subprocess.Popen[bytes], request: bytes, should_stop: ShouldStop
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Do what is asked, in this process; every fault that has a name is an answer too."""
-    from llamatune.benchmarking.measure import Task, measure
+    from llamatune.benchmarking.measure_cell import Task, measure
     from llamatune.training.setup import open_inputs
 
     task = Task(

@@ -12,7 +12,7 @@ import torch
 
 from llamatune import __version__
 from llamatune.benchmarking.grid import Cell, Grid, expand, parse_axis, preset_grid
-from llamatune.benchmarking.measure import Task
+from llamatune.benchmarking.measure_cell import Task
 from llamatune.devices import find_device
 from llamatune.errors import LlamatuneError
 from llamatune.events import Notice, OnEvent
