@@ -1,4 +1,4 @@
-"""Run directories in, one self-contained page out, and the same figures as plain values."""
+"""``make_report``: reads run directories, diagnoses them, and writes one HTML page (and a PNG)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What to report on and where to. ``smoothing`` is the decay of the running average, from 0 (none) to below 1.
+    """Inputs and outputs. ``smoothing`` is the decay of the running average, from 0 (none) to below 1.
 
-    ``prompts`` are answered by each run's base and trained weights; ``generations`` are answers from a file.
+    ``prompts`` are answered by the base and the trained weights of each run; ``generations`` is a file of answers.
     """
 
     runs: Sequence[Path]
@@ -43,11 +43,11 @@ class ReportOptions:
 def make_report(
     options: ReportOptions, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop
 ) -> Report:
-    """Read, judge, draw and write the page (and the picture); torch is loaded only for prompts and spikes' rows.
+    """Write the page (and the PNG) and return its data; torch is loaded only for prompts and the rows of spikes.
 
     Raises:
         SpecError: an option is out of bounds, or a run is given twice. CheckpointError: not a run directory.
-        EnvironmentFault: matplotlib is missing, or an output is in the way.
+        EnvironmentFault: matplotlib is missing, or an output exists already.
     """
     if not 0 <= options.smoothing < 1:
         raise SpecError(f"--smoothing is {options.smoothing}", None, "give a number from 0 to below 1")
@@ -64,9 +64,9 @@ def make_report(
         )
     reports = [report_run(run, options.smoothing) for run in runs]
     curves = []
-    for place, (run, found) in enumerate(zip(runs, reports, strict=True)):
+    for place, (run, data) in enumerate(zip(runs, reports, strict=True)):
         smoothed = running_average([step.loss for step in run.metrics.steps], options.smoothing)
-        curves.append(Curve(run, place, smoothed, found.epochs, found.diagnosis.spikes))
+        curves.append(Curve(run, place, smoothed, data.epochs, data.diagnosis.spikes))
     report = Report(
         str(options.output),
         None if options.png is None else str(options.png),
@@ -79,8 +79,8 @@ def make_report(
     page = render_page(report, [(chart, chart_svg(chart)) for chart in charts], curves)
     write_atomic(output, page.encode(), options.overwrite)
     if picture is not None:
-        drawn = charts_png(charts, {curve.run.name: curve.style for curve in curves})
-        write_atomic(picture, drawn, options.overwrite)
+        legend = {curve.run.name: curve.style for curve in curves}
+        write_atomic(picture, charts_png(charts, legend), options.overwrite)
     return report
 
 

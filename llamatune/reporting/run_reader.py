@@ -1,4 +1,4 @@
-"""A run directory read back, at any moment of its life: under way, stopped, broken off or finished."""
+"""Reads a run directory, finished or not: spec, metrics, summary, data counts, versions, status."""
 
 from __future__ import annotations
 
@@ -21,17 +21,10 @@ _LONGEST_LINE = 1 << 20
 _LARGEST_MANIFEST = 16 << 20
 _DATA_NAMES = ("format", "template")
 _DATA_COUNTS = (
-    "max_seq_length",
-    "rows_in",
-    "kept",
-    "truncated",
-    "truncated_tokens",
-    "dropped",
-    "refused",
-    "duplicates",
-)
+    "max_seq_length", "rows_in", "kept", "truncated", "truncated_tokens", "dropped", "refused", "duplicates"
+)  # fmt: skip
 _SPLIT_COUNTS = ("rows", "tokens", "target_tokens", "longest_row_tokens")
-# Far above any real figure: products and axis limits stay finite below the one, floats are exact below the other.
+# Far above any real figure: below the first, products and axis limits stay finite; below the second, floats are exact.
 LARGEST_NUMBER, _LARGEST_WHOLE = 1e100, 1 << 53
 
 
@@ -81,11 +74,11 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a run directory and its prepared data tell without loading a tensor.
+    """What a run directory and its prepared data contain, without any tensor.
 
-    ``status`` is ``finished``, ``stopped early``, ``running`` or ``unfinished``; ``summary`` is empty unless the run
-    came to its end; ``spec_changes`` are those made between two starts. ``data`` is what ``prepare-data`` counted,
-    empty if those very directories are not there any more.
+    ``status`` is ``finished``, ``stopped early``, ``running`` or ``unfinished``; ``summary`` is empty until the run has
+    ended; ``spec_changes`` are those made between two starts. ``data`` holds the counts of ``prepare-data``, empty if
+    the prepared directories were removed or replaced.
     """
 
     name: str
@@ -212,7 +205,7 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def _status(path: Path, summary: Mapping[str, Any]) -> str:
-    """Whether the run ended, or still goes on as far as the note in its lock tells (a killed one leaves it behind)."""
+    """Whether the run ended or is running, by its summary and its lock (which a killed run leaves behind)."""
     if summary:
         return "stopped early" if summary.get("stopped_early") else "finished"
     try:
@@ -224,7 +217,7 @@ def _status(path: Path, summary: Mapping[str, Any]) -> str:
 
 
 def _manifest_facts(directory: Path, digest: object) -> dict[str, Any]:
-    """What ``prepare-data`` noted in ``directory``; ``ValueError`` if that is gone, or another one than the run's."""
+    """The manifest of ``directory``; ``ValueError`` if it is gone or not the one that the run read."""
     try:
         raw = read_bytes(directory / MANIFEST, CheckpointError, _LARGEST_MANIFEST)
         facts = parse_json(raw)["facts"]
@@ -236,7 +229,7 @@ def _manifest_facts(directory: Path, digest: object) -> dict[str, Any]:
 
 
 def _prepared_counts(spec: RunSpec, origin: Mapping[str, Any]) -> tuple[dict[str, int | str], str]:
-    """Counts of the prepared data, splits as ``train_rows`` and so on, and what there is to say about their lack."""
+    """Counts of the prepared data (``train_rows`` and so on), or none and a notice why."""
     try:
         facts = _manifest_facts(Path(spec.data.train), origin.get("train"))
         splits = facts["splits"]
@@ -264,7 +257,7 @@ def _spec_changes(origin: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _versions(path: Path) -> dict[str, str]:
-    """Versions that the newest checkpoint remembers."""
+    """Versions of llamatune and torch, from the newest checkpoint."""
     states = [state for state in path.glob(f"{CHECKPOINTS}/step-*/state.json") if state.parent.name[5:].isdigit()]
     if not states:
         return {}
@@ -276,10 +269,10 @@ def _versions(path: Path) -> dict[str, str]:
 
 
 def name_runs(paths: Sequence[Path]) -> list[str]:
-    """A name for each run: its directory's, or the whole path where two directories are called the same.
+    """A name for each run: its directory's, or the whole path if two directories have the same name.
 
     Raises:
-        SpecError: a directory is given twice.
+        SpecError: the same directory is given twice.
     """
     real = [os.path.realpath(path) for path in paths]
     twice = next((path for path, where in zip(paths, real, strict=True) if real.count(where) > 1), None)

@@ -1,4 +1,4 @@
-"""Answers before and after tuning: read from what ``generate --compare`` wrote, or generated for the report."""
+"""Sample answers before and after tuning: read from a file of ``generate --compare``, or generated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LARGEST_FILE = 64 << 20
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt as the model saw it; ``base`` is the untuned model's answer, None where it was not asked."""
+    """A prompt as the model read it; ``base`` is the untuned model's answer, None if there is none."""
 
     prompt: str
     base: str | None
@@ -30,7 +30,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Answers from one source: a run, or a file."""
+    """Answers from one source: the name of a run or of a file."""
 
     source: str
     samples: list[Sample]
@@ -40,7 +40,7 @@ def read_generations(path: Path) -> Samples:
     """Read the JSON Lines of ``llamatune generate --output``, with ``--compare`` or without.
 
     Raises:
-        DataError: no such file, or a line that ``generate`` did not write.
+        DataError: no such file, or a line of another format.
     """
     samples = []
     for number, line in enumerate(read_bytes(path, DataError, _LARGEST_FILE).splitlines(), 1):
@@ -62,17 +62,12 @@ def _sample(values: Any) -> Sample:
 
 
 def generate_samples(
-    run: Run,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    device: str,
-    on_event: OnEvent,
-    should_stop: ShouldStop,
+    run: Run, prompts: Sequence[Prompt], max_new_tokens: int, device: str, on_event: OnEvent, should_stop: ShouldStop
 ) -> Samples:
-    """Answer ``prompts`` greedily with the base and with what ``run`` trained last.
+    """Answer ``prompts`` greedily with the base and with the last weights of ``run``.
 
     Raises:
-        SpecError: the run has no base that could be asked. CheckpointError: no weights yet, or they do not load.
+        SpecError: the run did not train the base on disk. CheckpointError: no weights yet, or they do not load.
     """
     from llamatune.devices import choose_device
     from llamatune.inference.answer import Request, answer
@@ -88,13 +83,11 @@ def generate_samples(
         return answer(request, on_event, should_stop).results
 
     if (run.path / ADAPTER).is_dir():
-        both = ask(Request(base, prompts, sampling, run.path / ADAPTER, compare=True, device=on))
-        return Samples(run.name, [Sample(found.prompt, found.base_completion, found.completion) for found in both])
+        tuned = ask(Request(base, prompts, sampling, run.path / ADAPTER, compare=True, device=on))
+        return Samples(run.name, [Sample(new.prompt, new.base_completion, new.completion) for new in tuned])
     if not (run.path / MODEL).is_dir():
         raise CheckpointError("no trained weights yet", run.path, "leave --prompt out, or let the run finish")
     tuned = ask(Request(run.path / MODEL, prompts, sampling, device=on))
-    before = ask(Request(base, [found.prompt for found in tuned], sampling, template="none", device=on))
-    return Samples(
-        run.name,
-        [Sample(new.prompt, old.completion, new.completion) for new, old in zip(tuned, before, strict=True)],
-    )
+    before = ask(Request(base, [new.prompt for new in tuned], sampling, template="none", device=on))
+    pairs = zip(before, tuned, strict=True)
+    return Samples(run.name, [Sample(new.prompt, old.completion, new.completion) for old, new in pairs])

@@ -11,9 +11,9 @@ import numpy
 import pytest
 from report_material import falling, make_steps, noisy, write_run
 
-from llamatune.reporting.averages import epoch_means, running_average, thinned
+from llamatune.reporting.averages import epoch_means, running_average
 from llamatune.reporting.chart_images import PALETTE, chart_svg, charts_png
-from llamatune.reporting.charts import Curve, make_charts
+from llamatune.reporting.charts import Curve, make_charts, thinned
 from llamatune.reporting.run_reader import Evaluation, read_run
 
 SVG = "{http://www.w3.org/2000/svg}"

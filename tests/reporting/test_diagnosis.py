@@ -9,9 +9,10 @@ import numpy
 import pytest
 from report_material import falling, make_steps, noisy
 
-from llamatune.reporting.diagnosis import Trend, diagnose, find_spikes, judge_trend, judge_validation
+from llamatune.reporting.diagnosis import Trend, diagnose, judge_trend, judge_validation
 from llamatune.reporting.report_text import findings
 from llamatune.reporting.run_reader import Evaluation
+from llamatune.reporting.spikes import find_spikes
 
 SMOOTH = {
     "exponential": falling(400),

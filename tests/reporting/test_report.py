@@ -19,10 +19,9 @@ from llamatune.data.dataset import Split
 from llamatune.errors import NumericsError, Stopped
 from llamatune.inference.answer import Request, answer
 from llamatune.inference.sampling import Sampling
-from llamatune.reporting.diagnosis import Diagnosis, Spike
 from llamatune.reporting.make_report import ReportOptions, make_report, report_as_json
 from llamatune.reporting.run_reader import Evaluation, read_run
-from llamatune.reporting.spike_rows import with_rows
+from llamatune.reporting.spikes import Spike, with_rows
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES
 from llamatune.shapes.counts import count_parameters
@@ -137,8 +136,8 @@ def test_rows_named_for_a_spike_are_those_that_were_trained_on(
     run = read_run(tmp_path / "run", "run")
     assert len(trained) == len(run.metrics.steps) > 9
     spikes = [Spike(s.step, s.step, s.step, s.window, 1, s.loss, 1.0, 1.0, 1.0, 1.0, True) for s in run.metrics.steps]
-    named = with_rows(run, Diagnosis(spikes, None, None))
-    assert [tuple(spike.rows or ()) for spike in named.spikes] == [tuple(sorted(rows)) for rows in trained]
+    named = with_rows(run, spikes)
+    assert [tuple(spike.rows or ()) for spike in named] == [tuple(sorted(rows)) for rows in trained]
 
 
 def test_rows_are_not_named_where_they_cannot_be_known(tmp_path: Path) -> None:
