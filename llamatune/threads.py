@@ -11,9 +11,11 @@ import torch
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
 
 BREAK_EVEN = 1 << 25
-"""Multiply-adds of the average product below which a second thread gains at most a sixth of a training step.
+"""Multiply-adds of the average product from which on threads are left to torch.
 
-``benchmarks/threads.py`` measures it; the figures are in ``docs/performance.md``.
+Half of it gained a sixth in training and two fifths in evaluation from a second idle core, and the demo's training
+nothing; on busy cores threads cost many times the time. ``benchmarks/threads.py`` measures, ``docs/performance.md`` has
+the figures.
 """
 
 _LEAST_TOKENS = 128

@@ -21,7 +21,9 @@ def generate(
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt; may be repeated. Without one, standard input is the prompt.")
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line, or JSONL rows.", readable=False)] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="One prompt a line, or rows in JSON or JSON Lines.", readable=False)
+    ] = None,
     template: Annotated[
         str | None, typer.Option(help="A template's name or file, or none; default: the one stored with the model.")
     ] = None,

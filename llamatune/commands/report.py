@@ -25,7 +25,9 @@ def report(
     prompt: Annotated[
         list[str] | None, typer.Option(help="Show each run's answer before and after tuning. Repeatable.")
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line, or JSONL rows.", readable=False)] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="One prompt a line, or rows in JSON or JSON Lines.", readable=False)
+    ] = None,
     generations: Annotated[
         Path | None, typer.Option(help="Show what generate --compare --output wrote.", readable=False)
     ] = None,

@@ -1,6 +1,6 @@
-"""Attention within samples: one function over every kernel that computes it.
+"""Scaled dot-product attention, causal within each sample, by the kernel that ``choose_kernel`` names.
 
-A row of a training batch holds several samples, one after another, and no padding. Each sees itself alone.
+A row of a training batch holds several samples, one after another, without padding. A sample attends to itself only.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Docu
 
     Args:
         mask: bool (B, 1, T, S), True where a query may look, in place of causality.
-        documents: B is 1 and the row holds these samples; each attends to itself alone.
+        documents: B is 1 and the row holds these samples; each attends to itself only.
     """
     if mask is not None or q.shape[2] != k.shape[2]:
         return _attend(q, k, v, "none" if mask is None else "given", mask)

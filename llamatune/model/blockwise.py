@@ -1,8 +1,8 @@
-"""8-bit numbers in blocks of 256 on the dynamic map of Dettmers et al. 2022 (8-bit optimizers, section 2.1).
+"""Blockwise 8-bit quantisation by the dynamic map of Dettmers et al. 2022 (8-bit optimizers, section 2.1).
 
-Each block is divided by its largest magnitude, and each quotient takes the nearest of 256 levels that lie densely near
-zero: seven decades, each with twice the levels of the one below it. Made for values whose sizes differ a lot: the
-moments of Adam, and the scales of NF4 blocks where a few blocks are outliers.
+Each block of 256 values is divided by its largest magnitude, and each quotient becomes the nearest of 256 levels. The
+levels are dense near zero: seven decades, each with twice the levels of the decade below it. It is meant for values of
+very different sizes: the moments of Adam, and the scales of NF4 blocks, a few of which are outliers.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def dynamic_levels(signed: bool) -> Tensor:
 
 
 class BlockwiseCode:
-    """Both directions of the map, its tables on one device.
+    """The map in both directions, with its tables on one device.
 
-    The unsigned one never rounds what is above zero to zero: Adam divides by the root of such numbers, and a second
-    moment that vanished beside a first moment that did not would make a step of any size.
+    The unsigned map rounds no positive number to zero. Adam divides by the root of the second moment: if that were
+    rounded to zero and the first moment were not, the update would have no bound.
     """
 
     def __init__(self, signed: bool, device: torch.device) -> None:

@@ -1,8 +1,8 @@
-"""Functions that torch.compile may turn into one kernel each.
+"""torch.compile of the elementwise functions between matrix products: norms, rotation, SwiGLU, cross-entropy, NF4.
 
-They are what lies between matrix products: norms, rotation, SwiGLU, cross-entropy, the unpacking of NF4. Eagerly every
-line of them reads and writes memory once more. The products stay as they are, since they write in place; attention,
-since its samples are ragged; and the autograd functions, since what they keep is chosen by hand, not by a partitioner.
+Without it, every line of them reads and writes memory once more. Matrix products are not compiled, because they write
+in place; nor is attention, because its samples differ in length; nor the autograd functions, because they choose by
+hand what they keep.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _compiling = False
 
 @contextlib.contextmanager
 def compiling(wanted: bool = True) -> Iterator[None]:
-    """Decide for all that is ``compilable``, in every thread: autograd has its own for a GPU."""
+    """Compile every ``compilable`` function, or none, in all threads: autograd has its own threads for a GPU."""
     global _compiling
     before, _compiling = _compiling, wanted
     try:
@@ -32,19 +32,19 @@ def compiling(wanted: bool = True) -> Iterator[None]:
 
 
 def is_compiling() -> bool:
-    """Whether functions run compiled now."""
+    """Whether ``compilable`` functions run compiled."""
     return _compiling
 
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)  # imports the compiler, some seconds
+    return torch.compile(function)  # imports the compiler, which takes some seconds
 
 
 def compilable(function: F) -> F:
-    """Let ``compiling`` decide how a function of tensors and constants runs.
+    """Run a function of tensors and constants compiled while ``compiling`` is on.
 
-    The last dimension but one of its tensors is rows, of which every call may have another number; the others are few.
+    The last dimension but one of its tensors is rows, whose number may differ at every call.
     """
 
     @functools.wraps(function)
@@ -58,7 +58,7 @@ def compilable(function: F) -> F:
 
 def _with_any_rows(x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
-        x = x.detach()  # whether it needs a gradient makes no difference then, but would compile the function again
+        x = x.detach()  # requires_grad has no effect here, but would compile the function again
     if x.dim() > 1:
         torch._dynamo.maybe_mark_dynamic(x, x.dim() - 2)
     return x

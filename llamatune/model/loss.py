@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llamatune.model.attention import Documents
 from llamatune.model.compilable import compilable
 from llamatune.model.layers import linear, widened
 from llamatune.model.transformer import Transformer
@@ -84,14 +83,15 @@ def _of_predictions(
     Also returns the states' places in the row (P,), on the CPU.
     """
     device = model.device
-    # Found on the CPU, where the labels are: asking the device which positions count would stall it.
+    # The positions are computed on the CPU, where the labels are: reading them from the device would stall it.
     next_labels = labels.reshape(-1).roll(-1)
     next_labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORED  # a sample's last token predicts nothing
     predicting = (next_labels != IGNORED).nonzero().squeeze(1)  # (P,) of N
     targets = next_labels[predicting].to(device, non_blocking=True)
+    del next_labels  # not needed at the peak
     result = model(
         input_ids.reshape(1, -1).to(device, non_blocking=True),
-        documents=Documents.of(lengths, device),
+        lengths=lengths,
         rows=predicting.to(device, non_blocking=True),
         read=lambda hidden, weight: loss(hidden[0], weight, targets),
     )

@@ -1,11 +1,11 @@
-"""NF4: the frozen matrices in 4 bits (QLoRA, Dettmers et al. 2023, section 3), 0.516 bytes a weight.
+"""NF4 quantisation of frozen weights to 4 bits (QLoRA, Dettmers et al. 2023, section 3), 0.516 bytes a weight.
 
 A matrix is read row after row in blocks of 64. Each weight becomes the nearest of 16 levels, the quantiles of a normal
-distribution, times its block's scale. The scales (the blocks' largest magnitudes) are quantised themselves: their mean
-is subtracted, and the rest is held in 8 bits in blocks of 256 (section 3, "double quantization"). Unlike the paper's,
-levels are chosen under the scale as it will be read back, which is never worse.
+distribution, times its block's scale. The scales (the blocks' largest magnitudes) are quantised too: their mean is
+subtracted, and the rest is held in 8 bits in blocks of 256 (section 3, "double quantization"). Unlike in the paper,
+levels are chosen with the scale as it will be read back, which is never worse.
 
-Products unpack one matrix at a time, forward and again backward; autograd keeps none.
+Products unpack one matrix at a time, in the forward and again in the backward pass; autograd keeps none.
 """
 
 from __future__ import annotations
@@ -50,30 +50,29 @@ def storage(shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, .
 
 
 class Scratch:
-    """The one buffer that matrices are unpacked into, shared by all layers of a model, and the lookup tables.
+    """The buffer that matrices are unpacked into, shared by all layers of a model, and the lookup tables.
 
-    Why sharing is safe: a matrix lives in it from the unpacking to the one product that reads it, and nothing comes
-    between, since ``NF4Product`` does the two in a row, both forward and backward, and lets no view of it out. A
-    recomputation under activation checkpointing runs whole products, too. On a GPU both kernels are in one stream, so
-    the next unpacking waits for the product. Two threads or two streams must not run one model at the same time; every
-    model has its own.
+    Sharing is safe because a matrix is in the buffer only from its unpacking to the product that follows at once.
+    ``NF4Product`` does both, forward and backward, and returns no view of it. Recomputation runs whole products.
+    On a GPU both kernels are in one stream, so the next unpacking waits for the product. Two threads or two streams
+    must not run one model at the same time. Every model has its own buffer.
     """
 
     def __init__(self) -> None:
-        self._rooms: dict[torch.device, Tensor] = {}
+        self._buffers: dict[torch.device, Tensor] = {}
         self._pairs: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._scales: dict[torch.device, BlockwiseCode] = {}
 
-    def room(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """``count`` uninitialised elements; whatever was in the buffer is lost."""
+    def buffer(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """``count`` uninitialised elements of the buffer; what was in it is lost."""
         size = count * dtype.itemsize
-        room = self._rooms.get(device)
-        if room is None or len(room) < size:
-            room = None
-            self._rooms.pop(device, None)  # freed before its successor is asked for
-            with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside it
-                room = self._rooms[device] = torch.empty(size, dtype=torch.uint8, device=device)
-        return room[:size].view(dtype)
+        buffer = self._buffers.get(device)
+        if buffer is None or len(buffer) < size:
+            buffer = None
+            self._buffers.pop(device, None)  # freed before a larger one is allocated
+            with torch.inference_mode(False):  # a tensor made in inference mode cannot be written to outside it
+                buffer = self._buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
+        return buffer[:size].view(dtype)
 
     def pairs(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """For each of the 256 bytes its two levels in ``dtype``, seen as one integer twice as wide.
@@ -119,7 +118,7 @@ class NF4Weight(nn.Module):
 
     @property
     def stored_bytes(self) -> int:
-        """What the buffers take."""
+        """Bytes of the buffers."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
     def scales(self) -> Tensor:
@@ -130,9 +129,9 @@ class NF4Weight(nn.Module):
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in ``dtype`` inside the shared buffer: use it at once, the next call overwrites it."""
-        flat = self.scratch.room(len(self.codes) * 2, dtype, self.device)
+        flat = self.scratch.buffer(len(self.codes) * 2, dtype, self.device)
         scales, pairs = self.scales(), self.scratch.pairs(dtype, self.device)
-        if is_compiling() and flat.is_cuda:  # a CPU does it quicker in pieces that stay in its cache
+        if is_compiling() and flat.is_cuda:  # a CPU is faster in pieces that stay in its cache
             dequantize_at_once(
                 self.codes.view(-1, BLOCK // 2), scales[:, None], pairs.view(dtype), flat.view(-1, BLOCK)
             )

@@ -159,22 +159,37 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
-        documents: Documents | None = None,
+        lengths: tuple[int, ...] | None = None,
         rows: Tensor | None = None,
         read: ReadStates = linear,
     ) -> Any:
         """Logits (B, T, V) of ``input_ids`` (B, T), or what ``read`` makes of the final states.
 
         Args:
-            positions: (B or 1, T); by default those of the documents, else they go on from the cache's length.
+            positions: (B or 1, T); by default they restart with each sample, or go on from the cache's length.
             mask: bool (B, 1, T, S), True where a query may look; None: causal, which right padding needs no mask for.
                 With a cache that already holds tokens, T > 1 needs a mask.
-            documents: the samples in the one row of ``input_ids``.
+            lengths: those of the samples in the one row of ``input_ids``, which holds several.
             rows: positions in the one row whose states are asked for, all that the last block computes; None: all.
             read: gets the final-norm states (B, T, D), or (1, len(rows), D), and the weight of the head (V, D), which
                 is the embedding's where the two are tied.
         """
+        hidden = self._final_states(input_ids, positions, mask, cache, lengths, rows)
+        if self.lm_head is None:
+            return read(hidden, self.model.embed_tokens.weight)
+        return self.lm_head(hidden, read)
+
+    def _final_states(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        lengths: tuple[int, ...] | None,
+        rows: Tensor | None,
+    ) -> Tensor:
         x = self.model.embed_tokens(input_ids)  # (B, T, D)
+        documents = None if lengths is None else Documents.of(lengths, self.device)
         if self.activation_dtype is not None:
             x = x.to(self.activation_dtype)
         if positions is None and documents is not None:
@@ -187,7 +202,4 @@ class Transformer(nn.Module):
         *earlier, last = self.model.layers
         for block in earlier:
             x = block(x, context)
-        hidden = self.model.norm(last(x, context, rows))
-        if self.lm_head is None:
-            return read(hidden, self.model.embed_tokens.weight)
-        return self.lm_head(hidden, read)
+        return self.model.norm(last(x, context, rows))  # type: ignore[no-any-return]

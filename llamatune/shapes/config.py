@@ -1,4 +1,4 @@
-"""The shape of a LLaMA model, and the family's presets. No torch."""
+"""LlamaConfig: the hyper-parameters of a LLaMA model and the shapes of its tensors; presets of the family. No torch."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ def test_autograd_keeps_no_matrix(tiny_base: Callable[..., Path]) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model(IDS)
     shared = {room.untyped_storage().data_ptr() for module in model.modules() if hasattr(module, "scratch")
-              for room in module.scratch._rooms.values()}  # fmt: skip
+              for room in module.scratch._buffers.values()}  # fmt: skip
     assert len(shared) == 1, "one buffer for all layers"
     assert not [t.shape for t in kept if tuple(t.shape) in matrices or t.untyped_storage().data_ptr() in shared]
 

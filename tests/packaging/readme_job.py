@@ -1,4 +1,4 @@
-"""README's job on the tiny model of the demo, every line of it, in an environment that holds only the wheel."""
+"""README's job from its first command to its last, on the tiny model that ships, every line of stderr looked at."""
 
 from __future__ import annotations
 
