@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,7 +42,7 @@ def report(
 
     with Console(json_mode, writes=True) as console:
         from llamatune.commands._arguments import given_prompts
-        from llamatune.reporting.make_report import ReportOptions, make_report, report_as_json
+        from llamatune.reporting.make_report import ReportOptions, make_report
 
         options = ReportOptions(
             runs,
@@ -55,7 +56,7 @@ def report(
             overwrite,
         )
         made = make_report(options, console.on_event, console.should_stop)
-        console.result(report_as_json(made), lambda out: _print(out, made))
+        console.result(asdict(made), lambda out: _print(out, made))
 
 
 def _print(out: RichConsole, made: Report) -> None:

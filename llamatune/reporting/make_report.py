@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llamatune.errors import SpecError
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
@@ -82,8 +82,3 @@ def make_report(
         legend = {curve.run.name: curve.style for curve in curves}
         write_atomic(picture, charts_png(charts, legend), options.overwrite)
     return report
-
-
-def report_as_json(report: Report) -> dict[str, Any]:
-    """The report as one JSON object."""
-    return asdict(report)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from llamatune.data.dataset import Split
 from llamatune.errors import NumericsError, Stopped
 from llamatune.inference.answer import Request, answer
 from llamatune.inference.sampling import Sampling
-from llamatune.reporting.make_report import ReportOptions, make_report, report_as_json
+from llamatune.reporting.make_report import ReportOptions, make_report
 from llamatune.reporting.run_reader import Evaluation, read_run
 from llamatune.reporting.spikes import Spike, with_rows
 from llamatune.shapes.adapter import AdapterSpec
@@ -67,7 +68,7 @@ def whole_model(spec_of: Make, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def report_on(*runs: Path, to: Path, **options: Any) -> dict[str, Any]:
     """The report as ``--json`` prints it."""
-    return json.loads(json.dumps(report_as_json(make_report(ReportOptions(runs, to, **options))), allow_nan=False))
+    return json.loads(json.dumps(asdict(make_report(ReportOptions(runs, to, **options))), allow_nan=False))
 
 
 def test_figures_are_those_of_the_summary_the_base_and_the_data(finished: Path, tmp_path: Path) -> None:
