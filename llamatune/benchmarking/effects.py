@@ -145,7 +145,7 @@ def _deciding_axes(quantity: str, pairs: list[Pair]) -> tuple[str, ...]:
             for pair in pairs:
                 values = tuple(pair.others[key] for key in keys)
                 signs.setdefault(values, set()).add(_sign(quantity, pair.changes[quantity]))
-            if all(len(found - {0}) <= 1 for found in signs.values()):
+            if all(len(by_pair - {0}) <= 1 for by_pair in signs.values()):
                 return keys
     return ()
 

@@ -80,7 +80,7 @@ def run_benchmark(
 
 
 def _claim(output: Path, overwrite: bool) -> None:
-    """Accept an empty directory or one of an earlier benchmark, of whatever grid; else refuse it or move it aside."""
+    """Accept an empty directory or one of an earlier benchmark, of any grid; else refuse it or move it aside."""
     others = output.is_dir() and any(not is_ours(entry) for entry in output.iterdir())
     if others and overwrite:
         with run_lock(output):

@@ -26,7 +26,7 @@ PALETTE = {
     "series-5": ("#877013", "#e3c33a"),
     "series-6": ("#5b6570", "#adb6bf"),
 }
-"""Each colour on a light and on a dark page. The series can be told apart with any kind of colour blindness."""
+"""Each colour on a light and on a dark page. The series differ with any kind of colour blindness, too."""
 
 _INK, _FAINT = PALETTE["ink"][0], PALETTE["faint"][0]
 

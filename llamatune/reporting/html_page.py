@@ -237,7 +237,7 @@ def _spec(run: RunReport) -> Markup:
     known = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     facts = [
         f"run directory: {run.path}",
-        f"trained with {known}" if known else "no checkpoint tells the versions that it was trained with",
+        f"trained with {known}" if known else "no checkpoint records the versions that it was trained with",
         *(f"changed between two starts: {change}" for change in run.spec_changes),
         *(f"profiler trace: {name}" for name in run.traces),
     ]

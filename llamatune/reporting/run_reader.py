@@ -126,7 +126,7 @@ def read_run(path: Path, name: str) -> Run:
         spec_changes=list(_spec_changes(origin)),
         data=data,
         versions=_versions(path),
-        traces=sorted(printable(found.name) for found in path.glob("trace-*.json")),
+        traces=sorted(printable(trace.name) for trace in path.glob("trace-*.json")),
         notices=[notice for notice in notices if notice],
     )
 
