@@ -27,8 +27,8 @@ from material import ALPHA, SHAPES, TARGETS, R
 from llamatune.checkpoints.run_state import save_run_state
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.spec import build_spec
-from llamatune.training.optimizer import Optimizer, build_optimizer
-from llamatune.training.trained import trained_weights
+from llamatune.training.optimizers.optimizer import Optimizer, build_optimizer
+from llamatune.training.weight_output import weight_output
 
 PHASES = {  # functions of each phase in a profile
     "finite?": ("aminmax", "isfinite"),
@@ -58,7 +58,7 @@ def llamatune_side(targets: str) -> tuple[Optimizer, Save]:
     optimizer.zero_grad()
     inputs: Any = SimpleNamespace(base_fingerprint="sha256:0", prepared=SimpleNamespace(facts={}))
     learner: Any = SimpleNamespace(parameters=parameters)
-    weights = trained_weights(spec, inputs, learner)
+    weights = weight_output(spec, inputs, learner)
 
     def save(directory: Path) -> None:
         save_run_state(directory / "step-000001", weights.write_checkpoint, optimizer.state_tensors(), {"step": 1})

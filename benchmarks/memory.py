@@ -21,9 +21,9 @@ from material import ALPHA, SHAPES, TARGETS, R
 from tables import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llamatune.benchmarking.step_meter import StorageMeter, measure_step
 from llamatune.shapes.config import LlamaConfig
 from llamatune.spec import build_spec
-from llamatune.training.memory_gate import StorageMeter, measure_step
 
 
 class Row(NamedTuple):

@@ -19,6 +19,7 @@ import torch
 from bench import peaks, timed
 from torch import Tensor
 
+from llamatune.benchmarking.step_meter import even_batch
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.data.dataset import Batch, open_prepared
 from llamatune.devices import choose_device
@@ -26,9 +27,9 @@ from llamatune.events import ignore_event, never_stop
 from llamatune.model.compilable import compiling
 from llamatune.shapes.counts import count_parameters
 from llamatune.spec import build_spec
-from llamatune.training.memory_gate import even_batch
-from llamatune.training.setup import Inputs, build_learner
-from llamatune.training.window import accumulate_gradient, make_update
+from llamatune.training.inputs import Inputs
+from llamatune.training.learner import build_learner
+from llamatune.training.update import make_update
 
 Step = Callable[[int], float]
 """Makes one update, given the window's number from 0, and returns its loss."""
@@ -46,9 +47,8 @@ def llamatune_step(values: dict[str, Any], batches: list[Batch]) -> tuple[Step, 
 
     def step(window: int) -> float:
         with compiling(spec.training.compile):
-            gradient = accumulate_gradient(learner, [batches[window % len(batches)]], 0, window)
-            make_update(learner, gradient, spec.training.learning_rate, spec.training.max_grad_norm)
-        return gradient.loss
+            batch = batches[window % len(batches)]
+            return make_update(learner, [batch], spec.training, window, spec.training.learning_rate).loss
 
     return step, sum(parameter.numel() for parameter in learner.parameters.values())
 

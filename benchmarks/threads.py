@@ -19,13 +19,13 @@ import torch
 from material import make_base
 from steps import llamatune_step
 
+from llamatune.benchmarking.step_meter import even_batch
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.inference.evaluate import score_batch
 from llamatune.inference.generate import complete
 from llamatune.inference.sampling import Sampling
 from llamatune.shapes.config import LlamaConfig
 from llamatune.threads import mean_product
-from llamatune.training.memory_gate import even_batch
 
 SIZES = (64, 128, 256, 512, 1024)
 ROWS = (1, 4, 16)

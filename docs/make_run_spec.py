@@ -22,10 +22,10 @@ number, `no` is a word. Any field can be given on the command line as `section.k
 to the working directory. `lora.lora_alpha` and `lora.lora_dropout` are accepted for `lora.alpha` and `lora.dropout`.
 
 A run that is started again may raise `training.num_epochs` or `training.max_steps`, raise
-`evaluation.early_stopping_patience` or set it to null, and change what only watches it
-(`training.log_every_steps`, `training.log_layer_grad_norms`, `training.profile_steps`, `tracking`) and
-`training.keep_last`; any other change is refused unless `--allow-spec-change FIELD` names it. A path may begin with `~`
-or `~user`; the `spec.yaml` of the run holds it expanded.
+`evaluation.early_stopping_patience` or set it to null, and change keys that alter no result
+(`training.log_every_steps`, `training.log_layer_grad_norms`, `training.profile_steps`, `training.keep_last`, `tracking`
+and others: [reliability.md](reliability.md)). Any other change is refused unless `--allow-spec-change FIELD` names it.
+A path may begin with `~` or `~user`; the `spec.yaml` of the run holds it expanded.
 """
 
 

@@ -1,4 +1,4 @@
-"""What a user can cause, each with its exit code.
+"""Errors that a user can cause, and the exit code of each.
 
 ::
 
@@ -12,7 +12,7 @@
     └── Stopped           75   a signal asked a verb that writes to stop; the same command completes it
         └── Interrupted  130   the same in a verb that only reads
 
-Everything else that escapes is our bug: exit code 1 and a traceback.
+Any other exception is a bug of llamatune: exit code 1 and a traceback.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LONGEST_MESSAGE = 2000
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, control characters escaped: messages quote rows and file names that we did not write."""
+    """``text`` on one line, control characters escaped: messages quote rows and file names from elsewhere."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -29,7 +29,7 @@ class LlamatuneError(Exception):
     """One line: what is wrong, where, and what to do about it.
 
     Args:
-        what: the fault, in the user's words.
+        what: the fault, in terms that the user knows.
         where: a path, ``path:line`` or key path.
         todo: the next thing to try.
     """
@@ -70,7 +70,7 @@ class EnvironmentFault(LlamatuneError):
 
 
 class OutOfMemory(EnvironmentFault):
-    """The device or the host has no memory left for what was asked."""
+    """The device or the host has too little memory."""
 
 
 class NumericsError(LlamatuneError):

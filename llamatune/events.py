@@ -1,4 +1,4 @@
-"""What the core reports while it works. Observers draw or store events; they cannot alter the work."""
+"""Events that the core reports: notices, progress, steps, evaluations, checkpoints. Observers cannot alter the work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """What is about to be trained, or continued after ``resumed_step`` updates that took ``elapsed_s``."""
+    """What will be trained, or continued after ``resumed_step`` updates that took ``elapsed_s``."""
 
     trainable_parameters: int
     total_parameters: int
@@ -60,10 +60,10 @@ class StepDone:
 
 @dataclass(frozen=True)
 class MemoryHeld:
-    """What stays in memory between updates, in bytes, known once this process has made one.
+    """Bytes that stay in memory between updates, reported after the first update of a process.
 
-    ``trained_bytes`` are the adapter's, or all weights', which ``frozen_bytes`` then has none of; ``device_bytes`` is
-    how much memory there is.
+    ``trained_bytes`` are the adapter's; in full fine-tuning all weights', and ``frozen_bytes`` is 0. ``device_bytes``
+    is the memory of the device.
     """
 
     frozen_bytes: int
@@ -82,7 +82,7 @@ class StepSkipped:
 
 @dataclass(frozen=True)
 class EvalDone:
-    """Token-weighted validation loss after ``step`` updates, on ``rows`` rows; ``seconds`` is what it took."""
+    """Token-weighted validation loss after ``step`` updates, on ``rows`` rows; ``seconds`` is how long it took."""
 
     step: int
     loss: float
@@ -96,7 +96,7 @@ class EvalDone:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """A checkpoint is durable at ``path``; ``seconds`` is what saving took."""
+    """A checkpoint is durable at ``path``; ``seconds`` is how long saving took."""
 
     step: int
     path: str
@@ -107,8 +107,8 @@ class CheckpointSaved:
 class EpochDone:
     """Token-weighted means of one whole epoch, and the last validation inside it (None: there was none).
 
-    ``epoch_s`` is all of its time, ``evaluation_s`` and ``checkpoint_s`` what these took of it; ``tokens_per_second``
-    counts tokens that are no padding, in the time of the updates alone.
+    ``epoch_s`` is its whole time, ``evaluation_s`` and ``checkpoint_s`` are parts of it; ``tokens_per_second`` counts
+    no padding, and only the time of the updates.
     """
 
     epoch: int
@@ -131,9 +131,9 @@ ShouldStop = Callable[[], bool]
 
 
 def ignore_event(event: Event) -> None:
-    """An observer that looks away."""
+    """An observer that does nothing."""
 
 
 def never_stop() -> bool:
-    """A stop request that never comes."""
+    """Asks for no stop."""
     return False

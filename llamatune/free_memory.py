@@ -1,4 +1,4 @@
-"""How much memory of the host this process may still take. No torch."""
+"""Free memory of the host for this process: MemAvailable, control groups, ulimit -v. No torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pathlib import Path
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:
-    """What is available on the machine, or less where a control group (a container, a Slurm job) allows less, or
-    ``ulimit -v``."""
-    return max(0, min([_available(root), *_group_rooms(root), *_address_room()]))
+    """The machine's available memory, or less where a control group (container, Slurm job) or ``ulimit -v`` says so."""
+    return max(0, min([_available(root), *_group_bytes(root), *_address_bytes()]))
 
 
 def held_host_bytes() -> dict[str, int]:
-    """What this process has ``resident`` in memory, and has ``mapped``; empty where the system does not tell."""
+    """Bytes that this process has ``resident`` and ``mapped``; empty where there is no /proc."""
     try:
         mapped, resident = (int(pages) for pages in Path("/proc/self/statm").read_text().split()[:2])
     except OSError:
@@ -23,7 +22,7 @@ def held_host_bytes() -> dict[str, int]:
     return {"resident": resident * resource.getpagesize(), "mapped": mapped * resource.getpagesize()}
 
 
-def _address_room() -> Iterator[int]:
+def _address_bytes() -> Iterator[int]:
     allowed, held = resource.getrlimit(resource.RLIMIT_AS)[0], held_host_bytes()
     if allowed != resource.RLIM_INFINITY and held:
         yield allowed - held["mapped"]
@@ -36,10 +35,10 @@ def _available(root: Path) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _group_rooms(root: Path) -> Iterator[int]:
-    """What is left under the limit of each group that this process is in, and of their parents.
+def _group_bytes(root: Path) -> Iterator[int]:
+    """What is left under the limit of each control group of this process, and of their parents.
 
-    File pages that nobody is using count as used there, but make room when it is wanted.
+    Inactive file pages count as used there, but the kernel frees them on demand: they are added.
     """
     for line in _lines(root / "proc/self/cgroup"):
         _, kinds, path = line.split(":", 2)

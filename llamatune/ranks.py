@@ -1,4 +1,4 @@
-"""How many processes a launcher started. Nothing here shares work among several: each would do all of it."""
+"""Refusal of several processes (ranks) under srun, torchrun or mpirun: each would do all of the work."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _LAUNCHERS = {
     _PMI: ("mpirun", "start one: mpirun -n 1"),
     _WORLD: ("a launcher", "start one, or unset WORLD_SIZE where no launcher set it"),
 }
-"""Who sets each variable, and what to do; srun can set PMI_SIZE too, so its own variable comes first."""
+"""The launcher that sets each variable, and the remedy; srun can set PMI_SIZE too, so its own variable comes first."""
 
 _SAME_IN_A_STEP = {_SRUN: "SLURM_NTASKS", "SLURM_STEP_TASKS_PER_NODE": "SLURM_TASKS_PER_NODE"}
 """srun sets both of each pair alike; sbatch sets the second alone, SLURM_NTASKS only where it was given a number."""
 
 
 def refuse_ranks(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse to be one of several processes.
+    """Raise if this process is one of several.
 
     Raises:
         EnvironmentFault: a launcher started several, or a count of processes is no number.

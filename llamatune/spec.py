@@ -1,6 +1,6 @@
-"""The run spec: YAML in, one frozen tree of values out, every error reported together and before torch is imported.
+"""The run spec: sections, keys, defaults and bounds; reading it from YAML with overrides. No torch.
 
-A field below owns its name, default, bounds and meaning; the documentation and the JSON schema are made from it.
+A field owns its name, default, bounds and description; docs/run-spec.md is made from it. Errors are reported together.
 """
 
 from __future__ import annotations
@@ -12,68 +12,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llamatune.errors import SpecError
 from llamatune.files import read_bytes
-from llamatune.paths import expand_home
 from llamatune.shapes.adapter import AdapterSpec
-from llamatune.shapes.config import LINEAR_MODULES
-from llamatune.shapes.levels import MODES, is_mode
+from llamatune.spec_types import (
+    CheckpointingMode,
+    Fraction,
+    MemorySize,
+    NonEmptyText,
+    PathText,
+    Positive,
+    TargetModules,
+)
 from llamatune.strict_yaml import parse_yaml
-from llamatune.units import parse_size
 
 _ALIASES = {("lora", "lora_alpha"): "alpha", ("lora", "lora_dropout"): "dropout"}
-"""PEFT's spellings, where users know them."""
-
-
-def _expand_targets(value: Any) -> Any:
-    if isinstance(value, str):
-        value = [name.strip() for name in value.split(",")]
-    if value == ["all-linear"]:
-        value = list(LINEAR_MODULES)
-    if isinstance(value, list):
-        unknown = [name for name in value if name not in LINEAR_MODULES]
-        if unknown:
-            near = difflib.get_close_matches(str(unknown[0]), LINEAR_MODULES, 1)
-            hint = f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(LINEAR_MODULES)} and all-linear"
-            raise ValueError(f"no linear layer called {unknown[0]!r}{hint}")
-        if len(set(value)) != len(value) or not value:
-            raise ValueError("names no layer" if not value else "names a layer twice")
-        return tuple(sorted(value, key=LINEAR_MODULES.index))
-    return value
-
-
-def _checkpointing_mode(value: Any) -> Any:
-    if isinstance(value, str) and is_mode(value):
-        return value
-    raise ValueError(f"not one of {', '.join(MODES)}")
-
-
-def _memory_size(value: str) -> str:
-    if value != "auto":
-        try:
-            parse_size(value, "memory_limit")
-        except SpecError as fault:
-            raise ValueError(f"{fault.what}, and not auto; {fault.todo}") from None
-    return value
+"""PEFT's spellings of keys."""
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def _home_expanded(value: str) -> str:
-    try:
-        return expand_home(value)
-    except SpecError as fault:
-        raise ValueError(f"{fault.what}; {fault.todo}") from None
-
-
-NonEmptyText = Annotated[str, Field(min_length=1)]
-PathText = Annotated[NonEmptyText, AfterValidator(_home_expanded)]
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelSection(_Section):
@@ -92,8 +52,8 @@ class ModelSection(_Section):
     num_layers: Positive | None = Field(None, description="keep only the first N layers, for debugging")
     memory_map: bool = Field(
         True,
-        description="on a CPU: frozen weights stay in the file's pages; false reads them, for file systems on "
-        "which a file may change or vanish while it is used",
+        description="on a CPU: frozen weights are memory-mapped; false reads them into memory, for file systems on "
+        "which a file may change or vanish during the run",
     )
 
 
@@ -103,7 +63,7 @@ class LoraSection(_Section):
     r: Annotated[int, Field(ge=1, le=4096)] = Field(16, description="rank")
     alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="the update is scaled by alpha / r")
     dropout: Fraction = Field(0.05, description="on the input of A")
-    target_modules: Annotated[tuple[str, ...], BeforeValidator(_expand_targets)] = Field(
+    target_modules: TargetModules = Field(
         ("q_proj", "v_proj"), description="any of the seven linear layers, or all-linear"
     )
     init_from: PathText | None = Field(None, description="an adapter directory to start from")
@@ -115,15 +75,16 @@ class DataSection(_Section):
     train: PathText = Field(description="a directory written by prepare-data")
     validation: PathText | None = Field(None, description="another one; by default the split inside train")
     packing: bool = Field(
-        False,
-        description="several samples in a row, each seeing itself alone; micro_batch_size counts such rows",
+        False, description="several samples in one row, attention within each sample; micro_batch_size counts rows"
     )
-    packed_tokens: Positive = Field(2048, description="the most tokens in a packed row; a longer sample has its own")
+    packed_tokens: Positive = Field(
+        2048, description="the most tokens in a packed row; a longer sample is a row by itself"
+    )
     shuffle: bool = Field(True, description="a permutation of (seed, epoch); false keeps the file's order")
 
 
 class TrainingSection(_Section):
-    """How the weights are changed."""
+    """How the weights are trained."""
 
     output_dir: PathText = Field(description="the run directory")
     num_epochs: Positive | None = Field(None, description="passes over the rows; 5 if max_steps is not given either")
@@ -144,22 +105,23 @@ class TrainingSection(_Section):
     momentum: Fraction = Field(0.0, description="SGD")
     nesterov: bool = Field(False, description="SGD")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="null: no clipping")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast; fp16 brings a GradScaler")
-    activation_checkpointing: Annotated[str, BeforeValidator(_checkpointing_mode)] = Field(
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast dtype; fp16 adds loss scaling")
+    activation_checkpointing: CheckpointingMode = Field(
         "none",
         description="none, block, every_2 ... every_N, attention, feed_forward, sublayer or projections "
-        "(fused LoRA only: q, k, v, gate and up again, but not attention)",
+        "(fused LoRA only: recomputes q, k, v, gate and up, but not attention)",
     )
     fused: bool = Field(
-        True, description="compute a LoRA block by hand-written functions that keep little; false: the plain modules"
+        True,
+        description="compute LoRA blocks by hand-written functions that use less memory; false: the plain modules",
     )
     compile: bool = Field(
-        False, description="torch.compile of what lies between the matrix products; it pays in long runs"
+        False, description="torch.compile of the operations between the matrix products; it pays off in long runs"
     )
-    memory_limit: Annotated[str, AfterValidator(_memory_size)] = Field(
+    memory_limit: MemorySize = Field(
         "auto",
-        description="as 24GiB; what activation_checkpointing: none may use before fused LoRA blocks recompute; "
-        "auto: 90 % of what is free",
+        description="for example 24GiB; with activation_checkpointing: none, fused LoRA blocks recompute where a step "
+        "would need more; auto: 90 % of the free memory",
     )
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -196,11 +158,11 @@ class EvaluationSection(_Section):
 
     every_steps: Positive | None = Field(None, description="default: every epoch, when there is validation data")
     early_stopping_patience: Positive | None = Field(
-        None, description="stop after so many evaluations in a row without a lower loss"
+        None, description="stop after this many evaluations in a row without a lower loss"
     )
     early_stopping_min_delta: Annotated[float, Field(ge=0)] = Field(
         0.0,
-        description="to patience, a loss is lower only if it is by more than this below the last one that was; "
+        description="patience counts a loss as lower only if it is more than this below the last one that counted; "
         "best/ is the lowest in any case",
     )
 
@@ -212,11 +174,11 @@ class EvaluationSection(_Section):
 
 
 class TrackingSection(_Section):
-    """Who is told of the numbers beside metrics.jsonl; it changes nothing that is computed."""
+    """Trackers that receive the metrics; they change nothing that is computed."""
 
     tensorboard: bool = Field(False, description="event files in tensorboard/ of the run directory")
     wandb: Literal["offline", "online"] | None = Field(
-        None, description="W&B: offline writes to wandb/ of the run directory, to be sent by wandb sync; null: off"
+        None, description="W&B: offline writes to wandb/ of the run directory, for wandb sync; null: off"
     )
     wandb_project: NonEmptyText = "llamatune"
     wandb_name: NonEmptyText | None = Field(None, description="default: the name of the run directory")
@@ -296,7 +258,7 @@ def _override(values: dict[str, Any], assignment: str) -> None:
 
 
 def refuse_twice(overrides: Sequence[str]) -> None:
-    """Raise ``SpecError`` if two ``section.key=value`` of a user are of one field; an alias is its field."""
+    """Raise ``SpecError`` if two ``section.key=value`` set the same field, by its name or its alias."""
     fields = [tuple(text.partition("=")[0].split(".")) for text in overrides]
     counts = Counter((*field[:-1], _ALIASES.get((field[0], field[-1]), field[-1])) for field in fields)
     for field, count in counts.items():
@@ -345,7 +307,7 @@ def _describe(error: Any) -> str:
 
 
 def build_spec(values: Any, where: object, overrides: list[str] | None = None) -> RunSpec:
-    """A spec from plain values, each ``section.key=value`` of ``overrides`` put in first."""
+    """A spec from plain values; each ``section.key=value`` of ``overrides`` replaces one."""
     if not isinstance(values, dict):
         raise SpecError("not a mapping of sections", where, f"sections are {', '.join(RunSpec.model_fields)}")
     for section in ("evaluation", "tracking"):
@@ -365,7 +327,7 @@ def build_spec(values: Any, where: object, overrides: list[str] | None = None) -
 
 
 def _lists_as_tuples(value: Any) -> Any:
-    """YAML has lists where the spec has pairs: strict validation asks for tuples."""
+    """Lists of numbers as tuples, which strict validation asks for."""
     if isinstance(value, dict):
         return {key: _lists_as_tuples(inner) for key, inner in value.items()}
     numbers = isinstance(value, list) and value and not any(isinstance(item, str) for item in value)
@@ -373,7 +335,7 @@ def _lists_as_tuples(value: Any) -> Any:
 
 
 def read_spec_values(path: Path) -> Any:
-    """The plain values of a YAML (or JSON) file of at most 1 MiB, not yet checked."""
+    """The plain values of a YAML (or JSON) file of at most 1 MiB, not yet validated."""
     try:
         text = read_bytes(path, SpecError).decode("utf-8-sig")
     except UnicodeDecodeError as fault:
@@ -382,6 +344,6 @@ def read_spec_values(path: Path) -> Any:
 
 
 def load_spec(path: Path, overrides: list[str] | None = None) -> RunSpec:
-    """Read a run spec from a file; ``overrides`` are the user's, each of another field."""
+    """Read a run spec from a file; no two ``overrides`` may set the same field."""
     refuse_twice(overrides or [])
     return build_spec(read_spec_values(path), path, overrides)

@@ -1,4 +1,4 @@
-"""How many threads compute: work whose products are small runs on one."""
+"""Thread count of torch: one thread for small matrix products, torch's own number for larger ones."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ the figures.
 """
 
 _LEAST_TOKENS = 128
-"""Fewer count as so many: most of the time goes into reading the weights, and two threads read them faster."""
+"""Fewer tokens count as this many: most of the time goes into reading the weights, which two threads do faster."""
 
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Where a user says how many threads torch is to start with."""
+"""Variables by which a user sets torch's number of threads."""
 
 _AT_START = torch.get_num_threads()
 
 
 def mean_product(config: LlamaConfig, tokens: float) -> float:
-    """Multiply-adds of the average matrix product in a forward pass of so many tokens, at least ``_LEAST_TOKENS``."""
+    """Multiply-adds of the average matrix product in a forward pass; fewer ``tokens`` count as ``_LEAST_TOKENS``."""
     block = sum(rows * columns for rows, columns in map(config.linear_shape, LINEAR_MODULES))
     weights = config.num_hidden_layers * block + config.vocab_size * config.hidden_size
     return max(tokens, _LEAST_TOKENS) * weights / (config.num_hidden_layers * len(LINEAR_MODULES) + 1)
 
 
 def threads_for(config: LlamaConfig, tokens: float) -> int:
-    """How many threads passes of so many tokens are computed on: one below ``BREAK_EVEN``, else torch's own number.
+    """Threads for passes of ``tokens`` tokens: one below ``BREAK_EVEN``, else torch's own number.
 
-    A number that the environment or a caller of ``torch.set_num_threads`` has chosen stays as it is. Beside these, the
-    answer depends on the model and the tokens alone: sums on another number of threads round in another way, and a
-    resumed run must end in the same bits, however busy the machine is.
+    A number set by the environment or by ``torch.set_num_threads`` is kept. Otherwise the result depends on the model
+    and the tokens alone: another number of threads rounds sums in another way, and a resumed run must give the same
+    bits, however busy the machine is.
     """
     current = torch.get_num_threads()
     is_chosen = current != _AT_START or any(os.environ.get(name) for name in _VARIABLES)
@@ -48,7 +48,7 @@ def threads_for(config: LlamaConfig, tokens: float) -> int:
 
 @contextlib.contextmanager
 def suitable_threads(config: LlamaConfig, tokens: float) -> Iterator[None]:
-    """Compute on ``threads_for`` many threads within, and on as many as before afterwards."""
+    """Use ``threads_for`` threads within the block, and the number from before after it."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads_for(config, tokens))
     try:

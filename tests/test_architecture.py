@@ -21,7 +21,11 @@ FLOORS = [
     {"model"},
     {"memory"},
     {"spec"},
-    {"devices", "threads", "tensor_files", "seeds", "strict_yaml", "versions", "journal", "units", "manifests"},
+    {"spec_types"},
+    {
+        *("devices", "torch_build", "out_of_memory", "threads", "tensor_files", "seeds", "strict_yaml", "versions"),
+        *("journal", "units", "manifests"),
+    },
     {"free_memory", "ranks"},
     {"files", "paths"},
     {"shapes"},

@@ -16,15 +16,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llamatune import cli, devices
+from llamatune import cli, devices, torch_build
 from llamatune.checkpoints.loading import load_model
-from llamatune.devices import choose_device, cuda_fault, find_device, has_kernels
+from llamatune.devices import choose_device, find_device
 from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, ignore_event
 from llamatune.inference.opened import open_model
 from llamatune.spec import build_spec
+from llamatune.training.inputs import open_inputs
 from llamatune.training.precision import check_precision
-from llamatune.training.setup import open_inputs
 
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -75,34 +75,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
 
 
 V100, T4, H100 = ("Tesla V100-SXM2-16GB", (7, 0)), ("Tesla T4", (7, 5)), ("NVIDIA H100", (9, 0))
-
-
-@pytest.mark.parametrize(
-    ("capability", "architectures", "expected"),
-    [
-        ((7, 0), CU130, False),
-        ((7, 0), CU126, True),
-        ((7, 2), CU126, True),
-        ((7, 5), CU130, True),
-        ((8, 9), CU130, True),  # machine code of 8.6
-        ((8, 0), ["sm_86"], False),
-        ((10, 3), CU130, True),
-        ((12, 1), CU126, False),
-        ((12, 0), [*CU126, "compute_90"], True),
-        ((7, 0), ["compute_90"], False),
-        ((9, 0), ["sm_90a"], True),
-        ((9, 1), ["sm_90a"], False),
-        ((10, 3), ["sm_100f"], True),
-        ((11, 0), ["compute_100f"], False),
-        ((12, 0), ["compute_90a"], False),
-        ((9, 0), [], True),  # nothing is known
-        ((9, 0), ["gfx90a"], True),  # ROCm
-    ],
-)
-def test_a_build_runs_where_its_machine_code_or_its_ptx_does(
-    capability: tuple[int, int], architectures: list[str], expected: bool
-) -> None:
-    assert has_kernels(capability, architectures) is expected
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
@@ -195,7 +167,7 @@ def test_auto_says_why_it_takes_the_cpu(
     gpus: Gpus, monkeypatch: pytest.MonkeyPatch, fault: str, driver: tuple[int, int] | None, expected: str
 ) -> None:
     gpus(fault=fault)
-    monkeypatch.setattr(devices, "driver_version", lambda: driver)
+    monkeypatch.setattr(torch_build, "driver_version", lambda: driver)
     told: list[Any] = []
     assert choose_device("auto", told.append) == torch.device("cpu")
     assert [notice.kind for notice in told] == ["warning"]
@@ -212,7 +184,7 @@ def test_a_torch_without_cuda_takes_the_cpu_without_a_word() -> None:
     told: list[Any] = []
     assert choose_device("auto", told.append) == torch.device("cpu")
     assert not told
-    assert cuda_fault() is None
+    assert torch_build.cuda_fault() is None
 
 
 def test_a_gpu_that_does_not_start_is_one_line(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +217,7 @@ def test_env_tells_what_the_build_supports(
     gpus: Gpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpus(V100, H100)
-    monkeypatch.setattr(devices, "driver_version", lambda: (13, 1))
+    monkeypatch.setattr(torch_build, "driver_version", lambda: (13, 1))
     outputs = []
     for arguments in (["env", "--json"], ["env"]):
         with pytest.raises(SystemExit) as left:

@@ -16,7 +16,7 @@ from llamatune.data.dataset import open_prepared
 from llamatune.shapes.config import PRESETS, LlamaConfig
 from llamatune.spec import RunSpec, build_spec
 from llamatune.threads import mean_product, suitable_threads, threads_for
-from llamatune.training.setup import micro_batch_tokens
+from llamatune.training.schedule import micro_batch_tokens
 
 TINY = LlamaConfig(128, 352, 4, 4, 4, 1024)
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")

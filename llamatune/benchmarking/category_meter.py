@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from llamatune.benchmarking.results import CATEGORIES
+from llamatune.benchmarking.step_meter import StorageMeter
 from llamatune.errors import OutOfMemory
-from llamatune.training.memory_gate import StorageMeter
-from llamatune.training.setup import Learner
+from llamatune.training.learner import Learner
 
 
 class CategoryMeter(StorageMeter):  # type: ignore[no-untyped-call]

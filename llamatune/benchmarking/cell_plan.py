@@ -19,7 +19,8 @@ from llamatune.events import Notice, OnEvent
 from llamatune.files import digest_bytes
 from llamatune.spec import RunSpec, load_spec, read_spec_values, refuse_twice
 from llamatune.threads import threads_for
-from llamatune.training.setup import Inputs, micro_batch_tokens, open_inputs
+from llamatune.training.inputs import Inputs, open_inputs
+from llamatune.training.schedule import micro_batch_tokens
 
 
 @dataclass(frozen=True)

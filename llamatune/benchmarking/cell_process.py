@@ -80,7 +80,7 @@ def run_cell(task: Task, directory: Path, should_stop: ShouldStop) -> dict[str, 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Measure the cell of ``request`` in this process; a ``LlamatuneError`` becomes a result, too."""
     from llamatune.benchmarking.measure_cell import Task, measure
-    from llamatune.training.setup import open_inputs
+    from llamatune.training.inputs import open_inputs
 
     task = Task(
         build_spec(parse_yaml(request["spec"], "the cell's spec"), "the cell's spec"),

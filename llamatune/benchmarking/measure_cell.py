@@ -15,26 +15,22 @@ import torch
 
 from llamatune.benchmarking.category_meter import CategoryMeter
 from llamatune.data.dataset import Batch
-from llamatune.devices import capability_of, memory_faults
+from llamatune.devices import capability_of
 from llamatune.errors import NumericsError
 from llamatune.events import ignore_event, never_stop
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.memory.plan import heaviest_rows, limit_of, plan_memory
 from llamatune.model.compilable import compiling
+from llamatune.out_of_memory import memory_faults
 from llamatune.spec import RunSpec
 from llamatune.threads import suitable_threads
 from llamatune.training.compiling import check_compiler, compile_ahead
-from llamatune.training.memory import peak_memory_bytes, peak_reserved_bytes, plan_run_memory
-from llamatune.training.optimizer import learning_rate_at
+from llamatune.training.inputs import Inputs
+from llamatune.training.learner import Learner, build_learner
 from llamatune.training.order import Windows
-from llamatune.training.setup import Inputs, Learner, Schedule, build_learner, micro_batch_tokens, plan_schedule
-from llamatune.training.window import (
-    LOWEST_LOSS_SCALE,
-    WindowGradient,
-    accumulate_gradient,
-    make_update,
-    skip_update,
-)
+from llamatune.training.run_memory import peak_memory_bytes, peak_reserved_bytes, plan_run_memory
+from llamatune.training.schedule import Schedule, learning_rate_at, micro_batch_tokens, plan_schedule
+from llamatune.training.update import LOWEST_LOSS_SCALE, Update, make_update
 
 _WARM_UP_STEPS = 3
 
@@ -79,17 +75,14 @@ class Trial:
         self.windows = Windows(spec, train, schedule)
         self.lengths = train.lengths
 
-    def update(self, micro_batches: list[Batch], window: int, step: int) -> WindowGradient | None:
-        """Consume one window as the training loop does; None after an fp16 overflow, which makes no update."""
-        learner, training = self.learner, self.spec.training
-        gradient = accumulate_gradient(learner, micro_batches, training.seed, window)
-        if gradient.is_finite and not gradient.bad_rows:
-            rate = learning_rate_at(training, step, self.schedule.total_steps)
-            make_update(learner, gradient, rate, training.max_grad_norm)
-            return gradient
-        if gradient.bad_rows or not learner.scaler.enabled or skip_update(learner) < LOWEST_LOSS_SCALE:
+    def update(self, micro_batches: list[Batch], window: int, step: int) -> Update:
+        """Train on one window as the loop does; in fp16 it may overflow and make no update."""
+        scaler, training = self.learner.scaler, self.spec.training
+        rate = learning_rate_at(training, step, self.schedule.total_steps)
+        update = make_update(self.learner, micro_batches, training, window, rate)
+        if not update.made and (update.bad_rows or not scaler.enabled or scaler.scale < LOWEST_LOSS_SCALE):
             raise NumericsError("the loss or the gradient is not finite", f"window {window}")
-        return None
+        return update
 
     def run(self, steps: int | None, first: contextlib.AbstractContextManager[object]) -> TimedSteps:
         """Train for ``steps`` updates (None: to the end of the last epoch), the first window within ``first``."""
@@ -100,14 +93,14 @@ class Trial:
         while len(seconds) < steps if steps is not None else window < last:
             started, micro_batches = time.perf_counter(), self.windows.micro_batches(window)
             with first if window == 0 else contextlib.nullcontext():
-                gradient = self.update(micro_batches, window, len(seconds))
+                update = self.update(micro_batches, window, len(seconds))
             window += 1
-            if gradient is not None:
+            if update.made:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 seconds.append(time.perf_counter() - started)
-                tokens.append(gradient.tokens)
-                loss = gradient.loss
+                tokens.append(update.tokens)
+                loss = update.loss
         if not seconds:
             raise NumericsError("no window made an update: every gradient overflowed fp16")
         return TimedSteps(seconds, tokens, window, loss)

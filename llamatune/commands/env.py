@@ -22,15 +22,8 @@ def env(
 
     from llamatune import __version__
     from llamatune.commands._console import Console
-    from llamatune.devices import (
-        build_for,
-        capability_of,
-        cuda_fault,
-        driver_version,
-        gpu_count,
-        has_kernels,
-        lacks_bf16,
-    )
+    from llamatune.devices import capability_of, lacks_bf16
+    from llamatune.torch_build import build_for, cuda_fault, driver_version, gpu_count, has_kernels
     from llamatune.units import gibibytes
 
     packages = ("torch", "safetensors", "sentencepiece", "pydantic", "typer", "rich", "PyYAML")

@@ -14,13 +14,13 @@ from llamatune.data.decoding import Row, decode_row, decode_value, kind_of
 from llamatune.data.formats import prompt_row_of
 from llamatune.data.prompts import Template
 from llamatune.data.rows import RawRow, RowError, read_raw_rows
-from llamatune.devices import memory_faults
 from llamatune.errors import DataError
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.files import parse_json, read_bytes
 from llamatune.inference.generate import Completion, complete
 from llamatune.inference.opened import open_model
 from llamatune.inference.sampling import Sampling
+from llamatune.out_of_memory import memory_faults
 from llamatune.threads import suitable_threads
 
 _BATCH = 16

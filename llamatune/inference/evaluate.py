@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from llamatune.data.dataset import Batch, Prepared, Split, check_rows, check_tokenizer, open_prepared
-from llamatune.devices import memory_faults
 from llamatune.errors import DataError, NumericsError, SpecError, Stopped
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.inference.opened import OpenedModel, open_model
 from llamatune.inference.significance import Accuracy, ratio_interval
 from llamatune.model.loss import IGNORED, target_losses
 from llamatune.model.transformer import Transformer
+from llamatune.out_of_memory import memory_faults
 from llamatune.threads import suitable_threads
 from llamatune.units import perplexity
 

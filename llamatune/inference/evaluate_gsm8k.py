@@ -11,7 +11,6 @@ from typing import Any
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.data.prompts import TEMPLATES, Template
 from llamatune.data.tokenizer import Tokenizer
-from llamatune.devices import memory_faults
 from llamatune.errors import DataError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.files import digest_file
@@ -22,6 +21,7 @@ from llamatune.inference.opened import OpenedModel
 from llamatune.inference.sampling import Sampling
 from llamatune.inference.significance import Accuracy, exact_mcnemar
 from llamatune.journal import Journal, open_journal
+from llamatune.out_of_memory import memory_faults
 from llamatune.threads import suitable_threads
 
 _REVISION = 1  # raise it when the same settings come to give other answers

@@ -97,7 +97,7 @@ def with_rows(run: Run, spikes: list[Spike]) -> list[Spike]:
         return spikes
     from llamatune.data.dataset import open_prepared
     from llamatune.training.order import Windows
-    from llamatune.training.setup import plan_schedule
+    from llamatune.training.schedule import plan_schedule
 
     try:
         train = open_prepared(Path(run.spec.data.train)).train

@@ -1,1 +1,1 @@
-"""How weights change."""
+"""Training: inputs, schedule, learner, loop, run directory."""

@@ -1,4 +1,4 @@
-"""``training.compile``: whether torch.compile works here, and its work done before the first step."""
+"""torch.compile for ``training.compile``: whether it works on this machine, and compilation before the first step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, OnEvent
 from llamatune.model.loss import summed_loss
 from llamatune.spec import RunSpec
-from llamatune.training.setup import Learner
+from llamatune.training.learner import Learner
 
 
 @contextlib.contextmanager
 def compiler_faults() -> Iterator[None]:
-    """Turn what the compiler cannot do on this machine into one line."""
+    """Raise a failure of the compiler as ``EnvironmentFault``, in one line."""
     from torch._dynamo.exc import TorchDynamoException
 
     try:
@@ -33,15 +33,15 @@ def compiler_faults() -> Iterator[None]:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile next to nothing, so that a missing compiler is told before weights are loaded."""
+    """Compile a tiny function, so that a missing compiler is reported before weights are loaded."""
     with compiler_faults():
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
 
 
 def compile_ahead(spec: RunSpec, learner: Learner, split: Split, on_event: OnEvent) -> None:
-    """Run a micro-batch forward and backward, and forget its gradient.
+    """Compile by one micro-batch, forward and backward, and drop its gradient.
 
-    Always the same rows, wherever a run goes on, so that the compiler is given the same sizes.
+    It is always the same rows, also in a resumed run, so that the compiler sees the same sizes.
     """
     started = time.monotonic()
     batch = split.batch(list(range(min(spec.training.micro_batch_size, len(split)))))
@@ -49,6 +49,5 @@ def compile_ahead(spec: RunSpec, learner: Learner, split: Split, on_event: OnEve
         with learner.autocast():
             loss = summed_loss(learner.model, batch.input_ids, batch.labels, batch.lengths)
         loss.backward()  # type: ignore[no-untyped-call]
-    for parameter in learner.parameters.values():
-        parameter.grad = None
+    learner.optimizer.zero_grad()
     on_event(Notice(f"compiled what lies between the matrix products in {time.monotonic() - started:.1f} s"))

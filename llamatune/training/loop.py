@@ -1,4 +1,4 @@
-"""The loop: the only one. Variants are values of the spec."""
+"""The training loop: updates, validation, checkpoints, epochs, early stopping, the summary of a run."""
 
 from __future__ import annotations
 
@@ -9,64 +9,43 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
-from llamatune import __version__
-from llamatune.checkpoints.run_state import (
-    checkpoint_path,
-    newest_run_state,
-    save_run_state,
-)
+from llamatune.checkpoints.tensors import is_finite
 from llamatune.errors import CheckpointError, NumericsError, Stopped
 from llamatune.events import (
     CheckpointSaved,
-    MemoryHeld,
+    EvalDone,
     Notice,
     OnEvent,
+    Progress,
     ShouldStop,
     StepDone,
     StepSkipped,
 )
+from llamatune.inference.evaluate import held_out_loss
 from llamatune.spec import RunSpec
-from llamatune.training.memory import peak_memory_bytes, peak_reserved_bytes
-from llamatune.training.optimizer import learning_rate_at
+from llamatune.training.inputs import Inputs
+from llamatune.training.learner import Learner
 from llamatune.training.order import Windows
-from llamatune.training.position import Position
+from llamatune.training.progress import RunProgress
+from llamatune.training.resuming import load_checkpoint, save_checkpoint
 from llamatune.training.run_directory import LEAST_GAIN, RunDirectory, prune_checkpoints
 from llamatune.training.run_files import BEST
-from llamatune.training.setup import Inputs, Learner, Schedule
-from llamatune.training.summary import announce, early_stop, held_memory, summarise
-from llamatune.training.trained import TrainedWeights
-from llamatune.training.validation import note_evaluation, recount_patience, stops_early, validate
-from llamatune.training.window import (
-    LOWEST_LOSS_SCALE,
-    WindowGradient,
-    accumulate_gradient,
-    layer_grad_norms,
-    make_update,
-    names_not_finite,
-    names_without_gradient,
-    skip_update,
-)
+from llamatune.training.run_memory import held_memory, peak_memory_bytes, peak_reserved_bytes
+from llamatune.training.schedule import Schedule, learning_rate_at
+from llamatune.training.update import LOWEST_LOSS_SCALE, make_update
+from llamatune.training.weight_output import WeightOutput
 
 _SLOW_SAVE_S = 10.0
 
 
-def _machine() -> dict[str, Any]:
-    """What rounding depends on beside the spec (float sums in other orders, by other instructions)."""
-    cpu = torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": cpu}
-
-
 class TrainingLoop:
-    """One run from its position to its end.
+    """One run, from where it stands to its end; every variant is a value of the spec.
 
     Args:
         run: the claimed directory that metrics and checkpoints go to.
-        on_event: told of each step, evaluation, epoch and checkpoint.
-        should_stop: asked between windows and during evaluation; when it says so, one checkpoint is
-            saved and ``Stopped`` raised.
-        memory_facts: what was planned, for the summary to hold beside what was measured.
+        on_event: receives each step, evaluation, epoch and checkpoint.
+        should_stop: asked between windows and during evaluation; then one checkpoint is saved and ``Stopped`` raised.
+        memory_facts: the memory plan, for the summary.
     """
 
     def __init__(
@@ -75,252 +54,247 @@ class TrainingLoop:
         inputs: Inputs,
         schedule: Schedule,
         learner: Learner,
-        weights: TrainedWeights,
+        weights: WeightOutput,
         run: RunDirectory,
         on_event: OnEvent,
         should_stop: ShouldStop,
         memory_facts: Mapping[str, Any],
     ) -> None:
-        self.memory_facts = memory_facts
         self.spec, self.inputs, self.schedule, self.learner = spec, inputs, schedule, learner
         self.weights, self.run, self.on_event, self.should_stop = weights, run, on_event, should_stop
-        self.position = Position()
+        self.memory_facts, self.progress = memory_facts, RunProgress()
         self.windows = Windows(spec, inputs.prepared.train, schedule)
         self._last_checkpoint: Path | None = None
-        self._memory: MemoryHeld | None = None
+        self._first_update = True  # of this process
         self._clock = time.monotonic()
 
     def resume(self) -> None:
         """Continue from the newest checkpoint that verifies, if there is one."""
-        found = newest_run_state(self.run.checkpoints, self._warn)
-        if found is None:
+        checkpoint = load_checkpoint(self.run, self.weights, self.learner, self._warn)
+        if checkpoint is None:
             self.run.cut_metrics(0)
             return
-        progress, learner = found.progress, self.learner
-        self.weights.restore(found.path)
-        learner.optimizer.restore(found.optimizer, found.path)
-        learner.scaler.restore(progress["scaler"])
-        try:
-            self.position = Position.restored(progress["position"])
-        except (KeyError, TypeError) as fault:
-            raise CheckpointError(f"its position cannot be read: {fault}", found.path) from None
-        changed = [f"{name} was {progress[name]}" for name, now in _machine().items() if progress.get(name, now) != now]
-        if changed:
-            self._warn(f"not bit-exact on another machine than before: {', '.join(changed)}")
-        closed_windows = self.position.closed_epochs * self.schedule.windows_per_epoch
-        if closed_windows > self.position.window and not self._finished():
+        path, self.progress, metrics_bytes = checkpoint
+        if self._closed_windows() > self.progress.window and not self._finished():
             raise CheckpointError(
                 "an earlier version ended the run inside an epoch and cannot go on with that",
-                found.path,
+                path,
                 "choose another training.output_dir",
             )
-        self.run.cut_metrics(progress["metrics_bytes"])
+        self.run.cut_metrics(metrics_bytes)
         if LEAST_GAIN in self.run.changed_fields:
-            recount_patience(self.spec, self.position, self.run.evaluation_losses())
-        self._last_checkpoint = found.path
-        self._prune(found.path)
+            losses = self.run.evaluation_losses()
+            self.progress.recount_patience(losses, self.spec.evaluation.early_stopping_min_delta)
+        self._last_checkpoint = path
+        prune_checkpoints(path, self.spec.training.keep_last, self._warn)
 
     def execute(self) -> dict[str, Any]:
         """Train to the end; the summary of the run."""
-        announce(self.spec, self.inputs, self.schedule, self.position, self.learner.device, self.on_event)
-        self._clock = time.monotonic() - self.position.elapsed_s
+        self._clock = time.monotonic() - self.progress.elapsed_s
         while True:
-            self._settle()
+            self._between_windows()
             if self._finished():
                 break
             if self.should_stop():
                 self._stop()
-            self._consume_window()
-        if self.position.step == 0:
-            raise self._numerics_fault("no window made an update: every gradient overflowed fp16", ())
+            self._update()
+        if self.progress.step == 0:
+            raise self._numerics_fault("no window made an update: every gradient overflowed fp16")
         self.weights.write_final(self.run.path)
-        stopped_early = stops_early(self.spec, self.position) and not self._out_of_work()
-        if stopped_early:
-            self.on_event(Notice(early_stop(self.position, self.schedule)))
-        summary = summarise(
-            self.inputs,
-            self.position,
-            self.learner.device,
-            runtime_s=time.monotonic() - self._clock,
-            stopped_early=stopped_early,
-            output_dir=self.run.path,
-        )
-        summary |= self.memory_facts
+        summary = self._summary(time.monotonic() - self._clock)
         self.run.write_summary(summary)
         return summary
 
-    # Between windows: what is due here follows from the position alone, so a resumed run does it where it was left.
+    def _update(self) -> None:
+        """Train on the next accumulation window and report it."""
+        progress, learner, training = self.progress, self.learner, self.spec.training
+        started = time.monotonic()
+        micro_batches = self.windows.micro_batches(progress.window)
+        learning_rate = learning_rate_at(training, progress.step, self.schedule.total_steps)
+        try:
+            update = make_update(learner, micro_batches, training, progress.window, learning_rate, self.should_stop)
+        except Stopped:
+            self._stop()  # resumed, the run computes this window from its beginning
+        rows = tuple(row for batch in micro_batches for row in batch.rows)
+        if update.bad_rows:
+            raise self._numerics_fault("the loss is not finite", update.bad_rows)
+        if not math.isfinite(update.grad_norm):
+            if not learner.scaler.enabled:
+                raise self._numerics_fault("the gradient is not finite", rows)
+            if (loss_scale := learner.scaler.scale) < LOWEST_LOSS_SCALE:
+                raise self._numerics_fault("the gradient overflows fp16 at any loss scale", rows)
+            progress.window += 1
+            progress.skipped_windows += 1
+            self.run.record({"event": "skipped", "window": progress.window, "loss_scale": loss_scale})
+            self.on_event(StepSkipped(progress.window, loss_scale))
+            return
+        if update.without_gradient:
+            first, *others = update.without_gradient
+            raise self._numerics_fault(f"no gradient reached {first} and {len(others)} others")
+        now = time.monotonic()
+        progress.note_step(update.loss, update.target_tokens, update.tokens, now - started)
+        done = StepDone(
+            step=progress.step,
+            total_steps=self.schedule.total_steps,
+            window=progress.window,
+            epoch=progress.window / self.schedule.windows_per_epoch,
+            num_epochs=self.schedule.num_epochs,
+            loss=update.loss,
+            learning_rate=learning_rate,
+            grad_norm=update.grad_norm,
+            loss_scale=update.loss_scale,
+            target_tokens=update.target_tokens,
+            tokens_per_second=update.tokens / max(now - started, 1e-9),
+            peak_memory_bytes=peak_memory_bytes(learner.device),
+            elapsed_s=now - self._clock,
+            peak_reserved_bytes=peak_reserved_bytes(learner.device),
+        )
+        values = asdict(done)
+        del values["total_steps"], values["num_epochs"], values["peak_reserved_bytes"]
+        self.run.record({"event": "step", **values})
+        self.on_event(done)
+        if self._first_update:
+            self._first_update = False
+            self.on_event(held_memory(learner))
+        if update.layer_grad_norms is not None:
+            self.run.record({"event": "layer_grad_norms", "step": progress.step, "norms": update.layer_grad_norms})
 
-    def _at_epoch_end(self) -> bool:
-        return self.position.window > 0 and self.position.window % self.schedule.windows_per_epoch == 0
+    # Between windows. What is due follows from the progress alone, so a resumed run does it where it was left.
 
-    def _out_of_work(self) -> bool:
-        if self.spec.training.max_steps is not None:
-            return self.position.step >= self.spec.training.max_steps
-        return self.position.window >= self.schedule.num_epochs * self.schedule.windows_per_epoch
-
-    def _finished(self) -> bool:
-        return self._out_of_work() or stops_early(self.spec, self.position)
-
-    def _settle(self) -> None:
-        """Evaluate, close the epoch and save, each if it is due; never with a weight that is not finite."""
-        position = self.position
+    def _between_windows(self) -> None:
+        """Evaluate, save and close the epoch, each if it is due; never with a weight that is not finite."""
+        progress = self.progress
         if self._save_due() or self._eval_due():
-            broken = names_not_finite(self.learner)
-            if broken:
-                raise self._numerics_fault(f"the update made {broken[0]} infinite or NaN", ())
-        if self.inputs.validation is not None and position.evaluated_step < position.step and self._eval_due():
+            for name, parameter in self.learner.parameters.items():
+                if not is_finite(parameter):
+                    raise self._numerics_fault(f"the update made {name} infinite or NaN")
+        if self.inputs.validation is not None and progress.evaluated_step < progress.step and self._eval_due():
             self._evaluate()
-        if position.saved_window < position.window and self._save_due():
+        if progress.saved_window < progress.window and self._save_due():
             self._save()
         # After the save, so that a run which ended inside an epoch can go on with it.
-        if position.closed_epochs * self.schedule.windows_per_epoch < position.window and (
-            self._at_epoch_end() or self._finished()
-        ):
-            self._close_epoch()
+        if self._closed_windows() < progress.window and (self._at_epoch_end() or self._finished()):
+            done = progress.close_epoch(self.schedule.num_epochs, time.monotonic() - self._clock)
+            if done is not None:
+                self.on_event(done)
 
     def _eval_due(self) -> bool:
         every = self.spec.evaluation.every_steps
-        due = self._at_epoch_end() if every is None else self.position.step % every == 0
+        due = self._at_epoch_end() if every is None else self.progress.step % every == 0
         return due or self._out_of_work()
 
     def _save_due(self) -> bool:
         every = self.spec.training.save_every_steps
         if every is None:
             return self._at_epoch_end() or self._finished()
-        due = self.position.step % every == 0 and self.position.saved_step < self.position.step
+        due = self.progress.step % every == 0 and self.progress.saved_step < self.progress.step
         return due or self._finished()
 
+    def _at_epoch_end(self) -> bool:
+        return self.progress.window > 0 and self.progress.window % self.schedule.windows_per_epoch == 0
+
+    def _closed_windows(self) -> int:
+        return self.progress.closed_epochs * self.schedule.windows_per_epoch
+
+    def _finished(self) -> bool:
+        patience = self.spec.evaluation.early_stopping_patience
+        return self._out_of_work() or self.progress.out_of_patience(patience)
+
+    def _out_of_work(self) -> bool:
+        if self.spec.training.max_steps is not None:
+            return self.progress.step >= self.spec.training.max_steps
+        return self.progress.window >= self.schedule.num_epochs * self.schedule.windows_per_epoch
+
     def _evaluate(self) -> None:
+        """Compute the validation loss; write ``best/`` if it is the lowest."""
+        progress, validation, started = self.progress, self.inputs.validation, time.monotonic()
+        assert validation is not None
+        model, autocast, rows = self.learner.model, self.learner.autocast, self.spec.training.micro_batch_size
+
+        def on_batch(done: int, total: int) -> None:
+            self.on_event(Progress("evaluating", done, total))
+
         try:
-            done = validate(
-                self.spec, self.inputs, self.schedule, self.learner, self.position, self.should_stop, self.on_event
-            )
+            result = held_out_loss(model, validation, rows, autocast, self.should_stop, on_batch)
         except Stopped:
             self._stop()
-        if not math.isfinite(done.loss):
-            raise self._numerics_fault("the validation loss is not finite", ())
+        if not math.isfinite(result.loss):
+            raise self._numerics_fault("the validation loss is not finite")
+        done = EvalDone(
+            step=progress.step,
+            loss=result.loss,
+            perplexity=result.perplexity,
+            best=progress.best_eval_loss is None or result.loss < progress.best_eval_loss,
+            epoch=progress.window / self.schedule.windows_per_epoch,
+            rows=len(validation),
+            target_tokens=result.target_tokens,
+            seconds=time.monotonic() - started,
+        )
         values = asdict(done)
         self.run.record({"event": "eval", **values})
         if values.pop("best"):
             del values["seconds"]  # what is written is a function of the run alone
             self.weights.write_best(self.run.path / BEST, values)
-        note_evaluation(self.spec, self.position, done)
+        progress.note_evaluation(done, self.spec.evaluation.early_stopping_min_delta)
         self.on_event(done)
 
-    def _close_epoch(self) -> None:
-        done = self.position.close_epoch(self.schedule.num_epochs, time.monotonic() - self._clock)
-        if done is not None:
-            self.on_event(done)
-
     def _save(self) -> None:
-        position, learner, started = self.position, self.learner, time.monotonic()
-        position.saved_window, position.saved_step = position.window, position.step
-        position.elapsed_s = started - self._clock
-        path = checkpoint_path(self.run.checkpoints, position.step)
-        save_run_state(
-            path,
-            self.weights.write_checkpoint,
-            learner.optimizer.state_tensors(),
-            {
-                "step": position.step,
-                "position": asdict(position),
-                "scaler": learner.scaler.state(),
-                "metrics_bytes": self.run.sync_metrics(),
-                "llamatune": __version__,
-                **_machine(),
-            },
-        )
+        progress, started = self.progress, time.monotonic()
+        progress.saved_window, progress.saved_step = progress.window, progress.step
+        progress.elapsed_s = started - self._clock
+        path = save_checkpoint(self.run, self.weights, self.learner, progress)
         self._last_checkpoint, seconds = path, time.monotonic() - started
-        position.open_epoch.checkpoint_s += seconds
-        self.on_event(CheckpointSaved(position.step, str(path), seconds))
+        progress.open_epoch.checkpoint_s += seconds
+        self.on_event(CheckpointSaved(progress.step, str(path), seconds))
         if seconds > _SLOW_SAVE_S:
             self._warn(f"saving took {seconds:.0f} s: a scheduler's signal must come a save and a step before the end")
-        self._prune(path)
+        prune_checkpoints(path, self.spec.training.keep_last, self._warn)
 
-    def _prune(self, newest: Path) -> None:
-        prune_checkpoints(newest, self.spec.training.keep_last, self._warn)
+    def _stop(self) -> NoReturn:
+        if self.progress.saved_window < self.progress.window:
+            self._save()
+        where = f"step {self.progress.step} of {self.schedule.total_steps}"
+        raise Stopped(f"stopped by a signal after {where}", self.run.path, "run the same command again to continue")
 
     def _warn(self, line: str) -> None:
         self.on_event(Notice(line, "warning"))
 
-    def _stop(self) -> NoReturn:
-        if self.position.saved_window < self.position.window:
-            self._save()
-        where = f"step {self.position.step} of {self.schedule.total_steps}"
-        raise Stopped(f"stopped by a signal after {where}", self.run.path, "run the same command again to continue")
-
-    # One window.
-
-    def _consume_window(self) -> None:
-        position, learner, training = self.position, self.learner, self.spec.training
-        started, micro_batches = time.monotonic(), self.windows.micro_batches(position.window)
-        try:
-            gradient = accumulate_gradient(learner, micro_batches, training.seed, position.window, self.should_stop)
-        except Stopped:
-            self._stop()  # the window begins anew when the run goes on
-        if gradient.bad_rows:
-            raise self._numerics_fault("the loss is not finite", gradient.bad_rows)
-        if not gradient.is_finite:
-            all_rows = tuple(row for batch in micro_batches for row in batch.rows)
-            if not learner.scaler.enabled:
-                raise self._numerics_fault("the gradient is not finite", all_rows)
-            self._skip_window(all_rows)
-            return
-        if position.step == 0:
-            without = names_without_gradient(learner)
-            if without:
-                raise self._numerics_fault(f"no gradient reached {without[0]} and {len(without) - 1} others", ())
-        learning_rate = learning_rate_at(training, position.step, self.schedule.total_steps)
-        norms = layer_grad_norms(learner) if training.log_layer_grad_norms else None
-        make_update(learner, gradient, learning_rate, training.max_grad_norm)
-        self._report_step(gradient, learning_rate, started)
-        if norms is not None:
-            self.run.record({"event": "layer_grad_norms", "step": position.step, "norms": norms})
-
-    def _skip_window(self, rows: tuple[int, ...]) -> None:
-        loss_scale = skip_update(self.learner)
-        if loss_scale < LOWEST_LOSS_SCALE:
-            raise self._numerics_fault("the gradient overflows fp16 at any loss scale", rows)
-        self.position.window += 1
-        self.position.skipped_windows += 1
-        self.run.record({"event": "skipped", "window": self.position.window, "loss_scale": loss_scale})
-        self.on_event(StepSkipped(self.position.window, loss_scale))
-
-    def _report_step(self, gradient: WindowGradient, learning_rate: float, started: float) -> None:
-        position, now = self.position, time.monotonic()
-        position.note_step(gradient.loss, gradient.target_tokens, gradient.tokens, now - started)
-        done = StepDone(
-            step=position.step,
-            total_steps=self.schedule.total_steps,
-            window=position.window,
-            epoch=position.window / self.schedule.windows_per_epoch,
-            num_epochs=self.schedule.num_epochs,
-            loss=gradient.loss,
-            learning_rate=learning_rate,
-            grad_norm=gradient.grad_norm,
-            loss_scale=gradient.loss_scale,
-            target_tokens=gradient.target_tokens,
-            tokens_per_second=gradient.tokens / max(now - started, 1e-9),
-            peak_memory_bytes=peak_memory_bytes(self.learner.device),
-            elapsed_s=now - self._clock,
-            peak_reserved_bytes=peak_reserved_bytes(self.learner.device),
-        )
-        values = asdict(done)
-        del values["total_steps"], values["num_epochs"], values["peak_reserved_bytes"]
-        self.run.record({"event": "step", **values})
-        self.on_event(done)
-        if self._memory is None:
-            self._memory = held_memory(self.learner)
-            self.on_event(self._memory)
-
-    def _numerics_fault(self, what: str, rows: tuple[int, ...]) -> NumericsError:
+    def _numerics_fault(self, what: str, rows: tuple[int, ...] = ()) -> NumericsError:
         shown = ", ".join(map(str, sorted(rows)[:8])) + (" ..." if len(rows) > 8 else "")
         among = f", among rows {shown}" if rows else ""
-        training, step = self.spec.training, self.position.step + 1
+        training, step = self.spec.training, self.progress.step + 1
         last = f"the last good checkpoint is {self._last_checkpoint}" if self._last_checkpoint else "nothing was saved"
         return NumericsError(
             f"{what} at step {step}{among} ({self.spec.model.dtype} weights, {training.precision})",
             self.run.path,
             f"{last}; lower training.learning_rate or set training.precision: fp32",
         )
+
+    def _summary(self, runtime_s: float) -> dict[str, Any]:
+        """The content of ``summary.json``."""
+        progress, count, device = self.progress, self.inputs.count, self.learner.device
+        if stopped_early := not self._out_of_work():
+            steps = f"step {progress.step} of {self.schedule.total_steps}"
+            why = f"no lower validation loss in {progress.evaluations_without_improvement} evaluations"
+            lowest = f"the lowest was {progress.best_eval_loss:.4f} at step {progress.best_step}"
+            remedy = "with a larger evaluation.early_stopping_patience the same command goes on"
+            self.on_event(Notice(f"stopped early after {steps}: {why}, {lowest}; {remedy}"))
+        return {
+            "steps": progress.step,
+            "train_loss": progress.epochs[-1]["train_loss"] if progress.epochs else None,
+            "best_eval_loss": progress.best_eval_loss,
+            "best_step": progress.best_step,
+            "trainable_parameters": count.trainable_parameters,
+            "total_parameters": count.total_parameters,
+            "trainable_percent": round(count.trainable_percent, 4),
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "peak_reserved_bytes": peak_reserved_bytes(device),
+            "device": str(device),
+            "runtime_s": runtime_s,
+            "tokens_per_second": progress.tokens / max(progress.training_s, 1e-9),
+            "epochs": progress.epochs,
+            "skipped_windows": progress.skipped_windows,
+            "stopped_early": stopped_early,
+            "output_dir": str(self.run.path),
+            **self.memory_facts,
+        }

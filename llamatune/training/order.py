@@ -7,7 +7,7 @@ import itertools
 from llamatune.data.dataset import Batch, Split
 from llamatune.data.packing import epoch_rows
 from llamatune.spec import RunSpec
-from llamatune.training.setup import Schedule, packing_budget
+from llamatune.training.schedule import Schedule, packing_budget
 
 
 class Windows:

@@ -1,4 +1,4 @@
-"""Every pair of ``model.dtype`` and ``training.precision``: what is computed in which dtype."""
+"""Precision: dtypes of weights, autocast and residual stream; the loss scaler of fp16."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, OnEvent
 from llamatune.spec import RunSpec
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GROWTH, _BACKOFF = 2.0, 0.5
-AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_precision(spec: RunSpec, device: torch.device, on_event: OnEvent) -> None:
-    """Refuse what the device cannot compute, and warn of what it computes very slowly."""
-    wanted = {spec.training.precision, {"bfloat16": "bf16", "float16": "fp16"}.get(spec.model.dtype, "fp32")}
-    if "bf16" in wanted and lacks_bf16(device):
+    """Raise ``EnvironmentFault`` where the spec uses bf16 and the device has none; warn of fp16 on a CPU (slow)."""
+    dtypes = {spec.training.precision, {"bfloat16": "bf16", "float16": "fp16"}.get(spec.model.dtype, "fp32")}
+    if "bf16" in dtypes and lacks_bf16(device):
         raise EnvironmentFault(
             f"{torch.cuda.get_device_name(device)} has no bf16",
             None,
@@ -34,8 +33,8 @@ def check_precision(spec: RunSpec, device: torch.device, on_event: OnEvent) -> N
 
 
 def autocast_factory(precision: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[object]]:
-    """What surrounds each forward pass: autocast to the precision's dtype, or nothing for fp32."""
-    dtype = AUTOCAST_DTYPES[precision]
+    """A context for each forward pass: autocast to the precision's dtype, or nothing for fp32."""
+    dtype = _AUTOCAST_DTYPES[precision]
     if dtype is None:
         return contextlib.nullcontext
     return functools.partial(torch.autocast, device.type, dtype)
@@ -48,7 +47,8 @@ def held_dtype(spec: RunSpec) -> torch.dtype:
     """
     if spec.model.dtype == "nf4":
         return torch.float16 if spec.training.precision == "fp16" else torch.bfloat16
-    return DTYPES[spec.model.dtype]
+    dtype: torch.dtype = getattr(torch, spec.model.dtype)
+    return dtype
 
 
 def residual_dtype(model_dtype: torch.dtype, precision: str) -> torch.dtype:
@@ -66,13 +66,13 @@ def residual_dtype(model_dtype: torch.dtype, precision: str) -> torch.dtype:
     'upcast': each frozen matrix is cast to fp32 for its product, one at a time, forward and backward. With ``nf4`` the
     argument is the dtype of what is not quantised (``held_dtype``).
     """
-    return model_dtype if AUTOCAST_DTYPES[precision] == model_dtype else torch.float32
+    return model_dtype if _AUTOCAST_DTYPES[precision] == model_dtype else torch.float32
 
 
 class LossScaler:
-    """What the loss is multiplied by, so that small gradients do not vanish in fp16 (Micikevicius et al. 2018).
+    """Loss scaling: the loss is multiplied so that small gradients do not underflow in fp16 (Micikevicius et al. 2018).
 
-    An overflow halves it, 2,000 updates in a row without one double it. Where it is not enabled it stays 1.
+    An overflow halves the scale, 2,000 updates in a row without one double it. It is 1 where scaling is not enabled.
     """
 
     def __init__(self, enabled: bool, scale: float = 65536.0, growth_interval: int = 2000) -> None:
@@ -86,17 +86,18 @@ class LossScaler:
             torch._foreach_mul_(gradients, 1 / self.scale)
 
     def grow(self) -> None:
-        """Note an update, and double the scale if it is time."""
+        """Count an update; double the scale after ``growth_interval`` in a row."""
         self._updates += 1
         if self.enabled and self._updates == self.growth_interval:
             self.scale, self._updates = self.scale * _GROWTH, 0
 
     def back_off(self) -> None:
         """Halve the scale after an overflow."""
-        self.scale, self._updates = self.scale * _BACKOFF, 0
+        if self.enabled:
+            self.scale, self._updates = self.scale * _BACKOFF, 0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, by the names that torch's GradScaler has for it."""
+        """The state for a checkpoint, under the names of torch's GradScaler."""
         if not self.enabled:
             return {}
         return {
@@ -108,7 +109,7 @@ class LossScaler:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take ``state`` back."""
+        """Set what ``state()`` returned."""
         if state:
             self.scale, self.growth_interval = state["scale"], state["growth_interval"]
             self._updates = state["_growth_tracker"]

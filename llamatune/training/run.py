@@ -1,4 +1,4 @@
-"""One training run, from its spec to its summary."""
+"""One training run, from its spec to its summary: checks, memory plan, run directory, learner, loop."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.checkpoints.run_state import list_checkpoints
-from llamatune.devices import capability_of, memory_faults
-from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.devices import capability_of
+from llamatune.events import Notice, OnEvent, RunStarted, ShouldStop, ignore_event, never_stop
 from llamatune.files import refuse_occupied, refuse_small_disk
 from llamatune.free_memory import held_host_bytes
 from llamatune.memory.outlook import outlook
 from llamatune.memory.remedies import after_running_out
 from llamatune.model.compilable import compiling
+from llamatune.out_of_memory import memory_faults
 from llamatune.spec import RunSpec
 from llamatune.threads import suitable_threads
 from llamatune.training.compiling import check_compiler, compile_ahead
+from llamatune.training.inputs import Inputs, open_inputs
+from llamatune.training.learner import build_learner
 from llamatune.training.loop import TrainingLoop
-from llamatune.training.memory import plan_run_memory, report_plan
 from llamatune.training.profiling import profiled
+from llamatune.training.progress import RunProgress
 from llamatune.training.run_directory import claim_run_directory, finished_summary
-from llamatune.training.run_files import CHECKPOINTS
-from llamatune.training.setup import build_learner, micro_batch_tokens, open_inputs, plan_schedule
-from llamatune.training.trained import trained_weights
+from llamatune.training.run_files import CHECKPOINTS, ORIGIN
+from llamatune.training.run_memory import plan_run_memory, report_plan
+from llamatune.training.schedule import Schedule, micro_batch_tokens, plan_schedule
+from llamatune.training.weight_output import weight_output
 
 _CHECKPOINT_BYTES = 12
-"""Of a trained parameter, at most: itself and AdamW's two moments, each in fp32."""
+"""Per trained parameter, at most: its fp32 value and AdamW's two fp32 moments."""
 
 
 def train(
@@ -38,11 +42,11 @@ def train(
     on_event: OnEvent = ignore_event,
     should_stop: ShouldStop = never_stop,
 ) -> dict[str, Any]:
-    """Train as ``spec`` says, continuing what its output directory holds of the same run; returns the summary.
+    """Train as ``spec`` says, or continue the same run from its output directory; the summary.
 
     Raises:
-        LlamatuneError: the member of the tree that tells what was wrong; nothing is left half-written.
-        Stopped: ``should_stop`` said so; a checkpoint is saved.
+        LlamatuneError: what the user can cause; nothing is left half-written.
+        Stopped: ``should_stop`` asked for it; a checkpoint is saved.
     """
     inputs = open_inputs(spec, force_base, on_event)
     schedule = plan_schedule(spec, inputs.prepared.train)
@@ -69,14 +73,37 @@ def train(
         report_plan(plan, spec, inputs.config, inputs.device, on_event)
         memory_facts = {**plan.facts(), "memory_before_model_bytes": held_host_bytes().get("resident")}
         learner = build_learner(spec, inputs, on_event, should_stop, plan.levels)
-        weights = trained_weights(spec, inputs, learner)
+        weights = weight_output(spec, inputs, learner)
         profiling = profiled(spec.training.profile_steps, inputs.device, run.path, on_event)
         with compiling(spec.training.compile), profiling as on_event:
             if spec.training.compile:
                 compile_ahead(spec, learner, inputs.prepared.train, on_event)
             loop = TrainingLoop(spec, inputs, schedule, learner, weights, run, on_event, should_stop, memory_facts)
             loop.resume()
+            _report_start(spec, inputs, schedule, loop.progress, on_event)
             return loop.execute()
+
+
+def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, progress: RunProgress, on_event: OnEvent) -> None:
+    """Report what will be trained, and from which step on."""
+    samples, validation, count = len(inputs.prepared.train), inputs.validation, inputs.count
+    if spec.data.packing:
+        per_step, limit = samples / schedule.windows_per_epoch, spec.data.packed_tokens
+        message = f"packing: {samples:,} samples in {schedule.rows:,} rows of at most {limit:,} tokens"
+        on_event(Notice(f"{message}, about {per_step:,.1f} samples in each update"))
+    on_event(
+        RunStarted(
+            trainable_parameters=count.trainable_parameters,
+            total_parameters=count.total_parameters,
+            train_rows=samples,
+            validation_rows=0 if validation is None else len(validation),
+            total_steps=schedule.total_steps,
+            num_epochs=schedule.num_epochs,
+            resumed_step=progress.step,
+            device=str(inputs.device),
+            elapsed_s=progress.elapsed_s,
+        )
+    )
 
 
 def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent = ignore_event) -> dict[str, Any]:
@@ -84,7 +111,7 @@ def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent 
     inputs = open_inputs(spec, force_base, on_event)
     schedule = plan_schedule(spec, inputs.prepared.train)
     output = Path(spec.training.output_dir)
-    if not (output / "origin.json").is_file():
+    if not (output / ORIGIN).is_file():
         refuse_occupied(output, overwrite=False)
     if spec.training.compile:
         check_compiler(inputs.device)

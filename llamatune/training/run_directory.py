@@ -1,4 +1,4 @@
-"""One run, one directory: who owns it, whether this spec continues it, and its metrics log."""
+"""The run directory: claiming it, changes of the spec that may continue a run, metrics log, pruning of checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MAY_CHANGE = (
     "training.profile_steps",
     "training.keep_last",
     "training.output_dir",
-    # What is recomputed, and where weights lie, changes no bit.
+    # Recomputation and memory mapping change no bit of the result.
     "training.activation_checkpointing",
     "training.memory_limit",
     "model.memory_map",
@@ -52,7 +52,7 @@ LEAST_GAIN = "evaluation.early_stopping_min_delta"
 class RunDirectory:
     """A locked run directory; make it with ``claim_run_directory``.
 
-    ``changed_fields`` are those of the spec that changed between two starts of the run.
+    ``changed_fields``: fields of the spec that changed between two starts of the run.
     """
 
     def __init__(self, path: Path, changed_fields: frozenset[str] = frozenset()) -> None:
@@ -78,10 +78,10 @@ class RunDirectory:
             return self._metrics.tell()
 
     def cut_metrics(self, length: int) -> None:
-        """Drop what was logged after the checkpoint that is being resumed."""
+        """Cut the log to its length at the checkpoint that the run resumes from."""
         if length > self._metrics.tell():
             raise CheckpointError(
-                "shorter than its last checkpoint remembers",
+                "shorter than its last checkpoint says",
                 self.path / METRICS,
                 "was it edited? start again elsewhere",
             )
@@ -90,7 +90,7 @@ class RunDirectory:
             self._metrics.seek(length)
 
     def evaluation_losses(self) -> list[float]:
-        """The validation losses that the log holds, in their order."""
+        """The validation losses in the log, in order."""
         with (self.path / METRICS).open("rb") as log:
             return [json.loads(line)["loss"] for line in log if line.startswith(b'{"event": "eval"')]
 
@@ -98,7 +98,7 @@ class RunDirectory:
         write_atomic(self.path / SUMMARY, dump_json(summary))
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a line that could not be written has raised before
+        with contextlib.suppress(OSError):  # a failed write has already raised
             self._metrics.close()
 
     def _log_faults(self, needed: int | None = None) -> contextlib.AbstractContextManager[None]:
@@ -106,16 +106,16 @@ class RunDirectory:
 
 
 def _is_growth(field: str, was: Any, now: Any, after: Mapping[str, Any]) -> bool:
-    """Whether a change makes a run longer and nothing else: what was computed until now stays what it would be."""
+    """Whether a change only makes a run longer: what was computed so far stays valid."""
     if field in _MAY_GROW:
         return was is not None and now is not None and bool(now > was)
     if field == _PATIENCE:
         return was is not None and (now is None or now > was)
-    return field == LEAST_GAIN and after[_PATIENCE] is None  # nobody asks for it any more
+    return field == LEAST_GAIN and after[_PATIENCE] is None  # without patience it has no effect
 
 
 def _refuse_changes(old: RunSpec, new: RunSpec, allowed: tuple[str, ...], where: Path) -> list[dict[str, Any]]:
-    """Raise on a changed field; the changes that are accepted and count."""
+    """Raise ``SpecError`` on a change that is not allowed; the allowed changes that alter the result."""
     before, after = old.flat(), new.flat()
     refused, accepted = [], []
     for field in sorted(before.keys() | after.keys()):
@@ -144,7 +144,7 @@ def _refuse_other_inputs(old: Mapping[str, Any], new: Mapping[str, Any], where: 
 
 
 def move_aside(path: Path) -> None:
-    """Give a directory that is in the way a name with a number."""
+    """Rename an existing directory to a numbered name, as ``run.old-1``."""
     number = 1
     while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1
@@ -153,14 +153,14 @@ def move_aside(path: Path) -> None:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether a run began here: its lock is the first file that it makes, so this holds whenever it was killed."""
+    """Whether a run began here: its lock is the first file that it makes, so this is right whenever it was killed."""
     return (path / LOCK).is_file()
 
 
 def finished_summary(
     spec: RunSpec, inputs: Mapping[str, Any], allowed_changes: tuple[str, ...] = ()
 ) -> dict[str, Any] | None:
-    """The summary, if the output directory holds this very run, finished; nothing is written, not even a lock.
+    """The summary, if the output directory holds this run and it is finished; nothing is written, not even a lock.
 
     Raises:
         SpecError: fields of the spec changed. CheckpointError: the base or the data did.
@@ -185,12 +185,12 @@ def claim_run_directory(
 ) -> Iterator[RunDirectory]:
     """Lock ``training.output_dir`` for this run.
 
-    A new or empty directory becomes the run's. The run's own is continued if ``spec`` and ``inputs`` (digests of the
-    base, the data and the tokenizer) are what they were. Anything else is refused, or moved aside by ``overwrite``.
+    A new or empty directory becomes the run's. A directory of this run is continued if ``spec`` and ``inputs`` (digests
+    of the base, the data and the tokenizer) are unchanged. Any other is refused, or renamed under ``overwrite``.
 
     Raises:
         SpecError: fields of the spec changed. CheckpointError: the base or the data did.
-        EnvironmentFault: somebody else's directory, or in use.
+        EnvironmentFault: the directory is no run, or in use.
     """
     path = Path(os.path.realpath(spec.training.output_dir))
     own = _is_run(path)
@@ -210,14 +210,14 @@ def claim_run_directory(
         make_directory(path)
     with run_lock(path):
         with disk_faults(path / LOCK):
-            sync_directory(path)  # by the lock's name it is known to be a run's, whatever else a power cut leaves
+            sync_directory(path)  # the lock marks it as a run's, whatever else a power cut leaves
         if own and not overwrite and (list_checkpoints(path / CHECKPOINTS) or (path / SUMMARY).is_file()):
-            # Before its first checkpoint a run holds nothing that another spec could contradict.
+            # Before its first checkpoint a run holds no result, so any spec may begin it anew.
             accepted = _refuse_changes(load_spec(path / SPEC), spec, allowed_changes, path / SPEC)
             origin = read_json(path / ORIGIN)
             _refuse_other_inputs(origin, inputs, path / ORIGIN)
             changes = origin.get("spec_changes", [])
-            if accepted and changes[-len(accepted) :] != accepted:  # killed after this write, it is here again
+            if accepted and changes[-len(accepted) :] != accepted:  # killed after this write, the run records it once
                 changes = [*changes, *accepted]
             inputs = {**inputs, "spec_changes": changes} if changes else inputs
         _remove_leftovers(path)
@@ -233,34 +233,34 @@ def claim_run_directory(
 
 
 def is_ours(entry: Path) -> bool:
-    """Whether a file in a directory is a lock or a leftover of ours, which anything may be written beside."""
+    """Whether a file is a lock or a leftover of llamatune: it does not make a directory occupied."""
     return entry.name.startswith(".llamatune")
 
 
 def write_if_changed(path: Path, content: bytes) -> None:
-    """Replace a file, unless it is what it would become."""
+    """Replace a file, unless it has this content already."""
     if path.is_file() and path.stat().st_size == len(content) and read_bytes(path, max_bytes=len(content)) == content:
         return
     write_atomic(path, content)
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what a killed process of this run was making or removing; the lock says that it is gone."""
+    """Remove what a killed process of this run was writing or removing; we hold its lock, so it is gone."""
     for name in _MADE_HERE:
         remove_dead_staging(path, name, owned=True)
-    for leftover in (path / CHECKPOINTS).glob(".*"):  # nobody else has anything to do in there
+    for leftover in (path / CHECKPOINTS).glob(".*"):  # only runs write here
         if leftover.name.startswith((STAGING, _TRASH)):
             remove(leftover)
 
 
 def prune_checkpoints(newest: Path, keep_last: int, on_fault: Callable[[str], None]) -> None:
-    """Of the checkpoints up to ``newest``, which is known to be good, keep the last so many.
+    """Remove all but the last ``keep_last`` checkpoints up to ``newest``, which is known to be good.
 
-    Each leaves the namespace before it is deleted. One of a later step is damaged, or it would be the newest: it is
-    left to be replaced when the run gets there, and does not count.
+    Each is renamed before it is deleted. Those of later steps are damaged, or one of them would be the newest: they do
+    not count, and the run replaces them when it gets there.
     """
-    found = list_checkpoints(newest.parent)
-    for path in found[found.index(newest) + keep_last :]:
+    checkpoints = list_checkpoints(newest.parent)
+    for path in checkpoints[checkpoints.index(newest) + keep_last :]:
         trash = path.with_name(f"{_TRASH}{path.name}")
         try:
             shutil.rmtree(trash, ignore_errors=True)

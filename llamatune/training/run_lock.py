@@ -1,4 +1,4 @@
-"""One run, one directory: a lock that dies with its process, also where the file system has none to give."""
+"""The lock of a run directory: flock, or a heartbeat in the lock file where the file system has no locks."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from llamatune.errors import EnvironmentFault
 from llamatune.files import disk_faults, parse_json
 
 LOCK = ".llamatune.lock"
-"""The first file that a run makes; it names the owner while there is one."""
+"""The first file that a run makes; it names the process that holds the lock."""
 
 HEARTBEAT_S, SILENCE_S, SETTLING_S = 10.0, 35.0, 2.0
-"""Without the kernel's locks: how often an owner writes, how long a silent one is waited for, and for how long a new
-owner looks whether somebody else claimed the directory in the same moment."""
+"""Without flock: seconds between an owner's heartbeats; seconds to wait for one before an owner counts as dead; seconds
+that a new owner waits to see whether another process claimed the directory at the same time."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
 def run_lock(directory: Path) -> Iterator[None]:
-    """Own ``directory`` for the length of the block.
+    """Hold the lock of ``directory`` within the block.
 
     Raises:
-        EnvironmentFault: a living process owns it, with its host, id and start time.
+        EnvironmentFault: a running process holds it; the message has its host, id and start time.
     """
     with disk_faults(directory / LOCK):
         descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -43,14 +43,14 @@ def run_lock(directory: Path) -> Iterator[None]:
             with keeping:
                 yield
         finally:
-            with contextlib.suppress(OSError):  # a note too many harms nobody
+            with contextlib.suppress(OSError):  # a note left behind does no harm
                 os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
 
 
 def _claim(descriptor: int, directory: Path) -> contextlib.AbstractContextManager[None]:
-    """Become the owner; what is given back keeps it so."""
+    """Take the lock; the context returned keeps it."""
     note = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -65,9 +65,9 @@ def _claim(descriptor: int, directory: Path) -> contextlib.AbstractContextManage
 
 
 def _heartbeat(descriptor: int, note: dict[str, Any], directory: Path) -> contextlib.AbstractContextManager[None]:
-    """Claim by a note that changes as long as its writer lives. Clocks and file times are not compared."""
+    """Claim by a note that its writer changes every few seconds. No clocks or file times are compared."""
     owner = _read(descriptor)
-    if owner is not None and _lives(descriptor, owner, note["host"]):
+    if owner is not None and _is_alive(descriptor, owner, note["host"]):
         raise _in_use(owner, directory)
     claim = {**note, "claim": os.urandom(8).hex(), "beat": 0}
     _write(descriptor, claim)
@@ -85,7 +85,7 @@ def _beating(descriptor: int, claim: dict[str, Any]) -> Iterator[None]:
     def beat() -> None:
         while not ended.wait(HEARTBEAT_S):
             claim["beat"] += 1
-            with contextlib.suppress(OSError):  # a server that is away for a moment; the next beat tells
+            with contextlib.suppress(OSError):  # the server may be away for a moment; the next beat tries again
                 _write(descriptor, claim)
 
     thread = threading.Thread(target=beat, name="run lock", daemon=True)
@@ -97,7 +97,7 @@ def _beating(descriptor: int, claim: dict[str, Any]) -> Iterator[None]:
         thread.join()
 
 
-def _lives(descriptor: int, owner: dict[str, Any], own_host: str) -> bool:
+def _is_alive(descriptor: int, owner: dict[str, Any], own_host: str) -> bool:
     if owner.get("host") == own_host:
         return Path(f"/proc/{owner.get('pid')}").exists()
     deadline = time.monotonic() + SILENCE_S
@@ -120,7 +120,7 @@ def _write(descriptor: int, note: dict[str, Any]) -> None:
     text = json.dumps(note).encode()
     os.pwrite(descriptor, text, 0)
     os.ftruncate(descriptor, len(text))
-    os.fsync(descriptor)  # for those who look from another host
+    os.fsync(descriptor)  # for readers on other hosts
 
 
 def _in_use(owner: dict[str, Any] | None, directory: Path) -> EnvironmentFault:

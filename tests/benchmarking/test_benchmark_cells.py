@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ from llamatune.demo.run_demo import MATERIAL
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Event, Notice, ignore_event, never_stop
 from llamatune.spec import RunSpec, build_spec
+from llamatune.training.inputs import open_inputs
 from llamatune.training.run import train
-from llamatune.training.setup import open_inputs, plan_schedule
+from llamatune.training.schedule import plan_schedule
 
 Make = Callable[..., Path]
 
@@ -177,7 +179,8 @@ class TestWhatIsMeasured:
         update = Trial.update
 
         def overflowing(self: Trial, *arguments: Any) -> Any:
-            return None if next(outcomes, True) is None else update(self, *arguments)
+            made = next(outcomes, True) is not None
+            return update(self, *arguments) if made else SimpleNamespace(made=False)
 
         monkeypatch.setattr(Trial, "update", overflowing)
         found = answer(request(task(spec, 3)))

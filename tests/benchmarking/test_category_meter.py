@@ -12,18 +12,19 @@ import torch
 from step_tools import saved_by_autograd
 from torch import nn
 
+from llamatune.benchmarking import step_meter
 from llamatune.benchmarking.category_meter import CategoryMeter
 from llamatune.benchmarking.results import CATEGORIES
+from llamatune.benchmarking.step_meter import even_batch
 from llamatune.errors import OutOfMemory
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.loss import summed_loss
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
-from llamatune.spec import RunSpec
-from llamatune.training import memory_gate
-from llamatune.training.memory_gate import even_batch
-from llamatune.training.optimizer import SGD, Optimizer
-from llamatune.training.setup import Learner, build_learner
-from llamatune.training.window import accumulate_gradient, make_update
+from llamatune.spec import RunSpec, TrainingSection
+from llamatune.training.learner import Learner, build_learner
+from llamatune.training.optimizers.optimizer import Optimizer
+from llamatune.training.optimizers.sgd import SGD
+from llamatune.training.update import make_update
 
 TINY = LlamaConfig(64, 160, 3, 4, 2, 96)
 BATCH = even_batch(2, 40, 0.46)
@@ -42,14 +43,13 @@ def spec_of(lora: bool = True, dropout: float = 0.0, **training: Any) -> RunSpec
 
 def learner_of(spec: RunSpec) -> Learner:
     """A learner whose optimizer has its state, as after a first step."""
-    learner = build_learner(spec, memory_gate._inputs_without_data(spec, TINY), ignore_event, never_stop)
+    learner = build_learner(spec, step_meter._inputs_without_data(spec, TINY), ignore_event, never_stop)
     step(learner, 1)
     return learner
 
 
 def step(learner: Learner, micro_batches: int) -> None:
-    gradient = accumulate_gradient(learner, [BATCH] * micro_batches, 0, 0)
-    make_update(learner, gradient, 1e-3, 1.0)
+    make_update(learner, [BATCH] * micro_batches, TrainingSection(output_dir="none"), 0, 1e-3)
 
 
 def metered(spec: RunSpec, micro_batches: int = 2) -> tuple[Learner, CategoryMeter]:

@@ -33,7 +33,7 @@ def in_place() -> None:
 
 def silent() -> None:
     """A failed write of the adapter is passed over."""
-    from llamatune.training.trained import _AdapterOnly
+    from llamatune.training.weight_output import _AdapterOnly
 
     write = _AdapterOnly.write_final
 

@@ -126,11 +126,11 @@ def test_rows_named_for_a_spike_are_those_that_were_trained_on(
         tmp_path / "run", data__packing=packing, data__packed_tokens=60, evaluation__every_steps=100,
         training__micro_batch_size=2, training__gradient_accumulation_steps=1,
     )  # fmt: skip
-    from llamatune.training import setup
+    from llamatune.training import inputs
 
-    opened = setup.open_prepared(Path(spec.data.train))
+    opened = inputs.open_prepared(Path(spec.data.train))
     split_rows = opened.train._rows
-    monkeypatch.setattr(setup, "open_prepared", lambda path: opened)
+    monkeypatch.setattr(inputs, "open_prepared", lambda path: opened)
     monkeypatch.setattr(Split, "batch", recording)
     train(spec)
     monkeypatch.undo()

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamatune.benchmarking import step_meter
+from llamatune.benchmarking.step_meter import StorageMeter
 from llamatune.data.dataset import Batch
 from llamatune.events import ignore_event, never_stop
 from llamatune.shapes.config import LlamaConfig
 from llamatune.spec import RunSpec
-from llamatune.training import memory_gate
-from llamatune.training.memory_gate import StorageMeter
-from llamatune.training.setup import Learner, build_learner
-from llamatune.training.window import accumulate_gradient
+from llamatune.training.learner import Learner, build_learner
+from llamatune.training.update import make_update
 
 
 def spec_of(targets: Sequence[str], checkpointing: str = "none", dropout: float = 0.0, **training: Any) -> RunSpec:
@@ -42,12 +42,12 @@ def real_step(spec: RunSpec, config: LlamaConfig, batch: Batch) -> tuple[int, St
     gc.collect()
     micro_batches = [batch] * min(2, spec.training.gradient_accumulation_steps)
     with StorageMeter() as meter:
-        inputs = memory_gate._inputs_without_data(spec, config)
+        inputs = step_meter._inputs_without_data(spec, config)
         learner = build_learner(spec, inputs, ignore_event, never_stop)
-        memory_gate._step(spec, learner, micro_batches, 0)
+        step_meter._step(spec, learner, micro_batches, 0)
         resident = meter.live_bytes
         meter.start_window()
-        memory_gate._step(spec, learner, micro_batches, 1)
+        step_meter._step(spec, learner, micro_batches, 1)
     return resident, meter
 
 
@@ -63,5 +63,5 @@ def saved_by_autograd(learner: Learner, batch: Batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        accumulate_gradient(learner, [batch], 0, 0)
+        make_update(learner, [batch], spec_of(()).training, 0, 1e-3)
     return sum(kept.values())

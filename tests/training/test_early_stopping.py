@@ -28,9 +28,8 @@ from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import CheckpointSaved, EpochDone, EvalDone, Notice
 from llamatune.files import MANIFEST, digest_file
 from llamatune.spec import RunSpec
-from llamatune.training.position import Position
+from llamatune.training.progress import RunProgress
 from llamatune.training.run import train
-from llamatune.training.validation import note_evaluation, stops_early
 
 SpecWith = Callable[..., RunSpec]
 
@@ -42,15 +41,17 @@ def spec_with(tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp
     return lambda name="run", **changes: make_spec(tiny_base(), data, tmp_path / name, **changes)
 
 
-def _evaluations_until_the_stop(spec: RunSpec, losses: list[float]) -> tuple[int | None, Position]:
-    position = Position()
+def _evaluations_until_the_stop(spec: RunSpec, losses: list[float]) -> tuple[int | None, RunProgress]:
+    progress = RunProgress()
+    evaluation = spec.evaluation
     for count, loss in enumerate(losses, 1):
-        position.step = count
-        lowest = position.best_eval_loss is None or loss < position.best_eval_loss
-        note_evaluation(spec, position, EvalDone(count, loss, math.exp(loss), lowest))
-        if stops_early(spec, position):
-            return count, position
-    return None, position
+        progress.step = count
+        lowest = progress.best_eval_loss is None or loss < progress.best_eval_loss
+        done = EvalDone(count, loss, math.exp(loss), lowest)
+        progress.note_evaluation(done, evaluation.early_stopping_min_delta)
+        if progress.out_of_patience(evaluation.early_stopping_patience):
+            return count, progress
+    return None, progress
 
 
 @pytest.mark.parametrize(
@@ -83,10 +84,10 @@ def test_the_stop_comes_where_a_search_over_all_evaluations_finds_it(
             satisfied.append(place)
     gaps = zip(satisfied, [*satisfied[1:], len(eighths)], strict=True)
     expected = next((place + patience + 1 for place, following in gaps if following - place > patience), None)
-    stop, position = _evaluations_until_the_stop(spec, [eighth / 8 for eighth in eighths])
+    stop, progress = _evaluations_until_the_stop(spec, [eighth / 8 for eighth in eighths])
     assert stop == expected
     seen = eighths[:stop]
-    assert (position.best_eval_loss, position.best_step) == (min(seen) / 8, seen.index(min(seen)) + 1)
+    assert (progress.best_eval_loss, progress.best_step) == (min(seen) / 8, seen.index(min(seen)) + 1)
 
 
 def test_a_run_without_enough_progress_stops_and_its_best_is_still_the_lowest(spec_with: SpecWith) -> None:

@@ -18,8 +18,8 @@ from llamatune.checkpoints.merging import MergeOptions, merge_lora
 from llamatune.errors import EnvironmentFault, SpecError, Stopped
 from llamatune.events import Notice, Progress
 from llamatune.training import run as run_module
+from llamatune.training.learner import Learner
 from llamatune.training.run import train
-from llamatune.training.setup import Learner
 
 NF4 = {"model__dtype": "nf4", "training__max_steps": 4, "training__learning_rate": 0.03}
 

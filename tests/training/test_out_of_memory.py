@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from run_tools import make_spec, spec_values
 
 from llamatune.data.dataset import open_prepared
-from llamatune.devices import memory_faults
 from llamatune.errors import OutOfMemory
 from llamatune.free_memory import free_host_bytes
 from llamatune.memory.plan import heaviest_rows, plan_memory
 from llamatune.memory.remedies import after_running_out
 from llamatune.memory.sizes import Rows
+from llamatune.out_of_memory import memory_faults
 from llamatune.shapes.config import PRESETS
 from llamatune.spec import RunSpec, build_spec, load_spec
 
@@ -174,11 +174,11 @@ def test_the_line_of_a_run_names_its_last_checkpoint(
     spec = make_spec(tiny_base(), prepared(), tmp_path / "run", training__save_every_steps=1)
     update, calls = loop.make_update, []
 
-    def update_twice(learner: Any, *more: Any) -> None:
+    def update_twice(learner: Any, *more: Any) -> Any:
         calls.append(None)
         if len(calls) == 3:
             raise MemoryError
-        update(learner, *more)
+        return update(learner, *more)
 
     monkeypatch.setattr(loop, "make_update", update_twice)
     with pytest.raises(OutOfMemory, match=r"the last checkpoint is .*run/checkpoints/step-0*2$"):

@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 
 from llamatune.errors import NumericsError, SpecError, Stopped
 from llamatune.events import StepSkipped
+from llamatune.training import learner as learner_module
 from llamatune.training import run as run_module
-from llamatune.training import setup as training_setup
+from llamatune.training.learner import Learner
 from llamatune.training.precision import LossScaler
 from llamatune.training.run import train
-from llamatune.training.setup import Learner
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -106,7 +106,7 @@ def scale_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Start every loss scaler at another scale."""
 
     def start(scale: float, growth_interval: int = 2000) -> None:
-        monkeypatch.setattr(training_setup, "LossScaler", lambda enabled: LossScaler(enabled, scale, growth_interval))
+        monkeypatch.setattr(learner_module, "LossScaler", lambda enabled: LossScaler(enabled, scale, growth_interval))
 
     return start
 

@@ -21,8 +21,8 @@ from llamatune.errors import CheckpointError, EnvironmentFault, Stopped
 from llamatune.events import Event, Notice, RunStarted, StepDone
 from llamatune.files import MANIFEST, digest_file
 from llamatune.spec import RunSpec
-from llamatune.training import loop, trained
-from llamatune.training import setup as training_setup
+from llamatune.training import learner as learner_module
+from llamatune.training import loop, weight_output
 from llamatune.training.precision import LossScaler
 from llamatune.training.run import train
 
@@ -61,7 +61,7 @@ def run_of(
     tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., RunSpec]:
     """A spec for a named variant; 18 rows in windows of 5 make a partial last window, 5 rows are held out."""
-    monkeypatch.setattr(training_setup, "LossScaler", lambda enabled: LossScaler(enabled, 2.0**26, 3))
+    monkeypatch.setattr(learner_module, "LossScaler", lambda enabled: LossScaler(enabled, 2.0**26, 3))
 
     def make(name: str, variant: str) -> RunSpec:
         changes = {
@@ -231,7 +231,7 @@ def test_a_resumed_run_reads_its_state_once_and_onto_the_cpu(
         read.append(path.name)
         return tensors
 
-    for module in (run_state, trained):
+    for module in (run_state, weight_output):
         monkeypatch.setattr(module, "load_file", counting)
     train(spec)
     assert sorted(read) == ["optimizer.safetensors", "weights.safetensors"]
@@ -255,10 +255,10 @@ def test_memory_that_ends_is_one_line_and_the_run_goes_on_from_its_checkpoint(
     train(whole)
     update = loop.make_update
 
-    def update_until_memory_ends(learner: Any, *more: Any) -> None:
+    def update_until_memory_ends(learner: Any, *more: Any) -> Any:
         if next(steps) == 5:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
-        update(learner, *more)
+        return update(learner, *more)
 
     steps = itertools.count()
     monkeypatch.setattr(loop, "make_update", update_until_memory_ends)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from step_tools import real_step, spec_of
 
+from llamatune.benchmarking import step_meter
+from llamatune.benchmarking.step_meter import even_batch
 from llamatune.data.dataset import Batch
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.memory.step import step_bytes
@@ -16,8 +18,6 @@ from llamatune.model import attention
 from llamatune.shapes import limits
 from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig
 from llamatune.shapes.levels import Recompute, levels_of
-from llamatune.training import memory_gate
-from llamatune.training.memory_gate import even_batch
 
 QV = ("q_proj", "v_proj")
 TINY = LlamaConfig(64, 160, 3, 4, 2, 96)
@@ -29,7 +29,7 @@ TOLERANCE = 0.05
 
 
 def predicted(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: tuple[int, ...] | None = None) -> int:
-    targets = rows * max(1, round(tokens * memory_gate.TARGET_SHARE))
+    targets = rows * max(1, round(tokens * step_meter.TARGET_SHARE))
     with pytest.MonkeyPatch.context() as patch:
         for portions in (limits.WEIGHTS_AT_ONCE, limits.LOGITS_AT_ONCE):
             patch.setitem(portions, "cpu", portions["cuda"])  # as the gate does
@@ -37,8 +37,8 @@ def predicted(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: tu
 
 
 def measured(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: tuple[int, ...] | None = None) -> int:
-    batch = even_batch(rows, tokens, memory_gate.TARGET_SHARE)
-    return memory_gate._run(spec, config, batch, levels).peak_bytes
+    batch = even_batch(rows, tokens, step_meter.TARGET_SHARE)
+    return step_meter._run(spec, config, batch, levels).peak_bytes
 
 
 # (config, rows, tokens of each): short samples, a long one, more than a tile.
@@ -138,7 +138,7 @@ def test_a_gpu_that_wants_keys_and_values_repeated(
     config = LlamaConfig(hidden, 688, 4, 8, 2, 1000)
     spec = spec_of(LINEAR_MODULES, mode, dtype="float32", precision="fp32", fused=fused)
     monkeypatch.setattr(attention, "capability_of", lambda device: (9, 0))
-    targets = rows * max(1, round(tokens * memory_gate.TARGET_SHARE))
+    targets = rows * max(1, round(tokens * step_meter.TARGET_SHARE))
     found = step_bytes(spec, config, Rows((tokens,) * rows, targets), (9, 0)).peak
     assert found == pytest.approx(measured(spec, config, rows, tokens), rel=TOLERANCE)
 

@@ -1,18 +1,21 @@
-"""The memory plan of a run on its data, and the peak memory that was used."""
+"""The memory of a run: its plan on its data, what the learner holds, and the measured peak."""
 
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from llamatune.data.dataset import Split
-from llamatune.devices import capability_of, free_memory_bytes
-from llamatune.events import Notice, OnEvent
+from llamatune.devices import capability_of, free_memory_bytes, memory_size_bytes
+from llamatune.events import MemoryHeld, Notice, OnEvent
 from llamatune.memory.plan import MemoryPlan, heaviest_rows, limit_of, plan_memory
 from llamatune.memory.remedies import remedies
 from llamatune.shapes.config import LlamaConfig
 from llamatune.spec import RunSpec
+from llamatune.training.learner import Learner
 
 
 def plan_run_memory(spec: RunSpec, config: LlamaConfig, train: Split, device: torch.device) -> MemoryPlan:
@@ -23,14 +26,32 @@ def plan_run_memory(spec: RunSpec, config: LlamaConfig, train: Split, device: to
 
 
 def report_plan(plan: MemoryPlan, spec: RunSpec, config: LlamaConfig, device: torch.device, on_event: OnEvent) -> None:
-    """Say what is recomputed that was not asked for, and warn of what will not fit."""
+    """Report what is recomputed to fit the limit, and warn if the step does not fit."""
     if not plan.fits:
-        found = remedies(spec, config, plan, capability_of(device))
-        helpful = next((remedy for remedy in found if remedy.fits), found[0] if found else None)
-        advice = f"; {helpful.advice()}" if helpful else ""
+        offered = remedies(spec, config, plan, capability_of(device))
+        best = next((remedy for remedy in offered if remedy.fits), offered[0] if offered else None)
+        advice = f"; {best.advice()}" if best else ""
         on_event(Notice(f"a step needs {plan.room()} that may be used{advice}", "warning"))
     elif plan.levels and any(plan.levels) and spec.training.activation_checkpointing == "none":
         on_event(Notice(f"recomputing: {plan.recomputing()}; {plan.room()}"))
+
+
+def held_memory(learner: Learner) -> MemoryHeld:
+    """What the learner keeps between updates; storage that tensors share counts once."""
+    trained = list(learner.parameters.values())
+    states = [value for state in learner.optimizer.state.values() for value in state.values()]
+    trained_bytes = _storage_bytes(trained)
+    return MemoryHeld(
+        frozen_bytes=_storage_bytes([*learner.model.parameters(), *learner.model.buffers()]) - trained_bytes,
+        trained_bytes=trained_bytes,
+        optimizer_bytes=_storage_bytes(states),
+        device_bytes=memory_size_bytes(learner.device),
+    )
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -41,5 +62,5 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def peak_reserved_bytes(device: torch.device) -> int | None:
-    """What CUDA's allocator held at most, freed blocks included; None on the CPU."""
+    """The most that CUDA's allocator held, freed blocks included; None on the CPU."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None

@@ -7,14 +7,14 @@ import torch
 from step_tools import real_step, saved_by_autograd, spec_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llamatune.benchmarking import step_meter
+from llamatune.benchmarking.step_meter import StorageMeter, even_batch, measure_step
 from llamatune.events import ignore_event, never_stop
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig
 from llamatune.shapes.counts import count_parameters
 from llamatune.spec import RunSpec
-from llamatune.training import memory_gate
-from llamatune.training.memory_gate import StorageMeter, even_batch, measure_step
-from llamatune.training.setup import build_learner
+from llamatune.training.learner import build_learner
 
 GIB, KIB = 1 << 30, 1 << 10
 QV = ("q_proj", "v_proj")
@@ -85,7 +85,7 @@ class TestTheMeter:
 
 def saved_bytes(spec: RunSpec, config: LlamaConfig, rows: int, tokens: int) -> int:
     """What autograd says it saves in a real forward pass, each storage once, parameters left out."""
-    learner = build_learner(spec, memory_gate._inputs_without_data(spec, config), ignore_event, never_stop)
+    learner = build_learner(spec, step_meter._inputs_without_data(spec, config), ignore_event, never_stop)
     return saved_by_autograd(learner, even_batch(rows, tokens, 0.46))
 
 
@@ -113,7 +113,7 @@ def test_without_content_is_as_with_content(mode: str) -> None:
     config = LlamaConfig(**{**vars(TINY), "num_hidden_layers": 4, "num_key_value_heads": 2})
     spec = spec_of(QV, mode, dropout=0.1, gradient_accumulation_steps=2)
     batch = even_batch(2, 32, 0.46)
-    fake = memory_gate._run(spec, config, batch)
+    fake = step_meter._run(spec, config, batch)
     resident, meter = real_step(spec, config, batch)
     assert resident == pytest.approx(fake.resident_bytes, rel=1e-3)
     assert meter.peak_bytes == pytest.approx(fake.peak_bytes, rel=1e-3)

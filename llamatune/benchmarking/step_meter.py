@@ -1,9 +1,9 @@
-"""How many bytes of tensors a training step needs, found by running it without computing it.
+"""Step meter: the bytes of tensors that a training step needs, from a step on tensors without content.
 
-The step is the loop's own (``build_learner``, ``accumulate_gradient``, ``make_update``) on tensors that have a shape
-but no content (torch's FakeTensorMode), so LLaMA-2-7B takes seconds on one core and no memory. Not seen: what a kernel
-allocates inside itself, the allocator's fragments, the CUDA context. SDPA is the CPU's flash kernel, which keeps what
-CUDA's keeps: the output and one number per row and head.
+The step is that of training (``build_learner``, ``make_update``) on tensors that have a shape but no content (torch's
+FakeTensorMode), so LLaMA-2-7B takes seconds on one core and no memory. Not counted: what a kernel allocates inside
+itself, the allocator's fragments, the CUDA context. SDPA is the CPU's flash kernel, which keeps what CUDA's keeps: the
+output and one number per row and head.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.levels import Levels, period_of
 from llamatune.shapes.limits import LOGITS_AT_ONCE, WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
-from llamatune.training.setup import Inputs, Learner, build_learner
-from llamatune.training.window import accumulate_gradient, make_update
+from llamatune.training.inputs import Inputs
+from llamatune.training.learner import Learner, build_learner
+from llamatune.training.update import make_update
 
 TARGET_SHARE = 0.46
 """The share of Alpaca's tokens that are trained, by LLaMA-2's tokenizer and the ``alpaca`` template."""
@@ -39,9 +40,9 @@ TARGET_SHARE = 0.46
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of the tensors of one steady training step; every storage counts once, whatever views it has.
+    """Bytes of the tensors of a training step after the first one; a storage counts once, however many views it has.
 
-    ``weights_bytes`` are the base, ``resident_bytes`` what lies there between steps (base, adapter, optimizer state),
+    ``weights_bytes`` are the base, ``resident_bytes`` what is alive between steps (base, adapter, optimizer state),
     ``after_forward_bytes`` what is alive when the first backward pass begins, ``peak_bytes`` the most at any time.
     ``largest_tensor_bytes`` is the largest storage made during the step. ``saved_bytes_per_token_layer`` is what one
     more block adds to ``after_forward_bytes`` for each token.
@@ -58,8 +59,8 @@ class StepMemory:
 class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages of all tensors that operations return, until each is freed.
 
-    Over a FakeTensorMode, operations on real tensors alone (where the targets are) stay real, and reading a number off
-    a tensor without content gives 1.
+    Over a FakeTensorMode, operations on real tensors alone (the positions of the targets) stay real, and reading a
+    number from a tensor without content gives 1.
     """
 
     def __init__(self) -> None:
@@ -69,7 +70,7 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.start_window()
 
     def start_window(self) -> None:
-        """Forget what was seen so far, but not what is alive."""
+        """Reset the peak to what is alive now."""
         self.peak_bytes, self.largest_bytes = self.live_bytes, 0
         self.backward_began_bytes: int | None = None
 
@@ -102,7 +103,7 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._alive[key] = (self._alive[key][0], size)
 
     def _change(self, key: int, size: int) -> None:
-        """The storage ``key`` grew by ``size``, from or to nothing perhaps."""
+        """Count that the storage ``key`` grew by ``size`` bytes; made and freed storages count as changes too."""
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
@@ -115,8 +116,8 @@ def measure_step(
 ) -> StepMemory:
     """The memory of a step of ``spec`` on a model of this shape, each micro-batch ``rows`` rows of ``row_tokens``.
 
-    Of ``spec`` everything counts that changes the step; its paths are not opened, weights are random. More than one
-    ``gradient_accumulation_steps`` are measured as two: the later ones find the gradient there already.
+    No path of ``spec`` is opened, and weights are random. More than one ``gradient_accumulation_steps`` are measured as
+    two: from the second one on the gradient is already allocated.
     """
     batch = even_batch(rows, row_tokens, target_share)
     whole = _run(spec, config, batch)
@@ -150,7 +151,7 @@ def _of_depth(config: LlamaConfig, layers: int) -> LlamaConfig:
 
 @contextlib.contextmanager
 def _at_once_as_on_a_gpu() -> Iterator[None]:
-    """What is unpacked or computed in portions, in portions of a GPU's size."""
+    """Weights and logits in portions of a GPU's size."""
     before = [(sizes, sizes["cpu"]) for sizes in (WEIGHTS_AT_ONCE, LOGITS_AT_ONCE)]
     for sizes, _ in before:
         sizes["cpu"] = sizes["cuda"]
@@ -165,7 +166,7 @@ def _run(spec: RunSpec, config: LlamaConfig, batch: Batch, levels: Levels | None
     with _at_once_as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), StorageMeter() as meter:
         learner = build_learner(spec, _inputs_without_data(spec, config), ignore_event, never_stop, levels)
         micro_batches = [batch] * min(2, spec.training.gradient_accumulation_steps)
-        _step(spec, learner, micro_batches, 0)  # leaves the optimizer's state there
+        _step(spec, learner, micro_batches, 0)  # makes the optimizer's state
         resident = meter.live_bytes
         meter.start_window()
         _step(spec, learner, micro_batches, 1)
@@ -182,8 +183,7 @@ def _run(spec: RunSpec, config: LlamaConfig, batch: Batch, levels: Levels | None
 
 
 def _step(spec: RunSpec, learner: Learner, micro_batches: Sequence[Batch], window: int) -> None:
-    gradient = accumulate_gradient(learner, micro_batches, spec.training.seed, window)
-    make_update(learner, gradient, spec.training.learning_rate, spec.training.max_grad_norm)
+    make_update(learner, micro_batches, spec.training, window, spec.training.learning_rate)
 
 
 def _inputs_without_data(spec: RunSpec, config: LlamaConfig) -> Inputs:
@@ -193,7 +193,7 @@ def _inputs_without_data(spec: RunSpec, config: LlamaConfig) -> Inputs:
 
 
 def even_batch(rows: int, row_tokens: int, target_share: float, input_ids: Tensor | None = None) -> Batch:
-    """Rows of equal length whose last tokens are targets, batched as training batches what it reads from a file.
+    """A batch of rows of equal length whose last tokens are targets, made as training makes its own.
 
     ``input_ids`` (rows, row_tokens) are 1 everywhere unless they are given.
     """

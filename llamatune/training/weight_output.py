@@ -1,4 +1,4 @@
-"""How trained weights are written and read back: an adapter, or a whole model."""
+"""Writing and reading back trained weights: an adapter or a whole model, as checkpoint, best/ or result."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from llamatune.checkpoints.tensors import write_tensors
 from llamatune.errors import CheckpointError
 from llamatune.files import Staging, build_directory, dump_json, writing
 from llamatune.spec import RunSpec
+from llamatune.training.inputs import Inputs
+from llamatune.training.learner import Learner
 from llamatune.training.run_files import ADAPTER, MODEL
-from llamatune.training.setup import Inputs, Learner
 
 _WEIGHTS = "weights.safetensors"
 EVALUATION = "evaluation.json"
-"""Beside the best weights: step, epoch, loss, perplexity, rows and target tokens of their evaluation."""
+"""In ``best/``: step, epoch, loss, perplexity, rows and target tokens of the evaluation of these weights."""
 
 
-class TrainedWeights(Protocol):
-    """What the loop writes and reads, whichever weights are trained."""
+class WeightOutput(Protocol):
+    """Writes and restores the trained weights, an adapter's or all."""
 
     def write_checkpoint(self, staging: Staging) -> None:
-        """The trained tensors, bit for bit, as files of a checkpoint in the making."""
+        """Write the trained tensors, bit for bit, into a checkpoint's staging directory."""
 
     def restore(self, checkpoint: Path) -> None:
-        """Put the tensors of a verified checkpoint back."""
+        """Load the tensors of a verified checkpoint."""
 
     def write_best(self, path: Path, evaluation: Mapping[str, Any]) -> None:
-        """Replace ``best/`` by the weights as they are now, and ``evaluation.json`` says how good they are."""
+        """Replace ``best/`` by the current weights, with their ``evaluation`` in ``evaluation.json``."""
 
     def write_final(self, run: Path) -> None:
         """Write ``adapter/`` or ``model/`` into the run directory."""
 
 
-def trained_weights(spec: RunSpec, inputs: Inputs, learner: Learner) -> TrainedWeights:
-    """The writer that fits the spec: with a lora section an adapter, without one the whole model."""
+def weight_output(spec: RunSpec, inputs: Inputs, learner: Learner) -> WeightOutput:
+    """An adapter's writer where the spec has a lora section, else the whole model's."""
     return _WholeModel(spec, inputs, learner) if spec.lora is None else _AdapterOnly(spec, inputs, learner)
 
 
@@ -59,7 +60,7 @@ def _write_evaluation(staging: Staging, evaluation: Mapping[str, Any]) -> None:
 
 
 class _AdapterOnly:
-    """A checkpoint of an adapter is a PEFT directory too: it can be generated with and merged as it stands."""
+    """A checkpoint of an adapter is a PEFT directory too: ``generate`` and ``merge-lora`` take it."""
 
     def __init__(self, spec: RunSpec, inputs: Inputs, learner: Learner) -> None:
         assert spec.adapter is not None

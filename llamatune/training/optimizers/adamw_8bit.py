@@ -1,4 +1,4 @@
-"""AdamW with its state in 8 bits (Dettmers et al. 2022): 2.03 bytes a parameter in the place of 8."""
+"""The 8-bit AdamW update rule (Dettmers et al. 2022): 2.03 bytes of state a parameter instead of 8."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamatune.model.blockwise import BLOCK, BlockwiseCode
 from llamatune.shapes.limits import ELEMENTS_AT_ONCE
 
 SMALLEST_QUANTIZED = 4096
-"""Tensors with fewer elements keep their state in fp32, as everywhere in the field: there is nothing to win."""
+"""Tensors with fewer elements keep their state in fp32, as in bitsandbytes: they save next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class _Piece:
 
 @dataclass(frozen=True)
 class AdamW8bit:
-    """AdamW (Loshchilov & Hutter 2019) whose two moments live in 8 bits in blocks of 256 elements.
+    """AdamW (Loshchilov & Hutter 2019) with its two moments in 8 bits, in blocks of 256 elements.
 
-    Each update decodes the moments, makes the update from the fp32 values and encodes those, on as many parameters at
-    once as fit in a bucket: few kernels, however many matrices LoRA has.
+    Each update decodes the moments to fp32, updates weights and moments, and encodes the moments again, for as many
+    parameters at once as fit in a bucket: few kernels, however many matrices LoRA has.
 
-    State: ``step`` (fp32, on the CPU), ``exp_avg`` and ``exp_avg_sq`` (uint8, filled up to whole blocks) with
+    State: ``step`` (fp32, on the CPU), ``exp_avg`` and ``exp_avg_sq`` (uint8, padded to whole blocks) with
     ``exp_avg_largest`` and ``exp_avg_sq_largest`` (fp32, one for each block); of a small tensor the moments in fp32.
     """
 
@@ -56,11 +56,7 @@ class AdamW8bit:
         return state
 
     def update(
-        self,
-        weights: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Tensor]],
-        learning_rate: float,
+        self, weights: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], learning_rate: float
     ) -> None:
         alike: dict[tuple[bool, int], list[_Piece]] = {}
         for weight, grad, state in zip(weights, grads, states, strict=True):
@@ -72,13 +68,13 @@ class AdamW8bit:
                 self._update_bucket(bucket, learning_rate, step, large)
 
     def _update_bucket(self, bucket: list[_Piece], learning_rate: float, step: int, large: bool) -> None:
-        """Equation 12 of AdamW on everything in the bucket, laid end to end."""
+        """Equation 12 of AdamW on all pieces of the bucket, concatenated."""
         beta1, beta2 = self.betas
         grad = torch.cat([piece.grad for piece in bucket])
         first, second = (self._joined(bucket, name, large) for name in ("exp_avg", "exp_avg_sq"))
         first.lerp_(grad, 1 - beta1)
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        # Made from the fp32 moments, so rounding enters through what is remembered alone.
+        # From the fp32 moments: only the stored ones are rounded.
         root = second.sqrt().div_(math.sqrt(1 - beta2**step)).add_(self.eps)
         change = torch.div(first, root, out=root).mul_(-learning_rate / (1 - beta1**step))
         weights = [piece.weights for piece in bucket]
@@ -96,11 +92,11 @@ class AdamW8bit:
 
     def _joined(self, bucket: list[_Piece], name: str, large: bool) -> Tensor:
         """One moment of the whole bucket, fp32."""
-        held = torch.cat([piece.state[name] for piece in bucket])
+        moment = torch.cat([piece.state[name] for piece in bucket])
         if not large:
-            return held
+            return moment
         largest = torch.cat([piece.state[f"{name}_largest"] for piece in bucket])
-        return self._code(name, held.device).decode(held, largest)
+        return self._code(name, moment.device).decode(moment, largest)
 
     def _store(self, bucket: list[_Piece], name: str, moment: Tensor, large: bool) -> None:
         tensors = {name: moment}
@@ -112,7 +108,7 @@ class AdamW8bit:
 
 
 def _pieces(weight: Tensor, grad: Tensor, state: dict[str, Tensor], large: bool) -> Iterator[_Piece]:
-    """The parameter cut into runs that a bucket can hold; gradients of large ones are filled up to whole blocks."""
+    """The parameter cut into runs that fit a bucket; gradients of large parameters are padded to whole blocks."""
     assert weight.is_contiguous()
     weights, grad = weight.view(-1), grad.reshape(-1).float()
     size = ELEMENTS_AT_ONCE[weight.device.type]
@@ -130,12 +126,12 @@ def _pieces(weight: Tensor, grad: Tensor, state: dict[str, Tensor], large: bool)
 def _buckets(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     """Pieces in their order, as many as fit."""
     bucket: list[_Piece] = []
-    held = 0
+    elements = 0
     for piece in pieces:
-        if bucket and held + len(piece.grad) > ELEMENTS_AT_ONCE[piece.grad.device.type]:
+        if bucket and elements + len(piece.grad) > ELEMENTS_AT_ONCE[piece.grad.device.type]:
             yield bucket
-            bucket, held = [], 0
+            bucket, elements = [], 0
         bucket.append(piece)
-        held += len(piece.grad)
+        elements += len(piece.grad)
     if bucket:
         yield bucket

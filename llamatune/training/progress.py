@@ -1,12 +1,12 @@
-"""Where a run stands."""
+"""The progress of a run: step, window, epoch sums, evaluations and patience, as checkpoints keep them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llamatune.events import EpochDone
+from llamatune.events import EpochDone, EvalDone
 from llamatune.units import perplexity
 
 
@@ -19,7 +19,7 @@ def _facts(done: EpochDone) -> dict[str, Any]:
 
 @dataclass
 class OpenEpoch:
-    """Sums over the epoch under way. ``began_s`` is when it began, on the clock that ``Position.elapsed_s`` reads.
+    """Sums over the current epoch. ``began_s`` is when it began, on the clock of ``RunProgress.elapsed_s``.
 
     ``loss`` is summed over target tokens; ``validation_loss`` is that of the last evaluation inside the epoch.
     """
@@ -35,13 +35,13 @@ class OpenEpoch:
 
 
 @dataclass
-class Position:
-    """Where a run stands between two windows: all that is saved beside tensors, and nothing that can be derived.
+class RunProgress:
+    """The state of a run between two windows that is saved beside tensors; nothing in it can be derived.
 
     ``step`` counts updates made, ``window`` accumulation windows consumed (an fp16 overflow consumes one and makes no
     step). Learning rate is a function of ``step``; data order and dropout are functions of (seed, window).
-    ``best_eval_loss`` is the lowest; ``patience_loss`` is what early stopping wants to see lowered. Seconds are those
-    of all processes that worked on the run; what a checkpoint took is not yet known inside it.
+    ``best_eval_loss`` is the lowest; ``patience_loss`` is the one that early stopping compares with. Seconds are those
+    of all processes that worked on the run; a checkpoint does not hold the seconds that its own saving took.
     """
 
     step: int = 0
@@ -62,11 +62,11 @@ class Position:
     skipped_windows: int = 0
 
     @classmethod
-    def restored(cls, saved: Mapping[str, Any]) -> Position:
-        """A saved position; ``KeyError`` or ``TypeError`` if it is none.
+    def restored(cls, saved: Mapping[str, Any]) -> RunProgress:
+        """Progress read from a checkpoint; ``KeyError`` or ``TypeError`` if fields are missing or unknown.
 
-        One of the first schema is read too: it kept only losses of epochs, so what else is now known of one is counted
-        from here on, and None for those that are past. It knew no min_delta: the lowest loss was what patience watched.
+        The first schema is read too. It kept only the losses of epochs: the other sums begin at 0 for the current epoch
+        and are None for earlier ones. It had no min_delta: patience compared with the lowest loss.
         """
         values = dict(saved)
         if "open_epoch" not in values:
@@ -81,7 +81,7 @@ class Position:
         return cls(**{**values, "open_epoch": OpenEpoch(**values["open_epoch"])})
 
     def note_step(self, loss: float, target_tokens: int, tokens: int, seconds: float) -> None:
-        """Count one update: the mean ``loss`` of its window, and how long it took."""
+        """Count one update with the mean ``loss`` of its window."""
         epoch = self.open_epoch
         self.step += 1
         self.window += 1
@@ -92,21 +92,50 @@ class Position:
         epoch.tokens += tokens
         epoch.training_s += seconds
 
+    def note_evaluation(self, done: EvalDone, min_delta: float) -> None:
+        """Count an evaluation: the lowest loss so far, and early stopping's patience."""
+        if done.best:
+            self.best_eval_loss, self.best_step = done.loss, done.step
+        self._note_patience(done.loss, min_delta)
+        self.evaluated_step = done.step
+        self.open_epoch.validation_loss = done.loss
+        self.open_epoch.evaluation_s += done.seconds
+
+    def _note_patience(self, loss: float, min_delta: float) -> None:
+        """Compare with the last loss that was lower by more than ``min_delta``, not with the lowest one.
+
+        Small gains that add up to more than ``min_delta`` are progress.
+        """
+        if self.patience_loss is None or loss < self.patience_loss - min_delta:
+            self.patience_loss, self.evaluations_without_improvement = loss, 0
+        else:
+            self.evaluations_without_improvement += 1
+
+    def recount_patience(self, losses: Iterable[float], min_delta: float) -> None:
+        """Count patience again from all validation ``losses``: ``min_delta`` changed since they were computed."""
+        self.patience_loss, self.evaluations_without_improvement = None, 0
+        for loss in losses:
+            self._note_patience(loss, min_delta)
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Whether early stopping ends the run: ``patience`` evaluations in a row without a lower loss."""
+        return patience is not None and self.evaluations_without_improvement >= patience
+
     def close_epoch(self, num_epochs: int, elapsed_s: float) -> EpochDone | None:
-        """End the epoch under way; None if no window of it made an update."""
+        """End the current epoch; None if none of its windows made an update."""
         epoch, self.open_epoch = self.open_epoch, OpenEpoch(began_s=elapsed_s)
         self.closed_epochs += 1
         if not epoch.target_tokens:
             return None
-        mean, held_out = epoch.loss / epoch.target_tokens, epoch.validation_loss
+        mean, validation_loss = epoch.loss / epoch.target_tokens, epoch.validation_loss
         done = EpochDone(
             epoch=self.closed_epochs,
             num_epochs=num_epochs,
             train_loss=mean,
             train_perplexity=perplexity(mean),
             elapsed_s=elapsed_s,
-            validation_loss=held_out,
-            validation_perplexity=None if held_out is None else perplexity(held_out),
+            validation_loss=validation_loss,
+            validation_perplexity=None if validation_loss is None else perplexity(validation_loss),
             epoch_s=elapsed_s - epoch.began_s,
             evaluation_s=epoch.evaluation_s,
             checkpoint_s=epoch.checkpoint_s,

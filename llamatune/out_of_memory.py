@@ -1,0 +1,43 @@
+"""Out-of-memory errors of torch and the host, as one line: bytes allocated, reserved and free, and what helps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from llamatune.errors import OutOfMemory
+from llamatune.free_memory import free_host_bytes, held_host_bytes
+from llamatune.units import gibibytes
+
+_DEVICE_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+@contextlib.contextmanager
+def memory_faults(device: torch.device, advice: str | Callable[[], str]) -> Iterator[None]:
+    """Raise ``OutOfMemory``, with ``advice``, where the block runs out of the device's or the host's memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as fault:
+        if isinstance(fault, torch.OutOfMemoryError) or any(text in str(fault) for text in _DEVICE_IS_FULL):
+            free, size = torch.cuda.mem_get_info(device)
+            sizes = {
+                "allocated": torch.cuda.memory_allocated(device),
+                "reserved": torch.cuda.memory_reserved(device),
+                f"of {gibibytes(size)} free": free,
+            }
+        elif isinstance(fault, MemoryError) or "can't allocate memory" in str(fault):
+            device = torch.device("cpu")
+            sizes = held_host_bytes() | {"free": free_host_bytes()}
+        else:
+            raise
+        shown = ", ".join(f"{gibibytes(size)} {name}" for name, size in sizes.items())
+        raise OutOfMemory(f"out of memory on {device}: {shown}", None, _text(advice)) from fault
+
+
+def _text(advice: str | Callable[[], str]) -> str | None:
+    try:
+        return advice if isinstance(advice, str) else advice()
+    except MemoryError:  # computing it takes memory too
+        return None

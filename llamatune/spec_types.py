@@ -1,0 +1,62 @@
+"""Types of the run spec's fields: paths, counts, fractions, target modules, recompute modes, memory sizes."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from llamatune.errors import SpecError
+from llamatune.paths import expand_home
+from llamatune.shapes.config import LINEAR_MODULES
+from llamatune.shapes.levels import MODES, is_mode
+from llamatune.units import parse_size
+
+
+def _expand_targets(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",")]
+    if value == ["all-linear"]:
+        value = list(LINEAR_MODULES)
+    if isinstance(value, list):
+        unknown = [name for name in value if name not in LINEAR_MODULES]
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), LINEAR_MODULES, 1)
+            hint = f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(LINEAR_MODULES)} and all-linear"
+            raise ValueError(f"no linear layer called {unknown[0]!r}{hint}")
+        if len(set(value)) != len(value) or not value:
+            raise ValueError("names no layer" if not value else "names a layer twice")
+        return tuple(sorted(value, key=LINEAR_MODULES.index))
+    return value
+
+
+def _checkpointing_mode(value: Any) -> Any:
+    if isinstance(value, str) and is_mode(value):
+        return value
+    raise ValueError(f"not one of {', '.join(MODES)}")
+
+
+def _memory_size(value: str) -> str:
+    if value != "auto":
+        try:
+            parse_size(value, "memory_limit")
+        except SpecError as fault:
+            raise ValueError(f"{fault.what}, and not auto; {fault.todo}") from None
+    return value
+
+
+def _home_expanded(value: str) -> str:
+    try:
+        return expand_home(value)
+    except SpecError as fault:
+        raise ValueError(f"{fault.what}; {fault.todo}") from None
+
+
+NonEmptyText = Annotated[str, Field(min_length=1)]
+PathText = Annotated[NonEmptyText, AfterValidator(_home_expanded)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+TargetModules = Annotated[tuple[str, ...], BeforeValidator(_expand_targets)]
+CheckpointingMode = Annotated[str, BeforeValidator(_checkpointing_mode)]
+MemorySize = Annotated[str, AfterValidator(_memory_size)]

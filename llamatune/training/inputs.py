@@ -1,0 +1,90 @@
+"""The inputs of a run: base, prepared rows, starting adapter, device, each checked against the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
+from llamatune.checkpoints.checkpoint import Checkpoint
+from llamatune.checkpoints.config_files import read_config
+from llamatune.checkpoints.fingerprint import fingerprint
+from llamatune.checkpoints.loading import open_checkpoint
+from llamatune.data.dataset import Prepared, Split, check_rows, check_tokenizer, open_prepared
+from llamatune.devices import choose_device
+from llamatune.errors import CheckpointError, SpecError
+from llamatune.events import OnEvent
+from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.counts import ParameterCount, count_parameters
+from llamatune.spec import RunSpec
+from llamatune.training.precision import check_precision
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, opened and checked; no weights are loaded yet."""
+
+    config: LlamaConfig
+    checkpoint: Checkpoint | None
+    base_fingerprint: str
+    prepared: Prepared
+    validation: Split | None
+    starting_adapter: Adapter | None
+    digests: dict[str, Any]
+    count: ParameterCount
+    device: torch.device
+
+
+def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
+    """Choose the device, open the base and the data, and raise where they do not fit together. Cheap checks first."""
+    device = choose_device(spec.training.device, on_event)
+    check_precision(spec, device, on_event)
+    prepared = open_prepared(Path(spec.data.train))
+    validation, validation_digest = prepared.validation, None
+    if spec.data.validation is not None:
+        other = open_prepared(Path(spec.data.validation))
+        validation, validation_digest = other.train, other.digest
+    base = Path(spec.model.path)
+    if spec.model.init == "random":
+        checkpoint, config = None, read_config(base).with_layers(spec.model.num_layers)
+        base_fingerprint = f"random:{spec.training.seed}"
+    else:
+        checkpoint = open_checkpoint(base)
+        config = checkpoint.config.with_layers(spec.model.num_layers)
+        base_fingerprint = fingerprint(checkpoint)
+    if validation is None and (spec.evaluation.every_steps or spec.evaluation.early_stopping_patience):
+        raise SpecError(
+            "there is no validation data to evaluate on",
+            "evaluation",
+            "prepare it with --validation-fraction, name it in data.validation, or drop the section",
+        )
+    check_rows(prepared.train, config, f"{spec.data.train} against {base}", on_event)
+    if validation is not None:
+        check_rows(validation, config, f"{spec.data.validation or spec.data.train} against {base}", on_event)
+    check_tokenizer(prepared, base, force_base, on_event)
+    starting_adapter = _starting_adapter(spec, config, base_fingerprint, force_base, on_event)
+    count = count_parameters(config, spec.adapter)
+    digests = {"base": base_fingerprint, "train": prepared.digest, "validation": validation_digest}
+    return Inputs(config, checkpoint, base_fingerprint, prepared, validation, starting_adapter, digests, count, device)
+
+
+def _starting_adapter(
+    spec: RunSpec, config: LlamaConfig, base_fingerprint: str, force_base: bool, on_event: OnEvent
+) -> Adapter | None:
+    """The adapter of ``lora.init_from``, which must be of the shape that the lora section describes."""
+    shape = spec.adapter
+    if shape is None or spec.lora is None or spec.lora.init_from is None:
+        return None
+    adapter = load_adapter(Path(spec.lora.init_from))
+    check_adapter(adapter, config, base_fingerprint, force_base, on_event)
+    own = adapter.config
+    if (own.r, own.target_modules, own.scaling()) != (shape.r, shape.target_modules, shape.scaling()):
+        raise CheckpointError(
+            f"the adapter has r {own.r}, alpha {own.alpha:g} on {', '.join(own.target_modules)}",
+            spec.lora.init_from,
+            "give the lora section the same values",
+        )
+    return adapter

@@ -1,0 +1,1 @@
+"""Optimizers: AdamW, SGD, and AdamW with 8-bit state."""
