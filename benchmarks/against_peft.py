@@ -1,9 +1,9 @@
-"""llamatune beside other projects: the same rows, weights, adapter and dtype, in turns, as ratios.
+"""Compares llamatune with other projects on the same rows, weights, adapter and dtype, alternating; reports ratios.
 
 ``python benchmarks/against_peft.py --rows alpaca.json --tokenizer tokenizer.model --output DIR`` runs one epoch end to
-end; ``--dense`` whole steps on equal tokens without padding; ``--first-step`` the time from the command to the first
-update. The peer is transformers' Trainer with PEFT; ``--peers trainer,torchtune,litgpt`` takes those that are
-installed. A ratio above 1 says that llamatune needs less. Nothing is downloaded.
+end; ``--dense`` whole steps on equal tokens without padding; ``--first-step`` measures the time from the command to the
+first update. The peer is transformers' Trainer with PEFT; ``--peers trainer,torchtune,litgpt`` runs those that are
+installed. A ratio above 1 means that llamatune needs less. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ DENSE_SMALL = {  # shape, targets, rows, row tokens
 
 
 def chosen(options: argparse.Namespace, table: Table) -> dict[str, Setting]:
-    """The settings of the peers that were asked for and are installed; a line for each that is not."""
-    wanted = options.settings.split(";") if options.settings else list(SETTINGS)
-    found = {}
+    """The settings of the chosen peers that are installed; notes versions, and which are not installed."""
+    names = options.settings.split(";") if options.settings else list(SETTINGS)
+    settings = {}
     for peer in options.peers.split(","):
         if version(peer) is None:
             table.note(f"{peer}: not installed")
             continue
         table.note(f"{peer}: {version(peer)}")
-        found |= {name: setting for name, setting in SETTINGS.items() if setting.peer == peer and name in wanted}
-    return found
+        settings |= {name: setting for name, setting in SETTINGS.items() if setting.peer == peer and name in names}
+    return settings
 
 
 def end_to_end(bench: Bench, table: Table) -> None:
@@ -62,20 +62,20 @@ def end_to_end(bench: Bench, table: Table) -> None:
             if name == "llamatune":
                 spec = bench.spec(shape, options.targets, prepared, *options.ours, num_epochs=options.epochs)
                 packed = spec["data"].get("packing", False)
-                found = bench.report("side_llamatune.py", spec)
+                report = bench.report("side_llamatune.py", spec)
             else:
                 setting = settings[name]
                 script = "side_trainer.py" if setting.peer == "trainer" else "side_peer.py"
                 more = {"num_epochs": options.epochs}
-                found = bench.report(script, bench.peer(shape, options.targets, setting, prepared, **more))
-            results[name].append(found)
-            table.progress(f"round {number + 1}: {name}: {found['loop_s']:.1f} s, loss {found['losses'][-1]:.4f}")
+                report = bench.report(script, bench.peer(shape, options.targets, setting, prepared, **more))
+            results[name].append(report)
+            table.progress(f"round {number + 1}: {name}: {report['loop_s']:.1f} s, loss {report['losses'][-1]:.4f}")
     ours = results["llamatune"]
     for name, setting in settings.items():
         assert ours[0]["trainable_parameters"] == results[name][0]["trainable_parameters"], "not the same model"
         ratios = [b["loop_s"] / a["loop_s"] for a, b in zip(ours, results[name], strict=True)]
         speeds = [tokens / statistics.median(run["loop_s"] for run in side) for side in (ours, results[name])]
-        # Losses are compared where both sides see the same rows in the same windows.
+        # Losses are compared if both sides see the same rows in the same windows.
         same_windows = not packed and not setting.by_length
         apart = difference(ours[0]["losses"], results[name][0]["losses"]) if same_windows else None
         table.row(f"epoch, tokens/s, {name}", *speeds, ratios, apart)
@@ -88,7 +88,7 @@ def end_to_end(bench: Bench, table: Table) -> None:
 
 
 def dense(bench: Bench, table: Table) -> None:
-    """Paired rounds of whole steps in one process."""
+    """Whole steps in paired rounds in one process."""
     options = bench.options
     shapes = DENSE_SMALL if options.shape == "50m" else {name: (options.shape, *rest) for name, rest in DENSE.items()}
     for peer_name, peer in chosen(options, table).items():
@@ -96,26 +96,26 @@ def dense(bench: Bench, table: Table) -> None:
             continue  # equal rows in one batch
         for name, (shape, targets, rows, tokens) in shapes.items():
             sides = {"llamatune": bench.spec(shape, targets)}, bench.peer(shape, targets, peer)
-            found = bench.steps(*sides, shape, rows, tokens)
-            counts, step_s, losses = (found[key] for key in ("trainable_parameters", "step_s", "losses"))
+            report = bench.steps(*sides, shape, rows, tokens)
+            counts, step_s, losses = (report[key] for key in ("trainable_parameters", "step_s", "losses"))
             assert counts["llamatune"] == counts[peer.peer], "not the same model"
             speeds = [rows * tokens / step_s[side] for side in ("llamatune", peer.peer)]
             apart = difference(losses["llamatune"], losses[peer.peer])
-            table.row(f"dense, tokens/s, {name}, {peer_name}", *speeds, found["ratios"], apart)
+            table.row(f"dense, tokens/s, {name}, {peer_name}", *speeds, report["ratios"], apart)
 
 
 def first_step(bench: Bench, table: Table) -> None:
-    """Seconds from the command to the line that reports the first update, and the processor's until then."""
+    """Wall and processor seconds from the command to the line that reports the first update."""
     options = bench.options
     prepared = make_prepared(bench.scratch / "prepared-tiny", options.rows, options.tokenizer, 8)
     seconds: dict[str, list[tuple[float, float]]] = {"llamatune": [], "side_trainer.py": []}
     for _ in range(options.first_step_rounds):
-        for name, found in seconds.items():
+        for name, runs in seconds.items():
             if name == "llamatune":
                 values = bench.spec("tiny", "qv", prepared, 8, 1, max_steps=1)
             else:
                 values = bench.peer("tiny", "qv", Setting("trainer"), prepared, num_epochs=1, max_steps=1)
-            found.append(seconds_to_first_step(bench.command(name, values)))
+            runs.append(seconds_to_first_step(bench.command(name, values)))
     for index, kind in enumerate(("s", "processor s")):
         ours, theirs = ([run[index] for run in side] for side in seconds.values())
         ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
@@ -123,23 +123,23 @@ def first_step(bench: Bench, table: Table) -> None:
 
 
 def seconds_to_first_step(command: list[str]) -> tuple[float, float]:
-    """Watch a command's stderr for its first ``step=1``: seconds, and seconds of all its threads (Linux)."""
-    started, heard = time.monotonic(), []
+    """Wall and processor seconds until a command first writes ``step=1`` to stderr (Linux)."""
+    started, lines = time.monotonic(), []
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
     took = None
     for line in child.stderr:
-        heard.append(line)
+        lines.append(line)
         if took is None and (" step=1/" in line or line.startswith("step=1")):
             ticks = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
             took = time.monotonic() - started, sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
     if child.wait() or took is None:
-        raise SystemExit(f"{command}:\n{''.join(heard)[-3000:]}")
+        raise SystemExit(f"{command}:\n{''.join(lines)[-3000:]}")
     return took
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, required=True, help="Alpaca rows, JSON")
     add_options(parser)
@@ -157,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Run what was asked for and write the table."""
+    """Run the chosen comparisons and write the table."""
     options = build_parser().parse_args()
     options.shape = options.shape or ("7b" if options.device == "cuda" else "50m")
     os.environ["HF_HUB_OFFLINE"] = "1"

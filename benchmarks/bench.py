@@ -1,24 +1,28 @@
-"""What the comparisons share: sides and their settings, a scratch directory, and scripts run as processes."""
+"""Shared by the comparisons: settings of peers, specs, scripts run as processes, timing and peak memory."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from material import ALPHA, DTYPES, SHAPES, TARGETS, R, make_adapter, make_base
 
 HERE = Path(__file__).parent
 LEARNING_RATE = 2e-4
+Result = TypeVar("Result")
 
 
 class Setting(NamedTuple):
-    """How a peer is run on windows of eight rows; ``sixteen_bit`` holds its adapter, too, in the base's dtype."""
+    """How a peer is run on windows of eight rows; ``sixteen_bit``: its adapter has the base's dtype, too."""
 
     peer: str
     micro_batch: int = 8
@@ -42,7 +46,7 @@ SETTINGS = {
     "litgpt, defaults": Setting("litgpt", 1, 8, sixteen_bit=True),
     "litgpt, best": Setting("litgpt", sixteen_bit=True, compile=True),
 }
-"""Best: what was quickest on equal windows; compiled on a GPU alone, where it pays within an epoch."""
+"""Best: what was fastest on equal windows; compiled only on a GPU, where that pays within an epoch."""
 
 
 def add_options(parser: argparse.ArgumentParser, output_required: bool = True) -> None:
@@ -57,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser, output_required: bool = True) -
 
 
 class Bench:
-    """One comparison: its scratch directory, what all sides read, and how processes are run."""
+    """One comparison: its scratch directory, the inputs of all sides, and the processes that run them."""
 
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
         self.options, self.scratch, self.runs = options, scratch, 0
@@ -65,14 +69,14 @@ class Bench:
         self._adapters: dict[tuple[str, str], Path] = {}
 
     def base(self, shape: str) -> Path:
-        """A model directory of a shape, made once."""
+        """The model directory of a shape, made once."""
         if shape not in self._bases:
             path, dtype, options = self.scratch / f"base-{shape}", DTYPES[self.options.dtype][1], self.options
             self._bases[shape] = make_base(path, SHAPES[shape], dtype, options.tokenizer, options.device)
         return self._bases[shape]
 
     def adapter(self, shape: str, targets: str) -> Path:
-        """An adapter directory to start from, made once."""
+        """The adapter directory that all sides start from, made once."""
         key = (shape, targets)
         if key not in self._adapters:
             path = self.scratch / f"adapter-{shape}-{targets}"
@@ -80,7 +84,7 @@ class Bench:
         return self._adapters[key]
 
     def new_path(self, name: str) -> Path:
-        """A name that no run has used."""
+        """A new path in the scratch directory."""
         self.runs += 1
         return self.scratch / f"{self.runs:03d}-{name}"
 
@@ -94,7 +98,7 @@ class Bench:
         dtype: str | None = None,
         **training: Any,
     ) -> Any:
-        """A llamatune run spec as plain values, ``--spec`` put in last; ``dtype`` is ``model.dtype``."""
+        """A llamatune run spec as plain values, with ``--spec`` applied last; ``dtype`` is ``model.dtype``."""
         values: dict[str, Any] = {
             "model": {"path": str(self.base(shape)), "dtype": dtype or DTYPES[self.options.dtype][0]},
             "lora": {"r": R, "alpha": ALPHA, "dropout": 0.0, "target_modules": list(TARGETS[targets]),
@@ -113,7 +117,7 @@ class Bench:
     def peer(
         self, shape: str, targets: str, setting: Setting, prepared: Path | None = None, **more: Any
     ) -> dict[str, Any]:
-        """Settings of another project's side."""
+        """The settings of a peer's side."""
         return {"base": str(self.base(shape)), "adapter": str(self.adapter(shape, targets)), "prepared": str(prepared),
                 "output": str(self.new_path(setting.peer)), "dtype": self.options.dtype, "device": self.options.device,
                 "learning_rate": LEARNING_RATE, **setting._asdict(),
@@ -123,14 +127,14 @@ class Bench:
     def steps(
         self, ours: dict[str, Any], theirs: dict[str, Any] | None, shape: str, rows: int, tokens: int, **more: Any
     ) -> dict[str, Any]:
-        """What steps.py found for llamatune's specs by name, and for a peer."""
+        """The report of steps.py on llamatune's specs by name, and on a peer."""
         settings = {"ours": ours, "theirs": theirs, "device": self.options.device, "rows": rows, "row_tokens": tokens,
                     "target_share": 0.46, "vocab_size": SHAPES[shape].vocab_size, "warm_up": 3,
                     "rounds": self.options.dense_rounds, **more}  # fmt: skip
         return self.report("steps.py", settings)
 
     def command(self, script: str, values: Any) -> list[str]:
-        """A command whose settings lie in a file (JSON is YAML too)."""
+        """A command that reads its settings from a file (JSON is YAML, too)."""
         path = self.new_path("settings.json")
         path.write_text(json.dumps(values))
         if script == "llamatune":
@@ -149,3 +153,23 @@ class Bench:
 def difference(ours: list[float], theirs: list[float]) -> float:
     """The largest difference between two runs' losses of the same updates."""
     return max((abs(a - b) for a, b in zip(ours, theirs, strict=True)), default=math.nan)
+
+
+def timed(call: Callable[[], Result], cuda: bool) -> tuple[float, Result]:
+    """Seconds of one call, including the device's work, and its result."""
+    if cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = call()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, result
+
+
+def peaks(cuda: bool) -> dict[str, int | None]:
+    """Peak memory of this process: allocated and reserved on CUDA, resident on a CPU."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else resident,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+    }

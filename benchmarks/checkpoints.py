@@ -1,8 +1,8 @@
-"""Seconds of training time that a checkpoint of LLaMA-2-7B's adapter takes, beside torch.save and PEFT, in turns.
+"""Times saving a checkpoint of LLaMA-2-7B's adapter, compared with torch.save and PEFT, alternating.
 
-``python benchmarks/checkpoints.py DIRECTORY`` saves fp32 matrices of rank 16 and AdamW's state for them into a
-directory on the disk that is to be measured; no base is needed. When the clock stops, llamatune's checkpoint is
-digested (SHA-256) and on the disk (fsync, rename); the others have been written, and synced where it says so.
+``python benchmarks/checkpoints.py DIRECTORY`` saves fp32 matrices of rank 16 and their AdamW state into a directory on
+the disk to measure; no base is needed. llamatune's time includes the digest (SHA-256), fsync and rename; the others'
+time is that of writing, and of fsync where the name says so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llamatune.spec import build_spec
 from llamatune.training.optimizers.optimizer import Optimizer, build_optimizer
 from llamatune.training.weight_output import weight_output
 
-PHASES = {  # where a profile finds the seconds of each
+PHASES = {  # functions of each phase in a profile
     "finite?": ("aminmax", "isfinite"),
     "gather": ("'cpu'", "'contiguous'"),
     "digest": ("'_hashlib.HASH'",),
@@ -41,7 +41,7 @@ Save = Callable[[Path], None]
 
 
 def llamatune_side(targets: str) -> tuple[Optimizer, Save]:
-    """An optimizer after one update, and what training does to save it and its weights."""
+    """An optimizer after one update, and the function with which training saves it and its weights."""
     values = {
         "model": {"path": "llama-2-7b"},
         "lora": {"r": R, "alpha": ALPHA, "target_modules": list(TARGETS[targets])},
@@ -67,7 +67,7 @@ def llamatune_side(targets: str) -> tuple[Optimizer, Save]:
 
 
 def torch_save(optimizer: Optimizer, sync: bool) -> Save:
-    """Everything in one file, as a short training script would."""
+    """``torch.save`` of everything into one file."""
 
     def save(directory: Path) -> None:
         with (directory / "checkpoint.pt").open("wb") as file:
@@ -80,7 +80,7 @@ def torch_save(optimizer: Optimizer, sync: bool) -> Save:
 
 
 def peft_save(optimizer: Optimizer, targets: str) -> Save:
-    """PEFT's ``save_pretrained`` and the optimizer with ``torch.save``, as transformers' Trainer does it."""
+    """PEFT's ``save_pretrained``, and ``torch.save`` of the optimizer, as transformers' Trainer does."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -102,16 +102,16 @@ def peft_save(optimizer: Optimizer, targets: str) -> Save:
 
 
 def timed(save: Save, scratch: Path) -> tuple[float, float, float]:
-    """Seconds, processor seconds, and MiB of memory that it took beyond what was held."""
+    """Wall seconds, processor seconds, and MiB of memory beyond what was in use before."""
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-        held, started, processor = memory_kib("VmRSS"), time.monotonic(), time.process_time()
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
+        before_kib, started, processor = memory_kib("VmRSS"), time.monotonic(), time.process_time()
         save(Path(directory))
-        return time.monotonic() - started, time.process_time() - processor, (memory_kib("VmHWM") - held) / 1024
+        return time.monotonic() - started, time.process_time() - processor, (memory_kib("VmHWM") - before_kib) / 1024
 
 
 def memory_kib(name: str) -> int:
-    """One line of this process's status."""
+    """One value of ``/proc/self/status``."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
@@ -123,17 +123,17 @@ def phases(save: Save, scratch: Path) -> dict[str, float]:
         profile.enable()
         save(Path(directory))
         profile.disable()
-    found = pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
+    profiled = pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
     return {
-        phase: sum(times[2] for (_, _, function), times in found if any(part in function for part in parts))
+        phase: sum(times[2] for (_, _, function), times in profiled if any(part in function for part in parts))
         for phase, parts in PHASES.items()
     }
 
 
 def main() -> None:
-    """Save in turns and print a line for each way."""
+    """Save, alternating, and print a line for each way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="on the disk that is to be measured")
+    parser.add_argument("directory", type=Path, help="on the disk to measure")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--targets", choices=TARGETS, nargs="*", default=list(TARGETS))
     options = parser.parse_args()
@@ -147,13 +147,13 @@ def main() -> None:
         }
         if importlib.util.find_spec("peft") is not None:
             ways["PEFT's save_pretrained, torch.save"] = peft_save(optimizer, targets)
-        found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
+        results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
         for _ in range(options.rounds):
             for name, save in ways.items():
-                found[name].append(timed(save, options.directory))
+                results[name].append(timed(save, options.directory))
         count = sum(parameter.numel() for parameter in optimizer.parameters.values())
         sys.stdout.write(f"{targets}: {count:,} parameters, {12 * count / 1e6:.1f} MB with AdamW's state\n")
-        for name, runs in found.items():
+        for name, runs in results.items():
             seconds, processor, mib = (statistics.median(column) for column in zip(*runs, strict=True))
             least, most = min(run[0] for run in runs), max(run[0] for run in runs)
             took = f"{seconds:.3f} s ({least:.3f}-{most:.3f}), processor {processor:.3f} s"

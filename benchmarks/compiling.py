@@ -1,8 +1,8 @@
-"""When ``training.compile`` pays: eager and compiled steps in turns on Alpaca rows of changing lengths.
+"""Times eager and compiled steps (``training.compile``), alternating, on Alpaca rows of different lengths.
 
-``python benchmarks/compiling.py --rows alpaca.json --tokenizer TOKENIZER --output DIR`` tells, for each setting, how
-long the first step takes beyond a later one (all that torch.compile imports and makes, with an empty and with a filled
-cache), the ratio of later steps, and after how many of them the compiler's time is earned back.
+``python benchmarks/compiling.py --rows alpaca.json --tokenizer TOKENIZER --output DIR`` prints, for each setting, the
+compile time (first step minus a later one, with an empty and with a filled cache), the ratio of later steps, and after
+how many steps the compile time is earned back.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from bench import Bench, add_options, difference
 from material import make_prepared
@@ -21,7 +20,7 @@ from tables import Table
 
 
 def measure(bench: Bench, table: Table, targets: str, dtype: str) -> None:
-    """One setting, each time in a process of its own."""
+    """Measure one setting, with an empty and with a filled cache."""
     options, shape = bench.options, bench.options.shape
     cache = bench.new_path("compiler-cache")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
@@ -34,18 +33,18 @@ def measure(bench: Bench, table: Table, targets: str, dtype: str) -> None:
     name = f"{shape}, {targets}, {dtype}"
     apart = difference(*first["losses"].values())
     table.row(f"step, s: compiled, eager; {name}", steps["compiled"], steps["eager"], first["ratios"], apart)
-    for kind, found in (("empty", first), ("filled", again)):
-        seconds = found["first_step_s"]["compiled"] - steps["compiled"]
+    for kind, report in (("empty", first), ("filled", again)):
+        seconds = report["first_step_s"]["compiled"] - steps["compiled"]
         gained = steps["eager"] * (1 - 1 / ratio)
         pays = f"after {seconds / gained:.0f} steps" if gained > 0 else "never"
         table.note(f"{name}: compiling takes {seconds:.1f} s with {kind} cache and is earned back {pays}")
 
 
 def all_settings(bench: Bench, table: Table) -> None:
-    """Those of the page."""
-    held: dict[str, Any] = {"bf16": "bfloat16", "fp32": "float32"}
+    """Measure the settings of docs/performance.md."""
+    dtypes = {"bf16": "bfloat16", "fp32": "float32"}
     for targets in ("qv", "all"):
-        measure(bench, table, targets, held[bench.options.dtype])
+        measure(bench, table, targets, dtypes[bench.options.dtype])
     measure(bench, table, "qv", "nf4")
 
 

@@ -1,7 +1,7 @@
-"""Everything of the page of performance that wants a GPU, in one table, on LLaMA-2-7B's shape with random weights.
+"""All comparisons of docs/performance.md that need a GPU, in one table, on LLaMA-2-7B's shape with random weights.
 
 ``python benchmarks/gpu.py --rows alpaca.json --tokenizer tokenizer.model --output DIR [--parts dense,...]``. ``--device
-cpu --shape tiny`` tries every part where there is no GPU; its figures say nothing. Needs torch with CUDA, transformers,
+cpu --shape tiny`` tries every part without a GPU; its figures mean nothing. Needs torch with CUDA, transformers,
 peft and accelerate, 16 GB of disk for the base, and a GPU of 80 GB for the parts that hold two models.
 """
 
@@ -20,17 +20,17 @@ from tables import Table
 
 
 def nf4(bench: Bench, table: Table) -> None:
-    """Steps on an NF4 base beside steps on a bf16 one, eager and compiled, 4,096 tokens a row."""
+    """Steps on an NF4 base and on a bf16 one, eager and compiled, 4,096 tokens a row."""
     shape = bench.options.shape
     for compiled in (False, True):
         ours = {
             name: bench.spec(shape, "qv", dtype=dtype, compile=compiled)
             for name, dtype in (("nf4", "nf4"), ("bfloat16", "bfloat16"))
         }
-        found = bench.steps(ours, None, shape, 1, 4096)
-        speeds = [4096 / found["step_s"][name] for name in ours]
+        report = bench.steps(ours, None, shape, 1, 4096)
+        speeds = [4096 / report["step_s"][name] for name in ours]
         kind = "compiled" if compiled else "eager"
-        table.row(f"dense, tokens/s, 1 x 4096, q,v, {kind}: NF4, bf16", *speeds, found["ratios"], None)
+        table.row(f"dense, tokens/s, 1 x 4096, q,v, {kind}: NF4, bf16", *speeds, report["ratios"], None)
 
 
 PARTS = {
@@ -43,7 +43,7 @@ PARTS = {
 
 
 def main() -> None:
-    """Run the parts that were asked for."""
+    """Run the chosen parts."""
     parser = against_peft.build_parser()
     parser.description = __doc__
     parser.add_argument("--parts", default=",".join(PARTS), help="of " + ",".join(PARTS))

@@ -1,4 +1,4 @@
-"""What both sides of a comparison read: a base of random weights, an adapter to start from, prepared rows."""
+"""Inputs of both sides of a comparison: a base of random weights, an adapter to start from, prepared rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llamatune.options.preparation import PrepareOptions
 from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig, linear_path
 
 DTYPES = {"bf16": ("bfloat16", torch.bfloat16), "fp32": ("float32", torch.float32)}
-"""Under the name of ``training.precision``: the name of ``model.dtype``, and torch's."""
+"""By ``training.precision``: the name of ``model.dtype``, and torch's dtype."""
 TARGETS = {"qv": ("q_proj", "v_proj"), "all": LINEAR_MODULES}
 SHAPES = {
     "50m": LlamaConfig(512, 1376, 6, 8, 8, 32000),
@@ -33,7 +33,7 @@ R, ALPHA = 16, 32
 def make_base(
     directory: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: Path | None = None, device: str = "cpu"
 ) -> Path:
-    """A Hugging Face directory of weights from N(0, 0.02²), a file a block, so that 7B needs one block of memory."""
+    """A Hugging Face directory of weights from N(0, 0.02²), one file a block, so that one block is in memory."""
     directory.mkdir(parents=True)
     generator = torch.Generator(device).manual_seed(7)
     index: dict[str, str] = {}
@@ -68,7 +68,7 @@ def make_base(
 
 
 def make_adapter(directory: Path, config: LlamaConfig, targets: tuple[str, ...]) -> Path:
-    """A PEFT directory to start both sides from: A uniform within 1/sqrt(in), B zero."""
+    """The PEFT directory that both sides start from: A uniform within 1/sqrt(in), B zero."""
     directory.mkdir(parents=True)
     generator = torch.Generator().manual_seed(8)
     tensors = {}
@@ -103,7 +103,7 @@ class Row:
 
 
 def read_rows(prepared: Path) -> list[Row]:
-    """The training rows of a prepared directory, straight from its tensors."""
+    """The training rows of a prepared directory, read from its tensors."""
     tensors = load_file(prepared / "train.safetensors")
     ids, mask, starts = (tensors[name].tolist() for name in ("input_ids", "loss_mask", "offsets"))
     return [

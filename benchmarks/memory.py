@@ -1,9 +1,9 @@
-"""The memory of a step of LLaMA-2-7B, llamatune and transformers + PEFT by one meter.
+"""Memory of a training step of LLaMA-2-7B: llamatune and transformers + PEFT, measured by the same meter.
 
-``python benchmarks/memory.py [--peer] [--spec KEY=VALUE]`` needs no GPU: it prints GiB of tensors at the peak and KiB
+``python benchmarks/memory.py [--peer] [--spec KEY=VALUE]`` needs no GPU. It prints GiB of tensors at the peak and KiB
 kept for the backward pass per token and layer: bf16 or NF4 base, fp32 adapters of rank 16, AdamW's state, 46 % of the
 tokens trained. ``--device cuda --output DIR`` runs the same steps on a GPU, each in a process of its own, and writes
-what torch allocated and reserved at most.
+the peak of what torch allocated and reserved.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llamatune.spec import build_spec
 
 
 class Row(NamedTuple):
-    """One line: what is adapted, the micro-batch, ``training.activation_checkpointing`` and ``model.dtype``."""
+    """One line: target modules, micro-batch, ``training.activation_checkpointing`` and ``model.dtype``."""
 
     targets: str
     rows: int
@@ -61,7 +61,7 @@ ROWS = (
 
 
 def ours(overrides: list[str], row: Row) -> tuple[float, float]:
-    """Peak GiB and saved KiB per token and layer of the loop's own step."""
+    """Peak GiB and saved KiB per token and layer of llamatune's step."""
     values = {
         "model": {"path": "none", "init": "random", "dtype": row.dtype},
         "lora": {"r": R, "alpha": ALPHA, "dropout": 0.0, "target_modules": list(TARGETS[row.targets])},
@@ -74,12 +74,12 @@ def ours(overrides: list[str], row: Row) -> tuple[float, float]:
 
 
 def has_peer(row: Row) -> bool:
-    """PEFT recomputes blocks or nothing; its 4-bit base is bitsandbytes', whose kernels the meter cannot see into."""
+    """PEFT recomputes blocks or nothing; the meter cannot see into the kernels of its 4-bit base (bitsandbytes)."""
     return row.dtype == "bfloat16" and row.mode in ("none", "block")
 
 
 def theirs(row: Row) -> tuple[float, float]:
-    """The same of a plain step of transformers + PEFT at their defaults (no autocast, every logit)."""
+    """The same for a step of transformers + PEFT with their defaults (no autocast, all logits)."""
     shape, (targets, rows, tokens, mode, _) = SHAPES["7b"], row
     peak, _ = peer_step(shape, targets, rows, tokens, mode)
     (_, one), (_, two) = (peer_step(shape.with_layers(n), targets, rows, tokens, mode) for n in (1, 2))
@@ -87,7 +87,7 @@ def theirs(row: Row) -> tuple[float, float]:
 
 
 def give_storage(model: torch.nn.Module) -> None:
-    """Put tensors of the mode that is on in the place of those on the meta device; an adapter in fp32, as PEFT does."""
+    """Replace tensors on the meta device by new ones (of the active mode); an adapter is fp32, as in PEFT."""
     for module in model.modules():
         for name, tensor in list(module.named_parameters(recurse=False)):
             dtype = torch.float32 if tensor.requires_grad else tensor.dtype
@@ -97,7 +97,7 @@ def give_storage(model: torch.nn.Module) -> None:
 
 
 def peer_step(config: LlamaConfig, targets: str, rows: int, tokens: int, mode: str) -> tuple[int, int]:
-    """Peak bytes of a step, and bytes that its forward pass left alive."""
+    """Peak bytes of a step, and bytes that its forward pass keeps."""
     import transformers
     from peft import LoraConfig, get_peft_model
 
@@ -130,8 +130,8 @@ def peer_step(config: LlamaConfig, targets: str, rows: int, tokens: int, mode: s
 
 
 def without_gpu(options: argparse.Namespace) -> None:
-    """Print a Markdown table, a line as soon as it is known."""
-    heads = ["setting", "llamatune GiB", "KiB/token/layer", "seconds to find out"]
+    """Print a Markdown table, line by line."""
+    heads = ["setting", "llamatune GiB", "KiB/token/layer", "seconds to measure"]
     heads += ["PEFT GiB", "KiB/token/layer"] if options.peer else []
     sys.stdout.write(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n")
     for row in ROWS:
@@ -145,17 +145,17 @@ def without_gpu(options: argparse.Namespace) -> None:
 
 
 def on_device(bench: Bench, table: Table) -> None:
-    """Three real steps of each row, each side alone in a process."""
+    """Three real steps of each row, each side in a process of its own."""
     shape = bench.options.shape
     for row in ROWS:
         spec = bench.spec(shape, row.targets, None, row.rows, dtype=row.dtype, activation_checkpointing=row.mode)
-        found = [bench.steps({"llamatune": spec}, None, shape, row.rows, row.tokens, rounds=3)]
+        reports = [bench.steps({"llamatune": spec}, None, shape, row.rows, row.tokens, rounds=3)]
         if has_peer(row):
             setting = SETTINGS["Trainer, batch 8"]._replace(checkpointing=row.mode != "none")
             theirs = bench.peer(shape, row.targets, setting)
-            found.append(bench.steps({}, theirs, shape, row.rows, row.tokens, rounds=3))
+            reports.append(bench.steps({}, theirs, shape, row.rows, row.tokens, rounds=3))
         for kind in ("memory", "reserved"):
-            sizes = [run[f"peak_{kind}_bytes"] / 2**30 for run in found if run[f"peak_{kind}_bytes"]]
+            sizes = [run[f"peak_{kind}_bytes"] / 2**30 for run in reports if run[f"peak_{kind}_bytes"]]
             if sizes:
                 theirs_gib = sizes[1] if len(sizes) > 1 else None
                 table.row(
@@ -164,10 +164,10 @@ def on_device(bench: Bench, table: Table) -> None:
 
 
 def main() -> None:
-    """Print or measure."""
+    """Measure without a GPU, or on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="store_true", help="transformers + PEFT too, without a GPU")
-    parser.add_argument("--steps", action="store_true", help="run steps on --device, as is always done on a GPU")
+    parser.add_argument("--steps", action="store_true", help="run real steps on --device, the default on a GPU")
     add_options(parser, output_required=False)
     options = parser.parse_args()
     if options.device == "cpu" and not options.steps:

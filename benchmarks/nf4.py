@@ -1,12 +1,12 @@
-"""NF4 of a 4096 x 4096 matrix beside bitsandbytes and torchao: ``python benchmarks/nf4.py [--device cuda]``.
+"""NF4 of a 4096 x 4096 matrix, compared with bitsandbytes and torchao: ``python benchmarks/nf4.py [--device cuda]``.
 
-Prints, for each that can be imported, the relative error of the round trip, bytes a weight, and the best and median
-time of quantising and of unpacking to bf16, all of them in turns in one process. Whatever is missing is left out.
+Prints the relative error of the round trip, bytes a weight, and the best and median time of quantising and of unpacking
+to bf16, alternating in one process. Packages that are not installed are left out.
 
-Why ``llamatune/model/nf4.py`` is our own code: on one CPU core (torch 2.13, bitsandbytes 0.50.2, torchao 0.18)
-errors agree to three digits at the same bytes a weight (0.0921, 0.516), ours quantises in 107 ms where they take 504
-and 1202, unpacks in 8.4 ms where they take 13 and 145, and nothing has to be installed. On a GPU this has not been run
-yet: there bitsandbytes unpacks in one kernel, ours in three for each 2^24 weights.
+Why ``llamatune/model/nf4.py`` is our own code: on one CPU core (torch 2.13, bitsandbytes 0.50.2, torchao 0.18) errors
+agree to three digits at the same bytes a weight (0.0921, 0.516), ours quantises in 107 ms where they take 504 and 1202,
+unpacks in 8.4 ms where they take 13 and 145, and nothing has to be installed. This was not run on a GPU, where
+bitsandbytes unpacks in one kernel and ours in three for each 2^24 weights.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ import argparse
 import contextlib
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from bench import timed
 from torch import Tensor
 
 from llamatune.model.nf4 import Scratch, quantize_nf4
 
 
 class Entrant(NamedTuple):
-    """One implementation: to NF4, back to bf16, and what it holds."""
+    """One implementation: to NF4, back to bf16, and the bytes that the packed form needs."""
 
     quantize: Callable[[Tensor], Any]
     unpack: Callable[[Any], Tensor]
@@ -34,7 +35,7 @@ class Entrant(NamedTuple):
 
 
 def size(*tensors: Tensor) -> int:
-    """Bytes of some tensors."""
+    """Bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -74,19 +75,8 @@ def torchao() -> Entrant:
     )
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Milliseconds of one call, the device's work included, and its result."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    result = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - begin) * 1e3, result
-
-
 def main() -> None:
-    """Run the entrants in turns and print a line for each."""
+    """Run the entrants, alternating, and print a line for each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
@@ -103,13 +93,13 @@ def main() -> None:
     facts: dict[str, tuple[float, float]] = {}
     for turn in range(options.rounds + 1):  # the first one warms up
         for name, entrant in entrants.items():
-            quantizing, packed = timed(lambda entrant=entrant: entrant.quantize(W), device)  # type: ignore[misc]
-            unpacking, found = timed(lambda entrant=entrant, p=packed: entrant.unpack(p), device)  # type: ignore[misc]
-            error = float((found.float() - W.float()).norm() / W.float().norm())
+            quantizing, packed = timed(partial(entrant.quantize, W), device.type == "cuda")
+            unpacking, unpacked = timed(partial(entrant.unpack, packed), device.type == "cuda")
+            error = float((unpacked.float() - W.float()).norm() / W.float().norm())
             facts[name] = error, entrant.held_bytes(packed) / W.numel()
             if turn:
-                times[name][0].append(quantizing)
-                times[name][1].append(unpacking)
+                times[name][0].append(1e3 * quantizing)
+                times[name][1].append(1e3 * unpacking)
     sys.stdout.write(f"{options.size} x {options.size} bf16, {device}, {torch.get_num_threads()} threads; ms\n")
     sys.stdout.write(f"{'':14} {'error':>8} {'bytes':>7} {'quantise':>9} {'median':>8} {'unpack':>8} {'median':>8}\n")
     for name, (quantizing_ms, unpacking_ms) in times.items():

@@ -1,9 +1,9 @@
-"""What an NF4 base costs in loss: LoRA on pretrained models held in fp32, bf16 and NF4, the same rows, several seeds.
+"""The loss with an NF4 base: LoRA on pretrained models in fp32, bf16 and NF4, on the same rows, with several seeds.
 
 ``python benchmarks/nf4_loss.py [--seeds 5] [--model NAME=DIR:ROWS ...]`` fine-tunes the demo's base (1.07 million
-parameters) by the demo's own spec, and every model that is named, on rows of which a tenth is held out. It prints the
-loss of the last epoch and of the held-out rows after it, each as mean and range over the seeds, and how far NF4 is from
-bf16 with the same seed. fp32 computes in fp32, the two others in bf16.
+parameters) with the demo's spec, and every named model on rows of which a tenth is held out. It prints the loss of the
+last epoch and of the held-out rows after it, each as mean and range over the seeds, and the difference of NF4 and bf16
+with the same seed. fp32 computes in fp32, the two others in bf16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llamatune.data.prepare import prepare_data
-from llamatune.demo.run import MATERIAL, demo_spec
+from llamatune.demo.run_demo import MATERIAL, demo_spec
 from llamatune.events import EpochDone, EvalDone, Event
 from llamatune.options.preparation import PrepareOptions
 from llamatune.spec import build_spec
@@ -31,37 +31,37 @@ BASES = {"float32": "fp32", "bfloat16": "bf16", "nf4": "bf16"}
 def losses(values: dict[str, Any], output: Path, dtype: str, seed: int) -> tuple[float, float]:
     """Mean training loss of the last epoch, and the held-out loss after it."""
     training = {**values["training"], "output_dir": str(output), "seed": seed, "precision": BASES[dtype]}
-    found = {}
+    means = {}
 
     def on_event(event: Event) -> None:
         if isinstance(event, EpochDone):
-            found["train"] = event.train_loss
+            means["train"] = event.train_loss
         if isinstance(event, EvalDone):
-            found["held out"] = event.loss
+            means["held out"] = event.loss
 
     spec = build_spec({**values, "model": {**values["model"], "dtype": dtype}, "training": training}, "benchmark")
     train(spec, on_event=on_event)
-    sys.stderr.write(f"{output.name}: {found}\n")
-    return found["train"], found["held out"]
+    sys.stderr.write(f"{output.name}: {means}\n")
+    return means["train"], means["held out"]
 
 
 def mean_and_range(numbers: list[float]) -> str:
-    """As it stands in the table."""
+    """``mean (lowest-highest)``"""
     return f"{statistics.mean(numbers):.4f} ({min(numbers):.4f}-{max(numbers):.4f})"
 
 
 def compare(name: str, values: dict[str, Any], seeds: int, scratch: Path) -> None:
-    """Three lines of the table, and the paired differences below."""
-    found = {
+    """Print three lines of the table, and the paired differences."""
+    by_dtype = {
         dtype: [losses(values, scratch / f"{name}-{dtype}-{seed}", dtype, seed) for seed in range(seeds)]
         for dtype in BASES
     }
-    for dtype, pairs in found.items():
+    for dtype, pairs in by_dtype.items():
         training, held_out = ([*column] for column in zip(*pairs, strict=True))
         sys.stdout.write(f"| {name}, {dtype} | {mean_and_range(training)} | {mean_and_range(held_out)} |\n")
     apart = [
         [mine - theirs for mine, theirs in zip(nf4, bf16, strict=True)]
-        for nf4, bf16 in zip(found["nf4"], found["bfloat16"], strict=True)
+        for nf4, bf16 in zip(by_dtype["nf4"], by_dtype["bfloat16"], strict=True)
     ]
     cells = [
         f"{statistics.mean(column):+.4f} ({min(column):+.4f} to {max(column):+.4f})"
@@ -80,7 +80,7 @@ def main() -> None:
         "--model", action="append", default=[], metavar="NAME=DIR:ROWS", help="another model and its rows"
     )
     options = parser.parse_args()
-    torch.set_num_threads(1)  # more do not help models as small as these
+    torch.set_num_threads(1)  # more threads do not help such small models
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         values = demo_spec(scratch).model_dump(mode="json")

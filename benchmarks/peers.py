@@ -1,4 +1,4 @@
-"""Other projects' models on the benchmark's base and adapter, each with the loss that its own recipe takes."""
+"""Models and losses of other projects (PEFT, torchtune, litgpt) with the benchmark's base and adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llamatune.checkpoints.model_directory import read_config
 from llamatune.shapes.config import LlamaConfig, linear_path
 
 PACKAGES = {"trainer": "peft", "torchtune": "torchtune.models.llama2", "litgpt": "litgpt.lora", "unsloth": "unsloth"}
-"""What a peer is imported as. unsloth needs a GPU even to be imported."""
+"""The module of each peer. unsloth cannot be imported without a GPU."""
 
 
 def version(peer: str) -> str | None:
@@ -39,14 +39,14 @@ class Peer(NamedTuple):
 
 
 def load(settings: dict[str, Any]) -> Peer:
-    """The side that ``settings["peer"]`` names, on its device."""
-    made = {"trainer": _peft, "torchtune": _torchtune, "litgpt": _litgpt}[settings["peer"]](settings)
-    made.model.train()
-    return made
+    """The model that ``settings["peer"]`` names, on its device."""
+    peer = {"trainer": _peft, "torchtune": _torchtune, "litgpt": _litgpt}[settings["peer"]](settings)
+    peer.model.train()
+    return peer
 
 
 def peft_model(settings: dict[str, Any]) -> Any:
-    """transformers' model with PEFT's adapter; in fp32, as PEFT's default is, unless ``sixteen_bit``."""
+    """transformers' model with PEFT's adapter, in fp32 (PEFT's default) unless ``sixteen_bit``."""
     import transformers
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -76,7 +76,7 @@ def _peft(settings: dict[str, Any]) -> Peer:
 def _weights(settings: dict[str, Any]) -> tuple[LlamaConfig, dict[str, Tensor], dict[str, Tensor]]:
     """The base's configuration and tensors, and the adapter's matrices A by layer path, ``0.self_attn.q_proj``.
 
-    B is zero, and so are all sides' own.
+    B is zero on all sides.
     """
     base = {
         name: x for path in sorted(Path(settings["base"]).glob("*.safetensors")) for name, x in load_file(path).items()

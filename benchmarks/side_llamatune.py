@@ -1,4 +1,4 @@
-"""One epoch with llamatune, in a process of its own: ``python benchmarks/side_llamatune.py SPEC.yaml``.
+"""One epoch with llamatune: ``python benchmarks/side_llamatune.py SPEC.yaml``.
 
 The last line on stdout is a JSON object: seconds from the first window to the last update, losses, memory.
 """
@@ -16,7 +16,7 @@ from llamatune.training.run import train
 
 
 def main() -> None:
-    """Train as the spec says and report."""
+    """Train and report."""
     losses: list[float] = []
     times: list[float] = []
 

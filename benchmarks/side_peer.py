@@ -1,26 +1,26 @@
-"""One epoch with torchtune's or litgpt's model and loss, in a process of its own.
+"""One epoch with torchtune's or litgpt's model and loss: ``python benchmarks/side_peer.py SETTINGS.json``.
 
-Their recipes are command lines with their own data sets, so the loop here is ours: the same windows of rows, padded to
-the longest of a micro-batch, weighted by target tokens, fused AdamW. ``python benchmarks/side_peer.py SETTINGS.json``;
-the last line on stdout is a JSON object as side_llamatune.py's.
+Their recipes read only their own data sets, so the loop is written here: the same windows of rows, padded to the
+longest of a micro-batch, weighted by target tokens, fused AdamW. The last line on stdout is a JSON object like that of
+side_llamatune.py.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 
 import torch
+from bench import peaks
 from material import padded, read_rows
 from peers import load
 from torch.nn.utils import clip_grad_norm_
 
 
 def main() -> None:
-    """Train as the settings say and report."""
+    """Train and report."""
     settings = json.loads(Path(sys.argv[1]).read_text())
     device, size = settings["device"], settings["micro_batch"]
     rows, peer = read_rows(Path(settings["prepared"])), load(settings)
@@ -41,15 +41,11 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(float(total))
-    took, cuda = time.monotonic() - started, device != "cpu"
     report = {
-        "loop_s": took,
+        "loop_s": time.monotonic() - started,
         "losses": losses,
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated()
-        if cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+        **peaks(device != "cpu"),
     }
     sys.stdout.write(json.dumps(report) + "\n")
 

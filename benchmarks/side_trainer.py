@@ -1,19 +1,19 @@
-"""One epoch with transformers' Trainer and PEFT, in a process of its own: what a user of the two would write.
+"""One epoch with transformers' Trainer and PEFT: ``python benchmarks/side_trainer.py SETTINGS.json``.
 
-``python benchmarks/side_trainer.py SETTINGS.json``; the last line on stdout is a JSON object as side_llamatune.py's.
+The last line on stdout is a JSON object like that of side_llamatune.py.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench import peaks
 from material import Row, padded, read_rows
 from peers import peft_model
 from torch.utils.data import SequentialSampler
@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows as the Trainer takes them."""
+    """Rows as the Trainer's data set."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
@@ -35,7 +35,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Padded on the right to the longest of the batch."""
+    """A batch, padded on the right to its longest row."""
     ids, labels = padded([Row(**row) for row in rows])
     lengths = torch.tensor([len(row["labels"]) for row in rows])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
@@ -43,8 +43,7 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 class InOrder(Trainer):
-    """Visits the rows in their order, so that both sides see the same windows; or by length, as it does itself where
-    ``train_sampling_strategy`` is ``group_by_length``."""
+    """Visits the rows in file order, so that both sides see the same windows; ``by_length``: grouped by length."""
 
     by_length = False
 
@@ -56,7 +55,7 @@ class InOrder(Trainer):
 
 
 class Clock(TrainerCallback):
-    """Notes when training began and when each update was made; ``first_step_line`` tells a waiting parent at once."""
+    """Records when training began and when each update was made; writes ``step=1`` to stderr after the first."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -72,7 +71,7 @@ class Clock(TrainerCallback):
 
 
 def arguments(settings: dict[str, Any]) -> TrainingArguments:
-    """Constant rate, no decay, token-weighted loss: what the llamatune side does."""
+    """Constant rate, no decay, token-weighted loss, as on llamatune's side."""
     values: dict[str, Any] = {
         "output_dir": settings["output"],
         "num_train_epochs": settings["num_epochs"],
@@ -101,7 +100,7 @@ def arguments(settings: dict[str, Any]) -> TrainingArguments:
 
 
 def main() -> None:
-    """Train as the settings say and report."""
+    """Train and report."""
     settings = json.loads(Path(sys.argv[1]).read_text())
     model, clock = peft_model(settings), Clock()
     rows = Rows(read_rows(Path(settings["prepared"])))
@@ -110,14 +109,11 @@ def main() -> None:
     )
     trainer.by_length = settings["by_length"]
     trainer.train()
-    cuda = settings["device"] != "cpu"
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report = {
         "loop_s": clock.times[-1] - clock.times[0],
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else resident,
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+        **peaks(settings["device"] != "cpu"),
     }
     sys.stdout.write(json.dumps(report) + "\n")
 

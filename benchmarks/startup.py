@@ -1,7 +1,7 @@
-"""How long ``--help`` takes beside a bare Typer app of two verbs, in turns: ``python benchmarks/startup.py``.
+"""Times ``--help``, compared with a bare Typer app of two verbs, alternating: ``python benchmarks/startup.py``.
 
-Prints processor seconds (user + system) of whole processes and the ratio of medians: the list of verbs beside the bare
-app's list, a verb's page beside a bare verb's page. The target is a ratio below 2.
+Prints processor seconds (user + system) of whole processes and the ratio of medians, for the list of verbs and for the
+page of each verb. The target is a ratio below 2.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ app()
 
 
 def processor_seconds(command: list[str]) -> float:
-    """User and system time of one run, its output thrown away."""
+    """User and system time of one run; its output is discarded."""
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
@@ -44,8 +44,8 @@ def main() -> None:
         bare.write_text(BARE, encoding="utf-8")
         for verb in VERBS:
             ours = [sys.executable, "-m", "llamatune", *([verb] if verb else []), "--help"]
-            theirs_too = [sys.executable, str(bare), *(["one"] if verb else []), "--help"]
-            pairs = [(processor_seconds(ours), processor_seconds(theirs_too)) for _ in range(RUNS)]
+            bare_app = [sys.executable, str(bare), *(["one"] if verb else []), "--help"]
+            pairs = [(processor_seconds(ours), processor_seconds(bare_app)) for _ in range(RUNS)]
             mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
             sys.stdout.write(
                 f"{verb or 'llamatune':14} {mine:.3f} s  bare Typer {theirs:.3f} s  ratio {mine / theirs:.2f}\n"

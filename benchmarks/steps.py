@@ -1,22 +1,22 @@
-"""Whole training steps in turns in one process: llamatune by one or more specs, and a peer.
+"""Times whole training steps, alternating in one process: llamatune with one or more specs, and a peer.
 
 ``python benchmarks/steps.py SETTINGS.json``; rows are equal and without padding, or those of a prepared directory. The
-last line on stdout is a JSON object: each side's seconds and losses, the ratios of paired rounds (second side over
-first), and the process's memory, which is a side's own where it runs alone.
+last line on stdout is a JSON object: seconds and losses of each side, the ratios of paired rounds (second side over
+first), and the peak memory of the process.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench import peaks, timed
 from torch import Tensor
 
 from llamatune.benchmarking.step_meter import even_batch
@@ -32,11 +32,11 @@ from llamatune.training.learner import build_learner
 from llamatune.training.update import make_update
 
 Step = Callable[[int], float]
-"""One update with the window's number, from 0; its loss."""
+"""Makes one update, given the window's number from 0, and returns its loss."""
 
 
 def llamatune_step(values: dict[str, Any], batches: list[Batch]) -> tuple[Step, int]:
-    """The loop's own functions on the benchmark's batches."""
+    """The training loop's functions on the benchmark's batches; with the number of trained parameters."""
     spec = build_spec(values, "benchmark")
     checkpoint = open_checkpoint(Path(spec.model.path))
     count = count_parameters(checkpoint.config, spec.adapter)
@@ -54,7 +54,7 @@ def llamatune_step(values: dict[str, Any], batches: list[Batch]) -> tuple[Step, 
 
 
 def peer_step(settings: dict[str, Any], ids: Tensor, labels: Tensor) -> tuple[Step, int]:
-    """What a training loop does in a step: forward with labels, backward, clip, fused AdamW."""
+    """A plain step: forward with labels, backward, clip, fused AdamW; with the number of trained parameters."""
     from peers import load
 
     peer, device = load(settings), settings["device"]
@@ -72,19 +72,8 @@ def peer_step(settings: dict[str, Any], ids: Tensor, labels: Tensor) -> tuple[St
     return step, sum(parameter.numel() for parameter in trained)
 
 
-def timed(step: Step, window: int, cuda: bool) -> tuple[float, float]:
-    """Seconds and loss of one step, the device waited for."""
-    if cuda:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    loss = step(window)
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, loss
-
-
 def main() -> None:
-    """Measure as the settings say and report."""
+    """Measure what the settings name and report."""
     settings = json.loads(Path(sys.argv[1]).read_text())
     cuda = settings["device"] != "cpu"
     if settings.get("prepared"):
@@ -105,7 +94,7 @@ def main() -> None:
     for window in range(settings["warm_up"] + settings["rounds"]):
         order = list(sides) if window % 2 else list(sides)[::-1]
         for name in order:
-            took, loss = timed(sides[name][0], window, cuda)
+            took, loss = timed(partial(sides[name][0], window), cuda)
             losses[name].append(loss)
             seconds[name].append(took)
     steady = {name: values[settings["warm_up"] :] for name, values in seconds.items()}
@@ -114,10 +103,7 @@ def main() -> None:
         "first_step_s": {name: values[0] for name, values in seconds.items()},
         "losses": losses,
         "trainable_parameters": {name: side[1] for name, side in sides.items()},
-        "peak_memory_bytes": torch.cuda.max_memory_allocated()
-        if cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+        **peaks(cuda),
     }
     if len(sides) == 2:
         first, second = steady.values()

@@ -1,11 +1,10 @@
-"""A table of ratios that is on disk after every row: ``table.md`` and ``table.json``."""
+"""The table of ratios of a comparison, written to ``table.md`` and ``table.json`` after every row."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -14,9 +13,11 @@ from typing import Any
 
 import torch
 
+from llamatune.benchmarking.run_benchmark import processor_name
+
 
 class Table:
-    """Rows of ours, theirs and their ratio, under what they were measured with."""
+    """Rows of ours, theirs and the ratio, below command, commit, machine and versions."""
 
     def __init__(self, output: Path, command: str) -> None:
         output.mkdir(parents=True, exist_ok=True)
@@ -30,12 +31,12 @@ class Table:
         self.write()
 
     def progress(self, line: str) -> None:
-        """A line for who waits."""
+        """A line on stderr."""
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
     def row(self, name: str, ours: float, theirs: float | None, ratios: list[float], apart: float | None) -> None:
-        """``ratios`` of paired rounds: their median is shown, and their range; ``apart`` is the losses' difference."""
+        """Add a row; ``ratios`` are of paired rounds (shown: median, range); ``apart`` is the losses' difference."""
         ratio = statistics.median(ratios) if ratios else None
         self.rows.append({"name": name, "llamatune": ours, "peer": theirs, "ratio": ratio, "ratios": ratios,
                           "largest_loss_difference": apart, "load": os.getloadavg()[0]})  # fmt: skip
@@ -43,12 +44,12 @@ class Table:
         self.write()
 
     def write(self) -> None:
-        """Put on disk what is known."""
+        """Write all rows so far."""
         (self.output / "table.json").write_text(json.dumps({**self.facts, "notes": self.notes, "rows": self.rows}))
         (self.output / "table.md").write_text(self.markdown())
 
     def markdown(self) -> str:
-        """The table and what it was measured with."""
+        """The facts, the notes and the table."""
         lines = [f"- {name}: {value}" for name, value in self.facts.items()] + [f"- {note}" for note in self.notes]
         lines += ["", "| | llamatune | peer | ratio | range of rounds | losses apart | load |",
                   "|---|---|---|---|---|---|---|"]  # fmt: skip
@@ -63,12 +64,12 @@ class Table:
 
 
 def shown(number: float | None) -> str:
-    """Four digits, or nothing."""
+    """Four digits; empty for None."""
     return "" if number is None else f"{number:.4g}"
 
 
 def commit() -> str:
-    """What is checked out, and whether it was changed."""
+    """The commit that is checked out, and whether files were changed."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
@@ -81,17 +82,12 @@ def commit() -> str:
 
 def machine() -> str:
     """Processor, cores and threads, and the GPU if there is one."""
-    kind = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            kind = line.partition(":")[2].strip()
-            break
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{kind}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}"
+    return f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}"
 
 
 def versions() -> dict[str, Any]:
-    """Of what was compared."""
+    """Versions of the compared packages."""
     names = ("torch", "transformers", "peft", "accelerate")
-    installed = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
+    installed = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
     return {name: installed[name] for name in names if name in installed}

@@ -1,8 +1,8 @@
-"""From which size on more threads than one are worth having: ``python benchmarks/threads.py [--rounds 7]``.
+"""Compares one thread with several, to find the model size from which more pay: ``python benchmarks/threads.py``.
 
-Training steps, evaluated batches and decoded tokens of models of growing size, on one thread and on as many as torch
-starts with, in turns. Each line has the multiply-adds of the average product, which ``llamatune.threads`` decides by,
-the median milliseconds of both, how much faster the threads are, and how much processor time they take.
+Runs training steps, evaluated batches and decoded tokens of models of increasing size, on one thread and on torch's
+default number, alternating. Each line has the multiply-adds of the average product (by which ``llamatune.threads``
+decides), the median milliseconds of both, their ratio, and the ratio of processor time.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ ROWS = (1, 4, 16)
 ROW_TOKENS = 32
 NEW_TOKENS = 16
 LEAST_SECONDS = 0.05
-"""Of one timing, so that a step of a tiny model is repeated within it."""
+"""The least time of one measurement; shorter work is repeated."""
 
 
 def works(base: Path, config: LlamaConfig, rows: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """The name of each work, the tokens of its passes, and one repetition of it."""
+    """Name, tokens of a pass, and one repetition of each kind of work."""
     ids = torch.randint(3, config.vocab_size, (rows, ROW_TOKENS), generator=torch.Generator().manual_seed(3))
     batch = even_batch(rows, ROW_TOKENS, 0.5, ids)
     spec = {
@@ -56,7 +56,7 @@ def works(base: Path, config: LlamaConfig, rows: int) -> Iterator[tuple[str, int
 def timed(work: Callable[[], object], threads: int, repetitions: int) -> tuple[float, float]:
     """Wall and processor seconds of one repetition."""
     torch.set_num_threads(threads)
-    work()  # threads start, and wait for each other a first time
+    work()  # warm-up: threads start
     wall, processor = time.perf_counter(), time.process_time()
     for _ in range(repetitions):
         work()

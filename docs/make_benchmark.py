@@ -9,7 +9,7 @@ PAGE = Path(__file__).with_name("benchmark.md")
 
 
 def main(arguments: list[str]) -> None:
-    """Replace what stands between ``<!-- NAME -->`` and ``<!-- end -->`` by the tables of a benchmark's directory."""
+    """Replace the text between ``<!-- NAME -->`` and ``<!-- end -->`` by the tables of a benchmark's directory."""
     page = PAGE.read_text(encoding="utf-8")
     for argument in arguments:
         name, _, directory = argument.partition("=")

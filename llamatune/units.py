@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Sizes, durations and perplexity as text, and sizes parsed from text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llamatune.errors import SpecError
 
 
 def gibibytes(size: float) -> str:
-    """``12.55 GiB``, or MiB where that reads better."""
+    """``12.55 GiB``, or MiB below one GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
@@ -23,7 +23,7 @@ def duration(seconds: float) -> str:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), capped where it would overflow: strict JSON has no infinity."""
+    """exp(loss), capped before it overflows, because strict JSON has no infinity."""
     return math.exp(min(loss, 700.0))
 
 

@@ -69,7 +69,7 @@ def test_there_is_no_circle() -> None:
 
 def test_drawing_and_the_command_line_live_in_commands_alone() -> None:
     for module, path in rooms().items():
-        if ".commands." in module or module in ("llamatune.cli", "llamatune.demo.recipe"):
+        if ".commands." in module or module in ("llamatune.cli", "llamatune.demo.make_base"):
             continue
         text = path.read_text(encoding="utf-8")
         for library in ("rich", "typer"):
@@ -101,7 +101,7 @@ def test_the_whole_package_never_loads_transformers_or_peft() -> None:
 def test_matplotlib_is_loaded_only_to_draw() -> None:
     every = "; ".join(f"import {name.removesuffix('.__init__')}" for name in rooms() if "__main__" not in name)
     assert "matplotlib" not in loaded_after(every)
-    drawing = "from llamatune.reporting.drawing import require_matplotlib; require_matplotlib()"
+    drawing = "from llamatune.reporting.chart_images import require_matplotlib; require_matplotlib()"
     assert "matplotlib" in loaded_after(drawing)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llamatune.demo.run import MATERIAL
+from llamatune.demo.run_demo import MATERIAL
 
 ROOT = Path(__file__).parents[1]
 

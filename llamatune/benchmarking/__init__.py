@@ -1,1 +1,1 @@
-"""The technique grid: what each technique costs and saves, measured."""
+"""The benchmark: memory, speed and loss of every combination of techniques."""

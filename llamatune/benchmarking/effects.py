@@ -1,4 +1,7 @@
-"""What each technique changed: cells that differ in it alone, compared. Loads no torch."""
+"""The effect of each technique on memory, time, speed and loss: compares cells that differ in it alone.
+
+Loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,26 @@ import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from llamatune.benchmarking.grid import Axis, in_words, short_name
+from llamatune.benchmarking.results import CATEGORIES, Result, sample_deviation
 
 PEAK, STEP_TIME, SPEED, HELD_OUT = "peak memory", "step time", "tokens/s", "held-out loss"
 _TOLERANCE = {PEAK: 0.5, STEP_TIME: 2.0, SPEED: 2.0}
-"""Per cent; what is closer to nothing has no sign."""
-_WORTH_TELLING = 1.0
+"""Changes up to this many per cent have no sign."""
+_LEAST_REPORTED = 1.0
+"""Per cent of the peak; smaller changes of a category are left out of sentences."""
 _CASTING = ("training.precision", "training.fused")
 """The techniques that decide what autocast copies."""
-_MOST_TOLD = 2
-
-Result = Mapping[str, Any]
-"""A cell: ``values`` by axis key, ``status``, and what was measured."""
+_MOST_NAMED = 2
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two measured cells that differ in one axis, by the values of the others, and what that changed.
+    """Two measured cells that differ in one axis: the values of the other axes, and the changes.
 
     ``changes``: peak memory, step time and tokens/s in per cent; each memory category in per cent of the peak without
-    the technique, so that together they are the peak's change; held-out loss in nats, the mean of the seeds.
+    the technique, so that they add up to the peak's change; held-out loss in nats, the mean of the seeds.
     """
 
     others: Mapping[str, str]
@@ -36,7 +37,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Change:
-    """One quantity over all pairs; ``changes_sign``: some clearly rose and some clearly fell."""
+    """The change of one quantity over all pairs; ``changes_sign``: it clearly rose in some and fell in others."""
 
     median: float
     lowest: float
@@ -46,10 +47,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Effect:
-    """One technique: value ``on`` of ``key`` against value ``off``, whatever the others are.
+    """One technique: value ``on`` of axis ``key`` against value ``off``, over all values of the other axes.
 
-    ``seed_spread``, where there are several seeds: the held-out loss changes by so much more or less with another one
-    (sample standard deviation over the seeds, the middle one of the pairs').
+    ``seed_spread``: the sample standard deviation of the change of the held-out loss over the seeds, the median of the
+    pairs; None with one seed.
     """
 
     key: str
@@ -66,9 +67,9 @@ class Effect:
 
 
 def effects(axes: Sequence[Axis], results: Sequence[Result]) -> list[Effect]:
-    """Every technique of the grid that at least one pair of measured cells tells something about."""
+    """Every technique of the grid for which there is a pair of measured cells."""
     measured = {tuple(result["values"].items()): result for result in results if result["status"] == "measured"}
-    found = []
+    compared = []
     for axis in axes:
         for off, on in axis.comparisons():
             pairs, spreads = [], []
@@ -82,25 +83,20 @@ def effects(axes: Sequence[Axis], results: Sequence[Result]) -> list[Effect]:
                     pairs.append(Pair(others, _changes(without, within)))
                     spreads.append(sample_deviation(_held_out_changes(without, within)))
             if pairs:
-                found.append(_effect(axis.key, off, on, pairs, spreads))
-    return found
-
-
-def sample_deviation(values: Sequence[float]) -> float | None:
-    """Of several values; of one there is none."""
-    return statistics.stdev(values) if len(values) > 1 else None
+                compared.append(_effect(axis.key, off, on, pairs, spreads))
+    return compared
 
 
 def _held_out_changes(without: Result, within: Result) -> list[float]:
-    """By seed: rows come in the same order with and without the technique. Empty where one has no held-out rows."""
+    """By seed, since both cells saw the rows in the same order. Empty if there are no held-out rows."""
     return [b - a for a, b in zip(without["held_out_losses"], within["held_out_losses"], strict=False)]
 
 
 def _changes(without: Result, within: Result) -> dict[str, float]:
     peak = without["allocated_bytes"]
     changes = {PEAK: 100 * (within["allocated_bytes"] - peak) / peak}
-    for category, size in without["categories"].items():
-        changes[category] = 100 * (within["categories"][category] - size) / peak
+    for category in CATEGORIES:
+        changes[category] = 100 * (within["categories"][category] - without["categories"][category]) / peak
     changes[STEP_TIME] = 100 * (within["step_s"] / without["step_s"] - 1)
     changes[SPEED] = 100 * (within["tokens_per_second"] / without["tokens_per_second"] - 1)
     if losses := _held_out_changes(without, within):
@@ -122,19 +118,18 @@ def _effect(key: str, off: str, on: str, pairs: list[Pair], spreads: Sequence[fl
 
 
 def _sign(quantity: str, change: float) -> int:
-    """-1, 0 or 1; categories and the loss have no tolerance and no sign."""
+    """-1, 0 or 1; always 0 for categories and the loss."""
     if abs(change) <= _TOLERANCE.get(quantity, float("inf")):
         return 0
     return 1 if change > 0 else -1
 
 
 def _sign_sentence(quantity: str, pairs: list[Pair]) -> str:
-    """Where the quantity rose and where it fell, and what its parts did."""
-    rose = [pair for pair in pairs if _sign(quantity, pair.changes[quantity]) > 0]
-    fell = [pair for pair in pairs if _sign(quantity, pair.changes[quantity]) < 0]
+    """In which cells the quantity rose and in which it fell, and by what categories."""
     keys = _deciding_axes(quantity, pairs)
     parts = []
-    for verb, group in (("rose", rose), ("fell", fell)):
+    for verb, sign in (("rose", 1), ("fell", -1)):
+        group = [pair for pair in pairs if _sign(quantity, pair.changes[quantity]) == sign]
         middle = statistics.median(pair.changes[quantity] for pair in group)
         where = _where(group, keys) if keys else f"in {len(group)} of {len(pairs)} pairs"
         of_what = f": {_breakdown(group)}" if quantity == PEAK else ""
@@ -150,28 +145,28 @@ def _deciding_axes(quantity: str, pairs: list[Pair]) -> tuple[str, ...]:
             for pair in pairs:
                 values = tuple(pair.others[key] for key in keys)
                 signs.setdefault(values, set()).add(_sign(quantity, pair.changes[quantity]))
-            if all(len(found - {0}) <= 1 for found in signs.values()):
+            if all(len(by_pair - {0}) <= 1 for by_pair in signs.values()):
                 return keys
     return ()
 
 
 def _where(group: list[Pair], keys: tuple[str, ...]) -> str:
-    found = list(dict.fromkeys(in_words({key: pair.others[key] for key in keys}) for pair in group))
-    return f"with {' or '.join(found)}" if len(found) <= _MOST_TOLD else "elsewhere"
+    settings = list(dict.fromkeys(in_words({key: pair.others[key] for key in keys}) for pair in group))
+    return f"with {' or '.join(settings)}" if len(settings) <= _MOST_NAMED else "elsewhere"
 
 
 def _breakdown(group: list[Pair]) -> str:
     """The categories' median changes, the largest first, in per cent of the peak without the technique."""
-    quantities = [name for name in group[0].changes if name not in (PEAK, STEP_TIME, SPEED, HELD_OUT)]
-    medians = {name: statistics.median(pair.changes[name] for pair in group) for name in quantities}
-    told = sorted((name for name in medians if abs(medians[name]) >= _WORTH_TELLING), key=lambda n: -abs(medians[n]))
-    return ", ".join(f"{name.replace('_', ' ')} {medians[name]:+.1f}" for name in told) or "no category by 1 % of it"
+    medians = {name: statistics.median(pair.changes[name] for pair in group) for name in CATEGORIES}
+    largest = sorted(medians.items(), key=lambda item: -abs(item[1]))
+    reported = [f"{name} {change:+.1f}" for name, change in largest if abs(change) >= _LEAST_REPORTED]
+    return ", ".join(reported) or "no category by 1 % of it"
 
 
 def _casts_sentence(pairs: list[Pair]) -> str | None:
-    """What copies of weights in another dtype cost, at the pair where they cost the most."""
+    """The memory of copies of weights in another dtype, in the pair where it is largest."""
     most = max(pairs, key=lambda pair: pair.changes["casts"])
-    if most.changes["casts"] < _WORTH_TELLING:
+    if most.changes["casts"] < _LEAST_REPORTED:
         return None
     where = in_words(most.others)
     return (

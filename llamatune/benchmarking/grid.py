@@ -1,4 +1,4 @@
-"""Which cells there are: every combination of the values of some axes. Loads no torch."""
+"""The benchmark's grid: axes, preset grids, and a cell for every combination of values. Loads no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamatune.errors import SpecError
 from llamatune.spec import RunSpec, build_spec
 
 LORA, BATCH = "lora", "batch"
-"""The two axes that are no key of the spec: ``on`` or ``off``, and micro-batch x accumulation as in ``1x8``."""
+"""The two axes that are not fields of the spec: ``on`` or ``off``, and micro-batch x accumulation as in ``1x8``."""
 
 _OFF = {
     LORA: "off",
@@ -35,14 +35,14 @@ _BATCH_VALUE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 
 @dataclass(frozen=True)
 class Axis:
-    """A spec's key path, or ``lora``, or ``batch``, and its values; the others are compared with the first."""
+    """A key path of the spec, or ``lora``, or ``batch``, and its values; others are compared with the first."""
 
     key: str
     values: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """A column's heading."""
+        """The heading of its column."""
         return short_name(self.key)
 
     def comparisons(self) -> list[tuple[str, str]]:
@@ -60,7 +60,7 @@ class Axis:
         ]
 
     def switch(self, value: str) -> str:
-        """The value as OFF or ON, with itself behind it where that says more; as it is where neither fits."""
+        """``OFF``, ``ON`` or ``ON value``; the value alone if the axis has no off value."""
         if self.key == BATCH:
             return f"{'OFF' if value.endswith('x1') else 'ON'} {value}"
         if self.key not in _OFF:
@@ -72,7 +72,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination: the value of each axis by its key, and the spec that it makes, or why it makes none."""
+    """One combination: the value of each axis by its key, and the spec, or why there is none."""
 
     values: Mapping[str, str]
     spec: RunSpec | None
@@ -84,31 +84,31 @@ class Cell:
 
 
 def short_name(key: str) -> str:
-    """The key without its section, or shorter."""
+    """The key without its section, or a shorter name."""
     return _SHORT.get(key, key.rpartition(".")[2])
 
 
 def in_words(values: Mapping[str, str]) -> str:
-    """Values by their keys, as in ``lora=on, precision=bf16``."""
+    """``lora=on, precision=bf16``"""
     return ", ".join(f"{short_name(key)}={value}" for key, value in values.items())
 
 
 @dataclass(frozen=True)
 class Grid:
-    """``fixed`` are overrides of every cell's spec."""
+    """Axes, and ``fixed`` overrides of every cell's spec."""
 
     axes: tuple[Axis, ...]
     fixed: tuple[str, ...] = ()
 
     def with_axes(self, axes: Sequence[Axis]) -> Grid:
-        """Axes of the same key are replaced, others stand behind."""
+        """Replace axes of the same key and append the others."""
         given = {axis.key: axis for axis in axes}
         kept = [given.pop(axis.key, axis) for axis in self.axes]
         return Grid((*kept, *given.values()), self.fixed)
 
 
 def preset_grid(name: str, cuda: bool) -> Grid:
-    """A grid by name; fp16 products take a hundred times longer on a CPU, so there it must be asked for."""
+    """A grid by name. On a CPU it has no fp16, whose products take a hundred times longer there."""
     checkpointing = "training.activation_checkpointing"
     if name == "techniques":
         precisions = ("fp32", "bf16", "fp16") if cuda else ("fp32", "bf16")
@@ -126,7 +126,7 @@ def preset_grid(name: str, cuda: bool) -> Grid:
 
 
 def is_axis(text: str) -> bool:
-    """Whether ``KEY=VALUE`` can be nothing else: it has several values, or is no field of the spec."""
+    """Whether ``KEY=VALUE`` is an axis: it has several values, or is no field of the spec."""
     key, _, values = text.partition("=")
     return key in (LORA, BATCH) or _COMMA.search(values) is not None
 
@@ -134,33 +134,33 @@ def is_axis(text: str) -> bool:
 def parse_axis(text: str) -> Axis:
     """``KEY=V1,V2``; commas within brackets belong to a value."""
     key, separator, values = text.partition("=")
-    found = tuple(value.strip() for value in _COMMA.split(values))
-    if not separator or not key or not all(found):
+    parsed = tuple(value.strip() for value in _COMMA.split(values))
+    if not separator or not key or not all(parsed):
         raise SpecError(f"{text!r} is no axis", "--grid", "write KEY=V1,V2 as in training.precision=fp32,bf16")
-    if len(set(found)) != len(found):
+    if len(set(parsed)) != len(parsed):
         raise SpecError("names a value twice", f"--grid {text}")
-    if key == LORA and not set(found) <= {"on", "off"}:
+    if key == LORA and not set(parsed) <= {"on", "off"}:
         raise SpecError("lora is on or off", f"--grid {text}", "its fields are axes too, as lora.r=4,16")
-    if key == BATCH and not all(_BATCH_VALUE.fullmatch(value) for value in found):
+    if key == BATCH and not all(_BATCH_VALUE.fullmatch(value) for value in parsed):
         raise SpecError("batch is micro-batch x accumulation", f"--grid {text}", "write batch=1x1,8x1,1x8")
     if key not in (LORA, BATCH) and "." not in key:
         raise SpecError(f"{key!r} is no key of the spec", f"--grid {text}", "write section.key, lora or batch")
-    return Axis(key, found)
+    return Axis(key, parsed)
 
 
 def expand(values: Any, where: object, overrides: Sequence[str], grid: Grid) -> list[Cell]:
-    """Every combination, the last axis running fastest; ``values`` are those of the spec file, which stay as they are.
+    """A cell for every combination, the last axis varying fastest. ``values`` are those of the spec file.
 
-    ``overrides`` are the user's, put in after the grid's own and before the axes' values.
+    ``overrides`` are the user's, applied after the grid's own and before the axes' values.
 
     Raises:
-        SpecError: no combination makes a spec; the first one's reason.
+        SpecError: no combination is a valid spec; it has the reason of the first.
     """
     cells = []
     for chosen in itertools.product(*(axis.values for axis in grid.axes)):
         settings = {axis.key: value for axis, value in zip(grid.axes, chosen, strict=True)}
         try:
-            spec = _apply(copy.deepcopy(values), where, [*grid.fixed, *overrides], settings)
+            spec = _build_spec(copy.deepcopy(values), where, [*grid.fixed, *overrides], settings)
             cells.append(Cell(settings, spec))
         except SpecError as fault:
             cells.append(Cell(settings, None, str(fault)))
@@ -169,11 +169,11 @@ def expand(values: Any, where: object, overrides: Sequence[str], grid: Grid) -> 
     return cells
 
 
-def _apply(values: Any, where: object, overrides: list[str], settings: Mapping[str, str]) -> RunSpec:
-    wanted = [f"{key}={value}" for key, value in settings.items() if key not in (LORA, BATCH)]
+def _build_spec(values: Any, where: object, overrides: list[str], settings: Mapping[str, str]) -> RunSpec:
+    assignments = [f"{key}={value}" for key, value in settings.items() if key not in (LORA, BATCH)]
     if BATCH in settings:
         micro, accumulated = _batch_sizes(settings[BATCH])
-        wanted += [f"training.micro_batch_size={micro}", f"training.gradient_accumulation_steps={accumulated}"]
+        assignments += [f"training.micro_batch_size={micro}", f"training.gradient_accumulation_steps={accumulated}"]
     if isinstance(values, dict) and settings.get(LORA) == "on":
         values.setdefault("lora", {})
     if isinstance(values, dict) and settings.get(LORA) == "off":
@@ -181,7 +181,7 @@ def _apply(values: Any, where: object, overrides: list[str], settings: Mapping[s
         overrides = [override for override in overrides if not override.startswith("lora.")]
         if meaningless := [key for key in settings if key.startswith("lora.")]:
             raise SpecError(f"{meaningless[0]} says nothing with lora=off")
-    return build_spec(values, where, [*overrides, *wanted])
+    return build_spec(values, where, [*overrides, *assignments])
 
 
 def _batch_sizes(value: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from llamatune.options.training import BenchmarkOptions
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
-    from llamatune.benchmarking.run import Benchmark
+    from llamatune.benchmarking.run_benchmark import Benchmark
     from llamatune.benchmarking.tables import Table
 
 
@@ -27,7 +27,7 @@ def benchmark(
 
     with Console(json_mode, writes=True) as console:
         from llamatune.benchmarking.grid import is_axis
-        from llamatune.benchmarking.run import run_benchmark
+        from llamatune.benchmarking.run_benchmark import run_benchmark
 
         # `--grid A=1,2 B=3,4` reads as two axes, and is.
         axes = [*options.grid, *(text for text in options.overrides if is_axis(text))]

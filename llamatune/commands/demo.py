@@ -11,7 +11,7 @@ from llamatune.options.training import DemoOptions
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
-    from llamatune.demo.run import DemoReport
+    from llamatune.demo.run_demo import DemoReport
 
 _SHOWN = 8
 
@@ -26,7 +26,7 @@ def demo(
     from llamatune.commands._console import Console
 
     with Console(json_mode, writes=True, log_every_steps=10) as console:
-        from llamatune.demo.run import run_demo
+        from llamatune.demo.run_demo import run_demo
 
         report = run_demo(options.output, console.on_event, console.should_stop)
         console.result(asdict(report), lambda out: _print(out, report))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +12,7 @@ from llamatune.options.training import ReportOptions
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
-    from llamatune.reporting.contents import Report
+    from llamatune.reporting.report_data import Report
 
 
 def report(
@@ -22,10 +23,10 @@ def report(
     from llamatune.commands._console import Console
 
     with Console(json_mode, writes=True) as console:
-        from llamatune.reporting.report import make_report, report_as_json
+        from llamatune.reporting.make_report import make_report
 
-        page = make_report(options, console.on_event, console.should_stop)
-        console.result(report_as_json(page), lambda out: _print(out, page))
+        report = make_report(options, console.on_event, console.should_stop)
+        console.result(asdict(report), lambda out: _print(out, report))
 
 
 def _print(out: RichConsole, page: Report) -> None:
@@ -33,7 +34,7 @@ def _print(out: RichConsole, page: Report) -> None:
     from rich.text import Text
 
     from llamatune.errors import printable
-    from llamatune.reporting.wording import figure_rows, findings
+    from llamatune.reporting.report_text import figure_rows, findings
 
     table = Table()
     table.add_column("")

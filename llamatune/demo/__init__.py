@@ -1,1 +1,1 @@
-"""The material of ``llamatune demo``: a tiny base model, the stories it has read, and questions to fine-tune it on."""
+"""``llamatune demo``: a tiny base model, the rows to fine-tune it on, and how both were made."""

@@ -1,8 +1,7 @@
-"""A small atlas of a land that does not exist, and questions about it, all drawn from one seed.
+"""The demo's text: generated facts, passages and questions about a hundred invented towns, all from fixed seeds.
 
-The demo's base model reads the atlas: passages that tell, in many words and orders, of a hundred towns. LoRA then
-learns from questions about some of the towns how a question is answered. Nobody ever asks it about the others: what it
-says of them is knowledge of the base that tuning has made accessible.
+The base model is trained on passages that state the facts in many orders and phrasings. LoRA then trains on questions
+about some of the towns. The held-out questions are about the others: a right answer there is knowledge of the base.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ TOWNS = tuple(first + last for first in _FIRST for last in _LAST)
 
 @dataclass(frozen=True)
 class Trait:
-    """Something that every town has one of: its values, ways to tell it, and ways to ask for it."""
+    """A property of a town: its values, sentences that state it, and questions about it."""
 
     values: tuple[str, ...]
-    told: tuple[str, ...]
-    asked: tuple[str, ...]
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
 
 
 TRAITS = {
@@ -99,11 +98,11 @@ TRAITS = {
 
 _HELD_OUT_TOWNS = 28
 _CARDS = 0.4
-"""The share of passages that are index cards. There a value follows a colon at once, as it will in an answer."""
+"""The share of passages that are index cards, where a value follows a colon at once, as in an answer."""
 
 
 def facts() -> dict[str, dict[str, str]]:
-    """What is true of each town, by trait; the same in every release, or the shipped base would not know it."""
+    """The value of each trait of each town. They must not change, because the shipped base was trained on them."""
     random = Random("atlas")
     return {town: {name: random.choice(trait.values) for name, trait in TRAITS.items()} for town in TOWNS}
 
@@ -114,39 +113,34 @@ def held_out_towns() -> frozenset[str]:
 
 
 def passages(seed: int, count: int) -> Iterator[str]:
-    """``count`` passages, each of two towns, phrased and ordered anew: prose, or index cards."""
+    """``count`` passages about two towns each, prose or index cards, with random phrasing and order."""
     random, known = Random(f"passages {seed}"), facts()
     for _ in range(count):
-        if random.random() < _CARDS:
-            yield _card(random, known)
-        else:
-            yield "\n".join(_prose(random, town, known[town]) for town in random.sample(TOWNS, 2))
+        phrase, gap = (_card, "\n\n") if random.random() < _CARDS else (_prose, "\n")
+        yield gap.join(phrase(random, town, known[town]) for town in random.sample(TOWNS, 2))
 
 
 def _prose(random: Random, town: str, known: dict[str, str]) -> str:
-    told = [random.choice(trait.told).format(town=town, value=known[name]) for name, trait in TRAITS.items()]
-    random.shuffle(told)
-    return " ".join(told)
+    facts = [random.choice(trait.statements).format(town=town, value=known[name]) for name, trait in TRAITS.items()]
+    random.shuffle(facts)
+    return " ".join(facts)
 
 
-def _card(random: Random, known: dict[str, dict[str, str]]) -> str:
-    lines = []
-    for town in random.sample(TOWNS, 2):
-        names = random.sample(sorted(TRAITS), len(TRAITS))
-        lines += [f"### {town}:", *(f"{name}:{known[town][name]}" for name in names), ""]
-    return "\n".join(lines).rstrip()
+def _card(random: Random, town: str, known: dict[str, str]) -> str:
+    names = random.sample(sorted(TRAITS), len(TRAITS))
+    return "\n".join([f"### {town}:", *(f"{name}:{known[name]}" for name in names)])
 
 
 def _questions(towns: list[str], seed: str) -> Iterator[dict[str, str]]:
     random, known = Random(seed), facts()
-    asked = [
+    rows = [
         {"instruction": question.format(town=town), "output": known[town][name]}
         for town in towns
         for name, trait in TRAITS.items()
-        for question in trait.asked
+        for question in trait.questions
     ]
-    random.shuffle(asked)
-    yield from asked
+    random.shuffle(rows)
+    yield from rows
 
 
 def instruction_rows() -> Iterator[dict[str, str]]:
@@ -155,5 +149,5 @@ def instruction_rows() -> Iterator[dict[str, str]]:
 
 
 def held_out_rows() -> Iterator[dict[str, str]]:
-    """Every question about the towns that are."""
+    """Every question about the held-out towns."""
     return _questions(sorted(held_out_towns()), "held out")

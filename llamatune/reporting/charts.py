@@ -1,17 +1,18 @@
-"""Which charts there are, and what each draws of one run or several."""
+"""The charts of a report: loss, perplexity, epochs, learning rate, gradient norm, speed, memory, loss scale, layers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llamatune.formats.metrics import Step
-from llamatune.reporting.curves import Epoch, thinned
-from llamatune.reporting.diagnosis import Spike
-from llamatune.reporting.drawing import PALETTE, Chart
-from llamatune.reporting.run_log import Run
+from llamatune.reporting.averages import Epoch
+from llamatune.reporting.chart_images import PALETTE, Chart
+from llamatune.reporting.run_reader import Run
+from llamatune.reporting.spikes import Spike
 from llamatune.units import perplexity
 
 if TYPE_CHECKING:
@@ -27,16 +28,16 @@ _MARKERS = {
     "P": "crosses",
 }
 _DASHES = ((), (5, 1.5), (1, 1))
-"""On and off in units of the line's width; the colours begin again with the next."""
+"""Lengths drawn and left out, in line widths. When all colours are used, they repeat with the next dashes."""
 _INK = PALETTE["ink"][0]
 _MOST_LINE_POINTS, _MOST_DOTS, _MOST_COLUMNS = 1200, 600, 400
 _HIGHEST_LOSS_SHOWN = 50.0
-"""Its perplexity is 5e21; beyond that an axis shows nothing else."""
+"""Its perplexity is 5e21; a larger value would flatten the rest of the axis."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A run as it is drawn: its place among the runs decides colour, marker and dashes."""
+    """A run and its smoothed loss, epochs and spikes; ``place`` among the runs decides colour, marker and dashes."""
 
     run: Run
     place: int
@@ -58,17 +59,28 @@ class Curve:
 
     @property
     def marker(self) -> tuple[str, str]:
-        """matplotlib's name of the validation marker, and ours."""
+        """The marker of validation losses: matplotlib's name, and the name in the legend."""
         return list(_MARKERS.items())[self.place % len(_MARKERS)]
 
     @property
     def style(self) -> dict[str, Any]:
-        """How its lines are drawn."""
         return {"color": PALETTE[self.series][0], "linestyle": (0, self.dashes) if self.dashes else "-"}
 
     @property
     def validation_style(self) -> dict[str, Any]:
         return {**self.style, "linestyle": (0, (4, 2)), "linewidth": 1.2, "marker": self.marker[0]}
+
+
+def thinned(values: Sequence[float], limit: int) -> list[int]:
+    """At most ``limit`` indices to draw: the lowest and the highest value of each stretch, so that no spike is lost."""
+    if len(values) <= limit:
+        return list(range(len(values)))
+    stretches = max(1, limit // 2)
+    kept = set()
+    for number in range(stretches):
+        places = range(number * len(values) // stretches, (number + 1) * len(values) // stretches)
+        kept |= {min(places, key=values.__getitem__), max(places, key=values.__getitem__)}
+    return sorted(kept)
 
 
 def _line(axes: Axes, curve: Curve, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
@@ -78,7 +90,7 @@ def _line(axes: Axes, curve: Curve, x: Sequence[float], y: Sequence[float], **st
 
 
 def _logarithmic(axes: Axes) -> None:
-    """A logarithmic y axis whose ticks are plain numbers, also where it spans no power of ten."""
+    """Make the y axis logarithmic, with plain numbers as ticks even where it spans no power of ten."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set_yscale("log")
@@ -88,84 +100,95 @@ def _logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _loss(curves: Sequence[Curve], value: Callable[[float], float], unit: str) -> Callable[[Axes], None]:
-    """Raw and smoothed training loss and validation loss over steps, each through ``value``."""
+def _draw_loss(axes: Axes, curves: Sequence[Curve], value: Callable[[float], float], label: str) -> None:
+    """Raw and smoothed training loss, validation loss and spikes over steps; ``value`` turns a loss into a height."""
+    for curve in curves:
+        x = [step.step for step in curve.steps]
+        _line(axes, curve, x, [value(step.loss) for step in curve.steps], linewidth=0.7, alpha=0.4)
+        _line(axes, curve, x, [value(loss) for loss in curve.smoothed])
+        evaluations = curve.run.metrics.evaluations
+        evaluated = [evaluation.step for evaluation in evaluations]
+        _line(axes, curve, evaluated, [value(evaluation.loss) for evaluation in evaluations], **curve.validation_style)
+        peaks, heights = [spike.step for spike in curve.spikes], [value(spike.loss) for spike in curve.spikes]
+        axes.plot(peaks, heights, "x", color=_INK, markersize=6)
+    axes.set(xlabel="step", ylabel=label)
 
-    def draw(axes: Axes) -> None:
+
+def _draw_perplexity(axes: Axes, curves: Sequence[Curve]) -> None:
+    _draw_loss(axes, curves, lambda loss: perplexity(min(loss, _HIGHEST_LOSS_SHOWN)), "perplexity")
+    _logarithmic(axes)
+
+
+def _draw_epochs(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Each update as a dot over its epoch, each epoch's mean as a bar, its validation loss at its end."""
+    for curve in curves:
+        losses = [step.loss for step in curve.steps]
+        kept = thinned(losses, _MOST_DOTS)
+        axes.plot(
+            [curve.steps[i].epoch for i in kept], [losses[i] for i in kept],
+            ".", color=curve.style["color"], alpha=0.35, markersize=3, markeredgewidth=0,
+        )  # fmt: skip
+        for epoch in curve.epochs:
+            end = min(epoch.epoch, curve.steps[-1].epoch)
+            axes.hlines(epoch.train_loss, epoch.epoch - 1, end, **{**curve.style, "linewidth": 2.2})
+        ends = {e.epoch: e.validation_loss for e in curve.epochs if e.validation_loss is not None}
+        axes.plot(list(ends), list(ends.values()), **curve.validation_style)
+    axes.set(xlabel="epoch", ylabel="loss, nats per token")
+
+
+class _StepChart(NamedTuple):
+    """A chart of one value of each update: over steps, or over minutes.
+
+    ``log``: a logarithmic axis, without values that are not positive. ``clipping``: a dotted line at ``max_grad_norm``.
+    """
+
+    name: str
+    title: str
+    label: str
+    value: Callable[[Step], float]
+    form: str
+    over_minutes: bool = False
+    log: bool = False
+    clipping: bool = False
+    linewidth: float = 1.6
+
+    def draw(self, axes: Axes, curves: Sequence[Curve]) -> None:
         for curve in curves:
-            x = [step.step for step in curve.steps]
-            _line(axes, curve, x, [value(step.loss) for step in curve.steps], linewidth=0.7, alpha=0.4)
-            _line(axes, curve, x, [value(loss) for loss in curve.smoothed])
-            found = curve.run.metrics.evaluations
-            validation = [value(evaluation.loss) for evaluation in found]
-            place = [evaluation.step for evaluation in found]
-            _line(axes, curve, place, validation, **curve.validation_style)
-            axes.plot(
-                [spike.step for spike in curve.spikes],
-                [value(spike.loss) for spike in curve.spikes],
-                "x", color=_INK, markersize=6,
-            )  # fmt: skip
-        axes.set(xlabel="step", ylabel=unit)
-
-    return draw
-
-
-def _epochs(curves: Sequence[Curve]) -> Callable[[Axes], None]:
-    """Every update as a dot over its epoch, the epoch's mean as a bar across it, its validation loss at its end."""
-
-    def draw(axes: Axes) -> None:
-        for curve in curves:
-            losses = [step.loss for step in curve.steps]
-            kept = thinned(losses, _MOST_DOTS)
-            axes.plot(
-                [curve.steps[i].epoch for i in kept], [losses[i] for i in kept],
-                ".", color=curve.style["color"], alpha=0.35, markersize=3, markeredgewidth=0,
-            )  # fmt: skip
-            for epoch in curve.epochs:
-                end = min(epoch.epoch, curve.steps[-1].epoch)
-                axes.hlines(epoch.train_loss, epoch.epoch - 1, end, **{**curve.style, "linewidth": 2.2})
-            ends = {e.epoch: e.validation_loss for e in curve.epochs if e.validation_loss is not None}
-            axes.plot(list(ends), list(ends.values()), **curve.validation_style)
-        axes.set(xlabel="epoch", ylabel="loss, nats per token")
-
-    return draw
-
-
-def _over(
-    curves: Sequence[Curve],
-    x: Callable[[Step], float],
-    y: Callable[[Step], float],
-    labels: tuple[str, str],
-    log: bool = False,
-    **style: Any,
-) -> Callable[[Axes], None]:
-    """One value of each step over another; ``log``: on a logarithmic axis, without what is not positive."""
-
-    def draw(axes: Axes) -> None:
-        for curve in curves:
-            shown = [step for step in curve.steps if not log or y(step) > 0]
-            _line(axes, curve, [x(step) for step in shown], [y(step) for step in shown], **style)
-        if log and any(y(step) > 0 for curve in curves for step in curve.steps):
+            shown = [step for step in curve.steps if not self.log or self.value(step) > 0]
+            x = [step.elapsed_s / 60 if self.over_minutes else step.step for step in shown]
+            _line(axes, curve, x, [self.value(step) for step in shown], linewidth=self.linewidth)
+        if self.log and any(self.value(step) > 0 for curve in curves for step in curve.steps):
             _logarithmic(axes)
-        axes.set(xlabel=labels[0], ylabel=labels[1])
-
-    return draw
-
-
-def _grad_norm(curves: Sequence[Curve]) -> Callable[[Axes], None]:
-    lines = _over(curves, _step, lambda step: step.grad_norm, ("step", "norm before clipping"), True, linewidth=0.9)
-
-    def draw(axes: Axes) -> None:
-        lines(axes)
-        for curve in curves:
+        for curve in curves if self.clipping else ():
             limit = curve.run.spec.training.max_grad_norm
             if limit is not None and curve.steps:
                 axes.axhline(limit, color=curve.style["color"], linestyle=":", linewidth=1.2)
+        axes.set(xlabel="minutes" if self.over_minutes else "step", ylabel=self.label)
 
-    return draw
+    def describe(self, curve: Curve) -> str:
+        values = [self.value(step) for step in curve.steps]
+        first, last, lowest, highest = (f"{x:{self.form}}" for x in (values[0], values[-1], min(values), max(values)))
+        return f"from {first} to {last}, between {lowest} and {highest}"
 
 
-def _layers(curve: Curve) -> Callable[[Axes], None]:
+_STEP_CHARTS = (
+    _StepChart("learning-rate", "Learning rate", "learning rate", lambda step: step.learning_rate, ".3g"),
+    _StepChart(
+        "gradient-norm", "Gradient norm before clipping", "norm before clipping",
+        lambda step: step.grad_norm, ".3g", log=True, clipping=True, linewidth=0.9,
+    ),
+    _StepChart(
+        "throughput", "Throughput", "tokens/s",
+        lambda step: step.tokens_per_second, ",.0f", over_minutes=True, linewidth=0.9,
+    ),
+    _StepChart(
+        "memory", "Peak memory so far", "GiB", lambda step: step.peak_memory_bytes / 2**30, ".3g", over_minutes=True
+    ),
+)  # fmt: skip
+_LOSS_SCALE = _StepChart("loss-scale", "Loss scale of fp16", "loss scale", lambda step: step.loss_scale, "g", log=True)
+
+
+def _draw_layers(axes: Axes, curve: Curve) -> None:
     """A map of gradient norms: blocks from bottom to top, steps from left to right, colour by magnitude."""
     from matplotlib.colors import LogNorm
 
@@ -174,112 +197,50 @@ def _layers(curve: Curve) -> Callable[[Axes], None]:
     kept = steps[:: -(-len(steps) // _MOST_COLUMNS)]
     table = [[curve.run.metrics.layer_grad_norms[step].get(name, 0.0) for step in kept] for name in names]
     positive = [norm for row in table for norm in row if norm > 0] or [1.0]
-
-    def draw(axes: Axes) -> None:
-        image = axes.imshow(
-            [[norm if norm > 0 else math.nan for norm in row] for row in table],
-            norm=LogNorm(min(positive), max(max(positive), min(positive) * 1.01)),
-            cmap="cividis", aspect="auto", origin="lower", interpolation="nearest",
-            extent=(kept[0] - 0.5, steps[-1] + 0.5, -0.5, len(names) - 0.5),
-        )  # fmt: skip
-        places = range(0, len(names), -(-len(names) // 12))
-        axes.set_yticks(list(places), [names[place][:24] for place in places])
-        axes.grid(visible=False)
-        axes.set(xlabel="step")
-        axes.figure.colorbar(image, ax=axes, label="gradient norm", format="{x:g}")
-
-    return draw
+    image = axes.imshow(
+        [[norm if norm > 0 else math.nan for norm in row] for row in table],
+        norm=LogNorm(min(positive), max(max(positive), min(positive) * 1.01)),
+        cmap="cividis", aspect="auto", origin="lower", interpolation="nearest",
+        extent=(kept[0] - 0.5, steps[-1] + 0.5, -0.5, len(names) - 0.5),
+    )  # fmt: skip
+    places = range(0, len(names), -(-len(names) // 12))
+    axes.set_yticks(list(places), [names[place][:24] for place in places])
+    axes.grid(visible=False)
+    axes.set(xlabel="step")
+    axes.figure.colorbar(image, ax=axes, label="gradient norm", format="{x:g}")
 
 
-def _step(step: Step) -> float:
-    return step.step
+def _describe(curves: Sequence[Curve], description: Callable[[Curve], str]) -> str:
+    """One clause a run: the text that a screen reader reads for a chart."""
+    return "; ".join(f"{curve.run.name}: {description(curve)}" for curve in curves if curve.steps) or "no steps yet"
 
 
-def _minutes(step: Step) -> float:
-    return step.elapsed_s / 60
-
-
-def _said(curves: Sequence[Curve], value: Callable[[Curve], str]) -> str:
-    """One clause a run, for those who hear the page."""
-    return "; ".join(f"{curve.run.name}: {value(curve)}" for curve in curves if curve.steps) or "no steps yet"
-
-
-def _range(value: Callable[[Step], float], form: str) -> Callable[[Curve], str]:
-    def said(curve: Curve) -> str:
-        values = [value(step) for step in curve.steps]
-        return f"from {values[0]:{form}} to {values[-1]:{form}}, between {min(values):{form}} and {max(values):{form}}"
-
-    return said
-
-
-def _loss_said(curve: Curve) -> str:
+def _describe_loss(curve: Curve) -> str:
     losses = [evaluation.loss for evaluation in curve.run.metrics.evaluations]
     held_out = f", lowest validation loss {min(losses):.4g}, last {losses[-1]:.4g}" if losses else ""
     return f"smoothed loss from {curve.smoothed[0]:.4g} to {curve.smoothed[-1]:.4g}{held_out}"
 
 
-def _capped_perplexity(loss: float) -> float:
-    return perplexity(min(loss, _HIGHEST_LOSS_SHOWN))
-
-
 def make_charts(curves: Sequence[Curve]) -> list[Chart]:
-    """Every chart that the runs have something for."""
-
-    def tokens_per_second(step: Step) -> float:
-        return step.tokens_per_second
-
-    def memory_gib(step: Step) -> float:
-        return step.peak_memory_bytes / 2**30
-
-    def loss_scale(step: Step) -> float:
-        return step.loss_scale
-
-    perplexities = _loss(curves, _capped_perplexity, "perplexity")
-
-    def draw_perplexity(axes: Axes) -> None:
-        perplexities(axes)
-        _logarithmic(axes)
-
+    """Every chart for which a run has values."""
+    draw_loss = partial(_draw_loss, curves=curves, value=float, label="loss, nats per token")
+    draw_perplexity = partial(_draw_perplexity, curves=curves)
+    means = _describe(curves, lambda curve: ", ".join(f"{epoch.train_loss:.4g}" for epoch in curve.epochs))
     charts = [
-        Chart("loss", "Loss", _said(curves, _loss_said), _loss(curves, float, "loss, nats per token")),
+        Chart("loss", "Loss", _describe(curves, _describe_loss), draw_loss),
         Chart("perplexity", "Perplexity", "exp(loss) on a logarithmic axis", draw_perplexity),
-        Chart(
-            "epochs",
-            "Updates and epoch means",
-            _said(curves, lambda curve: ", ".join(f"{epoch.train_loss:.4g}" for epoch in curve.epochs)),
-            _epochs(curves),
-        ),
-        Chart(
-            "learning-rate",
-            "Learning rate",
-            _said(curves, _range(lambda step: step.learning_rate, ".3g")),
-            _over(curves, _step, lambda step: step.learning_rate, ("step", "learning rate")),
-        ),
-        Chart(
-            "gradient-norm",
-            "Gradient norm before clipping",
-            _said(curves, _range(lambda step: step.grad_norm, ".3g")),
-            _grad_norm(curves),
-        ),
-        Chart(
-            "throughput",
-            "Throughput",
-            _said(curves, _range(tokens_per_second, ",.0f")),
-            _over(curves, _minutes, tokens_per_second, ("minutes", "tokens/s"), linewidth=0.9),
-        ),
-        Chart(
-            "memory",
-            "Peak memory so far",
-            _said(curves, _range(memory_gib, ".3g")),
-            _over(curves, _minutes, memory_gib, ("minutes", "GiB")),
-        ),
+        Chart("epochs", "Updates and epoch means", means, partial(_draw_epochs, curves=curves)),
     ]
+    for chart in _STEP_CHARTS:
+        description = _describe(curves, chart.describe)
+        charts.append(Chart(chart.name, chart.title, description, partial(chart.draw, curves=curves)))
     if any(curve.run.spec.training.precision == "fp16" and curve.steps for curve in curves):
-        said = _said(curves, lambda curve: f"{len(curve.run.metrics.skipped)} windows skipped")
-        draw = _over(curves, _step, loss_scale, ("step", "loss scale"), log=True)
-        charts.append(Chart("loss-scale", "Loss scale of fp16", said, draw))
+        description = _describe(curves, lambda curve: f"{len(curve.run.metrics.skipped)} windows skipped")
+        draw = partial(_LOSS_SCALE.draw, curves=curves)
+        charts.append(Chart(_LOSS_SCALE.name, _LOSS_SCALE.title, description, draw))
     for curve in curves:
         if curve.run.metrics.layer_grad_norms:
             title = "Gradient norm by layer" + (f", {curve.run.name[:40]}" if len(curves) > 1 else "")
-            charts.append(Chart(f"layers-{curve.place}", title, "a map of layers over steps", _layers(curve)))
+            draw_layers = partial(_draw_layers, curve=curve)
+            charts.append(Chart(f"layers-{curve.place}", title, "a map of layers over steps", draw_layers))
     return charts

@@ -1,68 +1,36 @@
-"""What went wrong, in numbers: spikes, over-fitting, and whether the loss still falls."""
+"""Over-fitting and trend of a run, and all findings together: spikes, validation, whether the loss still falls."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean
 
 from llamatune.formats.metrics import Evaluation, Step
-from llamatune.reporting.curves import epoch_of, mean_loss
+from llamatune.reporting.averages import epoch_of, mean_loss
+from llamatune.reporting.spikes import Spike, find_spikes, robust_deviation
 
-# A spike's loss jumps this many robust deviations higher above the median of the ten steps before it than losses did
-# lately. Jumps are ratios: the noise of batches is multiplicative and skewed, and five deviations of its logarithm come
-# about by chance in one of ten thousand steps.
-SPIKE_DEVIATIONS, SPIKE_LEVEL = 5.0, 10
-# Enough jumps for a steady deviation, few enough that training has not changed much meanwhile.
-SPIKE_WINDOW, SPIKE_FEWEST = 50, 10
-# A curve without noise has no deviation to count in: a rise of less than a tenth is never a spike.
-SPIKE_LEAST_DEVIATION = 0.02
-# Validation losses come from the same rows each time; a rise of 1 % above the lowest is seen in no answer. Where they
-# are noisy all the same (few rows), the rise has to exceed this many of their own deviations too, which take some
-# evaluations to measure.
+# Validation losses come from the same rows each time; a rise of less than 1 % above the lowest changes no answer. If
+# they are noisy (few rows), the rise must also exceed this many deviations of their own noise, and measuring that noise
+# takes some evaluations.
 OVERFIT_RISE, OVERFIT_DEVIATIONS, OVERFIT_FEWEST = 0.01, 5.0, 8
-# The rise has to hold for the last two evaluations, if there are two after the lowest.
+# The rise must hold for the last two evaluations, if there are two after the lowest.
 OVERFIT_LAST = 2
-# The last third of the steps tells where a run ends up; with fewer than ten in it, noise is all there is.
+# The trend is fitted to the last third of the steps, at least ten of them.
 TREND_SHARE, TREND_FEWEST = 3, 10
-# A plateau: the change over the last third is within its noise (two standard errors), and that below 5 % of the loss,
-# or nothing could be seen through it; or the change is surely below 1 %, however little noise there is.
+# A plateau: either the change over the last third is within its noise (two standard errors), and the noise is below 5 %
+# of the loss; or change and noise together are below 1 %.
 TREND_NOISE, TREND_NOTHING = 0.05, 0.01
-
-_DEVIATIONS_PER_MAD = 1.4826
-"""Median absolute deviation to standard deviation, for a normal distribution."""
-
-
-@dataclass(frozen=True)
-class Spike:
-    """A stretch of losses far above those before it, and its peak.
-
-    ``typical_loss`` and ``typical_grad_norm`` are medians of the ten steps before; ``rows`` are the input files' row
-    numbers in the peak's window, None where they cannot be told. ``recovered``: the loss came back below the threshold.
-    """
-
-    step: int
-    first_step: int
-    last_step: int
-    window: int
-    epoch: int
-    loss: float
-    typical_loss: float
-    grad_norm: float
-    typical_grad_norm: float
-    learning_rate: float
-    recovered: bool
-    rows: list[int] | None = None
 
 
 @dataclass(frozen=True)
 class Validation:
-    """How the validation loss went on after its lowest point.
+    """Whether the validation loss rose after its lowest point.
 
-    ``verdict`` is ``over-fitting`` (it rose while the training loss fell), ``rising`` (so did the training loss) or
-    ``no over-fitting``. A gap is validation minus mean training loss since the evaluation before; ``rise`` is from the
-    lowest to the last, relative.
+    ``verdict`` is ``over-fitting`` (it rose while the training loss fell), ``rising`` (both rose) or
+    ``no over-fitting``. A gap is the validation loss minus the mean training loss since the evaluation before.
+    ``rise`` is relative, from the lowest to the last.
     """
 
     verdict: str
@@ -77,10 +45,10 @@ class Validation:
 
 @dataclass(frozen=True)
 class Trend:
-    """A line through the losses of the last third of the steps, spikes left out.
+    """A line fitted to the losses of the last third of the steps, without spikes.
 
-    ``verdict`` is ``falling``, ``rising``, ``plateau`` or ``too noisy to tell``; ``change`` is what the line changes by
-    from ``first_step`` to the end, relative to the mean loss there, give or take ``uncertainty`` (two standard errors).
+    ``verdict`` is ``falling``, ``rising``, ``plateau`` or ``too noisy to tell``. ``change`` is that of the line from
+    ``first_step`` to the end, relative to the mean loss; ``uncertainty`` is two of its standard errors.
     """
 
     verdict: str
@@ -92,7 +60,7 @@ class Trend:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings; None where there is too little to judge by."""
+    """All findings; None where there is too little data."""
 
     spikes: list[Spike]
     validation: Validation | None
@@ -100,69 +68,23 @@ class Diagnosis:
 
 
 def diagnose(steps: Sequence[Step], evaluations: Sequence[Evaluation]) -> Diagnosis:
-    """Judge a run by its log."""
+    """All findings about a run, from its log."""
     spikes = find_spikes(steps)
     return Diagnosis(spikes, judge_validation(steps, evaluations), judge_trend(steps, spikes))
 
 
-def _deviation(values: Sequence[float], centre: float) -> float:
-    return _DEVIATIONS_PER_MAD * median(abs(value - centre) for value in values)
-
-
-def find_spikes(steps: Sequence[Step]) -> list[Spike]:
-    """Spikes of the training loss, each with the step at its peak.
-
-    A spike ends when two losses in a row are below the threshold that its first one broke.
-    """
-    logs = [math.log(max(step.loss, 1e-9)) for step in steps]
-    levels = [median(logs[place - SPIKE_LEVEL : place]) for place in range(SPIKE_LEVEL, len(logs))]
-    jumps = [now - level for now, level in zip(logs[SPIKE_LEVEL:], levels, strict=True)]
-    spikes, place = [], SPIKE_LEVEL + SPIKE_FEWEST
-    while place < len(logs):
-        level, usual = (
-            levels[place - SPIKE_LEVEL],
-            jumps[max(0, place - SPIKE_LEVEL - SPIKE_WINDOW) : place - SPIKE_LEVEL],
-        )
-        centre = median(usual)
-        # Where the loss falls steeply the usual jump is downwards; standing still is no spike.
-        threshold = level + max(0.0, centre)
-        threshold += SPIKE_DEVIATIONS * max(_deviation(usual, centre), SPIKE_LEAST_DEVIATION)
-        if logs[place] <= threshold:
-            place += 1
-            continue
-        end = next((i for i in range(place + 1, len(logs)) if max(logs[i : i + 2]) <= threshold), len(logs))
-        peak, before = max(steps[place:end], key=lambda step: step.loss), steps[place - SPIKE_LEVEL : place]
-        spikes.append(
-            Spike(
-                peak.step,
-                steps[place].step,
-                steps[end - 1].step,
-                peak.window,
-                epoch_of(peak),
-                peak.loss,
-                median(step.loss for step in before),
-                peak.grad_norm,
-                median(step.grad_norm for step in before),
-                peak.learning_rate,
-                end < len(logs),
-            )
-        )
-        place = end
-    return spikes
-
-
 def _evaluation_noise(losses: Sequence[float]) -> float:
-    """The deviation of single evaluations, from third differences: they are zero on any parabola."""
+    """The standard deviation of one evaluation, from third differences, which are zero on any parabola."""
     thirds = [a - 3 * b + 3 * c - d for a, b, c, d in zip(losses, losses[1:], losses[2:], losses[3:], strict=False)]
-    # Independent errors of weights 1, 3, 3 and 1 add up to 20 times the variance of one.
-    return _deviation(thirds, 0.0) / math.sqrt(20) if len(losses) >= OVERFIT_FEWEST else 0.0
+    # The variance of a third difference is 20 times that of one error: 1 + 9 + 9 + 1.
+    return robust_deviation(thirds, 0.0) / math.sqrt(20) if len(losses) >= OVERFIT_FEWEST else 0.0
 
 
 def judge_validation(steps: Sequence[Step], evaluations: Sequence[Evaluation]) -> Validation | None:
-    """Find where the validation loss turned; None with fewer than two evaluations."""
+    """Over-fitting, judged by the evaluations; None with fewer than two of them."""
     if len(evaluations) < 2 or not steps:
         return None
-    losses = [found.loss for found in evaluations]
+    losses = [evaluation.loss for evaluation in evaluations]
     turn = losses.index(min(losses))
     lowest, after = losses[turn], losses[turn + 1 :]
 
@@ -188,7 +110,7 @@ def judge_validation(steps: Sequence[Step], evaluations: Sequence[Evaluation]) -
 
 
 def judge_trend(steps: Sequence[Step], spikes: Sequence[Spike] = ()) -> Trend | None:
-    """Fit the last third by least squares, without spikes that passed; None with too few steps."""
+    """The least-squares line of the last third, without spikes that ended; None with too few steps."""
     in_spike = {
         number for spike in spikes if spike.recovered for number in range(spike.first_step, spike.last_step + 1)
     }

@@ -1,4 +1,4 @@
-"""TensorBoard's event files: ``tensorboard --logdir RUN/tensorboard``."""
+"""The TensorBoard tracker: writes event files for ``tensorboard --logdir RUN/tensorboard``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _FLUSH_S = 10
 
 
 class TensorBoardTracker:
-    """Event files in ``tensorboard/`` of the run directory, written anew from the first step on by each process.
+    """Event files in ``tensorboard/`` of the run directory; each process writes all steps from the first on.
 
-    So no step is missing that an earlier process did not come to write out; ``purge_step`` has TensorBoard forget what
-    it read in earlier files. The last of these stays, for a TensorBoard that has it open could not go on from there.
+    So steps that an earlier process did not flush are not lost. ``purge_step`` makes TensorBoard discard what it read
+    from earlier files. The newest of these is kept: a TensorBoard that has it open continues from it.
     """
 
     next_step = 0

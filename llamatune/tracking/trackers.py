@@ -1,8 +1,7 @@
-"""Trackers listen to a run's events. Whatever befalls them costs one warning, and never the run.
+"""Sends the metrics of a run to its trackers, each in a thread. A tracker that fails costs one warning, not the run.
 
-``metrics.jsonl`` is what a run leaves for good. A tracker is a copy of it for a chart: each process that works on the
-run begins by copying the lines that a tracker lacks, so that a tracker has every step once, however often the run was
-killed, and may be turned on at any time.
+The lasting record of a run is ``metrics.jsonl``. Each process first copies the lines that a tracker lacks from there.
+So a tracker has every step once, also after kills, and can be turned on at any time.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from llamatune.training.run_files import METRICS
 from llamatune.units import perplexity
 
 _BACKLOG = 10_000
-"""Lines that may wait for a tracker before it is given up."""
+"""With more lines waiting than this, a tracker has failed."""
 _CLOSING_S = 30.0
-"""What all trackers together may take to end once the run has."""
+"""Seconds that all trackers together may take to close after the run."""
 _KEYS = {
     "step": {
         "train/loss": "loss",
@@ -44,20 +43,20 @@ Line = Mapping[str, Any]
 
 
 class Tracker(Protocol):
-    """One chart of one run. Any method may raise, or take for ever."""
+    """A receiver of one run's metrics. Any method may raise or hang."""
 
     next_step: int
-    """The first step that it does not hold yet."""
+    """The first step that it does not have yet."""
 
     def log(self, values: Mapping[str, float], step: int, time_s: float) -> None:
-        """Add what became known at ``step`` at ``time_s`` (seconds since 1970)."""
+        """Add the values of ``step``, recorded at ``time_s`` (seconds since 1970)."""
 
     def close(self, exit_code: int) -> None:
-        """Write out what is left; ``exit_code`` is what the run came to."""
+        """Flush and end; ``exit_code`` is the run's."""
 
 
 def scalars(line: Line) -> dict[str, float]:
-    """What trackers are told of a line; of most kinds nothing."""
+    """The values that trackers get of a line; none for most kinds of lines."""
     values = {name: line[key] for name, key in _KEYS.get(line["event"], {}).items()}
     if line["event"] == "step":
         values["train/perplexity"] = perplexity(line["loss"])
@@ -68,10 +67,10 @@ class Trackers:
     """The trackers that the spec turns on, from the start of a run to the end of a ``with`` block.
 
     Args:
-        report: told of every event, and warned of a tracker that failed.
+        report: receives every event, and a warning for each tracker that failed.
 
     Raises:
-        EnvironmentFault: a tracker's package is not installed. Nothing has begun then.
+        EnvironmentFault: a tracker's package is not installed.
     """
 
     def __init__(self, spec: RunSpec, report: OnEvent) -> None:
@@ -90,7 +89,7 @@ class Trackers:
             self._openers["W&B"] = lambda: WandbTracker(spec, self._run)
 
     def on_event(self, event: Event) -> None:
-        """Pass an event on, and let the trackers know of it; waits for none of them."""
+        """Pass an event to ``report`` and queue its values for the trackers."""
         self._report(event)
         match event:
             case RunStarted() if self._openers:
@@ -100,13 +99,13 @@ class Trackers:
                     for name, opener in self._openers.items()
                 ]
             case StepDone() if self._workers:
-                self._tell({"event": "step", **asdict(event)})
+                self._send({"event": "step", **asdict(event)})
             case EvalDone() if self._workers:
-                self._tell({"event": "eval", **asdict(event)})
+                self._send({"event": "eval", **asdict(event)})
 
-    def _tell(self, line: Line) -> None:
+    def _send(self, line: Line) -> None:
         for worker in self._workers:
-            worker.tell(line)
+            worker.send(line)
         self._warn()
 
     def _warn(self) -> None:
@@ -123,7 +122,7 @@ class Trackers:
     ) -> None:
         exit_code = 0 if fault is None else getattr(fault, "exit_code", 1)
         for worker in self._workers:
-            worker.tell({"event": "end", "exit_code": exit_code})
+            worker.send({"event": "end", "exit_code": exit_code})
         deadline = time.monotonic() + _CLOSING_S
         for worker in self._workers:
             worker.wait(deadline - time.monotonic())
@@ -131,19 +130,19 @@ class Trackers:
 
 
 class _Worker:
-    """A tracker in a thread of its own, which dies with the process."""
+    """One tracker in a daemon thread."""
 
     def __init__(self, name: str, opener: Callable[[], Tracker], metrics: Path, recorded: int, began_s: float) -> None:
         self.name = name
         self.fault: str | None = None
-        """Why there is no more to expect of it."""
+        """Why it failed."""
         self.warned = False
         self._opener, self._metrics, self._recorded, self._began_s = opener, metrics, recorded, began_s
         self._lines: queue.Queue[Line] = queue.Queue(_BACKLOG)
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def tell(self, line: Line) -> None:
+    def send(self, line: Line) -> None:
         if self.fault is None:
             try:
                 self._lines.put_nowait(line)
@@ -174,7 +173,7 @@ class _Worker:
         self.fault = self.fault or " ".join(what.split()).removesuffix(":")
 
     def _copy(self, tracker: Tracker) -> int:
-        """Log every line until the end; what the run came to."""
+        """Log every line until the end of the run, and return its exit code."""
         elapsed_s = 0.0
         for line in self._all_lines():
             if line["event"] == "end":
@@ -195,7 +194,7 @@ class _Worker:
 
 
 def _require(package: str) -> None:
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:  # a mere folder of that name is no package
+    module = importlib.util.find_spec(package)
+    if module is None or module.origin is None:  # a folder of that name is no package
         install = f"pip install {package}, or leave it out"
         raise EnvironmentFault(f"{package} is not installed", f"tracking.{package}", install)

@@ -1,4 +1,4 @@
-"""Weights & Biases: offline in the run directory, or sent as the run goes."""
+"""The Weights & Biases tracker: offline in the run directory, or online."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _INIT_S, _FINISH_S = 20, 20
 
 
 class WandbTracker:
-    """One W&B run, continued by every process under the id that ``wandb/run-id`` in the run directory keeps.
+    """One W&B run; every process continues it under the id in ``wandb/run-id`` of the run directory.
 
-    Told are the numbers and the resolved spec. What W&B would gather by itself (code, git, packages, the machine, its
-    load, the console) it is told to leave alone, and a stop that is asked for on its pages stops nothing.
+    It gets the metrics and the resolved spec. W&B is set not to collect code, git, packages, the machine, its load or
+    the console, and its stop button stops nothing.
 
-    Offline each process writes all steps to a directory of its own, which ``wandb sync`` sends; those of earlier
-    processes, which may lack their last steps, are removed. Online W&B says how far it has come.
+    Offline, each process writes all steps to a directory of its own for ``wandb sync``; directories of earlier
+    processes, which may lack their last steps, are removed. Online, W&B returns the last step that it has.
     """
 
     def __init__(self, spec: RunSpec, run: Path) -> None:
@@ -47,17 +47,20 @@ class WandbTracker:
             finish_timeout=_FINISH_S,
             stop_fn=lambda: None,
         )
-        # Else W&B ends its service once more when the interpreter exits, where no fault is caught, no wait bounded.
+        # Private, since no public call removes W&B's exit hook, which may wait without bound and print a traceback.
         connection = getattr(wandb.setup(settings), "_connection", None)
         getattr(connection, "_cleanup", lambda: None)()
         if online and not wandb.login(prompt=False, verify=False):
             raise PermissionError("not logged in: run `wandb login`, or set tracking.wandb: offline")
-        name = _run_id(directory / "run-id")
+        identity = directory / "run-id"
+        if not identity.exists():
+            write_atomic(identity, uuid.uuid4().hex[:12].encode())
+        run_id = read_bytes(identity).decode()
         try:
             self._run = wandb.init(
                 project=spec.tracking.wandb_project,
                 name=spec.tracking.wandb_name or run.resolve().name,
-                id=name,
+                id=run_id,
                 resume="allow",
                 dir=str(run),
                 config=spec.model_dump(mode="json"),
@@ -69,7 +72,7 @@ class WandbTracker:
             raise
         self.next_step: int = self._run.step
         if not online:
-            for old in directory.glob(f"offline-run-*-{name}"):
+            for old in directory.glob(f"offline-run-*-{run_id}"):
                 if not Path(self._run.dir).is_relative_to(old):
                     shutil.rmtree(old, ignore_errors=True)
 
@@ -81,9 +84,3 @@ class WandbTracker:
             self._run.finish(exit_code=exit_code)
         finally:
             self._wandb.teardown(exit_code)
-
-
-def _run_id(path: Path) -> str:
-    if not path.exists():
-        write_atomic(path, uuid.uuid4().hex[:12].encode())
-    return read_bytes(path).decode()

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from llamatune.benchmarking import cell as cell_module
-from llamatune.benchmarking import run as run_module
-from llamatune.benchmarking.cell import answer, run_cell
-from llamatune.benchmarking.measure import Task, Trial, heaviest_windows, resident_peak_bytes
-from llamatune.benchmarking.run import Benchmark, run_benchmark
+from llamatune.benchmarking import cell_process as cell_module
+from llamatune.benchmarking import run_benchmark as run_module
+from llamatune.benchmarking.cell_process import answer, run_cell
+from llamatune.benchmarking.measure_cell import Task, Trial, heaviest_windows, resident_peak_bytes
+from llamatune.benchmarking.run_benchmark import Benchmark, run_benchmark
 from llamatune.data.prepare import prepare_data
-from llamatune.demo.run import MATERIAL
+from llamatune.demo.run_demo import MATERIAL
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Event, Notice, ignore_event, never_stop
 from llamatune.options.preparation import PrepareOptions

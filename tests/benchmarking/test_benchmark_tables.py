@@ -11,11 +11,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from llamatune.benchmarking.chart import draw_chart
+from llamatune.benchmarking.bar_chart import draw_chart
 from llamatune.benchmarking.effects import effects
 from llamatune.benchmarking.grid import Axis, parse_axis
-from llamatune.benchmarking.meter import CATEGORIES
-from llamatune.benchmarking.tables import Table, effects_table, flat_table, nested_tables, results_csv
+from llamatune.benchmarking.results import CATEGORIES, results_csv
+from llamatune.benchmarking.tables import Table, effects_table, flat_table, nested_tables
 
 AXES = [
     parse_axis(text)

@@ -13,7 +13,8 @@ from step_tools import saved_by_autograd
 from torch import nn
 
 from llamatune.benchmarking import step_meter
-from llamatune.benchmarking.meter import CATEGORIES, CategoryMeter
+from llamatune.benchmarking.category_meter import CategoryMeter
+from llamatune.benchmarking.results import CATEGORIES
 from llamatune.benchmarking.step_meter import even_batch
 from llamatune.errors import OutOfMemory
 from llamatune.events import ignore_event, never_stop
@@ -125,7 +126,7 @@ class TestKnownTensors:
     def test_a_copy_of_a_weight_in_16_bits_is_no_activation(self, learner: Any, weight: nn.Parameter) -> None:
         x = torch.ones(20, 50, requires_grad=True)
         meter = CategoryMeter(learner)
-        meter.know("temporary", [x])
+        meter.assign("temporary", [x])
         with meter, torch.autocast("cpu", torch.bfloat16):
             loss = torch.nn.functional.linear(x, weight).sum()
             loss.backward()

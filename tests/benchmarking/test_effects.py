@@ -8,7 +8,7 @@ import pytest
 
 from llamatune.benchmarking.effects import effects
 from llamatune.benchmarking.grid import parse_axis
-from llamatune.benchmarking.meter import CATEGORIES
+from llamatune.benchmarking.results import CATEGORIES
 
 LORA, PRECISION = parse_axis("lora=off,on"), parse_axis("training.precision=fp32,bf16")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llamatune.demo.run import MATERIAL
+from llamatune.demo.run_demo import MATERIAL
 
 LLAMATUNE = f"{sys.executable} -m llamatune"
 GENERATE = f"{LLAMATUNE} generate --model {MATERIAL / 'base'} --template none --temperature 0 --max-new-tokens 3"

@@ -27,7 +27,7 @@ from llamatune.commands._console import Console
 from llamatune.commands._progress_bars import ProgressBars, open_console, speaks_utf8
 from llamatune.commands._training_panel import Curve, TrainingPanel
 from llamatune.data.prepare import prepare_data
-from llamatune.demo.run import MATERIAL
+from llamatune.demo.run_demo import MATERIAL
 from llamatune.events import (
     CheckpointSaved,
     EvalDone,

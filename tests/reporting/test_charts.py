@@ -1,4 +1,4 @@
-"""Curves and their drawing: averages against closed forms, colours against models of colour blindness, valid SVG."""
+"""Charts and their images: thinning, colours against models of colour blindness, valid SVG, equal bytes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,15 @@ from pathlib import Path
 
 import numpy
 import pytest
-from report_material import falling, make_steps, noisy, write_run
+from report_material import falling, noisy, write_run
 
 from llamatune.formats.metrics import Evaluation
-from llamatune.reporting.charts import Curve, make_charts
-from llamatune.reporting.curves import epoch_means, running_average, thinned
-from llamatune.reporting.drawing import PALETTE, chart_svg, charts_png
-from llamatune.reporting.run_log import read_run
+from llamatune.reporting.averages import epoch_means, running_average
+from llamatune.reporting.chart_images import PALETTE, chart_svg, charts_png
+from llamatune.reporting.charts import Curve, make_charts, thinned
+from llamatune.reporting.run_reader import read_run
 
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.95])
-def test_the_running_average_is_the_weighted_mean_of_its_definition(decay: float) -> None:
-    values = noisy(falling(30), 0.3)
-    for count, average in enumerate(running_average(values, decay), 1):
-        weights = [decay ** (count - 1 - place) for place in range(count)]
-        assert average == pytest.approx(sum(w * x for w, x in zip(weights, values, strict=False)) / sum(weights))
-    assert running_average([7.0] * 5, decay) == pytest.approx([7.0] * 5)
 
 
 def test_thinning_keeps_every_extreme_and_the_order() -> None:
@@ -38,21 +29,6 @@ def test_thinning_keeps_every_extreme_and_the_order() -> None:
     assert {1234, 8765} <= set(kept)
     assert thinned(values[:150], 200) == list(range(150))
     assert thinned([], 200) == []
-
-
-def test_epoch_means_weigh_target_tokens_and_take_the_last_evaluation_of_the_epoch() -> None:
-    steps = make_steps([4.0, 2.0, 1.0, 1.0, 0.5], epochs=1)
-    shares = (0.5, 1.0, 1.5, 2.0, 2.5)
-    tokens = (30, 10, 10, 10, 7)
-    steps = [
-        type(step)(**{**vars(step), "epoch": epoch, "target_tokens": count})
-        for step, epoch, count in zip(steps, shares, tokens, strict=True)
-    ]
-    first, second, third = epoch_means(steps, {1: 9.0, 2: 8.0, 3: 7.0})
-    assert (first.train_loss, first.validation_loss, first.steps) == (pytest.approx(140 / 40), 8.0, 2)
-    assert (second.train_loss, second.validation_loss, second.complete) == (1.0, 7.0, True)
-    assert (third.epoch, third.complete, third.validation_loss, third.target_tokens) == (3, False, None, 7)
-    assert first.train_perplexity == pytest.approx(numpy.exp(3.5))
 
 
 def _rgb(colour: str) -> numpy.ndarray:

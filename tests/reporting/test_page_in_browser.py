@@ -14,7 +14,7 @@ from test_report import hostile_runs
 
 from llamatune.formats.metrics import Evaluation
 from llamatune.options.training import ReportOptions
-from llamatune.reporting.report import make_report
+from llamatune.reporting.make_report import make_report
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium on the path")
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,9 @@ from llamatune.formats.metrics import Evaluation
 from llamatune.inference.generate import generate
 from llamatune.options.inference import ModelSource, Sampling
 from llamatune.options.training import ReportOptions
-from llamatune.reporting.diagnosis import Diagnosis, Spike
-from llamatune.reporting.report import make_report, report_as_json
-from llamatune.reporting.run_log import read_run
-from llamatune.reporting.spike_rows import with_rows
+from llamatune.reporting.make_report import make_report
+from llamatune.reporting.run_reader import read_run
+from llamatune.reporting.spikes import Spike, with_rows
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES
 from llamatune.shapes.counts import count_parameters
@@ -70,7 +70,7 @@ def whole_model(spec_of: Make, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def report_on(*runs: Path, to: Path, **options: Any) -> dict[str, Any]:
     """The report as ``--json`` prints it."""
-    return json.loads(json.dumps(report_as_json(make_report(ReportOptions(runs, to, **options))), allow_nan=False))
+    return json.loads(json.dumps(asdict(make_report(ReportOptions(runs, to, **options))), allow_nan=False))
 
 
 def test_figures_are_those_of_the_summary_the_base_and_the_data(finished: Path, tmp_path: Path) -> None:
@@ -139,8 +139,8 @@ def test_rows_named_for_a_spike_are_those_that_were_trained_on(
     run = read_run(tmp_path / "run", "run")
     assert len(trained) == len(run.metrics.steps) > 9
     spikes = [Spike(s.step, s.step, s.step, s.window, 1, s.loss, 1.0, 1.0, 1.0, 1.0, True) for s in run.metrics.steps]
-    named = with_rows(run, Diagnosis(spikes, None, None))
-    assert [tuple(spike.rows or ()) for spike in named.spikes] == [tuple(sorted(rows)) for rows in trained]
+    named = with_rows(run, spikes)
+    assert [tuple(spike.rows or ()) for spike in named] == [tuple(sorted(rows)) for rows in trained]
 
 
 def test_rows_are_not_named_where_they_cannot_be_known(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is drawn and compared instead of raw values: running averages, epoch means, and fewer points."""
+"""Running averages of the loss, and means by epoch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from llamatune.units import perplexity
 
 
 def running_average(values: Sequence[float], decay: float) -> list[float]:
-    """Exponential moving average with the start's bias taken out (Kingma and Ba 2015, algorithm 1).
+    """Exponential moving average, corrected for the bias of its start (Kingma and Ba 2015, algorithm 1).
 
-    m_t = decay · m_(t-1) + (1 - decay) · x_t from m_0 = 0, shown as m_t / (1 - decay^t): the first is x_1 itself.
+    m_t = decay · m_(t-1) + (1 - decay) · x_t with m_0 = 0; the result is m_t / (1 - decay^t), so the first is x_1.
     """
     average, weight, averages = 0.0, 0.0, []
     for value in values:
@@ -25,7 +25,7 @@ def running_average(values: Sequence[float], decay: float) -> list[float]:
 
 
 def mean_loss(steps: Sequence[Step]) -> float:
-    """The mean over the target tokens of ``steps``."""
+    """The mean loss of the target tokens of ``steps``."""
     return sum(step.loss * step.target_tokens for step in steps) / sum(step.target_tokens for step in steps)
 
 
@@ -36,7 +36,7 @@ def epoch_of(step: Step) -> int:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch as far as it got: the token-weighted training loss, and the last validation loss within it."""
+    """One epoch so far: the mean training loss of its target tokens, and the last validation loss within it."""
 
     epoch: int
     steps: int
@@ -50,7 +50,7 @@ class Epoch:
 
 
 def epoch_means(steps: Sequence[Step], validation: dict[int, float]) -> list[Epoch]:
-    """Means by epoch; ``validation`` is the loss by step."""
+    """Means by epoch; ``validation`` holds the validation loss by step."""
     epochs = []
     for number, group in itertools.groupby(steps, epoch_of):
         members = list(group)
@@ -66,20 +66,8 @@ def epoch_means(steps: Sequence[Step], validation: dict[int, float]) -> list[Epo
                 None if held_out is None else perplexity(held_out),
                 sum(step.target_tokens for step in members),
                 members[-1].elapsed_s,
-                # A skipped window may have been the epoch's last one; a later epoch shows that it was left behind.
+                # The epoch's last window may have been skipped; steps of a later epoch show that this one is complete.
                 members[-1] is not steps[-1] or members[-1].epoch >= number - 1e-9,
             )
         )
     return epochs
-
-
-def thinned(values: Sequence[float], limit: int) -> list[int]:
-    """At most ``limit`` places to draw: of each stretch its lowest and its highest, so that no spike is lost."""
-    if len(values) <= limit:
-        return list(range(len(values)))
-    stretches = max(1, limit // 2)
-    kept = set()
-    for number in range(stretches):
-        places = range(number * len(values) // stretches, (number + 1) * len(values) // stretches)
-        kept |= {min(places, key=values.__getitem__), max(places, key=values.__getitem__)}
-    return sorted(kept)

@@ -1,4 +1,4 @@
-"""How figures and findings read, on the page and on a terminal."""
+"""Figures and findings as text: labels, number formats and sentences for the page and the terminal."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ ABSENT = "-"
 
 
 def whole(value: float) -> str:
-    """``1,234``."""
+    """``1,234``"""
     return f"{value:,.0f}"
 
 
 def loss(value: float) -> str:
-    """Four places, as logs have it."""
+    """``1.2346``"""
     return f"{value:.4f}"
 
 
 def two_places(value: float) -> str:
-    """``12.35``, ``1,234.57``, and ``1.2e+07`` where that reads better."""
+    """``12.35``, ``1,234.57``, and ``1.2e+07`` from a million on."""
     return f"{value:,.2f}" if value < 1e6 else f"{value:.2g}"
 
 
@@ -46,7 +46,7 @@ _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def figure_rows(runs: list[dict[str, float | None]]) -> list[tuple[str, list[str]]]:
-    """A label and each run's value, for every figure that a run has."""
+    """A label and each run's value, for every figure that any of the runs has."""
     rows = []
     for key, (label, form) in _FIGURES.items():
         values = [figures[key] for figures in runs]
@@ -72,32 +72,33 @@ def _spikes(diagnosis: Diagnosis) -> str:
     )
 
 
-def _validation(found: Validation | None) -> str:
-    if found is None:
+def _validation(validation: Validation | None) -> str:
+    if validation is None:
         return "Over-fitting cannot be judged with fewer than two evaluations."
-    lowest = f"lowest at step {found.turned_step:,} (epoch {found.turned_epoch}) with {found.lowest_loss:.4f}"
-    if found.rise:
-        last = (
-            f"{found.last_loss:.4f} ({found.rise:+.1%}) at the end; gap to the training loss {found.gap_at_turn:+.4f}"
+    lowest = (
+        f"lowest at step {validation.turned_step:,} (epoch {validation.turned_epoch}) with {validation.lowest_loss:.4f}"
+    )
+    if validation.rise:
+        last = f"{validation.last_loss:.4f} ({validation.rise:+.1%}) at the end"
+        gap = (
+            f"gap to the training loss {validation.gap_at_turn:+.4f} there and {validation.gap_at_end:+.4f} at the end."
         )
-        said = f"validation loss {lowest}, {last} there and {found.gap_at_end:+.4f} at the end."
     else:
-        said = f"validation loss {lowest}, the last one; gap to the training loss {found.gap_at_end:+.4f}."
-    match found.verdict:
-        case "over-fitting":
-            return f"Over-fitting since epoch {found.turned_epoch}: {said}"
-        case "rising":
-            return f"Validation and training loss both rise: {said}"
-    return f"No over-fitting: {said}"
+        last, gap = "the last one", f"gap to the training loss {validation.gap_at_end:+.4f}."
+    verdict = {
+        "over-fitting": f"Over-fitting since epoch {validation.turned_epoch}",
+        "rising": "Validation and training loss both rise",
+    }.get(validation.verdict, "No over-fitting")
+    return f"{verdict}: validation loss {lowest}, {last}; {gap}"
 
 
-def _trend(found: Trend | None) -> str:
-    if found is None:
+def _trend(trend: Trend | None) -> str:
+    if trend is None:
         return "Too few steps to tell whether the loss still falls."
     verdict = {
         "falling": "The training loss still falls",
         "rising": "The training loss rises",
         "plateau": "Plateau of the training loss",
-    }.get(found.verdict, "Whether the training loss still falls is lost in its noise")
-    change = f"{found.change:+.1%} ± {found.uncertainty:.1%}"
-    return f"{verdict}: {change} from step {found.first_step:,} to the end, around {found.mean_loss:.4f}."
+    }.get(trend.verdict, "Whether the training loss still falls is lost in its noise")
+    change = f"{trend.change:+.1%} ± {trend.uncertainty:.1%}"
+    return f"{verdict}: {change} from step {trend.first_step:,} to the end, around {trend.mean_loss:.4f}."

@@ -1,4 +1,4 @@
-"""The cells as bars: memory by category, and speed beside it."""
+"""The benchmark's bar chart as PNG and SVG: peak memory by category, and speed, for each cell."""
 
 from __future__ import annotations
 
@@ -6,30 +6,22 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from llamatune.benchmarking.effects import Result
 from llamatune.benchmarking.grid import Axis
-from llamatune.benchmarking.tables import memory_unit, word_for
+from llamatune.benchmarking.results import CATEGORIES, Result, memory_unit, status_word
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {
-    "parameters": "#4e79a7",
-    "gradients": "#f28e2b",
-    "optimizer": "#b07aa1",
-    "activations": "#59a14f",
-    "casts": "#e15759",
-    "temporary": "#bab0ac",
-}
+_COLOURS = dict(zip(CATEGORIES, ("#4e79a7", "#f28e2b", "#b07aa1", "#59a14f", "#e15759", "#bab0ac"), strict=True))
 _SPEED_COLOUR = "#6b7b8c"
 
 
 def draw_chart(axes: Sequence[Axis], results: Sequence[Result]) -> Mapping[str, bytes]:
-    """The same picture as ``png`` and ``svg``; equal results give equal bytes.
+    """The chart as ``png`` and ``svg``; equal results give equal bytes.
 
     Raises:
-        ImportError: matplotlib is not there.
+        ImportError: matplotlib is not installed.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -51,7 +43,7 @@ def _draw(figure: Figure, axes: Sequence[Axis], results: Sequence[Result]) -> No
     places = range(len(results))
     for place, result in zip(places, results, strict=True):
         if result["status"] != "measured":
-            memory.text(0, place, f" {word_for(result)}", va="center", color="#c03028", weight="bold")
+            memory.text(0, place, f" {status_word(result)}", va="center", color="#c03028", weight="bold")
             continue
         left = 0.0
         for category, value in result["categories"].items():
@@ -76,7 +68,7 @@ def _draw(figure: Figure, axes: Sequence[Axis], results: Sequence[Result]) -> No
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
         _separate_groups(axis, results)
-    patches = [memory.barh(0, 0, color=colour, label=name.replace("_", " ")) for name, colour in _COLOURS.items()]
+    patches = [memory.barh(0, 0, color=colour, label=name) for name, colour in _COLOURS.items()]
     figure.legend(handles=patches, loc="outside upper center", ncols=len(patches), frameon=False)
 
 
@@ -85,7 +77,7 @@ def _in_columns(words: Iterable[str], widths: Iterable[int]) -> str:
 
 
 def _separate_groups(axis: Axes, results: Sequence[Result]) -> None:
-    """A line where anything but the last axis changes, a darker one where the first does."""
+    """Draw a line where any axis but the last changes, a darker one where the first does."""
     groups = [tuple(result["values"].values())[:-1] for result in results]
     for place in range(1, len(groups)):
         if groups[place] != groups[place - 1]:

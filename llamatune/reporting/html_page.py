@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else, runs nothing, and shows whatever files said as plain text."""
+"""The HTML of the report's page: one file without scripts or links, all texts from files escaped."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import yaml
 
 from llamatune import __version__
 from llamatune.errors import printable
+from llamatune.reporting.chart_images import PALETTE, Chart
 from llamatune.reporting.charts import Curve
-from llamatune.reporting.contents import Report, RunReport
-from llamatune.reporting.diagnosis import Spike
-from llamatune.reporting.drawing import PALETTE, Chart
-from llamatune.reporting.samples import Samples
-from llamatune.reporting.wording import ABSENT, figure_rows, findings, loss, two_places, whole
+from llamatune.reporting.report_data import Report, RunReport
+from llamatune.reporting.report_text import ABSENT, figure_rows, findings, loss, two_places, whole
+from llamatune.reporting.sample_answers import Samples
+from llamatune.reporting.spikes import Spike
 from llamatune.units import duration, gibibytes
 
 _PAGE = {"page": ("#ffffff", "#0d1117"), "panel": ("#f3f5f7", "#161b22"), "quiet": ("#57606a", "#9aa4af")}
@@ -25,15 +25,14 @@ _MOST_ROWS_NAMED = 24
 
 
 class Markup(str):
-    """HTML that is ours. Any other text is escaped on its way into the page."""
+    """HTML made here. Any other string is escaped when it is put into the page."""
 
 
 def _html(value: object) -> Markup:
-    """``value`` as HTML: text escaped, line breaks and tabs kept, other control characters made visible."""
+    """``value`` as HTML: text escaped, line breaks and tabs kept, other control characters shown as escapes."""
     if isinstance(value, Markup):
         return value
-    text = "".join(c if c in "\n\t" else printable(c) for c in str(value))
-    return Markup(escape(text))
+    return Markup(escape("".join(c if c in "\n\t" else printable(c) for c in str(value))))
 
 
 def _element(tag: str, *content: object, **attributes: str) -> Markup:
@@ -41,28 +40,35 @@ def _element(tag: str, *content: object, **attributes: str) -> Markup:
     return Markup(f"<{tag}{names}>{''.join(map(_html, content))}</{tag}>")
 
 
-def _table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "numbers") -> Markup:
-    """A table whose rows begin with their heading, in a frame that scrolls sideways on a narrow screen."""
-    head = _element("tr", *(_element("th", heading, scope="col") for heading in headings))
+def _list(items: Iterable[object], **attributes: str) -> Markup:
+    """An unordered list; nothing without items."""
+    entries = [_element("li", item) for item in items]
+    return _element("ul", *entries, **attributes) if entries else Markup()
+
+
+def _header(headings: Sequence[str]) -> Markup:
+    return _element("thead", _element("tr", *(_element("th", heading, scope="col") for heading in headings)))
+
+
+def _table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
+    """A table of numbers; rows begin with their heading. It scrolls sideways on a narrow screen."""
     body = [
         _element("tr", _element("th", first, scope="row"), *(_element("td", x) for x in rest)) for first, *rest in rows
     ]
     if not body:
         return Markup()
-    table = _element(
-        "table", _element("caption", caption), _element("thead", head), _element("tbody", *body), class_=kind
-    )
-    return _element("div", table, class_="scroll", tabindex="0")
+    parts = _element("caption", caption), _header(headings), _element("tbody", *body)
+    return _element("div", _element("table", *parts, class_="numbers"), class_="scroll", tabindex="0")
 
 
 def _section(title: str, *content: Markup) -> Markup:
-    """A section with a heading; nothing at all without content."""
+    """A section with a heading; nothing without content."""
     filled = [part for part in content if part]
     return _element("section", _element("h2", title), *filled) if filled else Markup()
 
 
 def render_page(report: Report, charts: Sequence[tuple[Chart, str]], curves: Sequence[Curve]) -> str:
-    """The whole page; ``charts`` come with their SVG."""
+    """The whole page; ``charts`` are given with their SVG."""
     names = [run.name for run in report.runs]
     body = (
         _overview(report),
@@ -88,7 +94,7 @@ def _file(name: str) -> str:
 
 
 def _colours() -> str:
-    """Every colour as a variable, for light pages and for dark ones."""
+    """Every colour as a CSS variable, for light and dark pages."""
     schemes = [
         " ".join(f"--{name}: {colours[scheme]};" for name, colours in {**PALETTE, **_PAGE}.items()) for scheme in (0, 1)
     ]
@@ -99,21 +105,18 @@ def _overview(report: Report) -> Markup:
     runs = report.runs
     rows = [("status", *(run.status for run in runs))]
     rows += [(label, *values) for label, values in figure_rows([run.figures for run in runs])]
-    notices = [f"{run.name}: {notice}" for run in runs for notice in run.notices]
-    return _element(
-        "section",
-        _table("Final figures", ["", *(run.name for run in runs)], rows),
-        _element("ul", *(_element("li", notice) for notice in notices), class_="quiet") if notices else "",
-    )
+    figures = _table("Final figures", ["", *(run.name for run in runs)], rows)
+    notices = _list((f"{run.name}: {notice}" for run in runs for notice in run.notices), class_="quiet")
+    return _element("section", figures, notices)
 
 
 def _diagnosis(run: RunReport) -> Markup:
-    said = _element("ul", *(_element("li", sentence) for sentence in findings(run.diagnosis)))
     headings = (
         "peak at step", "epoch", "loss", "usual before", "gradient norm before clipping", "usual before",
         "learning rate", "steps", "rows of the window",
     )  # fmt: skip
-    return Markup(_element("h3", run.name) + said + _table("Spikes", headings, map(_spike, run.diagnosis.spikes)))
+    spikes = _table("Spikes", headings, map(_spike, run.diagnosis.spikes))
+    return Markup(_element("h3", run.name) + _list(findings(run.diagnosis)) + spikes)
 
 
 def _spike(spike: Spike) -> Sequence[object]:
@@ -136,7 +139,7 @@ def _spike(spike: Spike) -> Sequence[object]:
 
 
 def _legend(curves: Sequence[Curve]) -> Markup:
-    """Each run's name beside a line in its colour, its validation marker on it."""
+    """Each run's name beside a line in its colour, with the name of its validation marker."""
     items = []
     for curve in curves:
         dashes = " ".join(str(3 * length) for length in curve.dashes)
@@ -187,21 +190,15 @@ def _epochs(run: RunReport) -> Markup:
     return _table(run.name, headings, rows)
 
 
-def _answers(found: Samples) -> Markup:
+def _answers(answers: Samples) -> Markup:
     headings = ("prompt", "before", "after")
-    head = _element("tr", *(_element("th", heading, scope="col") for heading in headings))
     rows = []
-    for sample in found.samples:
+    for sample in answers.samples:
         texts = (sample.prompt, ABSENT if sample.base is None else sample.base, sample.tuned)
         cells = (Markup(f'<td data-label="{label}">{_html(x)}</td>') for label, x in zip(headings, texts, strict=True))
         rows.append(_element("tr", *cells))
-    return _element(
-        "table",
-        _element("caption", found.source),
-        _element("thead", head),
-        _element("tbody", *rows),
-        class_="answers",
-    )
+    parts = _element("caption", answers.source), _header(headings), _element("tbody", *rows)
+    return _element("table", *parts, class_="answers")
 
 
 def _differences(report: Report, names: Sequence[str]) -> Markup:
@@ -227,17 +224,12 @@ def _parameters(run: RunReport) -> Markup:
 
 
 def _memory(run: RunReport) -> Markup:
-    rows = [
-        (name.removesuffix("_bytes").replace("_", " "), gibibytes(size), whole(size))
-        for name, size in run.memory.items()
-    ]
+    rows = [(key.removesuffix("_bytes").replace("_", " "), gibibytes(x), whole(x)) for key, x in run.memory.items()]
     return _table(f"{run.name}: memory", ("", "size", "bytes"), rows)
 
 
 def _data(run: RunReport) -> Markup:
-    rows = [
-        (key.replace("_", " "), whole(value) if isinstance(value, int) else value) for key, value in run.data.items()
-    ]
+    rows = [(key.replace("_", " "), whole(x) if isinstance(x, int) else x) for key, x in run.data.items()]
     return _table(f"{run.name}: {run.spec['data']['train']}", ("", "count"), rows)
 
 
@@ -245,13 +237,10 @@ def _spec(run: RunReport) -> Markup:
     known = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     facts = [
         f"run directory: {run.path}",
-        f"trained with {known}" if known else "no checkpoint tells the versions that it was trained with",
+        f"trained with {known}" if known else "no checkpoint records the versions that it was trained with",
         *(f"changed between two starts: {change}" for change in run.spec_changes),
         *(f"profiler trace: {name}" for name in run.traces),
     ]
     resolved = yaml.safe_dump(run.spec, sort_keys=False, allow_unicode=True)
-    return Markup(
-        _element("h3", run.name)
-        + _element("ul", *(_element("li", fact) for fact in facts))
-        + _element("details", _element("summary", "The resolved spec"), _element("pre", resolved))
-    )
+    details = _element("details", _element("summary", "The resolved spec"), _element("pre", resolved))
+    return Markup(_element("h3", run.name) + _list(facts) + details)

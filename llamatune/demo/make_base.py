@@ -1,7 +1,7 @@
-"""How ``llamatune/demo/base`` was made: ``python -m llamatune.demo.recipe --output DIR`` makes it again.
+"""Makes the demo's base model, tokenizer and rows: ``python -m llamatune.demo.make_base --output DIR``.
 
 It writes the atlas, trains the tokenizer, and then calls ``llamatune prepare-data`` and ``llamatune train`` with
-``pretrain.yaml``, as a user would. Stopped anywhere, the same command goes on.
+``pretrain.yaml``. If it is stopped, the same command continues.
 """
 
 from __future__ import annotations
@@ -23,22 +23,12 @@ from llamatune.strict_json import dump_json
 PASSAGES = 32_000
 MAX_SEQ_LENGTH = 256
 CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 1024,
-    "hidden_size": 128,
-    "intermediate_size": 352,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+    "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
+    "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 
 _PACKAGE = Path(__file__).parent
 _TEMPLATE_LINES = (
@@ -49,9 +39,9 @@ _TEMPLATE_LINES = (
 
 
 def tokenizer_text() -> Iterator[str]:
-    """What the tokenizer is trained on: passages, questions, values after a colon, and the template's words.
+    """The text that trains the tokenizer: passages, questions, values after a colon, and the template's words.
 
-    The base never reads the template; its words are here so that a prompt is short.
+    The base is not trained on the template; its words are here so that a prompt has few tokens.
     """
     for passage in atlas.passages(0, 4000):
         yield from passage.split("\n")
@@ -60,7 +50,7 @@ def tokenizer_text() -> Iterator[str]:
     values = sorted({value for trait in atlas.TRAITS.values() for value in trait.values})
     for _ in range(40):
         for trait in atlas.TRAITS.values():
-            for question in trait.asked:
+            for question in trait.questions:
                 yield from (question.format(town=town) for town in atlas.TOWNS[::7])
         yield from (f":{value}" for value in values)
         yield from values
@@ -69,7 +59,7 @@ def tokenizer_text() -> Iterator[str]:
 
 
 def train_tokenizer(path: Path) -> None:
-    """A SentencePiece model as LLaMA's is made: byte-pair merges, digits apart, bytes for what it does not know."""
+    """A SentencePiece model with LLaMA's settings: byte-pair encoding, split digits, byte fallback."""
     import sentencepiece
 
     with path.open("wb") as stream:
@@ -95,7 +85,7 @@ def train_tokenizer(path: Path) -> None:
 
 
 def json_lines(rows: Iterable[dict[str, str]]) -> bytes:
-    """Rows as JSON Lines."""
+    """JSON Lines in ASCII."""
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
@@ -113,7 +103,7 @@ def write_inputs(directory: Path) -> None:
 
 
 def make_base(directory: Path) -> Path:
-    """Everything, in ``directory``; the trained model is in what is returned."""
+    """Write inputs, prepare and train in ``directory``; returns the directory of the trained model."""
     write_inputs(directory)
     prepare = ("prepare-data", "atlas.jsonl", "--tokenizer", "untrained", "--output", "prepared")
     for arguments in (
@@ -126,9 +116,9 @@ def make_base(directory: Path) -> Path:
 
 def main(
     output: Annotated[Path, typer.Option(help="The working directory: atlas, prepared rows, the run.")],
-    install: Annotated[bool, typer.Option(help="Put base and rows in place of those in llamatune/demo.")] = True,
+    install: Annotated[bool, typer.Option(help="Replace base and rows in llamatune/demo.")] = True,
 ) -> None:
-    """Make the demo's base model and rows again."""
+    """Make the demo's base model and rows."""
     model = make_base(output)
     if install:
         shutil.rmtree(_PACKAGE / "base", ignore_errors=True)

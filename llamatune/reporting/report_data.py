@@ -1,9 +1,9 @@
-"""What a report says, as plain values."""
+"""The data of a report: figures, epochs, findings and facts of each run, and what the specs differ in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,18 +11,18 @@ from typing import Any
 from llamatune.checkpoints.model_directory import read_config
 from llamatune.errors import LlamatuneError, printable
 from llamatune.formats.metrics import LARGEST_NUMBER
-from llamatune.reporting.curves import Epoch, epoch_means, running_average
+from llamatune.reporting.averages import Epoch, epoch_means, running_average
 from llamatune.reporting.diagnosis import Diagnosis, diagnose
-from llamatune.reporting.run_log import Run
-from llamatune.reporting.samples import Samples
-from llamatune.reporting.spike_rows import with_rows
+from llamatune.reporting.run_reader import Run
+from llamatune.reporting.sample_answers import Samples
+from llamatune.reporting.spikes import with_rows
 from llamatune.shapes.counts import ParameterCount, count_parameters
 from llamatune.units import perplexity
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """All that is said about one run. ``figures`` are None where the run has none (yet); sizes are in bytes."""
+    """The report on one run. A figure is None if the run does not have it (yet); sizes are in bytes."""
 
     name: str
     path: str
@@ -43,7 +43,7 @@ class RunReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Runs and what tells them apart: ``spec_differences`` holds each field's value by run."""
+    """Several runs and their differences: ``spec_differences`` holds each field's value by run."""
 
     output: str
     png: str | None
@@ -54,21 +54,20 @@ class Report:
 
 
 def report_run(run: Run, decay: float) -> RunReport:
-    """Judge one run; ``decay`` is the running average's."""
+    """The report on one run; ``decay`` is that of the running average."""
     steps, evaluations = run.metrics.steps, run.metrics.evaluations
     count, count_notice = _count(run)
-    epochs = epoch_means(steps, {found.step: found.loss for found in evaluations})
+    epochs = epoch_means(steps, {evaluation.step: evaluation.loss for evaluation in evaluations})
+    diagnosis = diagnose(steps, evaluations)
     return RunReport(
         name=run.name,
         path=printable(str(run.path)),
         status=run.status,
         notices=[*run.notices, *([count_notice] if count_notice else [])],
         figures=_figures(run, epochs, decay, count),
-        diagnosis=with_rows(run, diagnose(steps, evaluations)),
+        diagnosis=replace(diagnosis, spikes=with_rows(run, diagnosis.spikes)),
         epochs=epochs,
-        evaluations=[
-            {"step": found.step, "loss": found.loss, "perplexity": perplexity(found.loss)} for found in evaluations
-        ],
+        evaluations=[{"step": e.step, "loss": e.loss, "perplexity": perplexity(e.loss)} for e in evaluations],
         parameters={} if count is None else {name: dict(facts) for name, facts in count.modules.items()},
         memory=_memory(run),
         data=run.data,
@@ -80,7 +79,7 @@ def report_run(run: Run, decay: float) -> RunReport:
 
 
 def _count(run: Run) -> tuple[ParameterCount | None, str]:
-    """Parameters by module, from the base's configuration; a notice where it is not what was trained on."""
+    """Parameters by module, from the base's configuration, or a notice why they are not known."""
     spec = run.spec
     try:
         config = read_config(Path(spec.model.path)).with_layers(spec.model.num_layers)
@@ -93,7 +92,7 @@ def _count(run: Run) -> tuple[ParameterCount | None, str]:
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in nested objects, by its keys joined with underscores."""
+    """Every number in nested objects, named by its keys joined with underscores."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{key}_")
@@ -102,10 +101,10 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _figures(run: Run, epochs: Sequence[Epoch], decay: float, count: ParameterCount | None) -> dict[str, float | None]:
-    """What runs are compared by. What the log tells is taken from there, so that unfinished runs compare too."""
+    """The final figures. Most come from the log, so that unfinished runs can be compared too."""
     steps, evaluations = run.metrics.steps, run.metrics.evaluations
     summary = dict(_numbers(run.summary))
-    best = min(evaluations, key=lambda found: found.loss, default=None)
+    best = min(evaluations, key=lambda evaluation: evaluation.loss, default=None)
     last = evaluations[-1].loss if evaluations else None
     trainable = count.trainable_parameters if count else summary.get("trainable_parameters")
     total = count.total_parameters if count else summary.get("total_parameters")
@@ -130,7 +129,7 @@ def _figures(run: Run, epochs: Sequence[Epoch], decay: float, count: ParameterCo
 
 
 def _memory(run: Run) -> dict[str, float]:
-    """All sizes that the run measured or foresaw; of an unfinished run the peak so far."""
+    """All sizes that the run measured or predicted; the peak so far if the run is unfinished."""
     sizes = {key: value for key, value in _numbers(run.summary) if key.endswith("_bytes")}
     if not sizes and run.metrics.steps:
         sizes["peak_memory_bytes"] = run.metrics.steps[-1].peak_memory_bytes
@@ -138,7 +137,7 @@ def _memory(run: Run) -> dict[str, float]:
 
 
 def spec_differences(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """Fields whose values are not the same in all runs; None stands for a section that a run does without."""
+    """Fields whose values are not the same in all runs; None if a run's spec has no such section."""
     flat = {run.name: run.spec.flat() for run in runs}
     fields = list(dict.fromkeys(field for values in flat.values() for field in values))
     table = {field: {name: values.get(field) for name, values in flat.items()} for field in fields}

@@ -1,4 +1,4 @@
-"""The benchmark: every cell of a grid in a process of its own, then the tables and the chart."""
+"""``run_benchmark``: measures every cell of a grid in a process of its own, then writes tables and chart."""
 
 from __future__ import annotations
 
@@ -10,19 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from llamatune import __version__
-from llamatune.benchmarking.cell import SCRATCH, run_cell
-from llamatune.benchmarking.chart import draw_chart
-from llamatune.benchmarking.effects import Effect, Result, effects
+from llamatune.benchmarking.bar_chart import draw_chart
+from llamatune.benchmarking.cell_plan import PlannedCell, plan_benchmark
+from llamatune.benchmarking.cell_process import SCRATCH, run_cell
+from llamatune.benchmarking.effects import Effect, effects
 from llamatune.benchmarking.grid import Axis
-from llamatune.benchmarking.plan import PlannedCell, plan_benchmark
-from llamatune.benchmarking.tables import (
-    effects_table,
-    flat_table,
-    memory_unit,
-    nested_tables,
-    results_csv,
-    word_for,
-)
+from llamatune.benchmarking.results import Result, memory_unit, results_csv, status_word
+from llamatune.benchmarking.tables import effects_table, flat_table, nested_tables
 from llamatune.durable_writing import probe_writable, refuse_occupied, write_atomic
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
@@ -33,12 +27,12 @@ from llamatune.training.run_lock import run_lock
 
 _CELLS = "cells"
 _FINAL = ("measured", "oom", "refused")
-"""What a cell can come to that measuring it again would only repeat."""
+"""A cell with one of these outcomes is not measured again."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was measured, in the grid's order; ``facts`` say by what and on what."""
+    """The results in the grid's order, and the ``facts`` about version, machine and options."""
 
     axes: tuple[Axis, ...]
     results: list[Result]
@@ -46,7 +40,7 @@ class Benchmark:
     facts: dict[str, Any]
 
     def payload(self) -> dict[str, Any]:
-        """All of it as plain JSON."""
+        """The content of ``benchmark.json``."""
         return {
             **self.facts,
             "axes": [asdict(axis) for axis in self.axes],
@@ -58,18 +52,18 @@ class Benchmark:
 def run_benchmark(
     options: BenchmarkOptions, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop
 ) -> Benchmark:
-    """Measure what the output directory does not hold yet, and write ``benchmark.{json,csv,md,png,svg}`` there.
+    """Measure the cells that the output directory does not hold yet; write ``benchmark.{json,csv,md,png,svg}`` there.
 
     Raises:
-        LlamatuneError: no cell can be begun, or the output directory cannot be used.
-        Stopped: ``should_stop`` said so; measured cells are kept, and the same call goes on.
+        LlamatuneError: no cell can be measured, or the output directory cannot be used.
+        Stopped: ``should_stop`` returned True; measured cells are kept, and the same call continues.
     """
     grid, planned = plan_benchmark(options, on_event)
     output = Path(os.path.realpath(options.output))
     _claim(output, options.overwrite)
     with run_lock(output):
-        for left_by_a_kill in output.glob(f"{SCRATCH}*"):
-            shutil.rmtree(left_by_a_kill, ignore_errors=True)
+        for stale in output.glob(f"{SCRATCH}*"):  # of a process that was killed
+            shutil.rmtree(stale, ignore_errors=True)
         (output / _CELLS).mkdir(exist_ok=True)
         results: list[Result] = []
         for number, plan in enumerate(planned, 1):
@@ -80,7 +74,7 @@ def run_benchmark(
                 done = f"stopped by a signal after {number - 1} of {len(planned)} cells"
                 raise Stopped(done, output, "run the same command again to continue") from None
             results.append({"values": dict(plan.cell.values), **facts})
-            on_event(Notice(f"cell {number} of {len(planned)}: {plan.cell.label}: {_in_words(facts)}"))
+            on_event(Notice(f"cell {number} of {len(planned)}: {plan.cell.label}: {_summary(facts)}"))
         on_event(Progress("cells", len(planned), len(planned)))
         benchmark = Benchmark(grid.axes, results, effects(grid.axes, results), _facts(options, grid.fixed))
         _write(output, benchmark, on_event)
@@ -88,7 +82,7 @@ def run_benchmark(
 
 
 def _claim(output: Path, overwrite: bool) -> None:
-    """A directory of an earlier benchmark is gone on with, whatever its grid was; cells are known by what they are."""
+    """Accept an empty directory or one of an earlier benchmark, of any grid; else refuse it or move it aside."""
     others = output.is_dir() and any(not is_ours(entry) for entry in output.iterdir())
     if others and overwrite:
         with run_lock(output):
@@ -100,23 +94,23 @@ def _claim(output: Path, overwrite: bool) -> None:
 
 
 def _outcome(plan: PlannedCell, output: Path, should_stop: ShouldStop) -> dict[str, Any]:
-    """What the directory knows of the cell, else what measuring it comes to."""
+    """The cell's outcome from the directory, or by measuring it."""
     if plan.task is None:
         return {"status": "refused", "reason": plan.refusal}
     path = output / _CELLS / f"{plan.identity}.json"
     if path.is_file():
-        known = read_json(path)
-        if known["status"] in _FINAL:
-            del known["values"]
-            return known
+        earlier = read_json(path)
+        if earlier["status"] in _FINAL:
+            del earlier["values"]
+            return earlier
     facts = run_cell(plan.task, output, should_stop)
     write_atomic(path, dump_json({"values": plan.cell.values, **facts}))
     return facts
 
 
-def _in_words(facts: dict[str, Any]) -> str:
+def _summary(facts: dict[str, Any]) -> str:
     if facts["status"] != "measured":
-        return f"{word_for(facts)}: {facts['reason']}"
+        return f"{status_word(facts)}: {facts['reason']}"
     unit, size = memory_unit([facts])
     return (
         f"peak {facts['allocated_bytes'] / size:,.1f} {unit}, {facts['step_s']:.3f} s a step, "
@@ -127,7 +121,7 @@ def _in_words(facts: dict[str, Any]) -> str:
 def _facts(options: BenchmarkOptions, fixed: tuple[str, ...]) -> dict[str, Any]:
     return {
         "llamatune": __version__,
-        "machine": _processor(),
+        "machine": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "spec": str(options.spec_path),
         "overrides": [*fixed, *options.overrides],
@@ -138,7 +132,8 @@ def _facts(options: BenchmarkOptions, fixed: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The processor's model, from ``/proc/cpuinfo`` on Linux."""
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -146,10 +141,10 @@ def _processor() -> str:
 
 
 def markdown(benchmark: Benchmark) -> str:
-    """Every table, under what was measured."""
-    told = {name: value for name, value in benchmark.facts.items() if value not in (None, [])}
-    lines = [(name, ", ".join(map(str, v)) if isinstance(v, list | tuple) else v) for name, v in told.items()]
-    facts = "\n".join(f"- {name}: {value}" for name, value in lines)
+    """The content of ``benchmark.md``: the facts, then every table."""
+    known = {name: value for name, value in benchmark.facts.items() if value not in (None, [])}
+    texts = {name: ", ".join(map(str, x)) if isinstance(x, list | tuple) else x for name, x in known.items()}
+    facts = "\n".join(f"- {name}: {text}" for name, text in texts.items())
     tables = [flat_table(benchmark.axes, benchmark.results)]
     if benchmark.effects:
         tables.append(effects_table(benchmark.effects))
@@ -158,14 +153,14 @@ def markdown(benchmark: Benchmark) -> str:
 
 
 def _write(output: Path, benchmark: Benchmark, on_event: OnEvent) -> None:
-    products = {
+    files = {
         "json": dump_json(benchmark.payload()),
         "csv": results_csv(benchmark.axes, benchmark.results).encode(),
         "md": markdown(benchmark).encode(),
     }
     try:
-        products |= draw_chart(benchmark.axes, benchmark.results)
+        files |= draw_chart(benchmark.axes, benchmark.results)
     except ImportError:
         on_event(Notice("no chart without matplotlib: pip install matplotlib"))
-    for kind, content in products.items():
+    for kind, content in files.items():
         write_if_changed(output / f"benchmark.{kind}", content)

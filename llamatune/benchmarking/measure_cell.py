@@ -1,4 +1,4 @@
-"""One cell: the loop's own steps, timed; then the largest of them once more, its memory taken apart."""
+"""Measures one benchmark cell: time, losses and peak of its training steps, then the memory categories."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llamatune.benchmarking.meter import CategoryMeter
+from llamatune.benchmarking.category_meter import CategoryMeter
 from llamatune.data.batches import Batch, Windows
 from llamatune.devices import capability_of
 from llamatune.errors import NumericsError
@@ -36,9 +36,9 @@ _WARM_UP_STEPS = 3
 
 @dataclass(frozen=True)
 class Task:
-    """What a cell is to measure: the first ``steps`` updates of a run of ``spec``, or (None) all of it.
+    """What to measure: the first ``steps`` updates of a run of ``spec``, or (None) the whole run.
 
-    The run is repeated for each of ``seeds``; time and memory are those of the first.
+    The run is repeated for each of ``seeds``; time and memory are measured with the first.
     """
 
     spec: RunSpec
@@ -49,7 +49,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TimedSteps:
-    """What the updates took, warm-up included, and came to; ``loss`` is that of the last one's window."""
+    """Seconds and tokens of each update, warm-up included; ``loss`` is that of the last update's window."""
 
     seconds: list[float]
     tokens: list[int]
@@ -58,9 +58,9 @@ class TimedSteps:
 
 
 class Trial:
-    """A run of one seed, from the weights it starts with.
+    """A run with one seed.
 
-    ``training.memory_limit: auto`` recomputes nothing here: what is free just now must not change what a cell is.
+    ``training.memory_limit: auto`` recomputes nothing here, so that a cell does not depend on what memory is free.
     """
 
     def __init__(self, spec: RunSpec, inputs: Inputs, schedule: Schedule) -> None:
@@ -75,7 +75,7 @@ class Trial:
         self.lengths = train.lengths
 
     def update(self, micro_batches: list[Batch], window: int, step: int) -> Update:
-        """One window as the loop trains on it; in fp16 it may overflow and make no update."""
+        """Train on one window as the loop does; in fp16 it may overflow and make no update."""
         scaler, training = self.learner.scaler, self.spec.training
         rate = learning_rate_at(training, step, self.schedule.total_steps)
         update = make_update(self.learner, micro_batches, training, window, rate)
@@ -84,7 +84,7 @@ class Trial:
         return update
 
     def run(self, steps: int | None, first: contextlib.AbstractContextManager[object]) -> TimedSteps:
-        """Train for so many updates (None: to the end of the last epoch), the first window within ``first``."""
+        """Train for ``steps`` updates (None: to the end of the last epoch), the first window within ``first``."""
         seconds: list[float] = []
         tokens: list[int] = []
         window, last = 0, self.schedule.num_epochs * self.schedule.windows_per_epoch
@@ -95,7 +95,8 @@ class Trial:
                 update = self.update(micro_batches, window, len(seconds))
             window += 1
             if update.made:
-                _wait_for(self.device)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
                 seconds.append(time.perf_counter() - started)
                 tokens.append(update.tokens)
                 loss = update.loss
@@ -103,35 +104,31 @@ class Trial:
             raise NumericsError("no window made an update: every gradient overflowed fp16")
         return TimedSteps(seconds, tokens, window, loss)
 
-    def take_apart(self, done: TimedSteps, limit_bytes: int | None) -> CategoryMeter:
-        """Repeat the windows that need the most memory, their tensors followed and nothing compiled.
-
-        (Compiled code makes tensors that nobody can follow; torch would leave the compiler aside by itself.)
-        """
+    def measure_categories(self, done: TimedSteps, limit_bytes: int | None) -> CategoryMeter:
+        """Repeat the windows that need the most memory under a meter, uncompiled: it cannot see into compiled code."""
         chosen = heaviest_windows(self.windows, self.lengths, done.windows)
         batches = [self.windows.micro_batches(window) for window in chosen]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         meter = self.meter(limit_bytes)
-        meter.know(
-            "temporary", (ids for window in batches for batch in window for ids in (batch.input_ids, batch.labels))
-        )
+        inputs = (ids for window in batches for batch in window for ids in (batch.input_ids, batch.labels))
+        meter.assign("temporary", inputs)
         with compiling(False), meter:
             for window, micro_batches in zip(chosen, batches, strict=True):
                 self.update(micro_batches, window, len(done.seconds))
         return meter
 
     def meter(self, limit_bytes: int | None) -> CategoryMeter:
-        """By the allocator on CUDA, which keeps the limit itself."""
+        """A meter of live tensors; on CUDA the allocator gives the peak and enforces the limit."""
         if self.device.type == "cuda":
             return CategoryMeter(self.learner, lambda: torch.cuda.max_memory_allocated(self.device))
         return CategoryMeter(self.learner, limit_bytes=limit_bytes)
 
 
 def heaviest_windows(windows: Windows, lengths: list[int], count: int) -> list[int]:
-    """Of the first ``count`` windows the one with the largest micro-batch, and the one with the largest later one.
+    """Of the first ``count`` windows that with the largest micro-batch, and that with the largest after its first one.
 
-    A later micro-batch finds the gradient of the earlier ones in memory. Most often the two are one window.
+    A later micro-batch is computed with the gradient of the earlier ones in memory. Often both are the same window.
     """
     sizes = [[sum(lengths[i] for i in part) for part in windows.samples(window)] for window in range(count)]
     largest = max(range(count), key=lambda window: max(sizes[window]))
@@ -143,8 +140,8 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
     """Time, memory and losses of a cell.
 
     Raises:
-        OutOfMemory: the device's, the host's, or ``memory_limit_bytes``: on CUDA of what the allocator reserves,
-            on a CPU of live tensors (watched in the first window and in the heaviest one).
+        OutOfMemory: on the device, on the host, or by ``memory_limit_bytes``, which limits what the allocator reserves
+            on CUDA, and live tensors on a CPU (checked in the first window and in the heaviest ones).
     """
     limit, device = task.memory_limit_bytes, inputs.device
     if limit is not None and device.type == "cuda":
@@ -163,18 +160,20 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
             trial = Trial(spec, inputs, plan_schedule(spec, inputs.prepared.train))
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            watched = number == 0 and limit is not None and device.type == "cpu"
-            done = trial.run(task.steps, trial.meter(limit) if watched else contextlib.nullcontext())
+            limited = number == 0 and limit is not None and device.type == "cpu"
+            done = trial.run(task.steps, trial.meter(limit) if limited else contextlib.nullcontext())
             losses.append(done.loss)
             memory = _memory(device)
             if inputs.validation is not None:
                 size, autocast = spec.training.micro_batch_size, trial.learner.autocast
-                held_out.append(_finite(held_out_loss(trial.learner.model, inputs.validation, size, autocast).loss))
+                held_out.append(held_out_loss(trial.learner.model, inputs.validation, size, autocast).loss)
+                if not math.isfinite(held_out[-1]):
+                    raise NumericsError("the held-out loss is not finite")
             if number == 0:
-                facts = _timing(done) | memory | _categories(trial.take_apart(done, limit), device)
+                facts = _timing(done) | memory | _categories(trial.measure_categories(done, limit), device)
                 facts["threads"] = torch.get_num_threads()
             del trial
-            gc.collect()  # fused blocks refer to themselves, and two models may not fit
+            gc.collect()  # before the next model is built: two may not fit
     return {
         **facts,
         "predicted_bytes": predicted_bytes(task.spec, inputs),
@@ -189,7 +188,7 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
 
 
 def predicted_bytes(spec: RunSpec, inputs: Inputs) -> int:
-    """What ``plan-memory`` says of the heaviest rows of the data, whether or not the steps met them."""
+    """The peak that ``plan-memory`` predicts for the heaviest rows of the data, whether or not the steps saw them."""
     train = inputs.prepared.train
     rows = heaviest_rows(train.lengths, train.target_counts, spec)
     return plan_memory(spec, inputs.config, rows, capability_of(inputs.device), limit_of(spec, None)).step.peak
@@ -211,7 +210,7 @@ def _timing(done: TimedSteps) -> dict[str, Any]:
 
 
 def _memory(device: torch.device) -> dict[str, Any]:
-    """What the plain steps took. The allocator gives nothing back, so the device is as full now as it ever was."""
+    """Memory of the timed steps. The allocator returns nothing to the device, so its use now is its peak."""
     cuda = device.type == "cuda"
     free, total = torch.cuda.mem_get_info(device) if cuda else (0, 0)
     return {
@@ -223,26 +222,15 @@ def _memory(device: torch.device) -> dict[str, Any]:
 
 
 def _categories(meter: CategoryMeter, device: torch.device) -> dict[str, Any]:
-    """On a CPU the peak of the live tensors is the measure itself; what kernels need inside is seen on CUDA alone."""
+    """Categories, and the rest of the peak: memory inside kernels, which only CUDA's allocator counts."""
     categories = meter.categories()
     if device.type == "cpu":
         return {"allocated_bytes": meter.peak_bytes, "categories": categories, "unattributed_bytes": 0}
-    unseen = torch.cuda.max_memory_allocated(device) - sum(categories.values())
-    return {"categories": categories, "unattributed_bytes": unseen}
-
-
-def _finite(loss: float) -> float:
-    if not math.isfinite(loss):
-        raise NumericsError("the held-out loss is not finite")
-    return loss
+    unattributed = torch.cuda.max_memory_allocated(device) - sum(categories.values())
+    return {"categories": categories, "unattributed_bytes": unattributed}
 
 
 def resident_peak_bytes() -> int:
-    """The most physical memory that this process has had; ``getrusage`` would count its parent's image too."""
+    """The process's peak resident memory; that of ``getrusage`` would include the parent's before exec."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

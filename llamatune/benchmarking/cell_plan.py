@@ -1,4 +1,4 @@
-"""From a command line to cells that can be measured, or are refused for a reason."""
+"""The plan of a benchmark: its options, and the spec and identity of every cell, or why it is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from llamatune import __version__
 from llamatune.benchmarking.grid import Cell, Grid, expand, parse_axis, preset_grid
-from llamatune.benchmarking.measure import Task
+from llamatune.benchmarking.measure_cell import Task
 from llamatune.devices import find_device
 from llamatune.errors import LlamatuneError
 from llamatune.events import Notice, OnEvent
@@ -25,7 +25,7 @@ from llamatune.training.schedule import micro_batch_tokens
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """A cell, and what to measure of it or why it is refused; ``identity`` digests all that decides the outcome."""
+    """A cell, with the task to measure or why it is refused; ``identity`` digests all that decides the outcome."""
 
     cell: Cell
     task: Task | None
@@ -34,18 +34,18 @@ class PlannedCell:
 
 
 def plan_benchmark(options: BenchmarkOptions, on_event: OnEvent) -> tuple[Grid, list[PlannedCell]]:
-    """Make every cell's spec and open what it reads, on the CPU: this process leaves the GPU to the cells.
+    """Make every cell's spec and open its inputs, on the CPU: the GPU is left to the cells' processes.
 
     Raises:
-        LlamatuneError: the spec is wrong by itself, or no cell has a valid one or what it reads.
+        LlamatuneError: the spec is invalid, or no cell has a valid spec and inputs that can be opened.
     """
     base = load_spec(options.spec_path, list(options.overrides))
     refuse_twice([*options.overrides, *options.grid])
     axes = [parse_axis(text) for text in options.grid]
     preset = options.preset_grid or (None if axes else "techniques")
-    grid = (
-        Grid(()) if preset is None else preset_grid(preset, find_device(base.training.device, on_event).type == "cuda")
-    )
+    grid = Grid(())
+    if preset is not None:
+        grid = preset_grid(preset, cuda=find_device(base.training.device, on_event).type == "cuda")
     grid = grid.with_axes(axes)
     overrides = [*options.overrides, f"training.output_dir={json.dumps(str(options.output))}"]
     if options.epochs is not None:
@@ -56,11 +56,11 @@ def plan_benchmark(options: BenchmarkOptions, on_event: OnEvent) -> tuple[Grid, 
 
 def _planned(cells: list[Cell], options: BenchmarkOptions, on_event: OnEvent) -> list[PlannedCell]:
     opened: dict[str, Inputs | LlamatuneError] = {}
-    said: set[Notice] = set()
+    notices: set[Notice] = set()
 
     def once(event: Any) -> None:
-        if event not in said:
-            said.add(event)
+        if event not in notices:
+            notices.add(event)
             on_event(event)
 
     planned = []
@@ -68,10 +68,10 @@ def _planned(cells: list[Cell], options: BenchmarkOptions, on_event: OnEvent) ->
         if cell.spec is None:
             planned.append(PlannedCell(cell, None, "", cell.refusal))
             continue
-        reads = cell.spec.model_dump_json(exclude={"training"})
-        if reads not in opened:
-            opened[reads] = _open(cell.spec, once)
-        inputs = opened[reads]
+        key = cell.spec.model_dump_json(exclude={"training"})  # all that decides which files are read
+        if key not in opened:
+            opened[key] = _open(cell.spec, once)
+        inputs = opened[key]
         if isinstance(inputs, LlamatuneError):
             planned.append(PlannedCell(cell, None, "", str(inputs)))
             continue
@@ -79,23 +79,23 @@ def _planned(cells: list[Cell], options: BenchmarkOptions, on_event: OnEvent) ->
         seeds = options.seeds or (cell.spec.training.seed,)
         task = Task(cell.spec, steps, seeds, options.memory_limit_bytes)
         planned.append(PlannedCell(cell, task, _identity(task, inputs), None))
-    faults = [found for found in opened.values() if isinstance(found, LlamatuneError)]
+    faults = [fault for fault in opened.values() if isinstance(fault, LlamatuneError)]
     if len(faults) == len(opened):
         raise faults[0]
     return planned
 
 
 def _open(spec: RunSpec, on_event: OnEvent) -> Inputs | LlamatuneError:
-    anywhere = spec.training.model_copy(update={"device": "cpu", "precision": "fp32"})
+    on_cpu = spec.training.model_copy(update={"device": "cpu", "precision": "fp32"})
     try:
-        return open_inputs(spec.model_copy(update={"training": anywhere}), False, on_event)
+        return open_inputs(spec.model_copy(update={"training": on_cpu}), False, on_event)
     except LlamatuneError as fault:
         return fault
 
 
 def _identity(task: Task, inputs: Inputs) -> str:
     spec = task.spec.model_dump(mode="json", exclude={"training": {"output_dir"}, "tracking": True})
-    decisive = [spec, task.steps, task.seeds, task.memory_limit_bytes, inputs.digests]
     threads = threads_for(inputs.config, micro_batch_tokens(task.spec, inputs.prepared.train))
-    versions = [__version__, torch.__version__, threads]
-    return digest_bytes(json.dumps([*decisive, *versions], sort_keys=True).encode())[:20]
+    decisive: list[Any] = [spec, task.steps, task.seeds, task.memory_limit_bytes, inputs.digests]
+    decisive += [__version__, torch.__version__, threads]
+    return digest_bytes(json.dumps(decisive, sort_keys=True).encode())[:20]

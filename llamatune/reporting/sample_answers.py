@@ -1,4 +1,4 @@
-"""Answers before and after tuning: read from what ``generate --compare`` wrote, or generated for the report."""
+"""Sample answers before and after tuning: read from a file of ``generate --compare``, or generated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamatune.errors import CheckpointError, DataError, SpecError, printable
 from llamatune.events import OnEvent, ShouldStop
 from llamatune.options.inference import ModelSource, Sampling
 from llamatune.options.training import ReportOptions
-from llamatune.reporting.run_log import Run
+from llamatune.reporting.run_reader import Run
 from llamatune.safe_reading import read_bytes
 from llamatune.strict_json import parse_json
 from llamatune.training.run_files import ADAPTER, MODEL
@@ -25,7 +25,7 @@ _LARGEST_FILE = 64 << 20
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt as the model saw it; ``base`` is the untuned model's answer, None where it was not asked."""
+    """A prompt as the model read it; ``base`` is the untuned model's answer, None if there is none."""
 
     prompt: str
     base: str | None
@@ -34,7 +34,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Answers from one source: a run, or a file."""
+    """Answers from one source: the name of a run or of a file."""
 
     source: str
     samples: list[Sample]
@@ -44,7 +44,7 @@ def read_generations(path: Path) -> Samples:
     """Read the JSON Lines of ``llamatune generate --output``, with ``--compare`` or without.
 
     Raises:
-        DataError: no such file, or a line that ``generate`` did not write.
+        DataError: no such file, or a line of another format.
     """
     samples = []
     for number, line in enumerate(read_bytes(path, DataError, _LARGEST_FILE).splitlines(), 1):
@@ -66,37 +66,29 @@ def _sample(values: Any) -> Sample:
 
 
 def generate_samples(
-    runs: Sequence[Run],
-    prompts: Sequence[Prompt],
-    options: ReportOptions,
-    on_event: OnEvent,
-    should_stop: ShouldStop,
-) -> list[Samples]:
-    """Answers of every run to the prompts, greedy: of its base and of the weights that it saved last.
+    run: Run, prompts: Sequence[Prompt], options: ReportOptions, on_event: OnEvent, should_stop: ShouldStop
+) -> Samples:
+    """Answer ``prompts`` greedily with the base and with the last weights of ``run``.
 
     Raises:
-        SpecError: a run whose base is not on the disk. CheckpointError: no weights yet, or they do not load.
+        SpecError: the run did not train the base on disk. CheckpointError: no weights yet, or they do not load.
     """
     from llamatune.inference.generate import generate
 
-    sampling = Sampling(options.max_new_tokens, temperature=0)
+    spec, sampling = run.spec, Sampling(options.max_new_tokens, temperature=0)
+    if spec.model.init == "random" or spec.model.num_layers is not None:
+        raise SpecError("its base is not the model on the disk", run.path, "leave --prompt out, or pass --generations")
+    base = ModelSource(Path(spec.model.path), device=options.device)
 
     def ask(source: ModelSource, prompts: Sequence[Prompt], template: str | None = None) -> list[Generation]:
         return generate(source, prompts, sampling, template, on_event, should_stop).results
 
-    def answer(run: Run) -> list[Sample]:
-        spec = run.spec
-        if spec.model.init == "random" or spec.model.num_layers is not None:
-            todo = "leave --prompt out, or pass --generations"
-            raise SpecError("its base is not the model on the disk", run.path, todo)
-        base = ModelSource(Path(spec.model.path), device=options.device)
-        if (run.path / ADAPTER).is_dir():
-            both = ask(replace(base, adapter=run.path / ADAPTER, compare=True), prompts)
-            return [Sample(answer.prompt, answer.base_completion, answer.completion) for answer in both]
-        if not (run.path / MODEL).is_dir():
-            raise CheckpointError("no trained weights yet", run.path, "leave --prompt out, or let the run finish")
-        tuned = ask(replace(base, model=run.path / MODEL), prompts)
-        untuned = ask(base, [answer.prompt for answer in tuned], template="none")
-        return [Sample(new.prompt, old.completion, new.completion) for new, old in zip(tuned, untuned, strict=True)]
-
-    return [Samples(run.name, answer(run)) for run in runs]
+    if (run.path / ADAPTER).is_dir():
+        both = ask(replace(base, adapter=run.path / ADAPTER, compare=True), prompts)
+        return Samples(run.name, [Sample(answer.prompt, answer.base_completion, answer.completion) for answer in both])
+    if not (run.path / MODEL).is_dir():
+        raise CheckpointError("no trained weights yet", run.path, "leave --prompt out, or let the run finish")
+    tuned = ask(replace(base, model=run.path / MODEL), prompts)
+    before = ask(base, [answer.prompt for answer in tuned], template="none")
+    pairs = zip(before, tuned, strict=True)
+    return Samples(run.name, [Sample(new.prompt, old.completion, new.completion) for old, new in pairs])

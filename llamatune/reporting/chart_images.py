@@ -1,4 +1,4 @@
-"""How charts look and what becomes of them: SVG for a page with two colour schemes, or one PNG."""
+"""Charts as images: the style of matplotlib, SVG for a page with two colour schemes, and one PNG of all charts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from llamatune.errors import EnvironmentFault
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 PALETTE = {
     "ink": ("#1f2328", "#e6edf3"),
@@ -27,14 +26,14 @@ PALETTE = {
     "series-5": ("#877013", "#e3c33a"),
     "series-6": ("#5b6570", "#adb6bf"),
 }
-"""Each colour on a light and on a dark page; the series are far apart with any one kind of cone missing too."""
+"""Each colour on a light and on a dark page. The series differ with any kind of colour blindness, too."""
 
 _INK, _FAINT = PALETTE["ink"][0], PALETTE["faint"][0]
 
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and scaled
-    "svg.hashsalt": "llamatune",  # the same curves give the same bytes
-    "text.parse_math": False,  # a dollar in a run's name is a dollar
+    "svg.fonttype": "none",  # text, so that it can be read aloud, searched and scaled
+    "svg.hashsalt": "llamatune",  # equal curves give equal bytes
+    "text.parse_math": False,  # a run's name may contain a dollar
     "font.size": 9.0,
     "axes.titlesize": 10.0,
     "axes.titlelocation": "left",
@@ -62,7 +61,7 @@ _SIZE_INCHES = (5.0, 3.1)
 
 @dataclass(frozen=True)
 class Chart:
-    """One set of axes: ``draw`` fills them, ``description`` says in words what can be seen there."""
+    """One chart: ``draw`` fills its axes; ``description`` is read by screen readers."""
 
     name: str
     title: str
@@ -71,7 +70,7 @@ class Chart:
 
 
 def require_matplotlib() -> None:
-    """Raise before any work if what draws cannot be imported."""
+    """Raise ``EnvironmentFault`` if matplotlib cannot be imported."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -80,7 +79,7 @@ def require_matplotlib() -> None:
 
 @contextlib.contextmanager
 def _our_style() -> Iterator[None]:
-    """matplotlib's own defaults and ours, whatever the user's configuration says."""
+    """matplotlib's defaults and our style; the user's configuration is ignored."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -90,16 +89,12 @@ def _our_style() -> Iterator[None]:
         yield
 
 
-def _figure(width: float, height: float) -> Figure:
+def chart_svg(chart: Chart) -> str:
+    """One chart as an SVG element for an HTML page, with title and description; colours are CSS variables."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def chart_svg(chart: Chart) -> str:
-    """One chart as an SVG element for an HTML page: titled, described, its colours variables of the page's style."""
     with _our_style():
-        figure = _figure(*_SIZE_INCHES)
+        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
         chart.draw(figure.add_subplot())
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -107,7 +102,7 @@ def chart_svg(chart: Chart) -> str:
     view = re.search(r'viewBox="([\d. ]+)"', svg)
     assert view is not None
     body = svg[svg.index("<defs>", view.end()) :]
-    # Names are unique within a page; so is a style, which the page's own takes the place of.
+    # Make ids unique within the page, and use the page's style.
     body = re.sub(r"<style.*?</style>", "", body, count=1, flags=re.DOTALL)
     body = re.sub(r'( id="|url\(#|href="#)', rf"\1{chart.name}-", body)
     for name, (light, _) in PALETTE.items():
@@ -121,13 +116,15 @@ def chart_svg(chart: Chart) -> str:
 
 
 def charts_png(charts: Sequence[Chart], legend: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """All charts in one picture, two in a row; below them each name of ``legend`` beside a line of its style."""
+    """All charts in one image, two in a row; ``legend`` has the style of each run's line, by name."""
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     rows = -(-len(charts) // 2)
     with _our_style():
-        figure = _figure(2 * _SIZE_INCHES[0], rows * _SIZE_INCHES[1] + 0.25 * len(legend))
-        # A figure of its own for each: a colour bar narrows no other chart.
+        size = 2 * _SIZE_INCHES[0], rows * _SIZE_INCHES[1] + 0.25 * len(legend)
+        figure = Figure(figsize=size, layout="constrained")
+        # Subfigures, so that a colour bar narrows no other chart.
         for chart, part in zip(charts, figure.subfigures(rows, 2, squeeze=False).flat, strict=False):
             axes = part.add_subplot()
             chart.draw(axes)

@@ -12,7 +12,7 @@ import pytest
 from report_material import falling, write_run
 
 from llamatune.errors import CheckpointError, SpecError
-from llamatune.reporting.run_log import name_runs, read_run
+from llamatune.reporting.run_reader import name_runs, read_run
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""A cell in a process of its own: what the benchmark asks of it, and what may become of it.
+"""Runs one benchmark cell in a process of its own, and returns its result or why there is none.
 
-``python -m llamatune.benchmarking.cell RESULT.json`` reads its task from stdin.
+``python -m llamatune.benchmarking.cell_process RESULT.json`` is that process; it reads its task from stdin.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from llamatune.strict_json import dump_json, parse_json, read_json
 from llamatune.strict_yaml import parse_yaml
 
 if TYPE_CHECKING:
-    from llamatune.benchmarking.measure import Task
+    from llamatune.benchmarking.measure_cell import Task
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1
 SCRATCH = ".llamatune-cell-"
-"""What the names of cells' temporary directories begin with."""
+"""Prefix of the cells' temporary directories."""
 
 
 def run_cell(task: Task, directory: Path, should_stop: ShouldStop) -> dict[str, Any]:
-    """Measure ``task`` in a child process that has a temporary directory inside ``directory``.
+    """Measure ``task`` in a child process, with a temporary directory inside ``directory``.
 
-    Returns what it measured, or why not, by ``status``: measured, oom, refused (nothing was begun), failed (with
-    ``reason`` and ``exit_code``), or killed (by SIGKILL, as a host does that has no memory left).
+    The result has a ``status``: measured, oom, refused (its inputs cannot be opened), failed (with ``reason`` and
+    ``exit_code``), or killed (by SIGKILL, as a host without free memory does).
 
     Raises:
-        Stopped: ``should_stop`` said so; the child is gone.
+        Stopped: ``should_stop`` returned True; the child has ended.
     """
     request = {
         "spec": task.spec.to_yaml(),
@@ -51,14 +51,22 @@ def run_cell(task: Task, directory: Path, should_stop: ShouldStop) -> dict[str, 
         result, errors = Path(scratch) / "result.json", Path(scratch) / "stderr"
         with errors.open("wb") as stderr:
             child = subprocess.Popen(
-                [sys.executable, "-m", "llamatune.benchmarking.cell", str(result)],
+                [sys.executable, "-m", "llamatune.benchmarking.cell_process", str(result)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 env={**os.environ, "TMPDIR": scratch},
             )
             try:
-                _ask(child, json.dumps(request).encode(), should_stop)
+                assert child.stdin is not None
+                with contextlib.suppress(BrokenPipeError), child.stdin:
+                    child.stdin.write(json.dumps(request).encode())
+                while not should_stop():
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(_POLL_S)
+                        break
+                else:
+                    raise Stopped("stopped by a signal")
             finally:
                 child.kill()
                 child.wait()
@@ -70,21 +78,9 @@ def run_cell(task: Task, directory: Path, should_stop: ShouldStop) -> dict[str, 
         return {"status": "failed", "reason": lines[-1], "exit_code": child.returncode}
 
 
-def _ask(child: subprocess.Popen[bytes], request: bytes, should_stop: ShouldStop) -> None:
-    """Hand over the request and wait for the child's end."""
-    assert child.stdin is not None
-    with contextlib.suppress(BrokenPipeError), child.stdin:
-        child.stdin.write(request)
-    while not should_stop():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(_POLL_S)
-            return
-    raise Stopped("stopped by a signal")
-
-
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Do what is asked, in this process; every fault that has a name is an answer too."""
-    from llamatune.benchmarking.measure import Task, measure
+    """Measure the cell of ``request`` in this process; a ``LlamatuneError`` becomes a result, too."""
+    from llamatune.benchmarking.measure_cell import Task, measure
     from llamatune.training.inputs import open_inputs
 
     task = Task(
@@ -106,7 +102,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The child's life; it ends with the benchmark, which alone listens to signals."""
+    """The child process. It ignores signals, which the benchmark handles, and is killed when the benchmark ends."""
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):

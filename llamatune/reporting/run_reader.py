@@ -1,4 +1,4 @@
-"""A run directory read back, at any moment of its life: under way, stopped, broken off or finished."""
+"""Reads a run directory, finished or not: spec, metrics, summary, data counts, versions, status."""
 
 from __future__ import annotations
 
@@ -22,25 +22,18 @@ from llamatune.training.run_lock import LOCK
 
 _DATA_NAMES = ("format", "template")
 _DATA_COUNTS = (
-    "max_seq_length",
-    "rows_in",
-    "kept",
-    "truncated",
-    "truncated_tokens",
-    "dropped",
-    "refused",
-    "duplicates",
-)
+    "max_seq_length", "rows_in", "kept", "truncated", "truncated_tokens", "dropped", "refused", "duplicates"
+)  # fmt: skip
 _SPLIT_COUNTS = ("rows", "tokens", "target_tokens", "longest_row_tokens")
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a run directory and its prepared data tell without loading a tensor.
+    """What a run directory and its prepared data contain, without any tensor.
 
-    ``status`` is ``finished``, ``stopped early``, ``running`` or ``unfinished``; ``summary`` is empty unless the run
-    came to its end; ``spec_changes`` are those made between two starts. ``data`` is what ``prepare-data`` counted,
-    empty if those very directories are not there any more.
+    ``status`` is ``finished``, ``stopped early``, ``running`` or ``unfinished``; ``summary`` is empty until the run has
+    ended; ``spec_changes`` are those made between two starts. ``data`` holds the counts of ``prepare-data``, empty if
+    the prepared directories were removed or replaced.
     """
 
     name: str
@@ -88,13 +81,13 @@ def read_run(path: Path, name: str) -> Run:
         spec_changes=list(_spec_changes(origin)),
         data=data,
         versions=_versions(path),
-        traces=sorted(printable(found.name) for found in path.glob("trace-*.json")),
+        traces=sorted(printable(trace.name) for trace in path.glob("trace-*.json")),
         notices=[notice for notice in notices if notice],
     )
 
 
 def _status(path: Path, summary: Mapping[str, Any]) -> str:
-    """Whether the run ended, or still goes on as far as the note in its lock tells (a killed one leaves it behind)."""
+    """Whether the run ended or is running, by its summary and its lock (which a killed run leaves behind)."""
     if summary:
         return "stopped early" if summary.get("stopped_early") else "finished"
     try:
@@ -106,7 +99,7 @@ def _status(path: Path, summary: Mapping[str, Any]) -> str:
 
 
 def _prepared_facts(directory: Path, digest: object) -> dict[str, Any]:
-    """The facts of a prepared directory; ``ValueError`` if it is gone, or another one than the run's."""
+    """The facts of a prepared directory; ``ValueError`` if it is gone or not the one that the run read."""
     try:
         manifest = read_prepared_manifest(directory)
     except LlamatuneError:
@@ -117,7 +110,7 @@ def _prepared_facts(directory: Path, digest: object) -> dict[str, Any]:
 
 
 def _prepared_counts(spec: RunSpec, origin: Mapping[str, Any]) -> tuple[dict[str, int | str], str]:
-    """Counts of the prepared data, splits as ``train_rows`` and so on, and what there is to say about their lack."""
+    """Counts of the prepared data (``train_rows`` and so on), or none and a notice why."""
     try:
         facts = _prepared_facts(Path(spec.data.train), origin.get("train"))
         splits = facts["splits"]
@@ -145,7 +138,7 @@ def _spec_changes(origin: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _versions(path: Path) -> dict[str, str]:
-    """The versions in the newest checkpoint."""
+    """Versions of llamatune and torch, from the newest checkpoint."""
     try:
         state = read_progress(list_checkpoints(path / CHECKPOINTS)[0])
     except (LlamatuneError, IndexError):
@@ -154,10 +147,10 @@ def _versions(path: Path) -> dict[str, str]:
 
 
 def name_runs(paths: Sequence[Path]) -> list[str]:
-    """A name for each run: its directory's, or the whole path where two directories are called the same.
+    """A name for each run: its directory's, or the whole path if two directories have the same name.
 
     Raises:
-        SpecError: a directory is given twice.
+        SpecError: the same directory is given twice.
     """
     real = [os.path.realpath(path) for path in paths]
     twice = next((path for path, where in zip(paths, real, strict=True) if real.count(where) > 1), None)

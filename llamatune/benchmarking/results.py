@@ -1,0 +1,86 @@
+"""Results of benchmark cells: what a result holds, memory categories, the unit of memory, and the CSV file.
+
+Loads no torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from llamatune.benchmarking.grid import Axis
+
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "casts", "temporary")
+"""The memory categories. Each storage is in one of them, decided by its whole life.
+
+``parameters`` are the base, the adapter and buffers. ``gradients`` are the storages that were the ``.grad`` of a
+trained tensor when a backward pass ended. ``optimizer`` is its state. ``activations`` were made in a forward pass, or
+in a recomputation, and were still alive when the backward pass continued. ``casts`` are copies of parameters in another
+dtype, which autocast and autograd may keep. ``temporary`` is the rest, including the token ids of the batch.
+"""
+Result = Mapping[str, Any]
+"""A cell: ``values`` by axis key, ``status``, and what was measured, or the ``reason`` why not."""
+
+_MEMORY_FACTS = ("allocated_bytes", "predicted_bytes", "reserved_bytes", "device_bytes", "resident_bytes")
+_FACTS = ("step_s", "tokens_per_second", "runtime_s", "steps", "warm_up_steps", "skipped_windows", "tokens",
+          "unattributed_bytes", "trainable_parameters", "total_parameters", "device", "device_name", "threads",
+          "torch")  # fmt: skip
+
+
+def status_word(result: Result) -> str:
+    """The word that replaces the numbers of a cell that was not measured."""
+    return "OOM" if result["status"] == "oom" else str(result["status"])
+
+
+def only_measured(results: Sequence[Result]) -> list[Result]:
+    """The measured cells; ratios are relative to the first of them."""
+    return [result for result in results if result["status"] == "measured"]
+
+
+class MemoryUnit(NamedTuple):
+    """The unit of all memory in a table, and its size in bytes."""
+
+    name: str
+    size: int
+
+    def text(self, value_bytes: float | None) -> str:
+        """``1,234.5`` (MiB) or ``1.23`` (GiB); empty for None."""
+        return "" if value_bytes is None else f"{value_bytes / self.size:,.{2 if self.name == 'GiB' else 1}f}"
+
+
+def memory_unit(results: Sequence[Result]) -> MemoryUnit:
+    """GiB if the largest peak has at least four, else MiB."""
+    largest = max((result["allocated_bytes"] for result in only_measured(results)), default=0)
+    return MemoryUnit("GiB", 1 << 30) if largest >= 1 << 32 else MemoryUnit("MiB", 1 << 20)
+
+
+def sample_deviation(values: Sequence[float]) -> float | None:
+    """The sample standard deviation; None of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def results_csv(axes: Sequence[Axis], results: Sequence[Result]) -> str:
+    """One line a cell, plain numbers: bytes, seconds; empty where nothing was measured."""
+    categories = CATEGORIES if only_measured(results) else ()
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        [*(axis.key for axis in axes), "status", *_MEMORY_FACTS, *(f"{name}_bytes" for name in categories), *_FACTS,
+         "loss", "held_out_loss", "held_out_loss_spread", "reason"]
+    )  # fmt: skip
+    for result in results:
+        row = [*result["values"].values(), result["status"]]
+        if result["status"] == "measured":
+            held_out = result["held_out_losses"]
+            row += [result[name] for name in _MEMORY_FACTS]
+            row += [result["categories"][name] for name in categories]
+            row += [result[name] for name in _FACTS]
+            row += [statistics.fmean(result["losses"]), statistics.fmean(held_out) if held_out else None]
+            row += [sample_deviation(held_out), None]
+        else:
+            row += [None] * (len(_MEMORY_FACTS) + len(categories) + len(_FACTS) + 3) + [result["reason"]]
+        writer.writerow(row)
+    return out.getvalue()
