@@ -31,7 +31,7 @@ GIB = 1 << 30
 
 class TestTheChoice:
     def peak(self, levels: tuple[int, ...]) -> int:
-        return step_bytes(spec_of(LINEAR_MODULES), SEVEN, ROWS, True, levels).peak
+        return step_bytes(spec_of(LINEAR_MODULES), SEVEN, ROWS, True, tuple(map(Recompute, levels))).peak
 
     def test_nothing_is_recomputed_where_everything_fits(self) -> None:
         plan = plan_memory(spec_of(LINEAR_MODULES), SEVEN, ROWS, True, 80 * GIB)
