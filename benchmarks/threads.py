@@ -21,9 +21,9 @@ from steps import llamatune_step
 
 from llamatune.benchmarking.step_meter import even_batch
 from llamatune.checkpoints.loading import load_model, open_checkpoint
+from llamatune.inference.engine import complete
 from llamatune.inference.evaluate import score_batch
-from llamatune.inference.generate import complete
-from llamatune.inference.sampling import Sampling
+from llamatune.options.inference import Sampling
 from llamatune.shapes.config import LlamaConfig
 from llamatune.threads import mean_product
 

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import io
 import os
 import signal
@@ -17,44 +18,25 @@ from typing import Annotated, Any
 import typer
 
 from llamatune import __version__
-from llamatune.commands._parsing import StrictCommand, StrictGroup
-from llamatune.commands.benchmark import benchmark
-from llamatune.commands.count_params import count_params
-from llamatune.commands.demo import demo
-from llamatune.commands.env import env
-from llamatune.commands.evaluate import evaluate
-from llamatune.commands.generate import generate
-from llamatune.commands.merge_lora import merge_lora
-from llamatune.commands.plan_memory import plan_memory
-from llamatune.commands.prepare_data import prepare_data
-from llamatune.commands.report import report
-from llamatune.commands.train import train
-from llamatune.commands.verify import verify
+from llamatune.commands._typer_options import StrictCommand, StrictGroup, with_options
 from llamatune.errors import LlamatuneError, printable
 from llamatune.free_memory import free_host_bytes
 from llamatune.ranks import refuse_ranks
 
 Verb = Callable[..., None]
 
-_CORE: dict[str, Verb] = {
-    "prepare-data": prepare_data,
-    "train": train,
-    "merge-lora": merge_lora,
-    "generate": generate,
-    "count-params": count_params,
+# The function of a verb has its name, in the module of that name: commands/prepare_data.py, prepare_data.
+VERBS = {
+    "Core verbs": ("prepare-data", "train", "merge-lora", "generate", "count-params"),
+    "More verbs": ("evaluate", "benchmark", "plan-memory", "report", "verify", "demo", "env"),
 }
-_OTHERS: dict[str, Verb] = {
-    "evaluate": evaluate,
-    "benchmark": benchmark,
-    "plan-memory": plan_memory,
-    "report": report,
-    "verify": verify,
-    "demo": demo,
-    "env": env,
-}
+_WRITERS = ("prepare-data", "train", "merge-lora", "benchmark", "demo", "report")
 
 
-def _in_one_process(verb: Verb) -> Verb:
+def _load_verb(name: str) -> Verb:
+    module = name.replace("-", "_")
+    verb = with_options(getattr(importlib.import_module(f"llamatune.commands.{module}"), module))
+
     @functools.wraps(verb)
     def run(**options: Any) -> None:
         refuse_ranks()
@@ -63,8 +45,8 @@ def _in_one_process(verb: Verb) -> Verb:
     return run
 
 
-def build_app() -> typer.Typer:
-    """Every verb, the five core ones first."""
+def build_app(only: str | None = None) -> typer.Typer:
+    """Every verb, the five core ones first; or the one verb that is about to run, which starts faster."""
     app = typer.Typer(
         name="llamatune",
         help="Fine-tune LLaMA models with LoRA.",
@@ -83,18 +65,17 @@ def build_app() -> typer.Typer:
         elif context.invoked_subcommand is None:
             typer.echo(context.get_help())
 
-    for panel, verbs in (("Core verbs", _CORE), ("More verbs", _OTHERS)):
-        for name, verb in verbs.items():
-            app.command(name, cls=StrictCommand, rich_help_panel=panel)(_in_one_process(verb))
+    for panel, names in VERBS.items():
+        for name in names if only is None else {only} & set(names):
+            app.command(name, cls=StrictCommand, rich_help_panel=panel)(_load_verb(name))
     return app
 
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_WRITERS = ("prepare-data", "train", "merge-lora", "benchmark", "demo", "report")
 
 
 class _StoppedEarly(BaseException):
-    """A signal before a verb listens for signals itself: nothing has begun, so nothing is to be finished."""
+    """A signal before the verb handles signals itself. No work has begun."""
 
 
 def _stop_early(number: int, frame: FrameType | None) -> None:
@@ -102,7 +83,7 @@ def _stop_early(number: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command and exit with its code; what a user can cause ends in one line on stderr."""
+    """Run one command and exit with its code. An error that a user can cause is one line on stderr."""
     _open_closed_streams()
     _collect_less_garbage()
     before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
@@ -119,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _collect_less_garbage() -> None:
-    """Importing torch makes 170,000 objects that all stay: looking among them for garbage took a third of a second."""
+    """Importing torch makes 170,000 objects that all stay. Collecting garbage among them took a third of a second."""
     gc.set_threshold(10_000, 50, 50)
     atexit.register(gc.freeze)
 
@@ -139,7 +120,7 @@ def _open_closed_streams() -> None:
 
 
 def _silence_closed_streams() -> None:
-    """Whoever read a pipe may have seen enough; keep Python from complaining when it flushes at exit."""
+    """The reader of a pipe may have closed it; keep Python from complaining when it flushes at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -148,9 +129,15 @@ def _silence_closed_streams() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def _first_verb(arguments: list[str] | None) -> str | None:
+    """The verb, if the command line begins with one."""
+    first = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+    return first if any(first in names for names in VERBS.values()) else None
+
+
 def _exit_code(arguments: list[str] | None) -> int:
     try:
-        return build_app()(args=arguments, standalone_mode=False, prog_name="llamatune") or 0
+        return build_app(_first_verb(arguments))(args=arguments, standalone_mode=False, prog_name="llamatune") or 0
     except LlamatuneError as fault:
         return _fail(str(fault), fault.exit_code)
     except (_StoppedEarly, KeyboardInterrupt):
@@ -163,7 +150,7 @@ def _exit_code(arguments: list[str] | None) -> int:
     except OSError as fault:
         where = f": {fault.filename}" if fault.filename else ""
         return _fail(f"{fault.strerror or fault}{where}", 5)
-    except (MemoryError, ImportError) as fault:  # the libraries alone take some 700 MiB of addresses
+    except (MemoryError, ImportError) as fault:  # the libraries alone take some 700 MiB of address space
         if isinstance(fault, ImportError) and "failed to map segment" not in str(fault):
             raise
         free = f"{free_host_bytes():,} bytes are free to this process"

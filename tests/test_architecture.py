@@ -20,7 +20,7 @@ FLOORS = [
     {"checkpoints", "data"},
     {"model"},
     {"memory"},
-    {"spec"},
+    {"spec", "options"},
     {"spec_types"},
     {
         *("devices", "torch_build", "out_of_memory", "threads", "formats", "seeds", "strict_yaml", "versions", "units"),

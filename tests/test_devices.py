@@ -21,7 +21,8 @@ from llamatune.checkpoints.loading import load_model
 from llamatune.devices import choose_device, find_device
 from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, ignore_event
-from llamatune.inference.opened import open_model
+from llamatune.inference.model_source import open_model
+from llamatune.options.inference import ModelSource
 from llamatune.spec import build_spec
 from llamatune.training.inputs import open_inputs
 from llamatune.training.precision import check_precision
@@ -209,7 +210,7 @@ def test_bf16_is_the_matter_of_the_device_that_computes(
         check_precision(spec, torch.device("cuda:1"), ignore_event)
     for device, count in (("cuda:0", 0), ("cuda:1", 1)):
         told: list[Any] = []
-        open_model(tiny_base(), dtype=torch.bfloat16, device=torch.device(device), on_event=told.append)
+        open_model(ModelSource(tiny_base(), dtype="bfloat16", device=device), told.append)
         assert len([event for event in told if isinstance(event, Notice) and "no bf16" in event.message]) == count
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,31 +14,12 @@ from llamatune.benchmarking.measure import Task
 from llamatune.devices import find_device
 from llamatune.errors import LlamatuneError
 from llamatune.events import Notice, OnEvent
+from llamatune.options.training import BenchmarkOptions
 from llamatune.safe_reading import digest_bytes
 from llamatune.spec import RunSpec, load_spec, read_spec_values, refuse_twice
 from llamatune.threads import threads_for
 from llamatune.training.inputs import Inputs, open_inputs
 from llamatune.training.schedule import micro_batch_tokens
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """What is to be measured.
-
-    ``grid`` are ``KEY=V1,V2`` axes; ``preset`` names a grid that they change (None: ``techniques`` where there are no
-    axes, else theirs alone). ``epochs`` (whole epochs) take the place of ``steps``; ``seeds`` None: the spec's own.
-    """
-
-    spec_path: Path
-    output: Path
-    overrides: Sequence[str] = ()
-    grid: Sequence[str] = ()
-    preset: str | None = None
-    steps: int = 20
-    epochs: int | None = None
-    seeds: tuple[int, ...] | None = None
-    memory_limit_bytes: int | None = None
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +41,7 @@ def plan_benchmark(options: BenchmarkOptions, on_event: OnEvent) -> tuple[Grid, 
     base = load_spec(options.spec_path, list(options.overrides))
     refuse_twice([*options.overrides, *options.grid])
     axes = [parse_axis(text) for text in options.grid]
-    preset = options.preset or (None if axes else "techniques")
+    preset = options.preset_grid or (None if axes else "techniques")
     grid = (
         Grid(()) if preset is None else preset_grid(preset, find_device(base.training.device, on_event).type == "cuda")
     )

@@ -14,7 +14,7 @@ from llamatune.benchmarking.cell import SCRATCH, run_cell
 from llamatune.benchmarking.chart import draw_chart
 from llamatune.benchmarking.effects import Effect, Result, effects
 from llamatune.benchmarking.grid import Axis
-from llamatune.benchmarking.plan import BenchmarkOptions, PlannedCell, plan_benchmark
+from llamatune.benchmarking.plan import PlannedCell, plan_benchmark
 from llamatune.benchmarking.tables import (
     effects_table,
     flat_table,
@@ -26,6 +26,7 @@ from llamatune.benchmarking.tables import (
 from llamatune.durable_writing import probe_writable, refuse_occupied, write_atomic
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.options.training import BenchmarkOptions
 from llamatune.strict_json import dump_json, read_json
 from llamatune.training.run_directory import is_ours, move_aside, write_if_changed
 from llamatune.training.run_lock import run_lock

@@ -5,7 +5,6 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -22,22 +21,10 @@ from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event
 from llamatune.formats.manifest import MANIFEST, Manifest, build_directory, finished_product, manifest_if_readable
 from llamatune.model.adapters.apply import adapter_class
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
+from llamatune.options.inference import MergeOptions
 
 _PORTION = 1 << 19
 """Weights merged at once: their fp32 values stay in the processor's cache."""
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """What to merge, and how to write it; ``same`` means as the base has it."""
-
-    model: Path
-    adapter: Path
-    output: Path
-    format: Literal["same", "hf", "meta"] = "same"
-    dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
-    force_base: bool = False
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""One file a verb: parse, call one core function, print."""
+"""Verbs of the command line, one file each: call one core function, print its result."""

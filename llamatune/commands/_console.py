@@ -1,4 +1,4 @@
-"""What a verb shows: progress and messages on stderr, its result on stdout, and nothing else anywhere."""
+"""Output and signals of a verb: progress and messages go to stderr, the result to stdout."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, s
 
 
 class Console:
-    """One verb's voice, and its ear for signals, for the length of a ``with`` block.
+    """Prints for one verb and handles signals, for the length of a ``with`` block.
 
-    A signal only sets a flag, which ``should_stop`` tells; the work ends at its next safe point. ``writes`` says
-    whether the verb writes files: it decides what a stop means to the caller (exit 75 or 130).
+    A signal only sets a flag, which ``should_stop`` returns; the work ends at its next safe point. ``writes`` says
+    whether the verb writes files: a stop is then exit 75, else 130.
     """
 
     def __init__(self, json_mode: bool, writes: bool = True, log_every_steps: int = 1) -> None:
@@ -37,7 +37,7 @@ class Console:
 
     def __enter__(self) -> Self:
         for number in _STOP_SIGNALS:
-            # What the caller ignores (nohup, a shell's background job) stays ignored.
+            # A signal that the caller ignores (nohup, a background job of a shell) stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 with contextlib.suppress(ValueError):  # not in the main thread
                     self._previous[number] = signal.signal(number, self._note_signal)
@@ -56,37 +56,37 @@ class Console:
         self._stop = True
 
     def should_stop(self) -> bool:
-        """Whether a signal asked for an end."""
+        """Whether a signal has come."""
         return self._stop
 
     def on_event(self, event: Event) -> None:
-        """Draw an event on a terminal, or write it as a ``key=value`` line. A closed stderr stops no work."""
+        """Draw an event on a terminal, or write it as a ``key=value`` line. Work goes on where stderr is closed."""
         if self._draw is None:
             if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
-                from llamatune.commands._live import LiveDrawing, open_console
+                from llamatune.commands._progress_bars import ProgressBars, open_console
 
-                live = LiveDrawing(open_console(sys.stderr))
+                live = ProgressBars(open_console(sys.stderr))
                 self._draw, self._close_drawing = live.draw, live.close
             else:
-                from llamatune.commands._plain import PlainLines
+                from llamatune.commands._key_value_lines import KeyValueLines
 
-                self._draw = PlainLines(self._log_every_steps).draw
+                self._draw = KeyValueLines(self._log_every_steps).draw
         try:
             self._draw(event)
         except (OSError, ValueError):  # a pipe that was closed, a file object that was
             self._draw = lambda event: None
 
     def result(self, payload: dict[str, Any], human: Callable[[RichConsole], None]) -> None:
-        """Print ``payload`` as the one JSON object of stdout under ``--json``, else let ``human`` print for people."""
+        """Print the result: ``payload`` as one JSON object under ``--json``, else what ``human`` prints."""
         self._close_drawing()
         self._close_drawing = lambda: None
         try:
             if self._json_mode:
                 sys.stdout.write(json.dumps(payload, ensure_ascii=False, allow_nan=False) + "\n")
             else:
-                from llamatune.commands._live import open_console
+                from llamatune.commands._progress_bars import open_console
 
                 human(open_console(sys.stdout))
             sys.stdout.flush()
         except BrokenPipeError:
-            pass  # whoever read it has seen enough
+            pass  # the reader closed the pipe

@@ -1,11 +1,12 @@
-"""``llamatune count-params``: parameters in closed form; no weights are loaded, and torch neither."""
+"""``llamatune count-params``: parameters in closed form, without weights and without torch."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from llamatune.options.inference import DEFAULT_RANK, DEFAULT_TARGET_MODULES, CountOptions
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -14,31 +15,7 @@ if TYPE_CHECKING:
 
 
 def count_params(
-    model: Annotated[
-        Path | None,
-        typer.Option("--model", metavar="DIR", help="A model directory.", show_default=False, readable=False),
-    ] = None,
-    preset_name: Annotated[
-        str | None,
-        typer.Option("--preset", metavar="NAME", help="A published shape, such as llama-2-7b.", show_default=False),
-    ] = None,
-    r: Annotated[int | None, typer.Option("--r", metavar="R", help="Rank of the adapter.", show_default="16")] = None,
-    target_modules: Annotated[
-        str | None,
-        typer.Option(
-            "--target-modules", metavar="NAMES", help="A comma list, or all-linear.", show_default="q_proj,v_proj"
-        ),
-    ] = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            "--adapter",
-            metavar="DIR",
-            help="Take rank and modules from an adapter.",
-            show_default=False,
-            readable=False,
-        ),
-    ] = None,
+    options: CountOptions,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the counts as one JSON object.")] = False,
 ) -> None:
     """Count a model's parameters and those that LoRA trains."""
@@ -53,30 +30,24 @@ def count_params(
         from llamatune.shapes.config import LINEAR_MODULES, preset
         from llamatune.shapes.counts import count_parameters
 
-        if (model is None) == (preset_name is None):
-            raise SpecError("give one of --model and --preset", todo="for example --preset llama-2-7b")
-        if adapter is not None and (r is not None or target_modules is not None):
-            raise SpecError("--adapter says the rank and the modules", todo="leave out --r and --target-modules")
-        if model is not None:
+        if (model := options.model) is not None:
             config = read_config(model)
             if (warning := missing_head_warning(model, detect_format(model), config)) is not None:
                 console.on_event(Notice(warning, "warning"))
         else:
-            config = preset(preset_name or "")
-        if adapter is not None:
-            found, _ = read_adapter_config(adapter)
-            rank, targets = found.r, found.target_modules
+            config = preset(options.preset or "")
+        if options.adapter is not None:
+            adapter_config, _ = read_adapter_config(options.adapter)
+            rank, targets = adapter_config.r, adapter_config.target_modules
         else:
-            rank = 16 if r is None else r
-            names = ("q_proj,v_proj" if target_modules is None else target_modules).split(",")
+            rank = DEFAULT_RANK if options.r is None else options.r
+            names = (DEFAULT_TARGET_MODULES if options.target_modules is None else options.target_modules).split(",")
             targets = LINEAR_MODULES if names == ["all-linear"] else tuple(name.strip() for name in names)
         unknown = [name for name in targets if name not in LINEAR_MODULES]
         if unknown:
             raise SpecError(
                 f"no linear layer called {unknown[0]!r}", "--target-modules", f"there are {', '.join(LINEAR_MODULES)}"
             )
-        if not 1 <= rank <= 1 << 16:
-            raise SpecError(f"a rank of {rank}", "--r", "a rank from 1 to 65536 is needed")
         count = count_parameters(config, AdapterSpec(rank, rank, target_modules=targets))
         payload = {
             "base_parameters": count.base_parameters,

@@ -1,11 +1,12 @@
-"""``llamatune demo``: the whole job in a few minutes, on material that ships with the package."""
+"""``llamatune demo``: preparing, training, comparing and merging in a few minutes, on data in the package."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from llamatune.options.training import DemoOptions
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -16,7 +17,7 @@ _SHOWN = 8
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Where everything is written.", readable=False)] = Path("demo-output"),
+    options: DemoOptions,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
     """Run the whole job on a tiny model: prepare, count, train, compare, merge."""
@@ -27,7 +28,7 @@ def demo(
     with Console(json_mode, writes=True, log_every_steps=10) as console:
         from llamatune.demo.run import run_demo
 
-        report = run_demo(output, console.on_event, console.should_stop)
+        report = run_demo(options.output, console.on_event, console.should_stop)
         console.result(asdict(report), lambda out: _print(out, report))
 
 
@@ -45,7 +46,7 @@ def _print(out: RichConsole, report: DemoReport) -> None:
         style = "green" if row.tuned == row.expected else "red"
         table.add_row(Text(row.question), Text(row.base.strip(), style="dim"), Text(row.tuned, style=style))
     out.print(table)
-    out.print("The base has read an atlas of a land that does not exist, and never a question.")
+    out.print("The base was trained on the text of an invented atlas, without questions.")
     asked = len(report.held_out)
     out.print(
         f"exact match on {asked} held-out questions: base {report.base_exact_match:.1f} %, "

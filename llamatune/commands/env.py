@@ -1,4 +1,4 @@
-"""``llamatune env``: what this machine is."""
+"""``llamatune env``: versions, devices and what they support."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def env(
                 out.print(f"torch for CUDA {torch.version.cuda}, {known}, kernels for {', '.join(architectures)}")
             for facts, size, capability in zip(devices, total, capabilities, strict=True):
                 bf16 = "with" if facts["bf16"] else "without"
-                told = f"compute capability {facts['capability']}, {gibibytes(size)}, {bf16} bf16"
-                out.print(f"{facts['device']}: {facts['name']}, {told}")
+                details = f"compute capability {facts['capability']}, {gibibytes(size)}, {bf16} bf16"
+                out.print(f"{facts['device']}: {facts['name']}, {details}")
                 if not facts["supported"]:
                     out.print(f"{facts['device']} cannot be used by this torch: {build_for(capability)}")
             if not devices:

@@ -1,55 +1,26 @@
-"""``llamatune generate``: what the model says, before and after tuning."""
+"""``llamatune generate``: completions of prompts, before and after tuning."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llamatune.options.inference import GenerateOptions
+
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
-    from llamatune.inference.answer import Answers, Prompt
+    from llamatune.inference.generate import Generations
+    from llamatune.inference.prompt_files import Prompt
 
 
 def generate(
-    model: Annotated[
-        Path, typer.Option(help="A model directory, Meta's or Hugging Face's.", show_default=False, readable=False)
-    ],
-    adapter: Annotated[Path | None, typer.Option(help="An adapter directory to put on it.", readable=False)] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt; may be repeated. Without one, standard input is the prompt.")
-    ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="One prompt a line, or rows in JSON or JSON Lines.", readable=False)
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option(help="A template's name or file, or none; default: the one stored with the model.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The most that is generated.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.6,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens.")] = None,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that reach this probability.")] = 0.9,
-    num_beams: Annotated[int, typer.Option(help="Beam search over so many beams.")] = 1,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
-    compare: Annotated[bool, typer.Option("--compare", help="Show the base's answer beside the tuned one.")] = False,
-    output: Annotated[
-        Path | None, typer.Option(help="Also write the results to this JSONL file.", readable=False)
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --output.")] = False,
-    force_base: Annotated[bool, typer.Option("--force-base", help="Accept an adapter of another base.")] = False,
-    dtype: Annotated[str, typer.Option(help="same, float32, bfloat16 or float16.")] = "same",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    options: GenerateOptions,
     json_mode: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Complete prompts."""
-    prompts = _prompts(prompt, prompt_file)
-
-    from llamatune.errors import SpecError
-    from llamatune.inference.sampling import Sampling
-
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, num_beams, seed)
+    prompts = _prompts(options)
 
     from dataclasses import asdict
 
@@ -57,41 +28,36 @@ def generate(
     from llamatune.durable_writing import output_file, write_atomic
     from llamatune.strict_json import dump_json_lines
 
-    if output is not None:
-        output = output_file(output, overwrite)
+    output = None if options.output is None else output_file(options.output, options.overwrite)
     with Console(json_mode, writes=False) as console:
-        from llamatune.devices import choose_device
-        from llamatune.inference.answer import Request, answer
-        from llamatune.model.torch_dtypes import TORCH_DTYPES
+        from llamatune.inference.generate import generate as run_generation
 
-        if dtype != "same" and dtype not in TORCH_DTYPES:
-            raise SpecError(f"--dtype is same, {', '.join(TORCH_DTYPES)}, not {dtype!r}")
-        held, on = TORCH_DTYPES.get(dtype), choose_device(device, console.on_event)
-        request = Request(model, prompts, sampling, adapter, template, compare, force_base, held, on)
-        answers = answer(request, console.on_event, console.should_stop)
-        results = [asdict(found) for found in answers.results]
-        if not compare:
-            for found in results:
-                del found["base_completion"]
+        generations = run_generation(options, prompts, options, options.template, console.on_event, console.should_stop)
+        results = [asdict(generation) for generation in generations.results]
+        if not options.compare:
+            for result in results:
+                del result["base_completion"]
         if output is not None:
-            write_atomic(output, dump_json_lines(results), overwrite)
-        payload = {"results": results, "tokens_per_second": answers.tokens_per_second}
-        console.result(payload, lambda out: _print(out, answers, compare))
+            write_atomic(output, dump_json_lines(results), options.overwrite)
+        payload = {"results": results, "tokens_per_second": generations.tokens_per_second}
+        console.result(payload, lambda out: _print(out, generations, options.compare))
 
 
-def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[Prompt]:
-    from llamatune.commands._arguments import given_prompts, read_standard_input
+def _prompts(options: GenerateOptions) -> list[Prompt]:
+    from llamatune.commands._input_text import read_standard_input
     from llamatune.errors import SpecError
 
-    if prompts := given_prompts(prompt, prompt_file):
-        return prompts
+    if options.prompt or options.prompt_file is not None:
+        from llamatune.inference.prompt_files import given_prompts
+
+        return given_prompts(options.prompt, options.prompt_file)
     text = read_standard_input().removesuffix("\n")
     if not text:
         raise SpecError("no prompt", "standard input", "pass --prompt TEXT, --prompt-file FILE, or pipe a prompt in")
     return [text]
 
 
-def _print(out: RichConsole, answers: Answers, compare: bool) -> None:
+def _print(out: RichConsole, generations: Generations, compare: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -99,17 +65,16 @@ def _print(out: RichConsole, answers: Answers, compare: bool) -> None:
         table = Table(show_lines=True)
         for heading in ("prompt", "base", "tuned"):
             table.add_column(heading, overflow="fold", ratio=1)
-        for found in answers.results:
-            table.add_row(
-                *(Text(_shown(text or "")) for text in (found.prompt, found.base_completion, found.completion))
-            )
+        for result in generations.results:
+            texts = (result.prompt, result.base_completion, result.completion)
+            table.add_row(*(Text(_shown(text or "")) for text in texts))
         out.print(table)
     else:
-        for found in answers.results:
-            out.print(Text(_shown(found.prompt)))
-            out.print(Text(f"> {_shown(found.completion)}"))
+        for result in generations.results:
+            out.print(Text(_shown(result.prompt)))
+            out.print(Text(f"> {_shown(result.completion)}"))
             out.print()
-    out.print(Text(f"{answers.tokens_per_second:,.1f} tokens/s", style="dim"))
+    out.print(Text(f"{generations.tokens_per_second:,.1f} tokens/s", style="dim"))
 
 
 def _shown(text: str) -> str:

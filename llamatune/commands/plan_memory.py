@@ -1,4 +1,4 @@
-"""``llamatune plan-memory``: what a run will need, in closed form; no weights are loaded, and torch neither."""
+"""``llamatune plan-memory``: the predicted peak memory of a run. Neither weights nor torch are loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from llamatune.options.training import PlanMemoryOptions
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -16,47 +18,10 @@ if TYPE_CHECKING:
 
 
 def plan_memory(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SPEC.yaml] [KEY=VALUE ...]",
-            help="A run spec (not with --preset) and changes to it.",
-            show_default=False,
-        ),
-    ] = None,
-    preset_name: Annotated[
-        str | None,
-        typer.Option("--preset", metavar="NAME", help="A published shape, such as llama-2-7b.", show_default=False),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE", help="The device's memory, such as 40GiB; 90 % of it is used.", show_default=False
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cuda, or cpu, where other attention kernels run.")] = "cuda",
-    micro_batch_size: Annotated[
-        int | None,
-        typer.Option("--micro-batch-size", metavar="N", help="Rows in one forward pass.", show_default=False),
-    ] = None,
-    max_seq_length: Annotated[
-        int | None,
-        typer.Option(
-            "--max-seq-length",
-            metavar="N",
-            help="Tokens of a row, in place of the prepared data's.",
-            show_default=False,
-        ),
-    ] = None,
-    r: Annotated[int | None, typer.Option("--r", metavar="R", help="Rank of the adapter.", show_default=False)] = None,
-    target_modules: Annotated[
-        str | None,
-        typer.Option("--target-modules", metavar="NAMES", help="A comma list, or all-linear.", show_default=False),
-    ] = None,
+    options: PlanMemoryOptions,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
 ) -> None:
-    """Predict the peak memory of a run, what else would fit, and what helps where it does not."""
-    from llamatune.commands._arguments import as_utf8
+    """Predict the peak memory of a run, what else would fit, and what would lower the peak."""
     from llamatune.commands._console import Console
 
     with Console(json_mode, writes=False) as console:
@@ -64,25 +29,23 @@ def plan_memory(
         from llamatune.errors import SpecError
         from llamatune.events import Notice
         from llamatune.memory import plan as planning
-        from llamatune.memory.outlook import outlook
+        from llamatune.memory.plan_report import explain as explain_plan
+        from llamatune.memory.plan_report import plan_report
         from llamatune.paths import expand_home
         from llamatune.shapes.config import preset
         from llamatune.spec import build_spec, load_spec, refuse_twice
-        from llamatune.units import parse_size
 
-        given = [as_utf8(text, "an argument") for text in arguments or []]
-        if device not in ("cuda", "cpu"):
-            raise SpecError(f"--device is cuda or cpu, not {device!r}")
-        options = (
-            ("training.micro_batch_size", micro_batch_size),
-            ("lora.r", r),
-            ("lora.target_modules", target_modules),
+        given = list(options.arguments)
+        fields = (
+            ("training.micro_batch_size", options.micro_batch_size),
+            ("lora.r", options.r),
+            ("lora.target_modules", options.target_modules),
         )
-        changes = [f"{key}={value}" for key, value in options if value is not None]
-        if preset_name is not None:
-            config = preset(preset_name)
+        changes = [f"{key}={value}" for key, value in fields if value is not None]
+        if options.preset is not None:
+            config = preset(options.preset)
             refuse_twice(given + changes)
-            values = {"model": {"path": preset_name}, "lora": {}, "data": {"train": "none"}}
+            values = {"model": {"path": options.preset}, "lora": {}, "data": {"train": "none"}}
             spec = build_spec(values | {"training": {"output_dir": "none"}}, "--preset", given + changes)
         elif given:
             spec = load_spec(Path(expand_home(given[0])), given[1:] + changes)
@@ -90,23 +53,23 @@ def plan_memory(
         else:
             raise SpecError("neither a spec nor --preset", todo="for example --preset llama-2-7b")
         config = config.with_layers(spec.model.num_layers)
-        rows, note = _rows(spec, config, max_seq_length, preset_name is None)
+        rows, note = _rows(spec, config, options.max_seq_length, options.preset is None)
         if note:
             console.on_event(Notice(note))
-        limit = planning.limit_of(spec, None if memory is None else parse_size(memory, "--memory"))
-        cuda = device == "cuda"
-        facts = outlook(spec, config, planning.plan_memory(spec, config, rows, cuda, limit), cuda)
+        limit = planning.limit_of(spec, options.memory_bytes)
+        cuda = options.device == "cuda"
+        plan = planning.plan_memory(spec, config, rows, cuda, limit)
+        facts = plan_report(spec, config, plan, cuda)
+        if options.explain:
+            facts["moments"] = explain_plan(spec, config, plan, cuda)
         console.result(facts, lambda out: print_memory_plan(out, facts))
 
 
 def _rows(spec: RunSpec, config: LlamaConfig, max_seq_length: int | None, has_data: bool) -> tuple[Rows, str | None]:
-    """The heaviest micro-batch: of the prepared data where it is there, else of rows of equal length."""
-    from llamatune.errors import SpecError
+    """The heaviest micro-batch: of the prepared data if there is any, else of rows of equal length."""
     from llamatune.formats.prepared import read_lengths
     from llamatune.memory.plan import heaviest_rows
 
-    if max_seq_length is not None and not 1 <= max_seq_length <= 1 << 20:
-        raise SpecError(f"rows of {max_seq_length} tokens", "--max-seq-length", "a length from 1 to 1048576 is needed")
     prepared = Path(spec.data.train)
     if max_seq_length is None and has_data and (prepared / "train.safetensors").is_file():
         return heaviest_rows(*read_lengths(prepared), spec), None
@@ -117,7 +80,7 @@ def _rows(spec: RunSpec, config: LlamaConfig, max_seq_length: int | None, has_da
 
 
 def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
-    """The table of a plan, and below it what fits or what helps."""
+    """The table of a plan, and below it what fits or what would lower the peak."""
     from rich.table import Table
 
     from llamatune.units import gibibytes
@@ -132,6 +95,8 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
     table.add_section()
     table.add_row("all", gibibytes(facts["predicted_peak_memory_bytes"]))
     out.print(table)
+    if "moments" in facts:
+        _print_moments(out, facts["moments"])
     layers = facts["recomputed_layers"]
     if layers is not None and any(count for name, count in layers.items() if name != "nothing"):
         shown = ", ".join(f"{name} in {count}" for name, count in layers.items() if count)
@@ -153,3 +118,39 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
         end = "fits" if remedy["fits"] else "not enough alone"
         line = f"  {remedy['change']}: {gibibytes(remedy['peak_bytes'])}, {end} ({remedy['effect']}{cost})"
         out.print(line, markup=False, soft_wrap=True)
+
+
+def _print_moments(out: RichConsole, moments: list[dict[str, Any]]) -> None:
+    """A row for each moment, the peak marked, and the tensors that are alive at the peak."""
+    from rich.table import Table
+
+    from llamatune.units import gibibytes
+
+    table = Table(title="moments of the step, in its order; alike layers where they are highest", title_justify="left")
+    for heading in ("pass", "layers", "part", "moment"):
+        table.add_column(heading)
+    for heading in ("gradients", "activations", "temporary", "all"):
+        table.add_column(heading, justify="right")
+    alive: dict[str, int] = {}
+    for moment in moments:
+        sizes, alive = moment["memory_bytes"], moment.get("alive", alive)
+        columns = [gibibytes(sizes[name]) for name in ("gradients", "activations", "temporary")]
+        step = moment["step"] + (" <- peak" if "alive" in moment else "")
+        layers = _ranges(moment["layers"])
+        table.add_row(moment["phase"], layers, moment["part"], step, *columns, gibibytes(moment["bytes"]))
+    out.print(table)
+    table = Table(title="alive at the peak", title_justify="left", show_header=False)
+    for name, size in sorted(alive.items(), key=lambda item: -item[1]):
+        table.add_row(name, gibibytes(size))
+    out.print(table)
+
+
+def _ranges(layers: list[int]) -> str:
+    """``0-30`` or ``0, 2, 4``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from llamatune.options.preparation import PrepareOptions
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -15,117 +16,30 @@ if TYPE_CHECKING:
 
 
 def prepare_data(
-    # readable=False throughout: typer would call a missing permission a mistake of usage; to us it is exit code 5.
-    rows: Annotated[
-        list[Path],
-        typer.Argument(metavar="ROWS...", help="JSON Lines files or JSON lists of rows.", readable=False),
-    ],
-    tokenizer: Annotated[
-        Path,
-        typer.Option(
-            "--tokenizer", help="A SentencePiece tokenizer.model, or a directory that holds one.", readable=False
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", help="The directory to make.", readable=False)],
-    format_name: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="auto, alpaca, gsm8k, chat, completion or text.")
-    ] = "auto",
-    template: Annotated[
-        str | None,
-        typer.Option(
-            "--template",
-            metavar="NAME|FILE",
-            help="alpaca, gsm8k, llama2-chat, completion, text, or a YAML file with `prompt`.",
-            show_default="the format's own",
-        ),
-    ] = None,
-    max_seq_length: Annotated[
-        int, typer.Option("--max-seq-length", help="Tokens of a row at most, BOS and EOS included.")
-    ] = 512,
-    overlong: Annotated[
-        str, typer.Option("--overlong", metavar="POLICY", help="Rows beyond that: truncate, drop or error.")
-    ] = "truncate",
-    validation_fraction: Annotated[
-        float | None,
-        typer.Option(
-            "--validation-fraction",
-            metavar="F",
-            help="Hold out about this share of the rows; 0: none.",
-            show_default=False,
-        ),
-    ] = None,
-    validation: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--validation",
-            metavar="ROWS",
-            help="A file of validation rows. Repeatable.",
-            show_default=False,
-            readable=False,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", help="Read only the first N rows.", show_default=False)
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Decides which rows are held out.")] = 0,
-    train_on_prompt: Annotated[
-        bool, typer.Option("--train-on-prompt", help="Prompt tokens are learned too, not only the completion.")
-    ] = False,
-    skip_bad_rows: Annotated[
-        int, typer.Option("--skip-bad-rows", metavar="N", help="Leave out up to N unusable rows; one more is an error.")
-    ] = 0,
-    gsm8k_annotations: Annotated[
-        str,
-        typer.Option(
-            "--gsm8k-annotations", metavar="POLICY", help="Calculator notes such as <<48/2=24>>: keep or strip."
-        ),
-    ] = "keep",
-    preview: Annotated[
-        int, typer.Option("--preview", metavar="N", help="Show the first N training rows, token by token.")
-    ] = 0,
-    show_ids: Annotated[bool, typer.Option("--show-ids", help="Token ids in the preview too.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --output.")] = False,
+    options: PrepareOptions,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
     """Turn instruction rows into token ids and loss masks for training."""
     from llamatune.commands._console import Console
 
-    with Console(json_mode, writes=True) as console:  # it hears signals from here on
-        from llamatune.data.plan import PrepareOptions
+    with Console(json_mode, writes=True) as console:  # signals are handled from here on
         from llamatune.data.prepare import prepare_data as run_preparation
         from llamatune.data.preview import preview_rows
         from llamatune.data.tokenizer import load_tokenizer
         from llamatune.errors import Stopped
 
-        options = PrepareOptions(
-            rows=rows,
-            tokenizer=tokenizer,
-            output=output,
-            format=format_name,
-            template=template,
-            max_seq_length=max_seq_length,
-            overlong=overlong,
-            validation_fraction=validation_fraction,
-            validation=validation or None,
-            limit=limit,
-            seed=seed,
-            train_on_prompt=train_on_prompt,
-            skip_bad_rows=skip_bad_rows,
-            gsm8k_annotations=gsm8k_annotations,
-            preview=preview,
-            overwrite=overwrite,
-        )
         if console.should_stop():
-            raise Stopped("stopped before any row was read", output, "run the same command again")
+            raise Stopped("stopped before any row was read", options.output, "run the same command again")
         report = run_preparation(options, console.on_event, console.should_stop)
-        shown = preview_rows(output, load_tokenizer(tokenizer), preview) if preview else []
+        count = options.preview
+        shown = preview_rows(options.output, load_tokenizer(options.tokenizer), count) if count else []
         payload = report.to_dict()
-        if preview:
+        if count:
             payload["preview"] = [_row_payload(row) for row in shown]
 
         def human(out: RichConsole) -> None:
             for row in shown:
-                _print_row(out, row, show_ids)
+                _print_row(out, row, options.show_ids)
             _print_report(out, report)
 
         console.result(payload, human)

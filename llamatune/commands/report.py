@@ -1,11 +1,12 @@
-"""``llamatune report``: run directories in, one page of curves, tables and findings out."""
+"""``llamatune report``: a page of curves, tables and findings about run directories."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from llamatune.options.training import ReportOptions
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -14,51 +15,20 @@ if TYPE_CHECKING:
 
 
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.", readable=False)
-    ],
-    output: Annotated[
-        Path, typer.Option(help="The page, one HTML file that needs nothing else.", show_default=False, readable=False)
-    ],
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="The charts as a picture too.")] = None,
-    smoothing: Annotated[float, typer.Option(help="Decay of the moving average; 0 draws none.")] = 0.95,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Show each run's answer before and after tuning. Repeatable.")
-    ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="One prompt a line, or rows in JSON or JSON Lines.", readable=False)
-    ] = None,
-    generations: Annotated[
-        Path | None, typer.Option(help="Show what generate --compare --output wrote.", readable=False)
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The most that is generated.")] = 128,
-    device: Annotated[str, typer.Option(help="What generates: auto, cpu, cuda or cuda:N.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --output and --png.")] = False,
+    options: ReportOptions,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the same figures as one JSON object.")] = False,
 ) -> None:
     """Make a page about one run, or compare several: curves, tables, diagnosis."""
     from llamatune.commands._console import Console
 
     with Console(json_mode, writes=True) as console:
-        from llamatune.commands._arguments import given_prompts
-        from llamatune.reporting.report import ReportOptions, make_report, report_as_json
+        from llamatune.reporting.report import make_report, report_as_json
 
-        options = ReportOptions(
-            runs,
-            output,
-            png,
-            smoothing,
-            given_prompts(prompt, prompt_file),
-            generations,
-            max_new_tokens,
-            device,
-            overwrite,
-        )
-        made = make_report(options, console.on_event, console.should_stop)
-        console.result(report_as_json(made), lambda out: _print(out, made))
+        page = make_report(options, console.on_event, console.should_stop)
+        console.result(report_as_json(page), lambda out: _print(out, page))
 
 
-def _print(out: RichConsole, made: Report) -> None:
+def _print(out: RichConsole, page: Report) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -67,13 +37,13 @@ def _print(out: RichConsole, made: Report) -> None:
 
     table = Table()
     table.add_column("")
-    for run in made.runs:
+    for run in page.runs:
         table.add_column(Text(run.name), justify="right")
-    table.add_row("status", *(run.status for run in made.runs))
-    for label, values in figure_rows([run.figures for run in made.runs]):
+    table.add_row("status", *(run.status for run in page.runs))
+    for label, values in figure_rows([run.figures for run in page.runs]):
         table.add_row(label, *values)
     out.print(table)
-    for run in made.runs:
+    for run in page.runs:
         for sentence in [*run.notices, *findings(run.diagnosis)]:
             out.print(Text(f"{run.name}: {sentence}"))
-    out.print(Text(f"written to {printable(made.output)}"))
+    out.print(Text(f"written to {printable(page.output)}"))

@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from llamatune.options.training import TrainOptions
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
 
 def train(
-    spec_path: Annotated[
-        Path, typer.Argument(metavar="SPEC.yaml", help="The run spec.", show_default=False, readable=False)
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Changes to it, as training.seed=1.")
-    ] = None,
-    resume: Annotated[str, typer.Option(help="auto: continue what the run directory holds; never.")] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and count everything, train nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Move what is in the way aside.")] = False,
-    force_base: Annotated[
-        bool, typer.Option("--force-base", help="Accept a tokenizer or starting adapter made for another base.")
-    ] = False,
-    allow_spec_change: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FIELD", help="A field that may differ from the run's, as training.learning_rate."),
-    ] = None,
+    options: TrainOptions,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
     """Fine-tune a model as a run spec says; run it again to continue."""
-    from llamatune.commands._arguments import as_utf8
-    from llamatune.errors import SpecError
     from llamatune.spec import load_spec
 
-    if resume not in ("auto", "never"):
-        raise SpecError(f"--resume is auto or never, not {resume!r}")
-    spec = load_spec(spec_path, [as_utf8(text, "an override") for text in overrides or []])
+    spec = load_spec(options.spec_path, list(options.overrides))
 
     from llamatune.commands._console import Console
 
@@ -48,17 +30,17 @@ def train(
         from llamatune.training.run import train as run_training
 
         trackers = Trackers(spec, console.on_event)
-        if dry_run:
-            plan = plan_training(spec, force_base=force_base, on_event=console.on_event)
+        if options.dry_run:
+            plan = plan_training(spec, force_base=options.force_base, on_event=console.on_event)
             console.result(plan, lambda out: _print_plan(out, plan, spec.to_yaml()))
             return
         with trackers:
             summary = run_training(
                 spec,
-                resume=resume == "auto",
-                overwrite=overwrite,
-                force_base=force_base,
-                allowed_changes=tuple(allow_spec_change or ()),
+                resume=options.resume == "auto",
+                overwrite=options.overwrite,
+                force_base=options.force_base,
+                allowed_changes=tuple(options.allow_spec_change),
                 on_event=trackers.on_event,
                 should_stop=console.should_stop,
             )

@@ -1,11 +1,12 @@
-"""``llamatune verify``: is this directory what was written?"""
+"""``llamatune verify``: the files of a directory checked against its manifest."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from llamatune.options.inference import VerifyOptions
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -14,30 +15,21 @@ if TYPE_CHECKING:
 
 
 def verify(
-    # readable=False: typer would call a missing permission a mistake of usage; to us it is exit code 5.
-    directory: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR",
-            help="A run, checkpoint, adapter, model or prepared directory, or a cache of quantised weights.",
-            show_default=False,
-            readable=False,
-        ),
-    ],
+    options: VerifyOptions,
     json_mode: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
     """Check every byte of a directory against its manifest."""
     from llamatune.commands._console import Console
 
-    with Console(json_mode, writes=False) as console:  # it hears signals from here on, while torch is loaded too
+    with Console(json_mode, writes=False) as console:  # signals are handled from here on, also while torch is imported
         from dataclasses import asdict
 
         from llamatune.errors import Stopped
         from llamatune.verification import verify as run_verification
 
         if console.should_stop():
-            raise Stopped("stopped before anything was read", directory, "run the same command again")
-        report = run_verification(directory, console.on_event, console.should_stop)
+            raise Stopped("stopped before anything was read", options.directory, "run the same command again")
+        report = run_verification(options.directory, console.on_event, console.should_stop)
         console.result(asdict(report), lambda out: _print_report(out, report))
 
 
@@ -53,4 +45,4 @@ def _print_report(out: RichConsole, report: Verified, indent: str = "") -> None:
         out.print(f"{report.steps:,} steps, {'finished' if report.finished else 'not finished'}")
     if report.unlisted:
         names = ", ".join(printable(name) for name in report.unlisted[:5]) + (" ..." if report.unlisted[5:] else "")
-        out.print(f"{indent}files of others, not looked at: {names}", markup=False)
+        out.print(f"{indent}files that the manifest does not list, not checked: {names}", markup=False)

@@ -15,53 +15,13 @@ from llamatune.data.rows import RowError, read_raw_rows
 from llamatune.data.tokenizer import load_tokenizer
 from llamatune.errors import DataError, SpecError
 from llamatune.events import Notice, OnEvent
+from llamatune.options.preparation import PrepareOptions
 from llamatune.safe_reading import digest_file
 
 # Raise a revision when the same inputs come to give other bytes. The second is that of templates with a place for what
 # the first left out: a row's `system` and `history`. Products of the others stay what they are.
 _REVISION, _REVISION_WITH_CONTEXT = 1, 2
 _ROWS_LOOKED_AT = 1000
-
-
-@dataclass
-class PrepareOptions:
-    """What ``prepare-data`` is asked to do; the command line's options by the same names.
-
-    Args:
-        rows: JSON Lines files or JSON lists, read in this order.
-        tokenizer: a ``tokenizer.model``, or a directory that holds one.
-        output: the directory to make.
-        format: a name of ``FORMATS``, or ``auto``: by each file's first usable row.
-        template: a built-in name or a YAML file; None: the format's own.
-        max_seq_length: tokens of a row at most, BOS and EOS included.
-        overlong: ``truncate`` on the right, ``drop`` the row, or ``error``.
-        validation_fraction: hold out about this share of the rows; 0, as None, holds out none.
-        validation: files whose rows are the validation rows.
-        limit: read only so many of ``rows`` (``validation`` is read whole).
-        seed: decides which rows are held out.
-        train_on_prompt: prompt tokens are targets too; BOS never is.
-        skip_bad_rows: so many unusable rows are refused and counted; one more is an error.
-        gsm8k_annotations: ``keep`` or ``strip`` the calculator notes of GSM8K answers.
-        preview: rows that the command line shows; of no effect here.
-        overwrite: replace whatever stands at ``output``.
-    """
-
-    rows: list[Path]
-    tokenizer: Path
-    output: Path
-    format: str = "auto"
-    template: str | None = None
-    max_seq_length: int = 512
-    overlong: str = "truncate"
-    validation_fraction: float | None = None
-    validation: list[Path] | None = None
-    limit: int | None = None
-    seed: int = 0
-    train_on_prompt: bool = False
-    skip_bad_rows: int = 0
-    gsm8k_annotations: str = "keep"
-    preview: int = 0
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +53,7 @@ def make_plan(options: PrepareOptions, on_event: OnEvent) -> Plan:
     inputs = {
         "revision": _REVISION_WITH_CONTEXT if template.turn or "system" in template.placeholders else _REVISION,
         "rows": [digest_file(path, DataError) for path in options.rows],
-        "validation": [digest_file(path, DataError) for path in options.validation or []],
+        "validation": [digest_file(path, DataError) for path in options.validation],
         "tokenizer": tokenizer.fingerprint,
         "format": row_format.name,
         "template": template.to_dict(),
@@ -109,34 +69,10 @@ def make_plan(options: PrepareOptions, on_event: OnEvent) -> Plan:
 
 
 def check_options(options: PrepareOptions) -> None:
-    """Raise ``SpecError`` for values out of bounds and options that exclude each other."""
-    if not options.rows:
-        raise SpecError("no row files", None, "give at least one JSON or JSONL file")
-    bounds = (
-        ("--max-seq-length", options.max_seq_length, 2, 1 << 30),
-        ("--limit", options.limit, 1, 1 << 62),
-        ("--seed", options.seed, 0, (1 << 63) - 1),
-        ("--skip-bad-rows", options.skip_bad_rows, 0, 1 << 62),
-        ("--preview", options.preview, 0, 1 << 30),
-    )
-    for name, value, least, most in bounds:
-        if value is not None and not least <= value <= most:
-            raise SpecError(
-                f"{name} is {value}", None, f"it must be at least {least}" if value < least else "too large"
-            )
-    choices = (
-        ("--format", options.format, ("auto", *FORMATS)),
-        ("--overlong", options.overlong, ("truncate", "drop", "error")),
-        ("--gsm8k-annotations", options.gsm8k_annotations, ("keep", "strip")),
-    )
-    for name, choice, known in choices:
-        if choice not in known:
-            raise SpecError(f"{name} is {choice!r}", None, f"known: {', '.join(known)}")
-    fraction = options.validation_fraction
-    if fraction and options.validation:
-        raise SpecError("--validation-fraction and --validation exclude each other", None, "give one of them")
-    if fraction is not None and not 0 <= fraction < 1:
-        raise SpecError(f"--validation-fraction is {fraction}", None, "it must be at least 0 and below 1")
+    """Raise ``SpecError`` for an unknown format, and for an output that would replace an input."""
+    known = ("auto", *FORMATS)
+    if options.format not in known:
+        raise SpecError(f"--format is {options.format!r}", None, f"known: {', '.join(known)}")
     output = Path(os.path.realpath(options.output))
     for path in [*input_files(options), options.tokenizer]:
         if Path(os.path.realpath(path)).is_relative_to(output):
@@ -145,7 +81,7 @@ def check_options(options: PrepareOptions) -> None:
 
 def input_files(options: PrepareOptions) -> list[Path]:
     """Every row file, in the order in which they are read."""
-    return [*options.rows, *(options.validation or [])]
+    return [*options.rows, *options.validation]
 
 
 def _format_of(options: PrepareOptions) -> Format:

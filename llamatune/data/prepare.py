@@ -10,12 +10,12 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llamatune.data.encoding import EncodedBatch, Recipe
-from llamatune.data.plan import PrepareOptions, check_options, input_files, make_plan
+from llamatune.data.plan import check_options, input_files, make_plan
 from llamatune.data.report import (
     Counts,
     PrepareReport,
@@ -35,6 +35,7 @@ from llamatune.errors import DataError, EnvironmentFault, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import Staging, build_directory, finished_product, has_manifest
 from llamatune.formats.prepared import KIND
+from llamatune.options.preparation import PrepareOptions
 
 __all__ = ["PrepareOptions", "PrepareReport", "prepare_data"]
 
@@ -133,7 +134,7 @@ class _Job:
             (path / "refused.jsonl").unlink()
         self.staging.facts.update(self._facts(splits))
 
-    def _encode(self, files: list[Path], limit: int | None, spool: Spool, refuse: Callable[[str], object]) -> None:
+    def _encode(self, files: Sequence[Path], limit: int | None, spool: Spool, refuse: Callable[[str], object]) -> None:
         """Read, encode and spool the rows of ``files``, counting what became of each."""
         pending: list[tuple[Path, int, list[RawRow]]] = []
 
@@ -223,7 +224,7 @@ def _first_overlong(batch: EncodedBatch) -> int | None:
     return next((position for position, reason in batch.dropped if reason == "overlong"), None)
 
 
-def _batches(files: list[Path], limit: int | None) -> Iterator[tuple[Path, int, list[RawRow]]]:
+def _batches(files: Sequence[Path], limit: int | None) -> Iterator[tuple[Path, int, list[RawRow]]]:
     """Rows of ``files`` in batches of one file each, with the number of each batch's first row, counted from 1."""
     number = 1
     for path in files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def bad_rows_error(counts: Counts) -> DataError:
     return DataError(str(counts.first_refused), None, todo)
 
 
-def no_rows_error(counts: Counts, files: list[Path]) -> DataError:
+def no_rows_error(counts: Counts, files: Sequence[Path]) -> DataError:
     """Nothing is left to train on."""
     reasons = ", ".join(f"{count} {kind}" for kind, count in (counts.dropped_reasons + counts.refused_reasons).items())
     todo = "the files hold no rows" if not counts.rows_in else reasons

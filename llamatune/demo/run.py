@@ -9,14 +9,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from llamatune.checkpoints.merging import MergeOptions, merge_lora
+from llamatune.checkpoints.merging import merge_lora
 from llamatune.checkpoints.model_directory import read_config
-from llamatune.data.plan import PrepareOptions
 from llamatune.data.prepare import prepare_data
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
-from llamatune.inference.answer import Answer, Request, answer
-from llamatune.inference.sampling import Sampling
+from llamatune.inference.generate import Generation, generate
 from llamatune.inference.significance import Accuracy
+from llamatune.options.inference import MergeOptions, ModelSource, Sampling
+from llamatune.options.preparation import PrepareOptions
 from llamatune.shapes.counts import count_parameters
 from llamatune.spec import RunSpec, build_spec
 from llamatune.strict_yaml import parse_yaml
@@ -101,11 +101,12 @@ def run_demo(output: Path, on_event: OnEvent = ignore_event, should_stop: Should
     adapter, merged = output / "run" / "adapter", output / "merged"
     say(f"generate --model base --adapter {adapter} --prompt-file held_out.jsonl --temperature 0 --compare")
     prompts = [row["instruction"] for row in held_out]
-    compared = answer(Request(base, prompts, _SAMPLING, adapter, compare=True), on_event, should_stop).results
+    both = ModelSource(base, adapter, compare=True, device="cpu")
+    compared = generate(both, prompts, _SAMPLING, None, on_event, should_stop).results
     say(f"merge-lora --model base --adapter {adapter} --output {merged}")
     merge_lora(MergeOptions(base, adapter, merged), on_event, should_stop)
     say(f"generate --model {merged} --prompt-file held_out.jsonl --temperature 0")
-    again = answer(Request(merged, prompts, _SAMPLING), on_event, should_stop).results
+    again = generate(ModelSource(merged, device="cpu"), prompts, _SAMPLING, None, on_event, should_stop).results
     return _report(output, summary, count.base_parameters, held_out, compared, again)
 
 
@@ -114,8 +115,8 @@ def _report(
     summary: dict[str, Any],
     base_parameters: int,
     rows: list[dict[str, str]],
-    compared: list[Answer],
-    merged: list[Answer],
+    compared: list[Generation],
+    merged: list[Generation],
 ) -> DemoReport:
     held_out = [
         HeldOut(row["instruction"], row["output"], found.base_completion or "", found.completion, last.completion)

@@ -1,1 +1,1 @@
-"""What a model says."""
+"""Inference: sampling, generation, and evaluation of models, with or without an adapter."""

@@ -1,4 +1,4 @@
-"""Loss, perplexity and token accuracy on prepared rows: of a model, or of a base and a tuned one side by side."""
+"""Held-out loss, perplexity and token accuracy on prepared rows, of a tuned model alone or beside its base."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch
 from llamatune.data.dataset import Batch, Prepared, Split, check_rows, check_tokenizer, open_prepared
 from llamatune.errors import DataError, NumericsError, SpecError, Stopped
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.inference.opened import OpenedModel, open_model
+from llamatune.inference.model_source import open_model
 from llamatune.inference.significance import Accuracy, ratio_interval
 from llamatune.model.loss import IGNORED, target_losses
 from llamatune.model.transformer import Transformer
+from llamatune.options.inference import EvaluateOptions
 from llamatune.out_of_memory import memory_faults
 from llamatune.threads import suitable_threads
 from llamatune.units import perplexity
@@ -78,7 +79,7 @@ def held_out_loss(
     should_stop: ShouldStop = never_stop,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeldOutLoss:
-    """Mean loss per target token over every row of ``split``, dropout off; ``Stopped`` when asked to."""
+    """Mean loss per target token over every row of ``split``, without dropout. Raises ``Stopped`` on request."""
     was_training = model.training
     model.eval()
     rows: list[RowScore] = []
@@ -94,46 +95,12 @@ def held_out_loss(
     return HeldOutLoss.of(rows)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Which model is evaluated on what; ``compare`` evaluates the base beside it. What every kind of data takes."""
-
-    model: Path
-    data: Path
-    adapter: Path | None = None
-    compare: bool = False
-    limit: int | None = None
-    batch_size: int = 16
-    force_base: bool = False
-    dtype: torch.dtype | None = None
-    device: torch.device | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("--limit", self.limit), ("--batch-size", self.batch_size)):
-            if value is not None and value < 1:
-                raise SpecError(f"{name} is {value}, it must be at least 1")
-
-    def open_model(self, on_event: OnEvent) -> OpenedModel:
-        """The model and the adapter, checked."""
-        return open_model(self.model, self.adapter, self.compare, self.force_base, self.dtype, self.device, on_event)
-
-
 MEMORY_ADVICE = "lower --batch-size, or use a 16-bit --dtype"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedEvaluation(Evaluation):
-    """``data`` is a prepared directory, ``limit`` the rows of each split.
-
-    ``split`` is train, validation or all; None: validation if there is one, else train.
-    """
-
-    split: str | None = None
 
 
 @dataclass(frozen=True)
 class PreparedReport:
-    """``scores`` holds the rows' by the model's prefix, ``base_`` or none; ``splits`` names each row's split."""
+    """``scores`` are by the model's prefix, ``base_`` or none; ``splits`` names the split of each row."""
 
     data: str
     split: str
@@ -144,7 +111,7 @@ class PreparedReport:
     def to_dict(self) -> dict[str, Any]:
         """What ``--json`` prints."""
         rows = self.scores[""]
-        found: dict[str, Any] = {
+        values: dict[str, Any] = {
             "data": self.data,
             "split": self.split,
             "rows": len(rows),
@@ -154,16 +121,16 @@ class PreparedReport:
         }
         for prefix, scores in self.scores.items():
             total = HeldOutLoss.of(scores)
-            found[f"{prefix}loss"] = total.loss
-            found[f"{prefix}perplexity"] = total.perplexity
-            found[f"{prefix}token_accuracy"] = total.token_accuracy
+            values[f"{prefix}loss"] = total.loss
+            values[f"{prefix}perplexity"] = total.perplexity
+            values[f"{prefix}token_accuracy"] = total.token_accuracy
         if "base_" in self.scores:
             pairs = zip(rows, self.scores["base_"], strict=True)
             differences = [tuned.summed_loss - base.summed_loss for tuned, base in pairs]
-            found["loss_difference"] = found["loss"] - found["base_loss"]
-            found["loss_difference_interval"] = ratio_interval(differences, [row.target_tokens for row in rows])
-            found["improved_rows"] = sum(difference < 0 for difference in differences)
-        return found
+            values["loss_difference"] = values["loss"] - values["base_loss"]
+            values["loss_difference_interval"] = ratio_interval(differences, [row.target_tokens for row in rows])
+            values["improved_rows"] = sum(difference < 0 for difference in differences)
+        return values
 
     def per_row(self) -> Iterator[dict[str, Any]]:
         """What ``--per-row`` writes, a line each."""
@@ -176,44 +143,42 @@ class PreparedReport:
 
 
 def evaluate_prepared(
-    evaluation: PreparedEvaluation, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop
+    options: EvaluateOptions, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop
 ) -> PreparedReport:
     """Score the rows of a prepared directory.
 
     Raises:
-        SpecError: nothing to compare with, or no such split.
+        SpecError: the data has no such split.
         DataError: no prepared directory. CheckpointError: a model that cannot be used, or not with this data.
         NumericsError: a row's loss is not finite.
         Stopped: ``should_stop`` said so.
     """
-    opened = evaluation.open_model(on_event)
-    prepared = open_prepared(evaluation.data)
-    split, chosen = _choose(prepared, evaluation.split, evaluation.data)
+    opened = open_model(options, on_event)
+    prepared = open_prepared(options.data)
+    split, chosen = _choose(prepared, options.split, options.data)
     for part in chosen.values():
-        check_rows(part, opened.checkpoint.config, f"{evaluation.data} against {evaluation.model}", on_event)
-    check_tokenizer(prepared, evaluation.model, evaluation.force_base, on_event)
-    total = sum(min(len(part), evaluation.limit or len(part)) for part in chosen.values())
-    tokens = sum(sum(part.lengths[: evaluation.limit]) for part in chosen.values())
-    threads = suitable_threads(opened.checkpoint.config, tokens * min(1.0, evaluation.batch_size / total))
+        check_rows(part, opened.checkpoint.config, f"{options.data} against {options.model}", on_event)
+    check_tokenizer(prepared, options.model, options.force_base, on_event)
+    total = sum(min(len(part), options.limit or len(part)) for part in chosen.values())
+    tokens = sum(sum(part.lengths[: options.limit]) for part in chosen.values())
+    threads = suitable_threads(opened.checkpoint.config, tokens * min(1.0, options.batch_size / total))
     with memory_faults(opened.device, MEMORY_ADVICE), threads:
         models = opened.load(on_event, should_stop)
         names: list[str] = []
         scores: dict[str, list[RowScore]] = {prefix: [] for prefix in models}
         for name, part in chosen.items():
-            for batch in part.batches(evaluation.batch_size, evaluation.limit):
+            for batch in part.batches(options.batch_size, options.limit):
                 for prefix, model in models.items():
                     if should_stop():
                         raise Stopped("stopped during evaluation", f"after {len(names)} of {total} rows")
-                    scores[prefix] += _finite(score_batch(model, batch), evaluation.data)
+                    scores[prefix] += _checked_finite(score_batch(model, batch), options.data)
                 names += [name] * len(batch.rows)
                 on_event(Progress("evaluating", len(names), total))
-    return PreparedReport(str(evaluation.data), split, opened.dtype_name, names, scores)
+    return PreparedReport(str(options.data), split, opened.dtype_name, names, scores)
 
 
 def _choose(prepared: Prepared, name: str | None, where: Path) -> tuple[str, dict[str, Split]]:
-    """The split asked for, by its name, and the parts that it is made of."""
-    if name not in (None, "train", "validation", "all"):
-        raise SpecError(f"no split is called {name!r}", "--split", "use train, validation or all")
+    """The name of the chosen split, by default validation, else train; and the splits that it consists of."""
     parts = {"train": prepared.train}
     if prepared.validation is not None and len(prepared.validation):
         parts["validation"] = prepared.validation
@@ -226,7 +191,7 @@ def _choose(prepared: Prepared, name: str | None, where: Path) -> tuple[str, dic
     return name, chosen
 
 
-def _finite(scores: list[RowScore], where: Path) -> list[RowScore]:
+def _checked_finite(scores: list[RowScore], where: Path) -> list[RowScore]:
     for score in scores:
         if not math.isfinite(score.summed_loss):
             raise NumericsError("the loss is not finite", f"{where}, row {score.row}", "try --dtype float32")

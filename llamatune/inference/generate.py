@@ -1,164 +1,82 @@
-"""Token ids in, token ids out: batched decoding with a KV cache, and beam search."""
+"""Text generation: prompts in, completions out, of a tuned model alone or beside its base."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from time import monotonic
 
-import torch
-from torch import Tensor
+from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.inference.engine import Completion, complete
+from llamatune.inference.model_source import open_model
+from llamatune.inference.prompt_files import Prompt, prompt_text
+from llamatune.options.inference import ModelSource, Sampling
+from llamatune.out_of_memory import memory_faults
+from llamatune.threads import suitable_threads
 
-from llamatune.errors import Stopped
-from llamatune.events import ShouldStop, never_stop
-from llamatune.inference.sampling import Sampling, next_tokens
-from llamatune.model.cache import KVCache
-from llamatune.model.layers import linear
-from llamatune.model.transformer import Transformer
-from llamatune.seeds import derived_seed
-
-IsEnough = Callable[[Sequence[int]], bool]
+_BATCH = 16
 
 
 @dataclass(frozen=True)
-class Completion:
-    """New ids without the EOS that ended them; ``finish_reason`` is ``eos``, ``length``, or ``stop``: it was enough."""
+class Generation:
+    """One prompt as the model saw it, and its completion; ``base_completion`` is the untuned model's."""
 
-    ids: list[int]
+    prompt: str
+    completion: str
+    completion_ids: list[int]
     finish_reason: str
+    base_completion: str | None = None
 
 
-def complete(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
+@dataclass(frozen=True)
+class Generations:
+    """All completions, in the order of the prompts, and the speed of the (tuned) model."""
+
+    results: list[Generation]
+    tokens_per_second: float
+
+
+def generate(
+    source: ModelSource,
+    prompts: Sequence[Prompt],
     sampling: Sampling,
-    eos_ids: Collection[int],
+    template: str | None = None,
+    on_event: OnEvent = ignore_event,
     should_stop: ShouldStop = never_stop,
-    is_enough: IsEnough | None = None,
-) -> list[Completion]:
-    """Continue every prompt (ids, BOS included) as it would be continued alone.
-
-    Args:
-        is_enough: whether a completion, given its ids so far, needs no more; not for beam search.
+) -> Generations:
+    """Load, generate, decode. ``template`` None is the one stored with the adapter or merged model.
 
     Raises:
-        Stopped: ``should_stop`` said so, between two tokens.
+        SpecError: a template that has no place for a prompt.
+        CheckpointError: model, tokenizer or adapter cannot be used or do not belong together.
     """
-    if sampling.num_beams > 1:
-        assert is_enough is None, "a beam is known to be the best only at its end"
-        return [_beam_search(model, prompt, sampling, eos_ids, should_stop) for prompt in prompts]
-    return _decode(model, prompts, sampling, eos_ids, should_stop, is_enough)
+    opened = open_model(source, on_event)
+    tokenizer, prompt_template = opened.tokenizer(), opened.template(template)
+    texts = [prompt_text(prompt, prompt_template, number) for number, prompt in enumerate(prompts, 1)]
+    ids = opened.encode(tokenizer, texts, sampling.max_new_tokens, on_event)
+    beams, config = sampling.num_beams, opened.checkpoint.config
+    threads = suitable_threads(config, beams if beams > 1 else min(_BATCH, len(ids)))
+    with memory_faults(opened.device, "use a 16-bit --dtype, or fewer --max-new-tokens"), threads:
+        models = opened.load(on_event, should_stop)
+        eos_ids = {*config.eos_token_ids, tokenizer.eos_id}
 
+        def run(name: str, task: str) -> tuple[list[Completion], float]:
+            started, done = monotonic(), []
+            for first in range(0, len(ids), _BATCH):
+                done += complete(models[name], ids[first : first + _BATCH], sampling, eos_ids, should_stop)
+                on_event(Progress(task, len(done), len(ids)))
+            return done, sum(len(completion.ids) for completion in done) / max(monotonic() - started, 1e-9)
 
-def _new_cache(model: Transformer, batch: int, capacity: int) -> KVCache:
-    dtype = model.activation_dtype or model.model.embed_tokens.weight.dtype
-    return KVCache(model.config, batch, capacity, dtype, model.device)
-
-
-def _next_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
-    """Logits of the last position alone, (B, T, D) -> (B, V)."""
-    return linear(hidden[:, -1], head_weight)
-
-
-def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts padded on the left to one width P: ids (B, P), and how much each was padded (B,)."""
-    width = max(len(prompt) for prompt in prompts)
-    rows = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    padding = [width - len(prompt) for prompt in prompts]
-    return torch.tensor(rows, device=device), torch.tensor(padding, device=device)
-
-
-def _visible(padding: Tensor, first: int, last: int) -> Tensor | None:
-    """Who sees whom, (B, 1, last - first, last), for queries ``first : last``; None where plain causality is enough.
-
-    A padding position sees itself alone: a row of the mask with nothing in it would turn into NaN.
-    """
-    if not padding.any():
-        return None
-    queries = torch.arange(first, last, device=padding.device)[:, None]
-    keys = torch.arange(last, device=padding.device)[None]
-    real = keys >= padding[:, None, None]  # (B, 1, last)
-    return ((real & (keys <= queries)) | (keys == queries))[:, None]
-
-
-@torch.inference_mode()
-def _decode(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    eos_ids: Collection[int],
-    should_stop: ShouldStop,
-    is_enough: IsEnough | None,
-) -> list[Completion]:
-    input_ids, padding = _padded(prompts, model.device)
-    B, width = input_ids.shape
-    cache = _new_cache(model, B, width + sampling.max_new_tokens)
-    generators = [torch.Generator().manual_seed(derived_seed(sampling.seed, "sampling")) for _ in prompts]
-    chosen: list[list[int]] = [[] for _ in prompts]
-    finished: list[str | None] = [None] * B
-    length = 0
-    while True:
-        if should_stop():
-            raise Stopped("stopped while generating")
-        end = length + input_ids.shape[1]
-        positions = (torch.arange(length, end, device=model.device)[None] - padding[:, None]).clamp(min=0)
-        logits = model(input_ids, positions, _visible(padding, length, end), cache, read=_next_logits)  # (B, V)
-        length = end
-        tokens = next_tokens(logits.float(), sampling, generators)
-        for row, token in enumerate(tokens):
-            if finished[row] is not None:
-                continue
-            if token in eos_ids:
-                finished[row] = "eos"
-                continue
-            chosen[row].append(token)
-            if is_enough is not None and is_enough(chosen[row]):
-                finished[row] = "stop"
-            elif len(chosen[row]) == sampling.max_new_tokens:
-                finished[row] = "length"
-        if all(finished):
-            return [Completion(ids, reason or "length") for ids, reason in zip(chosen, finished, strict=True)]
-        input_ids = torch.tensor(tokens, device=model.device)[:, None]
-
-
-@torch.inference_mode()
-def _beam_search(
-    model: Transformer, prompt: Sequence[int], sampling: Sampling, eos_ids: Collection[int], should_stop: ShouldStop
-) -> Completion:
-    """The likeliest completion among ``num_beams`` that are followed, by mean log-probability per new token.
-
-    A finished beam competes with what is left until no living one can still beat the worst of ``num_beams`` finished.
-    """
-    beams, vocabulary = sampling.num_beams, model.config.vocab_size
-    cache = _new_cache(model, beams, len(prompt) + sampling.max_new_tokens)
-    input_ids = torch.tensor([list(prompt)] * beams, device=model.device)
-    # All beams start equal: only the first may be extended, or they would stay equal.
-    scores = torch.full((beams,), -torch.inf, device=model.device)
-    scores[0] = 0.0
-    living: list[list[int]] = [[] for _ in range(beams)]
-    done: list[tuple[float, list[int]]] = []
-    for count in range(1, sampling.max_new_tokens + 1):
-        if should_stop():
-            raise Stopped("stopped while generating")
-        logits = model(input_ids, cache=cache, read=_next_logits).float()  # (beams, V)
-        total = (scores[:, None] + logits.log_softmax(-1)).reshape(-1)
-        # Enough that the living beams can be filled even if every EOS takes a place in each.
-        best = total.topk(min(max(2, 1 + len(eos_ids)) * beams, len(total)))
-        kept: list[tuple[float, int, int]] = []
-        for rank, (score, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
-            beam, token = divmod(index, vocabulary)
-            if token in eos_ids:
-                if rank < beams:
-                    done.append((score / count, living[beam]))
-            elif len(kept) < beams:
-                kept.append((score, beam, token))
-        done = sorted(done, key=lambda found: -found[0])[:beams]
-        living = [[*living[beam], token] for _, beam, token in kept]
-        if not kept or (len(done) == beams and kept[0][0] / count <= done[-1][0]):
-            break
-        scores = torch.tensor([score for score, _, _ in kept], device=model.device)
-        cache.reorder([beam for _, beam, _ in kept])
-        input_ids = torch.tensor([[token] for _, _, token in kept], device=model.device)
-    else:
-        done += [(score / sampling.max_new_tokens, ids) for (score, _, _), ids in zip(kept, living, strict=True)]
-    ids = max(done, key=lambda found: found[0])[1]
-    return Completion(ids, "length" if len(ids) == sampling.max_new_tokens else "eos")
+        base_completions = run("base_", "generating with the base")[0] if source.compare else None
+        completions, speed = run("", "generating")
+    results = [
+        Generation(
+            text,
+            tokenizer.continuation(prompt, completion.ids),
+            completion.ids,
+            completion.finish_reason,
+            None if base_completions is None else tokenizer.continuation(prompt, base_completions[index].ids),
+        )
+        for index, (text, prompt, completion) in enumerate(zip(texts, ids, completions, strict=True))
+    ]
+    return Generations(results, speed)

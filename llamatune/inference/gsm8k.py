@@ -1,7 +1,7 @@
-"""GSM8K (Cobbe et al. 2021): word problems whose worked answers end in ``#### 18``, and when an answer is right.
+"""GSM8K (Cobbe et al. 2021): questions, prompts and scoring. Reference answers end in ``#### 18``.
 
-The rule is the data set's own (``grade_school_math/dataset.py`` of its repository): the first match of ``ANSWER``
-without its commas, compared as text. So ``18.0`` is not ``18``, and an answer without the mark is wrong.
+The rule of scoring is the data set's own (``grade_school_math/dataset.py`` of its repository): the first match of
+``ANSWER`` without its commas, compared as text. So ``18.0`` is not ``18``, and an answer without the mark is wrong.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _NEXT_QUESTION = "Question:"
 
 
 def extract_answer(text: str) -> str | None:
-    """What a worked answer comes to, as text without commas; None: nothing is marked as the answer."""
-    found = ANSWER.search(text)
-    return None if found is None else found.group(1).replace(",", "")
+    """The final number of an answer, as text without commas; None: none is marked."""
+    match = ANSWER.search(text)
+    return None if match is None else match.group(1).replace(",", "")
 
 
 def is_answered(text: str, few_shot: bool) -> bool:
-    """Whether no more text can change the score: the marked number has ended, or the next question was begun."""
-    found = ANSWER.search(text)
-    return (found is not None and found.end() < len(text)) or (few_shot and _NEXT_QUESTION in text)
+    """Whether no more text can change the score: the marked number or, few-shot, the whole answer has ended."""
+    match = ANSWER.search(text)
+    return (match is not None and match.end() < len(text)) or (few_shot and _NEXT_QUESTION in text)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row: its number in the file from 1, the reference answer in full, and what that comes to."""
+    """A row: its number in the file from 1, the reference answer in full, and its final number."""
 
     row: int
     text: str
@@ -66,7 +66,7 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def choose_examples(path: Path, shots: int, seed: int, asked: Sequence[Question]) -> list[Question]:
-    """``shots`` worked examples from a GSM8K file, none of them a question that is asked; a function of ``seed``.
+    """``shots`` worked examples from a GSM8K file, none of them in ``asked``; a function of ``seed``.
 
     Raises:
         DataError: as ``read_questions``, or too few rows.
@@ -79,7 +79,7 @@ def choose_examples(path: Path, shots: int, seed: int, asked: Sequence[Question]
 
 
 def prompt_of(question: Question, template: Template | None, examples: Sequence[Question]) -> str:
-    """The question in its template; after examples, in the form that they have."""
+    """The question in its template; after examples, in the same form as them."""
     if not examples:
         return question.text if template is None else template.instruction_prompt(question.text)
     shown = [f"{_FEW_SHOT.instruction_prompt(example.text)} {example.worked}\n\n" for example in examples]

@@ -1,38 +1,11 @@
-"""Which token comes next."""
+"""Sampling: the next token from logits, by temperature, top-k and top-p."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llamatune.errors import SpecError
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn: ``temperature`` 0 is greedy, ``num_beams`` above 1 is beam search, drawing nothing."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.6
-    top_k: int | None = None
-    top_p: float = 0.9
-    num_beams: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        bounds = (
-            ("--max-new-tokens", self.max_new_tokens, 1 <= self.max_new_tokens <= 1 << 20, "1 to 1,048,576"),
-            ("--temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("--top-k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1"),
-            ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("--num-beams", self.num_beams, 1 <= self.num_beams <= 64, "between 1 and 64"),
-            ("--seed", self.seed, 0 <= self.seed < 1 << 63, "not negative"),
-        )
-        for name, value, fits, allowed in bounds:
-            if not fits:
-                raise SpecError(f"{name} is {value}, it must be {allowed}")
+from llamatune.options.inference import Sampling
 
 
 def token_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -57,7 +30,7 @@ def token_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
-    """One token for each row of ``logits`` (B, V); each row draws from its own generator, so rows do not meet."""
+    """One token for each row of ``logits`` (B, V); each row draws from its own generator, so rows are independent."""
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
     probabilities = token_distribution(logits, sampling).cpu()

@@ -1,4 +1,4 @@
-"""How sure a number is: intervals and tests in closed form."""
+"""Statistical significance: confidence intervals and McNemar's test, in closed form."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """So many right of so many asked, at least one."""
+    """Right answers out of the questions asked, at least one."""
 
     right: int
     asked: int
 
     @classmethod
     def of(cls, verdicts: Iterable[bool]) -> Accuracy:
-        """Count what was right."""
+        """From one verdict per question."""
         counted = list(verdicts)
         return cls(sum(counted), len(counted))
 
@@ -44,8 +44,8 @@ class Accuracy:
 def exact_mcnemar(one_alone: int, other_alone: int) -> float:
     """The two-sided p-value of McNemar's exact test (McNemar 1947).
 
-    Of two models that answered the same questions, each was right alone on so many. If they were equally good, each of
-    those questions would have fallen to either with probability 1/2.
+    Of two models that answered the same questions, each alone was right on so many. Under the null hypothesis each of
+    those questions goes to either model with probability 1/2.
     """
     n, fewer = one_alone + other_alone, min(one_alone, other_alone)
     tail = sum(math.comb(n, k) for k in range(fewer + 1))

@@ -1,1 +1,1 @@
-"""How many bytes a training step needs, in closed form: no torch, no weights."""
+"""The memory of a training step, computed from the spec and the model's shape. No torch, no weights."""

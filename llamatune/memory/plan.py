@@ -1,4 +1,4 @@
-"""What a run will need, and how much its blocks recompute so that it needs no more than it may."""
+"""The memory plan of a run: its predicted peak, and the recompute level of each block under a memory limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llamatune.units import gibibytes, parse_size
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The step of the heaviest micro-batch; ``levels`` are what each fused block recomputes, None for plain modules."""
+    """The step of the heaviest micro-batch; ``levels``: what each lean block recomputes, None for plain blocks."""
 
     rows: Rows
     levels: Levels | None
@@ -57,18 +57,14 @@ class MemoryPlan:
 def plan_memory(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu, limit_bytes: int | None) -> MemoryPlan:
     """Predict the peak of a step of ``rows``.
 
-    Under ``activation_checkpointing: none`` fused blocks recompute as much as the limit asks for, nothing if everything
-    fits; any other value is obeyed as it stands.
+    Under ``activation_checkpointing: none`` lean blocks recompute only what the limit requires. Any other value is
+    used as it is.
     """
-    step, mode, layers = (
-        Step(spec, config, rows, cuda),
-        spec.training.activation_checkpointing,
-        config.num_hidden_layers,
-    )
+    step, layers = Step(spec, config, rows, cuda), config.num_hidden_layers
     if not step.z.lean:
         return MemoryPlan(rows, None, step.highest(), limit_bytes)
-    levels = levels_of(mode, layers)
-    if mode == "none" and limit_bytes is not None:
+    levels = levels_of(step.mode, layers)
+    if step.mode == "none" and limit_bytes is not None:
         levels = _cheapest_levels(step, layers, limit_bytes)
     return MemoryPlan(rows, levels, step.highest(levels), limit_bytes)
 
@@ -76,9 +72,9 @@ def plan_memory(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu, limit
 def _cheapest_levels(step: Step, layers: int, limit: int) -> Levels:
     """As many layers as fit recompute nothing, of the rest as many as fit gate and up, and so on.
 
-    That is the least computation: a whole block is the cheapest way to a byte, so one layer that recomputes all spares
-    more than one other from recomputing anything. The last layers recompute least, since theirs is the backward pass
-    that finds everything still kept.
+    That is the least computation: recomputing a whole block costs least for each byte that it saves, so few layers
+    that recompute everything are better than many that recompute a part. The last layers recompute least: their
+    backward pass runs while everything else is still kept.
     """
 
     def fits(levels: Levels) -> bool:
@@ -94,7 +90,7 @@ def _cheapest_levels(step: Step, layers: int, limit: int) -> Levels:
 
         most = bisect.bisect_left(range(rest + 1), True, key=lambda count: not fits(with_more(count))) - 1
         if most < 0:
-            break  # recomputing everything is too much: a short row on few layers, or hopeless
+            break  # recomputing everything does not fit: a short row on few layers, or nothing fits
         above = with_more(most)[rest - most :]
     chosen = (heaviest,) * (layers - len(above)) + above
     if above or fits(chosen):
@@ -125,7 +121,7 @@ def limit_of(spec: RunSpec, free_bytes: int | None) -> int | None:
 
 
 def heaviest_rows(lengths: Sequence[int], target_counts: Sequence[int], spec: RunSpec) -> Rows:
-    """The micro-batch of prepared samples that needs most: the longest rows, or full ones of packed samples."""
+    """The micro-batch that needs most memory: the longest rows, or full rows of packed samples."""
     size, data = spec.training.micro_batch_size, spec.data
     if not data.packing:
         longest = heapq.nlargest(size, range(len(lengths)), key=lengths.__getitem__)

@@ -1,4 +1,4 @@
-"""What makes a step fit that does not, the cheapest in computation first."""
+"""Remedies: changes of the spec that lower the predicted peak, least added computation first."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from llamatune.spec import LoraSection, RunSpec
 from llamatune.units import gibibytes
 
 _LESS = 0.8
-"""Of the memory that was planned for and was not there, what to plan for next."""
+"""The share of the predicted peak to aim for after a step ran out of memory."""
 
 
 @dataclass(frozen=True)
 class Remedy:
     """A change of the spec. ``more_compute`` is the share that it adds to a step's products.
 
-    None: that depends on the device, or other products are computed.
+    None: it depends on the device, or the products change.
     """
 
     change: str
@@ -43,21 +43,21 @@ class Remedy:
 
 
 def after_running_out(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) -> str:
-    """What was tried, and three changes to try next, for a step that found less memory than was planned for.
+    """The failed step and three changes to try next, after a run that ran out of memory.
 
-    First those that bring it to four fifths, the cheapest in computation first, then those that save most. Blocks that
-    recompute as much as a limit asks would answer most changes by recomputing less, so there the limit comes first.
+    First the changes that lower the peak to four fifths, least computation first, then those that save most. Under a
+    limit, lean blocks answer most changes by recomputing less, so there a lower limit comes first.
     """
     target = int(plan.step.peak * _LESS)
-    found = remedies(spec, config, plan, cuda)
+    helpful = remedies(spec, config, plan, cuda)
     if plan.levels is not None and spec.training.activation_checkpointing == "none":
         lower = plan_memory(spec, config, plan.rows, cuda, target)
         if lower.step.peak < plan.step.peak:
             change = f"training.memory_limit={math.ceil(lower.step.peak / 2**20)}MiB"
             saved = plan.step.peak - lower.step.peak
-            found.insert(0, Remedy(change, "blocks recompute more", None, lower.step.peak, saved, lower.fits))
-    enough = [remedy for remedy in found if remedy.peak_bytes <= target]
-    others = sorted((remedy for remedy in found if remedy.peak_bytes > target), key=lambda remedy: remedy.peak_bytes)
+            helpful.insert(0, Remedy(change, "blocks recompute more", None, lower.step.peak, saved, lower.fits))
+    enough = [remedy for remedy in helpful if remedy.peak_bytes <= target]
+    others = sorted((remedy for remedy in helpful if remedy.peak_bytes > target), key=lambda remedy: remedy.peak_bytes)
     count, tokens = len(plan.rows.lengths), plan.rows.tokens
     advice = "; ".join(remedy.advice() for remedy in (enough + others)[:3])
     tried = f"a pass over {count} samples, {tokens} tokens, was to need {plan.room()}"
@@ -65,15 +65,15 @@ def after_running_out(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda
 
 
 def remedies(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) -> list[Remedy]:
-    """Everything that is not on yet and lowers the peak by more than a thousandth, each by itself."""
-    found: list[Remedy] = []
+    """Every change that is not made yet and lowers the peak by more than a thousandth, each by itself."""
+    helpful: list[Remedy] = []
     training, lora = spec.training, spec.lora
 
     def consider(change: str, effect: str, more: float | None, changed: RunSpec, rows: Rows = plan.rows) -> None:
         after = plan_memory(changed, config, rows, cuda, plan.limit_bytes)
         saved = plan.step.peak - after.step.peak
         if saved > plan.step.peak // 1000:
-            found.append(Remedy(change, effect, more, after.step.peak, saved, after.fits))
+            helpful.append(Remedy(change, effect, more, after.step.peak, saved, after.fits))
 
     def with_training(**changes: Any) -> RunSpec:
         return spec.model_copy(update={"training": training.model_copy(update=changes)})
@@ -133,7 +133,7 @@ def remedies(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) ->
         )
     if training.optimizer != "sgd":
         consider("training.optimizer=sgd", "keeps no state", None, with_training(optimizer="sgd"))
-    return found
+    return helpful
 
 
 def _fewer(rows: Rows, share: float) -> Rows:

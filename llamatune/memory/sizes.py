@@ -1,4 +1,4 @@
-"""What a step is made of, in bytes: the numbers that follow from a spec and a model's shape alone.
+"""Sizes of a step in elements and bytes: what follows from a spec and a model's shape alone.
 
 Letters as in ``model``: N tokens in the row of a micro-batch, P of them predicted, D hidden, Q and K the widths of all
 query and of all key-value heads, F feed-forward, V vocabulary, R rank. Lower case for bytes an element: ``w`` of a held
@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability, Gpu, Kernel, choose_kernel, head_room
+from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability, Gpu
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.dtypes import PRECISIONS, WEIGHT_BYTES
@@ -32,33 +32,6 @@ class Rows:
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Bytes of one part of a step: half a block, a block or the head.
-
-    ``kept`` lies there from its forward to its backward pass, its input included; ``forward`` is the most that is alive
-    during its forward pass, input and ``kept`` included; ``backward`` the most beyond ``kept`` during its backward
-    pass; ``gradients`` those of its trained tensors; ``cached`` stays until autocast ends.
-    """
-
-    kept: int
-    forward: int
-    backward: int
-    gradients: int
-    cached: int = 0
-
-
-@dataclass(frozen=True)
-class AttentionBytes:
-    """Of softmax(q k^T) v: kept inputs and outputs, the output laid out anew (0: a view), and the most in flight."""
-
-    inputs: int
-    outputs: int
-    flat: int
-    forward: int
-    backward: int
 
 
 class Sizes:
@@ -92,10 +65,12 @@ class Sizes:
     @functools.cached_property
     def trained_counts(self) -> list[int]:
         """Elements of each trained tensor."""
-        shapes = self.config.parameter_shapes() if self.adapter is None else self.adapter.checkpoint_shapes(self.config)
-        return [math.prod(shape) for _, shape in shapes]
+        if self.adapter is None:
+            return [math.prod(shape) for _, shape in self.config.parameter_shapes()]
+        modules = [self.adapter.tensor_shapes(self.config, name) for name in self.adapter.target_modules]
+        return [math.prod(shape) for shapes in modules for shape in shapes.values()] * self.config.num_hidden_layers
 
-    @property
+    @functools.cached_property
     def weights(self) -> int:
         """The base as it is held."""
         total = count_parameters(self.config).base_parameters
@@ -104,7 +79,7 @@ class Sizes:
         linears, layers = [self.count(name) for name in LINEAR_MODULES], self.config.num_hidden_layers
         return (total - sum(linears) * layers) * self.w + sum(map(_nf4_bytes, linears)) * layers
 
-    @property
+    @functools.cached_property
     def optimizer_state(self) -> int:
         training, counts = self.spec.training, self.trained_counts
         if training.optimizer == "sgd":
@@ -144,31 +119,6 @@ class Sizes:
         if self.adapter is None:
             return 4 * sum(map(self.count, names))
         return sum(4 * self.adapter.parameter_count(self.config, name) for name in names)
-
-    def attention(self) -> AttentionBytes:
-        """By the rule of ``shapes.attention_kernels``."""
-        c, N, lengths, H = self.c, self.N, self.rows.lengths, self.config.num_attention_heads
-        several, ragged, head = len(lengths) > 1, len(set(lengths)) > 1, self.config.head_dim
-        kernels = {t: choose_kernel(self.capability, self.computed, head, t, len(lengths)) for t in set(lengths)}
-        kernel = kernels[max(lengths)]  # on a GPU that of all
-        squares = [t * t * H for t in lengths if kernels[t] is Kernel.PRODUCTS]
-        by_kernel = sum(t for t in lengths if kernels[t] is not Kernel.PRODUCTS)
-        scores, at_once = sum(squares), max(squares, default=0) if ragged else sum(squares)
-        room = head_room(kernel, self.capability, self.computed, head)
-        Q, K = H * room, self.config.num_key_value_heads * room
-        width = Q if squares or kernel in (Kernel.VARLEN, Kernel.EFFICIENT) else K
-        one_kernel = not squares and room == head and (not ragged or kernel is Kernel.VARLEN)
-        flat = 0 if one_kernel else N * self.Q * c
-        repeated = 2 * N * Q * c if width != K else 0
-        filled = N * (Q + 2 * width) * c if room > head else 0
-        arranged = repeated + filled + (N * Q * c * (2 if several and not ragged else 1) if squares else 0)
-        # Plain products keep the scaled q and the shares twice: in fp32 for softmax's gradient, and in c.
-        inputs = N * (Q + 2 * width) * c + scores * (4 + c)
-        outputs = by_kernel * (Q * c + H * 4)
-        softmax = (scores - at_once) * (4 + c) + at_once * (8 + 2 * c)
-        forward = arranged + max(softmax, scores * (4 + c) + outputs + 2 * flat)
-        gradients = N * (Q + 2 * width) * c + (N * Q * c if ragged and flat else 0)
-        return AttentionBytes(inputs, outputs, flat, forward, gradients + at_once * (8 - c))
 
 
 def _capability(gpu: Gpu, computed: str) -> Capability | None:

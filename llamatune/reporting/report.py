@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
 from llamatune.durable_writing import output_file, write_atomic
-from llamatune.errors import SpecError
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.inference.prompt_files import given_prompts
+from llamatune.options.training import ReportOptions
 from llamatune.reporting.charts import Curve, make_charts
 from llamatune.reporting.contents import Report, report_run, spec_differences
 from llamatune.reporting.curves import running_average
@@ -18,27 +17,6 @@ from llamatune.reporting.page import render_page
 from llamatune.reporting.run_log import name_runs, read_run
 from llamatune.reporting.samples import generate_samples, read_generations
 
-if TYPE_CHECKING:
-    from llamatune.inference.answer import Prompt
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """What to report on and where to. ``smoothing`` is the decay of the running average, from 0 (none) to below 1.
-
-    ``prompts`` are answered by each run's base and trained weights; ``generations`` are answers from a file.
-    """
-
-    runs: Sequence[Path]
-    output: Path
-    png: Path | None = None
-    smoothing: float = 0.95
-    prompts: Sequence[Prompt] = ()
-    generations: Path | None = None
-    max_new_tokens: int = 128
-    device: str = "auto"
-    overwrite: bool = False
-
 
 def make_report(
     options: ReportOptions, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop
@@ -46,22 +24,17 @@ def make_report(
     """Read, judge, draw and write the page (and the picture); torch is loaded only for prompts and spikes' rows.
 
     Raises:
-        SpecError: an option is out of bounds, or a run is given twice. CheckpointError: not a run directory.
+        SpecError: a run is given twice. CheckpointError: not a run directory.
         EnvironmentFault: matplotlib is missing, or an output is in the way.
     """
-    if not 0 <= options.smoothing < 1:
-        raise SpecError(f"--smoothing is {options.smoothing}", None, "give a number from 0 to below 1")
-    if options.png is not None and options.png.resolve() == options.output.resolve():
-        raise SpecError("--png and --output are the same file", options.output)
+    prompts = given_prompts(options.prompt, options.prompt_file)
     require_matplotlib()
     output = output_file(options.output, options.overwrite)
     picture = None if options.png is None else output_file(options.png, options.overwrite)
     runs = [read_run(path, name) for path, name in zip(options.runs, name_runs(options.runs), strict=True)]
     samples = [] if options.generations is None else [read_generations(options.generations)]
-    for run in runs if options.prompts else ():
-        samples.append(
-            generate_samples(run, options.prompts, options.max_new_tokens, options.device, on_event, should_stop)
-        )
+    if prompts:
+        samples += generate_samples(runs, prompts, options, on_event, should_stop)
     reports = [report_run(run, options.smoothing) for run in runs]
     curves = []
     for place, (run, found) in enumerate(zip(runs, reports, strict=True)):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamatune.errors import CheckpointError, DataError, SpecError, printable
 from llamatune.events import OnEvent, ShouldStop
+from llamatune.options.inference import ModelSource, Sampling
+from llamatune.options.training import ReportOptions
 from llamatune.reporting.run_log import Run
 from llamatune.safe_reading import read_bytes
 from llamatune.strict_json import parse_json
 from llamatune.training.run_files import ADAPTER, MODEL
 
 if TYPE_CHECKING:
-    from llamatune.inference.answer import Answer, Prompt
+    from llamatune.inference.generate import Generation
+    from llamatune.inference.prompt_files import Prompt
 
 _LARGEST_FILE = 64 << 20
 
@@ -63,39 +66,37 @@ def _sample(values: Any) -> Sample:
 
 
 def generate_samples(
-    run: Run,
+    runs: Sequence[Run],
     prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    device: str,
+    options: ReportOptions,
     on_event: OnEvent,
     should_stop: ShouldStop,
-) -> Samples:
-    """Answer ``prompts`` greedily with the base and with what ``run`` trained last.
+) -> list[Samples]:
+    """Answers of every run to the prompts, greedy: of its base and of the weights that it saved last.
 
     Raises:
-        SpecError: the run has no base that could be asked. CheckpointError: no weights yet, or they do not load.
+        SpecError: a run whose base is not on the disk. CheckpointError: no weights yet, or they do not load.
     """
-    from llamatune.devices import choose_device
-    from llamatune.inference.answer import Request, answer
-    from llamatune.inference.sampling import Sampling
+    from llamatune.inference.generate import generate
 
-    spec = run.spec
-    if spec.model.init == "random" or spec.model.num_layers is not None:
-        raise SpecError("its base is not the model on the disk", run.path, "leave --prompt out, or pass --generations")
-    base, sampling = Path(spec.model.path), Sampling(max_new_tokens, temperature=0)
-    on = choose_device(device, on_event)
+    sampling = Sampling(options.max_new_tokens, temperature=0)
 
-    def ask(request: Request) -> list[Answer]:
-        return answer(request, on_event, should_stop).results
+    def ask(source: ModelSource, prompts: Sequence[Prompt], template: str | None = None) -> list[Generation]:
+        return generate(source, prompts, sampling, template, on_event, should_stop).results
 
-    if (run.path / ADAPTER).is_dir():
-        both = ask(Request(base, prompts, sampling, run.path / ADAPTER, compare=True, device=on))
-        return Samples(run.name, [Sample(found.prompt, found.base_completion, found.completion) for found in both])
-    if not (run.path / MODEL).is_dir():
-        raise CheckpointError("no trained weights yet", run.path, "leave --prompt out, or let the run finish")
-    tuned = ask(Request(run.path / MODEL, prompts, sampling, device=on))
-    before = ask(Request(base, [found.prompt for found in tuned], sampling, template="none", device=on))
-    return Samples(
-        run.name,
-        [Sample(new.prompt, old.completion, new.completion) for new, old in zip(tuned, before, strict=True)],
-    )
+    def answer(run: Run) -> list[Sample]:
+        spec = run.spec
+        if spec.model.init == "random" or spec.model.num_layers is not None:
+            todo = "leave --prompt out, or pass --generations"
+            raise SpecError("its base is not the model on the disk", run.path, todo)
+        base = ModelSource(Path(spec.model.path), device=options.device)
+        if (run.path / ADAPTER).is_dir():
+            both = ask(replace(base, adapter=run.path / ADAPTER, compare=True), prompts)
+            return [Sample(answer.prompt, answer.base_completion, answer.completion) for answer in both]
+        if not (run.path / MODEL).is_dir():
+            raise CheckpointError("no trained weights yet", run.path, "leave --prompt out, or let the run finish")
+        tuned = ask(replace(base, model=run.path / MODEL), prompts)
+        untuned = ask(base, [answer.prompt for answer in tuned], template="none")
+        return [Sample(new.prompt, old.completion, new.completion) for new, old in zip(tuned, untuned, strict=True)]
+
+    return [Samples(run.name, answer(run)) for run in runs]

@@ -10,7 +10,7 @@ from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.events import Notice, OnEvent, RunStarted, ShouldStop, ignore_event, never_stop
 from llamatune.formats.state_json import list_checkpoints
 from llamatune.free_memory import held_host_bytes
-from llamatune.memory.outlook import outlook
+from llamatune.memory.plan_report import plan_report
 from llamatune.memory.remedies import after_running_out
 from llamatune.model.compilable import compiling
 from llamatune.out_of_memory import memory_faults
@@ -129,5 +129,5 @@ def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent 
         "total_steps": schedule.total_steps,
         "device": str(inputs.device),
         "output_dir": str(output),
-        "memory_plan": outlook(spec, inputs.config, memory, capability_of(inputs.device)),
+        "memory_plan": plan_report(spec, inputs.config, memory, capability_of(inputs.device)),
     }

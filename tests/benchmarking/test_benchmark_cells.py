@@ -17,12 +17,12 @@ from llamatune.benchmarking import cell as cell_module
 from llamatune.benchmarking import run as run_module
 from llamatune.benchmarking.cell import answer, run_cell
 from llamatune.benchmarking.measure import Task, Trial, heaviest_windows, resident_peak_bytes
-from llamatune.benchmarking.plan import BenchmarkOptions
 from llamatune.benchmarking.run import Benchmark, run_benchmark
 from llamatune.data.prepare import PrepareOptions, prepare_data
 from llamatune.demo.run import MATERIAL
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Event, Notice, ignore_event, never_stop
+from llamatune.options.training import BenchmarkOptions
 from llamatune.spec import RunSpec, build_spec
 from llamatune.training.inputs import open_inputs
 from llamatune.training.run import train
@@ -242,7 +242,7 @@ class TestWhatBecomesOfACell:
 class TestTheBenchmark:
     def test_a_measured_cell_is_not_run_again(self, spec_file: Path, tmp_path: Path, here: list[Task]) -> None:
         def run(*grid: str, **more: Any) -> Benchmark:
-            return run_benchmark(BenchmarkOptions(spec_file, tmp_path / "out", grid=grid, steps=2, **more))
+            return run_benchmark(BenchmarkOptions(spec_file, output=tmp_path / "out", grid=grid, steps=2, **more))
 
         first = run("lora=off,on")
         assert (len(here), statuses(first)) == (2, ["measured"] * 2)
@@ -260,7 +260,7 @@ class TestTheBenchmark:
         assert (tmp_path / "out.old-1").is_dir()
 
     def test_stopped_it_goes_on_where_it_was(self, spec_file: Path, tmp_path: Path, here: list[Task]) -> None:
-        options = BenchmarkOptions(spec_file, tmp_path / "out", grid=["lora=off,on", "batch=1x1,1x2"], steps=2)
+        options = BenchmarkOptions(spec_file, output=tmp_path / "out", grid=["lora=off,on", "batch=1x1,1x2"], steps=2)
         with pytest.raises(Stopped, match="after 3 of 4 cells") as stopped:
             run_benchmark(options, should_stop=lambda: len(here) == 3)
         assert stopped.value.exit_code == 75
@@ -286,7 +286,9 @@ class TestTheBenchmark:
             return outcomes[{1: 0, 2: 1, 4: 2}[task.spec.training.micro_batch_size]]
 
         monkeypatch.setattr(run_module, "run_cell", run)
-        options = BenchmarkOptions(spec_file, tmp_path / "out", grid=["training.micro_batch_size=1,2,4"], steps=2)
+        options = BenchmarkOptions(
+            spec_file, output=tmp_path / "out", grid=["training.micro_batch_size=1,2,4"], steps=2
+        )
         assert statuses(run_benchmark(options)) == ["oom", "killed", "failed"]
         assert statuses(run_benchmark(options)) == ["oom", "killed", "failed"]
         assert [task.spec.training.micro_batch_size for task in asked] == [1, 2, 4, 2, 4]
@@ -294,7 +296,7 @@ class TestTheBenchmark:
 
     def test_refused_cells_stand_beside_measured_ones(self, spec_file: Path, tmp_path: Path, here: list[Task]) -> None:
         grid = ["lora=off,on", "model.dtype=bfloat16,float32"]
-        done = run_benchmark(BenchmarkOptions(spec_file, tmp_path / "out", grid=grid, steps=2))
+        done = run_benchmark(BenchmarkOptions(spec_file, output=tmp_path / "out", grid=grid, steps=2))
         assert statuses(done) == ["refused", "measured", "measured", "measured"]
         assert len(here) == 3
         assert "refused: lora" not in (text := (tmp_path / "out" / "benchmark.md").read_text())
@@ -304,7 +306,7 @@ class TestTheBenchmark:
         self, spec_file: Path, tmp_path: Path, here: list[Task], prepared: Make
     ) -> None:
         grid = [f"data.train={prepared()},{tmp_path / 'absent'}"]
-        done = run_benchmark(BenchmarkOptions(spec_file, tmp_path / "out", grid=grid, steps=2))
+        done = run_benchmark(BenchmarkOptions(spec_file, output=tmp_path / "out", grid=grid, steps=2))
         assert statuses(done) == ["measured", "refused"]
         assert "no such directory" in done.results[1]["reason"]
 
@@ -316,7 +318,7 @@ class TestTheBenchmark:
         self, spec_file: Path, tmp_path: Path, here: list[Task], overrides: list[str], fault: type[Exception]
     ) -> None:
         with pytest.raises(fault):
-            run_benchmark(BenchmarkOptions(spec_file, tmp_path / "out", overrides))
+            run_benchmark(BenchmarkOptions(spec_file, overrides, output=tmp_path / "out"))
         assert not here
         assert not (tmp_path / "out").exists()
 
@@ -324,16 +326,16 @@ class TestTheBenchmark:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").write_text("all of it")
         with pytest.raises(EnvironmentFault):
-            run_benchmark(BenchmarkOptions(spec_file, tmp_path / "out", grid=["lora=on"], steps=2))
+            run_benchmark(BenchmarkOptions(spec_file, output=tmp_path / "out", grid=["lora=on"], steps=2))
         assert not here
-        run_benchmark(BenchmarkOptions(spec_file, tmp_path / "out", grid=["lora=on"], steps=2, overwrite=True))
+        run_benchmark(BenchmarkOptions(spec_file, output=tmp_path / "out", grid=["lora=on"], steps=2, overwrite=True))
         assert (tmp_path / "out.old-1" / "thesis.tex").read_text() == "all of it"
 
     def test_without_matplotlib_there_is_a_notice_and_no_chart(
         self, spec_file: Path, tmp_path: Path, here: list[Task]
     ) -> None:
         events: list[Event] = []
-        run_benchmark(BenchmarkOptions(spec_file, tmp_path / "out", grid=["lora=on"], steps=2), events.append)
+        run_benchmark(BenchmarkOptions(spec_file, output=tmp_path / "out", grid=["lora=on"], steps=2), events.append)
         told = [event for event in events if isinstance(event, Notice) and "pip install matplotlib" in event.message]
         assert len(told) == 1
         assert sorted(path.name for path in (tmp_path / "out").glob("bench*")) == [

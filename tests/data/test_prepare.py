@@ -509,7 +509,7 @@ def test_progress_is_reported(prepare: Prepare, write_rows: WriteRows, monkeypat
         ({"seed": -1}, "--seed is -1"),
         ({"skip_bad_rows": -1}, "--skip-bad-rows is -1"),
         ({"format": "csv"}, "known: auto, alpaca, gsm8k, chat, completion, text"),
-        ({"overlong": "wrap"}, "known: truncate, drop, error"),
+        ({"overlong": "wrap"}, "it must be truncate, drop or error"),
         ({"template": "gsm8k"}, "template 'gsm8k' needs {question}, which alpaca rows lack"),
         ({"template": "nope"}, "no template 'nope'"),
     ],

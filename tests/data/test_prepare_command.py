@@ -16,10 +16,11 @@ from prepared_rows import alpaca
 
 _RUN = """
 import sys, typer
+from llamatune.commands._typer_options import with_options
 from llamatune.commands.prepare_data import prepare_data
 from llamatune.errors import LlamatuneError
 app = typer.Typer()
-app.command("prepare-data")(prepare_data)
+app.command("prepare-data")(with_options(prepare_data))
 try:
     app(sys.argv[1:], standalone_mode=False)
 except LlamatuneError as fault:

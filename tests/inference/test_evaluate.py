@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from llamatune.data.prepare import PrepareOptions, prepare_data
 from llamatune.errors import CheckpointError, DataError, NumericsError, SpecError, Stopped
-from llamatune.inference.evaluate import PreparedEvaluation, PreparedReport, evaluate_prepared
-from llamatune.inference.opened import open_model
+from llamatune.inference.evaluate import PreparedReport, evaluate_prepared
+from llamatune.inference.model_source import open_model
 from llamatune.inference.significance import Accuracy, exact_mcnemar, ratio_interval
+from llamatune.options.inference import EvaluateOptions, ModelSource
 
 Z = 1.959963984540054
 
@@ -63,6 +64,10 @@ def agree(report: PreparedReport, judge: list[dict[str, Any]]) -> None:
     assert total["token_accuracy"] == sum(row["right"] for row in judge) / targets
 
 
+def evaluation(**options: Any) -> EvaluateOptions:
+    return EvaluateOptions(device="cpu", **options)
+
+
 @pytest.fixture(scope="module")
 def base(tiny_base: Callable[..., Path]) -> Path:
     return tiny_base()
@@ -79,7 +84,7 @@ def judge(base: Path, prepared: Callable[..., Path]) -> list[dict[str, Any]]:
 def test_every_rows_loss_is_that_of_transformers(
     base: Path, prepared: Callable[..., Path], judge: list[dict[str, Any]], batch_size: int
 ) -> None:
-    agree(evaluate_prepared(PreparedEvaluation(model=base, data=prepared(), batch_size=batch_size)), judge)
+    agree(evaluate_prepared(evaluation(model=base, data=prepared(), batch_size=batch_size)), judge)
 
 
 def test_a_hundred_real_rows_are_scored_as_by_transformers(shared_fixtures: Path, tmp_path: Path) -> None:
@@ -91,7 +96,7 @@ def test_a_hundred_real_rows_are_scored_as_by_transformers(shared_fixtures: Path
     expected = judged(LlamaForCausalLM.from_pretrained(base), tmp_path / "data", batch=10)[:100]
     assert len(expected) == 100
     for batch_size in (1, 3, 8):
-        asked = PreparedEvaluation(model=base, data=tmp_path / "data", batch_size=batch_size, limit=100)
+        asked = evaluation(model=base, data=tmp_path / "data", batch_size=batch_size, limit=100)
         agree(evaluate_prepared(asked), expected)
 
 
@@ -102,9 +107,9 @@ def test_base_and_tuned_side_by_side_are_what_each_is_alone(
     from transformers import LlamaForCausalLM
 
     adapter = peft_adapter(base)
-    both = evaluate_prepared(PreparedEvaluation(model=base, data=prepared(), adapter=adapter, compare=True))
+    both = evaluate_prepared(evaluation(model=base, data=prepared(), adapter=adapter, compare=True))
     tuned = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter)
-    before, after = both.to_dict(), evaluate_prepared(PreparedEvaluation(model=base, data=prepared())).to_dict()
+    before, after = both.to_dict(), evaluate_prepared(evaluation(model=base, data=prepared())).to_dict()
     agree(both, judged(tuned, prepared()))
     assert {name: before[f"base_{name}"] for name in ("loss", "perplexity", "token_accuracy")} == {
         name: after[name] for name in ("loss", "perplexity", "token_accuracy")
@@ -117,7 +122,9 @@ def test_base_and_tuned_side_by_side_are_what_each_is_alone(
 
 
 def test_base_and_tuned_share_their_frozen_weights(base: Path, peft_adapter: Callable[..., Path]) -> None:
-    models = open_model(base, peft_adapter(base), compare=True).load(lambda event: None, lambda: False)
+    models = open_model(ModelSource(base, peft_adapter(base), compare=True, device="cpu")).load(
+        lambda event: None, lambda: False
+    )
     own = {name: parameter for name, parameter in models[""].named_parameters() if "lora_" not in name}
     assert all(parameter is own[name] for name, parameter in models["base_"].named_parameters())
     assert not [name for name, _ in models["base_"].named_parameters() if "lora_" in name]
@@ -127,7 +134,7 @@ def test_the_split_is_validation_where_there_is_one(base: Path, prepared: Callab
     whole, held_out = prepared(), prepared(validation_fraction=0.3)
 
     def of(data: Path, **options: Any) -> dict[str, Any]:
-        return evaluate_prepared(PreparedEvaluation(model=base, data=data, **options)).to_dict()
+        return evaluate_prepared(evaluation(model=base, data=data, **options)).to_dict()
 
     assert of(whole)["split"] == "train"
     assert of(held_out) == of(held_out, split="validation")
@@ -137,11 +144,11 @@ def test_the_split_is_validation_where_there_is_one(base: Path, prepared: Callab
     assert parts[2]["rows"] == parts[0]["rows"] + parts[1]["rows"]
     weights = [part["target_tokens"] for part in parts]
     assert parts[2]["loss"] * weights[2] == pytest.approx(sum(p["loss"] * p["target_tokens"] for p in parts[:2]))
-    few = evaluate_prepared(PreparedEvaluation(model=base, data=held_out, split="all", limit=2))
+    few = evaluate_prepared(evaluation(model=base, data=held_out, split="all", limit=2))
     assert [row["split"] for row in few.per_row()] == ["train"] * 2 + ["validation"] * 2
     with pytest.raises(SpecError, match="no validation rows"):
         of(whole, split="validation")
-    with pytest.raises(SpecError, match="no split is called 'test'"):
+    with pytest.raises(SpecError, match="--split is 'test'"):
         of(whole, split="test")
 
 
@@ -155,16 +162,16 @@ def test_what_cannot_be_evaluated(
     ):  # fmt: skip
         settings: dict[str, Any] = {"model": base, "data": prepared(), **options}
         with pytest.raises(fault):
-            evaluate_prepared(PreparedEvaluation(**settings))
+            evaluate_prepared(evaluation(**settings))
     with pytest.raises(Stopped):
-        evaluate_prepared(PreparedEvaluation(model=base, data=prepared()), should_stop=lambda: True)
+        evaluate_prepared(evaluation(model=base, data=prepared()), should_stop=lambda: True)
     broken = tmp_path / "broken"
     shutil.copytree(base, broken)
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][3] = torch.inf
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(NumericsError, match="row 2"):  # the first row was dropped: it has no target token
-        evaluate_prepared(PreparedEvaluation(model=broken, data=prepared()))
+        evaluate_prepared(evaluation(model=broken, data=prepared()))
 
 
 # How sure a number is.

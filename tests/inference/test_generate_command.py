@@ -107,15 +107,15 @@ def test_output_holds_one_result_a_line(command: Command, base: Path, tmp_path: 
 def test_an_output_that_appears_while_it_works_is_left_alone(
     command: Command, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llamatune.inference import answer
+    from llamatune.inference import generate
 
-    file, complete = tmp_path / "out.jsonl", answer.complete
+    file, complete = tmp_path / "out.jsonl", generate.complete
 
     def meanwhile(*given: Any) -> Any:
         file.write_text("mine")
         return complete(*given)
 
-    monkeypatch.setattr(answer, "complete", meanwhile)
+    monkeypatch.setattr(generate, "complete", meanwhile)
     refused = command("generate", "--model", base, "--prompt", "red", *GREEDY, "--output", file)
     assert (refused.code, file.read_text()) == (5, "mine")
     assert list(tmp_path.iterdir()) == [file]

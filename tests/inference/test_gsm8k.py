@@ -24,7 +24,7 @@ from llamatune.data.prepare import PrepareOptions, prepare_data
 from llamatune.data.prompts import TEMPLATES
 from llamatune.errors import DataError, EnvironmentFault, LlamatuneError, SpecError, Stopped
 from llamatune.inference import evaluate_gsm8k as module
-from llamatune.inference.evaluate_gsm8k import Gsm8kEvaluation, Gsm8kReport, Reply, evaluate_gsm8k
+from llamatune.inference.evaluate_gsm8k import Gsm8kReport, Reply, evaluate_gsm8k
 from llamatune.inference.gsm8k import (
     Question,
     choose_examples,
@@ -33,6 +33,7 @@ from llamatune.inference.gsm8k import (
     prompt_of,
     read_questions,
 )
+from llamatune.options.inference import EvaluateOptions
 from llamatune.spec import build_spec
 from llamatune.training.run import train
 
@@ -213,10 +214,10 @@ def school(tmp_path_factory: pytest.TempPathFactory, tiny_base: Callable[..., Pa
     return place
 
 
-def evaluation(school: Path, **changes: Any) -> Gsm8kEvaluation:
+def evaluation(school: Path, **changes: Any) -> EvaluateOptions:
     """Batches of 3 of the ten questions, base and tuned."""
     given = {"adapter": school / "adapter", "compare": True, "batch_size": 3, "max_new_tokens": 24, **changes}
-    return Gsm8kEvaluation(model=school / "base", data=school / "rows.jsonl", **given)
+    return EvaluateOptions(task="gsm8k", device="cpu", model=school / "base", data=school / "rows.jsonl", **given)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -420,7 +421,7 @@ def test_a_finished_output_is_scored_without_loading_the_model(
         ({"adapter": None, "compare": False}, "adapter, compare"),
         ({"compare": False}, "compare"),
         ({"template": "alpaca"}, "template"),
-        ({"dtype": torch.bfloat16}, "dtype"),
+        ({"dtype": "bfloat16"}, "dtype"),
     ],
 )
 def test_an_output_of_other_settings_is_left_alone(

@@ -13,7 +13,7 @@ from llamatune.data.formats import FORMATS, parse_row
 from llamatune.data.prompts import TEMPLATES, Template
 from llamatune.data.rows import read_raw_rows
 from llamatune.errors import DataError
-from llamatune.inference.answer import _prompt_text, read_prompts
+from llamatune.inference.prompt_files import prompt_text, read_prompts
 
 ROWS = [{"instruction": "Name it.", "input": "red", "output": "x"}, {"instruction": "Count."}]
 SAID = [{"role": "user", "content": "u1"}, {"role": "assistant", "content": "a1"}, {"role": "user", "content": "u2"}]
@@ -27,7 +27,7 @@ def texts(tmp_path: Path) -> Callable[..., list[str]]:
     def shown(content: Any, template: Template | None = ALPACA, name: str = "prompts") -> list[str]:
         path = tmp_path / name
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return [_prompt_text(prompt, template, number) for number, prompt in enumerate(read_prompts(path), 1)]
+        return [prompt_text(prompt, template, number) for number, prompt in enumerate(read_prompts(path), 1)]
 
     return shown
 
@@ -108,7 +108,7 @@ def test_chat_rows_are_prompts_with_their_earlier_turns(texts: Callable[..., lis
 def test_other_fields_of_a_row_may_fill_a_template_if_they_are_texts(texts: Callable[..., list[str]]) -> None:
     row = {"topic": "rain", "id": 7}
     assert texts([row], Template("x", "On {topic}:")) == ["On rain:"]
-    with pytest.raises(DataError, match="a field that is no text, 'id' for the template 'x'"):
+    with pytest.raises(DataError, match="a field that is not text, 'id' for the template 'x'"):
         texts([row], Template("x", "{id} {topic}:"))
     assert texts([{"text": "Once"}], TEMPLATES["text"]) == ["Once"]
     assert texts([{"prompt": "Once", "n": 1}], None) == ["Once"]
@@ -117,7 +117,7 @@ def test_other_fields_of_a_row_may_fill_a_template_if_they_are_texts(texts: Call
 def test_a_file_that_was_prepared_gives_the_prompts_that_were_trained(shared_fixtures: Path) -> None:
     path = shared_fixtures / "data" / "alpaca_data_200.json"
     trained = [ALPACA.prompt_of(parse_row(raw, FORMATS["alpaca"]).fields) for raw in read_raw_rows(path)]
-    assert [_prompt_text(prompt, ALPACA, 1) for prompt in read_prompts(path)] == trained
+    assert [prompt_text(prompt, ALPACA, 1) for prompt in read_prompts(path)] == trained
 
 
 def test_generate_answers_each_row_of_a_list(

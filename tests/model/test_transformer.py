@@ -10,12 +10,12 @@ import torch
 from model_judges import IDS, reference_logits
 
 from llamatune.checkpoints.loading import load_model
-from llamatune.inference.generate import complete
-from llamatune.inference.sampling import Sampling
+from llamatune.inference.engine import complete
 from llamatune.model import cache as cache_module
 from llamatune.model.cache import KVCache
 from llamatune.model.initialise import initialise
 from llamatune.model.transformer import Transformer
+from llamatune.options.inference import Sampling
 from llamatune.shapes.config import LlamaConfig
 
 SHAPES = {

@@ -13,7 +13,8 @@ from report_material import falling, noisy, write_run
 from test_report import hostile_runs
 
 from llamatune.formats.metrics import Evaluation
-from llamatune.reporting.report import ReportOptions, make_report
+from llamatune.options.training import ReportOptions
+from llamatune.reporting.report import make_report
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium on the path")
 

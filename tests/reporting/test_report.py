@@ -18,10 +18,11 @@ from llamatune.checkpoints.model_directory import read_config
 from llamatune.data.dataset import Split
 from llamatune.errors import NumericsError, Stopped
 from llamatune.formats.metrics import Evaluation
-from llamatune.inference.answer import Request, answer
-from llamatune.inference.sampling import Sampling
+from llamatune.inference.generate import generate
+from llamatune.options.inference import ModelSource, Sampling
+from llamatune.options.training import ReportOptions
 from llamatune.reporting.diagnosis import Diagnosis, Spike
-from llamatune.reporting.report import ReportOptions, make_report, report_as_json
+from llamatune.reporting.report import make_report, report_as_json
 from llamatune.reporting.run_log import read_run
 from llamatune.reporting.spike_rows import with_rows
 from llamatune.shapes.adapter import AdapterSpec
@@ -201,15 +202,15 @@ def test_answers_before_and_after_are_those_of_generate(
     finished: Path, whole_model: Path, tmp_path: Path, tiny_base: Callable[..., Path]
 ) -> None:
     prompts, greedy = ["a red llama", "nine <i>blue</i> apples"], Sampling(5, temperature=0)
-    report = report_on(finished, whole_model, to=tmp_path / "r.html", prompts=prompts, max_new_tokens=5)
+    report = report_on(finished, whole_model, to=tmp_path / "r.html", prompt=prompts, max_new_tokens=5)
     lora, full = report["samples"]
-    expected = answer(Request(tiny_base(), prompts, greedy, finished / "adapter", compare=True)).results
+    expected = generate(ModelSource(tiny_base(), finished / "adapter", compare=True), prompts, greedy).results
     assert lora["source"] == "finished"
     assert [(s["prompt"], s["base"], s["tuned"]) for s in lora["samples"]] == [
         (found.prompt, found.base_completion, found.completion) for found in expected
     ]
-    tuned = answer(Request(whole_model / "model", prompts, greedy)).results
-    base = answer(Request(tiny_base(), prompts, greedy, template="none")).results
+    tuned = generate(ModelSource(whole_model / "model"), prompts, greedy).results
+    base = generate(ModelSource(tiny_base()), prompts, greedy, template="none").results
     assert [sample["tuned"] for sample in full["samples"]] == [found.completion for found in tuned]
     assert [sample["prompt"] for sample in full["samples"]] == [found.prompt for found in tuned]
     assert len(base) == len(full["samples"])
@@ -418,7 +419,7 @@ def test_a_signal_while_generating_leaves_no_page(finished: Path, tmp_path: Path
     asked: Iterator[int] = iter(range(3))
     with pytest.raises(Stopped):
         make_report(
-            ReportOptions([finished], tmp_path / "r.html", prompts=["a"], max_new_tokens=50),
+            ReportOptions([finished], tmp_path / "r.html", prompt=["a"], max_new_tokens=50),
             should_stop=lambda: next(asked, None) is None,
         )
     assert not list(tmp_path.iterdir())

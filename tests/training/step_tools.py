@@ -14,7 +14,7 @@ from llamatune.benchmarking.step_meter import StorageMeter
 from llamatune.data.dataset import Batch
 from llamatune.events import ignore_event, never_stop
 from llamatune.shapes.config import LlamaConfig
-from llamatune.spec import RunSpec
+from llamatune.spec import RunSpec, TrainingSection
 from llamatune.training.learner import Learner, build_learner
 from llamatune.training.update import make_update
 
@@ -63,5 +63,5 @@ def saved_by_autograd(learner: Learner, batch: Batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        make_update(learner, [batch], spec_of(()).training, 0, 1e-3)
+        make_update(learner, [batch], TrainingSection(output_dir="none"), 0, 1e-3)
     return sum(kept.values())

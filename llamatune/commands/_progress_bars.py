@@ -1,4 +1,4 @@
-"""Events on a terminal: bars and a panel for what is under way, lines for what is done."""
+"""Terminal output of events: progress bars, the panel of a training run, and lines above them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamatune.errors import printable
 from llamatune.events import EpochDone, EvalDone, Event, Notice, Progress, RunStarted, StepSkipped
 
 if TYPE_CHECKING:
-    from llamatune.commands._panel import TrainingPanel
+    from llamatune.commands._training_panel import TrainingPanel
 
 _REDRAWN_EVERY_S = 0.5
 
@@ -28,12 +28,12 @@ class _Console(Console):
 
     @property
     def encoding(self) -> str:
-        """What a terminal shows; the stream itself is always UTF-8."""
+        """Of the characters drawn; the stream itself is always UTF-8."""
         return super().encoding if speaks_utf8() or not self.file.isatty() else "ascii"
 
 
 def speaks_utf8() -> bool:
-    """Whether the locale says that the terminal shows UTF-8."""
+    """Whether the locale is a UTF-8 one."""
     names = (os.environ.get(name) for name in ("LC_ALL", "LC_CTYPE", "LANG"))
     return "utf" in next((name.lower() for name in names if name), "")
 
@@ -43,11 +43,10 @@ def open_console(file: IO[str]) -> Console:
     return _Console(file=file, width=None if file.isatty() else 120, highlight=False, soft_wrap=True)
 
 
-class LiveDrawing:
-    """Bars on a terminal, and a panel while a run trains; a finished task's bar disappears, the panel stays.
+class ProgressBars:
+    """Bars on a terminal, and a panel while a run trains. The bar of a finished task disappears, the panel stays.
 
-    Drawn when an event comes, twice a second at most and in no thread of its own: that costs training nothing it would
-    notice, and what is shown changes with events alone.
+    Drawn when an event comes, at most twice a second and in no thread of its own, so that it does not slow training.
     """
 
     def __init__(self, console: Console) -> None:
@@ -62,13 +61,13 @@ class LiveDrawing:
         self._tasks: dict[str, TaskID] = {}
         self._panel: TrainingPanel | None = None
         self._drawn = 0.0
-        self._live = Live(console=console, auto_refresh=False, get_renderable=self._picture)
+        self._live = Live(console=console, auto_refresh=False, get_renderable=self._drawing)
         self._live.start()
 
     def close(self) -> None:
         self._live.stop()
 
-    def _picture(self) -> RenderableType:
+    def _drawing(self) -> RenderableType:
         bars = [self._bars] if self._bars.tasks else []
         return Group(*([self._panel] if self._panel else []), *bars)
 
@@ -77,7 +76,9 @@ class LiveDrawing:
             case Progress():
                 self._count(event)
             case RunStarted():
-                from llamatune.commands._panel import TrainingPanel  # it needs torch, which has been loaded by now
+                from llamatune.commands._training_panel import (
+                    TrainingPanel,  # it needs torch, which has been loaded by now
+                )
 
                 self._panel = TrainingPanel(event)
         if self._panel is not None:
@@ -96,7 +97,7 @@ class LiveDrawing:
             self._bars.remove_task(self._tasks.pop(event.task))
 
     def _lines(self, event: Event) -> list[str]:
-        """What stays above the picture."""
+        """Lines that stay above the bars and the panel."""
         match event:
             case Notice():
                 style = "yellow" if event.kind == "warning" else "dim"
@@ -111,9 +112,9 @@ class LiveDrawing:
                 return [f"[yellow]overflow:[/] window {event.window}, loss scale {event.loss_scale:g}"]
             case EvalDone():
                 best = "  [green]best so far[/]" if event.best else ""
-                found = f"validation loss {event.loss:.4f}, perplexity {event.perplexity:.2f}"
-                return [f"step {event.step}: {found}{best}"]
+                losses = f"validation loss {event.loss:.4f}, perplexity {event.perplexity:.2f}"
+                return [f"step {event.step}: {losses}{best}"]
             case EpochDone():
-                found = f"train loss {event.train_loss:.4f}, perplexity {event.train_perplexity:.2f}"
-                return [f"epoch {event.epoch} of {event.num_epochs}: {found}"]
+                losses = f"train loss {event.train_loss:.4f}, perplexity {event.train_perplexity:.2f}"
+                return [f"epoch {event.epoch} of {event.num_epochs}: {losses}"]
         return []

@@ -1,16 +1,15 @@
-"""What the command line and standard input hand over, made text."""
+"""Text from the command line, standard input and prompt files, decoded as UTF-8."""
 
 from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llamatune.errors import DataError, SpecError
 
 if TYPE_CHECKING:
-    from llamatune.inference.answer import Prompt
+    pass
 
 _LONGEST_INPUT = 16 << 20
 
@@ -33,14 +32,3 @@ def read_standard_input() -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
         raise DataError(f"not UTF-8 at byte {fault.start}", "standard input") from None
-
-
-def given_prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[Prompt]:
-    """What ``--prompt`` or ``--prompt-file`` hold; both together are refused, neither is no prompt."""
-    if prompt and prompt_file:
-        raise SpecError("--prompt and --prompt-file exclude each other")
-    if prompt_file is not None:
-        from llamatune.inference.answer import read_prompts
-
-        return read_prompts(prompt_file)
-    return [as_utf8(text, "--prompt") for text in prompt or []]

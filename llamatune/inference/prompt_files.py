@@ -1,30 +1,19 @@
-"""From prompts as a user writes them to completions as text, before and after tuning."""
+"""Prompts as a user writes them: of the command line, of a file, and as text in a template."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
-
-import torch
 
 from llamatune.data.decoding import Row, decode_row, decode_value, kind_of
 from llamatune.data.formats import prompt_row_of
 from llamatune.data.prompts import Template
 from llamatune.data.rows import RawRow, RowError, read_raw_rows
-from llamatune.errors import DataError
-from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.inference.generate import Completion, complete
-from llamatune.inference.opened import open_model
-from llamatune.inference.sampling import Sampling
-from llamatune.out_of_memory import memory_faults
+from llamatune.errors import DataError, SpecError
 from llamatune.safe_reading import read_bytes
 from llamatune.strict_json import parse_json
-from llamatune.threads import suitable_threads
 
-_BATCH = 16
 _LARGEST_PROMPT_FILE = 256 << 20
 
 _ROW_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -35,82 +24,15 @@ Prompt = str | Mapping[str, str] | Row
 """A user's message, or a row: its fields by name, or one of a file."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """Which model answers what, and how. ``template`` None is the one stored with the adapter or merged model."""
-
-    model: Path
-    prompts: Sequence[Prompt]
-    sampling: Sampling
-    adapter: Path | None = None
-    template: str | None = None
-    compare: bool = False
-    force_base: bool = False
-    dtype: torch.dtype | None = None
-    device: torch.device | None = None
+def given_prompts(texts: Sequence[str], file: Path | None) -> list[Prompt]:
+    """What ``--prompt`` or ``--prompt-file`` hold; both together are refused, neither is no prompt."""
+    if texts and file is not None:
+        raise SpecError("--prompt and --prompt-file exclude each other")
+    return list(texts) if file is None else read_prompts(file)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One prompt as the model saw it, and what came after it; ``base_completion`` is the untuned model's."""
-
-    prompt: str
-    completion: str
-    completion_ids: list[int]
-    finish_reason: str
-    base_completion: str | None = None
-
-
-@dataclass(frozen=True)
-class Answers:
-    """All answers, in the order of the prompts, and the speed of the (tuned) model that gave them."""
-
-    results: list[Answer]
-    tokens_per_second: float
-
-
-def answer(request: Request, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop) -> Answers:
-    """Load, generate, decode.
-
-    Raises:
-        SpecError: nothing to compare with, or a template that has no place for a prompt.
-        CheckpointError: model, tokenizer or adapter cannot be used or do not belong together.
-    """
-    opened = open_model(
-        request.model, request.adapter, request.compare, request.force_base, request.dtype, request.device, on_event
-    )
-    tokenizer, template = opened.tokenizer(), opened.template(request.template)
-    texts = [_prompt_text(prompt, template, number) for number, prompt in enumerate(request.prompts, 1)]
-    ids = opened.encode(tokenizer, texts, request.sampling.max_new_tokens, on_event)
-    beams, config = request.sampling.num_beams, opened.checkpoint.config
-    threads = suitable_threads(config, beams if beams > 1 else min(_BATCH, len(ids)))
-    with memory_faults(opened.device, "use a 16-bit --dtype, or fewer --max-new-tokens"), threads:
-        models = opened.load(on_event, should_stop)
-        eos_ids = {*config.eos_token_ids, tokenizer.eos_id}
-
-        def run(name: str, task: str) -> tuple[list[Completion], float]:
-            started, done = monotonic(), []
-            for first in range(0, len(ids), _BATCH):
-                done += complete(models[name], ids[first : first + _BATCH], request.sampling, eos_ids, should_stop)
-                on_event(Progress(task, len(done), len(ids)))
-            return done, sum(len(found.ids) for found in done) / max(monotonic() - started, 1e-9)
-
-        before = run("base_", "generating with the base")[0] if request.compare else None
-        completions, speed = run("", "generating")
-    results = [
-        Answer(
-            text,
-            tokenizer.continuation(prompt, found.ids),
-            found.ids,
-            found.finish_reason,
-            None if before is None else tokenizer.continuation(prompt, before[index].ids),
-        )
-        for index, (text, prompt, found) in enumerate(zip(texts, ids, completions, strict=True))
-    ]
-    return Answers(results, speed)
-
-
-def _prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
+def prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
+    """The prompt as the model sees it; ``number`` counts prompts from 1, for errors."""
     if isinstance(prompt, str):
         return prompt if template is None else template.instruction_prompt(prompt)
     row, where = prompt if isinstance(prompt, Row) else Row(dict(prompt), ""), f"prompt {number}"
@@ -125,9 +47,9 @@ def _prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
         return text if template is None else template.instruction_prompt(text)
     optional: dict[str, str] = {name: "" for name in ("input", "system") if name in template.placeholders}
     for name in sorted(template.placeholders - optional.keys() - row.fields.keys()):
-        what = "a field that is no text," if name in row.ignored_keys else "no field"
-        had = ", ".join(map(repr, row.fields)) or "none"
-        raise DataError(f"{what} {name!r} for the template {template.name!r}", where, f"it has the texts {had}")
+        what = "a field that is not text," if name in row.ignored_keys else "no field"
+        texts = ", ".join(map(repr, row.fields)) or "none"
+        raise DataError(f"{what} {name!r} for the template {template.name!r}", where, f"its text fields are {texts}")
     if misfit := template.misfit(row):
         raise DataError(misfit, where)
     return template.prompt_of({**optional, **row.fields}, row.turns)
@@ -193,5 +115,5 @@ def _row_prompt(raw: RawRow, path: Path) -> Prompt:
             raise RowError("not_an_object", f"{what} where a row or a prompt is expected")
         return prompt_row_of(value)
     except RowError as fault:
-        todo = "mend it, or give plain prompts one a line in a .txt file that does not begin as JSON does"
+        todo = "correct it, or give plain prompts one a line in a .txt file that does not begin as JSON does"
         raise DataError(fault.message, raw.place(path), todo) from None

@@ -1,4 +1,4 @@
-"""All that a plan can say: what is needed, how much more would fit, and what helps where it does not fit."""
+"""The report of a memory plan: peak, largest micro-batch and row that fit, remedies, and the moments of the step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from llamatune.memory.plan import MemoryPlan, plan_memory
 from llamatune.memory.remedies import remedies
 from llamatune.memory.sizes import Rows
+from llamatune.memory.step import Step
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.config import LlamaConfig
 from llamatune.spec import RunSpec
@@ -15,7 +16,7 @@ from llamatune.spec import RunSpec
 _MOST_ROWS = 1 << 16
 
 
-def outlook(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) -> dict[str, Any]:
+def plan_report(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) -> dict[str, Any]:
     """The plan as JSON, under a limit with the largest micro-batch and row that fit, and remedies if it does not.
 
     ``largest_micro_batch_size`` are rows like the longest, or packed ones. ``largest_row_tokens`` is the length to
@@ -50,6 +51,13 @@ def outlook(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) -> 
         ),
         "remedies": [] if plan.fits else [remedy.facts() for remedy in remedies(spec, config, plan, cuda)],
     }
+
+
+def explain(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) -> list[dict[str, Any]]:
+    """The moments of the planned step as JSON; ``alive`` lists the tensors of the one that makes the peak."""
+    moments = Step(spec, config, plan.rows, cuda).moments(plan.levels)
+    peak = max(moments, key=lambda moment: moment.memory.peak)
+    return [moment.facts() | ({"alive": moment.alive} if moment is peak else {}) for moment in moments]
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

@@ -1,4 +1,4 @@
-"""Which model speaks: a base and the adapter to be put on it, checked against each other before any weight is read."""
+"""Opens a model source: a base and its adapter, checked against each other before any weight is read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.data.prompts import Template, load_template
 from llamatune.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from llamatune.devices import lacks_bf16
-from llamatune.errors import SpecError
+from llamatune.devices import choose_device, lacks_bf16
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.formats.manifest import find_manifest
 from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
-from llamatune.model.torch_dtypes import DTYPE_NAMES
+from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from llamatune.model.transformer import Transformer
+from llamatune.options.inference import ModelSource
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class OpenedModel:
         return DTYPE_NAMES[self.dtype or _stored_dtype(self.checkpoint)]
 
     def tokenizer(self) -> Tokenizer:
-        """The model's own."""
         tokenizer = load_tokenizer(self.path)
         check_vocabulary(tokenizer, self.checkpoint.config.vocab_size, self.path)
         return tokenizer
@@ -77,38 +76,28 @@ class OpenedModel:
         return ids
 
     def load(self, on_event: OnEvent, should_stop: ShouldStop) -> dict[str, Transformer]:
-        """The model asked for under ``""``, and the base under ``base_`` where the two are compared; ready to compute.
+        """The model, with its adapter, as ``""``; the base as ``base_`` where the two are compared. Ready to compute.
 
-        The keys are what the names of results are prefixed with. The two share the frozen weights.
+        The keys are the prefixes of result names. The two models share the frozen weights.
         """
-        loaded = load_model(self.checkpoint, self.dtype, self.device, on_event=on_event, should_stop=should_stop)
-        base = loaded.eval()
+        base = load_model(self.checkpoint, self.dtype, self.device, on_event=on_event, should_stop=should_stop).eval()
         models = {"": base if self.adapter is None else _with_adapter(base, self.adapter)}
         return {**models, "base_": base} if self.compare else models
 
 
-def open_model(
-    model: Path,
-    adapter: Path | None = None,
-    compare: bool = False,
-    force_base: bool = False,
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-    on_event: OnEvent = ignore_event,
-) -> OpenedModel:
+def open_model(source: ModelSource, on_event: OnEvent = ignore_event) -> OpenedModel:
     """Open a model directory and, if there is one, the adapter.
 
     Raises:
-        SpecError: nothing to compare with.
+        EnvironmentFault: the device is absent, or torch has no kernels for it.
         CheckpointError: model or adapter cannot be used or do not belong together.
     """
-    if compare and adapter is None:
-        raise SpecError("--compare needs two models", None, "give the tuned one with --adapter")
-    device = device or torch.device("cpu")
-    checkpoint, loaded = open_checkpoint(model), None
-    if adapter is not None:
-        loaded = load_adapter(adapter)
-        check_adapter(loaded, checkpoint.config, fingerprint(checkpoint), force_base, on_event)
+    device = choose_device(source.device, on_event)
+    checkpoint, adapter = open_checkpoint(source.model), None
+    if source.adapter is not None:
+        adapter = load_adapter(source.adapter)
+        check_adapter(adapter, checkpoint.config, fingerprint(checkpoint), source.force_base, on_event)
+    dtype = TORCH_DTYPES.get(source.dtype)
     if dtype is None and device.type == "cpu" and _stored_dtype(checkpoint) == torch.float16:
         on_event(Notice("computing in fp32, since fp16 is very slow on a CPU; --dtype bfloat16 takes half the memory"))
         dtype = torch.float32
@@ -116,7 +105,7 @@ def open_model(
         on_event(
             Notice(f"{torch.cuda.get_device_name(device)} has no bf16 and is slow with it; --dtype float16 is quick")
         )
-    return OpenedModel(model, checkpoint, loaded, compare, dtype, device)
+    return OpenedModel(source.model, checkpoint, adapter, source.compare, dtype, device)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -40,7 +40,7 @@ def test_without_arguments_there_is_help_and_no_error(capsys: pytest.CaptureFixt
 def test_no_room_for_the_libraries_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
-    def build() -> None:
+    def build(only: str | None) -> None:
         raise fault
 
     monkeypatch.setattr("llamatune.cli.build_app", build)

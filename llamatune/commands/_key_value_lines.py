@@ -1,4 +1,4 @@
-"""Events as ``key=value`` lines: what a Slurm log holds."""
+"""Events as ``key=value`` lines on stderr, for logs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from llamatune.events import (
 _PROGRESS_INTERVAL_S = 10.0
 
 
-class PlainLines:
-    """One line a report, on stderr; long tasks say where they are every ten seconds and when they end."""
+class KeyValueLines:
+    """One line an event. Progress of a long task is written every ten seconds."""
 
     def __init__(self, log_every_steps: int = 1) -> None:
         self._log_every_steps = log_every_steps

@@ -11,11 +11,11 @@ import torch
 
 from llamatune.checkpoints.loading import load_model
 from llamatune.errors import Stopped
-from llamatune.inference import generate
-from llamatune.inference.generate import complete
-from llamatune.inference.sampling import Sampling
+from llamatune.inference import engine
+from llamatune.inference.engine import complete
 from llamatune.model.cache import KVCache
 from llamatune.model.transformer import Transformer
+from llamatune.options.inference import Sampling
 
 _chance = random.Random(4)
 PROMPTS = [[1, *(_chance.randrange(3, 131) for _ in range(length))] for length in (7, 1, 23, 0, 12)]
@@ -155,8 +155,8 @@ def test_the_cache_takes_room_for_what_is_used_of_the_length(
 ) -> None:
     eos = {complete(model, [PROMPTS[2]], Sampling(30, 0, num_beams=beams), ())[0].ids[-1]}
     caches: list[KVCache] = []
-    new_cache = generate._new_cache
-    monkeypatch.setattr(generate, "_new_cache", lambda *given: caches.append(new_cache(*given)) or caches[-1])
+    new_cache = engine._new_cache
+    monkeypatch.setattr(engine, "_new_cache", lambda *given: caches.append(new_cache(*given)) or caches[-1])
     short, long = (
         complete(model, [PROMPTS[2]], Sampling(length, 0, num_beams=beams), eos)[0] for length in (40, 1 << 20)
     )

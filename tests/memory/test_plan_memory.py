@@ -142,3 +142,21 @@ assert not {{"torch", "safetensors", "numpy"}} & sys.modules.keys()
     assert done.returncode == 0, done.stderr
     for words in ("weights", "fits into 14.40 GiB", "largest that fit"):
         assert words in done.stdout
+
+
+def test_the_moments_are_explained_where_they_are_asked_for(
+    run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ("--preset", "llama-2-7b", "--target-modules", "all-linear", "--memory", "24GiB", "--micro-batch-size", "8")
+    assert "moments" not in run(*base)
+    found = run(*base, "--explain")
+    (peak,) = [moment for moment in found["moments"] if "alive" in moment]
+    assert peak["bytes"] == found["predicted_peak_memory_bytes"] == sum(peak["alive"].values())
+    assert peak["memory_bytes"] == found["predicted_memory_bytes"]
+    assert peak["bytes"] == max(moment["bytes"] for moment in found["moments"])
+    with pytest.raises(SystemExit):
+        cli.main(["plan-memory", *base, "--explain"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{peak['step']} <- peak" in shown
+    assert "alive at the peak" in shown
+    assert "kept by attention: q, k, v" in shown

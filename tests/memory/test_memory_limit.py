@@ -13,12 +13,13 @@ from step_tools import spec_of
 from llamatune.errors import SpecError, Stopped
 from llamatune.events import Notice
 from llamatune.free_memory import free_host_bytes
-from llamatune.memory.outlook import largest
 from llamatune.memory.plan import heaviest_rows, plan_memory, recomputed_share
+from llamatune.memory.plan_report import largest
 from llamatune.memory.remedies import remedies
 from llamatune.memory.sizes import Rows
 from llamatune.memory.step import step_bytes
 from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig
+from llamatune.shapes.levels import Recompute
 from llamatune.spec import RunSpec
 from llamatune.training.run import train
 from llamatune.units import parse_size
@@ -64,7 +65,7 @@ class TestTheChoice:
         assert plan_memory(spec_of((), "none", dtype="float32"), SEVEN, ROWS, True, 10 * GIB).levels is None
 
     def test_more_recomputation_is_more_computation(self) -> None:
-        shares = [recomputed_share(SEVEN, (level,) * 32) for level in range(4)]
+        shares = [recomputed_share(SEVEN, (level,) * 32) for level in Recompute]
         assert shares == sorted(shares)
         assert shares[0] == 0
         assert shares[1] == pytest.approx(0.446 / 2, abs=0.001)  # gate and up are 44.6 % of a block

@@ -1,4 +1,4 @@
-"""A run at a glance: how far, how well, how fast, in how much memory."""
+"""The terminal panel of a training run: progress, loss, speed and memory."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Curve:
 
 
 class _Sparkline:
-    """A curve as wide as there is room."""
+    """A curve drawn over the width that is free."""
 
     def __init__(self, curve: Curve) -> None:
         self._curve = curve
@@ -63,7 +63,7 @@ class _Sparkline:
 
 
 class TrainingPanel:
-    """What a run's events came to so far, drawn as a panel of any width."""
+    """The state of a run after its events so far, drawn as a panel of any width."""
 
     def __init__(self, started: RunStarted) -> None:
         self._started = started
@@ -76,7 +76,7 @@ class TrainingPanel:
         self._memory: MemoryHeld | None = None
 
     def note(self, event: Event) -> None:
-        """Take in an event of the run."""
+        """Update the state with an event of the run."""
         match event:
             case StepDone():
                 self._losses.add(event.loss)
@@ -159,8 +159,8 @@ class TrainingPanel:
         return f"weights {weights}{adapter}, optimizer {gibibytes(memory.optimizer_bytes)}"
 
     def _validation(self, evaluation: EvalDone) -> str:
-        found = f"{evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f} at step {evaluation.step:,}"
+        losses = f"{evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f} at step {evaluation.step:,}"
         if evaluation.best:
-            return f"{found}, the best"
+            return f"{losses}, the best"
         best = self._best
-        return f"{found}; best {best.loss:.4f} at step {best.step:,}" if best else found
+        return f"{losses}; best {best.loss:.4f} at step {best.step:,}" if best else losses

@@ -1,0 +1,167 @@
+"""Decoding engine: batched token generation with a KV cache, and beam search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llamatune.errors import Stopped
+from llamatune.events import ShouldStop, never_stop
+from llamatune.inference.sampling import next_tokens
+from llamatune.model.cache import KVCache
+from llamatune.model.layers import linear
+from llamatune.model.transformer import Transformer
+from llamatune.options.inference import Sampling
+from llamatune.seeds import derived_seed
+
+IsEnough = Callable[[Sequence[int]], bool]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """New ids without the EOS; ``finish_reason`` is ``eos``, ``length``, or ``stop``: ``is_enough`` said so."""
+
+    ids: list[int]
+    finish_reason: str
+
+
+def complete(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    eos_ids: Collection[int],
+    should_stop: ShouldStop = never_stop,
+    is_enough: IsEnough | None = None,
+) -> list[Completion]:
+    """Continue every prompt (ids, BOS included) as it would be continued alone.
+
+    Args:
+        is_enough: whether a completion, given its ids so far, needs no more; not for beam search.
+
+    Raises:
+        Stopped: ``should_stop`` said so, between two tokens.
+    """
+    if sampling.num_beams > 1:
+        assert is_enough is None, "a beam is known to be the best only at its end"
+        return [_beam_search(model, prompt, sampling, eos_ids, should_stop) for prompt in prompts]
+    return _decode(model, prompts, sampling, eos_ids, should_stop, is_enough)
+
+
+def _new_cache(model: Transformer, batch: int, capacity: int) -> KVCache:
+    dtype = model.activation_dtype or model.model.embed_tokens.weight.dtype
+    return KVCache(model.config, batch, capacity, dtype, model.device)
+
+
+def _next_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
+    """Logits of the last position alone, (B, T, D) -> (B, V)."""
+    return linear(hidden[:, -1], head_weight)
+
+
+def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts padded on the left to one width P: ids (B, P), and how much each was padded (B,)."""
+    width = max(len(prompt) for prompt in prompts)
+    rows = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    padding = [width - len(prompt) for prompt in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(padding, device=device)
+
+
+def _visible(padding: Tensor, first: int, last: int) -> Tensor | None:
+    """Attention mask (B, 1, last - first, last) for queries ``first : last``; None where the causal mask is enough.
+
+    A padding position attends to itself alone: a row of the mask with no entry would give NaN.
+    """
+    if not padding.any():
+        return None
+    queries = torch.arange(first, last, device=padding.device)[:, None]
+    keys = torch.arange(last, device=padding.device)[None]
+    real = keys >= padding[:, None, None]  # (B, 1, last)
+    return ((real & (keys <= queries)) | (keys == queries))[:, None]
+
+
+@torch.inference_mode()
+def _decode(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    eos_ids: Collection[int],
+    should_stop: ShouldStop,
+    is_enough: IsEnough | None,
+) -> list[Completion]:
+    input_ids, padding = _padded(prompts, model.device)
+    B, width = input_ids.shape
+    cache = _new_cache(model, B, width + sampling.max_new_tokens)
+    generators = [torch.Generator().manual_seed(derived_seed(sampling.seed, "sampling")) for _ in prompts]
+    chosen: list[list[int]] = [[] for _ in prompts]
+    finished: list[str | None] = [None] * B
+    length = 0
+    while True:
+        if should_stop():
+            raise Stopped("stopped while generating")
+        end = length + input_ids.shape[1]
+        positions = (torch.arange(length, end, device=model.device)[None] - padding[:, None]).clamp(min=0)
+        logits = model(input_ids, positions, _visible(padding, length, end), cache, read=_next_logits)  # (B, V)
+        length = end
+        tokens = next_tokens(logits.float(), sampling, generators)
+        for row, token in enumerate(tokens):
+            if finished[row] is not None:
+                continue
+            if token in eos_ids:
+                finished[row] = "eos"
+                continue
+            chosen[row].append(token)
+            if is_enough is not None and is_enough(chosen[row]):
+                finished[row] = "stop"
+            elif len(chosen[row]) == sampling.max_new_tokens:
+                finished[row] = "length"
+        if all(finished):
+            return [Completion(ids, reason or "length") for ids, reason in zip(chosen, finished, strict=True)]
+        input_ids = torch.tensor(tokens, device=model.device)[:, None]
+
+
+@torch.inference_mode()
+def _beam_search(
+    model: Transformer, prompt: Sequence[int], sampling: Sampling, eos_ids: Collection[int], should_stop: ShouldStop
+) -> Completion:
+    """The likeliest completion of ``num_beams`` beams, by mean log-probability per new token.
+
+    The search ends when no unfinished beam can still beat the worst of ``num_beams`` finished ones.
+    """
+    beams, vocabulary = sampling.num_beams, model.config.vocab_size
+    cache = _new_cache(model, beams, len(prompt) + sampling.max_new_tokens)
+    input_ids = torch.tensor([list(prompt)] * beams, device=model.device)
+    # All beams start equal: only the first may be extended, or they would stay equal.
+    scores = torch.full((beams,), -torch.inf, device=model.device)
+    scores[0] = 0.0
+    unfinished: list[list[int]] = [[] for _ in range(beams)]
+    finished: list[tuple[float, list[int]]] = []
+    for count in range(1, sampling.max_new_tokens + 1):
+        if should_stop():
+            raise Stopped("stopped while generating")
+        logits = model(input_ids, cache=cache, read=_next_logits).float()  # (beams, V)
+        total = (scores[:, None] + logits.log_softmax(-1)).reshape(-1)
+        # Enough to fill the unfinished beams even if every EOS takes a place in each.
+        best = total.topk(min(max(2, 1 + len(eos_ids)) * beams, len(total)))
+        kept: list[tuple[float, int, int]] = []
+        for rank, (score, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+            beam, token = divmod(index, vocabulary)
+            if token in eos_ids:
+                if rank < beams:
+                    finished.append((score / count, unfinished[beam]))
+            elif len(kept) < beams:
+                kept.append((score, beam, token))
+        finished = sorted(finished, key=lambda beam: -beam[0])[:beams]
+        unfinished = [[*unfinished[beam], token] for _, beam, token in kept]
+        if not kept or (len(finished) == beams and kept[0][0] / count <= finished[-1][0]):
+            break
+        scores = torch.tensor([score for score, _, _ in kept], device=model.device)
+        cache.reorder([beam for _, beam, _ in kept])
+        input_ids = torch.tensor([[token] for _, _, token in kept], device=model.device)
+    else:
+        finished += [
+            (score / sampling.max_new_tokens, ids) for (score, _, _), ids in zip(kept, unfinished, strict=True)
+        ]
+    ids = max(finished, key=lambda beam: beam[0])[1]
+    return Completion(ids, "length" if len(ids) == sampling.max_new_tokens else "eos")

@@ -1,0 +1,109 @@
+"""Option declarations: a dataclass field annotated with help, bounds and choices, which are checked when it is made."""
+
+from __future__ import annotations
+
+import operator
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import KW_ONLY, MISSING, dataclass, fields
+from typing import Any, Literal
+
+from llamatune.errors import SpecError
+
+
+@dataclass(frozen=True)
+class Option:
+    """Stands in ``Annotated`` beside the type of a field; the default is the field's own.
+
+    Args:
+        flag: the spelling, where it is not the field's name in kebab-case.
+        shown_default: what stands for a default of None, as ``--help`` shows it.
+        parse: makes the value from its text and the flag.
+        argument: given by its place on the command line, without a flag.
+        last: listed after the options of a verb that are not.
+        at_least, above, at_most, below: bounds.
+    """
+
+    help: str
+    _: KW_ONLY
+    metavar: str | None = None
+    flag: str | None = None
+    shown_default: str | None = None
+    parse: Callable[[str, str], Any] | None = None
+    argument: bool = False
+    last: bool = False
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def refuse_out_of_bounds(self, value: float, flag: str) -> None:
+        bounds = (
+            ("at least", self.at_least, operator.ge),
+            ("above", self.above, operator.gt),
+            ("at most", self.at_most, operator.le),
+            ("below", self.below, operator.lt),
+        )
+        given = [(words, bound, fits) for words, bound, fits in bounds if bound is not None]
+        if not all(fits(value, bound) for _, bound, fits in given):
+            stated = " and ".join(f"{words} {bound:,}" for words, bound, _ in given)
+            raise SpecError(f"{flag} is {value}", None, f"it must be {stated}")
+
+
+@dataclass(frozen=True)
+class OptionField:
+    """A field of an options class: ``kind`` is its type without None; ``required`` fields have no default."""
+
+    name: str
+    kind: Any
+    option: Option
+    default: Any
+
+    @property
+    def flag(self) -> str:
+        return self.option.flag or f"--{self.name.replace('_', '-')}"
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        return typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
+
+    def check(self, value: Any) -> None:
+        if self.choices and value not in self.choices:
+            known = f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"
+            raise SpecError(f"{self.flag} is {value!r}", None, f"it must be {known}")
+        if isinstance(value, int | float):
+            self.option.refuse_out_of_bounds(value, self.flag)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of the options classes.
+
+    Raises:
+        SpecError: a value is out of its bounds, or none of its choices.
+    """
+
+    def __post_init__(self) -> None:
+        for field in option_fields(type(self)):
+            value = getattr(self, field.name)
+            if value is not None:
+                field.check(value)
+
+
+def option_fields(options: type[Options]) -> tuple[OptionField, ...]:
+    """The options that a class and its bases declare, in the order of the command line: required ones come first."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    declared = [_option_field(field.name, hints[field.name], field.default) for field in fields(options)]
+    return tuple(sorted(declared, key=lambda field: (not field.required, field.option.last)))
+
+
+def _option_field(name: str, hint: Any, default: Any) -> OptionField:
+    kind, option = typing.get_args(hint)
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+    return OptionField(name, kind, option, default)
