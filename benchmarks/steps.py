@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llamatune.benchmarking.step_meter import even_batch
 from llamatune.checkpoints.loading import open_checkpoint
-from llamatune.data.dataset import Batch, open_prepared
+from llamatune.data.batches import Batch, open_prepared
 from llamatune.devices import choose_device
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.compilable import compiling

@@ -15,7 +15,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llamatune.errors import SpecError
-from llamatune.safe_reading import read_bytes
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.spec_types import (
     CheckpointingMode,
@@ -26,7 +25,7 @@ from llamatune.spec_types import (
     Positive,
     TargetModules,
 )
-from llamatune.strict_yaml import parse_yaml
+from llamatune.strict_yaml import parse_yaml, read_yaml
 
 _ALIASES = {("lora", "lora_alpha"): "alpha", ("lora", "lora_dropout"): "dropout"}
 """PEFT's spellings of keys."""
@@ -334,16 +333,7 @@ def _lists_as_tuples(value: Any) -> Any:
     return tuple(value) if numbers else value
 
 
-def read_spec_values(path: Path) -> Any:
-    """The plain values of a YAML (or JSON) file of at most 1 MiB, not yet validated."""
-    try:
-        text = read_bytes(path, SpecError).decode("utf-8-sig")
-    except UnicodeDecodeError as fault:
-        raise SpecError(f"not UTF-8 at byte {fault.start}", path) from None
-    return parse_yaml(text, path)
-
-
 def load_spec(path: Path, overrides: list[str] | None = None) -> RunSpec:
     """Read a run spec from a file; no two ``overrides`` may set the same field."""
     refuse_twice(overrides or [])
-    return build_spec(read_spec_values(path), path, overrides)
+    return build_spec(read_yaml(path), path, overrides)

@@ -1,19 +1,21 @@
-"""YAML read strictly: the scalars of YAML 1.2, no aliases, tags or duplicate keys."""
+"""Strict YAML of specs and template files: no anchors, aliases, tags or duplicate keys; YAML 1.2's scalars."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from llamatune.errors import SpecError
+from llamatune.safe_reading import read_bytes
 
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)?")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """``no`` is a string, ``010`` is ten, ``1e-5`` is a number."""
+    """YAML 1.2's scalars: ``no`` is a string, ``010`` is ten, ``1e-5`` is a number."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
@@ -48,10 +50,29 @@ _StrictLoader.add_implicit_resolver(_NUMBER_TAG, re.compile(rf"^({_NUMBER.patter
 _StrictLoader.add_constructor(_NUMBER_TAG, _number)
 
 
-def parse_yaml(text: str, where: object) -> Any:
-    """A YAML document with the strict scalars of a spec; any fault is a one-line ``SpecError``."""
+class _TextLoader(_StrictLoader):
+    """Every scalar is a string, except an unquoted null."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+
+_NULL = re.compile(r"^(null|Null|NULL|~|)$")
+_TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["n", "N", "~", ""])
+
+
+def read_yaml(path: Path, scalars_are_texts: bool = False) -> Any:
+    """The YAML document in a file of at most 1 MiB; see ``parse_yaml``."""
     try:
-        loader = _StrictLoader(text)
+        text = read_bytes(path, SpecError).decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise SpecError(f"not UTF-8 at byte {fault.start}", path) from None
+    return parse_yaml(text, path, scalars_are_texts)
+
+
+def parse_yaml(text: str, where: object, scalars_are_texts: bool = False) -> Any:
+    """A YAML document's values; any fault is a one-line ``SpecError``."""
+    try:
+        loader = (_TextLoader if scalars_are_texts else _StrictLoader)(text)
         try:
             return loader.get_single_data()
         finally:

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from trained_tokenizers import tokenizer, tokenizer_models  # noqa: F401  (fixtures)
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so do its children
@@ -218,7 +219,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path, tin
 
     made: dict[str, Path] = {}
 
-    def make(rows: Path = tiny_rows, tokenizer: Path = tiny_tokenizer, **options: Any) -> Path:
+    def make(rows: Path = tiny_rows, tokenizer: Path = tiny_tokenizer, **options: Any) -> Path:  # noqa: F811
         key = repr((rows, tokenizer, sorted(options.items())))
         if key not in made:
             output = tmp_path_factory.mktemp("prepared") / "data"

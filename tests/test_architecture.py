@@ -18,7 +18,7 @@ FLOORS = [
     {"training"},
     {"inference"},
     {"checkpoints", "data"},
-    {"model"},
+    {"model", "tokenizers"},
     {"memory"},
     {"spec", "options"},
     {"spec_types"},

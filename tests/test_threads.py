@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llamatune import threads
-from llamatune.data.dataset import open_prepared
+from llamatune.data.batches import open_prepared
 from llamatune.shapes.config import PRESETS, LlamaConfig
 from llamatune.spec import RunSpec, build_spec
 from llamatune.threads import mean_product, suitable_threads, threads_for

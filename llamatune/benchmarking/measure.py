@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llamatune.benchmarking.meter import CategoryMeter
-from llamatune.data.dataset import Batch
+from llamatune.data.batches import Batch, Windows
 from llamatune.devices import capability_of
 from llamatune.errors import NumericsError
 from llamatune.events import ignore_event, never_stop
@@ -27,7 +27,6 @@ from llamatune.threads import suitable_threads
 from llamatune.training.compiling import check_compiler, compile_ahead
 from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner, build_learner
-from llamatune.training.order import Windows
 from llamatune.training.run_memory import peak_memory_bytes, peak_reserved_bytes, plan_run_memory
 from llamatune.training.schedule import Schedule, learning_rate_at, micro_batch_tokens, plan_schedule
 from llamatune.training.update import LOWEST_LOSS_SCALE, Update, make_update
@@ -72,7 +71,7 @@ class Trial:
         self.learner: Learner = build_learner(spec, inputs, ignore_event, never_stop, levels)
         if spec.training.compile:
             compile_ahead(spec, self.learner, train, ignore_event)
-        self.windows = Windows(spec, train, schedule)
+        self.windows = Windows(spec, train, schedule.rows_per_window, schedule.windows_per_epoch)
         self.lengths = train.lengths
 
     def update(self, micro_batches: list[Batch], window: int, step: int) -> Update:

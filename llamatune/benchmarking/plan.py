@@ -16,7 +16,8 @@ from llamatune.errors import LlamatuneError
 from llamatune.events import Notice, OnEvent
 from llamatune.options.training import BenchmarkOptions
 from llamatune.safe_reading import digest_bytes
-from llamatune.spec import RunSpec, load_spec, read_spec_values, refuse_twice
+from llamatune.spec import RunSpec, load_spec, refuse_twice
+from llamatune.strict_yaml import read_yaml
 from llamatune.threads import threads_for
 from llamatune.training.inputs import Inputs, open_inputs
 from llamatune.training.schedule import micro_batch_tokens
@@ -49,7 +50,7 @@ def plan_benchmark(options: BenchmarkOptions, on_event: OnEvent) -> tuple[Grid, 
     overrides = [*options.overrides, f"training.output_dir={json.dumps(str(options.output))}"]
     if options.epochs is not None:
         overrides += [f"training.num_epochs={options.epochs}", "training.max_steps="]
-    cells = expand(read_spec_values(options.spec_path), options.spec_path, overrides, grid)
+    cells = expand(read_yaml(options.spec_path), options.spec_path, overrides, grid)
     return grid, _planned(cells, options, on_event)
 
 

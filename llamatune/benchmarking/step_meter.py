@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llamatune.data.dataset import Batch, Prepared, Split
+from llamatune.data.batches import Batch, Prepared, Split
 from llamatune.events import ignore_event, never_stop
 from llamatune.shapes.config import LlamaConfig
 from llamatune.shapes.counts import count_parameters

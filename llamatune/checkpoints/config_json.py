@@ -11,11 +11,11 @@ from typing import Any
 
 from llamatune.checkpoints.json_fields import JsonFields
 from llamatune.checkpoints.tensor_locations import TensorLocation, same_bytes
-from llamatune.checkpoints.tokenizer_files import copy_file
 from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.shapes.config import LlamaConfig
 from llamatune.strict_json import dump_json, read_json
+from llamatune.tokenizers.copied_files import copy_file
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _DTYPE_KEYS = ("dtype", "torch_dtype")

@@ -14,7 +14,6 @@ from llamatune.checkpoints.config_json import EMBEDDING, HEAD, copy_config_json,
 from llamatune.checkpoints.model_directory import Format
 from llamatune.checkpoints.tensor_bytes import tensor_bytes
 from llamatune.checkpoints.tensor_locations import INDEX_FILE, SINGLE_FILE, TensorLocation, locate_huggingface
-from llamatune.checkpoints.tokenizer_files import copy_huggingface_tokenizer
 from llamatune.durable_writing import writing
 from llamatune.events import OnEvent, ignore_event
 from llamatune.formats.manifest import Staging
@@ -22,6 +21,7 @@ from llamatune.formats.safetensors import TensorWriter, data_bytes
 from llamatune.model.torch_dtypes import DTYPE_NAMES, STORED_NAMES
 from llamatune.shapes.config import LlamaConfig
 from llamatune.strict_json import dump_json
+from llamatune.tokenizers.copied_files import copy_huggingface_tokenizer
 
 _SHARD_BYTES = 5_000_000_000
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")

@@ -20,7 +20,6 @@ from llamatune.checkpoints.model_directory import Format
 from llamatune.checkpoints.params_json import EMBEDDING, HEAD, embedding_axis, read_params_json, write_params_json
 from llamatune.checkpoints.tensor_bytes import tensor_bytes
 from llamatune.checkpoints.tensor_locations import TensorLocation, locate_meta
-from llamatune.checkpoints.tokenizer_files import copy_file, copy_meta_tokenizer
 from llamatune.durable_writing import writing
 from llamatune.events import OnEvent, ignore_event
 from llamatune.formats.manifest import Staging
@@ -28,6 +27,7 @@ from llamatune.formats.safetensors import data_bytes
 from llamatune.formats.torch_archive_writer import ArchiveWriter
 from llamatune.model.torch_dtypes import STORED_NAMES
 from llamatune.shapes.config import LlamaConfig
+from llamatune.tokenizers.copied_files import copy_file, copy_meta_tokenizer
 
 _WHOLE = {
     "model.embed_tokens.weight": EMBEDDING,

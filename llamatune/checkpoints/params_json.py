@@ -11,7 +11,6 @@ from typing import Any
 
 from llamatune.checkpoints.json_fields import JsonFields
 from llamatune.checkpoints.tensor_locations import TensorLocation
-from llamatune.checkpoints.tokenizer_pieces import count_tokenizer_pieces
 from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.formats.manifest import manifest_if_readable
@@ -73,7 +72,9 @@ def _meta_vocabulary(path: Path, dim: int, shards: list[dict[str, TensorLocation
         rows = embedding.shape[0]
         return rows * len(shards) if embedding_axis(shards, dim) == 0 else rows
     if (path / "tokenizer.model").exists():
-        return count_tokenizer_pieces(path / "tokenizer.model")
+        from llamatune.tokenizers.sentencepiece import count_pieces  # importing the library takes 40 ms
+
+        return count_pieces(path / "tokenizer.model")
     raise CheckpointError(
         "vocab_size is -1 and there are neither weights nor a tokenizer.model", path / "params.json",
         "put tokenizer.model beside it",

@@ -1,4 +1,4 @@
-"""``llamatune prepare-data``: rows of text in, a prepared directory out."""
+"""``llamatune prepare-data``: the command line of data preparation, its report and its preview."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from llamatune.options.preparation import PrepareOptions
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
+    from llamatune.data.prepare_report import PrepareReport
     from llamatune.data.preview import PreviewRow
-    from llamatune.data.report import PrepareReport
 
 
 def prepare_data(
@@ -25,8 +25,8 @@ def prepare_data(
     with Console(json_mode, writes=True) as console:  # signals are handled from here on
         from llamatune.data.prepare import prepare_data as run_preparation
         from llamatune.data.preview import preview_rows
-        from llamatune.data.tokenizer import load_tokenizer
         from llamatune.errors import Stopped
+        from llamatune.tokenizers.sentencepiece import load_tokenizer
 
         if console.should_stop():
             raise Stopped("stopped before any row was read", options.output, "run the same command again")
@@ -53,7 +53,7 @@ def _row_payload(row: PreviewRow) -> dict[str, Any]:
 
 
 def _print_row(out: RichConsole, row: PreviewRow, show_ids: bool) -> None:
-    """Trained tokens are green and the others dim; without colours trained stretches stand in ``[[ ]]``."""
+    """Print trained tokens in green and others dim; without colours trained spans are in ``[[ ]]``."""
     from rich.text import Text
 
     from llamatune.errors import printable
@@ -98,7 +98,10 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
     add("refused", f"{report.refused:,}{reasons(report.refused_reasons)}")
     add("duplicates", f"{report.duplicates:,}")
     if report.prompts_not_prefix:
-        add("prompts not a prefix", f"{report.prompts_not_prefix:,} (alone they give other tokens than in their row)")
+        add(
+            "prompts not a prefix",
+            f"{report.prompts_not_prefix:,} (encoded alone they have other tokens than in their row)",
+        )
     if report.ignored_keys:
         add("ignored keys", ", ".join(f"{key} ({n:,})" for key, n in report.ignored_keys.items()))
     for name, split in report.splits.items():
@@ -112,7 +115,7 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
         f"{row['tokens']:,} ({shown_place(row['file'], row['line'], row.get('row'))})"
         for row in report.longest_rows[:3]
     )
-    add("longest before cutting", longest)
+    add("longest before truncation", longest)
     out.print(table)
     note = "already prepared, left as it is: " if report.unchanged else "written to "
     out.print(note + printable(report.output), markup=False)

@@ -1,4 +1,4 @@
-"""Raw rows to token ids: what one batch of rows becomes, in this process or in a worker."""
+"""Encoding of rows: parse, fill the template, tokenise, truncate, and mark where the targets of the loss begin."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llamatune.data.boundary import prompt_check
-from llamatune.data.decoding import Row
-from llamatune.data.formats import FORMATS, parse_row, strip_annotations
-from llamatune.data.prompts import Template
+from llamatune.data.prefix_check import prompt_check
+from llamatune.data.row_formats import FORMATS, parse_row, strip_annotations
+from llamatune.data.row_parsing import Row
 from llamatune.data.rows import RawRow, RowError
-from llamatune.data.tokenizer import Tokenizer
+from llamatune.data.templates import Template
+from llamatune.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides what a row becomes; it travels to the workers."""
+    """The settings of encoding; sent to each worker process."""
 
     tokenizer: Tokenizer
     template: Template
@@ -31,20 +31,20 @@ class Recipe:
 
 @dataclass
 class EncodedBatch:
-    """What became of the rows of one batch; ``positions`` and the like count from 0 within the batch.
+    """The encoded rows of one batch, and the dropped and refused ones; positions count from 0 within the batch.
 
     Args:
-        ids: the tokens of all kept rows, one row after the other, BOS and EOS included.
-        positions: which rows were kept.
+        ids: the tokens of all kept rows in order, BOS and EOS included.
+        positions: of the kept rows.
         lengths: tokens of each kept row.
-        first_targets: index of each kept row's first target token; all later ones are targets too.
+        first_targets: index of each kept row's first target token (loss mask 1); all later tokens are targets too.
         keys: a digest of each kept row's content: equal rows have equal keys.
-        full_lengths: (position, tokens before cutting) of every row that was encoded.
-        truncated: kept rows that lost tokens; ``truncated_tokens`` is how many they lost.
+        full_lengths: (position, tokens before truncation) of every row that was encoded.
+        truncated: number of truncated rows; ``truncated_tokens`` is how many tokens they lost.
         prompts_not_prefix: kept rows whose tokens do not begin with those of the prompt alone.
         dropped: (position, reason).
         refused: (position, kind, message).
-        ignored_keys: how many rows have each key that is no field, or a field that the template does not show.
+        ignored_keys: number of rows with each key that is not read or that the template does not use.
     """
 
     ids: array[int] = field(default_factory=lambda: array("i"))
@@ -62,7 +62,7 @@ class EncodedBatch:
 
 
 def encode_batch(recipe: Recipe, rows: Sequence[RawRow]) -> EncodedBatch:
-    """Parse, prompt and tokenise ``rows``; a row that cannot be used is noted, never raised."""
+    """Encode ``rows``; an unusable row is recorded in ``refused``, never raised."""
     batch = EncodedBatch()
     for position, raw in enumerate(rows):
         try:
@@ -74,12 +74,12 @@ def encode_batch(recipe: Recipe, rows: Sequence[RawRow]) -> EncodedBatch:
             batch.refused.append((position, fault.kind, fault.message))
             continue
         batch.ignored_keys.update(row.ignored_keys)
-        batch.ignored_keys.update(recipe.template.unshown(row))
-        _add(batch, recipe, position, row)
+        batch.ignored_keys.update(recipe.template.unused_fields(row))
+        _encode_row(batch, recipe, position, row)
     return batch
 
 
-def _add(batch: EncodedBatch, recipe: Recipe, position: int, row: Row) -> None:
+def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row) -> None:
     tokenizer = recipe.tokenizer
     completion = strip_annotations(row.completion) if recipe.strip_annotations else row.completion
     prompt = recipe.template.prompt_of(row.fields, row.turns)
@@ -96,8 +96,8 @@ def _add(batch: EncodedBatch, recipe: Recipe, position: int, row: Row) -> None:
         if recipe.overlong != "truncate":
             batch.dropped.append((position, "overlong"))
             return
-        del ids[recipe.max_seq_length :]  # and the EOS with it: the row does not end here
-    # A lone EOS behind a completion that the tokenizer normalised away would teach the model to say nothing.
+        del ids[recipe.max_seq_length :]  # the EOS too: the completion does not end here
+    # If the tokenizer normalised the whole completion away, EOS alone would train an empty answer.
     if first >= len(ids) or not has_text:
         batch.dropped.append((position, "no_target_tokens"))
         return

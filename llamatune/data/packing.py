@@ -1,20 +1,15 @@
-"""Several samples in one row of about equal length: first-fit-decreasing bin packing (Johnson 1973)."""
+"""Packing of several samples into one row: first-fit-decreasing bin packing (Johnson 1973)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from llamatune.data.dataset import epoch_order
-from llamatune.seeds import derived_seed
-
 
 def pack(lengths: Sequence[int], budget: int, order: Sequence[int]) -> list[list[int]]:
-    """Distribute samples over rows of at most ``budget`` tokens; a longer sample has a row of its own.
+    """The samples of each row of at most ``budget`` tokens; a longer sample has a row of its own.
 
-    Samples are taken longest first, equal ones in ``order``, each into the first row that has room. The number of rows
-    depends on the lengths alone.
+    Samples are placed longest first, those of equal length in ``order``, each in the first row with room. The number of
+    rows depends on the lengths alone.
     """
     rows: list[list[int]] = []
     room = _FirstFit(len(lengths))
@@ -29,7 +24,7 @@ def pack(lengths: Sequence[int], budget: int, order: Sequence[int]) -> list[list
 
 
 class _FirstFit:
-    """A tree of maxima over the room that is left in each row: the first row with enough is found in log time."""
+    """A segment tree of the room left in each row: finds the first row with enough room in logarithmic time."""
 
     def __init__(self, rows: int) -> None:
         self._leaves = 1 << max(1, rows - 1).bit_length()
@@ -39,7 +34,7 @@ class _FirstFit:
         self._set(self._leaves + row, room)
 
     def take(self, tokens: int) -> int | None:
-        """The first row with room for ``tokens``, which it then has less."""
+        """The first row with room for ``tokens``, which are subtracted from it; None: no row has room."""
         if self._most[1] < tokens:
             return None
         node = 1
@@ -55,19 +50,3 @@ class _FirstFit:
         while node > 1:
             node //= 2
             self._most[node] = max(self._most[2 * node], self._most[2 * node + 1])
-
-
-def epoch_rows(lengths: Sequence[int], seed: int, epoch: int, shuffle: bool, budget: int | None) -> list[list[int]]:
-    """Which samples stand in each row of an epoch, in the order in which rows are trained: a function of (seed, epoch).
-
-    Without a ``budget`` a row is one sample. With one, which samples share a row changes from epoch to epoch if
-    ``shuffle``, the number of rows does not.
-    """
-    order = epoch_order(len(lengths), seed, epoch, shuffle)
-    if budget is None:
-        return [[index] for index in order]
-    rows = pack(lengths, budget, order)
-    if not shuffle:
-        return sorted(rows, key=min)
-    generator = torch.Generator().manual_seed(derived_seed(seed, "rows", epoch))
-    return [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]

@@ -1,4 +1,4 @@
-"""Rows to a prepared directory: what ``llamatune prepare-data`` does.
+"""``prepare-data``: rows to a prepared directory, by reading, encoding, splitting and writing.
 
 A prepared directory holds its splits (``formats.prepared``), ``refused.jsonl`` if rows were refused, and the manifest,
 whose ``facts`` say how the rows were read and what was truncated, dropped and refused.
@@ -7,6 +7,7 @@ whose ``facts`` say how the rows were read and what was truncated, dropped and r
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -14,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamatune.data.encoding import EncodedBatch, Recipe
-from llamatune.data.plan import check_options, input_files, make_plan
-from llamatune.data.report import (
+from llamatune.data.encoding import Recipe
+from llamatune.data.prepare_options import check_options, input_files, resolve_options
+from llamatune.data.prepare_report import (
     Counts,
     PrepareReport,
     bad_rows_error,
@@ -27,11 +28,11 @@ from llamatune.data.report import (
     shown_path,
 )
 from llamatune.data.rows import RawRow, read_raw_rows
-from llamatune.data.split import held_out_rows
 from llamatune.data.spool import Spool
-from llamatune.data.workers import encode_batches
+from llamatune.data.validation_split import held_out_rows
+from llamatune.data.workers import encode_batches, raise_if_stopped
 from llamatune.durable_writing import refuse_occupied
-from llamatune.errors import DataError, EnvironmentFault, Stopped
+from llamatune.errors import DataError, EnvironmentFault
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import Staging, build_directory, finished_product, has_manifest
 from llamatune.formats.prepared import KIND
@@ -52,29 +53,29 @@ def prepare_data(
     *,
     workers: int | None = None,
 ) -> PrepareReport:
-    """Make a prepared directory of ``options.rows``; ``workers`` (default: by cores and file size) alters no byte.
+    """Write a prepared directory of ``options.rows``. Its bytes do not depend on ``workers`` (default: by file size).
 
-    A finished product of the same inputs is left untouched, and its report is returned.
+    A finished output of the same inputs is left unchanged, and its report is returned.
 
     Raises:
         SpecError: options that contradict each other or the rows' format.
         DataError: bad rows beyond ``skip_bad_rows``, or no usable row.
         CheckpointError: the tokenizer cannot be used.
-        EnvironmentFault: the output directory is taken or cannot be written.
-        Stopped: ``should_stop`` said so; nothing is left behind.
+        EnvironmentFault: the output directory is not empty or cannot be written.
+        Stopped: ``should_stop`` returned true; no file is left.
     """
     check_options(options)
     if not has_manifest(options.output):
         refuse_occupied(options.output, options.overwrite)
     state = [_file_state(path) for path in input_files(options)]
-    plan = make_plan(options, on_event)
+    recipe, inputs = resolve_options(options, on_event)
     if not options.overwrite:
-        manifest = finished_product(options.output, KIND, plan.inputs)
+        manifest = finished_product(options.output, KIND, inputs)
         report = manifest and PrepareReport.from_facts(options.output, manifest.facts, unchanged=True)
         if report and report.refused <= options.skip_bad_rows:
             return report
-    with build_directory(options.output, KIND, plan.inputs, options.overwrite) as staging:
-        _Job(options, plan.recipe, staging, on_event, should_stop, workers).run()
+    with build_directory(options.output, KIND, inputs, options.overwrite) as staging:
+        _Job(options, recipe, staging, on_event, should_stop, workers).run()
         if [_file_state(path) for path in input_files(options)] != state:
             raise DataError("a row file was changed while it was read", None, "run the same command again")
     report = PrepareReport.from_facts(options.output, staging.facts, unchanged=False)
@@ -93,7 +94,7 @@ def _file_state(path: Path) -> tuple[int, int, int]:
 
 
 class _Job:
-    """One preparation, from the first row to the files in the staging directory."""
+    """One preparation: from reading the first row to the files in the staging directory."""
 
     def __init__(
         self,
@@ -109,7 +110,8 @@ class _Job:
         self.total_bytes = sum(path.stat().st_size for path in input_files(options))
         self.done_bytes = 0
         self.reported_at = time.monotonic()
-        self.workers = workers if workers is not None else self._worker_count()
+        by_size = min(len(os.sched_getaffinity(0)), self.total_bytes // _BYTES_FOR_A_WORKER)
+        self.workers = by_size if workers is None else workers
         self.counts = Counts()
 
     def run(self) -> None:
@@ -135,7 +137,7 @@ class _Job:
         self.staging.facts.update(self._facts(splits))
 
     def _encode(self, files: Sequence[Path], limit: int | None, spool: Spool, refuse: Callable[[str], object]) -> None:
-        """Read, encode and spool the rows of ``files``, counting what became of each."""
+        """Read, encode, count and spool the rows of ``files``; ``refuse`` writes a line of ``refused.jsonl``."""
         pending: list[tuple[Path, int, list[RawRow]]] = []
 
         def batches() -> Iterator[list[RawRow]]:
@@ -151,7 +153,8 @@ class _Job:
                 for position, _, message in batch.refused:
                     line = {**row_facts(rows[position], path), "reason": message}
                     refuse(json.dumps(line, ensure_ascii=True) + "\n")
-                if self.options.overlong == "error" and (overlong := _first_overlong(batch)) is not None:
+                overlong = next((position for position, reason in batch.dropped if reason == "overlong"), None)
+                if self.options.overlong == "error" and overlong is not None:
                     raise overlong_error(batch, overlong, path, rows[overlong], self.options.max_seq_length)
                 spool.add(batch, first_row)
                 self._progress(sum(len(row.data) for row in rows))
@@ -159,6 +162,7 @@ class _Job:
 
     def _write(self, train: Spool, validation: Spool | None) -> dict[str, dict[str, int]]:
         staging, fraction = self.staging, self.options.validation_fraction
+        check_stop = functools.partial(raise_if_stopped, self.should_stop)
         train_keys = set(train.keys)
         self.counts.duplicates = len(train) - len(train_keys)
         splits: dict[str, dict[str, int]] = {}
@@ -168,17 +172,17 @@ class _Job:
             self.counts.validation_rows_in_train = both
             if both:
                 self.on_event(Notice(f"{both} validation rows are training rows too", "warning"))
-            splits["train"] = train.write_split(staging, "train", lambda _: True, self._check_stop)
-            splits["validation"] = validation.write_split(staging, "validation", lambda _: True, self._check_stop)
+            splits["train"] = train.write_split(staging, "train", lambda _: True, check_stop)
+            splits["validation"] = validation.write_split(staging, "validation", lambda _: True, check_stop)
         else:
             held = held_out_rows(train.keys, fraction, self.options.seed) if fraction else bytearray(len(train))
-            splits["train"] = train.write_split(staging, "train", lambda index: not held[index], self._check_stop)
+            splits["train"] = train.write_split(staging, "train", lambda index: not held[index], check_stop)
             if any(held):
                 splits["validation"] = train.write_split(
-                    staging, "validation", lambda index: bool(held[index]), self._check_stop
+                    staging, "validation", lambda index: bool(held[index]), check_stop
                 )
             elif fraction:
-                self.on_event(Notice("all rows are the same one, so none was held out for validation", "warning"))
+                self.on_event(Notice("all rows are equal, so none was held out for validation", "warning"))
         return splits
 
     def _facts(self, splits: dict[str, dict[str, int]]) -> dict[str, Any]:
@@ -205,9 +209,6 @@ class _Job:
             "splits": splits,
         }
 
-    def _worker_count(self) -> int:
-        return min(len(os.sched_getaffinity(0)), self.total_bytes // _BYTES_FOR_A_WORKER)
-
     def _progress(self, row_bytes: int) -> None:
         self.done_bytes += row_bytes
         now = time.monotonic()
@@ -215,17 +216,9 @@ class _Job:
             self.reported_at = now
             self.on_event(Progress("bytes of rows encoded", min(self.done_bytes, self.total_bytes), self.total_bytes))
 
-    def _check_stop(self) -> None:
-        if self.should_stop():
-            raise Stopped("stopped before the rows were prepared", None, "run the same command again")
-
-
-def _first_overlong(batch: EncodedBatch) -> int | None:
-    return next((position for position, reason in batch.dropped if reason == "overlong"), None)
-
 
 def _batches(files: Sequence[Path], limit: int | None) -> Iterator[tuple[Path, int, list[RawRow]]]:
-    """Rows of ``files`` in batches of one file each, with the number of each batch's first row, counted from 1."""
+    """Batches of rows, each of one file, with the file and the number of the batch's first row, counted from 1."""
     number = 1
     for path in files:
         rows: list[RawRow] = []

@@ -1,17 +1,17 @@
-"""The first rows of a prepared directory as a person can check them: every token, and whether it is trained."""
+"""Preview of a prepared directory: the tokens of its first rows, and which of them are trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamatune.data.tokenizer import Tokenizer
 from llamatune.formats.prepared import SplitFile, split_path
+from llamatune.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)
 class PreviewToken:
-    """One token: its id, how the vocabulary spells it, and whether it is a target of training."""
+    """One token: its id, its piece of the vocabulary, and whether it is a target."""
 
     id: int
     piece: str

@@ -1,8 +1,9 @@
-"""The rows of a data file as raw bytes, one at a time: JSON Lines, or one JSON list of rows.
+"""Row reader: the raw bytes of each row of a JSON Lines file or a JSON list.
 
-What is one row is decided on bytes, before anything is decoded: a line ends at ``\\n`` alone (U+2028 and U+0085 are
-text), and an element of a list ends where its brackets close. A row that cannot be read becomes a ``RowError`` and
-reading goes on behind it; at no time is more than ``LARGEST_ROW_BYTES`` of a row held.
+Rows are separated before they are decoded: a line ends at ``\\n`` alone (U+2028 and U+0085 are text), an element of a
+list at the comma or bracket behind it. An unreadable row becomes a ``RowError`` and reading continues with the next;
+at most ``LARGEST_ROW_BYTES`` of a row are kept. ijson would not do: it stops at the first syntax error and gives no
+lines or bytes.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from llamatune.errors import DataError, EnvironmentFault
 from llamatune.safe_reading import open_regular
 
 LARGEST_ROW_BYTES = 2 << 20
-"""Longer rows are refused: 2 MiB is half a million tokens, far beyond what LLaMA attends to, and encoding it takes a
-few hundred MB (up to 365 bytes a token while SentencePiece tells where each one stands)."""
+"""Longer rows are refused: 2 MiB is half a million tokens, far beyond LLaMA's context, and encoding it takes a few
+hundred MB (up to 365 bytes a token for SentencePiece's offsets)."""
 
 _PORTION = 1 << 20
 _BLANK = b" \t\r\n"
 _BOM = b"\xef\xbb\xbf"
-# Up to the next byte that matters. Possessive (++, *+), so no input makes a pattern try twice; a string that is not
-# closed in the buffer ends the match before its quote.
+# Each matches up to the next structural byte. Possessive quantifiers (++, *+) exclude backtracking; a string that is
+# not closed in the buffer ends the match before its quote.
 _STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _STRING = rb'"' + _STRING_REST.pattern + rb'"'
 _INSIDE = re.compile(rb'(?:[^"{}\[\]]++|' + _STRING + rb")*+", re.DOTALL)
@@ -33,7 +34,7 @@ _NOT_BLANK = re.compile(rb"[^ \t\r\n]")
 
 
 class RowError(Exception):
-    """A row that cannot be used. ``kind`` is what the report counts it under; the message says it for this row."""
+    """An unusable row: ``kind`` is its name in the report's counts, ``message`` the reason."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(kind, message)
@@ -42,9 +43,9 @@ class RowError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """The bytes of one row, or why there are none, and where it begins: 1-based line, 0-based byte of the file.
+    """The bytes of one row, or the error, and where it begins: 1-based line, 0-based byte of the file.
 
-    ``row`` is its 1-based number in a JSON list; None in JSON Lines, where the line tells which row it is.
+    ``row`` is its 1-based number in a JSON list; None in JSON Lines, where the line identifies the row.
     """
 
     line: int
@@ -54,19 +55,19 @@ class RawRow:
     row: int | None = None
 
     def place(self, path: object) -> str:
-        """Where the row of the file ``path`` is, as messages say it."""
+        """The row's place in the file ``path``, for messages."""
         return shown_place(path, self.line, self.row)
 
 
 def shown_place(path: object, line: int, row: int | None) -> str:
-    """``path:line``; of a JSON list also the row's number, and its line only if others stand above it."""
+    """``path:line``; for a JSON list ``path: row N``, with the line unless it is the first."""
     if row is None:
         return f"{path}:{line}"
     return f"{path}: row {row}" if line == 1 else f"{path}:{line}: row {row}"
 
 
 def read_raw_rows(path: Path) -> Iterator[RawRow]:
-    """Every row of a JSONL file or JSON list in bounded memory; blank lines are no rows, a BOM is skipped.
+    """Every row of a JSON Lines file or JSON list, in bounded memory; blank lines and a BOM are skipped.
 
     Raises:
         DataError: no such file, not a regular file, or not UTF-8 but UTF-16 or UTF-32.
@@ -125,7 +126,7 @@ def _lines(file: BinaryIO, offset: int) -> Iterator[RawRow]:
 
 
 class _ListReader:
-    """Cuts one JSON list into its elements. ``_at`` is the place in ``_buffer``; all before it is consumed."""
+    """Splits one JSON list into its elements. Bytes of ``_buffer`` before ``_at`` are consumed."""
 
     def __init__(self, file: BinaryIO, offset: int) -> None:
         self._file, self._buffer, self._at = file, b"", 0
@@ -155,7 +156,7 @@ class _ListReader:
             if byte == b"]":
                 break
         if self._next_byte():
-            kind, what = "not_json", f"text behind the end of the list, at byte {self._offset}"
+            kind, what = "not_json", f"text after the end of the list, at byte {self._offset}"
             if self._buffer.startswith(b"\0", self._at):
                 kind, what = "nul_bytes", f"NUL bytes from byte {self._offset} of the file on"
             yield self._fault(kind, what)
@@ -185,7 +186,7 @@ class _ListReader:
                     continue
             if error is None and scan - self._at > LARGEST_ROW_BYTES:
                 error = _too_large(self._buffer[self._at : scan], offset)
-            if error is not None:  # its end is still looked for, but nothing of it is held
+            if error is not None:  # search for its end, but keep nothing of it
                 self._consume(scan - self._at)
             scan -= self._at
             if not self._read_on():

@@ -1,4 +1,4 @@
-"""Encoded rows before they are written as splits: tokens in a temporary file, 32 bytes a row in memory."""
+"""Spool of encoded rows: tokens in a temporary file, a few numbers a row in memory, until the splits are written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PORTION = 1 << 20
 
 
 class Spool:
-    """Kept rows in file order; at most 32 bytes a row are held, the tokens lie in ``path`` until the block ends."""
+    """Kept rows in file order: at most 32 bytes a row in memory, the tokens in the temporary file ``path``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,8 +1,8 @@
-"""Encoding batches of rows on several cores, in order, with bounded memory.
+"""Worker processes that encode batches of rows on several cores, in order, with bounded memory.
 
-Each worker is a fresh Python process with one pipe to us, and has one batch at a time: batch k goes to worker
-k mod n and is fetched in turn, so the result does not depend on how many workers there are. A worker ends when its
-pipe closes, whatever becomes of us.
+Each worker is a new Python process with one pipe and encodes one batch at a time: batch k goes to worker k mod n and
+results are received in that order, so the output does not depend on the number of workers. A worker ends when its
+pipe closes, also when the main process is killed.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def encode_batches(
     """Each batch encoded, in order; ``workers`` below 2 means in this process.
 
     Raises:
-        Stopped: ``should_stop`` said so between two batches.
+        Stopped: a stop was requested between two batches.
         EnvironmentFault: a worker could not start, or died.
     """
     if workers < 2:
         for batch in batches:
-            _check(should_stop)
+            raise_if_stopped(should_stop)
             yield encode_batch(recipe, batch)
         return
     with contextlib.ExitStack() as stack:
@@ -57,7 +57,7 @@ def encode_batches(
 
 
 def serve(descriptor: int) -> None:
-    """A worker's life: a recipe, then batches, until the pipe closes."""
+    """The main function of a worker: receive a recipe, then encode batches until the pipe closes."""
     connection = Connection(descriptor)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         recipe: Recipe = connection.recv()
@@ -71,8 +71,8 @@ class _Worker:
         with theirs:
             descriptor = theirs.fileno()
             code = _SERVE.format(path=[entry or os.getcwd() for entry in sys.path], descriptor=descriptor)
-            # Slurm and terminals signal every process at once, but the answer is ours: it closes the pipe. A blocked
-            # signal stays blocked in a child from its first instruction on; ours come through when it is started.
+            # Slurm and terminals signal every process, but workers must wait for the main process to close the pipe. A
+            # signal that is blocked here stays blocked in the child; afterwards the main process receives it.
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
             try:
                 self._child = subprocess.Popen(
@@ -90,7 +90,7 @@ class _Worker:
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
-        self._child.kill()  # it holds nothing that could be lost
+        self._child.kill()  # it has nothing to save
         self._child.wait()
 
     def send(self, message: object) -> None:
@@ -102,8 +102,8 @@ class _Worker:
     def result(self, should_stop: ShouldStop) -> EncodedBatch:
         try:
             while not self._connection.poll(_POLL_S):
-                _check(should_stop)
-            _check(should_stop)
+                raise_if_stopped(should_stop)
+            raise_if_stopped(should_stop)
             batch: EncodedBatch = self._connection.recv()
         except (EOFError, OSError):
             raise self._died() from None
@@ -117,6 +117,7 @@ class _Worker:
         return EnvironmentFault(f"a worker process died (exit status {code})", None, "is there memory left?")
 
 
-def _check(should_stop: ShouldStop) -> None:
+def raise_if_stopped(should_stop: ShouldStop) -> None:
+    """Raise ``Stopped`` if a stop was requested."""
     if should_stop():
         raise Stopped("stopped before the rows were prepared", None, "run the same command again")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llamatune.data.dataset import Batch, Prepared, Split, check_rows, check_tokenizer, open_prepared
+from llamatune.data.batches import Batch, Prepared, Split, check_rows, check_tokenizer, open_prepared
 from llamatune.errors import DataError, NumericsError, SpecError, Stopped
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.inference.model_source import open_model

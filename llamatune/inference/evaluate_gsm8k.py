@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llamatune.checkpoints.fingerprint import fingerprint
-from llamatune.data.prompts import TEMPLATES, Template
-from llamatune.data.tokenizer import Tokenizer
+from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import DataError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.answer_log import AnswerLog, open_answer_log
@@ -22,6 +21,7 @@ from llamatune.options.inference import EvaluateOptions
 from llamatune.out_of_memory import memory_faults
 from llamatune.safe_reading import digest_file
 from llamatune.threads import suitable_threads
+from llamatune.tokenizers.base import Tokenizer
 
 _REVISION = 1  # raise it when the same settings come to give other answers
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamatune.data.formats import FORMATS, parse_row
-from llamatune.data.prompts import TEMPLATES, Template
+from llamatune.data.row_formats import FORMATS, parse_row
 from llamatune.data.rows import RowError, read_raw_rows
+from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import DataError
 from llamatune.seeds import derived_seed
 

@@ -14,8 +14,7 @@ from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
-from llamatune.data.prompts import Template, load_template
-from llamatune.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from llamatune.data.templates import Template, load_template
 from llamatune.devices import choose_device, lacks_bf16
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.formats.manifest import find_manifest
@@ -23,6 +22,8 @@ from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from llamatune.model.transformer import Transformer
 from llamatune.options.inference import ModelSource
+from llamatune.tokenizers.base import Tokenizer, check_vocabulary
+from llamatune.tokenizers.sentencepiece import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from llamatune.data.decoding import Row, decode_row, decode_value, kind_of
-from llamatune.data.formats import prompt_row_of
-from llamatune.data.prompts import Template
+from llamatune.data.row_formats import prompt_row_of
+from llamatune.data.row_parsing import Row, decode_row, decode_value, kind_of
 from llamatune.data.rows import RawRow, RowError, read_raw_rows
+from llamatune.data.templates import Template
 from llamatune.errors import DataError, SpecError
 from llamatune.safe_reading import read_bytes
 from llamatune.strict_json import parse_json

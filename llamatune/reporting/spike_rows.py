@@ -20,13 +20,13 @@ def with_rows(run: Run, diagnosis: Diagnosis) -> Diagnosis:
     changed = any(line.startswith(_DECIDE_THE_ORDER) for line in run.spec_changes)
     if not diagnosis.spikes or not run.data or changed:
         return diagnosis
-    from llamatune.data.dataset import open_prepared
-    from llamatune.training.order import Windows
+    from llamatune.data.batches import Windows, open_prepared
     from llamatune.training.schedule import plan_schedule
 
     try:
         train = open_prepared(Path(run.spec.data.train)).train
-        windows = Windows(run.spec, train, plan_schedule(run.spec, train))
+        schedule = plan_schedule(run.spec, train)
+        windows = Windows(run.spec, train, schedule.rows_per_window, schedule.windows_per_epoch)
     except LlamatuneError:
         return diagnosis
     named = []

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from llamatune.data.dataset import Split
+from llamatune.data.batches import Split
 from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, OnEvent
 from llamatune.model.loss import summed_loss

@@ -13,7 +13,7 @@ from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.checkpoints.model_directory import read_config
-from llamatune.data.dataset import Prepared, Split, check_rows, check_tokenizer, open_prepared
+from llamatune.data.batches import Prepared, Split, check_rows, check_tokenizer, open_prepared
 from llamatune.devices import choose_device
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import OnEvent

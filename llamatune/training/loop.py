@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llamatune.checkpoints.tensor_bytes import is_finite
+from llamatune.data.batches import Windows
 from llamatune.errors import CheckpointError, NumericsError, Stopped
 from llamatune.events import (
     CheckpointSaved,
@@ -26,7 +27,6 @@ from llamatune.inference.evaluate import held_out_loss
 from llamatune.spec import RunSpec
 from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner
-from llamatune.training.order import Windows
 from llamatune.training.progress import RunProgress
 from llamatune.training.resuming import load_checkpoint, save_checkpoint
 from llamatune.training.run_directory import LEAST_GAIN, RunDirectory, prune_checkpoints
@@ -64,7 +64,7 @@ class TrainingLoop:
         self.spec, self.inputs, self.schedule, self.learner = spec, inputs, schedule, learner
         self.weights, self.run, self.on_event, self.should_stop = weights, run, on_event, should_stop
         self.memory_facts, self.progress = memory_facts, RunProgress()
-        self.windows = Windows(spec, inputs.prepared.train, schedule)
+        self.windows = Windows(spec, inputs.prepared.train, schedule.rows_per_window, schedule.windows_per_epoch)
         self._last_checkpoint: Path | None = None
         self._first_update = True  # of this process
         self._clock = time.monotonic()

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from llamatune.data.dataset import Split
+from llamatune.data.batches import Split
 from llamatune.devices import capability_of, free_memory_bytes, memory_size_bytes
 from llamatune.events import MemoryHeld, Notice, OnEvent
 from llamatune.memory.plan import MemoryPlan, heaviest_rows, limit_of, plan_memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llamatune.data.dataset import Split
+from llamatune.data.batches import Split, packing_budget
 from llamatune.data.packing import pack
 from llamatune.errors import SpecError
 from llamatune.spec import RunSpec, TrainingSection
@@ -23,11 +23,6 @@ class Schedule:
     windows_per_epoch: int
     num_epochs: int
     total_steps: int
-
-
-def packing_budget(spec: RunSpec) -> int | None:
-    """Tokens of a packed row; None: no packing."""
-    return spec.data.packed_tokens if spec.data.packing else None
 
 
 def plan_schedule(spec: RunSpec, train: Split) -> Schedule:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llamatune.data.dataset import Batch
+from llamatune.data.batches import Batch
 from llamatune.errors import Stopped
 from llamatune.events import ShouldStop, never_stop
 from llamatune.model.loss import summed_loss

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.checkpoints.model_directory import read_config
-from llamatune.checkpoints.tokenizer_pieces import count_tokenizer_pieces
 from llamatune.errors import CheckpointError, LlamatuneError
 from llamatune.formats.torch_archive import read_archive
 
@@ -574,13 +573,6 @@ def test_meta_parameters_that_contradict_the_weights_a10(meta, change, word):
     facts = json.loads((meta / "params.json").read_text())
     (meta / "params.json").write_text(json.dumps({**facts, **change}))
     refused(meta, word)
-
-
-def test_broken_tokenizers_are_told_apart(tmp_path):
-    for content in (b"", b"version https://git-lfs", b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", b"IQ== 0\n"):
-        (tmp_path / "tokenizer.model").write_bytes(content)
-        with pytest.raises(CheckpointError, match="not a SentencePiece model"):
-            count_tokenizer_pieces(tmp_path / "tokenizer.model")
 
 
 def test_vocabulary_of_minus_one_without_weights_comes_from_the_tokenizer(meta, shared_fixtures):

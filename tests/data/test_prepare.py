@@ -13,11 +13,12 @@ from prepared_rows import alpaca, read_split
 
 from llamatune.data.prepare import PrepareReport
 from llamatune.data.preview import preview_rows
-from llamatune.data.prompts import TEMPLATES
-from llamatune.data.tokenizer import Tokenizer, load_tokenizer
+from llamatune.data.templates import TEMPLATES
 from llamatune.errors import CheckpointError, DataError, EnvironmentFault, LlamatuneError, SpecError, Stopped
 from llamatune.events import Event, Notice, Progress
 from llamatune.strict_json import read_json
+from llamatune.tokenizers.base import Tokenizer
+from llamatune.tokenizers.sentencepiece import load_tokenizer
 
 Prepare = Callable[..., PrepareReport]
 WriteRows = Callable[..., Path]
@@ -244,15 +245,15 @@ def test_d11_d13_control_strings_are_plain_text_and_bos_comes_once(
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_d12_the_mask_starts_at_the_completions_first_character(
-    prepare: Prepare, write_rows: WriteRows, models: dict[str, Path], tmp_path: Path, kind: str
+    prepare: Prepare, write_rows: WriteRows, tokenizer_models: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
     chance = random.Random(3)
     alphabet = ["a", "in", " ", "\n", ":", "é", "🦙", "apples", "7"]
     pairs = [
         ("x" + "".join(chance.choices(alphabet, k=5)), "".join(chance.choices(alphabet, k=4)) + "y") for _ in range(200)
     ]
-    prepare(write_rows([{"prompt": p, "completion": c} for p, c in pairs]), tokenizer=models[kind])
-    tokenizer = load_tokenizer(models[kind])
+    prepare(write_rows([{"prompt": p, "completion": c} for p, c in pairs]), tokenizer=tokenizer_models[kind])
+    tokenizer = load_tokenizer(tokenizer_models[kind])
     for ids, mask, row in read_split(tmp_path / "out"):
         prompt, completion = pairs[row - 1]
         assert ids == [*tokenizer.encode(prompt + completion), tokenizer.eos_id]
@@ -459,7 +460,7 @@ def test_a_foreign_directory_is_left_alone(prepare: Prepare, write_rows: WriteRo
 def test_an_output_that_holds_an_input_is_refused(prepare: Prepare, write_rows: WriteRows, tmp_path: Path) -> None:
     path = write_rows([alpaca(1)])
     message = _refused(prepare, path, output=tmp_path, overwrite=True, error=SpecError)
-    assert "holds an input" in message
+    assert "contains an input" in message
     assert path.exists()
 
 
@@ -547,21 +548,23 @@ def test_preview_shows_what_was_written(
     assert len(preview_rows(tmp_path / "out", tokenizer, 99)) == 5
 
 
-def test_real_rows_with_llamas_tokenizer(prepare: Prepare, fixtures: Path, tmp_path: Path) -> None:
-    model = fixtures / "data" / "llama2_tokenizer.model"
-    report = prepare(fixtures / "data" / "alpaca_data_200.json", tokenizer=model)
+def test_real_rows_with_llamas_tokenizer(prepare: Prepare, shared_fixtures: Path, tmp_path: Path) -> None:
+    model = shared_fixtures / "data" / "llama2_tokenizer.model"
+    report = prepare(shared_fixtures / "data" / "alpaca_data_200.json", tokenizer=model)
     assert (report.rows_in, report.kept, report.truncated) == (200, 200, 0)
-    report = prepare(fixtures / "data" / "gsm8k_test.jsonl", tokenizer=model, output=tmp_path / "gsm8k")
+    report = prepare(shared_fixtures / "data" / "gsm8k_test.jsonl", tokenizer=model, output=tmp_path / "gsm8k")
     assert (report.format, report.rows_in) == ("gsm8k", 1319)
 
 
-def test_a_real_gsm8k_row_with_llamas_tokenizer(prepare: Prepare, fixtures: Path, tmp_path: Path) -> None:
-    model = fixtures / "data" / "llama2_tokenizer.model"
+def test_a_real_gsm8k_row_with_llamas_tokenizer(prepare: Prepare, shared_fixtures: Path, tmp_path: Path) -> None:
+    model = shared_fixtures / "data" / "llama2_tokenizer.model"
     tokenizer = load_tokenizer(model)
     for policy in ("keep", "strip"):
-        rows = [json.loads(line) for line in (fixtures / "data" / "gsm8k_train.jsonl").read_text().splitlines()[:50]]
+        rows = [
+            json.loads(line) for line in (shared_fixtures / "data" / "gsm8k_train.jsonl").read_text().splitlines()[:50]
+        ]
         prepare(
-            fixtures / "data" / "gsm8k_train.jsonl", tokenizer=model, limit=50, gsm8k_annotations=policy,
+            shared_fixtures / "data" / "gsm8k_train.jsonl", tokenizer=model, limit=50, gsm8k_annotations=policy,
             output=tmp_path / policy,
         )  # fmt: skip
         made = read_split(tmp_path / policy)
@@ -572,7 +575,9 @@ def test_a_real_gsm8k_row_with_llamas_tokenizer(prepare: Prepare, fixtures: Path
             assert tokenizer.decode([i for i, target in zip(ids, mask, strict=True) if target]) == answer
 
 
-def test_a_chat_with_llamas_tokenizer(prepare: Prepare, write_rows: WriteRows, fixtures: Path, tmp_path: Path) -> None:
+def test_a_chat_with_llamas_tokenizer(
+    prepare: Prepare, write_rows: WriteRows, shared_fixtures: Path, tmp_path: Path
+) -> None:
     said = [
         ("system", "Be brief."), ("user", "What is 2 + 2?"), ("assistant", "4"),
         ("user", "And twice that? \U0001f999"), ("assistant", "8 \U0001f999"),
@@ -581,7 +586,7 @@ def test_a_chat_with_llamas_tokenizer(prepare: Prepare, write_rows: WriteRows, f
         {"messages": [{"role": role, "content": text} for role, text in said]},
         {"conversations": [{"from": role, "value": text} for role, text in said]},
     ]
-    model = fixtures / "data" / "llama2_tokenizer.model"
+    model = shared_fixtures / "data" / "llama2_tokenizer.model"
     prepare(write_rows(rows), tokenizer=model)
     tokenizer = load_tokenizer(model)
     text = "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat is 2 + 2? [/INST] 4 [INST] And twice that? \U0001f999 [/INST]"

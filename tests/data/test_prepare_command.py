@@ -45,29 +45,35 @@ def rows(write_rows: Callable[..., Path]) -> Path:
     return write_rows([alpaca(n, output=f"\x1b[31mred {n}") for n in range(12)])
 
 
-def test_the_report_and_the_preview(rows: Path, models: dict[str, Path], tmp_path: Path) -> None:
-    done = _run(rows, "--tokenizer", models["bpe"], "--output", tmp_path / "out", "--preview", 1, "--show-ids")
+def test_the_report_and_the_preview(rows: Path, tokenizer_models: dict[str, Path], tmp_path: Path) -> None:
+    done = _run(
+        rows, "--tokenizer", tokenizer_models["bpe"], "--output", tmp_path / "out", "--preview", 1, "--show-ids"
+    )
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout, "neither colours nor the row's own escapes"
     assert "<s>(1)" in done.stdout
     assert "</s>(2)]]" in done.stdout
     assert "12" in done.stdout
-    again = _run(rows, "--tokenizer", models["bpe"], "--output", tmp_path / "out")
+    again = _run(rows, "--tokenizer", tokenizer_models["bpe"], "--output", tmp_path / "out")
     assert "left as it is" in again.stdout
 
 
-def test_the_longest_rows_of_a_list_are_named_by_their_number(models: dict[str, Path], tmp_path: Path) -> None:
+def test_the_longest_rows_of_a_list_are_named_by_their_number(
+    tokenizer_models: dict[str, Path], tmp_path: Path
+) -> None:
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([alpaca(n, output="stone " * n) for n in range(1, 9)]))
-    done = _run(rows, "--tokenizer", models["bpe"], "--output", tmp_path / "out")
+    done = _run(rows, "--tokenizer", tokenizer_models["bpe"], "--output", tmp_path / "out")
     shown = " ".join(done.stdout.replace(str(tmp_path), "").split())
     assert "row 8)" in shown, done.stdout
     assert "rows.json:1)" not in shown
 
 
-def test_json_is_one_object_with_the_promised_keys(rows: Path, models: dict[str, Path], tmp_path: Path) -> None:
+def test_json_is_one_object_with_the_promised_keys(
+    rows: Path, tokenizer_models: dict[str, Path], tmp_path: Path
+) -> None:
     done = _run(
-        rows, "--tokenizer", models["bpe"], "--output", tmp_path / "out", "--json", "--preview", 1,
+        rows, "--tokenizer", tokenizer_models["bpe"], "--output", tmp_path / "out", "--json", "--preview", 1,
         "--validation-fraction", 0.25,
     )  # fmt: skip
     payload = json.loads(done.stdout)
@@ -78,10 +84,12 @@ def test_json_is_one_object_with_the_promised_keys(rows: Path, models: dict[str,
     assert payload["preview"][0]["tokens"][0] == {"id": 1, "piece": "<s>", "trained": False}
 
 
-def test_an_error_is_one_line_and_stdout_stays_empty(rows: Path, models: dict[str, Path], tmp_path: Path) -> None:
+def test_an_error_is_one_line_and_stdout_stays_empty(
+    rows: Path, tokenizer_models: dict[str, Path], tmp_path: Path
+) -> None:
     with rows.open("a") as file:
         file.write('{"instruction": "\x1b[31m"}\n')
-    done = _run(rows, "--tokenizer", models["bpe"], "--output", tmp_path / "out", "--json")
+    done = _run(rows, "--tokenizer", tokenizer_models["bpe"], "--output", tmp_path / "out", "--json")
     assert done.returncode == 3
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -90,10 +98,10 @@ def test_an_error_is_one_line_and_stdout_stays_empty(rows: Path, models: dict[st
 
 
 def test_a_signal_ends_it_with_75_and_leaves_nothing(
-    models: dict[str, Path], write_rows: Callable[..., Path], tmp_path: Path
+    tokenizer_models: dict[str, Path], write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = write_rows([alpaca(n, output="three apples " * 50) for n in range(60_000)])
-    arguments = (path, "--tokenizer", models["bpe"], "--output", tmp_path / "out")
+    arguments = (path, "--tokenizer", tokenizer_models["bpe"], "--output", tmp_path / "out")
     child = subprocess.Popen(
         _command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamatune.data import rows as rows_module
-from llamatune.data.decoding import decode_row
-from llamatune.data.formats import detect_format
+from llamatune.data.row_formats import detect_format
+from llamatune.data.row_parsing import decode_row
 from llamatune.data.rows import LARGEST_ROW_BYTES, RawRow, RowError, read_raw_rows
 from llamatune.errors import DataError, LlamatuneError
 
@@ -213,7 +213,7 @@ def test_d17_a_sparse_tail_of_any_length_is_one_bad_row(path: Path) -> None:
         (b"[{},", [None, "1: the list is not closed: the file was cut short"]),
         (b'[{}, {"a": "b', [None, "1: the row does not end"]),
         (b"[{},\n]", [None, "2: a row is missing before ']'"]),
-        (b"[{}]\nx", [None, "2: text behind the end of the list"]),
+        (b"[{}]\nx", [None, "2: text after the end of the list"]),
         (b'[{"a": }, {}]', ["1: not valid JSON", None]),
     ],
 )

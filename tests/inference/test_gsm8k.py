@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamatune.data.prepare import PrepareOptions, prepare_data
-from llamatune.data.prompts import TEMPLATES
+from llamatune.data.templates import TEMPLATES
 from llamatune.errors import DataError, EnvironmentFault, LlamatuneError, SpecError, Stopped
 from llamatune.inference import evaluate_gsm8k as module
 from llamatune.inference.evaluate_gsm8k import Gsm8kReport, Reply, evaluate_gsm8k

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from llamatune.data.formats import FORMATS, parse_row
-from llamatune.data.prompts import TEMPLATES, Template
+from llamatune.data.row_formats import FORMATS, parse_row
 from llamatune.data.rows import read_raw_rows
+from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import DataError
 from llamatune.inference.prompt_files import prompt_text, read_prompts
 

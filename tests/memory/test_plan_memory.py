@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from llamatune import cli
-from llamatune.data.dataset import open_prepared
+from llamatune.data.batches import open_prepared
 from llamatune.errors import DataError
 from llamatune.formats.prepared import read_lengths
 from llamatune.memory.plan import heaviest_rows

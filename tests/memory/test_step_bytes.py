@@ -11,7 +11,7 @@ from step_tools import real_step, spec_of
 
 from llamatune.benchmarking import step_meter
 from llamatune.benchmarking.step_meter import even_batch
-from llamatune.data.dataset import Batch
+from llamatune.data.batches import Batch
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.memory.step import step_bytes
 from llamatune.model import attention

@@ -15,7 +15,7 @@ import torch
 from report_material import falling, noisy, spec_values, write_run
 
 from llamatune.checkpoints.model_directory import read_config
-from llamatune.data.dataset import Split
+from llamatune.data.batches import Split
 from llamatune.errors import NumericsError, Stopped
 from llamatune.formats.metrics import Evaluation
 from llamatune.inference.generate import generate

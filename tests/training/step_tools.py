@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llamatune.benchmarking import step_meter
 from llamatune.benchmarking.step_meter import StorageMeter
-from llamatune.data.dataset import Batch
+from llamatune.data.batches import Batch
 from llamatune.events import ignore_event, never_stop
 from llamatune.shapes.config import LlamaConfig
 from llamatune.spec import RunSpec, TrainingSection

@@ -12,7 +12,7 @@ from run_tools import adapter_tensors, losses, make_spec, metrics
 from torch import Tensor
 
 from llamatune.checkpoints.loading import load_model
-from llamatune.data.dataset import open_prepared
+from llamatune.data.batches import open_prepared
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
 from llamatune.model.loss import summed_loss
 from llamatune.shapes.adapter import AdapterSpec

@@ -11,7 +11,7 @@ import torch
 from reference_run import collate, kept_rows, summed_cross_entropy
 from run_tools import StopAfter, make_spec, metrics
 
-from llamatune.data.dataset import Batch, Split, epoch_order
+from llamatune.data.batches import Batch, Split, epoch_order
 from llamatune.errors import Stopped
 from llamatune.training.run import train
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from run_tools import make_spec, spec_values
 
-from llamatune.data.dataset import open_prepared
+from llamatune.data.batches import open_prepared
 from llamatune.errors import OutOfMemory
 from llamatune.free_memory import free_host_bytes
 from llamatune.memory.plan import heaviest_rows, plan_memory

@@ -12,7 +12,7 @@ import torch
 import yaml
 from run_tools import assert_same_outcome, make_spec, spec_values
 
-from llamatune.data.dataset import open_prepared
+from llamatune.data.batches import open_prepared
 from llamatune.data.prepare import PrepareOptions, prepare_data
 from llamatune.training.run import train
 

@@ -1,18 +1,17 @@
-"""Copies the tokenizer files of a model directory byte for byte. No torch."""
+"""Copies of tokenizer files, byte for byte, from one model directory to another."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from llamatune.checkpoints.tokenizer_pieces import count_tokenizer_pieces
 from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.safe_reading import open_regular
 from llamatune.strict_json import dump_json
+from llamatune.tokenizers.base import SENTENCEPIECE_FILE
 
-SENTENCEPIECE_FILE = "tokenizer.model"
 _FILES = (
     SENTENCEPIECE_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
@@ -38,9 +37,11 @@ def copy_huggingface_tokenizer(source: Path, directory: Path, on_event: OnEvent 
 
 
 def _complete_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent) -> None:
-    """Add the ``tokenizer_config.json`` that transformers needs beside Meta's ``tokenizer.model``."""
+    """Write the ``tokenizer_config.json`` that transformers needs beside a ``tokenizer.model``."""
+    from llamatune.tokenizers.sentencepiece import count_pieces  # importing the library takes 40 ms
+
     try:
-        count_tokenizer_pieces(source / SENTENCEPIECE_FILE)
+        count_pieces(source / SENTENCEPIECE_FILE)
     except CheckpointError:
         on_event(Notice(f"{source}: not SentencePiece; transformers needs a tokenizer.json beside it", "warning"))
         return
@@ -59,8 +60,8 @@ def _complete_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent) -
 
 
 def copy_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignore_event) -> None:
-    """Copy ``tokenizer.model``, the only tokenizer file of a Meta directory."""
+    """The ``tokenizer.model`` of a model directory, the one tokenizer file of Meta's format."""
     if (source / SENTENCEPIECE_FILE).exists():
         copy_file(source / SENTENCEPIECE_FILE, directory)
     else:
-        on_event(Notice(f"{source}: no tokenizer.model, which Meta's format needs; add it yourself", "warning"))
+        on_event(Notice(f"{source}: no tokenizer.model, which Meta's format needs: add it yourself", "warning"))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamatune.data.formats import FORMATS, row_of
-from llamatune.data.prompts import DEFAULT_TEMPLATES, TEMPLATES, Template, load_template
+from llamatune.data.row_formats import FORMATS, row_of
+from llamatune.data.templates import DEFAULT_TEMPLATES, TEMPLATES, Template, load_template
 from llamatune.errors import CheckpointError, DataError, SpecError
 
 
@@ -127,13 +127,13 @@ def test_a_template_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("prompt: &a x\nprompt_without_input: *a\n", "no anchors"),
-        ("prompt: !!python/object/apply:os.system [x]\n", "no tags"),
-        ("prompt: !!str x\n", "no tags"),
+        ("prompt: &a x\nprompt_without_input: *a\n", "anchors and aliases are not allowed (line 1)"),
+        ("prompt: !!python/object/apply:os.system [x]\n", "tags are not allowed (line 1)"),
+        ("prompt: !!str x\n", "tags are not allowed (line 1)"),
         ("prompt: a\nprompt: b\n", "appears twice"),
-        ("prompt: [a]\n", "one flat map"),
-        ("prompt: {a: b}\n", "one flat map"),
-        ("- prompt\n", "one flat map"),
+        ("prompt: [a]\n", "'prompt' of a template must be a text"),
+        ("prompt: {a: b}\n", "'prompt' of a template must be a text"),
+        ("- prompt\n", "is a map"),
         ("just text\n", "is a map"),
         ("", "has no 'prompt'"),
         ("prompt: null\n", "'prompt' of a template must be a text"),
@@ -143,8 +143,8 @@ def test_a_template_file(tmp_path: Path) -> None:
         ("name: a\nprompt: b\n", "no 'name'"),
         ("prompt: '{a.b}'\n", "is no {field}"),
         ("prompt: 'open\n", "not valid YAML"),
-        ("prompt: a\n---\nprompt: b\n", "one YAML document"),
-        ("[" * 5000, "one flat map"),
+        ("prompt: a\n---\nprompt: b\n", "another document (line 2)"),
+        ("[" * 5000, "nested too deeply"),
     ],
 )
 def test_s9_template_files_that_are_none(tmp_path: Path, text: str, message: str) -> None:
@@ -163,6 +163,9 @@ def test_a_null_in_a_template_file_is_no_text_and_quoted_it_is(tmp_path: Path) -
     assert (template.prompt, template.prompt_without_input) == ("null", None)
     path.write_text("prompt: ''\n")
     assert load_template(str(path)).prompt == ""
+    path.write_text("prompt: 010\nbefore_completion: true\nturn: Null\n")
+    template = load_template(str(path))
+    assert (template.prompt, template.before_completion, template.turn) == ("010", "true", None)
 
 
 def test_an_unknown_template_lists_the_known_ones(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether a prompt alone gives the tokens that its row begins with, as ``generate`` will have to find them."""
+"""Prefix check: whether a prompt encoded alone has the tokens that its row begins with, as ``generate`` needs."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import functools
 import re
 from collections.abc import Sequence
 
-from llamatune.data.tokenizer import Tokenizer
+from llamatune.tokenizers.base import Tokenizer
 
 _SPACE = "▁"
 _PROBE = "A  ﬁne \uff58 é\u0301 ½ \n\t z"
-"""Text that a normalising tokenizer gives back as something else."""
+"""Text that a normalising tokenizer does not decode to itself."""
 _WORD_END = re.compile(r"(?<! ) ")
 
 
 class PromptCheck:
-    """Compares the tokens of prompts with those of their rows, where it can from the word at the boundary alone.
+    """Compares the tokens of prompts with those of their rows, from the word at the boundary alone where possible.
 
-    Where no piece of the vocabulary reaches from a word across the space behind it, and text is encoded as it stands,
-    a word's tokens are the same whatever stands around it. Then the tokens before the last word of the prompt are equal
-    in any case, and two short texts tell the rest; with other tokenizers the whole prompt is encoded once more.
+    If no piece of the vocabulary spans a word and the space behind it, and text is not normalised, the tokens of a word
+    do not depend on other words. Then only the prompt's last word has to be encoded, alone and with what follows it.
+    With other tokenizers the whole prompt is encoded again.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -33,9 +33,9 @@ class PromptCheck:
             return True
         if self._by_word:
             tail = prompt[_last_word(prompt) :]
-            found = _WORD_END.search(tail + completion, len(tail))
-            word = tail + completion if found is None else (tail + completion)[: found.start()]
-            if len(tail) + len(word) < len(prompt) and _SPACE not in word:  # in a text it counts as a space
+            end = _WORD_END.search(tail + completion, len(tail))
+            word = tail + completion if end is None else (tail + completion)[: end.start()]
+            if len(tail) + len(word) < len(prompt) and _SPACE not in word:  # SentencePiece encodes ▁ as a space
                 alone = self._encode(tail)
                 return self._encode(word)[: len(alone)] == alone
         alone = self._tokenizer.encode(prompt)
@@ -43,9 +43,9 @@ class PromptCheck:
 
 
 def _last_word(prompt: str) -> int:
-    """Where the last word begins, behind one space, which encoding puts back; 0 if there is but one word.
+    """Index of the last word, after the one space that encoding adds again (dummy prefix); 0 if it is the only word.
 
-    Further spaces before the word, and all behind it, belong to it.
+    Further spaces before the word, and all spaces after it, belong to it.
     """
     end = len(prompt.rstrip(" "))
     space = prompt.rfind(" ", 0, end)
@@ -55,7 +55,7 @@ def _last_word(prompt: str) -> int:
 
 
 def _encodes_words_apart(tokenizer: Tokenizer) -> bool:
-    pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+    pieces = tokenizer.pieces()
     if _SPACE not in pieces or any(_SPACE in piece.lstrip(_SPACE) for piece in pieces):
         return False
     ids = tokenizer.encode(_PROBE)
@@ -64,5 +64,5 @@ def _encodes_words_apart(tokenizer: Tokenizer) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def prompt_check(tokenizer: Tokenizer) -> PromptCheck:
-    """The check of ``tokenizer``, made once: looking through a vocabulary takes longer than a batch of rows."""
+    """The check for ``tokenizer``, cached: scanning a vocabulary takes longer than encoding a batch of rows."""
     return PromptCheck(tokenizer)

@@ -1,4 +1,4 @@
-"""Batches from a prepared directory, in an order that is a function of (seed, epoch)."""
+"""Batches of prepared rows, and the order of an epoch's rows and accumulation windows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llamatune.data.tokenizer import load_tokenizer
+from llamatune.data.packing import pack
 from llamatune.errors import CheckpointError, DataError
 from llamatune.events import Notice, OnEvent
 from llamatune.formats.manifest import Manifest
@@ -19,6 +19,8 @@ from llamatune.formats.prepared import COLUMNS, SplitFile, check_row_starts, rea
 from llamatune.model.loss import IGNORED
 from llamatune.seeds import derived_seed
 from llamatune.shapes.config import LlamaConfig
+from llamatune.spec import RunSpec
+from llamatune.tokenizers.sentencepiece import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Batch:
     """Samples one after another in one row, without padding.
 
     ``input_ids`` and ``labels`` are (1, N) int64; a label is the id at its own position, or -100 (the model predicts
-    position t's label from position t-1). ``lengths`` are the samples', ``rows`` their row numbers in the input files.
+    the label at position t from position t-1). ``lengths`` are tokens of the samples, ``rows`` their row numbers in the
+    input files.
     """
 
     input_ids: Tensor
@@ -102,7 +105,7 @@ def open_prepared(path: Path) -> Prepared:
 
 
 def check_rows(split: Split, config: LlamaConfig, where: str, on_event: OnEvent) -> None:
-    """Raise ``CheckpointError`` for an id beyond the model's embedding; warn of rows beyond its context."""
+    """Raise ``CheckpointError`` for an id beyond the model's embedding; warn about rows beyond its context length."""
     if split.largest_id >= config.vocab_size:
         raise CheckpointError(
             f"tokenizer id {split.largest_id} >= {config.vocab_size} embedding rows",
@@ -111,7 +114,7 @@ def check_rows(split: Split, config: LlamaConfig, where: str, on_event: OnEvent)
         )
     longest, known = max(split.lengths, default=0), config.max_position_embeddings
     if longest > known:
-        on_event(Notice(f"{where}: a row of {longest} tokens is longer than the {known} the model knows", "warning"))
+        on_event(Notice(f"{where}: a row of {longest} tokens exceeds the model's context length of {known}", "warning"))
 
 
 def check_tokenizer(prepared: Prepared, model: Path, force_base: bool, on_event: OnEvent) -> None:
@@ -127,12 +130,62 @@ def check_tokenizer(prepared: Prepared, model: Path, force_base: bool, on_event:
                 model / "tokenizer.model",
                 "prepare it again with this one, or pass --force-base",
             )
-        on_event(Notice("the data's ids are another tokenizer's than the model's, as --force-base asks", "warning"))
+        on_event(
+            Notice(
+                "the data was prepared with another tokenizer than the model's; accepted because of --force-base",
+                "warning",
+            )
+        )
 
 
 def epoch_order(rows: int, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
-    """The order in which epoch ``epoch`` (from 0) visits the rows: a permutation of (seed, epoch), or the file's."""
+    """The rows of epoch ``epoch`` (from 0) in training order: a permutation by (seed, epoch), or file order."""
     if not shuffle:
         return list(range(rows))
     generator = torch.Generator().manual_seed(derived_seed(seed, "order", epoch))
     return torch.randperm(rows, generator=generator).tolist()
+
+
+def epoch_rows(lengths: Sequence[int], seed: int, epoch: int, shuffle: bool, budget: int | None) -> list[list[int]]:
+    """The samples of each row of an epoch, in training order: a function of (seed, epoch).
+
+    Without a ``budget`` a row is one sample. With a budget (tokens), ``shuffle`` packs other samples together in each
+    epoch; the number of rows stays the same.
+    """
+    order = epoch_order(len(lengths), seed, epoch, shuffle)
+    if budget is None:
+        return [[index] for index in order]
+    rows = pack(lengths, budget, order)
+    if not shuffle:
+        return sorted(rows, key=min)
+    generator = torch.Generator().manual_seed(derived_seed(seed, "rows", epoch))
+    return [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]
+
+
+def packing_budget(spec: RunSpec) -> int | None:
+    """Tokens of a packed row; None: no packing."""
+    return spec.data.packed_tokens if spec.data.packing else None
+
+
+class Windows:
+    """The micro-batches of each accumulation window of a run; a window is a function of (seed, its number)."""
+
+    def __init__(self, spec: RunSpec, split: Split, rows_per_window: int, windows_per_epoch: int) -> None:
+        self._spec, self._split = spec, split
+        self._rows_per_window, self._windows_per_epoch = rows_per_window, windows_per_epoch
+        self._epoch, self._rows = -1, list[list[int]]()
+
+    def samples(self, window: int) -> list[list[int]]:
+        """The indices of the samples of each micro-batch."""
+        spec, (epoch, place) = self._spec, divmod(window, self._windows_per_epoch)
+        if self._epoch != epoch:
+            budget = packing_budget(spec)
+            self._rows = epoch_rows(self._split.lengths, spec.training.seed, epoch, spec.data.shuffle, budget)
+            self._epoch = epoch
+        rows = self._rows[place * self._rows_per_window :][: self._rows_per_window]
+        size = spec.training.micro_batch_size
+        return [list(itertools.chain(*rows[start : start + size])) for start in range(0, len(rows), size)]
+
+    def micro_batches(self, window: int) -> list[Batch]:
+        """The batches of the window's forward passes, in order."""
+        return [self._split.batch(indices) for indices in self.samples(window)]

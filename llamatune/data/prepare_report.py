@@ -1,4 +1,4 @@
-"""What became of every row: the counts, the report and the errors made of them."""
+"""Report of ``prepare-data``: counts of kept, truncated, dropped and refused rows; its errors and warnings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ _MOST_KEYS = 100
 
 
 def shown_path(path: Path) -> str:
-    """``path`` as text that any file can hold, whatever bytes its name is made of."""
+    """``path`` as valid Unicode; bytes of its name that are no UTF-8 are replaced."""
     return str(path).encode(errors="replace").decode()
 
 
 def row_facts(row: RawRow, path: Path) -> dict[str, Any]:
-    """Where a row is, as JSON tells it: ``file``, ``line`` and, in a JSON list, ``row``."""
+    """A row's place as JSON values: ``file``, ``line`` and, in a JSON list, ``row``."""
     return {"file": shown_path(path), "line": row.line, **({} if row.row is None else {"row": row.row})}
 
 
@@ -46,7 +47,7 @@ class Counts:
 
     @property
     def refused(self) -> int:
-        """Rows that could not be used."""
+        """Unusable rows."""
         return self.refused_reasons.total()
 
     def add(self, batch: EncodedBatch, path: Path, rows: list[RawRow]) -> None:
@@ -65,13 +66,13 @@ class Counts:
         if batch.refused and self.first_refused is None:
             position, _, message = batch.refused[0]
             self.first_refused = f"{rows[position].place(shown_path(path))}: {message}"
-        longest = heapq.nlargest(_LONGEST_SHOWN, batch.full_lengths, key=lambda found: found[1])
+        longest = heapq.nlargest(_LONGEST_SHOWN, batch.full_lengths, key=itemgetter(1))
         self.longest += [{"tokens": tokens, **row_facts(rows[position], path)} for position, tokens in longest]
-        self.longest.sort(key=lambda found: -int(found["tokens"]))  # stable: of equals the earlier one stays first
+        self.longest.sort(key=lambda row: -int(row["tokens"]))  # stable: of equal rows the earlier stays first
         del self.longest[_LONGEST_SHOWN:]
 
     def facts(self) -> dict[str, Any]:
-        """The counts as the manifest holds them."""
+        """The counts for the manifest."""
         return {
             "rows_in": self.rows_in,
             "kept": self.kept,
@@ -91,11 +92,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What ``prepare-data`` did. ``unchanged``: a finished product of the same inputs was already there.
+    """The report of one preparation. ``unchanged``: a finished output of the same inputs was already there.
 
-    ``longest_rows`` names the longest rows before cutting; ``splits`` has rows, tokens, target tokens and the longest
+    ``longest_rows`` are the longest rows before truncation; ``splits`` has the rows, tokens, target tokens and longest
     row of each split as written. ``prompts_not_prefix`` counts the kept rows whose tokens do not begin with those
-    of the prompt alone; None: the directory was made before they were counted.
+    of the prompt alone; None: an earlier version wrote the directory and did not count them.
     """
 
     output: str
@@ -124,40 +125,40 @@ class PrepareReport:
 
     @classmethod
     def from_facts(cls, output: Path, facts: object, unchanged: bool) -> PrepareReport | None:
-        """The report that a manifest's facts tell; None if they are not what we write."""
+        """The report in a manifest's facts; None if any is missing."""
         names = cls.__dataclass_fields__.keys() - {"output", "unchanged"}
         if not isinstance(facts, dict) or not names - {"prompts_not_prefix"} <= facts.keys():
             return None
-        told = {name: facts[name] for name in names & facts.keys()}
-        return cls(output=shown_path(output), unchanged=unchanged, **told)
+        stored = {name: facts[name] for name in names & facts.keys()}
+        return cls(output=shown_path(output), unchanged=unchanged, **stored)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON can hold it."""
+        """The report as JSON values."""
         return asdict(self)
 
 
 def not_prefix_warning(counts: Counts) -> str:
-    """What to do about prompts that end in the middle of a token of their row."""
+    """The warning about prompts that end in the middle of a token of their row."""
     return (
-        f"{counts.prompts_not_prefix:,} of {counts.kept:,} rows begin with other tokens than their prompt alone gives, "
-        "so generate will not continue it as trained: drop the space at the end of the template or prompt, and let the "
-        "template's before_completion begin with a space or a newline"
+        f"{counts.prompts_not_prefix:,} of {counts.kept:,} rows begin with other tokens than their prompt encoded "
+        "alone, so generate will not continue it as trained: drop the space at the end of the template or prompt, and "
+        "begin the template's before_completion with a space or a newline"
     )
 
 
 def bad_rows_error(counts: Counts) -> DataError:
-    """More rows are unusable than may be skipped."""
+    """The error for more unusable rows than ``--skip-bad-rows`` allows."""
     total = counts.refused
     usable = "0 usable rows" if counts.kept == 0 else f"{total} bad row{'s' * (total != 1)}"
     todo = f"{usable} of {counts.rows_in}"
     if counts.kept:
-        todo += f"; mend {'it' if total == 1 else 'them'}, or leave {'it' if total == 1 else 'them'} out with "
-        todo += f"--skip-bad-rows {total}"
+        them = "it" if total == 1 else "them"
+        todo += f"; correct {them}, or leave {them} out with --skip-bad-rows {total}"
     return DataError(str(counts.first_refused), None, todo)
 
 
 def no_rows_error(counts: Counts, files: Sequence[Path]) -> DataError:
-    """Nothing is left to train on."""
+    """The error for no usable row."""
     reasons = ", ".join(f"{count} {kind}" for kind, count in (counts.dropped_reasons + counts.refused_reasons).items())
     todo = "the files hold no rows" if not counts.rows_in else reasons
     if counts.dropped_reasons["no_target_tokens"]:
@@ -166,7 +167,7 @@ def no_rows_error(counts: Counts, files: Sequence[Path]) -> DataError:
 
 
 def overlong_error(batch: EncodedBatch, position: int, path: Path, row: RawRow, max_seq_length: int) -> DataError:
-    """``--overlong error`` met a row that is too long."""
+    """The error of ``--overlong error`` for its first row that is too long."""
     tokens = dict(batch.full_lengths)[position]
     return DataError(
         f"{row.place(shown_path(path))}: the row has {tokens} tokens, more than --max-seq-length {max_seq_length}",

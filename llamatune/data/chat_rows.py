@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llamatune.data.decoding import Row, is_empty, kind_of, optional_text, quote, text_field
+from llamatune.data.row_parsing import Row, is_empty, kind_of, optional_text, quote, text_field
 from llamatune.data.rows import RowError
 
 _SHAREGPT_ROLES = {
@@ -18,17 +18,17 @@ _METADATA = {
     "date", "time", "lang", "language", "country", "state", "model", "source", "url", "hash", "hashed_ip", "toxic",
     "redacted", "token_count", "num_tokens", "length",
 }  # fmt: skip
-"""Keys of a message that hold none of its text and do not say what is trained; so does any that ends in ``_id``."""
+"""Keys of a message that are mere metadata and may be ignored; so may any key that ends in ``_id``."""
 
 _TRAINING = ("weight", "train", "training", "trainable", "loss", "learn")
-"""How other tools mark which messages are trained; 1 or true is what happens without the mark."""
+"""Keys by which other tools select the trained messages; 1 or true is accepted, since it changes nothing here."""
 
 
 def read_chat(row: Mapping[str, Any], *, as_prompt: bool = False) -> Row:
-    """A system message or none, then user and assistant in turn, an assistant message last.
+    """The ``Row`` of a chat: an optional system message, then user and assistant in turn, an assistant message last.
 
-    The system message may also stand in the row's field ``system``. ``as_prompt``: a user message may come last; the
-    last assistant message, if there is one, is the completion as ever.
+    The system message may also be the row's field ``system``. ``as_prompt``: the last message may be the user's, and
+    the completion is then empty.
     """
     sharegpt = "conversations" in row
     if sharegpt and "messages" in row:
@@ -41,7 +41,7 @@ def read_chat(row: Mapping[str, Any], *, as_prompt: bool = False) -> Row:
     if not isinstance(messages, list):
         raise RowError("wrong_type", f"field {name!r} of the row is {kind_of(messages)}, not a list")
     _refuse_other_training(row, _TRAINING[:2], "the row")
-    said: list[tuple[str, str]] = []
+    turns: list[tuple[str, str]] = []
     ignored: set[str] = set()
     for number, message in enumerate(messages, start=1):
         where = f"message {number} of {name!r}"
@@ -54,22 +54,22 @@ def read_chat(row: Mapping[str, Any], *, as_prompt: bool = False) -> Row:
             role = _SHAREGPT_ROLES.get(role, role)
         if role not in ("system", "user", "assistant"):
             raise RowError("bad_messages", f"{where} has the role {quote(role)}; known: system, user, assistant")
-        said.append((role, text_field(message, text_key, where)))
-    first = 2 if said and said[0][0] == "system" else 1
-    own = said.pop(0)[1] if first == 2 else ""
-    for number, (role, _) in enumerate(said):
+        turns.append((role, text_field(message, text_key, where)))
+    first = 2 if turns and turns[0][0] == "system" else 1
+    own = turns.pop(0)[1] if first == 2 else ""
+    for number, (role, _) in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if role != expected:
             raise RowError(
                 "bad_messages",
                 f"message {first + number} of {name!r} is the {role}'s where the {expected}'s is expected",
             )
-    if as_prompt and len(said) % 2:
-        said.append(("assistant", ""))
-    if not said or len(said) % 2:
-        what = "message" if as_prompt else "assistant message at its end, so there is nothing to learn"
+    if as_prompt and len(turns) % 2:
+        turns.append(("assistant", ""))
+    if not turns or len(turns) % 2:
+        what = "message" if as_prompt else "assistant message at its end, so there is nothing to train on"
         raise RowError("bad_messages", f"{name!r} has no {what}")
-    pairs = tuple((said[i][1], said[i + 1][1]) for i in range(0, len(said), 2))
+    pairs = tuple((turns[i][1], turns[i + 1][1]) for i in range(0, len(turns), 2))
     fields = {"user": pairs[-1][0], "system": _system(row, own, name)}
     return Row(fields, pairs[-1][1], pairs[:-1], tuple(sorted(ignored)))
 
@@ -82,7 +82,7 @@ def _system(row: Mapping[str, Any], own: str, name: str) -> str:
 
 
 def _ignored_keys(message: Mapping[str, Any], read: tuple[str, str], where: str) -> list[str]:
-    """The keys of ``message`` that nothing is lost with; any other raises ``RowError``."""
+    """The metadata keys of ``message``; a key that may hold a part of the conversation raises ``RowError``."""
     _refuse_other_training(message, _TRAINING, where)
     ignored = []
     for key, value in message.items():

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from prepared_rows import alpaca
 
-from llamatune.data.boundary import PromptCheck
+from llamatune.data.prefix_check import PromptCheck
 from llamatune.data.prepare import PrepareReport
-from llamatune.data.tokenizer import load_tokenizer
 from llamatune.events import Event, Notice
 from llamatune.strict_json import dump_json, read_json
+from llamatune.tokenizers.sentencepiece import load_tokenizer
 
 Prepare = Callable[..., PrepareReport]
 WriteRows = Callable[..., Path]
@@ -24,11 +24,13 @@ PARTS = [
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "normalising", "suffix", "llama"])
 def test_the_check_says_what_encoding_the_whole_prompt_says(
-    models: dict[str, Path], request: pytest.FixtureRequest, kind: str
+    tokenizer_models: dict[str, Path], request: pytest.FixtureRequest, kind: str
 ) -> None:
     real = kind == "llama"
     tokenizer = load_tokenizer(
-        request.getfixturevalue("fixtures") / "data" / "llama2_tokenizer.model" if real else models[kind]
+        request.getfixturevalue("shared_fixtures") / "data" / "llama2_tokenizer.model"
+        if real
+        else tokenizer_models[kind]
     )
     check, chance = PromptCheck(tokenizer), random.Random(5)
     assert check._by_word == (kind in ("bpe", "unigram", "llama")), "the two ways are both tried"
@@ -55,7 +57,7 @@ def test_prompts_that_end_in_a_space_are_counted_and_the_remedy_is_told_and_work
     assert report.prompts_not_prefix == report.to_dict()["prompts_not_prefix"] == report.kept == 30
     (warning,) = (event for event in notices if isinstance(event, Notice))
     assert warning.kind == "warning"
-    assert "30 of 30 rows begin with other tokens than their prompt alone" in warning.message
+    assert "30 of 30 rows begin with other tokens than their prompt encoded alone" in warning.message
     assert "before_completion" in warning.message
     notices.clear()
     mine.write_text('prompt: "Question: {instruction} Answer:"\nbefore_completion: " "\n')
@@ -81,7 +83,7 @@ def test_a_directory_from_before_they_were_counted_still_opens(
     assert (report.unchanged, report.prompts_not_prefix) == (True, None)
 
 
-def test_real_rows(prepare: Prepare, fixtures: Path) -> None:
+def test_real_rows(prepare: Prepare, shared_fixtures: Path) -> None:
     """Alpaca's completions follow a colon at once, and LLaMA has pieces such as ``:-`` and ``:[``."""
-    rows = fixtures / "data" / "alpaca_data_200.json"
-    assert prepare(rows, tokenizer=fixtures / "data" / "llama2_tokenizer.model").prompts_not_prefix == 9
+    rows = shared_fixtures / "data" / "alpaca_data_200.json"
+    assert prepare(rows, tokenizer=shared_fixtures / "data" / "llama2_tokenizer.model").prompts_not_prefix == 9

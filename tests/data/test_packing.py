@@ -6,7 +6,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamatune.data.packing import epoch_rows, pack
+from llamatune.data.batches import epoch_rows
+from llamatune.data.packing import pack
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=60)
 

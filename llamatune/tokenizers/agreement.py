@@ -1,7 +1,7 @@
-"""Whether the files beside a ``tokenizer.model`` agree with it.
+"""Agreement check of a ``tokenizer.model`` with the other tokenizer files of its directory.
 
-transformers reads tokens from four more files, and the model's own BOS and EOS from two. SentencePiece encodes by
-``tokenizer.model`` alone. Where they differ, rows would hold other ids than those that the model was trained on.
+transformers reads tokens from four more files, and the model's BOS and EOS from two. SentencePiece encodes with
+``tokenizer.model`` alone. If they differ, rows would have other ids than those that the model was trained on.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamatune.checkpoints.tokenizer_files import SENTENCEPIECE_FILE
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent
 from llamatune.strict_json import read_json
+from llamatune.tokenizers.base import SENTENCEPIECE_FILE
 
 _WHOLE, _ADDED = "tokenizer.json", "added_tokens.json"
 _CONFIG, _ROLES = "tokenizer_config.json", "special_tokens_map.json"
@@ -24,16 +24,16 @@ _LIST_KEYS = ("additional_special_tokens", "extra_special_tokens")
 _PADDING = re.compile(r"\W*pad(_token)?\W*", re.IGNORECASE)
 _LARGEST = 64 << 20
 _LISTED = 5
-_TODO = "text is encoded by tokenizer.model alone: use a model whose files agree with it"
+_TODO = "text is encoded with tokenizer.model alone: use a model whose files agree with it"
 
 _Facts = dict[str, Any]
 
 
 def check_agreement(path: Path, pieces: Sequence[str], bos_id: int, eos_id: int, on_event: OnEvent) -> None:
-    """Compare a ``tokenizer.model`` with its directory's other files; a file of another name stands alone.
+    """Compare a ``tokenizer.model`` with the other files of its directory; a file of another name is not checked.
 
-    A padding token that only they have, such as ``<pad>``, passes with a notice: no row holds it, since rows are
-    padded by their length.
+    A padding token that only they have, such as ``<pad>``, is accepted with a notice: no row contains it, since batches
+    have no padding.
 
     Raises:
         CheckpointError: tokens that it lacks or has under other ids; another BOS or EOS, be it the tokenizer's or the
@@ -42,21 +42,21 @@ def check_agreement(path: Path, pieces: Sequence[str], bos_id: int, eos_id: int,
     directory = path.parent
     if path.name != SENTENCEPIECE_FILE:
         return
-    found = {name: _read(directory / name) for name in (_WHOLE, _ADDED, _CONFIG, _ROLES)}
-    _check_tokens(directory, found, pieces, on_event)
+    files = {name: _read(directory / name) for name in (_WHOLE, _ADDED, _CONFIG, _ROLES)}
+    _check_tokens(directory, files, pieces, on_event)
     for name in (_CONFIG, _ROLES):
         for role, token_id in (("bos_token", bos_id), ("eos_token", eos_id)):
-            token = _content(found[name].get(role))
+            token = _content(files[name].get(role))
             if token not in (None, pieces[token_id]):
                 what = f"{role} is {token!r}, but that of tokenizer.model is {pieces[token_id]!r}"
                 raise CheckpointError(what, directory / name, _TODO)
     for flag, needed in (("add_bos_token", True), ("add_eos_token", False)):
-        value = found[_CONFIG].get(flag)
+        value = files[_CONFIG].get(flag)
         if value is not None and value is not needed:
             what = f"{flag} is {str(value)[:40]!r}, but BOS is always put before a text, and EOS never after a prompt"
             raise CheckpointError(what, directory / _CONFIG, f"use a model with {flag} {str(needed).lower()}")
-    if _added_around(found[_WHOLE]) not in (None, [pieces[bos_id]]):
-        what = f"{directory / _WHOLE}: its post_processor does not put BOS alone around a text, as it is done here"
+    if _added_around(files[_WHOLE]) not in (None, [pieces[bos_id]]):
+        what = f"{directory / _WHOLE}: its post_processor adds other tokens to a text than the BOS that is added here"
         on_event(Notice(what, "warning"))
     for name in _MODEL_FILES:
         _check_model(directory / name, (("bos_token_id", bos_id), ("eos_token_id", eos_id)), pieces)
@@ -66,10 +66,10 @@ def _read(file: Path) -> _Facts:
     return read_json(file, max_bytes=_LARGEST) if file.exists() else {}
 
 
-def _check_tokens(directory: Path, found: dict[str, _Facts], pieces: Sequence[str], on_event: OnEvent) -> None:
+def _check_tokens(directory: Path, files: dict[str, _Facts], pieces: Sequence[str], on_event: OnEvent) -> None:
     ids = {piece: number for number, piece in enumerate(pieces)}
-    strange: dict[str, tuple[int | None, Path]] = {}
-    for name, facts in found.items():
+    unknown: dict[str, tuple[int | None, Path]] = {}
+    for name, facts in files.items():
         try:
             tokens = [_checked(token, token_id) for token, token_id in _tokens(name, facts)]
             lost = ids.keys() - dict(tokens).keys() if name == _WHOLE and _vocabulary(facts) else ()
@@ -77,23 +77,23 @@ def _check_tokens(directory: Path, found: dict[str, _Facts], pieces: Sequence[st
             raise CheckpointError("malformed: its tokens cannot be read", directory / name, "fetch it again") from None
         for token, token_id in tokens:
             if token not in ids or token_id not in (None, ids[token]):
-                strange.setdefault(token, (token_id, directory / name))
+                unknown.setdefault(token, (token_id, directory / name))
         if lost:
             what = (
                 f"lacks tokens of tokenizer.model: {_listed((token, ids[token]) for token in pieces if token in lost)}"
             )
             raise CheckpointError(what, directory / name, _TODO)
-    padding = {token: strange.pop(token) for token in list(strange) if _PADDING.fullmatch(token)}
-    if strange:
-        file = next(iter(strange.values()))[1]
-        told = _listed((token, token_id) for token, (token_id, _) in strange.items())
-        raise CheckpointError(f"tokens that tokenizer.model does not have: {told}", file, _TODO)
+    padding = {token: unknown.pop(token) for token in list(unknown) if _PADDING.fullmatch(token)}
+    if unknown:
+        file = next(iter(unknown.values()))[1]
+        shown = _listed((token, token_id) for token, (token_id, _) in unknown.items())
+        raise CheckpointError(f"tokens that tokenizer.model does not have: {shown}", file, _TODO)
     for token, (token_id, file) in padding.items():
-        on_event(Notice(f"{file}: {_listed([(token, token_id)])} is not in tokenizer.model; no row will hold it"))
+        on_event(Notice(f"{file}: {_listed([(token, token_id)])} is not in tokenizer.model; no row will contain it"))
 
 
 def _tokens(name: str, facts: _Facts) -> Iterator[tuple[Any, Any]]:
-    """Every token of a file, with its id if the file tells one."""
+    """Every token of a file, with its id if the file gives one."""
     if name == _WHOLE:
         yield from _vocabulary(facts)
         for token in facts.get("added_tokens") or []:
@@ -125,7 +125,7 @@ def _checked(token: Any, token_id: Any) -> tuple[str, int | None]:
 
 
 def _content(token: Any) -> str | None:
-    """The text of a token, which is spelled alone or with its options; an empty one names none."""
+    """The text of a token, given as a string or as an object with ``content``; None if it is empty."""
     text = token["content"] if isinstance(token, dict) else token
     if not isinstance(text, str | None):
         raise TypeError
@@ -133,7 +133,7 @@ def _content(token: Any) -> str | None:
 
 
 def _added_around(facts: _Facts) -> list[str] | None:
-    """The special tokens that ``tokenizer.json`` puts around one text; None: it does not tell."""
+    """The special tokens that ``tokenizer.json`` puts around one text; None: it does not say."""
     processor = facts.get("post_processor")
     if not isinstance(processor, dict) or processor.get("type") != "TemplateProcessing":
         return None
@@ -144,7 +144,7 @@ def _added_around(facts: _Facts) -> list[str] | None:
 
 
 def _check_model(file: Path, needed: Sequence[tuple[str, int]], pieces: Sequence[str]) -> None:
-    """BOS and EOS that the model's own files state. What is malformed in them, the model's reader refuses."""
+    """Compare BOS and EOS of a model's configuration; a malformed one is left to the model's reader."""
     try:
         facts = _read(file)
     except CheckpointError:
@@ -153,11 +153,11 @@ def _check_model(file: Path, needed: Sequence[tuple[str, int]], pieces: Sequence
         stated = facts.get(key)
         ids = [n for n in (stated if isinstance(stated, list) else [stated]) if type(n) is int and n >= 0]
         if ids and token_id not in ids:
-            told = ", ".join(map(str, ids[:_LISTED]))
-            what = f"{key} is {told}, but that of tokenizer.model is {token_id} ({pieces[token_id]!r})"
+            shown = ", ".join(map(str, ids[:_LISTED]))
+            what = f"{key} is {shown}, but that of tokenizer.model is {token_id} ({pieces[token_id]!r})"
             raise CheckpointError(what, file, "use the model's own tokenizer, or correct the id")
 
 
 def _listed(tokens: Iterable[tuple[str, int | None]]) -> str:
-    told = [f"{token[:40]!r} ({'no id' if token_id is None else token_id})" for token, token_id in tokens]
-    return ", ".join(told[:_LISTED]) + (f" and {len(told) - _LISTED} more" if len(told) > _LISTED else "")
+    shown = [f"{token[:40]!r} ({'no id' if token_id is None else token_id})" for token, token_id in tokens]
+    return ", ".join(shown[:_LISTED]) + (f" and {len(shown) - _LISTED} more" if len(shown) > _LISTED else "")

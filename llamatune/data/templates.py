@@ -1,8 +1,8 @@
-"""Prompt templates: how the fields of a row become the text that the model is shown before it answers.
+"""Prompt templates: built-in and custom ones, checked, and filled with the fields of a row.
 
 A template is fixed text with ``{field}`` placeholders; ``{{`` and ``}}`` are literal braces. Nothing else has a
-meaning (no attributes, no format specs, no code), because templates are read from adapter directories that others
-wrote. Text that a field brings along is never looked at again, so braces in a row stay braces.
+meaning (no attributes, no format specs, no code), because templates are also read from downloaded adapters. The
+text of a field is inserted as it is: braces in it are not placeholders.
 """
 
 from __future__ import annotations
@@ -14,32 +14,28 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from llamatune.data.decoding import Row
+from llamatune.data.row_parsing import Row
 from llamatune.errors import CheckpointError, DataError, LlamatuneError, SpecError
 from llamatune.paths import expand_home
-from llamatune.safe_reading import read_bytes
+from llamatune.strict_yaml import read_yaml
 
-_LARGEST_FILE_BYTES = 1 << 20
 _LARGEST_TEXT = 100_000
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
-_UNSET = (None, "", False)
-_NULLS = ("", "~", "null", "Null", "NULL")
-"""How YAML spells nothing, without quotes."""
 _PROMPT_FIELDS = ("instruction", "question", "user", "prompt")
 
 
 @dataclass(frozen=True)
 class Template:
-    """How prompts are written.
+    """The texts of a prompt template.
 
     Args:
-        name: a built-in name, or the stem of the file it came from.
-        prompt: the text of a prompt; the completion follows it at once.
-        prompt_without_input: used in place of ``prompt`` where the field ``input`` is empty.
-        system: how a chat's system message is put around the first user message (``{system}``, ``{user}``).
-        turn: an earlier turn of a chat (``{user}``, ``{assistant}``); turns stand before the prompt, oldest first.
-        before_completion: what stands between prompt and completion, and is learned with the completion.
-        strip: white space at both ends of a chat's messages is dropped.
+        name: a built-in name, or the file name without its suffix.
+        prompt: the text of a prompt; the completion follows it directly.
+        prompt_without_input: replaces ``prompt`` where the field ``input`` is empty.
+        system: joins a chat's system message and first user message (``{system}``, ``{user}``).
+        turn: an earlier turn of a chat (``{user}``, ``{assistant}``); turns precede the prompt, oldest first.
+        before_completion: text between prompt and completion, trained as part of the completion.
+        strip: white space at both ends of a chat's messages is removed.
     """
 
     name: str
@@ -51,17 +47,19 @@ class Template:
     strip: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """The template as JSON can hold it; ``from_dict`` reads it back."""
-        made = {f.name: getattr(self, f.name) for f in fields(self)}
+        """The template as JSON values, without unset ones; ``from_dict`` reads them back."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {
-            name: value for name, value in made.items() if name in ("name", "prompt") or value not in (None, "", False)
+            name: value
+            for name, value in values.items()
+            if name in ("name", "prompt") or value not in (None, "", False)
         }
 
     @classmethod
     def from_dict(cls, data: object, where: object = None, error: type[LlamatuneError] = CheckpointError) -> Template:
-        """The template that ``to_dict`` described; anything else raises ``error``."""
+        """The template of values that ``to_dict`` returned; anything else raises ``error``."""
         if not isinstance(data, dict):
-            raise error("a template is a map of names to texts", where)
+            raise error("a template is a map of names to texts (prompt: ...)", where)
         known = {f.name for f in fields(cls)}
         for name, value in data.items():
             if name not in known:
@@ -76,21 +74,18 @@ class Template:
         for name in ("name", "prompt"):
             if name not in data:
                 raise error(f"the template has no {name!r}", where)
-        made = dict(data)
-        if made.get("before_completion", "") is None:
-            del made["before_completion"]
-        return cls(**made)
+        return cls(**{name: value for name, value in data.items() if value is not None})
 
     @property
     def placeholders(self) -> frozenset[str]:
-        """The fields of a row that the template names."""
+        """The fields of a row that the template uses."""
         return _names_in(self.prompt, self.prompt_without_input, self.system)
 
     def prompt_of(self, fields: Mapping[str, str], turns: tuple[tuple[str, str], ...] = ()) -> str:
-        """The prompt for one row. ``fields`` fill the placeholders, ``turns`` are a chat's earlier turns.
+        """The prompt of one row. ``fields`` fill the placeholders, ``turns`` are a chat's earlier turns.
 
         Raises:
-            DataError: a placeholder that ``fields`` does not have.
+            DataError: a placeholder without a field.
         """
         filled = {name: text.strip() for name, text in fields.items()} if self.strip else dict(fields)
         filled.setdefault("system", "")
@@ -109,16 +104,16 @@ class Template:
         return self.prompt if self.prompt_without_input is None or fields.get("input") else self.prompt_without_input
 
     def completion_of(self, completion: str) -> str:
-        """The text to be learned for one row's completion."""
+        """The text that is trained as one row's completion."""
         return self.before_completion + (completion.strip() if self.strip else completion)
 
     def instruction_prompt(self, text: str) -> str:
-        """``text`` as a user's only message: it fills the instruction, question, user message or prompt.
+        """The prompt of a single user message: ``text`` fills {instruction}, {question}, {user} or {prompt}.
 
-        A template without any placeholder takes it as it is.
+        Without any placeholder ``text`` follows the template.
 
         Raises:
-            SpecError: the template has placeholders, but none that a message could fill.
+            SpecError: the template has several placeholders, but none of these.
         """
         names = self.placeholders
         if not names:
@@ -132,21 +127,21 @@ class Template:
         return self.prompt_of({**dict.fromkeys(names, ""), target: text})
 
     def misfit(self, row: Row) -> str | None:
-        """Why this template would lose a part of ``row``, if it would."""
+        """Which part of ``row`` the template has no place for, as an error message; None: it has a place for all."""
         if row.turns and self.turn is None:
             return (
                 f"the template {self.name!r} has no place for earlier turns (of 'messages', 'conversations' or "
                 "'history'): give it a `turn`, or take them out of the row"
             )
-        if row.fields.get("system") and "system" in self.unshown(row):
+        if row.fields.get("system") and "system" in self.unused_fields(row):
             return (
                 f"the template {self.name!r} has no place for a system message ('system'): name {{system}} in it, or "
                 "take that out of the row"
             )
         return None
 
-    def unshown(self, row: Row) -> tuple[str, ...]:
-        """The fields of ``row`` that hold something and that the prompt made of it does not show."""
+    def unused_fields(self, row: Row) -> tuple[str, ...]:
+        """The non-empty fields of ``row`` that its prompt does not contain."""
         shown = _names_in(self._prompt_for(row.fields), self.system)
         return tuple(name for name, text in row.fields.items() if text and name not in shown)
 
@@ -163,11 +158,11 @@ _ALPACA_WITHOUT_INPUT = (
 )
 
 TEMPLATES: dict[str, Template] = {
-    made.name: made
-    for made in (
+    template.name: template
+    for template in (
         Template("alpaca", _ALPACA_WITH_INPUT, prompt_without_input=_ALPACA_WITHOUT_INPUT),
         Template("gsm8k", "Question: {question}\nAnswer:"),
-        # Meta puts EOS and BOS between turns. Here a row has one BOS and one EOS, so earlier turns are joined as text.
+        # Meta puts EOS and BOS between turns. A row here has one BOS and one EOS, so earlier turns are joined as text.
         Template(
             "llama2-chat",
             "[INST] {user} [/INST]",
@@ -180,19 +175,16 @@ TEMPLATES: dict[str, Template] = {
         Template("text", ""),
     )
 }
-"""The built-in templates. ``llama2-chat`` learns the last assistant message; earlier turns are context."""
+"""The built-in templates. ``llama2-chat`` trains the last assistant message; earlier turns are context."""
 
 DEFAULT_TEMPLATES = {
     "alpaca": "alpaca", "gsm8k": "gsm8k", "chat": "llama2-chat", "completion": "completion", "text": "text",
 }  # fmt: skip
-"""The template that each row format uses unless told otherwise."""
+"""The default template of each row format."""
 
 
 def load_template(name_or_file: str) -> Template:
-    """A built-in template by name, or the one in a YAML file.
-
-    The file is one flat map with ``prompt`` and, if wanted, ``prompt_without_input`` (for chat also ``system``,
-    ``turn``, ``before_completion``). Anchors, aliases, tags and duplicate keys are refused.
+    """A built-in template by name, or the one in a YAML file: a map of ``prompt`` and optional further texts.
 
     Raises:
         SpecError: no such name or file, or a file that is no template.
@@ -203,49 +195,13 @@ def load_template(name_or_file: str) -> Template:
     if not path.exists():
         known = ", ".join(TEMPLATES)
         raise SpecError(f"no template {name_or_file!r}", None, f"give a YAML file or one of: {known}")
-    texts: dict[str, Any] = dict(_flat_yaml(path))
-    if "name" in texts or "strip" in texts:
-        wrong = "name" if "name" in texts else "strip"
-        raise SpecError(f"a template file has no {wrong!r}", path, "write prompt and, if wanted, prompt_without_input")
+    texts = read_yaml(path, scalars_are_texts=True) or {}
+    if not isinstance(texts, dict):
+        raise SpecError("a template file is a map of names to texts (prompt: ...)", path)
+    for name in ("name", "strip"):
+        if name in texts:
+            raise SpecError(f"a template file has no {name!r}", path, "write prompt and optionally other texts")
     return Template.from_dict({"name": path.stem, **texts}, path, SpecError)
-
-
-def _flat_yaml(path: Path) -> dict[str, str | None]:
-    """A YAML file of one map of texts (or nulls), read from parser events: nothing is ever resolved or expanded."""
-    import yaml
-
-    try:
-        text = read_bytes(path, SpecError, _LARGEST_FILE_BYTES).decode("utf-8-sig")
-        scalars: list[tuple[str, bool]] = []
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-                raise SpecError("a template file may have no anchors and aliases", path)
-            tag = getattr(event, "tag", None)
-            if tag is not None:
-                raise SpecError(f"a template file may have no tags such as {tag!r}", path)
-            if isinstance(event, yaml.MappingStartEvent):
-                depth += 1
-            if isinstance(event, yaml.SequenceStartEvent) or depth > 1:
-                raise SpecError("a template file is one flat map of names to texts", path)
-            if isinstance(event, yaml.ScalarEvent):
-                if depth == 0:
-                    raise SpecError("a template file is a map: prompt: ...", path)
-                scalars.append((event.value, event.style is None and event.value in _NULLS))
-            if isinstance(event, yaml.DocumentStartEvent) and scalars:
-                raise SpecError("a template file holds one YAML document", path)
-    except UnicodeDecodeError as fault:
-        raise SpecError(f"byte {fault.start} is not UTF-8", path) from None
-    except (yaml.YAMLError, RecursionError) as fault:
-        mark = getattr(fault, "problem_mark", None)
-        where = path if mark is None else f"{path}:{mark.line + 1}"
-        raise SpecError(f"not valid YAML: {getattr(fault, 'problem', None) or fault}", where) from None
-    keys = [key for key, _ in scalars[::2]]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise SpecError(f"the key {key!r} appears twice", path)
-    texts = [None if is_null else text for text, is_null in scalars[1::2]]
-    return dict(zip(keys, texts, strict=True))
 
 
 def _check_text(name: str, text: str, where: object, error: type[LlamatuneError]) -> None:
@@ -256,11 +212,11 @@ def _check_text(name: str, text: str, where: object, error: type[LlamatuneError]
     if name in ("name", "before_completion"):
         return
     try:
-        found = {part for literal, part in _parts(text) if not literal}
+        placeholders = {part for literal, part in _parts(text) if not literal}
     except ValueError as fault:
         raise error(str(fault), where, "write {{ and }} for braces") from None
-    needed = {"system": {"system", "user"}, "turn": {"user", "assistant"}}.get(name, found)
-    if found != needed:
+    needed = {"system": {"system", "user"}, "turn": {"user", "assistant"}}.get(name, placeholders)
+    if placeholders != needed:
         shown = " and ".join(f"{{{part}}}" for part in sorted(needed, reverse=True))
         raise error(f"{name!r} of a template must hold {shown}, and no other placeholder", where)
 
@@ -272,7 +228,7 @@ def _names_in(*texts: str | None) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=256)
 def _parts(text: str) -> tuple[tuple[bool, str], ...]:
-    """``text`` cut into ``(True, literal)`` and ``(False, field)``; ``ValueError`` at a brace that is neither."""
+    """``text`` split into ``(True, literal)`` and ``(False, field)``; ``ValueError`` at any other brace."""
     parts: list[tuple[bool, str]] = []
     end = 0
     for match in _PLACEHOLDER.finditer(text):

@@ -1,4 +1,4 @@
-"""Which rows are held out for validation."""
+"""Validation split: the choice of the rows that are held out, by seed and content."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from collections import Counter
 
 
 def held_out_rows(keys: array[int], fraction: float, seed: int) -> bytearray:
-    """One byte for each row, 1 if it is held out: a function of (keys, fraction, seed) alone.
+    """One byte for each row, 1 if it is held out: a function of (keys, fraction, seed).
 
-    Rows with equal keys fall on the same side, so that no validation row was trained on. About ``fraction`` of the
-    rows is held out, and at least one on each side as long as there are two different rows.
+    Rows with equal keys are on the same side, so that no validation row is trained on. About ``fraction`` of the rows
+    are held out; if two rows differ, each side has at least one.
     """
     groups = Counter(keys)
-    held = bytearray(len(keys))
+    held_out = bytearray(len(keys))
     if len(groups) < 2:
-        return held
-    wanted = min(max(1, round(fraction * len(keys))), len(keys) - 1)
+        return held_out
+    target_rows = min(max(1, round(fraction * len(keys))), len(keys) - 1)
     order = sorted(groups, key=lambda key: _rank(key, seed))
     chosen: set[int] = set()
     rows = 0
     for key in order:
-        if rows + groups[key] <= wanted:
+        if rows + groups[key] <= target_rows:
             chosen.add(key)
             rows += groups[key]
-    if not chosen:  # every row has more copies than were asked for
+    if not chosen:  # each row has more copies than the fraction allows
         chosen.add(min(order, key=lambda key: groups[key]))
     for index, key in enumerate(keys):
-        held[index] = key in chosen
-    return held
+        held_out[index] = key in chosen
+    return held_out
 
 
 def _rank(key: int, seed: int) -> bytes:

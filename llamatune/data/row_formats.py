@@ -1,4 +1,4 @@
-"""Row formats: which fields a row has, and what of it is prompt and what completion.
+"""Row formats: alpaca, gsm8k, chat, completion and text rows, their fields, and format detection.
 
 ===========  ==========================================================  ==================
 format       a row                                                       completion
@@ -13,9 +13,9 @@ text         ``text``                                                    all of 
 
 An Alpaca row may also have a ``system`` message and a ``history`` of [user, assistant] pairs, a chat row a ``system``.
 
-Rows are checked strictly, because a silently skipped or misread row costs a training run: fields must be non-empty
-strings; a key that looks like a misspelling of a field that is absent is an error, and so is one that holds content
-which the format has no place for. Other extra keys are ignored and counted.
+Rows are checked strictly, because a silently skipped or misread row spoils a training run: fields must be non-empty
+strings; a key that looks like a misspelling of an absent field is an error, and so is a key with content for which the
+format has no place. Other extra keys are ignored and counted.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llamatune.data.chat import read_chat
-from llamatune.data.decoding import Row, decode_row, is_empty, kind_of, optional_text, quote, text_field, without_nul
+from llamatune.data.chat_rows import read_chat
+from llamatune.data.row_parsing import Row, decode_row, is_empty, kind_of, optional_text, quote, text_field, without_nul
 from llamatune.data.rows import RawRow, RowError
 
 
@@ -36,11 +36,11 @@ class Format:
     """A row format.
 
     Args:
-        name: what ``--format`` calls it.
-        keys: the keys that make a row one of this format.
+        name: its name for ``--format``.
+        keys: the keys of its prompt and completion.
         prompt_fields: the placeholders that its rows can fill.
-        read: makes a ``Row`` of an object.
-        context: further keys that are read, of what came before the prompt.
+        read: the ``Row`` of a JSON object.
+        context: optional keys of what precedes the prompt.
     """
 
     name: str
@@ -51,10 +51,10 @@ class Format:
 
 
 def parse_row(raw: RawRow, row_format: Format) -> Row:
-    """The row that ``raw`` holds.
+    """The row in ``raw``.
 
     Raises:
-        RowError: not JSON, not of this format, or with characters that no tokenizer can take.
+        RowError: not JSON, not of this format, or with characters that no tokenizer can encode.
     """
     return row_of(decode_row(raw), row_format)
 
@@ -62,23 +62,23 @@ def parse_row(raw: RawRow, row_format: Format) -> Row:
 def row_of(row: Mapping[str, Any], row_format: Format) -> Row:
     """``row`` read as ``row_format``; see ``parse_row``."""
     unknown = _unknown_keys(row, row_format, row_format.keys + row_format.context)
-    made = row_format.read(row)
-    return replace(made, ignored_keys=unknown + made.ignored_keys) if unknown else made
+    parsed = row_format.read(row)
+    return replace(parsed, ignored_keys=unknown + parsed.ignored_keys) if unknown else parsed
 
 
 def prompt_row_of(row: Mapping[str, Any]) -> Row:
-    """``row`` as a prompt: of whichever format it looks like, and its completion may be absent.
+    """``row`` as a prompt, in the format of its keys; the completion may be absent.
 
-    The fields are all its texts, for a template may name any; what is no text is listed as ignored.
+    Its fields are all its strings, since a template may use any of them; other values are listed as ignored.
     """
     row_format = next((known for known in FORMATS.values() if _has_a_key_of(row, known)), None)
     if row_format is not None:
         _unknown_keys(row, row_format, row_format.prompt_fields)
         if row_format.name == "chat":
             return read_chat(row, as_prompt=True)
-    asked = () if row_format is None else row_format.prompt_fields
-    optional = {name: optional_text(row, name) for name in asked if name in _OPTIONAL}
-    for name in asked:
+    prompt_fields = () if row_format is None else row_format.prompt_fields
+    optional = {name: optional_text(row, name) for name in prompt_fields if name in _OPTIONAL}
+    for name in prompt_fields:
         if name in row and name not in _OPTIONAL and not isinstance(row[name], str):
             raise RowError("wrong_type", f"field {name!r} of the row is {kind_of(row[name])}, not a string")
     texts = {key: without_nul(value, key) for key, value in row.items() if isinstance(value, str)}
@@ -86,8 +86,8 @@ def prompt_row_of(row: Mapping[str, Any]) -> Row:
     return Row({**texts, **optional}, "", turns, tuple(key for key in row if key not in texts))
 
 
-def _unknown_keys(row: Mapping[str, Any], row_format: Format, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """The keys that ``row_format`` does not read; ``RowError`` for content, and for a misspelling of one ``wanted``."""
+def _unknown_keys(row: Mapping[str, Any], row_format: Format, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys that ``row_format`` does not read; ``RowError`` for content and for misspelt ``names``."""
     unknown = tuple(key for key in row if key not in row_format.keys and key not in row_format.context)
     for key in unknown:
         if key in _CONTENT and row_format.prompt_fields and not is_empty(row[key]):
@@ -95,17 +95,17 @@ def _unknown_keys(row: Mapping[str, Any], row_format: Format, wanted: tuple[str,
                 "unread_field",
                 f"field {key!r} would be lost: {row_format.name} rows have no place for it; take it out if it may be",
             )
-        for name in wanted:
+        for name in names:
             if name not in row and _is_misspelling(key, name, row, row_format):
                 raise RowError("unknown_field", f"unknown field {quote(key)}, did you mean {name!r}?")
     return unknown
 
 
 def _is_misspelling(key: str, name: str, row: Mapping[str, Any], row_format: Format) -> bool:
-    if name in row_format.context:  # few rows have it, so the doubt is small
+    if name in row_format.context:  # an optional key: only a near misspelling counts
         return _edits(key.lower(), name) <= 1
     if row_format.name == "chat" and any(spelling in row for spelling in row_format.keys):
-        return False  # one spelling of the messages is there, and no other is missed
+        return False  # one of the two keys is there, so the other is not missing
     return within_two_edits(key.lower(), name)
 
 
@@ -121,12 +121,12 @@ def _history(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     history = row.get("history")
     if is_empty(history):
         return ()
-    texts = isinstance(history, list) and all(
+    pairs_of_texts = isinstance(history, list) and all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text.strip() for text in pair)
         for pair in history
     )
-    if not texts:
-        raise RowError("wrong_type", "field 'history' of the row is no list of [user, assistant] pairs of texts")
+    if not pairs_of_texts:
+        raise RowError("wrong_type", "field 'history' of the row is not a list of [user, assistant] pairs of texts")
     return tuple((without_nul(user, "history"), without_nul(answer, "history")) for user, answer in history or ())
 
 
@@ -143,8 +143,8 @@ def _read_text(row: Mapping[str, Any]) -> Row:
 
 
 FORMATS: dict[str, Format] = {
-    made.name: made
-    for made in (
+    row_format.name: row_format
+    for row_format in (
         Format(
             "alpaca",
             ("instruction", "input", "output"),
@@ -158,23 +158,23 @@ FORMATS: dict[str, Format] = {
         Format("text", ("text",), (), _read_text),
     )
 }
-"""The formats in the order in which ``detect_format`` tries them: an alpaca row may carry a ``text`` too."""
+"""The formats in the order in which ``detect_format`` tries them: an alpaca row may also have a ``text``."""
 
-_TELLING = {"alpaca": ("instruction",), "gsm8k": ("question",), "chat": ("messages", "conversations")}
+_DISTINCTIVE_KEYS = {"alpaca": ("instruction",), "gsm8k": ("question",), "chat": ("messages", "conversations")}
 _OPTIONAL = ("input", "system")
 _CONTENT = {
     "system", "system_prompt", "history", "tools", "functions", "tool_calls", "function_call", "image", "images",
     "video", "videos", "audio", "audios",
 }  # fmt: skip
-"""Keys under which data sets keep a part of the conversation, whatever the format; of no meaning beside a ``text``."""
-_ROWS_LOOKED_AT = 1000
+"""Keys under which data sets keep a part of the conversation, in any format but ``text``."""
+_ROWS_TRIED = 1000
 
 
 def detect_format(rows: Iterable[RawRow]) -> Format | None:
-    """The format of the first usable row, else of the first row that has at least a telling key, else None."""
+    """The format of the first usable row, else of the first row with a distinctive key of a format, else None."""
     likely: Format | None = None
     for number, raw in enumerate(rows):
-        if number == _ROWS_LOOKED_AT:
+        if number == _ROWS_TRIED:
             break
         try:
             row = decode_row(raw)
@@ -193,14 +193,14 @@ def detect_format(rows: Iterable[RawRow]) -> Format | None:
 
 
 def _has_a_key_of(row: Mapping[str, Any], row_format: Format) -> bool:
-    return any(key in row for key in _TELLING.get(row_format.name, row_format.keys))
+    return any(key in row for key in _DISTINCTIVE_KEYS.get(row_format.name, row_format.keys))
 
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 
 
 def strip_annotations(answer: str) -> str:
-    """A GSM8K answer without its calculator notes: ``48/2 = <<48/2=24>>24`` becomes ``48/2 = 24``."""
+    """A GSM8K answer without its calculator annotations: ``48/2 = <<48/2=24>>24`` becomes ``48/2 = 24``."""
     return _ANNOTATION.sub("", answer)
 
 
@@ -211,7 +211,7 @@ def within_two_edits(left: str, right: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _edits(left: str, right: str) -> int:
-    """How many such edits it takes; where the lengths tell that there are more than two, only their difference."""
+    """The number of such edits (Damerau-Levenshtein); if the lengths differ by more than two, that difference."""
     if abs(len(left) - len(right)) > 2:
         return abs(len(left) - len(right))
     before: list[int] = []

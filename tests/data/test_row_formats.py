@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamatune.data.formats import FORMATS, detect_format, parse_row, row_of, strip_annotations, within_two_edits
+from llamatune.data.row_formats import FORMATS, detect_format, parse_row, row_of, strip_annotations, within_two_edits
 from llamatune.data.rows import RawRow, RowError
 
 
@@ -201,8 +201,8 @@ def test_a_system_field_and_a_history_are_read() -> None:
         ("chat", {"images": ["a.png"], "conversations": TURNS}, "field 'images' would be lost"),
         ("chat", {"system": 7, "messages": SAID}, "field 'system' of the row is a number, not a string"),
         ("chat", {"weight": 0, "messages": SAID}, "the row has a 'weight' other than 1"),
-        ("alpaca", {"instruction": "i", "output": "o", "history": "u"}, "field 'history' of the row is no list of"),
-        ("alpaca", {"instruction": "i", "output": "o", "history": [["u", ""]]}, "no list of [user, assistant] pairs"),
+        ("alpaca", {"instruction": "i", "output": "o", "history": "u"}, "field 'history' of the row is not a list of"),
+        ("alpaca", {"instruction": "i", "output": "o", "history": [["u", ""]]}, "a list of [user, assistant] pairs"),
         ("alpaca", {"instruction": "i", "output": "o", "tools": ["f"]}, "field 'tools' would be lost: alpaca rows"),
         ("gsm8k", {"question": "q", "answer": "a", "system": "s"}, "field 'system' would be lost: gsm8k rows"),
         ("completion", {"prompt": "p", "completion": "c", "system": "s"}, "field 'system' would be lost: completion"),

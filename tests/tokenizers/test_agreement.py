@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from llamatune.data.tokenizer import load_tokenizer
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice
+from llamatune.tokenizers.sentencepiece import load_tokenizer
 
 Beside = Callable[..., Path]
 CHATML = {"<|im_start|>": 512, "<|im_end|>": 513}
@@ -21,11 +21,11 @@ PLAIN = {"content": "<s>", "lstrip": False, "normalized": False, "special": True
 
 
 @pytest.fixture
-def beside(models: dict[str, Path], tmp_path: Path) -> Beside:
+def beside(tokenizer_models: dict[str, Path], tmp_path: Path) -> Beside:
     """A directory with a ``tokenizer.model`` of 512 pieces and files of the given content, by the part before .json."""
 
     def make(**files: Any) -> Path:
-        shutil.copy(models["bpe"], tmp_path / "tokenizer.model")
+        shutil.copy(tokenizer_models["bpe"], tmp_path / "tokenizer.model")
         for name, content in files.items():
             text = content if isinstance(content, bytes) else json.dumps(content).encode()
             (tmp_path / f"{name}.json").write_bytes(text)
@@ -84,12 +84,12 @@ def test_what_contradicts_the_model_is_refused_by_name(beside: Beside, case: str
 
 
 @pytest.mark.parametrize("unigram", [False, True])
-def test_the_whole_vocabulary_is_compared(beside: Beside, models: dict[str, Path], unigram: bool) -> None:
+def test_the_whole_vocabulary_is_compared(beside: Beside, tokenizer_models: dict[str, Path], unigram: bool) -> None:
     def tokenizer_json(vocabulary: dict[str, int]) -> dict[str, Any]:
         given = [[piece, -1.0] for piece in vocabulary] if unigram else vocabulary
-        return {**whole(models["bpe"]), "model": {"vocab": given}}
+        return {**whole(tokenizer_models["bpe"]), "model": {"vocab": given}}
 
-    vocabulary = whole(models["bpe"])["model"]["vocab"]
+    vocabulary = whole(tokenizer_models["bpe"])["model"]["vocab"]
     assert load_tokenizer(beside(tokenizer=tokenizer_json(vocabulary))).vocab_size == 512
     with pytest.raises(CheckpointError, match=r"'新' \(512\): .*tokenizer\.json"):
         load_tokenizer(beside(tokenizer=tokenizer_json({**vocabulary, "新": 512})))
@@ -122,17 +122,17 @@ def test_a_padding_token_passes_with_a_notice(beside: Beside, name: str) -> None
     told: list[object] = []
     load_tokenizer(beside(added_tokens={name: 512}, tokenizer_config={"pad_token": name}), told.append)
     assert [event.message for event in told if isinstance(event, Notice)] == [
-        f"{beside() / 'added_tokens.json'}: {name!r} (512) is not in tokenizer.model; no row will hold it"
+        f"{beside() / 'added_tokens.json'}: {name!r} (512) is not in tokenizer.model; no row will contain it"
     ]
 
 
-def test_a_template_without_bos_is_a_warning(beside: Beside, models: dict[str, Path]) -> None:
+def test_a_template_without_bos_is_a_warning(beside: Beside, tokenizer_models: dict[str, Path]) -> None:
     """transformers 5 saves one for a bare ``tokenizer.model``, and does not put BOS then; transformers 4 does."""
     bos, text, eos = ({"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "</s>"}})
     for single, warned in (([bos, text], False), ([text], True), ([bos, text, eos], True)):
         told: list[Any] = []
         processor = {"type": "TemplateProcessing", "single": single}
-        load_tokenizer(beside(tokenizer=whole(models["bpe"], post_processor=processor)), told.append)
+        load_tokenizer(beside(tokenizer=whole(tokenizer_models["bpe"], post_processor=processor)), told.append)
         assert ["post_processor" in event.message for event in told] == [True] * warned
 
 
@@ -169,10 +169,10 @@ def test_a_model_of_another_name_stands_alone(beside: Beside) -> None:
     assert load_tokenizer(directory / "other.model").eos_id == 2
 
 
-def test_the_fixtures_files_agree(fixtures: Path) -> None:
+def test_the_fixtures_files_agree(shared_fixtures: Path) -> None:
     told: list[object] = []
-    load_tokenizer(fixtures / "stories260K-hf", told.append)
-    load_tokenizer(fixtures / "stories260K-meta", told.append)
+    load_tokenizer(shared_fixtures / "stories260K-hf", told.append)
+    load_tokenizer(shared_fixtures / "stories260K-meta", told.append)
     assert not told
 
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back: one small interface over SentencePiece, LLaMA 1 and 2's own tokenizer."""
+"""SentencePiece tokenizer, that of LLaMA 1 and 2: loading ``tokenizer.model``, encoding and decoding."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import re
 import subprocess
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 
 import sentencepiece
 
-from llamatune.checkpoints.tokenizer_files import SENTENCEPIECE_FILE
-from llamatune.data.tokenizer_agreement import check_agreement
 from llamatune.errors import CheckpointError, DataError, EnvironmentFault
 from llamatune.events import OnEvent, ignore_event
 from llamatune.safe_reading import digest_bytes, read_bytes
+from llamatune.tokenizers.agreement import check_agreement
+from llamatune.tokenizers.base import SENTENCEPIECE_FILE, Tokenizer
 from llamatune.versions import require_version
 
 LARGEST_MODEL_BYTES = 64 << 20
-"""LLaMA's tokenizer.model has 0.5 MB; no SentencePiece model in the field comes near this."""
+"""LLaMA's tokenizer.model has 0.5 MB; no published SentencePiece model comes near this limit."""
 
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _PROBE_TIMEOUT_S = 120
@@ -44,14 +45,14 @@ for i in range(model.vocab_size()):
 _sound_models: set[str] = set()
 
 
-class Tokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model with BOS and EOS.
 
-    Pickling takes the model's bytes along, so that a worker process needs neither the file nor another probe.
+    A pickle holds the model's bytes, so that a worker process needs neither the file nor another check.
 
     Args:
-        model: the bytes of a ``tokenizer.model`` that ``load_tokenizer`` has found sound.
-        path: where it came from, for messages.
+        model: the bytes of a ``tokenizer.model`` that ``load_tokenizer`` has checked.
+        path: the file they were read from.
     """
 
     def __init__(self, model: bytes, path: Path) -> None:
@@ -59,78 +60,75 @@ class Tokenizer:
         self.path = path
         self.fingerprint = f"sha256:{digest_bytes(model)}"
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
+        self.vocab_size = self._processor.vocab_size()
+        self.bos_id = self._processor.bos_id()
+        self.eos_id = self._processor.eos_id()
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes, Path]]:
-        return Tokenizer, (self._model, self.path)
+    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[bytes, Path]]:
+        return SentencePieceTokenizer, (self._model, self.path)
 
     def encode(self, text: str) -> list[int]:
-        """BOS and the ids of ``text``; no EOS. Control strings such as ``</s>`` in ``text`` are plain text."""
         _refuse_surrogates(text)
         ids: list[int] = self._processor.encode(text)
         return [self.bos_id, *ids]
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], int]:
-        """BOS and the ids of ``prompt + completion`` encoded in one call, and the index of the first completion token.
-
-        A token belongs to the completion if it holds any character of it, so a token that straddles the boundary
-        does. Pieces that come of one character (its UTF-8 bytes, or what normalisation makes of it) belong where the
-        character belongs. With an empty prompt every token after BOS is the completion's, SentencePiece's dummy
-        prefix included: a model that is given only BOS has to say it too. No EOS.
-        """
         text = prompt + completion
-        _refuse_surrogates(text)
         if not prompt or not completion:
-            ids: list[int] = self._processor.encode(text)
-            return [self.bos_id, *ids], 1 if completion else 1 + len(ids)
-        found = self._processor.encode(text, return_type="offset_mapping")
-        offsets: list[tuple[int, int]] = found["offsets"]
+            ids = self.encode(text)
+            return ids, 1 if completion else len(ids)
+        _refuse_surrogates(text)
+        encoded = self._processor.encode(text, return_type="offset_mapping")
+        offsets: list[tuple[int, int]] = encoded["offsets"]
         boundary = len(prompt)
-        first = bisect_right(offsets, boundary, key=_end)
-        # Of several pieces of one character only the last has a width; the others lie before it, at its beginning.
+        first = bisect_right(offsets, boundary, key=itemgetter(1))
+        # Of several pieces of one character only the last has a width; the others are empty, at its beginning.
         while first > 0 and offsets[first - 1] == (boundary, boundary):
             first -= 1
-        return [self.bos_id, *found["ids"]], 1 + first
+        return [self.bos_id, *encoded["ids"]], 1 + first
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``, without BOS, EOS, other control pieces, and ids that are no piece (padded heads)."""
         processor = self._processor
         plain = [i for i in ids if 0 <= i < self.vocab_size and not processor.is_control(i)]
         text: str = processor.decode(plain)
         return text
 
-    def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """The text that ``ids`` add to ``prompt``: decoding them alone would lose a space at their start."""
-        before, whole = self.decode(prompt), self.decode([*prompt, *ids])
-        return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
-
-    def piece(self, token_id: int) -> str:
-        """How the vocabulary spells one token: ``▁`` is a space, ``<0xE2>`` a byte, ``</s>`` the EOS."""
-        piece: str = self._processor.id_to_piece(token_id)
-        return piece
-
     def pieces(self) -> list[str]:
-        """The whole vocabulary, by id."""
         pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
         return pieces
 
+    def piece(self, token_id: int) -> str:
+        piece: str = self._processor.id_to_piece(token_id)
+        return piece
 
-def load_tokenizer(path: Path, on_event: OnEvent = ignore_event) -> Tokenizer:
+
+def load_tokenizer(path: Path, on_event: OnEvent = ignore_event) -> SentencePieceTokenizer:
     """The tokenizer in a ``tokenizer.model`` file, or in a directory that holds one.
-
-    An unknown model is first parsed in a child process: SentencePiece has crashed on malformed ones, and a crash
-    must cost us an error, not the whole run. The verdict holds for this process.
 
     Raises:
         CheckpointError: no SentencePiece model, a broken one, one without BOS or EOS, or one that the files beside it
             contradict.
     """
-    require_version("sentencepiece", sentencepiece.__version__)
     path = Path(path)
     if path.is_dir():
         path = _model_in(path)
+    tokenizer = SentencePieceTokenizer(_read_checked(path), path)
+    for name, token_id in (("BOS", tokenizer.bos_id), ("EOS", tokenizer.eos_id)):
+        if not 0 <= token_id < tokenizer.vocab_size:
+            raise CheckpointError(f"the tokenizer has no {name} token", path, "use LLaMA's own tokenizer.model")
+    check_agreement(path, tokenizer.pieces(), tokenizer.bos_id, tokenizer.eos_id, on_event)
+    return tokenizer
+
+
+def count_pieces(path: Path) -> int:
+    """The vocabulary size of a ``tokenizer.model`` file; ``CheckpointError`` if it is no SentencePiece model."""
+    size: int = sentencepiece.SentencePieceProcessor(model_proto=_read_checked(path)).vocab_size()
+    return size
+
+
+def _read_checked(path: Path) -> bytes:
+    """The bytes of a SentencePiece model. Each model is first parsed in a child: malformed ones crash the library."""
+    require_version("sentencepiece", sentencepiece.__version__)
     model = read_bytes(path, max_bytes=LARGEST_MODEL_BYTES)
     foreign = _foreign(model)
     if foreign is not None:
@@ -139,23 +137,8 @@ def load_tokenizer(path: Path, on_event: OnEvent = ignore_event) -> Tokenizer:
     fingerprint = digest_bytes(model)
     if fingerprint not in _sound_models:
         _probe(model, path)
-    tokenizer = Tokenizer(model, path)
-    for name, token_id in (("BOS", tokenizer.bos_id), ("EOS", tokenizer.eos_id)):
-        if not 0 <= token_id < tokenizer.vocab_size:
-            raise CheckpointError(f"the tokenizer has no {name} token", path, "use LLaMA's own tokenizer.model")
-    _sound_models.add(fingerprint)
-    check_agreement(path, tokenizer.pieces(), tokenizer.bos_id, tokenizer.eos_id, on_event)
-    return tokenizer
-
-
-def check_vocabulary(tokenizer: Tokenizer, embedding_rows: int, where: object) -> None:
-    """Raise ``CheckpointError`` if the tokenizer has ids beyond the model's embedding; spare rows are fine."""
-    if tokenizer.vocab_size > embedding_rows:
-        raise CheckpointError(
-            f"tokenizer id {tokenizer.vocab_size - 1} >= {embedding_rows} embedding rows",
-            where,
-            "use the tokenizer that belongs to this model",
-        )
+        _sound_models.add(fingerprint)
+    return model
 
 
 def _model_in(directory: Path) -> Path:
@@ -172,7 +155,7 @@ def _model_in(directory: Path) -> Path:
 
 
 def _foreign(model: bytes) -> tuple[str, str] | None:
-    """What a file that is no SentencePiece model looks like, and what to do about it."""
+    """What a file is if it is recognisably no SentencePiece model, and what to do about it."""
     head = model[:512].lstrip()
     lowered = head.lower()
     if not model:
@@ -218,7 +201,3 @@ def _refuse_surrogates(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as fault:
         raise DataError(f"the text holds a lone surrogate at character {fault.start}, which is no character") from None
-
-
-def _end(offset: tuple[int, int]) -> int:
-    return offset[1]

@@ -1,39 +1,33 @@
-"""What ``prepare-data`` is asked to do, checked before any long work: formats, template, and the inputs' digests."""
+"""Options of ``prepare-data``: their checks, the row format and template they select, and the digests of the inputs."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamatune.data.decoding import decode_row
 from llamatune.data.encoding import Recipe
-from llamatune.data.formats import FORMATS, Format, detect_format
-from llamatune.data.prompts import DEFAULT_TEMPLATES, Template, load_template
+from llamatune.data.row_formats import FORMATS, Format, detect_format
+from llamatune.data.row_parsing import decode_row
 from llamatune.data.rows import RowError, read_raw_rows
-from llamatune.data.tokenizer import load_tokenizer
+from llamatune.data.templates import DEFAULT_TEMPLATES, Template, load_template
 from llamatune.errors import DataError, SpecError
 from llamatune.events import Notice, OnEvent
 from llamatune.options.preparation import PrepareOptions
 from llamatune.safe_reading import digest_file
+from llamatune.tokenizers.sentencepiece import load_tokenizer
 
-# Raise a revision when the same inputs come to give other bytes. The second is that of templates with a place for what
-# the first left out: a row's `system` and `history`. Products of the others stay what they are.
+# Raise a revision when the same inputs give other bytes. The second is for templates with a place for a row's `system`
+# or `history`, which the first left out; directories prepared with other templates stay valid.
 _REVISION, _REVISION_WITH_CONTEXT = 1, 2
-_ROWS_LOOKED_AT = 1000
+_ROWS_TRIED = 1000
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the options come to: how rows become tokens, and all that decides the product's bytes (``inputs``)."""
+def resolve_options(options: PrepareOptions, on_event: OnEvent) -> tuple[Recipe, dict[str, Any]]:
+    """Load the tokenizer and the template, detect the format, and digest the input files.
 
-    recipe: Recipe
-    inputs: dict[str, Any]
-
-
-def make_plan(options: PrepareOptions, on_event: OnEvent) -> Plan:
-    """Load the tokenizer and the template, find the format, and digest the input files."""
+    Returns the recipe of encoding, and everything that determines the bytes of the output (the manifest's inputs).
+    """
     tokenizer = load_tokenizer(options.tokenizer, on_event)
     row_format = _format_of(options)
     template = _template_for(row_format, options, on_event)
@@ -49,7 +43,7 @@ def make_plan(options: PrepareOptions, on_event: OnEvent) -> Plan:
         options.train_on_prompt,
         gsm8k and options.gsm8k_annotations == "strip",
     )
-    # Where files lie, and how many rows we may skip, decides nothing of the product.
+    # Paths and --skip-bad-rows are left out: they do not change the output.
     inputs = {
         "revision": _REVISION_WITH_CONTEXT if template.turn or "system" in template.placeholders else _REVISION,
         "rows": [digest_file(path, DataError) for path in options.rows],
@@ -65,7 +59,7 @@ def make_plan(options: PrepareOptions, on_event: OnEvent) -> Plan:
         "train_on_prompt": options.train_on_prompt,
         "gsm8k_annotations": options.gsm8k_annotations if gsm8k else None,
     }
-    return Plan(recipe, inputs)
+    return recipe, inputs
 
 
 def check_options(options: PrepareOptions) -> None:
@@ -76,40 +70,39 @@ def check_options(options: PrepareOptions) -> None:
     output = Path(os.path.realpath(options.output))
     for path in [*input_files(options), options.tokenizer]:
         if Path(os.path.realpath(path)).is_relative_to(output):
-            raise SpecError("the output directory holds an input", path, "choose another --output")
+            raise SpecError("the output directory contains an input", path, "choose another --output")
 
 
 def input_files(options: PrepareOptions) -> list[Path]:
-    """Every row file, in the order in which they are read."""
+    """Every row file, in reading order."""
     return [*options.rows, *options.validation]
 
 
 def _format_of(options: PrepareOptions) -> Format:
     if options.format != "auto":
         return FORMATS[options.format]
-    found: tuple[Format, Path] | None = None
+    first: tuple[Format, Path] | None = None
     for path in input_files(options):
         detected = detect_format(read_raw_rows(path))
         if detected is None:
             continue
-        if found is not None and detected is not found[0]:
-            raise DataError(
-                f"{detected.name} rows, but {found[1]} has {found[0].name} rows", path, "prepare them apart"
-            )
-        found = (detected, path)
-    if found is not None:
-        return found[0]
+        if first is not None and detected is not first[0]:
+            what = f"{detected.name} rows, but {first[1]} has {first[0].name} rows"
+            raise DataError(what, path, "prepare them separately")
+        first = (detected, path)
+    if first is not None:
+        return first[0]
     for path in input_files(options):
         keys = _keys_of_first_object(path)
         if keys:
             shown = ", ".join(map(repr, keys[:10]))
             raise DataError(f"rows of no known format, with {shown}", path, f"known: {', '.join(FORMATS)} (--format)")
-    return FORMATS["text"]  # there is no row at all, or none that could be read: each will be told of by itself
+    return FORMATS["text"]  # no row, or none that can be read: reading will report each
 
 
 def _keys_of_first_object(path: Path) -> list[str]:
     for number, raw in enumerate(read_raw_rows(path)):
-        if number == _ROWS_LOOKED_AT:
+        if number == _ROWS_TRIED:
             break
         try:
             return list(decode_row(raw)) or ["no keys"]
@@ -129,5 +122,5 @@ def _template_for(row_format: Format, options: PrepareOptions, on_event: OnEvent
             f"their fields: {has}",
         )
     if row_format.prompt_fields and not template.placeholders:
-        on_event(Notice(f"template {template.name!r} shows the model nothing of the row's prompt", "warning"))
+        on_event(Notice(f"template {template.name!r} contains nothing of the row's prompt", "warning"))
     return template

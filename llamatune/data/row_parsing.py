@@ -1,4 +1,4 @@
-"""One row decoded: the JSON object in its bytes, the texts in that, and what a format makes of them."""
+"""Row parsing: the bytes of one row to a checked JSON object, and checks of its text fields."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Row:
 
     Args:
         fields: what a template's placeholders may name.
-        completion: the text to be learned.
+        completion: the text to be trained.
         turns: earlier (user, assistant) turns of a chat, oldest first.
-        ignored_keys: keys of the row that no format knows.
+        ignored_keys: keys of the row that its format does not read.
     """
 
     fields: dict[str, str]
@@ -32,7 +32,7 @@ class Row:
 
 
 def decode_row(raw: RawRow) -> dict[str, Any]:
-    """The JSON object that ``raw`` holds, checked but not yet of any format; raises ``RowError``."""
+    """The JSON object in ``raw``, of any format; raises ``RowError``."""
     value = decode_value(raw)
     if not isinstance(value, dict):
         raise RowError("not_an_object", f"{kind_of(value)} where a row, a JSON object, is expected")
@@ -40,7 +40,7 @@ def decode_row(raw: RawRow) -> dict[str, Any]:
 
 
 def decode_value(raw: RawRow) -> Any:
-    """The JSON value that ``raw`` holds, of whatever kind; raises ``RowError``."""
+    """The JSON value in ``raw``, of any type; raises ``RowError``."""
     if raw.error is not None:
         raise raw.error
     nul = raw.data.find(b"\0")
@@ -56,7 +56,7 @@ def decode_value(raw: RawRow) -> Any:
     try:
         value = parse_json(text)
     except json.JSONDecodeError as fault:
-        # The parser counts lines and columns from the row's own beginning, so only the column of a one-line row holds.
+        # The parser counts lines and columns from the row's beginning; the column is the file's only on its first line.
         place = f"column {fault.colno}" if fault.lineno == 1 else f"line {fault.lineno} of the row"
         raise RowError("not_json", f"not valid JSON: {fault.msg} at {place}") from None
     except ValueError as fault:
@@ -64,7 +64,7 @@ def decode_value(raw: RawRow) -> Any:
     except RecursionError:
         raise RowError("not_json", "nested too deeply") from None
     if text.count("[") + text.count("{") > _DEEPEST and _deeper_than(value, _DEEPEST):
-        # Where the parser gives up depends on the stack above it, which differs between us and a worker.
+        # The parser's own limit depends on the depth of the call stack, which differs in a worker process.
         raise RowError("not_json", "nested too deeply")
     return value
 
@@ -98,7 +98,7 @@ def _value_fault(message: str, text: str) -> RowError:
 
 
 def text_field(row: Mapping[str, Any], name: str, where: str = "the row") -> str:
-    """The text under ``name``; ``RowError`` if it is absent, no text, or blank."""
+    """The text of field ``name``; ``RowError`` if it is absent, not a string, or blank."""
     if name not in row:
         keys = ", ".join(quote(key) for key in row) or "none"
         raise RowError("missing_field", f"no field {name!r}; {where} has {keys}")
@@ -111,7 +111,7 @@ def text_field(row: Mapping[str, Any], name: str, where: str = "the row") -> str
 
 
 def optional_text(row: Mapping[str, Any], name: str) -> str:
-    """The text under ``name``; empty if it is absent, or null as pandas writes it."""
+    """The text of field ``name``; empty if it is absent or null (pandas writes null)."""
     value = row.get(name)
     if value is None:
         return ""
@@ -121,23 +121,23 @@ def optional_text(row: Mapping[str, Any], name: str) -> str:
 
 
 def is_empty(value: object) -> bool:
-    """Whether ``value`` says nothing: null, or an empty text, list or object (these also inside a text)."""
+    """Whether ``value`` is null, or an empty string, list or object (also one spelled ``[]`` or ``{}`` in a string)."""
     return value is None or value in ([], {}) or (isinstance(value, str) and value.strip() in ("", "[]", "{}"))
 
 
 def without_nul(value: str, name: str) -> str:
-    """``value``, or ``RowError`` for a character that no tokenizer can take."""
+    """``value``; ``RowError`` if it contains a NUL character, which no tokenizer can encode."""
     if "\0" in value:
         raise RowError("bad_characters", f"a NUL character in field {name!r}")
     return value
 
 
 def quote(text: str) -> str:
-    """A name from a row as messages show it, cut if it is long."""
+    """A name from a row in quotes, shortened if it is long."""
     return repr(text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "...")
 
 
 def kind_of(value: object) -> str:
-    """What JSON calls ``value``, with its article."""
+    """The JSON type of ``value``, with its article."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number"}
     return "null" if value is None else names.get(type(value), "a number")

@@ -1,0 +1,1 @@
+"""Data: rows, row formats, templates, encoding, validation split, prepared directories, batches, packing."""
