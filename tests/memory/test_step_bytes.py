@@ -17,7 +17,7 @@ from llamatune.memory.step import step_bytes
 from llamatune.model import attention
 from llamatune.shapes import limits
 from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig
-from llamatune.shapes.levels import Recompute, levels_of
+from llamatune.shapes.levels import Levels, Recompute, levels_of
 
 QV = ("q_proj", "v_proj")
 TINY = LlamaConfig(64, 160, 3, 4, 2, 96)
@@ -28,7 +28,7 @@ SEVEN = PRESETS["llama-2-7b"].with_layers(3)
 TOLERANCE = 0.05
 
 
-def predicted(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: tuple[int, ...] | None = None) -> int:
+def predicted(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: Levels | None = None) -> int:
     targets = rows * max(1, round(tokens * step_meter.TARGET_SHARE))
     with pytest.MonkeyPatch.context() as patch:
         for portions in (limits.WEIGHTS_AT_ONCE, limits.LOGITS_AT_ONCE):
@@ -36,7 +36,7 @@ def predicted(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: tu
         return step_bytes(spec, config, Rows((tokens,) * rows, targets), cuda=False, levels=levels).peak
 
 
-def measured(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: tuple[int, ...] | None = None) -> int:
+def measured(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: Levels | None = None) -> int:
     batch = even_batch(rows, tokens, step_meter.TARGET_SHARE)
     return step_meter._run(spec, config, batch, levels).peak_bytes
 
