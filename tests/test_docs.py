@@ -57,9 +57,16 @@ def test_the_readmes_two_commands_are_the_makefiles() -> None:
 
 def test_the_tree_in_the_readme_is_the_tree() -> None:
     tree = next(block for block in blocks("") if block.startswith("llamatune/"))
-    for name in re.findall(r"(?:^|\s{2,})([\w/]+(?:\.py|/))(?=\s)", tree):
-        if name != "llamatune/":
-            assert (ROOT / "llamatune" / name).exists(), name
+    listed, folder = set(), ""
+    for line in tree.splitlines()[1:]:
+        nested = folder if line.startswith("    ") else ""
+        for name in re.findall(r"(?:^|\s{2,})([\w/]+(?:\.py|/))(?=\s)", line):
+            listed.add(nested + name)
+            folder = name if name.endswith("/") and not nested else folder
+    package = ROOT / "llamatune"
+    folders = {f"{path.parent.relative_to(package).as_posix()}/" for path in package.rglob("__init__.py")} - {"./"}
+    files = {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
+    assert listed == folders | files
 
 
 def test_the_spec_page_is_made_from_the_spec() -> None:
