@@ -13,8 +13,8 @@ from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
 BREAK_EVEN = 1 << 25
 """Multiply-adds of the average product from which on threads are left to torch.
 
-Half of it gained a sixth in training and two fifths in evaluation from a second idle core, and the demo's training
-nothing; on busy cores threads cost many times the time. ``benchmarks/threads.py`` measures, ``docs/performance.md`` has
+At half of it a second thread on two idle cores gains a sixth in training and a half in evaluation, at a tenth next to
+nothing. On busy cores it costs many times the time. ``benchmarks/threads.py`` measures it; ``docs/performance.md`` has
 the figures.
 """
 
