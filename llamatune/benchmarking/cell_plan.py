@@ -1,4 +1,4 @@
-"""The plan of a benchmark: its options, and the spec and identity of every cell, or why it is refused."""
+"""Cells of a benchmark: the spec and identity of each, or why it cannot be run."""
 
 from __future__ import annotations
 

@@ -88,8 +88,9 @@ def effects(axes: Sequence[Axis], results: Sequence[Result]) -> list[Effect]:
 
 
 def _held_out_changes(without: Result, within: Result) -> list[float]:
-    """By seed, since both cells saw the rows in the same order. Empty if there are no held-out rows."""
-    return [b - a for a, b in zip(without["held_out_losses"], within["held_out_losses"], strict=False)]
+    """By seed, since both cells saw the rows in the same order. Empty if either has no held-out rows."""
+    before, after = without["held_out_losses"], within["held_out_losses"]
+    return [b - a for a, b in zip(before, after, strict=True)] if before and after else []
 
 
 def _changes(without: Result, within: Result) -> dict[str, float]:

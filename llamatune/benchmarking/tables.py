@@ -140,10 +140,10 @@ def nested_tables(axes: Sequence[Axis], results: Sequence[Result]) -> list[Table
     tables = []
     for title, show in quantities.items():
         body = []
-        before: tuple[str, ...] = ()
+        before: tuple[object, ...] = tuple(object() for _ in down)  # differs from every line
         for line in itertools.product(*(axis.values for axis in down)):
             switches = [axis.switch(value) for axis, value in zip(down, line, strict=True)]
-            same = next((n for n, (a, b) in enumerate(zip(line, before, strict=False)) if a != b), 0)
+            same = next((n for n, (a, b) in enumerate(zip(line, before, strict=True)) if a != b), 0)
             labels = ["" if place < same else text for place, text in enumerate(switches)]
             cells = [by_values[(*line, *column)] for column in columns]
             body.append((*labels, *(show(c) if c["status"] == "measured" else status_word(c) for c in cells)))

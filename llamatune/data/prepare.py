@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.data.encoding import Recipe
-from llamatune.data.prepare_options import check_options, input_files, resolve_options
 from llamatune.data.prepare_report import (
     Counts,
     PrepareReport,
@@ -27,6 +26,7 @@ from llamatune.data.prepare_report import (
     row_facts,
     shown_path,
 )
+from llamatune.data.resolve_options import check_options, input_files, resolve_options
 from llamatune.data.rows import RawRow, read_raw_rows
 from llamatune.data.spool import Spool
 from llamatune.data.validation_split import held_out_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def preview_rows(directory: Path, tokenizer: Tokenizer, count: int) -> list[Prev
     shown = min(count, len(split))
     offsets, numbers = split.column("offsets", 0, shown + 1), split.column("source_rows", 0, shown)
     rows = []
-    for number, begin, end in zip(numbers, offsets, offsets[1:], strict=False):
+    for number, (begin, end) in zip(numbers, itertools.pairwise(offsets), strict=True):
         ids, mask = split.column("input_ids", begin, end), split.column("loss_mask", begin, end)
         tokens = (PreviewToken(i, tokenizer.piece(i), bool(trained)) for i, trained in zip(ids, mask, strict=True))
         rows.append(PreviewRow(number, tuple(tokens)))

@@ -17,6 +17,8 @@ from llamatune.durable_writing import disk_fault, output_file, write_atomic
 from llamatune.errors import EnvironmentFault
 from llamatune.strict_json import dump_json, dump_json_lines, parse_json, read_json
 
+_REMEDY = "choose another output, or pass --overwrite"
+
 
 class AnswerLog:
     """A locked file of JSON lines; make it with ``open_answer_log``."""
@@ -86,19 +88,16 @@ def open_answer_log(path: Path, settings: dict[str, Any], overwrite: bool = Fals
         yield AnswerLog(file, path)
 
 
-_TODO = "choose another output, or pass --overwrite"
-
-
 def _refuse_other_kind(beside: Path, settings: dict[str, Any]) -> None:
     """A job stopped before its first line may leave its settings; any other file of that name is the user's."""
     if read_json(beside, EnvironmentFault, 64 << 20).keys() != settings.keys():
-        raise EnvironmentFault("exists, and is not what would be written there", beside, _TODO)
+        raise EnvironmentFault("exists, and is not what would be written there", beside, _REMEDY)
 
 
 def _refuse_others(path: Path, beside: Path, settings: dict[str, Any]) -> None:
     if not beside.exists():
-        raise EnvironmentFault(f"not empty, and no {beside.name} says what wrote it", path, _TODO)
+        raise EnvironmentFault(f"not empty, and no {beside.name} says what wrote it", path, _REMEDY)
     old = read_json(beside, EnvironmentFault, 64 << 20)
     changed = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
     if changed:
-        raise EnvironmentFault(f"written with another {', '.join(changed)}", path, _TODO)
+        raise EnvironmentFault(f"written with another {', '.join(changed)}", path, _REMEDY)

@@ -125,7 +125,8 @@ def evaluate_gsm8k(
         stack.enter_context(suitable_threads(opened.checkpoint.config, together))
         try:
             for batch in _replies(options, opened, tokenizer, prompts[len(answered) :], on_event, should_stop):
-                added = list(zip(questions[len(answered) :], batch, strict=False))
+                asked = questions[len(answered) : len(answered) + len(batch)]
+                added = list(zip(asked, batch, strict=True))
                 if log is not None:
                     log.append(as_line(*answer) for answer in added)
                 answered += added

@@ -50,7 +50,7 @@ class _SavedAttention(NamedTuple):
 
 
 class Attention:
-    """Norm, q, k, v, rotation, attention, o and the residual addition; the last block goes on with P rows."""
+    """Norm, q, k, v, rotation, attention, o and the residual addition; the last block continues with P rows."""
 
     def __init__(self, z: Sizes, last: bool, recompute: bool) -> None:
         self.z, self.last, self.recompute, self.bytes = z, last, recompute, AttentionBytes.of(z)

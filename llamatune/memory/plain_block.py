@@ -62,7 +62,7 @@ class _SavedAttention(NamedTuple):
 
 
 class Attention:
-    """Norm, q, k, v, rotation, attention, o and the residual addition; the last block goes on with P rows."""
+    """Norm, q, k, v, rotation, attention, o and the residual addition; the last block continues with P rows."""
 
     def __init__(self, z: Sizes, first: bool, last: bool) -> None:
         self.z, self.last, self.bytes = z, last, AttentionBytes.of(z)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llamatune.memory.recompute_choice import cheapest_levels
 from llamatune.memory.sizes import Rows
 from llamatune.memory.step import Step, StepBytes
 from llamatune.shapes.attention_kernels import Gpu
-from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.config import LlamaConfig
 from llamatune.shapes.levels import Levels, Recompute, levels_of
 from llamatune.spec import RunSpec
 from llamatune.units import gibibytes, parse_size
@@ -65,48 +65,8 @@ def plan_memory(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu, limit
         return MemoryPlan(rows, None, step.highest(), limit_bytes)
     levels = levels_of(step.mode, layers)
     if step.mode == "none" and limit_bytes is not None:
-        levels = _cheapest_levels(step, layers, limit_bytes)
+        levels = cheapest_levels(step, layers, limit_bytes)
     return MemoryPlan(rows, levels, step.highest(levels), limit_bytes)
-
-
-def _cheapest_levels(step: Step, layers: int, limit: int) -> Levels:
-    """As many layers as fit recompute nothing, of the rest as many as fit gate and up, and so on.
-
-    That is the least computation: recomputing a whole block costs least for each byte that it saves, so few layers
-    that recompute everything are better than many that recompute a part. The last layers recompute least: their
-    backward pass runs while everything else is still kept.
-    """
-
-    def fits(levels: Levels) -> bool:
-        return step.highest(levels).peak <= limit
-
-    above: Levels = ()
-    *lighter, heaviest = Recompute
-    for level in lighter:
-        rest = layers - len(above)
-
-        def with_more(count: int, above: Levels = above, level: Recompute = level, rest: int = rest) -> Levels:
-            return (heaviest,) * (rest - count) + (level,) * count + above
-
-        most = bisect.bisect_left(range(rest + 1), True, key=lambda count: not fits(with_more(count))) - 1
-        if most < 0:
-            break  # recomputing everything does not fit: a short row on few layers, or nothing fits
-        above = with_more(most)[rest - most :]
-    chosen = (heaviest,) * (layers - len(above)) + above
-    if above or fits(chosen):
-        return chosen
-    evenly = [(level,) * layers for level in Recompute]
-    return next(filter(fits, evenly), min(evenly, key=lambda levels: step.highest(levels).peak))
-
-
-def recomputed_share(config: LlamaConfig, levels: Levels) -> float:
-    """What the levels add to the products of a LoRA step: forward once, and once more to the gradient of the input."""
-    block = sum(_count(config, LINEAR_MODULES))
-    return sum(sum(_count(config, level.modules)) for level in levels) / (2 * block * len(levels))
-
-
-def _count(config: LlamaConfig, names: Sequence[str]) -> list[int]:
-    return [out * in_ for out, in_ in map(config.linear_shape, names)]
 
 
 def limit_of(spec: RunSpec, free_bytes: int | None) -> int | None:

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from llamatune.memory.plan import MemoryPlan, plan_memory, recomputed_share
+from llamatune.memory.plan import MemoryPlan, plan_memory
+from llamatune.memory.recompute_choice import recomputed_share
 from llamatune.memory.sizes import Rows
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.config import LlamaConfig

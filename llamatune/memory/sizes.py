@@ -60,7 +60,7 @@ class Sizes:
         self.casts = held != computed  # by the table in training.precision
         self.s = 4 if self.casts else self.w
 
-    # What lies there between steps.
+    # Allocated between steps.
 
     @functools.cached_property
     def trained_counts(self) -> list[int]:

@@ -100,7 +100,7 @@ class QuantizedWeight(Protocol):
 class Linear(nn.Linear):
     """A matrix without bias (LLaMA has none), (..., in) -> (..., out).
 
-    ``quantized``, where there is one, computes the product in the place of ``weight``, which is None then.
+    ``quantized``, if it is not None, computes the product; ``weight`` is then None.
     """
 
     trained: Trained = ()

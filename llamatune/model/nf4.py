@@ -223,7 +223,7 @@ def _nearest(quotients: Tensor) -> Tensor:
 
 
 def hold_quantized(linear: nn.Module, weight: NF4Weight) -> None:
-    """Put an NF4 matrix in the place of a linear layer's own."""
+    """Replace a linear layer's matrix by an NF4 matrix."""
     assert isinstance(linear, Linear)
     assert (linear.out_features, linear.in_features) == weight.shape
     linear.register_parameter("weight", None)

@@ -80,8 +80,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind its norm and added to the residual stream (B, T, D).
 
-    A block that computes the same in another way is a subclass that overrides ``forward``; ``of`` gives it the layers
-    of a block that is there.
+    A block that computes the same in another way is a subclass that overrides ``forward``; ``take_layers_of`` gives it
+    the layers of an existing block.
     """
 
     self_attn: Attention

@@ -105,9 +105,7 @@ class EvaluateOptions(ModelSource):
     max_new_tokens: Annotated[int | None, Option("The most of one answer.", shown_default=str(_GSM8K_NEW_TOKENS))] = (
         None
     )
-    output: Annotated[Path | None, Option("Keep each answer in this JSONL file; the same command goes on with it.")] = (
-        None
-    )
+    output: Annotated[Path | None, Option("Keep each answer in this JSONL file; the same command continues it.")] = None
     overwrite: Annotated[bool, Option("Replace what stands at --per-row or --output.")] = False
     limit: Annotated[int | None, Option("Only the first N rows.", at_least=1)] = None
     batch_size: Annotated[int, Option("Rows that are computed together.", at_least=1)] = 16

@@ -125,7 +125,8 @@ def charts_png(charts: Sequence[Chart], legend: Mapping[str, Mapping[str, Any]])
         size = 2 * _SIZE_INCHES[0], rows * _SIZE_INCHES[1] + 0.25 * len(legend)
         figure = Figure(figsize=size, layout="constrained")
         # Subfigures, so that a colour bar narrows no other chart.
-        for chart, part in zip(charts, figure.subfigures(rows, 2, squeeze=False).flat, strict=False):
+        parts = figure.subfigures(rows, 2, squeeze=False).flat
+        for chart, part in zip(charts, parts[: len(charts)], strict=True):
             axes = part.add_subplot()
             chart.draw(axes)
             axes.set_title(chart.title)

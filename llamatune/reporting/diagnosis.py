@@ -75,7 +75,8 @@ def diagnose(steps: Sequence[Step], evaluations: Sequence[Evaluation]) -> Diagno
 
 def _evaluation_noise(losses: Sequence[float]) -> float:
     """The standard deviation of one evaluation, from third differences, which are zero on any parabola."""
-    thirds = [a - 3 * b + 3 * c - d for a, b, c, d in zip(losses, losses[1:], losses[2:], losses[3:], strict=False)]
+    runs_of_four = [losses[start : start + 4] for start in range(len(losses) - 3)]
+    thirds = [a - 3 * b + 3 * c - d for a, b, c, d in runs_of_four]
     # The variance of a third difference is 20 times that of one error: 1 + 9 + 9 + 1.
     return robust_deviation(thirds, 0.0) / math.sqrt(20) if len(losses) >= OVERFIT_FEWEST else 0.0
 

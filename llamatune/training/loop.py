@@ -40,7 +40,7 @@ _SLOW_SAVE_S = 10.0
 
 
 class TrainingLoop:
-    """One run, from where it stands to its end; every variant is a value of the spec.
+    """One run, from its last checkpoint to its end; every variant is a value of the spec.
 
     Args:
         run: the claimed directory that metrics and checkpoints go to.

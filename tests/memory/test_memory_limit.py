@@ -13,8 +13,9 @@ from step_tools import spec_of
 from llamatune.errors import SpecError, Stopped
 from llamatune.events import Notice
 from llamatune.free_memory import free_host_bytes
-from llamatune.memory.plan import heaviest_rows, plan_memory, recomputed_share
+from llamatune.memory.plan import heaviest_rows, plan_memory
 from llamatune.memory.plan_report import largest
+from llamatune.memory.recompute_choice import recomputed_share
 from llamatune.memory.remedies import remedies
 from llamatune.memory.sizes import Rows
 from llamatune.memory.step import step_bytes

@@ -24,7 +24,7 @@ def adapter_class(kind: str) -> type[AdaptedLinear]:
 
 
 def apply_adapter(model: Transformer, adapter: AdapterSpec, seed: int = 0) -> None:
-    """Freeze ``model`` and put an adapted layer in the place of every target of every block, drawn from ``seed``."""
+    """Freeze ``model`` and replace every target layer by an adapted one, whose tensors are drawn from ``seed``."""
     unknown = sorted(set(adapter.target_modules) - set(LINEAR_MODULES))
     if unknown or not adapter.target_modules:
         raise SpecError(

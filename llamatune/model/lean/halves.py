@@ -107,7 +107,7 @@ def feed_forward(
     gate, up, down = parts
     h = normalise(x, norm, dtype)
     g, u = gate(h, first), up(h, first)
-    for whole, tile in zip(kept, (g, u), strict=False):
+    for whole, tile in zip(kept, (g, u), strict=bool(kept)):
         whole[first : first + len(x)] = tile
     return down(swiglu_in_place(g, u), first)
 

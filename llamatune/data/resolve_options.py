@@ -1,4 +1,4 @@
-"""Options of ``prepare-data``: their checks, the row format and template they select, and the digests of the inputs."""
+"""Resolve the options of ``prepare-data``: checks, row format, template, tokenizer, and digests of the inputs."""
 
 from __future__ import annotations
 
