@@ -11,7 +11,7 @@ from torch import Tensor
 from llamatune.errors import Stopped
 from llamatune.events import ShouldStop, never_stop
 from llamatune.inference.sampling import next_tokens
-from llamatune.model.cache import KVCache
+from llamatune.model.kv_cache import KVCache
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
 from llamatune.options.inference import Sampling

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llamatune.model.attention import Documents, attend
-from llamatune.model.cache import KVCache
+from llamatune.model.kv_cache import KVCache
 from llamatune.model.layers import Embedding, Linear, RMSNorm, linear, swiglu
 from llamatune.model.rope import Rotation, rotary_angles, rotate
 from llamatune.shapes.config import LlamaConfig

@@ -13,7 +13,7 @@ from llamatune.checkpoints.loading import load_model
 from llamatune.errors import Stopped
 from llamatune.inference import engine
 from llamatune.inference.engine import complete
-from llamatune.model.cache import KVCache
+from llamatune.model.kv_cache import KVCache
 from llamatune.model.transformer import Transformer
 from llamatune.options.inference import Sampling
 
