@@ -109,7 +109,7 @@ def _verify_structure(path: Path, on_event: OnEvent) -> Verified:
         kind = "adapter"
     else:
         checkpoint = open_checkpoint(path)
-        files = {part.path for name in checkpoint.names for part in checkpoint.parts(name)}
+        files = {part.path for parts in checkpoint.parts.values() for part in parts}
         kind = "model"
     return Verified(str(path), kind, "structure", len(files), sum(file.stat().st_size for file in files))
 

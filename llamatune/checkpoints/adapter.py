@@ -71,7 +71,7 @@ def load_adapter(path: Path) -> Adapter:
         )  # fmt: skip
     entries, _ = read_header(file)
     digest, manifest = digest_file(file), find_manifest(path)  # PEFT's own adapters have no manifest
-    if manifest is not None and manifest.files.get(WEIGHTS_FILE, (0, digest))[1] != digest:
+    if manifest and manifest.files.get(WEIGHTS_FILE, (0, digest))[1] != digest:
         raise CheckpointError(
             "differs from what its manifest recorded", file,
             f"fetch it again, or remove {MANIFEST} if you changed it yourself",
@@ -106,12 +106,8 @@ def check_adapter(
         CheckpointError: tensors missing, unexpected or misshapen (named), or made for another base.
     """
     where = adapter.path or Path("adapter")
-    refuse_unfit(
-        where,
-        dict(adapter.config.checkpoint_shapes(config)),
-        {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()},
-        todo="adapter_config.json, its tensors and the base must belong together",
-    )
+    todo = "adapter_config.json, its tensors and the base must belong together"
+    refuse_unfit(where, dict(adapter.config.checkpoint_shapes(config)), adapter.tensors, todo)
     if not any(tensor.any() for name, tensor in adapter.tensors.items() if name.endswith(".lora_B.weight")):
         on_event(Notice(f"{where}: every lora_B is zero, so the adapter changes nothing", "warning"))
     if fingerprint is None:
@@ -130,12 +126,11 @@ def check_adapter(
 def save_adapter(path: Path, adapter: Adapter, overwrite: bool = False, inputs: dict[str, Any] | None = None) -> None:
     """Write an adapter directory atomically: PEFT's two files, and our facts in the manifest."""
     with build_directory(path, "adapter", inputs or {}, overwrite) as staging:
-        write_adapter_files(staging, adapter)
-        staging.facts.update(base_fingerprint=adapter.base_fingerprint, template=adapter.template)
+        write_adapter(staging, adapter)
 
 
-def write_adapter_files(staging: Staging, adapter: Adapter) -> None:
-    """PEFT's two files, without the manifest; never a tensor with NaN or infinity."""
+def write_adapter(staging: Staging, adapter: Adapter) -> None:
+    """PEFT's two files, and our facts for the manifest; never a tensor with NaN or infinity."""
     for name, tensor in adapter.tensors.items():
         if not is_finite(tensor):
             raise CheckpointError(f"{name} holds NaN or infinity and is not saved", staging.path)
@@ -143,3 +138,4 @@ def write_adapter_files(staging: Staging, adapter: Adapter) -> None:
         file.write(dump_json(dump_config(adapter.config, adapter.base_path)))
     tensors = {f"{_PREFIX}{name}": adapter.tensors[name].detach().float() for name in sorted(adapter.tensors)}
     write_tensors(staging, WEIGHTS_FILE, tensors)
+    staging.facts.update(base_fingerprint=adapter.base_fingerprint, template=adapter.template)

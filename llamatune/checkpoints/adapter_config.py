@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
+from llamatune.checkpoints.json_fields import JsonFields
 from llamatune.errors import CheckpointError
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES
@@ -47,11 +48,8 @@ def read_adapter_config(path: Path) -> tuple[AdapterSpec, str | None]:
         nested = path / "adapter"
         todo = f"did you mean {nested}?" if (nested / CONFIG_FILE).exists() else "give a PEFT adapter directory"
         raise CheckpointError(f"no {CONFIG_FILE} in it", path, todo)
-    facts = read_json(file)
-
-    def refuse(key: str, why: str) -> None:
-        raise CheckpointError(f"{key} is {str(facts.get(key))[:80]!r}", file, why)
-
+    fields = JsonFields(file, read_json(file))
+    facts, refuse = fields.raw, fields.refuse
     if facts.get("peft_type") != "LORA":
         refuse("peft_type", "only LORA adapters are supported")
     for key, value in facts.items():
@@ -60,14 +58,14 @@ def read_adapter_config(path: Path) -> tuple[AdapterSpec, str | None]:
     if facts.get("bias", "none") not in ("none", None):
         refuse("bias", "biases are not supported")
     start = facts.get("init_lora_weights")
-    if not any(start is plain or (type(start) is str and start == plain) for plain in _PLAIN_STARTS):
+    if type(start) not in (bool, str, type(None)) or start not in _PLAIN_STARTS:
         refuse("init_lora_weights", "it changes the base itself; export the adapter as plain LoRA")
     r, alpha, dropout = facts.get("r"), facts.get("lora_alpha"), facts.get("lora_dropout", 0.0)
     if type(r) is not int or not 1 <= r <= 1 << 16:
         refuse("r", "a rank from 1 to 65536 is needed")
-    if type(alpha) not in (int, float) or not math.isfinite(_float(alpha)):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
         refuse("lora_alpha", "a number is needed; without it the scaling would be a guess")
-    if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         refuse("lora_dropout", "a probability is needed")
     if type(facts.get("use_rslora", False)) not in (bool, type(None)):
         refuse("use_rslora", "true or false is needed")
@@ -78,11 +76,10 @@ def read_adapter_config(path: Path) -> tuple[AdapterSpec, str | None]:
         refuse("target_modules", "a pattern is not supported; list the modules")
     if not isinstance(targets, list) or not targets or not all(type(name) is str for name in targets):
         refuse("target_modules", "a list of module names is needed")
-    assert isinstance(targets, list)
     if not set(targets) <= set(LINEAR_MODULES) or len(set(targets)) != len(targets):
         refuse("target_modules", f"each of {', '.join(LINEAR_MODULES)} may appear once, nothing else")
     base = facts.get("base_model_name_or_path")
-    config = AdapterSpec(int(r), float(alpha), float(dropout), tuple(targets), bool(facts.get("use_rslora")))  # type: ignore[arg-type]
+    config = AdapterSpec(r, float(alpha), float(dropout), tuple(targets), bool(facts.get("use_rslora")))
     return config, base if isinstance(base, str) else None
 
 
@@ -111,10 +108,3 @@ def dump_config(config: AdapterSpec, base_path: str | None) -> dict[str, Any]:
         "use_dora": False,
         "use_rslora": config.use_rslora,
     }
-
-
-def _float(value: Any) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf

@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.checkpoints.json_fields import JsonFields
-from llamatune.checkpoints.tensor_locations import TensorLocation, same_bytes
+from llamatune.checkpoints.tensor_locations import same_bytes
 from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
+from llamatune.formats.safetensors import TensorLocation
 from llamatune.shapes.config import LlamaConfig
 from llamatune.strict_json import dump_json, read_json
 from llamatune.tokenizers.copied_files import copy_file
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_SIZES = ("num_attention_heads", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 """transformers 5 writes the first, transformers 4 and others read the second."""
 
 
 def read_config_json(path: Path, tensors: dict[str, TensorLocation] | None) -> LlamaConfig:
     """Read ``config.json`` as transformers 4 and 5 write it, and the stop tokens of ``generation_config.json``."""
-    facts = JsonFields(path / "config.json")
+    file = path / "config.json"
+    facts = JsonFields(file, read_json(file))
     if facts.raw.get("model_type") != "llama":
         facts.refuse("model_type", "only 'llama' is supported")
     facts.expect("hidden_act", "silu")
@@ -32,14 +35,10 @@ def read_config_json(path: Path, tensors: dict[str, TensorLocation] | None) -> L
     facts.expect("mlp_bias", False)
     if facts.raw.get("quantization_config") is not None:
         facts.refuse("quantization_config", "its computation is not supported")
-    heads = facts.integer("num_attention_heads")
+    sizes = {name: facts.integer(name) for name in _SIZES}
     config = facts.build(
-        hidden_size=facts.integer("hidden_size"),
-        intermediate_size=facts.integer("intermediate_size"),
-        num_hidden_layers=facts.integer("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=facts.integer("num_key_value_heads", heads),
-        vocab_size=facts.integer("vocab_size"),
+        **sizes,
+        num_key_value_heads=facts.integer("num_key_value_heads", sizes["num_attention_heads"]),
         head_dim=facts.integer("head_dim", 0),
         rms_norm_eps=facts.number("rms_norm_eps", 1e-6),
         rope_theta=_rope_theta(facts),
@@ -131,18 +130,18 @@ def _rope_theta(facts: JsonFields) -> float:
 
     transformers 5 reads ``rope_scaling`` as another name of ``rope_parameters``.
     """
-    homes: dict[str, dict[str, Any]] = {"rope_theta": facts.raw}
+    homes = {"rope_theta": facts}
     for key in ("rope_parameters", "rope_scaling"):
         rope = facts.raw.get(key)
         if rope is not None:
             _refuse_scaled_rope(facts, key, rope)
-            homes[f"{key}.rope_theta"] = rope
+            homes[f"{key}.rope_theta"] = JsonFields(facts.path, rope)
     if facts.raw.get("partial_rotary_factor") not in (None, 1.0):
         facts.refuse("partial_rotary_factor", "only 1.0 is supported: anything else computes another model")
     thetas = {
-        home: facts.number("rope_theta", 0.0, source)
-        for home, source in homes.items()
-        if source.get("rope_theta") is not None
+        home: fields.number("rope_theta", 0.0)
+        for home, fields in homes.items()
+        if fields.raw.get("rope_theta") is not None
     }
     if len(set(thetas.values())) > 1:
         what = ", ".join(f"{home} is {theta}" for home, theta in thetas.items())

@@ -20,9 +20,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     The head is always part of it: the embedding when tied. Reads a few hundred kilobytes to a few tens of megabytes.
     """
     digest = hashlib.sha256()
-    for name in (*checkpoint.names, *(("lm_head.weight",) if checkpoint.config.tie_word_embeddings else ())):
-        source = name if name in checkpoint.names else "model.embed_tokens.weight"
-        shape = checkpoint.shape(source)
+    for name in (*checkpoint.shapes, *(("lm_head.weight",) if checkpoint.config.tie_word_embeddings else ())):
+        source = name if name in checkpoint.shapes else "model.embed_tokens.weight"
+        shape = checkpoint.shapes[source]
         digest.update(json.dumps([name, shape]).encode())
         count = min(_SAMPLED_ROWS, shape[0])
         rows = [index * (shape[0] - 1) // max(1, count - 1) for index in range(count)]

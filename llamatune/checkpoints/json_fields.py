@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from llamatune.errors import CheckpointError
 from llamatune.shapes.config import LlamaConfig
-from llamatune.strict_json import read_json
+
+T = TypeVar("T")
 
 
+@dataclass(frozen=True)
 class JsonFields:
-    """A JSON object whose values are taken out with their types checked."""
+    """A JSON object in the file at ``path``, whose values are taken out with their types checked."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.raw = read_json(path)
+    path: Path
+    raw: dict[str, Any]
 
-    def refuse(self, key: str, why: str) -> None:
+    def refuse(self, key: str, why: str) -> NoReturn:
         raise CheckpointError(f"{key} is {str(self.raw.get(key))[:80]!r}", self.path, why)
 
     def expect(self, key: str, value: object) -> None:
@@ -27,29 +29,28 @@ class JsonFields:
             self.refuse(key, f"only {value!r} is supported: anything else computes another model")
 
     def integer(self, key: str, default: int | None = None) -> int:
-        return int(self._take(key, default, int, self.raw))
+        return self._take(key, default, int, "a whole number is expected")
 
     def flag(self, key: str, default: bool) -> bool:
-        return bool(self._take(key, default, bool, self.raw))
+        return self._take(key, default, bool, "true or false is expected")
 
-    def number(self, key: str, default: float, source: dict[str, Any] | None = None) -> float:
-        source = self.raw if source is None else source
-        if type(source.get(key)) is int and abs(source[key]) < 1 << 60:
-            source = {key: float(source[key])}
-        value = float(self._take(key, default, float, source))
+    def number(self, key: str, default: float) -> float:
+        whole = self.raw.get(key)
+        if type(whole) is int and abs(whole) < 1 << 60:
+            return float(whole)
+        value = self._take(key, default, float, "a number is expected")
         if not math.isfinite(value):
             self.refuse(key, "a finite number is expected")
         return value
 
-    def _take(self, key: str, default: Any, kind: type, source: dict[str, Any]) -> Any:
-        value = source.get(key)
-        if value is None and default is not None:
-            return default
+    def _take(self, key: str, default: T | None, kind: type[T], why: str) -> T:
+        value = self.raw.get(key)
+        if value is None:
+            value = default
         if value is None:
             raise CheckpointError(f"has no {key}", self.path, "fetch it again")
         if type(value) is not kind:
-            names = {int: "a whole number", float: "a number", bool: "true or false"}
-            raise CheckpointError(f"{key} is {str(value)[:80]!r}", self.path, f"{names[kind]} is expected")
+            self.refuse(key, why)
         return value
 
     def build(self, **values: Any) -> LlamaConfig:

@@ -10,7 +10,7 @@ import torch
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.huggingface import HuggingFaceCheckpoint
 from llamatune.checkpoints.meta import MetaCheckpoint
-from llamatune.checkpoints.model_directory import detect_format, missing_head_warning
+from llamatune.checkpoints.model_directory import detect_format, warn_of_missing_head
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
@@ -25,10 +25,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: no model directory, a model that is not LLaMA, missing, unexpected or misshapen tensors,
             broken or unsafe files.
     """
-    path = Path(path)
-    if detect_format(path) == "meta":
-        return MetaCheckpoint.open(path)
-    return HuggingFaceCheckpoint.open(path)
+    return (MetaCheckpoint if detect_format(path) == "meta" else HuggingFaceCheckpoint).open(path)
 
 
 def load_model(
@@ -53,7 +50,7 @@ def load_model(
         quantized: gives what is to be held in NF4 by its name, on the device; None for what stays in ``dtype``.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    warn_of_missing_head(checkpoint, on_event)
+    warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
     config = checkpoint.config.with_layers(num_layers)
     device = torch.device(device)
     with torch.device("meta"):
@@ -80,10 +77,3 @@ def load_model(
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         on_event(Notice(f"{checkpoint.path}: the weights of {broken[0]}{more} hold NaN or infinity", "warning"))
     return model
-
-
-def warn_of_missing_head(checkpoint: Checkpoint, on_event: OnEvent) -> None:
-    """A notice if the weights hold no head where the format would have one."""
-    warning = missing_head_warning(checkpoint.path, checkpoint.format, checkpoint.config)
-    if warning is not None:
-        on_event(Notice(warning, "warning"))

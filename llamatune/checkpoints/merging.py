@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,10 +11,12 @@ import torch
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
+from llamatune.checkpoints.config_json import EMBEDDING
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.huggingface import write_huggingface
-from llamatune.checkpoints.loading import open_checkpoint, warn_of_missing_head
+from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.checkpoints.meta import write_meta
+from llamatune.checkpoints.model_directory import warn_of_missing_head
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.errors import CheckpointError, SpecError, Stopped
@@ -44,19 +47,6 @@ class MergeReport:
     vanished_fraction: float
     bytes: int
     already_done: bool = False
-
-
-@dataclass
-class _Tally:
-    max_abs_error: float = 0.0
-    changed: int = 0
-    vanished: int = 0
-    merged_tensors: int = 0
-    not_finite: list[str] = field(default_factory=list)
-
-    @property
-    def vanished_fraction(self) -> float:
-        return self.vanished / self.changed if self.changed else 0.0
 
 
 def merge_lora(
@@ -92,30 +82,33 @@ def merge_lora(
         raise CheckpointError(
             "this adapter is already merged into the model", options.model, "give the base it was trained on"
         )
-    warn_of_missing_head(checkpoint, on_event)
+    warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
     check_adapter(adapter, checkpoint.config, base_fingerprint, options.force_base, on_event)
-    needed = _bytes_to_write(checkpoint, dtype)
+    needed = sum(
+        math.prod(shape) * (dtype or checkpoint.dtype(name)).itemsize for name, shape in checkpoint.shapes.items()
+    )
     refuse_small_disk(options.output, needed, "the merged model")
 
+    # Each thread merges a portion alone: portions are too small for torch to split one among all cores.
+    threads = min(16, torch.get_num_threads())
     with (
-        _workers() as workers,
+        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers,
         build_directory(options.output, "merged", inputs, options.overwrite) as staging,
     ):
-        source = _MergedTensors(checkpoint, adapter, dtype, on_event, should_stop, workers)
+        merged = _MergedTensors(checkpoint, adapter, dtype, workers, on_event, should_stop)
         if format_ == checkpoint.format:
-            checkpoint.write_copy(staging, source, dtype, on_event)
+            checkpoint.write_copy(staging, merged, dtype, on_event)
         else:
             write = write_huggingface if format_ == "hf" else write_meta
-            write(staging, checkpoint.config, source, source.dtype_of, checkpoint.path, on_event)
-        tally = source.tally
+            write(staging, checkpoint.config, merged, merged.dtype_of, checkpoint.path, on_event)
         report = MergeReport(
             output=str(options.output),
             format=format_,
-            dtype=DTYPE_NAMES[dtype or checkpoint.dtype(checkpoint.names[0])],
-            tensors=len(checkpoint.names),
-            merged_tensors=tally.merged_tensors,
-            max_abs_error=tally.max_abs_error,
-            vanished_fraction=tally.vanished_fraction,
+            dtype=DTYPE_NAMES[merged.dtype_of(EMBEDDING)],
+            tensors=len(checkpoint.shapes),
+            merged_tensors=merged.merged_tensors,
+            max_abs_error=merged.max_abs_error,
+            vanished_fraction=merged.vanished / merged.changed if merged.changed else 0.0,
             bytes=needed,
         )
         staging.facts.update(
@@ -127,33 +120,28 @@ def merge_lora(
         )
         if format_ == "meta":  # params.json has no key for it
             staging.facts["max_position_embeddings"] = checkpoint.config.max_position_embeddings
-    if tally.not_finite:
-        on_event(
-            Notice(f"{options.model}: {tally.not_finite[0]} holds NaN or infinity, and so does the copy", "warning")
-        )
+    if merged.not_finite:
+        warning = f"{options.model}: {merged.not_finite[0]} holds NaN or infinity, and so does the copy"
+        on_event(Notice(warning, "warning"))
     return report
 
 
-def _workers() -> ThreadPoolExecutor:
-    """Threads that each merge a portion alone: portions are too small for torch to split one among all cores."""
-    return ThreadPoolExecutor(min(16, torch.get_num_threads()), initializer=torch.set_num_threads, initargs=(1,))
-
-
+@dataclass
 class _MergedTensors:
-    """The merged model's tensors by name, each computed when it is asked for; tallies the effects of rounding."""
+    """The merged model's tensors by name, each computed when it is asked for; counts the effects of rounding."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        adapter: Adapter,
-        dtype: torch.dtype | None,
-        on_event: OnEvent,
-        should_stop: ShouldStop,
-        workers: ThreadPoolExecutor,
-    ) -> None:
-        self.checkpoint, self.adapter, self.dtype, self.workers = checkpoint, adapter, dtype, workers
-        self.on_event, self.should_stop = on_event, should_stop
-        self.tally, self.done = _Tally(), 0
+    checkpoint: Checkpoint
+    adapter: Adapter
+    dtype: torch.dtype | None
+    workers: ThreadPoolExecutor
+    on_event: OnEvent
+    should_stop: ShouldStop
+    done: int = 0
+    merged_tensors: int = 0
+    max_abs_error: float = 0.0
+    changed: int = 0
+    vanished: int = 0
+    not_finite: list[str] = field(default_factory=list)
 
     def dtype_of(self, name: str) -> torch.dtype:
         return self.dtype or self.checkpoint.dtype(name)
@@ -169,7 +157,7 @@ class _MergedTensors:
             if dtype != W.dtype and not is_finite(result):
                 self._refuse_overflow(name, W, dtype)
         self.done += 1
-        self.on_event(Progress("merging", self.done, len(self.checkpoint.names)))
+        self.on_event(Progress("merging", self.done, len(self.checkpoint.shapes)))
         return result
 
     def _fold(self, name: str, W: torch.Tensor, trained: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -191,21 +179,20 @@ class _MergedTensors:
             return error, int(torch.count_nonzero(changed)), int(torch.count_nonzero(vanished))
 
         for error, changed, vanished in self.workers.map(fold, range(0, W.shape[0], rows)):
-            self.tally.max_abs_error = max(self.tally.max_abs_error, error)
-            self.tally.changed += changed
-            self.tally.vanished += vanished
-        self.tally.merged_tensors += 1
+            self.max_abs_error = max(self.max_abs_error, error)
+            self.changed += changed
+            self.vanished += vanished
+        self.merged_tensors += 1
         return result
 
     def _refuse_overflow(self, name: str, exact: torch.Tensor, dtype: torch.dtype) -> None:
         """Refuse finite weights that would become infinite; a base that holds NaN itself is only noted."""
-        finite = exact.float()
-        largest = float(finite[finite.isfinite()].abs().max()) if bool(finite.isfinite().any()) else 0.0
+        largest = float(exact.float().nan_to_num(0.0, 0.0, 0.0).abs().max())
         if largest > torch.finfo(dtype).max:
             what = f"{name} holds {largest:g}, which {DTYPE_NAMES[dtype]} cannot hold"
             raise CheckpointError(what, self.checkpoint.path, "choose another --dtype")
-        if name not in self.tally.not_finite:
-            self.tally.not_finite.append(name)
+        if name not in self.not_finite:
+            self.not_finite.append(name)
 
 
 def _stored_report(manifest: Manifest, output: Path) -> MergeReport:
@@ -222,10 +209,3 @@ def _refuse_own_inputs(options: MergeOptions) -> None:
     for option, path in (("--model", options.model), ("--adapter", options.adapter)):
         if output == path.resolve() or output in path.resolve().parents:
             raise SpecError(f"--output would replace {option}", options.output, "choose another output")
-
-
-def _bytes_to_write(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
-    return sum(
-        torch.Size(checkpoint.shape(name)).numel() * (dtype or checkpoint.dtype(name)).itemsize
-        for name in checkpoint.names
-    )

@@ -11,9 +11,11 @@ from llamatune.checkpoints.config_json import read_config_json
 from llamatune.checkpoints.params_json import HEAD, read_params_json
 from llamatune.checkpoints.tensor_locations import has_weights, locate_huggingface, locate_meta
 from llamatune.errors import CheckpointError, EnvironmentFault
+from llamatune.events import Notice, OnEvent
 from llamatune.shapes.config import LlamaConfig
 
 Format = Literal["hf", "meta"]
+_CONFIGURATIONS: dict[Format, str] = {"hf": "config.json", "meta": "params.json"}
 
 
 def detect_format(path: Path) -> Format:
@@ -22,11 +24,7 @@ def detect_format(path: Path) -> Format:
         raise CheckpointError("no such model directory", path)
     if not path.is_dir():
         raise CheckpointError("a file where a model directory is expected", path, f"did you mean {path.parent}?")
-    formats: list[Format] = []
-    if _is_there(path / "config.json"):
-        formats.append("hf")
-    if _is_there(path / "params.json"):
-        formats.append("meta")
+    formats = [format_ for format_, file in _CONFIGURATIONS.items() if _is_there(path / file)]
     if len(formats) == 2:
         formats = [name for name in formats if has_weights(path, name)] or formats
     if formats:
@@ -56,11 +54,11 @@ def read_config(path: Path) -> LlamaConfig:
     return read_params_json(path, locate_meta(path) if has_weights(path, "meta") else None)
 
 
-def missing_head_warning(path: Path, format_: Format, config: LlamaConfig) -> str | None:
-    """The warning for a Meta model without a head: it may be tied, or its head may have been lost.
+def warn_of_missing_head(path: Path, format_: Format, config: LlamaConfig, on_event: OnEvent) -> None:
+    """A notice about a Meta model without a head: it may be tied, or its head may have been lost.
 
     Meta's format has no flag that says which. Its own files hold the head of a tied model too.
     """
-    if format_ != "meta" or not config.tie_word_embeddings:
-        return None
-    return f"{path}: no {HEAD} in the weights; the embedding serves as the head (right only for a tied model)"
+    if format_ == "meta" and config.tie_word_embeddings:
+        what = f"no {HEAD} in the weights; the embedding serves as the head (right only for a tied model)"
+        on_event(Notice(f"{path}: {what}", "warning"))

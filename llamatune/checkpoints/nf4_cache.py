@@ -6,21 +6,21 @@ tensors of ``nf4.storage`` as ``<name>.<tensor>``. A product that does not match
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llamatune.checkpoints.checkpoint import Checkpoint, read_into
-from llamatune.checkpoints.tensor_bytes import is_finite, tensor_bytes
-from llamatune.durable_writing import writing
+from llamatune.checkpoints.tensor_bytes import DeclaredTensor, is_finite, stream_tensors
 from llamatune.errors import CheckpointError, LlamatuneError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop
 from llamatune.formats.manifest import build_directory, finished_product, has_manifest, verify_product
-from llamatune.formats.safetensors import TensorEntry, TensorWriter, data_bytes, read_header
+from llamatune.formats.safetensors import TensorLocation, read_header
 from llamatune.model.nf4 import NF4Weight, Scratch, quantize_nf4, storage
 from llamatune.model.torch_dtypes import STORED_NAMES
-from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig, linear_path
+from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
 
 _FILE, _KIND = "nf4.safetensors", "nf4-weights"
 SCHEMA = 1
@@ -42,16 +42,12 @@ class QuantizedBase:
     ) -> None:
         self.checkpoint, self.device = checkpoint, device
         self.on_event, self.should_stop = on_event, should_stop
-        shapes = dict(config.parameter_shapes())
         self._matrices = {
-            name: shapes[name]
-            for layer in range(config.num_hidden_layers)
-            for module in LINEAR_MODULES
-            for name in [f"model.layers.{layer}.{linear_path(module)}.weight"]
+            name: shape for name, shape in config.parameter_shapes() if name.split(".")[-2] in LINEAR_MODULES
         }
         self._layers = config.num_hidden_layers
         self._scratch = Scratch()
-        self._cached: tuple[Path, Mapping[str, TensorEntry]] | None = None
+        self._cached: dict[str, TensorLocation] | None = None
 
     def __call__(self, name: str) -> NF4Weight | None:
         """The matrix ``name`` of a checkpoint, quantised anew or from the cache."""
@@ -59,11 +55,11 @@ class QuantizedBase:
             return None
         if self._cached is None:
             return self._quantize(name)
-        file, entries = self._cached
         tensors = {}
         for key, (dtype, shape) in storage(self._matrices[name]).items():
+            location = self._cached[f"{name}.{key}"]
             tensor = torch.empty(shape, dtype=dtype)
-            read_into(file, entries[f"{name}.{key}"].begin, tensor)
+            read_into(location.path, location.begin, tensor)
             tensors[key] = tensor.to(self.device)
         return NF4Weight(self._matrices[name], tensors, self._scratch)
 
@@ -79,46 +75,34 @@ class QuantizedBase:
         """Read from ``directory`` from now on; a missing or damaged cache is made first."""
         path = directory / f"nf4-{base_fingerprint.removeprefix('sha256:')[:16]}-{self._layers}"
         inputs = {"base": base_fingerprint, "layers": self._layers, "schema": SCHEMA}
-        if not self._usable(path, inputs):
-            self._write(path, inputs)
-        self._cached = path / _FILE, read_header(path / _FILE)[0]
+        declared = [
+            (f"{name}.{key}", dtype, tensor_shape)
+            for name, shape in self._matrices.items()
+            for key, (dtype, tensor_shape) in storage(shape).items()
+        ]
+        ours = has_manifest(path)  # any other directory there is refused
+        if not ours or not self._usable(path, inputs, declared):
+            with build_directory(path, _KIND, inputs, overwrite=ours) as staging:
+                stream_tensors(staging, _FILE, declared, self._quantized_tensors(path))
+        self._cached = read_header(path / _FILE)[0]
 
-    def _usable(self, path: Path, inputs: Mapping[str, object]) -> bool:
-        if not has_manifest(path):
-            return False
+    def _usable(self, path: Path, inputs: dict[str, Any], declared: list[DeclaredTensor]) -> bool:
         try:
-            if finished_product(path, _KIND, dict(inputs)) is None:
+            if finished_product(path, _KIND, inputs) is None:
                 raise CheckpointError("incomplete, or not of this base", path)
             verify_product(path)
-            entries = read_header(path / _FILE)[0]
-            if {name: (entry.dtype, entry.shape) for name, entry in entries.items()} != self._declared():
+            stored = {(name, part.dtype, part.shape) for name, part in read_header(path / _FILE)[0].items()}
+            if stored != {(name, STORED_NAMES[dtype], shape) for name, dtype, shape in declared}:
                 raise CheckpointError("not the tensors of this base", path)
         except LlamatuneError as fault:
             self.on_event(Notice(f"quantised weights are made again: {fault}", "warning"))
             return False
         return True
 
-    def _declared(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {
-            f"{name}.{key}": (STORED_NAMES[dtype], tensor_shape)
-            for name, shape in self._matrices.items()
-            for key, (dtype, tensor_shape) in storage(shape).items()
-        }
-
-    def _write(self, path: Path, inputs: Mapping[str, object]) -> None:
-        declared = [(name, dtype, shape) for name, (dtype, shape) in self._declared().items()]
-        ours = has_manifest(path)  # any other directory there is refused
-        with (
-            build_directory(path, _KIND, dict(inputs), overwrite=ours) as staging,
-            writing(staging.path / _FILE, data_bytes(declared)) as file,
-        ):
-            writer = TensorWriter(file, declared, {"format": "pt"})
-            for done, name in enumerate(self._matrices):
-                if self.should_stop():
-                    raise Stopped("stopped while quantising the model", path, "run the same command again")
-                packed = self._quantize(name)
-                for key in storage(packed.shape):
-                    tensor = getattr(packed, key).cpu().contiguous()
-                    writer.write(tensor_bytes(tensor))
-                self.on_event(Progress("quantising", done + 1, len(self._matrices)))
-            staging.digests[_FILE] = writer.finish()
+    def _quantized_tensors(self, path: Path) -> Iterator[torch.Tensor]:
+        for done, name in enumerate(self._matrices, 1):
+            if self.should_stop():
+                raise Stopped("stopped while quantising the model", path, "run the same command again")
+            packed = self._quantize(name)
+            yield from (getattr(packed, key) for key in storage(packed.shape))
+            self.on_event(Progress("quantising", done, len(self._matrices)))

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.checkpoints.json_fields import JsonFields
-from llamatune.checkpoints.tensor_locations import TensorLocation
 from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.formats.manifest import manifest_if_readable
+from llamatune.formats.safetensors import TensorLocation
 from llamatune.shapes.config import LlamaConfig
-from llamatune.strict_json import dump_json
+from llamatune.strict_json import dump_json, read_json
 
 HEAD, EMBEDDING = "output.weight", "tok_embeddings.weight"
 _LLAMA_3_VOCABULARY = 128256
@@ -24,7 +24,8 @@ _CODE_LLAMA_THETA = 1e6
 
 def read_params_json(path: Path, shards: list[dict[str, TensorLocation]] | None) -> LlamaConfig:
     """Read ``params.json``; a vocabulary of -1 is taken from the embedding's rows, or else from the tokenizer."""
-    facts = JsonFields(path / "params.json")
+    file = path / "params.json"
+    facts = JsonFields(file, read_json(file))
     facts.expect("use_scaled_rope", False)
     for key in ("quantization_args", "lora_args", "moe_args"):
         if facts.raw.get(key) is not None:
@@ -41,7 +42,7 @@ def read_params_json(path: Path, shards: list[dict[str, TensorLocation]] | None)
     llama_3 = vocabulary == _LLAMA_3_VOCABULARY
     return facts.build(
         hidden_size=dim,
-        intermediate_size=feed_forward_size(dim, multiple_of, multiplier),
+        intermediate_size=_feed_forward_size(dim, multiple_of, multiplier),
         num_hidden_layers=facts.integer("n_layers"),
         num_attention_heads=heads,
         num_key_value_heads=facts.integer("n_kv_heads", heads),
@@ -55,22 +56,20 @@ def read_params_json(path: Path, shards: list[dict[str, TensorLocation]] | None)
     )
 
 
-def feed_forward_size(dim: int, multiple_of: int, multiplier: float) -> int:
+def _feed_forward_size(dim: int, multiple_of: int, multiplier: float) -> int:
     """Meta's rule for the feed-forward width (llama/model.py, ``FeedForward.__init__``)."""
     return multiple_of * -(-int(multiplier * int(2 * 4 * dim / 3)) // multiple_of)
 
 
 def embedding_axis(shards: list[dict[str, TensorLocation]], dim: int) -> int:
     """Along which axis Meta split the embedding: 1 (by columns) in Llama-2's shards, 0 (by rows) in Llama-3's."""
-    shape = shards[0][EMBEDDING].shape
-    return 0 if len(shape) == 2 and shape[1] == dim else 1
+    embedding = shards[0].get(EMBEDDING)
+    return 0 if embedding is None or embedding.shape[1:] == (dim,) else 1
 
 
 def _meta_vocabulary(path: Path, dim: int, shards: list[dict[str, TensorLocation]] | None) -> int:
-    embedding = shards[0].get(EMBEDDING) if shards is not None else None
-    if shards is not None and embedding is not None and len(embedding.shape) == 2:
-        rows = embedding.shape[0]
-        return rows * len(shards) if embedding_axis(shards, dim) == 0 else rows
+    if shards and (embedding := shards[0].get(EMBEDDING)) and len(embedding.shape) == 2:
+        return embedding.shape[0] * (len(shards) if embedding_axis(shards, dim) == 0 else 1)
     if (path / "tokenizer.model").exists():
         from llamatune.tokenizers.sentencepiece import count_pieces  # importing the library takes 40 ms
 
@@ -92,13 +91,7 @@ def _meta_positions(path: Path, vocabulary: int, theta: float) -> int:
 
 
 def write_params_json(directory: Path, config: LlamaConfig) -> None:
-    """Write ``params.json``, with settings that give the same feed-forward width."""
-    with writing(directory / "params.json") as file:
-        file.write(dump_json(meta_params(config)))
-
-
-def meta_params(config: LlamaConfig) -> dict[str, Any]:
-    """The configuration in Meta's keys, which state neither the feed-forward width nor the head dimension."""
+    """Write ``params.json``, which states neither the feed-forward width nor the head dimension."""
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         raise CheckpointError(
             f"head_dim {config.head_dim} x {config.num_attention_heads} heads is not hidden_size {config.hidden_size}",
@@ -119,7 +112,8 @@ def meta_params(config: LlamaConfig) -> dict[str, Any]:
         params["ffn_dim_multiplier"] = multiplier
     if config.rope_theta != 10000.0:
         params["rope_theta"] = config.rope_theta
-    return params
+    with writing(directory / "params.json") as file:
+        file.write(dump_json(params))
 
 
 def _feed_forward_settings(config: LlamaConfig) -> tuple[int, float | None]:
@@ -127,8 +121,8 @@ def _feed_forward_settings(config: LlamaConfig) -> tuple[int, float | None]:
     dim, width = config.hidden_size, config.intermediate_size
     for multiplier in (None, 1.3, 1.5):
         for multiple_of in (256, 1024, 4096, 512, 2048, 128, 64, 32, 16, 8, 4, 2, 1):
-            if feed_forward_size(dim, multiple_of, multiplier or 1.0) == width:
+            if _feed_forward_size(dim, multiple_of, multiplier or 1.0) == width:
                 return multiple_of, multiplier
     multiplier = (width + 0.5) / int(2 * 4 * dim / 3)  # int() of the product is the width itself
-    assert feed_forward_size(dim, 1, multiplier) == width
+    assert _feed_forward_size(dim, 1, multiplier) == width
     return 1, multiplier

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from llamatune.durable_writing import writing
 from llamatune.formats.manifest import Staging
-from llamatune.formats.safetensors import TensorWriter, data_bytes
+from llamatune.formats.safetensors import write_safetensors
 from llamatune.model.torch_dtypes import STORED_NAMES
+
+DeclaredTensor = tuple[str, torch.dtype, tuple[int, ...]]
+"""A tensor to be written: name, dtype and shape."""
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -26,13 +28,23 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def write_tensors(staging: Staging, file_name: str, tensors: Mapping[str, Tensor]) -> None:
     """A new safetensors file, synced, in the order of ``tensors``; one tensor at a time leaves its device."""
-    declared = [(name, STORED_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with writing(staging.path / file_name, data_bytes(declared)) as file:
-        writer = TensorWriter(file, declared, {"format": "pt"})
-        for tensor in tensors.values():
-            on_cpu = tensor.detach().cpu().contiguous()
-            writer.write(tensor_bytes(on_cpu))
-        staging.digests[file_name] = writer.finish()
+    declared = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    stream_tensors(staging, file_name, declared, tensors.values())
+
+
+def stream_tensors(
+    staging: Staging, file_name: str, declared: Sequence[DeclaredTensor], tensors: Iterable[Tensor]
+) -> None:
+    """A new safetensors file, synced; each of ``tensors`` is taken when the one before it is written."""
+
+    def data() -> Iterator[memoryview]:
+        for tensor, (name, dtype, shape) in zip(tensors, declared, strict=True):
+            on_cpu = tensor.detach().to("cpu", dtype).contiguous()
+            assert tuple(on_cpu.shape) == shape, f"{name} has the shape {tuple(on_cpu.shape)}"
+            yield tensor_bytes(on_cpu)
+
+    stored = [(name, STORED_NAMES[dtype], shape) for name, dtype, shape in declared]
+    write_safetensors(staging, file_name, stored, data(), {"format": "pt"})
 
 
 def is_finite(tensor: Tensor) -> bool:

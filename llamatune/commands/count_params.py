@@ -23,17 +23,15 @@ def count_params(
 
     with Console(json_mode, writes=False) as console:
         from llamatune.checkpoints.adapter_config import read_adapter_config
-        from llamatune.checkpoints.model_directory import detect_format, missing_head_warning, read_config
+        from llamatune.checkpoints.model_directory import detect_format, read_config, warn_of_missing_head
         from llamatune.errors import SpecError
-        from llamatune.events import Notice
         from llamatune.shapes.adapter import AdapterSpec
         from llamatune.shapes.config import LINEAR_MODULES, preset
         from llamatune.shapes.counts import count_parameters
 
         if (model := options.model) is not None:
             config = read_config(model)
-            if (warning := missing_head_warning(model, detect_format(model), config)) is not None:
-                console.on_event(Notice(warning, "warning"))
+            warn_of_missing_head(model, detect_format(model), config, console.on_event)
         else:
             config = preset(options.preset or "")
         if options.adapter is not None:

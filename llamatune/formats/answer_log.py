@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamatune.durable_writing import disk_fault, output_file, write_atomic
+from llamatune.durable_writing import disk_faults, output_file, write_atomic
 from llamatune.errors import EnvironmentFault
 from llamatune.strict_json import dump_json, dump_json_lines, parse_json, read_json
 
@@ -30,11 +30,11 @@ class AnswerLog:
         """The values of the lines, up to the first that is cut short or not JSON."""
         self._file.seek(0)
         for line in self._file:
+            if not line.endswith(b"\n"):
+                return
             try:
                 entry = parse_json(line)
             except ValueError:
-                return
-            if not line.endswith(b"\n"):
                 return
             yield entry
 
@@ -48,12 +48,10 @@ class AnswerLog:
     def append(self, entries: Iterable[Any]) -> None:
         """Add a line for each entry, durably."""
         lines = dump_json_lines(entries)
-        try:
+        with disk_faults(self._path, len(lines)):
             self._file.write(lines)
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as fault:
-            raise disk_fault(fault, self._path, len(lines)) from fault
 
 
 @contextlib.contextmanager
@@ -65,13 +63,13 @@ def open_answer_log(path: Path, settings: dict[str, Any], overwrite: bool = Fals
     """
     target = output_file(path, overwrite=True)  # existing lines are checked below
     beside = target.with_name(f"{target.name}.settings.json")
-    if not overwrite and beside.exists() and not (target.exists() and target.stat().st_size):
-        _refuse_other_kind(beside, settings)
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(target.open("a+b"))
-        except OSError as fault:
-            raise disk_fault(fault, path) from fault
+    # A job stopped before its first line may leave its settings; any other file of that name is the user's.
+    lineless = not (target.exists() and target.stat().st_size)
+    if not overwrite and lineless and beside.exists() and _read_settings(beside).keys() != settings.keys():
+        raise EnvironmentFault("exists, and is not what would be written there", beside, _REMEDY)
+    with disk_faults(path):
+        file = target.open("a+b")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with its process
         except BlockingIOError:
@@ -88,16 +86,14 @@ def open_answer_log(path: Path, settings: dict[str, Any], overwrite: bool = Fals
         yield AnswerLog(file, path)
 
 
-def _refuse_other_kind(beside: Path, settings: dict[str, Any]) -> None:
-    """A job stopped before its first line may leave its settings; any other file of that name is the user's."""
-    if read_json(beside, EnvironmentFault, 64 << 20).keys() != settings.keys():
-        raise EnvironmentFault("exists, and is not what would be written there", beside, _REMEDY)
+def _read_settings(beside: Path) -> dict[str, Any]:
+    return read_json(beside, EnvironmentFault, max_bytes=64 << 20)
 
 
 def _refuse_others(path: Path, beside: Path, settings: dict[str, Any]) -> None:
     if not beside.exists():
         raise EnvironmentFault(f"not empty, and no {beside.name} says what wrote it", path, _REMEDY)
-    old = read_json(beside, EnvironmentFault, 64 << 20)
+    old = _read_settings(beside)
     changed = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
     if changed:
         raise EnvironmentFault(f"written with another {', '.join(changed)}", path, _REMEDY)

@@ -61,26 +61,15 @@ def build_directory(path: Path, kind: str, inputs: dict[str, Any], overwrite: bo
         product = Staging(directory)
         yield product
         sync_tree(directory)
-        manifest = {
-            "kind": kind,
-            "schema": SCHEMA,
-            "inputs": inputs,
-            "facts": product.facts,
-            "files": {name: _describe_file(product, name) for name in _file_names(directory)},
-        }
-        with writing(directory / MANIFEST) as file:
-            file.write(dump_json(manifest))
-
-
-def _file_names(directory: Path) -> list[str]:
-    """Every file below ``directory`` but the manifests, as relative POSIX paths."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return [path.relative_to(directory).as_posix() for path in paths]
-
-
-def _describe_file(product: Staging, name: str) -> dict[str, Any]:
-    path = product.path / name
-    return {"bytes": path.stat().st_size, "sha256": product.digests.get(name) or digest_file(path)}
+        written = sorted(file for file in directory.rglob("*") if file.is_file() and file.name != MANIFEST)
+        files = {}
+        for file in written:
+            name = file.relative_to(directory).as_posix()
+            digest = product.digests.get(name) or digest_file(file)
+            files[name] = {"bytes": file.stat().st_size, "sha256": digest}
+        manifest = {"kind": kind, "schema": SCHEMA, "inputs": inputs, "facts": product.facts, "files": files}
+        with writing(directory / MANIFEST) as manifest_file:
+            manifest_file.write(dump_json(manifest))
 
 
 @dataclass(frozen=True)
@@ -244,8 +233,8 @@ def _misfits(directory: Path, manifest: Manifest) -> dict[str, str]:
             faults[name] = "missing"
         elif not path.is_file():
             faults[name] = "not a regular file"
-        elif path.stat().st_size != size:
-            faults[name] = f"{path.stat().st_size:,} bytes where the manifest says {size:,}"
+        elif (found := path.stat().st_size) != size:
+            faults[name] = f"{found:,} bytes where the manifest says {size:,}"
     return faults
 
 

@@ -12,11 +12,10 @@ from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
-from llamatune.durable_writing import writing
 from llamatune.errors import DataError
 from llamatune.formats import manifest
 from llamatune.formats.manifest import Manifest, Staging, find_manifest
-from llamatune.formats.safetensors import TensorWriter, data_bytes, read_header
+from llamatune.formats.safetensors import read_header, write_safetensors
 from llamatune.safe_reading import open_regular
 
 KIND = "prepared"
@@ -43,12 +42,8 @@ def write_split(
     offsets = array("q", itertools.accumulate(lengths, initial=0))
     counts = {"offsets": len(offsets), "source_rows": len(source_rows)}
     tensors = [(name, dtype, (counts.get(name, offsets[-1]),)) for name, (dtype, _) in COLUMNS.items()]
-    path = split_path(staging.path, split)
-    with writing(path, data_bytes(tensors)) as file:
-        writer = TensorWriter(file, tensors)
-        for portion in itertools.chain((offsets.tobytes(), source_rows.tobytes()), input_ids, loss_mask):
-            writer.write(portion)
-        staging.digests[path.name] = writer.finish()
+    data = itertools.chain([offsets.tobytes(), source_rows.tobytes()], input_ids, loss_mask)
+    write_safetensors(staging, split_path(staging.path, split).name, tensors, data)
 
 
 class SplitFile:
@@ -63,9 +58,8 @@ class SplitFile:
         self._entries, metadata = read_header(path, DataError)
         if metadata.get("schema", SCHEMA) != SCHEMA:
             raise DataError(f"written by another version (schema {metadata['schema']})", path, "prepare the data again")
-        if {name: entry.dtype for name, entry in self._entries.items()} != {
-            name: dtype for name, (dtype, _) in COLUMNS.items()
-        }:
+        dtypes = {name: dtype for name, (dtype, _) in COLUMNS.items()}
+        if {name: entry.dtype for name, entry in self._entries.items()} != dtypes:
             raise DataError("not a file that prepare-data wrote", path, "prepare the data again")
         shapes = {name: entry.shape for name, entry in self._entries.items()}
         tokens, rows = shapes["input_ids"], shapes["source_rows"]

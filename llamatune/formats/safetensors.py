@@ -6,15 +6,17 @@ Tensors are read by the ``safetensors`` library, which offers neither of the two
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
+from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError, LlamatuneError
+from llamatune.formats.manifest import Staging
 from llamatune.safe_reading import open_regular, stand_in
 from llamatune.shapes.dtypes import ITEM_BYTES
 from llamatune.strict_json import parse_json
@@ -24,18 +26,24 @@ _LARGEST_DIMENSION = 1 << 40
 
 
 @dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a file: safetensors dtype name, shape, and its bytes ``begin:end`` from the file's start."""
+class TensorLocation:
+    """A tensor, or one shard's part of it, as it is stored: its bytes are ``begin:end`` of the file at ``path``.
 
+    ``dtype`` is the safetensors name, such as ``BF16``. A view in a PyTorch archive has ``strides``, in elements; None:
+    the elements fill the bytes in order.
+    """
+
+    path: Path
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    strides: tuple[int, ...] | None = None
 
 
 def read_header(
     path: Path, error: type[LlamatuneError] = CheckpointError
-) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+) -> tuple[dict[str, TensorLocation], dict[str, str]]:
     """The tensors and the metadata that a safetensors file declares, proven consistent with its size.
 
     Raises:
@@ -61,7 +69,7 @@ def read_header(
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise ValueError("__metadata__ is not a map of strings")
         data_start = 8 + header_bytes
-        entries = {name: _entry(name, facts, data_start) for name, facts in header.items()}
+        entries = {name: _location(path, name, facts, data_start) for name, facts in header.items()}
     except (ValueError, KeyError, TypeError) as fault:
         raise error(f"broken safetensors header: {fault}", path, "fetch it again") from None
     expected = data_start
@@ -74,7 +82,7 @@ def read_header(
     return entries, metadata
 
 
-def _entry(name: str, facts: Mapping[str, object], data_start: int) -> TensorEntry:
+def _location(path: Path, name: str, facts: Mapping[str, object], data_start: int) -> TensorLocation:
     dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
     if dtype not in ITEM_BYTES or not isinstance(dtype, str):
         raise ValueError(f"tensor {name} has the unknown dtype {dtype!r}")
@@ -85,53 +93,35 @@ def _entry(name: str, facts: Mapping[str, object], data_start: int) -> TensorEnt
     begin, end = offsets
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise ValueError(f"tensor {name} of shape {shape} and dtype {dtype} does not fill its {end - begin} bytes")
-    return TensorEntry(dtype, tuple(shape), data_start + begin, data_start + end)
+    return TensorLocation(path, dtype, tuple(shape), data_start + begin, data_start + end)
 
 
-def data_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
-    """How many bytes tensors take that are declared as for ``TensorWriter``."""
-    return sum(math.prod(shape) * ITEM_BYTES[dtype] for _, dtype, shape in tensors)
-
-
-class TensorWriter:
-    """Writes a safetensors file as a stream: declare every tensor first, then ``write`` their bytes in that order.
-
-    The bytes are digested as they are written, so that the manifest needs no second read of the file.
+def write_safetensors(
+    staging: Staging,
+    file_name: str,
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    data: Iterable[bytes | memoryview],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Stream a new file into a product, synced. It is digested on the way, so the manifest needs no second read of it.
 
     Args:
-        file: open for writing at position 0.
-        tensors: ``(name, dtype, shape)`` in the order in which the bytes will come.
+        tensors: ``(name, dtype, shape)`` in the order in which the bytes come.
+        data: the bytes of all tensors, in any portions.
         metadata: the strings of ``__metadata__``.
     """
-
-    def __init__(
-        self,
-        file: BinaryIO,
-        tensors: Iterable[tuple[str, str, tuple[int, ...]]],
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-        offset = 0
-        for name, dtype, shape in tensors:
-            size = math.prod(shape) * ITEM_BYTES[dtype]
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._file, self._left, self._digest = file, offset, hashlib.sha256()
-        self._put(struct.pack("<Q", len(text)) + text)
-
-    def write(self, data: bytes | memoryview) -> None:
-        """The next bytes of the data region, in any portions."""
-        self._left -= memoryview(data).nbytes
-        assert self._left >= 0, "more bytes than the header declares"
-        self._put(data)
-
-    def finish(self) -> str:
-        """Check that every declared byte was written; the file's SHA-256 in hexadecimal."""
-        assert self._left == 0, f"{self._left} declared bytes were not written"
-        return self._digest.hexdigest()
-
-    def _put(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
-        self._file.write(data)
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    size = 0
+    for name, dtype, shape in tensors:
+        end = size + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [size, end]}
+        size = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with writing(staging.path / file_name, size) as file:
+        for portion in itertools.chain([struct.pack("<Q", len(text)) + text], data):
+            digest.update(portion)
+            file.write(portion)
+        assert file.tell() == 8 + len(text) + size, "not the bytes that the header declares"
+    staging.digests[file_name] = digest.hexdigest()

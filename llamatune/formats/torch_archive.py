@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 import struct
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llamatune.errors import CheckpointError
-from llamatune.formats.safetensors import TensorEntry
+from llamatune.formats.safetensors import TensorLocation
 from llamatune.formats.torch_pickle import PickledTensor, RefusedError, refused_global, walk_pickle
 from llamatune.safe_reading import open_regular, stand_in
 from llamatune.shapes.dtypes import ITEM_BYTES
@@ -24,14 +23,7 @@ _MAY_SHARE = {"tok_embeddings.weight", "output.weight"}
 """A tied head is saved as two names, or two views, of one storage; no other tensors may overlap."""
 
 
-@dataclass(frozen=True)
-class ArchivedTensor(TensorEntry):
-    """A tensor of an archive. A view's elements lie ``strides`` apart in ``begin:end``; None: they fill it in order."""
-
-    strides: tuple[int, ...] | None = None
-
-
-def read_archive(path: Path) -> dict[str, ArchivedTensor]:
+def read_archive(path: Path) -> dict[str, TensorLocation]:
     """The tensors of a ``torch.save`` file and where their bytes lie, proven to be plain and apart.
 
     Raises:
@@ -54,7 +46,7 @@ def read_archive(path: Path) -> dict[str, ArchivedTensor]:
             if byteorder and _bytes_of(file, byteorder, 16) != b"little":
                 raise RefusedError("big-endian tensors")
             content = walk_pickle(_bytes_of(file, records[pickles[0]], _LARGEST_PICKLE))
-            entries = {name: _entry(name, value, records, prefix) for name, value in content.items()}
+            entries = {name: _location(path, name, value, records, prefix) for name, value in content.items()}
         except RefusedError as fault:
             raise CheckpointError(
                 f"refused: {fault}", path, "only plain tensors saved by torch.save are read"
@@ -119,7 +111,7 @@ def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return reach + 1
 
 
-def _entry(name: str, value: Any, records: dict[str, tuple[int, int]], prefix: str) -> ArchivedTensor:
+def _location(path: Path, name: str, value: Any, records: dict[str, tuple[int, int]], prefix: str) -> TensorLocation:
     if not isinstance(value, PickledTensor):
         raise RefusedError(f"{name!r} is not a tensor")
     storage = value.storage
@@ -137,10 +129,10 @@ def _entry(name: str, value: Any, records: dict[str, tuple[int, int]], prefix: s
     in_order = [step for step, count in zip(value.stride, value.shape, strict=True) if count > 1]
     plain = extent == 0 or (extent == math.prod(value.shape) and in_order == sorted(in_order, reverse=True))
     strides = None if plain else value.stride
-    return ArchivedTensor(storage.dtype, value.shape, first, first + extent * item_bytes, strides)
+    return TensorLocation(path, storage.dtype, value.shape, first, first + extent * item_bytes, strides)
 
 
-def _refuse_overlap(entries: dict[str, ArchivedTensor], path: Path) -> None:
+def _refuse_overlap(entries: dict[str, TensorLocation], path: Path) -> None:
     """Extents must be apart: all tensors together are then no larger than the file, apart from a tied head."""
     position, before = 0, ""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):

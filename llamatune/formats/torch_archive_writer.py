@@ -5,12 +5,15 @@ No torch: the pickle is written opcode by opcode, so it can contain nothing else
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import BinaryIO
 
+from llamatune.durable_writing import writing
 from llamatune.formats.torch_pickle import STORAGE_CLASSES
 from llamatune.shapes.dtypes import ITEM_BYTES
 
@@ -21,33 +24,39 @@ _DATE = (1980 - 1980) << 9 | 1 << 5 | 1
 """1 January 1980: the same tensors give the same bytes."""
 
 
-class ArchiveWriter:
-    """Declare every tensor first, then ``write`` their bytes in that order, a whole tensor at a time.
+@contextlib.contextmanager
+def writing_archive(path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> Iterator[ArchiveWriter]:
+    """A new archive, synced before the block ends. Its records are filed under its stem, such as ``consolidated.00``.
 
-    Args:
-        file: open for writing at position 0.
-        name: what the records are filed under, such as ``consolidated.00``.
-        tensors: ``(name, safetensors dtype, shape)``.
+    ``tensors`` are ``(name, safetensors dtype, shape)`` in the order in which they will be written.
     """
+    sizes = [math.prod(shape) * ITEM_BYTES[dtype] for _, dtype, shape in tensors]
+    with writing(path, sum(sizes)) as file:
+        writer = ArchiveWriter(file, path.stem, sizes)
+        writer.record("data.pkl", memoryview(_pickle(tensors)))
+        writer.record("byteorder", memoryview(b"little"))
+        yield writer
+        writer.finish()
 
-    def __init__(self, file: BinaryIO, name: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> None:
-        self._file, self._name = file, name
-        self._sizes = [math.prod(shape) * ITEM_BYTES[dtype] for _, dtype, shape in tensors]
+
+class ArchiveWriter:
+    """The records of an archive, and its directory at the end; ``sizes`` are the tensors' bytes."""
+
+    def __init__(self, file: BinaryIO, name: str, sizes: list[int]) -> None:
+        self._file, self._name, self._sizes = file, name, sizes
         self._written = self._position = 0
         self._directory: list[bytes] = []
-        self._record("data.pkl", memoryview(_pickle(tensors)))
-        self._record("byteorder", memoryview(b"little"))
 
     def write(self, data: memoryview) -> None:
-        """The bytes of the next tensor."""
+        """The bytes of the next tensor, whole."""
         assert data.nbytes == self._sizes[self._written], "not the tensor that was declared"
-        self._record(f"data/{self._written}", data)
+        self.record(f"data/{self._written}", data)
         self._written += 1
 
     def finish(self) -> None:
         """Write the directory of the archive."""
         assert self._written == len(self._sizes), "declared tensors were not written"
-        self._record("version", memoryview(b"3\n"))
+        self.record("version", memoryview(b"3\n"))
         start, directory, count = self._position, b"".join(self._directory), len(self._directory)
         self._put(directory)
         end = self._position
@@ -59,7 +68,7 @@ class ArchiveWriter:
         offset = _LARGEST_SHORT if long else start
         self._put(struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, few, few, len(directory), offset, 0))
 
-    def _record(self, name: str, data: memoryview) -> None:
+    def record(self, name: str, data: memoryview) -> None:
         """One stored record: local header, bytes at a multiple of 64, and its entry for the directory."""
         path = f"{self._name}/{name}".encode()
         offset, size = self._position, data.nbytes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 STORAGE_CLASSES = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage", "F64": "DoubleStorage"}
-_DTYPES = {name: dtype for dtype, name in STORAGE_CLASSES.items()}
+_DTYPES = {f"torch.{name}": dtype for dtype, name in STORAGE_CLASSES.items()}
 _FUNCTIONS = ("collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
 _LARGEST_NUMBER = 1 << 40
 
@@ -94,8 +94,8 @@ def walk_pickle(pickle: bytes) -> dict[str, Any]:
                 value, key = stack.pop(), stack.pop()
                 _set(stack[-1], [key, value])
             case "SETITEMS":
-                items_, stack = stack, outer.pop()
-                _set(stack[-1], items_)
+                pairs, stack = stack, outer.pop()
+                _set(stack[-1], pairs)
             case "BUILD":  # an OrderedDict's attributes, such as the _metadata of a state dict: not needed
                 stack.pop()
                 if not isinstance(stack[-1], dict):
@@ -110,7 +110,7 @@ def walk_pickle(pickle: bytes) -> dict[str, Any]:
 
 
 def _allowed(name: str) -> _Global:
-    if name in _FUNCTIONS or (name.startswith("torch.") and name.removeprefix("torch.") in _DTYPES):
+    if name in _FUNCTIONS or name in _DTYPES:
         return _Global(name)
     raise RefusedError(f"it names {name}, which plain float tensors do not need (code could run)")
 
@@ -126,8 +126,8 @@ def _set(target: Any, items: list[Any]) -> None:
 
 def _storage(identity: Any) -> PickledStorage:
     match identity:
-        case ("storage", _Global(name=name), str(key), str(), int(numel)) if name.removeprefix("torch.") in _DTYPES:
-            return PickledStorage(_DTYPES[name.removeprefix("torch.")], key, numel)
+        case ("storage", _Global(name=name), str(key), str(), int(numel)) if name in _DTYPES:
+            return PickledStorage(_DTYPES[name], key, numel)
     raise RefusedError("a storage of an unknown kind")
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter_files
+from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter
 from llamatune.checkpoints.huggingface import write_huggingface
 from llamatune.checkpoints.tensor_bytes import write_tensors
 from llamatune.durable_writing import writing
@@ -85,8 +85,7 @@ class _AdapterOnly(WeightOutput):
         assert self._spec.adapter is not None
         fingerprint, base = self._inputs.base_fingerprint, self._spec.model.path
         tensors: dict[str, Tensor] = dict(self._parameters)
-        write_adapter_files(staging, Adapter(self._spec.adapter, tensors, fingerprint, self._template, base))
-        staging.facts.update(base_fingerprint=fingerprint, template=self._template)
+        write_adapter(staging, Adapter(self._spec.adapter, tensors, fingerprint, self._template, base))
 
     write_product = write_checkpoint
 

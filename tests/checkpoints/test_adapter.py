@@ -17,7 +17,7 @@ from llamatune.checkpoints.adapter import (
     check_adapter,
     load_adapter,
     save_adapter,
-    write_adapter_files,
+    write_adapter,
 )
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import open_checkpoint
@@ -215,7 +215,7 @@ def test_non_finite_tensors_are_neither_read_nor_written(tiny, tiny_adapter, tmp
     adapter = drawn(tiny[0])
     next(iter(adapter.tensors.values()))[0, 0] = value
     with pytest.raises(CheckpointError):
-        write_adapter_files(Staging(tmp_path), adapter)
+        write_adapter(Staging(tmp_path), adapter)
     with pytest.raises(CheckpointError):
         save_adapter(tmp_path / "new", adapter)
     assert not (tmp_path / "new").exists()

@@ -295,10 +295,10 @@ def test_views_that_leave_their_storage_or_run_backwards(meta):
     state = state_of(meta)
     state["layers.0.attention.wq.weight"] = torch.zeros(32, 77)[:, :32]
     torch.save(state, meta / "consolidated.00.pth")
-    assert open_checkpoint(meta).names
+    assert open_checkpoint(meta).shapes
     wide = b"K\x4dK\x01\x86"  # the tuple (77, 1), as protocol 2 writes it
     strides_of_wq(meta, wide, b"K\x4eK\x01\x86")
-    assert open_checkpoint(meta).names, "31 * 78 + 32 elements are still in the storage of 32 * 77"
+    assert open_checkpoint(meta).shapes, "31 * 78 + 32 elements are still in the storage of 32 * 77"
     strides_of_wq(meta, b"K\x4eK\x01\x86", b"K\xffK\x01\x86")
     refused(meta, "layers.0.attention.wq.weight of shape [32, 32] is larger than its storage")
     strides_of_wq(meta, b"K\xffK\x01\x86", b"J\xff\xff\xff\xffK\x01\x86")
@@ -368,7 +368,7 @@ def test_huggingface_cache_symlinks_are_legal(hf, tmp_path):
     for number, file in enumerate(sorted(hf.iterdir())):
         file.rename(blobs / str(number))
         file.symlink_to(blobs / str(number))
-    assert open_checkpoint(hf).names
+    assert open_checkpoint(hf).shapes
 
 
 def test_dangling_symlink(hf, tmp_path):

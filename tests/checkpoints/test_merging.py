@@ -53,8 +53,8 @@ def test_merged_weights_are_pefts(tiny, tiny_meta, tmp_path, targets, base, form
     assert merged.format == (base if format_ == "same" else format_)
     judge = judged(tiny[0], adapter)
     state = judge.state_dict()
-    assert sorted(merged.names) == sorted(state)
-    for name in merged.names:
+    assert sorted(merged.shapes) == sorted(state)
+    for name in merged.shapes:
         torch.testing.assert_close(merged.tensor(name), state[name], rtol=0, atol=1e-6)
     assert (report.tensors, report.merged_tensors) == (len(state), 2 * len(targets))
     assert report.max_abs_error == 0
@@ -116,7 +116,7 @@ def test_huggingface_to_meta_and_back_is_bit_identical(tmp_path, tied):
     (tmp_path / "meta" / "llamatune.json").unlink()
     merge_lora(MergeOptions(tmp_path / "meta", adapter, tmp_path / "back", "hf"))
     back, first = open_checkpoint(tmp_path / "back"), open_checkpoint(tmp_path / "base")
-    assert all(torch.equal(back.tensor(name), first.tensor(name)) for name in first.names)
+    assert all(torch.equal(back.tensor(name), first.tensor(name)) for name in first.shapes)
     assert fingerprint(back) == fingerprint(first)
     with torch.no_grad():
         one, two, three = (
@@ -142,7 +142,7 @@ def test_tied_models_are_merged_into_tied_models(tmp_path, base, format_):
     assert warned is (base == "meta without a head")
     expected = judged(tmp_path / "hf", adapter)
     merged = open_checkpoint(tmp_path / "out")
-    head = merged.tensor("lm_head.weight" if "lm_head.weight" in merged.names else "model.embed_tokens.weight")
+    head = merged.tensor("lm_head.weight" if "lm_head.weight" in merged.shapes else "model.embed_tokens.weight")
     assert torch.equal(head, expected.state_dict()["lm_head.weight"])
     with torch.no_grad():
         torch.testing.assert_close(load_model(tmp_path / "out")(TOKENS), expected(TOKENS).logits, rtol=1e-4, atol=1e-4)
@@ -159,7 +159,7 @@ def test_rounded_once_and_the_report_counts_it(tmp_path):
     report = merge_lora(MergeOptions(tmp_path / "base", adapter, tmp_path / "out"))
     base, merged = open_checkpoint(tmp_path / "base"), open_checkpoint(tmp_path / "out")
     worst = changed = vanished = 0.0
-    for name in base.names:
+    for name in base.shapes:
         matrices = stored.trained(name)
         W = base.tensor(name)
         if not matrices:
@@ -181,9 +181,9 @@ def test_dtype_changes_weights_and_configuration(tiny, tiny_adapter, tmp_path, d
     merge_lora(MergeOptions(tiny[0], tiny_adapter, tmp_path / "out", format_, dtype))
     merged = open_checkpoint(tmp_path / "out")
     kind = getattr(torch, dtype)
-    assert {merged.dtype(name) for name in merged.names} == {kind}
+    assert {merged.dtype(name) for name in merged.shapes} == {kind}
     exact = judged(tiny[0], tiny_adapter).state_dict()
-    for name in merged.names:
+    for name in merged.shapes:
         torch.testing.assert_close(
             merged.tensor(name), exact[name].to(kind), rtol=0, atol=1e-6 if dtype == "float32" else 1e-2
         )
@@ -374,5 +374,5 @@ def test_fixture_model_and_adapter(shared_fixtures, tmp_path):
             out = tmp_path / f"{base.name}-{format_}"
             merge_lora(MergeOptions(base, adapter, out, format_))
             merged = open_checkpoint(out)
-            for name in merged.names:
+            for name in merged.shapes:
                 torch.testing.assert_close(merged.tensor(name), state[name], rtol=0, atol=1e-6)

@@ -27,7 +27,7 @@ def logits(path, **options):
 
 def same_tensors(checkpoint, model):
     state = model.state_dict()
-    assert all(torch.equal(checkpoint.tensor(name), state[name]) for name in checkpoint.names)
+    assert all(torch.equal(checkpoint.tensor(name), state[name]) for name in checkpoint.shapes)
 
 
 def test_huggingface_logits_are_those_of_transformers(tiny):
@@ -51,8 +51,8 @@ def test_meta_shards_of_both_generations_hold_the_same_model(tiny, tmp_path, sha
 def test_rows_are_the_rows_of_the_tensor(tiny, tmp_path):
     for path in (tiny[0], save_meta(tmp_path / "meta", tiny[1], shards=2)):
         checkpoint = open_checkpoint(path)
-        for name in checkpoint.names:
-            rows = [0, 3, 7, checkpoint.shape(name)[0] - 1]
+        for name in checkpoint.shapes:
+            rows = [0, 3, 7, checkpoint.shapes[name][0] - 1]
             assert torch.equal(checkpoint.rows(name, rows), checkpoint.tensor(name)[rows]), name
 
 
@@ -67,7 +67,7 @@ def test_tied_by_flag_by_copy_and_in_meta_have_one_fingerprint(tmp_path):
     model = save_tiny(tmp_path / "tied", tied=True)
     tied = open_checkpoint(tmp_path / "tied")
     assert tied.config.tie_word_embeddings
-    assert "lm_head.weight" not in tied.names
+    assert "lm_head.weight" not in tied.shapes
     with torch.no_grad():
         torch.testing.assert_close(logits(tmp_path / "tied"), model(TOKENS).logits, rtol=1e-5, atol=1e-5)
 
@@ -118,7 +118,7 @@ def test_old_rotary_buffers_are_ignored(tiny, tmp_path):
     weights = load_file(tmp_path / "m" / "model.safetensors")
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(weights, tmp_path / "m" / "model.safetensors", {"format": "pt"})
-    assert open_checkpoint(tmp_path / "m").names == open_checkpoint(tiny[0]).names
+    assert list(open_checkpoint(tmp_path / "m").shapes) == list(open_checkpoint(tiny[0]).shapes)
 
 
 def test_transformers_4_and_5_spellings_agree(tiny, tmp_path):
@@ -260,7 +260,7 @@ def test_a_configuration_alone_can_be_read(tiny, tiny_meta, tmp_path):
 def test_fixture_model_in_both_formats(shared_fixtures):
     hf, meta = (open_checkpoint(shared_fixtures / f"stories260K-{name}") for name in ("hf", "meta"))
     assert fingerprint(hf) == fingerprint(meta)
-    assert all(torch.equal(hf.tensor(name), meta.tensor(name)) for name in hf.names)
+    assert all(torch.equal(hf.tensor(name), meta.tensor(name)) for name in hf.shapes)
     judge = LlamaForCausalLM.from_pretrained(hf.path)
     tokens = torch.randint(0, 512, (2, 20))
     with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 from llamatune.errors import DataError
 from llamatune.formats.manifest import Staging
 from llamatune.formats.prepared import SplitFile, read_lengths, split_path, write_split
-from llamatune.formats.safetensors import TensorWriter
+from llamatune.formats.safetensors import write_safetensors
 
 
 def write(directory: Path, lengths: list[int] | None = None, tokens: int = 5) -> Path:
@@ -58,8 +58,7 @@ def test_a_split_of_another_schema_is_refused(tmp_path: Path) -> None:
     tensors = [("offsets", "I64", (1,)), ("source_rows", "I64", (0,)), ("input_ids", "I32", (0,)), ("loss_mask", "U8", (0,))]  # fmt: skip  # noqa: E501
     for schema in ("1", "2"):
         path = tmp_path / f"{schema}.safetensors"
-        with path.open("wb") as file:
-            TensorWriter(file, tensors, {"schema": schema}).write(bytes(8))
+        write_safetensors(Staging(tmp_path), path.name, tensors, [bytes(8)], {"schema": schema})
         if schema == "1":
             assert len(SplitFile(path)) == 0
         else:

@@ -7,15 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamatune.errors import CheckpointError, LlamatuneError
-from llamatune.formats.safetensors import TensorWriter, read_header
+from llamatune.formats.manifest import Staging
+from llamatune.formats.safetensors import read_header, write_safetensors
 
 
 def tensor_file(path: Path) -> Path:
-    with path.open("wb") as file:
-        writer = TensorWriter(file, [("a", "F32", (2, 3)), ("b", "U8", (5,))], {"format": "pt"})
-        writer.write(bytes(24))
-        writer.write(bytes(5))
-        writer.finish()
+    tensors = [("a", "F32", (2, 3)), ("b", "U8", (5,))]
+    write_safetensors(Staging(path.parent), path.name, tensors, [bytes(24), bytes(5)], {"format": "pt"})
     return path
 
 
