@@ -19,7 +19,7 @@ from llamatune.checkpoints.tensor_bytes import is_finite, write_tensors
 from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
-from llamatune.formats.manifest import MANIFEST, Staging, build_directory, find_manifest
+from llamatune.formats.manifest import MANIFEST, Staging, find_manifest
 from llamatune.formats.safetensors import read_header
 from llamatune.model.torch_dtypes import STORED_WEIGHTS
 from llamatune.safe_reading import digest_file
@@ -121,12 +121,6 @@ def check_adapter(
                 f"the adapter was trained on another base{named}", where, "give that base, or pass --force-base"
             )
         on_event(Notice(f"{where}: used on another base than it was trained on, as --force-base asks", "warning"))
-
-
-def save_adapter(path: Path, adapter: Adapter, overwrite: bool = False, inputs: dict[str, Any] | None = None) -> None:
-    """Write an adapter directory atomically: PEFT's two files, and our facts in the manifest."""
-    with build_directory(path, "adapter", inputs or {}, overwrite) as staging:
-        write_adapter(staging, adapter)
 
 
 def write_adapter(staging: Staging, adapter: Adapter) -> None:

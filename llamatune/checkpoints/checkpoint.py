@@ -45,13 +45,13 @@ class Checkpoint(ABC):
         self.shapes = dict(config.parameter_shapes())
         self._maps: dict[Path, mmap.mmap] = {}
 
-    @abstractmethod
     def tensor(self, name: str, mapped: bool = False) -> torch.Tensor:
         """The tensor in memory of its own; ``mapped``: in the page cache, where the layout on disk allows it."""
+        return self._read(self.parts[name][0], mapped)
 
-    @abstractmethod
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
         """Some rows of a matrix, (len(rows), in), or elements of a vector, without reading the others."""
+        return self._read_rows(self.parts[name][0], rows)
 
     @abstractmethod
     def write_copy(self, staging: Staging, tensor_of: TensorOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:

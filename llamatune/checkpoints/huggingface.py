@@ -46,12 +46,6 @@ class HuggingFaceCheckpoint(Checkpoint):
         refuse_unfit(path, shapes, used)
         return cls(path, config, {name: [used[name]] for name in shapes})
 
-    def tensor(self, name: str, mapped: bool = False) -> torch.Tensor:
-        return self._read(self.parts[name][0], mapped)
-
-    def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        return self._read_rows(self.parts[name][0], rows)
-
     def write_copy(self, staging: Staging, tensor_of: TensorOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
         locations = {name: part for name, [part] in self.parts.items()}
         shards: dict[Path, list[DeclaredTensor]] = {path: [] for path in sorted({p.path for p in locations.values()})}
@@ -69,7 +63,6 @@ def write_huggingface(
     dtype_of: DtypeOf,
     tokenizer_source: Path,
     on_event: OnEvent = ignore_event,
-    shard_bytes: int = _SHARD_BYTES,
 ) -> None:
     """Write a whole model: weights in shards, configuration, tokenizer.
 
@@ -78,19 +71,19 @@ def write_huggingface(
             ``config.parameter_shapes()``, and converted to its dtype on the CPU.
         tokenizer_source: a model directory whose tokenizer files are copied.
     """
-    _write_shards(staging, _plan_shards(config, dtype_of, shard_bytes), tensor_of)
+    _write_shards(staging, _plan_shards(config, dtype_of), tensor_of)
     write_config_json(staging.path, config, DTYPE_NAMES[dtype_of(EMBEDDING)])
     copy_huggingface_tokenizer(tokenizer_source, staging.path, on_event)
 
 
-def _plan_shards(config: LlamaConfig, dtype_of: DtypeOf, shard_bytes: int) -> list[list[DeclaredTensor]]:
-    """The tensors of each file, in the model's order; no file exceeds ``shard_bytes`` unless a single tensor does."""
+def _plan_shards(config: LlamaConfig, dtype_of: DtypeOf) -> list[list[DeclaredTensor]]:
+    """The tensors of each file, in the model's order; no file exceeds ``_SHARD_BYTES`` unless a single tensor does."""
     shards: list[list[DeclaredTensor]] = [[]]
     size = 0
     for name, shape in config.parameter_shapes():
         dtype = dtype_of(name)
         tensor_size = math.prod(shape) * dtype.itemsize
-        if shards[-1] and size + tensor_size > shard_bytes:
+        if shards[-1] and size + tensor_size > _SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append((name, dtype, shape))

@@ -23,7 +23,6 @@ from llamatune.checkpoints.tensor_bytes import tensor_bytes
 from llamatune.checkpoints.tensor_locations import locate_meta
 from llamatune.events import OnEvent
 from llamatune.formats.manifest import Staging
-from llamatune.formats.safetensors import TensorLocation
 from llamatune.formats.torch_archive_writer import writing_archive
 from llamatune.model.torch_dtypes import STORED_NAMES
 from llamatune.shapes.config import LlamaConfig
@@ -89,37 +88,34 @@ class MetaCheckpoint(Checkpoint):
 
     format: Format = "meta"
 
-    def __init__(
-        self, path: Path, config: LlamaConfig, shards: Sequence[dict[str, TensorLocation]], embedding_axis: int
-    ) -> None:
-        parts = {name: [shard[_meta_name(name)] for shard in shards] for name, _ in config.parameter_shapes()}
-        super().__init__(path, config, parts)
-        self.shards, self.embedding_axis = len(shards), embedding_axis
-
     @classmethod
     def open(cls, path: Path) -> MetaCheckpoint:
         """Check configuration and archives against each other; no tensor is read."""
         shards = locate_meta(path)
         config = read_params_json(path, shards)
-        split_embedding = embedding_axis(shards, config.hidden_size)
+        expected = {}
+        for name, shape in config.parameter_shapes():
+            axis = _shard_axis(name, embedding_axis(shards, config.hidden_size))
+            divides = axis is None or shape[axis] % len(shards) == 0
+            expected[_meta_name(name)] = _shard_shape(shape, axis, len(shards)) if divides else shape
         ignored = {_IGNORED, HEAD} if config.tie_word_embeddings else {_IGNORED}
         for shard in shards:
-            expected = {}
-            for name, shape in config.parameter_shapes():
-                axis = _shard_axis(name, split_embedding)
-                divides = axis is None or shape[axis] % len(shards) == 0
-                expected[_meta_name(name)] = _shard_shape(shape, axis, len(shards)) if divides else shape
             where = next(iter(shard.values())).path if shard else path
             refuse_unfit(where, expected, {name: part for name, part in shard.items() if name not in ignored})
-        checkpoint = cls(path, config, shards, split_embedding)
-        for name, parts in checkpoint.parts.items():
-            dtypes = "/".join(sorted({part.dtype for part in parts}))  # one that is no dtype, if the shards differ
-            refuse_unfit(path, {name: parts[0].shape}, {name: dataclasses.replace(parts[0], dtype=dtypes)})
-        return checkpoint
+        parts = {name: [shard[_meta_name(name)] for shard in shards] for name, _ in config.parameter_shapes()}
+        for name, [first, *others] in parts.items():
+            dtypes = "/".join(sorted({first.dtype, *(part.dtype for part in others)}))  # no dtype, if shards differ
+            refuse_unfit(path, {name: first.shape}, {name: dataclasses.replace(first, dtype=dtypes)})
+        return cls(path, config, parts)
+
+    def _split_axis(self, name: str) -> int | None:
+        """Along which axis a tensor is split among the shards; None: the first holds it whole."""
+        axes = enumerate(zip(self.shapes[name], self.parts[name][0].shape, strict=True))
+        return next((axis for axis, (whole, part) in axes if part != whole), None)
 
     def tensor(self, name: str, mapped: bool = False) -> torch.Tensor:
-        parts, axis = self.parts[name], _shard_axis(name, self.embedding_axis)
-        if len(parts) == 1 or axis is None:
+        parts, axis = self.parts[name], self._split_axis(name)
+        if axis is None:
             W = self._read(parts[0], mapped)
         else:
             W = torch.empty(self.shapes[name], dtype=self.dtype(name))
@@ -128,13 +124,13 @@ class MetaCheckpoint(Checkpoint):
         return _rows_from_meta(W, self.config.head_dim) if _is_rotated(name) else W
 
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        parts, axis = self.parts[name], _shard_axis(name, self.embedding_axis)
+        parts, axis = self.parts[name], self._split_axis(name)
+        if _is_rotated(name):
+            rows = [_row_in_meta(row, self.config.head_dim) for row in rows]
         if axis is None:
             return self._read_rows(parts[0], rows)
         if axis == 1:
             return torch.cat([self._read_rows(part, rows) for part in parts], dim=1)
-        if _is_rotated(name):
-            rows = [_row_in_meta(row, self.config.head_dim) for row in rows]
         each = parts[0].shape[0]
         chosen = torch.empty((len(rows), *parts[0].shape[1:]), dtype=self.dtype(name))
         for number, part in enumerate(parts):
@@ -147,9 +143,8 @@ class MetaCheckpoint(Checkpoint):
         def dtype_of(name: str) -> torch.dtype:
             return dtype or self.dtype(name)
 
-        _write_weights(
-            staging.path, self.config, tensor_of, dtype_of, self.shards, self.embedding_axis, tied_head=False
-        )
+        shards, axis = len(self.parts[HF_EMBEDDING]), self._split_axis(HF_EMBEDDING) or 0
+        _write_weights(staging.path, self.config, tensor_of, dtype_of, shards, axis, tied_head=False)
         copy_file(self.path / "params.json", staging.path)
         copy_meta_tokenizer(self.path, staging.path, on_event)
 

@@ -7,6 +7,7 @@ tensors of ``nf4.storage`` as ``<name>.<tensor>``. A product that does not match
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +27,22 @@ _FILE, _KIND = "nf4.safetensors", "nf4-weights"
 SCHEMA = 1
 
 
+@dataclass
 class QuantizedBase:
     """Gives the NF4 form of each linear layer of the blocks, on ``device``, and None for every other tensor.
 
     Peak memory is that of the tensors given out, and of one tensor as stored and a few megabytes.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: LlamaConfig,
-        device: torch.device,
-        on_event: OnEvent,
-        should_stop: ShouldStop,
-    ) -> None:
-        self.checkpoint, self.device = checkpoint, device
-        self.on_event, self.should_stop = on_event, should_stop
-        self._matrices = {
-            name: shape for name, shape in config.parameter_shapes() if name.split(".")[-2] in LINEAR_MODULES
-        }
-        self._layers = config.num_hidden_layers
+    checkpoint: Checkpoint
+    config: LlamaConfig
+    device: torch.device
+    on_event: OnEvent
+    should_stop: ShouldStop
+
+    def __post_init__(self) -> None:
+        shapes = self.config.parameter_shapes()
+        self._matrices = {name: shape for name, shape in shapes if name.split(".")[-2] in LINEAR_MODULES}
         self._scratch = Scratch()
         self._cached: dict[str, TensorLocation] | None = None
 
@@ -73,8 +70,8 @@ class QuantizedBase:
 
     def use_cache(self, directory: Path, base_fingerprint: str) -> None:
         """Read from ``directory`` from now on; a missing or damaged cache is made first."""
-        path = directory / f"nf4-{base_fingerprint.removeprefix('sha256:')[:16]}-{self._layers}"
-        inputs = {"base": base_fingerprint, "layers": self._layers, "schema": SCHEMA}
+        path = directory / f"nf4-{base_fingerprint.removeprefix('sha256:')[:16]}-{self.config.num_hidden_layers}"
+        inputs = {"base": base_fingerprint, "layers": self.config.num_hidden_layers, "schema": SCHEMA}
         declared = [
             (f"{name}.{key}", dtype, tensor_shape)
             for name, shape in self._matrices.items()

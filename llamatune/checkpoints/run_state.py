@@ -62,11 +62,10 @@ def newest_run_state(directory: Path, on_skip: Callable[[str], None]) -> RunStat
             return read_run_state(path)
         except OtherVersion:
             raise
-        except EnvironmentFault as fault:
-            unreadable = fault
-            on_skip(f"skipped {path}: {fault}")
         except LlamatuneError as fault:
             on_skip(f"skipped {path}: {fault}")
+            if isinstance(fault, EnvironmentFault):
+                unreadable = fault
     if unreadable is not None:
         raise unreadable
     return None

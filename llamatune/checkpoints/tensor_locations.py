@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,10 +38,10 @@ def locate_huggingface(directory: Path) -> dict[str, TensorLocation]:
             with its shards, a broken file.
     """
     single = directory / SINGLE_FILE
-    if _present(single):
+    if os.path.lexists(single):
         return read_header(single)[0]
     index = directory / INDEX_FILE
-    if not _present(index):
+    if not os.path.lexists(index):
         raise CheckpointError(*_no_weights(directory))
     weight_map = read_json(index, max_bytes=_LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -76,7 +77,7 @@ def locate_meta(directory: Path) -> list[dict[str, TensorLocation]]:
 def has_weights(directory: Path, format_: str) -> bool:
     """Whether there are weights at all: a configuration alone is enough to count or to draw random weights."""
     if format_ == "hf":
-        return _present(directory / SINGLE_FILE) or _present(directory / INDEX_FILE)
+        return any(os.path.lexists(directory / name) for name in (SINGLE_FILE, INDEX_FILE))
     return any(_META_SHARD.fullmatch(p.name) for p in directory.iterdir())
 
 
@@ -91,10 +92,6 @@ def same_bytes(one: TensorLocation, other: TensorLocation) -> bool:
         right.seek(other.begin)
         portions = (min(_PORTION_BYTES, size - done) for done in range(0, size, _PORTION_BYTES))
         return all(left.read(count) == right.read(count) for count in portions)
-
-
-def _present(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
 
 
 def _no_weights(directory: Path) -> tuple[str, Path, str]:

@@ -189,12 +189,11 @@ def finished_product(path: Path, kind: str, inputs: dict[str, Any]) -> Manifest 
 
     Files are compared by size alone: their content may be gigabytes.
     """
-    try:
-        manifest = read_manifest(path)
-    except LlamatuneError:
+    wanted = (SCHEMA, kind, json.loads(json.dumps(inputs)))
+    manifest = manifest_if_readable(path)
+    if manifest is None or (manifest.schema, manifest.kind, manifest.inputs) != wanted or _misfits(path, manifest):
         return None
-    same = manifest.kind == kind and manifest.inputs == json.loads(json.dumps(inputs))
-    return manifest if same and not _misfits(path, manifest) else None
+    return manifest
 
 
 def verify_product(directory: Path, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop) -> Manifest:

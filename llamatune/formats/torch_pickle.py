@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import io
 import pickletools
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 STORAGE_CLASSES = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage", "F64": "DoubleStorage"}
 _DTYPES = {f"torch.{name}": dtype for dtype, name in STORAGE_CLASSES.items()}
 _FUNCTIONS = ("collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _LARGEST_NUMBER = 1 << 40
 
 
@@ -58,18 +60,12 @@ def walk_pickle(pickle: bytes) -> dict[str, Any]:
                 stack = []
             case "EMPTY_DICT":
                 stack.append({})
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
+            case name if name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
             case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "BININT" | "BININT1" | "BININT2" | "LONG1":
                 stack.append(argument)
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if opcode.name == "MEMOIZE" else argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "TUPLE":
@@ -83,8 +79,8 @@ def walk_pickle(pickle: bytes) -> dict[str, Any]:
             case "GLOBAL":
                 stack.append(_allowed(str(argument).replace(" ", ".")))
             case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(_allowed(f"{module}.{name}" if type(name) is type(module) is str else "?"))
+                qualified, module = stack.pop(), stack.pop()
+                stack.append(_allowed(f"{module}.{qualified}" if type(qualified) is type(module) is str else "?"))
             case "BINPERSID":
                 stack.append(_storage(stack.pop()))
             case "REDUCE":
@@ -151,18 +147,16 @@ def _reduced(function: Any, arguments: Any) -> Any:
 def refused_global(data: bytes) -> str:
     """Why a legacy file would be refused, from the first bytes of its pickles: the global that it names, or nothing."""
     strings: list[str] = []
-    position = 0
+    pickles = io.BytesIO(data)
     try:
-        while position < len(data):  # a legacy file is several pickles in a row
-            for opcode, argument, at in pickletools.genops(data[position:]):
+        while pickles.tell() < len(data):  # a legacy file is several pickles in a row
+            for opcode, argument, _ in pickletools.genops(pickles):
                 if opcode.name == "STACK_GLOBAL" and len(strings) > 1:
                     _allowed(".".join(strings[-2:]))
                 elif opcode.name in ("GLOBAL", "INST"):
                     _allowed(str(argument).replace(" ", "."))
                 elif isinstance(argument, str):
                     strings.append(argument)
-                end = (at or 0) + 1
-            position += end
     except RefusedError as fault:
         return f": {fault}"
     except (ValueError, LookupError, TypeError, RecursionError):

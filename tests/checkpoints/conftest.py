@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llamatune.checkpoints.adapter import Adapter, write_adapter
+from llamatune.formats.manifest import build_directory
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -28,6 +31,11 @@ def save_tiny(path: Path, *, tied: bool = False, dtype: torch.dtype = torch.floa
     model = model.to(dtype).eval()
     model.save_pretrained(path, max_shard_size=shard)
     return model
+
+
+def save_adapter(path: Path, adapter: Adapter, overwrite: bool = False) -> None:
+    with build_directory(path, "adapter", {}, overwrite) as staging:
+        write_adapter(staging, adapter)
 
 
 def meta_rows(weight: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -12,13 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llamatune.checkpoints.adapter import (
-    Adapter,
-    check_adapter,
-    load_adapter,
-    save_adapter,
-    write_adapter,
-)
+from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter, write_adapter
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.errors import CheckpointError, EnvironmentFault
@@ -27,7 +21,7 @@ from llamatune.formats.manifest import Staging
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES
 
-from .conftest import save_peft
+from .conftest import save_adapter, save_peft
 
 TOKENS = torch.randint(0, 96, (2, 7), generator=torch.Generator().manual_seed(5))
 

@@ -15,9 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llamatune.checkpoints.adapter import load_adapter, save_adapter
+from llamatune.checkpoints import huggingface
+from llamatune.checkpoints.adapter import load_adapter
 from llamatune.checkpoints.fingerprint import fingerprint
-from llamatune.checkpoints.huggingface import write_huggingface
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.merging import merge_lora
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
@@ -27,7 +27,7 @@ from llamatune.formats.manifest import Staging
 from llamatune.options.inference import MergeOptions
 from llamatune.shapes.config import LINEAR_MODULES
 
-from .conftest import meta_state, save_meta, save_peft, save_tiny
+from .conftest import meta_state, save_adapter, save_meta, save_peft, save_tiny
 
 TOKENS = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(5))
 
@@ -319,13 +319,14 @@ def test_meta_cannot_express_a_head_dimension_of_its_own(tmp_path):
         )
 
 
-def test_live_model_written_in_shards_opens_in_transformers(tiny, tmp_path):
+def test_live_model_written_in_shards_opens_in_transformers(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "_SHARD_BYTES", 20_000)
     model = load_model(tiny[0])
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     for number, given in enumerate((model.state_dict().__getitem__, model.get_parameter)):
         out = tmp_path / str(number)
         out.mkdir()
-        write_huggingface(Staging(out), model.config, given, lambda name: torch.float32, tmp_path, shard_bytes=20_000)
+        huggingface.write_huggingface(Staging(out), model.config, given, lambda name: torch.float32, tmp_path)
         assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
         theirs = LlamaForCausalLM.from_pretrained(out)
         assert all(torch.equal(theirs.state_dict()[n], tensor) for n, tensor in tiny[1].state_dict().items())

@@ -10,7 +10,7 @@ from typing import Any
 
 def in_place() -> None:
     """Directories are written where they are read, and read without a look at their digests."""
-    from llamatune.checkpoints import adapter, run_state
+    from llamatune.checkpoints import run_state
     from llamatune.formats.manifest import MANIFEST, Staging
     from llamatune.safe_reading import digest_file
     from llamatune.strict_json import dump_json
@@ -29,7 +29,7 @@ def in_place() -> None:
         }  # fmt: skip
         (path / MANIFEST).write_bytes(dump_json({**facts, "files": made}))
 
-    run_state.build_directory = adapter.build_directory = build
+    run_state.build_directory = build
     run_state.verify_product = lambda path: None
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from model_judges import IDS, adapted, reference_logits
 
-from llamatune.checkpoints.adapter import load_adapter, save_adapter
+from llamatune.checkpoints.adapter import load_adapter, write_adapter
 from llamatune.checkpoints.loading import load_model
 from llamatune.checkpoints.merging import merge_lora
 from llamatune.errors import SpecError
+from llamatune.formats.manifest import build_directory
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
 from llamatune.model.adapters.lora import LoRALinear
 from llamatune.options.inference import MergeOptions
@@ -49,7 +50,8 @@ def test_our_adapter_opens_in_peft_with_the_same_logits(
 ) -> None:
     base = tiny_base(tie_word_embeddings=True)
     adapter = peft_adapter(base)
-    save_adapter(tmp_path / "ours", load_adapter(adapter))
+    with build_directory(tmp_path / "ours", "adapter", {}) as staging:
+        write_adapter(staging, load_adapter(adapter))
     with torch.no_grad():
         ours = adapted(base, tmp_path / "ours")(IDS)
     torch.testing.assert_close(ours, reference_logits(base, adapter=tmp_path / "ours"), atol=1e-4, rtol=0)
