@@ -47,14 +47,13 @@ def read_config_json(path: Path, tensors: dict[str, TensorLocation] | None) -> L
         bos_token_id=facts.integer("bos_token_id", 1),
         eos_token_ids=_stop_tokens(path, facts),
     )
-    if tensors is None:
+    if tensors is None or EMBEDDING not in tensors:
         return config
-    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
-    if head is None and not config.tie_word_embeddings and embedding is not None:
+    if HEAD in tensors:
+        tied = config.tie_word_embeddings and same_bytes(tensors[HEAD], tensors[EMBEDDING])
+        return dataclasses.replace(config, tie_word_embeddings=tied)
+    if not config.tie_word_embeddings:
         raise CheckpointError(f"{HEAD} is missing and tie_word_embeddings is false", path, "fetch the weights again")
-    if head is not None and embedding is not None:
-        tied = config.tie_word_embeddings and same_bytes(head, embedding)
-        config = dataclasses.replace(config, tie_word_embeddings=tied)
     return config
 
 

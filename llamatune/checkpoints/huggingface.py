@@ -38,11 +38,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         locations = locate_huggingface(path)
         config = read_config_json(path, locations)
         shapes = dict(config.parameter_shapes())
-        used = {
-            name: location
-            for name, location in locations.items()
-            if not _BUFFERS.fullmatch(name) and not (name == HEAD and config.tie_word_embeddings)
-        }
+        unused = [HEAD] if config.tie_word_embeddings else []
+        used = {name: part for name, part in locations.items() if name not in unused and not _BUFFERS.fullmatch(name)}
         refuse_unfit(path, shapes, used)
         return cls(path, config, {name: [used[name]] for name in shapes})
 

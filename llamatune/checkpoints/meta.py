@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -132,12 +133,8 @@ class MetaCheckpoint(Checkpoint):
         if axis == 1:
             return torch.cat([self._read_rows(part, rows) for part in parts], dim=1)
         each = parts[0].shape[0]
-        chosen = torch.empty((len(rows), *parts[0].shape[1:]), dtype=self.dtype(name))
-        for number, part in enumerate(parts):
-            places = [place for place, row in enumerate(rows) if row // each == number]
-            if places:
-                chosen[places] = self._read_rows(part, [rows[place] % each for place in places])
-        return chosen
+        by_shard = itertools.groupby(rows, key=lambda row: row // each)
+        return torch.cat([self._read_rows(parts[shard], [row % each for row in group]) for shard, group in by_shard])
 
     def write_copy(self, staging: Staging, tensor_of: TensorOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
         def dtype_of(name: str) -> torch.dtype:

@@ -7,7 +7,6 @@ length from the manifest of a merge or from Meta's own models.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from llamatune.checkpoints.json_fields import JsonFields
 from llamatune.durable_writing import writing
@@ -98,22 +97,19 @@ def write_params_json(directory: Path, config: LlamaConfig) -> None:
             "params.json", "Meta's format cannot say this; use --format hf",
         )  # fmt: skip
     multiple_of, multiplier = _feed_forward_settings(config)
-    params: dict[str, Any] = {
+    params = {
         "dim": config.hidden_size,
         "n_layers": config.num_hidden_layers,
         "n_heads": config.num_attention_heads,
         "multiple_of": multiple_of,
         "norm_eps": config.rms_norm_eps,
         "vocab_size": config.vocab_size,
+        "n_kv_heads": config.num_key_value_heads if config.num_key_value_heads != config.num_attention_heads else None,
+        "ffn_dim_multiplier": multiplier,
+        "rope_theta": config.rope_theta if config.rope_theta != 10000.0 else None,
     }
-    if config.num_key_value_heads != config.num_attention_heads:
-        params["n_kv_heads"] = config.num_key_value_heads
-    if multiplier is not None:
-        params["ffn_dim_multiplier"] = multiplier
-    if config.rope_theta != 10000.0:
-        params["rope_theta"] = config.rope_theta
     with writing(directory / "params.json") as file:
-        file.write(dump_json(params))
+        file.write(dump_json({name: value for name, value in params.items() if value is not None}))
 
 
 def _feed_forward_settings(config: LlamaConfig) -> tuple[int, float | None]:

@@ -1,8 +1,6 @@
 """``llamatune.json``, the manifest of a product: its kind, its inputs, its facts, and size and SHA-256 of each file.
 
 Every directory that a verb makes is a product: a prepared directory, checkpoint, adapter, model or NF4 cache.
-``build_directory`` writes one with its manifest, ``read_manifest`` and ``find_manifest`` read the manifest, and
-``verify_product`` compares every byte with it.
 """
 
 from __future__ import annotations
@@ -159,20 +157,6 @@ def manifest_if_readable(directory: Path) -> Manifest | None:
     return None
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a product.
-
-    Raises:
-        CheckpointError: as ``find_manifest``; also if it is missing or of another schema (``OtherVersion``).
-    """
-    manifest = find_manifest(directory)
-    if manifest is None:
-        raise CheckpointError("no such file", directory / MANIFEST)
-    if manifest.schema != SCHEMA:
-        raise OtherVersion(manifest.schema, manifest.path)
-    return manifest
-
-
 def _file_entry(name: str, entry: Any, where: Path, error: type[LlamatuneError]) -> tuple[int, str]:
     parts = PurePosixPath(name).parts
     plain = parts and name == "/".join(parts) and ".." not in parts and "\0" not in name and name != MANIFEST
@@ -201,9 +185,14 @@ def verify_product(directory: Path, on_event: OnEvent = ignore_event, should_sto
 
     Raises:
         CheckpointError: files that are missing, or of another size or content; the first is named, all are counted.
+            No manifest, or one of another schema (``OtherVersion``).
         Stopped: ``should_stop`` said so.
     """
-    manifest = read_manifest(directory)
+    manifest = find_manifest(directory)
+    if manifest is None:
+        raise CheckpointError("no such file", directory / MANIFEST)
+    if manifest.schema != SCHEMA:
+        raise OtherVersion(manifest.schema, manifest.path)
     faults = _misfits(directory, manifest)
     done = 0
     for name, (size, digest) in manifest.files.items():

@@ -14,7 +14,7 @@ from llamatune.formats.manifest import (
     find_manifest,
     finished_product,
     manifest_if_readable,
-    read_manifest,
+    verify_product,
 )
 from llamatune.safe_reading import digest_file
 
@@ -50,20 +50,20 @@ def make_product(path: Path, **facts: Any) -> Path:
 def test_facts_are_read_with_their_types(tmp_path: Path) -> None:
     facts = {"template": {"name": "alpaca"}, "base_fingerprint": "sha256:1", "tokenizer": {"fingerprint": "sha256:2"}}
     path = make_product(tmp_path / "out", **facts, max_position_embeddings=64, adapters=["a", 1])
-    manifest = read_manifest(tmp_path / "out")
+    manifest = find_manifest(tmp_path / "out")
     assert (manifest.template, manifest.base_fingerprint) == (facts["template"], "sha256:1")
     assert (manifest.tokenizer_fingerprint, manifest.max_position_embeddings) == ("sha256:2", 64)
     assert manifest.merged_adapters == ["a"]
     assert manifest.digest == digest_file(path)
     make_product(tmp_path / "out")
-    manifest = read_manifest(tmp_path / "out")
+    manifest = find_manifest(tmp_path / "out")
     assert (manifest.template, manifest.base_fingerprint, manifest.tokenizer_fingerprint) == (None, None, None)
     assert (manifest.max_position_embeddings, manifest.merged_adapters) == (None, [])
 
 
 def test_a_malformed_fact_is_refused_when_it_is_asked_for(tmp_path: Path) -> None:
     make_product(tmp_path / "out", template=[1], base_fingerprint=5, tokenizer={"fingerprint": 3}, adapters=7)
-    manifest = read_manifest(tmp_path / "out")
+    manifest = find_manifest(tmp_path / "out")
     for name in ("template", "base_fingerprint", "tokenizer_fingerprint"):
         with pytest.raises(CheckpointError, match="is malformed"):
             getattr(manifest, name)
@@ -75,7 +75,7 @@ def test_another_schema_is_told_from_a_broken_manifest(tmp_path: Path) -> None:
     raw = json.loads(path.read_text())
     path.write_text(json.dumps({**raw, "schema": 2, "files": ["another layout"]}))
     with pytest.raises(OtherVersion, match="schema 2"):
-        read_manifest(tmp_path / "out")
+        verify_product(tmp_path / "out")
     found = find_manifest(tmp_path / "out")
     assert found is not None
     assert (found.template, found.files) == ({"name": "x"}, {})
@@ -91,4 +91,4 @@ def test_another_schema_is_told_from_a_broken_manifest(tmp_path: Path) -> None:
     path.unlink()
     assert find_manifest(tmp_path / "out") is None
     with pytest.raises(CheckpointError, match="no such file"):
-        read_manifest(tmp_path / "out")
+        verify_product(tmp_path / "out")
