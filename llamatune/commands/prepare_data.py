@@ -77,7 +77,7 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from llamatune.data.rows import shown_place
+    from llamatune.data.row_reader import shown_place
     from llamatune.errors import printable
 
     def reasons(counts: dict[str, int]) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Generator, Iterable, Sequence
 from multiprocessing.connection import Connection
 
 from llamatune.data.encoding import EncodedBatch, Recipe, encode_batch
-from llamatune.data.rows import RawRow
+from llamatune.data.row_reader import RawRow
 from llamatune.errors import EnvironmentFault, Stopped
 from llamatune.events import ShouldStop
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamatune.data.row_formats import FORMATS, parse_row
-from llamatune.data.rows import RowError, read_raw_rows
+from llamatune.data.row_decoding import decode_row
+from llamatune.data.row_formats import FORMATS, row_of
+from llamatune.data.row_reader import RowError, read_raw_rows
 from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import DataError
 from llamatune.seeds import derived_seed
@@ -53,7 +54,7 @@ def read_questions(path: Path) -> list[Question]:
     questions = []
     for number, raw in enumerate(read_raw_rows(path), start=1):
         try:
-            row = parse_row(raw, FORMATS["gsm8k"])
+            row = row_of(decode_row(raw), FORMATS["gsm8k"])
         except RowError as fault:
             raise DataError(fault.message, raw.place(path)) from None
         expected = extract_answer(row.completion)
