@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -35,7 +36,7 @@ def prepare_data(
         shown = preview_rows(options.output, load_tokenizer(options.tokenizer), count) if count else []
         payload = report.to_dict()
         if count:
-            payload["preview"] = [_row_payload(row) for row in shown]
+            payload["preview"] = [asdict(row) for row in shown]
 
         def human(out: RichConsole) -> None:
             for row in shown:
@@ -43,13 +44,6 @@ def prepare_data(
             _print_report(out, report)
 
         console.result(payload, human)
-
-
-def _row_payload(row: PreviewRow) -> dict[str, Any]:
-    return {
-        "row": row.row,
-        "tokens": [{"id": token.id, "piece": token.piece, "trained": token.trained} for token in row.tokens],
-    }
 
 
 def _print_row(out: RichConsole, row: PreviewRow, show_ids: bool) -> None:
