@@ -13,6 +13,7 @@ from llamatune.data.row_decoding import Row, decode_row
 from llamatune.data.row_formats import FORMATS, row_of, strip_annotations
 from llamatune.data.row_reader import RawRow, RowError
 from llamatune.data.templates import Template
+from llamatune.options.preparation import PrepareOptions
 from llamatune.tokenizers.base import Tokenizer
 
 
@@ -23,10 +24,7 @@ class Recipe:
     tokenizer: Tokenizer
     template: Template
     format: str
-    max_seq_length: int
-    overlong: str
-    train_on_prompt: bool
-    strip_annotations: bool
+    options: PrepareOptions
 
 
 @dataclass
@@ -78,23 +76,23 @@ def encode_batch(recipe: Recipe, rows: Sequence[RawRow]) -> EncodedBatch:
 
 
 def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row) -> None:
-    tokenizer = recipe.tokenizer
-    prompt = recipe.template.prompt_of(row.fields, row.turns)
-    answer = strip_annotations(row.completion) if recipe.strip_annotations else row.completion
-    completion = recipe.template.completion_of(answer)
+    tokenizer, options, answer = recipe.tokenizer, recipe.options, row.completion
+    if recipe.format == "gsm8k" and options.gsm8k_annotations == "strip":
+        answer = strip_annotations(answer)
+    prompt, completion = recipe.template.prompt_of(row.fields, row.turns), recipe.template.completion_of(answer)
     ids, first = tokenizer.encode_pair(prompt, completion)
     is_prefix = prompt_check(tokenizer).is_prefix(prompt, completion, ids)
     has_text = first < len(ids)
     ids.append(tokenizer.eos_id)
-    excess = len(ids) - recipe.max_seq_length
+    excess = len(ids) - options.max_seq_length
     batch.full_lengths.append((position, len(ids)))
-    if recipe.train_on_prompt:
+    if options.train_on_prompt:
         first = 1
     if excess > 0:
-        if recipe.overlong != "truncate":
+        if options.overlong != "truncate":
             batch.dropped.append((position, "overlong"))
             return
-        del ids[recipe.max_seq_length :]  # the EOS too: the completion does not end here
+        del ids[options.max_seq_length :]  # the EOS too: the completion does not end here
     # If the tokenizer normalised the whole completion away, EOS alone would train an empty answer.
     if first >= len(ids) or not has_text:
         batch.dropped.append((position, "no_target_tokens"))

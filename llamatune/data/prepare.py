@@ -183,7 +183,7 @@ class _Job:
         self.on_event(Notice(message, "warning"))
 
     def _facts(self, splits: dict[str, dict[str, int]]) -> dict[str, Any]:
-        recipe, tokenizer = self.recipe, self.recipe.tokenizer
+        options, recipe, tokenizer = self.options, self.recipe, self.recipe.tokenizer
         return {
             "format": recipe.format,
             "template": recipe.template.to_dict(),
@@ -193,11 +193,11 @@ class _Job:
                 "bos_id": tokenizer.bos_id,
                 "eos_id": tokenizer.eos_id,
             },
-            "max_seq_length": recipe.max_seq_length,
-            "overlong": recipe.overlong,
-            "train_on_prompt": recipe.train_on_prompt,
-            "row_files": list(map(shown_path, self.options.rows)),
-            "validation_files": list(map(shown_path, self.options.validation)),
+            "max_seq_length": options.max_seq_length,
+            "overlong": options.overlong,
+            "train_on_prompt": options.train_on_prompt,
+            "row_files": list(map(shown_path, options.rows)),
+            "validation_files": list(map(shown_path, options.validation)),
             **self.counts.facts(),
             "train_rows": splits["train"]["rows"],
             "validation_rows": splits.get("validation", {"rows": 0})["rows"],

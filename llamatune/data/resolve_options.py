@@ -33,11 +33,9 @@ def resolve_options(options: PrepareOptions, on_event: OnEvent) -> tuple[Recipe,
     row_format = _format_of(options)
     template = _template_for(row_format, options, on_event)
     gsm8k = row_format.name == "gsm8k"
-    strip = options.gsm8k_annotations == "strip"
-    if strip and not gsm8k:
+    if options.gsm8k_annotations == "strip" and not gsm8k:
         on_event(Notice(f"--gsm8k-annotations strip has no effect on {row_format.name} rows", "warning"))
-    name, length, overlong = row_format.name, options.max_seq_length, options.overlong
-    recipe = Recipe(tokenizer, template, name, length, overlong, options.train_on_prompt, strip and gsm8k)
+    recipe = Recipe(tokenizer, template, row_format.name, options)
     # Paths and --skip-bad-rows are left out: they do not change the output.
     inputs = {
         "revision": _REVISION_WITH_CONTEXT if template.turn or "system" in template.placeholders else _REVISION,
