@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,10 @@ def prepare_data(
         if report and report.refused <= options.skip_bad_rows:
             return report
     with build_directory(options.output, KIND, inputs, options.overwrite) as staging:
-        _Job(options, recipe, staging, on_event, should_stop, workers).run()
+        total_bytes = sum(path.stat().st_size for path in input_files(options))
+        if workers is None:
+            workers = min(len(os.sched_getaffinity(0)), total_bytes // _BYTES_FOR_A_WORKER)
+        _Job(recipe, staging, on_event, should_stop, workers, total_bytes).run()
         if [_file_state(path) for path in input_files(options)] != state:
             raise DataError("a row file was changed while it was read", None, "run the same command again")
     report = PrepareReport.from_facts(options.output, staging.facts, unchanged=False)
@@ -91,26 +95,23 @@ def _file_state(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+@dataclass
 class _Job:
     """One preparation: from reading the first row to the files in the staging directory."""
 
-    def __init__(
-        self,
-        options: PrepareOptions,
-        recipe: Recipe,
-        staging: Staging,
-        on_event: OnEvent,
-        should_stop: ShouldStop,
-        workers: int | None,
-    ) -> None:
-        self.options, self.recipe, self.staging = options, recipe, staging
-        self.on_event, self.should_stop = on_event, should_stop
-        self.total_bytes = sum(path.stat().st_size for path in input_files(options))
-        self.done_bytes = 0
-        self.reported_at = time.monotonic()
-        by_size = min(len(os.sched_getaffinity(0)), self.total_bytes // _BYTES_FOR_A_WORKER)
-        self.workers = by_size if workers is None else workers
-        self.counts = Counts()
+    recipe: Recipe
+    staging: Staging
+    on_event: OnEvent
+    should_stop: ShouldStop
+    workers: int
+    total_bytes: int
+    done_bytes: int = 0
+    reported_at: float = field(default_factory=time.monotonic)
+    counts: Counts = field(default_factory=Counts)
+
+    @property
+    def options(self) -> PrepareOptions:
+        return self.recipe.options
 
     def run(self) -> None:
         options, path = self.options, self.staging.path

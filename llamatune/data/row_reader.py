@@ -94,13 +94,13 @@ def read_raw_rows(path: Path) -> Iterator[RawRow]:
 
 
 def _refuse_other_encodings(head: bytes, path: Path) -> None:
+    name = ""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         name = "UTF-16"
     elif len(head) >= 4 and head[:4].count(0) >= 2 and head[:4].strip(b"\0"):
         name = "UTF-16 or UTF-32 without a byte order mark"
-    else:
-        return
-    raise DataError(f"{name} text (at byte 0), not UTF-8", f"{path}:1", "convert it: iconv -f UTF-16 -t UTF-8")
+    if name:
+        raise DataError(f"{name} text (at byte 0), not UTF-8", f"{path}:1", "convert it: iconv -f UTF-16 -t UTF-8")
 
 
 def _too_large(data: bytes, offset: int) -> RowError:
@@ -115,14 +115,10 @@ def _lines(file: BinaryIO, offset: int) -> Iterator[RawRow]:
         line += 1
         begin, offset = offset, offset + len(data)
         if len(data) > LARGEST_ROW_BYTES and not data.endswith(b"\n"):
-            while rest := file.readline(_PORTION):
-                offset += len(rest)
-                if rest.endswith(b"\n"):
-                    break
             yield RawRow(line, begin, b"", _too_large(data, begin))
-            continue
-        row = data.strip(_BLANK)
-        if row:
+            while not data.endswith(b"\n") and (data := file.readline(_PORTION)):
+                offset += len(data)
+        elif row := data.strip(_BLANK):
             yield RawRow(line, begin + len(data) - len(data.lstrip(_BLANK)), row)
 
 
