@@ -34,7 +34,7 @@ def prepare_data(
         report = run_preparation(options, console.on_event, console.should_stop)
         count = options.preview
         shown = preview_rows(options.output, load_tokenizer(options.tokenizer), count) if count else []
-        payload = report.to_dict()
+        payload = asdict(report)
         if count:
             payload["preview"] = [asdict(row) for row in shown]
 

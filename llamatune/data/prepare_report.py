@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -117,10 +117,6 @@ class PrepareReport:
             return None
         stored = {name: facts[name] for name in names & facts.keys()}
         return cls(output=shown_path(output), unchanged=unchanged, **stored)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        return asdict(self)
 
 
 def bad_rows_error(counts: Counts) -> DataError:
