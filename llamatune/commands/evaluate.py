@@ -32,7 +32,7 @@ def evaluate(
                 write_atomic(rows_file, dump_json_lines(report.per_row()), options.overwrite)
             payload = report.to_dict()
         else:
-            from llamatune.inference.evaluate_gsm8k import evaluate_gsm8k
+            from llamatune.inference.gsm8k import evaluate_gsm8k
 
             payload = evaluate_gsm8k(options, console.on_event, console.should_stop).to_dict()
         console.result(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,9 +34,9 @@ def prepare_data(
         report = run_preparation(options, console.on_event, console.should_stop)
         count = options.preview
         shown = preview_rows(options.output, load_tokenizer(options.tokenizer), count) if count else []
-        payload = report.to_dict()
+        payload = asdict(report)
         if count:
-            payload["preview"] = [_row_payload(row) for row in shown]
+            payload["preview"] = [asdict(row) for row in shown]
 
         def human(out: RichConsole) -> None:
             for row in shown:
@@ -43,13 +44,6 @@ def prepare_data(
             _print_report(out, report)
 
         console.result(payload, human)
-
-
-def _row_payload(row: PreviewRow) -> dict[str, Any]:
-    return {
-        "row": row.row,
-        "tokens": [{"id": token.id, "piece": token.piece, "trained": token.trained} for token in row.tokens],
-    }
 
 
 def _print_row(out: RichConsole, row: PreviewRow, show_ids: bool) -> None:
@@ -77,7 +71,7 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from llamatune.data.rows import shown_place
+    from llamatune.data.row_reader import shown_place
     from llamatune.errors import printable
 
     def reasons(counts: dict[str, int]) -> str:

@@ -107,11 +107,8 @@ def open_prepared(path: Path) -> Prepared:
 def check_rows(split: Split, config: LlamaConfig, where: str, on_event: OnEvent) -> None:
     """Raise ``CheckpointError`` for an id beyond the model's embedding; warn about rows beyond its context length."""
     if split.largest_id >= config.vocab_size:
-        raise CheckpointError(
-            f"tokenizer id {split.largest_id} >= {config.vocab_size} embedding rows",
-            where,
-            "prepare the data with the tokenizer of this model",
-        )
+        what = f"tokenizer id {split.largest_id} >= {config.vocab_size} embedding rows"
+        raise CheckpointError(what, where, "prepare the data with the tokenizer of this model")
     longest, known = max(split.lengths, default=0), config.max_position_embeddings
     if longest > known:
         on_event(Notice(f"{where}: a row of {longest} tokens exceeds the model's context length of {known}", "warning"))
@@ -122,44 +119,32 @@ def check_tokenizer(prepared: Prepared, model: Path, force_base: bool, on_event:
     if not (model / "tokenizer.model").is_file():
         on_event(Notice(f"{model} has no tokenizer.model to compare the data's tokenizer with", "warning"))
         return
-    own, used = load_tokenizer(model).fingerprint, prepared.manifest.tokenizer_fingerprint
-    if own != used:
-        if not force_base:
-            raise CheckpointError(
-                "the data was prepared with another tokenizer than the model's",
-                model / "tokenizer.model",
-                "prepare it again with this one, or pass --force-base",
-            )
-        on_event(
-            Notice(
-                "the data was prepared with another tokenizer than the model's; accepted because of --force-base",
-                "warning",
-            )
-        )
-
-
-def epoch_order(rows: int, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
-    """The rows of epoch ``epoch`` (from 0) in training order: a permutation by (seed, epoch), or file order."""
-    if not shuffle:
-        return list(range(rows))
-    generator = torch.Generator().manual_seed(derived_seed(seed, "order", epoch))
-    return torch.randperm(rows, generator=generator).tolist()
+    if load_tokenizer(model).fingerprint == prepared.manifest.tokenizer_fingerprint:
+        return
+    what = "the data was prepared with another tokenizer than the model's"
+    if not force_base:
+        todo = "prepare it again with this one, or pass --force-base"
+        raise CheckpointError(what, model / "tokenizer.model", todo)
+    on_event(Notice(f"{what}; accepted because of --force-base", "warning"))
 
 
 def epoch_rows(lengths: Sequence[int], seed: int, epoch: int, shuffle: bool, budget: int | None) -> list[list[int]]:
-    """The samples of each row of an epoch, in training order: a function of (seed, epoch).
+    """The samples of each row of epoch ``epoch`` (from 0), in training order: a function of (seed, epoch).
 
     Without a ``budget`` a row is one sample. With a budget (tokens), ``shuffle`` packs other samples together in each
     epoch; the number of rows stays the same.
     """
-    order = epoch_order(len(lengths), seed, epoch, shuffle)
+    order = _permutation(len(lengths), derived_seed(seed, "order", epoch)) if shuffle else range(len(lengths))
     if budget is None:
         return [[index] for index in order]
     rows = pack(lengths, budget, order)
     if not shuffle:
         return sorted(rows, key=min)
-    generator = torch.Generator().manual_seed(derived_seed(seed, "rows", epoch))
-    return [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]
+    return [rows[place] for place in _permutation(len(rows), derived_seed(seed, "rows", epoch))]
+
+
+def _permutation(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def packing_budget(spec: RunSpec) -> int | None:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llamatune.data.prefix_check import prompt_check
-from llamatune.data.row_formats import FORMATS, parse_row, strip_annotations
-from llamatune.data.row_parsing import Row
-from llamatune.data.rows import RawRow, RowError
+from llamatune.data.row_decoding import Row, decode_row
+from llamatune.data.row_formats import FORMATS, row_of, strip_annotations
+from llamatune.data.row_reader import RawRow, RowError
 from llamatune.data.templates import Template
+from llamatune.options.preparation import PrepareOptions
 from llamatune.tokenizers.base import Tokenizer
 
 
@@ -23,10 +24,7 @@ class Recipe:
     tokenizer: Tokenizer
     template: Template
     format: str
-    max_seq_length: int
-    overlong: str
-    train_on_prompt: bool
-    strip_annotations: bool
+    options: PrepareOptions
 
 
 @dataclass
@@ -66,37 +64,35 @@ def encode_batch(recipe: Recipe, rows: Sequence[RawRow]) -> EncodedBatch:
     batch = EncodedBatch()
     for position, raw in enumerate(rows):
         try:
-            row = parse_row(raw, FORMATS[recipe.format])
-            misfit = recipe.template.misfit(row)
-            if misfit is not None:
+            row = row_of(decode_row(raw), FORMATS[recipe.format])
+            if misfit := recipe.template.misfit(row):
                 raise RowError("template_misfit", misfit)
         except RowError as fault:
             batch.refused.append((position, fault.kind, fault.message))
             continue
-        batch.ignored_keys.update(row.ignored_keys)
-        batch.ignored_keys.update(recipe.template.unused_fields(row))
+        batch.ignored_keys.update(row.ignored_keys + recipe.template.unused_fields(row))
         _encode_row(batch, recipe, position, row)
     return batch
 
 
 def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row) -> None:
-    tokenizer = recipe.tokenizer
-    completion = strip_annotations(row.completion) if recipe.strip_annotations else row.completion
-    prompt = recipe.template.prompt_of(row.fields, row.turns)
-    completion = recipe.template.completion_of(completion)
+    tokenizer, options, answer = recipe.tokenizer, recipe.options, row.completion
+    if recipe.format == "gsm8k" and options.gsm8k_annotations == "strip":
+        answer = strip_annotations(answer)
+    prompt, completion = recipe.template.prompt_of(row.fields, row.turns), recipe.template.completion_of(answer)
     ids, first = tokenizer.encode_pair(prompt, completion)
     is_prefix = prompt_check(tokenizer).is_prefix(prompt, completion, ids)
     has_text = first < len(ids)
     ids.append(tokenizer.eos_id)
-    excess = len(ids) - recipe.max_seq_length
+    excess = len(ids) - options.max_seq_length
     batch.full_lengths.append((position, len(ids)))
-    if recipe.train_on_prompt:
+    if options.train_on_prompt:
         first = 1
     if excess > 0:
-        if recipe.overlong != "truncate":
+        if options.overlong != "truncate":
             batch.dropped.append((position, "overlong"))
             return
-        del ids[recipe.max_seq_length :]  # the EOS too: the completion does not end here
+        del ids[options.max_seq_length :]  # the EOS too: the completion does not end here
     # If the tokenizer normalised the whole completion away, EOS alone would train an empty answer.
     if first >= len(ids) or not has_text:
         batch.dropped.append((position, "no_target_tokens"))
@@ -109,9 +105,5 @@ def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row) ->
     batch.positions.append(position)
     batch.lengths.append(len(ids))
     batch.first_targets.append(first)
-    batch.keys.append(_content_key(row))
-
-
-def _content_key(row: Row) -> int:
     content = repr((sorted(row.fields.items()), row.turns, row.completion)).encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    batch.keys.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))

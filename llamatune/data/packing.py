@@ -12,41 +12,22 @@ def pack(lengths: Sequence[int], budget: int, order: Sequence[int]) -> list[list
     rows depends on the lengths alone.
     """
     rows: list[list[int]] = []
-    room = _FirstFit(len(lengths))
+    # A segment tree finds the first row with room in logarithmic time: each leaf is a row, the first one yet unused
+    # included, and each other node has the most room of its children 2n and 2n + 1.
+    leaves = 1 << max(0, len(order) - 1).bit_length()
+    room = [budget] * (2 * leaves)
     for index in sorted(order, key=lambda index: -lengths[index]):
-        row = room.take(lengths[index])
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            room.open(row, max(0, budget - lengths[index]))
-        rows[row].append(index)
-    return rows
-
-
-class _FirstFit:
-    """A segment tree of the room left in each row: finds the first row with enough room in logarithmic time."""
-
-    def __init__(self, rows: int) -> None:
-        self._leaves = 1 << max(1, rows - 1).bit_length()
-        self._most = [0] * (2 * self._leaves)
-
-    def open(self, row: int, room: int) -> None:
-        self._set(self._leaves + row, room)
-
-    def take(self, tokens: int) -> int | None:
-        """The first row with room for ``tokens``, which are subtracted from it; None: no row has room."""
-        if self._most[1] < tokens:
-            return None
+        tokens = min(lengths[index], budget)
         node = 1
-        while node < self._leaves:
+        while node < leaves:
             node *= 2
-            if self._most[node] < tokens:
+            if room[node] < tokens:
                 node += 1
-        self._set(node, self._most[node] - tokens)
-        return node - self._leaves
-
-    def _set(self, node: int, room: int) -> None:
-        self._most[node] = room
+        if node - leaves == len(rows):
+            rows.append([])
+        rows[node - leaves].append(index)
+        room[node] -= tokens
         while node > 1:
             node //= 2
-            self._most[node] = max(self._most[2 * node], self._most[2 * node + 1])
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return rows

@@ -62,7 +62,5 @@ def _encodes_words_apart(tokenizer: Tokenizer) -> bool:
     return tokenizer.decode(ids) == _PROBE and tokenizer.piece(ids[1]).startswith(_SPACE)
 
 
-@functools.lru_cache(maxsize=1)
-def prompt_check(tokenizer: Tokenizer) -> PromptCheck:
-    """The check for ``tokenizer``, cached: scanning a vocabulary takes longer than encoding a batch of rows."""
-    return PromptCheck(tokenizer)
+prompt_check = functools.lru_cache(maxsize=1)(PromptCheck)
+"""The check for a tokenizer, cached: scanning a vocabulary takes longer than encoding a batch of rows."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,12 @@ from llamatune.data.prepare_report import (
     PrepareReport,
     bad_rows_error,
     no_rows_error,
-    not_prefix_warning,
     overlong_error,
     row_facts,
     shown_path,
 )
 from llamatune.data.resolve_options import check_options, input_files, resolve_options
-from llamatune.data.rows import RawRow, read_raw_rows
+from llamatune.data.row_reader import RawRow, read_raw_rows
 from llamatune.data.spool import Spool
 from llamatune.data.validation_split import held_out_rows
 from llamatune.data.workers import encode_batches, raise_if_stopped
@@ -37,8 +38,6 @@ from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event
 from llamatune.formats.manifest import Staging, build_directory, finished_product, has_manifest
 from llamatune.formats.prepared import KIND
 from llamatune.options.preparation import PrepareOptions
-
-__all__ = ["PrepareOptions", "PrepareReport", "prepare_data"]
 
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 19
@@ -75,7 +74,10 @@ def prepare_data(
         if report and report.refused <= options.skip_bad_rows:
             return report
     with build_directory(options.output, KIND, inputs, options.overwrite) as staging:
-        _Job(options, recipe, staging, on_event, should_stop, workers).run()
+        total_bytes = sum(path.stat().st_size for path in input_files(options))
+        if workers is None:
+            workers = min(len(os.sched_getaffinity(0)), total_bytes // _BYTES_FOR_A_WORKER)
+        _Job(recipe, staging, on_event, should_stop, workers, total_bytes).run()
         if [_file_state(path) for path in input_files(options)] != state:
             raise DataError("a row file was changed while it was read", None, "run the same command again")
     report = PrepareReport.from_facts(options.output, staging.facts, unchanged=False)
@@ -93,26 +95,23 @@ def _file_state(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+@dataclass
 class _Job:
     """One preparation: from reading the first row to the files in the staging directory."""
 
-    def __init__(
-        self,
-        options: PrepareOptions,
-        recipe: Recipe,
-        staging: Staging,
-        on_event: OnEvent,
-        should_stop: ShouldStop,
-        workers: int | None,
-    ) -> None:
-        self.options, self.recipe, self.staging = options, recipe, staging
-        self.on_event, self.should_stop = on_event, should_stop
-        self.total_bytes = sum(path.stat().st_size for path in input_files(options))
-        self.done_bytes = 0
-        self.reported_at = time.monotonic()
-        by_size = min(len(os.sched_getaffinity(0)), self.total_bytes // _BYTES_FOR_A_WORKER)
-        self.workers = by_size if workers is None else workers
-        self.counts = Counts()
+    recipe: Recipe
+    staging: Staging
+    on_event: OnEvent
+    should_stop: ShouldStop
+    workers: int
+    total_bytes: int
+    done_bytes: int = 0
+    reported_at: float = field(default_factory=time.monotonic)
+    counts: Counts = field(default_factory=Counts)
+
+    @property
+    def options(self) -> PrepareOptions:
+        return self.recipe.options
 
     def run(self) -> None:
         options, path = self.options, self.staging.path
@@ -124,31 +123,29 @@ class _Job:
             if options.validation:
                 validation = stack.enter_context(Spool(path / "validation.spool"))
                 self._encode(options.validation, None, validation, refused.write)
-            if self.counts.refused > options.skip_bad_rows:
-                raise bad_rows_error(self.counts)
+            counts = self.counts
+            if counts.refused > options.skip_bad_rows:
+                raise bad_rows_error(counts)
             for spool, files in ((train, options.rows), (validation, options.validation)):
                 if spool is not None and not len(spool):
-                    raise no_rows_error(self.counts, files or [])
-            if self.counts.prompts_not_prefix:
-                self.on_event(Notice(not_prefix_warning(self.counts), "warning"))
+                    raise no_rows_error(counts, files)
+            if counts.prompts_not_prefix:
+                self._warn(
+                    f"{counts.prompts_not_prefix:,} of {counts.kept:,} rows begin with other tokens than their prompt "
+                    "encoded alone, so generate will not continue it as trained: drop the space at the end of the "
+                    "template or prompt, and begin the template's before_completion with a space or a newline"
+                )
             splits = self._write(train, validation)
-        if not self.counts.refused:
+        if not counts.refused:
             (path / "refused.jsonl").unlink()
         self.staging.facts.update(self._facts(splits))
 
     def _encode(self, files: Sequence[Path], limit: int | None, spool: Spool, refuse: Callable[[str], object]) -> None:
         """Read, encode, count and spool the rows of ``files``; ``refuse`` writes a line of ``refused.jsonl``."""
-        pending: list[tuple[Path, int, list[RawRow]]] = []
-
-        def batches() -> Iterator[list[RawRow]]:
-            for path, first_row, rows in _batches(files, limit):
-                pending.append((path, first_row, rows))
-                yield rows
-
-        encoded = encode_batches(self.recipe, batches(), self.workers, self.should_stop)
+        batches, read = itertools.tee(_batches(files, limit))
+        encoded = encode_batches(self.recipe, (rows for _, _, rows in read), self.workers, self.should_stop)
         with contextlib.closing(encoded):
-            for batch in encoded:
-                path, first_row, rows = pending.pop(0)
+            for batch, (path, first_row, rows) in zip(encoded, batches, strict=True):
                 self.counts.add(batch, path, rows)
                 for position, _, message in batch.refused:
                     line = {**row_facts(rows[position], path), "reason": message}
@@ -158,35 +155,36 @@ class _Job:
                     raise overlong_error(batch, overlong, path, rows[overlong], self.options.max_seq_length)
                 spool.add(batch, first_row)
                 self._progress(sum(len(row.data) for row in rows))
-        spool.finish()
 
     def _write(self, train: Spool, validation: Spool | None) -> dict[str, dict[str, int]]:
-        staging, fraction = self.staging, self.options.validation_fraction
-        check_stop = functools.partial(raise_if_stopped, self.should_stop)
+        fraction = self.options.validation_fraction
         train_keys = set(train.keys)
         self.counts.duplicates = len(train) - len(train_keys)
-        splits: dict[str, dict[str, int]] = {}
+        parts: dict[str, tuple[Spool, Sequence[int]]] = {"train": (train, b"\1" * len(train))}
         if validation is not None:
             both = sum(key in train_keys for key in validation.keys)
             self.counts.duplicates += len(validation) - len(set(validation.keys))
             self.counts.validation_rows_in_train = both
             if both:
-                self.on_event(Notice(f"{both} validation rows are training rows too", "warning"))
-            splits["train"] = train.write_split(staging, "train", lambda _: True, check_stop)
-            splits["validation"] = validation.write_split(staging, "validation", lambda _: True, check_stop)
-        else:
-            held = held_out_rows(train.keys, fraction, self.options.seed) if fraction else bytearray(len(train))
-            splits["train"] = train.write_split(staging, "train", lambda index: not held[index], check_stop)
-            if any(held):
-                splits["validation"] = train.write_split(
-                    staging, "validation", lambda index: bool(held[index]), check_stop
-                )
-            elif fraction:
-                self.on_event(Notice("all rows are equal, so none was held out for validation", "warning"))
-        return splits
+                self._warn(f"{both} validation rows are training rows too")
+            parts["validation"] = validation, b"\1" * len(validation)
+        elif fraction:
+            held_out = held_out_rows(train.keys, fraction, self.options.seed)
+            if any(held_out):
+                parts = {"train": (train, bytes(1 - held for held in held_out)), "validation": (train, held_out)}
+            else:
+                self._warn("all rows are equal, so none was held out for validation")
+        check_stop = functools.partial(raise_if_stopped, self.should_stop)
+        return {
+            split: spool.write_split(self.staging, split, wanted, check_stop)
+            for split, (spool, wanted) in parts.items()
+        }
+
+    def _warn(self, message: str) -> None:
+        self.on_event(Notice(message, "warning"))
 
     def _facts(self, splits: dict[str, dict[str, int]]) -> dict[str, Any]:
-        recipe, tokenizer = self.recipe, self.recipe.tokenizer
+        options, recipe, tokenizer = self.options, self.recipe, self.recipe.tokenizer
         return {
             "format": recipe.format,
             "template": recipe.template.to_dict(),
@@ -196,11 +194,11 @@ class _Job:
                 "bos_id": tokenizer.bos_id,
                 "eos_id": tokenizer.eos_id,
             },
-            "max_seq_length": recipe.max_seq_length,
-            "overlong": recipe.overlong,
-            "train_on_prompt": recipe.train_on_prompt,
-            "row_files": [shown_path(path) for path in self.options.rows],
-            "validation_files": [shown_path(path) for path in self.options.validation or []],
+            "max_seq_length": options.max_seq_length,
+            "overlong": options.overlong,
+            "train_on_prompt": options.train_on_prompt,
+            "row_files": list(map(shown_path, options.rows)),
+            "validation_files": list(map(shown_path, options.validation)),
             **self.counts.facts(),
             "train_rows": splits["train"]["rows"],
             "validation_rows": splits.get("validation", {"rows": 0})["rows"],
@@ -221,8 +219,7 @@ def _batches(files: Sequence[Path], limit: int | None) -> Iterator[tuple[Path, i
     """Batches of rows, each of one file, with the file and the number of the batch's first row, counted from 1."""
     number = 1
     for path in files:
-        rows: list[RawRow] = []
-        row_bytes = 0
+        rows, row_bytes = list[RawRow](), 0
         for raw in read_raw_rows(path):
             if limit is not None and number + len(rows) > limit:
                 break

@@ -5,13 +5,13 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from llamatune.data.encoding import EncodedBatch
-from llamatune.data.rows import RawRow
+from llamatune.data.row_reader import RawRow
 from llamatune.errors import DataError
 
 _LONGEST_SHOWN = 5
@@ -37,18 +37,15 @@ class Counts:
     truncated: int = 0
     truncated_tokens: int = 0
     prompts_not_prefix: int = 0
+    dropped: int = 0
+    dropped_reasons: Counter[str] = field(default_factory=Counter)
+    refused: int = 0
+    refused_reasons: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
     validation_rows_in_train: int = 0
-    dropped_reasons: Counter[str] = field(default_factory=Counter)
-    refused_reasons: Counter[str] = field(default_factory=Counter)
     ignored_keys: Counter[str] = field(default_factory=Counter)
-    longest: list[dict[str, Any]] = field(default_factory=list)
+    longest_rows: list[dict[str, Any]] = field(default_factory=list)
     first_refused: str | None = None
-
-    @property
-    def refused(self) -> int:
-        """Unusable rows."""
-        return self.refused_reasons.total()
 
     def add(self, batch: EncodedBatch, path: Path, rows: list[RawRow]) -> None:
         """Count one batch of rows of ``path``."""
@@ -57,37 +54,26 @@ class Counts:
         self.truncated += batch.truncated
         self.truncated_tokens += batch.truncated_tokens
         self.prompts_not_prefix += batch.prompts_not_prefix
+        self.dropped += len(batch.dropped)
         self.dropped_reasons.update(reason for _, reason in batch.dropped)
+        self.refused += len(batch.refused)
         self.refused_reasons.update(kind for _, kind, _ in batch.refused)
         for key, count in batch.ignored_keys.items():
-            self.ignored_keys[key if key in self.ignored_keys or len(self.ignored_keys) < _MOST_KEYS else "..."] += (
-                count
-            )
+            known = key in self.ignored_keys or len(self.ignored_keys) < _MOST_KEYS
+            self.ignored_keys[key if known else "..."] += count
         if batch.refused and self.first_refused is None:
             position, _, message = batch.refused[0]
             self.first_refused = f"{rows[position].place(shown_path(path))}: {message}"
         longest = heapq.nlargest(_LONGEST_SHOWN, batch.full_lengths, key=itemgetter(1))
-        self.longest += [{"tokens": tokens, **row_facts(rows[position], path)} for position, tokens in longest]
-        self.longest.sort(key=lambda row: -int(row["tokens"]))  # stable: of equal rows the earlier stays first
-        del self.longest[_LONGEST_SHOWN:]
+        self.longest_rows += [{"tokens": tokens, **row_facts(rows[position], path)} for position, tokens in longest]
+        self.longest_rows.sort(key=lambda row: -int(row["tokens"]))  # stable: of equal rows the earlier stays first
+        del self.longest_rows[_LONGEST_SHOWN:]
 
     def facts(self) -> dict[str, Any]:
         """The counts for the manifest."""
-        return {
-            "rows_in": self.rows_in,
-            "kept": self.kept,
-            "truncated": self.truncated,
-            "truncated_tokens": self.truncated_tokens,
-            "prompts_not_prefix": self.prompts_not_prefix,
-            "dropped": self.dropped_reasons.total(),
-            "dropped_reasons": dict(sorted(self.dropped_reasons.items())),
-            "refused": self.refused,
-            "refused_reasons": dict(sorted(self.refused_reasons.items())),
-            "duplicates": self.duplicates,
-            "validation_rows_in_train": self.validation_rows_in_train,
-            "ignored_keys": dict(sorted(self.ignored_keys.items())),
-            "longest_rows": self.longest,
-        }
+        counts = {name: dict(sorted(n.items())) if isinstance(n, Counter) else n for name, n in vars(self).items()}
+        del counts["first_refused"]
+        return counts
 
 
 @dataclass(frozen=True)
@@ -132,28 +118,17 @@ class PrepareReport:
         stored = {name: facts[name] for name in names & facts.keys()}
         return cls(output=shown_path(output), unchanged=unchanged, **stored)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        return asdict(self)
-
-
-def not_prefix_warning(counts: Counts) -> str:
-    """The warning about prompts that end in the middle of a token of their row."""
-    return (
-        f"{counts.prompts_not_prefix:,} of {counts.kept:,} rows begin with other tokens than their prompt encoded "
-        "alone, so generate will not continue it as trained: drop the space at the end of the template or prompt, and "
-        "begin the template's before_completion with a space or a newline"
-    )
-
 
 def bad_rows_error(counts: Counts) -> DataError:
     """The error for more unusable rows than ``--skip-bad-rows`` allows."""
     total = counts.refused
-    usable = "0 usable rows" if counts.kept == 0 else f"{total} bad row{'s' * (total != 1)}"
-    todo = f"{usable} of {counts.rows_in}"
-    if counts.kept:
-        them = "it" if total == 1 else "them"
-        todo += f"; correct {them}, or leave {them} out with --skip-bad-rows {total}"
+    if counts.kept == 0:
+        todo = f"0 usable rows of {counts.rows_in}"
+    else:
+        rows, them = ("row", "it") if total == 1 else ("rows", "them")
+        todo = (
+            f"{total} bad {rows} of {counts.rows_in}; correct {them}, or leave {them} out with --skip-bad-rows {total}"
+        )
     return DataError(str(counts.first_refused), None, todo)
 
 

@@ -24,7 +24,7 @@ class PreviewRow:
     """One prepared row; ``row`` is its number in the input files, counted from 1."""
 
     row: int
-    tokens: tuple[PreviewToken, ...]
+    tokens: list[PreviewToken]
 
 
 def preview_rows(directory: Path, tokenizer: Tokenizer, count: int) -> list[PreviewRow]:
@@ -35,6 +35,6 @@ def preview_rows(directory: Path, tokenizer: Tokenizer, count: int) -> list[Prev
     rows = []
     for number, (begin, end) in zip(numbers, itertools.pairwise(offsets), strict=True):
         ids, mask = split.column("input_ids", begin, end), split.column("loss_mask", begin, end)
-        tokens = (PreviewToken(i, tokenizer.piece(i), bool(trained)) for i, trained in zip(ids, mask, strict=True))
-        rows.append(PreviewRow(number, tuple(tokens)))
+        tokens = [PreviewToken(i, tokenizer.piece(i), bool(trained)) for i, trained in zip(ids, mask, strict=True)]
+        rows.append(PreviewRow(number, tokens))
     return rows

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 from pathlib import Path
 from typing import Any
 
 from llamatune.data.encoding import Recipe
-from llamatune.data.row_formats import FORMATS, Format, detect_format
-from llamatune.data.row_parsing import decode_row
-from llamatune.data.rows import RowError, read_raw_rows
+from llamatune.data.row_decoding import decode_row
+from llamatune.data.row_formats import FORMATS, ROWS_TRIED, Format, detect_format
+from llamatune.data.row_reader import RowError, read_raw_rows
 from llamatune.data.templates import DEFAULT_TEMPLATES, Template, load_template
 from llamatune.errors import DataError, SpecError
 from llamatune.events import Notice, OnEvent
@@ -20,7 +22,6 @@ from llamatune.tokenizers.sentencepiece import load_tokenizer
 # Raise a revision when the same inputs give other bytes. The second is for templates with a place for a row's `system`
 # or `history`, which the first left out; directories prepared with other templates stay valid.
 _REVISION, _REVISION_WITH_CONTEXT = 1, 2
-_ROWS_TRIED = 1000
 
 
 def resolve_options(options: PrepareOptions, on_event: OnEvent) -> tuple[Recipe, dict[str, Any]]:
@@ -34,15 +35,7 @@ def resolve_options(options: PrepareOptions, on_event: OnEvent) -> tuple[Recipe,
     gsm8k = row_format.name == "gsm8k"
     if options.gsm8k_annotations == "strip" and not gsm8k:
         on_event(Notice(f"--gsm8k-annotations strip has no effect on {row_format.name} rows", "warning"))
-    recipe = Recipe(
-        tokenizer,
-        template,
-        row_format.name,
-        options.max_seq_length,
-        options.overlong,
-        options.train_on_prompt,
-        gsm8k and options.gsm8k_annotations == "strip",
-    )
+    recipe = Recipe(tokenizer, template, row_format.name, options)
     # Paths and --skip-bad-rows are left out: they do not change the output.
     inputs = {
         "revision": _REVISION_WITH_CONTEXT if template.turn or "system" in template.placeholders else _REVISION,
@@ -81,33 +74,25 @@ def input_files(options: PrepareOptions) -> list[Path]:
 def _format_of(options: PrepareOptions) -> Format:
     if options.format != "auto":
         return FORMATS[options.format]
-    first: tuple[Format, Path] | None = None
-    for path in input_files(options):
-        detected = detect_format(read_raw_rows(path))
-        if detected is None:
-            continue
-        if first is not None and detected is not first[0]:
-            what = f"{detected.name} rows, but {first[1]} has {first[0].name} rows"
+    detected = {path: detect_format(read_raw_rows(path)) for path in input_files(options)}
+    known = [(path, row_format) for path, row_format in detected.items() if row_format is not None]
+    for (earlier, first), (path, other) in itertools.pairwise(known):
+        if other is not first:
+            what = f"{other.name} rows, but {earlier} has {first.name} rows"
             raise DataError(what, path, "prepare them separately")
-        first = (detected, path)
-    if first is not None:
-        return first[0]
-    for path in input_files(options):
-        keys = _keys_of_first_object(path)
-        if keys:
+    if known:
+        return known[0][1]
+    for path in detected:
+        if keys := _keys_of_first_object(path):
             shown = ", ".join(map(repr, keys[:10]))
             raise DataError(f"rows of no known format, with {shown}", path, f"known: {', '.join(FORMATS)} (--format)")
     return FORMATS["text"]  # no row, or none that can be read: reading will report each
 
 
 def _keys_of_first_object(path: Path) -> list[str]:
-    for number, raw in enumerate(read_raw_rows(path)):
-        if number == _ROWS_TRIED:
-            break
-        try:
+    for raw in itertools.islice(read_raw_rows(path), ROWS_TRIED):
+        with contextlib.suppress(RowError):
             return list(decode_row(raw)) or ["no keys"]
-        except RowError:
-            continue
     return []
 
 
@@ -116,11 +101,8 @@ def _template_for(row_format: Format, options: PrepareOptions, on_event: OnEvent
     lacking = sorted(template.placeholders - set(row_format.prompt_fields))
     if lacking:
         has = ", ".join(row_format.prompt_fields) or "none"
-        raise SpecError(
-            f"template {template.name!r} needs {{{lacking[0]}}}, which {row_format.name} rows lack",
-            None,
-            f"their fields: {has}",
-        )
+        what = f"template {template.name!r} needs {{{lacking[0]}}}, which {row_format.name} rows lack"
+        raise SpecError(what, None, f"their fields: {has}")
     if row_format.prompt_fields and not template.placeholders:
         on_event(Notice(f"template {template.name!r} contains nothing of the row's prompt", "warning"))
     return template

@@ -20,15 +20,19 @@ format has no place. Other extra keys are ignored and counted.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llamatune.data.chat_rows import read_chat
-from llamatune.data.row_parsing import Row, decode_row, is_empty, kind_of, optional_text, quote, text_field, without_nul
-from llamatune.data.rows import RawRow, RowError
+from llamatune.data.chat_format import read_chat
+from llamatune.data.row_decoding import Row, checked_text, decode_row, is_empty, optional_text, quote, text_field
+from llamatune.data.row_reader import RawRow, RowError
+
+_CHATS = ("messages", "conversations")
 
 
 @dataclass(frozen=True)
@@ -41,26 +45,23 @@ class Format:
         prompt_fields: the placeholders that its rows can fill.
         read: the ``Row`` of a JSON object.
         context: optional keys of what precedes the prompt.
+        distinctive_keys: a row with one of them is likely of this format.
     """
 
     name: str
     keys: tuple[str, ...]
     prompt_fields: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Row]
-    context: tuple[str, ...] = ()
+    context: tuple[str, ...]
+    distinctive_keys: tuple[str, ...]
 
-
-def parse_row(raw: RawRow, row_format: Format) -> Row:
-    """The row in ``raw``.
-
-    Raises:
-        RowError: not JSON, not of this format, or with characters that no tokenizer can encode.
-    """
-    return row_of(decode_row(raw), row_format)
+    def has_key_in(self, row: Mapping[str, Any]) -> bool:
+        """Whether ``row`` has a key by which this format is detected."""
+        return any(key in row for key in self.distinctive_keys)
 
 
 def row_of(row: Mapping[str, Any], row_format: Format) -> Row:
-    """``row`` read as ``row_format``; see ``parse_row``."""
+    """The ``Row`` of a JSON object; ``RowError`` if it is not of this format or has a NUL character."""
     unknown = _unknown_keys(row, row_format, row_format.keys + row_format.context)
     parsed = row_format.read(row)
     return replace(parsed, ignored_keys=unknown + parsed.ignored_keys) if unknown else parsed
@@ -71,24 +72,27 @@ def prompt_row_of(row: Mapping[str, Any]) -> Row:
 
     Its fields are all its strings, since a template may use any of them; other values are listed as ignored.
     """
-    row_format = next((known for known in FORMATS.values() if _has_a_key_of(row, known)), None)
+    row_format = next((known for known in FORMATS.values() if known.has_key_in(row)), None)
+    prompt_fields: tuple[str, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
     if row_format is not None:
-        _unknown_keys(row, row_format, row_format.prompt_fields)
+        prompt_fields = row_format.prompt_fields
+        _unknown_keys(row, row_format, prompt_fields)
         if row_format.name == "chat":
             return read_chat(row, as_prompt=True)
-    prompt_fields = () if row_format is None else row_format.prompt_fields
+        if row_format.name == "alpaca":
+            turns = _history(row)
     optional = {name: optional_text(row, name) for name in prompt_fields if name in _OPTIONAL}
-    for name in prompt_fields:
-        if name in row and name not in _OPTIONAL and not isinstance(row[name], str):
-            raise RowError("wrong_type", f"field {name!r} of the row is {kind_of(row[name])}, not a string")
-    texts = {key: without_nul(value, key) for key, value in row.items() if isinstance(value, str)}
-    turns = _history(row) if row_format is not None and "history" in row_format.context else ()
+    required = set(prompt_fields) - optional.keys()
+    texts = {key: checked_text(text, key) for key, text in row.items() if isinstance(text, str) or key in required}
     return Row({**texts, **optional}, "", turns, tuple(key for key in row if key not in texts))
 
 
-def _unknown_keys(row: Mapping[str, Any], row_format: Format, names: tuple[str, ...]) -> tuple[str, ...]:
+def _unknown_keys(row: Mapping[str, Any], row_format: Format, names: Iterable[str]) -> tuple[str, ...]:
     """The keys that ``row_format`` does not read; ``RowError`` for content and for misspelt ``names``."""
     unknown = tuple(key for key in row if key not in row_format.keys and key not in row_format.context)
+    if row_format.name == "chat" and row_format.has_key_in(row):
+        names = row_format.context  # one of its two keys is there, so the other is not missing
     for key in unknown:
         if key in _CONTENT and row_format.prompt_fields and not is_empty(row[key]):
             raise RowError(
@@ -96,17 +100,10 @@ def _unknown_keys(row: Mapping[str, Any], row_format: Format, names: tuple[str, 
                 f"field {key!r} would be lost: {row_format.name} rows have no place for it; take it out if it may be",
             )
         for name in names:
-            if name not in row and _is_misspelling(key, name, row, row_format):
+            # Of a key that may be absent only a near misspelling counts.
+            if name not in row and within_edits(key.lower(), name, 1 if name in row_format.context else 2):
                 raise RowError("unknown_field", f"unknown field {quote(key)}, did you mean {name!r}?")
     return unknown
-
-
-def _is_misspelling(key: str, name: str, row: Mapping[str, Any], row_format: Format) -> bool:
-    if name in row_format.context:  # an optional key: only a near misspelling counts
-        return _edits(key.lower(), name) <= 1
-    if row_format.name == "chat" and any(spelling in row for spelling in row_format.keys):
-        return False  # one of the two keys is there, so the other is not missing
-    return within_two_edits(key.lower(), name)
 
 
 def _read_alpaca(row: Mapping[str, Any]) -> Row:
@@ -127,22 +124,19 @@ def _history(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     )
     if not pairs_of_texts:
         raise RowError("wrong_type", "field 'history' of the row is not a list of [user, assistant] pairs of texts")
-    return tuple((without_nul(user, "history"), without_nul(answer, "history")) for user, answer in history or ())
+    return tuple((checked_text(user, "history"), checked_text(answer, "history")) for user, answer in history or ())
 
 
-def _read_gsm8k(row: Mapping[str, Any]) -> Row:
-    return Row({"question": text_field(row, "question")}, text_field(row, "answer"))
+def _plain_format(name: str, *keys: str) -> Format:
+    """A format whose rows have no optional keys; the last key is the completion's."""
+
+    def read(row: Mapping[str, Any]) -> Row:
+        return Row({key: text_field(row, key) for key in keys[:-1]}, text_field(row, keys[-1]))
+
+    return Format(name, keys, keys[:-1], read, (), keys)
 
 
-def _read_completion(row: Mapping[str, Any]) -> Row:
-    return Row({"prompt": text_field(row, "prompt")}, text_field(row, "completion"))
-
-
-def _read_text(row: Mapping[str, Any]) -> Row:
-    return Row({}, text_field(row, "text"))
-
-
-FORMATS: dict[str, Format] = {
+FORMATS = {
     row_format.name: row_format
     for row_format in (
         Format(
@@ -150,50 +144,38 @@ FORMATS: dict[str, Format] = {
             ("instruction", "input", "output"),
             ("instruction", "input", "system"),
             _read_alpaca,
-            ("system", "history"),
+            context=("system", "history"),
+            distinctive_keys=("instruction",),
         ),
-        Format("gsm8k", ("question", "answer"), ("question",), _read_gsm8k),
-        Format("chat", ("messages", "conversations"), ("user", "system"), read_chat, ("system",)),
-        Format("completion", ("prompt", "completion"), ("prompt",), _read_completion),
-        Format("text", ("text",), (), _read_text),
+        replace(_plain_format("gsm8k", "question", "answer"), distinctive_keys=("question",)),
+        Format("chat", _CHATS, ("user", "system"), read_chat, context=("system",), distinctive_keys=_CHATS),
+        _plain_format("completion", "prompt", "completion"),
+        _plain_format("text", "text"),
     )
 }
 """The formats in the order in which ``detect_format`` tries them: an alpaca row may also have a ``text``."""
 
-_DISTINCTIVE_KEYS = {"alpaca": ("instruction",), "gsm8k": ("question",), "chat": ("messages", "conversations")}
 _OPTIONAL = ("input", "system")
 _CONTENT = {
     "system", "system_prompt", "history", "tools", "functions", "tool_calls", "function_call", "image", "images",
     "video", "videos", "audio", "audios",
 }  # fmt: skip
 """Keys under which data sets keep a part of the conversation, in any format but ``text``."""
-_ROWS_TRIED = 1000
+ROWS_TRIED = 1000
 
 
 def detect_format(rows: Iterable[RawRow]) -> Format | None:
     """The format of the first usable row, else of the first row with a distinctive key of a format, else None."""
     likely: Format | None = None
-    for number, raw in enumerate(rows):
-        if number == _ROWS_TRIED:
-            break
-        try:
+    for raw in itertools.islice(rows, ROWS_TRIED):
+        with contextlib.suppress(RowError):
             row = decode_row(raw)
-        except RowError:
-            continue
-        for candidate in FORMATS.values():
-            if not _has_a_key_of(row, candidate):
-                continue
+            candidate = next((known for known in FORMATS.values() if known.has_key_in(row)), None)
             likely = likely or candidate
-            try:
+            if candidate is not None:
                 row_of(row, candidate)
-            except RowError:
-                break
-            return candidate
+                return candidate
     return likely
-
-
-def _has_a_key_of(row: Mapping[str, Any], row_format: Format) -> bool:
-    return any(key in row for key in _DISTINCTIVE_KEYS.get(row_format.name, row_format.keys))
 
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
@@ -204,24 +186,16 @@ def strip_annotations(answer: str) -> str:
     return _ANNOTATION.sub("", answer)
 
 
-def within_two_edits(left: str, right: str) -> bool:
-    """Whether at most two insertions, deletions, substitutions or swaps of neighbours make ``left`` into ``right``."""
-    return _edits(left, right) <= 2
-
-
-@functools.lru_cache(maxsize=1024)
-def _edits(left: str, right: str) -> int:
-    """The number of such edits (Damerau-Levenshtein); if the lengths differ by more than two, that difference."""
-    if abs(len(left) - len(right)) > 2:
-        return abs(len(left) - len(right))
-    before: list[int] = []
-    previous = list(range(len(right) + 1))
-    for i, a in enumerate(left, start=1):
-        current = [i]
-        for j, b in enumerate(right, start=1):
-            cost = min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (a != b))
-            if i > 1 and j > 1 and a == right[j - 2] and left[i - 2] == b:
-                cost = min(cost, before[j - 2] + 1)
-            current.append(cost)
-        before, previous = previous, current
-    return previous[-1]
+@functools.lru_cache(maxsize=4096)
+def within_edits(left: str, right: str, most: int) -> bool:
+    """Whether ``most`` insertions, deletions, substitutions or swaps of neighbours suffice (Damerau-Levenshtein)."""
+    if abs(len(left) - len(right)) > most:
+        return False
+    if left[:1] == right[:1]:
+        return not left or within_edits(left[1:], right[1:], most)
+    return most > 0 and (
+        within_edits(left[1:], right, most - 1)
+        or within_edits(left, right[1:], most - 1)
+        or within_edits(left[1:], right[1:], most - 1)
+        or (left[:2] == right[1::-1] and within_edits(left[2:], right[2:], most - 1))
+    )

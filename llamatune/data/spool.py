@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from llamatune.data.encoding import EncodedBatch
@@ -34,10 +35,6 @@ class Spool:
         self.rows.extend(array("q", (first_row + position for position in batch.positions)))
         self._file.write(memoryview(batch.ids).cast("B"))
 
-    def finish(self) -> None:
-        """No more rows will come."""
-        self._file.close()
-
     def __enter__(self) -> Spool:
         return self
 
@@ -46,37 +43,28 @@ class Spool:
         self.path.unlink(missing_ok=True)
 
     def write_split(
-        self, staging: Staging, split: str, wanted: Callable[[int], bool], check_stop: Callable[[], None]
+        self, staging: Staging, split: str, wanted: Sequence[int], check_stop: Callable[[], None]
     ) -> dict[str, int]:
-        """Write the rows whose index is ``wanted`` as one split of a prepared directory, and count them."""
-        chosen = array("q", (index for index in range(len(self)) if wanted(index)))
-        lengths = array("i", (self.lengths[index] for index in chosen))
-        write_split(
-            staging,
-            split,
-            lengths,
-            array("q", (self.rows[index] for index in chosen)),
-            self._tokens(wanted, check_stop),
-            self._mask(chosen, check_stop),
-        )
-        tokens, prompts = sum(lengths), sum(self.first_targets[index] for index in chosen)
-        longest = max(lengths, default=0)
+        """Write the rows that are ``wanted``, 1 or 0 for each, as one split of a prepared directory, and count them."""
+        self._file.flush()
+        lengths = array("i", itertools.compress(self.lengths, wanted))
+        first_targets = array("i", itertools.compress(self.first_targets, wanted))
+        rows = array("q", itertools.compress(self.rows, wanted))
+        mask = _mask(lengths, first_targets, check_stop)
+        write_split(staging, split, lengths, rows, self._tokens(wanted, check_stop), mask)
+        tokens = sum(lengths)
         return {
-            "rows": len(chosen), "tokens": tokens, "target_tokens": tokens - prompts, "longest_row_tokens": longest,
-        }  # fmt: skip
+            "rows": len(rows),
+            "tokens": tokens,
+            "target_tokens": tokens - sum(first_targets),
+            "longest_row_tokens": max(lengths, default=0),
+        }
 
-    def _mask(self, chosen: array[int], check_stop: Callable[[], None]) -> Iterator[bytes]:
-        for number, index in enumerate(chosen):
-            if number % 4096 == 0:
-                check_stop()
-            first = self.first_targets[index]
-            yield bytes(first) + b"\1" * (self.lengths[index] - first)
-
-    def _tokens(self, wanted: Callable[[int], bool], check_stop: Callable[[], None]) -> Iterator[bytes]:
+    def _tokens(self, wanted: Sequence[int], check_stop: Callable[[], None]) -> Iterator[bytes]:
         """The wanted rows' tokens, a portion at a time."""
         with self.path.open("rb") as source:
-            for take, run in itertools.groupby(range(len(self)), wanted):
-                left = 4 * sum(self.lengths[index] for index in run)
+            for take, run in itertools.groupby(zip(wanted, self.lengths, strict=True), key=itemgetter(0)):
+                left = 4 * sum(length for _, length in run)
                 if not take:
                     source.seek(left, 1)
                     continue
@@ -86,3 +74,10 @@ class Spool:
                     assert portion, "the spool is shorter than its rows"
                     yield portion
                     left -= len(portion)
+
+
+def _mask(lengths: array[int], first_targets: array[int], check_stop: Callable[[], None]) -> Iterator[bytes]:
+    for number, (length, first) in enumerate(zip(lengths, first_targets, strict=True)):
+        if number % 4096 == 0:
+            check_stop()
+        yield bytes(first) + b"\1" * (length - first)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from llamatune.data.row_parsing import Row
+from llamatune.data.row_decoding import Row
 from llamatune.errors import CheckpointError, DataError, LlamatuneError, SpecError
 from llamatune.paths import expand_home
 from llamatune.strict_yaml import read_yaml
@@ -48,12 +48,8 @@ class Template:
 
     def to_dict(self) -> dict[str, Any]:
         """The template as JSON values, without unset ones; ``from_dict`` reads them back."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {
-            name: value
-            for name, value in values.items()
-            if name in ("name", "prompt") or value not in (None, "", False)
-        }
+        required = {"name": self.name, "prompt": self.prompt}
+        return required | {name: value for name, value in vars(self).items() if value}
 
     @classmethod
     def from_dict(cls, data: object, where: object = None, error: type[LlamatuneError] = CheckpointError) -> Template:
@@ -64,11 +60,9 @@ class Template:
         for name, value in data.items():
             if name not in known:
                 raise error(f"a template has no {name!r}", where, f"known: {', '.join(sorted(known))}")
-            expected = bool if name == "strip" else str
+            expected, shown = (bool, "true or false") if name == "strip" else (str, "a text")
             if type(value) is not expected and not (value is None and name not in ("name", "prompt", "strip")):
-                raise error(
-                    f"{name!r} of a template must be {'true or false' if expected is bool else 'a text'}", where
-                )
+                raise error(f"{name!r} of a template must be {shown}", where)
             if isinstance(value, str):
                 _check_text(name, value, where, error)
         for name in ("name", "prompt"):
@@ -87,11 +81,11 @@ class Template:
         Raises:
             DataError: a placeholder without a field.
         """
-        filled = {name: text.strip() for name, text in fields.items()} if self.strip else dict(fields)
-        filled.setdefault("system", "")
+        filled = {"system": "", **fields}
         if self.strip:
+            filled = {name: text.strip() for name, text in filled.items()}
             turns = tuple((user.strip(), answer.strip()) for user, answer in turns)
-        if filled.get("system") and self.system is not None:
+        if filled["system"] and self.system is not None:
             if turns:
                 (user, answer), *later = turns
                 turns = ((_fill(self.system, {**filled, "user": user}), answer), *later)
@@ -120,10 +114,10 @@ class Template:
             return self.prompt + text
         target = next((name for name in _PROMPT_FIELDS if name in names), None)
         if target is None:
-            if len(names) > 1:
-                shown = ", ".join(f"{{{name}}}" for name in sorted(names))
+            target, *others = sorted(names)
+            if others:
+                shown = ", ".join(f"{{{name}}}" for name in (target, *others))
                 raise SpecError(f"template {self.name!r} has no place for a prompt", None, f"it has {shown}")
-            (target,) = names
         return self.prompt_of({**dict.fromkeys(names, ""), target: text})
 
     def misfit(self, row: Row) -> str | None:
@@ -146,21 +140,18 @@ class Template:
         return tuple(name for name, text in row.fields.items() if text and name not in shown)
 
 
-_ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-_ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-
 TEMPLATES: dict[str, Template] = {
     template.name: template
     for template in (
-        Template("alpaca", _ALPACA_WITH_INPUT, prompt_without_input=_ALPACA_WITHOUT_INPUT),
+        Template(
+            "alpaca",
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
+            prompt_without_input="Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\n{instruction}\n\n### Response:",
+        ),
         Template("gsm8k", "Question: {question}\nAnswer:"),
         # Meta puts EOS and BOS between turns. A row here has one BOS and one EOS, so earlier turns are joined as text.
         Template(
@@ -193,8 +184,8 @@ def load_template(name_or_file: str) -> Template:
         return TEMPLATES[name_or_file]
     path = Path(expand_home(name_or_file))
     if not path.exists():
-        known = ", ".join(TEMPLATES)
-        raise SpecError(f"no template {name_or_file!r}", None, f"give a YAML file or one of: {known}")
+        todo = f"give a YAML file or one of: {', '.join(TEMPLATES)}"
+        raise SpecError(f"no template {name_or_file!r}", None, todo)
     texts = read_yaml(path, scalars_are_texts=True) or {}
     if not isinstance(texts, dict):
         raise SpecError("a template file is a map of names to texts (prompt: ...)", path)
@@ -215,7 +206,7 @@ def _check_text(name: str, text: str, where: object, error: type[LlamatuneError]
         placeholders = {part for literal, part in _parts(text) if not literal}
     except ValueError as fault:
         raise error(str(fault), where, "write {{ and }} for braces") from None
-    needed = {"system": {"system", "user"}, "turn": {"user", "assistant"}}.get(name, placeholders)
+    needed = {"system": {"user", "system"}, "turn": {"user", "assistant"}}.get(name, placeholders)
     if placeholders != needed:
         shown = " and ".join(f"{{{part}}}" for part in sorted(needed, reverse=True))
         raise error(f"{name!r} of a template must hold {shown}, and no other placeholder", where)
@@ -229,19 +220,13 @@ def _names_in(*texts: str | None) -> frozenset[str]:
 @functools.lru_cache(maxsize=256)
 def _parts(text: str) -> tuple[tuple[bool, str], ...]:
     """``text`` split into ``(True, literal)`` and ``(False, field)``; ``ValueError`` at any other brace."""
-    parts: list[tuple[bool, str]] = []
-    end = 0
+    parts, end = list[tuple[bool, str]](), 0
     for match in _PLACEHOLDER.finditer(text):
-        parts.append((True, text[end : match.start()]))
-        end = match.end()
-        if match.group(1) is not None:
-            parts.append((False, match.group(1)))
-        elif match.group() in ("{{", "}}"):
-            parts.append((True, match.group()[0]))
-        else:
+        if match.group() in ("{", "}"):
             raise ValueError(f"{text[match.start() : match.start() + 20]!r} in a template is no {{field}}")
-    parts.append((True, text[end:]))
-    return tuple(parts)
+        parts += (True, text[end : match.start()]), (match[1] is None, match[1] or match[0][0])
+        end = match.end()
+    return (*parts, (True, text[end:]))
 
 
 def _fill(text: str, fields: Mapping[str, str]) -> str:

@@ -7,29 +7,25 @@ from array import array
 from collections import Counter
 
 
-def held_out_rows(keys: array[int], fraction: float, seed: int) -> bytearray:
+def held_out_rows(keys: array[int], fraction: float, seed: int) -> bytes:
     """One byte for each row, 1 if it is held out: a function of (keys, fraction, seed).
 
     Rows with equal keys are on the same side, so that no validation row is trained on. About ``fraction`` of the rows
     are held out; if two rows differ, each side has at least one.
     """
     groups = Counter(keys)
-    held_out = bytearray(len(keys))
     if len(groups) < 2:
-        return held_out
+        return bytes(len(keys))
     target_rows = min(max(1, round(fraction * len(keys))), len(keys) - 1)
     order = sorted(groups, key=lambda key: _rank(key, seed))
-    chosen: set[int] = set()
-    rows = 0
+    chosen, rows = set[int](), 0
     for key in order:
         if rows + groups[key] <= target_rows:
             chosen.add(key)
             rows += groups[key]
     if not chosen:  # each row has more copies than the fraction allows
         chosen.add(min(order, key=lambda key: groups[key]))
-    for index, key in enumerate(keys):
-        held_out[index] = key in chosen
-    return held_out
+    return bytes(key in chosen for key in keys)
 
 
 def _rank(key: int, seed: int) -> bytes:

@@ -10,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 
 from llamatune.data.encoding import EncodedBatch, Recipe, encode_batch
-from llamatune.data.rows import RawRow
+from llamatune.data.row_reader import RawRow
 from llamatune.errors import EnvironmentFault, Stopped
 from llamatune.events import ShouldStop
 
@@ -67,7 +66,7 @@ def serve(descriptor: int) -> None:
 
 class _Worker:
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
+        self._connection, theirs = Pipe()
         with theirs:
             descriptor = theirs.fileno()
             code = _SERVE.format(path=[entry or os.getcwd() for entry in sys.path], descriptor=descriptor)
@@ -79,11 +78,10 @@ class _Worker:
                     [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=(descriptor,)
                 )
             except OSError as fault:
-                ours.close()
+                self._connection.close()
                 raise EnvironmentFault(f"cannot start a worker process: {fault.strerror}") from None
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        self._connection = Connection(ours.detach())
 
     def __enter__(self) -> _Worker:
         return self

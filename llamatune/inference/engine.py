@@ -60,14 +60,6 @@ def _next_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
     return linear(hidden[:, -1], head_weight)
 
 
-def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts padded on the left to one width P: ids (B, P), and how much each was padded (B,)."""
-    width = max(len(prompt) for prompt in prompts)
-    rows = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    padding = [width - len(prompt) for prompt in prompts]
-    return torch.tensor(rows, device=device), torch.tensor(padding, device=device)
-
-
 def _visible(padding: Tensor, first: int, last: int) -> Tensor | None:
     """Attention mask (B, 1, last - first, last) for queries ``first : last``; None where the causal mask is enough.
 
@@ -90,12 +82,14 @@ def _decode(
     should_stop: ShouldStop,
     is_enough: IsEnough | None,
 ) -> list[Completion]:
-    input_ids, padding = _padded(prompts, model.device)
-    B, width = input_ids.shape
-    cache = _new_cache(model, B, width + sampling.max_new_tokens)
+    width = max(map(len, prompts))
+    # Prompts are padded on the left to one width.
+    padding = torch.tensor([width - len(prompt) for prompt in prompts], device=model.device)  # (B,)
+    input_ids = torch.tensor([[0] * (width - len(prompt)) + [*prompt] for prompt in prompts], device=model.device)
+    cache = _new_cache(model, len(prompts), width + sampling.max_new_tokens)
     generators = [torch.Generator().manual_seed(derived_seed(sampling.seed, "sampling")) for _ in prompts]
     chosen: list[list[int]] = [[] for _ in prompts]
-    finished: list[str | None] = [None] * B
+    finished = [""] * len(prompts)  # the reason of each finished row
     length = 0
     while True:
         if should_stop():
@@ -106,7 +100,7 @@ def _decode(
         length = end
         tokens = next_tokens(logits.float(), sampling, generators)
         for row, token in enumerate(tokens):
-            if finished[row] is not None:
+            if finished[row]:
                 continue
             if token in eos_ids:
                 finished[row] = "eos"
@@ -117,7 +111,7 @@ def _decode(
             elif len(chosen[row]) == sampling.max_new_tokens:
                 finished[row] = "length"
         if all(finished):
-            return [Completion(ids, reason or "length") for ids, reason in zip(chosen, finished, strict=True)]
+            return list(map(Completion, chosen, finished))
         input_ids = torch.tensor(tokens, device=model.device)[:, None]
 
 
@@ -160,8 +154,6 @@ def _beam_search(
         cache.reorder([beam for _, beam, _ in kept])
         input_ids = torch.tensor([[token] for _, _, token in kept], device=model.device)
     else:
-        finished += [
-            (score / sampling.max_new_tokens, ids) for (score, _, _), ids in zip(kept, unfinished, strict=True)
-        ]
+        finished += [(score / count, ids) for (score, _, _), ids in zip(kept, unfinished, strict=True)]
     ids = max(finished, key=lambda beam: beam[0])[1]
     return Completion(ids, "length" if len(ids) == sampling.max_new_tokens else "eos")

@@ -15,7 +15,7 @@ from llamatune.data.batches import Batch, Prepared, Split, check_rows, check_tok
 from llamatune.errors import DataError, NumericsError, SpecError, Stopped
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.inference.model_source import open_model
-from llamatune.inference.significance import Accuracy, ratio_interval
+from llamatune.inference.significance import ratio_interval
 from llamatune.model.loss import IGNORED, target_losses
 from llamatune.model.transformer import Transformer
 from llamatune.options.inference import EvaluateOptions
@@ -50,9 +50,8 @@ class HeldOutLoss:
     @classmethod
     def of(cls, rows: Sequence[RowScore]) -> HeldOutLoss:
         """Every target token counts the same, whatever its row."""
-        targets = sum(row.target_tokens for row in rows)
-        correct = Accuracy(sum(row.correct_tokens for row in rows), targets)
-        return cls(math.fsum(row.summed_loss for row in rows) / targets, targets, correct.fraction)
+        targets, correct = sum(row.target_tokens for row in rows), sum(row.correct_tokens for row in rows)
+        return cls(math.fsum(row.summed_loss for row in rows) / targets, targets, correct / targets)
 
     @property
     def perplexity(self) -> float:
@@ -171,7 +170,11 @@ def evaluate_prepared(
                 for prefix, model in models.items():
                     if should_stop():
                         raise Stopped("stopped during evaluation", f"after {len(names)} of {total} rows")
-                    scores[prefix] += _checked_finite(score_batch(model, batch), options.data)
+                    for score in score_batch(model, batch):
+                        if not math.isfinite(score.summed_loss):
+                            where = f"{options.data}, row {score.row}"
+                            raise NumericsError("the loss is not finite", where, "try --dtype float32")
+                        scores[prefix].append(score)
                 names += [name] * len(batch.rows)
                 on_event(Progress("evaluating", len(names), total))
     return PreparedReport(str(options.data), split, opened.dtype_name, names, scores)
@@ -189,10 +192,3 @@ def _choose(prepared: Prepared, name: str | None, where: Path) -> tuple[str, dic
     if not any(len(part) for part in chosen.values()):
         raise DataError(f"no rows in the split {name!r}", where)
     return name, chosen
-
-
-def _checked_finite(scores: list[RowScore], where: Path) -> list[RowScore]:
-    for score in scores:
-        if not math.isfinite(score.summed_loss):
-            raise NumericsError("the loss is not finite", f"{where}, row {score.row}", "try --dtype float32")
-    return scores

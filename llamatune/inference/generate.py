@@ -67,16 +67,13 @@ def generate(
                 on_event(Progress(task, len(done), len(ids)))
             return done, sum(len(completion.ids) for completion in done) / max(monotonic() - started, 1e-9)
 
-        base_completions = run("base_", "generating with the base")[0] if source.compare else None
+        base_texts: Sequence[str | None] = [None] * len(ids)
+        if source.compare:
+            pairs = zip(ids, run("base_", "generating with the base")[0], strict=True)
+            base_texts = [tokenizer.continuation(prompt, made.ids) for prompt, made in pairs]
         completions, speed = run("", "generating")
     results = [
-        Generation(
-            text,
-            tokenizer.continuation(prompt, completion.ids),
-            completion.ids,
-            completion.finish_reason,
-            None if base_completions is None else tokenizer.continuation(prompt, base_completions[index].ids),
-        )
-        for index, (text, prompt, completion) in enumerate(zip(texts, ids, completions, strict=True))
+        Generation(text, tokenizer.continuation(prompt, made.ids), made.ids, made.finish_reason, base_text)
+        for text, prompt, made, base_text in zip(texts, ids, completions, base_texts, strict=True)
     ]
     return Generations(results, speed)

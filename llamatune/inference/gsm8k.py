@@ -1,22 +1,39 @@
-"""GSM8K (Cobbe et al. 2021): questions, prompts and scoring. Reference answers end in ``#### 18``.
+"""GSM8K (Cobbe et al. 2021): zero-shot or few-shot accuracy of a model, alone or beside its base.
 
-The rule of scoring is the data set's own (``grade_school_math/dataset.py`` of its repository): the first match of
-``ANSWER`` without its commas, compared as text. So ``18.0`` is not ``18``, and an answer without the mark is wrong.
+Reference answers end in ``#### 18``. The rule of scoring is the data set's own (``grade_school_math/dataset.py`` of its
+repository): the first match of ``ANSWER`` without its commas, compared as text. So ``18.0`` is not ``18``, and an
+answer without the mark is wrong.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from llamatune.data.row_formats import FORMATS, parse_row
-from llamatune.data.rows import RowError, read_raw_rows
+from llamatune.checkpoints.fingerprint import fingerprint
+from llamatune.data.row_decoding import decode_row
+from llamatune.data.row_formats import FORMATS, row_of
+from llamatune.data.row_reader import RowError, read_raw_rows
 from llamatune.data.templates import TEMPLATES, Template
-from llamatune.errors import DataError
+from llamatune.errors import DataError, Stopped
+from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.formats.answer_log import AnswerLog, open_answer_log
+from llamatune.inference.engine import complete
+from llamatune.inference.evaluate import MEMORY_ADVICE
+from llamatune.inference.model_source import OpenedModel, open_model
+from llamatune.inference.significance import Accuracy, exact_mcnemar
+from llamatune.options.inference import EvaluateOptions
+from llamatune.out_of_memory import memory_faults
+from llamatune.safe_reading import digest_file
 from llamatune.seeds import derived_seed
+from llamatune.threads import suitable_threads
+from llamatune.tokenizers.base import Tokenizer
 
+_REVISION = 1  # raise it when the same settings come to give other answers
 ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FEW_SHOT = TEMPLATES["gsm8k"]
 _NEXT_QUESTION = "Question:"
@@ -53,7 +70,7 @@ def read_questions(path: Path) -> list[Question]:
     questions = []
     for number, raw in enumerate(read_raw_rows(path), start=1):
         try:
-            row = parse_row(raw, FORMATS["gsm8k"])
+            row = row_of(decode_row(raw), FORMATS["gsm8k"])
         except RowError as fault:
             raise DataError(fault.message, raw.place(path)) from None
         expected = extract_answer(row.completion)
@@ -84,3 +101,168 @@ def prompt_of(question: Question, template: Template | None, examples: Sequence[
         return question.text if template is None else template.instruction_prompt(question.text)
     shown = [f"{_FEW_SHOT.instruction_prompt(example.text)} {example.worked}\n\n" for example in examples]
     return "".join(shown) + _FEW_SHOT.instruction_prompt(question.text)
+
+
+@dataclass(frozen=True)
+class Gsm8kReport:
+    """The lines of all questions, as ``scored_line`` makes them."""
+
+    data: str
+    dtype: str
+    shots: int
+    lines: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        lines = self.lines
+        values: dict[str, Any] = {
+            "task": "gsm8k",
+            "data": self.data,
+            "shots": self.shots,
+            "questions": len(lines),
+            "dtype": self.dtype,
+        }
+        compared = "base_correct" in lines[0]
+        for prefix in ("", "base_") if compared else ("",):
+            accuracy = Accuracy.of(line[f"{prefix}correct"] for line in lines)
+            values[f"{prefix}correct"] = accuracy.right
+            values[f"{prefix}accuracy"] = accuracy.fraction
+            values[f"{prefix}accuracy_interval"] = accuracy.interval
+            values[f"{prefix}invalid"] = sum(line[f"{prefix}answer"] is None for line in lines)
+            values[f"{prefix}unfinished"] = sum(line[f"{prefix}finish_reason"] == "length" for line in lines)
+        if compared:
+            values["accuracy_difference"] = values["accuracy"] - values["base_accuracy"]
+            values["gained"] = sum(line["correct"] and not line["base_correct"] for line in lines)
+            values["lost"] = sum(line["base_correct"] and not line["correct"] for line in lines)
+            values["p_value"] = exact_mcnemar(values["gained"], values["lost"])
+        return values
+
+
+def scored_line(question: Question, replies: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """A question with its scored replies, as a line of the output.
+
+    ``replies`` are (completion, finish reason) by the model's prefix: ``""`` and, where it is compared, ``base_``.
+    """
+    line: dict[str, Any] = {"row": question.row, "question": question.text, "expected": question.expected}
+    for prefix, (completion, finish_reason) in replies.items():
+        answer = extract_answer(completion)
+        line[f"{prefix}answer"] = answer
+        line[f"{prefix}correct"] = answer == question.expected
+        line[f"{prefix}finish_reason"] = finish_reason
+        line[f"{prefix}completion"] = completion
+    return line
+
+
+def evaluate_gsm8k(
+    options: EvaluateOptions, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop
+) -> Gsm8kReport:
+    """Generate an answer to every question, and score it.
+
+    Raises:
+        DataError: rows that cannot be used.
+        CheckpointError: a model that cannot be used.
+        EnvironmentFault: the output is another evaluation's, or cannot be written.
+        Stopped: ``should_stop`` said so; with an output the same evaluation goes on.
+    """
+    opened = open_model(options, on_event)
+    tokenizer, template = opened.tokenizer(), opened.template(options.template)
+    if template is None and options.template is None:
+        template = TEMPLATES["gsm8k"]
+    asked, examples = read_questions(options.data), []
+    if options.shots_data is not None:
+        examples = choose_examples(options.shots_data, options.shots or 0, options.sampling.seed, asked)
+    questions = asked[: options.limit]
+    texts = [prompt_of(question, template, examples) for question in questions]
+    prompts = opened.encode(tokenizer, texts, options.sampling.max_new_tokens, on_event)
+    lines: list[dict[str, Any]] = []
+    report = Gsm8kReport(str(options.data), opened.dtype_name, options.shots or 0, lines)
+    with contextlib.ExitStack() as stack:
+        log = None
+        if options.output is not None:
+            settings = _settings(options, opened, tokenizer, template, examples)
+            log = stack.enter_context(open_answer_log(options.output, settings, options.overwrite))
+            lines += _kept_lines(log, questions, options.compare)
+            if lines:
+                on_event(Notice(f"{options.output} holds {len(lines)} of {len(questions)} answers already"))
+            if len(lines) == len(questions):
+                return report
+            # Whole batches only, so that the rows of a batch do not depend on where the evaluation was stopped.
+            del lines[len(lines) // options.batch_size * options.batch_size :]
+            log.keep(len(lines))
+        stack.enter_context(memory_faults(opened.device, MEMORY_ADVICE))
+        together = min(options.batch_size, len(prompts))
+        stack.enter_context(suitable_threads(opened.checkpoint.config, together))
+        try:
+            unanswered = questions[len(lines) :], prompts[len(lines) :]
+            for batch in _answer(options, opened, tokenizer, *unanswered, on_event, should_stop):
+                if log is not None:
+                    log.append(batch)
+                lines += batch
+                on_event(Progress("answering", len(lines), len(questions)))
+        except Stopped:
+            what, todo = f"stopped after {len(lines)} of {len(questions)} questions", "run the same command again"
+            raise Stopped(what, options.output, todo if log else None) from None
+    return report
+
+
+def _answer(
+    options: EvaluateOptions,
+    opened: OpenedModel,
+    tokenizer: Tokenizer,
+    questions: list[Question],
+    prompts: list[list[int]],
+    on_event: OnEvent,
+    should_stop: ShouldStop,
+) -> Iterator[list[dict[str, Any]]]:
+    """The lines of each batch of questions: greedy, and ended once no further text can change the score."""
+    models = opened.load(on_event, should_stop)
+    eos_ids = {*opened.checkpoint.config.eos_token_ids, tokenizer.eos_id}
+
+    def is_enough(ids: Sequence[int]) -> bool:
+        return is_answered(tokenizer.decode(ids), bool(options.shots))
+
+    for first in range(0, len(prompts), options.batch_size):
+        batch = prompts[first : first + options.batch_size]
+        replies: list[dict[str, tuple[str, str]]] = [{} for _ in batch]
+        for prefix, model in models.items():
+            completions = complete(model, batch, options.sampling, eos_ids, should_stop, is_enough)
+            for reply, prompt, completion in zip(replies, batch, completions, strict=True):
+                reply[prefix] = tokenizer.continuation(prompt, completion.ids), completion.finish_reason
+        yield list(map(scored_line, questions[first : first + options.batch_size], replies))
+
+
+def _settings(
+    options: EvaluateOptions,
+    opened: OpenedModel,
+    tokenizer: Tokenizer,
+    template: Template | None,
+    examples: list[Question],
+) -> dict[str, Any]:
+    """Everything that decides an answer. The number of questions and the batch size may change between calls."""
+    adapter = opened.adapter
+    return {
+        "task": "gsm8k",
+        "revision": _REVISION,
+        "model": fingerprint(opened.checkpoint),
+        "adapter": None if adapter is None else {"sha256": adapter.digest, "scaling": adapter.config.scaling()},
+        "compare": options.compare,
+        "dtype": opened.dtype_name,
+        "tokenizer": tokenizer.fingerprint,
+        "data": digest_file(options.data, DataError),
+        "template": None if template is None or examples else template.to_dict(),
+        "shots": [asdict(example) for example in examples],
+        "max_new_tokens": options.sampling.max_new_tokens,
+    }
+
+
+def _kept_lines(log: AnswerLog, questions: list[Question], compare: bool) -> Iterator[dict[str, Any]]:
+    """The lines already in the output, up to the first that this evaluation would not have written."""
+    prefixes = ("", "base_") if compare else ("",)
+    for question, line in zip(questions, log.entries(), strict=False):
+        try:
+            replies = {p: (line[f"{p}completion"], line[f"{p}finish_reason"]) for p in prefixes}
+            if scored_line(question, replies) != line:
+                return
+        except (KeyError, TypeError):
+            return
+        yield line

@@ -52,14 +52,12 @@ class OpenedModel:
 
     def template(self, name: str | None) -> Template | None:
         """The template of that name or file; for None the one stored with the adapter or merged model, if any."""
-        if name == "none":
-            return None
         if name is not None:
-            return load_template(name)
-        manifest = find_manifest(self.path) if self.adapter is None else None
-        stored = self.adapter.template if self.adapter is not None else manifest and manifest.template
-        where = self.path if self.adapter is None else self.adapter.path
-        return None if stored is None else Template.from_dict(stored, where)
+            return None if name == "none" else load_template(name)
+        holder = find_manifest(self.path) if self.adapter is None else self.adapter
+        if holder is None or holder.template is None:
+            return None
+        return Template.from_dict(holder.template, self.path if self.adapter is None else self.adapter.path)
 
     def encode(
         self, tokenizer: Tokenizer, prompts: Sequence[str], new_tokens: int, on_event: OnEvent
@@ -103,9 +101,8 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event) -> OpenedM
         on_event(Notice("computing in fp32, since fp16 is very slow on a CPU; --dtype bfloat16 takes half the memory"))
         dtype = torch.float32
     if (dtype or _stored_dtype(checkpoint)) == torch.bfloat16 and lacks_bf16(device):
-        on_event(
-            Notice(f"{torch.cuda.get_device_name(device)} has no bf16 and is slow with it; --dtype float16 is quick")
-        )
+        name = torch.cuda.get_device_name(device)
+        on_event(Notice(f"{name} has no bf16 and is slow with it; --dtype float16 is quick"))
     return OpenedModel(source.model, checkpoint, adapter, source.compare, dtype, device)
 
 

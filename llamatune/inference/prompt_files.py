@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from llamatune.data.row_decoding import Row, decode_row, decode_value, kind_of
 from llamatune.data.row_formats import prompt_row_of
-from llamatune.data.row_parsing import Row, decode_row, decode_value, kind_of
-from llamatune.data.rows import RawRow, RowError, read_raw_rows
+from llamatune.data.row_reader import RawRow, RowError, read_raw_rows
 from llamatune.data.templates import Template
 from llamatune.errors import DataError, SpecError
 from llamatune.safe_reading import read_bytes
@@ -39,13 +40,10 @@ def prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
     if template is None or not template.placeholders:
         text = row.fields.get("prompt", row.fields.get("text"))
         if text is None:
-            raise DataError(
-                "a row without the field 'prompt', and no template to make one",
-                where,
-                "name a template with --template",
-            )
+            what = "a row without the field 'prompt', and no template to make one"
+            raise DataError(what, where, "name a template with --template")
         return text if template is None else template.instruction_prompt(text)
-    optional: dict[str, str] = {name: "" for name in ("input", "system") if name in template.placeholders}
+    optional = dict.fromkeys(template.placeholders & {"input", "system"}, "")
     for name in sorted(template.placeholders - optional.keys() - row.fields.keys()):
         what = "a field that is not text," if name in row.ignored_keys else "no field"
         texts = ", ".join(map(repr, row.fields)) or "none"
@@ -84,11 +82,10 @@ def _begins_as_rows(content: bytes) -> bool:
 
 
 def _is_object(line: bytes) -> bool:
-    try:
+    with contextlib.suppress(RowError):
         decode_row(RawRow(1, 0, line.strip()))
-    except RowError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _plain_prompts(content: bytes, path: Path) -> Iterator[str]:
@@ -98,9 +95,8 @@ def _plain_prompts(content: bytes, path: Path) -> Iterator[str]:
         raise DataError(f"not UTF-8 at byte {fault.start}", path) from None
     for number, line in enumerate(text.split("\n"), 1):
         if line.lstrip().startswith("{") and _is_object(line.encode()):
-            raise DataError(
-                "a JSON row in a file that begins as plain text", f"{path}:{number}", "let every line be a row, or none"
-            )
+            what = "a JSON row in a file that begins as plain text"
+            raise DataError(what, f"{path}:{number}", "let every line be a row, or none")
         if line.strip():
             yield line.rstrip("\r")
 

@@ -39,9 +39,9 @@ def check_agreement(path: Path, pieces: Sequence[str], bos_id: int, eos_id: int,
         CheckpointError: tokens that it lacks or has under other ids; another BOS or EOS, be it the tokenizer's or the
             model's; ``add_bos_token`` false or ``add_eos_token`` true; a malformed tokenizer file.
     """
-    directory = path.parent
     if path.name != SENTENCEPIECE_FILE:
         return
+    directory = path.parent
     files = {name: _read(directory / name) for name in (_WHOLE, _ADDED, _CONFIG, _ROLES)}
     _check_tokens(directory, files, pieces, on_event)
     for name in (_CONFIG, _ROLES):
@@ -59,7 +59,7 @@ def check_agreement(path: Path, pieces: Sequence[str], bos_id: int, eos_id: int,
         what = f"{directory / _WHOLE}: its post_processor adds other tokens to a text than the BOS that is added here"
         on_event(Notice(what, "warning"))
     for name in _MODEL_FILES:
-        _check_model(directory / name, (("bos_token_id", bos_id), ("eos_token_id", eos_id)), pieces)
+        _check_model(directory / name, {"bos_token_id": bos_id, "eos_token_id": eos_id}, pieces)
 
 
 def _read(file: Path) -> _Facts:
@@ -71,7 +71,9 @@ def _check_tokens(directory: Path, files: dict[str, _Facts], pieces: Sequence[st
     unknown: dict[str, tuple[int | None, Path]] = {}
     for name, facts in files.items():
         try:
-            tokens = [_checked(token, token_id) for token, token_id in _tokens(name, facts)]
+            tokens = list(_tokens(name, facts))
+            if not all(isinstance(token, str) and type(token_id) in (int, type(None)) for token, token_id in tokens):
+                raise TypeError
             lost = ids.keys() - dict(tokens).keys() if name == _WHOLE and _vocabulary(facts) else ()
         except (AttributeError, LookupError, TypeError, ValueError):
             raise CheckpointError("malformed: its tokens cannot be read", directory / name, "fetch it again") from None
@@ -79,10 +81,8 @@ def _check_tokens(directory: Path, files: dict[str, _Facts], pieces: Sequence[st
             if token not in ids or token_id not in (None, ids[token]):
                 unknown.setdefault(token, (token_id, directory / name))
         if lost:
-            what = (
-                f"lacks tokens of tokenizer.model: {_listed((token, ids[token]) for token in pieces if token in lost)}"
-            )
-            raise CheckpointError(what, directory / name, _TODO)
+            shown = _listed((token, ids[token]) for token in pieces if token in lost)
+            raise CheckpointError(f"lacks tokens of tokenizer.model: {shown}", directory / name, _TODO)
     padding = {token: unknown.pop(token) for token in list(unknown) if _PADDING.fullmatch(token)}
     if unknown:
         file = next(iter(unknown.values()))[1]
@@ -118,12 +118,6 @@ def _vocabulary(facts: _Facts) -> list[tuple[Any, Any]]:
     return list(vocabulary.items())
 
 
-def _checked(token: Any, token_id: Any) -> tuple[str, int | None]:
-    if not isinstance(token, str) or (token_id is not None and type(token_id) is not int):
-        raise TypeError
-    return token, token_id
-
-
 def _content(token: Any) -> str | None:
     """The text of a token, given as a string or as an object with ``content``; None if it is empty."""
     text = token["content"] if isinstance(token, dict) else token
@@ -143,13 +137,13 @@ def _added_around(facts: _Facts) -> list[str] | None:
         return []
 
 
-def _check_model(file: Path, needed: Sequence[tuple[str, int]], pieces: Sequence[str]) -> None:
+def _check_model(file: Path, needed: dict[str, int], pieces: Sequence[str]) -> None:
     """Compare BOS and EOS of a model's configuration; a malformed one is left to the model's reader."""
     try:
         facts = _read(file)
     except CheckpointError:
         return
-    for key, token_id in needed:
+    for key, token_id in needed.items():
         stated = facts.get(key)
         ids = [n for n in (stated if isinstance(stated, list) else [stated]) if type(n) is int and n >= 0]
         if ids and token_id not in ids:

@@ -58,8 +58,5 @@ class Tokenizer(ABC):
 def check_vocabulary(tokenizer: Tokenizer, embedding_rows: int, where: object) -> None:
     """Raise ``CheckpointError`` if the tokenizer has ids beyond the model's embedding; spare rows are allowed."""
     if tokenizer.vocab_size > embedding_rows:
-        raise CheckpointError(
-            f"tokenizer id {tokenizer.vocab_size - 1} >= {embedding_rows} embedding rows",
-            where,
-            "use the tokenizer that belongs to this model",
-        )
+        what = f"tokenizer id {tokenizer.vocab_size - 1} >= {embedding_rows} embedding rows"
+        raise CheckpointError(what, where, "use the tokenizer that belongs to this model")

@@ -23,7 +23,33 @@ from llamatune.versions import require_version
 LARGEST_MODEL_BYTES = 64 << 20
 """LLaMA's tokenizer.model has 0.5 MB; no published SentencePiece model comes near this limit."""
 
-_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+_ONLY_SENTENCEPIECE = "only SentencePiece models are supported here"
+_OTHER_FORMATS = (
+    (rb"\Z", "an empty file, not a tokenizer", "fetch it again"),
+    (
+        rb"\s*version https://git-lfs",
+        "a git-lfs pointer, not the tokenizer itself",
+        "run `git lfs pull` where you cloned it",
+    ),
+    (
+        rb"(?i)\s*<(!doc|html|\?xml)",
+        "an HTML page, not a tokenizer",
+        "fetch it again (a login page was saved in its place?)",
+    ),
+    (
+        rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n",
+        "a tiktoken file (Llama 3), not a SentencePiece model",
+        f"{_ONLY_SENTENCEPIECE}: use a LLaMA 1 or 2 model with its tokenizer.model",
+    ),
+    (
+        rb"\s*\{",
+        "a tokenizer.json (or other JSON), not a SentencePiece model",
+        f"{_ONLY_SENTENCEPIECE}: give the model's tokenizer.model",
+    ),
+    (rb"\s*PK\x03\x04", "a zip archive, not a tokenizer", "give the path of a SentencePiece tokenizer.model"),
+)
+"""What a file is by the pattern at its beginning, and what to do about it."""
+
 _PROBE_TIMEOUT_S = 120
 _PROBE = """
 import resource, sys
@@ -69,8 +95,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         _refuse_surrogates(text)
-        ids: list[int] = self._processor.encode(text)
-        return [self.bos_id, *ids]
+        return [self.bos_id, *self._processor.encode(text)]
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], int]:
         text = prompt + completion
@@ -90,16 +115,13 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         processor = self._processor
         plain = [i for i in ids if 0 <= i < self.vocab_size and not processor.is_control(i)]
-        text: str = processor.decode(plain)
-        return text
+        return str(processor.decode(plain))
 
     def pieces(self) -> list[str]:
-        pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
-        return pieces
+        return list(self._processor.id_to_piece(list(range(self.vocab_size))))
 
     def piece(self, token_id: int) -> str:
-        piece: str = self._processor.id_to_piece(token_id)
-        return piece
+        return str(self._processor.id_to_piece(token_id))
 
 
 def load_tokenizer(path: Path, on_event: OnEvent = ignore_event) -> SentencePieceTokenizer:
@@ -109,7 +131,6 @@ def load_tokenizer(path: Path, on_event: OnEvent = ignore_event) -> SentencePiec
         CheckpointError: no SentencePiece model, a broken one, one without BOS or EOS, or one that the files beside it
             contradict.
     """
-    path = Path(path)
     if path.is_dir():
         path = _model_in(path)
     tokenizer = SentencePieceTokenizer(_read_checked(path), path)
@@ -122,18 +143,16 @@ def load_tokenizer(path: Path, on_event: OnEvent = ignore_event) -> SentencePiec
 
 def count_pieces(path: Path) -> int:
     """The vocabulary size of a ``tokenizer.model`` file; ``CheckpointError`` if it is no SentencePiece model."""
-    size: int = sentencepiece.SentencePieceProcessor(model_proto=_read_checked(path)).vocab_size()
-    return size
+    return int(sentencepiece.SentencePieceProcessor(model_proto=_read_checked(path)).vocab_size())
 
 
 def _read_checked(path: Path) -> bytes:
     """The bytes of a SentencePiece model. Each model is first parsed in a child: malformed ones crash the library."""
     require_version("sentencepiece", sentencepiece.__version__)
     model = read_bytes(path, max_bytes=LARGEST_MODEL_BYTES)
-    foreign = _foreign(model)
-    if foreign is not None:
-        what, todo = foreign
-        raise CheckpointError(what, path, todo)
+    for pattern, what, todo in _OTHER_FORMATS:
+        if re.match(pattern, model):
+            raise CheckpointError(what, path, todo)
     fingerprint = digest_bytes(model)
     if fingerprint not in _sound_models:
         _probe(model, path)
@@ -146,37 +165,9 @@ def _model_in(directory: Path) -> Path:
     if path.exists():
         return path
     if (directory / "tokenizer.json").exists():
-        raise CheckpointError(
-            "a tokenizer.json but no tokenizer.model",
-            directory,
-            "only SentencePiece models are supported here: put the model's original tokenizer.model beside it",
-        )
+        todo = f"{_ONLY_SENTENCEPIECE}: put the model's original tokenizer.model beside it"
+        raise CheckpointError("a tokenizer.json but no tokenizer.model", directory, todo)
     raise CheckpointError("no tokenizer.model in this directory", directory, "give the path of a SentencePiece model")
-
-
-def _foreign(model: bytes) -> tuple[str, str] | None:
-    """What a file is if it is recognisably no SentencePiece model, and what to do about it."""
-    head = model[:512].lstrip()
-    lowered = head.lower()
-    if not model:
-        return "an empty file, not a tokenizer", "fetch it again"
-    if head.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the tokenizer itself", "run `git lfs pull` where you cloned it"
-    if lowered.startswith((b"<!doc", b"<html", b"<?xml")):
-        return "an HTML page, not a tokenizer", "fetch it again (a login page was saved in its place?)"
-    if _TIKTOKEN_LINE.match(model):
-        return (
-            "a tiktoken file (Llama 3), not a SentencePiece model",
-            "only SentencePiece models are supported here: use a LLaMA 1 or 2 model with its tokenizer.model",
-        )
-    if head.startswith(b"{"):
-        return (
-            "a tokenizer.json (or other JSON), not a SentencePiece model",
-            "only SentencePiece models are supported here: give the model's tokenizer.model",
-        )
-    if head.startswith(b"PK\x03\x04"):
-        return "a zip archive, not a tokenizer", "give the path of a SentencePiece tokenizer.model"
-    return None
 
 
 def _probe(model: bytes, path: Path) -> None:

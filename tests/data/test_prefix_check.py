@@ -54,7 +54,7 @@ def test_prompts_that_end_in_a_space_are_counted_and_the_remedy_is_told_and_work
     notices: list[Event] = []
     mine.write_text('prompt: "Question: {instruction} Answer: "\n')
     report = prepare(path, template=str(mine), workers=workers, on_event=notices.append)
-    assert report.prompts_not_prefix == report.to_dict()["prompts_not_prefix"] == report.kept == 30
+    assert report.prompts_not_prefix == report.kept == 30
     (warning,) = (event for event in notices if isinstance(event, Notice))
     assert warning.kind == "warning"
     assert "30 of 30 rows begin with other tokens than their prompt encoded alone" in warning.message

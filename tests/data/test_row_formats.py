@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamatune.data.row_formats import FORMATS, detect_format, parse_row, row_of, strip_annotations, within_two_edits
-from llamatune.data.rows import RawRow, RowError
+from llamatune.data.row_decoding import decode_row
+from llamatune.data.row_formats import FORMATS, detect_format, row_of, strip_annotations, within_edits
+from llamatune.data.row_reader import RawRow, RowError
 
 
 def _raw(row: Any) -> RawRow:
@@ -45,7 +46,7 @@ def _raw(row: Any) -> RawRow:
     ],
 )
 def test_every_format_is_read_and_detected(name: str, row: Any, fields: dict[str, str], completion: str) -> None:
-    made = parse_row(_raw(row), FORMATS[name])
+    made = row_of(decode_row(_raw(row)), FORMATS[name])
     assert (made.fields, made.completion, made.turns) == (fields, completion, ())
     assert detect_format([_raw(row)]) is FORMATS[name]
 
@@ -117,14 +118,14 @@ def test_earlier_turns_of_a_chat() -> None:
 )
 def test_d1_d4_d16_rows_that_do_not_fit(name: str, row: Any, kind: str, message: str) -> None:
     with pytest.raises(RowError) as caught:
-        parse_row(_raw(row), FORMATS[name])
+        row_of(decode_row(_raw(row)), FORMATS[name])
     assert caught.value.kind == kind
     assert message in caught.value.message
 
 
 def test_d16_other_keys_are_ignored_and_told() -> None:
     row = {"instruction": "a", "output": "b", "text": "whole", "id": 7, "source": {"url": "x"}}
-    assert parse_row(_raw(row), FORMATS["alpaca"]).ignored_keys == ("text", "id", "source")
+    assert row_of(decode_row(_raw(row)), FORMATS["alpaca"]).ignored_keys == ("text", "id", "source")
 
 
 def test_detection_looks_past_unusable_rows_and_prefers_alpaca_to_its_text_key() -> None:
@@ -158,7 +159,7 @@ TURNS = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
     ],
 )
 def test_a_column_is_no_misspelling_of_a_field_that_is_there(name: str, row: dict[str, Any]) -> None:
-    made = parse_row(_raw(row), FORMATS[name])
+    made = row_of(decode_row(_raw(row)), FORMATS[name])
     assert set(made.ignored_keys) == row.keys() - set(FORMATS[name].keys)
 
 
@@ -175,7 +176,7 @@ def test_a_column_is_no_misspelling_of_a_field_that_is_there(name: str, row: dic
 )
 def test_a_key_close_to_a_field_that_is_absent_is_a_misspelling(name: str, row: dict[str, Any], known: str) -> None:
     with pytest.raises(RowError, match=f"did you mean '{known}'"):
-        parse_row(_raw(row), FORMATS[name])
+        row_of(decode_row(_raw(row)), FORMATS[name])
 
 
 def test_a_system_field_and_a_history_are_read() -> None:
@@ -210,7 +211,7 @@ def test_a_system_field_and_a_history_are_read() -> None:
 )  # fmt: skip
 def test_content_that_would_be_lost_is_refused_by_name(name: str, row: dict[str, Any], message: str) -> None:
     with pytest.raises(RowError) as caught:
-        parse_row(_raw(row), FORMATS[name])
+        row_of(decode_row(_raw(row)), FORMATS[name])
     assert message in caught.value.message
 
 
@@ -240,10 +241,10 @@ def test_empty_keys_metadata_and_default_weights_may_pass() -> None:
 
 @given(st.text(max_size=8), st.text(max_size=8))
 def test_two_edits_is_symmetric_and_true_of_equals(left: str, right: str) -> None:
-    assert within_two_edits(left, right) == within_two_edits(right, left)
-    assert within_two_edits(left, left)
-    assert within_two_edits(left, left + "xy")
-    assert not within_two_edits(left, left + "xyz")
+    assert within_edits(left, right, 2) == within_edits(right, left, 2)
+    assert within_edits(left, left, 2)
+    assert within_edits(left, left + "xy", 2)
+    assert not within_edits(left, left + "xyz", 2)
 
 
 def test_annotations_are_stripped_and_nothing_else() -> None:

@@ -23,15 +23,17 @@ from hypothesis import strategies as st
 from llamatune.data.prepare import prepare_data
 from llamatune.data.templates import TEMPLATES
 from llamatune.errors import DataError, EnvironmentFault, LlamatuneError, SpecError, Stopped
-from llamatune.inference import evaluate_gsm8k as module
-from llamatune.inference.evaluate_gsm8k import Gsm8kReport, Reply, evaluate_gsm8k
+from llamatune.inference import gsm8k as module
 from llamatune.inference.gsm8k import (
+    Gsm8kReport,
     Question,
     choose_examples,
+    evaluate_gsm8k,
     extract_answer,
     is_answered,
     prompt_of,
     read_questions,
+    scored_line,
 )
 from llamatune.options.inference import EvaluateOptions
 from llamatune.options.preparation import PrepareOptions
@@ -103,8 +105,8 @@ def test_every_reference_answer_is_right_and_nothing_else_is(shared_fixtures: Pa
     assert {official(row["answer"]) for row in rows}.isdisjoint({INVALID})
 
     def score(completions: list[str]) -> dict[str, Any]:
-        replies = [{"": Reply(text, "eos")} for text in completions]
-        return Gsm8kReport("rows", "float32", 0, list(zip(questions, replies, strict=True))).to_dict()
+        scored = [scored_line(q, {"": (text, "eos")}) for q, text in zip(questions, completions, strict=True)]
+        return Gsm8kReport("rows", "float32", 0, scored).to_dict()
 
     assert score([row["answer"] for row in rows]).items() >= {"correct": 1319, "accuracy": 1.0, "invalid": 0}.items()
     shifted = [row["answer"] for row in rows[1:] + rows[:1]]
@@ -409,7 +411,7 @@ def test_a_finished_output_is_scored_without_loading_the_model(
     assert len(lines(output)) == 4
     whole = evaluate_gsm8k(evaluation(school, output=output)).to_dict()
     before = output.read_bytes()
-    monkeypatch.setattr(module, "_replies", None)
+    monkeypatch.setattr(module, "_answer", None)
     assert evaluate_gsm8k(evaluation(school, output=output)).to_dict() == whole
     assert evaluate_gsm8k(evaluation(school, output=output, limit=4)).to_dict() == first
     assert output.read_bytes() == before

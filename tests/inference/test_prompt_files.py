@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from llamatune.data.row_formats import FORMATS, parse_row
-from llamatune.data.rows import read_raw_rows
+from llamatune.data.row_decoding import decode_row
+from llamatune.data.row_formats import FORMATS, row_of
+from llamatune.data.row_reader import read_raw_rows
 from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import DataError
 from llamatune.inference.prompt_files import prompt_text, read_prompts
@@ -116,7 +117,7 @@ def test_other_fields_of_a_row_may_fill_a_template_if_they_are_texts(texts: Call
 
 def test_a_file_that_was_prepared_gives_the_prompts_that_were_trained(shared_fixtures: Path) -> None:
     path = shared_fixtures / "data" / "alpaca_data_200.json"
-    trained = [ALPACA.prompt_of(parse_row(raw, FORMATS["alpaca"]).fields) for raw in read_raw_rows(path)]
+    trained = [ALPACA.prompt_of(row_of(decode_row(raw), FORMATS["alpaca"]).fields) for raw in read_raw_rows(path)]
     assert [prompt_text(prompt, ALPACA, 1) for prompt in read_prompts(path)] == trained
 
 

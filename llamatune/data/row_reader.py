@@ -31,6 +31,7 @@ _STRING = rb'"' + _STRING_REST.pattern + rb'"'
 _INSIDE = re.compile(rb'(?:[^"{}\[\]]++|' + _STRING + rb")*+", re.DOTALL)
 _OUTSIDE = re.compile(rb'(?:[^"{}\[\],]++|' + _STRING + rb")*+", re.DOTALL)
 _NOT_BLANK = re.compile(rb"[^ \t\r\n]")
+_DEPTH_CHANGE = {b'"': 0, b"{": 1, b"[": 1, b"}": -1, b"]": -1}
 
 
 class RowError(Exception):
@@ -93,13 +94,13 @@ def read_raw_rows(path: Path) -> Iterator[RawRow]:
 
 
 def _refuse_other_encodings(head: bytes, path: Path) -> None:
+    name = ""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         name = "UTF-16"
     elif len(head) >= 4 and head[:4].count(0) >= 2 and head[:4].strip(b"\0"):
         name = "UTF-16 or UTF-32 without a byte order mark"
-    else:
-        return
-    raise DataError(f"{name} text (at byte 0), not UTF-8", f"{path}:1", "convert it: iconv -f UTF-16 -t UTF-8")
+    if name:
+        raise DataError(f"{name} text (at byte 0), not UTF-8", f"{path}:1", "convert it: iconv -f UTF-16 -t UTF-8")
 
 
 def _too_large(data: bytes, offset: int) -> RowError:
@@ -114,14 +115,10 @@ def _lines(file: BinaryIO, offset: int) -> Iterator[RawRow]:
         line += 1
         begin, offset = offset, offset + len(data)
         if len(data) > LARGEST_ROW_BYTES and not data.endswith(b"\n"):
-            while rest := file.readline(_PORTION):
-                offset += len(rest)
-                if rest.endswith(b"\n"):
-                    break
             yield RawRow(line, begin, b"", _too_large(data, begin))
-            continue
-        row = data.strip(_BLANK)
-        if row:
+            while not data.endswith(b"\n") and (data := file.readline(_PORTION)):
+                offset += len(data)
+        elif row := data.strip(_BLANK):
             yield RawRow(line, begin + len(data) - len(data.lstrip(_BLANK)), row)
 
 
@@ -133,33 +130,23 @@ class _ListReader:
         self._line, self._offset, self._row, self._ended = 1, offset, 0, False
 
     def rows(self) -> Iterator[RawRow]:
-        self._next_byte()
-        self._consume(1)
-        first = True
-        while True:
+        self._take()
+        separator = self._take() if self._next_byte() == b"]" else b","
+        while separator == b",":
             byte = self._next_byte()
-            if byte == b"]" and first:
-                self._consume(1)
-                break
             if byte in (b",", b"]"):
                 yield self._fault("not_json", f"a row is missing before {byte.decode()!r}")
             elif byte:
                 yield self._element()
-            first = False
-            if self._ended:
-                return
-            byte = self._next_byte()
-            if not byte:
-                yield self._fault("not_json", "the list is not closed: the file was cut short")
-                return
-            self._consume(1)
-            if byte == b"]":
-                break
-        if self._next_byte():
-            kind, what = "not_json", f"text after the end of the list, at byte {self._offset}"
-            if self._buffer.startswith(b"\0", self._at):
-                kind, what = "nul_bytes", f"NUL bytes from byte {self._offset} of the file on"
-            yield self._fault(kind, what)
+                if self._ended:
+                    return
+            separator = self._take()
+        if not separator:
+            yield self._fault("not_json", "the list is not closed: the file was cut short")
+        elif self._next_byte() == b"\0":
+            yield self._fault("nul_bytes", f"NUL bytes from byte {self._offset} of the file on")
+        elif self._next_byte():
+            yield self._fault("not_json", f"text after the end of the list, at byte {self._offset}")
 
     def _element(self) -> RawRow:
         """Consume the element at ``_at`` up to the comma or bracket that ends it."""
@@ -167,23 +154,18 @@ class _ListReader:
         line, offset, scan, depth, in_string = self._line, self._offset, self._at, 0, False
         error: RowError | None = None
         while True:
-            if in_string:
-                scan = _end_of(_STRING_REST, self._buffer, scan)
-                if self._buffer.startswith(b'"', scan):
-                    in_string = False
-                    scan += 1
-                    continue
-            else:
-                scan = _end_of(_INSIDE if depth else _OUTSIDE, self._buffer, scan)
-                byte = self._buffer[scan : scan + 1]
-                if depth == 0 and byte in (b",", b"]"):
-                    break
-                if byte:
-                    in_string = byte == b'"'
-                    if not in_string:
-                        depth = max(0, depth + (1 if byte in (b"{", b"[") else -1))
-                    scan += 1
-                    continue
+            pattern = _STRING_REST if in_string else _INSIDE if depth else _OUTSIDE
+            match = pattern.match(self._buffer, scan)
+            assert match is not None, "the patterns match the empty string too"
+            scan = match.end()
+            byte = self._buffer[scan : scan + 1]
+            if depth == 0 and not in_string and byte in (b",", b"]"):
+                break
+            if byte in _DEPTH_CHANGE:
+                in_string ^= byte == b'"'
+                depth = max(0, depth + _DEPTH_CHANGE[byte])
+                scan += 1
+                continue
             if error is None and scan - self._at > LARGEST_ROW_BYTES:
                 error = _too_large(self._buffer[self._at : scan], offset)
             if error is not None:  # search for its end, but keep nothing of it
@@ -203,6 +185,12 @@ class _ListReader:
         if nul >= 0:
             return RowError("nul_bytes", f"NUL bytes from byte {offset + nul - self._at} of the file on")
         return RowError("not_json", "the row does not end: a quote or bracket is not closed, or the file was cut short")
+
+    def _take(self) -> bytes:
+        """Consume the next byte that is not blank; empty at the end of the file."""
+        byte = self._next_byte()
+        self._consume(len(byte))
+        return byte
 
     def _next_byte(self) -> bytes:
         """The next byte that is not blank, unconsumed; empty at the end of the file."""
@@ -228,9 +216,3 @@ class _ListReader:
     def _fault(self, kind: str, message: str) -> RawRow:
         self._row += 1
         return RawRow(self._line, self._offset, b"", RowError(kind, message), self._row)
-
-
-def _end_of(pattern: re.Pattern[bytes], buffer: bytes, start: int) -> int:
-    match = pattern.match(buffer, start)
-    assert match is not None, "the patterns match the empty string too"
-    return match.end()

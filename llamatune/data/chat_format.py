@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llamatune.data.row_parsing import Row, is_empty, kind_of, optional_text, quote, text_field
-from llamatune.data.rows import RowError
+from llamatune.data.row_decoding import Row, field_of, is_empty, kind_of, optional_text, quote, text_field
+from llamatune.data.row_reader import RowError
 
 _SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -34,10 +34,7 @@ def read_chat(row: Mapping[str, Any], *, as_prompt: bool = False) -> Row:
     if sharegpt and "messages" in row:
         raise RowError("bad_messages", "both 'messages' and 'conversations'; a chat row has one of them")
     name, role_key, text_key = ("conversations", "from", "value") if sharegpt else ("messages", "role", "content")
-    if name not in row:
-        keys = ", ".join(quote(key) for key in row) or "none"
-        raise RowError("missing_field", f"no field 'messages'; the row has {keys}")
-    messages = row[name]
+    messages = field_of(row, name)
     if not isinstance(messages, list):
         raise RowError("wrong_type", f"field {name!r} of the row is {kind_of(messages)}, not a list")
     _refuse_other_training(row, _TRAINING[:2], "the row")
@@ -55,42 +52,37 @@ def read_chat(row: Mapping[str, Any], *, as_prompt: bool = False) -> Row:
         if role not in ("system", "user", "assistant"):
             raise RowError("bad_messages", f"{where} has the role {quote(role)}; known: system, user, assistant")
         turns.append((role, text_field(message, text_key, where)))
-    first = 2 if turns and turns[0][0] == "system" else 1
-    own = turns.pop(0)[1] if first == 2 else ""
+    system, first = "", 1
+    if turns and turns[0][0] == "system":
+        system, first = turns.pop(0)[1], 2
     for number, (role, _) in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if role != expected:
-            raise RowError(
-                "bad_messages",
-                f"message {first + number} of {name!r} is the {role}'s where the {expected}'s is expected",
-            )
+            what = f"message {first + number} of {name!r} is the {role}'s where the {expected}'s is expected"
+            raise RowError("bad_messages", what)
     if as_prompt and len(turns) % 2:
         turns.append(("assistant", ""))
     if not turns or len(turns) % 2:
         what = "message" if as_prompt else "assistant message at its end, so there is nothing to train on"
         raise RowError("bad_messages", f"{name!r} has no {what}")
-    pairs = tuple((turns[i][1], turns[i + 1][1]) for i in range(0, len(turns), 2))
-    fields = {"user": pairs[-1][0], "system": _system(row, own, name)}
-    return Row(fields, pairs[-1][1], pairs[:-1], tuple(sorted(ignored)))
-
-
-def _system(row: Mapping[str, Any], own: str, name: str) -> str:
-    given = optional_text(row, "system")
-    if own and not is_empty(given) and given != own:
-        raise RowError("bad_messages", f"both a field 'system' and a system message in {name!r}; leave one of them out")
-    return own or ("" if is_empty(given) else given)
+    beside = optional_text(row, "system")
+    if not is_empty(beside):
+        if system not in ("", beside):
+            what = f"both a field 'system' and a system message in {name!r}; leave one of them out"
+            raise RowError("bad_messages", what)
+        system = beside
+    texts = [text for _, text in turns]
+    *earlier, (user, answer) = zip(texts[::2], texts[1::2], strict=True)
+    return Row({"user": user, "system": system}, answer, tuple(earlier), tuple(sorted(ignored)))
 
 
 def _ignored_keys(message: Mapping[str, Any], read: tuple[str, str], where: str) -> list[str]:
     """The metadata keys of ``message``; a key that may hold a part of the conversation raises ``RowError``."""
     _refuse_other_training(message, _TRAINING, where)
-    ignored = []
-    for key, value in message.items():
-        if key in read or key in _TRAINING or is_empty(value):
-            continue
+    ignored = [key for key in message if key not in (*read, *_TRAINING) and not is_empty(message[key])]
+    for key in ignored:
         if key not in _METADATA and not key.endswith("_id"):
             raise RowError("unread_field", f"{where} has {quote(key)}, which would be lost; take it out if it may be")
-        ignored.append(key)
     return ignored
 
 

@@ -1,4 +1,4 @@
-"""Row parsing: the bytes of one row to a checked JSON object, and checks of its text fields."""
+"""Row decoding: the bytes of one row to a checked JSON object, and checks of its text fields."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llamatune.data.rows import RawRow, RowError
+from llamatune.data.row_reader import RawRow, RowError
 from llamatune.strict_json import parse_json
 
 _LONGEST_QUOTE = 80
@@ -70,15 +70,11 @@ def decode_value(raw: RawRow) -> Any:
 
 
 def _deeper_than(value: object, depth: int) -> bool:
-    level = [value]
-    for _ in range(depth):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return any(isinstance(inner, (dict, list)) for inner in level)
+    if not isinstance(value, (dict, list)):
+        return False
+    if depth == 0:
+        return True
+    return any(_deeper_than(inner, depth - 1) for inner in (value.values() if isinstance(value, dict) else value))
 
 
 def _value_fault(message: str, text: str) -> RowError:
@@ -90,46 +86,46 @@ def _value_fault(message: str, text: str) -> RowError:
             except UnicodeEncodeError:
                 return RowError("bad_characters", f"a lone surrogate, which is no character, in field {quote(key)}")
         return RowError("bad_characters", message)
-    if "digits" in message:
-        return RowError("not_json", "not usable JSON: an integer of thousands of digits")
     if "twice" in message:
         return RowError("duplicate_key", message)
-    return RowError("not_json", f"not usable JSON: {message}")
+    what = "an integer of thousands of digits" if "digits" in message else message
+    return RowError("not_json", f"not usable JSON: {what}")
 
 
-def text_field(row: Mapping[str, Any], name: str, where: str = "the row") -> str:
-    """The text of field ``name``; ``RowError`` if it is absent, not a string, or blank."""
+def field_of(row: Mapping[str, Any], name: str, where: str = "the row") -> Any:
+    """The value of field ``name``; ``RowError`` if it is absent."""
     if name not in row:
         keys = ", ".join(quote(key) for key in row) or "none"
         raise RowError("missing_field", f"no field {name!r}; {where} has {keys}")
-    value = row[name]
-    if not isinstance(value, str):
-        raise RowError("wrong_type", f"field {name!r} of {where} is {kind_of(value)}, not a string")
-    if not value or value.isspace():
+    return row[name]
+
+
+def text_field(row: Mapping[str, Any], name: str, where: str = "the row") -> str:
+    """The text of field ``name``; ``RowError`` if it is absent, not a text, or blank."""
+    text = checked_text(field_of(row, name, where), name, where)
+    if not text or text.isspace():
         raise RowError("empty_field", f"field {name!r} of {where} is empty")
-    return without_nul(value, name)
+    return text
 
 
 def optional_text(row: Mapping[str, Any], name: str) -> str:
     """The text of field ``name``; empty if it is absent or null (pandas writes null)."""
     value = row.get(name)
-    if value is None:
-        return ""
+    return "" if value is None else checked_text(value, name)
+
+
+def checked_text(value: Any, name: str, where: str = "the row") -> str:
+    """``value``; ``RowError`` if it is no string or contains a NUL character, which no tokenizer can encode."""
     if not isinstance(value, str):
-        raise RowError("wrong_type", f"field {name!r} of the row is {kind_of(value)}, not a string")
-    return without_nul(value, name)
+        raise RowError("wrong_type", f"field {name!r} of {where} is {kind_of(value)}, not a string")
+    if "\0" in value:
+        raise RowError("bad_characters", f"a NUL character in field {name!r}")
+    return value
 
 
 def is_empty(value: object) -> bool:
     """Whether ``value`` is null, or an empty string, list or object (also one spelled ``[]`` or ``{}`` in a string)."""
     return value is None or value in ([], {}) or (isinstance(value, str) and value.strip() in ("", "[]", "{}"))
-
-
-def without_nul(value: str, name: str) -> str:
-    """``value``; ``RowError`` if it contains a NUL character, which no tokenizer can encode."""
-    if "\0" in value:
-        raise RowError("bad_characters", f"a NUL character in field {name!r}")
-    return value
 
 
 def quote(text: str) -> str:
