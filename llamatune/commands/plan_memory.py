@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from llamatune.commands._console import Console
 from llamatune.options.training import PlanMemoryOptions
 
 if TYPE_CHECKING:
@@ -17,14 +16,9 @@ if TYPE_CHECKING:
     from llamatune.spec import RunSpec
 
 
-def plan_memory(
-    options: PlanMemoryOptions,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
-) -> None:
+def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
     """Predict the peak memory of a run, what else would fit, and what would lower the peak."""
-    from llamatune.commands._console import Console
-
-    with Console(json_mode, writes=False) as console:
+    with console:
         from llamatune.checkpoints.model_directory import read_config
         from llamatune.errors import SpecError
         from llamatune.events import Notice

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from llamatune.commands._console import Console
+from llamatune.errors import Stopped, printable
 from llamatune.options.preparation import PrepareOptions
 
 if TYPE_CHECKING:
@@ -15,17 +15,11 @@ if TYPE_CHECKING:
     from llamatune.data.preview import PreviewRow
 
 
-def prepare_data(
-    options: PrepareOptions,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-) -> None:
+def prepare_data(options: PrepareOptions, console: Console) -> None:
     """Turn instruction rows into token ids and loss masks for training."""
-    from llamatune.commands._console import Console
-
-    with Console(json_mode, writes=True) as console:  # signals are handled from here on
+    with console:  # signals are handled from here on
         from llamatune.data.prepare import prepare_data as run_preparation
         from llamatune.data.preview import preview_rows
-        from llamatune.errors import Stopped
         from llamatune.tokenizers.sentencepiece import load_tokenizer
 
         if console.should_stop():
@@ -56,8 +50,6 @@ def _print_row(out: RichConsole, row: PreviewRow, show_ids: bool) -> None:
     """Print trained tokens in green and others dim; without colours trained spans are in ``[[ ]]``."""
     from rich.text import Text
 
-    from llamatune.errors import printable
-
     line = Text(f"row {row.row}: ", style="bold")
     coloured = out.is_terminal and not out.no_color
     inside = False
@@ -78,7 +70,6 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
     from rich.text import Text
 
     from llamatune.data.rows import shown_place
-    from llamatune.errors import printable
 
     def reasons(counts: dict[str, int]) -> str:
         return "" if not counts else " (" + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()) + ")"

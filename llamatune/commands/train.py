@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from llamatune.commands._console import Console
 from llamatune.options.training import TrainOptions
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
 
-def train(
-    options: TrainOptions,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
-) -> None:
+def train(options: TrainOptions, console: Console) -> None:
     """Fine-tune a model as a run spec says; run it again to continue."""
     from llamatune.spec import load_spec
 
     spec = load_spec(options.spec_path, list(options.overrides))
-
-    from llamatune.commands._console import Console
-
-    with Console(json_mode, writes=True, log_every_steps=spec.training.log_every_steps) as console:
+    console.log_every_steps = spec.training.log_every_steps
+    with console:
         from llamatune.tracking.trackers import Trackers
         from llamatune.training.run import plan_training
         from llamatune.training.run import train as run_training

@@ -1,7 +1,5 @@
 """Options of the verbs that read a model: ``generate``, ``evaluate``, ``merge-lora``, ``count-params``, ``verify``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

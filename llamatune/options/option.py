@@ -38,17 +38,8 @@ class Option:
     at_most: float | None = None
     below: float | None = None
 
-    def refuse_out_of_bounds(self, value: float, flag: str) -> None:
-        bounds = (
-            ("at least", self.at_least, operator.ge),
-            ("above", self.above, operator.gt),
-            ("at most", self.at_most, operator.le),
-            ("below", self.below, operator.lt),
-        )
-        given = [(words, bound, fits) for words, bound, fits in bounds if bound is not None]
-        if not all(fits(value, bound) for _, bound, fits in given):
-            stated = " and ".join(f"{words} {bound:,}" for words, bound, _ in given)
-            raise SpecError(f"{flag} is {value}", None, f"it must be {stated}")
+
+_BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
 @dataclass(frozen=True)
@@ -76,8 +67,10 @@ class OptionField:
         if self.choices and value not in self.choices:
             known = f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"
             raise SpecError(f"{self.flag} is {value!r}", None, f"it must be {known}")
-        if isinstance(value, int | float):
-            self.option.refuse_out_of_bounds(value, self.flag)
+        bounds = {name: bound for name in _BOUNDS if (bound := getattr(self.option, name)) is not None}
+        if not all(_BOUNDS[name](value, bound) for name, bound in bounds.items()):
+            stated = " and ".join(f"{name.replace('_', ' ')} {bound:,}" for name, bound in bounds.items())
+            raise SpecError(f"{self.flag} is {value}", None, f"it must be {stated}")
 
 
 @dataclass(frozen=True)
@@ -97,13 +90,10 @@ class Options:
 
 def option_fields(options: type[Options]) -> tuple[OptionField, ...]:
     """The options that a class and its bases declare, in the order of the command line: required ones come first."""
-    hints = typing.get_type_hints(options, include_extras=True)
-    declared = [_option_field(field.name, hints[field.name], field.default) for field in fields(options)]
+    declared = []
+    for field in fields(options):
+        kind, option = typing.get_args(field.type)
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
+            (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+        declared.append(OptionField(field.name, kind, option, field.default))
     return tuple(sorted(declared, key=lambda field: (not field.required, field.option.last)))
-
-
-def _option_field(name: str, hint: Any, default: Any) -> OptionField:
-    kind, option = typing.get_args(hint)
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
-    return OptionField(name, kind, option, default)

@@ -1,7 +1,5 @@
 """Options of the verbs about runs: ``train``, ``benchmark``, ``plan-memory``, ``report`` and ``demo``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
