@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -12,11 +12,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from llamatune.commands._training_panel import TrainingPanel
 from llamatune.errors import printable
 from llamatune.events import EpochDone, EvalDone, Event, Notice, Progress, RunStarted, StepSkipped
-
-if TYPE_CHECKING:
-    from llamatune.commands._training_panel import TrainingPanel
 
 _REDRAWN_EVERY_S = 0.5
 
@@ -68,19 +66,13 @@ class ProgressBars:
         self._live.stop()
 
     def _drawing(self) -> RenderableType:
-        bars = [self._bars] if self._bars.tasks else []
-        return Group(*([self._panel] if self._panel else []), *bars)
+        return Group(*([self._panel] if self._panel else []), *([self._bars] if self._bars.tasks else []))
 
     def draw(self, event: Event) -> None:
-        match event:
-            case Progress():
-                self._count(event)
-            case RunStarted():
-                from llamatune.commands._training_panel import (
-                    TrainingPanel,  # it needs torch, which has been loaded by now
-                )
-
-                self._panel = TrainingPanel(event)
+        if isinstance(event, Progress):
+            self._count(event)
+        if isinstance(event, RunStarted):
+            self._panel = TrainingPanel(event)
         if self._panel is not None:
             self._panel.note(event)
         for line in self._lines(event):

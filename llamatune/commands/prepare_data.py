@@ -66,7 +66,7 @@ def _print_row(out: RichConsole, row: PreviewRow, show_ids: bool) -> None:
 
 
 def _print_report(out: RichConsole, report: PrepareReport) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     from llamatune.data.rows import shown_place
@@ -74,10 +74,8 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
     def reasons(counts: dict[str, int]) -> str:
         return "" if not counts else " (" + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()) + ")"
 
-    table = Table(title=f"{report.format} rows, template {printable(report.template['name'])}", show_header=False)
-    table.title_justify = "left"
-    table.add_column(style="bold")
-    table.add_column()
+    title = f"{report.format} rows, template {printable(report.template['name'])}"
+    table = Table(Column(style="bold"), "", title=title, title_justify="left", show_header=False)
 
     def add(name: str, value: str) -> None:
         table.add_row(name, Text(printable(value)))
@@ -88,25 +86,16 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
     add("dropped", f"{report.dropped:,}{reasons(report.dropped_reasons)}")
     add("refused", f"{report.refused:,}{reasons(report.refused_reasons)}")
     add("duplicates", f"{report.duplicates:,}")
-    if report.prompts_not_prefix:
-        add(
-            "prompts not a prefix",
-            f"{report.prompts_not_prefix:,} (encoded alone they have other tokens than in their row)",
-        )
+    if count := report.prompts_not_prefix:
+        add("prompts not a prefix", f"{count:,} (encoded alone they have other tokens than in their row)")
     if report.ignored_keys:
         add("ignored keys", ", ".join(f"{key} ({n:,})" for key, n in report.ignored_keys.items()))
     for name, split in report.splits.items():
-        share = split["target_tokens"] / split["tokens"] if split["tokens"] else 0.0
-        add(
-            name,
-            f"{split['rows']:,} rows, {split['tokens']:,} tokens, {split['target_tokens']:,} of them targets "
-            f"({share:.0%}), longest row {split['longest_row_tokens']:,}",
-        )
-    longest = ", ".join(
-        f"{row['tokens']:,} ({shown_place(row['file'], row['line'], row.get('row'))})"
-        for row in report.longest_rows[:3]
-    )
-    add("longest before truncation", longest)
+        tokens, targets = split["tokens"], split["target_tokens"]
+        shown = f"{split['rows']:,} rows, {tokens:,} tokens, {targets:,} of them targets"
+        add(name, f"{shown} ({targets / max(1, tokens):.0%}), longest row {split['longest_row_tokens']:,}")
+    longest = [(row["tokens"], shown_place(row["file"], row["line"], row.get("row"))) for row in report.longest_rows]
+    add("longest before truncation", ", ".join(f"{tokens:,} ({place})" for tokens, place in longest[:3]))
     out.print(table)
     note = "already prepared, left as it is: " if report.unchanged else "written to "
     out.print(note + printable(report.output), markup=False)

@@ -25,15 +25,12 @@ def report(options: ReportOptions, console: Console) -> None:
 
 
 def _print(out: RichConsole, page: Report) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     from llamatune.reporting.report_text import figure_rows, findings
 
-    table = Table()
-    table.add_column("")
-    for run in page.runs:
-        table.add_column(Text(run.name), justify="right")
+    table = Table("", *(Column(Text(run.name), justify="right") for run in page.runs))
     table.add_row("status", *(run.status for run in page.runs))
     for label, values in figure_rows([run.figures for run in page.runs]):
         table.add_row(label, *values)
