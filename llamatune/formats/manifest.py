@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from llamatune.durable_writing import staged_directory, sync_tree, writing
+from llamatune.durable_writing import staged_directory, sync, writing
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError, Stopped
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.safe_reading import digest_bytes, digest_file, open_regular, read_bytes
@@ -60,7 +60,8 @@ def build_directory(path: Path, kind: str, inputs: dict[str, Any], overwrite: bo
     with staged_directory(path, overwrite) as directory:
         product = Staging(directory)
         yield product
-        sync_tree(directory)
+        for entry in directory.rglob("*"):
+            sync(entry)
         manifest = {
             "kind": kind,
             "schema": SCHEMA,
