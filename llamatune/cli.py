@@ -8,7 +8,6 @@ import gc
 import importlib
 import io
 import os
-import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -17,7 +16,7 @@ from typing import Annotated
 import typer
 
 from llamatune import __version__
-from llamatune.commands._console import STOP_SIGNALS
+from llamatune.commands._console import stop_signals
 from llamatune.commands._typer_options import StrictCommand, with_options
 from llamatune.errors import LlamatuneError, Stopped, printable
 from llamatune.free_memory import free_host_bytes
@@ -75,15 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
     # Importing torch makes 170,000 objects that all stay. Collecting garbage among them took a third of a second.
     gc.set_threshold(10_000, 50, 50)
     atexit.register(gc.freeze)
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        for number, action in before.items():
-            if action is not signal.SIG_IGN:
-                signal.signal(number, _stop_early)
+    with stop_signals(_stop_early):
         code = _exit_code(sys.argv[1:] if arguments is None else arguments)
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)
     _silence_closed_streams()
     sys.exit(code)
 

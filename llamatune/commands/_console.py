@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,7 +16,24 @@ if TYPE_CHECKING:
 
     from llamatune.events import Event
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@contextlib.contextmanager
+def stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within the block ``handler`` gets the signals that ask for a stop.
+
+    A signal that the caller ignores (nohup, a background job of a shell) stays ignored.
+    """
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    try:
+        for number, action in before.items():
+            if action is not signal.SIG_IGN:
+                signal.signal(number, handler)
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
 
 
 class Console:
@@ -29,21 +46,17 @@ class Console:
         self.log_every_steps = 1
         self._json_mode = json_mode
         self._stop = False
-        self._previous: dict[int, Any] = {}
+        self._signals = stop_signals(self._note_signal)
         self._draw: Callable[[Event], None] | None = None
         self._close_drawing: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
-        for number in STOP_SIGNALS:
-            # A signal that the caller ignores (nohup, a background job of a shell) stays ignored.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._note_signal)
+        self._signals.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._close_drawing()
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
+        self._signals.__exit__(*exception)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
