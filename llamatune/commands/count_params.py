@@ -39,9 +39,8 @@ def count_params(options: CountOptions, console: Console) -> None:
             targets = LINEAR_MODULES if names == ["all-linear"] else tuple(name.strip() for name in names)
         unknown = [name for name in targets if name not in LINEAR_MODULES]
         if unknown:
-            raise SpecError(
-                f"no linear layer called {unknown[0]!r}", "--target-modules", f"there are {', '.join(LINEAR_MODULES)}"
-            )
+            todo = f"there are {', '.join(LINEAR_MODULES)}"
+            raise SpecError(f"no linear layer called {unknown[0]!r}", "--target-modules", todo)
         count = count_parameters(config, AdapterSpec(rank, rank, target_modules=targets))
         payload = {
             "base_parameters": count.base_parameters,

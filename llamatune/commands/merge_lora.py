@@ -25,14 +25,10 @@ def merge_lora(options: MergeOptions, console: Console) -> None:
         def human(out: RichConsole) -> None:
             note = "already merged, left as it is: " if report.already_done else "written to "
             out.print(note + printable(report.output), markup=False)
-            out.print(
-                f"{report.merged_tensors:,} of {report.tensors:,} tensors changed, stored as {report.dtype} "
-                f"({report.bytes:,} bytes, {report.format} format)"
-            )
-            out.print(
-                f"rounding: at most {report.max_abs_error:.3g} a weight; {report.vanished_fraction:.1%} of the changed "
-                "weights fell back onto the base's value"
-            )
+            changed = f"{report.merged_tensors:,} of {report.tensors:,} tensors changed"
+            out.print(f"{changed}, stored as {report.dtype} ({report.bytes:,} bytes, {report.format} format)")
+            vanished = f"{report.vanished_fraction:.1%} of the changed weights fell back onto the base's value"
+            out.print(f"rounding: at most {report.max_abs_error:.3g} a weight; {vanished}")
             if report.vanished_fraction > 0.1:
                 out.print("keep more of the update with --dtype float32, or use base and adapter side by side")
 

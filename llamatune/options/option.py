@@ -1,4 +1,4 @@
-"""Option declarations: a dataclass field annotated with help, bounds and choices, which are checked when it is made."""
+"""Option declarations: a dataclass field with help, bounds and choices, which are checked when it is made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import operator
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import KW_ONLY, MISSING, dataclass, fields
+from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
 from llamatune.errors import SpecError
@@ -14,7 +14,7 @@ from llamatune.errors import SpecError
 
 @dataclass(frozen=True)
 class Option:
-    """Stands in ``Annotated`` beside the type of a field; the default is the field's own.
+    """What the field of an options class declares beside its type and default.
 
     Args:
         flag: the spelling, where it is not the field's name in kebab-case.
@@ -37,6 +37,11 @@ class Option:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
+
+
+def option(help: str, default: Any = MISSING, **declared: Any) -> Any:
+    """The field of an options class; ``declared`` are arguments of ``Option``. Without a default it is required."""
+    return field(default=default, metadata={"option": Option(help, **declared)})
 
 
 _BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -82,18 +87,20 @@ class Options:
     """
 
     def __post_init__(self) -> None:
-        for field in option_fields(type(self)):
-            value = getattr(self, field.name)
+        for declared in option_fields(type(self)):
+            value = getattr(self, declared.name)
             if value is not None:
-                field.check(value)
+                declared.check(value)
 
 
 def option_fields(options: type[Options]) -> tuple[OptionField, ...]:
     """The options that a class and its bases declare, in the order of the command line: required ones come first."""
-    declared = []
-    for field in fields(options):
-        kind, option = typing.get_args(field.type)
-        if typing.get_origin(kind) in (types.UnionType, typing.Union):
-            (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
-        declared.append(OptionField(field.name, kind, option, field.default))
+    declared = [_option_field(declared) for declared in fields(options)]
     return tuple(sorted(declared, key=lambda field: (not field.required, field.option.last)))
+
+
+def _option_field(declared: Field[Any]) -> OptionField:
+    kind: Any = declared.type
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+    return OptionField(declared.name, kind, declared.metadata["option"], declared.default)
