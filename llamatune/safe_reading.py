@@ -59,7 +59,4 @@ def digest_bytes(data: bytes) -> str:
 def digest_file(path: Path, error: type[LlamatuneError] = CheckpointError) -> str:
     """SHA-256 of a regular file of any size, in hexadecimal."""
     with open_regular(path, error) as file:
-        digest = hashlib.sha256()
-        while block := file.read(_MEBIBYTE):
-            digest.update(block)
-        return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

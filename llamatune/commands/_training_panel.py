@@ -48,8 +48,8 @@ class Curve:
         edges = [round(column * len(self._means) / count) for column in range(count + 1)]
         means = [sum(self._means[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
         low, high = min(means), sorted(means)[math.ceil(0.9 * (count - 1))]
-        scale = (len(levels) - 1) / (high - low) if high > low else 0.0
-        return "".join(levels[round((min(mean, high) - low) * scale)] for mean in means)
+        heights = ((min(mean, high) - low) / (high - low) if high > low else 0.0 for mean in means)
+        return "".join(levels[round(height * (len(levels) - 1))] for height in heights)
 
 
 class _Sparkline:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer.core import TyperCommand
@@ -18,14 +18,8 @@ from llamatune.commands._console import Console
 from llamatune.errors import SpecError
 from llamatune.options.option import OptionField, Options, option_fields
 from llamatune.paths import expand_home
-from llamatune.ranks import refuse_ranks
 
-_JSON = Parameter(
-    "json_mode",
-    Parameter.KEYWORD_ONLY,
-    default=False,
-    annotation=Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")],
-)
+_JSON = typer.Option(False, "--json", help="Print the result as one JSON object.")
 
 
 def with_options(verb: Callable[..., None]) -> Callable[..., None]:
@@ -35,11 +29,14 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def run(json_mode: bool, **values: Any) -> None:
+        from llamatune.ranks import refuse_ranks
+
         refuse_ranks()
         given = {field.name: _parsed(field, values[field.name]) for field in declared}
         verb(options(**{name: value for name, value in given.items() if value is not None}), Console(json_mode))
 
-    parameters = [*map(_parameter, declared), _JSON]
+    parameters = [*map(_parameter, declared)]
+    parameters.append(Parameter("json_mode", Parameter.KEYWORD_ONLY, default=_JSON, annotation=bool))
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
@@ -65,15 +62,15 @@ def _parameter(field: OptionField) -> Parameter:
     # readable=False: Typer would call a missing permission a mistake of usage; here it is exit code 5.
     shown: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "readable": False}
     shown["show_default"] = option.shown_default or not (field.required or default is None)
-    info = typer.Argument(**shown) if option.argument else typer.Option(field.flag, **shown)
+    given = ... if field.required else default
+    info = typer.Argument(given, **shown) if option.argument else typer.Option(given, field.flag, **shown)
     if field.choices or option.parse:
         kind = str
     elif typing.get_origin(kind) is Sequence:
         kind = list[typing.get_args(kind)[0]]  # type: ignore[misc]
     if default is None:
         kind |= None
-    given = Parameter.empty if field.required else default
-    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=given, annotation=Annotated[kind, info])
+    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=info, annotation=kind)
 
 
 class StrictCommand(TyperCommand):
