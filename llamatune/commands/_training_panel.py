@@ -21,7 +21,7 @@ _MOST_POINTS = 512
 
 
 class Curve:
-    """A series of any length as at most 512 means over equally long stretches."""
+    """A series of any length as at most 512 means over equally long stretches, drawn over the width that is free."""
 
     def __init__(self) -> None:
         self._means: list[float] = []
@@ -37,6 +37,9 @@ class Curve:
             self._means = [sum(pair) / 2 for pair in zip(self._means[::2], self._means[1::2], strict=True)]
             self._stretch *= 2
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.sparkline(options.max_width, options.ascii_only), style="cyan", no_wrap=True)
+
     def sparkline(self, width: int, ascii_only: bool = False) -> str:
         """The curve in ``width`` columns, or fewer while there is less to show.
 
@@ -50,16 +53,6 @@ class Curve:
         low, high = min(means), sorted(means)[math.ceil(0.9 * (count - 1))]
         heights = ((min(mean, high) - low) / (high - low) if high > low else 0.0 for mean in means)
         return "".join(levels[round(height * (len(levels) - 1))] for height in heights)
-
-
-class _Sparkline:
-    """A curve drawn over the width that is free."""
-
-    def __init__(self, curve: Curve) -> None:
-        self._curve = curve
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(self._curve.sparkline(options.max_width, options.ascii_only), style="cyan", no_wrap=True)
 
 
 class TrainingPanel:
@@ -128,7 +121,7 @@ class TrainingPanel:
 
     def _loss(self, step: StepDone) -> RenderableType:
         line = Table.grid(Column(no_wrap=True), Column(ratio=1), padding=(0, 2), expand=True)
-        line.add_row(f"{step.loss:.4f}, perplexity {perplexity(step.loss):.2f}", _Sparkline(self._losses))
+        line.add_row(f"{step.loss:.4f}, perplexity {perplexity(step.loss):.2f}", self._losses)
         return line
 
     def _time(self, step: StepDone) -> str:

@@ -52,9 +52,7 @@ def _print_table(out: RichConsole, payload: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    def percent(share: float) -> str:
-        return f"{share:.1%}"
-
+    percent = "{:.1%}".format
     measures: dict[str, tuple[str, Callable[[Any], str]]] = {
         "loss": ("loss, nats a token", "{:.4f}".format),
         "perplexity": ("perplexity", "{:.4f}".format),
