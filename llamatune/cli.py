@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import gc
 import importlib
 import io
 import os
-import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from llamatune import __version__
-from llamatune.commands._typer_options import StrictCommand, StrictGroup, with_options
-from llamatune.errors import LlamatuneError, printable
+from llamatune.commands._console import stop_signals
+from llamatune.commands._typer_options import StrictCommand, with_options
+from llamatune.errors import LlamatuneError, Stopped, printable
 from llamatune.free_memory import free_host_bytes
-from llamatune.ranks import refuse_ranks
-
-Verb = Callable[..., None]
 
 # The function of a verb has its name, in the module of that name: commands/prepare_data.py, prepare_data.
 VERBS = {
@@ -31,18 +27,12 @@ VERBS = {
     "More verbs": ("evaluate", "benchmark", "plan-memory", "report", "verify", "demo", "env"),
 }
 _WRITERS = ("prepare-data", "train", "merge-lora", "benchmark", "demo", "report")
+"""Verbs that write files, as ``evaluate --output`` does: a stop of them is exit 75, of the others 130."""
 
 
-def _load_verb(name: str) -> Verb:
+def _load_verb(name: str) -> Callable[..., None]:
     module = name.replace("-", "_")
-    verb = with_options(getattr(importlib.import_module(f"llamatune.commands.{module}"), module))
-
-    @functools.wraps(verb)
-    def run(**options: Any) -> None:
-        refuse_ranks()
-        verb(**options)
-
-    return run
+    return with_options(getattr(importlib.import_module(f"llamatune.commands.{module}"), module))
 
 
 def build_app(only: str | None = None) -> typer.Typer:
@@ -50,7 +40,6 @@ def build_app(only: str | None = None) -> typer.Typer:
     app = typer.Typer(
         name="llamatune",
         help="Fine-tune LLaMA models with LoRA.",
-        cls=StrictGroup,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     )
@@ -71,9 +60,6 @@ def build_app(only: str | None = None) -> typer.Typer:
     return app
 
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-
 class _StoppedEarly(BaseException):
     """A signal before the verb handles signals itself. No work has begun."""
 
@@ -85,24 +71,13 @@ def _stop_early(number: int, frame: FrameType | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit with its code. An error that a user can cause is one line on stderr."""
     _open_closed_streams()
-    _collect_less_garbage()
-    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    try:
-        for number, action in before.items():
-            if action is not signal.SIG_IGN:
-                signal.signal(number, _stop_early)
-        code = _exit_code(arguments)
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)
-    _silence_closed_streams()
-    sys.exit(code)
-
-
-def _collect_less_garbage() -> None:
-    """Importing torch makes 170,000 objects that all stay. Collecting garbage among them took a third of a second."""
+    # Importing torch makes 170,000 objects that all stay. Collecting garbage among them took a third of a second.
     gc.set_threshold(10_000, 50, 50)
     atexit.register(gc.freeze)
+    with stop_signals(_stop_early):
+        code = _exit_code(sys.argv[1:] if arguments is None else arguments)
+    _silence_closed_streams()
+    sys.exit(code)
 
 
 def _open_closed_streams() -> None:
@@ -129,21 +104,16 @@ def _silence_closed_streams() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _first_verb(arguments: list[str] | None) -> str | None:
-    """The verb, if the command line begins with one."""
-    first = next(iter(sys.argv[1:] if arguments is None else arguments), "")
-    return first if any(first in names for names in VERBS.values()) else None
-
-
-def _exit_code(arguments: list[str] | None) -> int:
+def _exit_code(words: list[str]) -> int:
+    verb = next((name for names in VERBS.values() for name in names if [name] == words[:1]), None)
+    writes = verb in _WRITERS or (verb == "evaluate" and any(word.startswith("--output") for word in words))
     try:
-        return build_app(_first_verb(arguments))(args=arguments, standalone_mode=False, prog_name="llamatune") or 0
+        return build_app(verb)(args=words, standalone_mode=False, prog_name="llamatune") or 0
+    except Stopped as stop:
+        return _fail(str(stop), 75) if writes else _fail(str(Stopped(stop.what, stop.where)), 130)
     except LlamatuneError as fault:
         return _fail(str(fault), fault.exit_code)
-    except (_StoppedEarly, KeyboardInterrupt):
-        words = sys.argv[1:] if arguments is None else arguments
-        verb = next((word for word in words if not word.startswith("-")), "")
-        writes = verb in _WRITERS or (verb == "evaluate" and any(word.startswith("--output") for word in words))
+    except _StoppedEarly:
         return _fail("stopped by a signal: run the same command again", 75 if writes else 130)
     except BrokenPipeError:
         return 0
@@ -159,8 +129,6 @@ def _exit_code(arguments: list[str] | None) -> int:
         # Typer may carry its own copy of click, so its usage errors are known by what they can do.
         if hasattr(fault, "format_message") and hasattr(fault, "exit_code"):
             return _fail(f"{fault.format_message().rstrip('.')}: see llamatune --help", 2)
-        if type(fault).__name__ == "Abort":
-            return _fail("interrupted", 130)
         raise
 
 

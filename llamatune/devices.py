@@ -15,8 +15,6 @@ from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability
 from llamatune.torch_build import cuda_fault, gpu_count, refuse_unsupported, torch_silenced
 from llamatune.versions import require_version
 
-_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-
 
 def choose_device(name: str, on_event: OnEvent = ignore_event) -> torch.device:
     """The device of that name, prepared: on CUDA with the allocator's expandable segments and without cuDNN attention.
@@ -63,8 +61,8 @@ def _use_expandable_segments() -> None:
     torch reads the variable when CUDA starts, so only whether there is a GPU may be asked of CUDA before.
     """
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    if not started and not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
-        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+    if not started and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 @functools.cache

@@ -24,22 +24,11 @@ STAGING = ".llamatune-tmp-"
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 """Errors of kernels, file systems and containers that cannot swap two names."""
 _PROBE = "probe"
-_MEBIBYTE = 1 << 20
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in ``path`` durable."""
-    _sync(path, os.O_DIRECTORY)
-
-
-def sync_tree(directory: Path) -> None:
-    """Make every file and every subdirectory of ``directory`` durable."""
-    for entry in directory.rglob("*"):
-        _sync(entry)
-
-
-def _sync(path: Path, flags: int = 0) -> None:
-    descriptor = os.open(path, os.O_RDONLY | flags)
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the names in a directory, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -96,21 +85,19 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None], overwr
     """
     temporary = _staging_beside(path)
     try:
-        temporary.unlink(missing_ok=True)
-        with writing(temporary, len(content) if isinstance(content, bytes) else 0) as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                content(file)
-        if not overwrite:
-            _refuse_existing(path, path)
-        os.replace(temporary, path)
-        sync_directory(path.parent)
-    except OSError as fault:
-        raise disk_fault(fault, path) from fault
-    finally:
-        with contextlib.suppress(OSError):
+        with disk_faults(path):
             temporary.unlink(missing_ok=True)
+            with writing(temporary, len(content) if isinstance(content, bytes) else 0) as file:
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    content(file)
+            if not overwrite:
+                _refuse_existing(path, path)
+            os.replace(temporary, path)
+            sync(path.parent)
+    finally:
+        remove(temporary)
 
 
 def output_file(path: Path, overwrite: bool) -> Path:
@@ -142,38 +129,35 @@ def refuse_occupied(path: Path, overwrite: bool) -> None:
         return
     if not path.is_dir():
         raise EnvironmentFault("exists and is not a directory", path, "choose another output")
-    if not overwrite and next(path.iterdir(), None) is not None:
-        raise EnvironmentFault(
-            "the directory is not empty and holds something else", path, "choose another one, or pass --overwrite"
-        )
+    if not overwrite and any(path.iterdir()):
+        what = "the directory is not empty and holds something else"
+        raise EnvironmentFault(what, path, "choose another one, or pass --overwrite")
 
 
 def refuse_small_disk(path: Path, needed: int, what: str) -> None:
     """Raise before any work is done if fewer than ``needed`` bytes, and a MiB to spare, are free at ``path``."""
     free = _free_bytes(path)
-    if needed + _MEBIBYTE > free:
-        raise EnvironmentFault(
-            f"{what} needs {needed:,} bytes and {free:,} are free", path, "free some space, or another disk"
-        )
+    if needed + (1 << 20) > free:
+        needs = f"{what} needs {needed:,} bytes and {free:,} are free"
+        raise EnvironmentFault(needs, path, "free some space, or another disk")
 
 
 def probe_writable(parent: Path) -> None:
     """Raise before any work is done if nothing can be created, synced and renamed under ``parent``."""
     remove_dead_staging(parent, _PROBE)
-    probe = _staging_beside(parent / _PROBE)
-    try:
-        make_directory(parent)
-        with probe.open("xb") as file:
-            file.write(b"probe")
-            file.flush()
-            os.fsync(file.fileno())
-        renamed = _staging_beside(parent / f"renamed-{_PROBE}")
-        os.replace(probe, renamed)
-        renamed.unlink()
-    except OSError as fault:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
-        raise disk_fault(fault, parent) from fault
+    probe, renamed = (_staging_beside(parent / name) for name in (_PROBE, f"renamed-{_PROBE}"))
+    with disk_faults(parent):
+        try:
+            make_directory(parent)
+            with probe.open("xb") as file:
+                file.write(b"probe")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(probe, renamed)
+            renamed.unlink()
+        except OSError:
+            remove(probe)
+            raise
 
 
 def make_directory(path: Path) -> None:
@@ -181,7 +165,7 @@ def make_directory(path: Path) -> None:
     missing = [place for place in (path, *path.parents) if not place.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for place in missing:
-        sync_directory(place.parent)
+        sync(place.parent)
 
 
 def remove_dead_staging(parent: Path, name: str, owned: bool = False) -> None:
@@ -225,16 +209,15 @@ def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     probe_writable(path.parent)
     remove_dead_staging(path.parent, path.name)
     staging = _staging_beside(path)
-    shutil.rmtree(staging, ignore_errors=True)
+    remove(staging)
     try:
-        staging.mkdir()
-        yield staging
-        sync_directory(staging)
-        _swap_in(staging, path)
-    except OSError as fault:
-        raise disk_fault(fault, path) from fault
+        with disk_faults(path):
+            staging.mkdir()
+            yield staging
+            sync(staging)
+            _swap_in(staging, path)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove(staging)
 
 
 def _swap_in(staging: Path, path: Path) -> None:
@@ -250,7 +233,7 @@ def _swap_in(staging: Path, path: Path) -> None:
         except OSError:
             os.rename(aside, path)
             raise
-    sync_directory(path.parent)
+    sync(path.parent)
     remove(aside)
 
 

@@ -9,8 +9,7 @@
     ├── EnvironmentFault   5   device, memory, disk, permission, directory in use
     │   └── OutOfMemory    5   of the device or the host
     ├── NumericsError      6   loss or gradient not finite
-    └── Stopped           75   a signal asked a verb that writes to stop; the same command completes it
-        └── Interrupted  130   the same in a verb that only reads
+    └── Stopped           75   a signal asked for a stop; the same command completes it (130 in a verb that only reads)
 
 Any other exception is a bug of llamatune: exit code 1 and a traceback.
 """
@@ -83,9 +82,3 @@ class Stopped(LlamatuneError):
     """A signal asked for a stop; running the same command again completes the work."""
 
     exit_code = 75
-
-
-class Interrupted(Stopped):
-    """A signal asked a verb that only reads to stop."""
-
-    exit_code = 130

@@ -29,10 +29,8 @@ def _address_bytes() -> Iterator[int]:
 
 
 def _available(root: Path) -> int:
-    for line in _lines(root / "proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    kibibytes = _entry(root / "proc/meminfo", "MemAvailable:")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if kibibytes is None else kibibytes * 1024
 
 
 def _group_bytes(root: Path) -> Iterator[int]:
@@ -53,9 +51,7 @@ def _group_bytes(root: Path) -> Iterator[int]:
         for directory in (root / top / part for part in (group, *group.parents)):
             allowed, taken = _number(directory / limit), _number(directory / used)
             if allowed is not None and taken is not None:
-                spare = next((int(line.split()[1]) for line in _lines(directory / "memory.stat") if
-                              line.startswith(f"{cache} ")), 0)  # fmt: skip
-                yield allowed - taken + spare
+                yield allowed - taken + (_entry(directory / "memory.stat", cache) or 0)
 
 
 def _lines(path: Path) -> list[str]:
@@ -63,6 +59,12 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return []
+
+
+def _entry(path: Path, name: str) -> int | None:
+    """The number behind ``name`` in a file of one entry a line."""
+    entries = (line.split() for line in _lines(path))
+    return next((int(entry[1]) for entry in entries if entry[:1] == [name]), None)
 
 
 def _number(path: Path) -> int | None:

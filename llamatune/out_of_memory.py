@@ -33,11 +33,7 @@ def memory_faults(device: torch.device, advice: str | Callable[[], str]) -> Iter
         else:
             raise
         shown = ", ".join(f"{gibibytes(size)} {name}" for name, size in sizes.items())
-        raise OutOfMemory(f"out of memory on {device}: {shown}", None, _text(advice)) from fault
-
-
-def _text(advice: str | Callable[[], str]) -> str | None:
-    try:
-        return advice if isinstance(advice, str) else advice()
-    except MemoryError:  # computing it takes memory too
-        return None
+        todo = None
+        with contextlib.suppress(MemoryError):  # computing the advice takes memory too
+            todo = advice if isinstance(advice, str) else advice()
+        raise OutOfMemory(f"out of memory on {device}: {shown}", None, todo) from fault

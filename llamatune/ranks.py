@@ -33,9 +33,8 @@ def refuse_ranks(environment: Mapping[str, str] = os.environ) -> None:
         if variable == _WORLD and "TORCHELASTIC_RUN_ID" in environment:
             launcher, remedy = "torchrun", "start one, without torchrun"
         if count > 1:
-            raise EnvironmentFault(
-                f"{launcher} started {count} processes, and llamatune works in one", variable, remedy
-            )
+            what = f"{launcher} started {count} processes, and llamatune works in one"
+            raise EnvironmentFault(what, variable, remedy)
 
 
 def _of_an_outer_step(environment: Mapping[str, str]) -> tuple[str, ...]:
@@ -49,10 +48,7 @@ def _of_an_outer_step(environment: Mapping[str, str]) -> tuple[str, ...]:
 def _count(environment: Mapping[str, str], variable: str) -> int:
     """A variable's number of processes. An empty one counts as unset."""
     text = environment.get(variable, "").strip()
-    if not text:
-        return 1
-    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
-        raise EnvironmentFault(
-            f"{text[:40]!r} is not a number of processes", variable, "unset it, or set it to 1 for one process"
-        )
-    return int(text)
+    if text and not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+        todo = "unset it, or set it to 1 for one process"
+        raise EnvironmentFault(f"{text[:40]!r} is not a number of processes", variable, todo)
+    return int(text or 1)

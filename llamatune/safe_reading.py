@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError
 
 _MEBIBYTE = 1 << 20
 
 
-def open_regular(path: Path, error: type[LlamatuneError] = CheckpointError, max_bytes: int | None = None) -> BinaryIO:
+def open_regular(
+    path: Path, error: type[LlamatuneError] = CheckpointError, max_bytes: int | None = None
+) -> BufferedReader:
     """Open a regular file for reading; a missing, special or oversized one raises ``error``."""
     try:
         # O_NONBLOCK: opening a FIFO for reading would otherwise wait for a writer for ever.
@@ -59,7 +61,4 @@ def digest_bytes(data: bytes) -> str:
 def digest_file(path: Path, error: type[LlamatuneError] = CheckpointError) -> str:
     """SHA-256 of a regular file of any size, in hexadecimal."""
     with open_regular(path, error) as file:
-        digest = hashlib.sha256()
-        while block := file.read(_MEBIBYTE):
-            digest.update(block)
-        return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,7 @@ A field owns its name, default, bounds and description; docs/run-spec.md is made
 from __future__ import annotations
 
 import difflib
-from collections import Counter
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from llamatune.errors import SpecError
 from llamatune.shapes.adapter import AdapterSpec
+from llamatune.spec_overrides import override, refuse_twice, rename_aliases
 from llamatune.spec_types import (
     CheckpointingMode,
     Fraction,
@@ -25,10 +26,7 @@ from llamatune.spec_types import (
     Positive,
     TargetModules,
 )
-from llamatune.strict_yaml import parse_yaml, read_yaml
-
-_ALIASES = {("lora", "lora_alpha"): "alpha", ("lora", "lora_dropout"): "dropout"}
-"""PEFT's spellings of keys."""
+from llamatune.strict_yaml import read_yaml
 
 
 class _Section(BaseModel):
@@ -99,7 +97,7 @@ class TrainingSection(_Section):
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="updates of linear rise to learning_rate")
     warmup_ratio: Fraction | None = Field(None, description="in place of warmup_steps, a share of all updates")
     min_learning_rate: Annotated[float, Field(ge=0)] = Field(0.0, description="where linear and cosine end")
-    betas: Annotated[tuple[Fraction, Fraction], Field(description="AdamW")] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), strict=False, description="AdamW")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW")
     momentum: Fraction = Field(0.0, description="SGD")
     nesterov: bool = Field(False, description="SGD")
@@ -136,19 +134,16 @@ class TrainingSection(_Section):
 
     @model_validator(mode="after")
     def _agree(self) -> TrainingSection:
-        problems = []
-        if self.num_epochs is not None and self.max_steps is not None:
-            problems.append("num_epochs and max_steps exclude each other")
-        if self.warmup_ratio is not None and self.warmup_steps:
-            problems.append("warmup_steps and warmup_ratio exclude each other")
-        if self.max_steps is not None and self.warmup_steps > self.max_steps:
-            problems.append(f"warmup_steps {self.warmup_steps} is longer than the run of {self.max_steps} steps")
-        if self.min_learning_rate > self.learning_rate:
-            problems.append(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
-        if self.nesterov and not self.momentum:
-            problems.append("nesterov needs momentum")
-        if problems:
-            raise ValueError("; ".join(problems))
+        epochs, steps, warmup, rate = self.num_epochs, self.max_steps, self.warmup_steps, self.learning_rate
+        problems = {
+            "num_epochs and max_steps exclude each other": epochs is not None and steps is not None,
+            "warmup_steps and warmup_ratio exclude each other": self.warmup_ratio is not None and warmup,
+            f"warmup_steps {warmup} is longer than the run of {steps} steps": steps is not None and warmup > steps,
+            f"min_learning_rate {self.min_learning_rate} is above learning_rate {rate}": self.min_learning_rate > rate,
+            "nesterov needs momentum": self.nesterov and not self.momentum,
+        }
+        if any(problems.values()):
+            raise ValueError("; ".join(problem for problem, is_met in problems.items() if is_met))
         return self
 
 
@@ -195,23 +190,24 @@ class RunSpec(_Section):
 
     @model_validator(mode="after")
     def _agree(self) -> RunSpec:
-        if self.lora is None and self.model.dtype == "nf4":
+        model, lora, training = self.model, self.lora, self.training
+        if lora is None and model.dtype == "nf4":
             raise ValueError(
                 "nf4 weights are frozen and nothing would be trained; add a lora section, or set model.dtype: float32"
             )
-        if self.model.quantized_cache is not None and (self.model.dtype != "nf4" or self.model.init == "random"):
+        if model.quantized_cache is not None and (model.dtype != "nf4" or model.init == "random"):
             raise ValueError("model.quantized_cache is for model.dtype: nf4 and pretrained weights; leave it out")
-        if self.lora is None and self.model.dtype != "float32":
+        if lora is None and model.dtype != "float32":
             raise ValueError(
-                f"training every parameter in {self.model.dtype} loses small updates; without a lora section set "
+                f"training every parameter in {model.dtype} loses small updates; without a lora section set "
                 "model.dtype: float32 (training.precision may still be bf16 or fp16)"
             )
-        if self.training.activation_checkpointing == "projections" and (self.lora is None or not self.training.fused):
+        if training.activation_checkpointing == "projections" and (lora is None or not training.fused):
             raise ValueError(
                 "activation_checkpointing: projections is for a lora section and training.fused: true; "
                 "the plain modules have sublayer and block"
             )
-        if self.lora is not None and self.model.init == "random" and self.lora.init_from:
+        if lora is not None and model.init == "random" and lora.init_from:
             raise ValueError("lora.init_from needs the base it was trained on, not model.init: random")
         return self
 
@@ -241,71 +237,31 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + key, value
 
 
-def _override(values: dict[str, Any], assignment: str) -> None:
-    path, separator, text = assignment.partition("=")
-    keys = path.split(".")
-    if not separator or len(keys) < 2 or not all(keys):
-        raise SpecError(f"{assignment!r} is no override", None, "write section.key=value, as in training.seed=1")
-    for key in keys[:-1]:
-        if values.get(key) is None:
-            values[key] = {}
-        values = values[key]
-        if not isinstance(values, dict):
-            raise SpecError(f"{key!r} is not a section", assignment)
-    name = _ALIASES.get((keys[0], keys[-1]), keys[-1])
-    values[name] = parse_yaml(text, assignment) if text.strip() else None
-
-
-def refuse_twice(overrides: Sequence[str]) -> None:
-    """Raise ``SpecError`` if two ``section.key=value`` set the same field, by its name or its alias."""
-    fields = [tuple(text.partition("=")[0].split(".")) for text in overrides]
-    counts = Counter((*field[:-1], _ALIASES.get((field[0], field[-1]), field[-1])) for field in fields)
-    for field, count in counts.items():
-        if count > 1:
-            raise SpecError(f"{'.'.join(field)} is given {count} times", None, "it takes one value, keep one")
-
-
-def _rename_aliases(values: dict[str, Any], where: object) -> None:
-    for (section, alias), name in _ALIASES.items():
-        inner = values.get(section)
-        if isinstance(inner, dict) and alias in inner:
-            if name in inner:
-                raise SpecError(f"{section}.{alias} and {section}.{name} are the same", where, "keep one")
-            inner[name] = inner.pop(alias)
-
-
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    section: Any = RunSpec
-    for key in location:
-        field = section.model_fields.get(key)
-        if field is None:
-            return []
-        section = next(
-            (t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if hasattr(t, "model_fields")),
-            None,
-        )
-        if section is None:
-            return []
-    return list(section.model_fields)
+def _known_keys(section: str | None = None) -> list[str]:
+    """The keys of a section, or the sections."""
+    if section is None:
+        return list(RunSpec.model_fields)
+    kind = RunSpec.model_fields[section].annotation
+    return list((*typing.get_args(kind), kind)[0].model_fields)
 
 
 def _describe(error: Any) -> str:
-    location = tuple(key for key in error["loc"] if isinstance(key, str))
+    location = [key for key in error["loc"] if isinstance(key, str)]
     path = ".".join(location) or "spec"
-    kind, given = error["type"], error.get("input")
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), 1, 0.5)
-        return f"{path}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
-    if kind == "missing":
-        return f"{path}: missing"
-    if kind == "value_error":
-        return f"{path}: {error['ctx']['error']}"
-    shown = f" (it is {given!r})" if isinstance(given, (str, int, float, bool)) or given is None else ""
-    message = error["msg"].replace("Input should be", "should be")
-    return f"{path}: {message}{shown}"
+    given = error.get("input")
+    match error["type"]:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(location[-1], _known_keys(*location[:-1]), 1, 0.5)
+            return f"{path}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
+        case "missing":
+            return f"{path}: missing"
+        case "value_error":
+            return f"{path}: {error['ctx']['error']}"
+    shown = f" (it is {given!r})" if isinstance(given, str | int | float | None) else ""
+    return f"{path}: {error['msg'].replace('Input should be', 'should be')}{shown}"
 
 
-def build_spec(values: Any, where: object, overrides: list[str] | None = None) -> RunSpec:
+def build_spec(values: Any, where: object, overrides: Sequence[str] = ()) -> RunSpec:
     """A spec from plain values; each ``section.key=value`` of ``overrides`` replaces one."""
     if not isinstance(values, dict):
         raise SpecError("not a mapping of sections", where, f"sections are {', '.join(RunSpec.model_fields)}")
@@ -314,26 +270,18 @@ def build_spec(values: Any, where: object, overrides: list[str] | None = None) -
             del values[section]
     if values.get("lora", ()) is None:
         raise SpecError("lora: empty", where, "write lora: {} for its defaults, or omit it to train every parameter")
-    _rename_aliases(values, where)
-    for assignment in overrides or []:
-        _override(values, assignment)
+    rename_aliases(values, where)
+    for assignment in overrides:
+        override(values, assignment)
     try:
-        return RunSpec.model_validate(_lists_as_tuples(values))
+        return RunSpec.model_validate(values)
     except ValidationError as fault:
         described = [_describe(error) for error in fault.errors()]
     count = f"{len(described)} errors: " if len(described) > 1 else ""
     raise SpecError(count + "; ".join(described), where)
 
 
-def _lists_as_tuples(value: Any) -> Any:
-    """Lists of numbers as tuples, which strict validation asks for."""
-    if isinstance(value, dict):
-        return {key: _lists_as_tuples(inner) for key, inner in value.items()}
-    numbers = isinstance(value, list) and value and not any(isinstance(item, str) for item in value)
-    return tuple(value) if numbers else value
-
-
-def load_spec(path: Path, overrides: list[str] | None = None) -> RunSpec:
+def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     """Read a run spec from a file; no two ``overrides`` may set the same field."""
-    refuse_twice(overrides or [])
+    refuse_twice(overrides)
     return build_spec(read_yaml(path), path, overrides)

@@ -11,8 +11,6 @@ import yaml
 from llamatune.errors import SpecError
 from llamatune.safe_reading import read_bytes
 
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)?")
-
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML 1.2's scalars: ``no`` is a string, ``010`` is ten, ``1e-5`` is a number."""
@@ -22,10 +20,9 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         line = event.start_mark.line + 1
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.MarkedYAMLError(problem=f"anchors and aliases are not allowed (line {line})")
-        if getattr(event, "tag", None):
-            raise yaml.MarkedYAMLError(problem=f"tags are not allowed (line {line})")
+        for refused, kind in (("anchor", "anchors and aliases"), ("tag", "tags")):
+            if getattr(event, refused, None):
+                raise yaml.MarkedYAMLError(problem=f"{kind} are not allowed (line {line})")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -43,10 +40,11 @@ def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
     return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
 
 
+_NUMBER = re.compile(r"^([-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)?|\d+\.)$")
 _NUMBER_TAG = "tag:yaml.org,2002:float"
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(null|~|)$"), ["n", "~", ""])
-_StrictLoader.add_implicit_resolver(_NUMBER_TAG, re.compile(rf"^({_NUMBER.pattern}|\d+\.)$"), list("-+.0123456789"))
+_StrictLoader.add_implicit_resolver(_NUMBER_TAG, _NUMBER, list("-+.0123456789"))
 _StrictLoader.add_constructor(_NUMBER_TAG, _number)
 
 

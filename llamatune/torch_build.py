@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from llamatune.errors import EnvironmentFault
 from llamatune.shapes.attention_kernels import Capability
 
-_OLDEST_OF_CUDA_13: Capability = (7, 5)
 _CUDA_12_BUILD = (
     "install torch 2.10 to 2.14 built for CUDA 12.6 (https://pytorch.org/get-started/previous-versions has the command)"
 )
 """The last builds that hold kernels for compute capabilities 5.0 to 7.0."""
-_ANY_BUILD = "install a build of torch for a newer CUDA (https://pytorch.org/get-started/locally)"
 
 
-@contextlib.contextmanager
-def torch_silenced() -> Iterator[None]:
+def torch_silenced() -> warnings.catch_warnings[None]:
     """Without torch's warnings about CUDA: they take several lines, and the error raised here says the same in one."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    return warnings.catch_warnings(action="ignore")
 
 
 def gpu_count() -> int:
@@ -84,18 +78,15 @@ def _covers(capability: Capability, kind: str, major: str, minor: str, only: str
 def refuse_unsupported(device: torch.device, capability: Capability) -> None:
     """Raise ``EnvironmentFault`` if this build of torch has no kernels for the GPU."""
     architectures = torch.cuda.get_arch_list()
-    if has_kernels(capability, architectures):
-        return
-    built = f"torch {torch.__version__} has no kernels for it, only for {', '.join(architectures)}"
-    raise EnvironmentFault(
-        f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; {built}",
-        device,
-        f"{build_for(capability)}, or use the device cpu (in the environment: CUDA_VISIBLE_DEVICES=)",
-    )
+    if not has_kernels(capability, architectures):
+        gpu = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
+        built = f"torch {torch.__version__} has no kernels for it, only for {', '.join(architectures)}"
+        todo = f"{build_for(capability)}, or use the device cpu (in the environment: CUDA_VISIBLE_DEVICES=)"
+        raise EnvironmentFault(f"{gpu}; {built}", device, todo)
 
 
 def build_for(capability: Capability) -> str:
     """What to install for a GPU that the installed build does not support."""
-    if capability >= _OLDEST_OF_CUDA_13:
-        return _ANY_BUILD
+    if capability >= (7, 5):  # the oldest that builds for CUDA 13 have kernels for
+        return "install a build of torch for a newer CUDA (https://pytorch.org/get-started/locally)"
     return _CUDA_12_BUILD if capability >= (5, 0) else "use a newer GPU"

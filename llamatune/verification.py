@@ -68,8 +68,7 @@ def verify(path: Path, on_event: OnEvent = ignore_event, should_stop: ShouldStop
             return _verify_run(path, on_event, should_stop)
         if has_manifest(path):
             return _verify_content(path, on_event, should_stop)
-        cached = sorted(entry for entry in path.iterdir() if entry.name.startswith("nf4-") and has_manifest(entry))
-        if cached:
+        if cached := sorted(entry for entry in path.glob("nf4-*") if has_manifest(entry)):
             return _whole(path, "quantized-cache", [_verify_content(entry, on_event, should_stop) for entry in cached])
         return _verify_structure(path, on_event)
     except (CheckpointError, EnvironmentFault, Stopped):
@@ -103,14 +102,11 @@ def _verify_structure(path: Path, on_event: OnEvent) -> Verified:
         raise CheckpointError("a checkpoint of a run without its manifest", path / MANIFEST, "remove the checkpoint")
     on_event(Notice(f"{path}: no manifest, so its structure is checked and not its content", "warning"))
     if (path / CONFIG_FILE).exists():
-        adapter = load_adapter(path)
-        files = {path / CONFIG_FILE, path / WEIGHTS_FILE}
-        assert adapter.tensors
-        kind = "adapter"
+        load_adapter(path)
+        kind, files = "adapter", {path / CONFIG_FILE, path / WEIGHTS_FILE}
     else:
         checkpoint = open_checkpoint(path)
-        files = {part.path for parts in checkpoint.parts.values() for part in parts}
-        kind = "model"
+        kind, files = "model", {part.path for parts in checkpoint.parts.values() for part in parts}
     return Verified(str(path), kind, "structure", len(files), sum(file.stat().st_size for file in files))
 
 
@@ -127,11 +123,8 @@ def _verify_run(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verif
     steps = _verify_log(path / METRICS, last, summary)
     final = "model" if spec.lora is None else "adapter"
     has_best = (summary or (last or {}).get("position", {})).get("best_step") is not None
-    products = [
-        path / name
-        for name, due in ((final, summary is not None), (BEST, has_best))
-        if due or os.path.lexists(path / name)
-    ]
+    due = {final: summary is not None, BEST: has_best}
+    products = [path / name for name, is_due in due.items() if is_due or os.path.lexists(path / name)]
     parts = []
     for part in (*checkpoints, *products):
         try:
@@ -150,8 +143,8 @@ def _verify_log(path: Path, last: dict[str, Any] | None, summary: dict[str, Any]
     The last line may be torn only after the last checkpoint of a run that is not finished: it is cut when the run
     continues.
     """
-    synced, step, at_checkpoint = 0 if last is None else last["metrics_bytes"], 0, 0
-    end = 0
+    synced = 0 if last is None else last["metrics_bytes"]
+    step = at_checkpoint = end = 0
     for number, end, line in read_lines(path):
         torn = not line.endswith(b"\n") and len(line) < LONGEST_LINE
         if torn and summary is None and end > synced:
@@ -168,9 +161,8 @@ def _verify_log(path: Path, last: dict[str, Any] | None, summary: dict[str, Any]
             at_checkpoint = step
     if end < synced:
         raise CheckpointError(f"{end:,} bytes where the last checkpoint remembers {synced:,}", path)
-    for where, logged, state, key in (
-        ("checkpoint", at_checkpoint, last, "step"), ("summary", step, summary, "steps"),
-    ):  # fmt: skip
-        if state is not None and logged != state.get(key):
-            raise CheckpointError(f"holds {logged} steps where the {where} has {state.get(key)}", path)
+    if last is not None and at_checkpoint != last["step"]:
+        raise CheckpointError(f"holds {at_checkpoint} steps where the checkpoint has {last['step']}", path)
+    if summary is not None and step != summary.get("steps"):
+        raise CheckpointError(f"holds {step} steps where the summary has {summary.get('steps')}", path)
     return step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from llamatune.errors import EnvironmentFault
 
 OLDEST = {"torch": "2.10", "sentencepiece": "0.2.3"}
@@ -11,20 +13,12 @@ OLDEST = {"torch": "2.10", "sentencepiece": "0.2.3"}
 def require_version(package: str, found: str) -> None:
     """Raise ``EnvironmentFault`` if version ``found`` of ``package`` is older than the required one."""
     oldest = OLDEST[package]
-    if _numbers(found) < _numbers(oldest):
+    if _release(found) < _release(oldest):
         raise EnvironmentFault(
             f"{package} {found} is too old: {oldest} or later is needed", None, f"pip install '{package}>={oldest}'"
         )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """(2, 13, 0) of 2.13.0+cpu, (2, 11) of 2.11rc1."""
-    numbers = []
-    for part in version.split("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-        if digits != part:
-            break
-    return tuple(numbers)
+def _release(version: str) -> list[int]:
+    """[2, 13, 0] of 2.13.0+cpu, [2, 11] of 2.11rc1."""
+    return [int(number) for number in re.split(r"[^\d.]", version)[0].split(".") if number]

@@ -21,7 +21,7 @@ FLOORS = [
     {"model", "tokenizers"},
     {"memory"},
     {"spec", "options"},
-    {"spec_types"},
+    {"spec_types", "spec_overrides"},
     {
         *("devices", "torch_build", "out_of_memory", "threads", "formats", "seeds", "strict_yaml", "versions", "units"),
     },

@@ -16,7 +16,8 @@ from llamatune.errors import LlamatuneError
 from llamatune.events import Notice, OnEvent
 from llamatune.options.training import BenchmarkOptions
 from llamatune.safe_reading import digest_bytes
-from llamatune.spec import RunSpec, load_spec, refuse_twice
+from llamatune.spec import RunSpec, load_spec
+from llamatune.spec_overrides import refuse_twice
 from llamatune.strict_yaml import read_yaml
 from llamatune.threads import threads_for
 from llamatune.training.inputs import Inputs, open_inputs

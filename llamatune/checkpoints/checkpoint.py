@@ -119,7 +119,7 @@ def read_into(path: Path, begin: int, tensor: torch.Tensor) -> None:
         try:
             file.seek(begin)
             while view:
-                count = file.readinto(view)  # type: ignore[attr-defined]
+                count = file.readinto(view)
                 if not count:
                     raise CheckpointError("became shorter while it was read", path, "do not replace files in use")
                 view = view[count:]

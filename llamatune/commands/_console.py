@@ -7,11 +7,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
-
-from llamatune.errors import Interrupted, Stopped
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -21,36 +19,44 @@ if TYPE_CHECKING:
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Console:
-    """Prints for one verb and handles signals, for the length of a ``with`` block.
+@contextlib.contextmanager
+def stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within the block ``handler`` gets the signals that ask for a stop.
 
-    A signal only sets a flag, which ``should_stop`` returns; the work ends at its next safe point. ``writes`` says
-    whether the verb writes files: a stop is then exit 75, else 130.
+    A signal that the caller ignores (nohup, a background job of a shell) stays ignored.
+    """
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    try:
+        for number, action in before.items():
+            if action is not signal.SIG_IGN:
+                signal.signal(number, handler)
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
+class Console:
+    """Prints for one verb and, for the length of a ``with`` block, handles signals.
+
+    A signal only sets a flag, which ``should_stop`` returns; the work ends at its next safe point.
     """
 
-    def __init__(self, json_mode: bool, writes: bool = True, log_every_steps: int = 1) -> None:
-        self._json_mode, self._writes, self._log_every_steps = json_mode, writes, log_every_steps
+    def __init__(self, json_mode: bool) -> None:
+        self.log_every_steps = 1
+        self._json_mode = json_mode
         self._stop = False
-        self._previous: dict[int, Any] = {}
+        self._signals = stop_signals(self._note_signal)
         self._draw: Callable[[Event], None] | None = None
         self._close_drawing: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
-        for number in _STOP_SIGNALS:
-            # A signal that the caller ignores (nohup, a background job of a shell) stays ignored.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                with contextlib.suppress(ValueError):  # not in the main thread
-                    self._previous[number] = signal.signal(number, self._note_signal)
+        self._signals.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._close_drawing()
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
-        if isinstance(fault, Stopped) and not self._writes:
-            raise Interrupted(fault.what, fault.where) from None
+        self._signals.__exit__(*exception)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
@@ -62,7 +68,7 @@ class Console:
     def on_event(self, event: Event) -> None:
         """Draw an event on a terminal, or write it as a ``key=value`` line. Work goes on where stderr is closed."""
         if self._draw is None:
-            if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+            if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
                 from llamatune.commands._progress_bars import ProgressBars, open_console
 
                 live = ProgressBars(open_console(sys.stderr))
@@ -70,7 +76,7 @@ class Console:
             else:
                 from llamatune.commands._key_value_lines import KeyValueLines
 
-                self._draw = KeyValueLines(self._log_every_steps).draw
+                self._draw = KeyValueLines(self.log_every_steps).draw
         try:
             self._draw(event)
         except (OSError, ValueError):  # a pipe that was closed, a file object that was
@@ -79,8 +85,7 @@ class Console:
     def result(self, payload: dict[str, Any], human: Callable[[RichConsole], None]) -> None:
         """Print the result: ``payload`` as one JSON object under ``--json``, else what ``human`` prints."""
         self._close_drawing()
-        self._close_drawing = lambda: None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # the reader closed the pipe
             if self._json_mode:
                 sys.stdout.write(json.dumps(payload, ensure_ascii=False, allow_nan=False) + "\n")
             else:
@@ -88,5 +93,3 @@ class Console:
 
                 human(open_console(sys.stdout))
             sys.stdout.flush()
-        except BrokenPipeError:
-            pass  # the reader closed the pipe

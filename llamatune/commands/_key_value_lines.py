@@ -5,19 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from llamatune import events
 from llamatune.errors import printable
-from llamatune.events import (
-    CheckpointSaved,
-    EpochDone,
-    EvalDone,
-    Event,
-    MemoryHeld,
-    Notice,
-    Progress,
-    RunStarted,
-    StepDone,
-    StepSkipped,
-)
 
 _PROGRESS_INTERVAL_S = 10.0
 
@@ -25,69 +14,61 @@ _PROGRESS_INTERVAL_S = 10.0
 class KeyValueLines:
     """One line an event. Progress of a long task is written every ten seconds."""
 
-    def __init__(self, log_every_steps: int = 1) -> None:
+    def __init__(self, log_every_steps: int) -> None:
         self._log_every_steps = log_every_steps
         self._last_progress = time.monotonic()
-        self._announced: set[str] = set()
 
-    def draw(self, event: Event) -> None:
+    def draw(self, event: events.Event) -> None:
         line = self._line(event)
         if line:
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
 
-    def _line(self, event: Event) -> str | None:
+    def _line(self, event: events.Event) -> str | None:
         match event:
-            case Notice():
+            case events.Notice():
                 return f"{event.kind}: {printable(event.message)}"
-            case Progress():
+            case events.Progress():
                 return self._progress(event)
-            case RunStarted():
-                return (
-                    f"device={event.device} trainable_parameters={event.trainable_parameters} "
-                    f"total_parameters={event.total_parameters} train_rows={event.train_rows} "
-                    f"validation_rows={event.validation_rows} total_steps={event.total_steps} "
-                    f"resumed_step={event.resumed_step}"
+            case events.RunStarted():
+                return _fields(
+                    event,
+                    "device trainable_parameters total_parameters train_rows validation_rows total_steps resumed_step",
                 )
-            case StepDone():
+            case events.StepDone():
                 if event.step % self._log_every_steps and event.step != event.total_steps:
                     return None
-                return (
-                    f"epoch={min(int(event.epoch - 1e-9) + 1, event.num_epochs)}/{event.num_epochs} "
-                    f"step={event.step}/{event.total_steps} loss={event.loss:.4f} "
-                    f"learning_rate={event.learning_rate:.3g} grad_norm={event.grad_norm:.3f} "
-                    f"tokens_per_second={event.tokens_per_second:.0f} "
-                    f"peak_memory_bytes={event.peak_memory_bytes} elapsed_s={event.elapsed_s:.1f}"
+                epoch = f"epoch={min(int(event.epoch - 1e-9) + 1, event.num_epochs)}/{event.num_epochs}"
+                measures = (
+                    "loss:.4f learning_rate:.3g grad_norm:.3f tokens_per_second:.0f peak_memory_bytes elapsed_s:.1f"
                 )
-            case MemoryHeld():
-                return (
-                    f"held frozen_bytes={event.frozen_bytes} trained_bytes={event.trained_bytes} "
-                    f"optimizer_bytes={event.optimizer_bytes} device_bytes={event.device_bytes}"
-                )
-            case StepSkipped():
-                return f"skipped window={event.window} loss_scale={event.loss_scale:g}"
-            case EvalDone():
+                return f"{epoch} step={event.step}/{event.total_steps} {_fields(event, measures)}"
+            case events.MemoryHeld():
+                return f"held {_fields(event, 'frozen_bytes trained_bytes optimizer_bytes device_bytes')}"
+            case events.StepSkipped():
+                return f"skipped {_fields(event, 'window loss_scale:g')}"
+            case events.EvalDone():
                 best = " best=true" if event.best else ""
-                return f"eval step={event.step} loss={event.loss:.4f} perplexity={event.perplexity:.4f}{best}"
-            case CheckpointSaved():
+                return f"eval {_fields(event, 'step loss:.4f perplexity:.4f')}{best}"
+            case events.CheckpointSaved():
                 return f"saved step={event.step} path={printable(event.path)} seconds={event.seconds:.2f}"
-            case EpochDone():
-                held_out = ""
+            case events.EpochDone():
+                measures = "train_loss:.4f train_perplexity:.4f "
                 if event.validation_loss is not None:
-                    held_out = (
-                        f"validation_loss={event.validation_loss:.4f} "
-                        f"validation_perplexity={event.validation_perplexity:.4f} "
-                    )
-                return (
-                    f"epoch={event.epoch}/{event.num_epochs} train_loss={event.train_loss:.4f} "
-                    f"train_perplexity={event.train_perplexity:.4f} {held_out}epoch_s={event.epoch_s:.1f} "
-                    f"tokens_per_second={event.tokens_per_second:.0f} elapsed_s={event.elapsed_s:.1f}"
-                )
+                    measures += "validation_loss:.4f validation_perplexity:.4f "
+                measures += "epoch_s:.1f tokens_per_second:.0f elapsed_s:.1f"
+                return f"epoch={event.epoch}/{event.num_epochs} {_fields(event, measures)}"
 
-    def _progress(self, event: Progress) -> str | None:
+    def _progress(self, event: events.Progress) -> str | None:
         now = time.monotonic()
         if now - self._last_progress < _PROGRESS_INTERVAL_S:
             return None
         self._last_progress = now
         total = "" if event.total is None else f"/{event.total}"
         return f"{event.task.replace(' ', '_')}={event.done}{total}"
+
+
+def _fields(event: events.Event, names: str) -> str:
+    """``key=value`` of the named fields, each in the format behind its colon: ``loss:.4f``."""
+    declared = (name.partition(":") for name in names.split())
+    return " ".join(f"{name}={getattr(event, name):{form}}" for name, _, form in declared)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -12,11 +12,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from llamatune.commands._training_panel import TrainingPanel
 from llamatune.errors import printable
 from llamatune.events import EpochDone, EvalDone, Event, Notice, Progress, RunStarted, StepSkipped
-
-if TYPE_CHECKING:
-    from llamatune.commands._training_panel import TrainingPanel
 
 _REDRAWN_EVERY_S = 0.5
 
@@ -51,13 +49,8 @@ class ProgressBars:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bars = Bars(*columns, console=console)
         self._tasks: dict[str, TaskID] = {}
         self._panel: TrainingPanel | None = None
         self._drawn = 0.0
@@ -68,22 +61,16 @@ class ProgressBars:
         self._live.stop()
 
     def _drawing(self) -> RenderableType:
-        bars = [self._bars] if self._bars.tasks else []
-        return Group(*([self._panel] if self._panel else []), *bars)
+        return Group(*([self._panel] if self._panel else []), *([self._bars] if self._bars.tasks else []))
 
     def draw(self, event: Event) -> None:
-        match event:
-            case Progress():
-                self._count(event)
-            case RunStarted():
-                from llamatune.commands._training_panel import (
-                    TrainingPanel,  # it needs torch, which has been loaded by now
-                )
-
-                self._panel = TrainingPanel(event)
+        if isinstance(event, Progress):
+            self._count(event)
+        if isinstance(event, RunStarted):
+            self._panel = TrainingPanel(event)
         if self._panel is not None:
             self._panel.note(event)
-        for line in self._lines(event):
+        if line := self._line(event):
             self._console.print(line)
         if time.monotonic() - self._drawn >= _REDRAWN_EVERY_S:
             self._live.refresh()
@@ -96,25 +83,22 @@ class ProgressBars:
         if event.total is not None and event.done >= event.total:
             self._bars.remove_task(self._tasks.pop(event.task))
 
-    def _lines(self, event: Event) -> list[str]:
-        """Lines that stay above the bars and the panel."""
+    def _line(self, event: Event) -> str | None:
+        """The line that stays above the bars and the panel."""
         match event:
             case Notice():
                 style = "yellow" if event.kind == "warning" else "dim"
-                return [f"[{style}]{event.kind}:[/] {escape(printable(event.message))}"]
+                return f"[{style}]{event.kind}:[/] {escape(printable(event.message))}"
             case RunStarted():
+                parameters = f"{event.trainable_parameters:,} of {event.total_parameters:,} parameters"
                 resumed = f", continuing after step {event.resumed_step}" if event.resumed_step else ""
-                return [
-                    f"training {event.trainable_parameters:,} of {event.total_parameters:,} parameters "
-                    f"on {event.device}, {event.train_rows:,} rows{resumed}"
-                ]
+                return f"training {parameters} on {event.device}, {event.train_rows:,} rows{resumed}"
             case StepSkipped():
-                return [f"[yellow]overflow:[/] window {event.window}, loss scale {event.loss_scale:g}"]
+                return f"[yellow]overflow:[/] window {event.window}, loss scale {event.loss_scale:g}"
             case EvalDone():
                 best = "  [green]best so far[/]" if event.best else ""
-                losses = f"validation loss {event.loss:.4f}, perplexity {event.perplexity:.2f}"
-                return [f"step {event.step}: {losses}{best}"]
+                return f"step {event.step}: validation loss {event.loss:.4f}, perplexity {event.perplexity:.2f}{best}"
             case EpochDone():
                 losses = f"train loss {event.train_loss:.4f}, perplexity {event.train_perplexity:.2f}"
-                return [f"epoch {event.epoch} of {event.num_epochs}: {losses}"]
-        return []
+                return f"epoch {event.epoch} of {event.num_epochs}: {losses}"
+        return None

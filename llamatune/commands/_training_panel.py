@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from llamatune.errors import printable
@@ -21,7 +21,7 @@ _MOST_POINTS = 512
 
 
 class Curve:
-    """A series of any length as at most 512 means over equally long stretches."""
+    """A series of any length as at most 512 means over equally long stretches, drawn over the width that is free."""
 
     def __init__(self) -> None:
         self._means: list[float] = []
@@ -37,6 +37,9 @@ class Curve:
             self._means = [sum(pair) / 2 for pair in zip(self._means[::2], self._means[1::2], strict=True)]
             self._stretch *= 2
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.sparkline(options.max_width, options.ascii_only), style="cyan", no_wrap=True)
+
     def sparkline(self, width: int, ascii_only: bool = False) -> str:
         """The curve in ``width`` columns, or fewer while there is less to show.
 
@@ -48,18 +51,8 @@ class Curve:
         edges = [round(column * len(self._means) / count) for column in range(count + 1)]
         means = [sum(self._means[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
         low, high = min(means), sorted(means)[math.ceil(0.9 * (count - 1))]
-        scale = (len(levels) - 1) / (high - low) if high > low else 0.0
-        return "".join(levels[round((min(mean, high) - low) * scale)] for mean in means)
-
-
-class _Sparkline:
-    """A curve drawn over the width that is free."""
-
-    def __init__(self, curve: Curve) -> None:
-        self._curve = curve
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(self._curve.sparkline(options.max_width, options.ascii_only), style="cyan", no_wrap=True)
+        heights = ((min(mean, high) - low) / (high - low) if high > low else 0.0 for mean in means)
+        return "".join(levels[round(height * (len(levels) - 1))] for height in heights)
 
 
 class TrainingPanel:
@@ -69,9 +62,9 @@ class TrainingPanel:
         self._started = started
         self._losses = Curve()
         self._first: StepDone | None = None
+        self._best: EvalDone | None = None
         self._step: StepDone | None = None
         self._evaluation: EvalDone | None = None
-        self._best: EvalDone | None = None
         self._saved: CheckpointSaved | None = None
         self._memory: MemoryHeld | None = None
 
@@ -90,9 +83,7 @@ class TrainingPanel:
                 self._memory = event
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        rows = Table.grid(padding=(0, 2), expand=True)
-        rows.add_column(style="dim", no_wrap=True)
-        rows.add_column(ratio=1)
+        rows = Table.grid(Column(style="dim", no_wrap=True), Column(ratio=1), padding=(0, 2), expand=True)
         for label, content in self._rows():
             rows.add_row(label, content)
         title = f"training on {self._started.device}"
@@ -101,22 +92,17 @@ class TrainingPanel:
         yield from console.render(panel, options.update(no_wrap=False, overflow="fold"))
 
     def _progress(self) -> RenderableType:
-        step, total = self._step.step if self._step else self._started.resumed_step, self._started.total_steps
-        epochs = self._started.num_epochs
-        epoch = min(int(self._step.epoch - 1e-9) + 1, epochs) if self._step else None
-        line = Table.grid(padding=(0, 2), expand=True)
-        line.add_column(ratio=1)
-        line.add_column(no_wrap=True, justify="right")
-        of_epochs = f", epoch {epoch} of {epochs}" if epoch else ""
-        line.add_row(
-            ProgressBar(total=total, completed=step, complete_style="cyan"), f"step {step:,} of {total:,}{of_epochs}"
-        )
+        step, total, epoch = self._started.resumed_step, self._started.total_steps, ""
+        if self._step is not None:
+            step, epochs = self._step.step, self._started.num_epochs
+            epoch = f", epoch {min(int(self._step.epoch - 1e-9) + 1, epochs)} of {epochs}"
+        line = Table.grid(Column(ratio=1), Column(no_wrap=True, justify="right"), padding=(0, 2), expand=True)
+        line.add_row(ProgressBar(total, step, complete_style="cyan"), f"step {step:,} of {total:,}{epoch}")
         return line
 
     def _rows(self) -> list[tuple[str, RenderableType]]:
         rows: list[tuple[str, RenderableType]] = []
-        if self._step is not None:
-            step = self._step
+        if (step := self._step) is not None:
             rows += [
                 ("loss", self._loss(step)),
                 ("update", f"learning rate {step.learning_rate:.2e}, gradient norm {step.grad_norm:.3g}"),
@@ -134,10 +120,8 @@ class TrainingPanel:
         return rows
 
     def _loss(self, step: StepDone) -> RenderableType:
-        line = Table.grid(padding=(0, 2), expand=True)
-        line.add_column(no_wrap=True)
-        line.add_column(ratio=1)
-        line.add_row(f"{step.loss:.4f}, perplexity {perplexity(step.loss):.2f}", _Sparkline(self._losses))
+        line = Table.grid(Column(no_wrap=True), Column(ratio=1), padding=(0, 2), expand=True)
+        line.add_row(f"{step.loss:.4f}, perplexity {perplexity(step.loss):.2f}", self._losses)
         return line
 
     def _time(self, step: StepDone) -> str:
@@ -162,5 +146,4 @@ class TrainingPanel:
         losses = f"{evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f} at step {evaluation.step:,}"
         if evaluation.best:
             return f"{losses}, the best"
-        best = self._best
-        return f"{losses}; best {best.loss:.4f} at step {best.step:,}" if best else losses
+        return f"{losses}; best {self._best.loss:.4f} at step {self._best.step:,}" if self._best else losses

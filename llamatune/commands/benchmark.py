@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import typer
-
+from llamatune.commands._console import Console
 from llamatune.options.training import BenchmarkOptions
 
 if TYPE_CHECKING:
@@ -16,16 +16,9 @@ if TYPE_CHECKING:
     from llamatune.benchmarking.tables import Table
 
 
-def benchmark(
-    options: BenchmarkOptions,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")] = False,
-) -> None:
+def benchmark(options: BenchmarkOptions, console: Console) -> None:
     """Measure memory, speed and loss of every combination of techniques."""
-    from dataclasses import replace
-
-    from llamatune.commands._console import Console
-
-    with Console(json_mode, writes=True) as console:
+    with console:
         from llamatune.benchmarking.grid import is_axis
         from llamatune.benchmarking.run_benchmark import run_benchmark
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from llamatune.commands._console import Console
 from llamatune.options.inference import DEFAULT_RANK, DEFAULT_TARGET_MODULES, CountOptions
 
 if TYPE_CHECKING:
@@ -14,14 +13,9 @@ if TYPE_CHECKING:
     from llamatune.shapes.counts import ParameterCount
 
 
-def count_params(
-    options: CountOptions,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print the counts as one JSON object.")] = False,
-) -> None:
+def count_params(options: CountOptions, console: Console) -> None:
     """Count a model's parameters and those that LoRA trains."""
-    from llamatune.commands._console import Console
-
-    with Console(json_mode, writes=False) as console:
+    with console:
         from llamatune.checkpoints.adapter_config import read_adapter_config
         from llamatune.checkpoints.model_directory import detect_format, read_config, warn_of_missing_head
         from llamatune.errors import SpecError
@@ -43,9 +37,8 @@ def count_params(
             targets = LINEAR_MODULES if names == ["all-linear"] else tuple(name.strip() for name in names)
         unknown = [name for name in targets if name not in LINEAR_MODULES]
         if unknown:
-            raise SpecError(
-                f"no linear layer called {unknown[0]!r}", "--target-modules", f"there are {', '.join(LINEAR_MODULES)}"
-            )
+            todo = f"there are {', '.join(LINEAR_MODULES)}"
+            raise SpecError(f"no linear layer called {unknown[0]!r}", "--target-modules", todo)
         count = count_parameters(config, AdapterSpec(rank, rank, target_modules=targets))
         payload = {
             "base_parameters": count.base_parameters,
@@ -61,12 +54,9 @@ def count_params(
 
 
 def _print_count(out: RichConsole, count: ParameterCount) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table()
-    table.add_column("module (all blocks together)")
-    table.add_column("base", justify="right")
-    table.add_column("adapter", justify="right")
+    table = Table("module (all blocks together)", Column("base", justify="right"), Column("adapter", justify="right"))
     for name, facts in count.modules.items():
         table.add_row(name, f"{facts['base']:,}", f"{facts['adapter']:,}" if facts["adapter"] else "")
     table.add_section()

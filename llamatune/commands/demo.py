@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-import typer
-
+from llamatune.commands._console import Console
 from llamatune.options.training import DemoOptions
 
 if TYPE_CHECKING:
@@ -16,16 +16,10 @@ if TYPE_CHECKING:
 _SHOWN = 8
 
 
-def demo(
-    options: DemoOptions,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-) -> None:
+def demo(options: DemoOptions, console: Console) -> None:
     """Run the whole job on a tiny model: prepare, count, train, compare, merge."""
-    from dataclasses import asdict
-
-    from llamatune.commands._console import Console
-
-    with Console(json_mode, writes=True, log_every_steps=10) as console:
+    console.log_every_steps = 10
+    with console:
         from llamatune.demo.run_demo import run_demo
 
         report = run_demo(options.output, console.on_event, console.should_stop)

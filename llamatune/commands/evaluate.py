@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from llamatune.commands._console import Console
+from llamatune.errors import printable
 from llamatune.options.inference import EvaluateOptions
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
 
-def evaluate(
-    options: EvaluateOptions,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-) -> None:
+def evaluate(options: EvaluateOptions, console: Console) -> None:
     """Measure loss and perplexity, or GSM8K accuracy."""
-    from llamatune.commands._console import Console
-
-    with Console(json_mode, writes=options.output is not None) as console:
+    with console:
         if options.task is None:
             from llamatune.durable_writing import output_file, write_atomic
             from llamatune.inference.evaluate import evaluate_prepared
@@ -42,7 +37,6 @@ def evaluate(
 
 def _print_lines(out: RichConsole, payload: dict[str, Any]) -> None:
     """``key=value``, one a line."""
-    from llamatune.errors import printable
 
     def text(value: Any) -> str:
         if isinstance(value, (tuple, list)):
@@ -58,9 +52,7 @@ def _print_table(out: RichConsole, payload: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    def percent(share: float) -> str:
-        return f"{share:.1%}"
-
+    percent = "{:.1%}".format
     measures: dict[str, tuple[str, Callable[[Any], str]]] = {
         "loss": ("loss, nats a token", "{:.4f}".format),
         "perplexity": ("perplexity", "{:.4f}".format),
@@ -89,8 +81,6 @@ def _print_table(out: RichConsole, payload: dict[str, Any]) -> None:
 
 
 def _title(payload: dict[str, Any]) -> str:
-    from llamatune.errors import printable
-
     data = printable(payload["data"])
     if "task" in payload:
         return f"{payload['questions']:,} questions of {data}, {payload['shots']} shots, {payload['dtype']}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-import typer
-
+from llamatune.commands._console import Console
+from llamatune.errors import DataError, SpecError, printable
 from llamatune.options.inference import GenerateOptions
 
 if TYPE_CHECKING:
@@ -14,22 +16,18 @@ if TYPE_CHECKING:
     from llamatune.inference.generate import Generations
     from llamatune.inference.prompt_files import Prompt
 
+_LONGEST_INPUT = 16 << 20
 
-def generate(
-    options: GenerateOptions,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-) -> None:
+
+def generate(options: GenerateOptions, console: Console) -> None:
     """Complete prompts."""
     prompts = _prompts(options)
 
-    from dataclasses import asdict
-
-    from llamatune.commands._console import Console
     from llamatune.durable_writing import output_file, write_atomic
     from llamatune.strict_json import dump_json_lines
 
     output = None if options.output is None else output_file(options.output, options.overwrite)
-    with Console(json_mode, writes=False) as console:
+    with console:
         from llamatune.inference.generate import generate as run_generation
 
         generations = run_generation(options, prompts, options, options.template, console.on_event, console.should_stop)
@@ -44,27 +42,34 @@ def generate(
 
 
 def _prompts(options: GenerateOptions) -> list[Prompt]:
-    from llamatune.commands._input_text import read_standard_input
-    from llamatune.errors import SpecError
-
     if options.prompt or options.prompt_file is not None:
         from llamatune.inference.prompt_files import given_prompts
 
         return given_prompts(options.prompt, options.prompt_file)
-    text = read_standard_input().removesuffix("\n")
+    text = _read_standard_input().removesuffix("\n")
     if not text:
         raise SpecError("no prompt", "standard input", "pass --prompt TEXT, --prompt-file FILE, or pipe a prompt in")
     return [text]
 
 
+def _read_standard_input() -> str:
+    """All of standard input, which must be UTF-8 and end within 16 MiB."""
+    raw = sys.stdin.buffer.read(_LONGEST_INPUT + 1)
+    if len(raw) > _LONGEST_INPUT:
+        raise DataError(f"more than {_LONGEST_INPUT:,} bytes", "standard input", "pass prompts with --prompt-file")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise DataError(f"not UTF-8 at byte {fault.start}", "standard input") from None
+
+
 def _print(out: RichConsole, generations: Generations, compare: bool) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     if compare:
-        table = Table(show_lines=True)
-        for heading in ("prompt", "base", "tuned"):
-            table.add_column(heading, overflow="fold", ratio=1)
+        headings = ("prompt", "base", "tuned")
+        table = Table(*(Column(heading, overflow="fold", ratio=1) for heading in headings), show_lines=True)
         for result in generations.results:
             texts = (result.prompt, result.base_completion, result.completion)
             table.add_row(*(Text(_shown(text or "")) for text in texts))
@@ -79,6 +84,4 @@ def _print(out: RichConsole, generations: Generations, compare: bool) -> None:
 
 def _shown(text: str) -> str:
     """Text for a terminal: line breaks and tabs stay, other control characters are escaped."""
-    from llamatune.errors import printable
-
     return "".join(c if c in "\n\t" else printable(c) for c in text)

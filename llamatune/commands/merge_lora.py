@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-import typer
-
+from llamatune.commands._console import Console
+from llamatune.errors import Stopped, printable
 from llamatune.options.inference import MergeOptions
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
 
-def merge_lora(
-    options: MergeOptions,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-) -> None:
+def merge_lora(options: MergeOptions, console: Console) -> None:
     """Fold an adapter into its base: in fp32, rounded once."""
-    from llamatune.commands._console import Console
-
-    with Console(json_mode, writes=True) as console:  # signals are handled from here on, also while torch is imported
-        from dataclasses import asdict
-
+    with console:  # signals are handled from here on, also while torch is imported
         from llamatune.checkpoints.merging import merge_lora as run_merge
-        from llamatune.errors import Stopped, printable
 
         if console.should_stop():
             raise Stopped("stopped before merging", options.output, "run the same command again")
@@ -32,14 +25,10 @@ def merge_lora(
         def human(out: RichConsole) -> None:
             note = "already merged, left as it is: " if report.already_done else "written to "
             out.print(note + printable(report.output), markup=False)
-            out.print(
-                f"{report.merged_tensors:,} of {report.tensors:,} tensors changed, stored as {report.dtype} "
-                f"({report.bytes:,} bytes, {report.format} format)"
-            )
-            out.print(
-                f"rounding: at most {report.max_abs_error:.3g} a weight; {report.vanished_fraction:.1%} of the changed "
-                "weights fell back onto the base's value"
-            )
+            changed = f"{report.merged_tensors:,} of {report.tensors:,} tensors changed"
+            out.print(f"{changed}, stored as {report.dtype} ({report.bytes:,} bytes, {report.format} format)")
+            vanished = f"{report.vanished_fraction:.1%} of the changed weights fell back onto the base's value"
+            out.print(f"rounding: at most {report.max_abs_error:.3g} a weight; {vanished}")
             if report.vanished_fraction > 0.1:
                 out.print("keep more of the update with --dtype float32, or use base and adapter side by side")
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from llamatune.commands._console import Console
 from llamatune.options.training import PlanMemoryOptions
 
 if TYPE_CHECKING:
@@ -17,14 +16,9 @@ if TYPE_CHECKING:
     from llamatune.spec import RunSpec
 
 
-def plan_memory(
-    options: PlanMemoryOptions,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
-) -> None:
+def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
     """Predict the peak memory of a run, what else would fit, and what would lower the peak."""
-    from llamatune.commands._console import Console
-
-    with Console(json_mode, writes=False) as console:
+    with console:
         from llamatune.checkpoints.model_directory import read_config
         from llamatune.errors import SpecError
         from llamatune.events import Notice
@@ -33,15 +27,16 @@ def plan_memory(
         from llamatune.memory.plan_report import plan_report
         from llamatune.paths import expand_home
         from llamatune.shapes.config import preset
-        from llamatune.spec import build_spec, load_spec, refuse_twice
+        from llamatune.spec import build_spec, load_spec
+        from llamatune.spec_overrides import refuse_twice
 
         given = list(options.arguments)
-        fields = (
-            ("training.micro_batch_size", options.micro_batch_size),
-            ("lora.r", options.r),
-            ("lora.target_modules", options.target_modules),
-        )
-        changes = [f"{key}={value}" for key, value in fields if value is not None]
+        fields = {
+            "training.micro_batch_size": options.micro_batch_size,
+            "lora.r": options.r,
+            "lora.target_modules": options.target_modules,
+        }
+        changes = [f"{key}={value}" for key, value in fields.items() if value is not None]
         if options.preset is not None:
             config = preset(options.preset)
             refuse_twice(given + changes)
@@ -81,15 +76,12 @@ def _rows(spec: RunSpec, config: LlamaConfig, max_seq_length: int | None, has_da
 
 def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
     """The table of a plan, and below it what fits or what would lower the peak."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from llamatune.units import gibibytes
 
-    table = Table(
-        title=f"a step of {facts['micro_batch_tokens']:,} tokens at a time, {facts['device']}", title_justify="left"
-    )
-    table.add_column("at its peak")
-    table.add_column("memory", justify="right")
+    title = f"a step of {facts['micro_batch_tokens']:,} tokens at a time, {facts['device']}"
+    table = Table("at its peak", Column("memory", justify="right"), title=title, title_justify="left")
     for name, size in facts["predicted_memory_bytes"].items():
         table.add_row(name.replace("_", " "), gibibytes(size))
     table.add_section()
@@ -104,12 +96,9 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
     if facts["memory_limit_bytes"] is None:
         return
     verdict = "fits" if facts["fits"] else "does not fit"
-    out.print(f"{verdict} into {gibibytes(facts['memory_limit_bytes'])}", markup=False)
-    out.print(
-        f"largest that fit: micro_batch_size {facts['largest_micro_batch_size']:,}, "
-        f"or rows of {facts['largest_row_tokens']:,} tokens",
-        markup=False,
-    )
+    out.print(f"{verdict} into {gibibytes(facts['memory_limit_bytes'])}")
+    batch, tokens = facts["largest_micro_batch_size"], facts["largest_row_tokens"]
+    out.print(f"largest that fit: micro_batch_size {batch:,}, or rows of {tokens:,} tokens")
     if facts["remedies"]:
         out.print("what helps, the cheapest first:", markup=False)
     for remedy in facts["remedies"]:
@@ -122,22 +111,21 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
 
 def _print_moments(out: RichConsole, moments: list[dict[str, Any]]) -> None:
     """A row for each moment, the peak marked, and the tensors that are alive at the peak."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from llamatune.units import gibibytes
 
-    table = Table(title="moments of the step, in its order; alike layers where they are highest", title_justify="left")
-    for heading in ("pass", "layers", "part", "moment"):
-        table.add_column(heading)
-    for heading in ("gradients", "activations", "temporary", "all"):
-        table.add_column(heading, justify="right")
+    title = "moments of the step, in its order; alike layers where they are highest"
+    kinds = ("gradients", "activations", "temporary")
+    sizes = (Column(heading, justify="right") for heading in (*kinds, "all"))
+    table = Table("pass", "layers", "part", "moment", *sizes, title=title, title_justify="left")
     alive: dict[str, int] = {}
     for moment in moments:
-        sizes, alive = moment["memory_bytes"], moment.get("alive", alive)
-        columns = [gibibytes(sizes[name]) for name in ("gradients", "activations", "temporary")]
-        step = moment["step"] + (" <- peak" if "alive" in moment else "")
-        layers = _ranges(moment["layers"])
-        table.add_row(moment["phase"], layers, moment["part"], step, *columns, gibibytes(moment["bytes"]))
+        step = moment["step"]
+        if "alive" in moment:
+            step, alive = f"{step} <- peak", moment["alive"]
+        held = (gibibytes(size) for size in (*(moment["memory_bytes"][kind] for kind in kinds), moment["bytes"]))
+        table.add_row(moment["phase"], _ranges(moment["layers"]), moment["part"], step, *held)
     out.print(table)
     table = Table(title="alive at the peak", title_justify="left", show_header=False)
     for name, size in sorted(alive.items(), key=lambda item: -item[1]):
@@ -147,10 +135,6 @@ def _print_moments(out: RichConsole, moments: list[dict[str, Any]]) -> None:
 
 def _ranges(layers: list[int]) -> str:
     """``0-30`` or ``0, 2, 4``."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer for layer in layers if layer + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

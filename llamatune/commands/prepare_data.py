@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from llamatune.commands._console import Console
+from llamatune.errors import Stopped, printable
 from llamatune.options.preparation import PrepareOptions
 
 if TYPE_CHECKING:
@@ -16,17 +16,11 @@ if TYPE_CHECKING:
     from llamatune.data.preview import PreviewRow
 
 
-def prepare_data(
-    options: PrepareOptions,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-) -> None:
+def prepare_data(options: PrepareOptions, console: Console) -> None:
     """Turn instruction rows into token ids and loss masks for training."""
-    from llamatune.commands._console import Console
-
-    with Console(json_mode, writes=True) as console:  # signals are handled from here on
+    with console:  # signals are handled from here on
         from llamatune.data.prepare import prepare_data as run_preparation
         from llamatune.data.preview import preview_rows
-        from llamatune.errors import Stopped
         from llamatune.tokenizers.sentencepiece import load_tokenizer
 
         if console.should_stop():
@@ -50,8 +44,6 @@ def _print_row(out: RichConsole, row: PreviewRow, show_ids: bool) -> None:
     """Print trained tokens in green and others dim; without colours trained spans are in ``[[ ]]``."""
     from rich.text import Text
 
-    from llamatune.errors import printable
-
     line = Text(f"row {row.row}: ", style="bold")
     coloured = out.is_terminal and not out.no_color
     inside = False
@@ -68,19 +60,16 @@ def _print_row(out: RichConsole, row: PreviewRow, show_ids: bool) -> None:
 
 
 def _print_report(out: RichConsole, report: PrepareReport) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     from llamatune.data.row_reader import shown_place
-    from llamatune.errors import printable
 
     def reasons(counts: dict[str, int]) -> str:
         return "" if not counts else " (" + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()) + ")"
 
-    table = Table(title=f"{report.format} rows, template {printable(report.template['name'])}", show_header=False)
-    table.title_justify = "left"
-    table.add_column(style="bold")
-    table.add_column()
+    title = f"{report.format} rows, template {printable(report.template['name'])}"
+    table = Table(Column(style="bold"), "", title=title, title_justify="left", show_header=False)
 
     def add(name: str, value: str) -> None:
         table.add_row(name, Text(printable(value)))
@@ -91,25 +80,16 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
     add("dropped", f"{report.dropped:,}{reasons(report.dropped_reasons)}")
     add("refused", f"{report.refused:,}{reasons(report.refused_reasons)}")
     add("duplicates", f"{report.duplicates:,}")
-    if report.prompts_not_prefix:
-        add(
-            "prompts not a prefix",
-            f"{report.prompts_not_prefix:,} (encoded alone they have other tokens than in their row)",
-        )
+    if count := report.prompts_not_prefix:
+        add("prompts not a prefix", f"{count:,} (encoded alone they have other tokens than in their row)")
     if report.ignored_keys:
         add("ignored keys", ", ".join(f"{key} ({n:,})" for key, n in report.ignored_keys.items()))
     for name, split in report.splits.items():
-        share = split["target_tokens"] / split["tokens"] if split["tokens"] else 0.0
-        add(
-            name,
-            f"{split['rows']:,} rows, {split['tokens']:,} tokens, {split['target_tokens']:,} of them targets "
-            f"({share:.0%}), longest row {split['longest_row_tokens']:,}",
-        )
-    longest = ", ".join(
-        f"{row['tokens']:,} ({shown_place(row['file'], row['line'], row.get('row'))})"
-        for row in report.longest_rows[:3]
-    )
-    add("longest before truncation", longest)
+        tokens, targets = split["tokens"], split["target_tokens"]
+        shown = f"{split['rows']:,} rows, {tokens:,} tokens, {targets:,} of them targets"
+        add(name, f"{shown} ({targets / max(1, tokens):.0%}), longest row {split['longest_row_tokens']:,}")
+    longest = [(row["tokens"], shown_place(row["file"], row["line"], row.get("row"))) for row in report.longest_rows]
+    add("longest before truncation", ", ".join(f"{tokens:,} ({place})" for tokens, place in longest[:3]))
     out.print(table)
     note = "already prepared, left as it is: " if report.unchanged else "written to "
     out.print(note + printable(report.output), markup=False)

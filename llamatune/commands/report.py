@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from llamatune.commands._console import Console
+from llamatune.errors import printable
 from llamatune.options.training import ReportOptions
 
 if TYPE_CHECKING:
@@ -15,14 +15,9 @@ if TYPE_CHECKING:
     from llamatune.reporting.report_data import Report
 
 
-def report(
-    options: ReportOptions,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print the same figures as one JSON object.")] = False,
-) -> None:
+def report(options: ReportOptions, console: Console) -> None:
     """Make a page about one run, or compare several: curves, tables, diagnosis."""
-    from llamatune.commands._console import Console
-
-    with Console(json_mode, writes=True) as console:
+    with console:
         from llamatune.reporting.make_report import make_report
 
         report = make_report(options, console.on_event, console.should_stop)
@@ -30,16 +25,12 @@ def report(
 
 
 def _print(out: RichConsole, page: Report) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    from llamatune.errors import printable
     from llamatune.reporting.report_text import figure_rows, findings
 
-    table = Table()
-    table.add_column("")
-    for run in page.runs:
-        table.add_column(Text(run.name), justify="right")
+    table = Table("", *(Column(Text(run.name), justify="right") for run in page.runs))
     table.add_row("status", *(run.status for run in page.runs))
     for label, values in figure_rows([run.figures for run in page.runs]):
         table.add_row(label, *values)

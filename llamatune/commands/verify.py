@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-import typer
-
+from llamatune.commands._console import Console
+from llamatune.errors import Stopped, printable
 from llamatune.options.inference import VerifyOptions
 
 if TYPE_CHECKING:
@@ -14,17 +15,9 @@ if TYPE_CHECKING:
     from llamatune.verification import Verified
 
 
-def verify(
-    options: VerifyOptions,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-) -> None:
+def verify(options: VerifyOptions, console: Console) -> None:
     """Check every byte of a directory against its manifest."""
-    from llamatune.commands._console import Console
-
-    with Console(json_mode, writes=False) as console:  # signals are handled from here on, also while torch is imported
-        from dataclasses import asdict
-
-        from llamatune.errors import Stopped
+    with console:  # signals are handled from here on, also while torch is imported
         from llamatune.verification import verify as run_verification
 
         if console.should_stop():
@@ -34,8 +27,6 @@ def verify(
 
 
 def _print_report(out: RichConsole, report: Verified, indent: str = "") -> None:
-    from llamatune.errors import printable
-
     what = {"content": "every byte is", "structure": "headers and tensors are"}[report.checked]
     line = f"{indent}{printable(report.path)}: {report.kind}, {report.files:,} files, {report.bytes:,} bytes"
     out.print(line if indent else f"{line}: {what} in order", markup=False)

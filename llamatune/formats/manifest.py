@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from llamatune.durable_writing import staged_directory, sync_tree, writing
+from llamatune.durable_writing import staged_directory, sync, writing
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError, Stopped
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.safe_reading import digest_bytes, digest_file, open_regular, read_bytes
@@ -58,7 +58,8 @@ def build_directory(path: Path, kind: str, inputs: dict[str, Any], overwrite: bo
     with staged_directory(path, overwrite) as directory:
         product = Staging(directory)
         yield product
-        sync_tree(directory)
+        for entry in directory.rglob("*"):
+            sync(entry)
         written = sorted(file for file in directory.rglob("*") if file.is_file() and file.name != MANIFEST)
         files = {}
         for file in written:

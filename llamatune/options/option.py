@@ -1,4 +1,4 @@
-"""Option declarations: a dataclass field annotated with help, bounds and choices, which are checked when it is made."""
+"""Option declarations: a dataclass field with help, bounds and choices, which are checked when it is made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import operator
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import KW_ONLY, MISSING, dataclass, fields
+from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
 from llamatune.errors import SpecError
@@ -14,7 +14,7 @@ from llamatune.errors import SpecError
 
 @dataclass(frozen=True)
 class Option:
-    """Stands in ``Annotated`` beside the type of a field; the default is the field's own.
+    """What the field of an options class declares beside its type and default.
 
     Args:
         flag: the spelling, where it is not the field's name in kebab-case.
@@ -38,17 +38,13 @@ class Option:
     at_most: float | None = None
     below: float | None = None
 
-    def refuse_out_of_bounds(self, value: float, flag: str) -> None:
-        bounds = (
-            ("at least", self.at_least, operator.ge),
-            ("above", self.above, operator.gt),
-            ("at most", self.at_most, operator.le),
-            ("below", self.below, operator.lt),
-        )
-        given = [(words, bound, fits) for words, bound, fits in bounds if bound is not None]
-        if not all(fits(value, bound) for _, bound, fits in given):
-            stated = " and ".join(f"{words} {bound:,}" for words, bound, _ in given)
-            raise SpecError(f"{flag} is {value}", None, f"it must be {stated}")
+
+def option(help: str, default: Any = MISSING, **declared: Any) -> Any:
+    """The field of an options class; ``declared`` are arguments of ``Option``. Without a default it is required."""
+    return field(default=default, metadata={"option": Option(help, **declared)})
+
+
+_BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,10 @@ class OptionField:
         if self.choices and value not in self.choices:
             known = f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"
             raise SpecError(f"{self.flag} is {value!r}", None, f"it must be {known}")
-        if isinstance(value, int | float):
-            self.option.refuse_out_of_bounds(value, self.flag)
+        bounds = {name: bound for name in _BOUNDS if (bound := getattr(self.option, name)) is not None}
+        if not all(_BOUNDS[name](value, bound) for name, bound in bounds.items()):
+            stated = " and ".join(f"{name.replace('_', ' ')} {bound:,}" for name, bound in bounds.items())
+            raise SpecError(f"{self.flag} is {value}", None, f"it must be {stated}")
 
 
 @dataclass(frozen=True)
@@ -89,21 +87,20 @@ class Options:
     """
 
     def __post_init__(self) -> None:
-        for field in option_fields(type(self)):
-            value = getattr(self, field.name)
+        for declared in option_fields(type(self)):
+            value = getattr(self, declared.name)
             if value is not None:
-                field.check(value)
+                declared.check(value)
 
 
 def option_fields(options: type[Options]) -> tuple[OptionField, ...]:
     """The options that a class and its bases declare, in the order of the command line: required ones come first."""
-    hints = typing.get_type_hints(options, include_extras=True)
-    declared = [_option_field(field.name, hints[field.name], field.default) for field in fields(options)]
+    declared = [_option_field(declared) for declared in fields(options)]
     return tuple(sorted(declared, key=lambda field: (not field.required, field.option.last)))
 
 
-def _option_field(name: str, hint: Any, default: Any) -> OptionField:
-    kind, option = typing.get_args(hint)
+def _option_field(declared: Field[Any]) -> OptionField:
+    kind: Any = declared.type
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
-    return OptionField(name, kind, option, default)
+    return OptionField(declared.name, kind, declared.metadata["option"], declared.default)

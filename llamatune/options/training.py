@@ -1,35 +1,31 @@
 """Options of the verbs about runs: ``train``, ``benchmark``, ``plan-memory``, ``report`` and ``demo``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from llamatune.errors import SpecError
-from llamatune.options.inference import MaxNewTokens, PromptFile, Sampling
-from llamatune.options.option import Option, Options
+from llamatune.options.inference import Sampling
+from llamatune.options.option import Options, option
 from llamatune.units import parse_size
-
-SpecPath = Annotated[Path, Option("The run spec.", argument=True, metavar="SPEC.yaml")]
 
 
 @dataclass(frozen=True)
 class TrainOptions(Options):
     """A run spec, and how to begin with it."""
 
-    spec_path: SpecPath
-    overrides: Annotated[
-        Sequence[str], Option("Changes to it, as training.seed=1.", argument=True, metavar="[KEY=VALUE ...]")
-    ] = ()
-    resume: Annotated[Literal["auto", "never"], Option("auto: continue what the run directory holds; never.")] = "auto"
-    dry_run: Annotated[bool, Option("Check and count everything, train nothing.")] = False
-    overwrite: Annotated[bool, Option("Move what is in the way aside.")] = False
-    force_base: Annotated[bool, Option("Accept a tokenizer or starting adapter made for another base.")] = False
-    allow_spec_change: Annotated[
-        Sequence[str], Option("A field that may differ from the run's, as training.learning_rate.", metavar="FIELD")
-    ] = ()
+    spec_path: Path = option("The run spec.", argument=True, metavar="SPEC.yaml")
+    overrides: Sequence[str] = option(
+        "Changes to it, as training.seed=1.", (), argument=True, metavar="[KEY=VALUE ...]"
+    )
+    resume: Literal["auto", "never"] = option("auto: continue what the run directory holds; never.", "auto")
+    dry_run: bool = option("Check and count everything, train nothing.", False)
+    overwrite: bool = option("Move what is in the way aside.", False)
+    force_base: bool = option("Accept a tokenizer or starting adapter made for another base.", False)
+    allow_spec_change: Sequence[str] = option(
+        "A field that may differ from the run's, as training.learning_rate.", (), metavar="FIELD"
+    )
 
 
 def _parse_seeds(text: str, flag: str) -> tuple[int, ...]:
@@ -46,77 +42,64 @@ class BenchmarkOptions(Options):
     ``preset_grid`` None: ``techniques`` where ``grid`` has no axes, else those axes alone.
     """
 
-    spec_path: SpecPath
-    overrides: Annotated[
-        Sequence[str],
-        Option("Changes to it in every cell; several values are an axis.", argument=True, metavar="[KEY=VALUE ...]"),
-    ] = ()
-    grid: Annotated[
-        Sequence[str],
-        Option(
-            "An axis of the grid: a field of the spec, lora=on,off, or batch=1x1,8x1,1x8 (micro-batch x "
-            "accumulation). The first cell is the one that ratios are taken to.",
-            metavar="KEY=V1,V2",
-        ),
-    ] = ()
-    preset_grid: Annotated[
-        str | None,
-        Option(
-            "techniques: LoRA, precision, accumulation and checkpointing on float32 weights (the default without "
-            "--grid); checkpointing: every kind of it. --grid then changes its axes.",
-            metavar="NAME",
-        ),
-    ] = None
-    steps: Annotated[
-        int,
-        Option("Updates in each cell; the first are warm-up and not timed.", metavar="<int range> [x>=1]", at_least=1),
-    ] = 20
-    epochs: Annotated[
-        int | None, Option("Whole epochs in place of --steps.", metavar="<int range> [x>=1]", at_least=1)
-    ] = None
-    seeds: Annotated[
-        tuple[int, ...] | None,
-        Option("Repeat each cell for its losses.", metavar="N,N", shown_default="the spec's", parse=_parse_seeds),
-    ] = None
-    memory_limit_bytes: Annotated[
-        int | None,
-        Option(
-            "As 40GiB: cells that need more are out of memory.", flag="--memory-limit", metavar="SIZE", parse=parse_size
-        ),
-    ] = None
-    layout: Annotated[
-        Literal["flat", "nested"], Option("flat: a line a cell; nested: OFF and ON in lines and columns.")
-    ] = "flat"
-    output: Annotated[Path, Option("Where results are written.")] = Path("benchmark-output")
-    overwrite: Annotated[bool, Option("Move what is in the way aside.")] = False
+    spec_path: Path = option("The run spec.", argument=True, metavar="SPEC.yaml")
+    overrides: Sequence[str] = option(
+        "Changes to it in every cell; several values are an axis.", (), argument=True, metavar="[KEY=VALUE ...]"
+    )
+    grid: Sequence[str] = option(
+        "An axis of the grid: a field of the spec, lora=on,off, or batch=1x1,8x1,1x8 (micro-batch x "
+        "accumulation). The first cell is the one that ratios are taken to.",
+        (),
+        metavar="KEY=V1,V2",
+    )
+    preset_grid: str | None = option(
+        "techniques: LoRA, precision, accumulation and checkpointing on float32 weights (the default without "
+        "--grid); checkpointing: every kind of it. --grid then changes its axes.",
+        None,
+        metavar="NAME",
+    )
+    steps: int = option(
+        "Updates in each cell; the first are warm-up and not timed.", 20, metavar="<int range> [x>=1]", at_least=1
+    )
+    epochs: int | None = option("Whole epochs in place of --steps.", None, metavar="<int range> [x>=1]", at_least=1)
+    seeds: tuple[int, ...] | None = option(
+        "Repeat each cell for its losses.", None, metavar="N,N", shown_default="the spec's", parse=_parse_seeds
+    )
+    memory_limit_bytes: int | None = option(
+        "As 40GiB: cells that need more are out of memory.",
+        None,
+        flag="--memory-limit",
+        metavar="SIZE",
+        parse=parse_size,
+    )
+    layout: Literal["flat", "nested"] = option("flat: a line a cell; nested: OFF and ON in lines and columns.", "flat")
+    output: Path = option("Where results are written.", Path("benchmark-output"))
+    overwrite: bool = option("Move what is in the way aside.", False)
 
 
 @dataclass(frozen=True)
 class PlanMemoryOptions(Options):
     """A run spec or a published shape, changes to it, and the memory that there is."""
 
-    arguments: Annotated[
-        Sequence[str],
-        Option(
-            "A run spec (not with --preset) and changes to it.", argument=True, metavar="[SPEC.yaml] [KEY=VALUE ...]"
-        ),
-    ] = ()
-    preset: Annotated[str | None, Option("A published shape, such as llama-2-7b.", metavar="NAME")] = None
-    memory_bytes: Annotated[
-        int | None,
-        Option(
-            "The device's memory, such as 40GiB; 90 % of it is used.", flag="--memory", metavar="SIZE", parse=parse_size
-        ),
-    ] = None
-    device: Annotated[Literal["cuda", "cpu"], Option("cuda, or cpu, where other attention kernels run.")] = "cuda"
-    micro_batch_size: Annotated[int | None, Option("Rows in one forward pass.", metavar="N")] = None
-    max_seq_length: Annotated[
-        int | None,
-        Option("Tokens of a row, in place of the prepared data's.", metavar="N", at_least=1, at_most=1 << 20),
-    ] = None
-    r: Annotated[int | None, Option("Rank of the adapter.", metavar="R")] = None
-    target_modules: Annotated[str | None, Option("A comma list, or all-linear.", metavar="NAMES")] = None
-    explain: Annotated[bool, Option("Show the moments of the step, and what is alive at its peak.")] = False
+    arguments: Sequence[str] = option(
+        "A run spec (not with --preset) and changes to it.", (), argument=True, metavar="[SPEC.yaml] [KEY=VALUE ...]"
+    )
+    preset: str | None = option("A published shape, such as llama-2-7b.", None, metavar="NAME")
+    memory_bytes: int | None = option(
+        "The device's memory, such as 40GiB; 90 % of it is used.",
+        None,
+        flag="--memory",
+        metavar="SIZE",
+        parse=parse_size,
+    )
+    device: Literal["cuda", "cpu"] = option("cuda, or cpu, where other attention kernels run.", "cuda")
+    micro_batch_size: int | None = option("Rows in one forward pass.", None, metavar="N")
+    max_seq_length: int | None = option(
+        "Tokens of a row, in place of the prepared data's.", None, metavar="N", at_least=1, at_most=1 << 20
+    )
+    r: int | None = option("Rank of the adapter.", None, metavar="R")
+    target_modules: str | None = option("A comma list, or all-linear.", None, metavar="NAMES")
+    explain: bool = option("Show the moments of the step, and what is alive at its peak.", False)
 
 
 @dataclass(frozen=True)
@@ -126,16 +109,16 @@ class ReportOptions(Options):
     Each run's base and trained weights answer the prompts; ``generations`` are answers from a file.
     """
 
-    runs: Annotated[Sequence[Path], Option("Run directories; several are compared.", argument=True, metavar="RUN...")]
-    output: Annotated[Path, Option("The page, one HTML file that needs nothing else.")]
-    png: Annotated[Path | None, Option("The charts as a picture too.", metavar="FILE")] = None
-    smoothing: Annotated[float, Option("Decay of the moving average; 0 draws none.", at_least=0, below=1)] = 0.95
-    prompt: Annotated[Sequence[str], Option("Show each run's answer before and after tuning. Repeatable.")] = ()
-    prompt_file: PromptFile = None
-    generations: Annotated[Path | None, Option("Show what generate --compare --output wrote.")] = None
-    max_new_tokens: MaxNewTokens = Sampling.max_new_tokens
-    device: Annotated[str, Option("What generates: auto, cpu, cuda or cuda:N.")] = "auto"
-    overwrite: Annotated[bool, Option("Replace what stands at --output and --png.")] = False
+    runs: Sequence[Path] = option("Run directories; several are compared.", argument=True, metavar="RUN...")
+    output: Path = option("The page, one HTML file that needs nothing else.")
+    png: Path | None = option("The charts as a picture too.", None, metavar="FILE")
+    smoothing: float = option("Decay of the moving average; 0 draws none.", 0.95, at_least=0, below=1)
+    prompt: Sequence[str] = option("Show each run's answer before and after tuning. Repeatable.", ())
+    prompt_file: Path | None = option("One prompt a line, or rows in JSON or JSON Lines.", None)
+    generations: Path | None = option("Show what generate --compare --output wrote.", None)
+    max_new_tokens: int = option("The most that is generated.", Sampling.max_new_tokens, at_least=1, at_most=1 << 20)
+    device: str = option("What generates: auto, cpu, cuda or cuda:N.", "auto")
+    overwrite: bool = option("Replace what stands at --output and --png.", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,4 +130,4 @@ class ReportOptions(Options):
 class DemoOptions(Options):
     """Where the demo writes."""
 
-    output: Annotated[Path, Option("Where everything is written.")] = Path("demo-output")
+    output: Path = option("Where everything is written.", Path("demo-output"))

@@ -16,7 +16,7 @@ from llamatune.durable_writing import (
     probe_writable,
     remove,
     remove_dead_staging,
-    sync_directory,
+    sync,
     write_atomic,
 )
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError
@@ -110,7 +110,7 @@ def move_aside(path: Path) -> None:
     while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1
     os.rename(path, aside)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def _is_run(path: Path) -> bool:
@@ -171,7 +171,7 @@ def claim_run_directory(
         make_directory(path)
     with run_lock(path):
         with disk_faults(path / LOCK):
-            sync_directory(path)  # the lock marks it as a run's, whatever else a power cut leaves
+            sync(path)  # the lock marks it as a run's, whatever else a power cut leaves
         if own and not overwrite and (list_checkpoints(path / CHECKPOINTS) or (path / SUMMARY).is_file()):
             # Before its first checkpoint a run holds no result, so any spec may begin it anew.
             accepted = _refuse_changes(load_spec(path / SPEC), spec, allowed_changes, path / SPEC)

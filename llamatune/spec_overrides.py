@@ -1,0 +1,50 @@
+"""Changes to a run spec as ``section.key=value``, and PEFT's spellings of its keys."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from llamatune.errors import SpecError
+from llamatune.strict_yaml import parse_yaml
+
+_ALIASES: dict[tuple[str, ...], str] = {("lora", "lora_alpha"): "alpha", ("lora", "lora_dropout"): "dropout"}
+
+
+def _overridden_field(assignment: str) -> tuple[str, ...]:
+    """The keys of ``section.key=value``, an alias replaced."""
+    *sections, key = assignment.partition("=")[0].split(".")
+    return *sections, _ALIASES.get((*sections, key), key)
+
+
+def override(values: dict[str, Any], assignment: str) -> None:
+    """Set one field of a spec's plain values."""
+    *sections, name = _overridden_field(assignment)
+    if "=" not in assignment or not sections or not all((*sections, name)):
+        raise SpecError(f"{assignment!r} is no override", None, "write section.key=value, as in training.seed=1")
+    for key in sections:
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
+        if not isinstance(values, dict):
+            raise SpecError(f"{key!r} is not a section", assignment)
+    text = assignment.partition("=")[2]
+    values[name] = parse_yaml(text, assignment) if text.strip() else None
+
+
+def refuse_twice(overrides: Sequence[str]) -> None:
+    """Raise ``SpecError`` if two ``section.key=value`` set the same field, by its name or its alias."""
+    for field, count in Counter(map(_overridden_field, overrides)).items():
+        if count > 1:
+            raise SpecError(f"{'.'.join(field)} is given {count} times", None, "it takes one value, keep one")
+
+
+def rename_aliases(values: dict[str, Any], where: object) -> None:
+    """Replace PEFT's spellings in a spec's plain values."""
+    for (section, alias), name in _ALIASES.items():
+        inner = values.get(section)
+        if isinstance(inner, dict) and alias in inner:
+            if name in inner:
+                raise SpecError(f"{section}.{alias} and {section}.{name} are the same", where, "keep one")
+            inner[name] = inner.pop(alias)
