@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llamatune.data.batches import Batch
 from llamatune.errors import Stopped
@@ -17,6 +17,7 @@ from llamatune.model.loss import summed_loss
 from llamatune.seeds import derived_seed
 from llamatune.spec import TrainingSection
 from llamatune.training.learner import Learner
+from llamatune.training.precision import LossScaler
 
 LOWEST_LOSS_SCALE = 1e-4
 """Where halving ends: a gradient that overflows fp16 even at this scale overflows at any."""
@@ -27,12 +28,11 @@ FINISHING_S = 15.0
 
 @dataclass(frozen=True)
 class Update:
-    """What a window came to, and whether it made an update (``made``).
+    """What a window came to. It made no update (``made``) if there is a ``fault`` or its gradient overflowed fp16.
 
     ``loss`` is the mean over ``target_tokens``; ``tokens`` counts no padding; ``grad_norm`` is that before clipping;
-    ``loss_scale`` is the one that was used. ``bad_rows`` are the row numbers of the micro-batches whose loss is not
-    finite. ``without_gradient`` names the trained tensors that no gradient reached. ``layer_grad_norms`` are filled
-    where ``training.log_layer_grad_norms`` asks for them.
+    ``loss_scale`` is the one that was used. ``fault`` says why no update can be made; it lies in one of ``fault_rows``
+    (row numbers) where there are any. ``layer_grad_norms``: where ``training.log_layer_grad_norms`` asks for them.
     """
 
     made: bool
@@ -41,8 +41,8 @@ class Update:
     tokens: int
     grad_norm: float
     loss_scale: float
-    bad_rows: tuple[int, ...]
-    without_gradient: tuple[str, ...]
+    fault: str | None
+    fault_rows: tuple[int, ...]
     layer_grad_norms: dict[str, float] | None
 
 
@@ -76,17 +76,17 @@ def make_update(
         (loss / (target_tokens / loss_scale)).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     del loss  # and with it the graph
-    without = tuple(name for name, parameter in parameters.items() if parameter.grad is None)
-    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-    scaler.unscale(gradients)
-    norm = torch.nn.utils.get_total_norm(gradients)
+    gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    missing = [name for name in parameters if name not in gradients]
+    scaler.unscale(list(gradients.values()))
+    norm = torch.nn.utils.get_total_norm(gradients.values())
     values = torch.stack(losses).double().tolist()  # the device is waited for here, once
     bad = [batch for batch, value in zip(micro_batches, values, strict=True) if not math.isfinite(value)]
     grad_norm, layer_grad_norms = float(norm), None
-    made = not bad and math.isfinite(grad_norm) and not without
+    made = not bad and math.isfinite(grad_norm) and not missing
     if made:
         if training.log_layer_grad_norms:
-            layer_grad_norms = _layer_grad_norms(parameters)
+            layer_grad_norms = _layer_grad_norms(gradients)
         if training.max_grad_norm is not None:  # Pascanu et al. 2013
             torch.nn.utils.clip_grads_with_norm_(parameters.values(), training.max_grad_norm, norm)
         learner.optimizer.step(learning_rate)
@@ -94,6 +94,9 @@ def make_update(
     else:
         scaler.back_off()
     learner.optimizer.zero_grad()
+    fault, faulty = _fault(
+        bad, micro_batches, grad_norm, scaler, [name for name in parameters if name not in gradients]
+    )
     return Update(
         made,
         sum(values) / target_tokens,
@@ -101,18 +104,33 @@ def make_update(
         sum(batch.tokens for batch in micro_batches),
         grad_norm,
         loss_scale,
-        tuple(sorted(row for batch in bad for row in batch.rows)),
-        without,
+        fault,
+        tuple(sorted(row for batch in faulty for row in batch.rows)),
         layer_grad_norms,
     )
 
 
-def _layer_grad_norms(parameters: dict[str, nn.Parameter]) -> dict[str, float]:
+def _fault(
+    scaler: LossScaler, micro_batches: Sequence[Batch], bad: Sequence[Batch], grad_norm: float, missing: Sequence[str]
+) -> tuple[str | None, Sequence[Batch]]:
+    """Why a window can make no update, also with another loss scale; and the micro-batches among which the fault is."""
+    if bad:
+        return "the loss is not finite", bad
+    if not math.isfinite(grad_norm):
+        if not scaler.enabled:
+            return "the gradient is not finite", micro_batches
+        if scaler.scale < LOWEST_LOSS_SCALE:
+            return "the gradient overflows fp16 at any loss scale", micro_batches
+    elif missing:
+        return f"no gradient reached {missing[0]} and {len(missing) - 1} others", ()
+    return None, ()
+
+
+def _layer_grad_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
     """The gradient's norm by block (``layers.0`` ...) and by module outside of them; the device is waited for once."""
-    gradients: dict[str, list[Tensor]] = {}
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            path = name.removeprefix("model.").split(".")
-            gradients.setdefault(".".join(path[: 2 if path[0] == "layers" else 1]), []).append(parameter.grad)
-    norms = torch.stack([torch.nn.utils.get_total_norm(tensors) for tensors in gradients.values()])
-    return dict(zip(gradients, norms.tolist(), strict=True))
+    by_layer: dict[str, list[Tensor]] = {}
+    for name, gradient in gradients.items():
+        path = name.removeprefix("model.").split(".")
+        by_layer.setdefault(".".join(path[: 2 if path[0] == "layers" else 1]), []).append(gradient)
+    norms = torch.stack([torch.nn.utils.get_total_norm(tensors) for tensors in by_layer.values()])
+    return dict(zip(by_layer, norms.tolist(), strict=True))
