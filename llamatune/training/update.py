@@ -94,9 +94,7 @@ def make_update(
     else:
         scaler.back_off()
     learner.optimizer.zero_grad()
-    fault, faulty = _fault(
-        bad, micro_batches, grad_norm, scaler, [name for name in parameters if name not in gradients]
-    )
+    fault, faulty = _fault(scaler, micro_batches, bad, grad_norm, missing)
     return Update(
         made,
         sum(values) / target_tokens,
