@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.data.batches import Windows
+from llamatune.durable_writing import write_atomic
 from llamatune.errors import CheckpointError, NumericsError, Stopped
 from llamatune.events import (
     CheckpointSaved,
@@ -24,12 +25,13 @@ from llamatune.events import (
 from llamatune.formats.metrics import LayerGradNorms, read_metrics
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.spec import RunSpec
+from llamatune.strict_json import dump_json
 from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner
 from llamatune.training.progress import RunProgress
 from llamatune.training.resuming import load_checkpoint, save_checkpoint
 from llamatune.training.run_directory import LEAST_GAIN, RunDirectory, prune_checkpoints
-from llamatune.training.run_files import BEST
+from llamatune.training.run_files import BEST, SUMMARY
 from llamatune.training.run_memory import held_memory, peak_memory_bytes, peak_reserved_bytes
 from llamatune.training.schedule import Schedule, learning_rate_at
 from llamatune.training.update import make_update
@@ -97,7 +99,7 @@ class TrainingLoop:
             raise self._numerics_fault("no window made an update: every gradient overflowed fp16")
         self.weights.write_final(self.run.path)
         summary = self._summary(time.monotonic() - self._clock)
-        self.run.write_summary(summary)
+        write_atomic(self.run.path / SUMMARY, dump_json(summary))
         return summary
 
     def _update(self) -> None:

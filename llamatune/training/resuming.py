@@ -16,6 +16,7 @@ from llamatune.formats.state_json import checkpoint_path
 from llamatune.training.learner import Learner
 from llamatune.training.progress import RunProgress
 from llamatune.training.run_directory import RunDirectory
+from llamatune.training.run_files import CHECKPOINTS
 from llamatune.training.weight_output import WeightOutput
 
 
@@ -27,7 +28,7 @@ def _machine() -> dict[str, Any]:
 
 def save_checkpoint(run: RunDirectory, weights: WeightOutput, learner: Learner, progress: RunProgress) -> Path:
     """Write ``checkpoints/step-000100`` durably, after the metrics log; its path."""
-    path = checkpoint_path(run.checkpoints, progress.step)
+    path = checkpoint_path(run.path / CHECKPOINTS, progress.step)
     save_run_state(
         path,
         weights.write_checkpoint,
@@ -51,7 +52,7 @@ def load_checkpoint(
 
     None: there is no checkpoint.
     """
-    checkpoint = newest_run_state(run.checkpoints, warn)
+    checkpoint = newest_run_state(run.path / CHECKPOINTS, warn)
     if checkpoint is None:
         return None
     state = checkpoint.progress

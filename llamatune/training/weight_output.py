@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter_files
 from llamatune.checkpoints.huggingface import write_huggingface
@@ -28,31 +26,28 @@ EVALUATION = "evaluation.json"
 """In ``best/``: step, epoch, loss, perplexity, rows and target tokens of the evaluation of these weights."""
 
 
-class WeightOutput(abc.ABC):
-    """Writes and restores the trained weights; ``kind`` names the product, and its directory in the run."""
-
-    kind: str
+class WeightOutput:
+    """Writes the trained weights, an adapter or the whole model, and restores them."""
 
     def __init__(self, spec: RunSpec, inputs: Inputs, learner: Learner) -> None:
         self._spec, self._inputs, self._parameters = spec, inputs, learner.parameters
-        self._template = inputs.prepared.manifest.template
+        self._kind = MODEL if spec.lora is None else ADAPTER
 
-    @abc.abstractmethod
     def write_checkpoint(self, staging: Staging) -> None:
-        """Write the trained tensors, bit for bit, into a checkpoint's staging directory."""
+        """Write the trained tensors, bit for bit, into a checkpoint's staging directory.
 
-    @abc.abstractmethod
-    def read_checkpoint(self, checkpoint: Path) -> Mapping[str, Tensor]:
-        """The trained tensors of a verified checkpoint."""
-
-    @abc.abstractmethod
-    def write_product(self, staging: Staging) -> None:
-        """Write the adapter or model for other programs."""
+        A checkpoint of an adapter is a PEFT directory too: ``generate`` and ``merge-lora`` take it.
+        """
+        if self._spec.adapter is None:
+            write_tensors(staging, _WEIGHTS, self._parameters)
+        else:
+            self._write_product(staging)
 
     @torch.no_grad()
     def restore(self, checkpoint: Path) -> None:
         """Load the tensors of a verified checkpoint."""
-        tensors = self.read_checkpoint(checkpoint)
+        whole = self._spec.adapter is None
+        tensors = load_file(checkpoint / _WEIGHTS) if whole else load_adapter(checkpoint).tensors
         if self._parameters.keys() != tensors.keys():
             raise CheckpointError("its tensors are not those that this run trains", checkpoint)
         for name, parameter in self._parameters.items():
@@ -60,50 +55,24 @@ class WeightOutput(abc.ABC):
 
     def write_best(self, path: Path, evaluation: Mapping[str, Any]) -> None:
         """Replace ``best/`` by the current weights, with their ``evaluation`` in ``evaluation.json``."""
-        with build_directory(path, self.kind, {}, overwrite=True) as staging:
-            self.write_product(staging)
+        with build_directory(path, self._kind, {}, overwrite=True) as staging:
+            self._write_product(staging)
             with writing(staging.path / EVALUATION) as file:
                 file.write(dump_json(evaluation))
 
     def write_final(self, run: Path) -> None:
         """Write ``adapter/`` or ``model/`` into the run directory."""
-        with build_directory(run / self.kind, self.kind, {}, overwrite=True) as staging:
-            self.write_product(staging)
+        with build_directory(run / self._kind, self._kind, {}, overwrite=True) as staging:
+            self._write_product(staging)
 
-
-def weight_output(spec: RunSpec, inputs: Inputs, learner: Learner) -> WeightOutput:
-    """An adapter's writer where the spec has a lora section, else the whole model's."""
-    return (_WholeModel if spec.lora is None else _AdapterOnly)(spec, inputs, learner)
-
-
-class _AdapterOnly(WeightOutput):
-    """A checkpoint of an adapter is a PEFT directory too: ``generate`` and ``merge-lora`` take it."""
-
-    kind = ADAPTER
-
-    def write_checkpoint(self, staging: Staging) -> None:
-        assert self._spec.adapter is not None
-        fingerprint, base = self._inputs.base_fingerprint, self._spec.model.path
-        tensors: dict[str, Tensor] = dict(self._parameters)
-        write_adapter_files(staging, Adapter(self._spec.adapter, tensors, fingerprint, self._template, base))
-        staging.facts.update(base_fingerprint=fingerprint, template=self._template)
-
-    write_product = write_checkpoint
-
-    def read_checkpoint(self, checkpoint: Path) -> Mapping[str, Tensor]:
-        return load_adapter(checkpoint).tensors
-
-
-class _WholeModel(WeightOutput):
-    kind = MODEL
-
-    def write_checkpoint(self, staging: Staging) -> None:
-        write_tensors(staging, _WEIGHTS, self._parameters)
-
-    def read_checkpoint(self, checkpoint: Path) -> Mapping[str, Tensor]:
-        return load_file(checkpoint / _WEIGHTS)
-
-    def write_product(self, staging: Staging) -> None:
-        staging.facts["template"] = self._template
-        base, parameters = Path(self._spec.model.path), self._parameters
-        write_huggingface(staging, self._inputs.config, parameters.__getitem__, lambda name: torch.float32, base)
+    def _write_product(self, staging: Staging) -> None:
+        """Write the adapter or model for other programs."""
+        base, adapter, fingerprint = self._spec.model.path, self._spec.adapter, self._inputs.base_fingerprint
+        template = self._inputs.prepared.manifest.template
+        if adapter is None:
+            tensor = self._parameters.__getitem__
+            write_huggingface(staging, self._inputs.config, tensor, lambda name: torch.float32, Path(base))
+        else:
+            write_adapter_files(staging, Adapter(adapter, dict(self._parameters), fingerprint, template, base))
+            staging.facts["base_fingerprint"] = fingerprint
+        staging.facts["template"] = template
