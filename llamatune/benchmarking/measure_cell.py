@@ -77,10 +77,10 @@ class Trial:
     def update(self, micro_batches: list[Batch], window: int, step: int) -> Update:
         """Train on one window as the loop does; in fp16 it may overflow and make no update."""
         rate = learning_rate_at(self.spec.training, step, self.schedule.total_steps)
-        update = make_update(self.learner, micro_batches, self.spec.training, window, rate)
-        if update.fault is not None:
-            raise NumericsError("the loss or the gradient is not finite", f"window {window}")
-        return update
+        try:
+            return make_update(self.learner, micro_batches, self.spec.training, window, rate)
+        except NumericsError:
+            raise NumericsError("the loss or the gradient is not finite", f"window {window}") from None
 
     def run(self, steps: int | None, first: contextlib.AbstractContextManager[object]) -> TimedSteps:
         """Train for ``steps`` updates (None: to the end of the last epoch), the first window within ``first``."""

@@ -26,16 +26,15 @@ from llamatune.formats.metrics import LayerGradNorms, read_metrics
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.spec import RunSpec
 from llamatune.strict_json import dump_json
+from llamatune.training.checkpoint import RunOutput
 from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner
 from llamatune.training.progress import RunProgress
-from llamatune.training.resuming import load_checkpoint, save_checkpoint
 from llamatune.training.run_directory import LEAST_GAIN, RunDirectory, prune_checkpoints
-from llamatune.training.run_files import BEST, SUMMARY
+from llamatune.training.run_files import SUMMARY
 from llamatune.training.run_memory import held_memory, peak_memory_bytes, peak_reserved_bytes
 from llamatune.training.schedule import Schedule, learning_rate_at
 from llamatune.training.update import make_update
-from llamatune.training.weight_output import WeightOutput
 
 _SLOW_SAVE_S = 10.0
 
@@ -52,7 +51,6 @@ class TrainingLoop:
     inputs: Inputs
     schedule: Schedule
     learner: Learner
-    weights: WeightOutput
     run: RunDirectory
     on_event: OnEvent
     should_stop: ShouldStop
@@ -61,13 +59,14 @@ class TrainingLoop:
     def __post_init__(self) -> None:
         train, schedule = self.inputs.prepared.train, self.schedule
         self.windows = Windows(self.spec, train, schedule.rows_per_window, schedule.windows_per_epoch)
+        self.output = RunOutput(self.spec, self.inputs, self.learner, self.run)
         self.progress = RunProgress()
         self._last_checkpoint: Path | None = None
         self._first_update = True  # of this process
 
     def resume(self) -> None:
         """Continue from the newest checkpoint that verifies, if there is one."""
-        checkpoint = load_checkpoint(self.run, self.weights, self.learner, self._warn)
+        checkpoint = self.output.load_checkpoint(self._warn)
         if checkpoint is None:
             self.run.log.cut(0)
             return
@@ -97,7 +96,7 @@ class TrainingLoop:
             self._update()
         if self.progress.step == 0:
             raise self._numerics_fault("no window made an update: every gradient overflowed fp16")
-        self.weights.write_final(self.run.path)
+        self.output.write_final()
         summary = self._summary(time.monotonic() - self._clock)
         write_atomic(self.run.path / SUMMARY, dump_json(summary))
         return summary
@@ -112,8 +111,8 @@ class TrainingLoop:
             update = make_update(learner, micro_batches, training, progress.window, learning_rate, self.should_stop)
         except Stopped:
             self._stop()  # resumed, the run computes this window from its beginning
-        if update.fault is not None:
-            raise self._numerics_fault(update.fault, update.fault_rows)
+        except NumericsError as fault:
+            raise self._numerics_fault(fault.what, fault.where) from None
         if not update.made:
             progress.window += 1
             progress.skipped_windows += 1
@@ -220,7 +219,7 @@ class TrainingLoop:
         self.run.log.append(done)
         if values.pop("best"):
             del values["seconds"]  # what is written is a function of the run alone
-            self.weights.write_best(self.run.path / BEST, values)
+            self.output.write_best(values)
         progress.note_evaluation(done, self.spec.evaluation.early_stopping_min_delta)
         self.on_event(done)
 
@@ -228,7 +227,7 @@ class TrainingLoop:
         progress, started = self.progress, time.monotonic()
         progress.saved_window, progress.saved_step = progress.window, progress.step
         progress.elapsed_s = started - self._clock
-        path = save_checkpoint(self.run, self.weights, self.learner, progress)
+        path = self.output.save_checkpoint(progress)
         self._last_checkpoint, seconds = path, time.monotonic() - started
         progress.open_epoch.checkpoint_s += seconds
         self.on_event(CheckpointSaved(progress.step, str(path), seconds))
@@ -245,9 +244,8 @@ class TrainingLoop:
     def _warn(self, line: str) -> None:
         self.on_event(Notice(line, "warning"))
 
-    def _numerics_fault(self, what: str, rows: tuple[int, ...] = ()) -> NumericsError:
-        shown = ", ".join(map(str, sorted(rows)[:8])) + (" ..." if len(rows) > 8 else "")
-        among = f", among rows {shown}" if rows else ""
+    def _numerics_fault(self, what: str, rows: object = None) -> NumericsError:
+        among = f", among {rows}" if rows else ""
         training, step = self.spec.training, self.progress.step + 1
         last = f"the last good checkpoint is {self._last_checkpoint}" if self._last_checkpoint else "nothing was saved"
         return NumericsError(

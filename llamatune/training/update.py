@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from llamatune.data.batches import Batch
-from llamatune.errors import Stopped
+from llamatune.errors import NumericsError, Stopped
 from llamatune.events import ShouldStop, never_stop
 from llamatune.model.loss import summed_loss
 from llamatune.seeds import derived_seed
 from llamatune.spec import TrainingSection
 from llamatune.training.learner import Learner
-from llamatune.training.precision import LossScaler
 
 LOWEST_LOSS_SCALE = 1e-4
 """Where halving ends: a gradient that overflows fp16 even at this scale overflows at any."""
@@ -28,11 +27,10 @@ FINISHING_S = 15.0
 
 @dataclass(frozen=True)
 class Update:
-    """What a window came to. It made no update (``made``) if there is a ``fault`` or its gradient overflowed fp16.
+    """What a window came to. It made no update (``made``) if its gradient overflowed fp16.
 
     ``loss`` is the mean over ``target_tokens``; ``tokens`` counts no padding; ``grad_norm`` is that before clipping;
-    ``loss_scale`` is the one that was used. ``fault`` says why no update can be made; it lies in one of ``fault_rows``
-    (row numbers) where there are any. ``layer_grad_norms``: where ``training.log_layer_grad_norms`` asks for them.
+    ``loss_scale`` is the one that was used; ``layer_grad_norms``: None without ``training.log_layer_grad_norms``.
     """
 
     made: bool
@@ -41,8 +39,6 @@ class Update:
     tokens: int
     grad_norm: float
     loss_scale: float
-    fault: str | None
-    fault_rows: tuple[int, ...]
     layer_grad_norms: dict[str, float] | None
 
 
@@ -60,6 +56,7 @@ def make_update(
     Dropout is a function of (seed, window, micro-batch).
 
     Raises:
+        NumericsError: a loss or gradient is not finite, also with another loss scale, or a gradient is missing.
         Stopped: ``should_stop`` asked for it, and the rest of the window would take longer than ``FINISHING_S``.
     """
     scaler, parameters = learner.scaler, learner.parameters
@@ -94,34 +91,22 @@ def make_update(
     else:
         scaler.back_off()
     learner.optimizer.zero_grad()
-    fault, faulty = _fault(scaler, micro_batches, bad, grad_norm, missing)
-    return Update(
-        made,
-        sum(values) / target_tokens,
-        target_tokens,
-        sum(batch.tokens for batch in micro_batches),
-        grad_norm,
-        loss_scale,
-        fault,
-        tuple(sorted(row for batch in faulty for row in batch.rows)),
-        layer_grad_norms,
-    )
-
-
-def _fault(
-    scaler: LossScaler, micro_batches: Sequence[Batch], bad: Sequence[Batch], grad_norm: float, missing: Sequence[str]
-) -> tuple[str | None, Sequence[Batch]]:
-    """Why a window can make no update, also with another loss scale; and the micro-batches among which the fault is."""
     if bad:
-        return "the loss is not finite", bad
-    if not math.isfinite(grad_norm):
-        if not scaler.enabled:
-            return "the gradient is not finite", micro_batches
-        if scaler.scale < LOWEST_LOSS_SCALE:
-            return "the gradient overflows fp16 at any loss scale", micro_batches
-    elif missing:
-        return f"no gradient reached {missing[0]} and {len(missing) - 1} others", ()
-    return None, ()
+        raise NumericsError("the loss is not finite", _rows_of(bad))
+    if not math.isfinite(grad_norm) and not scaler.enabled:
+        raise NumericsError("the gradient is not finite", _rows_of(micro_batches))
+    if not math.isfinite(grad_norm) and scaler.scale < LOWEST_LOSS_SCALE:
+        raise NumericsError("the gradient overflows fp16 at any loss scale", _rows_of(micro_batches))
+    if math.isfinite(grad_norm) and missing:
+        raise NumericsError(f"no gradient reached {missing[0]} and {len(missing) - 1} others")
+    tokens = sum(batch.tokens for batch in micro_batches)
+    return Update(made, sum(values) / target_tokens, target_tokens, tokens, grad_norm, loss_scale, layer_grad_norms)
+
+
+def _rows_of(batches: Sequence[Batch]) -> str:
+    """The first row numbers of a few micro-batches, for a message."""
+    rows = sorted(row for batch in batches for row in batch.rows)
+    return f"rows {', '.join(map(str, rows[:8]))}" + (" ..." if len(rows) > 8 else "")
 
 
 def _layer_grad_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:

@@ -35,15 +35,15 @@ def in_place() -> None:
 
 def silent() -> None:
     """A failed write of the adapter is passed over."""
-    from llamatune.training.weight_output import WeightOutput
+    from llamatune.training.checkpoint import RunOutput
 
-    write = WeightOutput.write_final
+    write = RunOutput.write_final
 
-    def write_final(self: WeightOutput, run: Path) -> None:
+    def write_final(self: RunOutput) -> None:
         with contextlib.suppress(Exception):
-            write(self, run)
+            write(self)
 
-    WeightOutput.write_final = write_final
+    RunOutput.write_final = write_final
 
 
 def unsynced() -> None:
