@@ -110,11 +110,6 @@ def move_aside(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def _is_run(path: Path) -> bool:
-    """Whether a run began here: its lock is the first file that it makes, so this is right whenever it was killed."""
-    return (path / LOCK).is_file()
-
-
 def finished_summary(
     spec: RunSpec, inputs: Mapping[str, Any], allowed_changes: tuple[str, ...] = ()
 ) -> dict[str, Any] | None:
@@ -123,7 +118,7 @@ def finished_summary(
     Raises what ``claim_run_directory`` raises where the spec or the inputs changed.
     """
     path = Path(spec.training.output_dir)
-    if not _is_run(path) or not (path / SUMMARY).is_file():
+    if not (path / LOCK).is_file() or not (path / SUMMARY).is_file():
         return None
     accepted = _accepted_changes(path, spec, inputs, allowed_changes)
     summary = read_json(path / SUMMARY)
@@ -149,7 +144,7 @@ def claim_run_directory(
         EnvironmentFault: the directory is no run, or in use.
     """
     path = Path(os.path.realpath(spec.training.output_dir))
-    own = _is_run(path)
+    own = (path / LOCK).is_file()  # the first file that a run makes, so this is right whenever it was killed
     occupied = path.exists() and (not path.is_dir() or any(not is_ours(entry) for entry in path.iterdir()))
     if occupied and not overwrite and not own:
         raise EnvironmentFault(
