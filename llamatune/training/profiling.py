@@ -14,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from llamatune.durable_writing import write_atomic
 from llamatune.events import Event, Notice, OnEvent, RunStarted, StepDone, StepSkipped
-from llamatune.training.run_files import trace_name
 
 
 @contextlib.contextmanager
@@ -32,7 +31,8 @@ def profiled(steps: int | None, device: torch.device, run: Path, on_event: OnEve
         def observe(event: Event) -> None:
             on_event(event)
             if isinstance(event, RunStarted):
-                tracing.enter_context(_traced(run / trace_name(event.resumed_step + 1), device, on_event))
+                trace = run / f"trace-from-step-{event.resumed_step + 1:06d}.json"
+                tracing.enter_context(_traced(trace, device, on_event))
             elif isinstance(event, StepDone | StepSkipped) and next(windows) == steps:
                 tracing.close()
 

@@ -110,9 +110,7 @@ def move_aside(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def finished_summary(
-    spec: RunSpec, inputs: Mapping[str, Any], allowed_changes: tuple[str, ...] = ()
-) -> dict[str, Any] | None:
+def finished_summary(spec: RunSpec, inputs: Mapping[str, Any], allowed: tuple[str, ...]) -> dict[str, Any] | None:
     """The summary, if the output directory holds this run and it is finished; nothing is written, not even a lock.
 
     Raises what ``claim_run_directory`` raises where the spec or the inputs changed.
@@ -120,7 +118,7 @@ def finished_summary(
     path = Path(spec.training.output_dir)
     if not (path / LOCK).is_file() or not (path / SUMMARY).is_file():
         return None
-    accepted = _accepted_changes(path, spec, inputs, allowed_changes)
+    accepted = _accepted_changes(path, spec, inputs, allowed)
     summary = read_json(path / SUMMARY)
     reopening = (*_MAY_GROW, _PATIENCE, LEAST_GAIN) if summary.get("stopped_early") else _MAY_GROW
     return None if any(change["field"] in reopening for change in accepted) else summary
@@ -128,11 +126,7 @@ def finished_summary(
 
 @contextlib.contextmanager
 def claim_run_directory(
-    spec: RunSpec,
-    inputs: Mapping[str, Any],
-    overwrite: bool = False,
-    resume: bool = True,
-    allowed_changes: tuple[str, ...] = (),
+    spec: RunSpec, inputs: Mapping[str, Any], overwrite: bool, resume: bool, allowed_changes: tuple[str, ...]
 ) -> Iterator[RunDirectory]:
     """Lock ``training.output_dir`` for this run.
 
