@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from llamatune.checkpoints.run_state import newest_run_state, save_run_state
 from llamatune.checkpoints.tensor_bytes import write_tensors
 from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
+from llamatune.events import EvalDone
 from llamatune.formats.manifest import Staging, build_directory
 from llamatune.formats.state_json import checkpoint_path
 from llamatune.spec import RunSpec
@@ -76,12 +77,14 @@ class RunOutput:
             warn(f"not bit-exact on another machine than before: {', '.join(changed)}")
         return checkpoint.path, progress, state["metrics_bytes"]
 
-    def write_best(self, evaluation: Mapping[str, Any]) -> None:
+    def write_best(self, evaluation: EvalDone) -> None:
         """Replace ``best/`` by the current weights, with their ``evaluation`` in ``evaluation.json``."""
+        values = asdict(evaluation)
+        del values["best"], values["seconds"]  # what is written is a function of the run alone
         with build_directory(self.run.path / BEST, self._kind, {}, overwrite=True) as staging:
             self._write_product(staging)
             with writing(staging.path / EVALUATION) as file:
-                file.write(dump_json(evaluation))
+                file.write(dump_json(values))
 
     def write_final(self) -> None:
         """Write ``adapter/`` or ``model/``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -215,11 +215,9 @@ class TrainingLoop:
             target_tokens=result.target_tokens,
             seconds=time.monotonic() - started,
         )
-        values = asdict(done)
         self.run.log.append(done)
-        if values.pop("best"):
-            del values["seconds"]  # what is written is a function of the run alone
-            self.output.write_best(values)
+        if done.best:
+            self.output.write_best(done)
         progress.note_evaluation(done, self.spec.evaluation.early_stopping_min_delta)
         self.on_event(done)
 
