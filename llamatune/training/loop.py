@@ -13,15 +13,7 @@ from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.data.batches import Windows
 from llamatune.durable_writing import write_atomic
 from llamatune.errors import CheckpointError, NumericsError, Stopped
-from llamatune.events import (
-    CheckpointSaved,
-    EvalDone,
-    Notice,
-    OnEvent,
-    ShouldStop,
-    StepDone,
-    StepSkipped,
-)
+from llamatune.events import CheckpointSaved, EvalDone, Notice, OnEvent, ShouldStop, StepDone, StepSkipped
 from llamatune.formats.metrics import LayerGradNorms, read_metrics
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.spec import RunSpec
