@@ -116,13 +116,12 @@ class RunOutput:
 
     def _write_product(self, staging: Staging) -> None:
         """Write the adapter or model for other programs."""
-        base, parameters, fingerprint = self.spec.model.path, self.learner.parameters, self.inputs.base_fingerprint
-        template = self.inputs.prepared.manifest.template
-        if self.spec.adapter is None:
-            fp32 = torch.float32
-            write_huggingface(staging, self.inputs.config, parameters.__getitem__, lambda name: fp32, Path(base))
+        spec, inputs, parameters = self.spec, self.inputs, self.learner.parameters
+        base, template, fingerprint = spec.model.path, inputs.prepared.manifest.template, inputs.base_fingerprint
+        if spec.adapter is None:
+            write_huggingface(staging, inputs.config, parameters.__getitem__, lambda name: torch.float32, Path(base))
         else:
-            write_adapter_files(staging, Adapter(self.spec.adapter, dict(parameters), fingerprint, template, base))
+            write_adapter_files(staging, Adapter(spec.adapter, dict(parameters), fingerprint, template, base))
             staging.facts["base_fingerprint"] = fingerprint
         staging.facts["template"] = template
 
