@@ -27,8 +27,8 @@ from material import ALPHA, SHAPES, TARGETS, R
 from llamatune.checkpoints.run_state import save_run_state
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.spec import build_spec
+from llamatune.training.run_output import RunOutput
 from llamatune.training.optimizers.optimizer import Optimizer, build_optimizer
-from llamatune.training.weight_output import weight_output
 
 PHASES = {  # functions of each phase in a profile
     "finite?": ("aminmax", "isfinite"),
@@ -56,12 +56,15 @@ def llamatune_side(targets: str) -> tuple[Optimizer, Save]:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step(1e-4)
     optimizer.zero_grad()
-    inputs: Any = SimpleNamespace(base_fingerprint="sha256:0", prepared=SimpleNamespace(facts={}))
+    inputs: Any = SimpleNamespace(
+        base_fingerprint="sha256:0", prepared=SimpleNamespace(manifest=SimpleNamespace(template=None))
+    )
     learner: Any = SimpleNamespace(parameters=parameters)
-    weights = weight_output(spec, inputs, learner)
+    run: Any = None  # the benchmark chooses the directory
+    output = RunOutput(spec, inputs, learner, run)
 
     def save(directory: Path) -> None:
-        save_run_state(directory / "step-000001", weights.write_checkpoint, optimizer.state_tensors(), {"step": 1})
+        save_run_state(directory / "step-000001", output.write_weights, optimizer.state_tensors(), {"step": 1})
 
     return optimizer, save
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,16 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
-class StepDone:
-    """One optimizer update. ``loss`` is the mean over the target tokens of the whole accumulation window."""
+class Step:
+    """One optimizer update as ``metrics.jsonl`` keeps it; ``grad_norm`` is from before clipping.
 
+    ``loss`` is the mean over the target tokens of the whole accumulation window.
+    """
+
+    event: ClassVar[str] = "step"
     step: int
-    total_steps: int
     window: int
     epoch: float
-    num_epochs: int
     loss: float
     learning_rate: float
     grad_norm: float
@@ -55,6 +58,14 @@ class StepDone:
     tokens_per_second: float
     peak_memory_bytes: int
     elapsed_s: float
+
+
+@dataclass(frozen=True)
+class StepDone(Step):
+    """An update that was just made, with what is shown of it beside its record."""
+
+    total_steps: int
+    num_epochs: int
     peak_reserved_bytes: int | None = None
 
 
@@ -76,18 +87,23 @@ class MemoryHeld:
 class StepSkipped:
     """An fp16 overflow: the window was consumed, no update was made, and ``loss_scale`` is the lowered scale."""
 
+    event: ClassVar[str] = "skipped"
     window: int
     loss_scale: float
 
 
 @dataclass(frozen=True)
 class EvalDone:
-    """Token-weighted validation loss after ``step`` updates, on ``rows`` rows; ``seconds`` is how long it took."""
+    """Token-weighted validation loss after ``step`` updates, on ``rows`` rows; ``seconds`` is how long it took.
 
+    A reader of ``metrics.jsonl`` fills in ``step`` and ``loss`` alone.
+    """
+
+    event: ClassVar[str] = "eval"
     step: int
     loss: float
-    perplexity: float
-    best: bool
+    perplexity: float = 0.0
+    best: bool = False
     epoch: float = 0.0
     rows: int = 0
     target_tokens: int = 0

@@ -17,9 +17,9 @@ from llamatune.checkpoints.adapter_config import CONFIG_FILE
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.durable_writing import STAGING
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError, Stopped
-from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.events import Notice, OnEvent, ShouldStop, Step, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, has_manifest, unlisted_files, verify_product
-from llamatune.formats.metrics import LONGEST_LINE, Step, parse_line, read_lines
+from llamatune.formats.metrics import LONGEST_LINE, parse_line, read_lines
 from llamatune.formats.safetensors import read_header
 from llamatune.formats.state_json import STATE, list_checkpoints, read_progress
 from llamatune.spec import load_spec

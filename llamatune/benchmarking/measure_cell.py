@@ -29,7 +29,7 @@ from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner, build_learner
 from llamatune.training.run_memory import peak_memory_bytes, peak_reserved_bytes, plan_run_memory
 from llamatune.training.schedule import Schedule, learning_rate_at, micro_batch_tokens, plan_schedule
-from llamatune.training.update import LOWEST_LOSS_SCALE, Update, make_update
+from llamatune.training.update import Update, make_update
 
 _WARM_UP_STEPS = 3
 
@@ -76,12 +76,11 @@ class Trial:
 
     def update(self, micro_batches: list[Batch], window: int, step: int) -> Update:
         """Train on one window as the loop does; in fp16 it may overflow and make no update."""
-        scaler, training = self.learner.scaler, self.spec.training
-        rate = learning_rate_at(training, step, self.schedule.total_steps)
-        update = make_update(self.learner, micro_batches, training, window, rate)
-        if not update.made and (update.bad_rows or not scaler.enabled or scaler.scale < LOWEST_LOSS_SCALE):
-            raise NumericsError("the loss or the gradient is not finite", f"window {window}")
-        return update
+        rate = learning_rate_at(self.spec.training, step, self.schedule.total_steps)
+        try:
+            return make_update(self.learner, micro_batches, self.spec.training, window, rate)
+        except NumericsError:
+            raise NumericsError("the loss or the gradient is not finite", f"window {window}") from None
 
     def run(self, steps: int | None, first: contextlib.AbstractContextManager[object]) -> TimedSteps:
         """Train for ``steps`` updates (None: to the end of the last epoch), the first window within ``first``."""

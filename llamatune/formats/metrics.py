@@ -1,7 +1,8 @@
-"""``metrics.jsonl``, the log of a run: a typed record for each kind of line, the writer and the readers.
+"""``metrics.jsonl``, the log of a run: its writer and its readers.
 
-A line is one strict-JSON object, ``{"event": KIND, ...}``. Kinds that this version does not know are passed over. The
-log has no header: a log of another schema begins with ``{"event": "schema", "version": N}``, which is refused here.
+Its records are events of the run (``events.py``). A line is one strict-JSON object, ``{"event": KIND, ...}``. Kinds
+that this version does not know are passed over. The log has no header: a log of another schema begins with
+``{"event": "schema", "version": N}``, which is refused here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 from llamatune.durable_writing import disk_faults
 from llamatune.errors import CheckpointError, printable
+from llamatune.events import EvalDone, Step, StepSkipped
 from llamatune.formats.manifest import OtherVersion
 from llamatune.safe_reading import open_regular
 from llamatune.strict_json import parse_json
@@ -30,48 +32,6 @@ LONGEST_LINE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Step:
-    """One update; ``grad_norm`` is from before clipping."""
-
-    event: ClassVar[str] = "step"
-    step: int
-    window: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    loss_scale: float
-    target_tokens: int
-    tokens_per_second: float
-    peak_memory_bytes: int
-    elapsed_s: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The validation loss after ``step`` updates. Readers need ``step`` and ``loss`` alone and check no other field."""
-
-    event: ClassVar[str] = "eval"
-    step: int
-    loss: float
-    perplexity: float | None = None
-    best: bool | None = None
-    epoch: float | None = None
-    rows: int | None = None
-    target_tokens: int | None = None
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A window whose gradient overflowed fp16, and the loss scale that was set after it."""
-
-    event: ClassVar[str] = "skipped"
-    window: int
-    loss_scale: float
-
-
-@dataclass(frozen=True)
 class LayerGradNorms:
     """The norm of each layer's gradient in one update, by the layer's name."""
 
@@ -80,13 +40,10 @@ class LayerGradNorms:
     norms: Mapping[str, float]
 
 
-Record = Step | Evaluation | Skipped | LayerGradNorms
-_Flat = TypeVar("_Flat", Step, Evaluation, Skipped)
-
-
-def record_of(kind: type[_Flat], done: object) -> _Flat:
-    """The record of an event (``StepDone``, ``EvalDone``), whose attributes have the names of the fields."""
-    return kind(**{entry.name: getattr(done, entry.name) for entry in fields(kind)})
+Record = Step | EvalDone | StepSkipped | LayerGradNorms
+_Flat = TypeVar("_Flat", Step, EvalDone, StepSkipped)
+_FIELDS = {kind.event: fields(kind) for kind in (Step, EvalDone, StepSkipped, LayerGradNorms)}
+"""What a line of each kind holds, in its order."""
 
 
 class MetricsLog:
@@ -99,7 +56,8 @@ class MetricsLog:
 
     def append(self, record: Record) -> None:
         """Write one line."""
-        line = json.dumps({"event": record.event, **vars(record)}, allow_nan=False).encode() + b"\n"
+        values = {entry.name: getattr(record, entry.name) for entry in _FIELDS[record.event]}
+        line = json.dumps({"event": record.event, **values}, allow_nan=False).encode() + b"\n"
         with disk_faults(self.path, len(line)):
             self._file.write(line)
             self._file.flush()
@@ -129,8 +87,8 @@ class Metrics:
     """All records of a log; ``torn`` says that its last line is not whole."""
 
     steps: list[Step] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
+    evaluations: list[EvalDone] = field(default_factory=list)
+    skipped: list[StepSkipped] = field(default_factory=list)
     layer_grad_norms: dict[int, dict[str, float]] = field(default_factory=dict)
     torn: bool = False
 
@@ -166,15 +124,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """
     with open_regular(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
-            if number == 1 and line.startswith(b'{"event": "schema"') and (version := _version(line)) != SCHEMA:
-                raise OtherVersion(version, path)
+            if number == 1 and line.startswith(b'{"event": "schema"'):
+                version = None
+                with contextlib.suppress(ValueError):
+                    version = parse_line(line).get("version")
+                if version != SCHEMA:
+                    raise OtherVersion(version, path)
             yield number, file.tell(), line
-
-
-def _version(line: bytes) -> Any:
-    with contextlib.suppress(ValueError):
-        return parse_line(line).get("version")
-    return None
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -193,13 +149,13 @@ def _add(metrics: Metrics, values: Mapping[str, Any]) -> None:
             if step.step <= last_step or step.target_tokens < 1:
                 raise ValueError(f"no step that can follow step {last_step}")
             metrics.steps.append(step)
-        case Evaluation.event:
-            evaluation = _checked(Evaluation, values)
+        case EvalDone.event:
+            evaluation = _checked(EvalDone, values)
             if evaluation.step != last_step or (metrics.evaluations and metrics.evaluations[-1].step == last_step):
                 raise ValueError(f"no evaluation that can follow step {last_step}")
             metrics.evaluations.append(evaluation)
-        case Skipped.event:
-            metrics.skipped.append(_checked(Skipped, values))
+        case StepSkipped.event:
+            metrics.skipped.append(_checked(StepSkipped, values))
         case LayerGradNorms.event:
             norms = values.get("norms")
             if not isinstance(norms, dict) or not norms:

@@ -75,8 +75,8 @@ def held_out_loss(
     split: Split,
     batch_size: int,
     autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    on_event: OnEvent = ignore_event,
     should_stop: ShouldStop = never_stop,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeldOutLoss:
     """Mean loss per target token over every row of ``split``, without dropout. Raises ``Stopped`` on request."""
     was_training = model.training
@@ -88,7 +88,7 @@ def held_out_loss(
                 raise Stopped("stopped during evaluation")
             with autocast():
                 rows += score_batch(model, batch)
-            on_batch(len(rows), len(split))
+            on_event(Progress("evaluating", len(rows), len(split)))
     finally:
         model.train(was_training)
     return HeldOutLoss.of(rows)

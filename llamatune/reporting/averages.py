@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamatune.formats.metrics import Step
+from llamatune.events import Step
 from llamatune.units import perplexity
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llamatune.formats.metrics import Step
+from llamatune.events import Step
 from llamatune.reporting.averages import Epoch
 from llamatune.reporting.chart_images import PALETTE, Chart
 from llamatune.reporting.run_reader import Run

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from llamatune.formats.metrics import Evaluation, Step
+from llamatune.events import EvalDone, Step
 from llamatune.reporting.averages import epoch_of, mean_loss
 from llamatune.reporting.spikes import Spike, find_spikes, robust_deviation
 
@@ -67,7 +67,7 @@ class Diagnosis:
     trend: Trend | None
 
 
-def diagnose(steps: Sequence[Step], evaluations: Sequence[Evaluation]) -> Diagnosis:
+def diagnose(steps: Sequence[Step], evaluations: Sequence[EvalDone]) -> Diagnosis:
     """All findings about a run, from its log."""
     spikes = find_spikes(steps)
     return Diagnosis(spikes, judge_validation(steps, evaluations), judge_trend(steps, spikes))
@@ -81,7 +81,7 @@ def _evaluation_noise(losses: Sequence[float]) -> float:
     return robust_deviation(thirds, 0.0) / math.sqrt(20) if len(losses) >= OVERFIT_FEWEST else 0.0
 
 
-def judge_validation(steps: Sequence[Step], evaluations: Sequence[Evaluation]) -> Validation | None:
+def judge_validation(steps: Sequence[Step], evaluations: Sequence[EvalDone]) -> Validation | None:
     """Over-fitting, judged by the evaluations; None with fewer than two of them."""
     if len(evaluations) < 2 or not steps:
         return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from llamatune.errors import LlamatuneError
-from llamatune.formats.metrics import Step
+from llamatune.events import Step
 from llamatune.reporting.averages import epoch_of
 from llamatune.reporting.run_reader import Run
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-_FLUSH_S = 10
-
 
 class TensorBoardTracker:
     """Event files in ``tensorboard/`` of the run directory; each process writes all steps from the first on.
@@ -23,7 +21,7 @@ class TensorBoardTracker:
         directory = run / "tensorboard"
         for old in sorted(directory.glob("events.out.tfevents.*"))[:-1]:
             old.unlink()
-        self._writer = SummaryWriter(str(directory), purge_step=0, flush_secs=_FLUSH_S)
+        self._writer = SummaryWriter(str(directory), purge_step=0, flush_secs=10)
 
     def log(self, values: Mapping[str, float], step: int, time_s: float) -> None:
         for name, value in values.items():

@@ -12,9 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from llamatune.errors import EnvironmentFault
@@ -92,21 +90,13 @@ class Trackers:
         """Pass an event to ``report`` and queue its values for the trackers."""
         self._report(event)
         match event:
-            case RunStarted() if self._openers:
-                recorded, began_s = (self._run / METRICS).stat().st_size, time.time() - event.elapsed_s
-                self._workers = [
-                    _Worker(name, opener, self._run / METRICS, recorded, began_s)
-                    for name, opener in self._openers.items()
-                ]
-            case StepDone() if self._workers:
-                self._send({"event": "step", **asdict(event)})
-            case EvalDone() if self._workers:
-                self._send({"event": "eval", **asdict(event)})
-
-    def _send(self, line: Line) -> None:
-        for worker in self._workers:
-            worker.send(line)
-        self._warn()
+            case RunStarted():
+                began_s = time.time() - event.elapsed_s
+                self._workers = [_Worker(*opener, self._run / METRICS, began_s) for opener in self._openers.items()]
+            case StepDone() | EvalDone():
+                for worker in self._workers:
+                    worker.send({"event": event.event, **vars(event)})
+                self._warn()
 
     def _warn(self) -> None:
         for worker in self._workers:
@@ -117,9 +107,7 @@ class Trackers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, fault: BaseException | None, traceback: object) -> None:
         exit_code = 0 if fault is None else getattr(fault, "exit_code", 1)
         for worker in self._workers:
             worker.send({"event": "end", "exit_code": exit_code})
@@ -132,12 +120,12 @@ class Trackers:
 class _Worker:
     """One tracker in a daemon thread."""
 
-    def __init__(self, name: str, opener: Callable[[], Tracker], metrics: Path, recorded: int, began_s: float) -> None:
-        self.name = name
+    def __init__(self, name: str, opener: Callable[[], Tracker], metrics: Path, began_s: float) -> None:
+        self.name, self._opener, self._metrics, self._began_s = name, opener, metrics, began_s
+        self._recorded = metrics.stat().st_size
         self.fault: str | None = None
         """Why it failed."""
         self.warned = False
-        self._opener, self._metrics, self._recorded, self._began_s = opener, metrics, recorded, began_s
         self._lines: queue.Queue[Line] = queue.Queue(_BACKLOG)
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
@@ -167,8 +155,7 @@ class _Worker:
 
     def _note(self, fault: BaseException) -> None:
         what = f"{type(fault).__name__}: {fault}"
-        key = os.environ.get("WANDB_API_KEY")
-        if key:
+        if key := os.environ.get("WANDB_API_KEY"):
             what = what.replace(key, "***")
         self.fault = self.fault or " ".join(what.split()).removesuffix(":")
 

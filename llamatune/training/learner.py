@@ -54,17 +54,12 @@ def build_learner(
         if inputs.starting_adapter is not None:
             load_adapter_tensors(model, inputs.starting_adapter.tensors)
         parameters = dict(adapter_parameters(model))
-    lean = spec.training.fused and adapter is not None
-    apply_activation_checkpointing(model, spec.training.activation_checkpointing, lean, levels)
+    training, device = spec.training, inputs.device
+    lean = training.fused and adapter is not None
+    apply_activation_checkpointing(model, training.activation_checkpointing, lean, levels)
     model.train()
-    return Learner(
-        model,
-        parameters,
-        build_optimizer(spec.training, parameters),
-        LossScaler(spec.training.precision == "fp16"),
-        autocast_factory(spec.training.precision, inputs.device),
-        inputs.device,
-    )
+    optimizer, scaler = build_optimizer(training, parameters), LossScaler(training.precision == "fp16")
+    return Learner(model, parameters, optimizer, scaler, autocast_factory(training.precision, device), device)
 
 
 def _load_base(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop) -> Transformer:

@@ -5,73 +5,60 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.data.batches import Windows
+from llamatune.durable_writing import write_atomic
 from llamatune.errors import CheckpointError, NumericsError, Stopped
-from llamatune.events import (
-    CheckpointSaved,
-    EvalDone,
-    Notice,
-    OnEvent,
-    Progress,
-    ShouldStop,
-    StepDone,
-    StepSkipped,
-)
-from llamatune.formats.metrics import Evaluation, LayerGradNorms, Skipped, Step, read_metrics, record_of
+from llamatune.events import CheckpointSaved, EvalDone, Notice, OnEvent, ShouldStop, StepDone, StepSkipped
+from llamatune.formats.metrics import LayerGradNorms, read_metrics
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.spec import RunSpec
+from llamatune.strict_json import dump_json
+from llamatune.training.run_output import RunOutput
 from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner
 from llamatune.training.progress import RunProgress
-from llamatune.training.resuming import load_checkpoint, save_checkpoint
 from llamatune.training.run_directory import LEAST_GAIN, RunDirectory, prune_checkpoints
-from llamatune.training.run_files import BEST
+from llamatune.training.run_files import SUMMARY
 from llamatune.training.run_memory import held_memory, peak_memory_bytes, peak_reserved_bytes
 from llamatune.training.schedule import Schedule, learning_rate_at
-from llamatune.training.update import LOWEST_LOSS_SCALE, make_update
-from llamatune.training.weight_output import WeightOutput
+from llamatune.training.update import make_update
 
 _SLOW_SAVE_S = 10.0
 
 
+@dataclass
 class TrainingLoop:
     """One run, from its last checkpoint to its end; every variant is a value of the spec.
 
-    Args:
-        run: the claimed directory that metrics and checkpoints go to.
-        on_event: receives each step, evaluation, epoch and checkpoint.
-        should_stop: asked between windows and during evaluation; then one checkpoint is saved and ``Stopped`` raised.
-        memory_facts: the memory plan, for the summary.
+    ``run`` is the claimed directory that metrics and checkpoints go to. ``should_stop`` is asked between windows and
+    during evaluation; then one checkpoint is saved and ``Stopped`` raised. ``memory_facts`` go into the summary.
     """
 
-    def __init__(
-        self,
-        spec: RunSpec,
-        inputs: Inputs,
-        schedule: Schedule,
-        learner: Learner,
-        weights: WeightOutput,
-        run: RunDirectory,
-        on_event: OnEvent,
-        should_stop: ShouldStop,
-        memory_facts: Mapping[str, Any],
-    ) -> None:
-        self.spec, self.inputs, self.schedule, self.learner = spec, inputs, schedule, learner
-        self.weights, self.run, self.on_event, self.should_stop = weights, run, on_event, should_stop
-        self.memory_facts, self.progress = memory_facts, RunProgress()
-        self.windows = Windows(spec, inputs.prepared.train, schedule.rows_per_window, schedule.windows_per_epoch)
+    spec: RunSpec
+    inputs: Inputs
+    schedule: Schedule
+    learner: Learner
+    run: RunDirectory
+    on_event: OnEvent
+    should_stop: ShouldStop
+    memory_facts: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        train, schedule = self.inputs.prepared.train, self.schedule
+        self.windows = Windows(self.spec, train, schedule.rows_per_window, schedule.windows_per_epoch)
+        self.output = RunOutput(self.spec, self.inputs, self.learner, self.run)
+        self.progress = RunProgress()
         self._last_checkpoint: Path | None = None
         self._first_update = True  # of this process
-        self._clock = time.monotonic()
 
     def resume(self) -> None:
         """Continue from the newest checkpoint that verifies, if there is one."""
-        checkpoint = load_checkpoint(self.run, self.weights, self.learner, self._warn)
+        checkpoint = self.output.load_checkpoint(self._warn)
         if checkpoint is None:
             self.run.log.cut(0)
             return
@@ -101,9 +88,9 @@ class TrainingLoop:
             self._update()
         if self.progress.step == 0:
             raise self._numerics_fault("no window made an update: every gradient overflowed fp16")
-        self.weights.write_final(self.run.path)
+        self.output.write_final()
         summary = self._summary(time.monotonic() - self._clock)
-        self.run.write_summary(summary)
+        write_atomic(self.run.path / SUMMARY, dump_json(summary))
         return summary
 
     def _update(self) -> None:
@@ -116,47 +103,42 @@ class TrainingLoop:
             update = make_update(learner, micro_batches, training, progress.window, learning_rate, self.should_stop)
         except Stopped:
             self._stop()  # resumed, the run computes this window from its beginning
-        rows = tuple(row for batch in micro_batches for row in batch.rows)
-        if update.bad_rows:
-            raise self._numerics_fault("the loss is not finite", update.bad_rows)
-        if not math.isfinite(update.grad_norm):
-            if not learner.scaler.enabled:
-                raise self._numerics_fault("the gradient is not finite", rows)
-            if (loss_scale := learner.scaler.scale) < LOWEST_LOSS_SCALE:
-                raise self._numerics_fault("the gradient overflows fp16 at any loss scale", rows)
+        except NumericsError as fault:
+            raise self._numerics_fault(fault.what, fault.where) from None
+        if not update.made:
             progress.window += 1
             progress.skipped_windows += 1
-            self.run.log.append(Skipped(progress.window, loss_scale))
-            self.on_event(StepSkipped(progress.window, loss_scale))
+            self._report(StepSkipped(progress.window, learner.scaler.scale))
             return
-        if update.without_gradient:
-            first, *others = update.without_gradient
-            raise self._numerics_fault(f"no gradient reached {first} and {len(others)} others")
         now = time.monotonic()
-        progress.note_step(update.loss, update.target_tokens, update.tokens, now - started)
-        done = StepDone(
-            step=progress.step,
-            total_steps=self.schedule.total_steps,
-            window=progress.window,
-            epoch=progress.window / self.schedule.windows_per_epoch,
-            num_epochs=self.schedule.num_epochs,
-            loss=update.loss,
-            learning_rate=learning_rate,
-            grad_norm=update.grad_norm,
-            loss_scale=update.loss_scale,
-            target_tokens=update.target_tokens,
-            tokens_per_second=update.tokens / max(now - started, 1e-9),
-            peak_memory_bytes=peak_memory_bytes(learner.device),
-            elapsed_s=now - self._clock,
-            peak_reserved_bytes=peak_reserved_bytes(learner.device),
+        progress.note_update(update, now - started)
+        self._report(
+            StepDone(
+                step=progress.step,
+                total_steps=self.schedule.total_steps,
+                window=progress.window,
+                epoch=progress.window / self.schedule.windows_per_epoch,
+                num_epochs=self.schedule.num_epochs,
+                loss=update.loss,
+                learning_rate=learning_rate,
+                grad_norm=update.grad_norm,
+                loss_scale=update.loss_scale,
+                target_tokens=update.target_tokens,
+                tokens_per_second=update.tokens / max(now - started, 1e-9),
+                peak_memory_bytes=peak_memory_bytes(learner.device),
+                elapsed_s=now - self._clock,
+                peak_reserved_bytes=peak_reserved_bytes(learner.device),
+            )
         )
-        self.run.log.append(record_of(Step, done))
-        self.on_event(done)
         if self._first_update:
             self._first_update = False
             self.on_event(held_memory(learner))
         if update.layer_grad_norms is not None:
             self.run.log.append(LayerGradNorms(progress.step, update.layer_grad_norms))
+
+    def _report(self, event: StepDone | StepSkipped) -> None:
+        self.run.log.append(event)
+        self.on_event(event)
 
     # Between windows. What is due follows from the progress alone, so a resumed run does it where it was left.
 
@@ -209,12 +191,8 @@ class TrainingLoop:
         progress, validation, started = self.progress, self.inputs.validation, time.monotonic()
         assert validation is not None
         model, autocast, rows = self.learner.model, self.learner.autocast, self.spec.training.micro_batch_size
-
-        def on_batch(done: int, total: int) -> None:
-            self.on_event(Progress("evaluating", done, total))
-
         try:
-            result = held_out_loss(model, validation, rows, autocast, self.should_stop, on_batch)
+            result = held_out_loss(model, validation, rows, autocast, self.on_event, self.should_stop)
         except Stopped:
             self._stop()
         if not math.isfinite(result.loss):
@@ -229,11 +207,9 @@ class TrainingLoop:
             target_tokens=result.target_tokens,
             seconds=time.monotonic() - started,
         )
-        values = asdict(done)
-        self.run.log.append(record_of(Evaluation, done))
-        if values.pop("best"):
-            del values["seconds"]  # what is written is a function of the run alone
-            self.weights.write_best(self.run.path / BEST, values)
+        self.run.log.append(done)
+        if done.best:
+            self.output.write_best(done)
         progress.note_evaluation(done, self.spec.evaluation.early_stopping_min_delta)
         self.on_event(done)
 
@@ -241,7 +217,7 @@ class TrainingLoop:
         progress, started = self.progress, time.monotonic()
         progress.saved_window, progress.saved_step = progress.window, progress.step
         progress.elapsed_s = started - self._clock
-        path = save_checkpoint(self.run, self.weights, self.learner, progress)
+        path = self.output.save_checkpoint(progress)
         self._last_checkpoint, seconds = path, time.monotonic() - started
         progress.open_epoch.checkpoint_s += seconds
         self.on_event(CheckpointSaved(progress.step, str(path), seconds))
@@ -258,9 +234,8 @@ class TrainingLoop:
     def _warn(self, line: str) -> None:
         self.on_event(Notice(line, "warning"))
 
-    def _numerics_fault(self, what: str, rows: tuple[int, ...] = ()) -> NumericsError:
-        shown = ", ".join(map(str, sorted(rows)[:8])) + (" ..." if len(rows) > 8 else "")
-        among = f", among rows {shown}" if rows else ""
+    def _numerics_fault(self, what: str, rows: object = None) -> NumericsError:
+        among = f", among {rows}" if rows else ""
         training, step = self.spec.training, self.progress.step + 1
         last = f"the last good checkpoint is {self._last_checkpoint}" if self._last_checkpoint else "nothing was saved"
         return NumericsError(

@@ -18,13 +18,11 @@ from llamatune.shapes.dtypes import PRECISIONS
 from llamatune.spec import RunSpec
 
 _GROWTH, _BACKOFF = 2.0, 0.5
-_AUTOCAST_DTYPES = {name: None if name == "fp32" else TORCH_DTYPES[dtype] for name, dtype in PRECISIONS.items()}
 
 
 def check_precision(spec: RunSpec, device: torch.device, on_event: OnEvent) -> None:
     """Raise ``EnvironmentFault`` where the spec uses bf16 and the device has none; warn of fp16 on a CPU (slow)."""
-    dtypes = {spec.training.precision, {"bfloat16": "bf16", "float16": "fp16"}.get(spec.model.dtype, "fp32")}
-    if "bf16" in dtypes and lacks_bf16(device):
+    if "bfloat16" in (spec.model.dtype, PRECISIONS[spec.training.precision]) and lacks_bf16(device):
         raise EnvironmentFault(
             f"{torch.cuda.get_device_name(device)} has no bf16",
             None,
@@ -36,10 +34,9 @@ def check_precision(spec: RunSpec, device: torch.device, on_event: OnEvent) -> N
 
 def autocast_factory(precision: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[object]]:
     """A context for each forward pass: autocast to the precision's dtype, or nothing for fp32."""
-    dtype = _AUTOCAST_DTYPES[precision]
-    if dtype is None:
+    if precision == "fp32":
         return contextlib.nullcontext
-    return functools.partial(torch.autocast, device.type, dtype)
+    return functools.partial(torch.autocast, device.type, TORCH_DTYPES[PRECISIONS[precision]])
 
 
 def held_dtype(spec: RunSpec) -> torch.dtype:
@@ -67,7 +64,7 @@ def residual_dtype(model_dtype: torch.dtype, precision: str) -> torch.dtype:
     'upcast': each frozen matrix is cast to fp32 for its product, one at a time, forward and backward. With ``nf4`` the
     argument is the dtype of what is not quantised (``held_dtype``).
     """
-    return model_dtype if _AUTOCAST_DTYPES[precision] == model_dtype else torch.float32
+    return model_dtype if TORCH_DTYPES[PRECISIONS[precision]] == model_dtype else torch.float32
 
 
 class LossScaler:

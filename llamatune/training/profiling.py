@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,41 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from llamatune.durable_writing import write_atomic
 from llamatune.events import Event, Notice, OnEvent, RunStarted, StepDone, StepSkipped
-from llamatune.training.run_files import trace_name
-
-
-class _FirstSteps:
-    """An observer of a run: starts the profiler when training starts, writes the trace after ``steps`` windows."""
-
-    def __init__(self, steps: int, device: torch.device, run: Path, on_event: OnEvent) -> None:
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-        self._profiler = profile(activities=activities)
-        self._left, self._run, self._forward = steps, run, on_event
-        self._trace: Path | None = None
-
-    def on_event(self, event: Event) -> None:
-        self._forward(event)
-        if isinstance(event, RunStarted):
-            self._trace = self._run / trace_name(event.resumed_step + 1)
-            self._profiler.start()
-        elif isinstance(event, StepDone | StepSkipped):
-            self._left -= 1
-            if self._left == 0:
-                self.write()
-
-    def write(self) -> None:
-        """Stop the profiler and write the trace, if there is one that is not written yet."""
-        trace, self._trace = self._trace, None
-        if trace is None:
-            return
-        self._profiler.stop()
-        # The exporter writes to a path and hides the errors of the disk, so its file is copied.
-        with tempfile.TemporaryDirectory(dir=self._run, prefix=".llamatune-trace-") as scratch:
-            exported = Path(scratch) / trace.name
-            self._profiler.export_chrome_trace(str(exported))
-            with exported.open("rb") as source:
-                write_atomic(trace, lambda file: shutil.copyfileobj(source, file))
-        self._forward(Notice(f"profiler trace written to {trace}"))
 
 
 @contextlib.contextmanager
@@ -59,8 +25,33 @@ def profiled(steps: int | None, device: torch.device, run: Path, on_event: OnEve
     if steps is None:
         yield on_event
         return
-    first_steps = _FirstSteps(steps, device, run, on_event)
+    windows = itertools.count(1)
+    with contextlib.ExitStack() as tracing:
+
+        def observe(event: Event) -> None:
+            on_event(event)
+            if isinstance(event, RunStarted):
+                trace = run / f"trace-from-step-{event.resumed_step + 1:06d}.json"
+                tracing.enter_context(_traced(trace, device, on_event))
+            elif isinstance(event, StepDone | StepSkipped) and next(windows) == steps:
+                tracing.close()
+
+        yield observe
+
+
+@contextlib.contextmanager
+def _traced(trace: Path, device: torch.device, on_event: OnEvent) -> Iterator[None]:
+    """Profile the block and write its trace."""
+    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])])
+    profiler.start()
     try:
-        yield first_steps.on_event
+        yield
     finally:
-        first_steps.write()
+        profiler.stop()
+        # The exporter writes to a path and hides the errors of the disk, so its file is copied.
+        with tempfile.TemporaryDirectory(dir=trace.parent, prefix=".llamatune-trace-") as scratch:
+            exported = Path(scratch) / trace.name
+            profiler.export_chrome_trace(str(exported))
+            with exported.open("rb") as source:
+                write_atomic(trace, lambda file: shutil.copyfileobj(source, file))
+        on_event(Notice(f"profiler trace written to {trace}"))

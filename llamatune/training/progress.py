@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llamatune.events import EpochDone, EvalDone
+from llamatune.training.update import Update
 from llamatune.units import perplexity
 
 
@@ -80,16 +81,16 @@ class RunProgress:
             values["patience_loss"] = values["best_eval_loss"]
         return cls(**{**values, "open_epoch": OpenEpoch(**values["open_epoch"])})
 
-    def note_step(self, loss: float, target_tokens: int, tokens: int, seconds: float) -> None:
-        """Count one update with the mean ``loss`` of its window."""
+    def note_update(self, update: Update, seconds: float) -> None:
+        """Count one update."""
         epoch = self.open_epoch
         self.step += 1
         self.window += 1
-        self.tokens += tokens
+        self.tokens += update.tokens
         self.training_s += seconds
-        epoch.loss += loss * target_tokens
-        epoch.target_tokens += target_tokens
-        epoch.tokens += tokens
+        epoch.loss += update.loss * update.target_tokens
+        epoch.target_tokens += update.target_tokens
+        epoch.tokens += update.tokens
         epoch.training_s += seconds
 
     def note_evaluation(self, done: EvalDone, min_delta: float) -> None:

@@ -26,7 +26,6 @@ from llamatune.training.run_directory import claim_run_directory, finished_summa
 from llamatune.training.run_files import CHECKPOINTS, ORIGIN
 from llamatune.training.run_memory import plan_run_memory, report_plan
 from llamatune.training.schedule import Schedule, micro_batch_tokens, plan_schedule
-from llamatune.training.weight_output import weight_output
 
 _CHECKPOINT_BYTES = 12
 """Per trained parameter, at most: its fp32 value and AdamW's two fp32 moments."""
@@ -73,12 +72,11 @@ def train(
         report_plan(plan, spec, inputs.config, inputs.device, on_event)
         memory_facts = {**plan.facts(), "memory_before_model_bytes": held_host_bytes().get("resident")}
         learner = build_learner(spec, inputs, on_event, should_stop, plan.levels)
-        weights = weight_output(spec, inputs, learner)
         profiling = profiled(spec.training.profile_steps, inputs.device, run.path, on_event)
         with compiling(spec.training.compile), profiling as on_event:
             if spec.training.compile:
                 compile_ahead(spec, learner, inputs.prepared.train, on_event)
-            loop = TrainingLoop(spec, inputs, schedule, learner, weights, run, on_event, should_stop, memory_facts)
+            loop = TrainingLoop(spec, inputs, schedule, learner, run, on_event, should_stop, memory_facts)
             loop.resume()
             _report_start(spec, inputs, schedule, loop.progress, on_event)
             return loop.execute()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +49,16 @@ _PATIENCE = "evaluation.early_stopping_patience"
 LEAST_GAIN = "evaluation.early_stopping_min_delta"
 
 
+@dataclass(frozen=True)
 class RunDirectory:
     """A locked run directory; make it with ``claim_run_directory``.
 
     ``changed_fields``: fields of the spec that changed between two starts of the run.
     """
 
-    def __init__(self, path: Path, changed_fields: frozenset[str] = frozenset()) -> None:
-        self.path, self.changed_fields = path, changed_fields
-        self.log = MetricsLog(path / METRICS)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        write_atomic(self.path / SUMMARY, dump_json(summary))
+    path: Path
+    log: MetricsLog
+    changed_fields: frozenset[str]
 
 
 def _is_growth(field: str, was: Any, now: Any, after: Mapping[str, Any]) -> bool:
@@ -75,9 +70,15 @@ def _is_growth(field: str, was: Any, now: Any, after: Mapping[str, Any]) -> bool
     return field == LEAST_GAIN and after[_PATIENCE] is None  # without patience it has no effect
 
 
-def _refuse_changes(old: RunSpec, new: RunSpec, allowed: tuple[str, ...], where: Path) -> list[dict[str, Any]]:
-    """Raise ``SpecError`` on a change that is not allowed; the allowed changes that alter the result."""
-    before, after = old.flat(), new.flat()
+def _accepted_changes(
+    path: Path, spec: RunSpec, inputs: Mapping[str, Any], allowed: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """The allowed changes of the run's spec that alter its result.
+
+    Raises:
+        SpecError: other fields of the spec changed. CheckpointError: the base or the data did.
+    """
+    before, after = load_spec(path / SPEC).flat(), spec.flat()
     refused, accepted = [], []
     for field in sorted(before.keys() | after.keys()):
         was, now = before.get(field), after.get(field)
@@ -90,18 +91,14 @@ def _refuse_changes(old: RunSpec, new: RunSpec, allowed: tuple[str, ...], where:
     if refused:
         raise SpecError(
             "the spec differs from the run's: " + "; ".join(refused),
-            where,
+            path / SPEC,
             "restore it, choose another training.output_dir, or pass --allow-spec-change FIELD",
         )
+    origin = read_json(path / ORIGIN)
+    if changed := [f"{key}: {origin.get(key)} -> {inputs[key]}" for key in inputs if origin.get(key) != inputs[key]]:
+        what = "the run was started on something else: " + "; ".join(changed)
+        raise CheckpointError(what, path / ORIGIN, "choose another training.output_dir")
     return accepted
-
-
-def _refuse_other_inputs(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> None:
-    changed = [f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
-    if changed:
-        raise CheckpointError(
-            "the run was started on something else: " + "; ".join(changed), where, "choose another training.output_dir"
-        )
 
 
 def move_aside(path: Path) -> None:
@@ -113,24 +110,15 @@ def move_aside(path: Path) -> None:
     sync(path.parent)
 
 
-def _is_run(path: Path) -> bool:
-    """Whether a run began here: its lock is the first file that it makes, so this is right whenever it was killed."""
-    return (path / LOCK).is_file()
-
-
-def finished_summary(
-    spec: RunSpec, inputs: Mapping[str, Any], allowed_changes: tuple[str, ...] = ()
-) -> dict[str, Any] | None:
+def finished_summary(spec: RunSpec, inputs: Mapping[str, Any], allowed: tuple[str, ...]) -> dict[str, Any] | None:
     """The summary, if the output directory holds this run and it is finished; nothing is written, not even a lock.
 
-    Raises:
-        SpecError: fields of the spec changed. CheckpointError: the base or the data did.
+    Raises what ``claim_run_directory`` raises where the spec or the inputs changed.
     """
     path = Path(spec.training.output_dir)
-    if not _is_run(path) or not (path / SUMMARY).is_file():
+    if not (path / LOCK).is_file() or not (path / SUMMARY).is_file():
         return None
-    accepted = _refuse_changes(load_spec(path / SPEC), spec, allowed_changes, path / SPEC)
-    _refuse_other_inputs(read_json(path / ORIGIN), inputs, path / ORIGIN)
+    accepted = _accepted_changes(path, spec, inputs, allowed)
     summary = read_json(path / SUMMARY)
     reopening = (*_MAY_GROW, _PATIENCE, LEAST_GAIN) if summary.get("stopped_early") else _MAY_GROW
     return None if any(change["field"] in reopening for change in accepted) else summary
@@ -138,11 +126,7 @@ def finished_summary(
 
 @contextlib.contextmanager
 def claim_run_directory(
-    spec: RunSpec,
-    inputs: Mapping[str, Any],
-    overwrite: bool = False,
-    resume: bool = True,
-    allowed_changes: tuple[str, ...] = (),
+    spec: RunSpec, inputs: Mapping[str, Any], overwrite: bool, resume: bool, allowed_changes: tuple[str, ...]
 ) -> Iterator[RunDirectory]:
     """Lock ``training.output_dir`` for this run.
 
@@ -154,7 +138,7 @@ def claim_run_directory(
         EnvironmentFault: the directory is no run, or in use.
     """
     path = Path(os.path.realpath(spec.training.output_dir))
-    own = _is_run(path)
+    own = (path / LOCK).is_file()  # the first file that a run makes, so this is right whenever it was killed
     occupied = path.exists() and (not path.is_dir() or any(not is_ours(entry) for entry in path.iterdir()))
     if occupied and not overwrite and not own:
         raise EnvironmentFault(
@@ -174,23 +158,19 @@ def claim_run_directory(
             sync(path)  # the lock marks it as a run's, whatever else a power cut leaves
         if own and not overwrite and (list_checkpoints(path / CHECKPOINTS) or (path / SUMMARY).is_file()):
             # Before its first checkpoint a run holds no result, so any spec may begin it anew.
-            accepted = _refuse_changes(load_spec(path / SPEC), spec, allowed_changes, path / SPEC)
-            origin = read_json(path / ORIGIN)
-            _refuse_other_inputs(origin, inputs, path / ORIGIN)
-            changes = origin.get("spec_changes", [])
+            accepted = _accepted_changes(path, spec, inputs, allowed_changes)
+            changes = read_json(path / ORIGIN).get("spec_changes", [])
             if accepted and changes[-len(accepted) :] != accepted:  # killed after this write, the run records it once
                 changes = [*changes, *accepted]
             inputs = {**inputs, "spec_changes": changes} if changes else inputs
         _remove_leftovers(path)
         with disk_faults(path / SUMMARY):
             (path / SUMMARY).unlink(missing_ok=True)
-        run = RunDirectory(path, frozenset(change["field"] for change in inputs.get("spec_changes", [])))
-        try:
+        changed_fields = frozenset(change["field"] for change in inputs.get("spec_changes", []))
+        with contextlib.closing(MetricsLog(path / METRICS)) as log:
             write_if_changed(path / ORIGIN, dump_json(inputs))
             write_if_changed(path / SPEC, spec.to_yaml().encode())
-            yield run
-        finally:
-            run.log.close()
+            yield RunDirectory(path, log, changed_fields)
 
 
 def is_ours(entry: Path) -> bool:

@@ -125,6 +125,7 @@ def _write(descriptor: int, note: dict[str, Any]) -> None:
 
 
 def _in_use(owner: dict[str, Any] | None, directory: Path) -> EnvironmentFault:
-    named = owner is not None and {"pid", "host", "started"} <= owner.keys()
-    who = f"process {owner['pid']} on {owner['host']} since {owner['started']}" if owner and named else "a process"
+    who = "a process"
+    if owner is not None and {"pid", "host", "started"} <= owner.keys():
+        who = f"process {owner['pid']} on {owner['host']} since {owner['started']}"
     return EnvironmentFault(f"in use by {who}", directory, "wait for it or stop it")

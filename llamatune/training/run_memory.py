@@ -38,15 +38,10 @@ def report_plan(plan: MemoryPlan, spec: RunSpec, config: LlamaConfig, device: to
 
 def held_memory(learner: Learner) -> MemoryHeld:
     """What the learner keeps between updates; storage that tensors share counts once."""
-    trained = list(learner.parameters.values())
-    states = [value for state in learner.optimizer.state.values() for value in state.values()]
-    trained_bytes = _storage_bytes(trained)
-    return MemoryHeld(
-        frozen_bytes=_storage_bytes([*learner.model.parameters(), *learner.model.buffers()]) - trained_bytes,
-        trained_bytes=trained_bytes,
-        optimizer_bytes=_storage_bytes(states),
-        device_bytes=memory_size_bytes(learner.device),
-    )
+    trained_bytes = _storage_bytes(learner.parameters.values())
+    frozen_bytes = _storage_bytes([*learner.model.parameters(), *learner.model.buffers()]) - trained_bytes
+    optimizer_bytes = _storage_bytes(learner.optimizer.state_tensors().values())
+    return MemoryHeld(frozen_bytes, trained_bytes, optimizer_bytes, memory_size_bytes(learner.device))
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:

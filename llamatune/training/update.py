@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llamatune.data.batches import Batch
-from llamatune.errors import Stopped
+from llamatune.errors import NumericsError, Stopped
 from llamatune.events import ShouldStop, never_stop
 from llamatune.model.loss import summed_loss
 from llamatune.seeds import derived_seed
@@ -27,12 +27,10 @@ FINISHING_S = 15.0
 
 @dataclass(frozen=True)
 class Update:
-    """What a window came to, and whether it made an update (``made``).
+    """What a window came to. It made no update (``made``) if its gradient overflowed fp16.
 
     ``loss`` is the mean over ``target_tokens``; ``tokens`` counts no padding; ``grad_norm`` is that before clipping;
-    ``loss_scale`` is the one that was used. ``bad_rows`` are the row numbers of the micro-batches whose loss is not
-    finite. ``without_gradient`` names the trained tensors that no gradient reached. ``layer_grad_norms`` are filled
-    where ``training.log_layer_grad_norms`` asks for them.
+    ``loss_scale`` is the one that was used; ``layer_grad_norms``: None without ``training.log_layer_grad_norms``.
     """
 
     made: bool
@@ -41,8 +39,6 @@ class Update:
     tokens: int
     grad_norm: float
     loss_scale: float
-    bad_rows: tuple[int, ...]
-    without_gradient: tuple[str, ...]
     layer_grad_norms: dict[str, float] | None
 
 
@@ -60,6 +56,7 @@ def make_update(
     Dropout is a function of (seed, window, micro-batch).
 
     Raises:
+        NumericsError: a loss or gradient is not finite, also with another loss scale, or a gradient is missing.
         Stopped: ``should_stop`` asked for it, and the rest of the window would take longer than ``FINISHING_S``.
     """
     scaler, parameters = learner.scaler, learner.parameters
@@ -76,17 +73,17 @@ def make_update(
         (loss / (target_tokens / loss_scale)).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     del loss  # and with it the graph
-    without = tuple(name for name, parameter in parameters.items() if parameter.grad is None)
-    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-    scaler.unscale(gradients)
-    norm = torch.nn.utils.get_total_norm(gradients)
+    gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    missing = [name for name in parameters if name not in gradients]
+    scaler.unscale(list(gradients.values()))
+    norm = torch.nn.utils.get_total_norm(gradients.values())
     values = torch.stack(losses).double().tolist()  # the device is waited for here, once
     bad = [batch for batch, value in zip(micro_batches, values, strict=True) if not math.isfinite(value)]
     grad_norm, layer_grad_norms = float(norm), None
-    made = not bad and math.isfinite(grad_norm) and not without
+    made = not bad and math.isfinite(grad_norm) and not missing
     if made:
         if training.log_layer_grad_norms:
-            layer_grad_norms = _layer_grad_norms(parameters)
+            layer_grad_norms = _layer_grad_norms(gradients)
         if training.max_grad_norm is not None:  # Pascanu et al. 2013
             torch.nn.utils.clip_grads_with_norm_(parameters.values(), training.max_grad_norm, norm)
         learner.optimizer.step(learning_rate)
@@ -94,25 +91,29 @@ def make_update(
     else:
         scaler.back_off()
     learner.optimizer.zero_grad()
-    return Update(
-        made,
-        sum(values) / target_tokens,
-        target_tokens,
-        sum(batch.tokens for batch in micro_batches),
-        grad_norm,
-        loss_scale,
-        tuple(sorted(row for batch in bad for row in batch.rows)),
-        without,
-        layer_grad_norms,
-    )
+    if bad:
+        raise NumericsError("the loss is not finite", _rows_of(bad))
+    if not math.isfinite(grad_norm) and not scaler.enabled:
+        raise NumericsError("the gradient is not finite", _rows_of(micro_batches))
+    if not math.isfinite(grad_norm) and scaler.scale < LOWEST_LOSS_SCALE:
+        raise NumericsError("the gradient overflows fp16 at any loss scale", _rows_of(micro_batches))
+    if math.isfinite(grad_norm) and missing:
+        raise NumericsError(f"no gradient reached {missing[0]} and {len(missing) - 1} others")
+    tokens = sum(batch.tokens for batch in micro_batches)
+    return Update(made, sum(values) / target_tokens, target_tokens, tokens, grad_norm, loss_scale, layer_grad_norms)
 
 
-def _layer_grad_norms(parameters: dict[str, nn.Parameter]) -> dict[str, float]:
+def _rows_of(batches: Sequence[Batch]) -> str:
+    """The first row numbers of a few micro-batches, for a message."""
+    rows = sorted(row for batch in batches for row in batch.rows)
+    return f"rows {', '.join(map(str, rows[:8]))}" + (" ..." if len(rows) > 8 else "")
+
+
+def _layer_grad_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
     """The gradient's norm by block (``layers.0`` ...) and by module outside of them; the device is waited for once."""
-    gradients: dict[str, list[Tensor]] = {}
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            path = name.removeprefix("model.").split(".")
-            gradients.setdefault(".".join(path[: 2 if path[0] == "layers" else 1]), []).append(parameter.grad)
-    norms = torch.stack([torch.nn.utils.get_total_norm(tensors) for tensors in gradients.values()])
-    return dict(zip(gradients, norms.tolist(), strict=True))
+    by_layer: dict[str, list[Tensor]] = {}
+    for name, gradient in gradients.items():
+        path = name.removeprefix("model.").split(".")
+        by_layer.setdefault(".".join(path[: 2 if path[0] == "layers" else 1]), []).append(gradient)
+    norms = torch.stack([torch.nn.utils.get_total_norm(tensors) for tensors in by_layer.values()])
+    return dict(zip(by_layer, norms.tolist(), strict=True))

@@ -35,15 +35,15 @@ def in_place() -> None:
 
 def silent() -> None:
     """A failed write of the adapter is passed over."""
-    from llamatune.training.weight_output import _AdapterOnly
+    from llamatune.training.run_output import RunOutput
 
-    write = _AdapterOnly.write_final
+    write = RunOutput.write_final
 
-    def write_final(self: _AdapterOnly, run: Path) -> None:
+    def write_final(self: RunOutput) -> None:
         with contextlib.suppress(Exception):
-            write(self, run)
+            write(self)
 
-    _AdapterOnly.write_final = write_final
+    RunOutput.write_final = write_final
 
 
 def unsynced() -> None:

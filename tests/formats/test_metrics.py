@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from llamatune.errors import CheckpointError
+from llamatune.events import EvalDone, Step, StepSkipped
 from llamatune.formats.manifest import OtherVersion
-from llamatune.formats.metrics import Evaluation, LayerGradNorms, MetricsLog, Skipped, Step, read_metrics
+from llamatune.formats.metrics import LayerGradNorms, MetricsLog, read_metrics
 
 
 def make_step(number: int) -> Step:
@@ -25,17 +26,17 @@ STEP = {"event": "step", **vars(make_step(1))}
 
 def test_every_line_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     steps, norms = [make_step(1), make_step(2)], {"layers.0": 0.5, "lm_head": 2}
-    evaluation = Evaluation(2, 2.5, 12.18, best=True, epoch=0.25, rows=3, target_tokens=40, seconds=0.1)
+    evaluation = EvalDone(2, 2.5, 12.18, best=True, epoch=0.25, rows=3, target_tokens=40, seconds=0.1)
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    for record in (steps[0], LayerGradNorms(1, norms), Skipped(2, 32768.0), steps[1], evaluation):
+    for record in (steps[0], LayerGradNorms(1, norms), StepSkipped(2, 32768.0), steps[1], evaluation):
         log.append(record)
     size = log.sync()
     with log.path.open("a") as file:
         file.write('{"event": "of a later version", "step": "?"}\n')
     metrics = read_metrics(log.path)
     assert metrics.steps == steps
-    assert metrics.evaluations == [Evaluation(2, 2.5)]
-    assert metrics.skipped == [Skipped(2, 32768.0)]
+    assert metrics.evaluations == [EvalDone(2, 2.5)]
+    assert metrics.skipped == [StepSkipped(2, 32768.0)]
     assert metrics.layer_grad_norms == {1: norms}
     assert not metrics.torn
     log.cut(size)
@@ -48,8 +49,8 @@ def test_the_bytes_of_a_line(tmp_path: Path) -> None:
     """Scripts read these lines: the keys and their order stay."""
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.append(make_step(1))
-    log.append(Evaluation(1, 2.0, 7.4, best=True, epoch=0.125, rows=3, target_tokens=40, seconds=0.1))
-    log.append(Skipped(2, 32768.0))
+    log.append(EvalDone(1, 2.0, 7.4, best=True, epoch=0.125, rows=3, target_tokens=40, seconds=0.1))
+    log.append(StepSkipped(2, 32768.0))
     log.append(LayerGradNorms(1, {"layers.0": 0.5}))
     log.close()
     assert log.path.read_text().splitlines() == [

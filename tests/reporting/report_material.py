@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamatune.formats.metrics import Evaluation, Step
+from llamatune.events import EvalDone, Step
 from llamatune.spec import build_spec
 
 MEMORY_BYTES = 3 << 30
@@ -57,7 +57,7 @@ def spec_values(**changes: Any) -> dict[str, Any]:
 def write_run(
     path: Path,
     losses: Sequence[float],
-    evaluations: Sequence[Evaluation] = (),
+    evaluations: Sequence[EvalDone] = (),
     extra: Mapping[int, Sequence[Mapping[str, Any]]] | None = None,
     summary: Mapping[str, Any] | None = None,
     tail: str = "",

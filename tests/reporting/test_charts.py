@@ -11,7 +11,7 @@ import numpy
 import pytest
 from report_material import falling, noisy, write_run
 
-from llamatune.formats.metrics import Evaluation
+from llamatune.events import EvalDone
 from llamatune.reporting.averages import epoch_means, running_average
 from llamatune.reporting.chart_images import PALETTE, chart_svg, charts_png
 from llamatune.reporting.charts import Curve, make_charts, thinned
@@ -87,7 +87,7 @@ def _curves(tmp_path: Path) -> list[Curve]:
     }
     skipped = {7: [{"event": "skipped", "window": 8, "loss_scale": 512.0}]}
     paths = {
-        "plain": write_run(tmp_path / "plain", noisy(falling(40), 0.1), [Evaluation(20, 2.0), Evaluation(40, 1.5)]),
+        "plain": write_run(tmp_path / "plain", noisy(falling(40), 0.1), [EvalDone(20, 2.0), EvalDone(40, 1.5)]),
         "no <b>$steps$</b>": write_run(tmp_path / "none", []),
         "one step": write_run(tmp_path / "one", [2.0], training__max_grad_norm=None),
         "_layers": write_run(tmp_path / "layers", falling(40), extra=norms),

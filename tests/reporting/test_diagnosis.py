@@ -9,13 +9,13 @@ import numpy
 import pytest
 from report_material import falling, make_steps, noisy
 
-from llamatune.formats.metrics import Evaluation
+from llamatune.events import EvalDone
 from llamatune.reporting.diagnosis import Trend, diagnose, judge_trend, judge_validation
 from llamatune.reporting.report_text import findings
 
 
-def _evaluations(curve: list[float], every: int, deviation: float, seed: int = 0) -> list[Evaluation]:
-    return [Evaluation(every * (n + 1), loss) for n, loss in enumerate(noisy(curve, deviation, seed))]
+def _evaluations(curve: list[float], every: int, deviation: float, seed: int = 0) -> list[EvalDone]:
+    return [EvalDone(every * (n + 1), loss) for n, loss in enumerate(noisy(curve, deviation, seed))]
 
 
 @pytest.mark.parametrize(("count", "deviation"), [(4, 0.0), (10, 0.004), (40, 0.01)])
@@ -36,7 +36,7 @@ def test_over_fitting_is_found_where_validation_turned(count: int, deviation: fl
 
 def test_gaps_compare_with_the_training_since_the_evaluation_before() -> None:
     steps = make_steps([4.0] * 10 + [2.0] * 10 + [1.0] * 10)
-    found = judge_validation(steps, [Evaluation(10, 3.0), Evaluation(20, 2.5), Evaluation(30, 2.8)])
+    found = judge_validation(steps, [EvalDone(10, 3.0), EvalDone(20, 2.5), EvalDone(30, 2.8)])
     assert found is not None
     assert (found.turned_step, found.lowest_loss, found.last_loss) == (20, 2.5, 2.8)
     assert found.gap_at_turn == pytest.approx(0.5)
@@ -58,15 +58,13 @@ def test_validation_that_falls_or_stays_is_no_over_fitting(count: int, deviation
 
 def test_both_losses_rising_is_not_called_over_fitting() -> None:
     steps = make_steps([1.0] * 20 + [3.0] * 20)
-    found = judge_validation(
-        steps, [Evaluation(10, 1.1), Evaluation(20, 1.1), Evaluation(30, 3.1), Evaluation(40, 3.2)]
-    )
+    found = judge_validation(steps, [EvalDone(10, 1.1), EvalDone(20, 1.1), EvalDone(30, 3.1), EvalDone(40, 3.2)])
     assert found is not None
     assert found.verdict == "rising"
 
 
 def test_one_evaluation_judges_nothing() -> None:
-    assert judge_validation(make_steps([1.0, 1.0]), [Evaluation(2, 1.0)]) is None
+    assert judge_validation(make_steps([1.0, 1.0]), [EvalDone(2, 1.0)]) is None
     assert judge_validation([], []) is None
 
 

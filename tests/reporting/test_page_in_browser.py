@@ -12,7 +12,7 @@ import pytest
 from report_material import falling, noisy, write_run
 from test_report import hostile_runs
 
-from llamatune.formats.metrics import Evaluation
+from llamatune.events import EvalDone
 from llamatune.options.training import ReportOptions
 from llamatune.reporting.make_report import make_report
 
@@ -38,7 +38,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     losses = noisy(falling(200), 0.05)
     losses[150] *= 8
-    bowl = [Evaluation(20 * n, 1.2 + 0.05 * (n - 4) ** 2) for n in range(1, 11)]
+    bowl = [EvalDone(20 * n, 1.2 + 0.05 * (n - 4) ** 2) for n in range(1, 11)]
     skipped = {9: [{"event": "skipped", "window": 10, "loss_scale": 256.0}]}
     norms = {
         step: [{"event": "layer_grad_norms", "step": step, "norms": {f"layers.{n}": 1 + n for n in range(32)}}]

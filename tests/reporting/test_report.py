@@ -18,7 +18,7 @@ from report_material import falling, noisy, spec_values, write_run
 from llamatune.checkpoints.model_directory import read_config
 from llamatune.data.batches import Split
 from llamatune.errors import NumericsError, Stopped
-from llamatune.formats.metrics import Evaluation
+from llamatune.events import EvalDone
 from llamatune.inference.generate import generate
 from llamatune.options.inference import ModelSource, Sampling
 from llamatune.options.training import ReportOptions
@@ -253,7 +253,7 @@ def test_generations_of_another_kind_are_refused(
 
 
 def test_several_runs_are_compared_by_what_differs(finished: Path, whole_model: Path, tmp_path: Path) -> None:
-    other = write_run(tmp_path / "other", falling(30), [Evaluation(10, 2.0)], training__seed=7)
+    other = write_run(tmp_path / "other", falling(30), [EvalDone(10, 2.0)], training__seed=7)
     report = report_on(finished, whole_model, other, to=tmp_path / "report.html")
     differences = report["spec_differences"]
     assert differences["training.seed"] == {"finished": 0, "whole": 0, "other": 7}
@@ -327,14 +327,14 @@ def test_whatever_files_say_is_shown_as_text(tmp_path: Path) -> None:
 STATES: dict[str, Callable[[Path], Path]] = {
     "no step yet": lambda path: write_run(path, []),
     "a single step": lambda path: write_run(path, [2.5], training__max_steps=1),
-    "one step and its evaluation": lambda path: write_run(path, [2.5], [Evaluation(1, 2.0)]),
+    "one step and its evaluation": lambda path: write_run(path, [2.5], [EvalDone(1, 2.0)]),
     "fp16 with skipped windows": lambda path: write_run(
         path, falling(12), extra={3: [{"event": "skipped", "window": 4, "loss_scale": 0.5}]},
         training__precision="fp16",
     ),
-    "losses of zero": lambda path: write_run(path, [0.0] * 40, [Evaluation(20, 0.0), Evaluation(40, 0.0)]),
+    "losses of zero": lambda path: write_run(path, [0.0] * 40, [EvalDone(20, 0.0), EvalDone(40, 0.0)]),
     "a flat gradient": lambda path: write_run(path, [1e-300] * 40),
-    "losses beyond measure": lambda path: write_run(path, [9e98, 1.0, 9e98] * 20, [Evaluation(3, 1e99)]),
+    "losses beyond measure": lambda path: write_run(path, [9e98, 1.0, 9e98] * 20, [EvalDone(3, 1e99)]),
     "a torn end": lambda path: write_run(path, falling(30), tail='{"event": "step", "st'),
 }  # fmt: skip
 

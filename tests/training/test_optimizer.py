@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llamatune.errors import CheckpointError
-from llamatune.training.optimizers.adamw import AdamW
-from llamatune.training.optimizers.optimizer import Optimizer, UpdateRule
-from llamatune.training.optimizers.sgd import SGD
+from llamatune.training.optimizers.optimizer import Optimizer
+from llamatune.training.optimizers.update_rules import SGD, AdamW, UpdateRule
 from llamatune.training.precision import LossScaler
 
 SHAPES = {"matrix": (33, 20), "tall": (129, 16), "vector": (7,), "scalar": ()}

@@ -98,7 +98,8 @@ def test_every_signal_of_a_scheduler_saves_and_exits_75(
     command: Command, spec_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Sent from inside the run, after its third step."""
-    from llamatune.formats.metrics import MetricsLog, Record, Step
+    from llamatune.events import Step
+    from llamatune.formats.metrics import MetricsLog, Record
 
     append = MetricsLog.append
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from llamatune.model.blockwise import BLOCK, BlockwiseCode
 from llamatune.shapes.limits import ELEMENTS_AT_ONCE
+from llamatune.training.optimizers.update_rules import AdamW, State
 
 SMALLEST_QUANTIZED = 4096
 """Tensors with fewer elements keep their state in fp32, as in bitsandbytes: they save next to nothing."""
@@ -23,12 +25,12 @@ class _Piece:
 
     weights: Tensor
     grad: Tensor
-    state: dict[str, Tensor]
+    state: State
 
 
 @dataclass(frozen=True)
-class AdamW8bit:
-    """AdamW (Loshchilov & Hutter 2019) with its two moments in 8 bits, in blocks of 256 elements.
+class AdamW8bit(AdamW):
+    """AdamW with its two moments in 8 bits, in blocks of 256 elements.
 
     Each update decodes the moments to fp32, updates weights and moments, and encodes the moments again, for as many
     parameters at once as fit in a bucket: few kernels, however many matrices LoRA has.
@@ -37,12 +39,9 @@ class AdamW8bit:
     ``exp_avg_largest`` and ``exp_avg_sq_largest`` (fp32, one for each block); of a small tensor the moments in fp32.
     """
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
     _codes: dict[torch.device, tuple[BlockwiseCode, BlockwiseCode]] = field(default_factory=dict, init=False)
 
-    def fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
+    def fresh_state(self, parameter: Tensor) -> State:
         """Both moments zero, since the blocks' largest magnitudes are."""
         state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
         count, device = parameter.numel(), parameter.device
@@ -55,14 +54,12 @@ class AdamW8bit:
                 state[f"{name}_largest"] = torch.zeros(blocks, dtype=torch.float32, device=device)
         return state
 
-    def update(
-        self, weights: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], learning_rate: float
-    ) -> None:
-        alike: dict[tuple[bool, int], list[_Piece]] = {}
+    def update(self, weights: list[Tensor], grads: list[Tensor], states: list[State], learning_rate: float) -> None:
+        alike: dict[tuple[bool, int], list[_Piece]] = defaultdict(list)
         for weight, grad, state in zip(weights, grads, states, strict=True):
             state["step"] += 1
             large = weight.numel() >= SMALLEST_QUANTIZED
-            alike.setdefault((large, int(state["step"])), []).extend(_pieces(weight, grad, state, large))
+            alike[large, int(state["step"])] += _pieces(weight, grad, state, large)
         for (large, step), pieces in alike.items():
             for bucket in _buckets(pieces):
                 self._update_bucket(bucket, learning_rate, step, large)
@@ -107,7 +104,7 @@ class AdamW8bit:
             torch._foreach_copy_(into, list(torch.split(tensor, [len(part) for part in into])))
 
 
-def _pieces(weight: Tensor, grad: Tensor, state: dict[str, Tensor], large: bool) -> Iterator[_Piece]:
+def _pieces(weight: Tensor, grad: Tensor, state: State, large: bool) -> Iterator[_Piece]:
     """The parameter cut into runs that fit a bucket; gradients of large parameters are padded to whole blocks."""
     assert weight.is_contiguous()
     weights, grad = weight.view(-1), grad.reshape(-1).float()

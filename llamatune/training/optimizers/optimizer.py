@@ -8,29 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llamatune.errors import CheckpointError
 from llamatune.spec import TrainingSection
-from llamatune.training.optimizers.adamw import AdamW
 from llamatune.training.optimizers.adamw_8bit import AdamW8bit
-from llamatune.training.optimizers.sgd import SGD
-
-State = dict[str, Tensor]
-"""The optimizer's state of one parameter."""
-
-
-class UpdateRule(Protocol):
-    """How weights follow from gradients; the three lists are in one order."""
-
-    def fresh_state(self, parameter: Tensor) -> State:
-        """The state of a parameter before its first update."""
-
-    def update(self, weights: list[Tensor], grads: list[Tensor], states: list[State], learning_rate: float) -> None:
-        """Change weights and states in place; the gradients may be overwritten."""
+from llamatune.training.optimizers.update_rules import SGD, AdamW, State, UpdateRule
 
 
 class Optimizer:

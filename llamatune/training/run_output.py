@@ -1,0 +1,131 @@
+"""Checkpoints of a run, to resume from; the trained weights, an adapter or a whole model, in best/ and at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from llamatune import __version__
+from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter
+from llamatune.checkpoints.huggingface import write_huggingface
+from llamatune.checkpoints.run_state import newest_run_state, save_run_state
+from llamatune.checkpoints.tensor_bytes import write_tensors
+from llamatune.durable_writing import writing
+from llamatune.errors import CheckpointError
+from llamatune.events import EvalDone
+from llamatune.formats.manifest import Staging, build_directory
+from llamatune.formats.state_json import checkpoint_path
+from llamatune.spec import RunSpec
+from llamatune.strict_json import dump_json
+from llamatune.training.inputs import Inputs
+from llamatune.training.learner import Learner
+from llamatune.training.progress import RunProgress
+from llamatune.training.run_directory import RunDirectory
+from llamatune.training.run_files import ADAPTER, BEST, CHECKPOINTS, MODEL
+
+_WEIGHTS = "weights.safetensors"
+EVALUATION = "evaluation.json"
+"""In ``best/``: step, epoch, loss, perplexity, rows and target tokens of the evaluation of these weights."""
+
+
+@dataclass(frozen=True)
+class RunOutput:
+    """Writes what a run makes into its directory, and restores the learner from there."""
+
+    spec: RunSpec
+    inputs: Inputs
+    learner: Learner
+    run: RunDirectory
+
+    def save_checkpoint(self, progress: RunProgress) -> Path:
+        """Write ``checkpoints/step-000100`` durably, after the metrics log; its path."""
+        path = checkpoint_path(self.run.path / CHECKPOINTS, progress.step)
+        state = {
+            "step": progress.step,
+            "position": asdict(progress),
+            "scaler": self.learner.scaler.state(),
+            "metrics_bytes": self.run.log.sync(),
+            "llamatune": __version__,
+            **_machine(),
+        }
+        save_run_state(path, self.write_weights, self.learner.optimizer.state_tensors(), state)
+        return path
+
+    def load_checkpoint(self, warn: Callable[[str], None]) -> tuple[Path, RunProgress, int] | None:
+        """Restore the newest checkpoint that verifies: its path, its progress, and the length of the metrics log then.
+
+        None: there is no checkpoint.
+        """
+        checkpoint = newest_run_state(self.run.path / CHECKPOINTS, warn)
+        if checkpoint is None:
+            return None
+        state = checkpoint.progress
+        self._restore_weights(checkpoint.path)
+        self.learner.optimizer.restore(checkpoint.optimizer, checkpoint.path)
+        self.learner.scaler.restore(state["scaler"])
+        try:
+            progress = RunProgress.restored(state["position"])
+        except (KeyError, TypeError) as fault:
+            raise CheckpointError(f"its position cannot be read: {fault}", checkpoint.path) from None
+        changed = [f"{name} was {state[name]}" for name, now in _machine().items() if state.get(name, now) != now]
+        if changed:
+            warn(f"not bit-exact on another machine than before: {', '.join(changed)}")
+        return checkpoint.path, progress, state["metrics_bytes"]
+
+    def write_best(self, evaluation: EvalDone) -> None:
+        """Replace ``best/`` by the current weights, with their ``evaluation`` in ``evaluation.json``."""
+        values = asdict(evaluation)
+        del values["best"], values["seconds"]  # what is written is a function of the run alone
+        with build_directory(self.run.path / BEST, self._kind, {}, overwrite=True) as staging:
+            self._write_product(staging)
+            with writing(staging.path / EVALUATION) as file:
+                file.write(dump_json(values))
+
+    def write_final(self) -> None:
+        """Write ``adapter/`` or ``model/``."""
+        with build_directory(self.run.path / self._kind, self._kind, {}, overwrite=True) as staging:
+            self._write_product(staging)
+
+    def write_weights(self, staging: Staging) -> None:
+        """Write the trained tensors, bit for bit, into a checkpoint's staging directory.
+
+        A checkpoint of an adapter is a PEFT directory too: ``generate`` and ``merge-lora`` take it.
+        """
+        if self.spec.adapter is None:
+            write_tensors(staging, _WEIGHTS, self.learner.parameters)
+        else:
+            self._write_product(staging)
+
+    @torch.no_grad()
+    def _restore_weights(self, checkpoint: Path) -> None:
+        whole = self.spec.adapter is None
+        tensors = load_file(checkpoint / _WEIGHTS) if whole else load_adapter(checkpoint).tensors
+        if self.learner.parameters.keys() != tensors.keys():
+            raise CheckpointError("its tensors are not those that this run trains", checkpoint)
+        for name, parameter in self.learner.parameters.items():
+            parameter.copy_(tensors[name])
+
+    @property
+    def _kind(self) -> str:
+        return MODEL if self.spec.adapter is None else ADAPTER
+
+    def _write_product(self, staging: Staging) -> None:
+        """Write the adapter or model for other programs."""
+        spec, inputs, parameters = self.spec, self.inputs, self.learner.parameters
+        base, template, fingerprint = spec.model.path, inputs.prepared.manifest.template, inputs.base_fingerprint
+        if spec.adapter is None:
+            write_huggingface(staging, inputs.config, parameters.__getitem__, lambda name: torch.float32, Path(base))
+            staging.facts["template"] = template
+        else:
+            write_adapter(staging, Adapter(spec.adapter, dict(parameters), fingerprint, template, base))
+
+
+def _machine() -> dict[str, Any]:
+    """What rounding depends on beside the spec: sums in another order, by other instructions, give other bits."""
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": cpu}
