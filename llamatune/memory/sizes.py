@@ -65,9 +65,10 @@ class Sizes:
     @functools.cached_property
     def trained_counts(self) -> list[int]:
         """Elements of each trained tensor."""
-        adapter, config = self.adapter, self.config
-        shapes = adapter.checkpoint_shapes(config) if adapter else config.parameter_shapes()
-        return [math.prod(shape) for _, shape in shapes]
+        if self.adapter is None:
+            return [math.prod(shape) for _, shape in self.config.parameter_shapes()]
+        modules = [self.adapter.tensor_shapes(self.config, name) for name in self.adapter.target_modules]
+        return [math.prod(shape) for shapes in modules for shape in shapes.values()] * self.config.num_hidden_layers
 
     @functools.cached_property
     def weights(self) -> int:

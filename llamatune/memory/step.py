@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from llamatune.memory import lean_block, plain_block
@@ -76,28 +76,19 @@ class StepMoment:
 
 
 class _Placed(NamedTuple):
-    """A part in one pass of a step; ``layer`` is None for what is no block.
+    """A part in one pass of a step: ``total`` is its highest moment with what is alive beside it.
 
-    ``gradients`` are the bytes of those made so far, ``others`` what is alive of the inputs and the first ``below``
-    parts of the step: what they keep, and in the forward pass the casts that autocast keeps.
+    ``gradients`` are the bytes of those made so far, ``others`` of the inputs and of the first ``below`` parts of the
+    step: what they keep, and in the forward pass the casts that autocast keeps. ``layer`` is None outside the blocks.
     """
 
-    phase: str
-    layer: int | None
-    part: Part
+    total: int
     gradients: int
     others: int
     below: int
-
-    @property
-    def peak(self) -> int:
-        """The part's own highest moment."""
-        return self.part.forward_peak if self.phase == "forward" else self.part.backward_peak
-
-    @property
-    def total(self) -> int:
-        """The highest moment with what is alive beside it."""
-        return self.gradients + self.others + self.peak
+    phase: str
+    layer: int | None
+    part: Part
 
 
 class Step:
@@ -120,8 +111,8 @@ class Step:
 
     def highest(self, levels: Levels | None = None) -> StepBytes:
         """The bytes at the peak of a step whose blocks recompute ``levels``, by default the mode's."""
-        top = max(self._walk(levels), key=attrgetter("total"))
-        return self._categories(top, top.peak)
+        top = max(self._walk(levels), key=itemgetter(0))
+        return self._categories(top, top.total - top.gradients - top.others)
 
     def moments(self, levels: Levels | None = None) -> list[StepMoment]:
         """Every moment of the walk; parts that are alike are one, at the layer where they are highest."""
@@ -132,7 +123,7 @@ class Step:
         moments = []
         for group in alike.values():
             layers = tuple(sorted(placed.layer for placed in group if placed.layer is not None))
-            top = max(group, key=attrgetter("total"))
+            top = max(group, key=itemgetter(0))
             for moment in top.part.forward if top.phase == "forward" else top.part.backward:
                 memory, alive = self._categories(top, moment.bytes), self._alive(top, moment, walk)
                 moments.append(StepMoment(top.phase, layers, top.part.name, moment.step, memory, alive))
@@ -141,18 +132,24 @@ class Step:
     def _walk(self, levels: Levels | None) -> list[_Placed]:
         """Forward through the blocks and the head, back again, and over the update."""
         parts = [*self._parts_of_blocks(levels), (None, self._head)]
-        gradients = self._trained if self.z.accumulates else 0
-        walk, others, cached = [], self._inputs, 0
+        gradients, others, cached = self._trained if self.z.accumulates else 0, self._inputs, 0
+        walk: list[_Placed] = []
+
+        def place(phase: str, beside: int, peak: int, below: int, layer: int | None, part: Part) -> None:
+            walk.append(_Placed(gradients + beside + peak, gradients, beside, below, phase, layer, part))
+
         for below, (layer, part) in enumerate(parts):
-            walk.append(_Placed("forward", layer, part, gradients, others + cached, below))
+            place("forward", others + cached, part.forward_peak, below, layer, part)
             others, cached = others + part.kept_bytes, cached + part.cached
         for below, (layer, part) in reversed([*enumerate(parts)]):
             others -= part.kept_bytes
-            walk.append(_Placed("backward", layer, part, gradients, others, below))
+            place("backward", others, part.backward_peak, below, layer, part)
             gradients += 0 if self.z.accumulates else part.gradients
         if self.z.trains_all:
-            walk.append(_Placed("backward", None, self._embedding, gradients, others, 0))
-        return [*walk, _Placed("update", None, self._update, self._trained, others, 0)]
+            place("backward", others, self._embedding.backward_peak, 0, None, self._embedding)
+        gradients = self._trained
+        place("update", others, self._update.backward_peak, 0, None, self._update)
+        return walk
 
     def _parts_of_blocks(self, levels: Levels | None) -> Iterator[tuple[int, Part]]:
         special = not (self.z.lean or self.z.trains_all)  # no gradient leads behind the first of frozen plain blocks
@@ -175,10 +172,10 @@ class Step:
             "weights": z.weights, "adapter": self._adapter, "optimizer state": z.optimizer_state,
             "gradients": placed.gradients, "buffer of unpacked weights": z.unpacking,
             "token ids, positions, labels, rotation": self._inputs})  # fmt: skip
-        for _, _, part, *_ in walk[: placed.below]:
-            for name, size in part.kept:
-                sizes[f"kept by {part.name}: {name}"] += size
-            sizes["casts that autocast keeps"] += part.cached * (placed.phase == "forward")
+        for below in walk[: placed.below]:
+            for name, size in below.part.kept:
+                sizes[f"kept by {below.part.name}: {name}"] += size
+            sizes["casts that autocast keeps"] += below.part.cached * (placed.phase == "forward")
         for name, size in moment.tensors:
             sizes[name] += size
         return {name: size for name, size in sizes.items() if size}

@@ -6,7 +6,8 @@ again by torch's checkpointing, as a whole or by halves.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -15,13 +16,8 @@ from llamatune.model.lean.block import LeanBlock
 from llamatune.model.transformer import Block, Context, Transformer
 from llamatune.shapes.levels import Levels, checkpoints_attention, checkpoints_feed_forward, is_whole, levels_of
 
-
-def _recompute(function: Any, *args: Any) -> Tensor:
-    """Run a part of a block keeping its inputs only; backward runs it again, with the same dropout.
-
-    Non-reentrant: the reentrant kind gives no gradient, or a part of it, when the block's input needs none.
-    """
-    return checkpoint(function, *args, use_reentrant=False)  # type: ignore[no-any-return]
+# The reentrant kind gives no gradient, or a part of it, when the block's input needs none.
+_recompute: Callable[..., Tensor] = functools.partial(checkpoint, use_reentrant=False)
 
 
 class CheckpointedBlock(Block):

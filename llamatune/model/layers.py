@@ -25,6 +25,12 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What products with ``x`` are computed in: autocast's dtype, or x's own outside autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class _UpcastLinear(torch.autograd.Function):
     """x W^T in x's precision with a frozen 16-bit W: one matrix is cast at a time, and none is kept for backward."""
 
