@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from llamatune.memory.ledger import Ledger, Passes
+from llamatune.memory.ledger import Ledger, Passes, Walk
 
 
-def checkpointed(ledger: Ledger, walks: Sequence[Callable[[Ledger], Passes]], input_bytes: int) -> Passes:
+def checkpointed(ledger: Ledger, walks: Sequence[Walk], input_bytes: int) -> Passes:
     """Parts one after another, of which the first one's input is all that is kept.
 
     In the backward pass that input counts beside the one that the parts keep when they are run again.

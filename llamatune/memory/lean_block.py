@@ -5,9 +5,8 @@ from __future__ import annotations
 from llamatune.memory.attention import AttentionBytes
 from llamatune.memory.ledger import Ledger, Passes, Tensor
 from llamatune.memory.sizes import Sizes
+from llamatune.shapes.config import GATE_UP_MODULES, QKV_MODULES
 from llamatune.shapes.limits import TILE_TOKENS
-
-_INPUTS, _OPENING = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
 def _adapter(ledger: Ledger, z: Sizes, name: str, rows: int, back: bool) -> None:
@@ -77,11 +76,11 @@ def attention(ledger: Ledger, z: Sizes, last: bool, recompute: bool) -> Passes:
         ledger.free(do, every_do, inputs, outputs, flat, gradients)
     with ledger.step("q, k, v"):
         dqkv = ledger.make("gradients of q, k, v", z.N * (z.Q + 2 * z.K) * z.c)
-        h = ledger.make("normed x", z.N * z.D * z.c if z.targets.intersection(_INPUTS) else 0)
+        h = ledger.make("normed x", z.N * z.D * z.c if z.targets.intersection(QKV_MODULES) else 0)
         turned = ledger.make("copy of q's gradient", z.N * z.Q * z.c)
         ledger.use("rotation", z.N * z.Q * z.c * 3 // 2)
         dh = _product(ledger, z, "q_proj", z.N, back=True)  # k's and v's are added to it
-        for name in _INPUTS[1:]:
+        for name in QKV_MODULES[1:]:
             _adapter(ledger, z, name, z.N, back=True)
         ledger.free(turned)
     with ledger.step("norm"):
@@ -94,7 +93,7 @@ def _attention_inputs(ledger: Ledger, z: Sizes) -> list[Tensor]:
     with ledger.step("norm, q, k, v"):
         h = ledger.make("normed x", z.N * z.D * z.c)
         _norm(ledger, z, z.N)
-        qkv = [_product(ledger, z, name, z.N) for name in _INPUTS]
+        qkv = [_product(ledger, z, name, z.N) for name in QKV_MODULES]
         ledger.use("rotation", z.N * z.Q * z.c * 3 // 2)
         ledger.free(h)
     return qkv
@@ -129,7 +128,7 @@ def _feed_forward_tile(ledger: Ledger, z: Sizes, rows: int) -> None:
     with ledger.step("norm, gate, up"):
         h = ledger.make("normed x of a tile", tile * z.D * z.c)
         _norm(ledger, z, rows)
-        gate_up = [_product(ledger, z, name, tile) for name in _OPENING]
+        gate_up = [_product(ledger, z, name, tile) for name in GATE_UP_MODULES]
     with ledger.step("down"):
         ledger.free(_product(ledger, z, "down_proj", tile), h, *gate_up)
 
@@ -141,11 +140,11 @@ def _feed_forward_gradients(ledger: Ledger, z: Sizes, rows: int, recompute: bool
     dx = ledger.make("gradient of x", rows * z.D * z.s)
     cast = ledger.make("cast of the gradient", narrow if z.s != z.c else 0)
     with ledger.step("gate and up again" if recompute else "norm again"):
-        wants_input = recompute or bool(z.targets.intersection(_OPENING))
+        wants_input = recompute or bool(z.targets.intersection(GATE_UP_MODULES))
         again = [ledger.make("normed x of a tile", narrow if wants_input else 0)]
         if recompute:
             _norm(ledger, z, rows)
-            again += [_product(ledger, z, name, tile) for name in _OPENING]
+            again += [_product(ledger, z, name, tile) for name in GATE_UP_MODULES]
     with ledger.step("down"):
         activated = ledger.make("silu(gate) up", wide if "down_proj" in z.targets else 0)
         da = _product(ledger, z, "down_proj", tile, back=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 Tensor = int
 """What the ledger calls a tensor that it follows."""
@@ -14,6 +15,7 @@ Passes = Iterator[None]
 
 Where nothing is kept, the input is the caller's.
 """
+Walk: TypeAlias = "Callable[[Ledger], Passes]"
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Part:
     cached: int
 
     @classmethod
-    def of(cls, name: str, walk: Callable[[Ledger], Passes], gradients: int, cached: int = 0) -> Part:
+    def of(cls, name: str, walk: Walk, gradients: int, cached: int = 0) -> Part:
         """Walk forward, then backward."""
         ledger = Ledger()
         passes = walk(ledger)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from llamatune.memory.attention import AttentionBytes
 from llamatune.memory.ledger import Ledger, Passes, Tensor
 from llamatune.memory.sizes import Sizes
-
-_INPUTS, _OPENING = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+from llamatune.shapes.config import GATE_UP_MODULES, QKV_MODULES
 
 
 def _kept_of_linear(z: Sizes, name: str, rows: int, item_bytes: int, leads_back: bool = True) -> int:
@@ -58,9 +57,9 @@ def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
     N, D, c, s = z.N, z.D, z.c, z.s
     x, norm = _norm(ledger, z, N, leads_back)
     with ledger.step("q, k, v"):
-        keeps = _keeps_input(z, _INPUTS, s)
+        keeps = _keeps_input(z, QKV_MODULES, s)
         h = ledger.make("normed x", N * D * s)
-        kept = sum(_kept_of_linear(z, name, N, s, leads_back) for name in _INPUTS) + N * D * s * keeps
+        kept = sum(_kept_of_linear(z, name, N, s, leads_back) for name in QKV_MODULES) + N * D * s * keeps
         # cos and sin are cast for q and for k
         projections = ledger.keep("of q, k, v", kept + (4 * N * z.config.head_dim * c if c < 4 else 0))
         qkv = ledger.make("q, k, v", N * (z.Q + 2 * z.K) * c)
@@ -97,7 +96,7 @@ def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
         ledger.free(do, every_do, o)
     with ledger.step("q, k, v"):
         dh = ledger.make("gradient of the normed x and its casts", N * D * (c + 2 * s))
-        lora = ledger.make("gradient of LoRA's input", N * D * s if z.targets.intersection(_INPUTS) else 0)
+        lora = ledger.make("gradient of LoRA's input", N * D * s if z.targets.intersection(QKV_MODULES) else 0)
         _weight_gradient(ledger, z, "q_proj")
         ledger.free(dqkv, dh, lora, projections)
     _norm_backward(ledger, z, N)
@@ -111,8 +110,8 @@ def feed_forward(ledger: Ledger, z: Sizes, last: bool) -> Passes:
     x, norm = _norm(ledger, z, n)
     with ledger.step("gate, up, SiLU"):
         h = ledger.make("normed x", n * D * s)
-        kept = sum(_kept_of_linear(z, name, n, s) for name in _OPENING)
-        gate_up = ledger.keep("of gate_proj and up_proj", kept + n * D * s * _keeps_input(z, _OPENING, s))
+        kept = sum(_kept_of_linear(z, name, n, s) for name in GATE_UP_MODULES)
+        gate_up = ledger.keep("of gate_proj and up_proj", kept + n * D * s * _keeps_input(z, GATE_UP_MODULES, s))
         activated = ledger.keep("gate, silu(gate) and up", 3 * wide)
     with ledger.step("down"):
         keeps = _keeps_input(z, ("down_proj",), c)
@@ -139,7 +138,7 @@ def feed_forward(ledger: Ledger, z: Sizes, last: bool) -> Passes:
         ledger.free(da)
     with ledger.step("gate, up"):
         dh = ledger.make("gradient of the normed x and its cast", n * D * (c + s))
-        lora = ledger.make("gradient of LoRA's input", n * D * s if z.targets.intersection(_OPENING) else 0)
+        lora = ledger.make("gradient of LoRA's input", n * D * s if z.targets.intersection(GATE_UP_MODULES) else 0)
         _weight_gradient(ledger, z, "up_proj")
         ledger.free(dh, lora, activated, gate_up)
     _norm_backward(ledger, z, n)

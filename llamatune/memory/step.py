@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -13,19 +13,12 @@ from typing import Any, NamedTuple
 
 from llamatune.memory import lean_block, plain_block
 from llamatune.memory.checkpointing import checkpointed
-from llamatune.memory.ledger import Ledger, Moment, Part, Passes
+from llamatune.memory.ledger import Moment, Part, Walk
 from llamatune.memory.loss import frozen_head, trained_head
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.config import ATTENTION_MODULES, FEED_FORWARD_MODULES, LINEAR_MODULES, LlamaConfig
-from llamatune.shapes.levels import (
-    Levels,
-    Recompute,
-    checkpoints_attention,
-    checkpoints_feed_forward,
-    is_whole,
-    levels_of,
-)
+from llamatune.shapes.levels import ATTENTION_MODES, FEED_FORWARD_MODES, Levels, Recompute, is_whole, levels_of
 from llamatune.spec import RunSpec
 
 
@@ -189,24 +182,22 @@ class Step:
             attention = partial(plain_block.attention, z=z, first=first, last=last)
             feed_forward = partial(plain_block.feed_forward, z=z, last=last)
 
-        def part(name: str, walk: Callable[[Ledger], Passes], modules: Sequence[str]) -> Part:
-            return Part.of(name, walk, z.gradients(modules))
-
-        def run_again(name: str, walks: list[Callable[[Ledger], Passes]], modules: Sequence[str], rows: int) -> Part:
+        def run_again(name: str, walks: list[Walk], modules: Sequence[str], rows: int) -> Part:
             walk = partial(checkpointed, walks=walks, input_bytes=rows * z.D * z.s)
             # What autocast caches is kept anyway where nothing is run again.
             return Part.of(name, walk, z.gradients(modules), plain_block.cached_casts(z, modules))
 
         if z.lean and level == Recompute.BLOCK:
-            return [part("block", partial(lean_block.recomputed_block, z=z, last=last), LINEAR_MODULES)]
+            block = partial(lean_block.recomputed_block, z=z, last=last)
+            return [Part.of("block", block, z.gradients(LINEAR_MODULES))]
         if not z.lean and whole:
             return [run_again("block", [attention, feed_forward], LINEAR_MODULES, z.N)]
-        parts = [
-            part("attention", attention, ATTENTION_MODULES),
-            part("feed-forward", feed_forward, FEED_FORWARD_MODULES),
+        halves = [
+            Part.of("attention", attention, z.gradients(ATTENTION_MODULES)),
+            Part.of("feed-forward", feed_forward, z.gradients(FEED_FORWARD_MODULES)),
         ]
-        if checkpoints_attention(self.mode):
-            parts[0] = run_again("attention", [attention], ATTENTION_MODULES, z.N)
-        if checkpoints_feed_forward(self.mode) and not z.lean:
-            parts[1] = run_again("feed-forward", [feed_forward], FEED_FORWARD_MODULES, z.P if last else z.N)
-        return parts
+        if self.mode in ATTENTION_MODES:
+            halves[0] = run_again("attention", [attention], ATTENTION_MODULES, z.N)
+        if self.mode in FEED_FORWARD_MODES and not z.lean:
+            halves[1] = run_again("feed-forward", [feed_forward], FEED_FORWARD_MODULES, z.P if last else z.N)
+        return halves

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llamatune.model.lean.block import LeanBlock
 from llamatune.model.transformer import Block, Context, Transformer
-from llamatune.shapes.levels import Levels, checkpoints_attention, checkpoints_feed_forward, is_whole, levels_of
+from llamatune.shapes.levels import ATTENTION_MODES, FEED_FORWARD_MODES, Levels, is_whole, levels_of
 
 # The reentrant kind gives no gradient, or a part of it, when the block's input needs none.
 _recompute: Callable[..., Tensor] = functools.partial(checkpoint, use_reentrant=False)
@@ -54,7 +54,7 @@ def apply_activation_checkpointing(model: Transformer, mode: str, lean: bool, le
         mode: one of ``shapes.levels.MODES``.
         lean: lean blocks, at ``levels`` if they are given, else at those of ``mode``.
     """
-    blocks, attention, feed_forward = model.model.layers, checkpoints_attention(mode), checkpoints_feed_forward(mode)
+    blocks, attention, feed_forward = model.model.layers, mode in ATTENTION_MODES, mode in FEED_FORWARD_MODES
     levels = levels_of(mode, len(blocks)) if levels is None else levels
     for index, block in enumerate(blocks):
         assert isinstance(block, Block)
