@@ -89,9 +89,6 @@ class Dropout:
         return kept.div_(1 - self.p)
 
 
-NO_DROPOUT = Dropout()
-
-
 class QuantizedWeight(Protocol):
     """A frozen matrix in a packed form; calling it gives x W^T."""
 
@@ -136,7 +133,7 @@ class Linear(nn.Linear):
 
     def draw_dropout(self) -> Dropout:
         """The dropout of one pass."""
-        return NO_DROPOUT
+        return Dropout()
 
     def gradients(
         self, grad: Tensor, x: Tensor | None, dropout: Dropout, wants_input: bool

@@ -111,7 +111,6 @@ PRESETS: dict[str, LlamaConfig] = {
 
 def preset(name: str) -> LlamaConfig:
     """A member of the family by name."""
-    try:
-        return PRESETS[name]
-    except KeyError:
-        raise SpecError(f"unknown preset {name!r}", "--preset", f"there are {', '.join(PRESETS)}") from None
+    if name not in PRESETS:
+        raise SpecError(f"unknown preset {name!r}", "--preset", f"there are {', '.join(PRESETS)}")
+    return PRESETS[name]
