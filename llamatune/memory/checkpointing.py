@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llamatune.memory.ledger import Ledger, Tensor, Walk
+from llamatune.memory.ledger import Ledger, Passes, Walk
 
 
-class Checkpointed:
-    """Parts one after another, of which the first one's input of ``input_bytes`` is all that is kept.
+def checkpointed(ledger: Ledger, walks: Sequence[Walk], input_bytes: int) -> Passes:
+    """Parts one after another, of which the first one's input is all that is kept.
 
     In the backward pass that input counts beside the one that the parts keep when they are run again.
     """
-
-    def __init__(self, walks: Sequence[Walk], input_bytes: int) -> None:
-        self.walks, self.input_bytes = walks, input_bytes
-
-    def forward(self, ledger: Ledger) -> Tensor:
-        x = ledger.make("x", self.input_bytes)
-        ledger.keeping = False
-        for walk in self.walks:
-            walk.forward(ledger)  # what it keeps has no bytes
-        ledger.keeping = True
-        return x
-
-    def backward(self, ledger: Ledger, x: Tensor) -> None:
-        with ledger.step("again"):
-            saved = [walk.forward(ledger) for walk in self.walks]
-        for walk, kept in zip(reversed(self.walks), reversed(saved), strict=True):
-            walk.backward(ledger, kept)
-        ledger.free(x)
+    x = ledger.make("x", input_bytes)
+    with ledger.keeping_nothing():
+        for walk in walks:
+            next(walk(ledger))
+    yield
+    with ledger.step("again"):
+        again = [walk(ledger) for walk in walks]
+        for passes in again:
+            next(passes)
+    for passes in reversed(again):
+        next(passes, None)
+    ledger.free(x)

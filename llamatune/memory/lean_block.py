@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from llamatune.memory.attention import AttentionBytes
-from llamatune.memory.ledger import Ledger, Tensor
+from llamatune.memory.ledger import Ledger, Passes, Tensor
 from llamatune.memory.sizes import Sizes
+from llamatune.shapes.config import GATE_UP_MODULES, QKV_MODULES
 from llamatune.shapes.limits import TILE_TOKENS
-
-_INPUTS, _OPENING = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
 def _adapter(ledger: Ledger, z: Sizes, name: str, rows: int, back: bool) -> None:
@@ -42,178 +39,147 @@ def _norm(ledger: Ledger, z: Sizes, rows: int, back: bool = False) -> None:
     ledger.use("fp32 tiles of the norm", (tiles + 1 if z.s < 4 else tiles) * 4 * min(rows, TILE_TOKENS) * z.D)
 
 
-class _SavedAttention(NamedTuple):
-    x: Tensor
-    inputs: Tensor
-    outputs: Tensor
-    flat: Tensor
-
-
-class Attention:
+def attention(ledger: Ledger, z: Sizes, last: bool, recompute: bool) -> Passes:
     """Norm, q, k, v, rotation, attention, o and the residual addition; the last block continues with P rows."""
+    n, made = z.P if last else z.N, AttentionBytes.of(z)
+    x = ledger.keep("x", z.N * z.D * z.s)
+    qkv = _attention_inputs(ledger, z)
+    with ledger.step("attention"):
+        made.forward(ledger)
+        ledger.free(*qkv)
+        inputs = ledger.keep("q, k, v", 0 if recompute else made.inputs)
+        outputs = ledger.keep("output of attention", made.outputs)
+        flat = ledger.keep("input of o_proj", n * z.Q * z.c if last else made.flat)
+    with ledger.step("o, residual"):
+        y = _product(ledger, z, "o_proj", n)
+        ledger.use("sum", n * z.D * z.s * (2 if last else 1))  # the last block's x is chosen first
+        ledger.free(y)
 
-    def __init__(self, z: Sizes, last: bool, recompute: bool) -> None:
-        self.z, self.last, self.recompute, self.bytes = z, last, recompute, AttentionBytes.of(z)
-        self.rows = z.P if last else z.N
+    yield
 
-    def _inputs(self, ledger: Ledger) -> list[Tensor]:
-        z = self.z
-        with ledger.step("norm, q, k, v"):
-            h = ledger.make("normed x", z.N * z.D * z.c)
-            _norm(ledger, z, z.N)
-            qkv = [_product(ledger, z, name, z.N) for name in _INPUTS]
-            ledger.use("rotation", z.N * z.Q * z.c * 3 // 2)
-            ledger.free(h)
-        return qkv
-
-    def forward(self, ledger: Ledger) -> _SavedAttention:
-        z, n, made = self.z, self.rows, self.bytes
-        x = ledger.keep("x", z.N * z.D * z.s)
-        qkv = self._inputs(ledger)
-        with ledger.step("attention"):
-            made.forward(ledger)
-            ledger.free(*qkv)
-            inputs = ledger.keep("q, k, v", 0 if self.recompute else made.inputs)
-            outputs = ledger.keep("output of attention", made.outputs)
-            flat = ledger.keep("input of o_proj", n * z.Q * z.c if self.last else made.flat)
-        with ledger.step("o, residual"):
-            y = _product(ledger, z, "o_proj", n)
-            ledger.use("sum", n * z.D * z.s * (2 if self.last else 1))  # the last block's x is chosen first
-            ledger.free(y)
-        return _SavedAttention(x, inputs, outputs, flat)
-
-    def backward(self, ledger: Ledger, saved: _SavedAttention) -> None:
-        z, n, made, last = self.z, self.rows, self.bytes, self.last
-        dy = ledger.make("gradient of the half's output", n * z.D * z.s)
-        with ledger.step("o"):
-            cast = ledger.make("cast of the gradient", n * z.D * z.c if z.s != z.c else 0)
-            do = _product(ledger, z, "o_proj", n, back=True)
-            ledger.free(cast)
-        inputs = saved.inputs
-        if self.recompute:
-            with ledger.step("again"):
-                qkv = self._inputs(ledger)
-                with ledger.step("attention"):
-                    made.forward(ledger)
-                ledger.free(*qkv, inputs)
-                inputs = ledger.make("q, k, v", made.inputs)
-        spread = ledger.make("gradient of every row", z.N * z.D * z.s if last else 0)
-        with ledger.step("attention"):
-            every_do = ledger.make("gradient of attention's output", z.N * z.Q * z.c if last else 0)
-            gradients = made.backward(ledger)
-            ledger.free(do, every_do, inputs, saved.outputs, saved.flat, gradients)
-        with ledger.step("q, k, v"):
-            dqkv = ledger.make("gradients of q, k, v", z.N * (z.Q + 2 * z.K) * z.c)
-            h = ledger.make("normed x", z.N * z.D * z.c if z.targets.intersection(_INPUTS) else 0)
-            turned = ledger.make("copy of q's gradient", z.N * z.Q * z.c)
-            ledger.use("rotation", z.N * z.Q * z.c * 3 // 2)
-            dh = _product(ledger, z, "q_proj", z.N, back=True)  # k's and v's are added to it
-            for name in _INPUTS[1:]:
-                _adapter(ledger, z, name, z.N, back=True)
-            ledger.free(turned)
-        with ledger.step("norm"):
-            dx = ledger.make("gradient of x", z.N * z.D * z.s)
-            _norm(ledger, z, z.N, back=True)
-        ledger.free(dqkv, h, dh, dx, spread, dy, saved.x)
-
-
-class _SavedFeedForward(NamedTuple):
-    x: Tensor
-    gate_up: Tensor
-
-
-class FeedForward:
-    """Norm, gate, up, SiLU, product, down and the residual addition, a tile of rows at a time."""
-
-    def __init__(self, z: Sizes, last: bool, recompute: bool) -> None:
-        self.z, self.recompute = z, recompute
-        self.rows = z.P if last else z.N
-        self.tile = min(self.rows, TILE_TOKENS)
-        self.narrow, self.wide = self.tile * z.D * z.c, self.tile * z.F * z.c
-
-    def forward_tile(self, ledger: Ledger) -> None:
-        z, T = self.z, self.tile
-        with ledger.step("norm, gate, up"):
-            h = ledger.make("normed x of a tile", self.narrow)
-            _norm(ledger, z, self.rows)
-            gate_up = [_product(ledger, z, name, T) for name in _OPENING]
-        with ledger.step("down"):
-            ledger.free(_product(ledger, z, "down_proj", T), h, *gate_up)
-
-    def forward(self, ledger: Ledger) -> _SavedFeedForward:
-        z, n, T = self.z, self.rows, self.tile
-        x = ledger.keep("x", n * z.D * z.s)
-        kept = ledger.keep("gate and up", 0 if self.recompute else 2 * n * z.F * z.c)
-        earlier = ledger.make("outputs of earlier tiles", (n - T) * z.D * z.c)
-        self.forward_tile(ledger)
-        ledger.free(earlier)
-        with ledger.step("residual"):
-            y = ledger.make("output of down_proj", n * z.D * z.c)
-            ledger.use("tiles joined", n * z.D * z.c if n > T else 0)
-            ledger.use("sum", n * z.D * z.s)
-            ledger.free(y)
-        return _SavedFeedForward(x, kept)
-
-    def backward_tiles(self, ledger: Ledger) -> Tensor:
-        """The gradient of x."""
-        z, T, narrow, wide = self.z, self.tile, self.narrow, self.wide
-        dx = ledger.make("gradient of x", self.rows * z.D * z.s)
-        cast = ledger.make("cast of the gradient", narrow if z.s != z.c else 0)
-        with ledger.step("gate and up again" if self.recompute else "norm again"):
-            wants_input = self.recompute or bool(z.targets.intersection(_OPENING))
-            again = [ledger.make("normed x of a tile", narrow if wants_input else 0)]
-            if self.recompute:
-                _norm(ledger, z, self.rows)
-                again += [_product(ledger, z, name, T) for name in _OPENING]
-        with ledger.step("down"):
-            activated = ledger.make("silu(gate) up", wide if "down_proj" in z.targets else 0)
-            da = _product(ledger, z, "down_proj", T, back=True)
-            ledger.free(activated)
-        with ledger.step("SiLU"):
-            ledger.use("sigmoid, silu and slope of gate", 3 * wide)
-            dgate = ledger.make("gradient of gate", wide)
-        with ledger.step("gate, up"):
-            dh = _product(ledger, z, "gate_proj", T, back=True)
-            ledger.free(_product(ledger, z, "up_proj", T, back=True), dgate, da, *again, cast)
-        with ledger.step("norm"):
-            tile = ledger.make("gradient of a tile of x", T * z.D * z.s)
-            _norm(ledger, z, self.rows, back=True)
-            ledger.free(dh, tile)
-        return dx
-
-    def backward(self, ledger: Ledger, saved: _SavedFeedForward) -> None:
-        x = self.rows * self.z.D * self.z.s
-        dy = ledger.make("gradient of the half's output", x)
-        dx = self.backward_tiles(ledger)
-        with ledger.step("residual"):
-            ledger.use("sum", x)
-        ledger.free(dy, dx, *saved)
-
-
-class RecomputedBlock:
-    """Both halves of which only the block's input is kept."""
-
-    def __init__(self, z: Sizes, last: bool) -> None:
-        self.z, self.attention = z, Attention(z, last, recompute=False)
-        self.feed_forward = FeedForward(z, last, recompute=True)
-        self.middle = self.attention.rows * z.D * z.s
-
-    def forward(self, ledger: Ledger) -> Tensor:
-        x = ledger.make("x", self.z.N * self.z.D * self.z.s)
-        ledger.keeping = False
-        self.attention.forward(ledger)
-        middle = ledger.make("x after attention", self.middle)
-        self.feed_forward.forward_tile(ledger)
-        ledger.free(middle)
-        ledger.keeping = True
-        return x
-
-    def backward(self, ledger: Ledger, x: Tensor) -> None:
-        dy = ledger.make("gradient of the block's output", self.middle)
+    dy = ledger.make("gradient of the half's output", n * z.D * z.s)
+    with ledger.step("o"):
+        cast = ledger.make("cast of the gradient", n * z.D * z.c if z.s != z.c else 0)
+        do = _product(ledger, z, "o_proj", n, back=True)
+        ledger.free(cast)
+    if recompute:
         with ledger.step("again"):
-            ledger.free(x)  # the walk of the half makes it
-            saved = self.attention.forward(ledger)
-        middle = ledger.make("x after attention", self.middle)
-        ledger.free(self.feed_forward.backward_tiles(ledger))  # the gradient that attention's walk makes
-        self.attention.backward(ledger, saved)
-        ledger.free(dy, middle)
+            qkv = _attention_inputs(ledger, z)
+            with ledger.step("attention"):
+                made.forward(ledger)
+            ledger.free(*qkv, inputs)
+            inputs = ledger.make("q, k, v", made.inputs)
+    spread = ledger.make("gradient of every row", z.N * z.D * z.s if last else 0)
+    with ledger.step("attention"):
+        every_do = ledger.make("gradient of attention's output", z.N * z.Q * z.c if last else 0)
+        gradients = made.backward(ledger)
+        ledger.free(do, every_do, inputs, outputs, flat, gradients)
+    with ledger.step("q, k, v"):
+        dqkv = ledger.make("gradients of q, k, v", z.N * (z.Q + 2 * z.K) * z.c)
+        h = ledger.make("normed x", z.N * z.D * z.c if z.targets.intersection(QKV_MODULES) else 0)
+        turned = ledger.make("copy of q's gradient", z.N * z.Q * z.c)
+        ledger.use("rotation", z.N * z.Q * z.c * 3 // 2)
+        dh = _product(ledger, z, "q_proj", z.N, back=True)  # k's and v's are added to it
+        for name in QKV_MODULES[1:]:
+            _adapter(ledger, z, name, z.N, back=True)
+        ledger.free(turned)
+    with ledger.step("norm"):
+        dx = ledger.make("gradient of x", z.N * z.D * z.s)
+        _norm(ledger, z, z.N, back=True)
+    ledger.free(dqkv, h, dh, dx, spread, dy, x)
+
+
+def _attention_inputs(ledger: Ledger, z: Sizes) -> list[Tensor]:
+    with ledger.step("norm, q, k, v"):
+        h = ledger.make("normed x", z.N * z.D * z.c)
+        _norm(ledger, z, z.N)
+        qkv = [_product(ledger, z, name, z.N) for name in QKV_MODULES]
+        ledger.use("rotation", z.N * z.Q * z.c * 3 // 2)
+        ledger.free(h)
+    return qkv
+
+
+def feed_forward(ledger: Ledger, z: Sizes, last: bool, recompute: bool) -> Passes:
+    """Norm, gate, up, SiLU, product, down and the residual addition, a tile of rows at a time."""
+    n = z.P if last else z.N
+    narrow, wide = n * z.D * z.c, n * z.D * z.s
+    x = ledger.keep("x", wide)
+    kept = ledger.keep("gate and up", 0 if recompute else 2 * n * z.F * z.c)
+    earlier = ledger.make("outputs of earlier tiles", max(0, n - TILE_TOKENS) * z.D * z.c)
+    _feed_forward_tile(ledger, z, n)
+    ledger.free(earlier)
+    with ledger.step("residual"):
+        y = ledger.make("output of down_proj", narrow)
+        ledger.use("tiles joined", narrow if n > TILE_TOKENS else 0)
+        ledger.use("sum", wide)
+        ledger.free(y)
+
+    yield
+
+    dy = ledger.make("gradient of the half's output", wide)
+    dx = _feed_forward_gradients(ledger, z, n, recompute)
+    with ledger.step("residual"):
+        ledger.use("sum", wide)
+    ledger.free(dy, dx, x, kept)
+
+
+def _feed_forward_tile(ledger: Ledger, z: Sizes, rows: int) -> None:
+    tile = min(rows, TILE_TOKENS)
+    with ledger.step("norm, gate, up"):
+        h = ledger.make("normed x of a tile", tile * z.D * z.c)
+        _norm(ledger, z, rows)
+        gate_up = [_product(ledger, z, name, tile) for name in GATE_UP_MODULES]
+    with ledger.step("down"):
+        ledger.free(_product(ledger, z, "down_proj", tile), h, *gate_up)
+
+
+def _feed_forward_gradients(ledger: Ledger, z: Sizes, rows: int, recompute: bool) -> Tensor:
+    """The gradient of x, a tile at a time."""
+    tile = min(rows, TILE_TOKENS)
+    narrow, wide = tile * z.D * z.c, tile * z.F * z.c
+    dx = ledger.make("gradient of x", rows * z.D * z.s)
+    cast = ledger.make("cast of the gradient", narrow if z.s != z.c else 0)
+    with ledger.step("gate and up again" if recompute else "norm again"):
+        wants_input = recompute or bool(z.targets.intersection(GATE_UP_MODULES))
+        again = [ledger.make("normed x of a tile", narrow if wants_input else 0)]
+        if recompute:
+            _norm(ledger, z, rows)
+            again += [_product(ledger, z, name, tile) for name in GATE_UP_MODULES]
+    with ledger.step("down"):
+        activated = ledger.make("silu(gate) up", wide if "down_proj" in z.targets else 0)
+        da = _product(ledger, z, "down_proj", tile, back=True)
+        ledger.free(activated)
+    with ledger.step("SiLU"):
+        ledger.use("sigmoid, silu and slope of gate", 3 * wide)
+        dgate = ledger.make("gradient of gate", wide)
+    with ledger.step("gate, up"):
+        dh = _product(ledger, z, "gate_proj", tile, back=True)
+        ledger.free(_product(ledger, z, "up_proj", tile, back=True), dgate, da, *again, cast)
+    with ledger.step("norm"):
+        dtile = ledger.make("gradient of a tile of x", tile * z.D * z.s)
+        _norm(ledger, z, rows, back=True)
+        ledger.free(dh, dtile)
+    return dx
+
+
+def recomputed_block(ledger: Ledger, z: Sizes, last: bool) -> Passes:
+    """Both halves, of which only the block's input is kept."""
+    n = z.P if last else z.N
+    x = ledger.make("x", z.N * z.D * z.s)
+    with ledger.keeping_nothing():
+        next(attention(ledger, z, last, recompute=False))
+        middle = ledger.make("x after attention", n * z.D * z.s)
+        _feed_forward_tile(ledger, z, n)
+        ledger.free(middle)
+
+    yield
+
+    dy = ledger.make("gradient of the block's output", n * z.D * z.s)
+    with ledger.step("again"):
+        ledger.free(x)  # the walk of the half makes it
+        again = attention(ledger, z, last, recompute=False)
+        next(again)
+    middle = ledger.make("x after attention", n * z.D * z.s)
+    ledger.free(_feed_forward_gradients(ledger, z, n, recompute=True))  # the gradient that attention's walk makes
+    next(again, None)
+    ledger.free(dy, middle)

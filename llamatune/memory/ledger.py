@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TypeAlias
 
 Tensor = int
 """What the ledger calls a tensor that it follows."""
 
+Passes = Iterator[None]
+"""A walk through a part of the code: the forward pass up to a ``yield``, then the backward pass, which frees all.
 
-class Walk(Protocol):
-    """A part of the code, from its input to its output.
-
-    Where nothing is kept, the input is the caller's. ``backward`` gets what ``forward`` returns, and frees all of it.
-    """
-
-    def forward(self, ledger: Ledger) -> Any: ...
-
-    def backward(self, ledger: Ledger, saved: Any) -> None: ...
+Where nothing is kept, the input is the caller's.
+"""
+Walk: TypeAlias = "Callable[[Ledger], Passes]"
 
 
 @dataclass(frozen=True)
@@ -32,15 +28,12 @@ class Moment:
 
 
 class Ledger:
-    """What is alive in a walk, and the highest moment of each of its steps so far.
-
-    ``keeping``: whether a forward pass keeps anything for the backward pass; under checkpointing it does not.
-    """
+    """What is alive in a walk, and the highest moment of each of its steps so far."""
 
     def __init__(self) -> None:
         self._moments: list[Moment] = []
         self.live_bytes = 0
-        self.keeping = True
+        self._keeping = True
         self._alive: dict[Tensor, tuple[str, int]] = {}
         self._made = 0
         self._step = ""
@@ -57,18 +50,25 @@ class Ledger:
         self._close()
         self._step = outer
 
+    @contextlib.contextmanager
+    def keeping_nothing(self) -> Iterator[None]:
+        """A forward pass that is run again later: it keeps nothing for the backward pass."""
+        self._keeping = False
+        yield
+        self._keeping = True
+
     def make(self, name: str, size: int) -> Tensor:
         """A tensor of ``size`` bytes, alive until it is freed."""
         self._made += 1
         self._alive[self._made] = name, size
         self.live_bytes += size
         if self.live_bytes > self._highest:
-            self._highest, self._then = self.live_bytes, tuple(self._alive.values())
+            self._highest, self._then = self.live_bytes, self.alive()
         return self._made
 
     def keep(self, name: str, size: int) -> Tensor:
         """A tensor that is kept for the backward pass, of no bytes where nothing is kept."""
-        return self.make(name, size if self.keeping else 0)
+        return self.make(name, size if self._keeping else 0)
 
     def free(self, *tensors: Tensor) -> None:
         """These are alive no more."""
@@ -85,8 +85,7 @@ class Ledger:
 
     def take_moments(self) -> tuple[Moment, ...]:
         """The highest moments of the steps since the last call."""
-        moments = tuple(self._moments)
-        self._moments.clear()
+        moments, self._moments = tuple(self._moments), []
         return moments
 
     def _close(self) -> None:
@@ -118,9 +117,10 @@ class Part:
     def of(cls, name: str, walk: Walk, gradients: int, cached: int = 0) -> Part:
         """Walk forward, then backward."""
         ledger = Ledger()
-        saved = walk.forward(ledger)
+        passes = walk(ledger)
+        next(passes)
         kept, kept_bytes, forward = ledger.alive(), ledger.live_bytes, ledger.take_moments()
-        walk.backward(ledger, saved)
+        next(passes, None)
         backward = ledger.take_moments()
         assert not ledger.live_bytes, f"{name}: still alive after the backward pass: {ledger.alive()}"
         forward_peak, backward_peak = (max(moment.bytes for moment in passed) for passed in (forward, backward))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from llamatune.memory.attention import AttentionBytes
-from llamatune.memory.ledger import Ledger, Tensor
+from llamatune.memory.ledger import Ledger, Passes, Tensor
 from llamatune.memory.sizes import Sizes
-
-_INPUTS, _OPENING = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+from llamatune.shapes.config import GATE_UP_MODULES, QKV_MODULES
 
 
 def _kept_of_linear(z: Sizes, name: str, rows: int, item_bytes: int, leads_back: bool = True) -> int:
@@ -45,141 +43,106 @@ def _weight_gradient(ledger: Ledger, z: Sizes, name: str) -> None:
 
 
 def cached_casts(z: Sizes, names: Sequence[str]) -> int:
-    """The 16-bit copies of trained matrices that autocast keeps."""
-    if not z.autocast:
+    """The 16-bit copies of trained matrices that autocast keeps; lean blocks make their own."""
+    if z.lean or not z.autocast:
         return 0
     if z.trains_all:
         return sum(map(z.count, names)) * z.c if z.casts else 0
     return sum(z.R * sum(z.config.linear_shape(name)) * z.c for name in names if name in z.targets)
 
 
-class _SavedAttention(NamedTuple):
-    norm: list[Tensor]
-    projections: Tensor
-    inputs: Tensor
-    outputs: Tensor
-    o: Tensor
-
-
-class Attention:
+def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
     """Norm, q, k, v, rotation, attention, o and the residual addition; the last block continues with P rows."""
+    n, made, leads_back = z.P if last else z.N, AttentionBytes.of(z), z.trains_all or not first
+    N, D, c, s = z.N, z.D, z.c, z.s
+    x, norm = _norm(ledger, z, N, leads_back)
+    with ledger.step("q, k, v"):
+        keeps = _keeps_input(z, QKV_MODULES, s)
+        h = ledger.make("normed x", N * D * s)
+        kept = sum(_kept_of_linear(z, name, N, s, leads_back) for name in QKV_MODULES) + N * D * s * keeps
+        # cos and sin are cast for q and for k
+        projections = ledger.keep("of q, k, v", kept + (4 * N * z.config.head_dim * c if c < 4 else 0))
+        qkv = ledger.make("q, k, v", N * (z.Q + 2 * z.K) * c)
+    with ledger.step("rotation"):
+        ledger.use("rotated", 4 * N * z.Q * c)
+    with ledger.step("attention"):
+        made.forward(ledger)
+        ledger.free(qkv, h)
+        inputs = ledger.keep("q, k, v", made.inputs)
+        outputs = ledger.keep("output of attention", made.outputs)
+    with ledger.step("o, residual"):
+        flat = n * z.Q * c if last else made.flat
+        o = ledger.keep("of o_proj", _kept_of_linear(z, "o_proj", n, c) + flat * _keeps_input(z, ("o_proj",), c))
+        ledger.use("output of o_proj, its cast and the sum", n * D * (c + 2 * s))
+    ledger.free(x)
 
-    def __init__(self, z: Sizes, first: bool, last: bool) -> None:
-        self.z, self.last, self.bytes = z, last, AttentionBytes.of(z)
-        self.rows, self.leads_back = z.P if last else z.N, z.trains_all or not first
+    yield
 
-    def forward(self, ledger: Ledger) -> _SavedAttention:
-        z, n, made = self.z, self.rows, self.bytes
-        N, D, c, s = z.N, z.D, z.c, z.s
-        x, norm = _norm(ledger, z, N, self.leads_back)
-        with ledger.step("q, k, v"):
-            keeps = _keeps_input(z, _INPUTS, s)
-            h = ledger.make("normed x", N * D * s)
-            kept = sum(_kept_of_linear(z, name, N, s, self.leads_back) for name in _INPUTS) + N * D * s * keeps
-            # cos and sin are cast for q and for k
-            projections = ledger.keep("of q, k, v", kept + (4 * N * z.config.head_dim * c if c < 4 else 0))
-            qkv = ledger.make("q, k, v", N * (z.Q + 2 * z.K) * c)
-        with ledger.step("rotation"):
-            ledger.use("rotated", 4 * N * z.Q * c)
-        with ledger.step("attention"):
-            made.forward(ledger)
-            ledger.free(qkv, h)
-            inputs = ledger.keep("q, k, v", made.inputs)
-            outputs = ledger.keep("output of attention", made.outputs)
-        with ledger.step("o, residual"):
-            flat = n * z.Q * c if self.last else made.flat
-            o = ledger.keep("of o_proj", _kept_of_linear(z, "o_proj", n, c) + flat * _keeps_input(z, ("o_proj",), c))
-            ledger.use("output of o_proj, its cast and the sum", n * D * (c + 2 * s))
-        ledger.free(x)
-        return _SavedAttention(norm, projections, inputs, outputs, o)
-
-    def backward(self, ledger: Ledger, saved: _SavedAttention) -> None:
-        z, n, made, last = self.z, self.rows, self.bytes, self.last
-        N, D, c, s = z.N, z.D, z.c, z.s
-        dy = ledger.make("gradient of the half's output", n * D * s)
-        spread = ledger.make("gradient of every row", N * D * s if last else 0)
-        with ledger.step("o"):
-            cast = ledger.make("cast of the gradient", n * D * c if s != c else 0)
-            do = ledger.make("gradient of o_proj's input", n * z.Q * c)
-            # With dropout, the mask and what it left go as their gradients come.
-            lora = ledger.make(
-                "gradient of LoRA's input", n * z.Q * c if "o_proj" in z.targets and not z.dropout else 0
-            )
-            _weight_gradient(ledger, z, "o_proj")
-            ledger.free(cast, lora)
-        with ledger.step("attention"):
-            every_do = ledger.make("gradient of attention's output", N * z.Q * c if last else 0)
-            ledger.free(made.backward(ledger), saved.inputs, saved.outputs)
-        with ledger.step("rotation"):
-            dqkv = ledger.make("gradients of q, k, v", N * (z.Q + 2 * z.K) * c)
-            ledger.use("rotated", 4 * N * z.Q * c)
-            ledger.free(do, every_do, saved.o)
-        with ledger.step("q, k, v"):
-            dh = ledger.make("gradient of the normed x and its casts", N * D * (c + 2 * s))
-            lora = ledger.make("gradient of LoRA's input", N * D * s if z.targets.intersection(_INPUTS) else 0)
-            _weight_gradient(ledger, z, "q_proj")
-            ledger.free(dqkv, dh, lora, saved.projections)
-        _norm_backward(ledger, z, N)
-        ledger.free(dy, spread, *saved.norm)
+    dy = ledger.make("gradient of the half's output", n * D * s)
+    spread = ledger.make("gradient of every row", N * D * s if last else 0)
+    with ledger.step("o"):
+        cast = ledger.make("cast of the gradient", n * D * c if s != c else 0)
+        do = ledger.make("gradient of o_proj's input", n * z.Q * c)
+        # With dropout, the mask and what it left go as their gradients come.
+        lora = ledger.make("gradient of LoRA's input", n * z.Q * c if "o_proj" in z.targets and not z.dropout else 0)
+        _weight_gradient(ledger, z, "o_proj")
+        ledger.free(cast, lora)
+    with ledger.step("attention"):
+        every_do = ledger.make("gradient of attention's output", N * z.Q * c if last else 0)
+        ledger.free(made.backward(ledger), inputs, outputs)
+    with ledger.step("rotation"):
+        dqkv = ledger.make("gradients of q, k, v", N * (z.Q + 2 * z.K) * c)
+        ledger.use("rotated", 4 * N * z.Q * c)
+        ledger.free(do, every_do, o)
+    with ledger.step("q, k, v"):
+        dh = ledger.make("gradient of the normed x and its casts", N * D * (c + 2 * s))
+        lora = ledger.make("gradient of LoRA's input", N * D * s if z.targets.intersection(QKV_MODULES) else 0)
+        _weight_gradient(ledger, z, "q_proj")
+        ledger.free(dqkv, dh, lora, projections)
+    _norm_backward(ledger, z, N)
+    ledger.free(dy, spread, *norm)
 
 
-class _SavedFeedForward(NamedTuple):
-    norm: list[Tensor]
-    gate_up: Tensor
-    activated: Tensor
-    down: Tensor
-
-
-class FeedForward:
+def feed_forward(ledger: Ledger, z: Sizes, last: bool) -> Passes:
     """Norm, gate, up, SiLU, product, down and the residual addition."""
+    n = z.P if last else z.N
+    D, c, s, wide = z.D, z.c, z.s, n * z.F * z.c
+    x, norm = _norm(ledger, z, n)
+    with ledger.step("gate, up, SiLU"):
+        h = ledger.make("normed x", n * D * s)
+        kept = sum(_kept_of_linear(z, name, n, s) for name in GATE_UP_MODULES)
+        gate_up = ledger.keep("of gate_proj and up_proj", kept + n * D * s * _keeps_input(z, GATE_UP_MODULES, s))
+        activated = ledger.keep("gate, silu(gate) and up", 3 * wide)
+    with ledger.step("down"):
+        keeps = _keeps_input(z, ("down_proj",), c)
+        down = ledger.keep("of down_proj", _kept_of_linear(z, "down_proj", n, c) + wide * keeps)
+        product = ledger.make("silu(gate) up", 0 if keeps else wide)
+        ledger.use("output of down_proj", n * D * c)
+        ledger.free(h, product)
+    with ledger.step("residual"):
+        ledger.use("output of down_proj, its cast and the sum", n * D * (c + 2 * s))
+    ledger.free(x)
 
-    def __init__(self, z: Sizes, last: bool) -> None:
-        self.z, self.rows = z, z.P if last else z.N
-        self.wide = self.rows * z.F * z.c
+    yield
 
-    def forward(self, ledger: Ledger) -> _SavedFeedForward:
-        z, n, wide = self.z, self.rows, self.wide
-        D, c, s = z.D, z.c, z.s
-        x, norm = _norm(ledger, z, n)
-        with ledger.step("gate, up, SiLU"):
-            h = ledger.make("normed x", n * D * s)
-            kept = sum(_kept_of_linear(z, name, n, s) for name in _OPENING)
-            gate_up = ledger.keep("of gate_proj and up_proj", kept + n * D * s * _keeps_input(z, _OPENING, s))
-            activated = ledger.keep("gate, silu(gate) and up", 3 * wide)
-        with ledger.step("down"):
-            keeps = _keeps_input(z, ("down_proj",), c)
-            down = ledger.keep("of down_proj", _kept_of_linear(z, "down_proj", n, c) + wide * keeps)
-            product = ledger.make("silu(gate) up", 0 if keeps else wide)
-            ledger.use("output of down_proj", n * D * c)
-            ledger.free(h, product)
-        with ledger.step("residual"):
-            ledger.use("output of down_proj, its cast and the sum", n * D * (c + 2 * s))
-        ledger.free(x)
-        return _SavedFeedForward(norm, gate_up, activated, down)
-
-    def backward(self, ledger: Ledger, saved: _SavedFeedForward) -> None:
-        z, n, wide = self.z, self.rows, self.wide
-        D, c, s = z.D, z.c, z.s
-        dy = ledger.make("gradient of the half's output", n * D * s)
-        with ledger.step("down"):
-            cast = ledger.make("cast of the gradient", n * D * c if s != c else 0)
-            da = ledger.make("gradient of down_proj's input", wide)
-            lora = 0
-            if "down_proj" in z.targets:
-                lora = n * z.R * c + (0 if z.dropout else wide)
-            lora = ledger.make("gradient of LoRA's input", lora)
-            _weight_gradient(ledger, z, "down_proj")
-            ledger.free(cast, lora, saved.down)
-        with ledger.step("SiLU"):
-            ledger.use("gradients of gate and up", 2 * wide)
-            ledger.free(da)
-        with ledger.step("gate, up"):
-            dh = ledger.make("gradient of the normed x and its cast", n * D * (c + s))
-            lora = ledger.make("gradient of LoRA's input", n * D * s if z.targets.intersection(_OPENING) else 0)
-            _weight_gradient(ledger, z, "up_proj")
-            ledger.free(dh, lora, saved.activated, saved.gate_up)
-        _norm_backward(ledger, z, n)
-        ledger.free(dy, *saved.norm)
+    dy = ledger.make("gradient of the half's output", n * D * s)
+    with ledger.step("down"):
+        cast = ledger.make("cast of the gradient", n * D * c if s != c else 0)
+        da = ledger.make("gradient of down_proj's input", wide)
+        of_lora = n * z.R * c + (0 if z.dropout else wide) if "down_proj" in z.targets else 0
+        lora = ledger.make("gradient of LoRA's input", of_lora)
+        _weight_gradient(ledger, z, "down_proj")
+        ledger.free(cast, lora, down)
+    with ledger.step("SiLU"):
+        ledger.use("gradients of gate and up", 2 * wide)
+        ledger.free(da)
+    with ledger.step("gate, up"):
+        dh = ledger.make("gradient of the normed x and its cast", n * D * (c + s))
+        lora = ledger.make("gradient of LoRA's input", n * D * s if z.targets.intersection(GATE_UP_MODULES) else 0)
+        _weight_gradient(ledger, z, "up_proj")
+        ledger.free(dh, lora, activated, gate_up)
+    _norm_backward(ledger, z, n)
+    ledger.free(dy, *norm)
 
 
 def _norm(ledger: Ledger, z: Sizes, rows: int, leads_back: bool = True) -> tuple[Tensor, list[Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,7 @@ def plan_report(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu)
         "largest_row_tokens": largest(
             lambda tokens: fits(longer(tokens)), 1 << 20 if packing else config.max_position_embeddings
         ),
-        "remedies": [] if plan.fits else [remedy.facts() for remedy in remedies(spec, config, plan, cuda)],
+        "remedies": [] if plan.fits else [dataclasses.asdict(remedy) for remedy in remedies(spec, config, plan, cuda)],
     }
 
 

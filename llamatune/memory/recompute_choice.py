@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import math
 
 from llamatune.memory.step import Step
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
@@ -42,9 +42,6 @@ def cheapest_levels(step: Step, layers: int, limit: int) -> Levels:
 
 def recomputed_share(config: LlamaConfig, levels: Levels) -> float:
     """What the levels add to the products of a LoRA step: forward once, and once more to the gradient of the input."""
-    block = sum(_count(config, LINEAR_MODULES))
-    return sum(sum(_count(config, level.modules)) for level in levels) / (2 * block * len(levels))
-
-
-def _count(config: LlamaConfig, names: Sequence[str]) -> list[int]:
-    return [out * in_ for out, in_ in map(config.linear_shape, names)]
+    counts = {name: math.prod(config.linear_shape(name)) for name in LINEAR_MODULES}
+    again = sum(counts[name] for level in levels for name in level.modules)
+    return again / (2 * sum(counts.values()) * len(levels))

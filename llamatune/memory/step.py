@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 from llamatune.memory import lean_block, plain_block
-from llamatune.memory.checkpointing import Checkpointed
+from llamatune.memory.checkpointing import checkpointed
 from llamatune.memory.ledger import Moment, Part, Walk
-from llamatune.memory.loss import FrozenHead, TrainedHead
+from llamatune.memory.loss import frozen_head, trained_head
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.shapes.attention_kernels import Gpu
-from llamatune.shapes.config import ATTENTION_MODULES, FEED_FORWARD_MODULES, LlamaConfig
-from llamatune.shapes.levels import (
-    Levels,
-    Recompute,
-    checkpoints_attention,
-    checkpoints_feed_forward,
-    is_whole,
-    levels_of,
-)
+from llamatune.shapes.config import ATTENTION_MODULES, FEED_FORWARD_MODULES, LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.levels import ATTENTION_MODES, FEED_FORWARD_MODES, Levels, Recompute, is_whole, levels_of
 from llamatune.spec import RunSpec
 
 
@@ -47,11 +40,6 @@ class StepBytes:
     @property
     def peak(self) -> int:
         return sum(dataclasses.astuple(self))
-
-
-def step_bytes(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu, levels: Levels | None = None) -> StepBytes:
-    """The memory of a step whose micro-batches are ``rows``; ``levels`` in place of ``activation_checkpointing``'s."""
-    return Step(spec, config, rows, cuda).highest(levels)
 
 
 @dataclass(frozen=True)
@@ -83,16 +71,16 @@ class StepMoment:
 class _Placed(NamedTuple):
     """A part in one pass of a step: ``total`` is its highest moment with what is alive beside it.
 
-    ``gradients`` are those made so far; ``others`` what other parts keep, and casts that autocast keeps. ``layer`` is
-    one of ``layers``, which follow one another and are alike; the head counts as the layer behind the last.
+    ``gradients`` are the bytes of those made so far, ``others`` of the inputs and of the first ``below`` parts of the
+    step: what they keep, and in the forward pass the casts that autocast keeps. ``layer`` is None outside the blocks.
     """
 
     total: int
     gradients: int
     others: int
+    below: int
     phase: str
-    layer: int
-    layers: range
+    layer: int | None
     part: Part
 
 
@@ -103,10 +91,8 @@ class Step:
         z = self.z = Sizes(spec, config, rows, cuda)
         self.mode, self.layers = spec.training.activation_checkpointing, config.num_hidden_layers
         self._block = functools.cache(self._block_parts)
-        if not z.trains_all:
-            self._head = Part.of("head", FrozenHead(z), 0)
-        else:
-            self._head = Part.of("head", TrainedHead(z), 0 if config.tie_word_embeddings else z.V * z.D * 4)
+        head_gradients = z.V * z.D * 4 if z.trains_all and not config.tie_word_embeddings else 0
+        self._head = Part.of("head", partial(trained_head if z.trains_all else frozen_head, z=z), head_gradients)
         self._embedding = Part.moment(
             "embedding", "gradient", "gradients of the embedding and of x", z.N * z.D * z.s + z.V * z.D * 4
         )
@@ -114,6 +100,7 @@ class Step:
         # The angles of the rotation, token ids, labels and positions.
         self._inputs = 2 * z.N * config.head_dim * 4 + 4 * z.N * 8
         self._trained = 4 * sum(z.trained_counts)
+        self._adapter = 0 if z.trains_all else self._trained
 
     def highest(self, levels: Levels | None = None) -> StepBytes:
         """The bytes at the peak of a step whose blocks recompute ``levels``, by default the mode's."""
@@ -128,7 +115,7 @@ class Step:
             alike.setdefault((placed.phase, id(placed.part)), []).append(placed)
         moments = []
         for group in alike.values():
-            layers = tuple(sorted({layer for placed in group for layer in placed.layers if layer < self.layers}))
+            layers = tuple(sorted(placed.layer for placed in group if placed.layer is not None))
             top = max(group, key=itemgetter(0))
             for moment in top.part.forward if top.phase == "forward" else top.part.backward:
                 memory, alive = self._categories(top, moment.bytes), self._alive(top, moment, walk)
@@ -136,103 +123,81 @@ class Step:
         return moments
 
     def _walk(self, levels: Levels | None) -> list[_Placed]:
-        """Forward through the blocks and the head, back again, and over the update.
+        """Forward through the blocks and the head, back again, and over the update."""
+        parts = [*self._parts_of_blocks(levels), (None, self._head)]
+        gradients, others, cached = self._trained if self.z.accumulates else 0, self._inputs, 0
+        walk: list[_Placed] = []
 
-        From layer to layer of a run of like ones memory grows or shrinks evenly: the ends of the run are the highest.
-        """
-        accumulates, walk = self.z.accumulates, []
-        gradients, others, cached = self._trained if accumulates else 0, self._inputs, 0
+        def place(phase: str, beside: int, peak: int, below: int, layer: int | None, part: Part) -> None:
+            walk.append(_Placed(gradients + beside + peak, gradients, beside, below, phase, layer, part))
 
-        def place(phase: str, layer: int, layers: range, part: Part) -> None:
-            forward = phase == "forward"
-            peak, beside = part.forward_peak + cached if forward else part.backward_peak, others + cached * forward
-            walk.append(_Placed(gradients + others + peak, gradients, beside, phase, layer, layers, part))
-
-        runs = [*self._runs(levels), (range(self.layers, self.layers + 1), [self._head])]
-        for layers, parts in runs:
-            others += (len(layers) - 1) * sum(part.kept_bytes for part in parts)
-            cached += (len(layers) - 1) * sum(part.cached for part in parts)
-            for part in parts:
-                place("forward", layers[-1], layers, part)
-                others, cached = others + part.kept_bytes, cached + part.cached
-        for layers, parts in reversed(runs):
-            between = len(layers) - 2
-            for layer in sorted({layers[0], layers[-1]}, reverse=True):
-                for part in reversed(parts):
-                    others -= part.kept_bytes
-                    place("backward", layer, layers, part)
-                    gradients += 0 if accumulates else part.gradients
-                if layer == layers[-1] and between > 0:
-                    others -= between * sum(part.kept_bytes for part in parts)
-                    gradients += 0 if accumulates else between * sum(part.gradients for part in parts)
+        for below, (layer, part) in enumerate(parts):
+            place("forward", others + cached, part.forward_peak, below, layer, part)
+            others, cached = others + part.kept_bytes, cached + part.cached
+        for below, (layer, part) in reversed([*enumerate(parts)]):
+            others -= part.kept_bytes
+            place("backward", others, part.backward_peak, below, layer, part)
+            gradients += 0 if self.z.accumulates else part.gradients
         if self.z.trains_all:
-            place("backward", -1, range(0), self._embedding)
+            place("backward", others, self._embedding.backward_peak, 0, None, self._embedding)
         gradients = self._trained
-        place("update", -1, range(0), self._update)
+        place("update", others, self._update.backward_peak, 0, None, self._update)
         return walk
 
-    def _runs(self, levels: Levels | None) -> Iterator[tuple[range, list[Part]]]:
-        """Layers that follow one another and are alike, and their parts."""
-        chosen = levels_of(self.mode, self.layers) if levels is None else levels
+    def _parts_of_blocks(self, levels: Levels | None) -> Iterator[tuple[int, Part]]:
         special = not (self.z.lean or self.z.trains_all)  # no gradient leads behind the first of frozen plain blocks
-        kinds = [
-            (level, is_whole(self.mode, layer), special and layer == 0, layer == self.layers - 1)
-            for layer, level in enumerate(chosen)
-        ]
-        start = 0
-        for kind, run in itertools.groupby(kinds):
-            layers = range(start, start := start + len(list(run)))
-            yield layers, self._block(*kind)
+        for layer, level in enumerate(levels or levels_of(self.mode, self.layers)):
+            first, last = special and layer == 0, layer == self.layers - 1
+            for part in self._block(level, is_whole(self.mode, layer), first, last):
+                yield layer, part
 
     def _categories(self, placed: _Placed, size: int) -> StepBytes:
         """Of a moment of ``size`` bytes of a part. What it keeps counts as activations in the backward pass alone."""
         z = self.z
         kept = 0 if placed.phase == "forward" else placed.part.kept_bytes
-        adapter = 0 if z.trains_all else self._trained
-        return StepBytes(
-            z.weights, adapter, z.optimizer_state, placed.gradients, placed.others + kept, size - kept + z.unpacking
-        )
+        activations, temporary = placed.others + kept, size - kept + z.unpacking
+        return StepBytes(z.weights, self._adapter, z.optimizer_state, placed.gradients, activations, temporary)
 
     def _alive(self, placed: _Placed, moment: Moment, walk: Sequence[_Placed]) -> dict[str, int]:
         """The bytes of all that is alive at a moment of a part, by name."""
         z = self.z
         sizes = Counter({
-            "weights": z.weights, "adapter": 0 if z.trains_all else self._trained, "optimizer state": z.optimizer_state,
+            "weights": z.weights, "adapter": self._adapter, "optimizer state": z.optimizer_state,
             "gradients": placed.gradients, "buffer of unpacked weights": z.unpacking,
             "token ids, positions, labels, rotation": self._inputs})  # fmt: skip
-        before = True  # whether a part comes before this one in its layer
-        for other in walk[: [other.part.name for other in walk].index("head")]:
-            before &= other.layers != placed.layers or other.part is not placed.part
-            layers = len(range(other.layers.start, min(other.layers.stop, placed.layer)))
-            layers += before and placed.layer in other.layers
-            for name, size in other.part.kept:
-                sizes[f"kept by {other.part.name}: {name}"] += layers * size
-            sizes["casts that autocast keeps"] += layers * other.part.cached * (placed.phase == "forward")
+        for below in walk[: placed.below]:
+            for name, size in below.part.kept:
+                sizes[f"kept by {below.part.name}: {name}"] += size
+            sizes["casts that autocast keeps"] += below.part.cached * (placed.phase == "forward")
         for name, size in moment.tensors:
             sizes[name] += size
         return {name: size for name, size in sizes.items() if size}
 
     def _block_parts(self, level: Recompute, whole: bool, first: bool, last: bool) -> list[Part]:
         z = self.z
-        x, y = z.N * z.D * z.s, (z.P if last else z.N) * z.D * z.s
-        gradients = [z.gradients(names) for names in (ATTENTION_MODULES, FEED_FORWARD_MODULES)]
-        casts = [0, 0]
-        attention: Walk
-        feed_forward: Walk
         if z.lean:
-            attention = lean_block.Attention(z, last, level >= Recompute.PROJECTIONS)
-            feed_forward = lean_block.FeedForward(z, last, level >= Recompute.FEED_FORWARD)
+            attention = partial(lean_block.attention, z=z, last=last, recompute=level >= Recompute.PROJECTIONS)
+            feed_forward = partial(lean_block.feed_forward, z=z, last=last, recompute=level >= Recompute.FEED_FORWARD)
         else:
-            attention, feed_forward = plain_block.Attention(z, first, last), plain_block.FeedForward(z, last)
-            casts = [plain_block.cached_casts(z, names) for names in (ATTENTION_MODULES, FEED_FORWARD_MODULES)]
-        if whole or level == Recompute.BLOCK:
-            block = lean_block.RecomputedBlock(z, last) if z.lean else Checkpointed([attention, feed_forward], x)
-            return [Part.of("block", block, sum(gradients), sum(casts))]
-        halves: list[Walk] = [attention, feed_forward]
-        if checkpoints_attention(self.mode):
-            halves[0] = Checkpointed([attention], x)
-        if checkpoints_feed_forward(self.mode) and not z.lean:
-            halves[1] = Checkpointed([feed_forward], y)
-        # What autocast caches is kept anyway where nothing is run again.
-        casts = [cast if isinstance(half, Checkpointed) else 0 for cast, half in zip(casts, halves, strict=True)]
-        return [Part.of(*of) for of in zip(("attention", "feed-forward"), halves, gradients, casts, strict=True)]
+            attention = partial(plain_block.attention, z=z, first=first, last=last)
+            feed_forward = partial(plain_block.feed_forward, z=z, last=last)
+
+        def run_again(name: str, walks: list[Walk], modules: Sequence[str], rows: int) -> Part:
+            walk = partial(checkpointed, walks=walks, input_bytes=rows * z.D * z.s)
+            # What autocast caches is kept anyway where nothing is run again.
+            return Part.of(name, walk, z.gradients(modules), plain_block.cached_casts(z, modules))
+
+        if z.lean and level == Recompute.BLOCK:
+            block = partial(lean_block.recomputed_block, z=z, last=last)
+            return [Part.of("block", block, z.gradients(LINEAR_MODULES))]
+        if not z.lean and whole:
+            return [run_again("block", [attention, feed_forward], LINEAR_MODULES, z.N)]
+        halves = [
+            Part.of("attention", attention, z.gradients(ATTENTION_MODULES)),
+            Part.of("feed-forward", feed_forward, z.gradients(FEED_FORWARD_MODULES)),
+        ]
+        if self.mode in ATTENTION_MODES:
+            halves[0] = run_again("attention", [attention], ATTENTION_MODULES, z.N)
+        if self.mode in FEED_FORWARD_MODES and not z.lean:
+            halves[1] = run_again("feed-forward", [feed_forward], FEED_FORWARD_MODULES, z.P if last else z.N)
+        return halves

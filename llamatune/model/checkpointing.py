@@ -6,22 +6,18 @@ again by torch's checkpointing, as a whole or by halves.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llamatune.model.lean.block import LeanBlock
 from llamatune.model.transformer import Block, Context, Transformer
-from llamatune.shapes.levels import Levels, checkpoints_attention, checkpoints_feed_forward, is_whole, levels_of
+from llamatune.shapes.levels import ATTENTION_MODES, FEED_FORWARD_MODES, Levels, is_whole, levels_of
 
-
-def _recompute(function: Any, *args: Any) -> Tensor:
-    """Run a part of a block keeping its inputs only; backward runs it again, with the same dropout.
-
-    Non-reentrant: the reentrant kind gives no gradient, or a part of it, when the block's input needs none.
-    """
-    return checkpoint(function, *args, use_reentrant=False)  # type: ignore[no-any-return]
+# The reentrant kind gives no gradient, or a part of it, when the block's input needs none.
+_recompute: Callable[..., Tensor] = functools.partial(checkpoint, use_reentrant=False)
 
 
 class CheckpointedBlock(Block):
@@ -58,7 +54,7 @@ def apply_activation_checkpointing(model: Transformer, mode: str, lean: bool, le
         mode: one of ``shapes.levels.MODES``.
         lean: lean blocks, at ``levels`` if they are given, else at those of ``mode``.
     """
-    blocks, attention, feed_forward = model.model.layers, checkpoints_attention(mode), checkpoints_feed_forward(mode)
+    blocks, attention, feed_forward = model.model.layers, mode in ATTENTION_MODES, mode in FEED_FORWARD_MODES
     levels = levels_of(mode, len(blocks)) if levels is None else levels
     for index, block in enumerate(blocks):
         assert isinstance(block, Block)

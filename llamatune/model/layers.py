@@ -25,6 +25,12 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What products with ``x`` are computed in: autocast's dtype, or x's own outside autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class _UpcastLinear(torch.autograd.Function):
     """x W^T in x's precision with a frozen 16-bit W: one matrix is cast at a time, and none is kept for backward."""
 
@@ -83,9 +89,6 @@ class Dropout:
         return kept.div_(1 - self.p)
 
 
-NO_DROPOUT = Dropout()
-
-
 class QuantizedWeight(Protocol):
     """A frozen matrix in a packed form; calling it gives x W^T."""
 
@@ -130,7 +133,7 @@ class Linear(nn.Linear):
 
     def draw_dropout(self) -> Dropout:
         """The dropout of one pass."""
-        return NO_DROPOUT
+        return Dropout()
 
     def gradients(
         self, grad: Tensor, x: Tensor | None, dropout: Dropout, wants_input: bool

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamatune.model.compilable import compilable
-from llamatune.model.layers import linear, widened
+from llamatune.model.layers import linear, product_dtype, widened
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.limits import LOGITS_AT_ONCE
 
@@ -34,9 +34,7 @@ def summed_loss(
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         if weight.requires_grad:
             return F.cross_entropy(widened(linear(hidden, weight)), targets, reduction="sum")
-        return _FrozenHeadLoss.apply(  # type: ignore[no-any-return, no-untyped-call]
-            hidden, weight, targets, _product_dtype(hidden)
-        )
+        return _FrozenHeadLoss.apply(hidden, weight, targets)  # type: ignore[no-any-return, no-untyped-call]
 
     lengths = lengths or (input_ids.shape[1],) * len(input_ids)
     summed, _ = _of_predictions(model, input_ids, labels, lengths, loss)
@@ -53,7 +51,7 @@ def target_losses(
     """
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        W, step = weight.to(_product_dtype(hidden)), _chunk_rows(weight)
+        W, step = weight.to(product_dtype(hidden)), _chunk_rows(weight)
         losses = torch.zeros(len(targets), dtype=torch.float64)
         correct = torch.zeros(len(targets), dtype=torch.bool)
         for start in range(0, len(hidden), step):
@@ -98,12 +96,6 @@ def _of_predictions(
     return result, predicting
 
 
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """What the product with the head is computed in: autocast's dtype, or the states' own."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
 def _chunk_rows(head_weight: Tensor) -> int:
     return max(1, LOGITS_AT_ONCE[head_weight.device.type] // len(head_weight))
 
@@ -116,7 +108,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        dtype = product_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             W = weight.to(dtype)  # (V, D)
             wants_gradient = ctx.needs_input_grad[0]
@@ -134,9 +127,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
             return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None
 
 
 @compilable

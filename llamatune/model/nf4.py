@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from llamatune.model import blockwise
 from llamatune.model.blockwise import BlockwiseCode
 from llamatune.model.compilable import compilable, is_compiling
-from llamatune.model.layers import Linear
+from llamatune.model.layers import Linear, product_dtype
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.limits import WEIGHTS_AT_ONCE
 
@@ -82,7 +82,8 @@ class Scratch:
         if (device, dtype) not in self._pairs:
             levels = torch.tensor(LEVELS, dtype=dtype, device=device)
             table = torch.cartesian_prod(levels, levels).contiguous()  # (256, 2)
-            self._pairs[device, dtype] = table.view(_pair_dtype(dtype)).view(-1)
+            assert dtype.itemsize in (2, 4), f"no NF4 matrix is unpacked to {dtype}"
+            self._pairs[device, dtype] = table.view(torch.int32 if dtype.itemsize == 2 else torch.int64).view(-1)
         return self._pairs[device, dtype]
 
     def scales(self, device: torch.device) -> BlockwiseCode:
@@ -90,11 +91,6 @@ class Scratch:
         if device not in self._scales:
             self._scales[device] = BlockwiseCode(signed=True, device=device)
         return self._scales[device]
-
-
-def _pair_dtype(dtype: torch.dtype) -> torch.dtype:
-    assert dtype.itemsize in (2, 4), f"no NF4 matrix is unpacked to {dtype}"
-    return torch.int32 if dtype.itemsize == 2 else torch.int64
 
 
 class NF4Weight(nn.Module):
@@ -116,11 +112,6 @@ class NF4Weight(nn.Module):
     def device(self) -> torch.device:
         return self.codes.device
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the buffers."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
-
     def scales(self) -> Tensor:
         """The blocks' scales as read back, fp32 (blocks,)."""
         blocks = len(self.codes) * 2 // BLOCK
@@ -141,9 +132,7 @@ class NF4Weight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) W^T in autocast's dtype, or in x's own outside autocast."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return NF4Product.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+        return NF4Product.apply(x.to(product_dtype(x)), self)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class NF4Product(torch.autograd.Function):

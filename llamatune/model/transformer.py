@@ -174,20 +174,6 @@ class Transformer(nn.Module):
             read: gets the final-norm states (B, T, D), or (1, len(rows), D), and the weight of the head (V, D), which
                 is the embedding's where the two are tied.
         """
-        hidden = self._final_states(input_ids, positions, mask, cache, lengths, rows)
-        if self.lm_head is None:
-            return read(hidden, self.model.embed_tokens.weight)
-        return self.lm_head(hidden, read)
-
-    def _final_states(
-        self,
-        input_ids: Tensor,
-        positions: Tensor | None,
-        mask: Tensor | None,
-        cache: KVCache | None,
-        lengths: tuple[int, ...] | None,
-        rows: Tensor | None,
-    ) -> Tensor:
         x = self.model.embed_tokens(input_ids)  # (B, T, D)
         documents = None if lengths is None else Documents.of(lengths, self.device)
         if self.activation_dtype is not None:
@@ -202,4 +188,7 @@ class Transformer(nn.Module):
         *earlier, last = self.model.layers
         for block in earlier:
             x = block(x, context)
-        return self.model.norm(last(x, context, rows))  # type: ignore[no-any-return]
+        hidden = self.model.norm(last(x, context, rows))
+        if self.lm_head is None:
+            return read(hidden, self.model.embed_tokens.weight)
+        return self.lm_head(hidden, read)

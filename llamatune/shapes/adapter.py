@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -59,11 +58,9 @@ class AdapterSpec:
 
     def facts(self) -> dict[str, Any]:
         """As JSON; what plain LoRA does not use is left out."""
-        unused = [name for name in ("module_ranks", "module_alphas") if not getattr(self, name)]
-        unused += ["kind"] if self.kind == "lora" else []
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        kept = {name: value for name, value in values.items() if name not in unused}
-        return {**kept, "target_modules": list(self.target_modules)}
+        plain = {"kind": "lora", "module_ranks": (), "module_alphas": ()}
+        facts = vars(self) | {"target_modules": list(self.target_modules)}
+        return {name: value for name, value in facts.items() if name not in plain or value != plain[name]}
 
     def tensor_shapes(self, config: LlamaConfig, module: str) -> dict[str, tuple[int, ...]]:
         """The trained tensors of one linear layer by name; none if it is no target."""

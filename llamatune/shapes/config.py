@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from llamatune.errors import CheckpointError, SpecError
 
-ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-FEED_FORWARD_MODULES = ("gate_proj", "up_proj", "down_proj")
+QKV_MODULES, GATE_UP_MODULES = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+ATTENTION_MODULES = (*QKV_MODULES, "o_proj")
+FEED_FORWARD_MODULES = (*GATE_UP_MODULES, "down_proj")
 LINEAR_MODULES = ATTENTION_MODULES + FEED_FORWARD_MODULES
 """The seven linear layers of a block, in Hugging Face's names and order: what LoRA may target."""
 
@@ -110,7 +111,6 @@ PRESETS: dict[str, LlamaConfig] = {
 
 def preset(name: str) -> LlamaConfig:
     """A member of the family by name."""
-    try:
-        return PRESETS[name]
-    except KeyError:
-        raise SpecError(f"unknown preset {name!r}", "--preset", f"there are {', '.join(PRESETS)}") from None
+    if name not in PRESETS:
+        raise SpecError(f"unknown preset {name!r}", "--preset", f"there are {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class ParameterCount:
         )
 
 
+@functools.cache
 def count_parameters(config: LlamaConfig, adapter: AdapterSpec | None = None) -> ParameterCount:
     """Count a model with an adapter, or without one, when every parameter is trained."""
     modules: dict[str, dict[str, int]] = {}

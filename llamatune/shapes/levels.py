@@ -8,10 +8,12 @@ from __future__ import annotations
 import enum
 import re
 
-from llamatune.shapes.config import LINEAR_MODULES
+from llamatune.shapes.config import ATTENTION_MODULES, GATE_UP_MODULES, QKV_MODULES
 
 MODES = ("none", "block", "every_2 ... every_N", "attention", "feed_forward", "sublayer", "projections")
 """What ``training.activation_checkpointing`` may be."""
+ATTENTION_MODES, FEED_FORWARD_MODES = ("attention", "sublayer"), ("feed_forward", "sublayer")
+"""The modes that compute the attention half, or the feed-forward half, again as a whole, norm included."""
 
 
 class Recompute(enum.IntEnum):
@@ -33,9 +35,8 @@ class Recompute(enum.IntEnum):
     @property
     def modules(self) -> tuple[str, ...]:
         """The linear layers whose products are computed again."""
-        opening = ("gate_proj", "up_proj")
-        everything = tuple(name for name in LINEAR_MODULES if name != "down_proj")
-        return ((), opening, ("q_proj", "k_proj", "v_proj", *opening), everything)[self]
+        all_but_down = (*ATTENTION_MODULES, *GATE_UP_MODULES)
+        return ((), GATE_UP_MODULES, (*QKV_MODULES, *GATE_UP_MODULES), all_but_down)[self]
 
 
 Levels = tuple[Recompute, ...]
@@ -57,20 +58,10 @@ def period_of(mode: str) -> int:
     return int(mode.removeprefix("every_")) if mode.startswith("every_") else 1
 
 
-def checkpoints_attention(mode: str) -> bool:
-    """Whether ``mode`` computes the attention half again as a whole, norm included."""
-    return mode in ("attention", "sublayer")
-
-
-def checkpoints_feed_forward(mode: str) -> bool:
-    """Whether ``mode`` computes the feed-forward half again as a whole, norm included."""
-    return mode in ("feed_forward", "sublayer")
-
-
 def levels_of(mode: str, layers: int) -> Levels:
     """The level of each lean block under ``mode``."""
     level = Recompute.NOTHING
-    if checkpoints_feed_forward(mode):
+    if mode in FEED_FORWARD_MODES:
         level = Recompute.FEED_FORWARD
     elif mode == "projections":
         level = Recompute.PROJECTIONS

@@ -7,7 +7,7 @@ import itertools
 import pytest
 from step_tools import spec_of
 
-from llamatune.memory.ledger import Ledger, Part, Tensor
+from llamatune.memory.ledger import Ledger, Part, Passes
 from llamatune.memory.sizes import Rows
 from llamatune.memory.step import Step
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
@@ -42,20 +42,18 @@ def test_the_highest_moment_of_each_step_and_what_is_alive_there() -> None:
         ledger.free(k)
 
 
-class Leaky:
-    def forward(self, ledger: Ledger) -> Tensor:
-        with ledger.step("make"):
-            return ledger.keep("kept", 4)
-
-    def backward(self, ledger: Ledger, saved: Tensor) -> None:
-        with ledger.step("back"):
-            ledger.make("forgotten", 2)
-        ledger.free(saved)
+def leaky(ledger: Ledger) -> Passes:
+    with ledger.step("make"):
+        kept = ledger.keep("kept", 4)
+    yield
+    with ledger.step("back"):
+        ledger.make("forgotten", 2)
+    ledger.free(kept)
 
 
 def test_a_walk_that_frees_less_than_it_makes_is_refused() -> None:
     with pytest.raises(AssertionError, match="forgotten"):
-        Part.of("leaky", Leaky(), gradients=0)
+        Part.of("leaky", leaky, gradients=0)
 
 
 @pytest.mark.parametrize("mode", ["none", "block", "every_2", "attention", "feed_forward", "sublayer", "projections"])

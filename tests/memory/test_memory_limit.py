@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from run_tools import StopAfter, assert_same_outcome, files, losses, make_spec, run_and_record
-from step_tools import spec_of
+from step_tools import spec_of, step_bytes
 
 from llamatune.errors import SpecError, Stopped
 from llamatune.events import Notice
@@ -18,7 +18,6 @@ from llamatune.memory.plan_report import largest
 from llamatune.memory.recompute_choice import recomputed_share
 from llamatune.memory.remedies import remedies
 from llamatune.memory.sizes import Rows
-from llamatune.memory.step import step_bytes
 from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig
 from llamatune.shapes.levels import Recompute
 from llamatune.spec import RunSpec

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from step_tools import step_bytes
 
 from llamatune import cli
 from llamatune.data.batches import open_prepared
 from llamatune.errors import DataError
 from llamatune.formats.prepared import read_lengths
 from llamatune.memory.plan import heaviest_rows
-from llamatune.memory.step import step_bytes
 from llamatune.shapes.config import PRESETS
 from llamatune.spec import build_spec, load_spec
 from llamatune.training.run import plan_training

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from step_tools import real_step, spec_of
+from step_tools import real_step, spec_of, step_bytes
 
 from llamatune.benchmarking import step_meter
 from llamatune.benchmarking.step_meter import even_batch
 from llamatune.data.batches import Batch
 from llamatune.memory.sizes import Rows, Sizes
-from llamatune.memory.step import step_bytes
 from llamatune.model import attention
 from llamatune.shapes import limits
 from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig

@@ -13,7 +13,11 @@ from llamatune.benchmarking import step_meter
 from llamatune.benchmarking.step_meter import StorageMeter
 from llamatune.data.batches import Batch
 from llamatune.events import ignore_event, never_stop
+from llamatune.memory.sizes import Rows
+from llamatune.memory.step import Step, StepBytes
+from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.levels import Levels
 from llamatune.spec import RunSpec, TrainingSection
 from llamatune.training.learner import Learner, build_learner
 from llamatune.training.update import make_update
@@ -35,6 +39,11 @@ def spec_of(targets: Sequence[str], checkpointing: str = "none", dropout: float 
     if targets:
         values["lora"] = {"r": 16, "dropout": dropout, "target_modules": list(targets)}
     return RunSpec.model_validate(values)
+
+
+def step_bytes(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu, levels: Levels | None = None) -> StepBytes:
+    """The predicted memory of a step whose micro-batches are ``rows``."""
+    return Step(spec, config, rows, cuda).highest(levels)
 
 
 def real_step(spec: RunSpec, config: LlamaConfig, batch: Batch) -> tuple[int, StorageMeter]:

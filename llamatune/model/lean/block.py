@@ -6,11 +6,13 @@ was computed before.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
-from llamatune.model.lean.halves import attended, attention_parts, fed_forward, feed_forward_parts, projected
+from llamatune.model.lean.halves import LeanFeedForward, attended, projected, projections
 from llamatune.model.lean.pieces import trained_by
-from llamatune.model.lean.recomputed import RecomputedBlock, RecomputedProjections
+from llamatune.model.lean.recomputed import RecomputedBlock, RecomputedProjections, first_half
 from llamatune.model.transformer import Block, Context
 from llamatune.shapes.levels import Recompute
 
@@ -23,23 +25,30 @@ class LeanBlock(Block):
         self.recompute = recompute
 
     def attend(self, x: Tensor, context: Context, rows: Tensor | None) -> Tensor:
-        row, parts = _only_row(x), attention_parts(self)
+        parts = projections(self.self_attn)
+        run = partial(attended, self, context, rows, parts)
         if self.recompute >= Recompute.PROJECTIONS:
-            trained = trained_by(parts[:3])
-            o = RecomputedProjections.apply(row, self, context, rows, parts, *trained)  # type: ignore[no-untyped-call]
+            inputs = parts[:3]
+            o = RecomputedProjections.apply(_only_row(x), run, inputs, *trained_by(inputs))  # type: ignore[no-untyped-call]
         else:
-            o = attended(self, row, context, rows, parts)
+            o = run(_only_row(x))
         return projected(o, parts[3])[None]
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return fed_forward(self, _only_row(x), self.recompute >= Recompute.FEED_FORWARD)[None]
+        norm, parts, recompute = self.post_attention_layernorm, projections(self.mlp), self.recompute
+        y = LeanFeedForward.apply(  # type: ignore[no-untyped-call]
+            _only_row(x), norm, parts, recompute >= Recompute.FEED_FORWARD, *trained_by(parts)
+        )
+        return y[None]  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
         if self.recompute is not Recompute.BLOCK:
             return super().forward(x, context, rows)
-        attention, last = attention_parts(self), feed_forward_parts(self)
-        trained = trained_by((*attention, *last))
-        y = RecomputedBlock.apply(_only_row(x), self, context, rows, attention, last, *trained)  # type: ignore[no-untyped-call]
+        first, last = projections(self.self_attn), projections(self.mlp)
+        run_first = partial(first_half, self, context, rows, first)
+        y = RecomputedBlock.apply(  # type: ignore[no-untyped-call]
+            _only_row(x), run_first, self.post_attention_layernorm, first, last, *trained_by((*first, *last))
+        )
         return y[None]  # type: ignore[no-any-return]
 
 

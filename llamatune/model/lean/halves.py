@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llamatune.model.attention import attend
-from llamatune.model.layers import RMSNorm, Trained, swiglu
+from llamatune.model.layers import Linear, RMSNorm, Trained, product_dtype, swiglu
 from llamatune.model.lean.pieces import (
     Projection,
     normalise,
@@ -28,14 +28,8 @@ from llamatune.model.lean.pieces import (
     trained_by,
 )
 from llamatune.model.rope import Rotation
-from llamatune.model.transformer import Block, Context, select_rows
+from llamatune.model.transformer import Attention, Block, Context, FeedForward, select_rows
 from llamatune.shapes import limits
-
-
-def computing_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's dtype, or x's own outside autocast."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _AttentionInput(torch.autograd.Function):
@@ -46,7 +40,7 @@ class _AttentionInput(torch.autograd.Function):
         ctx: Any, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], rotation: Rotation, head_dim: int,
         *trained: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        dtype = computing_dtype(x)
+        dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             h = normalise(x, norm, dtype)
             outputs = tuple(part(h) for part in parts)
@@ -81,7 +75,7 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, part: Projection, *trained: Tensor) -> Tensor:
-        dtype = computing_dtype(x)
+        dtype = product_dtype(x)
         ctx.save_for_backward(x)
         ctx.settings = part, dtype
         with torch.autocast(x.device.type, enabled=False):
@@ -157,14 +151,14 @@ def feed_forward_gradients(
     return dx, total
 
 
-class _FeedForward(torch.autograd.Function):
+class LeanFeedForward(torch.autograd.Function):
     """Norm, gate, up, SiLU, product and down with their adapters; kept are x, and gate and up unless ``recompute``."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], recompute: bool, *trained: Tensor
     ) -> Tensor:
-        dtype = computing_dtype(x)
+        dtype = product_dtype(x)
         kept: list[Tensor] = []
         if not recompute:
             kept += [torch.empty(len(x), part.layer.out_features, dtype=dtype, device=x.device) for part in parts[:2]]
@@ -184,32 +178,25 @@ class _FeedForward(torch.autograd.Function):
         return dx if ctx.needs_input_grad[0] else None, None, None, None, *trained
 
 
-def attention_parts(block: Block) -> tuple[Projection, ...]:
-    """q, k, v and o, their dropout drawn: whoever runs them again drops the same."""
-    module = block.self_attn
-    return tuple(Projection.of(layer) for layer in (module.q_proj, module.k_proj, module.v_proj, module.o_proj))
-
-
-def feed_forward_parts(block: Block) -> tuple[Projection, ...]:
-    """gate, up and down, likewise."""
-    module = block.mlp
-    return tuple(Projection.of(layer) for layer in (module.gate_proj, module.up_proj, module.down_proj))
+def projections(half: Attention | FeedForward) -> tuple[Projection, ...]:
+    """The linear layers of a half, their dropout drawn: whoever runs them again drops the same."""
+    return tuple(Projection(layer, layer.draw_dropout()) for layer in half.children() if isinstance(layer, Linear))
 
 
 def attended(
     block: Block,
-    x: Tensor,
     context: Context,
     rows: Tensor | None,
     parts: Sequence[Projection],
+    x: Tensor,
     around: contextlib.AbstractContextManager[object] = contextlib.nullcontext(),  # noqa: B008 - it has no state
 ) -> Tensor:
     """Norm, q, k, v, rotation and attention, the latter inside ``around``: (N, D) -> (N or len(rows), H * E)."""
-    module, inputs = block.self_attn, parts[:3]
+    head_dim, inputs = block.self_attn.head_dim, parts[:3]
     q, k, v = _AttentionInput.apply(  # type: ignore[no-untyped-call]
-        x, block.input_layernorm, inputs, context.rotation, module.head_dim, *trained_by(inputs)
+        x, block.input_layernorm, inputs, context.rotation, head_dim, *trained_by(inputs)
     )
-    q, k, v = (y.view(1, len(y), -1, module.head_dim).transpose(1, 2) for y in (q, k, v))  # (1, H or K, N, E)
+    q, k, v = (y.view(1, len(y), -1, head_dim).transpose(1, 2) for y in (q, k, v))  # (1, H or K, N, E)
     with around:
         o = attend(q, k, v, None, context.documents)  # (1, H, N, E)
     return select_rows(o.transpose(1, 2).flatten(2), rows)[0]
@@ -218,11 +205,3 @@ def attended(
 def projected(o: Tensor, by: Projection) -> Tensor:
     """o_proj, (N, H * E) -> (N, D)."""
     return _Projected.apply(o, by, *by.trained)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def fed_forward(block: Block, x: Tensor, recompute: bool) -> Tensor:
-    """Norm, gate, up, SiLU, product and down: (N, D) -> (N, D)."""
-    parts = feed_forward_parts(block)
-    return _FeedForward.apply(  # type: ignore[no-any-return, no-untyped-call]
-        x, block.post_attention_layernorm, parts, recompute, *trained_by(parts)
-    )

@@ -25,11 +25,6 @@ class Projection:
     layer: Linear
     dropout: Dropout
 
-    @staticmethod
-    def of(layer: Linear) -> Projection:
-        """Draw the dropout of a pass."""
-        return Projection(layer, layer.draw_dropout())
-
     @property
     def trained(self) -> Trained:
         """The adapter's tensors, none where the layer is not adapted."""

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from llamatune.model.lean.halves import (
-    attended,
-    computing_dtype,
-    feed_forward,
-    feed_forward_gradients,
-    projected,
-)
+from llamatune.model.layers import RMSNorm, product_dtype
+from llamatune.model.lean.halves import attended, feed_forward, feed_forward_gradients, projected
 from llamatune.model.lean.pieces import Projection, tiles, trained_by
 from llamatune.model.transformer import Block, Context, select_rows
 from llamatune.shapes import limits
@@ -35,45 +31,48 @@ def _is_attention_kernel(_: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoi
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _backward(y: Tensor, grad: Tensor, x: Tensor, trained: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients with respect to x and the trained tensors, None for what wants none."""
-    sources = (x, *trained)
+def _remember(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], *settings: Any) -> None:
+    """Keep x alone, and what ``_run_again`` and the backward pass need to know."""
+    ctx.save_for_backward(x)
+    ctx.run, ctx.settings = run, settings
+    ctx.dtype, ctx.autocast = product_dtype(x), torch.is_autocast_enabled(x.device.type)
+
+
+def _run_again(ctx: Any) -> tuple[Tensor, Tensor]:
+    """x as a leaf, and the part of the block that starts at it, run under the autocast of the forward pass."""
+    x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
+    with torch.enable_grad(), torch.autocast(x.device.type, ctx.dtype, enabled=ctx.autocast):
+        return x, ctx.run(x)
+
+
+def _backward(y: Tensor, grad: Tensor, x: Tensor, parts: Sequence[Projection]) -> list[Tensor | None]:
+    """Gradients with respect to x and the trained tensors of ``parts``, None for what wants none."""
+    sources = (x, *trained_by(parts))
     wanted = [source for source in sources if source.requires_grad]
     gradients = iter(torch.autograd.grad(y, wanted, grad) if wanted else ())
     return [next(gradients) if source.requires_grad else None for source in sources]
 
 
 class RecomputedProjections(torch.autograd.Function):
-    """Norm, q, k, v, rotation and attention; kept are x and what the attention kernel returned.
+    """``attended`` of which x and what the attention kernel returned are kept; ``parts`` are q, k and v.
 
     Where attention is not one kernel (short samples in bf16 on a CPU) it is computed again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        block: Block,
-        context: Context,
-        rows: Tensor | None,
-        parts: Sequence[Projection],
-        *trained: Tensor,
+        ctx: Any, x: Tensor, run: Callable[..., Tensor], parts: Sequence[Projection], *trained: Tensor
     ) -> Tensor:
         keeping, giving_back = create_selective_checkpoint_contexts(_is_attention_kernel)  # type: ignore[no-untyped-call]
-        autocast = torch.is_autocast_enabled(x.device.type)
-        ctx.save_for_backward(x)
-        ctx.settings = block, context, rows, parts, giving_back, autocast, computing_dtype(x)
+        _remember(ctx, x, partial(run, around=giving_back), parts)
         with torch.enable_grad():  # without, some kernels leave out what their gradients need
-            return attended(block, x.detach().requires_grad_(), context, rows, parts, keeping).detach()
+            return run(x.detach().requires_grad_(), around=keeping).detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        block, context, rows, parts, giving_back, autocast, dtype = ctx.settings
-        x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
-        with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=autocast):
-            o = attended(block, x, context, rows, parts, giving_back)
-        dx, *trained = _backward(o, grads[0], x, trained_by(parts[:3]))
-        return dx, None, None, None, None, *trained
+        x, o = _run_again(ctx)
+        dx, *trained = _backward(o, grads[0], x, *ctx.settings)
+        return dx, None, None, *trained
 
 
 class RecomputedBlock(torch.autograd.Function):
@@ -83,36 +82,29 @@ class RecomputedBlock(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        block: Block,
-        context: Context,
-        rows: Tensor | None,
-        attention: Sequence[Projection],
+        run_first: Callable[[Tensor], Tensor],
+        norm: RMSNorm,
+        first: Sequence[Projection],
         last: Sequence[Projection],
         *trained: Tensor,
     ) -> Tensor:
-        dtype = computing_dtype(x)
-        ctx.save_for_backward(x)
-        ctx.settings = block, context, rows, attention, last, dtype, torch.is_autocast_enabled(x.device.type)
-        middle = _first_half(block, x, context, rows, attention)
-        norm = block.post_attention_layernorm
+        _remember(ctx, x, run_first, norm, first, last)
+        middle = run_first(x)
         with torch.autocast(x.device.type, enabled=False):
             starts = range(0, len(middle), limits.TILE_TOKENS)
             for start, tile in zip(starts, tiles(middle), strict=True):
-                tile.add_(feed_forward(tile, norm, last, dtype, start))
+                tile.add_(feed_forward(tile, norm, last, ctx.dtype, start))
         return middle
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        block, context, rows, attention, last, dtype, autocast = ctx.settings
-        x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
-        with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=autocast):
-            middle = _first_half(block, x, context, rows, attention)
-        norm = block.post_attention_layernorm
-        dmiddle, trained_last = feed_forward_gradients(grads[0], middle.detach(), norm, last, (), dtype)
-        dx, *trained_first = _backward(middle, dmiddle.add_(grads[0]), x, trained_by(attention))
-        return dx, None, None, None, None, None, *trained_first, *trained_last
+        norm, first, last = ctx.settings
+        x, middle = _run_again(ctx)
+        dmiddle, trained_last = feed_forward_gradients(grads[0], middle.detach(), norm, last, (), ctx.dtype)
+        dx, *trained_first = _backward(middle, dmiddle.add_(grads[0]), x, first)
+        return dx, None, None, None, None, *trained_first, *trained_last
 
 
-def _first_half(block: Block, x: Tensor, context: Context, rows: Tensor | None, parts: Sequence[Projection]) -> Tensor:
+def first_half(block: Block, context: Context, rows: Tensor | None, parts: Sequence[Projection], x: Tensor) -> Tensor:
     """x + attention(norm(x)), (N, D) -> (N or len(rows), D)."""
-    return select_rows(x[None], rows)[0] + projected(attended(block, x, context, rows, parts), parts[3])
+    return select_rows(x[None], rows)[0] + projected(attended(block, context, rows, parts, x), parts[3])
