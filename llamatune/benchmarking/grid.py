@@ -148,7 +148,7 @@ def parse_axis(text: str) -> Axis:
     return Axis(key, parsed)
 
 
-def expand(values: Any, where: object, overrides: Sequence[str], grid: Grid) -> list[Cell]:
+def expand(values: dict[str, Any], where: object, overrides: Sequence[str], grid: Grid) -> list[Cell]:
     """A cell for every combination, the last axis varying fastest. ``values`` are those of the spec file.
 
     ``overrides`` are the user's, applied after the grid's own and before the axes' values.
@@ -169,14 +169,14 @@ def expand(values: Any, where: object, overrides: Sequence[str], grid: Grid) -> 
     return cells
 
 
-def _build_spec(values: Any, where: object, overrides: list[str], settings: Mapping[str, str]) -> RunSpec:
+def _build_spec(values: dict[str, Any], where: object, overrides: list[str], settings: Mapping[str, str]) -> RunSpec:
     assignments = [f"{key}={value}" for key, value in settings.items() if key not in (LORA, BATCH)]
     if BATCH in settings:
         micro, accumulated = _batch_sizes(settings[BATCH])
         assignments += [f"training.micro_batch_size={micro}", f"training.gradient_accumulation_steps={accumulated}"]
-    if isinstance(values, dict) and settings.get(LORA) == "on":
+    if settings.get(LORA) == "on":
         values.setdefault("lora", {})
-    if isinstance(values, dict) and settings.get(LORA) == "off":
+    if settings.get(LORA) == "off":
         values.pop("lora", None)
         overrides = [override for override in overrides if not override.startswith("lora.")]
         if meaningless := [key for key in settings if key.startswith("lora.")]:

@@ -15,7 +15,7 @@ import torch
 
 from llamatune.benchmarking.category_meter import CategoryMeter
 from llamatune.data.batches import Batch, Windows
-from llamatune.devices import capability_of
+from llamatune.devices import capability_of, memory_size_bytes
 from llamatune.errors import NumericsError
 from llamatune.events import ignore_event, never_stop
 from llamatune.inference.evaluate import held_out_loss
@@ -111,8 +111,9 @@ class Trial:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         meter = self.meter(limit_bytes)
-        inputs = (ids for window in batches for batch in window for ids in (batch.input_ids, batch.labels))
-        meter.assign("temporary", inputs)
+        meter.assign(
+            "temporary", (x for window in batches for batch in window for x in (batch.input_ids, batch.labels))
+        )
         with compiling(False), meter:
             for window, micro_batches in zip(chosen, batches, strict=True):
                 self.update(micro_batches, window, len(done.seconds))
@@ -145,9 +146,7 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
     """
     limit, device = task.memory_limit_bytes, inputs.device
     if limit is not None and device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        total = torch.cuda.get_device_properties(index).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), index)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / memory_size_bytes(device)), device.index)
     facts: dict[str, Any] = {}
     losses, held_out = [], []
     if task.spec.training.compile:

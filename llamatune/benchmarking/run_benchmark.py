@@ -96,7 +96,7 @@ def _claim(output: Path, overwrite: bool) -> None:
 def _outcome(plan: PlannedCell, output: Path, should_stop: ShouldStop) -> dict[str, Any]:
     """The cell's outcome from the directory, or by measuring it."""
     if plan.task is None:
-        return {"status": "refused", "reason": plan.refusal}
+        return {"status": "refused", "reason": plan.cell.refusal}
     path = output / _CELLS / f"{plan.identity}.json"
     if path.is_file():
         earlier = read_json(path)

@@ -17,7 +17,7 @@ from llamatune.options.inference import MergeOptions, ModelSource, Sampling
 from llamatune.options.preparation import PrepareOptions
 from llamatune.shapes.counts import count_parameters
 from llamatune.spec import RunSpec, build_spec
-from llamatune.strict_yaml import parse_yaml
+from llamatune.strict_yaml import read_yaml
 from llamatune.training.run import train
 
 MATERIAL = Path(str(resources.files("llamatune.demo")))
@@ -54,8 +54,7 @@ class DemoReport:
 
 def demo_spec(output: Path) -> RunSpec:
     """The spec of the demo's LoRA run, which writes below ``output``."""
-    text = (MATERIAL / "finetune.yaml").read_text(encoding="utf-8")
-    values = parse_yaml(text, MATERIAL / "finetune.yaml")
+    values = read_yaml(MATERIAL / "finetune.yaml")
     values["model"]["path"] = str(MATERIAL / "base")
     values["data"]["train"] = str(output / "prepared")
     values["training"]["output_dir"] = str(output / "run")
@@ -100,17 +99,12 @@ def run_demo(output: Path, on_event: OnEvent = ignore_event, should_stop: Should
         HeldOut(row["instruction"], row["output"], both.base_completion or "", both.completion, last.completion)
         for row, both, last in zip(held_out, compared, of_merged, strict=True)
     ]
-
-    def exact_match(kind: str) -> float:
-        return 100 * Accuracy.of(getattr(row, kind) == row.expected for row in answers).fraction
-
+    right = [Accuracy.of(getattr(row, kind) == row.expected for row in answers) for kind in ("base", "tuned", "merged")]
     return DemoReport(
         str(output),
         summary["trainable_parameters"],
         count.base_parameters,
-        exact_match("base"),
-        exact_match("tuned"),
-        exact_match("merged"),
+        *(100 * accuracy.fraction for accuracy in right),
         summary["runtime_s"],
         summary["peak_memory_bytes"],
         answers,
