@@ -6,6 +6,7 @@ Loads no torch.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,9 +121,7 @@ def _effect(key: str, off: str, on: str, pairs: list[Pair], spreads: Sequence[fl
 
 def _sign(quantity: str, change: float) -> int:
     """-1, 0 or 1; always 0 for categories and the loss."""
-    if abs(change) <= _TOLERANCE.get(quantity, float("inf")):
-        return 0
-    return 1 if change > 0 else -1
+    return 0 if abs(change) <= _TOLERANCE.get(quantity, math.inf) else 1 if change > 0 else -1
 
 
 def _sign_sentence(quantity: str, pairs: list[Pair]) -> str:
@@ -169,9 +168,9 @@ def _casts_sentence(pairs: list[Pair]) -> str | None:
     most = max(pairs, key=lambda pair: pair.changes["casts"])
     if most.changes["casts"] < _LEAST_REPORTED:
         return None
-    where = in_words(most.others)
+    where = f" ({in_words(most.others)})" if most.others else ""
     return (
         "copies of weights in the dtype of the products, which autocast and autograd keep, add up to "
-        f"{most.changes['casts']:.1f} % of the peak{f' ({where})' if where else ''}, "
+        f"{most.changes['casts']:.1f} % of the peak{where}, "
         f"while activations change by {most.changes['activations']:+.1f}"
     )

@@ -6,7 +6,7 @@ import copy
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llamatune.errors import SpecError
@@ -102,9 +102,7 @@ class Grid:
 
     def with_axes(self, axes: Sequence[Axis]) -> Grid:
         """Replace axes of the same key and append the others."""
-        given = {axis.key: axis for axis in axes}
-        kept = [given.pop(axis.key, axis) for axis in self.axes]
-        return Grid((*kept, *given.values()), self.fixed)
+        return replace(self, axes=tuple({axis.key: axis for axis in (*self.axes, *axes)}.values()))
 
 
 def preset_grid(name: str, cuda: bool) -> Grid:

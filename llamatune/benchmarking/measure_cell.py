@@ -144,19 +144,19 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
         OutOfMemory: on the device, on the host, or by ``memory_limit_bytes``, which limits what the allocator reserves
             on CUDA, and live tensors on a CPU (checked in the first window and in the heaviest ones).
     """
-    limit, device = task.memory_limit_bytes, inputs.device
+    limit, device, train = task.memory_limit_bytes, inputs.device, inputs.prepared.train
     if limit is not None and device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / memory_size_bytes(device)), device.index)
     facts: dict[str, Any] = {}
     losses, held_out = [], []
     if task.spec.training.compile:
         check_compiler(device)
-    threads = suitable_threads(inputs.config, micro_batch_tokens(task.spec, inputs.prepared.train))
+    threads = suitable_threads(inputs.config, micro_batch_tokens(task.spec, train))
     with memory_faults(device, ""), compiling(task.spec.training.compile), threads:
         for number, seed in enumerate(task.seeds):
             training = task.spec.training.model_copy(update={"seed": seed})
             spec = task.spec.model_copy(update={"training": training})
-            trial = Trial(spec, inputs, plan_schedule(spec, inputs.prepared.train))
+            trial = Trial(spec, inputs, plan_schedule(spec, train))
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             limited = number == 0 and limit is not None and device.type == "cpu"
@@ -173,9 +173,12 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
                 facts["threads"] = torch.get_num_threads()
             del trial
             gc.collect()  # before the next model is built: two may not fit
+    # What plan-memory predicts for the heaviest rows of the data, whether or not the steps saw them.
+    rows = heaviest_rows(train.lengths, train.target_counts, task.spec)
+    plan = plan_memory(task.spec, inputs.config, rows, capability_of(device), limit_of(task.spec, None))
     return {
         **facts,
-        "predicted_bytes": predicted_bytes(task.spec, inputs),
+        "predicted_bytes": plan.step.peak,
         "losses": losses,
         "held_out_losses": held_out,
         "trainable_parameters": inputs.count.trainable_parameters,
@@ -184,13 +187,6 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
-
-
-def predicted_bytes(spec: RunSpec, inputs: Inputs) -> int:
-    """The peak that ``plan-memory`` predicts for the heaviest rows of the data, whether or not the steps saw them."""
-    train = inputs.prepared.train
-    rows = heaviest_rows(train.lengths, train.target_counts, spec)
-    return plan_memory(spec, inputs.config, rows, capability_of(inputs.device), limit_of(spec, None)).step.peak
 
 
 def _timing(done: TimedSteps) -> dict[str, Any]:

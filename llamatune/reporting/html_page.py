@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
 from string import Template
-from typing import Any
 
 import yaml
 
@@ -15,7 +14,7 @@ from llamatune.errors import printable
 from llamatune.reporting.chart_images import PALETTE, Chart
 from llamatune.reporting.charts import Curve
 from llamatune.reporting.report_data import Report, RunReport
-from llamatune.reporting.report_text import ABSENT, figure_rows, findings, loss, two_places, whole
+from llamatune.reporting.report_text import ABSENT, figure_rows, findings, loss, optional, two_places, whole
 from llamatune.reporting.sample_answers import Samples
 from llamatune.reporting.spikes import Spike
 from llamatune.units import duration, gibibytes
@@ -143,23 +142,23 @@ def _legend(curves: Sequence[Curve]) -> Markup:
     items = []
     for curve in curves:
         dashes = " ".join(str(3 * length) for length in curve.dashes)
-        line = Markup(
+        line = (
             f'<svg viewBox="0 0 44 12" aria-hidden="true"><path d="M0 6H44" stroke="var(--{curve.series})" '
             f'stroke-width="3" stroke-dasharray="{dashes}"/></svg>'
         )
-        items.append(_element("li", line, _element("span", f"{curve.run.name} (validation: {curve.marker[1]})")))
-    return _element("ul", *items, class_="legend")
+        items.append(Markup(line + _element("span", f"{curve.run.name} (validation: {curve.marker[1]})")))
+    return _list(items, class_="legend")
 
 
 def _key(report: Report) -> Markup:
     memory = f"decay {report.smoothing:g} (about {1 / (1 - report.smoothing):.0f} updates)"
-    sentences = (
-        f"Training loss: thin, each update; thick, a moving average with {memory}, its start corrected for bias.",
-        "Validation loss: dashed with markers.",
-        "A cross marks a spike, a dotted line the norm that gradients are clipped to.",
-        "Of long runs each stretch is drawn by its lowest and its highest update.",
+    text = (
+        f"Training loss: thin, each update; thick, a moving average with {memory}, its start corrected for bias. "
+        "Validation loss: dashed with markers. "
+        "A cross marks a spike, a dotted line the norm that gradients are clipped to. "
+        "Of long runs each stretch is drawn by its lowest and its highest update."
     )
-    return _element("p", " ".join(sentences), class_="quiet")
+    return _element("p", text, class_="quiet")
 
 
 def _charts(charts: Sequence[tuple[Chart, str]]) -> Markup:
@@ -168,9 +167,6 @@ def _charts(charts: Sequence[tuple[Chart, str]]) -> Markup:
 
 
 def _epochs(run: RunReport) -> Markup:
-    def optional(value: float | None, form: Any) -> str:
-        return ABSENT if value is None else form(value)
-
     headings = (
         "epoch", "updates", "training loss", "perplexity", "validation loss", "perplexity", "target tokens", "ended at",
     )  # fmt: skip

@@ -45,13 +45,18 @@ _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
+def optional(value: float | None, form: Callable[[float], str]) -> str:
+    """``value`` as text, or a dash for None."""
+    return ABSENT if value is None else form(value)
+
+
 def figure_rows(runs: list[dict[str, float | None]]) -> list[tuple[str, list[str]]]:
     """A label and each run's value, for every figure that any of the runs has."""
     rows = []
     for key, (label, form) in _FIGURES.items():
         values = [figures[key] for figures in runs]
         if any(value is not None for value in values):
-            rows.append((label, [ABSENT if value is None else form(value) for value in values]))
+            rows.append((label, [optional(value, form) for value in values]))
     return rows
 
 

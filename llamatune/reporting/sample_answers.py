@@ -58,9 +58,7 @@ def read_generations(path: Path) -> Samples:
 
 def _sample(values: Any) -> Sample:
     sample = Sample(values["prompt"], values.get("base_completion"), values["completion"])
-    if not isinstance(sample.prompt, str) or not isinstance(sample.tuned, str):
-        raise TypeError
-    if not isinstance(sample.base, str | None):
+    if not (isinstance(sample.prompt, str) and isinstance(sample.tuned, str) and isinstance(sample.base, str | None)):
         raise TypeError
     return sample
 
