@@ -40,9 +40,8 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage())
+        for tensor in _tensors(result):
+            self._follow(tensor.untyped_storage())
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
@@ -119,22 +118,21 @@ class CategoryMeter(StorageMeter):  # type: ignore[no-untyped-call]
         self._in_backward = in_backward
         self.assign("temporary", _tensors((args, kwargs)))
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        returned = [followed for tensor in _tensors(result) if (followed := self._followed(tensor)) is not None]
-        made = [followed for followed in returned if not followed.existing]
+        made = [followed for followed in self._followed(result) if not followed.existing]
         if forward:
             self._from_forward.update(made)
         if func is torch.ops.aten._to_copy.default:
-            source = self._followed(args[0])
-            if source is not None and source.category == "parameters":
-                for followed in made:
-                    followed.category = "casts"
+            from_parameter = any(source.category == "parameters" for source in self._followed(args[0]))
+            for followed in made if from_parameter else ():
+                followed.category = "casts"
         if self._allocator_peak is not None and (allocated := self._allocator_peak()) > self._seen_allocated:
             self._seen_allocated, self._peak_at = allocated, len(self._log)
         return result
 
-    def _followed(self, tensor: Tensor) -> Followed | None:
-        """The storage of ``tensor``; None on another device."""
-        return self._alive.get(id(tensor.untyped_storage()))
+    def _followed(self, values: Any) -> list[Followed]:
+        """The storages of all tensors in nested ``values`` that are on the device."""
+        keys = [id(tensor.untyped_storage()) for tensor in _tensors(values)]
+        return [self._alive[key] for key in keys if key in self._alive]
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         if storage.device.type == self._learner.device.type:
@@ -163,9 +161,8 @@ class CategoryMeter(StorageMeter):  # type: ignore[no-untyped-call]
         self._from_forward.clear()
 
     def _mark_gradients(self) -> None:
-        for parameter in self._learner.parameters.values():
-            if parameter.grad is not None and (followed := self._followed(parameter.grad)) is not None:
-                followed.category = "gradients"
+        for followed in self._followed([parameter.grad for parameter in self._learner.parameters.values()]):
+            followed.category = "gradients"
 
 
 def _tensors(values: Any) -> list[Tensor]:

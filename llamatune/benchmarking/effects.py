@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llamatune.benchmarking.grid import Axis, in_words, short_name
-from llamatune.benchmarking.results import CATEGORIES, Result, sample_deviation
+from llamatune.benchmarking.results import CATEGORIES, Result, only_measured, sample_deviation
 
 PEAK, STEP_TIME, SPEED, HELD_OUT = "peak memory", "step time", "tokens/s", "held-out loss"
 _TOLERANCE = {PEAK: 0.5, STEP_TIME: 2.0, SPEED: 2.0}
@@ -69,18 +69,15 @@ class Effect:
 
 def effects(axes: Sequence[Axis], results: Sequence[Result]) -> list[Effect]:
     """Every technique of the grid for which there is a pair of measured cells."""
-    measured = {tuple(result["values"].items()): result for result in results if result["status"] == "measured"}
+    measured = {frozenset(result["values"].items()): result for result in only_measured(results)}
     compared = []
     for axis in axes:
         for off, on in axis.comparisons():
             pairs, spreads = [], []
-            for values, without in measured.items():
-                others = dict(values)
-                if others[axis.key] != off:
-                    continue
-                within = measured.get(tuple({**others, axis.key: on}.items()))
-                if within is not None:
-                    del others[axis.key]
+            for without in measured.values():
+                others = {key: value for key, value in without["values"].items() if key != axis.key}
+                within = measured.get(frozenset({**others, axis.key: on}.items()))
+                if without["values"][axis.key] == off and within is not None:
                     pairs.append(Pair(others, _changes(without, within)))
                     spreads.append(sample_deviation(_held_out_changes(without, within)))
             if pairs:

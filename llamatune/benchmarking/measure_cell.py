@@ -28,7 +28,7 @@ from llamatune.training.compiling import check_compiler, compile_ahead
 from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner, build_learner
 from llamatune.training.run_memory import peak_memory_bytes, peak_reserved_bytes, plan_run_memory
-from llamatune.training.schedule import Schedule, learning_rate_at, micro_batch_tokens, plan_schedule
+from llamatune.training.schedule import learning_rate_at, micro_batch_tokens, plan_schedule
 from llamatune.training.update import LOWEST_LOSS_SCALE, Update, make_update
 
 _WARM_UP_STEPS = 3
@@ -63,15 +63,15 @@ class Trial:
     ``training.memory_limit: auto`` recomputes nothing here, so that a cell does not depend on what memory is free.
     """
 
-    def __init__(self, spec: RunSpec, inputs: Inputs, schedule: Schedule) -> None:
-        self.spec, self.schedule, self.device = spec, schedule, inputs.device
+    def __init__(self, spec: RunSpec, inputs: Inputs) -> None:
         train, levels = inputs.prepared.train, None
+        self.spec, self.schedule, self.device = spec, plan_schedule(spec, train), inputs.device
         if spec.training.memory_limit != "auto":
             levels = plan_run_memory(spec, inputs.config, train, inputs.device).levels
         self.learner: Learner = build_learner(spec, inputs, ignore_event, never_stop, levels)
         if spec.training.compile:
             compile_ahead(spec, self.learner, train, ignore_event)
-        self.windows = Windows(spec, train, schedule.rows_per_window, schedule.windows_per_epoch)
+        self.windows = Windows(spec, train, self.schedule.rows_per_window, self.schedule.windows_per_epoch)
         self.lengths = train.lengths
 
     def update(self, micro_batches: list[Batch], window: int, step: int) -> Update:
@@ -155,8 +155,7 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
     with memory_faults(device, ""), compiling(task.spec.training.compile), threads:
         for number, seed in enumerate(task.seeds):
             training = task.spec.training.model_copy(update={"seed": seed})
-            spec = task.spec.model_copy(update={"training": training})
-            trial = Trial(spec, inputs, plan_schedule(spec, train))
+            trial = Trial(task.spec.model_copy(update={"training": training}), inputs)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             limited = number == 0 and limit is not None and device.type == "cpu"
@@ -164,13 +163,13 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
             losses.append(done.loss)
             memory = _memory(device)
             if inputs.validation is not None:
-                size, autocast = spec.training.micro_batch_size, trial.learner.autocast
+                size, autocast = training.micro_batch_size, trial.learner.autocast
                 held_out.append(held_out_loss(trial.learner.model, inputs.validation, size, autocast).loss)
                 if not math.isfinite(held_out[-1]):
                     raise NumericsError("the held-out loss is not finite")
             if number == 0:
-                facts = _timing(done) | memory | _categories(trial.measure_categories(done, limit), device)
-                facts["threads"] = torch.get_num_threads()
+                categories = _categories(trial.measure_categories(done, limit), device)
+                facts = {**_timing(done), **memory, **categories, "threads": torch.get_num_threads()}
             del trial
             gc.collect()  # before the next model is built: two may not fit
     # What plan-memory predicts for the heaviest rows of the data, whether or not the steps saw them.

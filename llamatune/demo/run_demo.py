@@ -61,17 +61,13 @@ def demo_spec(output: Path) -> RunSpec:
     return build_spec(values, "finetune.yaml")
 
 
-def held_out_rows() -> list[dict[str, str]]:
-    """Questions about towns that no training row asks about."""
-    return [json.loads(line) for line in (MATERIAL / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 def run_demo(output: Path, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop) -> DemoReport:
     """prepare-data, count-params, train, generate --compare, merge-lora and generate, each as its verb does it.
 
     What an earlier call finished is kept, so that a stopped demo continues.
     """
-    base, spec, held_out = MATERIAL / "base", demo_spec(output), held_out_rows()
+    base, spec = MATERIAL / "base", demo_spec(output)
+    held_out = [json.loads(line) for line in (MATERIAL / "held_out.jsonl").read_bytes().splitlines()]
     lora = spec.lora
     assert lora is not None
 
@@ -99,12 +95,17 @@ def run_demo(output: Path, on_event: OnEvent = ignore_event, should_stop: Should
         HeldOut(row["instruction"], row["output"], both.base_completion or "", both.completion, last.completion)
         for row, both, last in zip(held_out, compared, of_merged, strict=True)
     ]
-    right = [Accuracy.of(getattr(row, kind) == row.expected for row in answers) for kind in ("base", "tuned", "merged")]
+    base_match, tuned_match, merged_match = (
+        100 * Accuracy.of(getattr(row, kind) == row.expected for row in answers).fraction
+        for kind in ("base", "tuned", "merged")
+    )
     return DemoReport(
         str(output),
         summary["trainable_parameters"],
         count.base_parameters,
-        *(100 * accuracy.fraction for accuracy in right),
+        base_match,
+        tuned_match,
+        merged_match,
         summary["runtime_s"],
         summary["peak_memory_bytes"],
         answers,

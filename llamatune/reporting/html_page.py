@@ -35,7 +35,7 @@ def _html(value: object) -> Markup:
 
 
 def _element(tag: str, *content: object, **attributes: str) -> Markup:
-    names = "".join(f' {name.rstrip("_")}="{escape(value)}"' for name, value in attributes.items())
+    names = "".join(f' {name.strip("_").replace("_", "-")}="{escape(x)}"' for name, x in attributes.items())
     return Markup(f"<{tag}{names}>{''.join(map(_html, content))}</{tag}>")
 
 
@@ -191,7 +191,7 @@ def _answers(answers: Samples) -> Markup:
     rows = []
     for sample in answers.samples:
         texts = (sample.prompt, ABSENT if sample.base is None else sample.base, sample.tuned)
-        cells = (Markup(f'<td data-label="{label}">{_html(x)}</td>') for label, x in zip(headings, texts, strict=True))
+        cells = (_element("td", text, data_label=label) for label, text in zip(headings, texts, strict=True))
         rows.append(_element("tr", *cells))
     parts = _element("caption", answers.source), _header(headings), _element("tbody", *rows)
     return _element("table", *parts, class_="answers")
@@ -209,13 +209,10 @@ def _value(value: object) -> str:
 
 
 def _parameters(run: RunReport) -> Markup:
-    rows = [
-        (name, whole(facts["base"]), whole(facts["adapter"]) if facts["adapter"] else "")
-        for name, facts in run.parameters.items()
-    ]
-    if rows:
-        base, adapter = (sum(facts[key] for facts in run.parameters.values()) for key in ("base", "adapter"))
-        rows.append(("all", whole(base), whole(adapter) if adapter else ""))
+    counts = [(name, facts["base"], facts["adapter"]) for name, facts in run.parameters.items()]
+    if counts:
+        counts.append(("all", sum(base for _, base, _ in counts), sum(adapter for *_, adapter in counts)))
+    rows = [(name, whole(base), whole(adapter) if adapter else "") for name, base, adapter in counts]
     return _table(f"{run.name}: parameters, all blocks together", ("module", "base", "adapter"), rows)
 
 

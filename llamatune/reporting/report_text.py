@@ -80,21 +80,18 @@ def _spikes(diagnosis: Diagnosis) -> str:
 def _validation(validation: Validation | None) -> str:
     if validation is None:
         return "Over-fitting cannot be judged with fewer than two evaluations."
-    lowest = (
-        f"lowest at step {validation.turned_step:,} (epoch {validation.turned_epoch}) with {validation.lowest_loss:.4f}"
-    )
+    last, gap = "the last one", f"{validation.gap_at_end:+.4f}"
     if validation.rise:
         last = f"{validation.last_loss:.4f} ({validation.rise:+.1%}) at the end"
-        gap = (
-            f"gap to the training loss {validation.gap_at_turn:+.4f} there and {validation.gap_at_end:+.4f} at the end."
-        )
-    else:
-        last, gap = "the last one", f"gap to the training loss {validation.gap_at_end:+.4f}."
+        gap = f"{validation.gap_at_turn:+.4f} there and {gap} at the end"
     verdict = {
         "over-fitting": f"Over-fitting since epoch {validation.turned_epoch}",
         "rising": "Validation and training loss both rise",
     }.get(validation.verdict, "No over-fitting")
-    return f"{verdict}: validation loss {lowest}, {last}; {gap}"
+    return (
+        f"{verdict}: validation loss lowest at step {validation.turned_step:,} (epoch {validation.turned_epoch}) with "
+        f"{validation.lowest_loss:.4f}, {last}; gap to the training loss {gap}."
+    )
 
 
 def _trend(trend: Trend | None) -> str:
