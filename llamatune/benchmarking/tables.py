@@ -13,14 +13,7 @@ from dataclasses import dataclass
 
 from llamatune.benchmarking.effects import HELD_OUT, Effect
 from llamatune.benchmarking.grid import Axis, in_words
-from llamatune.benchmarking.results import (
-    CATEGORIES,
-    Result,
-    memory_unit,
-    only_measured,
-    sample_deviation,
-    status_word,
-)
+from llamatune.benchmarking.results import CATEGORIES, Result, memory_unit, only_measured, sample_deviation, status_word
 
 MEMORY, SPEED = "memory", "speed"
 """The parts of the flat table."""

@@ -94,10 +94,9 @@ def _file(name: str) -> str:
 
 def _colours() -> str:
     """Every colour as a CSS variable, for light and dark pages."""
-    schemes = [
-        " ".join(f"--{name}: {colours[scheme]};" for name, colours in {**PALETTE, **_PAGE}.items()) for scheme in (0, 1)
-    ]
-    return f":root {{ {schemes[0]} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {schemes[1]} }} }}\n"
+    colours = {**PALETTE, **_PAGE}.items()
+    light, dark = (" ".join(f"--{name}: {pair[scheme]};" for name, pair in colours) for scheme in (0, 1))
+    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
 
 
 def _overview(report: Report) -> Markup:
@@ -119,9 +118,8 @@ def _diagnosis(run: RunReport) -> Markup:
 
 
 def _spike(spike: Spike) -> Sequence[object]:
-    if spike.rows is None:
-        rows = "the prepared data is needed to name them"
-    else:
+    rows = "the prepared data is needed to name them"
+    if spike.rows is not None:
         more = len(spike.rows) - _MOST_ROWS_NAMED
         rows = ", ".join(map(str, spike.rows[:_MOST_ROWS_NAMED])) + (f" and {more} more" if more > 0 else "")
     return (
