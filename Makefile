@@ -48,7 +48,7 @@ test-wheel: $(VENV)/.installed-dev
 
 # Trains the tiny base of the demo anew (about half an hour on two cores).
 demo-base: $(VENV)/.installed
-	$(BIN)/python -m llamatune.demo.make_base --output demo-base
+	$(BIN)/python make_demo/make_base.py --output demo-base
 
 build: $(VENV)/.installed-dev
 	$(BIN)/python -m build

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from bench import SETTINGS, Bench, add_options
 from material import ALPHA, SHAPES, TARGETS, R
+from step_meter import StepMeter, measure_step
 from tables import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llamatune.benchmarking.step_meter import StorageMeter, measure_step
 from llamatune.shapes.config import LlamaConfig
 from llamatune.spec import build_spec
 
@@ -108,7 +108,7 @@ def peer_step(config: LlamaConfig, targets: str, rows: int, tokens: int, mode: s
     with torch.device("meta"):
         base = transformers.LlamaForCausalLM._from_config(shape, dtype=torch.bfloat16, attn_implementation="sdpa")
         model: Any = get_peft_model(base, lora)
-    with FakeTensorMode(allow_non_fake_inputs=True), StorageMeter() as meter:
+    with FakeTensorMode(allow_non_fake_inputs=True), StepMeter() as meter:
         give_storage(model)
         model.train()
         if mode != "none":

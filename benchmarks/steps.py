@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from bench import peaks, timed
+from step_meter import even_batch
 from torch import Tensor
 
-from llamatune.benchmarking.step_meter import even_batch
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.data.batches import Batch, open_prepared
 from llamatune.devices import choose_device

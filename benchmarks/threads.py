@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 from material import make_base
+from step_meter import even_batch
 from steps import llamatune_step
 
-from llamatune.benchmarking.step_meter import even_batch
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.inference.engine import complete
 from llamatune.inference.evaluate import score_batch

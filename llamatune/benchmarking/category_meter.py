@@ -2,24 +2,69 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llamatune.benchmarking.results import CATEGORIES
-from llamatune.benchmarking.step_meter import StorageMeter
 from llamatune.errors import OutOfMemory
 from llamatune.training.learner import Learner
 
 
+@dataclass(eq=False, slots=True)
+class Followed:
+    """A storage from the operation that first shows it until it is freed; ``existing``: it is older than that."""
+
+    reference: weakref.ref[torch.UntypedStorage]
+    bytes: int = 0
+    category: str = "temporary"
+    existing: bool = False
+
+
+class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the storages of all tensors that operations return; ``peak_bytes`` is the largest sum of live ones."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live_bytes = self.peak_bytes = 0
+        self._alive: dict[int, Followed] = {}  # by the id of the storage
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            self._follow(tensor.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self._alive:
+            self._alive[key] = Followed(weakref.ref(storage, lambda _: self._release(key)))
+        followed = self._alive[key]
+        if size != followed.bytes:  # new, or resized in place
+            change, followed.bytes = size - followed.bytes, size
+            self._change(followed, change)
+
+    def _change(self, storage: Followed, size: int) -> None:
+        """Count that a storage grew by ``size`` bytes; made and freed storages count as changes too."""
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _release(self, key: int) -> None:
+        followed = self._alive.pop(key)
+        self._change(followed, -followed.bytes)
+
+
 class CategoryMeter(StorageMeter):  # type: ignore[no-untyped-call]
     """Follows the storages on the learner's device while whole steps run under it.
-
-    ``peak_bytes`` is the largest sum of live storages, and ``categories()`` adds up to it.
 
     Args:
         allocator_peak: returns the peak of the device's allocator so far; the moment at which it rose last is then
@@ -32,26 +77,26 @@ class CategoryMeter(StorageMeter):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__()
         self._learner, self._allocator_peak, self._limit_bytes = learner, allocator_peak, limit_bytes
-        self._category: list[str] = []  # of each storage, by its number in the order of first sight
-        self._number: dict[int, int] = {}  # of each storage that is alive, by its id
-        self._log: list[tuple[int, int]] = []  # (number, change in bytes)
+        self._log: list[tuple[Followed, int]] = []  # changes in bytes
         self._peak_at = self._seen_allocated = 0
-        self._from_forward: set[int] = set()  # alive, made in a forward pass that no backward pass followed yet
-        self._existing: set[int] = set()  # made before the meter saw them
+        self._from_forward: set[Followed] = set()  # alive, made in a forward pass that no backward pass followed yet
         self._in_backward = False
         self.assign("parameters", [*learner.model.parameters(), *learner.model.buffers()])
         self.assign("optimizer", learner.optimizer.state_tensors().values())
 
     def assign(self, category: str, tensors: Iterable[Tensor]) -> None:
-        """Set the category of tensors that exist already."""
-        for tensor in tensors:
-            self._add_existing(tensor.untyped_storage(), category)
+        """Set the category of tensors that exist already, unless they have one."""
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            if id(storage) not in self._alive and storage.device.type == self._learner.device.type:
+                self._follow(storage)
+                followed = self._alive[id(storage)]
+                followed.category, followed.existing = category, True
 
     def categories(self) -> dict[str, int]:
         """Bytes of each category at the peak."""
         totals = dict.fromkeys(CATEGORIES, 0)
-        for number, change in self._log[: self._peak_at]:
-            totals[self._category[number]] += change
+        for storage, change in self._log[: self._peak_at]:
+            totals[storage.category] += change
         return totals
 
     def __exit__(
@@ -71,47 +116,32 @@ class CategoryMeter(StorageMeter):  # type: ignore[no-untyped-call]
         if self._in_backward and not in_backward:
             self._mark_gradients()
         self._in_backward = in_backward
-        given = [leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        for storage in given:
-            self._add_existing(storage, "temporary")
+        self.assign("temporary", _tensors((args, kwargs)))
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        returned = {
-            self._number[id(storage)]
-            for leaf in tree_leaves(result)
-            if isinstance(leaf, Tensor) and id(storage := leaf.untyped_storage()) in self._number
-        }
+        made = [followed for followed in self._followed(result) if not followed.existing]
         if forward:
-            self._from_forward |= returned - self._existing
-        if func is torch.ops.aten._to_copy.default and self._is_parameter(given[0]):
-            for number in returned - self._existing:
-                self._category[number] = "casts"
+            self._from_forward.update(made)
+        if func is torch.ops.aten._to_copy.default:
+            from_parameter = any(source.category == "parameters" for source in self._followed(args[0]))
+            for followed in made if from_parameter else ():
+                followed.category = "casts"
         if self._allocator_peak is not None and (allocated := self._allocator_peak()) > self._seen_allocated:
             self._seen_allocated, self._peak_at = allocated, len(self._log)
         return result
 
-    def _is_parameter(self, storage: torch.UntypedStorage) -> bool:
-        number = self._number.get(id(storage))
-        return number is not None and self._category[number] == "parameters"
-
-    def _add_existing(self, storage: torch.UntypedStorage, category: str) -> None:
-        if id(storage) in self._number or storage.device.type != self._learner.device.type:
-            return
-        self._follow(storage)
-        number = self._number[id(storage)]
-        self._category[number] = category
-        self._existing.add(number)
+    def _followed(self, values: Any) -> list[Followed]:
+        """The storages of all tensors in nested ``values`` that are on the device."""
+        keys = [id(tensor.untyped_storage()) for tensor in _tensors(values)]
+        return [self._alive[key] for key in keys if key in self._alive]
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         if storage.device.type == self._learner.device.type:
             super()._follow(storage)
 
-    def _change(self, key: int, size: int) -> None:
-        if key not in self._number:
-            self._number[key] = len(self._category)
-            self._category.append("temporary")
+    def _change(self, storage: Followed, size: int) -> None:
         highest = self.peak_bytes
-        super()._change(key, size)
-        self._log.append((self._number[key], size))
+        super()._change(storage, size)
+        self._log.append((storage, size))
         if self._allocator_peak is None and self.peak_bytes > highest:
             self._peak_at = len(self._log)
         if size > 0 and self._limit_bytes is not None and self.live_bytes > self._limit_bytes:
@@ -120,20 +150,20 @@ class CategoryMeter(StorageMeter):  # type: ignore[no-untyped-call]
             )
 
     def _release(self, key: int) -> None:
+        self._from_forward.discard(self._alive[key])
         super()._release(key)
-        number = self._number.pop(key)
-        self._from_forward.discard(number)
 
     def _mark_activations(self) -> None:
         """Storages of a forward pass that are alive when a backward pass runs were kept for it."""
-        for number in self._from_forward:
-            if self._category[number] == "temporary":
-                self._category[number] = "activations"
+        for followed in self._from_forward:
+            if followed.category == "temporary":
+                followed.category = "activations"
         self._from_forward.clear()
 
     def _mark_gradients(self) -> None:
-        for parameter in self._learner.parameters.values():
-            if parameter.grad is not None:
-                number = self._number.get(id(parameter.grad.untyped_storage()))
-                if number is not None:
-                    self._category[number] = "gradients"
+        for followed in self._followed([parameter.grad for parameter in self._learner.parameters.values()]):
+            followed.category = "gradients"
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,12 +26,11 @@ from llamatune.training.schedule import micro_batch_tokens
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """A cell, with the task to measure or why it is refused; ``identity`` digests all that decides the outcome."""
+    """A cell and its task, None if it is refused; ``identity`` digests all that decides the outcome."""
 
     cell: Cell
-    task: Task | None
-    identity: str
-    refusal: str | None
+    task: Task | None = None
+    identity: str = ""
 
 
 def plan_benchmark(options: BenchmarkOptions, on_event: OnEvent) -> tuple[Grid, list[PlannedCell]]:
@@ -67,19 +66,18 @@ def _planned(cells: list[Cell], options: BenchmarkOptions, on_event: OnEvent) ->
     planned = []
     for cell in cells:
         if cell.spec is None:
-            planned.append(PlannedCell(cell, None, "", cell.refusal))
+            planned.append(PlannedCell(cell))
             continue
         key = cell.spec.model_dump_json(exclude={"training"})  # all that decides which files are read
         if key not in opened:
             opened[key] = _open(cell.spec, once)
-        inputs = opened[key]
-        if isinstance(inputs, LlamatuneError):
-            planned.append(PlannedCell(cell, None, "", str(inputs)))
+        if isinstance(inputs := opened[key], LlamatuneError):
+            planned.append(PlannedCell(replace(cell, refusal=str(inputs))))
             continue
         steps = options.steps if options.epochs is None else None
         seeds = options.seeds or (cell.spec.training.seed,)
         task = Task(cell.spec, steps, seeds, options.memory_limit_bytes)
-        planned.append(PlannedCell(cell, task, _identity(task, inputs), None))
+        planned.append(PlannedCell(cell, task, _identity(task, inputs)))
     faults = [fault for fault in opened.values() if isinstance(fault, LlamatuneError)]
     if len(faults) == len(opened):
         raise faults[0]

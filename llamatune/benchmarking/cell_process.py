@@ -41,12 +41,7 @@ def run_cell(task: Task, directory: Path, should_stop: ShouldStop) -> dict[str, 
     Raises:
         Stopped: ``should_stop`` returned True; the child has ended.
     """
-    request = {
-        "spec": task.spec.to_yaml(),
-        "steps": task.steps,
-        "seeds": task.seeds,
-        "memory_limit_bytes": task.memory_limit_bytes,
-    }
+    request = {**vars(task), "spec": task.spec.to_yaml()}
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=directory) as scratch:
         result, errors = Path(scratch) / "result.json", Path(scratch) / "stderr"
         with errors.open("wb") as stderr:
@@ -83,12 +78,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from llamatune.benchmarking.measure_cell import Task, measure
     from llamatune.training.inputs import open_inputs
 
-    task = Task(
-        build_spec(parse_yaml(request["spec"], "the cell's spec"), "the cell's spec"),
-        request["steps"],
-        tuple(request["seeds"]),
-        request["memory_limit_bytes"],
-    )
+    spec = build_spec(parse_yaml(request["spec"], "the cell's spec"), "the cell's spec")
+    task = Task(**{**request, "spec": spec, "seeds": tuple(request["seeds"])})
     try:
         inputs = open_inputs(task.spec, False, ignore_event)
     except LlamatuneError as fault:

@@ -6,12 +6,13 @@ Loads no torch.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llamatune.benchmarking.grid import Axis, in_words, short_name
-from llamatune.benchmarking.results import CATEGORIES, Result, sample_deviation
+from llamatune.benchmarking.results import CATEGORIES, Result, only_measured, sample_deviation
 
 PEAK, STEP_TIME, SPEED, HELD_OUT = "peak memory", "step time", "tokens/s", "held-out loss"
 _TOLERANCE = {PEAK: 0.5, STEP_TIME: 2.0, SPEED: 2.0}
@@ -68,18 +69,15 @@ class Effect:
 
 def effects(axes: Sequence[Axis], results: Sequence[Result]) -> list[Effect]:
     """Every technique of the grid for which there is a pair of measured cells."""
-    measured = {tuple(result["values"].items()): result for result in results if result["status"] == "measured"}
+    measured = {frozenset(result["values"].items()): result for result in only_measured(results)}
     compared = []
     for axis in axes:
         for off, on in axis.comparisons():
             pairs, spreads = [], []
-            for values, without in measured.items():
-                others = dict(values)
-                if others[axis.key] != off:
-                    continue
-                within = measured.get(tuple({**others, axis.key: on}.items()))
-                if within is not None:
-                    del others[axis.key]
+            for without in measured.values():
+                others = {key: value for key, value in without["values"].items() if key != axis.key}
+                within = measured.get(frozenset({**others, axis.key: on}.items()))
+                if without["values"][axis.key] == off and within is not None:
                     pairs.append(Pair(others, _changes(without, within)))
                     spreads.append(sample_deviation(_held_out_changes(without, within)))
             if pairs:
@@ -120,9 +118,7 @@ def _effect(key: str, off: str, on: str, pairs: list[Pair], spreads: Sequence[fl
 
 def _sign(quantity: str, change: float) -> int:
     """-1, 0 or 1; always 0 for categories and the loss."""
-    if abs(change) <= _TOLERANCE.get(quantity, float("inf")):
-        return 0
-    return 1 if change > 0 else -1
+    return 0 if abs(change) <= _TOLERANCE.get(quantity, math.inf) else 1 if change > 0 else -1
 
 
 def _sign_sentence(quantity: str, pairs: list[Pair]) -> str:
@@ -169,9 +165,9 @@ def _casts_sentence(pairs: list[Pair]) -> str | None:
     most = max(pairs, key=lambda pair: pair.changes["casts"])
     if most.changes["casts"] < _LEAST_REPORTED:
         return None
-    where = in_words(most.others)
+    where = f" ({in_words(most.others)})" if most.others else ""
     return (
         "copies of weights in the dtype of the products, which autocast and autograd keep, add up to "
-        f"{most.changes['casts']:.1f} % of the peak{f' ({where})' if where else ''}, "
+        f"{most.changes['casts']:.1f} % of the peak{where}, "
         f"while activations change by {most.changes['activations']:+.1f}"
     )

@@ -6,7 +6,7 @@ import copy
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llamatune.errors import SpecError
@@ -102,9 +102,7 @@ class Grid:
 
     def with_axes(self, axes: Sequence[Axis]) -> Grid:
         """Replace axes of the same key and append the others."""
-        given = {axis.key: axis for axis in axes}
-        kept = [given.pop(axis.key, axis) for axis in self.axes]
-        return Grid((*kept, *given.values()), self.fixed)
+        return replace(self, axes=tuple({axis.key: axis for axis in (*self.axes, *axes)}.values()))
 
 
 def preset_grid(name: str, cuda: bool) -> Grid:
@@ -148,7 +146,7 @@ def parse_axis(text: str) -> Axis:
     return Axis(key, parsed)
 
 
-def expand(values: Any, where: object, overrides: Sequence[str], grid: Grid) -> list[Cell]:
+def expand(values: dict[str, Any], where: object, overrides: Sequence[str], grid: Grid) -> list[Cell]:
     """A cell for every combination, the last axis varying fastest. ``values`` are those of the spec file.
 
     ``overrides`` are the user's, applied after the grid's own and before the axes' values.
@@ -169,14 +167,14 @@ def expand(values: Any, where: object, overrides: Sequence[str], grid: Grid) -> 
     return cells
 
 
-def _build_spec(values: Any, where: object, overrides: list[str], settings: Mapping[str, str]) -> RunSpec:
+def _build_spec(values: dict[str, Any], where: object, overrides: list[str], settings: Mapping[str, str]) -> RunSpec:
     assignments = [f"{key}={value}" for key, value in settings.items() if key not in (LORA, BATCH)]
     if BATCH in settings:
         micro, accumulated = _batch_sizes(settings[BATCH])
         assignments += [f"training.micro_batch_size={micro}", f"training.gradient_accumulation_steps={accumulated}"]
-    if isinstance(values, dict) and settings.get(LORA) == "on":
+    if settings.get(LORA) == "on":
         values.setdefault("lora", {})
-    if isinstance(values, dict) and settings.get(LORA) == "off":
+    if settings.get(LORA) == "off":
         values.pop("lora", None)
         overrides = [override for override in overrides if not override.startswith("lora.")]
         if meaningless := [key for key in settings if key.startswith("lora.")]:

@@ -15,7 +15,7 @@ import torch
 
 from llamatune.benchmarking.category_meter import CategoryMeter
 from llamatune.data.batches import Batch, Windows
-from llamatune.devices import capability_of
+from llamatune.devices import capability_of, memory_size_bytes
 from llamatune.errors import NumericsError
 from llamatune.events import ignore_event, never_stop
 from llamatune.inference.evaluate import held_out_loss
@@ -28,7 +28,7 @@ from llamatune.training.compiling import check_compiler, compile_ahead
 from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner, build_learner
 from llamatune.training.run_memory import peak_memory_bytes, peak_reserved_bytes, plan_run_memory
-from llamatune.training.schedule import Schedule, learning_rate_at, micro_batch_tokens, plan_schedule
+from llamatune.training.schedule import learning_rate_at, micro_batch_tokens, plan_schedule
 from llamatune.training.update import Update, make_update
 
 _WARM_UP_STEPS = 3
@@ -63,15 +63,15 @@ class Trial:
     ``training.memory_limit: auto`` recomputes nothing here, so that a cell does not depend on what memory is free.
     """
 
-    def __init__(self, spec: RunSpec, inputs: Inputs, schedule: Schedule) -> None:
-        self.spec, self.schedule, self.device = spec, schedule, inputs.device
+    def __init__(self, spec: RunSpec, inputs: Inputs) -> None:
         train, levels = inputs.prepared.train, None
+        self.spec, self.schedule, self.device = spec, plan_schedule(spec, train), inputs.device
         if spec.training.memory_limit != "auto":
             levels = plan_run_memory(spec, inputs.config, train, inputs.device).levels
         self.learner: Learner = build_learner(spec, inputs, ignore_event, never_stop, levels)
         if spec.training.compile:
             compile_ahead(spec, self.learner, train, ignore_event)
-        self.windows = Windows(spec, train, schedule.rows_per_window, schedule.windows_per_epoch)
+        self.windows = Windows(spec, train, self.schedule.rows_per_window, self.schedule.windows_per_epoch)
         self.lengths = train.lengths
 
     def update(self, micro_batches: list[Batch], window: int, step: int) -> Update:
@@ -110,8 +110,9 @@ class Trial:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         meter = self.meter(limit_bytes)
-        inputs = (ids for window in batches for batch in window for ids in (batch.input_ids, batch.labels))
-        meter.assign("temporary", inputs)
+        meter.assign(
+            "temporary", (x for window in batches for batch in window for x in (batch.input_ids, batch.labels))
+        )
         with compiling(False), meter:
             for window, micro_batches in zip(chosen, batches, strict=True):
                 self.update(micro_batches, window, len(done.seconds))
@@ -142,21 +143,18 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
         OutOfMemory: on the device, on the host, or by ``memory_limit_bytes``, which limits what the allocator reserves
             on CUDA, and live tensors on a CPU (checked in the first window and in the heaviest ones).
     """
-    limit, device = task.memory_limit_bytes, inputs.device
+    limit, device, train = task.memory_limit_bytes, inputs.device, inputs.prepared.train
     if limit is not None and device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        total = torch.cuda.get_device_properties(index).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), index)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / memory_size_bytes(device)), device.index)
     facts: dict[str, Any] = {}
     losses, held_out = [], []
     if task.spec.training.compile:
         check_compiler(device)
-    threads = suitable_threads(inputs.config, micro_batch_tokens(task.spec, inputs.prepared.train))
+    threads = suitable_threads(inputs.config, micro_batch_tokens(task.spec, train))
     with memory_faults(device, ""), compiling(task.spec.training.compile), threads:
         for number, seed in enumerate(task.seeds):
             training = task.spec.training.model_copy(update={"seed": seed})
-            spec = task.spec.model_copy(update={"training": training})
-            trial = Trial(spec, inputs, plan_schedule(spec, inputs.prepared.train))
+            trial = Trial(task.spec.model_copy(update={"training": training}), inputs)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             limited = number == 0 and limit is not None and device.type == "cpu"
@@ -164,18 +162,21 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
             losses.append(done.loss)
             memory = _memory(device)
             if inputs.validation is not None:
-                size, autocast = spec.training.micro_batch_size, trial.learner.autocast
+                size, autocast = training.micro_batch_size, trial.learner.autocast
                 held_out.append(held_out_loss(trial.learner.model, inputs.validation, size, autocast).loss)
                 if not math.isfinite(held_out[-1]):
                     raise NumericsError("the held-out loss is not finite")
             if number == 0:
-                facts = _timing(done) | memory | _categories(trial.measure_categories(done, limit), device)
-                facts["threads"] = torch.get_num_threads()
+                categories = _categories(trial.measure_categories(done, limit), device)
+                facts = {**_timing(done), **memory, **categories, "threads": torch.get_num_threads()}
             del trial
             gc.collect()  # before the next model is built: two may not fit
+    # What plan-memory predicts for the heaviest rows of the data, whether or not the steps saw them.
+    rows = heaviest_rows(train.lengths, train.target_counts, task.spec)
+    plan = plan_memory(task.spec, inputs.config, rows, capability_of(device), limit_of(task.spec, None))
     return {
         **facts,
-        "predicted_bytes": predicted_bytes(task.spec, inputs),
+        "predicted_bytes": plan.step.peak,
         "losses": losses,
         "held_out_losses": held_out,
         "trainable_parameters": inputs.count.trainable_parameters,
@@ -184,13 +185,6 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
-
-
-def predicted_bytes(spec: RunSpec, inputs: Inputs) -> int:
-    """The peak that ``plan-memory`` predicts for the heaviest rows of the data, whether or not the steps saw them."""
-    train = inputs.prepared.train
-    rows = heaviest_rows(train.lengths, train.target_counts, spec)
-    return plan_memory(spec, inputs.config, rows, capability_of(inputs.device), limit_of(spec, None)).step.peak
 
 
 def _timing(done: TimedSteps) -> dict[str, Any]:

@@ -64,23 +64,20 @@ def sample_deviation(values: Sequence[float]) -> float | None:
 
 def results_csv(axes: Sequence[Axis], results: Sequence[Result]) -> str:
     """One line a cell, plain numbers: bytes, seconds; empty where nothing was measured."""
-    categories = CATEGORIES if only_measured(results) else ()
+    categories = [f"{name}_bytes" for name in CATEGORIES] if only_measured(results) else []
+    columns = [axis.key for axis in axes]
+    columns += ["status", *_MEMORY_FACTS, *categories, *_FACTS]
+    columns += ["loss", "held_out_loss", "held_out_loss_spread", "reason"]
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        [*(axis.key for axis in axes), "status", *_MEMORY_FACTS, *(f"{name}_bytes" for name in categories), *_FACTS,
-         "loss", "held_out_loss", "held_out_loss_spread", "reason"]
-    )  # fmt: skip
+    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     for result in results:
-        row = [*result["values"].values(), result["status"]]
+        row = {**result["values"], **result}
         if result["status"] == "measured":
             held_out = result["held_out_losses"]
-            row += [result[name] for name in _MEMORY_FACTS]
-            row += [result["categories"][name] for name in categories]
-            row += [result[name] for name in _FACTS]
-            row += [statistics.fmean(result["losses"]), statistics.fmean(held_out) if held_out else None]
-            row += [sample_deviation(held_out), None]
-        else:
-            row += [None] * (len(_MEMORY_FACTS) + len(categories) + len(_FACTS) + 3) + [result["reason"]]
+            row |= {f"{name}_bytes": size for name, size in result["categories"].items()}
+            row["loss"] = statistics.fmean(result["losses"])
+            row["held_out_loss"] = statistics.fmean(held_out) if held_out else None
+            row["held_out_loss_spread"] = sample_deviation(held_out)
         writer.writerow(row)
     return out.getvalue()

@@ -96,13 +96,11 @@ def _claim(output: Path, overwrite: bool) -> None:
 def _outcome(plan: PlannedCell, output: Path, should_stop: ShouldStop) -> dict[str, Any]:
     """The cell's outcome from the directory, or by measuring it."""
     if plan.task is None:
-        return {"status": "refused", "reason": plan.refusal}
+        return {"status": "refused", "reason": plan.cell.refusal}
     path = output / _CELLS / f"{plan.identity}.json"
-    if path.is_file():
-        earlier = read_json(path)
-        if earlier["status"] in _FINAL:
-            del earlier["values"]
-            return earlier
+    if path.is_file() and (earlier := read_json(path))["status"] in _FINAL:
+        del earlier["values"]
+        return earlier
     facts = run_cell(plan.task, output, should_stop)
     write_atomic(path, dump_json({"values": plan.cell.values, **facts}))
     return facts

@@ -6,20 +6,14 @@ Loads no torch.
 from __future__ import annotations
 
 import itertools
+import operator
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llamatune.benchmarking.effects import HELD_OUT, Effect
 from llamatune.benchmarking.grid import Axis, in_words
-from llamatune.benchmarking.results import (
-    CATEGORIES,
-    Result,
-    memory_unit,
-    only_measured,
-    sample_deviation,
-    status_word,
-)
+from llamatune.benchmarking.results import CATEGORIES, Result, memory_unit, only_measured, sample_deviation, status_word
 
 MEMORY, SPEED = "memory", "speed"
 """The parts of the flat table."""
@@ -45,20 +39,17 @@ class Table:
 def flat_table(axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[str] = (MEMORY, SPEED)) -> Table:
     """One line a cell, with all columns or a part of them. A column that is empty in every cell is left out."""
     unit = memory_unit(results)
-    base = next(iter(only_measured(results)), None)
+    measured = only_measured(results)
 
-    def ratio(key: str) -> Callable[[Result], str]:
-        return lambda result: "" if base is None else f"{result[key] / base[key]:.2f}x"
-
-    def category(name: str) -> Callable[[Result], str]:
-        return lambda result: unit.text(result["categories"][name])
+    def ratio(result: Result, key: str) -> str:
+        return f"{result[key] / measured[0][key]:.2f}x"
 
     columns: dict[str, dict[str, Callable[[Result], str]]] = {
         MEMORY: {
             "peak": lambda r: unit.text(r["allocated_bytes"]),
-            "ratio": ratio("allocated_bytes"),
+            "ratio": lambda r: ratio(r, "allocated_bytes"),
             "planned": lambda r: unit.text(r["predicted_bytes"]),
-            **{name: category(name) for name in CATEGORIES},
+            **{name: lambda r, name=name: unit.text(r["categories"][name]) for name in CATEGORIES},  # type: ignore[misc]
             "reserved": lambda r: unit.text(r["reserved_bytes"]),
             "whole device": lambda r: unit.text(r["device_bytes"]),
             "resident": lambda r: unit.text(r["resident_bytes"]),
@@ -66,7 +57,7 @@ def flat_table(axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[
         SPEED: {
             "s/step": _step_seconds,
             "tokens/s": _tokens_per_second,
-            "speed": ratio("tokens_per_second"),
+            "speed": lambda r: ratio(r, "tokens_per_second"),
             "loss": lambda r: f"{statistics.fmean(r['losses']):.4f}",
             "held-out loss": _held_out_loss,
         },
@@ -74,9 +65,10 @@ def flat_table(axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[
     shown = {name: show for part in parts for name, show in columns[part].items()}
     rows = []
     for result in results:
-        measured = result["status"] == "measured"
-        texts = [show(result) for show in shown.values()] if measured else [status_word(result)]
-        rows.append((*result["values"].values(), *texts, *[""] * (len(shown) - len(texts))))
+        texts = [status_word(result), *[""] * (len(shown) - 1)]
+        if result["status"] == "measured":
+            texts = [show(result) for show in shown.values()]
+        rows.append((*result["values"].values(), *texts))
     header = (*(axis.name for axis in axes), *shown)
     used = [place for place in range(len(header)) if place <= len(axes) or any(row[place] for row in rows)]
     titles = {MEMORY: f"memory ({unit.name})", SPEED: "speed and loss"}
@@ -130,35 +122,32 @@ def nested_tables(axes: Sequence[Axis], results: Sequence[Result]) -> list[Table
         "Tokens/s": _tokens_per_second,
         "Held-out loss": _held_out_loss,
     }
-    columns = list(itertools.product(*(axis.values for axis in across)))
+    lines, columns = (list(itertools.product(*(axis.values for axis in part))) for part in (down, across))
     names = [axis.name for axis in down]
-    heads = [
-        [axis.name if place == split - 1 else "" for place in range(split)]
-        + _once([(*column[:depth], axis.switch(column[depth])) for column in columns])
-        for depth, axis in enumerate(across)
-    ]
+    headings = zip(across, _switches(across, columns), strict=True)
+    heads = [(*[""] * (split - 1), axis.name, *switches) for axis, switches in headings]
+    labels = list(zip(*_switches(down, lines), strict=True)) or [()]
     tables = []
     for title, show in quantities.items():
         body = []
-        before: tuple[object, ...] = tuple(object() for _ in down)  # differs from every line
-        for line in itertools.product(*(axis.values for axis in down)):
-            switches = [axis.switch(value) for axis, value in zip(down, line, strict=True)]
-            same = next((n for n, (a, b) in enumerate(zip(line, before, strict=True)) if a != b), 0)
-            labels = ["" if place < same else text for place, text in enumerate(switches)]
+        for label, line in zip(labels, lines, strict=True):
             cells = [by_values[(*line, *column)] for column in columns]
-            body.append((*labels, *(show(c) if c["status"] == "measured" else status_word(c) for c in cells)))
-            before = line
+            body.append((*label, *(show(c) if c["status"] == "measured" else status_word(c) for c in cells)))
         if any(text for row in body for text in row[split:]):
-            header = tuple(heads[0]) if heads else (*names, title)
-            lower = [tuple(head) for head in heads[1:]]
+            header = heads[0] if heads else (*names, title)
             inner = [(*names, *("" for _ in columns))] if heads else []
-            tables.append(Table(title, header, (*lower, *inner, *body), split))
+            tables.append(Table(title, header, (*heads[1:], *inner, *body), split))
     return tables
 
 
-def _once(paths: Sequence[tuple[str, ...]]) -> list[str]:
-    """The last name of each path, empty if the path to its left is the same."""
-    return [path[-1] if n == 0 or path != paths[n - 1] else "" for n, path in enumerate(paths)]
+def _switches(axes: Sequence[Axis], combinations: Sequence[tuple[str, ...]]) -> list[list[str]]:
+    """By axis, the switch of each combination; empty if the one before it has the same values up to this axis."""
+    switches = []
+    for depth, axis in enumerate(axes):
+        paths = [combination[: depth + 1] for combination in combinations]
+        repeated = [False, *itertools.starmap(operator.eq, itertools.pairwise(paths))]
+        switches.append(["" if again else axis.switch(path[-1]) for again, path in zip(repeated, paths, strict=True)])
+    return switches
 
 
 def effects_table(effects: Sequence[Effect]) -> Table:

@@ -17,7 +17,7 @@ from llamatune.options.inference import MergeOptions, ModelSource, Sampling
 from llamatune.options.preparation import PrepareOptions
 from llamatune.shapes.counts import count_parameters
 from llamatune.spec import RunSpec, build_spec
-from llamatune.strict_yaml import parse_yaml
+from llamatune.strict_yaml import read_yaml
 from llamatune.training.run import train
 
 MATERIAL = Path(str(resources.files("llamatune.demo")))
@@ -54,17 +54,11 @@ class DemoReport:
 
 def demo_spec(output: Path) -> RunSpec:
     """The spec of the demo's LoRA run, which writes below ``output``."""
-    text = (MATERIAL / "finetune.yaml").read_text(encoding="utf-8")
-    values = parse_yaml(text, MATERIAL / "finetune.yaml")
+    values = read_yaml(MATERIAL / "finetune.yaml")
     values["model"]["path"] = str(MATERIAL / "base")
     values["data"]["train"] = str(output / "prepared")
     values["training"]["output_dir"] = str(output / "run")
     return build_spec(values, "finetune.yaml")
-
-
-def held_out_rows() -> list[dict[str, str]]:
-    """Questions about towns that no training row asks about."""
-    return [json.loads(line) for line in (MATERIAL / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def run_demo(output: Path, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop) -> DemoReport:
@@ -72,7 +66,8 @@ def run_demo(output: Path, on_event: OnEvent = ignore_event, should_stop: Should
 
     What an earlier call finished is kept, so that a stopped demo continues.
     """
-    base, spec, held_out = MATERIAL / "base", demo_spec(output), held_out_rows()
+    base, spec = MATERIAL / "base", demo_spec(output)
+    held_out = [json.loads(line) for line in (MATERIAL / "held_out.jsonl").read_bytes().splitlines()]
     lora = spec.lora
     assert lora is not None
 
@@ -100,17 +95,17 @@ def run_demo(output: Path, on_event: OnEvent = ignore_event, should_stop: Should
         HeldOut(row["instruction"], row["output"], both.base_completion or "", both.completion, last.completion)
         for row, both, last in zip(held_out, compared, of_merged, strict=True)
     ]
-
-    def exact_match(kind: str) -> float:
-        return 100 * Accuracy.of(getattr(row, kind) == row.expected for row in answers).fraction
-
+    base_match, tuned_match, merged_match = (
+        100 * Accuracy.of(getattr(row, kind) == row.expected for row in answers).fraction
+        for kind in ("base", "tuned", "merged")
+    )
     return DemoReport(
         str(output),
         summary["trainable_parameters"],
         count.base_parameters,
-        exact_match("base"),
-        exact_match("tuned"),
-        exact_match("merged"),
+        base_match,
+        tuned_match,
+        merged_match,
         summary["runtime_s"],
         summary["peak_memory_bytes"],
         answers,

@@ -19,14 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _SERIES = [name for name in PALETTE if name.startswith("series")]
-_MARKERS = {
-    "o": "circles",
-    "s": "squares",
-    "D": "diamonds",
-    "^": "triangles",
-    "v": "triangles, tip down",
-    "P": "crosses",
-}
+_MARKERS = (
+    ("o", "circles"), ("s", "squares"), ("D", "diamonds"),
+    ("^", "triangles"), ("v", "triangles, tip down"), ("P", "crosses"),
+)  # fmt: skip
 _DASHES = ((), (5, 1.5), (1, 1))
 """Lengths drawn and left out, in line widths. When all colours are used, they repeat with the next dashes."""
 _INK = PALETTE["ink"][0]
@@ -60,7 +56,7 @@ class Curve:
     @property
     def marker(self) -> tuple[str, str]:
         """The marker of validation losses: matplotlib's name, and the name in the legend."""
-        return list(_MARKERS.items())[self.place % len(_MARKERS)]
+        return _MARKERS[self.place % len(_MARKERS)]
 
     @property
     def style(self) -> dict[str, Any]:
@@ -210,34 +206,36 @@ def _draw_layers(axes: Axes, curve: Curve) -> None:
     axes.figure.colorbar(image, ax=axes, label="gradient norm", format="{x:g}")
 
 
-def _describe(curves: Sequence[Curve], description: Callable[[Curve], str]) -> str:
-    """One clause a run: the text that a screen reader reads for a chart."""
-    return "; ".join(f"{curve.run.name}: {description(curve)}" for curve in curves if curve.steps) or "no steps yet"
-
-
 def _describe_loss(curve: Curve) -> str:
     losses = [evaluation.loss for evaluation in curve.run.metrics.evaluations]
     held_out = f", lowest validation loss {min(losses):.4g}, last {losses[-1]:.4g}" if losses else ""
     return f"smoothed loss from {curve.smoothed[0]:.4g} to {curve.smoothed[-1]:.4g}{held_out}"
 
 
+def _describe_loss_scale(curve: Curve) -> str:
+    return f"{len(curve.run.metrics.skipped)} windows skipped"
+
+
+def _describe_epochs(curve: Curve) -> str:
+    return ", ".join(f"{epoch.train_loss:.4g}" for epoch in curve.epochs)
+
+
 def make_charts(curves: Sequence[Curve]) -> list[Chart]:
-    """Every chart for which a run has values."""
-    draw_loss = partial(_draw_loss, curves=curves, value=float, label="loss, nats per token")
-    draw_perplexity = partial(_draw_perplexity, curves=curves)
-    means = _describe(curves, lambda curve: ", ".join(f"{epoch.train_loss:.4g}" for epoch in curve.epochs))
+    """Every chart for which a run has values; the description that a screen reader reads has a clause a run."""
+
+    def chart(name: str, title: str, draw: Callable[..., None], describe: Callable[[Curve], str]) -> Chart:
+        clauses = [f"{curve.run.name}: {describe(curve)}" for curve in curves if curve.steps]
+        return Chart(name, title, "; ".join(clauses) or "no steps yet", partial(draw, curves=curves))
+
+    draw_loss = partial(_draw_loss, value=float, label="loss, nats per token")
     charts = [
-        Chart("loss", "Loss", _describe(curves, _describe_loss), draw_loss),
-        Chart("perplexity", "Perplexity", "exp(loss) on a logarithmic axis", draw_perplexity),
-        Chart("epochs", "Updates and epoch means", means, partial(_draw_epochs, curves=curves)),
+        chart("loss", "Loss", draw_loss, _describe_loss),
+        Chart("perplexity", "Perplexity", "exp(loss) on a logarithmic axis", partial(_draw_perplexity, curves=curves)),
+        chart("epochs", "Updates and epoch means", _draw_epochs, _describe_epochs),
+        *(chart(each.name, each.title, each.draw, each.describe) for each in _STEP_CHARTS),
     ]
-    for chart in _STEP_CHARTS:
-        description = _describe(curves, chart.describe)
-        charts.append(Chart(chart.name, chart.title, description, partial(chart.draw, curves=curves)))
     if any(curve.run.spec.training.precision == "fp16" and curve.steps for curve in curves):
-        description = _describe(curves, lambda curve: f"{len(curve.run.metrics.skipped)} windows skipped")
-        draw = partial(_LOSS_SCALE.draw, curves=curves)
-        charts.append(Chart(_LOSS_SCALE.name, _LOSS_SCALE.title, description, draw))
+        charts.append(chart(_LOSS_SCALE.name, _LOSS_SCALE.title, _LOSS_SCALE.draw, _describe_loss_scale))
     for curve in curves:
         if curve.run.metrics.layer_grad_norms:
             title = "Gradient norm by layer" + (f", {curve.run.name[:40]}" if len(curves) > 1 else "")

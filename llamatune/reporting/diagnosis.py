@@ -95,19 +95,14 @@ def judge_validation(steps: Sequence[Step], evaluations: Sequence[EvalDone]) -> 
 
     needed = max(OVERFIT_RISE * abs(lowest), OVERFIT_DEVIATIONS * _evaluation_noise(losses))
     rose = bool(after) and min(after[-OVERFIT_LAST:]) > lowest + needed
-    gap_at_turn, gap_at_end = lowest - train_loss(turn), losses[-1] - train_loss(len(losses) - 1)
-    learned = train_loss(len(losses) - 1) < train_loss(turn)
+    at_turn, at_end = train_loss(turn), train_loss(len(losses) - 1)
+    verdict = "no over-fitting" if not rose else "over-fitting" if at_end < at_turn else "rising"
     turned = next((step for step in steps if step.step >= evaluations[turn].step), steps[-1])
+    rise = losses[-1] / lowest - 1 if lowest else 0.0
     return Validation(
-        "no over-fitting" if not rose else "over-fitting" if learned else "rising",
-        evaluations[turn].step,
-        epoch_of(turned),
-        lowest,
-        losses[-1],
-        losses[-1] / lowest - 1 if lowest else 0.0,
-        gap_at_turn,
-        gap_at_end,
-    )
+        verdict, evaluations[turn].step, epoch_of(turned), lowest, losses[-1], rise,
+        gap_at_turn=lowest - at_turn, gap_at_end=losses[-1] - at_end,
+    )  # fmt: skip
 
 
 def judge_trend(steps: Sequence[Step], spikes: Sequence[Spike] = ()) -> Trend | None:

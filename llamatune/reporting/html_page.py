@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
 from string import Template
-from typing import Any
 
 import yaml
 
@@ -15,7 +14,7 @@ from llamatune.errors import printable
 from llamatune.reporting.chart_images import PALETTE, Chart
 from llamatune.reporting.charts import Curve
 from llamatune.reporting.report_data import Report, RunReport
-from llamatune.reporting.report_text import ABSENT, figure_rows, findings, loss, two_places, whole
+from llamatune.reporting.report_text import ABSENT, figure_rows, findings, loss, optional, two_places, whole
 from llamatune.reporting.sample_answers import Samples
 from llamatune.reporting.spikes import Spike
 from llamatune.units import duration, gibibytes
@@ -36,7 +35,7 @@ def _html(value: object) -> Markup:
 
 
 def _element(tag: str, *content: object, **attributes: str) -> Markup:
-    names = "".join(f' {name.rstrip("_")}="{escape(value)}"' for name, value in attributes.items())
+    names = "".join(f' {name.strip("_").replace("_", "-")}="{escape(x)}"' for name, x in attributes.items())
     return Markup(f"<{tag}{names}>{''.join(map(_html, content))}</{tag}>")
 
 
@@ -95,10 +94,9 @@ def _file(name: str) -> str:
 
 def _colours() -> str:
     """Every colour as a CSS variable, for light and dark pages."""
-    schemes = [
-        " ".join(f"--{name}: {colours[scheme]};" for name, colours in {**PALETTE, **_PAGE}.items()) for scheme in (0, 1)
-    ]
-    return f":root {{ {schemes[0]} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {schemes[1]} }} }}\n"
+    colours = {**PALETTE, **_PAGE}.items()
+    light, dark = (" ".join(f"--{name}: {pair[scheme]};" for name, pair in colours) for scheme in (0, 1))
+    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
 
 
 def _overview(report: Report) -> Markup:
@@ -120,9 +118,8 @@ def _diagnosis(run: RunReport) -> Markup:
 
 
 def _spike(spike: Spike) -> Sequence[object]:
-    if spike.rows is None:
-        rows = "the prepared data is needed to name them"
-    else:
+    rows = "the prepared data is needed to name them"
+    if spike.rows is not None:
         more = len(spike.rows) - _MOST_ROWS_NAMED
         rows = ", ".join(map(str, spike.rows[:_MOST_ROWS_NAMED])) + (f" and {more} more" if more > 0 else "")
     return (
@@ -143,23 +140,23 @@ def _legend(curves: Sequence[Curve]) -> Markup:
     items = []
     for curve in curves:
         dashes = " ".join(str(3 * length) for length in curve.dashes)
-        line = Markup(
+        line = (
             f'<svg viewBox="0 0 44 12" aria-hidden="true"><path d="M0 6H44" stroke="var(--{curve.series})" '
             f'stroke-width="3" stroke-dasharray="{dashes}"/></svg>'
         )
-        items.append(_element("li", line, _element("span", f"{curve.run.name} (validation: {curve.marker[1]})")))
-    return _element("ul", *items, class_="legend")
+        items.append(Markup(line + _element("span", f"{curve.run.name} (validation: {curve.marker[1]})")))
+    return _list(items, class_="legend")
 
 
 def _key(report: Report) -> Markup:
     memory = f"decay {report.smoothing:g} (about {1 / (1 - report.smoothing):.0f} updates)"
-    sentences = (
-        f"Training loss: thin, each update; thick, a moving average with {memory}, its start corrected for bias.",
-        "Validation loss: dashed with markers.",
-        "A cross marks a spike, a dotted line the norm that gradients are clipped to.",
-        "Of long runs each stretch is drawn by its lowest and its highest update.",
+    text = (
+        f"Training loss: thin, each update; thick, a moving average with {memory}, its start corrected for bias. "
+        "Validation loss: dashed with markers. "
+        "A cross marks a spike, a dotted line the norm that gradients are clipped to. "
+        "Of long runs each stretch is drawn by its lowest and its highest update."
     )
-    return _element("p", " ".join(sentences), class_="quiet")
+    return _element("p", text, class_="quiet")
 
 
 def _charts(charts: Sequence[tuple[Chart, str]]) -> Markup:
@@ -168,9 +165,6 @@ def _charts(charts: Sequence[tuple[Chart, str]]) -> Markup:
 
 
 def _epochs(run: RunReport) -> Markup:
-    def optional(value: float | None, form: Any) -> str:
-        return ABSENT if value is None else form(value)
-
     headings = (
         "epoch", "updates", "training loss", "perplexity", "validation loss", "perplexity", "target tokens", "ended at",
     )  # fmt: skip
@@ -195,7 +189,7 @@ def _answers(answers: Samples) -> Markup:
     rows = []
     for sample in answers.samples:
         texts = (sample.prompt, ABSENT if sample.base is None else sample.base, sample.tuned)
-        cells = (Markup(f'<td data-label="{label}">{_html(x)}</td>') for label, x in zip(headings, texts, strict=True))
+        cells = (_element("td", text, data_label=label) for label, text in zip(headings, texts, strict=True))
         rows.append(_element("tr", *cells))
     parts = _element("caption", answers.source), _header(headings), _element("tbody", *rows)
     return _element("table", *parts, class_="answers")
@@ -213,13 +207,10 @@ def _value(value: object) -> str:
 
 
 def _parameters(run: RunReport) -> Markup:
-    rows = [
-        (name, whole(facts["base"]), whole(facts["adapter"]) if facts["adapter"] else "")
-        for name, facts in run.parameters.items()
-    ]
-    if rows:
-        base, adapter = (sum(facts[key] for facts in run.parameters.values()) for key in ("base", "adapter"))
-        rows.append(("all", whole(base), whole(adapter) if adapter else ""))
+    counts = [(name, facts["base"], facts["adapter"]) for name, facts in run.parameters.items()]
+    if counts:
+        counts.append(("all", sum(base for _, base, _ in counts), sum(adapter for *_, adapter in counts)))
+    rows = [(name, whole(base), whole(adapter) if adapter else "") for name, base, adapter in counts]
     return _table(f"{run.name}: parameters, all blocks together", ("module", "base", "adapter"), rows)
 
 

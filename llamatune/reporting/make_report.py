@@ -32,19 +32,14 @@ def make_report(
     samples = [] if options.generations is None else [read_generations(options.generations)]
     if prompts:
         samples += [generate_samples(run, prompts, options, on_event, should_stop) for run in runs]
-    reports = [report_run(run, options.smoothing) for run in runs]
-    curves = []
-    for place, (run, data) in enumerate(zip(runs, reports, strict=True)):
+    reports, curves = [], []
+    for place, run in enumerate(runs):
         smoothed = running_average([step.loss for step in run.metrics.steps], options.smoothing)
+        data = report_run(run, smoothed)
+        reports.append(data)
         curves.append(Curve(run, place, smoothed, data.epochs, data.diagnosis.spikes))
-    report = Report(
-        str(options.output),
-        None if options.png is None else str(options.png),
-        options.smoothing,
-        reports,
-        spec_differences(runs),
-        samples,
-    )
+    png = None if options.png is None else str(options.png)
+    report = Report(str(options.output), png, options.smoothing, reports, spec_differences(runs), samples)
     charts = make_charts(curves)
     page = render_page(report, [(chart, chart_svg(chart)) for chart in charts], curves)
     write_atomic(output, page.encode(), options.overwrite)

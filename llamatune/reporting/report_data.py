@@ -11,7 +11,7 @@ from typing import Any
 from llamatune.checkpoints.model_directory import read_config
 from llamatune.errors import LlamatuneError, printable
 from llamatune.formats.metrics import LARGEST_NUMBER
-from llamatune.reporting.averages import Epoch, epoch_means, running_average
+from llamatune.reporting.averages import Epoch, epoch_means
 from llamatune.reporting.diagnosis import Diagnosis, diagnose
 from llamatune.reporting.run_reader import Run
 from llamatune.reporting.sample_answers import Samples
@@ -53,8 +53,8 @@ class Report:
     samples: list[Samples]
 
 
-def report_run(run: Run, decay: float) -> RunReport:
-    """The report on one run; ``decay`` is that of the running average."""
+def report_run(run: Run, smoothed: Sequence[float]) -> RunReport:
+    """The report on one run; ``smoothed`` is the running average of its losses."""
     steps, evaluations = run.metrics.steps, run.metrics.evaluations
     count, count_notice = _count(run)
     epochs = epoch_means(steps, {evaluation.step: evaluation.loss for evaluation in evaluations})
@@ -64,7 +64,7 @@ def report_run(run: Run, decay: float) -> RunReport:
         path=printable(str(run.path)),
         status=run.status,
         notices=[*run.notices, *([count_notice] if count_notice else [])],
-        figures=_figures(run, epochs, decay, count),
+        figures=_figures(run, epochs, smoothed, count),
         diagnosis=replace(diagnosis, spikes=with_rows(run, diagnosis.spikes)),
         epochs=epochs,
         evaluations=[{"step": e.step, "loss": e.loss, "perplexity": perplexity(e.loss)} for e in evaluations],
@@ -100,7 +100,9 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + key, value
 
 
-def _figures(run: Run, epochs: Sequence[Epoch], decay: float, count: ParameterCount | None) -> dict[str, float | None]:
+def _figures(
+    run: Run, epochs: Sequence[Epoch], smoothed: Sequence[float], count: ParameterCount | None
+) -> dict[str, float | None]:
     """The final figures. Most come from the log, so that unfinished runs can be compared too."""
     steps, evaluations = run.metrics.steps, run.metrics.evaluations
     summary = dict(_numbers(run.summary))
@@ -112,7 +114,7 @@ def _figures(run: Run, epochs: Sequence[Epoch], decay: float, count: ParameterCo
         "steps": len(steps),
         "epochs": steps[-1].epoch if steps else 0,
         "train_loss": epochs[-1].train_loss if epochs else None,
-        "smoothed_train_loss": running_average([step.loss for step in steps], decay)[-1] if steps else None,
+        "smoothed_train_loss": smoothed[-1] if smoothed else None,
         "best_validation_loss": best.loss if best else None,
         "best_validation_step": best.step if best else None,
         "last_validation_loss": last,

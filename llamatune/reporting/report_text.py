@@ -45,13 +45,18 @@ _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
+def optional(value: float | None, form: Callable[[float], str]) -> str:
+    """``value`` as text, or a dash for None."""
+    return ABSENT if value is None else form(value)
+
+
 def figure_rows(runs: list[dict[str, float | None]]) -> list[tuple[str, list[str]]]:
     """A label and each run's value, for every figure that any of the runs has."""
     rows = []
     for key, (label, form) in _FIGURES.items():
         values = [figures[key] for figures in runs]
         if any(value is not None for value in values):
-            rows.append((label, [ABSENT if value is None else form(value) for value in values]))
+            rows.append((label, [optional(value, form) for value in values]))
     return rows
 
 
@@ -75,21 +80,18 @@ def _spikes(diagnosis: Diagnosis) -> str:
 def _validation(validation: Validation | None) -> str:
     if validation is None:
         return "Over-fitting cannot be judged with fewer than two evaluations."
-    lowest = (
-        f"lowest at step {validation.turned_step:,} (epoch {validation.turned_epoch}) with {validation.lowest_loss:.4f}"
-    )
+    last, gap = "the last one", f"{validation.gap_at_end:+.4f}"
     if validation.rise:
         last = f"{validation.last_loss:.4f} ({validation.rise:+.1%}) at the end"
-        gap = (
-            f"gap to the training loss {validation.gap_at_turn:+.4f} there and {validation.gap_at_end:+.4f} at the end."
-        )
-    else:
-        last, gap = "the last one", f"gap to the training loss {validation.gap_at_end:+.4f}."
+        gap = f"{validation.gap_at_turn:+.4f} there and {gap} at the end"
     verdict = {
         "over-fitting": f"Over-fitting since epoch {validation.turned_epoch}",
         "rising": "Validation and training loss both rise",
     }.get(validation.verdict, "No over-fitting")
-    return f"{verdict}: validation loss {lowest}, {last}; {gap}"
+    return (
+        f"{verdict}: validation loss lowest at step {validation.turned_step:,} (epoch {validation.turned_epoch}) with "
+        f"{validation.lowest_loss:.4f}, {last}; gap to the training loss {gap}."
+    )
 
 
 def _trend(trend: Trend | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llamatune.errors import CheckpointError, DataError, SpecError, printable
 from llamatune.events import OnEvent, ShouldStop
@@ -49,20 +49,16 @@ def read_generations(path: Path) -> Samples:
     samples = []
     for number, line in enumerate(read_bytes(path, DataError, _LARGEST_FILE).splitlines(), 1):
         try:
-            samples.append(_sample(parse_json(line)))
+            values = parse_json(line)
+            sample = Sample(values["prompt"], values.get("base_completion"), values["completion"])
+            texts = (sample.prompt, sample.tuned, "" if sample.base is None else sample.base)
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError
+            samples.append(sample)
         except (ValueError, KeyError, TypeError):
             todo = "give a file that llamatune generate --compare --output wrote"
             raise DataError("not a line with prompt and completion", f"{path}:{number}", todo) from None
     return Samples(printable(path.name), samples)
-
-
-def _sample(values: Any) -> Sample:
-    sample = Sample(values["prompt"], values.get("base_completion"), values["completion"])
-    if not isinstance(sample.prompt, str) or not isinstance(sample.tuned, str):
-        raise TypeError
-    if not isinstance(sample.base, str | None):
-        raise TypeError
-    return sample
 
 
 def generate_samples(

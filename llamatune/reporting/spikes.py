@@ -105,9 +105,6 @@ def with_rows(run: Run, spikes: list[Spike]) -> list[Spike]:
         windows = Windows(run.spec, train, schedule.rows_per_window, schedule.windows_per_epoch)
     except LlamatuneError:
         return spikes
-
-    def rows(spike: Spike) -> list[int]:
-        batches = windows.micro_batches(spike.window - 1)  # the log counts windows from 1
-        return sorted(row for batch in batches for row in batch.rows)
-
-    return [replace(spike, rows=rows(spike)) for spike in spikes]
+    batches = (windows.micro_batches(spike.window - 1) for spike in spikes)  # the log counts windows from 1
+    rows = [sorted(row for batch in window for row in batch.rows) for window in batches]
+    return [replace(spike, rows=found) for spike, found in zip(spikes, rows, strict=True)]

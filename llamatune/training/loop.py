@@ -18,13 +18,13 @@ from llamatune.formats.metrics import LayerGradNorms, read_metrics
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.spec import RunSpec
 from llamatune.strict_json import dump_json
-from llamatune.training.run_output import RunOutput
 from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner
 from llamatune.training.progress import RunProgress
 from llamatune.training.run_directory import LEAST_GAIN, RunDirectory, prune_checkpoints
 from llamatune.training.run_files import SUMMARY
 from llamatune.training.run_memory import held_memory, peak_memory_bytes, peak_reserved_bytes
+from llamatune.training.run_output import RunOutput
 from llamatune.training.schedule import Schedule, learning_rate_at
 from llamatune.training.update import make_update
 

@@ -27,7 +27,6 @@ from llamatune.options.training import BenchmarkOptions
 from llamatune.spec import RunSpec, build_spec
 from llamatune.training.inputs import open_inputs
 from llamatune.training.run import train
-from llamatune.training.schedule import plan_schedule
 
 Make = Callable[..., Path]
 
@@ -150,7 +149,7 @@ class TestWhatIsMeasured:
 
     def test_the_heaviest_windows_hold_the_peak_of_them_all(self, spec: RunSpec) -> None:
         inputs = open_inputs(spec, False, ignore_event)
-        trial = Trial(spec, inputs, plan_schedule(spec, inputs.prepared.train))
+        trial = Trial(spec, inputs)
         count = trial.schedule.windows_per_epoch
         trial.update(trial.windows.micro_batches(0), 0, 0)  # the optimizer's state is there from now on
         peaks = []

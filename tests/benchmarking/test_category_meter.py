@@ -8,14 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import step_meter
 import torch
+from step_meter import even_batch
 from step_tools import saved_by_autograd
 from torch import nn
 
-from llamatune.benchmarking import step_meter
 from llamatune.benchmarking.category_meter import CategoryMeter
 from llamatune.benchmarking.results import CATEGORIES
-from llamatune.benchmarking.step_meter import even_batch
 from llamatune.errors import OutOfMemory
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.loss import summed_loss
@@ -63,17 +63,17 @@ def metered(spec: RunSpec, micro_batches: int = 2) -> tuple[Learner, CategoryMet
 def sizes_ever(meter: CategoryMeter) -> Counter[str]:
     """Bytes of all storages that there were, by category, whenever they lived."""
     sizes: Counter[str] = Counter()
-    for number, change in meter._log:
+    for storage, change in meter._log:
         if change > 0:
-            sizes[meter._category[number]] += change
+            sizes[storage.category] += change
     return sizes
 
 
 def alive(meter: CategoryMeter) -> Counter[str]:
     """Bytes of the storages that there are now, by category."""
     sizes: Counter[str] = Counter()
-    for number, change in meter._log:
-        sizes[meter._category[number]] += change
+    for storage, change in meter._log:
+        sizes[storage.category] += change
     return sizes
 
 
@@ -143,7 +143,7 @@ class TestKnownTensors:
             assert meter.live_bytes == before + 2000
             (weight.sum() + view.sum()).backward()
         assert sizes_ever(meter)["temporary"] >= 2000
-        assert not any(meter._category[n] == "activations" and size == 2000 for n, size in meter._log)
+        assert not any(storage.category == "activations" and size == 2000 for storage, size in meter._log)
 
     def test_the_limit_is_kept_to_the_byte(self, learner: Any, weight: nn.Parameter) -> None:
         held = 4 * 2 * 30 * 50

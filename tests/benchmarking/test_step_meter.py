@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import step_meter
 import torch
+from step_meter import StepMeter, even_batch, measure_step
 from step_tools import real_step, saved_by_autograd, spec_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llamatune.benchmarking import step_meter
-from llamatune.benchmarking.step_meter import StorageMeter, even_batch, measure_step
 from llamatune.events import ignore_event, never_stop
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig
@@ -38,7 +38,7 @@ AT_MOST = {
 
 class TestTheMeter:
     def test_a_storage_counts_once_until_its_last_view_is_gone(self) -> None:
-        with StorageMeter() as meter:
+        with StepMeter() as meter:
             x = torch.zeros(1000)
             assert meter.live_bytes == 4000
             views = [x.view(10, 100), x[3:], x.t(), x.detach(), x.add_(1)]
@@ -53,7 +53,7 @@ class TestTheMeter:
         assert (meter.live_bytes, meter.peak_bytes, meter.largest_bytes) == (0, 12000, 8000)
 
     def test_what_an_expression_makes_on_its_way_is_in_the_peak(self) -> None:
-        with FakeTensorMode(), StorageMeter() as meter:
+        with FakeTensorMode(), StepMeter() as meter:
             x = torch.empty(1 << 28)  # 1 GiB that nobody has to have
             meter.start_window()
             y = (x * 2 + 1).sum()
@@ -61,14 +61,14 @@ class TestTheMeter:
         assert meter.live_bytes == GIB + y.element_size()
 
     def test_a_resized_storage_has_its_new_size(self) -> None:
-        with StorageMeter() as meter:
+        with StepMeter() as meter:
             x = torch.zeros(10)
             x.resize_(1000)
             assert meter.live_bytes == 4000
 
     def test_what_autograd_keeps_is_alive_when_backward_begins(self) -> None:
         weight = torch.zeros(30, 50, requires_grad=True)
-        with StorageMeter() as meter:
+        with StepMeter() as meter:
             x = torch.ones(20, 50)
             hidden = x @ weight.t()  # keeps x
             loss = hidden.exp().sum()  # keeps the result of exp; hidden is freed below
@@ -78,7 +78,7 @@ class TestTheMeter:
         assert meter.backward_began_bytes == 4 * (made + 30 * 50)  # the weight is seen through its transpose
 
     def test_numbers_are_read_off_tensors_without_content(self) -> None:
-        with FakeTensorMode(allow_non_fake_inputs=True), StorageMeter():
+        with FakeTensorMode(allow_non_fake_inputs=True), StepMeter():
             x = torch.empty(3)
             assert (x.sum().item(), x.double().tolist()) == (1.0, [1.0, 1.0, 1.0])
 

@@ -5,12 +5,12 @@ import os
 import sys
 from pathlib import Path
 
+import atlas
 import pytest
 from readme_job import run_quietly, unexpected_lines
 from safetensors import safe_open
 
 from llamatune.checkpoints.loading import open_checkpoint
-from llamatune.demo import atlas
 from llamatune.demo.run_demo import MATERIAL, DemoReport, HeldOut, demo_spec, run_demo
 from llamatune.training.run import train
 

@@ -6,11 +6,11 @@ import itertools
 from typing import Any
 
 import pytest
+import step_meter
 import torch
+from step_meter import even_batch
 from step_tools import real_step, spec_of, step_bytes
 
-from llamatune.benchmarking import step_meter
-from llamatune.benchmarking.step_meter import even_batch
 from llamatune.data.batches import Batch
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.model import attention

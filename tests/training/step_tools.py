@@ -6,11 +6,11 @@ import gc
 from collections.abc import Sequence
 from typing import Any
 
+import step_meter
 import torch
+from step_meter import StepMeter
 from torch import Tensor
 
-from llamatune.benchmarking import step_meter
-from llamatune.benchmarking.step_meter import StorageMeter
 from llamatune.data.batches import Batch
 from llamatune.events import ignore_event, never_stop
 from llamatune.memory.sizes import Rows
@@ -46,11 +46,11 @@ def step_bytes(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu, levels
     return Step(spec, config, rows, cuda).highest(levels)
 
 
-def real_step(spec: RunSpec, config: LlamaConfig, batch: Batch) -> tuple[int, StorageMeter]:
+def real_step(spec: RunSpec, config: LlamaConfig, batch: Batch) -> tuple[int, StepMeter]:
     """What lies there between steps, and the meter after a second step on tensors with content."""
     gc.collect()
     micro_batches = [batch] * min(2, spec.training.gradient_accumulation_steps)
-    with StorageMeter() as meter:
+    with StepMeter() as meter:
         inputs = step_meter._inputs_without_data(spec, config)
         learner = build_learner(spec, inputs, ignore_event, never_stop)
         step_meter._step(spec, learner, micro_batches, 0)

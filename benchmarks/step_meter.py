@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llamatune.benchmarking.category_meter import Followed, StorageMeter
 from llamatune.data.batches import Batch, Prepared, Split
 from llamatune.events import ignore_event, never_stop
 from llamatune.shapes.config import LlamaConfig
@@ -56,8 +55,8 @@ class StepMemory:
     saved_bytes_per_token_layer: float
 
 
-class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the storages of all tensors that operations return, until each is freed.
+class StepMeter(StorageMeter):  # type: ignore[no-untyped-call]
+    """Follows the storages of a step, and notes what is alive when its first backward pass begins.
 
     Over a FakeTensorMode, operations on real tensors alone (the positions of the targets) stay real, and reading a
     number from a tensor without content gives 1.
@@ -65,8 +64,6 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live_bytes = 0
-        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self.start_window()
 
     def start_window(self) -> None:
@@ -79,36 +76,17 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if self.backward_began_bytes is None and torch._C._current_graph_task_id() != -1:
             self.backward_began_bytes = self.live_bytes
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].is_floating_point() else 1
-        if given and not any(isinstance(tensor, FakeTensor) for tensor in given):
-            with unset_fake_temporarily():
-                result = func(*args, **(kwargs or {}))
-        else:
-            result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage())
-        return result
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        real = given and not any(isinstance(tensor, FakeTensor) for tensor in given)
+        with unset_fake_temporarily() if real else contextlib.nullcontext():
+            return super().__torch_dispatch__(func, types, args, kwargs)
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key not in self._alive:
-            self._alive[key] = (weakref.ref(storage, lambda _: self._release(key)), size)
-            self._change(key, size)
-            self.largest_bytes = max(self.largest_bytes, size)
-        elif self._alive[key][1] != size:  # resized in place
-            self._change(key, size - self._alive[key][1])
-            self._alive[key] = (self._alive[key][0], size)
-
-    def _change(self, key: int, size: int) -> None:
-        """Count that the storage ``key`` grew by ``size`` bytes; made and freed storages count as changes too."""
-        self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-
-    def _release(self, key: int) -> None:
-        self._change(key, -self._alive.pop(key)[1])
+    def _change(self, storage: Followed, size: int) -> None:
+        super()._change(storage, size)
+        if size > 0:
+            self.largest_bytes = max(self.largest_bytes, storage.bytes)
 
 
 def measure_step(
@@ -163,7 +141,7 @@ def _at_once_as_on_a_gpu() -> Iterator[None]:
 
 
 def _run(spec: RunSpec, config: LlamaConfig, batch: Batch, levels: Levels | None = None) -> _Run:
-    with _at_once_as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), StorageMeter() as meter:
+    with _at_once_as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), StepMeter() as meter:
         learner = build_learner(spec, _inputs_without_data(spec, config), ignore_event, never_stop, levels)
         micro_batches = [batch] * min(2, spec.training.gradient_accumulation_steps)
         _step(spec, learner, micro_batches, 0)  # makes the optimizer's state

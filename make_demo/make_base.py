@@ -1,4 +1,4 @@
-"""Makes the demo's base model, tokenizer and rows: ``python -m llamatune.demo.make_base --output DIR``.
+"""Makes the demo's base model, tokenizer and rows: ``python make_demo/make_base.py --output DIR``.
 
 It writes the atlas, trains the tokenizer, and then calls ``llamatune prepare-data`` and ``llamatune train`` with
 ``pretrain.yaml``. If it is stopped, the same command continues.
@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import atlas
 import typer
 
-from llamatune.demo import atlas
 from llamatune.durable_writing import write_atomic
 from llamatune.strict_json import dump_json
 
@@ -30,7 +30,8 @@ CONFIG: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
-_PACKAGE = Path(__file__).parent
+_HERE = Path(__file__).parent
+_PACKAGED = _HERE.parent / "llamatune" / "demo"
 _TEMPLATE_LINES = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
     "### Instruction:",
@@ -99,7 +100,7 @@ def write_inputs(directory: Path) -> None:
         train_tokenizer(unfinished)
         unfinished.replace(untrained / "tokenizer.model")
     write_atomic(directory / "atlas.jsonl", json_lines({"text": text} for text in atlas.passages(0, PASSAGES)))
-    write_atomic(directory / "pretrain.yaml", (_PACKAGE / "pretrain.yaml").read_bytes())
+    write_atomic(directory / "pretrain.yaml", (_HERE / "pretrain.yaml").read_bytes())
 
 
 def make_base(directory: Path) -> Path:
@@ -121,10 +122,10 @@ def main(
     """Make the demo's base model and rows."""
     model = make_base(output)
     if install:
-        shutil.rmtree(_PACKAGE / "base", ignore_errors=True)
-        shutil.copytree(model, _PACKAGE / "base")
-        write_atomic(_PACKAGE / "instructions.jsonl", json_lines(atlas.instruction_rows()))
-        write_atomic(_PACKAGE / "held_out.jsonl", json_lines(atlas.held_out_rows()))
+        shutil.rmtree(_PACKAGED / "base", ignore_errors=True)
+        shutil.copytree(model, _PACKAGED / "base")
+        write_atomic(_PACKAGED / "instructions.jsonl", json_lines(atlas.instruction_rows()))
+        write_atomic(_PACKAGED / "held_out.jsonl", json_lines(atlas.held_out_rows()))
     typer.echo(str(model))
 
 
