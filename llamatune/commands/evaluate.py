@@ -29,7 +29,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> None:
         else:
             from llamatune.inference.gsm8k import evaluate_gsm8k
 
-            payload = evaluate_gsm8k(options, console.on_event, console.should_stop).to_dict()
+            payload = evaluate_gsm8k(options, console.on_event, console.should_stop)
         console.result(
             payload, lambda out: _print_table(out, payload) if out.is_terminal else _print_lines(out, payload)
         )

@@ -12,7 +12,6 @@ from llamatune.checkpoints.model_directory import read_config
 from llamatune.data.prepare import prepare_data
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.generate import generate
-from llamatune.inference.significance import Accuracy
 from llamatune.options.inference import MergeOptions, ModelSource, Sampling
 from llamatune.options.preparation import PrepareOptions
 from llamatune.shapes.counts import count_parameters
@@ -96,7 +95,7 @@ def run_demo(output: Path, on_event: OnEvent = ignore_event, should_stop: Should
         for row, both, last in zip(held_out, compared, of_merged, strict=True)
     ]
     base_match, tuned_match, merged_match = (
-        100 * Accuracy.of(getattr(row, kind) == row.expected for row in answers).fraction
+        100 * (sum(getattr(row, kind) == row.expected for row in answers) / len(answers))
         for kind in ("base", "tuned", "merged")
     )
     return DemoReport(

@@ -17,8 +17,6 @@ from llamatune.model.transformer import Transformer
 from llamatune.options.inference import Sampling
 from llamatune.seeds import derived_seed
 
-IsEnough = Callable[[Sequence[int]], bool]
-
 
 @dataclass(frozen=True)
 class Completion:
@@ -26,28 +24,6 @@ class Completion:
 
     ids: list[int]
     finish_reason: str
-
-
-def complete(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    eos_ids: Collection[int],
-    should_stop: ShouldStop = never_stop,
-    is_enough: IsEnough | None = None,
-) -> list[Completion]:
-    """Continue every prompt (ids, BOS included) as it would be continued alone.
-
-    Args:
-        is_enough: whether a completion, given its ids so far, needs no more; not for beam search.
-
-    Raises:
-        Stopped: ``should_stop`` said so, between two tokens.
-    """
-    if sampling.num_beams > 1:
-        assert is_enough is None, "a beam is known to be the best only at its end"
-        return [_beam_search(model, prompt, sampling, eos_ids, should_stop) for prompt in prompts]
-    return _decode(model, prompts, sampling, eos_ids, should_stop, is_enough)
 
 
 def _new_cache(model: Transformer, batch: int, capacity: int) -> KVCache:
@@ -74,14 +50,25 @@ def _visible(padding: Tensor, first: int, last: int) -> Tensor | None:
 
 
 @torch.inference_mode()
-def _decode(
+def complete(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     eos_ids: Collection[int],
-    should_stop: ShouldStop,
-    is_enough: IsEnough | None,
+    should_stop: ShouldStop = never_stop,
+    is_enough: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[Completion]:
+    """Continue every prompt (ids, BOS included) as it would be continued alone.
+
+    Args:
+        is_enough: whether a completion, given its ids so far, needs no more; not for beam search.
+
+    Raises:
+        Stopped: ``should_stop`` said so, between two tokens.
+    """
+    if sampling.num_beams > 1:
+        assert is_enough is None, "a beam is known to be the best only at its end"
+        return [_beam_search(model, prompt, sampling, eos_ids, should_stop) for prompt in prompts]
     width = max(map(len, prompts))
     # Prompts are padded on the left to one width.
     padding = torch.tensor([width - len(prompt) for prompt in prompts], device=model.device)  # (B,)
@@ -90,14 +77,12 @@ def _decode(
     generators = [torch.Generator().manual_seed(derived_seed(sampling.seed, "sampling")) for _ in prompts]
     chosen: list[list[int]] = [[] for _ in prompts]
     finished = [""] * len(prompts)  # the reason of each finished row
-    length = 0
     while True:
         if should_stop():
             raise Stopped("stopped while generating")
-        end = length + input_ids.shape[1]
-        positions = (torch.arange(length, end, device=model.device)[None] - padding[:, None]).clamp(min=0)
-        logits = model(input_ids, positions, _visible(padding, length, end), cache, read=_next_logits)  # (B, V)
-        length = end
+        start, end = cache.length, cache.length + input_ids.shape[1]
+        positions = (torch.arange(start, end, device=model.device)[None] - padding[:, None]).clamp(min=0)
+        logits = model(input_ids, positions, _visible(padding, start, end), cache, read=_next_logits)  # (B, V)
         tokens = next_tokens(logits.float(), sampling, generators)
         for row, token in enumerate(tokens):
             if finished[row]:
@@ -115,7 +100,6 @@ def _decode(
         input_ids = torch.tensor(tokens, device=model.device)[:, None]
 
 
-@torch.inference_mode()
 def _beam_search(
     model: Transformer, prompt: Sequence[int], sampling: Sampling, eos_ids: Collection[int], should_stop: ShouldStop
 ) -> Completion:

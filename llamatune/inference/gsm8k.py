@@ -11,6 +11,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from llamatune.formats.answer_log import AnswerLog, open_answer_log
 from llamatune.inference.engine import complete
 from llamatune.inference.evaluate import MEMORY_ADVICE
 from llamatune.inference.model_source import OpenedModel, open_model
-from llamatune.inference.significance import Accuracy, exact_mcnemar
+from llamatune.inference.significance import exact_mcnemar, score_interval
 from llamatune.options.inference import EvaluateOptions
 from llamatune.out_of_memory import memory_faults
 from llamatune.safe_reading import digest_file
@@ -36,7 +37,6 @@ from llamatune.tokenizers.base import Tokenizer
 _REVISION = 1  # raise it when the same settings come to give other answers
 ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FEW_SHOT = TEMPLATES["gsm8k"]
-_NEXT_QUESTION = "Question:"
 
 
 def extract_answer(text: str) -> str | None:
@@ -48,7 +48,7 @@ def extract_answer(text: str) -> str | None:
 def is_answered(text: str, few_shot: bool) -> bool:
     """Whether no more text can change the score: the marked number or, few-shot, the whole answer has ended."""
     match = ANSWER.search(text)
-    return (match is not None and match.end() < len(text)) or (few_shot and _NEXT_QUESTION in text)
+    return (match is not None and match.end() < len(text)) or (few_shot and "Question:" in text)
 
 
 @dataclass(frozen=True)
@@ -103,39 +103,23 @@ def prompt_of(question: Question, template: Template | None, examples: Sequence[
     return "".join(shown) + _FEW_SHOT.instruction_prompt(question.text)
 
 
-@dataclass(frozen=True)
-class Gsm8kReport:
-    """The lines of all questions, as ``scored_line`` makes them."""
-
-    data: str
-    dtype: str
-    shots: int
-    lines: list[dict[str, Any]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """What ``--json`` prints."""
-        lines = self.lines
-        values: dict[str, Any] = {
-            "task": "gsm8k",
-            "data": self.data,
-            "shots": self.shots,
-            "questions": len(lines),
-            "dtype": self.dtype,
-        }
-        compared = "base_correct" in lines[0]
-        for prefix in ("", "base_") if compared else ("",):
-            accuracy = Accuracy.of(line[f"{prefix}correct"] for line in lines)
-            values[f"{prefix}correct"] = accuracy.right
-            values[f"{prefix}accuracy"] = accuracy.fraction
-            values[f"{prefix}accuracy_interval"] = accuracy.interval
-            values[f"{prefix}invalid"] = sum(line[f"{prefix}answer"] is None for line in lines)
-            values[f"{prefix}unfinished"] = sum(line[f"{prefix}finish_reason"] == "length" for line in lines)
-        if compared:
-            values["accuracy_difference"] = values["accuracy"] - values["base_accuracy"]
-            values["gained"] = sum(line["correct"] and not line["base_correct"] for line in lines)
-            values["lost"] = sum(line["base_correct"] and not line["correct"] for line in lines)
-            values["p_value"] = exact_mcnemar(values["gained"], values["lost"])
-        return values
+def gsm8k_report(data: str, dtype: str, shots: int, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What ``--json`` prints, from the lines of all questions as ``scored_line`` makes them."""
+    values: dict[str, Any] = {"task": "gsm8k", "data": data, "shots": shots, "questions": len(lines), "dtype": dtype}
+    compared = "base_correct" in lines[0]
+    for prefix in ("", "base_") if compared else ("",):
+        right = sum(line[f"{prefix}correct"] for line in lines)
+        values[f"{prefix}correct"] = right
+        values[f"{prefix}accuracy"] = right / len(lines)
+        values[f"{prefix}accuracy_interval"] = score_interval(right, len(lines))
+        values[f"{prefix}invalid"] = sum(line[f"{prefix}answer"] is None for line in lines)
+        values[f"{prefix}unfinished"] = sum(line[f"{prefix}finish_reason"] == "length" for line in lines)
+    if compared:
+        values["accuracy_difference"] = values["accuracy"] - values["base_accuracy"]
+        values["gained"] = sum(line["correct"] and not line["base_correct"] for line in lines)
+        values["lost"] = sum(line["base_correct"] and not line["correct"] for line in lines)
+        values["p_value"] = exact_mcnemar(values["gained"], values["lost"])
+    return values
 
 
 def scored_line(question: Question, replies: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
@@ -155,7 +139,7 @@ def scored_line(question: Question, replies: Mapping[str, tuple[str, str]]) -> d
 
 def evaluate_gsm8k(
     options: EvaluateOptions, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop
-) -> Gsm8kReport:
+) -> dict[str, Any]:
     """Generate an answer to every question, and score it.
 
     Raises:
@@ -175,7 +159,7 @@ def evaluate_gsm8k(
     texts = [prompt_of(question, template, examples) for question in questions]
     prompts = opened.encode(tokenizer, texts, options.sampling.max_new_tokens, on_event)
     lines: list[dict[str, Any]] = []
-    report = Gsm8kReport(str(options.data), opened.dtype_name, options.shots or 0, lines)
+    report = partial(gsm8k_report, str(options.data), opened.dtype_name, options.shots or 0)
     with contextlib.ExitStack() as stack:
         log = None
         if options.output is not None:
@@ -185,13 +169,12 @@ def evaluate_gsm8k(
             if lines:
                 on_event(Notice(f"{options.output} holds {len(lines)} of {len(questions)} answers already"))
             if len(lines) == len(questions):
-                return report
+                return report(lines)
             # Whole batches only, so that the rows of a batch do not depend on where the evaluation was stopped.
             del lines[len(lines) // options.batch_size * options.batch_size :]
             log.keep(len(lines))
         stack.enter_context(memory_faults(opened.device, MEMORY_ADVICE))
-        together = min(options.batch_size, len(prompts))
-        stack.enter_context(suitable_threads(opened.checkpoint.config, together))
+        stack.enter_context(suitable_threads(opened.checkpoint.config, min(options.batch_size, len(prompts))))
         try:
             unanswered = questions[len(lines) :], prompts[len(lines) :]
             for batch in _answer(options, opened, tokenizer, *unanswered, on_event, should_stop):
@@ -202,7 +185,7 @@ def evaluate_gsm8k(
         except Stopped:
             what, todo = f"stopped after {len(lines)} of {len(questions)} questions", "run the same command again"
             raise Stopped(what, options.output, todo if log else None) from None
-    return report
+    return report(lines)
 
 
 def _answer(

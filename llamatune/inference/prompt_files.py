@@ -17,7 +17,6 @@ from llamatune.strict_json import parse_json
 
 _LARGEST_PROMPT_FILE = 256 << 20
 
-_ROW_SUFFIXES = (".json", ".jsonl", ".ndjson")
 _ROWS_BEGIN = re.compile(rb"""\s*(?:\{\s*["']|\[\s*(?:\{\s*["']|["']))""")
 """How a file of rows or a list of prompts begins; ``[INST] Hi`` and ``{name} is`` begin otherwise."""
 
@@ -62,7 +61,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         DataError: no prompts, not UTF-8, a row that cannot be used (with its place), or rows between plain lines.
     """
     content = read_bytes(path, DataError, _LARGEST_PROMPT_FILE)
-    if path.suffix.lower() in _ROW_SUFFIXES or _begins_as_rows(content):
+    if path.suffix.lower() in (".json", ".jsonl", ".ndjson") or _begins_as_rows(content):
         prompts = [_row_prompt(raw, path) for raw in read_raw_rows(path)]
     else:
         prompts = list(_plain_prompts(content, path))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import NormalDist
 
 _Z = NormalDist().inv_cdf(0.975)
@@ -13,32 +12,13 @@ _Z = NormalDist().inv_cdf(0.975)
 Interval = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Right answers out of the questions asked, at least one."""
-
-    right: int
-    asked: int
-
-    @classmethod
-    def of(cls, verdicts: Iterable[bool]) -> Accuracy:
-        """From one verdict per question."""
-        counted = list(verdicts)
-        return cls(sum(counted), len(counted))
-
-    @property
-    def fraction(self) -> float:
-        return self.right / self.asked
-
-    @property
-    def interval(self) -> Interval:
-        """Wilson's 95 % score interval (Wilson 1927), which stays within 0 and 1 and holds for few questions."""
-        n, p = self.asked, self.fraction
-        shrink = 1 + _Z**2 / n
-        centre = (p + _Z**2 / (2 * n)) / shrink
-        half = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2)) / shrink
-        # Where all or none is right the bound is exactly 1 or 0, and rounding must not move it.
-        return 0.0 if self.right == 0 else centre - half, 1.0 if self.right == n else centre + half
+def score_interval(right: int, n: int) -> Interval:
+    """Wilson's 95 % interval of ``right`` of ``n`` (Wilson 1927), which is within 0 and 1 and holds for a small n."""
+    p, shrink = right / n, 1 + _Z**2 / n
+    centre = (p + _Z**2 / (2 * n)) / shrink
+    half = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2)) / shrink
+    # Where all or none is right the bound is exactly 1 or 0, and rounding must not move it.
+    return 0.0 if right == 0 else centre - half, 1.0 if right == n else centre + half
 
 
 def exact_mcnemar(one_alone: int, other_alone: int) -> float:

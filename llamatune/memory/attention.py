@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from llamatune.memory.ledger import Ledger, Tensor
 from llamatune.memory.sizes import Sizes
 from llamatune.shapes.attention_kernels import Kernel, choose_kernel, head_room
 
 
-@dataclass(frozen=True)
 class AttentionBytes:
     """The tensors of attention by the rule of ``shapes.attention_kernels``.
 
@@ -18,17 +15,7 @@ class AttentionBytes:
     flight in softmax, ``shares`` are those kept of plain products.
     """
 
-    inputs: int
-    outputs: int
-    flat: int
-    arranged: int
-    scores: int
-    shares: int
-    gradients: int
-    score_gradients: int
-
-    @classmethod
-    def of(cls, z: Sizes) -> AttentionBytes:
+    def __init__(self, z: Sizes) -> None:
         c, N, lengths, H = z.c, z.N, z.rows.lengths, z.config.num_attention_heads
         several, ragged, head = len(lengths) > 1, len(set(lengths)) > 1, z.config.head_dim
         kernels = {t: choose_kernel(z.capability, z.computed, head, t, len(lengths)) for t in set(lengths)}
@@ -40,21 +27,17 @@ class AttentionBytes:
         Q, K = H * room, z.config.num_key_value_heads * room
         width = Q if squares or kernel in (Kernel.VARLEN, Kernel.EFFICIENT) else K
         one_kernel = not squares and room == head and (not ragged or kernel is Kernel.VARLEN)
-        flat = 0 if one_kernel else N * z.Q * c
         repeated = 2 * N * Q * c if width != K else 0
         filled = N * (Q + 2 * width) * c if room > head else 0
         ordered = N * Q * c * (2 if several and not ragged else 1) if squares else 0
-        shares = scores * (4 + c)  # plain products keep them twice: in fp32 for softmax's gradient, and in c
-        return cls(
-            inputs=N * (Q + 2 * width) * c + shares,
-            outputs=by_kernel * (Q * c + H * 4),
-            flat=flat,
-            arranged=repeated + filled + ordered,
-            scores=(scores - at_once) * (4 + c) + at_once * (8 + 2 * c),
-            shares=shares,
-            gradients=N * (Q + 2 * width) * c + (N * Q * c if ragged and flat else 0),
-            score_gradients=at_once * (8 - c),
-        )
+        self.arranged = repeated + filled + ordered
+        self.scores = (scores - at_once) * (4 + c) + at_once * (8 + 2 * c)
+        self.shares = scores * (4 + c)  # plain products keep them twice: in fp32 for softmax's gradient, and in c
+        self.inputs = N * (Q + 2 * width) * c + self.shares
+        self.outputs = by_kernel * (Q * c + H * 4)
+        self.flat = 0 if one_kernel else N * z.Q * c
+        self.gradients = N * (Q + 2 * width) * c + (N * Q * c if ragged and self.flat else 0)
+        self.score_gradients = at_once * (8 - c)
 
     def forward(self, ledger: Ledger) -> None:
         """From q, k and v, which are alive, to an output that the caller makes."""

@@ -41,7 +41,7 @@ def _norm(ledger: Ledger, z: Sizes, rows: int, back: bool = False) -> None:
 
 def attention(ledger: Ledger, z: Sizes, last: bool, recompute: bool) -> Passes:
     """Norm, q, k, v, rotation, attention, o and the residual addition; the last block continues with P rows."""
-    n, made = z.P if last else z.N, AttentionBytes.of(z)
+    n, made = z.P if last else z.N, AttentionBytes(z)
     x = ledger.keep("x", z.N * z.D * z.s)
     qkv = _attention_inputs(ledger, z)
     with ledger.step("attention"):

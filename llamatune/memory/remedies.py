@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llamatune.memory.plan import MemoryPlan, plan_memory
-from llamatune.memory.recompute_choice import recomputed_share
 from llamatune.memory.sizes import Rows
 from llamatune.shapes.attention_kernels import Gpu
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.dtypes import PRECISIONS
 from llamatune.shapes.levels import Recompute
 from llamatune.spec import LoraSection, RunSpec, build_spec
@@ -92,7 +91,7 @@ def _changes(spec: RunSpec, config: LlamaConfig, rows: Rows) -> Iterator[tuple[s
     if training.optimizer == "adamw":
         yield "training.optimizer=adamw_8bit", "its state in 8 bits", 0.0, rows
     if training.activation_checkpointing != "block":
-        share = recomputed_share(config, (Recompute.BLOCK,)) if training.fused else 1 / 2
+        share = recomputed_share(config, Recompute.BLOCK) if training.fused else 1 / 2
         change = "training.activation_checkpointing=block"
         yield change, "every block computed again", share if lora else 1 / 3, rows
     if lora and dtype != "nf4":
@@ -108,6 +107,12 @@ def _changes(spec: RunSpec, config: LlamaConfig, rows: Rows) -> Iterator[tuple[s
         yield f"rows of at most {longest // 2} tokens", effect, None, shorter
     if training.optimizer != "sgd":
         yield "training.optimizer=sgd", "keeps no state", None, rows
+
+
+def recomputed_share(config: LlamaConfig, level: Recompute) -> float:
+    """What a level adds to the products of a LoRA step: forward once, and once more to the gradient of the input."""
+    counts = {name: math.prod(config.linear_shape(name)) for name in LINEAR_MODULES}
+    return sum(counts[name] for name in level.modules) / (2 * sum(counts.values()))
 
 
 def _fewer(rows: Rows, share: float) -> Rows:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,25 +18,19 @@ from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.shapes.attention_kernels import Kernel, choose_kernel, head_room
 
 
-@dataclass(frozen=True)
 class Documents:
     """Samples that stand one after another in one row of N tokens.
 
     ``positions`` (1, N) restart with each; ``bounds`` (samples + 1,) int32 are where they begin and end.
     """
 
-    lengths: tuple[int, ...]
-    positions: Tensor
-    bounds: Tensor
-
-    @staticmethod
-    def of(lengths: tuple[int, ...], device: torch.device) -> Documents:
-        """The layout of samples of these lengths, on ``device``."""
+    def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
         sizes = torch.tensor(lengths)
         ends = sizes.cumsum(0)
         positions = torch.arange(int(ends[-1])) - (ends - sizes).repeat_interleave(sizes)
         bounds = torch.cat((torch.zeros(1, dtype=torch.int64), ends)).to(torch.int32)
-        return Documents(lengths, positions[None].to(device, non_blocking=True), bounds.to(device, non_blocking=True))
+        self.lengths, self.positions = lengths, positions[None].to(device, non_blocking=True)
+        self.bounds = bounds.to(device, non_blocking=True)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents | None) -> Tensor:

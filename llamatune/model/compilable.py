@@ -36,9 +36,8 @@ def is_compiling() -> bool:
     return _compiling
 
 
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)  # imports the compiler, which takes some seconds
+_compiled = functools.cache(torch.compile)
+"""Called where it is needed: it imports the compiler, which takes some seconds."""
 
 
 def compilable(function: F) -> F:

@@ -6,11 +6,13 @@ block, as ``layer(x, dropout)`` with ``layer.gradients(...)``. Both enter by ``_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from llamatune.model.compilable import compilable
@@ -31,26 +33,29 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-class _UpcastLinear(torch.autograd.Function):
-    """x W^T in x's precision with a frozen 16-bit W: one matrix is cast at a time, and none is kept for backward."""
+class FrozenProduct(torch.autograd.Function):
+    """x W^T in x's dtype; ``matrix`` makes W in that dtype, in the forward and again in the backward pass.
+
+    So one matrix is cast or unpacked at a time, and none is kept. The gradient reaches x alone.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype))
+    def forward(ctx: Any, x: Tensor, matrix: Callable[[torch.dtype], Tensor]) -> Tensor:
+        ctx.matrix = matrix
+        return F.linear(x, matrix(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
         (grad,) = grad_outputs
-        return grad @ weight.to(grad.dtype), None
+        return grad @ ctx.matrix(grad.dtype), None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T; outside autocast the input's dtype decides in which precision the product is computed."""
     if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight)
-    return _UpcastLinear.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
+    return FrozenProduct.apply(x, weight.to)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Embedding(nn.Embedding):
@@ -75,10 +80,6 @@ class Dropout:
     def drawn(p: float) -> Dropout:
         """Draw the seed from the global generator, so that it is a function of the accumulation window."""
         return Dropout(p, int(torch.randint(1 << 62, ())) if p else 0)
-
-    def at_row(self, first_row: int) -> Dropout:
-        """The same dropout for rows from ``first_row`` on."""
-        return replace(self, first_row=first_row)
 
     def mask(self, x: Tensor) -> Tensor | None:
         """1 / (1 - p) where an element of ``x`` is kept and 0 elsewhere, in x's dtype; None without dropout."""

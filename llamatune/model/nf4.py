@@ -13,17 +13,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from llamatune.model import blockwise
 from llamatune.model.blockwise import BlockwiseCode
 from llamatune.model.compilable import compilable, is_compiling
-from llamatune.model.layers import Linear, product_dtype
+from llamatune.model.layers import FrozenProduct, Linear, product_dtype
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.limits import WEIGHTS_AT_ONCE
 
@@ -53,7 +51,7 @@ class Scratch:
     """The buffer that matrices are unpacked into, shared by all layers of a model, and the lookup tables.
 
     Sharing is safe because a matrix is in the buffer only from its unpacking to the product that follows at once.
-    ``NF4Product`` does both, forward and backward, and returns no view of it. Recomputation runs whole products.
+    ``FrozenProduct`` does both, forward and backward, and returns no view of it. Recomputation runs whole products.
     On a GPU both kernels are in one stream, so the next unpacking waits for the product. Two threads or two streams
     must not run one model at the same time. Every model has its own buffer.
     """
@@ -132,22 +130,7 @@ class NF4Weight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) W^T in autocast's dtype, or in x's own outside autocast."""
-        return NF4Product.apply(x.to(product_dtype(x)), self)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class NF4Product(torch.autograd.Function):
-    """x W^T; backward unpacks W again. The gradient reaches x alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: NF4Weight) -> Tensor:
-        ctx.weight = weight
-        return F.linear(x, weight.unpacked(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grad_outputs
-        return grad @ ctx.weight.unpacked(grad.dtype), None
+        return FrozenProduct.apply(x.to(product_dtype(x)), self.unpacked)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def dequantize(codes: Tensor, scales: Tensor, pairs: Tensor, out: Tensor) -> None:

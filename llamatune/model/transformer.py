@@ -84,11 +84,6 @@ class Block(nn.Module):
     the layers of an existing block.
     """
 
-    self_attn: Attention
-    mlp: FeedForward
-    input_layernorm: RMSNorm
-    post_attention_layernorm: RMSNorm
-
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
@@ -125,10 +120,6 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-ReadStates = Callable[[Tensor, Tensor], Any]
-"""What is made of final states (B, T, D) and the head's weight (V, D): logits, or a loss."""
-
-
 class Head(Linear):
     """The output layer, (B, T, D) -> logits (B, T, V), or what ``read`` makes of the states."""
 
@@ -161,7 +152,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         lengths: tuple[int, ...] | None = None,
         rows: Tensor | None = None,
-        read: ReadStates = linear,
+        read: Callable[[Tensor, Tensor], Any] = linear,
     ) -> Any:
         """Logits (B, T, V) of ``input_ids`` (B, T), or what ``read`` makes of the final states.
 
@@ -174,10 +165,8 @@ class Transformer(nn.Module):
             read: gets the final-norm states (B, T, D), or (1, len(rows), D), and the weight of the head (V, D), which
                 is the embedding's where the two are tied.
         """
-        x = self.model.embed_tokens(input_ids)  # (B, T, D)
-        documents = None if lengths is None else Documents.of(lengths, self.device)
-        if self.activation_dtype is not None:
-            x = x.to(self.activation_dtype)
+        x = self.model.embed_tokens(input_ids).to(dtype=self.activation_dtype)  # (B, T, D)
+        documents = None if lengths is None else Documents(lengths, self.device)
         if positions is None and documents is not None:
             positions = documents.positions
         if positions is None:

@@ -12,18 +12,17 @@ from llamatune.shapes.config import LlamaConfig, linear_path
 
 @dataclass(frozen=True)
 class AdapterKind:
-    """A kind of adapter: where its class is, and the tensors that it trains beside each adapted matrix (out, in).
+    """A kind of adapter: its class, ``module:name``, and the tensors that it trains beside each matrix (out, in).
 
     ``tensors`` maps a tensor's name to its dimensions, each ``r``, ``in`` or ``out``.
     """
 
-    module: str
-    class_name: str
+    layer: str
     tensors: Mapping[str, tuple[str, ...]]
 
 
 ADAPTER_KINDS: dict[str, AdapterKind] = {
-    "lora": AdapterKind("llamatune.model.adapters.lora", "LoRALinear", {"lora_A": ("r", "in"), "lora_B": ("out", "r")}),
+    "lora": AdapterKind("llamatune.model.adapters.lora:LoRALinear", {"lora_A": ("r", "in"), "lora_B": ("out", "r")}),
 }
 """Every kind by name. A new kind is a line here and a file in ``model/adapters``."""
 

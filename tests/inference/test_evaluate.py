@@ -21,7 +21,7 @@ from llamatune.data.prepare import prepare_data
 from llamatune.errors import CheckpointError, DataError, NumericsError, SpecError, Stopped
 from llamatune.inference.evaluate import PreparedReport, evaluate_prepared
 from llamatune.inference.model_source import open_model
-from llamatune.inference.significance import Accuracy, exact_mcnemar, ratio_interval
+from llamatune.inference.significance import exact_mcnemar, ratio_interval, score_interval
 from llamatune.options.inference import EvaluateOptions, ModelSource
 from llamatune.options.preparation import PrepareOptions
 
@@ -192,7 +192,7 @@ def test_wilsons_bounds_are_where_the_score_test_turns(counts: tuple[int, int]) 
             inner, outer = (inner, middle) if rejected else (middle, outer)
         return inner
 
-    low, high = Accuracy(right, n).interval
+    low, high = score_interval(right, n)
     assert low == pytest.approx(bound(0.0), abs=1e-9)
     assert high == pytest.approx(bound(1.0), abs=1e-9)
     assert 0 <= low <= share <= high <= 1

@@ -25,11 +25,11 @@ from llamatune.data.templates import TEMPLATES
 from llamatune.errors import DataError, EnvironmentFault, LlamatuneError, SpecError, Stopped
 from llamatune.inference import gsm8k as module
 from llamatune.inference.gsm8k import (
-    Gsm8kReport,
     Question,
     choose_examples,
     evaluate_gsm8k,
     extract_answer,
+    gsm8k_report,
     is_answered,
     prompt_of,
     read_questions,
@@ -106,7 +106,7 @@ def test_every_reference_answer_is_right_and_nothing_else_is(shared_fixtures: Pa
 
     def score(completions: list[str]) -> dict[str, Any]:
         scored = [scored_line(q, {"": (text, "eos")}) for q, text in zip(questions, completions, strict=True)]
-        return Gsm8kReport("rows", "float32", 0, scored).to_dict()
+        return gsm8k_report("rows", "float32", 0, scored)
 
     assert score([row["answer"] for row in rows]).items() >= {"correct": 1319, "accuracy": 1.0, "invalid": 0}.items()
     shifted = [row["answer"] for row in rows[1:] + rows[:1]]
@@ -232,7 +232,7 @@ def test_what_was_learned_by_heart_is_right_and_the_rest_is_not(school: Path, tm
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
-    found = evaluate_gsm8k(evaluation(school, output=tmp_path / "out.jsonl")).to_dict()
+    found = evaluate_gsm8k(evaluation(school, output=tmp_path / "out.jsonl"))
     assert found["correct"] >= 7
     assert found["base_correct"] == 0
     assert found["accuracy_difference"] == found["accuracy"] == found["correct"] / 10
@@ -284,7 +284,7 @@ def test_few_shot_prompts_are_what_the_model_is_given_and_end_where_the_next_que
 
     monkeypatch.setattr(module, "complete", watched)
     few = evaluation(school, shots=2, shots_data=shots, seed=1, output=tmp_path / "few.jsonl", limit=3, compare=False)
-    assert evaluate_gsm8k(few).to_dict()["shots"] == 2
+    assert evaluate_gsm8k(few)["shots"] == 2
     examples = json.loads((tmp_path / "few.jsonl.settings.json").read_text())["shots"]
     assert {example["text"] for example in examples} == {"How many?", "So?"}
     shown = "".join(f"Question: {example['text']}\nAnswer: Two.\n#### 2\n\n" for example in examples)
@@ -407,13 +407,13 @@ def test_a_finished_output_is_scored_without_loading_the_model(
     school: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out.jsonl"
-    first = evaluate_gsm8k(evaluation(school, output=output, limit=4)).to_dict()
+    first = evaluate_gsm8k(evaluation(school, output=output, limit=4))
     assert len(lines(output)) == 4
-    whole = evaluate_gsm8k(evaluation(school, output=output)).to_dict()
+    whole = evaluate_gsm8k(evaluation(school, output=output))
     before = output.read_bytes()
     monkeypatch.setattr(module, "_answer", None)
-    assert evaluate_gsm8k(evaluation(school, output=output)).to_dict() == whole
-    assert evaluate_gsm8k(evaluation(school, output=output, limit=4)).to_dict() == first
+    assert evaluate_gsm8k(evaluation(school, output=output)) == whole
+    assert evaluate_gsm8k(evaluation(school, output=output, limit=4)) == first
     assert output.read_bytes() == before
 
 

@@ -15,8 +15,7 @@ from llamatune.events import Notice
 from llamatune.free_memory import free_host_bytes
 from llamatune.memory.plan import heaviest_rows, plan_memory
 from llamatune.memory.plan_report import largest
-from llamatune.memory.recompute_choice import recomputed_share
-from llamatune.memory.remedies import remedies
+from llamatune.memory.remedies import recomputed_share, remedies
 from llamatune.memory.sizes import Rows
 from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig
 from llamatune.shapes.levels import Recompute
@@ -65,7 +64,7 @@ class TestTheChoice:
         assert plan_memory(spec_of((), "none", dtype="float32"), SEVEN, ROWS, True, 10 * GIB).levels is None
 
     def test_more_recomputation_is_more_computation(self) -> None:
-        shares = [recomputed_share(SEVEN, (level,) * 32) for level in Recompute]
+        shares = [recomputed_share(SEVEN, level) for level in Recompute]
         assert shares == sorted(shares)
         assert shares[0] == 0
         assert shares[1] == pytest.approx(0.446 / 2, abs=0.001)  # gate and up are 44.6 % of a block

@@ -26,7 +26,7 @@ LENGTHS = (11, 1, 17)
 
 @pytest.fixture(autouse=True)
 def toy_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ADAPTER_KINDS, "toy", AdapterKind("toy_adapter", "ScaledLinear", {"toy_scale": ("out",)}))
+    monkeypatch.setitem(ADAPTER_KINDS, "toy", AdapterKind("toy_adapter:ScaledLinear", {"toy_scale": ("out",)}))
 
 
 def toy_model() -> Transformer:

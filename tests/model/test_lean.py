@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -189,7 +190,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     assert float((kept == 0).float().mean()) == pytest.approx(0.3, abs=0.005)
     assert float(kept.mean()) == pytest.approx(1.0, abs=0.01)
     assert torch.equal(kept, dropout.mask(torch.ones(400, 500)))
-    assert not torch.equal(kept, dropout.at_row(7).mask(torch.ones(400, 500)))
+    assert not torch.equal(kept, replace(dropout, first_row=7).mask(torch.ones(400, 500)))
 
 
 def test_without_training_mode_nothing_is_dropped() -> None:
@@ -215,7 +216,7 @@ def test_turning_back_undoes_turning() -> None:
     x = torch.randn(9, 3 * 8, dtype=torch.float64)
     rotation = rotary_angles(torch.arange(9)[None], 8, 10000.0)
     turned = x.clone()
-    pieces.rotate_in_place(turned, rotation, 8)
+    pieces.rotate_in_place(turned, *rotation)
     assert not torch.allclose(turned, x)
-    pieces.rotate_in_place(turned, rotation, 8, back=True)
+    pieces.rotate_in_place(turned, *rotation, True)
     torch.testing.assert_close(turned, x, atol=1e-6, rtol=1e-6)

@@ -50,11 +50,11 @@ def test_attention_stays_inside_each_sample(lengths: tuple[int, ...]) -> None:
     allowed = (owner[:, None] == owner[None]) & torch.ones(N, N).tril().bool()
     scores = (q @ k.repeat_interleave(3, 1).transpose(2, 3)) / 8**0.5
     expected = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v.repeat_interleave(3, 1)
-    found = attend(q, k, v, None, Documents.of(lengths, torch.device("cpu")))
+    found = attend(q, k, v, None, Documents(lengths, torch.device("cpu")))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_positions_restart_with_each_sample() -> None:
-    documents = Documents.of((3, 1, 2), torch.device("cpu"))
+    documents = Documents((3, 1, 2), torch.device("cpu"))
     assert documents.positions.tolist() == [[0, 1, 2, 0, 0, 1]]
     assert documents.bounds.tolist() == [0, 3, 4, 6]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from llamatune.errors import SpecError
 from llamatune.model.adapters.adapted_linear import AdaptedLinear
 from llamatune.model.layers import Linear
-from llamatune.model.transformer import Block, Transformer
+from llamatune.model.transformer import Transformer
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
-from llamatune.shapes.config import LINEAR_MODULES
+from llamatune.shapes.config import LINEAR_MODULES, linear_path
 
 
 def adapter_class(kind: str) -> type[AdaptedLinear]:
     """The class of an adapter kind, from the file that ``ADAPTER_KINDS`` names."""
-    where = ADAPTER_KINDS[kind]
-    adapted: type[AdaptedLinear] = getattr(importlib.import_module(where.module), where.class_name)
-    return adapted
+    return pkgutil.resolve_name(ADAPTER_KINDS[kind].layer)  # type: ignore[no-any-return]
 
 
 def apply_adapter(model: Transformer, adapter: AdapterSpec, seed: int = 0) -> None:
@@ -35,15 +33,13 @@ def apply_adapter(model: Transformer, adapter: AdapterSpec, seed: int = 0) -> No
     model.requires_grad_(False)
     generator, adapted = torch.Generator().manual_seed(seed), adapter_class(adapter.kind)
     for block in model.model.layers:
-        assert isinstance(block, Block)
-        for half in (block.self_attn, block.mlp):
-            for name, layer in list(half.named_children()):
-                shapes = adapter.tensor_shapes(model.config, name)
-                if shapes:
-                    assert isinstance(layer, Linear)
-                    replacement = adapted(layer, shapes, adapter.scaling(name), adapter.dropout)
-                    replacement.start(generator)
-                    setattr(half, name, replacement)
+        for name in LINEAR_MODULES:
+            if shapes := adapter.tensor_shapes(model.config, name):
+                layer = block.get_submodule(linear_path(name))
+                assert isinstance(layer, Linear)
+                replacement = adapted(layer, shapes, adapter.scaling(name), adapter.dropout)
+                replacement.start(generator)
+                block.set_submodule(linear_path(name), replacement)
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

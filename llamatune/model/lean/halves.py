@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llamatune.model.attention import attend
-from llamatune.model.layers import Linear, RMSNorm, Trained, product_dtype, swiglu
+from llamatune.model.layers import RMSNorm, Trained, product_dtype, swiglu
 from llamatune.model.lean.pieces import (
     Projection,
     normalise,
@@ -28,7 +28,7 @@ from llamatune.model.lean.pieces import (
     trained_by,
 )
 from llamatune.model.rope import Rotation
-from llamatune.model.transformer import Attention, Block, Context, FeedForward, select_rows
+from llamatune.model.transformer import Block, Context, select_rows
 from llamatune.shapes import limits
 
 
@@ -37,23 +37,22 @@ class _AttentionInput(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], rotation: Rotation, head_dim: int,
-        *trained: Tensor,
+        ctx: Any, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], rotation: Rotation, *trained: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             h = normalise(x, norm, dtype)
             outputs = tuple(part(h) for part in parts)
             for y in outputs[:2]:
-                rotate_in_place(y, rotation, head_dim)
+                rotate_in_place(y, *rotation)
         ctx.save_for_backward(x)
-        ctx.settings = norm, parts, rotation, head_dim, dtype
+        ctx.settings = norm, parts, rotation, dtype
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
-        norm, parts, rotation, head_dim, dtype = ctx.settings
+        norm, parts, (cos, sin), dtype = ctx.settings
         wants_input = ctx.needs_input_grad[0]
         h = normalise(x, norm, dtype) if trained_by(parts) else None
         total: Tensor | None = None
@@ -61,13 +60,13 @@ class _AttentionInput(torch.autograd.Function):
         for place, (grad, part) in enumerate(zip(grads, parts, strict=True)):
             if place < 2:
                 grad = grad.clone(memory_format=torch.contiguous_format)
-                rotate_in_place(grad, rotation, head_dim, back=True)
+                rotate_in_place(grad, cos, sin, True)
             dh, more = part.gradients(grad, h, wants_input)
             if dh is not None:
                 total = dh if total is None else total.add_(dh)
             trained += more
         dx = None if total is None else normalise_backward(total, x, norm)
-        return dx, None, None, None, None, *trained
+        return dx, None, None, None, *trained
 
 
 class _Projected(torch.autograd.Function):
@@ -90,12 +89,7 @@ class _Projected(torch.autograd.Function):
 
 
 def feed_forward(
-    x: Tensor,
-    norm: RMSNorm,
-    parts: Sequence[Projection],
-    dtype: torch.dtype,
-    first: int,
-    kept: Sequence[Tensor] = (),
+    x: Tensor, norm: RMSNorm, parts: Sequence[Projection], dtype: torch.dtype, first: int, kept: Sequence[Tensor] = ()
 ) -> Tensor:
     """SwiGLU of a tile whose rows begin at ``first``; gate and up go into the rows of ``kept``, if there are any."""
     gate, up, down = parts
@@ -107,12 +101,7 @@ def feed_forward(
 
 
 def _feed_forward_backward(
-    grad: Tensor,
-    x: Tensor,
-    norm: RMSNorm,
-    parts: Sequence[Projection],
-    kept: tuple[Tensor, Tensor] | None,
-    first: int,
+    grad: Tensor, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], kept: tuple[Tensor, Tensor] | None, first: int
 ) -> tuple[Tensor, Trained]:
     """Gradients of a tile with respect to the normed x and the trained tensors; ``kept`` are gate and up, if kept."""
     gate, up, down = parts
@@ -122,7 +111,7 @@ def _feed_forward_backward(
         g, u = gate(h, first), up(h, first)
     else:
         g, u = kept
-    activated = swiglu(g, u) if down.trained else None
+    activated = swiglu(g, u) if down.layer.trained else None
     da, trained_down = down.gradients(grad, activated, first_row=first)
     assert da is not None
     del activated  # before the peak
@@ -159,9 +148,8 @@ class LeanFeedForward(torch.autograd.Function):
         ctx: Any, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], recompute: bool, *trained: Tensor
     ) -> Tensor:
         dtype = product_dtype(x)
-        kept: list[Tensor] = []
-        if not recompute:
-            kept += [torch.empty(len(x), part.layer.out_features, dtype=dtype, device=x.device) for part in parts[:2]]
+        widths = [] if recompute else [part.layer.out_features for part in parts[:2]]  # of gate and up
+        kept = [torch.empty(len(x), width, dtype=dtype, device=x.device) for width in widths]
         with torch.autocast(x.device.type, enabled=False):
             size = limits.TILE_TOKENS
             outputs = [feed_forward(x[s : s + size], norm, parts, dtype, s, kept) for s in range(0, len(x), size)]
@@ -178,11 +166,6 @@ class LeanFeedForward(torch.autograd.Function):
         return dx if ctx.needs_input_grad[0] else None, None, None, None, *trained
 
 
-def projections(half: Attention | FeedForward) -> tuple[Projection, ...]:
-    """The linear layers of a half, their dropout drawn: whoever runs them again drops the same."""
-    return tuple(Projection(layer, layer.draw_dropout()) for layer in half.children() if isinstance(layer, Linear))
-
-
 def attended(
     block: Block,
     context: Context,
@@ -194,7 +177,7 @@ def attended(
     """Norm, q, k, v, rotation and attention, the latter inside ``around``: (N, D) -> (N or len(rows), H * E)."""
     head_dim, inputs = block.self_attn.head_dim, parts[:3]
     q, k, v = _AttentionInput.apply(  # type: ignore[no-untyped-call]
-        x, block.input_layernorm, inputs, context.rotation, head_dim, *trained_by(inputs)
+        x, block.input_layernorm, inputs, context.rotation, *trained_by(inputs)
     )
     q, k, v = (y.view(1, len(y), -1, head_dim).transpose(1, 2) for y in (q, k, v))  # (1, H or K, N, E)
     with around:
@@ -204,4 +187,4 @@ def attended(
 
 def projected(o: Tensor, by: Projection) -> Tensor:
     """o_proj, (N, H * E) -> (N, D)."""
-    return _Projected.apply(o, by, *by.trained)  # type: ignore[no-any-return, no-untyped-call]
+    return _Projected.apply(o, by, *by.layer.trained)  # type: ignore[no-any-return, no-untyped-call]

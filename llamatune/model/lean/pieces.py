@@ -6,15 +6,14 @@ Nothing here is followed by autograd. Shapes as in ``transformer``: x (N, D) is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llamatune.model.compilable import compilable
 from llamatune.model.layers import Dropout, Linear, RMSNorm, Trained, widened
-from llamatune.model.rope import Rotation
 from llamatune.shapes import limits
 
 
@@ -25,25 +24,25 @@ class Projection:
     layer: Linear
     dropout: Dropout
 
-    @property
-    def trained(self) -> Trained:
-        """The adapter's tensors, none where the layer is not adapted."""
-        return self.layer.trained
-
     def __call__(self, x: Tensor, first_row: int = 0) -> Tensor:
         """The layer's output for rows that begin at ``first_row``, (N, in) -> (N, out), in x's dtype."""
-        return self.layer(x, self.dropout.at_row(first_row))  # type: ignore[no-any-return]
+        return self.layer(x, replace(self.dropout, first_row=first_row))  # type: ignore[no-any-return]
 
     def gradients(
         self, grad: Tensor, x: Tensor | None, wants_input: bool = True, first_row: int = 0
     ) -> tuple[Tensor | None, Trained]:
-        """Gradients with respect to x and to ``trained``; ``x`` is needed only where the layer is adapted."""
-        return self.layer.gradients(grad, x, self.dropout.at_row(first_row), wants_input)
+        """Gradients with respect to x and to the trained tensors; ``x`` is needed only where the layer is adapted."""
+        return self.layer.gradients(grad, x, replace(self.dropout, first_row=first_row), wants_input)
+
+
+def projections(half: nn.Module) -> tuple[Projection, ...]:
+    """The linear layers of a half, their dropout drawn: whoever runs them again drops the same."""
+    return tuple(Projection(layer, layer.draw_dropout()) for layer in half.children() if isinstance(layer, Linear))
 
 
 def trained_by(parts: Sequence[Projection]) -> list[Tensor]:
     """The trained tensors of several layers, one layer after another."""
-    return [tensor for part in parts for tensor in part.trained]
+    return [tensor for part in parts for tensor in part.layer.trained]
 
 
 def tiles(x: Tensor) -> tuple[Tensor, ...]:
@@ -81,15 +80,11 @@ def _normalise_backward_into(out: Tensor, grad: Tensor, x: Tensor, weight: Tenso
     out.copy_(scale * (dh - unit * (dh * unit).mean(-1, keepdim=True)))
 
 
-def rotate_in_place(x: Tensor, rotation: Rotation, head_dim: int, back: bool = False) -> None:
-    """Turn the pairs of x (N, heads · E) by their positions' angles, or back."""
-    cos, sin = (part[0, 0] for part in rotation)  # (N, E)
-    _rotate_in_place(x, cos, sin, head_dim, back)
-
-
 @compilable
-def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int, back: bool) -> None:
-    cos, sin = (part[:, None, : head_dim // 2].to(x.dtype) for part in (cos, sin))  # (N, 1, E/2)
+def rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> None:
+    """Turn the pairs of x (N, heads · E) by their positions' angles (1, 1, N, E), or back."""
+    head_dim = cos.shape[-1]
+    cos, sin = (part[0, 0, :, None, : head_dim // 2].to(x.dtype) for part in (cos, sin))  # (N, 1, E/2)
     first, second = x.view(len(x), -1, head_dim).chunk(2, dim=-1)
     if back:
         sin = -sin
