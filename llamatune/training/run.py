@@ -25,7 +25,7 @@ from llamatune.training.progress import RunProgress
 from llamatune.training.run_directory import claim_run_directory, finished_summary
 from llamatune.training.run_files import CHECKPOINTS, ORIGIN
 from llamatune.training.run_memory import plan_run_memory, report_plan
-from llamatune.training.schedule import Schedule, micro_batch_tokens, plan_schedule
+from llamatune.training.schedule import Schedule, micro_batch_tokens
 
 _CHECKPOINT_BYTES = 12
 """Per trained parameter, at most: its fp32 value and AdamW's two fp32 moments."""
@@ -48,7 +48,7 @@ def train(
         Stopped: ``should_stop`` asked for it; a checkpoint is saved.
     """
     inputs = open_inputs(spec, force_base, on_event)
-    schedule = plan_schedule(spec, inputs.prepared.train)
+    schedule = Schedule(spec, inputs.prepared.train)
     if resume and not overwrite:
         summary = finished_summary(spec, inputs.digests, allowed_changes)
         if summary is not None:
@@ -100,7 +100,7 @@ def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, progress: R
 def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent = ignore_event) -> dict[str, Any]:
     """Check everything that a run needs and count what it would do; nothing is loaded, trained or written."""
     inputs = open_inputs(spec, force_base, on_event)
-    schedule = plan_schedule(spec, inputs.prepared.train)
+    schedule = Schedule(spec, inputs.prepared.train)
     output = Path(spec.training.output_dir)
     if not (output / ORIGIN).is_file():
         refuse_occupied(output, overwrite=False)
