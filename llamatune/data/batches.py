@@ -61,7 +61,6 @@ class Split(SplitFile):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
         return [end - start for start, end in itertools.pairwise(self._starts)]
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -118,8 +117,7 @@ def check_tokenizer(prepared: Prepared, model: Path, force_base: bool, on_event:
         return
     what = "the data was prepared with another tokenizer than the model's"
     if not force_base:
-        todo = "prepare it again with this one, or pass --force-base"
-        raise CheckpointError(what, model / "tokenizer.model", todo)
+        raise CheckpointError(what, model / "tokenizer.model", "prepare it again with this one, or pass --force-base")
     on_event(Notice(f"{what}; accepted because of --force-base", "warning"))
 
 

@@ -48,8 +48,7 @@ class Template:
 
     def to_dict(self) -> dict[str, Any]:
         """The template as JSON values, without unset ones; ``from_dict`` reads them back."""
-        required = {"name": self.name, "prompt": self.prompt}
-        return required | {name: value for name, value in vars(self).items() if value}
+        return {name: value for name, value in vars(self).items() if value or name in ("name", "prompt")}
 
     @classmethod
     def from_dict(cls, data: object, where: object = None, error: type[LlamatuneError] = CheckpointError) -> Template:
@@ -98,7 +97,6 @@ class Template:
         return self.prompt if self.prompt_without_input is None or fields.get("input") else self.prompt_without_input
 
     def completion_of(self, completion: str) -> str:
-        """The text that is trained as one row's completion."""
         return self.before_completion + (completion.strip() if self.strip else completion)
 
     def instruction_prompt(self, text: str) -> str:

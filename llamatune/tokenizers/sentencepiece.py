@@ -173,18 +173,17 @@ def _model_in(directory: Path) -> Path:
 def _probe(model: bytes, path: Path) -> None:
     code = _PROBE.format(path=json.dumps([entry for entry in sys.path if entry]))
     command = [sys.executable, "-I", "-S", "-c", code]
+    unsound = CheckpointError("not a sound SentencePiece model", path, "fetch the model's tokenizer.model again")
     try:
         child = subprocess.run(command, input=model, capture_output=True, timeout=_PROBE_TIMEOUT_S, check=False)
     except OSError as fault:
         raise EnvironmentFault(f"cannot start a process to check the tokenizer: {fault.strerror}", path) from None
     except subprocess.TimeoutExpired:
-        sound = False
-    else:
-        if not child.stdout.startswith(b"ready"):
-            raise EnvironmentFault("a process to check the tokenizer did not start", path, "is there memory left?")
-        sound = child.returncode == 0
-    if not sound:
-        raise CheckpointError("not a sound SentencePiece model", path, "fetch the model's tokenizer.model again")
+        raise unsound from None
+    if not child.stdout.startswith(b"ready"):
+        raise EnvironmentFault("a process to check the tokenizer did not start", path, "is there memory left?")
+    if child.returncode != 0:
+        raise unsound
 
 
 def _refuse_surrogates(text: str) -> None:

@@ -242,7 +242,6 @@ class TrainingLoop:
         )
 
     def _summary(self, runtime_s: float) -> dict[str, Any]:
-        """The content of ``summary.json``."""
         progress, count, device = self.progress, self.inputs.count, self.learner.device
         if stopped_early := not self._out_of_work():
             steps = f"step {progress.step} of {self.schedule.total_steps}"

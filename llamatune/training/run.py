@@ -55,15 +55,15 @@ def train(
             how = "stopped early" if summary.get("stopped_early") else "is finished"
             on_event(Notice(f"{spec.training.output_dir} {how}: nothing to do"))
             return summary
-    needed = _CHECKPOINT_BYTES * inputs.count.trainable_parameters
-    refuse_small_disk(Path(spec.training.output_dir), needed, "a checkpoint")
+    output, needed = Path(spec.training.output_dir), _CHECKPOINT_BYTES * inputs.count.trainable_parameters
+    refuse_small_disk(output, needed, "a checkpoint")
     if spec.training.compile:
         check_compiler(inputs.device)
     plan = plan_run_memory(spec, inputs.config, inputs.prepared.train, inputs.device)
 
     def what_helps() -> str:
         advice = after_running_out(spec, inputs.config, plan, capability_of(inputs.device))
-        saved = list_checkpoints(Path(spec.training.output_dir) / CHECKPOINTS)
+        saved = list_checkpoints(output / CHECKPOINTS)
         return f"{advice}; the last checkpoint is {saved[0]}" if saved else advice
 
     claim = claim_run_directory(spec, inputs.digests, overwrite, resume, allowed_changes)
@@ -106,7 +106,6 @@ def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent 
         refuse_occupied(output, overwrite=False)
     if spec.training.compile:
         check_compiler(inputs.device)
-    facts = inputs.prepared.manifest.facts
     memory = plan_run_memory(spec, inputs.config, inputs.prepared.train, inputs.device)
     return {
         "trainable_parameters": inputs.count.trainable_parameters,
@@ -114,7 +113,7 @@ def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent 
         "trainable_percent": round(inputs.count.trainable_percent, 4),
         "train_rows": len(inputs.prepared.train),
         "validation_rows": 0 if inputs.validation is None else len(inputs.validation),
-        "tokens_per_epoch": facts.get("tokens"),
+        "tokens_per_epoch": inputs.prepared.manifest.facts.get("tokens"),
         "windows_per_epoch": schedule.windows_per_epoch,
         "num_epochs": schedule.num_epochs,
         "total_steps": schedule.total_steps,

@@ -35,10 +35,10 @@ def run_lock(directory: Path) -> Iterator[None]:
     Raises:
         EnvironmentFault: a running process holds it; the message has its host, id and start time.
     """
-    with disk_faults(directory / LOCK):
-        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
+    with contextlib.ExitStack() as stack:
         with disk_faults(directory / LOCK):
+            descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            stack.callback(os.close, descriptor)
             keeping = _claim(descriptor, directory)
         try:
             with keeping:
@@ -46,8 +46,6 @@ def run_lock(directory: Path) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):  # a note left behind does no harm
                 os.ftruncate(descriptor, 0)
-    finally:
-        os.close(descriptor)
 
 
 def _claim(descriptor: int, directory: Path) -> contextlib.AbstractContextManager[None]:

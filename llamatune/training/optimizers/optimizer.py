@@ -95,7 +95,6 @@ class Optimizer:
             self.rule.update(list(with_grad.values()), grads, states, learning_rate)
 
     def zero_grad(self) -> None:
-        """Free every gradient."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
