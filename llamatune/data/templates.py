@@ -77,8 +77,7 @@ class Template:
     def prompt_of(self, fields: Mapping[str, str], turns: tuple[tuple[str, str], ...] = ()) -> str:
         """The prompt of one row. ``fields`` fill the placeholders, ``turns`` are a chat's earlier turns.
 
-        Raises:
-            DataError: a placeholder without a field.
+        ``DataError`` for a placeholder without a field.
         """
         filled = {"system": "", **fields}
         if self.strip:
@@ -102,10 +101,7 @@ class Template:
     def instruction_prompt(self, text: str) -> str:
         """The prompt of a single user message: ``text`` fills {instruction}, {question}, {user} or {prompt}.
 
-        Without any placeholder ``text`` follows the template.
-
-        Raises:
-            SpecError: the template has several placeholders, but none of these.
+        Without any placeholder ``text`` follows the template. ``SpecError`` if it has several, but none of these.
         """
         names = self.placeholders
         if not names:
@@ -166,17 +162,14 @@ TEMPLATES: dict[str, Template] = {
 }
 """The built-in templates. ``llama2-chat`` trains the last assistant message; earlier turns are context."""
 
-DEFAULT_TEMPLATES = {
-    "alpaca": "alpaca", "gsm8k": "gsm8k", "chat": "llama2-chat", "completion": "completion", "text": "text",
-}  # fmt: skip
-"""The default template of each row format."""
+DEFAULT_TEMPLATES = {"chat": "llama2-chat"}
+"""The default template of a row format, where it is not the one of the same name."""
 
 
 def load_template(name_or_file: str) -> Template:
     """A built-in template by name, or the one in a YAML file: a map of ``prompt`` and optional further texts.
 
-    Raises:
-        SpecError: no such name or file, or a file that is no template.
+    ``SpecError`` if there is no such name or file, or the file is no template.
     """
     if name_or_file in TEMPLATES:
         return TEMPLATES[name_or_file]

@@ -30,8 +30,7 @@ def encode_batches(
 ) -> Generator[EncodedBatch, None, None]:
     """Each batch encoded, in order; ``workers`` below 2 means in this process. ``check_stop`` raises to stop.
 
-    Raises:
-        EnvironmentFault: a worker could not start, or died.
+    ``EnvironmentFault`` if a worker could not start, or died.
     """
     if workers < 2:
         for batch in batches:

@@ -132,7 +132,13 @@ def load_tokenizer(path: Path, on_event: OnEvent = ignore_event) -> SentencePiec
             contradict.
     """
     if path.is_dir():
-        path = _model_in(path)
+        if not (path / SENTENCEPIECE_FILE).exists():
+            what, todo = "no tokenizer.model in this directory", "give the path of a SentencePiece model"
+            if (path / "tokenizer.json").exists():
+                what = "a tokenizer.json but no tokenizer.model"
+                todo = f"{_ONLY_SENTENCEPIECE}: put the model's original tokenizer.model beside it"
+            raise CheckpointError(what, path, todo)
+        path /= SENTENCEPIECE_FILE
     tokenizer = SentencePieceTokenizer(_read_checked(path), path)
     for name, token_id in (("BOS", tokenizer.bos_id), ("EOS", tokenizer.eos_id)):
         if not 0 <= token_id < tokenizer.vocab_size:
@@ -158,16 +164,6 @@ def _read_checked(path: Path) -> bytes:
         _probe(model, path)
         _sound_models.add(fingerprint)
     return model
-
-
-def _model_in(directory: Path) -> Path:
-    path = directory / SENTENCEPIECE_FILE
-    if path.exists():
-        return path
-    if (directory / "tokenizer.json").exists():
-        todo = f"{_ONLY_SENTENCEPIECE}: put the model's original tokenizer.model beside it"
-        raise CheckpointError("a tokenizer.json but no tokenizer.model", directory, todo)
-    raise CheckpointError("no tokenizer.model in this directory", directory, "give the path of a SentencePiece model")
 
 
 def _probe(model: bytes, path: Path) -> None:

@@ -30,11 +30,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 @contextlib.contextmanager
 def run_lock(directory: Path) -> Iterator[None]:
-    """Hold the lock of ``directory`` within the block.
-
-    Raises:
-        EnvironmentFault: a running process holds it; the message has its host, id and start time.
-    """
+    """Hold the lock of ``directory``; ``EnvironmentFault`` with host, id and start time of a process that holds it."""
     with contextlib.ExitStack() as stack:
         with disk_faults(directory / LOCK):
             descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
