@@ -22,8 +22,8 @@ from llamatune.formats import manifest as manifests
 from llamatune.formats.manifest import MANIFEST
 from llamatune.safe_reading import digest_file
 from llamatune.spec import RunSpec
-from llamatune.training import loop, run_output
 from llamatune.training import learner as learner_module
+from llamatune.training import loop, run_output
 from llamatune.training.precision import LossScaler
 from llamatune.training.run import train
 
