@@ -27,7 +27,8 @@ from material import ALPHA, SHAPES, TARGETS, R
 from llamatune.checkpoints.run_state import save_run_state
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.spec import build_spec
-from llamatune.training.optimizers.optimizer import Optimizer, build_optimizer
+from llamatune.training.learner import build_optimizer
+from llamatune.training.optimizers.optimizer import Optimizer
 from llamatune.training.run_output import RunOutput
 
 PHASES = {  # functions of each phase in a profile

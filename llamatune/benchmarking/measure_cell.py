@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llamatune.benchmarking.category_meter import CategoryMeter
-from llamatune.data.batches import Batch, Windows
+from llamatune.data.batches import Batch
 from llamatune.devices import capability_of, memory_size_bytes
 from llamatune.errors import NumericsError
 from llamatune.events import ignore_event, never_stop
@@ -28,7 +28,7 @@ from llamatune.training.compiling import check_compiler, compile_ahead
 from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner, build_learner
 from llamatune.training.run_memory import peak_memory_bytes, peak_reserved_bytes, plan_run_memory
-from llamatune.training.schedule import learning_rate_at, micro_batch_tokens, plan_schedule
+from llamatune.training.schedule import Schedule, learning_rate_at, micro_batch_tokens
 from llamatune.training.update import Update, make_update
 
 _WARM_UP_STEPS = 3
@@ -65,13 +65,12 @@ class Trial:
 
     def __init__(self, spec: RunSpec, inputs: Inputs) -> None:
         train, levels = inputs.prepared.train, None
-        self.spec, self.schedule, self.device = spec, plan_schedule(spec, train), inputs.device
+        self.spec, self.schedule, self.device = spec, Schedule(spec, train), inputs.device
         if spec.training.memory_limit != "auto":
             levels = plan_run_memory(spec, inputs.config, train, inputs.device).levels
         self.learner: Learner = build_learner(spec, inputs, ignore_event, never_stop, levels)
         if spec.training.compile:
             compile_ahead(spec, self.learner, train, ignore_event)
-        self.windows = Windows(spec, train, self.schedule.rows_per_window, self.schedule.windows_per_epoch)
         self.lengths = train.lengths
 
     def update(self, micro_batches: list[Batch], window: int, step: int) -> Update:
@@ -89,7 +88,7 @@ class Trial:
         window, last = 0, self.schedule.num_epochs * self.schedule.windows_per_epoch
         loss = float("nan")
         while len(seconds) < steps if steps is not None else window < last:
-            started, micro_batches = time.perf_counter(), self.windows.micro_batches(window)
+            started, micro_batches = time.perf_counter(), self.schedule.micro_batches(window)
             with first if window == 0 else contextlib.nullcontext():
                 update = self.update(micro_batches, window, len(seconds))
             window += 1
@@ -105,8 +104,8 @@ class Trial:
 
     def measure_categories(self, done: TimedSteps, limit_bytes: int | None) -> CategoryMeter:
         """Repeat the windows that need the most memory under a meter, uncompiled: it cannot see into compiled code."""
-        chosen = heaviest_windows(self.windows, self.lengths, done.windows)
-        batches = [self.windows.micro_batches(window) for window in chosen]
+        chosen = heaviest_windows(self.schedule, self.lengths, done.windows)
+        batches = [self.schedule.micro_batches(window) for window in chosen]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         meter = self.meter(limit_bytes)
@@ -125,12 +124,12 @@ class Trial:
         return CategoryMeter(self.learner, limit_bytes=limit_bytes)
 
 
-def heaviest_windows(windows: Windows, lengths: list[int], count: int) -> list[int]:
+def heaviest_windows(schedule: Schedule, lengths: list[int], count: int) -> list[int]:
     """Of the first ``count`` windows that with the largest micro-batch, and that with the largest after its first one.
 
     A later micro-batch is computed with the gradient of the earlier ones in memory. Often both are the same window.
     """
-    sizes = [[sum(lengths[i] for i in part) for part in windows.samples(window)] for window in range(count)]
+    sizes = [[sum(lengths[i] for i in part) for part in schedule.samples(window)] for window in range(count)]
     largest = max(range(count), key=lambda window: max(sizes[window]))
     later = max(range(count), key=lambda window: max(sizes[window][1:], default=0))
     return sorted({largest, later})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from llamatune.commands._console import Console
 from llamatune.errors import Stopped, printable
@@ -11,9 +11,6 @@ from llamatune.options.preparation import PrepareOptions
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
-
-    from llamatune.data.prepare_report import PrepareReport
-    from llamatune.data.preview import PreviewRow
 
 
 def prepare_data(options: PrepareOptions, console: Console) -> None:
@@ -28,9 +25,7 @@ def prepare_data(options: PrepareOptions, console: Console) -> None:
         report = run_preparation(options, console.on_event, console.should_stop)
         count = options.preview
         shown = preview_rows(options.output, load_tokenizer(options.tokenizer), count) if count else []
-        payload = asdict(report)
-        if count:
-            payload["preview"] = [asdict(row) for row in shown]
+        payload = {**report, "preview": shown} if count else report
 
         def human(out: RichConsole) -> None:
             for row in shown:
@@ -40,26 +35,26 @@ def prepare_data(options: PrepareOptions, console: Console) -> None:
         console.result(payload, human)
 
 
-def _print_row(out: RichConsole, row: PreviewRow, show_ids: bool) -> None:
+def _print_row(out: RichConsole, row: Mapping[str, Any], show_ids: bool) -> None:
     """Print trained tokens in green and others dim; without colours trained spans are in ``[[ ]]``."""
     from rich.text import Text
 
-    line = Text(f"row {row.row}: ", style="bold")
+    line = Text(f"row {row['row']}: ", style="bold")
     coloured = out.is_terminal and not out.no_color
     inside = False
-    for number, token in enumerate(row.tokens):
-        if not coloured and token.trained != inside:
-            line.append(" [[" if token.trained else "]] ")
-            inside = token.trained
-        shown = printable(token.piece) + (f"({token.id})" if show_ids else "")
+    for number, token in enumerate(row["tokens"]):
+        if not coloured and token["trained"] != inside:
+            line.append(" [[" if token["trained"] else "]] ")
+            inside = token["trained"]
+        shown = printable(token["piece"]) + (f"({token['id']})" if show_ids else "")
         separator = " " if number and show_ids else ""
-        line.append(separator + shown, style="green" if token.trained else "dim")
+        line.append(separator + shown, style="green" if token["trained"] else "dim")
     if inside:
         line.append("]]")
     out.print(line, soft_wrap=True)
 
 
-def _print_report(out: RichConsole, report: PrepareReport) -> None:
+def _print_report(out: RichConsole, report: Mapping[str, Any]) -> None:
     from rich.table import Column, Table
     from rich.text import Text
 
@@ -68,28 +63,29 @@ def _print_report(out: RichConsole, report: PrepareReport) -> None:
     def reasons(counts: dict[str, int]) -> str:
         return "" if not counts else " (" + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()) + ")"
 
-    title = f"{report.format} rows, template {printable(report.template['name'])}"
+    title = f"{report['format']} rows, template {printable(report['template']['name'])}"
     table = Table(Column(style="bold"), "", title=title, title_justify="left", show_header=False)
 
     def add(name: str, value: str) -> None:
         table.add_row(name, Text(printable(value)))
 
-    add("rows read", f"{report.rows_in:,}")
-    add("kept", f"{report.kept:,}")
-    add("truncated", f"{report.truncated:,} rows, {report.truncated_tokens:,} tokens (at {report.max_seq_length:,})")
-    add("dropped", f"{report.dropped:,}{reasons(report.dropped_reasons)}")
-    add("refused", f"{report.refused:,}{reasons(report.refused_reasons)}")
-    add("duplicates", f"{report.duplicates:,}")
-    if count := report.prompts_not_prefix:
+    add("rows read", f"{report['rows_in']:,}")
+    add("kept", f"{report['kept']:,}")
+    truncated = f"{report['truncated']:,} rows, {report['truncated_tokens']:,} tokens"
+    add("truncated", f"{truncated} (at {report['max_seq_length']:,})")
+    add("dropped", f"{report['dropped']:,}{reasons(report['dropped_reasons'])}")
+    add("refused", f"{report['refused']:,}{reasons(report['refused_reasons'])}")
+    add("duplicates", f"{report['duplicates']:,}")
+    if count := report["prompts_not_prefix"]:
         add("prompts not a prefix", f"{count:,} (encoded alone they have other tokens than in their row)")
-    if report.ignored_keys:
-        add("ignored keys", ", ".join(f"{key} ({n:,})" for key, n in report.ignored_keys.items()))
-    for name, split in report.splits.items():
+    if report["ignored_keys"]:
+        add("ignored keys", ", ".join(f"{key} ({n:,})" for key, n in report["ignored_keys"].items()))
+    for name, split in report["splits"].items():
         tokens, targets = split["tokens"], split["target_tokens"]
         shown = f"{split['rows']:,} rows, {tokens:,} tokens, {targets:,} of them targets"
         add(name, f"{shown} ({targets / max(1, tokens):.0%}), longest row {split['longest_row_tokens']:,}")
-    longest = [(row["tokens"], shown_place(row["file"], row["line"], row.get("row"))) for row in report.longest_rows]
+    longest = [(row["tokens"], shown_place(row["file"], row["line"], row.get("row"))) for row in report["longest_rows"]]
     add("longest before truncation", ", ".join(f"{tokens:,} ({place})" for tokens, place in longest[:3]))
     out.print(table)
-    note = "already prepared, left as it is: " if report.unchanged else "written to "
-    out.print(note + printable(report.output), markup=False)
+    note = "already prepared, left as it is: " if report["unchanged"] else "written to "
+    out.print(note + printable(report["output"]), markup=False)

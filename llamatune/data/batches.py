@@ -1,4 +1,4 @@
-"""Batches of prepared rows, and the order of an epoch's rows and accumulation windows."""
+"""Batches of prepared rows, and the order of an epoch's rows."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from llamatune.data.packing import pack
 from llamatune.errors import CheckpointError, DataError
 from llamatune.events import Notice, OnEvent
 from llamatune.formats.manifest import Manifest
-from llamatune.formats.prepared import COLUMNS, SplitFile, check_row_starts, read_prepared_manifest, split_path
+from llamatune.formats.prepared import SplitFile, read_prepared_manifest, split_path
 from llamatune.model.loss import IGNORED
 from llamatune.seeds import derived_seed
 from llamatune.shapes.config import LlamaConfig
-from llamatune.spec import RunSpec
 from llamatune.tokenizers.sentencepiece import load_tokenizer
 
 
@@ -43,22 +42,18 @@ class Batch:
         return sum(self.lengths)
 
 
-class Split:
+class Split(SplitFile):
     """The rows of one file of a prepared directory, memory-mapped."""
 
     def __init__(self, path: Path) -> None:
-        SplitFile(path)  # checks the header
+        super().__init__(path)
+        self._starts, self._rows = self.row_starts(), self.column("source_rows")
         with safe_open(path, framework="pt") as file:
-            offsets, rows, self._ids, self._mask = (file.get_tensor(name) for name in COLUMNS)
-        self._starts, self._rows = offsets.tolist(), rows.tolist()
-        check_row_starts(self._starts, len(self._ids), path)
+            self._ids, self._mask = file.get_tensor("input_ids"), file.get_tensor("loss_mask")
         before = torch.cat((torch.zeros(1, dtype=torch.int64), self._mask.cumsum(0)))
-        self.target_counts: list[int] = before[offsets].diff().tolist()
+        self.target_counts: list[int] = before[self._starts].diff().tolist()
         if self.target_counts and min(self.target_counts) == 0:
             raise DataError("a row has no target token", path, "prepare the data again")
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     @property
     def largest_id(self) -> int:
@@ -66,7 +61,6 @@ class Split:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
         return [end - start for start, end in itertools.pairwise(self._starts)]
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -123,8 +117,7 @@ def check_tokenizer(prepared: Prepared, model: Path, force_base: bool, on_event:
         return
     what = "the data was prepared with another tokenizer than the model's"
     if not force_base:
-        todo = "prepare it again with this one, or pass --force-base"
-        raise CheckpointError(what, model / "tokenizer.model", todo)
+        raise CheckpointError(what, model / "tokenizer.model", "prepare it again with this one, or pass --force-base")
     on_event(Notice(f"{what}; accepted because of --force-base", "warning"))
 
 
@@ -145,32 +138,3 @@ def epoch_rows(lengths: Sequence[int], seed: int, epoch: int, shuffle: bool, bud
 
 def _permutation(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def packing_budget(spec: RunSpec) -> int | None:
-    """Tokens of a packed row; None: no packing."""
-    return spec.data.packed_tokens if spec.data.packing else None
-
-
-class Windows:
-    """The micro-batches of each accumulation window of a run; a window is a function of (seed, its number)."""
-
-    def __init__(self, spec: RunSpec, split: Split, rows_per_window: int, windows_per_epoch: int) -> None:
-        self._spec, self._split = spec, split
-        self._rows_per_window, self._windows_per_epoch = rows_per_window, windows_per_epoch
-        self._epoch, self._rows = -1, list[list[int]]()
-
-    def samples(self, window: int) -> list[list[int]]:
-        """The indices of the samples of each micro-batch."""
-        spec, (epoch, place) = self._spec, divmod(window, self._windows_per_epoch)
-        if self._epoch != epoch:
-            budget = packing_budget(spec)
-            self._rows = epoch_rows(self._split.lengths, spec.training.seed, epoch, spec.data.shuffle, budget)
-            self._epoch = epoch
-        rows = self._rows[place * self._rows_per_window :][: self._rows_per_window]
-        size = spec.training.micro_batch_size
-        return [list(itertools.chain(*rows[start : start + size])) for start in range(0, len(rows), size)]
-
-    def micro_batches(self, window: int) -> list[Batch]:
-        """The batches of the window's forward passes, in order."""
-        return [self._split.batch(indices) for indices in self.samples(window)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llamatune.data.prefix_check import prompt_check
+from llamatune.data.prefix_check import PromptCheck
 from llamatune.data.row_decoding import Row, decode_row
 from llamatune.data.row_formats import FORMATS, row_of, strip_annotations
 from llamatune.data.row_reader import RawRow, RowError
@@ -25,6 +26,10 @@ class Recipe:
     template: Template
     format: str
     options: PrepareOptions
+
+    @functools.cached_property  # scanning a vocabulary takes longer than encoding a batch of rows
+    def prompt_check(self) -> PromptCheck:
+        return PromptCheck(self.tokenizer)
 
 
 @dataclass
@@ -81,7 +86,7 @@ def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row) ->
         answer = strip_annotations(answer)
     prompt, completion = recipe.template.prompt_of(row.fields, row.turns), recipe.template.completion_of(answer)
     ids, first = tokenizer.encode_pair(prompt, completion)
-    is_prefix = prompt_check(tokenizer).is_prefix(prompt, completion, ids)
+    is_prefix = recipe.prompt_check.is_prefix(prompt, completion, ids)
     has_text = first < len(ids)
     ids.append(tokenizer.eos_id)
     excess = len(ids) - options.max_seq_length

@@ -60,7 +60,3 @@ def _encodes_words_apart(tokenizer: Tokenizer) -> bool:
         return False
     ids = tokenizer.encode(_PROBE)
     return tokenizer.decode(ids) == _PROBE and tokenizer.piece(ids[1]).startswith(_SPACE)
-
-
-prompt_check = functools.lru_cache(maxsize=1)(PromptCheck)
-"""The check for a tokenizer, cached: scanning a vocabulary takes longer than encoding a batch of rows."""

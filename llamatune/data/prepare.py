@@ -7,7 +7,6 @@ whose ``facts`` are the settings and the counts of truncated, dropped and refuse
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -20,10 +19,10 @@ from typing import Any
 from llamatune.data.encoding import Recipe
 from llamatune.data.prepare_report import (
     Counts,
-    PrepareReport,
     bad_rows_error,
     no_rows_error,
     overlong_error,
+    report_of,
     row_facts,
     shown_path,
 )
@@ -31,9 +30,9 @@ from llamatune.data.resolve_options import check_options, input_files, resolve_o
 from llamatune.data.row_reader import RawRow, read_raw_rows
 from llamatune.data.spool import Spool
 from llamatune.data.validation_split import held_out_rows
-from llamatune.data.workers import encode_batches, raise_if_stopped
+from llamatune.data.workers import encode_batches
 from llamatune.durable_writing import refuse_occupied
-from llamatune.errors import DataError, EnvironmentFault
+from llamatune.errors import DataError, EnvironmentFault, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import Staging, build_directory, finished_product, has_manifest
 from llamatune.formats.prepared import KIND
@@ -51,10 +50,10 @@ def prepare_data(
     should_stop: ShouldStop = never_stop,
     *,
     workers: int | None = None,
-) -> PrepareReport:
+) -> dict[str, Any]:
     """Write a prepared directory of ``options.rows``. Its bytes do not depend on ``workers`` (default: by file size).
 
-    A finished output of the same inputs is left unchanged, and its report is returned.
+    A finished output of the same inputs is left unchanged, and its report (``report_of``) is returned.
 
     Raises:
         SpecError: options that contradict each other or the rows' format.
@@ -68,11 +67,11 @@ def prepare_data(
         refuse_occupied(options.output, options.overwrite)
     state = [_file_state(path) for path in input_files(options)]
     recipe, inputs = resolve_options(options, on_event)
-    if not options.overwrite:
-        manifest = finished_product(options.output, KIND, inputs)
-        report = manifest and PrepareReport.from_facts(options.output, manifest.facts, unchanged=True)
-        if report and report.refused <= options.skip_bad_rows:
-            return report
+    if not options.overwrite and (manifest := finished_product(options.output, KIND, inputs)):
+        with contextlib.suppress(KeyError):  # an earlier version wrote fewer facts
+            report = report_of(options.output, manifest.facts, unchanged=True)
+            if report["refused"] <= options.skip_bad_rows:
+                return report
     with build_directory(options.output, KIND, inputs, options.overwrite) as staging:
         total_bytes = sum(path.stat().st_size for path in input_files(options))
         if workers is None:
@@ -80,9 +79,7 @@ def prepare_data(
         _Job(recipe, staging, on_event, should_stop, workers, total_bytes).run()
         if [_file_state(path) for path in input_files(options)] != state:
             raise DataError("a row file was changed while it was read", None, "run the same command again")
-    report = PrepareReport.from_facts(options.output, staging.facts, unchanged=False)
-    assert report is not None
-    return report
+    return report_of(options.output, staging.facts, unchanged=False)
 
 
 def _file_state(path: Path) -> tuple[int, int, int]:
@@ -108,24 +105,21 @@ class _Job:
     done_bytes: int = 0
     reported_at: float = field(default_factory=time.monotonic)
     counts: Counts = field(default_factory=Counts)
-
-    @property
-    def options(self) -> PrepareOptions:
-        return self.recipe.options
+    first_refused: str = ""
 
     def run(self) -> None:
-        options, path = self.options, self.staging.path
+        options, path = self.recipe.options, self.staging.path
         with contextlib.ExitStack() as stack:
             refused = stack.enter_context((path / "refused.jsonl").open("x", encoding="utf-8"))
-            train = stack.enter_context(Spool(path / "train.spool"))
+            train = stack.enter_context(contextlib.closing(Spool(path / "train.spool")))
             self._encode(options.rows, options.limit, train, refused.write)
             validation = None
             if options.validation:
-                validation = stack.enter_context(Spool(path / "validation.spool"))
+                validation = stack.enter_context(contextlib.closing(Spool(path / "validation.spool")))
                 self._encode(options.validation, None, validation, refused.write)
             counts = self.counts
             if counts.refused > options.skip_bad_rows:
-                raise bad_rows_error(counts)
+                raise bad_rows_error(counts, self.first_refused)
             for spool, files in ((train, options.rows), (validation, options.validation)):
                 if spool is not None and not len(spool):
                     raise no_rows_error(counts, files)
@@ -142,22 +136,28 @@ class _Job:
 
     def _encode(self, files: Sequence[Path], limit: int | None, spool: Spool, refuse: Callable[[str], object]) -> None:
         """Read, encode, count and spool the rows of ``files``; ``refuse`` writes a line of ``refused.jsonl``."""
+        options = self.recipe.options
         batches, read = itertools.tee(_batches(files, limit))
-        encoded = encode_batches(self.recipe, (rows for _, _, rows in read), self.workers, self.should_stop)
+        encoded = encode_batches(self.recipe, (rows for _, _, rows in read), self.workers, self._check_stop)
         with contextlib.closing(encoded):
             for batch, (path, first_row, rows) in zip(encoded, batches, strict=True):
                 self.counts.add(batch, path, rows)
                 for position, _, message in batch.refused:
+                    self.first_refused = self.first_refused or f"{rows[position].place(shown_path(path))}: {message}"
                     line = {**row_facts(rows[position], path), "reason": message}
                     refuse(json.dumps(line, ensure_ascii=True) + "\n")
                 overlong = next((position for position, reason in batch.dropped if reason == "overlong"), None)
-                if self.options.overlong == "error" and overlong is not None:
-                    raise overlong_error(batch, overlong, path, rows[overlong], self.options.max_seq_length)
+                if options.overlong == "error" and overlong is not None:
+                    raise overlong_error(batch, overlong, path, rows[overlong], options.max_seq_length)
                 spool.add(batch, first_row)
-                self._progress(sum(len(row.data) for row in rows))
+                self.done_bytes += sum(len(row.data) for row in rows)
+                now = time.monotonic()
+                if now - self.reported_at >= _PROGRESS_EVERY_S:
+                    self.reported_at, done = now, min(self.done_bytes, self.total_bytes)
+                    self.on_event(Progress("bytes of rows encoded", done, self.total_bytes))
 
     def _write(self, train: Spool, validation: Spool | None) -> dict[str, dict[str, int]]:
-        fraction = self.options.validation_fraction
+        fraction, seed = self.recipe.options.validation_fraction, self.recipe.options.seed
         train_keys = set(train.keys)
         self.counts.duplicates = len(train) - len(train_keys)
         parts: dict[str, tuple[Spool, Sequence[int]]] = {"train": (train, b"\1" * len(train))}
@@ -169,22 +169,25 @@ class _Job:
                 self._warn(f"{both} validation rows are training rows too")
             parts["validation"] = validation, b"\1" * len(validation)
         elif fraction:
-            held_out = held_out_rows(train.keys, fraction, self.options.seed)
+            held_out = held_out_rows(train.keys, fraction, seed)
             if any(held_out):
                 parts = {"train": (train, bytes(1 - held for held in held_out)), "validation": (train, held_out)}
             else:
                 self._warn("all rows are equal, so none was held out for validation")
-        check_stop = functools.partial(raise_if_stopped, self.should_stop)
         return {
-            split: spool.write_split(self.staging, split, wanted, check_stop)
+            split: spool.write_split(self.staging, split, wanted, self._check_stop)
             for split, (spool, wanted) in parts.items()
         }
+
+    def _check_stop(self) -> None:
+        if self.should_stop():
+            raise Stopped("stopped before the rows were prepared", None, "run the same command again")
 
     def _warn(self, message: str) -> None:
         self.on_event(Notice(message, "warning"))
 
     def _facts(self, splits: dict[str, dict[str, int]]) -> dict[str, Any]:
-        options, recipe, tokenizer = self.options, self.recipe, self.recipe.tokenizer
+        options, recipe, tokenizer = self.recipe.options, self.recipe, self.recipe.tokenizer
         return {
             "format": recipe.format,
             "template": recipe.template.to_dict(),
@@ -206,13 +209,6 @@ class _Job:
             "target_tokens": sum(split["target_tokens"] for split in splits.values()),
             "splits": splits,
         }
-
-    def _progress(self, row_bytes: int) -> None:
-        self.done_bytes += row_bytes
-        now = time.monotonic()
-        if now - self.reported_at >= _PROGRESS_EVERY_S:
-            self.reported_at = now
-            self.on_event(Progress("bytes of rows encoded", min(self.done_bytes, self.total_bytes), self.total_bytes))
 
 
 def _batches(files: Sequence[Path], limit: int | None) -> Iterator[tuple[Path, int, list[RawRow]]]:

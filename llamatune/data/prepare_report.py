@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -45,7 +45,6 @@ class Counts:
     validation_rows_in_train: int = 0
     ignored_keys: Counter[str] = field(default_factory=Counter)
     longest_rows: list[dict[str, Any]] = field(default_factory=list)
-    first_refused: str | None = None
 
     def add(self, batch: EncodedBatch, path: Path, rows: list[RawRow]) -> None:
         """Count one batch of rows of ``path``."""
@@ -61,75 +60,39 @@ class Counts:
         for key, count in batch.ignored_keys.items():
             known = key in self.ignored_keys or len(self.ignored_keys) < _MOST_KEYS
             self.ignored_keys[key if known else "..."] += count
-        if batch.refused and self.first_refused is None:
-            position, _, message = batch.refused[0]
-            self.first_refused = f"{rows[position].place(shown_path(path))}: {message}"
         longest = heapq.nlargest(_LONGEST_SHOWN, batch.full_lengths, key=itemgetter(1))
         self.longest_rows += [{"tokens": tokens, **row_facts(rows[position], path)} for position, tokens in longest]
         self.longest_rows.sort(key=lambda row: -int(row["tokens"]))  # stable: of equal rows the earlier stays first
         del self.longest_rows[_LONGEST_SHOWN:]
 
     def facts(self) -> dict[str, Any]:
-        """The counts for the manifest."""
-        counts = {name: dict(sorted(n.items())) if isinstance(n, Counter) else n for name, n in vars(self).items()}
-        del counts["first_refused"]
-        return counts
+        return {name: dict(sorted(n.items())) if isinstance(n, Counter) else n for name, n in vars(self).items()}
 
 
-@dataclass(frozen=True)
-class PrepareReport:
-    """The report of one preparation. ``unchanged``: a finished output of the same inputs was already there.
+_REPORTED = (
+    "rows_in", "kept", "truncated", "truncated_tokens", "dropped", "dropped_reasons", "refused", "refused_reasons",
+    "duplicates", "validation_rows_in_train", "ignored_keys", "longest_rows", "train_rows", "validation_rows", "tokens",
+    "target_tokens", "splits", "format", "template", "max_seq_length",
+)  # fmt: skip
+
+
+def report_of(output: Path, facts: Mapping[str, Any], unchanged: bool) -> dict[str, Any]:
+    """The report in a manifest's facts; ``KeyError`` if one is missing. ``unchanged``: ``output`` was already there.
 
     ``longest_rows`` are the longest rows before truncation; ``splits`` has the rows, tokens, target tokens and longest
     row of each split as written. ``prompts_not_prefix`` counts the kept rows whose tokens do not begin with those
     of the prompt alone; None: an earlier version wrote the directory and did not count them.
     """
-
-    output: str
-    unchanged: bool
-    rows_in: int
-    kept: int
-    truncated: int
-    truncated_tokens: int
-    dropped: int
-    dropped_reasons: dict[str, int]
-    refused: int
-    refused_reasons: dict[str, int]
-    duplicates: int
-    validation_rows_in_train: int
-    ignored_keys: dict[str, int]
-    longest_rows: list[dict[str, Any]]
-    train_rows: int
-    validation_rows: int
-    tokens: int
-    target_tokens: int
-    splits: dict[str, dict[str, int]]
-    format: str
-    template: dict[str, Any]
-    max_seq_length: int
-    prompts_not_prefix: int | None = None
-
-    @classmethod
-    def from_facts(cls, output: Path, facts: object, unchanged: bool) -> PrepareReport | None:
-        """The report in a manifest's facts; None if any is missing."""
-        names = cls.__dataclass_fields__.keys() - {"output", "unchanged"}
-        if not isinstance(facts, dict) or not names - {"prompts_not_prefix"} <= facts.keys():
-            return None
-        stored = {name: facts[name] for name in names & facts.keys()}
-        return cls(output=shown_path(output), unchanged=unchanged, **stored)
+    report = {"output": shown_path(output), "unchanged": unchanged, **{name: facts[name] for name in _REPORTED}}
+    return {**report, "prompts_not_prefix": facts.get("prompts_not_prefix")}
 
 
-def bad_rows_error(counts: Counts) -> DataError:
-    """The error for more unusable rows than ``--skip-bad-rows`` allows."""
-    total = counts.refused
-    if counts.kept == 0:
-        todo = f"0 usable rows of {counts.rows_in}"
-    else:
-        rows, them = ("row", "it") if total == 1 else ("rows", "them")
-        todo = (
-            f"{total} bad {rows} of {counts.rows_in}; correct {them}, or leave {them} out with --skip-bad-rows {total}"
-        )
-    return DataError(str(counts.first_refused), None, todo)
+def bad_rows_error(counts: Counts, first: str) -> DataError:
+    """The error for more unusable rows than ``--skip-bad-rows`` allows; ``first`` is the first one and its fault."""
+    total, rows_in = counts.refused, counts.rows_in
+    rows, them = ("row", "it") if total == 1 else ("rows", "them")
+    todo = f"{total} bad {rows} of {rows_in}; correct {them}, or leave {them} out with --skip-bad-rows {total}"
+    return DataError(first, None, todo if counts.kept else f"0 usable rows of {rows_in}")
 
 
 def no_rows_error(counts: Counts, files: Sequence[Path]) -> DataError:

@@ -97,7 +97,7 @@ def _keys_of_first_object(path: Path) -> list[str]:
 
 
 def _template_for(row_format: Format, options: PrepareOptions, on_event: OnEvent) -> Template:
-    template = load_template(options.template or DEFAULT_TEMPLATES[row_format.name])
+    template = load_template(options.template or DEFAULT_TEMPLATES.get(row_format.name, row_format.name))
     lacking = sorted(template.placeholders - set(row_format.prompt_fields))
     if lacking:
         has = ", ".join(row_format.prompt_fields) or "none"

@@ -43,7 +43,6 @@ class Format:
         name: its name for ``--format``.
         keys: the keys of its prompt and completion.
         prompt_fields: the placeholders that its rows can fill.
-        read: the ``Row`` of a JSON object.
         context: optional keys of what precedes the prompt.
         distinctive_keys: a row with one of them is likely of this format.
     """
@@ -56,7 +55,6 @@ class Format:
     distinctive_keys: tuple[str, ...]
 
     def has_key_in(self, row: Mapping[str, Any]) -> bool:
-        """Whether ``row`` has a key by which this format is detected."""
         return any(key in row for key in self.distinctive_keys)
 
 

@@ -35,10 +35,8 @@ class Spool:
         self.rows.extend(array("q", (first_row + position for position in batch.positions)))
         self._file.write(memoryview(batch.ids).cast("B"))
 
-    def __enter__(self) -> Spool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Remove the temporary file."""
         self._file.close()
         self.path.unlink(missing_ok=True)
 

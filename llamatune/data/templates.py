@@ -48,8 +48,7 @@ class Template:
 
     def to_dict(self) -> dict[str, Any]:
         """The template as JSON values, without unset ones; ``from_dict`` reads them back."""
-        required = {"name": self.name, "prompt": self.prompt}
-        return required | {name: value for name, value in vars(self).items() if value}
+        return {name: value for name, value in vars(self).items() if value or name in ("name", "prompt")}
 
     @classmethod
     def from_dict(cls, data: object, where: object = None, error: type[LlamatuneError] = CheckpointError) -> Template:
@@ -78,8 +77,7 @@ class Template:
     def prompt_of(self, fields: Mapping[str, str], turns: tuple[tuple[str, str], ...] = ()) -> str:
         """The prompt of one row. ``fields`` fill the placeholders, ``turns`` are a chat's earlier turns.
 
-        Raises:
-            DataError: a placeholder without a field.
+        ``DataError`` for a placeholder without a field.
         """
         filled = {"system": "", **fields}
         if self.strip:
@@ -98,16 +96,12 @@ class Template:
         return self.prompt if self.prompt_without_input is None or fields.get("input") else self.prompt_without_input
 
     def completion_of(self, completion: str) -> str:
-        """The text that is trained as one row's completion."""
         return self.before_completion + (completion.strip() if self.strip else completion)
 
     def instruction_prompt(self, text: str) -> str:
         """The prompt of a single user message: ``text`` fills {instruction}, {question}, {user} or {prompt}.
 
-        Without any placeholder ``text`` follows the template.
-
-        Raises:
-            SpecError: the template has several placeholders, but none of these.
+        Without any placeholder ``text`` follows the template. ``SpecError`` if it has several, but none of these.
         """
         names = self.placeholders
         if not names:
@@ -168,17 +162,14 @@ TEMPLATES: dict[str, Template] = {
 }
 """The built-in templates. ``llama2-chat`` trains the last assistant message; earlier turns are context."""
 
-DEFAULT_TEMPLATES = {
-    "alpaca": "alpaca", "gsm8k": "gsm8k", "chat": "llama2-chat", "completion": "completion", "text": "text",
-}  # fmt: skip
-"""The default template of each row format."""
+DEFAULT_TEMPLATES = {"chat": "llama2-chat"}
+"""The default template of a row format, where it is not the one of the same name."""
 
 
 def load_template(name_or_file: str) -> Template:
     """A built-in template by name, or the one in a YAML file: a map of ``prompt`` and optional further texts.
 
-    Raises:
-        SpecError: no such name or file, or a file that is no template.
+    ``SpecError`` if there is no such name or file, or the file is no template.
     """
     if name_or_file in TEMPLATES:
         return TEMPLATES[name_or_file]

@@ -13,13 +13,12 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from multiprocessing.connection import Connection, Pipe
 
 from llamatune.data.encoding import EncodedBatch, Recipe, encode_batch
 from llamatune.data.row_reader import RawRow
-from llamatune.errors import EnvironmentFault, Stopped
-from llamatune.events import ShouldStop
+from llamatune.errors import EnvironmentFault
 
 _POLL_S = 0.2
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -27,32 +26,30 @@ _SERVE = "import sys; sys.path[:] = {path!r}; from llamatune.data.workers import
 
 
 def encode_batches(
-    recipe: Recipe, batches: Iterable[Sequence[RawRow]], workers: int, should_stop: ShouldStop
+    recipe: Recipe, batches: Iterable[Sequence[RawRow]], workers: int, check_stop: Callable[[], None]
 ) -> Generator[EncodedBatch, None, None]:
-    """Each batch encoded, in order; ``workers`` below 2 means in this process.
+    """Each batch encoded, in order; ``workers`` below 2 means in this process. ``check_stop`` raises to stop.
 
-    Raises:
-        Stopped: a stop was requested between two batches.
-        EnvironmentFault: a worker could not start, or died.
+    ``EnvironmentFault`` if a worker could not start, or died.
     """
     if workers < 2:
         for batch in batches:
-            raise_if_stopped(should_stop)
+            check_stop()
             yield encode_batch(recipe, batch)
         return
     with contextlib.ExitStack() as stack:
-        pool = [stack.enter_context(_Worker()) for _ in range(workers)]
+        pool = [stack.enter_context(contextlib.closing(_Worker())) for _ in range(workers)]
         for worker in pool:
             worker.send(recipe)
         idle, busy = deque(pool), deque[_Worker]()
         for batch in batches:
             if not idle:
                 idle.append(busy.popleft())
-                yield idle[-1].result(should_stop)
+                yield idle[-1].result(check_stop)
             busy.append(idle.popleft())
             busy[-1].send(batch)
         for worker in busy:
-            yield worker.result(should_stop)
+            yield worker.result(check_stop)
 
 
 def serve(descriptor: int) -> None:
@@ -83,10 +80,7 @@ class _Worker:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._connection.close()
         self._child.kill()  # it has nothing to save
         self._child.wait()
@@ -97,11 +91,11 @@ class _Worker:
         except OSError:
             raise self._died() from None
 
-    def result(self, should_stop: ShouldStop) -> EncodedBatch:
+    def result(self, check_stop: Callable[[], None]) -> EncodedBatch:
         try:
             while not self._connection.poll(_POLL_S):
-                raise_if_stopped(should_stop)
-            raise_if_stopped(should_stop)
+                check_stop()
+            check_stop()
             batch: EncodedBatch = self._connection.recv()
         except (EOFError, OSError):
             raise self._died() from None
@@ -113,9 +107,3 @@ class _Worker:
         except subprocess.TimeoutExpired:
             code = None
         return EnvironmentFault(f"a worker process died (exit status {code})", None, "is there memory left?")
-
-
-def raise_if_stopped(should_stop: ShouldStop) -> None:
-    """Raise ``Stopped`` if a stop was requested."""
-    if should_stop():
-        raise Stopped("stopped before the rows were prepared", None, "run the same command again")

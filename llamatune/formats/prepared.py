@@ -81,17 +81,12 @@ class SplitFile:
         return values
 
     def row_starts(self) -> list[int]:
-        """Where each row begins in the tokens, and where the last one ends."""
+        """Where each row begins in the tokens, and where the last one ends; ``DataError`` if one is empty."""
         starts = self.column("offsets").tolist()
-        check_row_starts(starts, self._entries["input_ids"].shape[0], self.path)
+        ordered = all(begin < end for begin, end in itertools.pairwise(starts))
+        if starts[:1] != [0] or (starts[-1],) != self._entries["input_ids"].shape or not ordered:
+            raise DataError("row offsets do not fit the tokens", self.path, "prepare the data again")
         return starts
-
-
-def check_row_starts(starts: list[int], tokens: int, path: Path) -> None:
-    """Raise ``DataError`` unless rows that begin and end there make up all tokens, none empty."""
-    ordered = all(begin < end for begin, end in itertools.pairwise(starts))
-    if starts[:1] != [0] or starts[-1] != tokens or not ordered:
-        raise DataError("row offsets do not fit the tokens", path, "prepare the data again")
 
 
 def read_lengths(directory: Path) -> tuple[list[int], list[int]]:

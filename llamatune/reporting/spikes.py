@@ -96,15 +96,13 @@ def with_rows(run: Run, spikes: list[Spike]) -> list[Spike]:
     changed = any(line.startswith(_DECIDE_THE_ORDER) for line in run.spec_changes)
     if not spikes or not run.data or changed:
         return spikes
-    from llamatune.data.batches import Windows, open_prepared
-    from llamatune.training.schedule import plan_schedule
+    from llamatune.data.batches import open_prepared
+    from llamatune.training.schedule import Schedule
 
     try:
-        train = open_prepared(Path(run.spec.data.train)).train
-        schedule = plan_schedule(run.spec, train)
-        windows = Windows(run.spec, train, schedule.rows_per_window, schedule.windows_per_epoch)
+        schedule = Schedule(run.spec, open_prepared(Path(run.spec.data.train)).train)
     except LlamatuneError:
         return spikes
-    batches = (windows.micro_batches(spike.window - 1) for spike in spikes)  # the log counts windows from 1
+    batches = (schedule.micro_batches(spike.window - 1) for spike in spikes)  # the log counts windows from 1
     rows = [sorted(row for batch in window for row in batch.rows) for window in batches]
     return [replace(spike, rows=found) for spike, found in zip(spikes, rows, strict=True)]

@@ -26,8 +26,6 @@ _LARGEST = 64 << 20
 _LISTED = 5
 _TODO = "text is encoded with tokenizer.model alone: use a model whose files agree with it"
 
-_Facts = dict[str, Any]
-
 
 def check_agreement(path: Path, pieces: Sequence[str], bos_id: int, eos_id: int, on_event: OnEvent) -> None:
     """Compare a ``tokenizer.model`` with the other files of its directory; a file of another name is not checked.
@@ -62,11 +60,11 @@ def check_agreement(path: Path, pieces: Sequence[str], bos_id: int, eos_id: int,
         _check_model(directory / name, {"bos_token_id": bos_id, "eos_token_id": eos_id}, pieces)
 
 
-def _read(file: Path) -> _Facts:
+def _read(file: Path) -> dict[str, Any]:
     return read_json(file, max_bytes=_LARGEST) if file.exists() else {}
 
 
-def _check_tokens(directory: Path, files: dict[str, _Facts], pieces: Sequence[str], on_event: OnEvent) -> None:
+def _check_tokens(directory: Path, files: dict[str, dict[str, Any]], pieces: Sequence[str], on_event: OnEvent) -> None:
     ids = {piece: number for number, piece in enumerate(pieces)}
     unknown: dict[str, tuple[int | None, Path]] = {}
     for name, facts in files.items():
@@ -92,7 +90,7 @@ def _check_tokens(directory: Path, files: dict[str, _Facts], pieces: Sequence[st
         on_event(Notice(f"{file}: {_listed([(token, token_id)])} is not in tokenizer.model; no row will contain it"))
 
 
-def _tokens(name: str, facts: _Facts) -> Iterator[tuple[Any, Any]]:
+def _tokens(name: str, facts: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """Every token of a file, with its id if the file gives one."""
     if name == _WHOLE:
         yield from _vocabulary(facts)
@@ -110,7 +108,7 @@ def _tokens(name: str, facts: _Facts) -> Iterator[tuple[Any, Any]]:
         yield from ((token, None) for token in map(_content, more) if token is not None)
 
 
-def _vocabulary(facts: _Facts) -> list[tuple[Any, Any]]:
+def _vocabulary(facts: dict[str, Any]) -> list[tuple[Any, Any]]:
     """Tokens and ids of ``tokenizer.json``'s model: an object of ids, or a list in the ids' order."""
     vocabulary = (facts.get("model") or {}).get("vocab") or {}
     if isinstance(vocabulary, list):
@@ -126,7 +124,7 @@ def _content(token: Any) -> str | None:
     return text or None
 
 
-def _added_around(facts: _Facts) -> list[str] | None:
+def _added_around(facts: dict[str, Any]) -> list[str] | None:
     """The special tokens that ``tokenizer.json`` puts around one text; None: it does not say."""
     processor = facts.get("post_processor")
     if not isinstance(processor, dict) or processor.get("type") != "TemplateProcessing":

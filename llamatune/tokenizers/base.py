@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from llamatune.errors import CheckpointError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 
 
-class Tokenizer(ABC):
+class Tokenizer(Protocol):
     """Token ids of text, with BOS and EOS. Instances can be pickled, since worker processes receive them.
 
     Args:
@@ -23,11 +23,9 @@ class Tokenizer(ABC):
     bos_id: int
     eos_id: int
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """BOS and the ids of ``text``; no EOS. Control strings such as ``</s>`` in ``text`` are plain text."""
 
-    @abstractmethod
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], int]:
         """BOS and the ids of ``prompt + completion`` encoded in one call, and the index of the first completion token.
 
@@ -37,7 +35,6 @@ class Tokenizer(ABC):
         given only BOS has to generate that prefix too. No EOS.
         """
 
-    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``, without BOS, EOS, other control tokens, and ids beyond the vocabulary (padded heads)."""
 
@@ -46,11 +43,9 @@ class Tokenizer(ABC):
         before, whole = self.decode(prompt), self.decode([*prompt, *ids])
         return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
 
-    @abstractmethod
     def pieces(self) -> list[str]:
         """The vocabulary by id: ``▁`` is a space, ``<0xE2>`` a byte, ``</s>`` the EOS."""
 
-    @abstractmethod
     def piece(self, token_id: int) -> str:
         """One entry of ``pieces``."""
 

@@ -132,7 +132,13 @@ def load_tokenizer(path: Path, on_event: OnEvent = ignore_event) -> SentencePiec
             contradict.
     """
     if path.is_dir():
-        path = _model_in(path)
+        if not (path / SENTENCEPIECE_FILE).exists():
+            what, todo = "no tokenizer.model in this directory", "give the path of a SentencePiece model"
+            if (path / "tokenizer.json").exists():
+                what = "a tokenizer.json but no tokenizer.model"
+                todo = f"{_ONLY_SENTENCEPIECE}: put the model's original tokenizer.model beside it"
+            raise CheckpointError(what, path, todo)
+        path /= SENTENCEPIECE_FILE
     tokenizer = SentencePieceTokenizer(_read_checked(path), path)
     for name, token_id in (("BOS", tokenizer.bos_id), ("EOS", tokenizer.eos_id)):
         if not 0 <= token_id < tokenizer.vocab_size:
@@ -160,31 +166,20 @@ def _read_checked(path: Path) -> bytes:
     return model
 
 
-def _model_in(directory: Path) -> Path:
-    path = directory / SENTENCEPIECE_FILE
-    if path.exists():
-        return path
-    if (directory / "tokenizer.json").exists():
-        todo = f"{_ONLY_SENTENCEPIECE}: put the model's original tokenizer.model beside it"
-        raise CheckpointError("a tokenizer.json but no tokenizer.model", directory, todo)
-    raise CheckpointError("no tokenizer.model in this directory", directory, "give the path of a SentencePiece model")
-
-
 def _probe(model: bytes, path: Path) -> None:
     code = _PROBE.format(path=json.dumps([entry for entry in sys.path if entry]))
     command = [sys.executable, "-I", "-S", "-c", code]
+    unsound = CheckpointError("not a sound SentencePiece model", path, "fetch the model's tokenizer.model again")
     try:
         child = subprocess.run(command, input=model, capture_output=True, timeout=_PROBE_TIMEOUT_S, check=False)
     except OSError as fault:
         raise EnvironmentFault(f"cannot start a process to check the tokenizer: {fault.strerror}", path) from None
     except subprocess.TimeoutExpired:
-        sound = False
-    else:
-        if not child.stdout.startswith(b"ready"):
-            raise EnvironmentFault("a process to check the tokenizer did not start", path, "is there memory left?")
-        sound = child.returncode == 0
-    if not sound:
-        raise CheckpointError("not a sound SentencePiece model", path, "fetch the model's tokenizer.model again")
+        raise unsound from None
+    if not child.stdout.startswith(b"ready"):
+        raise EnvironmentFault("a process to check the tokenizer did not start", path, "is there memory left?")
+    if child.returncode != 0:
+        raise unsound
 
 
 def _refuse_surrogates(text: str) -> None:

@@ -43,10 +43,8 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
     device = choose_device(spec.training.device, on_event)
     check_precision(spec, device, on_event)
     prepared = open_prepared(Path(spec.data.train))
-    validation, validation_digest = prepared.validation, None
-    if spec.data.validation is not None:
-        other = open_prepared(Path(spec.data.validation))
-        validation, validation_digest = other.train, other.manifest.digest
+    other = None if spec.data.validation is None else open_prepared(Path(spec.data.validation))
+    validation = other.train if other else prepared.validation
     base = Path(spec.model.path)
     if spec.model.init == "random":
         checkpoint, config = None, read_config(base).with_layers(spec.model.num_layers)
@@ -67,6 +65,7 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
     check_tokenizer(prepared, base, force_base, on_event)
     starting_adapter = _starting_adapter(spec, config, base_fingerprint, force_base, on_event)
     count = count_parameters(config, spec.adapter)
+    validation_digest = other.manifest.digest if other else None
     digests = {"base": base_fingerprint, "train": prepared.manifest.digest, "validation": validation_digest}
     return Inputs(config, checkpoint, base_fingerprint, prepared, validation, starting_adapter, digests, count, device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from llamatune.model.nf4 import quantize_blocks
 from llamatune.model.transformer import Transformer
 from llamatune.seeds import derived_seed
 from llamatune.shapes.levels import Levels
-from llamatune.spec import RunSpec
+from llamatune.spec import RunSpec, TrainingSection
 from llamatune.training.inputs import Inputs
-from llamatune.training.optimizers.optimizer import Optimizer, build_optimizer
+from llamatune.training.optimizers.adamw_8bit import AdamW8bit
+from llamatune.training.optimizers.optimizer import SGD, AdamW, Optimizer
 from llamatune.training.precision import LossScaler, autocast_factory, held_dtype, residual_dtype
 
 
@@ -62,12 +63,21 @@ def build_learner(
     return Learner(model, parameters, optimizer, scaler, autocast_factory(training.precision, device), device)
 
 
+def build_optimizer(spec: TrainingSection, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
+    """The optimizer that a spec names."""
+    if spec.optimizer == "sgd":
+        return Optimizer(parameters, SGD(spec.momentum, spec.nesterov, spec.weight_decay))
+    rule = AdamW8bit if spec.optimizer == "adamw_8bit" else AdamW
+    return Optimizer(parameters, rule(spec.betas, spec.eps, spec.weight_decay))
+
+
 def _load_base(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop) -> Transformer:
     """The base model, read from its checkpoint or drawn at random."""
     dtype, nf4 = held_dtype(spec), spec.model.dtype == "nf4"
     if inputs.checkpoint is None:
-        with inputs.device, _default_dtype(dtype):  # a large model is never held in fp32 first
-            model = Transformer(inputs.config)
+        with torch.device("meta"):
+            model = Transformer(inputs.config).to(dtype)
+        model.to_empty(device=inputs.device)  # a large model is never held in fp32 first
         initialise(model, spec.training.seed)
         if nf4:
             quantize_blocks(model, dtype)
@@ -89,13 +99,3 @@ def _load_base(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: Sh
         )
     model.activation_dtype = residual_dtype(dtype, spec.training.precision)
     return model
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llamatune.checkpoints.tensor_bytes import is_finite
-from llamatune.data.batches import Windows
 from llamatune.durable_writing import write_atomic
 from llamatune.errors import CheckpointError, NumericsError, Stopped
 from llamatune.events import CheckpointSaved, EvalDone, Notice, OnEvent, ShouldStop, StepDone, StepSkipped
@@ -49,8 +48,6 @@ class TrainingLoop:
     memory_facts: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        train, schedule = self.inputs.prepared.train, self.schedule
-        self.windows = Windows(self.spec, train, schedule.rows_per_window, schedule.windows_per_epoch)
         self.output = RunOutput(self.spec, self.inputs, self.learner, self.run)
         self.progress = RunProgress()
         self._last_checkpoint: Path | None = None
@@ -97,7 +94,7 @@ class TrainingLoop:
         """Train on the next accumulation window and report it."""
         progress, learner, training = self.progress, self.learner, self.spec.training
         started = time.monotonic()
-        micro_batches = self.windows.micro_batches(progress.window)
+        micro_batches = self.schedule.micro_batches(progress.window)
         learning_rate = learning_rate_at(training, progress.step, self.schedule.total_steps)
         try:
             update = make_update(learner, micro_batches, training, progress.window, learning_rate, self.should_stop)
@@ -245,7 +242,6 @@ class TrainingLoop:
         )
 
     def _summary(self, runtime_s: float) -> dict[str, Any]:
-        """The content of ``summary.json``."""
         progress, count, device = self.progress, self.inputs.count, self.learner.device
         if stopped_early := not self._out_of_work():
             steps = f"step {progress.step} of {self.schedule.total_steps}"

@@ -79,7 +79,6 @@ class LossScaler:
         self._updates = 0
 
     def unscale(self, gradients: list[Tensor]) -> None:
-        """Divide by the scale, in place."""
         if self.enabled:
             torch._foreach_mul_(gradients, 1 / self.scale)
 
@@ -90,7 +89,6 @@ class LossScaler:
             self.scale, self._updates = self.scale * _GROWTH, 0
 
     def back_off(self) -> None:
-        """Halve the scale after an overflow."""
         if self.enabled:
             self.scale, self._updates = self.scale * _BACKOFF, 0
 
@@ -107,7 +105,6 @@ class LossScaler:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Set what ``state()`` returned."""
         if state:
             self.scale, self.growth_interval = state["scale"], state["growth_interval"]
             self._updates = state["_growth_tracker"]

@@ -41,13 +41,11 @@ def profiled(steps: int | None, device: torch.device, run: Path, on_event: OnEve
 
 @contextlib.contextmanager
 def _traced(trace: Path, device: torch.device, on_event: OnEvent) -> Iterator[None]:
-    """Profile the block and write its trace."""
     profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])])
-    profiler.start()
     try:
-        yield
+        with profiler:
+            yield
     finally:
-        profiler.stop()
         # The exporter writes to a path and hides the errors of the disk, so its file is copied.
         with tempfile.TemporaryDirectory(dir=trace.parent, prefix=".llamatune-trace-") as scratch:
             exported = Path(scratch) / trace.name

@@ -82,7 +82,6 @@ class RunProgress:
         return cls(**{**values, "open_epoch": OpenEpoch(**values["open_epoch"])})
 
     def note_update(self, update: Update, seconds: float) -> None:
-        """Count one update."""
         epoch = self.open_epoch
         self.step += 1
         self.window += 1

@@ -25,7 +25,7 @@ from llamatune.training.progress import RunProgress
 from llamatune.training.run_directory import claim_run_directory, finished_summary
 from llamatune.training.run_files import CHECKPOINTS, ORIGIN
 from llamatune.training.run_memory import plan_run_memory, report_plan
-from llamatune.training.schedule import Schedule, micro_batch_tokens, plan_schedule
+from llamatune.training.schedule import Schedule, micro_batch_tokens
 
 _CHECKPOINT_BYTES = 12
 """Per trained parameter, at most: its fp32 value and AdamW's two fp32 moments."""
@@ -48,22 +48,22 @@ def train(
         Stopped: ``should_stop`` asked for it; a checkpoint is saved.
     """
     inputs = open_inputs(spec, force_base, on_event)
-    schedule = plan_schedule(spec, inputs.prepared.train)
+    schedule = Schedule(spec, inputs.prepared.train)
     if resume and not overwrite:
         summary = finished_summary(spec, inputs.digests, allowed_changes)
         if summary is not None:
             how = "stopped early" if summary.get("stopped_early") else "is finished"
             on_event(Notice(f"{spec.training.output_dir} {how}: nothing to do"))
             return summary
-    needed = _CHECKPOINT_BYTES * inputs.count.trainable_parameters
-    refuse_small_disk(Path(spec.training.output_dir), needed, "a checkpoint")
+    output, needed = Path(spec.training.output_dir), _CHECKPOINT_BYTES * inputs.count.trainable_parameters
+    refuse_small_disk(output, needed, "a checkpoint")
     if spec.training.compile:
         check_compiler(inputs.device)
     plan = plan_run_memory(spec, inputs.config, inputs.prepared.train, inputs.device)
 
     def what_helps() -> str:
         advice = after_running_out(spec, inputs.config, plan, capability_of(inputs.device))
-        saved = list_checkpoints(Path(spec.training.output_dir) / CHECKPOINTS)
+        saved = list_checkpoints(output / CHECKPOINTS)
         return f"{advice}; the last checkpoint is {saved[0]}" if saved else advice
 
     claim = claim_run_directory(spec, inputs.digests, overwrite, resume, allowed_changes)
@@ -100,13 +100,12 @@ def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, progress: R
 def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent = ignore_event) -> dict[str, Any]:
     """Check everything that a run needs and count what it would do; nothing is loaded, trained or written."""
     inputs = open_inputs(spec, force_base, on_event)
-    schedule = plan_schedule(spec, inputs.prepared.train)
+    schedule = Schedule(spec, inputs.prepared.train)
     output = Path(spec.training.output_dir)
     if not (output / ORIGIN).is_file():
         refuse_occupied(output, overwrite=False)
     if spec.training.compile:
         check_compiler(inputs.device)
-    facts = inputs.prepared.manifest.facts
     memory = plan_run_memory(spec, inputs.config, inputs.prepared.train, inputs.device)
     return {
         "trainable_parameters": inputs.count.trainable_parameters,
@@ -114,7 +113,7 @@ def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent 
         "trainable_percent": round(inputs.count.trainable_percent, 4),
         "train_rows": len(inputs.prepared.train),
         "validation_rows": 0 if inputs.validation is None else len(inputs.validation),
-        "tokens_per_epoch": facts.get("tokens"),
+        "tokens_per_epoch": inputs.prepared.manifest.facts.get("tokens"),
         "windows_per_epoch": schedule.windows_per_epoch,
         "num_epochs": schedule.num_epochs,
         "total_steps": schedule.total_steps,

@@ -30,15 +30,11 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 @contextlib.contextmanager
 def run_lock(directory: Path) -> Iterator[None]:
-    """Hold the lock of ``directory`` within the block.
-
-    Raises:
-        EnvironmentFault: a running process holds it; the message has its host, id and start time.
-    """
-    with disk_faults(directory / LOCK):
-        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
+    """Hold the lock of ``directory``; ``EnvironmentFault`` with host, id and start time of a process that holds it."""
+    with contextlib.ExitStack() as stack:
         with disk_faults(directory / LOCK):
+            descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            stack.callback(os.close, descriptor)
             keeping = _claim(descriptor, directory)
         try:
             with keeping:
@@ -46,8 +42,6 @@ def run_lock(directory: Path) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):  # a note left behind does no harm
                 os.ftruncate(descriptor, 0)
-    finally:
-        os.close(descriptor)
 
 
 def _claim(descriptor: int, directory: Path) -> contextlib.AbstractContextManager[None]:

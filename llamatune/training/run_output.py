@@ -115,7 +115,6 @@ class RunOutput:
         return MODEL if self.spec.adapter is None else ADAPTER
 
     def _write_product(self, staging: Staging) -> None:
-        """Write the adapter or model for other programs."""
         spec, inputs, parameters = self.spec, self.inputs, self.learner.parameters
         base, template, fingerprint = spec.model.path, inputs.prepared.manifest.template, inputs.base_fingerprint
         if spec.adapter is None:

@@ -1,49 +1,58 @@
-"""The schedule of a run: windows per epoch, total steps, warm-up, learning rate of each step."""
+"""The schedule of a run: its accumulation windows and their rows, total steps, warm-up, learning rate of each step."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
 
-from llamatune.data.batches import Split, packing_budget
-from llamatune.data.packing import pack
+from llamatune.data.batches import Batch, Split, epoch_rows
 from llamatune.errors import SpecError
 from llamatune.spec import RunSpec, TrainingSection
 
 
-@dataclass(frozen=True)
 class Schedule:
-    """How many accumulation windows an epoch has, and where the run ends.
+    """How many accumulation windows an epoch has, which samples each of them trains on, and where the run ends.
 
-    A row is one sample, or several packed ones.
+    A row is one sample, or several packed ones. A window is a function of (seed, its number); the last one of an epoch
+    may be partial. ``SpecError`` if the warm-up is longer than the run.
     """
 
-    rows: int
-    rows_per_window: int
-    windows_per_epoch: int
-    num_epochs: int
-    total_steps: int
+    def __init__(self, spec: RunSpec, train: Split) -> None:
+        self._spec, self._train, training = spec, train, spec.training
+        self._epoch, self._epoch_rows = 0, self._rows_of(0)
+        self.rows = len(self._epoch_rows)
+        self._rows_per_window = training.micro_batch_size * training.gradient_accumulation_steps
+        self.windows_per_epoch = -(-self.rows // self._rows_per_window)
+        if training.max_steps is not None:
+            self.num_epochs, self.total_steps = -(-training.max_steps // self.windows_per_epoch), training.max_steps
+        else:
+            self.num_epochs = training.num_epochs or 5
+            self.total_steps = self.num_epochs * self.windows_per_epoch
+        warmup_steps(training, self.total_steps)
 
+    def _rows_of(self, epoch: int) -> list[list[int]]:
+        data = self._spec.data
+        budget = data.packed_tokens if data.packing else None
+        return epoch_rows(self._train.lengths, self._spec.training.seed, epoch, data.shuffle, budget)
 
-def plan_schedule(spec: RunSpec, train: Split) -> Schedule:
-    """Count windows and steps; the last window of an epoch may be partial."""
-    training, budget = spec.training, packing_budget(spec)
-    rows = len(train) if budget is None else len(pack(train.lengths, budget, range(len(train))))
-    rows_per_window = training.micro_batch_size * training.gradient_accumulation_steps
-    windows_per_epoch = -(-rows // rows_per_window)
-    if training.max_steps is not None:
-        epochs, steps = -(-training.max_steps // windows_per_epoch), training.max_steps
-    else:
-        epochs = training.num_epochs or 5
-        steps = epochs * windows_per_epoch
-    warmup_steps(training, steps)  # raises if the warm-up is longer than the run
-    return Schedule(rows, rows_per_window, windows_per_epoch, epochs, steps)
+    def samples(self, window: int) -> list[list[int]]:
+        """The indices of the samples of each micro-batch."""
+        epoch, place = divmod(window, self.windows_per_epoch)
+        if self._epoch != epoch:
+            self._epoch, self._epoch_rows = epoch, self._rows_of(epoch)
+        rows = self._epoch_rows[place * self._rows_per_window :][: self._rows_per_window]
+        size = self._spec.training.micro_batch_size
+        return [list(itertools.chain(*rows[start : start + size])) for start in range(0, len(rows), size)]
+
+    def micro_batches(self, window: int) -> list[Batch]:
+        """The batches of the window's forward passes, in order."""
+        return [self._train.batch(indices) for indices in self.samples(window)]
 
 
 def micro_batch_tokens(spec: RunSpec, train: Split) -> float:
     """Tokens of the average micro-batch; a packed row counts as full."""
     tokens = sum(train.lengths)
-    row_tokens = packing_budget(spec) or tokens / len(train)
+    row_tokens = spec.data.packed_tokens if spec.data.packing else tokens / len(train)
     return min(tokens, spec.training.micro_batch_size * row_tokens)
 
 

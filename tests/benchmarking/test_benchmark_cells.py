@@ -151,14 +151,14 @@ class TestWhatIsMeasured:
         inputs = open_inputs(spec, False, ignore_event)
         trial = Trial(spec, inputs)
         count = trial.schedule.windows_per_epoch
-        trial.update(trial.windows.micro_batches(0), 0, 0)  # the optimizer's state is there from now on
+        trial.update(trial.schedule.micro_batches(0), 0, 0)  # the optimizer's state is there from now on
         peaks = []
         for window in range(count):
-            batches = trial.windows.micro_batches(window)
+            batches = trial.schedule.micro_batches(window)
             with trial.meter(None) as meter:
                 trial.update(batches, window, 1)
             peaks.append(meter.peak_bytes)
-        chosen = heaviest_windows(trial.windows, trial.lengths, count)
+        chosen = heaviest_windows(trial.schedule, trial.lengths, count)
         assert max(peaks[window] for window in chosen) == max(peaks)
         assert len(set(peaks)) > 1, "rows of one length would show nothing"
 

@@ -22,8 +22,7 @@ from llamatune.model.loss import summed_loss
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
 from llamatune.spec import RunSpec, TrainingSection
 from llamatune.training.learner import Learner, build_learner
-from llamatune.training.optimizers.optimizer import Optimizer
-from llamatune.training.optimizers.update_rules import SGD
+from llamatune.training.optimizers.optimizer import SGD, Optimizer
 from llamatune.training.update import make_update
 
 TINY = LlamaConfig(64, 160, 3, 4, 2, 96)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llamatune.data.prepare import prepare_data
-from llamatune.data.prepare_report import PrepareReport
 from llamatune.options.preparation import PrepareOptions
 
 
@@ -28,15 +28,15 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def prepare(tmp_path: Path, tokenizer_models: dict[str, Path]) -> Callable[..., PrepareReport]:
+def prepare(tmp_path: Path, tokenizer_models: dict[str, Path]) -> Callable[..., SimpleNamespace]:
     """Prepare one file into ``tmp_path / "out"``, with options by name."""
 
-    def run(rows: Path | list[Path], **options: Any) -> PrepareReport:
+    def run(rows: Path | list[Path], **options: Any) -> SimpleNamespace:
         options.setdefault("tokenizer", tokenizer_models["bpe"])
         options.setdefault("output", tmp_path / "out")
         workers = options.pop("workers", None)
         files = rows if isinstance(rows, list) else [rows]
         extra = {name: options.pop(name) for name in ("on_event", "should_stop") if name in options}
-        return prepare_data(PrepareOptions(rows=files, **options), workers=workers, **extra)
+        return SimpleNamespace(**prepare_data(PrepareOptions(rows=files, **options), workers=workers, **extra))
 
     return run

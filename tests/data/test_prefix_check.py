@@ -3,17 +3,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prepared_rows import alpaca
 
 from llamatune.data.prefix_check import PromptCheck
-from llamatune.data.prepare_report import PrepareReport
 from llamatune.events import Event, Notice
 from llamatune.strict_json import dump_json, read_json
 from llamatune.tokenizers.sentencepiece import load_tokenizer
 
-Prepare = Callable[..., PrepareReport]
+Prepare = Callable[..., SimpleNamespace]
 WriteRows = Callable[..., Path]
 
 PARTS = [

@@ -70,8 +70,8 @@ def test_a_template_shows_an_alpaca_rows_system_and_history_or_says_so() -> None
 
 
 def test_every_format_has_a_template_it_can_fill() -> None:
-    for name, template in DEFAULT_TEMPLATES.items():
-        assert TEMPLATES[template].placeholders <= set(FORMATS[name].prompt_fields)
+    for name, row_format in FORMATS.items():
+        assert TEMPLATES[DEFAULT_TEMPLATES.get(name, name)].placeholders <= set(row_format.prompt_fields)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -12,8 +12,7 @@ from llamatune.checkpoints.run_state import read_run_state, save_run_state
 from llamatune.model.blockwise import BLOCK, BlockwiseCode, dynamic_levels
 from llamatune.shapes.limits import ELEMENTS_AT_ONCE
 from llamatune.training.optimizers.adamw_8bit import AdamW8bit
-from llamatune.training.optimizers.optimizer import Optimizer
-from llamatune.training.optimizers.update_rules import AdamW
+from llamatune.training.optimizers.optimizer import AdamW, Optimizer
 
 SHAPES = [(64, 128), (33, 200), (5000,), (12, 40)]
 """Two of whole blocks and not, one vector, one too small to be quantised."""

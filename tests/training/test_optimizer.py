@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llamatune.errors import CheckpointError
-from llamatune.training.optimizers.optimizer import Optimizer
-from llamatune.training.optimizers.update_rules import SGD, AdamW, UpdateRule
+from llamatune.training.optimizers.optimizer import SGD, AdamW, Optimizer
 from llamatune.training.precision import LossScaler
 
 SHAPES = {"matrix": (33, 20), "tall": (129, 16), "vector": (7,), "scalar": ()}
@@ -21,7 +20,7 @@ RATES = [0.01, 0.03, 0.02, 0.05, 0.01, 0.04]
 
 @dataclass(frozen=True)
 class Case:
-    rule: UpdateRule
+    rule: AdamW | SGD
     judge: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 

@@ -22,8 +22,8 @@ from llamatune.formats import manifest as manifests
 from llamatune.formats.manifest import MANIFEST
 from llamatune.safe_reading import digest_file
 from llamatune.spec import RunSpec
-from llamatune.training import checkpoint, loop
 from llamatune.training import learner as learner_module
+from llamatune.training import loop, run_output
 from llamatune.training.precision import LossScaler
 from llamatune.training.run import train
 
@@ -232,7 +232,7 @@ def test_a_resumed_run_reads_its_state_once_and_onto_the_cpu(
         read.append(path.name)
         return tensors
 
-    for module in (run_state, checkpoint):
+    for module in (run_state, run_output):
         monkeypatch.setattr(module, "load_file", counting)
     train(spec)
     assert sorted(read) == ["optimizer.safetensors", "weights.safetensors"]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from llamatune.model.blockwise import BLOCK, BlockwiseCode
 from llamatune.shapes.limits import ELEMENTS_AT_ONCE
-from llamatune.training.optimizers.update_rules import AdamW, State
+from llamatune.training.optimizers.optimizer import AdamW, State
 
 SMALLEST_QUANTIZED = 4096
 """Tensors with fewer elements keep their state in fp32, as in bitsandbytes: they save next to nothing."""

@@ -1,4 +1,4 @@
-"""The optimizer: trained parameters, their state and one update rule; which rule a spec names.
+"""The optimizer: trained parameters, their state and one update rule. The rules AdamW and SGD.
 
 ``torch.optim`` is not used: the first optimizer made of its classes loads torch's compiler, which takes about as long
 as torch itself. The kernels are torch's own.
@@ -7,21 +7,77 @@ as torch itself. The kernels are torch's own.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from llamatune.errors import CheckpointError
-from llamatune.spec import TrainingSection
-from llamatune.training.optimizers.adamw_8bit import AdamW8bit
-from llamatune.training.optimizers.update_rules import SGD, AdamW, State, UpdateRule
+
+State = dict[str, Tensor]
+"""The optimizer's state of one parameter."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), by torch's fused kernel.
+
+    State: ``step``, ``exp_avg``, ``exp_avg_sq``.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def fresh_state(self, parameter: Tensor) -> State:
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+    def update(self, weights: list[Tensor], grads: list[Tensor], states: list[State], learning_rate: float) -> None:
+        steps, first, second = ([state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq"))
+        torch._foreach_add_(steps, 1)
+        torch._fused_adamw_(
+            weights, grads, first, second, [], steps, lr=learning_rate, beta1=self.betas[0], beta2=self.betas[1],
+            weight_decay=self.weight_decay, eps=self.eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Gradient descent with momentum as torch defines it (Sutskever et al. 2013).
+
+    State: ``momentum_buffer`` where there is momentum.
+    """
+
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    def fresh_state(self, parameter: Tensor) -> State:
+        return {"momentum_buffer": torch.zeros_like(parameter)} if self.momentum else {}
+
+    def update(self, weights: list[Tensor], grads: list[Tensor], states: list[State], learning_rate: float) -> None:
+        if self.weight_decay:
+            torch._foreach_add_(grads, weights, alpha=self.weight_decay)
+        if self.momentum:
+            buffers = [state["momentum_buffer"] for state in states]
+            torch._foreach_mul_(buffers, self.momentum)
+            torch._foreach_add_(buffers, grads)
+            if self.nesterov:
+                torch._foreach_add_(grads, buffers, alpha=self.momentum)
+            else:
+                grads = buffers
+        torch._foreach_add_(weights, grads, alpha=-learning_rate)
 
 
 class Optimizer:
-    """Parameters, all of one dtype and on one device, and the state by ``rule`` of each that had a gradient."""
+    """Parameters, all of one dtype and on one device, and the state by ``rule`` of each that had a gradient.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], rule: UpdateRule) -> None:
+    A rule changes weights and states in place, given lists in one order; it may overwrite the gradients.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], rule: AdamW | SGD) -> None:
         assert len({(p.dtype, p.device) for p in parameters.values()}) == 1
         self.parameters, self.rule = dict(parameters), rule
         self.state: dict[str, State] = {}
@@ -39,7 +95,6 @@ class Optimizer:
             self.rule.update(list(with_grad.values()), grads, states, learning_rate)
 
     def zero_grad(self) -> None:
-        """Free every gradient."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -65,11 +120,3 @@ class Optimizer:
                     raise CheckpointError(f"its state of {name} is another optimizer's", where)
                 into.copy_(saved_tensor)
             self.state[name] = state
-
-
-def build_optimizer(spec: TrainingSection, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
-    """The optimizer that a spec names."""
-    if spec.optimizer == "sgd":
-        return Optimizer(parameters, SGD(spec.momentum, spec.nesterov, spec.weight_decay))
-    rule = AdamW8bit if spec.optimizer == "adamw_8bit" else AdamW
-    return Optimizer(parameters, rule(spec.betas, spec.eps, spec.weight_decay))
