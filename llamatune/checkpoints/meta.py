@@ -24,7 +24,7 @@ from llamatune.checkpoints.tensor_bytes import tensor_bytes
 from llamatune.checkpoints.tensor_locations import locate_meta
 from llamatune.events import OnEvent
 from llamatune.formats.manifest import Staging
-from llamatune.formats.torch_archive_writer import writing_archive
+from llamatune.formats.torch_archive import writing_archive
 from llamatune.model.torch_dtypes import STORED_NAMES
 from llamatune.shapes.config import LlamaConfig
 from llamatune.tokenizers.copied_files import copy_file, copy_meta_tokenizer
