@@ -12,9 +12,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
+    import rich.console
 
     from llamatune.events import Event
+
+    RichConsole = rich.console.Console
+else:
+    RichConsole = Any  # rich is loaded when something is printed
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 

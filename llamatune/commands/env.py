@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llamatune import __version__
-from llamatune.commands._console import Console
+from llamatune.commands._console import Console, RichConsole
 from llamatune.options.option import Options
-
-if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
 
 _PACKAGES = ("torch", "safetensors", "sentencepiece", "pydantic", "typer", "rich", "PyYAML")
 

@@ -6,13 +6,11 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from llamatune.commands._console import Console
+from llamatune.commands._console import Console, RichConsole
 from llamatune.errors import DataError, SpecError, printable
 from llamatune.options.inference import GenerateOptions
 
 if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
-
     from llamatune.inference.generate import Generations
     from llamatune.inference.prompt_files import Prompt
 

@@ -17,7 +17,6 @@ from transformers import LlamaForCausalLM
 
 from llamatune.checkpoints import huggingface
 from llamatune.checkpoints.adapter import load_adapter
-from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.merging import merge_lora
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
@@ -117,7 +116,7 @@ def test_huggingface_to_meta_and_back_is_bit_identical(tmp_path, tied):
     merge_lora(MergeOptions(tmp_path / "meta", adapter, tmp_path / "back", "hf"))
     back, first = open_checkpoint(tmp_path / "back"), open_checkpoint(tmp_path / "base")
     assert all(torch.equal(back.tensor(name), first.tensor(name)) for name in first.shapes)
-    assert fingerprint(back) == fingerprint(first)
+    assert back.fingerprint() == first.fingerprint()
     with torch.no_grad():
         one, two, three = (
             LlamaForCausalLM.from_pretrained(tmp_path / path)(TOKENS).logits for path in ("base", "back", "direct")
@@ -258,7 +257,7 @@ def test_facts_for_readers_of_the_merged_model(tiny, tiny_adapter, tmp_path):
     facts = json.loads((tmp_path / "out" / "llamatune.json").read_text())["facts"]
     assert facts["template"] == {"name": "alpaca"}
     assert facts["adapters"] == [load_adapter(tmp_path / "adapter").digest]
-    assert facts["base_fingerprint"] == fingerprint(open_checkpoint(tiny[0]))
+    assert facts["base_fingerprint"] == open_checkpoint(tiny[0]).fingerprint()
 
 
 def test_stopping_at_every_tensor_leaves_nothing_c22(tiny, tiny_adapter, tmp_path):
