@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError, LlamatuneError
 from llamatune.safe_reading import read_bytes
 
@@ -58,6 +59,12 @@ def parse_json_object(text: bytes, where: Path, error: type[LlamatuneError] = Ch
 def dump_json(value: Any) -> bytes:
     """Indented JSON with a final newline."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A new file of indented JSON, synced. Not atomic: for staging directories."""
+    with writing(path) as file:
+        file.write(dump_json(value))
 
 
 def dump_json_lines(values: Iterable[Any]) -> bytes:

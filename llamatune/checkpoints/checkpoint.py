@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from llamatune.checkpoints.config_json import EMBEDDING, HEAD
-from llamatune.checkpoints.model_directory import Format
+from llamatune.checkpoints.model_directory import Format, list_faults
 from llamatune.checkpoints.tensor_bytes import tensor_bytes
-from llamatune.checkpoints.tensor_locations import list_faults
 from llamatune.errors import CheckpointError, EnvironmentFault
 from llamatune.events import OnEvent
 from llamatune.formats.manifest import Staging

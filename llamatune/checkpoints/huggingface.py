@@ -11,15 +11,13 @@ import torch
 
 from llamatune.checkpoints.checkpoint import Checkpoint, DtypeOf, TensorOf, refuse_unfit
 from llamatune.checkpoints.config_json import EMBEDDING, HEAD, copy_config_json, read_config_json, write_config_json
-from llamatune.checkpoints.model_directory import Format
+from llamatune.checkpoints.model_directory import INDEX_FILE, SINGLE_FILE, Format, locate_huggingface
 from llamatune.checkpoints.tensor_bytes import DeclaredTensor, stream_tensors
-from llamatune.checkpoints.tensor_locations import INDEX_FILE, SINGLE_FILE, locate_huggingface
-from llamatune.durable_writing import writing
 from llamatune.events import OnEvent, ignore_event
 from llamatune.formats.manifest import Staging
 from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.shapes.config import LlamaConfig
-from llamatune.strict_json import dump_json
+from llamatune.strict_json import write_json
 from llamatune.tokenizers.copied_files import copy_huggingface_tokenizer
 
 _SHARD_BYTES = 5_000_000_000
@@ -99,5 +97,5 @@ def _write_shards(staging: Staging, shards: Sequence[Sequence[DeclaredTensor]], 
         stream_tensors(staging, file_name, shard, (tensor_of(name) for name, _, _ in shard))
         weight_map |= {name: file_name for name, _, _ in shard}
     total = sum(math.prod(shape) * dtype.itemsize for shard in shards for _, dtype, shape in shard)
-    with writing(staging.path / INDEX_FILE) as file:
-        file.write(dump_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(staging.path / INDEX_FILE, index)

@@ -18,10 +18,9 @@ import torch
 from llamatune.checkpoints.checkpoint import Checkpoint, DtypeOf, TensorOf, refuse_unfit
 from llamatune.checkpoints.config_json import EMBEDDING as HF_EMBEDDING
 from llamatune.checkpoints.config_json import HEAD as HF_HEAD
-from llamatune.checkpoints.model_directory import Format
+from llamatune.checkpoints.model_directory import Format, locate_meta
 from llamatune.checkpoints.params_json import EMBEDDING, HEAD, embedding_axis, read_params_json, write_params_json
 from llamatune.checkpoints.tensor_bytes import tensor_bytes
-from llamatune.checkpoints.tensor_locations import locate_meta
 from llamatune.events import OnEvent
 from llamatune.formats.manifest import Staging
 from llamatune.formats.torch_archive import writing_archive

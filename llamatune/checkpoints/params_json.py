@@ -9,12 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from llamatune.checkpoints.json_fields import JsonFields
-from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.formats.manifest import manifest_if_readable
 from llamatune.formats.safetensors import TensorLocation
 from llamatune.shapes.config import LlamaConfig
-from llamatune.strict_json import dump_json, read_json
+from llamatune.strict_json import read_json, write_json
 
 HEAD, EMBEDDING = "output.weight", "tok_embeddings.weight"
 _LLAMA_3_VOCABULARY = 128256
@@ -108,8 +107,7 @@ def write_params_json(directory: Path, config: LlamaConfig) -> None:
         "ffn_dim_multiplier": multiplier,
         "rope_theta": config.rope_theta if config.rope_theta != 10000.0 else None,
     }
-    with writing(directory / "params.json") as file:
-        file.write(dump_json({name: value for name, value in params.items() if value is not None}))
+    write_json(directory / "params.json", {name: value for name, value in params.items() if value is not None})
 
 
 def _feed_forward_settings(config: LlamaConfig) -> tuple[int, float | None]:
