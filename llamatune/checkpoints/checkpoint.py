@@ -15,12 +15,12 @@ import torch
 from llamatune.checkpoints.config_json import EMBEDDING, HEAD
 from llamatune.checkpoints.model_directory import Format, list_faults
 from llamatune.checkpoints.tensor_bytes import tensor_bytes
-from llamatune.errors import CheckpointError, EnvironmentFault
+from llamatune.errors import CheckpointError
 from llamatune.events import OnEvent
 from llamatune.formats.manifest import Staging
 from llamatune.formats.safetensors import TensorLocation
 from llamatune.model.torch_dtypes import STORED_WEIGHTS
-from llamatune.safe_reading import open_regular
+from llamatune.safe_reading import open_regular, read_faults
 from llamatune.shapes.config import LlamaConfig
 
 _PORTION_BYTES = 16 << 20
@@ -135,16 +135,13 @@ class Checkpoint(ABC):
 def read_into(path: Path, begin: int, tensor: torch.Tensor) -> None:
     """Fill a contiguous CPU tensor with the bytes of ``path`` from ``begin``."""
     view = tensor_bytes(tensor)
-    with open_regular(path) as file:
-        try:
-            file.seek(begin)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise CheckpointError("became shorter while it was read", path, "do not replace files in use")
-                view = view[count:]
-        except OSError as fault:
-            raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
+    with open_regular(path) as file, read_faults(path):
+        file.seek(begin)
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise CheckpointError("became shorter while it was read", path, "do not replace files in use")
+            view = view[count:]
 
 
 def refuse_unfit(
