@@ -35,7 +35,12 @@ def choose_device(name: str, on_event: OnEvent = ignore_event) -> torch.device:
     device = find_device(name, on_event)
     capability = capability_of(device)
     if capability is not None:
-        _refuse_unsupported(device, capability)
+        architectures = torch.cuda.get_arch_list()
+        if not has_kernels(capability, architectures):
+            gpu = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
+            built = f"torch {torch.__version__} has no kernels for it, only for {', '.join(architectures)}"
+            todo = f"{build_for(capability)}, or use the device cpu (in the environment: CUDA_VISIBLE_DEVICES=)"
+            raise EnvironmentFault(f"{gpu}; {built}", device, todo)
         # cuDNN, torch's first choice on some GPUs, plans anew for each length: up to a second, at nearly every step.
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
@@ -48,7 +53,11 @@ def find_device(name: str, on_event: OnEvent = ignore_event) -> torch.device:
         raise SpecError(f"no device is called {name!r}", None, "use auto, cpu, cuda or cuda:N")
     if name == "cpu":
         return torch.device("cpu")
-    _use_expandable_segments()
+    # Rows differ in length, and fixed segments of the allocator fragment; the user's setting stays. torch reads the
+    # variable when CUDA starts, so only whether there is a GPU may be asked of CUDA before.
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if not started and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     fault, count = cuda_fault(), gpu_count()
     if name == "auto":
         if fault is not None:
@@ -60,16 +69,6 @@ def find_device(name: str, on_event: OnEvent = ignore_event) -> torch.device:
         why = f" ({fault})" if fault else "" if torch.version.cuda else " (torch is built without CUDA)"
         raise EnvironmentFault(f"no device {name}; CUDA offers {count}{why}", None, "use another device, or cpu")
     return device
-
-
-def _use_expandable_segments() -> None:
-    """Let CUDA's allocator grow its segments: rows differ in length, and fixed ones fragment. The user's setting stays.
-
-    torch reads the variable when CUDA starts, so only whether there is a GPU may be asked of CUDA before.
-    """
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    if not started and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 @functools.cache
@@ -157,16 +156,6 @@ def _covers(capability: Capability, kind: str, major: str, minor: str, only: str
     if only == "a":
         return capability == built
     return capability >= built and (capability[0] == built[0] or (kind == "compute" and not only))
-
-
-def _refuse_unsupported(device: torch.device, capability: Capability) -> None:
-    """Raise ``EnvironmentFault`` if this build of torch has no kernels for the GPU."""
-    architectures = torch.cuda.get_arch_list()
-    if not has_kernels(capability, architectures):
-        gpu = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
-        built = f"torch {torch.__version__} has no kernels for it, only for {', '.join(architectures)}"
-        todo = f"{build_for(capability)}, or use the device cpu (in the environment: CUDA_VISIBLE_DEVICES=)"
-        raise EnvironmentFault(f"{gpu}; {built}", device, todo)
 
 
 def build_for(capability: Capability) -> str:

@@ -9,11 +9,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from llamatune.checkpoints.json_fields import JsonFields
 from llamatune.errors import CheckpointError
 from llamatune.formats.safetensors import TensorLocation, same_bytes
 from llamatune.shapes.config import LlamaConfig
-from llamatune.strict_json import read_json, write_json
+from llamatune.strict_json import JsonFields, read_json, write_json
 from llamatune.tokenizers.copied_files import copy_file
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -35,6 +34,7 @@ def read_config_json(path: Path, tensors: dict[str, TensorLocation] | None) -> L
         facts.refuse("quantization_config", "its computation is not supported")
     sizes = {name: facts.integer(name) for name in _SIZES}
     config = facts.build(
+        LlamaConfig,
         **sizes,
         num_key_value_heads=facts.integer("num_key_value_heads", sizes["num_attention_heads"]),
         head_dim=facts.integer("head_dim", 0),

@@ -13,7 +13,7 @@ from llamatune.checkpoints.checkpoint import Checkpoint, DtypeOf, TensorOf, refu
 from llamatune.checkpoints.config_json import EMBEDDING, HEAD, copy_config_json, read_config_json, write_config_json
 from llamatune.checkpoints.model_directory import INDEX_FILE, SINGLE_FILE, Format, locate_huggingface
 from llamatune.checkpoints.tensor_bytes import DeclaredTensor, stream_tensors
-from llamatune.events import OnEvent, ignore_event
+from llamatune.events import OnEvent
 from llamatune.formats.manifest import Staging
 from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.shapes.config import LlamaConfig
@@ -52,23 +52,18 @@ class HuggingFaceCheckpoint(Checkpoint):
 
 
 def write_huggingface(
-    staging: Staging,
-    config: LlamaConfig,
-    tensor_of: TensorOf,
-    dtype_of: DtypeOf,
-    tokenizer_source: Path,
-    on_event: OnEvent = ignore_event,
+    staging: Staging, config: LlamaConfig, tensor_of: TensorOf, dtype_of: DtypeOf, source: Path, on_event: OnEvent
 ) -> None:
     """Write a whole model: weights in shards, configuration, tokenizer.
 
     Args:
         tensor_of: each weight is asked for once (a sharded model gathers it then), in the order of
             ``config.parameter_shapes()``, and converted to its dtype on the CPU.
-        tokenizer_source: a model directory whose tokenizer files are copied.
+        source: a model directory whose tokenizer files are copied.
     """
     _write_shards(staging, _plan_shards(config, dtype_of), tensor_of)
     write_config_json(staging.path, config, DTYPE_NAMES[dtype_of(EMBEDDING)])
-    copy_huggingface_tokenizer(tokenizer_source, staging.path, on_event)
+    copy_huggingface_tokenizer(source, staging.path, on_event)
 
 
 def _plan_shards(config: LlamaConfig, dtype_of: DtypeOf) -> list[list[DeclaredTensor]]:

@@ -146,17 +146,12 @@ class MetaCheckpoint(Checkpoint):
 
 
 def write_meta(
-    staging: Staging,
-    config: LlamaConfig,
-    tensor_of: TensorOf,
-    dtype_of: DtypeOf,
-    tokenizer_source: Path,
-    on_event: OnEvent,
+    staging: Staging, config: LlamaConfig, tensor_of: TensorOf, dtype_of: DtypeOf, source: Path, on_event: OnEvent
 ) -> None:
     """Write a whole model in one shard, as ``write_huggingface`` does in the other format."""
     write_params_json(staging.path, config)
     _write_weights(staging.path, config, tensor_of, dtype_of, shards=1, embedding_axis=1, tied_head=True)
-    copy_meta_tokenizer(tokenizer_source, staging.path, on_event)
+    copy_meta_tokenizer(source, staging.path, on_event)
 
 
 def _write_weights(

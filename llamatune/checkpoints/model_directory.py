@@ -97,7 +97,7 @@ def locate_huggingface(directory: Path) -> dict[str, TensorLocation]:
         return read_header(single)[0]
     index = directory / INDEX_FILE
     if not os.path.lexists(index):
-        raise CheckpointError(*_no_weights(directory))
+        raise _no_weights(directory)
     weight_map = read_json(index, max_bytes=_LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("has no weight_map", index, "fetch it again")
@@ -136,13 +136,11 @@ def has_weights(directory: Path, format_: str) -> bool:
     return any(_META_SHARD.fullmatch(p.name) for p in directory.iterdir())
 
 
-def _no_weights(directory: Path) -> tuple[str, Path, str]:
+def _no_weights(directory: Path) -> CheckpointError:
+    what, todo = f"no weights ({SINGLE_FILE} or {INDEX_FILE})", "fetch the weights beside config.json"
     if any(directory.glob("*.bin")):
-        return (
-            "only pytorch_model.bin weights, which are not read: they are pickles and can run code",
-            directory,
-            "fetch the safetensors files, or convert with transformers' save_pretrained",
-        )
-    if any(directory.glob("*.safetensors")):
-        return f"safetensors files but no {INDEX_FILE}", directory, "fetch the index too"
-    return f"no weights ({SINGLE_FILE} or {INDEX_FILE})", directory, "fetch the weights beside config.json"
+        what = "only pytorch_model.bin weights, which are not read: they are pickles and can run code"
+        todo = "fetch the safetensors files, or convert with transformers' save_pretrained"
+    elif any(directory.glob("*.safetensors")):
+        what, todo = f"safetensors files but no {INDEX_FILE}", "fetch the index too"
+    return CheckpointError(what, directory, todo)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llamatune.checkpoints.json_fields import JsonFields
 from llamatune.errors import CheckpointError
 from llamatune.formats.manifest import manifest_if_readable
 from llamatune.formats.safetensors import TensorLocation
 from llamatune.shapes.config import LlamaConfig
-from llamatune.strict_json import read_json, write_json
+from llamatune.strict_json import JsonFields, read_json, write_json
 
 HEAD, EMBEDDING = "output.weight", "tok_embeddings.weight"
 _LLAMA_3_VOCABULARY = 128256
@@ -39,6 +38,7 @@ def read_params_json(path: Path, shards: list[dict[str, TensorLocation]] | None)
         vocabulary = _meta_vocabulary(path, dim, shards)
     llama_3 = vocabulary == _LLAMA_3_VOCABULARY
     return facts.build(
+        LlamaConfig,
         hidden_size=dim,
         intermediate_size=_feed_forward_size(dim, multiple_of, multiplier),
         num_hidden_layers=facts.integer("n_layers"),

@@ -16,7 +16,7 @@ from llamatune.checkpoints.huggingface import write_huggingface
 from llamatune.checkpoints.run_state import newest_run_state, save_run_state
 from llamatune.checkpoints.tensor_bytes import write_tensors
 from llamatune.errors import CheckpointError
-from llamatune.events import EvalDone
+from llamatune.events import EvalDone, ignore_event
 from llamatune.formats.manifest import Staging, build_directory
 from llamatune.formats.state_json import checkpoint_path
 from llamatune.spec import RunSpec
@@ -117,7 +117,8 @@ class RunOutput:
         spec, inputs, parameters = self.spec, self.inputs, self.learner.parameters
         base, template, fingerprint = spec.model.path, inputs.prepared.manifest.template, inputs.base_fingerprint
         if spec.adapter is None:
-            write_huggingface(staging, inputs.config, parameters.__getitem__, lambda name: torch.float32, Path(base))
+            tensor_of, source = parameters.__getitem__, Path(base)
+            write_huggingface(staging, inputs.config, tensor_of, lambda name: torch.float32, source, ignore_event)
             staging.facts["template"] = template
         else:
             write_adapter(staging, Adapter(spec.adapter, dict(parameters), fingerprint, template, base))

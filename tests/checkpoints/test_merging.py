@@ -20,7 +20,7 @@ from llamatune.checkpoints.adapter import load_adapter
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.merging import merge_lora
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
-from llamatune.events import Notice, Progress
+from llamatune.events import Notice, Progress, ignore_event
 from llamatune.formats import torch_archive
 from llamatune.formats.manifest import Staging
 from llamatune.options.inference import MergeOptions
@@ -325,7 +325,9 @@ def test_live_model_written_in_shards_opens_in_transformers(tiny, tmp_path, monk
     for number, given in enumerate((model.state_dict().__getitem__, model.get_parameter)):
         out = tmp_path / str(number)
         out.mkdir()
-        huggingface.write_huggingface(Staging(out), model.config, given, lambda name: torch.float32, tmp_path)
+        huggingface.write_huggingface(
+            Staging(out), model.config, given, lambda name: torch.float32, tmp_path, ignore_event
+        )
         assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
         theirs = LlamaForCausalLM.from_pretrained(out)
         assert all(torch.equal(theirs.state_dict()[n], tensor) for n, tensor in tiny[1].state_dict().items())
