@@ -77,7 +77,7 @@ def capability_of(device: torch.device) -> Capability | None:
     if device.type != "cuda":
         return None
     try:
-        with _torch_silenced():
+        with warnings.catch_warnings(action="ignore"):
             return torch.cuda.get_device_capability(device)
     except RuntimeError as fault:
         raise EnvironmentFault(f"CUDA does not start: {str(fault).splitlines()[0]}", device, "use cpu") from fault
@@ -101,14 +101,12 @@ def free_memory_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
 
 
-def _torch_silenced() -> warnings.catch_warnings[None]:
-    """Without torch's warnings about CUDA: they take several lines, and the error raised here says the same in one."""
-    return warnings.catch_warnings(action="ignore")
-
-
 def gpu_count() -> int:
-    """How many GPUs torch finds, those included that it has no kernels for."""
-    with _torch_silenced():
+    """How many GPUs torch finds, those included that it has no kernels for.
+
+    Torch's warnings about CUDA take several lines; the errors raised here say the same in one.
+    """
+    with warnings.catch_warnings(action="ignore"):
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
@@ -121,7 +119,7 @@ def cuda_fault() -> str | None:
         older_build = _CUDA_12_BUILD if driver[0] == 12 else "install a build of torch for its CUDA"
         return f"the driver knows CUDA only up to {driver[0]}.{driver[1]}; update it, or {older_build}"
     try:
-        with _torch_silenced():
+        with warnings.catch_warnings(action="ignore"):
             torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as fault:
         return str(fault).splitlines()[0].split(". ")[0].rstrip(".")

@@ -60,7 +60,6 @@ def load_adapter(path: Path) -> Adapter:
         CheckpointError: no adapter, a configuration that is not plain LoRA, a pickle, a broken or changed file, NaN or
             infinity.
     """
-    path = Path(path)
     config, base_path = read_adapter_config(path)
     file = path / WEIGHTS_FILE
     if not file.exists() and (path / "adapter_model.bin").exists():

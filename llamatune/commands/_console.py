@@ -66,7 +66,6 @@ class Console:
         self._stop = True
 
     def should_stop(self) -> bool:
-        """Whether a signal has come."""
         return self._stop
 
     def on_event(self, event: Event) -> None:

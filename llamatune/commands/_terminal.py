@@ -162,7 +162,6 @@ class TrainingPanel:
         self._memory: events.MemoryHeld | None = None
 
     def note(self, event: events.Event) -> None:
-        """Update the state with an event of the run."""
         match event:
             case events.StepDone():
                 self._losses.add(event.loss)

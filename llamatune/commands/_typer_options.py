@@ -35,8 +35,8 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
         given = {option.name: _parsed(option, values[option.name]) for option in declared}
         verb(options(**{name: value for name, value in given.items() if value is not None}), Console(json_mode))
 
-    parameters = [*map(_parameter, declared)]
-    parameters.append(Parameter("json_mode", Parameter.KEYWORD_ONLY, default=_JSON, annotation=bool))
+    json_mode = Parameter("json_mode", Parameter.KEYWORD_ONLY, default=_JSON, annotation=bool)
+    parameters = [*map(_parameter, declared), json_mode]
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run

@@ -193,7 +193,6 @@ class ArchiveWriter:
         self._written += 1
 
     def finish(self) -> None:
-        """Write the directory of the archive."""
         assert self._written == len(self._sizes), "declared tensors were not written"
         self.record("version", memoryview(b"3\n"))
         start, directory, count = self._position, b"".join(self._directory), len(self._directory)
