@@ -1,10 +1,13 @@
-"""Device choice: CPU or CUDA, allocator settings, compute capability, memory size."""
+"""Device choice: CPU or CUDA, allocator settings, memory size; GPUs that driver and torch support."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
+import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -12,8 +15,12 @@ from llamatune.errors import EnvironmentFault, SpecError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.free_memory import free_host_bytes
 from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability
-from llamatune.torch_build import cuda_fault, gpu_count, refuse_unsupported, torch_silenced
 from llamatune.versions import require_version
+
+_CUDA_12_BUILD = (
+    "install torch 2.10 to 2.14 built for CUDA 12.6 (https://pytorch.org/get-started/previous-versions has the command)"
+)
+"""The last builds that hold kernels for compute capabilities 5.0 to 7.0."""
 
 
 def choose_device(name: str, on_event: OnEvent = ignore_event) -> torch.device:
@@ -28,7 +35,12 @@ def choose_device(name: str, on_event: OnEvent = ignore_event) -> torch.device:
     device = find_device(name, on_event)
     capability = capability_of(device)
     if capability is not None:
-        refuse_unsupported(device, capability)
+        architectures = torch.cuda.get_arch_list()
+        if not has_kernels(capability, architectures):
+            gpu = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
+            built = f"torch {torch.__version__} has no kernels for it, only for {', '.join(architectures)}"
+            todo = f"{build_for(capability)}, or use the device cpu (in the environment: CUDA_VISIBLE_DEVICES=)"
+            raise EnvironmentFault(f"{gpu}; {built}", device, todo)
         # cuDNN, torch's first choice on some GPUs, plans anew for each length: up to a second, at nearly every step.
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
@@ -41,7 +53,11 @@ def find_device(name: str, on_event: OnEvent = ignore_event) -> torch.device:
         raise SpecError(f"no device is called {name!r}", None, "use auto, cpu, cuda or cuda:N")
     if name == "cpu":
         return torch.device("cpu")
-    _use_expandable_segments()
+    # Rows differ in length, and fixed segments of the allocator fragment; the user's setting stays. torch reads the
+    # variable when CUDA starts, so only whether there is a GPU may be asked of CUDA before.
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if not started and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     fault, count = cuda_fault(), gpu_count()
     if name == "auto":
         if fault is not None:
@@ -55,23 +71,13 @@ def find_device(name: str, on_event: OnEvent = ignore_event) -> torch.device:
     return device
 
 
-def _use_expandable_segments() -> None:
-    """Let CUDA's allocator grow its segments: rows differ in length, and fixed ones fragment. The user's setting stays.
-
-    torch reads the variable when CUDA starts, so only whether there is a GPU may be asked of CUDA before.
-    """
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    if not started and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
-
 @functools.cache
 def capability_of(device: torch.device) -> Capability | None:
     """The CUDA compute capability of this device (not of the first one); None of a CPU."""
     if device.type != "cuda":
         return None
     try:
-        with torch_silenced():
+        with warnings.catch_warnings(action="ignore"):
             return torch.cuda.get_device_capability(device)
     except RuntimeError as fault:
         raise EnvironmentFault(f"CUDA does not start: {str(fault).splitlines()[0]}", device, "use cpu") from fault
@@ -93,3 +99,65 @@ def memory_size_bytes(device: torch.device) -> int:
 def free_memory_bytes(device: torch.device) -> int:
     """Free memory of the device; for the CPU, what the machine and its control groups leave to this process."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+
+
+def gpu_count() -> int:
+    """How many GPUs torch finds, those included that it has no kernels for.
+
+    Torch's warnings about CUDA take several lines; the errors raised here say the same in one.
+    """
+    with warnings.catch_warnings(action="ignore"):
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def cuda_fault() -> str | None:
+    """Why a torch that is built for CUDA finds no GPU; None: it finds one, or is built without CUDA."""
+    if torch.version.cuda is None or gpu_count():
+        return None
+    driver = driver_version()
+    if driver is not None and driver[0] < int(torch.version.cuda.split(".")[0]):
+        older_build = _CUDA_12_BUILD if driver[0] == 12 else "install a build of torch for its CUDA"
+        return f"the driver knows CUDA only up to {driver[0]}.{driver[1]}; update it, or {older_build}"
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as fault:
+        return str(fault).splitlines()[0].split(". ")[0].rstrip(".")
+    return "no GPU is visible"
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA version that the GPU driver supports, as (12, 4); None without a driver."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(version)) or not version.value:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def has_kernels(capability: Capability, architectures: Sequence[str]) -> bool:
+    """Whether a build for these ``architectures`` (as in ``torch.cuda.get_arch_list``) runs on such a GPU.
+
+    ``sm_86`` is machine code: for 8.6 and later ones of 8. ``compute_86`` is compiled by the driver: for 8.6 and all
+    later ones. With an ``a`` either is for that one alone, with an ``f`` for its major version.
+    """
+    matches = (re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name) for name in architectures)
+    known = [match.groups() for match in matches if match]
+    return not known or any(_covers(capability, *groups) for groups in known)
+
+
+def _covers(capability: Capability, kind: str, major: str, minor: str, only: str) -> bool:
+    built = (int(major), int(minor))
+    if only == "a":
+        return capability == built
+    return capability >= built and (capability[0] == built[0] or (kind == "compute" and not only))
+
+
+def build_for(capability: Capability) -> str:
+    """What to install for a GPU that the installed build does not support."""
+    if capability >= (7, 5):  # the oldest that builds for CUDA 13 have kernels for
+        return "install a build of torch for a newer CUDA (https://pytorch.org/get-started/locally)"
+    return _CUDA_12_BUILD if capability >= (5, 0) else "use a newer GPU"

@@ -10,7 +10,9 @@ from pathlib import Path
 
 def free_host_bytes(root: Path = Path("/")) -> int:
     """The machine's available memory, or less where a control group (container, Slurm job) or ``ulimit -v`` says so."""
-    return max(0, min([_available(root), *_group_bytes(root), *_address_bytes()]))
+    kibibytes = _entry(root / "proc/meminfo", "MemAvailable:")
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if kibibytes is None else kibibytes * 1024
+    return max(0, min([available, *_group_bytes(root), *_address_bytes()]))
 
 
 def held_host_bytes() -> dict[str, int]:
@@ -26,11 +28,6 @@ def _address_bytes() -> Iterator[int]:
     allowed, held = resource.getrlimit(resource.RLIMIT_AS)[0], held_host_bytes()
     if allowed != resource.RLIM_INFINITY and held:
         yield allowed - held["mapped"]
-
-
-def _available(root: Path) -> int:
-    kibibytes = _entry(root / "proc/meminfo", "MemAvailable:")
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if kibibytes is None else kibibytes * 1024
 
 
 def _group_bytes(root: Path) -> Iterator[int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
@@ -35,13 +37,19 @@ def open_regular(
     return os.fdopen(descriptor, "rb")
 
 
+@contextlib.contextmanager
+def read_faults(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` of the block into an error that names ``path``."""
+    try:
+        yield
+    except OSError as fault:
+        raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
+
+
 def read_bytes(path: Path, error: type[LlamatuneError] = CheckpointError, max_bytes: int = _MEBIBYTE) -> bytes:
     """The whole of a small regular file."""
-    with open_regular(path, error, max_bytes) as file:
-        try:
-            return file.read()
-        except OSError as fault:
-            raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
+    with open_regular(path, error, max_bytes) as file, read_faults(path):
+        return file.read()
 
 
 def stand_in(head: bytes) -> str | None:

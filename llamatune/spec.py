@@ -109,8 +109,7 @@ class TrainingSection(_Section):
         "(fused LoRA only: recomputes q, k, v, gate and up, but not attention)",
     )
     fused: bool = Field(
-        True,
-        description="compute LoRA blocks by hand-written functions that use less memory; false: the plain modules",
+        True, description="compute LoRA blocks by hand-written functions that use less memory; false: the plain modules"
     )
     compile: bool = Field(
         False, description="torch.compile of the operations between the matrix products; it pays off in long runs"
@@ -239,9 +238,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _known_keys(section: str | None = None) -> list[str]:
     """The keys of a section, or the sections."""
-    if section is None:
-        return list(RunSpec.model_fields)
-    kind = RunSpec.model_fields[section].annotation
+    kind = RunSpec if section is None else RunSpec.model_fields[section].annotation
     return list((*typing.get_args(kind), kind)[0].model_fields)
 
 

@@ -1,14 +1,19 @@
-"""JSON read and written strictly: no NaN, no duplicate keys, no lone surrogates, no endless nesting."""
+"""JSON read and written strictly: no NaN, no duplicate keys, no lone surrogates, no endless nesting; typed fields."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
+from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError, LlamatuneError
 from llamatune.safe_reading import read_bytes
+
+T = TypeVar("T")
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -55,9 +60,63 @@ def parse_json_object(text: bytes, where: Path, error: type[LlamatuneError] = Ch
     return value
 
 
+@dataclass(frozen=True)
+class JsonFields:
+    """A JSON object in the file at ``path``; its values are taken out with their types checked."""
+
+    path: Path
+    raw: dict[str, Any]
+
+    def refuse(self, key: str, why: str) -> NoReturn:
+        raise CheckpointError(f"{key} is {str(self.raw.get(key))[:80]!r}", self.path, why)
+
+    def expect(self, key: str, value: object) -> None:
+        given = self.raw.get(key)
+        if given is not None and (given != value or type(given) is not type(value)):
+            self.refuse(key, f"only {value!r} is supported: anything else computes another model")
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        return self._take(key, default, int, "a whole number is expected")
+
+    def flag(self, key: str, default: bool) -> bool:
+        return self._take(key, default, bool, "true or false is expected")
+
+    def number(self, key: str, default: float) -> float:
+        whole = self.raw.get(key)
+        if type(whole) is int and abs(whole) < 1 << 60:
+            return float(whole)
+        value = self._take(key, default, float, "a number is expected")
+        if not math.isfinite(value):
+            self.refuse(key, "a finite number is expected")
+        return value
+
+    def _take(self, key: str, default: T | None, kind: type[T], why: str) -> T:
+        value = self.raw.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise CheckpointError(f"has no {key}", self.path, "fetch it again")
+        if type(value) is not kind:
+            self.refuse(key, why)
+        return value
+
+    def build(self, kind: Callable[..., T], **values: Any) -> T:
+        """An object of these values; an error of its own checks names the file."""
+        try:
+            return kind(**values)
+        except CheckpointError as fault:
+            raise CheckpointError(fault.what, self.path, fault.todo) from None
+
+
 def dump_json(value: Any) -> bytes:
     """Indented JSON with a final newline."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A new file of indented JSON, synced. Not atomic: for staging directories."""
+    with writing(path) as file:
+        file.write(dump_json(value))
 
 
 def dump_json_lines(values: Iterable[Any]) -> bytes:

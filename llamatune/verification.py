@@ -64,7 +64,7 @@ def verify(path: Path, on_event: OnEvent = ignore_event, should_stop: ShouldStop
         what = "a file where a directory is expected" if path.exists() else "no such directory"
         raise CheckpointError(what, path, "give a run, checkpoint, adapter, model or prepared directory")
     try:
-        if _is_run(path):
+        if (path / LOCK).exists() or all(os.path.lexists(path / name) for name in (SPEC, METRICS)):
             return _verify_run(path, on_event, should_stop)
         if has_manifest(path):
             return _verify_content(path, on_event, should_stop)
@@ -108,10 +108,6 @@ def _verify_structure(path: Path, on_event: OnEvent) -> Verified:
         checkpoint = open_checkpoint(path)
         kind, files = "model", {part.path for parts in checkpoint.parts.values() for part in parts}
     return Verified(str(path), kind, "structure", len(files), sum(file.stat().st_size for file in files))
-
-
-def _is_run(path: Path) -> bool:
-    return (path / LOCK).exists() or all(os.path.lexists(path / name) for name in (SPEC, METRICS))
 
 
 def _verify_run(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verified:

@@ -23,7 +23,7 @@ FLOORS = [
     {"spec", "options"},
     {"spec_types", "spec_overrides"},
     {
-        *("devices", "torch_build", "out_of_memory", "threads", "formats", "seeds", "strict_yaml", "versions", "units"),
+        *("devices", "out_of_memory", "threads", "formats", "seeds", "strict_yaml", "versions", "units"),
     },
     {"free_memory", "ranks", "strict_json"},
     {"durable_writing", "safe_reading", "paths"},

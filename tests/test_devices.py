@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llamatune import cli, devices, torch_build
+from llamatune import cli, devices
 from llamatune.checkpoints.loading import load_model
 from llamatune.devices import choose_device, find_device
 from llamatune.errors import EnvironmentFault
@@ -168,7 +168,7 @@ def test_auto_says_why_it_takes_the_cpu(
     gpus: Gpus, monkeypatch: pytest.MonkeyPatch, fault: str, driver: tuple[int, int] | None, expected: str
 ) -> None:
     gpus(fault=fault)
-    monkeypatch.setattr(torch_build, "driver_version", lambda: driver)
+    monkeypatch.setattr(devices, "driver_version", lambda: driver)
     told: list[Any] = []
     assert choose_device("auto", told.append) == torch.device("cpu")
     assert [notice.kind for notice in told] == ["warning"]
@@ -185,7 +185,7 @@ def test_a_torch_without_cuda_takes_the_cpu_without_a_word() -> None:
     told: list[Any] = []
     assert choose_device("auto", told.append) == torch.device("cpu")
     assert not told
-    assert torch_build.cuda_fault() is None
+    assert devices.cuda_fault() is None
 
 
 def test_a_gpu_that_does_not_start_is_one_line(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,7 @@ def test_env_tells_what_the_build_supports(
     gpus: Gpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpus(V100, H100)
-    monkeypatch.setattr(torch_build, "driver_version", lambda: (13, 1))
+    monkeypatch.setattr(devices, "driver_version", lambda: (13, 1))
     outputs = []
     for arguments in (["env", "--json"], ["env"]):
         with pytest.raises(SystemExit) as left:

@@ -16,7 +16,6 @@ import torch
 from llamatune.checkpoints.adapter_config import CONFIG_FILE, dump_config, read_adapter_config
 from llamatune.checkpoints.checkpoint import read_into, refuse_unfit
 from llamatune.checkpoints.tensor_bytes import is_finite, write_tensors
-from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.formats.manifest import MANIFEST, Staging, find_manifest
@@ -25,7 +24,7 @@ from llamatune.model.torch_dtypes import STORED_WEIGHTS
 from llamatune.safe_reading import digest_file
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
 from llamatune.shapes.config import LlamaConfig
-from llamatune.strict_json import dump_json
+from llamatune.strict_json import write_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -61,7 +60,6 @@ def load_adapter(path: Path) -> Adapter:
         CheckpointError: no adapter, a configuration that is not plain LoRA, a pickle, a broken or changed file, NaN or
             infinity.
     """
-    path = Path(path)
     config, base_path = read_adapter_config(path)
     file = path / WEIGHTS_FILE
     if not file.exists() and (path / "adapter_model.bin").exists():
@@ -128,8 +126,7 @@ def write_adapter(staging: Staging, adapter: Adapter) -> None:
     for name, tensor in adapter.tensors.items():
         if not is_finite(tensor):
             raise CheckpointError(f"{name} holds NaN or infinity and is not saved", staging.path)
-    with writing(staging.path / CONFIG_FILE) as file:
-        file.write(dump_json(dump_config(adapter.config, adapter.base_path)))
+    write_json(staging.path / CONFIG_FILE, dump_config(adapter.config, adapter.base_path))
     tensors = {f"{_PREFIX}{name}": adapter.tensors[name].detach().float() for name in sorted(adapter.tensors)}
     write_tensors(staging, WEIGHTS_FILE, tensors)
     staging.facts.update(base_fingerprint=adapter.base_fingerprint, template=adapter.template)

@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llamatune.checkpoints.json_fields import JsonFields
 from llamatune.errors import CheckpointError
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES
-from llamatune.strict_json import read_json
+from llamatune.strict_json import JsonFields, read_json
 
 CONFIG_FILE = "adapter_config.json"
 _PEFT_VERSION = "0.17.0"

@@ -9,13 +9,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from llamatune.checkpoints.json_fields import JsonFields
-from llamatune.checkpoints.tensor_locations import same_bytes
-from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
-from llamatune.formats.safetensors import TensorLocation
+from llamatune.formats.safetensors import TensorLocation, same_bytes
 from llamatune.shapes.config import LlamaConfig
-from llamatune.strict_json import dump_json, read_json
+from llamatune.strict_json import JsonFields, read_json, write_json
 from llamatune.tokenizers.copied_files import copy_file
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -37,6 +34,7 @@ def read_config_json(path: Path, tensors: dict[str, TensorLocation] | None) -> L
         facts.refuse("quantization_config", "its computation is not supported")
     sizes = {name: facts.integer(name) for name in _SIZES}
     config = facts.build(
+        LlamaConfig,
         **sizes,
         num_key_value_heads=facts.integer("num_key_value_heads", sizes["num_attention_heads"]),
         head_dim=facts.integer("head_dim", 0),
@@ -85,10 +83,8 @@ def write_config_json(directory: Path, config: LlamaConfig, dtype: str) -> None:
         "use_cache": True,
         "vocab_size": config.vocab_size,
     }
-    with writing(directory / "config.json") as file:
-        file.write(dump_json(facts))
-    with writing(directory / "generation_config.json") as file:
-        file.write(dump_json(tokens))
+    write_json(directory / "config.json", facts)
+    write_json(directory / "generation_config.json", tokens)
 
 
 def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: str | None) -> None:
@@ -109,8 +105,7 @@ def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: 
     if changed == facts:
         copy_file(source / "config.json", directory)
     else:
-        with writing(directory / "config.json") as file:
-            file.write(dump_json(changed))
+        write_json(directory / "config.json", changed)
     if (source / "generation_config.json").exists():
         copy_file(source / "generation_config.json", directory)
 

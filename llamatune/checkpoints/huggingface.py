@@ -11,15 +11,13 @@ import torch
 
 from llamatune.checkpoints.checkpoint import Checkpoint, DtypeOf, TensorOf, refuse_unfit
 from llamatune.checkpoints.config_json import EMBEDDING, HEAD, copy_config_json, read_config_json, write_config_json
-from llamatune.checkpoints.model_directory import Format
+from llamatune.checkpoints.model_directory import INDEX_FILE, SINGLE_FILE, Format, locate_huggingface
 from llamatune.checkpoints.tensor_bytes import DeclaredTensor, stream_tensors
-from llamatune.checkpoints.tensor_locations import INDEX_FILE, SINGLE_FILE, locate_huggingface
-from llamatune.durable_writing import writing
-from llamatune.events import OnEvent, ignore_event
+from llamatune.events import OnEvent
 from llamatune.formats.manifest import Staging
 from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.shapes.config import LlamaConfig
-from llamatune.strict_json import dump_json
+from llamatune.strict_json import write_json
 from llamatune.tokenizers.copied_files import copy_huggingface_tokenizer
 
 _SHARD_BYTES = 5_000_000_000
@@ -54,23 +52,18 @@ class HuggingFaceCheckpoint(Checkpoint):
 
 
 def write_huggingface(
-    staging: Staging,
-    config: LlamaConfig,
-    tensor_of: TensorOf,
-    dtype_of: DtypeOf,
-    tokenizer_source: Path,
-    on_event: OnEvent = ignore_event,
+    staging: Staging, config: LlamaConfig, tensor_of: TensorOf, dtype_of: DtypeOf, source: Path, on_event: OnEvent
 ) -> None:
     """Write a whole model: weights in shards, configuration, tokenizer.
 
     Args:
         tensor_of: each weight is asked for once (a sharded model gathers it then), in the order of
             ``config.parameter_shapes()``, and converted to its dtype on the CPU.
-        tokenizer_source: a model directory whose tokenizer files are copied.
+        source: a model directory whose tokenizer files are copied.
     """
     _write_shards(staging, _plan_shards(config, dtype_of), tensor_of)
     write_config_json(staging.path, config, DTYPE_NAMES[dtype_of(EMBEDDING)])
-    copy_huggingface_tokenizer(tokenizer_source, staging.path, on_event)
+    copy_huggingface_tokenizer(source, staging.path, on_event)
 
 
 def _plan_shards(config: LlamaConfig, dtype_of: DtypeOf) -> list[list[DeclaredTensor]]:
@@ -99,5 +92,5 @@ def _write_shards(staging: Staging, shards: Sequence[Sequence[DeclaredTensor]], 
         stream_tensors(staging, file_name, shard, (tensor_of(name) for name, _, _ in shard))
         weight_map |= {name: file_name for name, _, _ in shard}
     total = sum(math.prod(shape) * dtype.itemsize for shard in shards for _, dtype, shape in shard)
-    with writing(staging.path / INDEX_FILE) as file:
-        file.write(dump_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(staging.path / INDEX_FILE, index)

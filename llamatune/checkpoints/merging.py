@@ -12,7 +12,6 @@ import torch
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.config_json import EMBEDDING
-from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.huggingface import write_huggingface
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.checkpoints.meta import write_meta
@@ -64,7 +63,7 @@ def merge_lora(
     _refuse_own_inputs(options)
     format_ = checkpoint.format if options.format == "same" else options.format
     dtype = None if options.dtype == "same" else TORCH_DTYPES[options.dtype]
-    base_fingerprint = fingerprint(checkpoint)
+    base_fingerprint = checkpoint.fingerprint()
     inputs = {
         "base_fingerprint": base_fingerprint,
         "adapter_sha256": adapter.digest,

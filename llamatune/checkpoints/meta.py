@@ -18,13 +18,12 @@ import torch
 from llamatune.checkpoints.checkpoint import Checkpoint, DtypeOf, TensorOf, refuse_unfit
 from llamatune.checkpoints.config_json import EMBEDDING as HF_EMBEDDING
 from llamatune.checkpoints.config_json import HEAD as HF_HEAD
-from llamatune.checkpoints.model_directory import Format
+from llamatune.checkpoints.model_directory import Format, locate_meta
 from llamatune.checkpoints.params_json import EMBEDDING, HEAD, embedding_axis, read_params_json, write_params_json
 from llamatune.checkpoints.tensor_bytes import tensor_bytes
-from llamatune.checkpoints.tensor_locations import locate_meta
 from llamatune.events import OnEvent
 from llamatune.formats.manifest import Staging
-from llamatune.formats.torch_archive_writer import writing_archive
+from llamatune.formats.torch_archive import writing_archive
 from llamatune.model.torch_dtypes import STORED_NAMES
 from llamatune.shapes.config import LlamaConfig
 from llamatune.tokenizers.copied_files import copy_file, copy_meta_tokenizer
@@ -147,17 +146,12 @@ class MetaCheckpoint(Checkpoint):
 
 
 def write_meta(
-    staging: Staging,
-    config: LlamaConfig,
-    tensor_of: TensorOf,
-    dtype_of: DtypeOf,
-    tokenizer_source: Path,
-    on_event: OnEvent,
+    staging: Staging, config: LlamaConfig, tensor_of: TensorOf, dtype_of: DtypeOf, source: Path, on_event: OnEvent
 ) -> None:
     """Write a whole model in one shard, as ``write_huggingface`` does in the other format."""
     write_params_json(staging.path, config)
     _write_weights(staging.path, config, tensor_of, dtype_of, shards=1, embedding_axis=1, tied_head=True)
-    copy_meta_tokenizer(tokenizer_source, staging.path, on_event)
+    copy_meta_tokenizer(source, staging.path, on_event)
 
 
 def _write_weights(

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llamatune.checkpoints.json_fields import JsonFields
-from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.formats.manifest import manifest_if_readable
 from llamatune.formats.safetensors import TensorLocation
 from llamatune.shapes.config import LlamaConfig
-from llamatune.strict_json import dump_json, read_json
+from llamatune.strict_json import JsonFields, read_json, write_json
 
 HEAD, EMBEDDING = "output.weight", "tok_embeddings.weight"
 _LLAMA_3_VOCABULARY = 128256
@@ -40,6 +38,7 @@ def read_params_json(path: Path, shards: list[dict[str, TensorLocation]] | None)
         vocabulary = _meta_vocabulary(path, dim, shards)
     llama_3 = vocabulary == _LLAMA_3_VOCABULARY
     return facts.build(
+        LlamaConfig,
         hidden_size=dim,
         intermediate_size=_feed_forward_size(dim, multiple_of, multiplier),
         num_hidden_layers=facts.integer("n_layers"),
@@ -108,8 +107,7 @@ def write_params_json(directory: Path, config: LlamaConfig) -> None:
         "ffn_dim_multiplier": multiplier,
         "rope_theta": config.rope_theta if config.rope_theta != 10000.0 else None,
     }
-    with writing(directory / "params.json") as file:
-        file.write(dump_json({name: value for name, value in params.items() if value is not None}))
+    write_json(directory / "params.json", {name: value for name, value in params.items() if value is not None})
 
 
 def _feed_forward_settings(config: LlamaConfig) -> tuple[int, float | None]:

@@ -29,10 +29,7 @@ class RunState:
 
 
 def save_run_state(
-    path: Path,
-    write_weights: Callable[[Staging], None],
-    optimizer: Mapping[str, Tensor],
-    progress: Mapping[str, Any],
+    path: Path, write_weights: Callable[[Staging], None], optimizer: Mapping[str, Tensor], progress: Mapping[str, Any]
 ) -> None:
     """Write one checkpoint durably; ``write_weights`` writes the trained tensors into the staging directory."""
     with build_directory(path, "checkpoint", {"step": progress["step"]}, overwrite=True) as staging:

@@ -12,9 +12,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
+    import rich.console
 
     from llamatune.events import Event
+
+    RichConsole = rich.console.Console
+else:
+    RichConsole = Any  # rich is loaded when something is printed
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -62,14 +66,13 @@ class Console:
         self._stop = True
 
     def should_stop(self) -> bool:
-        """Whether a signal has come."""
         return self._stop
 
     def on_event(self, event: Event) -> None:
         """Draw an event on a terminal, or write it as a ``key=value`` line. Work goes on where stderr is closed."""
         if self._draw is None:
             if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
-                from llamatune.commands._progress_bars import ProgressBars, open_console
+                from llamatune.commands._terminal import ProgressBars, open_console
 
                 live = ProgressBars(open_console(sys.stderr))
                 self._draw, self._close_drawing = live.draw, live.close
@@ -89,7 +92,7 @@ class Console:
             if self._json_mode:
                 sys.stdout.write(json.dumps(payload, ensure_ascii=False, allow_nan=False) + "\n")
             else:
-                from llamatune.commands._progress_bars import open_console
+                from llamatune.commands._terminal import open_console
 
                 human(open_console(sys.stdout))
             sys.stdout.flush()

@@ -29,12 +29,15 @@ class KeyValueLines:
             case events.Notice():
                 return f"{event.kind}: {printable(event.message)}"
             case events.Progress():
-                return self._progress(event)
+                now = time.monotonic()
+                if now - self._last_progress < _PROGRESS_INTERVAL_S:
+                    return None
+                self._last_progress = now
+                total = "" if event.total is None else f"/{event.total}"
+                return f"{event.task.replace(' ', '_')}={event.done}{total}"
             case events.RunStarted():
-                return _fields(
-                    event,
-                    "device trainable_parameters total_parameters train_rows validation_rows total_steps resumed_step",
-                )
+                counts = "trainable_parameters total_parameters train_rows validation_rows total_steps resumed_step"
+                return f"device={event.device} {_fields(event, counts)}"
             case events.StepDone():
                 if event.step % self._log_every_steps and event.step != event.total_steps:
                     return None
@@ -58,14 +61,6 @@ class KeyValueLines:
                     measures += "validation_loss:.4f validation_perplexity:.4f "
                 measures += "epoch_s:.1f tokens_per_second:.0f elapsed_s:.1f"
                 return f"epoch={event.epoch}/{event.num_epochs} {_fields(event, measures)}"
-
-    def _progress(self, event: events.Progress) -> str | None:
-        now = time.monotonic()
-        if now - self._last_progress < _PROGRESS_INTERVAL_S:
-            return None
-        self._last_progress = now
-        total = "" if event.total is None else f"/{event.total}"
-        return f"{event.task.replace(' ', '_')}={event.done}{total}"
 
 
 def _fields(event: events.Event, names: str) -> str:

@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 
 from llamatune.commands._console import Console
 from llamatune.errors import SpecError
-from llamatune.options.option import OptionField, Options, option_fields
+from llamatune.options.option import Option, Options, option_fields
 from llamatune.paths import expand_home
 
 _JSON = typer.Option(False, "--json", help="Print the result as one JSON object.")
@@ -32,20 +32,20 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
         from llamatune.ranks import refuse_ranks
 
         refuse_ranks()
-        given = {field.name: _parsed(field, values[field.name]) for field in declared}
+        given = {option.name: _parsed(option, values[option.name]) for option in declared}
         verb(options(**{name: value for name, value in given.items() if value is not None}), Console(json_mode))
 
-    parameters = [*map(_parameter, declared)]
-    parameters.append(Parameter("json_mode", Parameter.KEYWORD_ONLY, default=_JSON, annotation=bool))
+    json_mode = Parameter("json_mode", Parameter.KEYWORD_ONLY, default=_JSON, annotation=bool)
+    parameters = [*map(_parameter, declared), json_mode]
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
-def _parsed(field: OptionField, value: Any) -> Any:
+def _parsed(option: Option, value: Any) -> Any:
     if isinstance(value, list):
-        return [_as_utf8(item, field.flag) if isinstance(item, str) else item for item in value] or None
-    return value if value is None or field.option.parse is None else field.option.parse(value, field.flag)
+        return [_as_utf8(item, option.flag) if isinstance(item, str) else item for item in value] or None
+    return value if value is None or option.parse is None else option.parse(value, option.flag)
 
 
 def _as_utf8(text: str, where: str) -> str:
@@ -56,21 +56,20 @@ def _as_utf8(text: str, where: str) -> str:
         raise SpecError(f"not UTF-8 at byte {fault.start}", where) from None
 
 
-def _parameter(field: OptionField) -> Parameter:
-    option, kind = field.option, field.kind
-    default = None if field.default == () else field.default
+def _parameter(option: Option) -> Parameter:
+    kind, default = option.kind, None if option.default == () else option.default
     # readable=False: Typer would call a missing permission a mistake of usage; here it is exit code 5.
     shown: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "readable": False}
-    shown["show_default"] = option.shown_default or not (field.required or default is None)
-    given = ... if field.required else default
-    info = typer.Argument(given, **shown) if option.argument else typer.Option(given, field.flag, **shown)
-    if field.choices or option.parse:
+    shown["show_default"] = option.shown_default or not (option.required or default is None)
+    given = ... if option.required else default
+    info = typer.Argument(given, **shown) if option.argument else typer.Option(given, option.flag, **shown)
+    if option.choices or option.parse:
         kind = str
     elif typing.get_origin(kind) is Sequence:
         kind = list[typing.get_args(kind)[0]]  # type: ignore[misc]
     if default is None:
         kind |= None
-    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=info, annotation=kind)
+    return Parameter(option.name, Parameter.KEYWORD_ONLY, default=info, annotation=kind)
 
 
 class StrictCommand(TyperCommand):

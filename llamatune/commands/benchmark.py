@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llamatune.commands._console import Console
+from llamatune.commands._console import Console, RichConsole
 from llamatune.options.training import BenchmarkOptions
 
 if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
-
     from llamatune.benchmarking.run_benchmark import Benchmark
     from llamatune.benchmarking.tables import Table
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from llamatune.commands._console import Console
+from llamatune.commands._console import Console, RichConsole
 from llamatune.options.training import DemoOptions
 
 if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
-
     from llamatune.demo.run_demo import DemoReport
 
 _SHOWN = 8

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llamatune import __version__
-from llamatune.commands._console import Console
+from llamatune.commands._console import Console, RichConsole
 from llamatune.options.option import Options
-
-if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
 
 _PACKAGES = ("torch", "safetensors", "sentencepiece", "pydantic", "typer", "rich", "PyYAML")
 
@@ -22,22 +19,20 @@ def env(options: Options, console: Console) -> None:
 
     import torch
 
-    from llamatune.devices import capability_of, lacks_bf16, memory_size_bytes
-    from llamatune.torch_build import cuda_fault, driver_version, gpu_count, has_kernels
+    from llamatune import devices
 
-    driver, architectures = driver_version(), torch.cuda.get_arch_list()
-    gpus = [torch.device("cuda", index) for index in range(gpu_count())]
-    devices = [
+    driver, architectures = devices.driver_version(), torch.cuda.get_arch_list()
+    gpus = [
         {
             "device": str(gpu),
             "name": torch.cuda.get_device_name(gpu),
-            "memory_bytes": memory_size_bytes(gpu),
-            "bf16": not lacks_bf16(gpu),
+            "memory_bytes": devices.memory_size_bytes(gpu),
+            "bf16": not devices.lacks_bf16(gpu),
             "capability": "{}.{}".format(*capability),
-            "supported": has_kernels(capability, architectures),
+            "supported": devices.has_kernels(capability, architectures),
         }
-        for gpu in gpus
-        if (capability := capability_of(gpu))
+        for gpu in (torch.device("cuda", index) for index in range(devices.gpu_count()))
+        if (capability := devices.capability_of(gpu))
     ]
     payload = {
         "llamatune": __version__,
@@ -46,19 +41,19 @@ def env(options: Options, console: Console) -> None:
         "platform": platform.platform(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": memory_size_bytes(torch.device("cpu")),
+        "memory_bytes": devices.memory_size_bytes(torch.device("cpu")),
         "cuda": torch.version.cuda,
         "cuda_architectures": architectures,
         "cuda_driver": driver and "{}.{}".format(*driver),
-        "cuda_fault": cuda_fault(),
-        "devices": devices,
+        "cuda_fault": devices.cuda_fault(),
+        "devices": gpus,
     }
     with console:
         console.result(payload, lambda out: _print(out, payload))
 
 
 def _print(out: RichConsole, facts: dict[str, Any]) -> None:
-    from llamatune.torch_build import build_for
+    from llamatune.devices import build_for
     from llamatune.units import gibibytes
 
     out.print(f"llamatune {__version__}, Python {facts['python']}, {facts['platform']}")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llamatune.commands._console import Console
+from llamatune.commands._console import Console, RichConsole
 from llamatune.errors import printable
 from llamatune.options.inference import EvaluateOptions
-
-if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
 
 
 def evaluate(options: EvaluateOptions, console: Console) -> None:

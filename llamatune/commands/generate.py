@@ -6,13 +6,11 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from llamatune.commands._console import Console
+from llamatune.commands._console import Console, RichConsole
 from llamatune.errors import DataError, SpecError, printable
 from llamatune.options.inference import GenerateOptions
 
 if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
-
     from llamatune.inference.generate import Generations
     from llamatune.inference.prompt_files import Prompt
 
@@ -46,21 +44,16 @@ def _prompts(options: GenerateOptions) -> list[Prompt]:
         from llamatune.inference.prompt_files import given_prompts
 
         return given_prompts(options.prompt, options.prompt_file)
-    text = _read_standard_input().removesuffix("\n")
-    if not text:
-        raise SpecError("no prompt", "standard input", "pass --prompt TEXT, --prompt-file FILE, or pipe a prompt in")
-    return [text]
-
-
-def _read_standard_input() -> str:
-    """All of standard input, which must be UTF-8 and end within 16 MiB."""
     raw = sys.stdin.buffer.read(_LONGEST_INPUT + 1)
     if len(raw) > _LONGEST_INPUT:
         raise DataError(f"more than {_LONGEST_INPUT:,} bytes", "standard input", "pass prompts with --prompt-file")
     try:
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError as fault:
         raise DataError(f"not UTF-8 at byte {fault.start}", "standard input") from None
+    if not text:
+        raise SpecError("no prompt", "standard input", "pass --prompt TEXT, --prompt-file FILE, or pipe a prompt in")
+    return [text]
 
 
 def _print(out: RichConsole, generations: Generations, compare: bool) -> None:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
-from llamatune.commands._console import Console
+from llamatune.commands._console import Console, RichConsole
 from llamatune.errors import Stopped, printable
 from llamatune.options.inference import MergeOptions
-
-if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
 
 
 def merge_lora(options: MergeOptions, console: Console) -> None:

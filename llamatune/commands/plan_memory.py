@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamatune.commands._console import Console
+from llamatune.commands._console import Console, RichConsole
 from llamatune.options.training import PlanMemoryOptions
 
 if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
-
     from llamatune.memory.sizes import Rows
     from llamatune.shapes.config import LlamaConfig
     from llamatune.spec import RunSpec
@@ -21,7 +19,6 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
     with console:
         from llamatune.checkpoints.model_directory import read_config
         from llamatune.errors import SpecError
-        from llamatune.events import Notice
         from llamatune.memory import plan as planning
         from llamatune.memory.plan_report import explain as explain_plan
         from llamatune.memory.plan_report import plan_report
@@ -48,9 +45,7 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
         else:
             raise SpecError("neither a spec nor --preset", todo="for example --preset llama-2-7b")
         config = config.with_layers(spec.model.num_layers)
-        rows, note = _rows(spec, config, options.max_seq_length, options.preset is None)
-        if note:
-            console.on_event(Notice(note))
+        rows = _rows(spec, config, options, console)
         limit = planning.limit_of(spec, options.memory_bytes)
         cuda = options.device == "cuda"
         plan = planning.plan_memory(spec, config, rows, cuda, limit)
@@ -60,18 +55,19 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
         console.result(facts, lambda out: print_memory_plan(out, facts))
 
 
-def _rows(spec: RunSpec, config: LlamaConfig, max_seq_length: int | None, has_data: bool) -> tuple[Rows, str | None]:
+def _rows(spec: RunSpec, config: LlamaConfig, options: PlanMemoryOptions, console: Console) -> Rows:
     """The heaviest micro-batch: of the prepared data if there is any, else of rows of equal length."""
+    from llamatune.events import Notice
     from llamatune.formats.prepared import read_lengths
     from llamatune.memory.plan import heaviest_rows
 
     prepared = Path(spec.data.train)
-    if max_seq_length is None and has_data and (prepared / "train.safetensors").is_file():
-        return heaviest_rows(*read_lengths(prepared), spec), None
-    tokens = max_seq_length or min(512, config.max_position_embeddings)
-    note = f"planned for rows of {tokens} tokens, all of them targets"
+    if options.max_seq_length is None and options.preset is None and (prepared / "train.safetensors").is_file():
+        return heaviest_rows(*read_lengths(prepared), spec)
+    tokens = options.max_seq_length or min(512, config.max_position_embeddings)
+    console.on_event(Notice(f"planned for rows of {tokens} tokens, all of them targets"))
     samples = spec.training.micro_batch_size * max(1, spec.data.packed_tokens // tokens if spec.data.packing else 1)
-    return heaviest_rows([tokens] * samples, [tokens] * samples, spec), note
+    return heaviest_rows([tokens] * samples, [tokens] * samples, spec)
 
 
 def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:

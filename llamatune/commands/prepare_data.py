@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llamatune.commands._console import Console
+from llamatune.commands._console import Console, RichConsole
 from llamatune.errors import Stopped, printable
 from llamatune.options.preparation import PrepareOptions
-
-if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
 
 
 def prepare_data(options: PrepareOptions, console: Console) -> None:

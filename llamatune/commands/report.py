@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from llamatune.commands._console import Console
+from llamatune.commands._console import Console, RichConsole
 from llamatune.errors import printable
 from llamatune.options.training import ReportOptions
 
 if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
-
     from llamatune.reporting.report_data import Report
 
 

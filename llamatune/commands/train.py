@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llamatune.commands._console import Console
+from llamatune.commands._console import Console, RichConsole
 from llamatune.options.training import TrainOptions
-
-if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
 
 
 def train(options: TrainOptions, console: Console) -> None:

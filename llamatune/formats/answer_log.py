@@ -39,7 +39,6 @@ class AnswerLog:
             yield entry
 
     def keep(self, count: int) -> None:
-        """Drop all but the first ``count`` lines."""
         self._file.seek(0)
         for _ in range(count):
             self._file.readline()

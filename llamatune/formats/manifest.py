@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from llamatune.durable_writing import staged_directory, sync, writing
-from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError, Stopped
+from llamatune.durable_writing import staged_directory, sync
+from llamatune.errors import CheckpointError, LlamatuneError, Stopped
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.safe_reading import digest_bytes, digest_file, open_regular, read_bytes
-from llamatune.strict_json import dump_json, parse_json_object
+from llamatune.safe_reading import digest_bytes, digest_file, open_regular, read_bytes, read_faults
+from llamatune.strict_json import parse_json_object, write_json
 
 MANIFEST = "llamatune.json"
 SCHEMA = 1
@@ -67,8 +67,7 @@ def build_directory(path: Path, kind: str, inputs: dict[str, Any], overwrite: bo
             digest = product.digests.get(name) or digest_file(file)
             files[name] = {"bytes": file.stat().st_size, "sha256": digest}
         manifest = {"kind": kind, "schema": SCHEMA, "inputs": inputs, "facts": product.facts, "files": files}
-        with writing(directory / MANIFEST) as manifest_file:
-            manifest_file.write(dump_json(manifest))
+        write_json(directory / MANIFEST, manifest)
 
 
 @dataclass(frozen=True)
@@ -229,14 +228,11 @@ def _misfits(directory: Path, manifest: Manifest) -> dict[str, str]:
 
 def _digest(path: Path, done: int, total: int, on_event: OnEvent, should_stop: ShouldStop) -> str:
     digest = hashlib.sha256()
-    try:
-        with open_regular(path) as file:
-            while block := file.read(_BLOCK):
-                if should_stop():
-                    raise Stopped("stopped while verifying", path, "run the same command again")
-                digest.update(block)
-                done += len(block)
-                on_event(Progress("bytes verified", done, total))
-    except OSError as fault:
-        raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
+    with read_faults(path), open_regular(path) as file:
+        while block := file.read(_BLOCK):
+            if should_stop():
+                raise Stopped("stopped while verifying", path, "run the same command again")
+            digest.update(block)
+            done += len(block)
+            on_event(Progress("bytes verified", done, total))
     return digest.hexdigest()

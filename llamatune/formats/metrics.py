@@ -55,7 +55,6 @@ class MetricsLog:
             self._file = path.open("ab")
 
     def append(self, record: Record) -> None:
-        """Write one line."""
         values = {entry.name: getattr(record, entry.name) for entry in _FIELDS[record.event]}
         line = json.dumps({"event": record.event, **values}, allow_nan=False).encode() + b"\n"
         with disk_faults(self.path, len(line)):

@@ -23,6 +23,7 @@ from llamatune.strict_json import parse_json
 
 _LARGEST_HEADER = 100_000_000
 _LARGEST_DIMENSION = 1 << 40
+_PORTION_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,19 @@ def _location(path: Path, name: str, facts: Mapping[str, object], data_start: in
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise ValueError(f"tensor {name} of shape {shape} and dtype {dtype} does not fill its {end - begin} bytes")
     return TensorLocation(path, dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def same_bytes(one: TensorLocation, other: TensorLocation) -> bool:
+    """Whether two tensors hold the same bytes; reads no further than the first difference."""
+    assert one.strides is other.strides is None, "safetensors has no views"
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    size = one.end - one.begin
+    with open_regular(one.path) as left, open_regular(other.path) as right:
+        left.seek(one.begin)
+        right.seek(other.begin)
+        portions = (min(_PORTION_BYTES, size - done) for done in range(0, size, _PORTION_BYTES))
+        return all(left.read(count) == right.read(count) for count in portions)
 
 
 def write_safetensors(

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.formats.manifest import OtherVersion
-from llamatune.strict_json import dump_json, read_json
+from llamatune.strict_json import read_json, write_json
 
 STATE, SCHEMA = "state.json", 1
 _NAME = re.compile(r"step-(\d{6,})")
@@ -36,8 +35,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 def write_progress(checkpoint: Path, progress: Mapping[str, Any]) -> None:
     """Write ``state.json`` into a checkpoint's staging directory."""
-    with writing(checkpoint / STATE) as file:
-        file.write(dump_json({"schema": SCHEMA, **progress}))
+    write_json(checkpoint / STATE, {"schema": SCHEMA, **progress})
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:

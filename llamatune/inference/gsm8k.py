@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.data.row_decoding import decode_row
 from llamatune.data.row_formats import FORMATS, row_of
 from llamatune.data.row_reader import RowError, read_raw_rows
@@ -226,7 +225,7 @@ def _settings(
     return {
         "task": "gsm8k",
         "revision": _REVISION,
-        "model": fingerprint(opened.checkpoint),
+        "model": opened.checkpoint.fingerprint(),
         "adapter": None if adapter is None else {"sha256": adapter.digest, "scaling": adapter.config.scaling()},
         "compare": options.compare,
         "dtype": opened.dtype_name,

@@ -12,7 +12,6 @@ import torch
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
-from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.data.templates import Template, load_template
 from llamatune.devices import choose_device, lacks_bf16
@@ -95,7 +94,7 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event) -> OpenedM
     checkpoint, adapter = open_checkpoint(source.model), None
     if source.adapter is not None:
         adapter = load_adapter(source.adapter)
-        check_adapter(adapter, checkpoint.config, fingerprint(checkpoint), source.force_base, on_event)
+        check_adapter(adapter, checkpoint.config, checkpoint.fingerprint(), source.force_base, on_event)
     dtype = TORCH_DTYPES.get(source.dtype)
     if dtype is None and device.type == "cpu" and _stored_dtype(checkpoint) == torch.float16:
         on_event(Notice("computing in fp32, since fp16 is very slow on a CPU; --dtype bfloat16 takes half the memory"))

@@ -6,18 +6,22 @@ import operator
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields
+from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from llamatune.errors import SpecError
 
+_BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
 
 @dataclass(frozen=True)
 class Option:
-    """What the field of an options class declares beside its type and default.
+    """An option, which is declared by a field of an options class and has the field's ``name``.
 
     Args:
-        flag: the spelling, where it is not the field's name in kebab-case.
+        default: of the field; one without a default is required.
+        kind: the field's type without None.
+        flag: the spelling; if none is declared, the field's name in kebab-case.
         shown_default: what stands for a default of None, as ``--help`` shows it.
         parse: makes the value from its text and the flag.
         argument: given by its place on the command line, without a flag.
@@ -26,9 +30,12 @@ class Option:
     """
 
     help: str
+    default: Any = MISSING
     _: KW_ONLY
+    name: str = ""
+    kind: Any = None
     metavar: str | None = None
-    flag: str | None = None
+    flag: str = ""
     shown_default: str | None = None
     parse: Callable[[str, str], Any] | None = None
     argument: bool = False
@@ -37,28 +44,6 @@ class Option:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-
-
-def option(help: str, default: Any = MISSING, **declared: Any) -> Any:
-    """The field of an options class; ``declared`` are arguments of ``Option``. Without a default it is required."""
-    return field(default=default, metadata={"option": Option(help, **declared)})
-
-
-_BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
-
-
-@dataclass(frozen=True)
-class OptionField:
-    """A field of an options class: ``kind`` is its type without None; ``required`` fields have no default."""
-
-    name: str
-    kind: Any
-    option: Option
-    default: Any
-
-    @property
-    def flag(self) -> str:
-        return self.option.flag or f"--{self.name.replace('_', '-')}"
 
     @property
     def required(self) -> bool:
@@ -72,10 +57,15 @@ class OptionField:
         if self.choices and value not in self.choices:
             known = f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"
             raise SpecError(f"{self.flag} is {value!r}", None, f"it must be {known}")
-        bounds = {name: bound for name in _BOUNDS if (bound := getattr(self.option, name)) is not None}
+        bounds = {name: bound for name in _BOUNDS if (bound := getattr(self, name)) is not None}
         if not all(_BOUNDS[name](value, bound) for name, bound in bounds.items()):
             stated = " and ".join(f"{name.replace('_', ' ')} {bound:,}" for name, bound in bounds.items())
             raise SpecError(f"{self.flag} is {value}", None, f"it must be {stated}")
+
+
+def option(help: str, default: Any = MISSING, **declared: Any) -> Any:
+    """The field of an options class; ``declared`` are arguments of ``Option``."""
+    return field(default=default, metadata={"option": Option(help, default, **declared)})
 
 
 @dataclass(frozen=True)
@@ -93,14 +83,14 @@ class Options:
                 declared.check(value)
 
 
-def option_fields(options: type[Options]) -> tuple[OptionField, ...]:
+def option_fields(options: type[Options]) -> list[Option]:
     """The options that a class and its bases declare, in the order of the command line: required ones come first."""
-    declared = [_option_field(declared) for declared in fields(options)]
-    return tuple(sorted(declared, key=lambda field: (not field.required, field.option.last)))
+    return sorted(map(_declared_option, fields(options)), key=lambda option: (not option.required, option.last))
 
 
-def _option_field(declared: Field[Any]) -> OptionField:
+def _declared_option(declared: Field[Any]) -> Option:
     kind: Any = declared.type
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
-    return OptionField(declared.name, kind, declared.metadata["option"], declared.default)
+    made: Option = declared.metadata["option"]
+    return replace(made, name=declared.name, kind=kind, flag=made.flag or f"--{declared.name.replace('_', '-')}")

@@ -9,7 +9,7 @@ from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.safe_reading import open_regular
-from llamatune.strict_json import dump_json
+from llamatune.strict_json import write_json
 from llamatune.tokenizers.base import SENTENCEPIECE_FILE
 
 _FILES = (
@@ -55,8 +55,7 @@ def _complete_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent) -
         "clean_up_tokenization_spaces": False,
         "legacy": True,
     }
-    with writing(directory / "tokenizer_config.json") as file:
-        file.write(dump_json(facts))
+    write_json(directory / "tokenizer_config.json", facts)
 
 
 def copy_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignore_event) -> None:

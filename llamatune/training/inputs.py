@@ -10,7 +10,6 @@ import torch
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
-from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.checkpoints.model_directory import read_config
 from llamatune.data.batches import Prepared, Split, check_rows, check_tokenizer, open_prepared
@@ -52,7 +51,7 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
     else:
         checkpoint = open_checkpoint(base)
         config = checkpoint.config.with_layers(spec.model.num_layers)
-        base_fingerprint = fingerprint(checkpoint)
+        base_fingerprint = checkpoint.fingerprint()
     if validation is None and (spec.evaluation.every_steps or spec.evaluation.early_stopping_patience):
         raise SpecError(
             "there is no validation data to evaluate on",

@@ -15,13 +15,12 @@ from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter
 from llamatune.checkpoints.huggingface import write_huggingface
 from llamatune.checkpoints.run_state import newest_run_state, save_run_state
 from llamatune.checkpoints.tensor_bytes import write_tensors
-from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
-from llamatune.events import EvalDone
+from llamatune.events import EvalDone, ignore_event
 from llamatune.formats.manifest import Staging, build_directory
 from llamatune.formats.state_json import checkpoint_path
 from llamatune.spec import RunSpec
-from llamatune.strict_json import dump_json
+from llamatune.strict_json import write_json
 from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner
 from llamatune.training.progress import RunProgress
@@ -83,8 +82,7 @@ class RunOutput:
         del values["best"], values["seconds"]  # what is written is a function of the run alone
         with build_directory(self.run.path / BEST, self._kind, {}, overwrite=True) as staging:
             self._write_product(staging)
-            with writing(staging.path / EVALUATION) as file:
-                file.write(dump_json(values))
+            write_json(staging.path / EVALUATION, values)
 
     def write_final(self) -> None:
         """Write ``adapter/`` or ``model/``."""
@@ -118,7 +116,8 @@ class RunOutput:
         spec, inputs, parameters = self.spec, self.inputs, self.learner.parameters
         base, template, fingerprint = spec.model.path, inputs.prepared.manifest.template, inputs.base_fingerprint
         if spec.adapter is None:
-            write_huggingface(staging, inputs.config, parameters.__getitem__, lambda name: torch.float32, Path(base))
+            tensor_of, source = parameters.__getitem__, Path(base)
+            write_huggingface(staging, inputs.config, tensor_of, lambda name: torch.float32, source, ignore_event)
             staging.facts["template"] = template
         else:
             write_adapter(staging, Adapter(spec.adapter, dict(parameters), fingerprint, template, base))

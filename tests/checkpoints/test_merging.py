@@ -17,12 +17,11 @@ from transformers import LlamaForCausalLM
 
 from llamatune.checkpoints import huggingface
 from llamatune.checkpoints.adapter import load_adapter
-from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.merging import merge_lora
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
-from llamatune.events import Notice, Progress
-from llamatune.formats import torch_archive_writer
+from llamatune.events import Notice, Progress, ignore_event
+from llamatune.formats import torch_archive
 from llamatune.formats.manifest import Staging
 from llamatune.options.inference import MergeOptions
 from llamatune.shapes.config import LINEAR_MODULES
@@ -117,7 +116,7 @@ def test_huggingface_to_meta_and_back_is_bit_identical(tmp_path, tied):
     merge_lora(MergeOptions(tmp_path / "meta", adapter, tmp_path / "back", "hf"))
     back, first = open_checkpoint(tmp_path / "back"), open_checkpoint(tmp_path / "base")
     assert all(torch.equal(back.tensor(name), first.tensor(name)) for name in first.shapes)
-    assert fingerprint(back) == fingerprint(first)
+    assert back.fingerprint() == first.fingerprint()
     with torch.no_grad():
         one, two, three = (
             LlamaForCausalLM.from_pretrained(tmp_path / path)(TOKENS).logits for path in ("base", "back", "direct")
@@ -258,7 +257,7 @@ def test_facts_for_readers_of_the_merged_model(tiny, tiny_adapter, tmp_path):
     facts = json.loads((tmp_path / "out" / "llamatune.json").read_text())["facts"]
     assert facts["template"] == {"name": "alpaca"}
     assert facts["adapters"] == [load_adapter(tmp_path / "adapter").digest]
-    assert facts["base_fingerprint"] == fingerprint(open_checkpoint(tiny[0]))
+    assert facts["base_fingerprint"] == open_checkpoint(tiny[0]).fingerprint()
 
 
 def test_stopping_at_every_tensor_leaves_nothing_c22(tiny, tiny_adapter, tmp_path):
@@ -326,7 +325,9 @@ def test_live_model_written_in_shards_opens_in_transformers(tiny, tmp_path, monk
     for number, given in enumerate((model.state_dict().__getitem__, model.get_parameter)):
         out = tmp_path / str(number)
         out.mkdir()
-        huggingface.write_huggingface(Staging(out), model.config, given, lambda name: torch.float32, tmp_path)
+        huggingface.write_huggingface(
+            Staging(out), model.config, given, lambda name: torch.float32, tmp_path, ignore_event
+        )
         assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
         theirs = LlamaForCausalLM.from_pretrained(out)
         assert all(torch.equal(theirs.state_dict()[n], tensor) for n, tensor in tiny[1].state_dict().items())
@@ -340,7 +341,7 @@ def test_live_model_written_in_shards_opens_in_transformers(tiny, tmp_path, monk
 def test_archive_is_read_by_torch_and_zip(tiny, tiny_adapter, tmp_path, monkeypatch, long):
     """``long`` puts every size and offset into the fields that archives beyond 4 GiB need."""
     if long:
-        monkeypatch.setattr(torch_archive_writer, "_LARGEST_SHORT", 0)
+        monkeypatch.setattr(torch_archive, "_LARGEST_SHORT", 0)
         real = struct.pack
         fields = {"<HHQQ": (), "<4sHHHHHIIIHH": (7, 8), "<4sHHHHHHIIIHH": (8, 9), "<HHHII": (4,), "<4sHHHHIIH": (6,)}
 
@@ -348,7 +349,7 @@ def test_archive_is_read_by_torch_and_zip(tiny, tiny_adapter, tmp_path, monkeypa
             marked = [0xFFFFFFFF if i in fields.get(layout, ()) else value for i, value in enumerate(values)]
             return real(layout, *marked)
 
-        monkeypatch.setattr(torch_archive_writer.struct, "pack", pack)
+        monkeypatch.setattr(torch_archive.struct, "pack", pack)
     out = tmp_path / "out"
     merge_lora(MergeOptions(tiny[0], tiny_adapter, out, "meta"))
     monkeypatch.undo()

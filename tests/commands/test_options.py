@@ -17,7 +17,7 @@ from llamatune.commands._console import Console
 from llamatune.commands._typer_options import with_options
 from llamatune.errors import SpecError
 from llamatune.options.inference import EvaluateOptions, GenerateOptions, ModelSource, Sampling
-from llamatune.options.option import OptionField, option_fields
+from llamatune.options.option import Option, option_fields
 
 NAMES = [name for names in VERBS.values() for name in names]
 COMMANDS = typer.main.get_command(build_app()).commands  # type: ignore[attr-defined]
@@ -48,16 +48,16 @@ def test_help_and_default_of_an_option_are_those_of_its_field(name: str) -> None
     assert shown.keys() == fields.keys()
     for field in fields.values():
         param = shown[field.name]
-        assert param.help == field.option.help
+        assert param.help == field.help
         assert param.required == field.required
-        if field.option.argument:
+        if field.argument:
             assert param.param_type_name == "argument"
         else:
             assert param.opts == [field.flag]
         if not field.required:
             assert param.default == (None if field.default == () else field.default)
             if field.default is None or field.default == ():
-                assert param.show_default == (field.option.shown_default or False)
+                assert param.show_default == (field.shown_default or False)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if options_of(name)])
@@ -74,21 +74,21 @@ def test_a_verb_that_is_given_nothing_more_gets_what_the_core_gets(name: str) ->
     required = [field for field in option_fields(options) if field.required]
     app = typer.Typer()
     app.command()(with_options(verb))
-    words = [word for field in required for word in ((() if field.option.argument else (field.flag,)) + ("a",))]
+    words = [word for field in required for word in ((() if field.argument else (field.flag,)) + ("a",))]
     preset = ["--preset", "llama-2-7b"] if name == "count-params" else []
     typer.main.get_command(app)(args=[*words, *preset], standalone_mode=False)
     made = {field.name: [Path("a")] if typing.get_origin(field.kind) is Sequence else Path("a") for field in required}
     assert received == [options(**made, **({"preset": "llama-2-7b"} if preset else {}))]
 
 
-def outside(field: OptionField) -> list[Any]:
+def outside(field: Option) -> list[Any]:
     """Values that lie just beyond the bounds and choices of an option."""
-    option, step = field.option, 1 if field.kind is int else 1e-9
+    step = 1 if field.kind is int else 1e-9
     values: list[Any] = [f"no-{field.name}"] if field.choices else []
-    values += [bound - step for bound in (option.at_least,) if bound is not None]
-    values += [option.above] if option.above is not None else []
-    values += [bound + step for bound in (option.at_most,) if bound is not None]
-    values += [option.below] if option.below is not None else []
+    values += [bound - step for bound in (field.at_least,) if bound is not None]
+    values += [field.above] if field.above is not None else []
+    values += [bound + step for bound in (field.at_most,) if bound is not None]
+    values += [field.below] if field.below is not None else []
     return values
 
 
@@ -101,12 +101,12 @@ BEYOND = [
 
 @pytest.mark.parametrize(("name", "field", "value"), BEYOND)
 def test_a_value_beyond_its_bounds_is_refused_before_any_file_is_read(
-    command: Callable[..., Any], name: str, field: OptionField, value: Any
+    command: Callable[..., Any], name: str, field: Option, value: Any
 ) -> None:
     words: list[Any] = [name]
     for _, other in [entry for entry in FIELDS if entry[0] == name]:
         if other.required:
-            words += ["absent"] if other.option.argument else [other.flag, "absent"]
+            words += ["absent"] if other.argument else [other.flag, "absent"]
     extra = ["--preset", "llama-2-7b"] if name == "count-params" else []
     extra += ["--prompt", "x"] if name == "generate" else []
     task_only = name == "evaluate" and field.name in ("shots", "seed", "max_new_tokens")

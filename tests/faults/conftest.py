@@ -13,6 +13,7 @@ from run_tools import spec_values
 from warm import Warm
 
 from llamatune.checkpoints.huggingface import write_huggingface
+from llamatune.events import ignore_event
 from llamatune.formats.manifest import Staging
 from llamatune.shapes.config import LlamaConfig
 
@@ -28,7 +29,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -
     path, generator = tmp_path_factory.mktemp("small-base") / "base", torch.Generator().manual_seed(2)
     path.mkdir()
     weights = {name: torch.randn(shape, generator=generator) * 0.15 for name, shape in SHAPE.parameter_shapes()}
-    write_huggingface(Staging(path), SHAPE, weights.__getitem__, lambda name: torch.float32, tokenizer_source=path)
+    write_huggingface(Staging(path), SHAPE, weights.__getitem__, lambda name: torch.float32, path, ignore_event)
     (path / "tokenizer.model").write_bytes(tiny_tokenizer.read_bytes())
     return path
 

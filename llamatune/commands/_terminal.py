@@ -1,23 +1,116 @@
-"""The terminal panel of a training run: progress, loss, speed and memory."""
+"""Terminal output of events: progress bars, the panel of a training run, and lines above them."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
+import time
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from llamatune import events
 from llamatune.errors import printable
-from llamatune.events import CheckpointSaved, EvalDone, Event, MemoryHeld, RunStarted, StepDone
 from llamatune.units import duration, gibibytes, perplexity
 
+_REDRAWN_EVERY_S = 0.5
 _LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
 _MOST_POINTS = 512
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would exit; here the caller decides what a closed pipe means."""
+        raise BrokenPipeError
+
+    @property
+    def encoding(self) -> str:
+        """Of the characters drawn; the stream itself is always UTF-8."""
+        return super().encoding if speaks_utf8() or not self.file.isatty() else "ascii"
+
+
+def speaks_utf8() -> bool:
+    """Whether the locale is a UTF-8 one."""
+    names = (os.environ.get(name) for name in ("LC_ALL", "LC_CTYPE", "LANG"))
+    return "utf" in next((name.lower() for name in names if name), "")
+
+
+def open_console(file: IO[str]) -> Console:
+    """A rich console on ``file``: as wide as the terminal, 120 columns elsewhere."""
+    return _Console(file=file, width=None if file.isatty() else 120, highlight=False, soft_wrap=True)
+
+
+class ProgressBars:
+    """Bars on a terminal, and a panel while a run trains. The bar of a finished task disappears, the panel stays.
+
+    Drawn when an event comes, at most twice a second and in no thread of its own, so that it does not slow training.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bars = Bars(*columns, console=console)
+        self._tasks: dict[str, TaskID] = {}
+        self._panel: TrainingPanel | None = None
+        self._drawn = 0.0
+        self._live = Live(console=console, auto_refresh=False, get_renderable=self._drawing)
+        self._live.start()
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _drawing(self) -> RenderableType:
+        return Group(*([self._panel] if self._panel else []), *([self._bars] if self._bars.tasks else []))
+
+    def draw(self, event: events.Event) -> None:
+        if isinstance(event, events.Progress):
+            self._count(event)
+        if isinstance(event, events.RunStarted):
+            self._panel = TrainingPanel(event)
+        if self._panel is not None:
+            self._panel.note(event)
+        if line := self._line(event):
+            self._console.print(line)
+        if time.monotonic() - self._drawn >= _REDRAWN_EVERY_S:
+            self._live.refresh()
+            self._drawn = time.monotonic()
+
+    def _count(self, event: events.Progress) -> None:
+        if event.task not in self._tasks:
+            self._tasks[event.task] = self._bars.add_task(event.task, total=event.total)
+        self._bars.update(self._tasks[event.task], completed=event.done, total=event.total)
+        if event.total is not None and event.done >= event.total:
+            self._bars.remove_task(self._tasks.pop(event.task))
+
+    def _line(self, event: events.Event) -> str | None:
+        """The line that stays above the bars and the panel."""
+        match event:
+            case events.Notice():
+                style = "yellow" if event.kind == "warning" else "dim"
+                return f"[{style}]{event.kind}:[/] {escape(printable(event.message))}"
+            case events.RunStarted():
+                parameters = f"{event.trainable_parameters:,} of {event.total_parameters:,} parameters"
+                resumed = f", continuing after step {event.resumed_step}" if event.resumed_step else ""
+                return f"training {parameters} on {event.device}, {event.train_rows:,} rows{resumed}"
+            case events.StepSkipped():
+                return f"[yellow]overflow:[/] window {event.window}, loss scale {event.loss_scale:g}"
+            case events.EvalDone():
+                best = "  [green]best so far[/]" if event.best else ""
+                return f"step {event.step}: validation loss {event.loss:.4f}, perplexity {event.perplexity:.2f}{best}"
+            case events.EpochDone():
+                losses = f"train loss {event.train_loss:.4f}, perplexity {event.train_perplexity:.2f}"
+                return f"epoch {event.epoch} of {event.num_epochs}: {losses}"
+        return None
 
 
 class Curve:
@@ -58,28 +151,27 @@ class Curve:
 class TrainingPanel:
     """The state of a run after its events so far, drawn as a panel of any width."""
 
-    def __init__(self, started: RunStarted) -> None:
+    def __init__(self, started: events.RunStarted) -> None:
         self._started = started
         self._losses = Curve()
-        self._first: StepDone | None = None
-        self._best: EvalDone | None = None
-        self._step: StepDone | None = None
-        self._evaluation: EvalDone | None = None
-        self._saved: CheckpointSaved | None = None
-        self._memory: MemoryHeld | None = None
+        self._first: events.StepDone | None = None
+        self._best: events.EvalDone | None = None
+        self._step: events.StepDone | None = None
+        self._evaluation: events.EvalDone | None = None
+        self._saved: events.CheckpointSaved | None = None
+        self._memory: events.MemoryHeld | None = None
 
-    def note(self, event: Event) -> None:
-        """Update the state with an event of the run."""
+    def note(self, event: events.Event) -> None:
         match event:
-            case StepDone():
+            case events.StepDone():
                 self._losses.add(event.loss)
                 self._first, self._step = self._first or event, event
-            case EvalDone():
+            case events.EvalDone():
                 self._evaluation = event
                 self._best = event if event.best else self._best
-            case CheckpointSaved():
+            case events.CheckpointSaved():
                 self._saved = event
-            case MemoryHeld():
+            case events.MemoryHeld():
                 self._memory = event
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -119,30 +211,30 @@ class TrainingPanel:
             rows.append(("checkpoint", Text(f"{name}, saved in {self._saved.seconds:.2f} s")))
         return rows
 
-    def _loss(self, step: StepDone) -> RenderableType:
+    def _loss(self, step: events.StepDone) -> RenderableType:
         line = Table.grid(Column(no_wrap=True), Column(ratio=1), padding=(0, 2), expand=True)
         line.add_row(f"{step.loss:.4f}, perplexity {perplexity(step.loss):.2f}", self._losses)
         return line
 
-    def _time(self, step: StepDone) -> str:
+    def _time(self, step: events.StepDone) -> str:
         elapsed = f"{duration(step.elapsed_s)} elapsed"
         if self._first is None or self._first is step or step.step == step.total_steps:
             return elapsed
         pace_s = (step.elapsed_s - self._first.elapsed_s) / (step.step - self._first.step)
         return f"{elapsed}, {duration(pace_s * (step.total_steps - step.step))} left"
 
-    def _peak(self, step: StepDone) -> str:
+    def _peak(self, step: events.StepDone) -> str:
         size = f" of {gibibytes(self._memory.device_bytes)}" if self._memory else ""
         reserved = step.peak_reserved_bytes
         rest = "resident" if reserved is None else f"{gibibytes(reserved)} reserved"
         return f"{gibibytes(step.peak_memory_bytes)}{size}, {rest}"
 
-    def _held(self, memory: MemoryHeld) -> str:
+    def _held(self, memory: events.MemoryHeld) -> str:
         weights = gibibytes(memory.frozen_bytes or memory.trained_bytes)
         adapter = f", adapter {gibibytes(memory.trained_bytes)}" if memory.frozen_bytes else ""
         return f"weights {weights}{adapter}, optimizer {gibibytes(memory.optimizer_bytes)}"
 
-    def _validation(self, evaluation: EvalDone) -> str:
+    def _validation(self, evaluation: events.EvalDone) -> str:
         losses = f"{evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f} at step {evaluation.step:,}"
         if evaluation.best:
             return f"{losses}, the best"
