@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llamatune.commands._console import Console, RichConsole
 from llamatune.errors import Stopped, printable

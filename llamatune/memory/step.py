@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from llamatune.memory import lean_block, plain_block
-from llamatune.memory.checkpointing import checkpointed
+from llamatune.memory.activation_checkpointing import checkpointed
 from llamatune.memory.ledger import Moment, Part, Walk
 from llamatune.memory.loss import frozen_head, trained_head
 from llamatune.memory.sizes import Rows, Sizes

@@ -13,8 +13,8 @@ from torch import nn
 from llamatune.checkpoints.loading import load_model
 from llamatune.checkpoints.nf4_cache import QuantizedBase
 from llamatune.events import OnEvent, ShouldStop
+from llamatune.model.activation_checkpointing import apply_activation_checkpointing
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter, load_adapter_tensors
-from llamatune.model.checkpointing import apply_activation_checkpointing
 from llamatune.model.initialise import initialise
 from llamatune.model.nf4 import quantize_blocks
 from llamatune.model.transformer import Transformer

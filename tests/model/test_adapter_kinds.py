@@ -8,8 +8,8 @@ import pytest
 import torch
 from toy_adapter import ScaledLinear
 
+from llamatune.model.activation_checkpointing import apply_activation_checkpointing
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
-from llamatune.model.checkpointing import apply_activation_checkpointing
 from llamatune.model.initialise import initialise
 from llamatune.model.loss import summed_loss
 from llamatune.model.transformer import Transformer

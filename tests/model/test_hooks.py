@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from llamatune.model.activation_checkpointing import apply_activation_checkpointing
 from llamatune.model.adapters.apply import apply_adapter
-from llamatune.model.checkpointing import apply_activation_checkpointing
 from llamatune.model.initialise import initialise
 from llamatune.model.loss import summed_loss
 from llamatune.model.nf4 import quantize_blocks

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llamatune.model.activation_checkpointing import apply_activation_checkpointing
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
-from llamatune.model.checkpointing import apply_activation_checkpointing
 from llamatune.model.initialise import initialise
 from llamatune.model.layers import Dropout, RMSNorm
 from llamatune.model.lean import pieces

@@ -19,9 +19,9 @@ from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.nf4_cache import QuantizedBase
 from llamatune.errors import CheckpointError
 from llamatune.events import ignore_event, never_stop
+from llamatune.model.activation_checkpointing import apply_activation_checkpointing
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
 from llamatune.model.blockwise import dynamic_levels
-from llamatune.model.checkpointing import apply_activation_checkpointing
 from llamatune.model.layers import Linear
 from llamatune.model.nf4 import LEVELS, NF4Weight, Scratch, hold_quantized, quantize_blocks, quantize_nf4, storage
 from llamatune.model.transformer import Transformer

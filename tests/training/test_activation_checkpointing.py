@@ -11,8 +11,8 @@ import torch
 from run_tools import adapter_tensors, files, losses, make_spec, metrics
 
 from llamatune.checkpoints.loading import load_model
+from llamatune.model.activation_checkpointing import apply_activation_checkpointing
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
-from llamatune.model.checkpointing import apply_activation_checkpointing
 from llamatune.model.loss import summed_loss
 from llamatune.model.transformer import Attention, FeedForward, Transformer
 from llamatune.shapes.adapter import AdapterSpec

@@ -1,4 +1,4 @@
-"""The bytes of ``model.checkpointing``: parts that torch's checkpointing runs again in the backward pass."""
+"""The bytes of ``model.activation_checkpointing``: parts that torch's checkpointing runs again in the backward pass."""
 
 from __future__ import annotations
 
