@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,9 +75,8 @@ def _load_base(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: Sh
     """The base model, read from its checkpoint or drawn at random."""
     dtype, nf4 = held_dtype(spec), spec.model.dtype == "nf4"
     if inputs.checkpoint is None:
-        with torch.device("meta"):
-            model = Transformer(inputs.config).to(dtype)
-        model.to_empty(device=inputs.device)  # a large model is never held in fp32 first
+        with inputs.device, _default_dtype(dtype):  # a large model is never held in fp32 first
+            model = Transformer(inputs.config)
         initialise(model, spec.training.seed)
         if nf4:
             quantize_blocks(model, dtype)
@@ -99,3 +98,13 @@ def _load_base(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: Sh
         )
     model.activation_dtype = residual_dtype(dtype, spec.training.precision)
     return model
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
