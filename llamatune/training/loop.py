@@ -17,14 +17,16 @@ from llamatune.formats.metrics import LayerGradNorms, read_metrics
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.spec import RunSpec
 from llamatune.strict_json import dump_json
+from llamatune.training.early_stopping import out_of_patience
 from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner
-from llamatune.training.progress import RunProgress
-from llamatune.training.run_directory import LEAST_GAIN, RunDirectory, prune_checkpoints
+from llamatune.training.run_directory import RunDirectory, prune_checkpoints
 from llamatune.training.run_files import SUMMARY
 from llamatune.training.run_memory import held_memory, peak_memory_bytes, peak_reserved_bytes
 from llamatune.training.run_output import RunOutput
 from llamatune.training.schedule import Schedule, learning_rate_at
+from llamatune.training.spec_changes import LEAST_GAIN
+from llamatune.training.trainer_state import TrainerState
 from llamatune.training.update import make_update
 
 _SLOW_SAVE_S = 10.0
@@ -49,7 +51,7 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self.output = RunOutput(self.spec, self.inputs, self.learner, self.run)
-        self.progress = RunProgress()
+        self.progress = TrainerState()
         self._last_checkpoint: Path | None = None
         self._first_update = True  # of this process
 
@@ -176,7 +178,7 @@ class TrainingLoop:
 
     def _finished(self) -> bool:
         patience = self.spec.evaluation.early_stopping_patience
-        return self._out_of_work() or self.progress.out_of_patience(patience)
+        return self._out_of_work() or out_of_patience(self.progress.evaluations_without_improvement, patience)
 
     def _out_of_work(self) -> bool:
         if self.spec.training.max_steps is not None:

@@ -21,11 +21,11 @@ from llamatune.training.inputs import Inputs, open_inputs
 from llamatune.training.learner import build_learner
 from llamatune.training.loop import TrainingLoop
 from llamatune.training.profiling import profiled
-from llamatune.training.progress import RunProgress
 from llamatune.training.run_directory import claim_run_directory, finished_summary
 from llamatune.training.run_files import CHECKPOINTS, ORIGIN
 from llamatune.training.run_memory import plan_run_memory, report_plan
 from llamatune.training.schedule import Schedule, micro_batch_tokens
+from llamatune.training.trainer_state import TrainerState
 
 _CHECKPOINT_BYTES = 12
 """Per trained parameter, at most: its fp32 value and AdamW's two fp32 moments."""
@@ -82,7 +82,7 @@ def train(
             return loop.execute()
 
 
-def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, progress: RunProgress, on_event: OnEvent) -> None:
+def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, progress: TrainerState, on_event: OnEvent) -> None:
     """Report what will be trained, and from which step on."""
     samples, validation, count = len(inputs.prepared.train), inputs.validation, inputs.count
     if spec.data.packing:

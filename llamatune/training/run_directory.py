@@ -1,4 +1,4 @@
-"""The run directory: claiming it, changes of the spec that may continue a run, metrics log, pruning of checkpoints."""
+"""The run directory: claiming it for a new or continued run, its metrics log, pruning of checkpoints."""
 
 from __future__ import annotations
 
@@ -20,33 +20,18 @@ from llamatune.durable_writing import (
     sync,
     write_atomic,
 )
-from llamatune.errors import CheckpointError, EnvironmentFault, SpecError
+from llamatune.errors import EnvironmentFault
 from llamatune.formats.metrics import MetricsLog
 from llamatune.formats.state_json import list_checkpoints
 from llamatune.safe_reading import read_bytes
-from llamatune.spec import RunSpec, TrackingSection, load_spec
+from llamatune.spec import RunSpec
 from llamatune.strict_json import dump_json, read_json
 from llamatune.training.run_files import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK, run_lock
+from llamatune.training.spec_changes import LEAST_GAIN, MAY_GROW, PATIENCE, accepted_changes
 
 _MADE_HERE = (SPEC, SUMMARY, ORIGIN, BEST, ADAPTER, MODEL, "probe", "renamed-probe")
 _TRASH = ".trash-"
-
-_MAY_CHANGE = (
-    "training.log_every_steps",
-    "training.log_layer_grad_norms",
-    "training.profile_steps",
-    "training.keep_last",
-    "training.output_dir",
-    # Recomputation and memory mapping change no bit of the result.
-    "training.activation_checkpointing",
-    "training.memory_limit",
-    "model.memory_map",
-    *(f"tracking.{name}" for name in TrackingSection.model_fields),
-)
-_MAY_GROW = ("training.num_epochs", "training.max_steps")
-_PATIENCE = "evaluation.early_stopping_patience"
-LEAST_GAIN = "evaluation.early_stopping_min_delta"
 
 
 @dataclass(frozen=True)
@@ -59,46 +44,6 @@ class RunDirectory:
     path: Path
     log: MetricsLog
     changed_fields: frozenset[str]
-
-
-def _is_growth(field: str, was: Any, now: Any, after: Mapping[str, Any]) -> bool:
-    """Whether a change only makes a run longer: what was computed so far stays valid."""
-    if field in _MAY_GROW:
-        return was is not None and now is not None and bool(now > was)
-    if field == _PATIENCE:
-        return was is not None and (now is None or now > was)
-    return field == LEAST_GAIN and after[_PATIENCE] is None  # without patience it has no effect
-
-
-def _accepted_changes(
-    path: Path, spec: RunSpec, inputs: Mapping[str, Any], allowed: tuple[str, ...]
-) -> list[dict[str, Any]]:
-    """The allowed changes of the run's spec that alter its result.
-
-    Raises:
-        SpecError: other fields of the spec changed. CheckpointError: the base or the data did.
-    """
-    before, after = load_spec(path / SPEC).flat(), spec.flat()
-    refused, accepted = [], []
-    for field in sorted(before.keys() | after.keys()):
-        was, now = before.get(field), after.get(field)
-        if was == now or field in _MAY_CHANGE:
-            continue
-        if field in allowed or _is_growth(field, was, now, after):
-            accepted.append({"field": field, "old": was, "new": now})
-        else:
-            refused.append(f"{field}: {was} -> {now}")
-    if refused:
-        raise SpecError(
-            "the spec differs from the run's: " + "; ".join(refused),
-            path / SPEC,
-            "restore it, choose another training.output_dir, or pass --allow-spec-change FIELD",
-        )
-    origin = read_json(path / ORIGIN)
-    if changed := [f"{key}: {origin.get(key)} -> {inputs[key]}" for key in inputs if origin.get(key) != inputs[key]]:
-        what = "the run was started on something else: " + "; ".join(changed)
-        raise CheckpointError(what, path / ORIGIN, "choose another training.output_dir")
-    return accepted
 
 
 def move_aside(path: Path) -> None:
@@ -118,9 +63,9 @@ def finished_summary(spec: RunSpec, inputs: Mapping[str, Any], allowed: tuple[st
     path = Path(spec.training.output_dir)
     if not (path / LOCK).is_file() or not (path / SUMMARY).is_file():
         return None
-    accepted = _accepted_changes(path, spec, inputs, allowed)
+    accepted = accepted_changes(path, spec, inputs, allowed)
     summary = read_json(path / SUMMARY)
-    reopening = (*_MAY_GROW, _PATIENCE, LEAST_GAIN) if summary.get("stopped_early") else _MAY_GROW
+    reopening = (*MAY_GROW, PATIENCE, LEAST_GAIN) if summary.get("stopped_early") else MAY_GROW
     return None if any(change["field"] in reopening for change in accepted) else summary
 
 
@@ -158,7 +103,7 @@ def claim_run_directory(
             sync(path)  # the lock marks it as a run's, whatever else a power cut leaves
         if own and not overwrite and (list_checkpoints(path / CHECKPOINTS) or (path / SUMMARY).is_file()):
             # Before its first checkpoint a run holds no result, so any spec may begin it anew.
-            accepted = _accepted_changes(path, spec, inputs, allowed_changes)
+            accepted = accepted_changes(path, spec, inputs, allowed_changes)
             changes = read_json(path / ORIGIN).get("spec_changes", [])
             if accepted and changes[-len(accepted) :] != accepted:  # killed after this write, the run records it once
                 changes = [*changes, *accepted]

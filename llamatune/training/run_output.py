@@ -23,9 +23,9 @@ from llamatune.spec import RunSpec
 from llamatune.strict_json import write_json
 from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner
-from llamatune.training.progress import RunProgress
 from llamatune.training.run_directory import RunDirectory
 from llamatune.training.run_files import ADAPTER, BEST, CHECKPOINTS, MODEL
+from llamatune.training.trainer_state import TrainerState
 
 _WEIGHTS = "weights.safetensors"
 EVALUATION = "evaluation.json"
@@ -41,7 +41,7 @@ class RunOutput:
     learner: Learner
     run: RunDirectory
 
-    def save_checkpoint(self, progress: RunProgress) -> Path:
+    def save_checkpoint(self, progress: TrainerState) -> Path:
         """Write ``checkpoints/step-000100`` durably, after the metrics log; its path."""
         path = checkpoint_path(self.run.path / CHECKPOINTS, progress.step)
         state = {
@@ -55,7 +55,7 @@ class RunOutput:
         save_run_state(path, self.write_weights, self.learner.optimizer.state_tensors(), state)
         return path
 
-    def load_checkpoint(self, warn: Callable[[str], None]) -> tuple[Path, RunProgress, int] | None:
+    def load_checkpoint(self, warn: Callable[[str], None]) -> tuple[Path, TrainerState, int] | None:
         """Restore the newest checkpoint that verifies: its path, its progress, and the length of the metrics log then.
 
         None: there is no checkpoint.
@@ -68,7 +68,7 @@ class RunOutput:
         self.learner.optimizer.restore(checkpoint.optimizer, checkpoint.path)
         self.learner.scaler.restore(state["scaler"])
         try:
-            progress = RunProgress.restored(state["position"])
+            progress = TrainerState.restored(state["position"])
         except (KeyError, TypeError) as fault:
             raise CheckpointError(f"its position cannot be read: {fault}", checkpoint.path) from None
         changed = [f"{name} was {state[name]}" for name, now in _machine().items() if state.get(name, now) != now]

@@ -22,9 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from llamatune.commands import _terminal
+from llamatune.commands import _progress_display
 from llamatune.commands._console import Console
-from llamatune.commands._terminal import Curve, ProgressBars, TrainingPanel, open_console, speaks_utf8
+from llamatune.commands._progress_display import Curve, ProgressBars, TrainingPanel, open_console, speaks_utf8
 from llamatune.data.prepare import prepare_data
 from llamatune.demo.run_demo import MATERIAL
 from llamatune.events import (
@@ -178,7 +178,7 @@ def test_it_is_drawn_twice_a_second_at_most_and_in_no_thread(monkeypatch: pytest
     """300 steps in three seconds of a clock that the test turns."""
     monkeypatch.setenv("TERM", "xterm")
     now, drawings = [100.0], []
-    monkeypatch.setattr(_terminal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(_progress_display.time, "monotonic", lambda: now[0])
     threads = threading.active_count()
     drawing = ProgressBars(open_console(Terminal()))
     monkeypatch.setattr(drawing._live, "refresh", lambda: drawings.append(now[0]))
@@ -206,7 +206,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(kind: str, monkeypatc
 
 def test_bars_and_warnings_stand_beside_the_panel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(_terminal, "_REDRAWN_EVERY_S", 0.0)
+    monkeypatch.setattr(_progress_display, "_REDRAWN_EVERY_S", 0.0)
     terminal = Terminal()
     drawing = ProgressBars(open_console(terminal))
     for event in [next(_run()), _step(1, 2.0), Progress("evaluating", 3, 8), Notice("[odd] \x1b[31m name", "warning")]:
@@ -254,7 +254,7 @@ def test_a_run_on_a_terminal_ends_with_one_whole_panel(tmp_path: Path) -> None:
     rows, tokenizer = MATERIAL / "held_out.jsonl", MATERIAL / "base" / "tokenizer.model"
     prepare_data(PrepareOptions([rows], tokenizer, tmp_path / "prepared", limit=20, validation_fraction=0.2))
     code = (
-        "import llamatune.commands._terminal as bars; bars._REDRAWN_EVERY_S = 0.0; "
+        "import llamatune.commands._progress_display as bars; bars._REDRAWN_EVERY_S = 0.0; "
         "from llamatune.cli import main; main(['train', 'run.yaml', '--json'])"
     )
     ours, theirs = pty.openpty()

@@ -75,16 +75,16 @@ def test_on_a_terminal_there_is_a_table(
     command: Command, base: Path, adapter: Path, prepared: Callable[..., Path], questions: Path,
     monkeypatch: pytest.MonkeyPatch, compare: bool,
 ) -> None:  # fmt: skip
-    from llamatune.commands import _terminal
+    from llamatune.commands import _progress_display
 
-    opened = _terminal.open_console
+    opened = _progress_display.open_console
 
     def terminal(file: Any) -> Any:
         console = opened(file)
         console._force_terminal, console._color_system = True, None
         return console
 
-    monkeypatch.setattr(_terminal, "open_console", terminal)
+    monkeypatch.setattr(_progress_display, "open_console", terminal)
     more = ("--adapter", adapter, "--compare") if compare else ()
     shown = command("evaluate", "--model", base, "--data", prepared(), *more)
     told = json.loads(command("evaluate", "--model", base, "--data", prepared(), *more, "--json").stdout)

@@ -29,8 +29,9 @@ from llamatune.events import CheckpointSaved, EpochDone, EvalDone, Notice
 from llamatune.formats.manifest import MANIFEST
 from llamatune.safe_reading import digest_file
 from llamatune.spec import RunSpec
-from llamatune.training.progress import RunProgress
+from llamatune.training.early_stopping import out_of_patience
 from llamatune.training.run import train
+from llamatune.training.trainer_state import TrainerState
 
 SpecWith = Callable[..., RunSpec]
 
@@ -42,15 +43,15 @@ def spec_with(tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp
     return lambda name="run", **changes: make_spec(tiny_base(), data, tmp_path / name, **changes)
 
 
-def _evaluations_until_the_stop(spec: RunSpec, losses: list[float]) -> tuple[int | None, RunProgress]:
-    progress = RunProgress()
+def _evaluations_until_the_stop(spec: RunSpec, losses: list[float]) -> tuple[int | None, TrainerState]:
+    progress = TrainerState()
     evaluation = spec.evaluation
     for count, loss in enumerate(losses, 1):
         progress.step = count
         lowest = progress.best_eval_loss is None or loss < progress.best_eval_loss
         done = EvalDone(count, loss, math.exp(loss), lowest)
         progress.note_evaluation(done, evaluation.early_stopping_min_delta)
-        if progress.out_of_patience(evaluation.early_stopping_patience):
+        if out_of_patience(progress.evaluations_without_improvement, evaluation.early_stopping_patience):
             return count, progress
     return None, progress
 

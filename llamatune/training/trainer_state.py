@@ -1,4 +1,4 @@
-"""The progress of a run: step, window, epoch sums, evaluations and patience, as checkpoints keep them."""
+"""The trainer's state: step, window, epoch sums, evaluations and patience, as checkpoints keep them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llamatune.events import EpochDone, EvalDone
+from llamatune.training.early_stopping import count_evaluation
 from llamatune.training.update import Update
 from llamatune.units import perplexity
 
@@ -20,7 +21,7 @@ def _facts(done: EpochDone) -> dict[str, Any]:
 
 @dataclass
 class OpenEpoch:
-    """Sums over the current epoch. ``began_s`` is when it began, on the clock of ``RunProgress.elapsed_s``.
+    """Sums over the current epoch. ``began_s`` is when it began, on the clock of ``TrainerState.elapsed_s``.
 
     ``loss`` is summed over target tokens; ``validation_loss`` is that of the last evaluation inside the epoch.
     """
@@ -36,7 +37,7 @@ class OpenEpoch:
 
 
 @dataclass
-class RunProgress:
+class TrainerState:
     """The state of a run between two windows that is saved beside tensors; nothing in it can be derived.
 
     ``step`` counts updates made, ``window`` accumulation windows consumed (an fp16 overflow consumes one and makes no
@@ -63,7 +64,7 @@ class RunProgress:
     skipped_windows: int = 0
 
     @classmethod
-    def restored(cls, saved: Mapping[str, Any]) -> RunProgress:
+    def restored(cls, saved: Mapping[str, Any]) -> TrainerState:
         """Progress read from a checkpoint; ``KeyError`` or ``TypeError`` if fields are missing or unknown.
 
         The first schema is read too. It kept only the losses of epochs: the other sums begin at 0 for the current epoch
@@ -102,24 +103,14 @@ class RunProgress:
         self.open_epoch.evaluation_s += done.seconds
 
     def _note_patience(self, loss: float, min_delta: float) -> None:
-        """Compare with the last loss that was lower by more than ``min_delta``, not with the lowest one.
-
-        Small gains that add up to more than ``min_delta`` are progress.
-        """
-        if self.patience_loss is None or loss < self.patience_loss - min_delta:
-            self.patience_loss, self.evaluations_without_improvement = loss, 0
-        else:
-            self.evaluations_without_improvement += 1
+        counted = self.patience_loss, self.evaluations_without_improvement
+        self.patience_loss, self.evaluations_without_improvement = count_evaluation(loss, *counted, min_delta)
 
     def recount_patience(self, losses: Iterable[float], min_delta: float) -> None:
         """Count patience again from all validation ``losses``: ``min_delta`` changed since they were computed."""
         self.patience_loss, self.evaluations_without_improvement = None, 0
         for loss in losses:
             self._note_patience(loss, min_delta)
-
-    def out_of_patience(self, patience: int | None) -> bool:
-        """Whether early stopping ends the run: ``patience`` evaluations in a row without a lower loss."""
-        return patience is not None and self.evaluations_without_improvement >= patience
 
     def close_epoch(self, num_epochs: int, elapsed_s: float) -> EpochDone | None:
         """End the current epoch; None if none of its windows made an update."""

@@ -1,4 +1,4 @@
-"""Terminal output of events: progress bars, the panel of a training run, and lines above them."""
+"""The display of progress on a terminal: bars, the panel of a training run with its time left, lines above them."""
 
 from __future__ import annotations
 

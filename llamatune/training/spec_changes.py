@@ -1,0 +1,68 @@
+"""Changes of the spec between two starts of a run: which fields may change, which only make the run longer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamatune.errors import CheckpointError, SpecError
+from llamatune.spec import RunSpec, TrackingSection, load_spec
+from llamatune.strict_json import read_json
+from llamatune.training.run_files import ORIGIN, SPEC
+
+_MAY_CHANGE = (
+    "training.log_every_steps",
+    "training.log_layer_grad_norms",
+    "training.profile_steps",
+    "training.keep_last",
+    "training.output_dir",
+    # Recomputation and memory mapping change no bit of the result.
+    "training.activation_checkpointing",
+    "training.memory_limit",
+    "model.memory_map",
+    *(f"tracking.{name}" for name in TrackingSection.model_fields),
+)
+MAY_GROW = ("training.num_epochs", "training.max_steps")
+PATIENCE = "evaluation.early_stopping_patience"
+LEAST_GAIN = "evaluation.early_stopping_min_delta"
+
+
+def _is_growth(field: str, was: Any, now: Any, after: Mapping[str, Any]) -> bool:
+    """Whether a change only makes a run longer: what was computed so far stays valid."""
+    if field in MAY_GROW:
+        return was is not None and now is not None and bool(now > was)
+    if field == PATIENCE:
+        return was is not None and (now is None or now > was)
+    return field == LEAST_GAIN and after[PATIENCE] is None  # without patience it has no effect
+
+
+def accepted_changes(
+    path: Path, spec: RunSpec, inputs: Mapping[str, Any], allowed: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """The allowed changes of the run's spec that alter its result.
+
+    Raises:
+        SpecError: other fields of the spec changed. CheckpointError: the base or the data did.
+    """
+    before, after = load_spec(path / SPEC).flat(), spec.flat()
+    refused, accepted = [], []
+    for field in sorted(before.keys() | after.keys()):
+        was, now = before.get(field), after.get(field)
+        if was == now or field in _MAY_CHANGE:
+            continue
+        if field in allowed or _is_growth(field, was, now, after):
+            accepted.append({"field": field, "old": was, "new": now})
+        else:
+            refused.append(f"{field}: {was} -> {now}")
+    if refused:
+        raise SpecError(
+            "the spec differs from the run's: " + "; ".join(refused),
+            path / SPEC,
+            "restore it, choose another training.output_dir, or pass --allow-spec-change FIELD",
+        )
+    origin = read_json(path / ORIGIN)
+    if changed := [f"{key}: {origin.get(key)} -> {inputs[key]}" for key in inputs if origin.get(key) != inputs[key]]:
+        what = "the run was started on something else: " + "; ".join(changed)
+        raise CheckpointError(what, path / ORIGIN, "choose another training.output_dir")
+    return accepted
