@@ -16,10 +16,10 @@ from typing import Annotated
 import typer
 
 from llamatune import __version__
-from llamatune.commands._console import stop_signals
 from llamatune.commands._typer_options import StrictCommand, with_options
 from llamatune.errors import LlamatuneError, Stopped, printable
 from llamatune.free_memory import free_host_bytes
+from llamatune.stop_signals import stop_signals
 
 # The function of a verb has its name, in the module of that name: commands/prepare_data.py, prepare_data.
 VERBS = {

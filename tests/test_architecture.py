@@ -25,10 +25,10 @@ FLOORS = [
     {
         *("devices", "out_of_memory", "threads", "formats", "seeds", "strict_yaml", "versions", "units"),
     },
-    {"free_memory", "ranks", "strict_json"},
+    {"free_memory", "launcher", "strict_json"},
     {"durable_writing", "safe_reading", "paths"},
     {"shapes"},
-    {"errors", "events"},
+    {"errors", "events", "stop_signals"},
 ]
 SHARED = {"llamatune"}
 

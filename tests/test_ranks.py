@@ -16,7 +16,7 @@ from run_tools import spec_values
 
 from llamatune.cli import VERBS as ALL_VERBS
 from llamatune.errors import EnvironmentFault
-from llamatune.ranks import refuse_ranks
+from llamatune.launcher import refuse_ranks
 
 Command = Callable[..., Any]
 COUNT = ["count-params", "--preset", "llama-2-7b"]

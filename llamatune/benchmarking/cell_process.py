@@ -20,13 +20,13 @@ from llamatune.durable_writing import write_atomic
 from llamatune.errors import LlamatuneError, OutOfMemory, Stopped
 from llamatune.events import ShouldStop, ignore_event
 from llamatune.spec import build_spec
+from llamatune.stop_signals import STOP_SIGNALS
 from llamatune.strict_json import dump_json, parse_json, read_json
 from llamatune.strict_yaml import parse_yaml
 
 if TYPE_CHECKING:
     from llamatune.benchmarking.measure_cell import Task
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1
 SCRATCH = ".llamatune-cell-"
 """Prefix of the cells' temporary directories."""
@@ -94,7 +94,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """The child process. It ignores signals, which the benchmark handles, and is killed when the benchmark ends."""
-    for number in _STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):
         parent_death_signal = 1

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
+
+from llamatune.stop_signals import stop_signals
 
 if TYPE_CHECKING:
     import rich.console
@@ -19,25 +20,6 @@ if TYPE_CHECKING:
     RichConsole = rich.console.Console
 else:
     RichConsole = Any  # rich is loaded when something is printed
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-
-@contextlib.contextmanager
-def stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Within the block ``handler`` gets the signals that ask for a stop.
-
-    A signal that the caller ignores (nohup, a background job of a shell) stays ignored.
-    """
-    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    try:
-        for number, action in before.items():
-            if action is not signal.SIG_IGN:
-                signal.signal(number, handler)
-        yield
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)
 
 
 class Console:

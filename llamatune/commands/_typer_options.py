@@ -29,7 +29,7 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def run(json_mode: bool, **values: Any) -> None:
-        from llamatune.ranks import refuse_ranks
+        from llamatune.launcher import refuse_ranks
 
         refuse_ranks()
         given = {option.name: _parsed(option, values[option.name]) for option in declared}

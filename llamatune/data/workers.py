@@ -19,9 +19,9 @@ from multiprocessing.connection import Connection, Pipe
 from llamatune.data.encoding import EncodedBatch, Recipe, encode_batch
 from llamatune.data.row_reader import RawRow
 from llamatune.errors import EnvironmentFault
+from llamatune.stop_signals import STOP_SIGNALS
 
 _POLL_S = 0.2
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SERVE = "import sys; sys.path[:] = {path!r}; from llamatune.data.workers import serve; serve({descriptor})"
 
 
@@ -69,7 +69,7 @@ class _Worker:
             code = _SERVE.format(path=[entry or os.getcwd() for entry in sys.path], descriptor=descriptor)
             # Slurm and terminals signal every process, but workers must wait for the main process to close the pipe. A
             # signal that is blocked here stays blocked in the child; afterwards the main process receives it.
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             try:
                 self._child = subprocess.Popen(
                     [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=(descriptor,)
