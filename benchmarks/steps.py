@@ -24,7 +24,7 @@ from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.data.batches import Batch, open_prepared
 from llamatune.devices import choose_device
 from llamatune.events import ignore_event, never_stop
-from llamatune.model.compilable import compiling
+from llamatune.model.compiled_functions import compiling
 from llamatune.shapes.counts import count_parameters
 from llamatune.spec import build_spec
 from llamatune.training.inputs import Inputs

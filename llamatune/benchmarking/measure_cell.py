@@ -20,11 +20,11 @@ from llamatune.errors import NumericsError
 from llamatune.events import ignore_event, never_stop
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.memory.plan import heaviest_rows, limit_of, plan_memory
-from llamatune.model.compilable import compiling
+from llamatune.model.compiled_functions import compiling
 from llamatune.out_of_memory import memory_faults
 from llamatune.spec import RunSpec
 from llamatune.threads import suitable_threads
-from llamatune.training.compiling import check_compiler, compile_ahead
+from llamatune.training.compile_ahead import check_compiler, compile_ahead
 from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner, build_learner
 from llamatune.training.run_memory import peak_memory_bytes, peak_reserved_bytes, plan_run_memory

@@ -11,13 +11,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llamatune.data.packing import pack
 from llamatune.errors import CheckpointError, DataError
 from llamatune.events import Notice, OnEvent
 from llamatune.formats.manifest import Manifest
 from llamatune.formats.prepared import SplitFile, read_prepared_manifest, split_path
 from llamatune.model.loss import IGNORED
-from llamatune.seeds import derived_seed
 from llamatune.shapes.config import LlamaConfig
 from llamatune.tokenizers.sentencepiece import load_tokenizer
 
@@ -119,22 +117,3 @@ def check_tokenizer(prepared: Prepared, model: Path, force_base: bool, on_event:
     if not force_base:
         raise CheckpointError(what, model / "tokenizer.model", "prepare it again with this one, or pass --force-base")
     on_event(Notice(f"{what}; accepted because of --force-base", "warning"))
-
-
-def epoch_rows(lengths: Sequence[int], seed: int, epoch: int, shuffle: bool, budget: int | None) -> list[list[int]]:
-    """The samples of each row of epoch ``epoch`` (from 0), in training order: a function of (seed, epoch).
-
-    Without a ``budget`` a row is one sample. With a budget (tokens), ``shuffle`` packs other samples together in each
-    epoch; the number of rows stays the same.
-    """
-    order = _permutation(len(lengths), derived_seed(seed, "order", epoch)) if shuffle else range(len(lengths))
-    if budget is None:
-        return [[index] for index in order]
-    rows = pack(lengths, budget, order)
-    if not shuffle:
-        return sorted(rows, key=min)
-    return [rows[place] for place in _permutation(len(rows), derived_seed(seed, "rows", epoch))]
-
-
-def _permutation(count: int, seed: int) -> list[int]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,8 +1,12 @@
-"""Packing of several samples into one row: first-fit-decreasing bin packing (Johnson 1973)."""
+"""Packing of several samples into one row (first-fit-decreasing, Johnson 1973), and the order of an epoch's rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import torch
+
+from llamatune.seeds import derived_seed
 
 
 def pack(lengths: Sequence[int], budget: int, order: Sequence[int]) -> list[list[int]]:
@@ -31,3 +35,22 @@ def pack(lengths: Sequence[int], budget: int, order: Sequence[int]) -> list[list
             node //= 2
             room[node] = max(room[2 * node], room[2 * node + 1])
     return rows
+
+
+def epoch_rows(lengths: Sequence[int], seed: int, epoch: int, shuffle: bool, budget: int | None) -> list[list[int]]:
+    """The samples of each row of epoch ``epoch`` (from 0), in training order: a function of (seed, epoch).
+
+    Without a ``budget`` a row is one sample. With a budget (tokens), ``shuffle`` packs other samples together in each
+    epoch; the number of rows stays the same.
+    """
+    order = _permutation(len(lengths), derived_seed(seed, "order", epoch)) if shuffle else range(len(lengths))
+    if budget is None:
+        return [[index] for index in order]
+    rows = pack(lengths, budget, order)
+    if not shuffle:
+        return sorted(rows, key=min)
+    return [rows[place] for place in _permutation(len(rows), derived_seed(seed, "rows", epoch))]
+
+
+def _permutation(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()

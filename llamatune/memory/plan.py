@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llamatune.memory.activation_checkpointing import cheapest_levels
 from llamatune.memory.sizes import Rows
 from llamatune.memory.step import Step, StepBytes
 from llamatune.shapes.attention_kernels import Gpu
@@ -39,9 +39,8 @@ class MemoryPlan:
 
     def room(self) -> str:
         """``about 23.1 GiB of 24.0 GiB``."""
-        return f"about {gibibytes(self.step.peak)}" + (
-            "" if self.limit_bytes is None else f" of {gibibytes(self.limit_bytes)}"
-        )
+        peak = f"about {gibibytes(self.step.peak)}"
+        return peak if self.limit_bytes is None else f"{peak} of {gibibytes(self.limit_bytes)}"
 
     def facts(self) -> dict[str, Any]:
         """For JSON."""
@@ -65,35 +64,8 @@ def plan_memory(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu, limit
         return MemoryPlan(rows, None, step.highest(), limit_bytes)
     levels = levels_of(step.mode, layers)
     if step.mode == "none" and limit_bytes is not None:
-        levels = _cheapest_levels(step, layers, limit_bytes)
+        levels = cheapest_levels(layers, lambda levels: step.highest(levels).peak, limit_bytes)
     return MemoryPlan(rows, levels, step.highest(levels), limit_bytes)
-
-
-def _cheapest_levels(step: Step, layers: int, limit: int) -> Levels:
-    """As many layers as fit recompute nothing, of the rest as many as fit gate and up, and so on.
-
-    That is the least computation: recomputing a whole block costs least for each byte that it saves, so few layers
-    that recompute everything are better than many that recompute a part. The last layers recompute least: their
-    backward pass runs while everything else is still kept.
-    """
-
-    def fits(levels: Levels) -> bool:
-        return step.highest(levels).peak <= limit
-
-    above: Levels = ()
-    *lighter, heaviest = Recompute
-    for level in lighter:
-        rest = layers - len(above)
-        with_more = [(heaviest,) * (rest - count) + (level,) * count + above for count in range(rest + 1)]
-        most = bisect.bisect_left(with_more, True, key=lambda levels: not fits(levels)) - 1
-        if most < 0:
-            break  # recomputing everything does not fit: a short row on few layers, or nothing fits
-        above = with_more[most][rest - most :]
-    chosen = (heaviest,) * (layers - len(above)) + above
-    if above or fits(chosen):
-        return chosen
-    evenly = [(level,) * layers for level in Recompute]
-    return next(filter(fits, evenly), min(evenly, key=lambda levels: step.highest(levels).peak))
 
 
 def limit_of(spec: RunSpec, free_bytes: int | None) -> int | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from llamatune.model.compilable import compilable
+from llamatune.model.compiled_functions import compilable
 from llamatune.shapes.config import LlamaConfig
 
 Trained = tuple[Tensor, ...]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llamatune.model.compilable import compilable
+from llamatune.model.compiled_functions import compilable
 from llamatune.model.layers import linear, product_dtype, widened
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.limits import LOGITS_AT_ONCE

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamatune.model import blockwise
-from llamatune.model.blockwise import BlockwiseCode
-from llamatune.model.compilable import compilable, is_compiling
+from llamatune.model import blockwise_8bit
+from llamatune.model.blockwise_8bit import BlockwiseCode
+from llamatune.model.compiled_functions import compilable, is_compiling
 from llamatune.model.layers import FrozenProduct, Linear, product_dtype
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.limits import WEIGHTS_AT_ONCE
@@ -38,10 +38,10 @@ _MIDDLES = tuple((low + high) / 2 for low, high in itertools.pairwise(LEVELS))
 def storage(shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Names, dtypes and shapes of the tensors that hold a matrix of ``shape``; also what a cache file declares."""
     blocks = -(-math.prod(shape) // BLOCK)
-    groups = -(-blocks // blockwise.BLOCK)
+    groups = -(-blocks // blockwise_8bit.BLOCK)
     return {
         "codes": (torch.uint8, (blocks * BLOCK // 2,)),
-        "scale_codes": (torch.uint8, (groups * blockwise.BLOCK,)),
+        "scale_codes": (torch.uint8, (groups * blockwise_8bit.BLOCK,)),
         "scale_factors": (torch.float32, (groups,)),
         "scale_mean": (torch.float32, ()),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llamatune.model.compilable import compilable
+from llamatune.model.compiled_functions import compilable
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin of the rotary angles, each (B or 1, 1, T, E), fp32."""

@@ -212,16 +212,14 @@ def _describe_loss(curve: Curve) -> str:
     return f"smoothed loss from {curve.smoothed[0]:.4g} to {curve.smoothed[-1]:.4g}{held_out}"
 
 
-def _describe_loss_scale(curve: Curve) -> str:
-    return f"{len(curve.run.metrics.skipped)} windows skipped"
-
-
-def _describe_epochs(curve: Curve) -> str:
-    return ", ".join(f"{epoch.train_loss:.4g}" for epoch in curve.epochs)
-
-
 def make_charts(curves: Sequence[Curve]) -> list[Chart]:
     """Every chart for which a run has values; the description that a screen reader reads has a clause a run."""
+
+    def epoch_losses(curve: Curve) -> str:
+        return ", ".join(f"{epoch.train_loss:.4g}" for epoch in curve.epochs)
+
+    def skipped(curve: Curve) -> str:
+        return f"{len(curve.run.metrics.skipped)} windows skipped"
 
     def chart(name: str, title: str, draw: Callable[..., None], describe: Callable[[Curve], str]) -> Chart:
         clauses = [f"{curve.run.name}: {describe(curve)}" for curve in curves if curve.steps]
@@ -231,11 +229,11 @@ def make_charts(curves: Sequence[Curve]) -> list[Chart]:
     charts = [
         chart("loss", "Loss", draw_loss, _describe_loss),
         Chart("perplexity", "Perplexity", "exp(loss) on a logarithmic axis", partial(_draw_perplexity, curves=curves)),
-        chart("epochs", "Updates and epoch means", _draw_epochs, _describe_epochs),
+        chart("epochs", "Updates and epoch means", _draw_epochs, epoch_losses),
         *(chart(each.name, each.title, each.draw, each.describe) for each in _STEP_CHARTS),
     ]
     if any(curve.run.spec.training.precision == "fp16" and curve.steps for curve in curves):
-        charts.append(chart(_LOSS_SCALE.name, _LOSS_SCALE.title, _LOSS_SCALE.draw, _describe_loss_scale))
+        charts.append(chart(_LOSS_SCALE.name, _LOSS_SCALE.title, _LOSS_SCALE.draw, skipped))
     for curve in curves:
         if curve.run.metrics.layer_grad_norms:
             title = "Gradient norm by layer" + (f", {curve.run.name[:40]}" if len(curves) > 1 else "")

@@ -12,11 +12,11 @@ from llamatune.formats.state_json import list_checkpoints
 from llamatune.free_memory import held_host_bytes
 from llamatune.memory.plan_report import plan_report
 from llamatune.memory.remedies import after_running_out
-from llamatune.model.compilable import compiling
+from llamatune.model.compiled_functions import compiling
 from llamatune.out_of_memory import memory_faults
 from llamatune.spec import RunSpec
 from llamatune.threads import suitable_threads
-from llamatune.training.compiling import check_compiler, compile_ahead
+from llamatune.training.compile_ahead import check_compiler, compile_ahead
 from llamatune.training.inputs import Inputs, open_inputs
 from llamatune.training.learner import build_learner
 from llamatune.training.loop import TrainingLoop

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 
-from llamatune.data.batches import Batch, Split, epoch_rows
+from llamatune.data.batches import Batch, Split
+from llamatune.data.packing import epoch_rows
 from llamatune.errors import SpecError
 from llamatune.spec import RunSpec, TrainingSection
 

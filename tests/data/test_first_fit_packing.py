@@ -6,8 +6,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamatune.data.batches import epoch_rows
-from llamatune.data.packing import pack
+from llamatune.data.packing import epoch_rows, pack
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=60)
 

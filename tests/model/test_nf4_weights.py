@@ -21,7 +21,7 @@ from llamatune.errors import CheckpointError
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.activation_checkpointing import apply_activation_checkpointing
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
-from llamatune.model.blockwise import dynamic_levels
+from llamatune.model.blockwise_8bit import dynamic_levels
 from llamatune.model.layers import Linear
 from llamatune.model.nf4 import LEVELS, NF4Weight, Scratch, hold_quantized, quantize_blocks, quantize_nf4, storage
 from llamatune.model.transformer import Transformer

@@ -21,10 +21,10 @@ from run_tools import StopAfter, assert_same_outcome, losses, make_spec, run_and
 
 from llamatune.errors import EnvironmentFault, Stopped
 from llamatune.events import Notice
-from llamatune.model import compilable as compilable_room
-from llamatune.model.compilable import compiling, is_compiling
+from llamatune.model import compiled_functions
+from llamatune.model.compiled_functions import compiling, is_compiling
 from llamatune.model.nf4 import BLOCK, Scratch, dequantize_at_once, quantize_nf4
-from llamatune.training.compiling import check_compiler
+from llamatune.training.compile_ahead import check_compiler
 from llamatune.training.run import train
 
 ALL = {"r": 4, "alpha": 8, "dropout": 0.1, "target_modules": "all-linear"}
@@ -46,7 +46,7 @@ def graphs() -> int:
 @pytest.fixture
 def without_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = functools.cache(functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(compilable_room, "_compiled", quick)
+    monkeypatch.setattr(compiled_functions, "_compiled", quick)
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,8 @@ import torch
 from reference_run import collate, kept_rows, summed_cross_entropy
 from run_tools import StopAfter, make_spec, metrics
 
-from llamatune.data.batches import Batch, Split, epoch_rows
+from llamatune.data.batches import Batch, Split
+from llamatune.data.packing import epoch_rows
 from llamatune.errors import Stopped
 from llamatune.training.run import train
 

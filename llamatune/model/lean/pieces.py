@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamatune.model.compilable import compilable
+from llamatune.model.compiled_functions import compilable
 from llamatune.model.layers import Dropout, Linear, RMSNorm, Trained, widened
 from llamatune.shapes import limits
 

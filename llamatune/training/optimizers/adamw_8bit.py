@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llamatune.model.blockwise import BLOCK, BlockwiseCode
+from llamatune.model.blockwise_8bit import BLOCK, BlockwiseCode
 from llamatune.shapes.limits import ELEMENTS_AT_ONCE
 from llamatune.training.optimizers.optimizer import AdamW, State
 
