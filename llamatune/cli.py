@@ -105,10 +105,11 @@ def _silence_closed_streams() -> None:
 
 
 def _exit_code(words: list[str]) -> int:
-    verb = next((name for names in VERBS.values() for name in names if [name] == words[:1]), None)
+    verb = next((word for word in words if not word.startswith("-")), "")
     writes = verb in _WRITERS or (verb == "evaluate" and any(word.startswith("--output") for word in words))
     try:
-        return build_app(verb)(args=words, standalone_mode=False, prog_name="llamatune") or 0
+        known = words[:1] == [verb] and any(verb in names for names in VERBS.values())
+        return build_app(verb if known else None)(args=words, standalone_mode=False, prog_name="llamatune") or 0
     except Stopped as stop:
         return _fail(str(stop), 75) if writes else _fail(str(Stopped(stop.what, stop.where)), 130)
     except LlamatuneError as fault:

@@ -181,10 +181,10 @@ def remove_dead_staging(parent: Path, name: str, owned: bool = False) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, a link or a whole directory; what cannot be removed stays, without an error."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # is_dir fails too, as on a file system that has gone away
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
 
 

@@ -84,3 +84,13 @@ def test_leftovers_of_a_dead_process_are_removed_and_foreign_files_kept(tmp_path
     with build_directory(tmp_path / "out", "thing", {}):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == [".other", "out"]
+
+
+def test_what_cannot_be_looked_at_is_left_without_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clean-up must not replace the error that ended the work: a file system may have gone away."""
+
+    def stale(self: Path) -> bool:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "is_dir", stale)
+    durable_writing.remove(tmp_path / "staging")

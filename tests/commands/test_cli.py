@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from llamatune import cli
 from llamatune.cli import main
+from llamatune.errors import Stopped
 
 CORE = ["prepare-data", "train", "merge-lora", "generate", "count-params"]
 OTHERS = ["evaluate", "benchmark", "plan-memory", "report", "verify", "demo", "env"]
@@ -192,3 +194,26 @@ def test_completion_knows_the_verbs() -> None:
         [sys.executable, "-m", "llamatune"], capture_output=True, text=True, env={**os.environ, **asked}
     )
     assert done.stdout.split() == ["merge-lora"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["train", "run.yaml"], 75),
+        (["--", "train", "run.yaml"], 75),
+        (["merge-lora", "--json"], 75),
+        (["evaluate", "--output", "answers.jsonl"], 75),
+        (["evaluate", "--output=answers.jsonl"], 75),
+        (["evaluate", "--json"], 130),
+        (["generate", "--json"], 130),
+        (["--", "generate"], 130),
+    ],
+)
+def test_a_stop_is_75_where_a_verb_writes_and_130_where_it_reads(
+    words: list[str], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(**_: object) -> int:
+        raise Stopped("stopped by a signal")
+
+    monkeypatch.setattr(cli, "build_app", lambda only=None: stopped)
+    assert cli._exit_code(words) == code
