@@ -20,6 +20,7 @@ from llamatune.spec_overrides import override, refuse_twice, rename_aliases
 from llamatune.spec_types import (
     CheckpointingMode,
     Fraction,
+    FromList,
     MemorySize,
     NonEmptyText,
     PathText,
@@ -97,7 +98,7 @@ class TrainingSection(_Section):
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="updates of linear rise to learning_rate")
     warmup_ratio: Fraction | None = Field(None, description="in place of warmup_steps, a share of all updates")
     min_learning_rate: Annotated[float, Field(ge=0)] = Field(0.0, description="where linear and cosine end")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), strict=False, description="AdamW")
+    betas: Annotated[tuple[Fraction, Fraction], FromList] = Field((0.9, 0.999), description="AdamW")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW")
     momentum: Fraction = Field(0.0, description="SGD")
     nesterov: bool = Field(False, description="SGD")

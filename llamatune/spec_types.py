@@ -13,6 +13,9 @@ from llamatune.shapes.config import LINEAR_MODULES
 from llamatune.shapes.levels import MODES, is_mode
 from llamatune.units import parse_size
 
+FromList = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+"""For a tuple: YAML has lists. A set, which pydantic would take too, has no order."""
+
 
 def _expand_targets(value: Any) -> Any:
     if isinstance(value, str):

@@ -48,6 +48,11 @@ def _parsed(option: Option, value: Any) -> Any:
     return value if value is None or option.parse is None else option.parse(value, option.flag)
 
 
+def _path(text: str) -> Path:
+    """A path from its text, in which ``./~name`` still differs from ``~name``."""
+    return Path(expand_home(str(text)))
+
+
 def _as_utf8(text: str, where: str) -> str:
     """An argument as UTF-8 text, also in a locale that decoded it as something else."""
     try:
@@ -58,8 +63,9 @@ def _as_utf8(text: str, where: str) -> str:
 
 def _parameter(option: Option) -> Parameter:
     kind, default = option.kind, None if option.default == () else option.default
-    # readable=False: Typer would call a missing permission a mistake of usage; here it is exit code 5.
-    shown: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "readable": False}
+    shown: dict[str, Any] = {"help": option.help, "metavar": option.metavar}
+    if kind in (Path, Sequence[Path]):
+        shown |= {"parser": _path, "metavar": option.metavar or "<path>"}
     shown["show_default"] = option.shown_default or not (option.required or default is None)
     given = ... if option.required else default
     info = typer.Argument(given, **shown) if option.argument else typer.Option(given, option.flag, **shown)
@@ -73,21 +79,12 @@ def _parameter(option: Option) -> Parameter:
 
 
 class StrictCommand(TyperCommand):
-    """A verb of the command line. What the parser found is checked before a value is converted."""
+    """A verb of the command line. An option that takes one value may be given once."""
 
-    def make_parser(self, ctx: Any) -> Any:
-        parser = super().make_parser(ctx)
-        parse = parser.parse_args
-
-        def parse_args(args: list[str]) -> Any:
-            values, rest, order = parse(args)
-            if not ctx.resilient_parsing:  # a shell asks for completions
-                _refuse_twice(order)
-                _expand_paths(values, self.callback)
-            return values, rest, order
-
-        parser.parse_args = parse_args  # type: ignore[method-assign]
-        return parser
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:  # a shell asks for completions
+            _refuse_twice(self.make_parser(ctx).parse_args(list(args))[2])
+        return super().parse_args(ctx, args)
 
 
 def _refuse_twice(order: list[Any]) -> None:
@@ -95,15 +92,3 @@ def _refuse_twice(order: list[Any]) -> None:
     for option, times in Counter(order).items():
         if times > 1 and not (option.multiple or option.is_flag):
             raise SpecError(f"{max(option.opts, key=len)} is given {times} times", None, "it takes one value, keep one")
-
-
-def _expand_paths(values: dict[str, Any], verb: Any) -> None:
-    """Expand, in place, the raw values of parameters that are paths."""
-    for name, hint in typing.get_type_hints(verb).items():
-        value = values.get(name)
-        if value is not None and _is_path(hint):
-            values[name] = expand_home(value) if isinstance(value, str) else [expand_home(text) for text in value]
-
-
-def _is_path(hint: Any) -> bool:
-    return hint is Path or any(map(_is_path, typing.get_args(hint)))

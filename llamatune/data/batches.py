@@ -1,4 +1,4 @@
-"""Batches of prepared rows, and the order of an epoch's rows."""
+"""Batches of prepared rows: token ids, labels and lengths of samples one after another, without padding."""
 
 from __future__ import annotations
 

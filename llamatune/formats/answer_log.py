@@ -1,4 +1,4 @@
-"""``evaluate``'s answers as JSON lines, appended while the job works and continued after it was stopped anywhere.
+"""Answer log of ``evaluate``: JSON Lines, one answer each, appended as they come and continued after a stop.
 
 ``FILE.settings.json`` beside ``FILE`` holds the settings that decide the lines. Only a job of equal settings continues
 them, so a later schema of the lines needs no more than a ``schema`` among the settings; today's have none.

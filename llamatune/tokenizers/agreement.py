@@ -24,7 +24,7 @@ _LIST_KEYS = ("additional_special_tokens", "extra_special_tokens")
 _PADDING = re.compile(r"\W*pad(_token)?\W*", re.IGNORECASE)
 _LARGEST = 64 << 20
 _LISTED = 5
-_TODO = "text is encoded with tokenizer.model alone: use a model whose files agree with it"
+_REMEDY = "text is encoded with tokenizer.model alone: use a model whose files agree with it"
 
 
 def check_agreement(path: Path, pieces: Sequence[str], bos_id: int, eos_id: int, on_event: OnEvent) -> None:
@@ -47,7 +47,7 @@ def check_agreement(path: Path, pieces: Sequence[str], bos_id: int, eos_id: int,
             token = _content(files[name].get(role))
             if token not in (None, pieces[token_id]):
                 what = f"{role} is {token!r}, but that of tokenizer.model is {pieces[token_id]!r}"
-                raise CheckpointError(what, directory / name, _TODO)
+                raise CheckpointError(what, directory / name, _REMEDY)
     for flag, needed in (("add_bos_token", True), ("add_eos_token", False)):
         value = files[_CONFIG].get(flag)
         if value is not None and value is not needed:
@@ -80,12 +80,12 @@ def _check_tokens(directory: Path, files: dict[str, dict[str, Any]], pieces: Seq
                 unknown.setdefault(token, (token_id, directory / name))
         if lost:
             shown = _listed((token, ids[token]) for token in pieces if token in lost)
-            raise CheckpointError(f"lacks tokens of tokenizer.model: {shown}", directory / name, _TODO)
+            raise CheckpointError(f"lacks tokens of tokenizer.model: {shown}", directory / name, _REMEDY)
     padding = {token: unknown.pop(token) for token in list(unknown) if _PADDING.fullmatch(token)}
     if unknown:
         file = next(iter(unknown.values()))[1]
         shown = _listed((token, token_id) for token, (token_id, _) in unknown.items())
-        raise CheckpointError(f"tokens that tokenizer.model does not have: {shown}", file, _TODO)
+        raise CheckpointError(f"tokens that tokenizer.model does not have: {shown}", file, _REMEDY)
     for token, (token_id, file) in padding.items():
         on_event(Notice(f"{file}: {_listed([(token, token_id)])} is not in tokenizer.model; no row will contain it"))
 
