@@ -26,8 +26,8 @@ from llamatune.data.batches import Batch, Prepared, Split
 from llamatune.events import ignore_event, never_stop
 from llamatune.shapes.config import LlamaConfig
 from llamatune.shapes.counts import count_parameters
-from llamatune.shapes.levels import Levels, period_of
-from llamatune.shapes.limits import LOGITS_AT_ONCE, WEIGHTS_AT_ONCE
+from llamatune.shapes.recompute_levels import Levels, period_of
+from llamatune.shapes.tile_sizes import LOGITS_AT_ONCE, WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
 from llamatune.training.inputs import Inputs
 from llamatune.training.learner import Learner, build_learner

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from llamatune.errors import SpecError
 from llamatune.paths import expand_home
 from llamatune.shapes.config import LINEAR_MODULES
-from llamatune.shapes.levels import MODES, is_mode
+from llamatune.shapes.recompute_levels import MODES, is_mode
 from llamatune.units import parse_size
 
 FromList = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llamatune.data.row_decoding import Row, field_of, is_empty, kind_of, optional_text, quote, text_field
-from llamatune.data.row_reader import RowError
+from llamatune.data.row_files import RowError
+from llamatune.data.row_json import Row, field_of, is_empty, kind_of, optional_text, quote, text_field
 
 _SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llamatune.data.prefix_check import PromptCheck
-from llamatune.data.row_decoding import Row, decode_row
+from llamatune.data.row_files import RawRow, RowError
 from llamatune.data.row_formats import FORMATS, row_of, strip_annotations
-from llamatune.data.row_reader import RawRow, RowError
+from llamatune.data.row_json import Row, decode_row
 from llamatune.data.templates import Template
 from llamatune.options.preparation import PrepareOptions
 from llamatune.tokenizers.base import Tokenizer

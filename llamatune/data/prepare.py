@@ -27,7 +27,7 @@ from llamatune.data.prepare_report import (
     shown_path,
 )
 from llamatune.data.resolve_options import check_options, input_files, resolve_options
-from llamatune.data.row_reader import RawRow, read_raw_rows
+from llamatune.data.row_files import RawRow, read_raw_rows
 from llamatune.data.spool import Spool
 from llamatune.data.validation_split import held_out_rows
 from llamatune.data.workers import encode_batches

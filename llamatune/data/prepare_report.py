@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.data.encoding import EncodedBatch
-from llamatune.data.row_reader import RawRow
+from llamatune.data.row_files import RawRow
 from llamatune.errors import DataError
 
 _LONGEST_SHOWN = 5

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.data.encoding import Recipe
-from llamatune.data.row_decoding import decode_row
+from llamatune.data.row_files import RowError, read_raw_rows
 from llamatune.data.row_formats import FORMATS, ROWS_TRIED, Format, detect_format
-from llamatune.data.row_reader import RowError, read_raw_rows
+from llamatune.data.row_json import decode_row
 from llamatune.data.templates import DEFAULT_TEMPLATES, Template, load_template
 from llamatune.errors import DataError, SpecError
 from llamatune.events import Notice, OnEvent

@@ -29,8 +29,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llamatune.data.chat_format import read_chat
-from llamatune.data.row_decoding import Row, checked_text, decode_row, is_empty, optional_text, quote, text_field
-from llamatune.data.row_reader import RawRow, RowError
+from llamatune.data.row_files import RawRow, RowError
+from llamatune.data.row_json import Row, checked_text, decode_row, is_empty, optional_text, quote, text_field
 
 _CHATS = ("messages", "conversations")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from llamatune.data.row_decoding import Row
+from llamatune.data.row_json import Row
 from llamatune.errors import CheckpointError, DataError, LlamatuneError, SpecError
 from llamatune.paths import expand_home
 from llamatune.strict_yaml import read_yaml

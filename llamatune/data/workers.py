@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from multiprocessing.connection import Connection, Pipe
 
 from llamatune.data.encoding import EncodedBatch, Recipe, encode_batch
-from llamatune.data.row_reader import RawRow
+from llamatune.data.row_files import RawRow
 from llamatune.errors import EnvironmentFault
 from llamatune.stop_signals import STOP_SIGNALS
 

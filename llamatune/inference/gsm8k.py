@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llamatune.data.row_decoding import decode_row
+from llamatune.data.row_files import RowError, read_raw_rows
 from llamatune.data.row_formats import FORMATS, row_of
-from llamatune.data.row_reader import RowError, read_raw_rows
+from llamatune.data.row_json import decode_row
 from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import DataError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from llamatune.data.row_decoding import Row, decode_row, decode_value, kind_of
+from llamatune.data.row_files import RawRow, RowError, read_raw_rows
 from llamatune.data.row_formats import prompt_row_of
-from llamatune.data.row_reader import RawRow, RowError, read_raw_rows
+from llamatune.data.row_json import Row, decode_row, decode_value, kind_of
 from llamatune.data.templates import Template
 from llamatune.errors import DataError, SpecError
 from llamatune.safe_reading import read_bytes

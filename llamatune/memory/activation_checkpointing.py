@@ -6,7 +6,7 @@ import bisect
 from collections.abc import Callable, Sequence
 
 from llamatune.memory.ledger import Ledger, Passes, Walk
-from llamatune.shapes.levels import Levels, Recompute
+from llamatune.shapes.recompute_levels import Levels, Recompute
 
 
 def checkpointed(ledger: Ledger, walks: Sequence[Walk], input_bytes: int) -> Passes:

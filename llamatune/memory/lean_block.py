@@ -6,7 +6,7 @@ from llamatune.memory.attention import AttentionBytes
 from llamatune.memory.ledger import Ledger, Passes, Tensor
 from llamatune.memory.sizes import Sizes
 from llamatune.shapes.config import GATE_UP_MODULES, QKV_MODULES
-from llamatune.shapes.limits import TILE_TOKENS
+from llamatune.shapes.tile_sizes import TILE_TOKENS
 
 
 def _adapter(ledger: Ledger, z: Sizes, name: str, rows: int, back: bool) -> None:

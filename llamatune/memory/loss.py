@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llamatune.memory.ledger import Ledger, Passes
 from llamatune.memory.sizes import Sizes
-from llamatune.shapes.limits import LOGITS_AT_ONCE
+from llamatune.shapes.tile_sizes import LOGITS_AT_ONCE
 
 
 def frozen_head(ledger: Ledger, z: Sizes) -> Passes:

@@ -13,7 +13,7 @@ from llamatune.memory.sizes import Rows
 from llamatune.memory.step import Step, StepBytes
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.config import LlamaConfig
-from llamatune.shapes.levels import Levels, Recompute, levels_of
+from llamatune.shapes.recompute_levels import Levels, Recompute, levels_of
 from llamatune.spec import RunSpec
 from llamatune.units import gibibytes, parse_size
 

@@ -12,7 +12,7 @@ from llamatune.memory.sizes import Rows
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.dtypes import PRECISIONS
-from llamatune.shapes.levels import Recompute
+from llamatune.shapes.recompute_levels import Recompute
 from llamatune.spec import LoraSection, RunSpec, build_spec
 from llamatune.units import gibibytes
 

@@ -16,7 +16,7 @@ from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability, Gpu
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.dtypes import PRECISIONS, WEIGHT_BYTES
-from llamatune.shapes.limits import ELEMENTS_AT_ONCE, WEIGHTS_AT_ONCE
+from llamatune.shapes.tile_sizes import ELEMENTS_AT_ONCE, WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
 
 _CODE_TABLE_BYTES = 4 << 16  # what finds the level of an 8-bit blockwise code

@@ -18,7 +18,14 @@ from llamatune.memory.loss import frozen_head, trained_head
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.config import ATTENTION_MODULES, FEED_FORWARD_MODULES, LINEAR_MODULES, LlamaConfig
-from llamatune.shapes.levels import ATTENTION_MODES, FEED_FORWARD_MODES, Levels, Recompute, is_whole, levels_of
+from llamatune.shapes.recompute_levels import (
+    ATTENTION_MODES,
+    FEED_FORWARD_MODES,
+    Levels,
+    Recompute,
+    is_whole,
+    levels_of,
+)
 from llamatune.spec import RunSpec
 
 

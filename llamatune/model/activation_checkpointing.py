@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llamatune.model.lean.block import LeanBlock
 from llamatune.model.transformer import Block, Context, Transformer
-from llamatune.shapes.levels import ATTENTION_MODES, FEED_FORWARD_MODES, Levels, is_whole, levels_of
+from llamatune.shapes.recompute_levels import ATTENTION_MODES, FEED_FORWARD_MODES, Levels, is_whole, levels_of
 
 # The reentrant kind gives no gradient, or a part of it, when the block's input needs none.
 _recompute: Callable[..., Tensor] = functools.partial(checkpoint, use_reentrant=False)
@@ -51,7 +51,7 @@ def apply_activation_checkpointing(model: Transformer, mode: str, lean: bool, le
     """Replace the blocks of ``model`` by ones that recompute as ``mode`` says.
 
     Args:
-        mode: one of ``shapes.levels.MODES``.
+        mode: one of ``shapes.recompute_levels.MODES``.
         lean: lean blocks, at ``levels`` if they are given, else at those of ``mode``.
     """
     blocks, attention, feed_forward = model.model.layers, mode in ATTENTION_MODES, mode in FEED_FORWARD_MODES

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from llamatune.model.compiled_functions import compilable
 from llamatune.model.layers import linear, product_dtype, widened
 from llamatune.model.transformer import Transformer
-from llamatune.shapes.limits import LOGITS_AT_ONCE
+from llamatune.shapes.tile_sizes import LOGITS_AT_ONCE
 
 IGNORED = -100
 """The label of a position that is no target."""

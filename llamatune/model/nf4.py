@@ -23,7 +23,7 @@ from llamatune.model.blockwise_8bit import BlockwiseCode
 from llamatune.model.compiled_functions import compilable, is_compiling
 from llamatune.model.layers import FrozenProduct, Linear, product_dtype
 from llamatune.model.transformer import Transformer
-from llamatune.shapes.limits import WEIGHTS_AT_ONCE
+from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
 
 BLOCK = 64
 LEVELS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from llamatune.shapes.limits import SHORT_TOKENS
+from llamatune.shapes.tile_sizes import SHORT_TOKENS
 
 Capability = tuple[int, int]
 """A GPU's CUDA compute capability: (7, 5) of a T4, (9, 0) of an H100."""

@@ -19,7 +19,7 @@ from llamatune.model.initialise import initialise
 from llamatune.model.nf4 import quantize_blocks
 from llamatune.model.transformer import Transformer
 from llamatune.seeds import derived_seed
-from llamatune.shapes.levels import Levels
+from llamatune.shapes.recompute_levels import Levels
 from llamatune.spec import RunSpec, TrainingSection
 from llamatune.training.inputs import Inputs
 from llamatune.training.optimizers.adamw_8bit import AdamW8bit

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamatune.data.row_decoding import decode_row
+from llamatune.data.row_files import RawRow, RowError
 from llamatune.data.row_formats import FORMATS, detect_format, row_of, strip_annotations, within_edits
-from llamatune.data.row_reader import RawRow, RowError
+from llamatune.data.row_json import decode_row
 
 
 def _raw(row: Any) -> RawRow:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from llamatune.data.row_decoding import decode_row
+from llamatune.data.row_files import read_raw_rows
 from llamatune.data.row_formats import FORMATS, row_of
-from llamatune.data.row_reader import read_raw_rows
+from llamatune.data.row_json import decode_row
 from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import DataError
 from llamatune.inference.prompt_files import prompt_text, read_prompts

@@ -18,7 +18,7 @@ from llamatune.memory.plan_report import largest
 from llamatune.memory.remedies import recomputed_share, remedies
 from llamatune.memory.sizes import Rows
 from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig
-from llamatune.shapes.levels import Recompute
+from llamatune.shapes.recompute_levels import Recompute
 from llamatune.spec import RunSpec
 from llamatune.training.run import train
 from llamatune.units import parse_size

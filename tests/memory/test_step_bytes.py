@@ -14,9 +14,9 @@ from step_tools import real_step, spec_of, step_bytes
 from llamatune.data.batches import Batch
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.model import attention
-from llamatune.shapes import limits
+from llamatune.shapes import tile_sizes
 from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig
-from llamatune.shapes.levels import Levels, Recompute, levels_of
+from llamatune.shapes.recompute_levels import Levels, Recompute, levels_of
 
 QV = ("q_proj", "v_proj")
 TINY = LlamaConfig(64, 160, 3, 4, 2, 96)
@@ -30,7 +30,7 @@ TOLERANCE = 0.05
 def predicted(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: Levels | None = None) -> int:
     targets = rows * max(1, round(tokens * step_meter.TARGET_SHARE))
     with pytest.MonkeyPatch.context() as patch:
-        for portions in (limits.WEIGHTS_AT_ONCE, limits.LOGITS_AT_ONCE):
+        for portions in (tile_sizes.WEIGHTS_AT_ONCE, tile_sizes.LOGITS_AT_ONCE):
             patch.setitem(portions, "cpu", portions["cuda"])  # as the gate does
         return step_bytes(spec, config, Rows((tokens,) * rows, targets), cuda=False, levels=levels).peak
 

@@ -16,7 +16,7 @@ from llamatune.model.transformer import Transformer
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterKind, AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig, linear_path
 from llamatune.shapes.counts import count_parameters
-from llamatune.shapes.levels import Recompute
+from llamatune.shapes.recompute_levels import Recompute
 
 CONFIG = LlamaConfig(48, 100, 3, 6, 2, 131)
 TOY = AdapterSpec(1, 0.5, target_modules=LINEAR_MODULES, kind="toy")

@@ -18,7 +18,7 @@ from llamatune.model.nf4 import quantize_blocks
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
-from llamatune.shapes.levels import Recompute
+from llamatune.shapes.recompute_levels import Recompute
 
 CONFIG = LlamaConfig(48, 100, 3, 6, 2, 131)
 IDS = torch.randint(3, 131, (1, 29), generator=torch.Generator().manual_seed(2))

@@ -19,10 +19,10 @@ from llamatune.model.loss import summed_loss
 from llamatune.model.nf4 import quantize_blocks
 from llamatune.model.rope import rotary_angles
 from llamatune.model.transformer import Transformer
-from llamatune.shapes import limits
+from llamatune.shapes import tile_sizes
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
-from llamatune.shapes.levels import Recompute
+from llamatune.shapes.recompute_levels import Recompute
 
 LENGTHS = (11, 1, 17)
 LEVELS = list(Recompute)
@@ -31,7 +31,7 @@ LEVELS = list(Recompute)
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that do not divide the rows, so that their seams are tested."""
-    monkeypatch.setattr(limits, "TILE_TOKENS", 7)
+    monkeypatch.setattr(tile_sizes, "TILE_TOKENS", 7)
 
 
 def model_with(targets: list[str], dtype: torch.dtype, r: int = 4, dropout: float = 0.0) -> Transformer:

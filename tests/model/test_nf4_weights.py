@@ -26,7 +26,7 @@ from llamatune.model.layers import Linear
 from llamatune.model.nf4 import LEVELS, NF4Weight, Scratch, hold_quantized, quantize_blocks, quantize_nf4, storage
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.adapter import AdapterSpec
-from llamatune.shapes.limits import WEIGHTS_AT_ONCE
+from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
 
 SHAPES = [(64, 64), (37, 53), (1, 1), (3, 5), (1, 200), (130, 129), (257, 128), (100, 48)]
 

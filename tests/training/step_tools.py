@@ -17,7 +17,7 @@ from llamatune.memory.sizes import Rows
 from llamatune.memory.step import Step, StepBytes
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.config import LlamaConfig
-from llamatune.shapes.levels import Levels
+from llamatune.shapes.recompute_levels import Levels
 from llamatune.spec import RunSpec, TrainingSection
 from llamatune.training.learner import Learner, build_learner
 from llamatune.training.update import make_update

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llamatune.checkpoints.run_state import read_run_state, save_run_state
 from llamatune.model.blockwise_8bit import BLOCK, BlockwiseCode, dynamic_levels
-from llamatune.shapes.limits import ELEMENTS_AT_ONCE
+from llamatune.shapes.tile_sizes import ELEMENTS_AT_ONCE
 from llamatune.training.optimizers.adamw_8bit import AdamW8bit
 from llamatune.training.optimizers.optimizer import AdamW, Optimizer
 

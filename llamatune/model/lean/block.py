@@ -18,8 +18,8 @@ from llamatune.model.layers import RMSNorm, product_dtype
 from llamatune.model.lean.halves import LeanFeedForward, attended, feed_forward, feed_forward_gradients, projected
 from llamatune.model.lean.pieces import Projection, projections, tiles, trained_by
 from llamatune.model.transformer import Block, Context, select_rows
-from llamatune.shapes import limits
-from llamatune.shapes.levels import Recompute
+from llamatune.shapes import tile_sizes
+from llamatune.shapes.recompute_levels import Recompute
 
 _ATTENTION_KERNELS = {
     "aten::_scaled_dot_product_flash_attention",
@@ -91,7 +91,7 @@ class _RecomputedBlock(torch.autograd.Function):
         _remember(ctx, x, run_first, norm, first, last)
         middle = run_first(x)
         with torch.autocast(x.device.type, enabled=False):
-            starts = range(0, len(middle), limits.TILE_TOKENS)
+            starts = range(0, len(middle), tile_sizes.TILE_TOKENS)
             for start, tile in zip(starts, tiles(middle), strict=True):
                 tile.add_(feed_forward(tile, norm, last, ctx.dtype, start))
         return middle

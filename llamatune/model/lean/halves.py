@@ -29,7 +29,7 @@ from llamatune.model.lean.pieces import (
 )
 from llamatune.model.rope import Rotation
 from llamatune.model.transformer import Block, Context, select_rows
-from llamatune.shapes import limits
+from llamatune.shapes import tile_sizes
 
 
 class _AttentionInput(torch.autograd.Function):
@@ -129,8 +129,8 @@ def feed_forward_gradients(
     """Gradients with respect to x and the trained tensors, a tile of rows at a time."""
     dx = torch.empty_like(x)
     total: Trained = ()
-    for start in range(0, len(x), limits.TILE_TOKENS):
-        rows = slice(start, start + limits.TILE_TOKENS)
+    for start in range(0, len(x), tile_sizes.TILE_TOKENS):
+        rows = slice(start, start + tile_sizes.TILE_TOKENS)
         held = (kept[0][rows], kept[1][rows]) if kept else None
         dh, more = _feed_forward_backward(grad[rows].to(dtype), x[rows], norm, parts, held, start)
         dx[rows] = normalise_backward(dh, x[rows], norm)
@@ -151,7 +151,7 @@ class LeanFeedForward(torch.autograd.Function):
         widths = [] if recompute else [part.layer.out_features for part in parts[:2]]  # of gate and up
         kept = [torch.empty(len(x), width, dtype=dtype, device=x.device) for width in widths]
         with torch.autocast(x.device.type, enabled=False):
-            size = limits.TILE_TOKENS
+            size = tile_sizes.TILE_TOKENS
             outputs = [feed_forward(x[s : s + size], norm, parts, dtype, s, kept) for s in range(0, len(x), size)]
             y = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         ctx.save_for_backward(x, *kept)

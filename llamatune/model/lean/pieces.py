@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from llamatune.model.compiled_functions import compilable
 from llamatune.model.layers import Dropout, Linear, RMSNorm, Trained, widened
-from llamatune.shapes import limits
+from llamatune.shapes import tile_sizes
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def trained_by(parts: Sequence[Projection]) -> list[Tensor]:
 
 def tiles(x: Tensor) -> tuple[Tensor, ...]:
     """The rows of x, ``TILE_TOKENS`` at a time."""
-    return torch.split(x, limits.TILE_TOKENS)
+    return torch.split(x, tile_sizes.TILE_TOKENS)
 
 
 def normalise(x: Tensor, norm: RMSNorm, dtype: torch.dtype) -> Tensor:

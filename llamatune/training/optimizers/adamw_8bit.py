@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamatune.model.blockwise_8bit import BLOCK, BlockwiseCode
-from llamatune.shapes.limits import ELEMENTS_AT_ONCE
+from llamatune.shapes.tile_sizes import ELEMENTS_AT_ONCE
 from llamatune.training.optimizers.optimizer import AdamW, State
 
 SMALLEST_QUANTIZED = 4096

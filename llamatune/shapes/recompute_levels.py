@@ -1,4 +1,4 @@
-"""Activation checkpointing: its modes, and what a block computes again in the backward pass. No torch.
+"""Recompute levels of activation checkpointing: its modes, and what a block computes again in the backward pass.
 
 ``training.activation_checkpointing`` is parsed here and nowhere else.
 """

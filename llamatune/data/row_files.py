@@ -1,4 +1,4 @@
-"""Row reader: the raw bytes of each row of a JSON Lines file or a JSON list.
+"""Files of rows, in UTF-8: the raw bytes of each row of a JSON Lines file or a JSON list.
 
 Rows are separated before they are decoded: a line ends at ``\\n`` alone (U+2028 and U+0085 are text), an element of a
 list at the comma or bracket behind it. An unreadable row becomes a ``RowError`` and reading continues with the next;

@@ -1,4 +1,4 @@
-"""Row decoding: the bytes of one row to a checked JSON object, and checks of its text fields."""
+"""JSON of a row: its bytes decoded to a checked object, and checks of its text fields."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llamatune.data.row_reader import RawRow, RowError
+from llamatune.data.row_files import RawRow, RowError
 from llamatune.strict_json import parse_json
 
 _LONGEST_QUOTE = 80
