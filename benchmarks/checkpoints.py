@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from material import ALPHA, SHAPES, TARGETS, R
 
-from llamatune.checkpoints.run_state import save_run_state
+from llamatune.checkpoints.training_checkpoint import save_run_state
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.spec import build_spec
-from llamatune.training.learner import build_optimizer
+from llamatune.training.model_and_optimizer import build_optimizer
 from llamatune.training.optimizers.optimizer import Optimizer
-from llamatune.training.run_output import RunOutput
+from llamatune.training.save_and_resume import RunOutput
 
 PHASES = {  # functions of each phase in a profile
     "finite?": ("aminmax", "isfinite"),

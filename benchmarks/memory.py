@@ -22,7 +22,7 @@ from step_meter import StepMeter, measure_step
 from tables import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.spec import build_spec
 
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.prepare import prepare_data
 from llamatune.demo.run_demo import MATERIAL, demo_spec
 from llamatune.events import EpochDone, EvalDone, Event
-from llamatune.options.preparation import PrepareOptions
 from llamatune.spec import build_spec
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 BASES = {"float32": "fp32", "bfloat16": "bf16", "nf4": "bf16"}
 """``model.dtype`` and the ``training.precision`` that goes with it."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llamatune.checkpoints.model_directory import read_config
-from llamatune.shapes.config import LlamaConfig, linear_path
+from llamatune.shapes.llama_config import LlamaConfig, linear_path
 
 PACKAGES = {"trainer": "peft", "torchtune": "torchtune.models.llama2", "litgpt": "litgpt.lora", "unsloth": "unsloth"}
 """The module of each peer. unsloth cannot be imported without a GPU."""

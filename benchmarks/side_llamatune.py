@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llamatune.events import Event, RunStarted, StepDone
 from llamatune.spec import load_spec
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 
 def main() -> None:

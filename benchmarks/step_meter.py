@@ -24,14 +24,14 @@ from torch.utils._pytree import tree_leaves
 from llamatune.benchmarking.category_meter import Followed, StorageMeter
 from llamatune.data.batches import Batch, Prepared, Split
 from llamatune.events import ignore_event, never_stop
-from llamatune.shapes.config import LlamaConfig
 from llamatune.shapes.counts import count_parameters
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shapes.recompute_levels import Levels, period_of
 from llamatune.shapes.tile_sizes import LOGITS_AT_ONCE, WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
 from llamatune.training.inputs import Inputs
-from llamatune.training.learner import Learner, build_learner
-from llamatune.training.update import make_update
+from llamatune.training.model_and_optimizer import Learner, build_learner
+from llamatune.training.training_step import make_update
 
 TARGET_SHARE = 0.46
 """The share of Alpaca's tokens that are trained, by LLaMA-2's tokenizer and the ``alpaca`` template."""

@@ -28,8 +28,8 @@ from llamatune.model.compiled_functions import compiling
 from llamatune.shapes.counts import count_parameters
 from llamatune.spec import build_spec
 from llamatune.training.inputs import Inputs
-from llamatune.training.learner import build_learner
-from llamatune.training.update import make_update
+from llamatune.training.model_and_optimizer import build_learner
+from llamatune.training.training_step import make_update
 
 Step = Callable[[int], float]
 """Makes one update, given the window's number from 0, and returns its loss."""

@@ -21,10 +21,10 @@ from step_meter import even_batch
 from steps import llamatune_step
 
 from llamatune.checkpoints.loading import load_model, open_checkpoint
+from llamatune.command_options.inference import Sampling
 from llamatune.inference.engine import complete
 from llamatune.inference.evaluate import score_batch
-from llamatune.options.inference import Sampling
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.threads import mean_product
 
 SIZES = (64, 128, 256, 512, 1024)

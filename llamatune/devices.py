@@ -14,8 +14,8 @@ import torch
 from llamatune.errors import EnvironmentFault, SpecError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.free_memory import free_host_bytes
+from llamatune.required_versions import require_version
 from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability
-from llamatune.versions import require_version
 
 _CUDA_12_BUILD = (
     "install torch 2.10 to 2.14 built for CUDA 12.6 (https://pytorch.org/get-started/previous-versions has the command)"

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from llamatune.errors import SpecError
-from llamatune.paths import expand_home
-from llamatune.shapes.config import LINEAR_MODULES
+from llamatune.home_directory import expand_home
+from llamatune.shapes.llama_config import LINEAR_MODULES
 from llamatune.shapes.recompute_levels import MODES, is_mode
 from llamatune.units import parse_size
 

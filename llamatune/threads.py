@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 
 BREAK_EVEN = 1 << 25
 """Multiply-adds of the average product from which on threads are left to torch.

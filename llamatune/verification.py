@@ -24,7 +24,7 @@ from llamatune.formats.safetensors import read_header
 from llamatune.formats.state_json import STATE, list_checkpoints, read_progress
 from llamatune.spec import load_spec
 from llamatune.strict_json import read_json
-from llamatune.training.run_files import BEST, CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
+from llamatune.training.run_file_names import BEST, CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK
 
 _READ_BY_NAME = re.compile(

@@ -215,8 +215,8 @@ def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path, tiny_rows: Path) -> Callable[..., Path]:
     """Prepared directories, by the options that differ; each is made once."""
+    from llamatune.command_options.preparation import PrepareOptions
     from llamatune.data.prepare import prepare_data
-    from llamatune.options.preparation import PrepareOptions
 
     made: dict[str, Path] = {}
 

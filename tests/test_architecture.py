@@ -20,13 +20,13 @@ FLOORS = [
     {"checkpoints", "data"},
     {"model", "tokenizers"},
     {"memory"},
-    {"spec", "options"},
+    {"spec", "command_options"},
     {"spec_types", "spec_overrides"},
     {
-        *("devices", "out_of_memory", "threads", "formats", "seeds", "strict_yaml", "versions", "units"),
+        *("devices", "out_of_memory", "threads", "formats", "seeds", "strict_yaml", "required_versions", "units"),
     },
     {"free_memory", "launcher", "strict_json"},
-    {"durable_writing", "safe_reading", "paths"},
+    {"durable_writing", "safe_reading", "home_directory"},
     {"shapes"},
     {"errors", "events", "stop_signals"},
 ]

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamatune import cli, devices
 from llamatune.checkpoints.loading import load_model
+from llamatune.command_options.inference import ModelSource
 from llamatune.devices import choose_device, find_device
 from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, ignore_event
 from llamatune.inference.model_source import open_model
-from llamatune.options.inference import ModelSource
 from llamatune.spec import build_spec
 from llamatune.training.inputs import open_inputs
 from llamatune.training.precision import check_precision

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from llamatune.benchmarking.results import CATEGORIES
 from llamatune.errors import OutOfMemory
-from llamatune.training.learner import Learner
+from llamatune.training.model_and_optimizer import Learner
 
 
 @dataclass(eq=False, slots=True)

@@ -11,10 +11,10 @@ import torch
 from llamatune import __version__
 from llamatune.benchmarking.grid import Cell, Grid, expand, parse_axis, preset_grid
 from llamatune.benchmarking.measure_cell import Task
+from llamatune.command_options.training import BenchmarkOptions
 from llamatune.devices import find_device
 from llamatune.errors import LlamatuneError
 from llamatune.events import Notice, OnEvent
-from llamatune.options.training import BenchmarkOptions
 from llamatune.safe_reading import digest_bytes
 from llamatune.spec import RunSpec, load_spec
 from llamatune.spec_overrides import refuse_twice

@@ -26,10 +26,10 @@ from llamatune.spec import RunSpec
 from llamatune.threads import suitable_threads
 from llamatune.training.compile_ahead import check_compiler, compile_ahead
 from llamatune.training.inputs import Inputs
-from llamatune.training.learner import Learner, build_learner
+from llamatune.training.model_and_optimizer import Learner, build_learner
 from llamatune.training.run_memory import peak_memory_bytes, peak_reserved_bytes, plan_run_memory
 from llamatune.training.schedule import Schedule, learning_rate_at, micro_batch_tokens
-from llamatune.training.update import Update, make_update
+from llamatune.training.training_step import Update, make_update
 
 _WARM_UP_STEPS = 3
 

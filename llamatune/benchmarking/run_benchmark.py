@@ -17,10 +17,10 @@ from llamatune.benchmarking.effects import Effect, effects
 from llamatune.benchmarking.grid import Axis
 from llamatune.benchmarking.results import Result, memory_unit, results_csv, status_word
 from llamatune.benchmarking.tables import effects_table, flat_table, nested_tables
+from llamatune.command_options.training import BenchmarkOptions
 from llamatune.durable_writing import probe_writable, refuse_occupied, write_atomic
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.options.training import BenchmarkOptions
 from llamatune.strict_json import dump_json, read_json
 from llamatune.training.run_directory import is_ours, move_aside, write_if_changed
 from llamatune.training.run_lock import run_lock

@@ -73,13 +73,8 @@ def flat_table(axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[
     used = [place for place in range(len(header)) if place <= len(axes) or any(row[place] for row in rows)]
     titles = {MEMORY: f"memory ({unit.name})", SPEED: "speed and loss"}
     title = ", ".join(titles[part] for part in parts)
-    return Table(
-        title[0].upper() + title[1:],
-        tuple(header[place] for place in used),
-        tuple(tuple(row[place] for place in used) for row in rows),
-        len(axes),
-        tuple(_notes(results)),
-    )
+    head, *body = (tuple(line[place] for place in used) for line in (header, *rows))
+    return Table(title[0].upper() + title[1:], head, tuple(body), len(axes), tuple(_notes(results)))
 
 
 def _notes(results: Sequence[Result]) -> list[str]:

@@ -23,7 +23,7 @@ from llamatune.formats.safetensors import read_header
 from llamatune.model.torch_dtypes import STORED_WEIGHTS
 from llamatune.safe_reading import digest_file
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.strict_json import write_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -8,7 +8,7 @@ from typing import Any
 
 from llamatune.errors import CheckpointError
 from llamatune.shapes.adapter import AdapterSpec
-from llamatune.shapes.config import LINEAR_MODULES
+from llamatune.shapes.llama_config import LINEAR_MODULES
 from llamatune.strict_json import JsonFields, read_json
 
 CONFIG_FILE = "adapter_config.json"

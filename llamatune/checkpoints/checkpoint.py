@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import mmap
 from abc import ABC, abstractmethod
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from llamatune.checkpoints.config_json import EMBEDDING, HEAD
 from llamatune.checkpoints.model_directory import Format, list_faults
 from llamatune.checkpoints.tensor_bytes import tensor_bytes
 from llamatune.errors import CheckpointError
@@ -21,11 +18,10 @@ from llamatune.formats.manifest import Staging
 from llamatune.formats.safetensors import TensorLocation
 from llamatune.model.torch_dtypes import STORED_WEIGHTS
 from llamatune.safe_reading import open_regular, read_faults
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 
 _PORTION_BYTES = 16 << 20
 """What is read at once of a tensor that is not one run of bytes."""
-_SAMPLED_ROWS = 16
 
 TensorOf = Callable[[str], torch.Tensor]
 """Gives a weight by its Hugging Face name, in Hugging Face's layout."""
@@ -65,24 +61,6 @@ class Checkpoint(ABC):
     def dtype(self, name: str) -> torch.dtype:
         """As stored."""
         return STORED_WEIGHTS[self.parts[name][0].dtype]
-
-    def fingerprint(self) -> str:
-        """SHA-256 over names, shapes and 16 evenly spread rows of every tensor (elements of a vector).
-
-        Names and order are Hugging Face's, rows are float32 values: copies in either format, or in a wider dtype,
-        agree. The head is always part of it: the embedding when tied. Reads a few hundred kilobytes to a few tens of
-        megabytes.
-        """
-        digest = hashlib.sha256()
-        sources = {name: name for name in self.shapes} | {HEAD: HEAD if HEAD in self.shapes else EMBEDDING}
-        for name, source in sources.items():
-            shape = self.shapes[source]
-            digest.update(json.dumps([name, shape]).encode())
-            count = min(_SAMPLED_ROWS, shape[0])
-            rows = [index * (shape[0] - 1) // max(1, count - 1) for index in range(count)]
-            sample = self.rows(source, rows).to(torch.float32).contiguous()
-            digest.update(tensor_bytes(sample))
-        return f"sha256:{digest.hexdigest()}"
 
     def _read(self, part: TensorLocation, mapped: bool = False) -> torch.Tensor:
         dtype = STORED_WEIGHTS[part.dtype]

@@ -11,7 +11,7 @@ from typing import Any
 
 from llamatune.errors import CheckpointError
 from llamatune.formats.safetensors import TensorLocation, same_bytes
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.strict_json import JsonFields, read_json, write_json
 from llamatune.tokenizers.copied_files import copy_file
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from llamatune.checkpoints.checkpoint import Checkpoint
-from llamatune.checkpoints.huggingface import HuggingFaceCheckpoint
-from llamatune.checkpoints.meta import MetaCheckpoint
+from llamatune.checkpoints.huggingface_weights import HuggingFaceCheckpoint
+from llamatune.checkpoints.meta_weights import MetaCheckpoint
 from llamatune.checkpoints.model_directory import detect_format, warn_of_missing_head
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import Stopped

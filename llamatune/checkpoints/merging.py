@@ -12,18 +12,19 @@ import torch
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.config_json import EMBEDDING
-from llamatune.checkpoints.huggingface import write_huggingface
+from llamatune.checkpoints.fingerprint import fingerprint
+from llamatune.checkpoints.huggingface_weights import write_huggingface
 from llamatune.checkpoints.loading import open_checkpoint
-from llamatune.checkpoints.meta import write_meta
+from llamatune.checkpoints.meta_weights import write_meta
 from llamatune.checkpoints.model_directory import warn_of_missing_head
 from llamatune.checkpoints.tensor_bytes import is_finite
+from llamatune.command_options.inference import MergeOptions
 from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, Manifest, build_directory, finished_product, manifest_if_readable
 from llamatune.model.adapters.apply import adapter_class
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
-from llamatune.options.inference import MergeOptions
 
 _PORTION = 1 << 19
 """Weights merged at once: their fp32 values stay in the processor's cache."""
@@ -63,7 +64,7 @@ def merge_lora(
     _refuse_own_inputs(options)
     format_ = checkpoint.format if options.format == "same" else options.format
     dtype = None if options.dtype == "same" else TORCH_DTYPES[options.dtype]
-    base_fingerprint = checkpoint.fingerprint()
+    base_fingerprint = fingerprint(checkpoint)
     inputs = {
         "base_fingerprint": base_fingerprint,
         "adapter_sha256": adapter.digest,

@@ -18,7 +18,7 @@ from llamatune.errors import CheckpointError, EnvironmentFault
 from llamatune.events import Notice, OnEvent
 from llamatune.formats.safetensors import TensorLocation, read_header
 from llamatune.formats.torch_archive import read_archive
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.strict_json import read_json
 
 Format = Literal["hf", "meta"]

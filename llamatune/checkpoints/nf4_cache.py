@@ -21,7 +21,7 @@ from llamatune.formats.manifest import build_directory, finished_product, has_ma
 from llamatune.formats.safetensors import TensorLocation, read_header
 from llamatune.model.nf4 import NF4Weight, Scratch, quantize_nf4, storage
 from llamatune.model.torch_dtypes import STORED_NAMES
-from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 
 _FILE, _KIND = "nf4.safetensors", "nf4-weights"
 SCHEMA = 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from llamatune.errors import CheckpointError
 from llamatune.formats.manifest import manifest_if_readable
 from llamatune.formats.safetensors import TensorLocation
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.strict_json import JsonFields, read_json, write_json
 
 HEAD, EMBEDDING = "output.weight", "tok_embeddings.weight"

@@ -54,12 +54,12 @@ class Console:
         """Draw an event on a terminal, or write it as a ``key=value`` line. Work goes on where stderr is closed."""
         if self._draw is None:
             if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
-                from llamatune.commands._progress_display import ProgressBars, open_console
+                from llamatune.commands._progress_bars import ProgressBars, open_console
 
                 live = ProgressBars(open_console(sys.stderr))
                 self._draw, self._close_drawing = live.draw, live.close
             else:
-                from llamatune.commands._key_value_lines import KeyValueLines
+                from llamatune.commands._log_lines import KeyValueLines
 
                 self._draw = KeyValueLines(self.log_every_steps).draw
         try:
@@ -74,7 +74,7 @@ class Console:
             if self._json_mode:
                 sys.stdout.write(json.dumps(payload, ensure_ascii=False, allow_nan=False) + "\n")
             else:
-                from llamatune.commands._progress_display import open_console
+                from llamatune.commands._progress_bars import open_console
 
                 human(open_console(sys.stdout))
             sys.stdout.flush()

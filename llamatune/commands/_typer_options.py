@@ -14,10 +14,10 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from llamatune.command_options.option import Option, Options, option_fields
 from llamatune.commands._console import Console
 from llamatune.errors import SpecError
-from llamatune.options.option import Option, Options, option_fields
-from llamatune.paths import expand_home
+from llamatune.home_directory import expand_home
 
 _JSON = typer.Option(False, "--json", help="Print the result as one JSON object.")
 

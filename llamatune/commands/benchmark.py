@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from llamatune.command_options.training import BenchmarkOptions
 from llamatune.commands._console import Console, RichConsole
-from llamatune.options.training import BenchmarkOptions
 
 if TYPE_CHECKING:
     from llamatune.benchmarking.run_benchmark import Benchmark

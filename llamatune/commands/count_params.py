@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llamatune.command_options.inference import DEFAULT_RANK, DEFAULT_TARGET_MODULES, CountOptions
 from llamatune.commands._console import Console, RichConsole
-from llamatune.options.inference import DEFAULT_RANK, DEFAULT_TARGET_MODULES, CountOptions
 
 if TYPE_CHECKING:
     from llamatune.shapes.counts import ParameterCount
@@ -18,8 +18,8 @@ def count_params(options: CountOptions, console: Console) -> None:
         from llamatune.checkpoints.model_directory import detect_format, read_config, warn_of_missing_head
         from llamatune.errors import SpecError
         from llamatune.shapes.adapter import AdapterSpec
-        from llamatune.shapes.config import LINEAR_MODULES, preset
         from llamatune.shapes.counts import count_parameters
+        from llamatune.shapes.llama_config import LINEAR_MODULES, preset
 
         if (model := options.model) is not None:
             config = read_config(model)

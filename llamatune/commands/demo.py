@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from llamatune.command_options.training import DemoOptions
 from llamatune.commands._console import Console, RichConsole
-from llamatune.options.training import DemoOptions
 
 if TYPE_CHECKING:
     from llamatune.demo.run_demo import DemoReport

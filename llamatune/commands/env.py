@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from llamatune import __version__
+from llamatune.command_options.option import Options
 from llamatune.commands._console import Console, RichConsole
-from llamatune.options.option import Options
 
 _PACKAGES = ("torch", "safetensors", "sentencepiece", "pydantic", "typer", "rich", "PyYAML")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from llamatune.command_options.inference import EvaluateOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.errors import printable
-from llamatune.options.inference import EvaluateOptions
 
 
 def evaluate(options: EvaluateOptions, console: Console) -> None:

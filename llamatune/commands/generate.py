@@ -6,20 +6,19 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from llamatune.command_options.inference import GenerateOptions
 from llamatune.commands._console import Console, RichConsole
-from llamatune.errors import DataError, SpecError, printable
-from llamatune.options.inference import GenerateOptions
+from llamatune.errors import printable
 
 if TYPE_CHECKING:
     from llamatune.inference.generate import Generations
-    from llamatune.inference.prompt_files import Prompt
-
-_LONGEST_INPUT = 16 << 20
 
 
 def generate(options: GenerateOptions, console: Console) -> None:
     """Complete prompts."""
-    prompts = _prompts(options)
+    from llamatune.inference.prompt_files import given_prompts, piped_prompt
+
+    prompts = given_prompts(options.prompt, options.prompt_file) or [piped_prompt(sys.stdin.buffer)]
 
     from llamatune.durable_writing import output_file, write_atomic
     from llamatune.strict_json import dump_json_lines
@@ -37,23 +36,6 @@ def generate(options: GenerateOptions, console: Console) -> None:
             write_atomic(output, dump_json_lines(results), options.overwrite)
         payload = {"results": results, "tokens_per_second": generations.tokens_per_second}
         console.result(payload, lambda out: _print(out, generations, options.compare))
-
-
-def _prompts(options: GenerateOptions) -> list[Prompt]:
-    if options.prompt or options.prompt_file is not None:
-        from llamatune.inference.prompt_files import given_prompts
-
-        return given_prompts(options.prompt, options.prompt_file)
-    raw = sys.stdin.buffer.read(_LONGEST_INPUT + 1)
-    if len(raw) > _LONGEST_INPUT:
-        raise DataError(f"more than {_LONGEST_INPUT:,} bytes", "standard input", "pass prompts with --prompt-file")
-    try:
-        text = raw.decode("utf-8-sig").removesuffix("\n")
-    except UnicodeDecodeError as fault:
-        raise DataError(f"not UTF-8 at byte {fault.start}", "standard input") from None
-    if not text:
-        raise SpecError("no prompt", "standard input", "pass --prompt TEXT, --prompt-file FILE, or pipe a prompt in")
-    return [text]
 
 
 def _print(out: RichConsole, generations: Generations, compare: bool) -> None:

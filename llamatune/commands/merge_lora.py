@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from llamatune.command_options.inference import MergeOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.errors import Stopped, printable
-from llamatune.options.inference import MergeOptions
 
 
 def merge_lora(options: MergeOptions, console: Console) -> None:

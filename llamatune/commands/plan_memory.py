@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamatune.command_options.training import PlanMemoryOptions
 from llamatune.commands._console import Console, RichConsole
-from llamatune.options.training import PlanMemoryOptions
 
 if TYPE_CHECKING:
     from llamatune.memory.sizes import Rows
-    from llamatune.shapes.config import LlamaConfig
+    from llamatune.shapes.llama_config import LlamaConfig
     from llamatune.spec import RunSpec
 
 
@@ -19,11 +19,11 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
     with console:
         from llamatune.checkpoints.model_directory import read_config
         from llamatune.errors import SpecError
+        from llamatune.home_directory import expand_home
         from llamatune.memory import plan as planning
         from llamatune.memory.plan_report import explain as explain_plan
         from llamatune.memory.plan_report import plan_report
-        from llamatune.paths import expand_home
-        from llamatune.shapes.config import preset
+        from llamatune.shapes.llama_config import preset
         from llamatune.spec import build_spec, load_spec
         from llamatune.spec_overrides import refuse_twice
 

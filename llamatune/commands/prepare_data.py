@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llamatune.command_options.preparation import PrepareOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.errors import Stopped, printable
-from llamatune.options.preparation import PrepareOptions
 
 
 def prepare_data(options: PrepareOptions, console: Console) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from llamatune.command_options.training import ReportOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.errors import printable
-from llamatune.options.training import ReportOptions
 
 if TYPE_CHECKING:
     from llamatune.reporting.report_data import Report

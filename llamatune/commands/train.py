@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from llamatune.command_options.training import TrainOptions
 from llamatune.commands._console import Console, RichConsole
-from llamatune.options.training import TrainOptions
 
 
 def train(options: TrainOptions, console: Console) -> None:
@@ -17,8 +17,8 @@ def train(options: TrainOptions, console: Console) -> None:
     console.log_every_steps = spec.training.log_every_steps
     with console:
         from llamatune.tracking.trackers import Trackers
-        from llamatune.training.run import plan_training
-        from llamatune.training.run import train as run_training
+        from llamatune.training.train import plan_training
+        from llamatune.training.train import train as run_training
 
         trackers = Trackers(spec, console.on_event)
         if options.dry_run:

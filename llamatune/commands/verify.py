@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from llamatune.command_options.inference import VerifyOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.errors import Stopped, printable
-from llamatune.options.inference import VerifyOptions
 
 if TYPE_CHECKING:
     from llamatune.verification import Verified

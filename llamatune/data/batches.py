@@ -11,13 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llamatune.errors import CheckpointError, DataError
-from llamatune.events import Notice, OnEvent
+from llamatune.errors import DataError
 from llamatune.formats.manifest import Manifest
 from llamatune.formats.prepared import SplitFile, read_prepared_manifest, split_path
 from llamatune.model.loss import IGNORED
-from llamatune.shapes.config import LlamaConfig
-from llamatune.tokenizers.sentencepiece import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -94,26 +91,3 @@ def open_prepared(path: Path) -> Prepared:
     """Open a directory that ``prepare-data`` wrote; anything else is a ``DataError``."""
     manifest, validation = read_prepared_manifest(path), split_path(path, "validation")
     return Prepared(Split(split_path(path, "train")), Split(validation) if validation.exists() else None, manifest)
-
-
-def check_rows(split: Split, config: LlamaConfig, where: str, on_event: OnEvent) -> None:
-    """Raise ``CheckpointError`` for an id beyond the model's embedding; warn about rows beyond its context length."""
-    if split.largest_id >= config.vocab_size:
-        what = f"tokenizer id {split.largest_id} >= {config.vocab_size} embedding rows"
-        raise CheckpointError(what, where, "prepare the data with the tokenizer of this model")
-    longest, known = max(split.lengths, default=0), config.max_position_embeddings
-    if longest > known:
-        on_event(Notice(f"{where}: a row of {longest} tokens exceeds the model's context length of {known}", "warning"))
-
-
-def check_tokenizer(prepared: Prepared, model: Path, force_base: bool, on_event: OnEvent) -> None:
-    """Raise ``CheckpointError`` if the rows were encoded with another tokenizer than the model directory's."""
-    if not (model / "tokenizer.model").is_file():
-        on_event(Notice(f"{model} has no tokenizer.model to compare the data's tokenizer with", "warning"))
-        return
-    if load_tokenizer(model).fingerprint == prepared.manifest.tokenizer_fingerprint:
-        return
-    what = "the data was prepared with another tokenizer than the model's"
-    if not force_base:
-        raise CheckpointError(what, model / "tokenizer.model", "prepare it again with this one, or pass --force-base")
-    on_event(Notice(f"{what}; accepted because of --force-base", "warning"))

@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.prefix_check import PromptCheck
 from llamatune.data.row_files import RawRow, RowError
 from llamatune.data.row_formats import FORMATS, row_of, strip_annotations
 from llamatune.data.row_json import Row, decode_row
 from llamatune.data.templates import Template
-from llamatune.options.preparation import PrepareOptions
-from llamatune.tokenizers.base import Tokenizer
+from llamatune.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

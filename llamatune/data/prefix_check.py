@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Sequence
 
-from llamatune.tokenizers.base import Tokenizer
+from llamatune.tokenizers.tokenizer import Tokenizer
 
 _SPACE = "▁"
 _PROBE = "A  ﬁne \uff58 é\u0301 ½ \n\t z"

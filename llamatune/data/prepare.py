@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.encoding import Recipe
 from llamatune.data.prepare_report import (
     Counts,
@@ -30,17 +31,15 @@ from llamatune.data.resolve_options import check_options, input_files, resolve_o
 from llamatune.data.row_files import RawRow, read_raw_rows
 from llamatune.data.spool import Spool
 from llamatune.data.validation_split import held_out_rows
-from llamatune.data.workers import encode_batches
+from llamatune.data.workers import default_workers, encode_batches
 from llamatune.durable_writing import refuse_occupied
 from llamatune.errors import DataError, EnvironmentFault, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import Staging, build_directory, finished_product, has_manifest
 from llamatune.formats.prepared import KIND
-from llamatune.options.preparation import PrepareOptions
 
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 19
-_BYTES_FOR_A_WORKER = 4 << 20  # starting a process costs about as much as encoding 1 MB
 _PROGRESS_EVERY_S = 0.5
 
 
@@ -75,7 +74,7 @@ def prepare_data(
     with build_directory(options.output, KIND, inputs, options.overwrite) as staging:
         total_bytes = sum(path.stat().st_size for path in input_files(options))
         if workers is None:
-            workers = min(len(os.sched_getaffinity(0)), total_bytes // _BYTES_FOR_A_WORKER)
+            workers = default_workers(total_bytes)
         _Job(recipe, staging, on_event, should_stop, workers, total_bytes).run()
         if [_file_state(path) for path in input_files(options)] != state:
             raise DataError("a row file was changed while it was read", None, "run the same command again")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.formats.prepared import SplitFile, split_path
-from llamatune.tokenizers.base import Tokenizer
+from llamatune.tokenizers.tokenizer import Tokenizer
 
 
 def preview_rows(directory: Path, tokenizer: Tokenizer, count: int) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.encoding import Recipe
 from llamatune.data.row_files import RowError, read_raw_rows
 from llamatune.data.row_formats import FORMATS, ROWS_TRIED, Format, detect_format
@@ -15,7 +16,6 @@ from llamatune.data.row_json import decode_row
 from llamatune.data.templates import DEFAULT_TEMPLATES, Template, load_template
 from llamatune.errors import DataError, SpecError
 from llamatune.events import Notice, OnEvent
-from llamatune.options.preparation import PrepareOptions
 from llamatune.safe_reading import digest_file
 from llamatune.tokenizers.sentencepiece import load_tokenizer
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llamatune.data.chat_format import read_chat
+from llamatune.data.chat_rows import read_chat
 from llamatune.data.row_files import RawRow, RowError
 from llamatune.data.row_json import Row, checked_text, decode_row, is_empty, optional_text, quote, text_field
 

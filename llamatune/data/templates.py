@@ -16,7 +16,7 @@ from typing import Any
 
 from llamatune.data.row_json import Row
 from llamatune.errors import CheckpointError, DataError, LlamatuneError, SpecError
-from llamatune.paths import expand_home
+from llamatune.home_directory import expand_home
 from llamatune.strict_yaml import read_yaml
 
 _LARGEST_TEXT = 100_000

@@ -22,7 +22,13 @@ from llamatune.errors import EnvironmentFault
 from llamatune.stop_signals import STOP_SIGNALS
 
 _POLL_S = 0.2
+_BYTES_FOR_A_WORKER = 4 << 20  # starting a process costs about as much as encoding 1 MB
 _SERVE = "import sys; sys.path[:] = {path!r}; from llamatune.data.workers import serve; serve({descriptor})"
+
+
+def default_workers(total_bytes: int) -> int:
+    """One for each 4 MiB of rows, at most one a core."""
+    return min(len(os.sched_getaffinity(0)), total_bytes // _BYTES_FOR_A_WORKER)
 
 
 def encode_batches(

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from llamatune.checkpoints.merging import merge_lora
 from llamatune.checkpoints.model_directory import read_config
+from llamatune.command_options.inference import MergeOptions, ModelSource, Sampling
+from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.prepare import prepare_data
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.generate import generate
-from llamatune.options.inference import MergeOptions, ModelSource, Sampling
-from llamatune.options.preparation import PrepareOptions
 from llamatune.shapes.counts import count_parameters
 from llamatune.spec import RunSpec, build_spec
 from llamatune.strict_yaml import read_yaml
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 MATERIAL = Path(str(resources.files("llamatune.demo")))
 """The folder of ``base/``, the rows and the run specs; wheels are installed unpacked, so these are files."""
@@ -94,18 +94,9 @@ def run_demo(output: Path, on_event: OnEvent = ignore_event, should_stop: Should
         HeldOut(row["instruction"], row["output"], both.base_completion or "", both.completion, last.completion)
         for row, both, last in zip(held_out, compared, of_merged, strict=True)
     ]
-    base_match, tuned_match, merged_match = (
+    before, after, merged_match = (
         100 * (sum(getattr(row, kind) == row.expected for row in answers) / len(answers))
         for kind in ("base", "tuned", "merged")
     )
-    return DemoReport(
-        str(output),
-        summary["trainable_parameters"],
-        count.base_parameters,
-        base_match,
-        tuned_match,
-        merged_match,
-        summary["runtime_s"],
-        summary["peak_memory_bytes"],
-        answers,
-    )
+    trained, seconds, peak = (summary[key] for key in ("trainable_parameters", "runtime_s", "peak_memory_bytes"))
+    return DemoReport(str(output), trained, count.base_parameters, before, after, merged_match, seconds, peak, answers)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llamatune.command_options.inference import Sampling
 from llamatune.errors import Stopped
 from llamatune.events import ShouldStop, never_stop
 from llamatune.inference.sampling import next_tokens
 from llamatune.model.kv_cache import KVCache
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
-from llamatune.options.inference import Sampling
 from llamatune.seeds import derived_seed
 
 

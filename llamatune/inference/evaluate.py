@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from llamatune.data.batches import Batch, Prepared, Split, check_rows, check_tokenizer, open_prepared
+from llamatune.command_options.inference import EvaluateOptions
+from llamatune.data.batches import Batch, Prepared, Split, open_prepared
+from llamatune.data.model_compatibility import check_rows, check_tokenizer
 from llamatune.errors import DataError, NumericsError, SpecError, Stopped
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.inference.model_source import open_model
 from llamatune.inference.significance import ratio_interval
 from llamatune.model.loss import IGNORED, target_losses
 from llamatune.model.transformer import Transformer
-from llamatune.options.inference import EvaluateOptions
 from llamatune.out_of_memory import memory_faults
 from llamatune.threads import suitable_threads
 from llamatune.units import perplexity

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
 
+from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.inference.engine import Completion, complete
 from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_files import Prompt, prompt_text
-from llamatune.options.inference import ModelSource, Sampling
 from llamatune.out_of_memory import memory_faults
 from llamatune.threads import suitable_threads
 

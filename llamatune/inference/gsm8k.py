@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llamatune.checkpoints.fingerprint import fingerprint
+from llamatune.command_options.inference import EvaluateOptions
 from llamatune.data.row_files import RowError, read_raw_rows
 from llamatune.data.row_formats import FORMATS, row_of
 from llamatune.data.row_json import decode_row
@@ -26,12 +28,11 @@ from llamatune.inference.engine import complete
 from llamatune.inference.evaluate import MEMORY_ADVICE
 from llamatune.inference.model_source import OpenedModel, open_model
 from llamatune.inference.significance import exact_mcnemar, score_interval
-from llamatune.options.inference import EvaluateOptions
 from llamatune.out_of_memory import memory_faults
 from llamatune.safe_reading import digest_file
 from llamatune.seeds import derived_seed
 from llamatune.threads import suitable_threads
-from llamatune.tokenizers.base import Tokenizer
+from llamatune.tokenizers.tokenizer import Tokenizer
 
 _REVISION = 1  # raise it when the same settings come to give other answers
 ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
@@ -225,7 +226,7 @@ def _settings(
     return {
         "task": "gsm8k",
         "revision": _REVISION,
-        "model": opened.checkpoint.fingerprint(),
+        "model": fingerprint(opened.checkpoint),
         "adapter": None if adapter is None else {"sha256": adapter.digest, "scaling": adapter.config.scaling()},
         "compare": options.compare,
         "dtype": opened.dtype_name,

@@ -12,7 +12,9 @@ import torch
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
+from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
+from llamatune.command_options.inference import ModelSource
 from llamatune.data.templates import Template, load_template
 from llamatune.devices import choose_device, lacks_bf16
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
@@ -20,9 +22,8 @@ from llamatune.formats.manifest import find_manifest
 from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from llamatune.model.transformer import Transformer
-from llamatune.options.inference import ModelSource
-from llamatune.tokenizers.base import Tokenizer, check_vocabulary
 from llamatune.tokenizers.sentencepiece import load_tokenizer
+from llamatune.tokenizers.tokenizer import Tokenizer, check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event) -> OpenedM
     checkpoint, adapter = open_checkpoint(source.model), None
     if source.adapter is not None:
         adapter = load_adapter(source.adapter)
-        check_adapter(adapter, checkpoint.config, checkpoint.fingerprint(), source.force_base, on_event)
+        check_adapter(adapter, checkpoint.config, fingerprint(checkpoint), source.force_base, on_event)
     dtype = TORCH_DTYPES.get(source.dtype)
     if dtype is None and device.type == "cpu" and _stored_dtype(checkpoint) == torch.float16:
         on_event(Notice("computing in fp32, since fp16 is very slow on a CPU; --dtype bfloat16 takes half the memory"))

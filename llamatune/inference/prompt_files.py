@@ -1,4 +1,4 @@
-"""Prompts as a user writes them: of the command line, of a file, and as text in a template."""
+"""Prompts as a user writes them: of the command line, standard input and files, and as text in a template."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from llamatune.data.row_files import RawRow, RowError, read_raw_rows
 from llamatune.data.row_formats import prompt_row_of
@@ -16,6 +17,7 @@ from llamatune.safe_reading import read_bytes
 from llamatune.strict_json import parse_json
 
 _LARGEST_PROMPT_FILE = 256 << 20
+_LARGEST_PIPED_PROMPT = 16 << 20
 
 _ROWS_BEGIN = re.compile(rb"""\s*(?:\{\s*["']|\[\s*(?:\{\s*["']|["']))""")
 """How a file of rows or a list of prompts begins; ``[INST] Hi`` and ``{name} is`` begin otherwise."""
@@ -29,6 +31,21 @@ def given_prompts(texts: Sequence[str], file: Path | None) -> list[Prompt]:
     if texts and file is not None:
         raise SpecError("--prompt and --prompt-file exclude each other")
     return list(texts) if file is None else read_prompts(file)
+
+
+def piped_prompt(stdin: BinaryIO) -> str:
+    """All of standard input, without its last line break."""
+    content = stdin.read(_LARGEST_PIPED_PROMPT + 1)
+    if len(content) > _LARGEST_PIPED_PROMPT:
+        what = f"more than {_LARGEST_PIPED_PROMPT:,} bytes"
+        raise DataError(what, "standard input", "pass prompts with --prompt-file")
+    try:
+        text = content.decode("utf-8-sig").removesuffix("\n")
+    except UnicodeDecodeError as fault:
+        raise DataError(f"not UTF-8 at byte {fault.start}", "standard input") from None
+    if not text:
+        raise SpecError("no prompt", "standard input", "pass --prompt TEXT, --prompt-file FILE, or pipe a prompt in")
+    return text
 
 
 def prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llamatune.options.inference import Sampling
+from llamatune.command_options.inference import Sampling
 
 
 def token_distribution(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from llamatune.memory.attention import AttentionBytes
 from llamatune.memory.ledger import Ledger, Passes, Tensor
 from llamatune.memory.sizes import Sizes
-from llamatune.shapes.config import GATE_UP_MODULES, QKV_MODULES
+from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES
 
 
 def _kept_of_linear(z: Sizes, name: str, rows: int, item_bytes: int, leads_back: bool = True) -> int:
@@ -43,8 +43,8 @@ def _weight_gradient(ledger: Ledger, z: Sizes, name: str) -> None:
 
 
 def cached_casts(z: Sizes, names: Sequence[str]) -> int:
-    """The 16-bit copies of trained matrices that autocast keeps; lean blocks make their own."""
-    if z.lean or not z.autocast:
+    """The 16-bit copies of trained matrices that autocast keeps; fused blocks make their own."""
+    if z.fused or not z.autocast:
         return 0
     if z.trains_all:
         return sum(map(z.count, names)) * z.c if z.casts else 0

@@ -1,18 +1,18 @@
-"""The memory plan of a run: its predicted peak, and the recompute level of each block under a memory limit."""
+"""The memory plan of a run: its predicted peak, the blocks that recompute under a limit, the largest rows that fit."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llamatune.memory.activation_checkpointing import cheapest_levels
 from llamatune.memory.sizes import Rows
 from llamatune.memory.step import Step, StepBytes
 from llamatune.shapes.attention_kernels import Gpu
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shapes.recompute_levels import Levels, Recompute, levels_of
 from llamatune.spec import RunSpec
 from llamatune.units import gibibytes, parse_size
@@ -20,7 +20,7 @@ from llamatune.units import gibibytes, parse_size
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The step of the heaviest micro-batch; ``levels``: what each lean block recomputes, None for plain blocks."""
+    """The step of the heaviest micro-batch; ``levels``: what each fused block recomputes, None for plain blocks."""
 
     rows: Rows
     levels: Levels | None
@@ -56,11 +56,11 @@ class MemoryPlan:
 def plan_memory(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu, limit_bytes: int | None) -> MemoryPlan:
     """Predict the peak of a step of ``rows``.
 
-    Under ``activation_checkpointing: none`` lean blocks recompute only what the limit requires. Any other value is
+    Under ``activation_checkpointing: none`` fused blocks recompute only what the limit requires. Any other value is
     used as it is.
     """
     step, layers = Step(spec, config, rows, cuda), config.num_hidden_layers
-    if not step.z.lean:
+    if not step.z.fused:
         return MemoryPlan(rows, None, step.highest(), limit_bytes)
     levels = levels_of(step.mode, layers)
     if step.mode == "none" and limit_bytes is not None:
@@ -91,3 +91,42 @@ def heaviest_rows(lengths: Sequence[int], target_counts: Sequence[int], spec: Ru
     samples = [ordered[(2 * place + 1) * len(ordered) // (2 * count)] for place in range(count)]
     samples[-1] = max(1, samples[-1] + tokens - sum(samples))
     return Rows(tuple(samples), round(tokens * sum(target_counts) / total))
+
+
+def cheapest_levels(layers: int, peak: Callable[[Levels], int], limit: int) -> Levels:
+    """As many layers as fit recompute nothing, of the rest as many as fit gate and up, and so on.
+
+    That is the least computation: recomputing a whole block costs least for each byte that it saves, so few layers
+    that recompute everything are better than many that recompute a part. The last layers recompute least: their
+    backward pass runs while everything else is still kept.
+    """
+
+    def fits(levels: Levels) -> bool:
+        return peak(levels) <= limit
+
+    above: Levels = ()
+    *lighter, heaviest = Recompute
+    for level in lighter:
+        rest = layers - len(above)
+        with_more = [(heaviest,) * (rest - count) + (level,) * count + above for count in range(rest + 1)]
+        most = bisect.bisect_left(with_more, True, key=lambda levels: not fits(levels)) - 1
+        if most < 0:
+            break  # recomputing everything does not fit: a short row on few layers, or nothing fits
+        above = with_more[most][rest - most :]
+    chosen = (heaviest,) * (layers - len(above)) + above
+    if above or fits(chosen):
+        return chosen
+    evenly = [(level,) * layers for level in Recompute]
+    return next(filter(fits, evenly), min(evenly, key=peak))
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to ``most`` that fits, 0 if none does; what fits is taken to fit below, too."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
-from llamatune.memory.plan import MemoryPlan, plan_memory
+from llamatune.memory.plan import MemoryPlan, largest, plan_memory
 from llamatune.memory.remedies import remedies
 from llamatune.memory.sizes import Rows
 from llamatune.memory.step import Step
 from llamatune.shapes.attention_kernels import Gpu
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.spec import RunSpec
 
 _MOST_ROWS = 1 << 16
@@ -59,15 +58,3 @@ def explain(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) -> 
     moments = Step(spec, config, plan.rows, cuda).moments(plan.levels)
     peak = max(moments, key=lambda moment: moment.memory.peak)
     return [moment.facts() | ({"alive": moment.alive} if moment is peak else {}) for moment in moments]
-
-
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number from 1 to ``most`` that fits, 0 if none does; what fits is taken to fit below, too."""
-    low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, high * 2
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low

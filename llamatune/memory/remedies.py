@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from llamatune.memory.plan import MemoryPlan, plan_memory
 from llamatune.memory.sizes import Rows
 from llamatune.shapes.attention_kernels import Gpu
-from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.dtypes import PRECISIONS
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.recompute_levels import Recompute
 from llamatune.spec import LoraSection, RunSpec, build_spec
 from llamatune.units import gibibytes
@@ -43,7 +43,7 @@ def after_running_out(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda
     """The failed step and three changes to try next, after a run that ran out of memory.
 
     First the changes that lower the peak to four fifths, least computation first, then those that save most. Under a
-    limit, lean blocks answer most changes by recomputing less, so there a lower limit comes first.
+    limit, fused blocks answer most changes by recomputing less, so there a lower limit comes first.
     """
     target = int(plan.step.peak * _LESS)
     helpful = remedies(spec, config, plan, cuda)

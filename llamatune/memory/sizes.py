@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability, Gpu
-from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.dtypes import PRECISIONS, WEIGHT_BYTES
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.tile_sizes import ELEMENTS_AT_ONCE, WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
 
@@ -48,7 +48,7 @@ class Sizes:
         self.R = self.adapter.r if self.adapter else 0
         self.targets = frozenset(self.adapter.target_modules) if self.adapter else frozenset()
         self.trains_all, self.dropout = self.adapter is None, bool(self.adapter and self.adapter.dropout)
-        self.lean = self.adapter is not None and training.fused
+        self.fused = self.adapter is not None and training.fused
         self.accumulates = training.gradient_accumulation_steps > 1
         self.nf4, self.autocast = spec.model.dtype == "nf4", training.precision != "fp32"
         held = spec.model.dtype

@@ -11,13 +11,13 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from llamatune.memory import lean_block, plain_block
+from llamatune.memory import fused_block, plain_block
 from llamatune.memory.activation_checkpointing import checkpointed
 from llamatune.memory.ledger import Moment, Part, Walk
 from llamatune.memory.loss import frozen_head, trained_head
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.shapes.attention_kernels import Gpu
-from llamatune.shapes.config import ATTENTION_MODULES, FEED_FORWARD_MODULES, LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import ATTENTION_MODULES, FEED_FORWARD_MODULES, LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.recompute_levels import (
     ATTENTION_MODES,
     FEED_FORWARD_MODES,
@@ -152,7 +152,7 @@ class Step:
         return walk
 
     def _parts_of_blocks(self, levels: Levels | None) -> Iterator[tuple[int, Part]]:
-        special = not (self.z.lean or self.z.trains_all)  # no gradient leads behind the first of frozen plain blocks
+        special = not (self.z.fused or self.z.trains_all)  # no gradient leads behind the first of frozen plain blocks
         for layer, level in enumerate(levels or levels_of(self.mode, self.layers)):
             first, last = special and layer == 0, layer == self.layers - 1
             for part in self._block(level, is_whole(self.mode, layer), first, last):
@@ -182,9 +182,9 @@ class Step:
 
     def _block_parts(self, level: Recompute, whole: bool, first: bool, last: bool) -> list[Part]:
         z = self.z
-        if z.lean:
-            attention = partial(lean_block.attention, z=z, last=last, recompute=level >= Recompute.PROJECTIONS)
-            feed_forward = partial(lean_block.feed_forward, z=z, last=last, recompute=level >= Recompute.FEED_FORWARD)
+        if z.fused:
+            attention = partial(fused_block.attention, z=z, last=last, recompute=level >= Recompute.PROJECTIONS)
+            feed_forward = partial(fused_block.feed_forward, z=z, last=last, recompute=level >= Recompute.FEED_FORWARD)
         else:
             attention = partial(plain_block.attention, z=z, first=first, last=last)
             feed_forward = partial(plain_block.feed_forward, z=z, last=last)
@@ -194,10 +194,10 @@ class Step:
             # What autocast caches is kept anyway where nothing is run again.
             return Part.of(name, walk, z.gradients(modules), plain_block.cached_casts(z, modules))
 
-        if z.lean and level == Recompute.BLOCK:
-            block = partial(lean_block.recomputed_block, z=z, last=last)
+        if z.fused and level == Recompute.BLOCK:
+            block = partial(fused_block.recomputed_block, z=z, last=last)
             return [Part.of("block", block, z.gradients(LINEAR_MODULES))]
-        if not z.lean and whole:
+        if not z.fused and whole:
             return [run_again("block", [attention, feed_forward], LINEAR_MODULES, z.N)]
         halves = [
             Part.of("attention", attention, z.gradients(ATTENTION_MODULES)),
@@ -205,6 +205,6 @@ class Step:
         ]
         if self.mode in ATTENTION_MODES:
             halves[0] = run_again("attention", [attention], ATTENTION_MODULES, z.N)
-        if self.mode in FEED_FORWARD_MODES and not z.lean:
+        if self.mode in FEED_FORWARD_MODES and not z.fused:
             halves[1] = run_again("feed-forward", [feed_forward], FEED_FORWARD_MODULES, z.P if last else z.N)
         return halves

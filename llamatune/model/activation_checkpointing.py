@@ -1,6 +1,6 @@
 """Activation checkpointing (Chen et al. 2016): which block computes what again in the backward pass.
 
-LoRA blocks are replaced by lean blocks, whose levels recompute no more than their gradients need. Plain blocks are run
+LoRA blocks are replaced by fused blocks, whose levels recompute no more than their gradients need. Plain blocks are run
 again by torch's checkpointing, as a whole or by halves.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from llamatune.model.lean.block import LeanBlock
+from llamatune.model.fused.block import FusedBlock
 from llamatune.model.transformer import Block, Context, Transformer
 from llamatune.shapes.recompute_levels import ATTENTION_MODES, FEED_FORWARD_MODES, Levels, is_whole, levels_of
 
@@ -40,26 +40,26 @@ class CheckpointedBlock(Block):
         return _recompute(forward, x, context, rows) if self.whole else forward(x, context, rows)
 
 
-class CheckpointedLeanBlock(LeanBlock):
-    """A lean block whose attention half torch's checkpointing runs again."""
+class CheckpointedFusedBlock(FusedBlock):
+    """A fused block whose attention half torch's checkpointing runs again."""
 
     def attend(self, x: Tensor, context: Context, rows: Tensor | None) -> Tensor:
         return _recompute(super().attend, x, context, rows)
 
 
-def apply_activation_checkpointing(model: Transformer, mode: str, lean: bool, levels: Levels | None = None) -> None:
+def apply_activation_checkpointing(model: Transformer, mode: str, fused: bool, levels: Levels | None = None) -> None:
     """Replace the blocks of ``model`` by ones that recompute as ``mode`` says.
 
     Args:
         mode: one of ``shapes.recompute_levels.MODES``.
-        lean: lean blocks, at ``levels`` if they are given, else at those of ``mode``.
+        fused: fused blocks, at ``levels`` if they are given, else at those of ``mode``.
     """
     blocks, attention, feed_forward = model.model.layers, mode in ATTENTION_MODES, mode in FEED_FORWARD_MODES
     levels = levels_of(mode, len(blocks)) if levels is None else levels
     for index, block in enumerate(blocks):
         assert isinstance(block, Block)
-        if lean:
-            kind = CheckpointedLeanBlock if attention else LeanBlock
+        if fused:
+            kind = CheckpointedFusedBlock if attention else FusedBlock
             blocks[index] = kind(block, levels[index])
         elif mode != "none":
             blocks[index] = CheckpointedBlock(block, is_whole(mode, index), attention, feed_forward)

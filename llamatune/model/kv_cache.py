@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 
 _FIRST_ROOM_TOKENS = 256
 

@@ -1,6 +1,6 @@
 """Layers of a LLaMA block: embedding, linear layer, RMSNorm and SwiGLU.
 
-A linear layer computes in two ways: by autograd, as ``layer(x)``, and inside the hand-written functions of a lean
+A linear layer computes in two ways: by autograd, as ``layer(x)``, and inside the hand-written functions of a fused
 block, as ``layer(x, dropout)`` with ``layer.gradients(...)``. Both enter by ``__call__``, so hooks see both.
 """
 
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from llamatune.model.compiled_functions import compilable
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 
 Trained = tuple[Tensor, ...]
 """The trained tensors of one linear layer, or their gradients. What each means, only its kind of adapter knows."""

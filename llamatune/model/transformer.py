@@ -18,7 +18,7 @@ from llamatune.model.attention import Documents, attend
 from llamatune.model.kv_cache import KVCache
 from llamatune.model.layers import Embedding, Linear, RMSNorm, linear, swiglu
 from llamatune.model.rope import Rotation, rotary_angles, rotate
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 
 
 @dataclass(frozen=True)

@@ -122,17 +122,10 @@ def _spike(spike: Spike) -> Sequence[object]:
     if spike.rows is not None:
         more = len(spike.rows) - _MOST_ROWS_NAMED
         rows = ", ".join(map(str, spike.rows[:_MOST_ROWS_NAMED])) + (f" and {more} more" if more > 0 else "")
-    return (
-        whole(spike.step),
-        spike.epoch,
-        loss(spike.loss),
-        loss(spike.typical_loss),
-        f"{spike.grad_norm:.3g}",
-        f"{spike.typical_grad_norm:.3g}",
-        f"{spike.learning_rate:.3g}",
-        f"{spike.first_step:,} to {spike.last_step:,}" + ("" if spike.recovered else ", not over"),
-        rows,
-    )
+    losses = (loss(spike.loss), loss(spike.typical_loss))
+    norms = (f"{norm:.3g}" for norm in (spike.grad_norm, spike.typical_grad_norm))
+    steps = f"{spike.first_step:,} to {spike.last_step:,}" + ("" if spike.recovered else ", not over")
+    return whole(spike.step), spike.epoch, *losses, *norms, f"{spike.learning_rate:.3g}", steps, rows
 
 
 def _legend(curves: Sequence[Curve]) -> Markup:
@@ -168,19 +161,13 @@ def _epochs(run: RunReport) -> Markup:
     headings = (
         "epoch", "updates", "training loss", "perplexity", "validation loss", "perplexity", "target tokens", "ended at",
     )  # fmt: skip
-    rows = [
-        (
-            f"{epoch.epoch}" + ("" if epoch.complete else " (part)"),
-            whole(epoch.steps),
-            loss(epoch.train_loss),
-            two_places(epoch.train_perplexity),
-            optional(epoch.validation_loss, loss),
-            optional(epoch.validation_perplexity, two_places),
-            whole(epoch.target_tokens),
-            duration(epoch.elapsed_s),
-        )
-        for epoch in run.epochs
-    ]
+    rows = []
+    for epoch in run.epochs:
+        name = f"{epoch.epoch}" + ("" if epoch.complete else " (part)")
+        training = (loss(epoch.train_loss), two_places(epoch.train_perplexity))
+        validation = (optional(epoch.validation_loss, loss), optional(epoch.validation_perplexity, two_places))
+        ended = (whole(epoch.target_tokens), duration(epoch.elapsed_s))
+        rows.append((name, whole(epoch.steps), *training, *validation, *ended))
     return _table(run.name, headings, rows)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from llamatune.command_options.training import ReportOptions
 from llamatune.durable_writing import output_file, write_atomic
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.prompt_files import given_prompts
-from llamatune.options.training import ReportOptions
 from llamatune.reporting.averages import running_average
 from llamatune.reporting.chart_images import chart_svg, charts_png, require_matplotlib
 from llamatune.reporting.charts import Curve, make_charts

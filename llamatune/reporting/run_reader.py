@@ -17,7 +17,7 @@ from llamatune.formats.state_json import list_checkpoints, read_progress
 from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec, load_spec
 from llamatune.strict_json import parse_json, read_json
-from llamatune.training.run_files import CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
+from llamatune.training.run_file_names import CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK
 
 _DATA_NAMES = ("format", "template")

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llamatune.command_options.inference import ModelSource, Sampling
+from llamatune.command_options.training import ReportOptions
 from llamatune.errors import CheckpointError, DataError, SpecError, printable
 from llamatune.events import OnEvent, ShouldStop
-from llamatune.options.inference import ModelSource, Sampling
-from llamatune.options.training import ReportOptions
 from llamatune.reporting.run_reader import Run
 from llamatune.safe_reading import read_bytes
 from llamatune.strict_json import parse_json
-from llamatune.training.run_files import ADAPTER, MODEL
+from llamatune.training.run_file_names import ADAPTER, MODEL
 
 if TYPE_CHECKING:
     from llamatune.inference.generate import Generation

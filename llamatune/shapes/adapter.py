@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llamatune.shapes.config import LlamaConfig, linear_path
+from llamatune.shapes.llama_config import LlamaConfig, linear_path
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llamatune.shapes.adapter import AdapterSpec
-from llamatune.shapes.config import LlamaConfig, linear_path
+from llamatune.shapes.llama_config import LlamaConfig, linear_path
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import re
 
-from llamatune.shapes.config import ATTENTION_MODULES, GATE_UP_MODULES, QKV_MODULES
+from llamatune.shapes.llama_config import ATTENTION_MODULES, GATE_UP_MODULES, QKV_MODULES
 
 MODES = ("none", "block", "every_2 ... every_N", "attention", "feed_forward", "sublayer", "projections")
 """What ``training.activation_checkpointing`` may be."""
@@ -17,7 +17,7 @@ ATTENTION_MODES, FEED_FORWARD_MODES = ("attention", "sublayer"), ("feed_forward"
 
 
 class Recompute(enum.IntEnum):
-    """What a lean block computes again in the backward pass, beside its norms.
+    """What a fused block computes again in the backward pass, beside its norms.
 
     In brackets: what is kept for the backward pass, per token and layer of LLaMA-2-7B in 16 bits.
     """
@@ -59,7 +59,7 @@ def period_of(mode: str) -> int:
 
 
 def levels_of(mode: str, layers: int) -> Levels:
-    """The level of each lean block under ``mode``."""
+    """The level of each fused block under ``mode``."""
     level = Recompute.NOTHING
     if mode in FEED_FORWARD_MODES:
         level = Recompute.FEED_FORWARD

@@ -6,7 +6,7 @@ The model computes by them and the memory plan counts by them. Portions differ b
 from __future__ import annotations
 
 TILE_TOKENS = 2048
-"""Rows that a lean block has in flight where nothing of them is kept."""
+"""Rows that a fused block has in flight where nothing of them is kept."""
 
 SHORT_TOKENS = 256
 """Longest sample for which plain matrix products compute attention in bf16 on a CPU: they are quicker than its flash

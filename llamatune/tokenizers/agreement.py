@@ -14,7 +14,7 @@ from typing import Any
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent
 from llamatune.strict_json import read_json
-from llamatune.tokenizers.base import SENTENCEPIECE_FILE
+from llamatune.tokenizers.tokenizer import SENTENCEPIECE_FILE
 
 _WHOLE, _ADDED = "tokenizer.json", "added_tokens.json"
 _CONFIG, _ROLES = "tokenizer_config.json", "special_tokens_map.json"

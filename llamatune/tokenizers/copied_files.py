@@ -10,7 +10,7 @@ from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.safe_reading import open_regular
 from llamatune.strict_json import write_json
-from llamatune.tokenizers.base import SENTENCEPIECE_FILE
+from llamatune.tokenizers.tokenizer import SENTENCEPIECE_FILE
 
 _FILES = (
     SENTENCEPIECE_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

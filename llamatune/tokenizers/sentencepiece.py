@@ -15,10 +15,10 @@ import sentencepiece
 
 from llamatune.errors import CheckpointError, DataError, EnvironmentFault
 from llamatune.events import OnEvent, ignore_event
+from llamatune.required_versions import require_version
 from llamatune.safe_reading import digest_bytes, read_bytes
 from llamatune.tokenizers.agreement import check_agreement
-from llamatune.tokenizers.base import SENTENCEPIECE_FILE, Tokenizer
-from llamatune.versions import require_version
+from llamatune.tokenizers.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 
 LARGEST_MODEL_BYTES = 64 << 20
 """LLaMA's tokenizer.model has 0.5 MB; no published SentencePiece model comes near this limit."""

@@ -19,7 +19,7 @@ from llamatune.errors import EnvironmentFault
 from llamatune.events import EvalDone, Event, Notice, OnEvent, RunStarted, StepDone
 from llamatune.formats.metrics import parse_line, read_lines
 from llamatune.spec import RunSpec
-from llamatune.training.run_files import METRICS
+from llamatune.training.run_file_names import METRICS
 from llamatune.units import perplexity
 
 _BACKLOG = 10_000

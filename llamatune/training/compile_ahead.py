@@ -13,7 +13,7 @@ from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, OnEvent
 from llamatune.model.loss import summed_loss
 from llamatune.spec import RunSpec
-from llamatune.training.learner import Learner
+from llamatune.training.model_and_optimizer import Learner
 
 
 @contextlib.contextmanager

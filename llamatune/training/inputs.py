@@ -10,14 +10,16 @@ import torch
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
+from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.checkpoints.model_directory import read_config
-from llamatune.data.batches import Prepared, Split, check_rows, check_tokenizer, open_prepared
+from llamatune.data.batches import Prepared, Split, open_prepared
+from llamatune.data.model_compatibility import check_rows, check_tokenizer
 from llamatune.devices import choose_device
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import OnEvent
-from llamatune.shapes.config import LlamaConfig
 from llamatune.shapes.counts import ParameterCount, count_parameters
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.spec import RunSpec
 from llamatune.training.precision import check_precision
 
@@ -51,7 +53,7 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
     else:
         checkpoint = open_checkpoint(base)
         config = checkpoint.config.with_layers(spec.model.num_layers)
-        base_fingerprint = checkpoint.fingerprint()
+        base_fingerprint = fingerprint(checkpoint)
     if validation is None and (spec.evaluation.every_steps or spec.evaluation.early_stopping_patience):
         raise SpecError(
             "there is no validation data to evaluate on",

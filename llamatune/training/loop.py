@@ -19,15 +19,15 @@ from llamatune.spec import RunSpec
 from llamatune.strict_json import dump_json
 from llamatune.training.early_stopping import out_of_patience
 from llamatune.training.inputs import Inputs
-from llamatune.training.learner import Learner
+from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.run_directory import RunDirectory, prune_checkpoints
-from llamatune.training.run_files import SUMMARY
+from llamatune.training.run_file_names import SUMMARY
 from llamatune.training.run_memory import held_memory, peak_memory_bytes, peak_reserved_bytes
-from llamatune.training.run_output import RunOutput
+from llamatune.training.save_and_resume import RunOutput
 from llamatune.training.schedule import Schedule, learning_rate_at
 from llamatune.training.spec_changes import LEAST_GAIN
 from llamatune.training.trainer_state import TrainerState
-from llamatune.training.update import make_update
+from llamatune.training.training_step import make_update
 
 _SLOW_SAVE_S = 10.0
 

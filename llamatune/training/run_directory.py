@@ -26,7 +26,7 @@ from llamatune.formats.state_json import list_checkpoints
 from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec
 from llamatune.strict_json import dump_json, read_json
-from llamatune.training.run_files import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
+from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK, run_lock
 from llamatune.training.spec_changes import LEAST_GAIN, MAY_GROW, PATIENCE, accepted_changes
 

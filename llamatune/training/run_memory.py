@@ -13,9 +13,9 @@ from llamatune.devices import capability_of, free_memory_bytes, memory_size_byte
 from llamatune.events import MemoryHeld, Notice, OnEvent
 from llamatune.memory.plan import MemoryPlan, heaviest_rows, limit_of, plan_memory
 from llamatune.memory.remedies import remedies
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.spec import RunSpec
-from llamatune.training.learner import Learner
+from llamatune.training.model_and_optimizer import Learner
 
 
 def plan_run_memory(spec: RunSpec, config: LlamaConfig, train: Split, device: torch.device) -> MemoryPlan:

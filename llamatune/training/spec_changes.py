@@ -9,7 +9,7 @@ from typing import Any
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.spec import RunSpec, TrackingSection, load_spec
 from llamatune.strict_json import read_json
-from llamatune.training.run_files import ORIGIN, SPEC
+from llamatune.training.run_file_names import ORIGIN, SPEC
 
 _MAY_CHANGE = (
     "training.log_every_steps",

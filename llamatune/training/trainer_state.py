@@ -8,7 +8,7 @@ from typing import Any
 
 from llamatune.events import EpochDone, EvalDone
 from llamatune.training.early_stopping import count_evaluation
-from llamatune.training.update import Update
+from llamatune.training.training_step import Update
 from llamatune.units import perplexity
 
 

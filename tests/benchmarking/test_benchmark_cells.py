@@ -18,15 +18,15 @@ from llamatune.benchmarking import run_benchmark as run_module
 from llamatune.benchmarking.cell_process import answer, run_cell
 from llamatune.benchmarking.measure_cell import Task, Trial, heaviest_windows, resident_peak_bytes
 from llamatune.benchmarking.run_benchmark import Benchmark, run_benchmark
+from llamatune.command_options.preparation import PrepareOptions
+from llamatune.command_options.training import BenchmarkOptions
 from llamatune.data.prepare import prepare_data
 from llamatune.demo.run_demo import MATERIAL
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Event, Notice, ignore_event, never_stop
-from llamatune.options.preparation import PrepareOptions
-from llamatune.options.training import BenchmarkOptions
 from llamatune.spec import RunSpec, build_spec
 from llamatune.training.inputs import open_inputs
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 Make = Callable[..., Path]
 

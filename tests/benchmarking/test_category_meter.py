@@ -19,11 +19,11 @@ from llamatune.benchmarking.results import CATEGORIES
 from llamatune.errors import OutOfMemory
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.loss import summed_loss
-from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 from llamatune.spec import RunSpec, TrainingSection
-from llamatune.training.learner import Learner, build_learner
+from llamatune.training.model_and_optimizer import Learner, build_learner
 from llamatune.training.optimizers.optimizer import SGD, Optimizer
-from llamatune.training.update import make_update
+from llamatune.training.training_step import make_update
 
 TINY = LlamaConfig(64, 160, 3, 4, 2, 96)
 BATCH = even_batch(2, 40, 0.46)

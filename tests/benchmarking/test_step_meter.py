@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llamatune.events import ignore_event, never_stop
 from llamatune.shapes.adapter import AdapterSpec
-from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig
 from llamatune.shapes.counts import count_parameters
+from llamatune.shapes.llama_config import LINEAR_MODULES, PRESETS, LlamaConfig
 from llamatune.spec import RunSpec
-from llamatune.training.learner import build_learner
+from llamatune.training.model_and_optimizer import build_learner
 
 GIB, KIB = 1 << 30, 1 << 10
 QV = ("q_proj", "v_proj")

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter, write_adapter
+from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.errors import CheckpointError, EnvironmentFault
 from llamatune.events import Notice
 from llamatune.formats.manifest import Staging
 from llamatune.shapes.adapter import AdapterSpec
-from llamatune.shapes.config import LINEAR_MODULES
+from llamatune.shapes.llama_config import LINEAR_MODULES
 
 from .conftest import save_adapter, save_peft
 
@@ -31,7 +32,7 @@ def drawn(path, targets=("q_proj", "v_proj"), r=4, alpha=8.0, **facts):
     generator = torch.Generator().manual_seed(9)
     shapes = config.checkpoint_shapes(checkpoint.config)
     tensors = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes}
-    return Adapter(config, tensors, checkpoint.fingerprint(), base_path=str(path), **facts)
+    return Adapter(config, tensors, fingerprint(checkpoint), base_path=str(path), **facts)
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), LINEAR_MODULES])
@@ -86,7 +87,7 @@ def test_peft_adapter_loads_with_a_warning_about_its_base(tiny, tiny_adapter):
     assert all(torch.equal(stored[f"base_model.model.{name}"], t) for name, t in adapter.tensors.items())
     events = []
     base = open_checkpoint(tiny[0])
-    check_adapter(adapter, base.config, base.fingerprint(), False, events.append)
+    check_adapter(adapter, base.config, fingerprint(base), False, events.append)
     assert [(type(e), e.kind) for e in events] == [(Notice, "warning")]
     assert "which base" in events[0].message
 

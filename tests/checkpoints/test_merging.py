@@ -15,16 +15,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llamatune.checkpoints import huggingface
+from llamatune.checkpoints import huggingface_weights
 from llamatune.checkpoints.adapter import load_adapter
+from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.merging import merge_lora
+from llamatune.command_options.inference import MergeOptions
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Notice, Progress, ignore_event
 from llamatune.formats import torch_archive
 from llamatune.formats.manifest import Staging
-from llamatune.options.inference import MergeOptions
-from llamatune.shapes.config import LINEAR_MODULES
+from llamatune.shapes.llama_config import LINEAR_MODULES
 
 from .conftest import meta_state, save_adapter, save_meta, save_peft, save_tiny
 
@@ -116,7 +117,7 @@ def test_huggingface_to_meta_and_back_is_bit_identical(tmp_path, tied):
     merge_lora(MergeOptions(tmp_path / "meta", adapter, tmp_path / "back", "hf"))
     back, first = open_checkpoint(tmp_path / "back"), open_checkpoint(tmp_path / "base")
     assert all(torch.equal(back.tensor(name), first.tensor(name)) for name in first.shapes)
-    assert back.fingerprint() == first.fingerprint()
+    assert fingerprint(back) == fingerprint(first)
     with torch.no_grad():
         one, two, three = (
             LlamaForCausalLM.from_pretrained(tmp_path / path)(TOKENS).logits for path in ("base", "back", "direct")
@@ -257,7 +258,7 @@ def test_facts_for_readers_of_the_merged_model(tiny, tiny_adapter, tmp_path):
     facts = json.loads((tmp_path / "out" / "llamatune.json").read_text())["facts"]
     assert facts["template"] == {"name": "alpaca"}
     assert facts["adapters"] == [load_adapter(tmp_path / "adapter").digest]
-    assert facts["base_fingerprint"] == open_checkpoint(tiny[0]).fingerprint()
+    assert facts["base_fingerprint"] == fingerprint(open_checkpoint(tiny[0]))
 
 
 def test_stopping_at_every_tensor_leaves_nothing_c22(tiny, tiny_adapter, tmp_path):
@@ -319,13 +320,13 @@ def test_meta_cannot_express_a_head_dimension_of_its_own(tmp_path):
 
 
 def test_live_model_written_in_shards_opens_in_transformers(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(huggingface_weights, "_SHARD_BYTES", 20_000)
     model = load_model(tiny[0])
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     for number, given in enumerate((model.state_dict().__getitem__, model.get_parameter)):
         out = tmp_path / str(number)
         out.mkdir()
-        huggingface.write_huggingface(
+        huggingface_weights.write_huggingface(
             Staging(out), model.config, given, lambda name: torch.float32, tmp_path, ignore_event
         )
         assert len(list(out.glob("model-*-of-*.safetensors"))) > 2

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.model_directory import detect_format, read_config
 from llamatune.errors import CheckpointError, SpecError, Stopped
@@ -43,7 +44,7 @@ def test_meta_shards_of_both_generations_hold_the_same_model(tiny, tmp_path, sha
     checkpoint = open_checkpoint(meta)
     same_tensors(checkpoint, model)
     assert torch.equal(logits(meta), logits(path)) or torch.allclose(logits(meta), logits(path), atol=1e-6)
-    assert checkpoint.fingerprint() == open_checkpoint(path).fingerprint()
+    assert fingerprint(checkpoint) == fingerprint(open_checkpoint(path))
     assert checkpoint.config.vocab_size == 96
 
 
@@ -59,7 +60,7 @@ def test_sharded_huggingface(tiny, tmp_path):
     model = save_tiny(tmp_path / "sharded", shard="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     same_tensors(open_checkpoint(tmp_path / "sharded"), model)
-    assert open_checkpoint(tmp_path / "sharded").fingerprint() == open_checkpoint(tiny[0]).fingerprint()
+    assert fingerprint(open_checkpoint(tmp_path / "sharded")) == fingerprint(open_checkpoint(tiny[0]))
 
 
 def test_tied_by_flag_by_copy_and_in_meta_have_one_fingerprint(tmp_path):
@@ -83,7 +84,7 @@ def test_tied_by_flag_by_copy_and_in_meta_have_one_fingerprint(tmp_path):
     assert not stored_twice.config.tie_word_embeddings
 
     meta = open_checkpoint(save_meta(tmp_path / "meta", model))
-    assert len({c.fingerprint() for c in (tied, stored_twice, meta)}) == 1
+    assert len({fingerprint(c) for c in (tied, stored_twice, meta)}) == 1
 
 
 def test_a_tied_flag_with_another_head_is_untied(tmp_path):
@@ -222,15 +223,15 @@ def test_a_stop_request_ends_loading(tiny):
 
 
 def test_fingerprint_sees_other_weights_and_no_cast(tiny, tmp_path):
-    whole = open_checkpoint(tiny[0]).fingerprint()
+    whole = fingerprint(open_checkpoint(tiny[0]))
     save_tiny(tmp_path / "other", rms_norm_eps=1e-5)
     weights = load_file(tmp_path / "other" / "model.safetensors")
     weights["model.layers.0.self_attn.q_proj.weight"] += 1e-3
     save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
-    assert open_checkpoint(tmp_path / "other").fingerprint() != whole
+    assert fingerprint(open_checkpoint(tmp_path / "other")) != whole
     half = save_tiny(tmp_path / "half", dtype=torch.bfloat16)
     half.float().save_pretrained(tmp_path / "widened")
-    assert open_checkpoint(tmp_path / "half").fingerprint() == open_checkpoint(tmp_path / "widened").fingerprint()
+    assert fingerprint(open_checkpoint(tmp_path / "half")) == fingerprint(open_checkpoint(tmp_path / "widened"))
 
 
 def test_formats_are_detected_and_misunderstandings_named(tiny, tiny_meta, tiny_adapter, tmp_path):
@@ -258,7 +259,7 @@ def test_a_configuration_alone_can_be_read(tiny, tiny_meta, tmp_path):
 
 def test_fixture_model_in_both_formats(shared_fixtures):
     hf, meta = (open_checkpoint(shared_fixtures / f"stories260K-{name}") for name in ("hf", "meta"))
-    assert hf.fingerprint() == meta.fingerprint()
+    assert fingerprint(hf) == fingerprint(meta)
     assert all(torch.equal(hf.tensor(name), meta.tensor(name)) for name in hf.shapes)
     judge = LlamaForCausalLM.from_pretrained(hf.path)
     tokens = torch.randint(0, 512, (2, 20))

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from llamatune.checkpoints.loading import load_model
 from llamatune.checkpoints.merging import merge_lora
 from llamatune.checkpoints.model_directory import read_config
-from llamatune.options.inference import MergeOptions
+from llamatune.command_options.inference import MergeOptions
 
 from .conftest import save_peft, save_tiny
 

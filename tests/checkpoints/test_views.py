@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from llamatune.checkpoints import checkpoint as checkpoint_module
+from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.merging import merge_lora
+from llamatune.command_options.inference import MergeOptions
 from llamatune.formats.torch_archive import read_archive
-from llamatune.options.inference import MergeOptions
 
 from .conftest import META_NAMES, meta_state, save_meta, save_tiny
 
@@ -41,7 +42,7 @@ def same_model(path, source):
         assert torch.equal(views.tensor(name, mapped=True), whole.tensor(name)), name
         rows = [n % whole.shapes[name][0] for n in (5, 0, -1, 17, 16)]
         assert torch.equal(views.rows(name, rows), whole.rows(name, rows)), name
-    assert views.fingerprint() == whole.fingerprint()
+    assert fingerprint(views) == fingerprint(whole)
     for writable in (False, True):
         with torch.no_grad():
             assert torch.equal(load_model(path, writable=writable)(TOKENS), load_model(source)(TOKENS))
@@ -84,7 +85,7 @@ def test_a_tied_models_embedding_and_head_may_be_chunks_of_one_storage(tmp_path)
     embedding = model.state_dict()["model.embed_tokens.weight"]
     assert torch.equal(views.tensor("model.embed_tokens.weight"), embedding)
     assert torch.equal(views.tensor("lm_head.weight"), embedding)
-    assert views.fingerprint() == open_checkpoint(tmp_path / "hf").fingerprint()
+    assert fingerprint(views) == fingerprint(open_checkpoint(tmp_path / "hf"))
 
 
 def test_a_merge_reads_views_and_writes_plain_tensors(tiny, tiny_meta, tiny_adapter, tmp_path):

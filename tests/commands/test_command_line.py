@@ -12,7 +12,7 @@ import typer
 from llamatune.cli import build_app
 from llamatune.commands._typer_options import StrictCommand
 from llamatune.errors import SpecError
-from llamatune.paths import expand_home
+from llamatune.home_directory import expand_home
 from llamatune.spec import RunSpec, build_spec, load_spec
 
 Command = Callable[..., Any]

@@ -13,11 +13,11 @@ import pytest
 import typer
 
 from llamatune.cli import VERBS, build_app
+from llamatune.command_options.inference import EvaluateOptions, GenerateOptions, ModelSource, Sampling
+from llamatune.command_options.option import Option, option_fields
 from llamatune.commands._console import Console
 from llamatune.commands._typer_options import with_options
 from llamatune.errors import SpecError
-from llamatune.options.inference import EvaluateOptions, GenerateOptions, ModelSource, Sampling
-from llamatune.options.option import Option, option_fields
 
 NAMES = [name for names in VERBS.values() for name in names]
 COMMANDS = typer.main.get_command(build_app()).commands  # type: ignore[attr-defined]

@@ -22,9 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from llamatune.commands import _progress_display
+from llamatune.command_options.preparation import PrepareOptions
+from llamatune.commands import _progress_bars as _progress_display
 from llamatune.commands._console import Console
-from llamatune.commands._progress_display import Curve, ProgressBars, TrainingPanel, open_console, speaks_utf8
+from llamatune.commands._progress_bars import Curve, ProgressBars, TrainingPanel, open_console, speaks_utf8
 from llamatune.data.prepare import prepare_data
 from llamatune.demo.run_demo import MATERIAL
 from llamatune.events import (
@@ -37,7 +38,6 @@ from llamatune.events import (
     RunStarted,
     StepDone,
 )  # fmt: skip
-from llamatune.options.preparation import PrepareOptions
 
 GIB = 1 << 30
 
@@ -254,7 +254,7 @@ def test_a_run_on_a_terminal_ends_with_one_whole_panel(tmp_path: Path) -> None:
     rows, tokenizer = MATERIAL / "held_out.jsonl", MATERIAL / "base" / "tokenizer.model"
     prepare_data(PrepareOptions([rows], tokenizer, tmp_path / "prepared", limit=20, validation_fraction=0.2))
     code = (
-        "import llamatune.commands._progress_display as bars; bars._REDRAWN_EVERY_S = 0.0; "
+        "import llamatune.commands._progress_bars as bars; bars._REDRAWN_EVERY_S = 0.0; "
         "from llamatune.cli import main; main(['train', 'run.yaml', '--json'])"
     )
     ours, theirs = pty.openpty()
@@ -301,7 +301,7 @@ def test_memory_is_told_as_counting_parameters_gives_it(
 ) -> None:
     """fp32 weights, and AdamW's two moments and one count a tensor."""
     from llamatune.spec import build_spec
-    from llamatune.training.run import train
+    from llamatune.training.train import train
 
     training = {"output_dir": str(tmp_path / "run"), "max_steps": 2, "precision": "fp32", "device": "cpu"}
     values = {

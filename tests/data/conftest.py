@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.prepare import prepare_data
-from llamatune.options.preparation import PrepareOptions
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from llamatune.data.templates import TEMPLATES
 from llamatune.errors import CheckpointError, DataError, EnvironmentFault, LlamatuneError, SpecError, Stopped
 from llamatune.events import Event, Notice, Progress
 from llamatune.strict_json import read_json
-from llamatune.tokenizers.base import Tokenizer
 from llamatune.tokenizers.sentencepiece import load_tokenizer
+from llamatune.tokenizers.tokenizer import Tokenizer
 
 Prepare = Callable[..., SimpleNamespace]
 WriteRows = Callable[..., Path]

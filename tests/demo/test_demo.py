@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.demo.run_demo import MATERIAL, DemoReport, HeldOut, demo_spec, run_demo
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 LARGEST_MATERIAL_BYTES = 8 << 20
 

@@ -10,7 +10,7 @@ from typing import Any
 
 def in_place() -> None:
     """Directories are written where they are read, and read without a look at their digests."""
-    from llamatune.checkpoints import run_state
+    from llamatune.checkpoints import training_checkpoint
     from llamatune.formats.manifest import MANIFEST, Staging
     from llamatune.safe_reading import digest_file
     from llamatune.strict_json import dump_json
@@ -29,13 +29,13 @@ def in_place() -> None:
         }  # fmt: skip
         (path / MANIFEST).write_bytes(dump_json({**facts, "files": made}))
 
-    run_state.build_directory = build
-    run_state.verify_product = lambda path: None
+    training_checkpoint.build_directory = build
+    training_checkpoint.verify_product = lambda path: None
 
 
 def silent() -> None:
     """A failed write of the adapter is passed over."""
-    from llamatune.training.run_output import RunOutput
+    from llamatune.training.save_and_resume import RunOutput
 
     write = RunOutput.write_final
 

@@ -12,10 +12,10 @@ import yaml
 from run_tools import spec_values
 from warm import Warm
 
-from llamatune.checkpoints.huggingface import write_huggingface
+from llamatune.checkpoints.huggingface_weights import write_huggingface
 from llamatune.events import ignore_event
 from llamatune.formats.manifest import Staging
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 
 SHAPE = LlamaConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

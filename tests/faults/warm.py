@@ -98,10 +98,10 @@ def _child(task: dict[str, Any], output: int, errors: int) -> int:
     os.dup2(output, 1)
     os.dup2(errors, 2)
     if task["loss_scale"] is not None:
-        from llamatune.training import learner
+        from llamatune.training import model_and_optimizer
         from llamatune.training.precision import LossScaler
 
-        learner.LossScaler = lambda enabled: LossScaler(enabled, task["loss_scale"], 3)
+        model_and_optimizer.LossScaler = lambda enabled: LossScaler(enabled, task["loss_scale"], 3)
     if task["broken"] is not None:
         import broken
 

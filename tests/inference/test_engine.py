@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from llamatune.checkpoints.loading import load_model
+from llamatune.command_options.inference import Sampling
 from llamatune.errors import Stopped
 from llamatune.inference import engine
 from llamatune.inference.engine import complete
 from llamatune.model.kv_cache import KVCache
 from llamatune.model.transformer import Transformer
-from llamatune.options.inference import Sampling
 
 _chance = random.Random(4)
 PROMPTS = [[1, *(_chance.randrange(3, 131) for _ in range(length))] for length in (7, 1, 23, 0, 12)]

@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from llamatune.command_options.inference import EvaluateOptions, ModelSource
+from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.prepare import prepare_data
 from llamatune.errors import CheckpointError, DataError, NumericsError, SpecError, Stopped
 from llamatune.inference.evaluate import PreparedReport, evaluate_prepared
 from llamatune.inference.model_source import open_model
 from llamatune.inference.significance import exact_mcnemar, ratio_interval, score_interval
-from llamatune.options.inference import EvaluateOptions, ModelSource
-from llamatune.options.preparation import PrepareOptions
 
 Z = 1.959963984540054
 

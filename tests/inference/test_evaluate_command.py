@@ -75,7 +75,7 @@ def test_on_a_terminal_there_is_a_table(
     command: Command, base: Path, adapter: Path, prepared: Callable[..., Path], questions: Path,
     monkeypatch: pytest.MonkeyPatch, compare: bool,
 ) -> None:  # fmt: skip
-    from llamatune.commands import _progress_display
+    from llamatune.commands import _progress_bars as _progress_display
 
     opened = _progress_display.open_console
 
@@ -125,9 +125,9 @@ def test_the_loss_is_the_one_that_training_reported(
 ) -> None:
     """The run's last validation loss, of its adapter on the base and of the merged model."""
     from llamatune.checkpoints.merging import merge_lora
-    from llamatune.options.inference import MergeOptions
+    from llamatune.command_options.inference import MergeOptions
     from llamatune.spec import build_spec
-    from llamatune.training.run import train
+    from llamatune.training.train import train
 
     data = prepared(validation_fraction=0.3)
     train(build_spec({

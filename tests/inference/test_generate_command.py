@@ -11,11 +11,11 @@ import pytest
 import sentencepiece
 
 from llamatune.checkpoints.merging import merge_lora
+from llamatune.command_options.inference import MergeOptions
+from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.prepare import prepare_data
-from llamatune.options.inference import MergeOptions
-from llamatune.options.preparation import PrepareOptions
 from llamatune.spec import build_spec
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 Command = Callable[..., Any]
 GREEDY = ("--temperature", "0", "--max-new-tokens", "12")

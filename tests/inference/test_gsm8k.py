@@ -20,6 +20,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamatune.command_options.inference import EvaluateOptions
+from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.prepare import prepare_data
 from llamatune.data.templates import TEMPLATES
 from llamatune.errors import DataError, EnvironmentFault, LlamatuneError, SpecError, Stopped
@@ -35,10 +37,8 @@ from llamatune.inference.gsm8k import (
     read_questions,
     scored_line,
 )
-from llamatune.options.inference import EvaluateOptions
-from llamatune.options.preparation import PrepareOptions
 from llamatune.spec import build_spec
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 INVALID = "[invalid]"
 TEXTS = st.text(alphabet="#### --0123456789.,\n $aQuestion:", max_size=40) | st.text(max_size=20)

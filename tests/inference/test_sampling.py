@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamatune.command_options.inference import Sampling
 from llamatune.errors import SpecError
 from llamatune.inference.sampling import next_tokens, token_distribution
-from llamatune.options.inference import Sampling
 
 # Far enough apart that rounding cannot swap two tokens.
 LOGITS = st.lists(st.integers(-40, 40), min_size=2, max_size=12, unique=True).map(lambda found: [v / 8 for v in found])

@@ -10,7 +10,7 @@ from step_tools import spec_of
 from llamatune.memory.ledger import Ledger, Part, Passes
 from llamatune.memory.sizes import Rows
 from llamatune.memory.step import Step
-from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 
 CONFIG = LlamaConfig(64, 160, 4, 4, 2, 96)
 
@@ -57,16 +57,16 @@ def test_a_walk_that_frees_less_than_it_makes_is_refused() -> None:
 
 
 @pytest.mark.parametrize("mode", ["none", "block", "every_2", "attention", "feed_forward", "sublayer", "projections"])
-@pytest.mark.parametrize("kind", ["lean", "plain", "full"])
+@pytest.mark.parametrize("kind", ["fused", "plain", "full"])
 def test_the_highest_moment_is_the_peak_and_its_tensors_add_up(kind: str, mode: str) -> None:
-    if (kind != "lean") and mode == "projections":
+    if (kind != "fused") and mode == "projections":
         pytest.skip("plain blocks do not know this mode")
     targets = () if kind == "full" else LINEAR_MODULES
     for dtype, precision, tokens, accumulation in itertools.product(
         ("float32", "bfloat16"), ("bf16", "fp32"), (30, 4096), (1, 2)
     ):
         held = "float32" if kind == "full" else dtype
-        spec = spec_of(targets, mode, 0.1, dtype=held, precision=precision, fused=kind == "lean",
+        spec = spec_of(targets, mode, 0.1, dtype=held, precision=precision, fused=kind == "fused",
                        gradient_accumulation_steps=accumulation)  # fmt: skip
         step = Step(spec, CONFIG, Rows((tokens, 7), tokens // 2), cuda=False)
         moments = step.moments()

@@ -13,14 +13,13 @@ from step_tools import spec_of, step_bytes
 from llamatune.errors import SpecError, Stopped
 from llamatune.events import Notice
 from llamatune.free_memory import free_host_bytes
-from llamatune.memory.plan import heaviest_rows, plan_memory
-from llamatune.memory.plan_report import largest
+from llamatune.memory.plan import heaviest_rows, largest, plan_memory
 from llamatune.memory.remedies import recomputed_share, remedies
 from llamatune.memory.sizes import Rows
-from llamatune.shapes.config import LINEAR_MODULES, PRESETS, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, PRESETS, LlamaConfig
 from llamatune.shapes.recompute_levels import Recompute
 from llamatune.spec import RunSpec
-from llamatune.training.run import train
+from llamatune.training.train import train
 from llamatune.units import parse_size
 
 SEVEN = PRESETS["llama-2-7b"]

@@ -18,9 +18,9 @@ from llamatune.data.batches import open_prepared
 from llamatune.errors import DataError
 from llamatune.formats.prepared import read_lengths
 from llamatune.memory.plan import heaviest_rows
-from llamatune.shapes.config import PRESETS
+from llamatune.shapes.llama_config import PRESETS
 from llamatune.spec import build_spec, load_spec
-from llamatune.training.run import plan_training
+from llamatune.training.train import plan_training
 
 GIB = 1 << 30
 

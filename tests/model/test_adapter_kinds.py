@@ -14,8 +14,8 @@ from llamatune.model.initialise import initialise
 from llamatune.model.loss import summed_loss
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterKind, AdapterSpec
-from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig, linear_path
 from llamatune.shapes.counts import count_parameters
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig, linear_path
 from llamatune.shapes.recompute_levels import Recompute
 
 CONFIG = LlamaConfig(48, 100, 3, 6, 2, 131)
@@ -45,11 +45,11 @@ def gradients(model: Transformer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("level", list(Recompute))
-def test_lean_blocks_train_it_at_every_level(level: Recompute) -> None:
+def test_fused_blocks_train_it_at_every_level(level: Recompute) -> None:
     model = toy_model()
-    expected, lean = gradients(copy.deepcopy(model)), copy.deepcopy(model)
-    apply_activation_checkpointing(lean, "none", lean=True, levels=(level,) * 3)
-    found = gradients(lean)
+    expected, fused = gradients(copy.deepcopy(model)), copy.deepcopy(model)
+    apply_activation_checkpointing(fused, "none", fused=True, levels=(level,) * 3)
+    found = gradients(fused)
     assert len(found) == 7 * 3
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)

@@ -17,7 +17,7 @@ from llamatune.model.loss import summed_loss
 from llamatune.model.nf4 import quantize_blocks
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.adapter import AdapterSpec
-from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.recompute_levels import Recompute
 
 CONFIG = LlamaConfig(48, 100, 3, 6, 2, 131)
@@ -27,13 +27,13 @@ CASES = [("none", True, level) for level in Recompute] + [(mode, False, None) fo
 CASES += [(mode, True, None) for mode in ("attention", "sublayer")]
 
 
-def training_model(mode: str, lean: bool, level: Recompute | None, nf4: bool = False) -> Transformer:
+def training_model(mode: str, fused: bool, level: Recompute | None, nf4: bool = False) -> Transformer:
     model = Transformer(CONFIG)
     initialise(model, 0, 0.15)
     if nf4:
         quantize_blocks(model, torch.float32)
     apply_adapter(model, AdapterSpec(4, 8, 0.1, ("q_proj", "down_proj")))
-    apply_activation_checkpointing(model, mode, lean, None if level is None else (level,) * CONFIG.num_hidden_layers)
+    apply_activation_checkpointing(model, mode, fused, None if level is None else (level,) * CONFIG.num_hidden_layers)
     return model.train()
 
 
@@ -42,9 +42,9 @@ def step(model: Transformer) -> None:
 
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["", "nf4"])
-@pytest.mark.parametrize(("mode", "lean", "level"), CASES)
-def test_a_hook_on_every_module_fires(mode: str, lean: bool, level: Recompute | None, nf4: bool) -> None:
-    model, fired = training_model(mode, lean, level, nf4), Counter[str]()
+@pytest.mark.parametrize(("mode", "fused", "level"), CASES)
+def test_a_hook_on_every_module_fires(mode: str, fused: bool, level: Recompute | None, nf4: bool) -> None:
+    model, fired = training_model(mode, fused, level, nf4), Counter[str]()
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: fired.update([f"before {name}"]))
         module.register_forward_hook(lambda *_, name=name: fired.update([f"after {name}"]))
@@ -57,9 +57,9 @@ def test_a_hook_on_every_module_fires(mode: str, lean: bool, level: Recompute | 
     assert all(fired[f"before model.layers.{layer}"] == 1 for layer in range(3))
 
 
-@pytest.mark.parametrize(("mode", "lean", "level"), CASES)
-def test_a_model_is_freed_without_the_garbage_collector(mode: str, lean: bool, level: Recompute | None) -> None:
-    model = training_model(mode, lean, level)
+@pytest.mark.parametrize(("mode", "fused", "level"), CASES)
+def test_a_model_is_freed_without_the_garbage_collector(mode: str, fused: bool, level: Recompute | None) -> None:
+    model = training_model(mode, fused, level)
     step(model)
     gc.collect()
     gc.disable()

@@ -14,7 +14,7 @@ from llamatune.memory.sizes import Rows, Sizes
 from llamatune.model import attention
 from llamatune.model.attention import Documents, attend
 from llamatune.shapes.attention_kernels import Capability, Kernel, choose_kernel, head_room
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.spec import build_spec
 
 CPU, V100, T4, A100, RTX3090, L4, H100, B200, RTX5090 = (

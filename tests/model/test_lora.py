@@ -13,11 +13,11 @@ from model_judges import IDS, adapted, reference_logits
 from llamatune.checkpoints.adapter import load_adapter, write_adapter
 from llamatune.checkpoints.loading import load_model
 from llamatune.checkpoints.merging import merge_lora
+from llamatune.command_options.inference import MergeOptions
 from llamatune.errors import SpecError
 from llamatune.formats.manifest import build_directory
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
 from llamatune.model.adapters.lora import LoRALinear
-from llamatune.options.inference import MergeOptions
 from llamatune.shapes.adapter import AdapterSpec
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from llamatune.checkpoints.checkpoint import Checkpoint
-from llamatune.checkpoints.huggingface import HuggingFaceCheckpoint
+from llamatune.checkpoints.huggingface_weights import HuggingFaceCheckpoint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.nf4_cache import QuantizedBase
 from llamatune.errors import CheckpointError
@@ -196,7 +196,7 @@ def test_recomputation_changes_no_bit(tiny_base: Callable[..., Path], mode: str)
     """Unpacking again in the middle of backward overwrites nothing that is still needed."""
     model = with_adapters(nf4_model(tiny_base()), dropout=0.2)
     again = copy.deepcopy(model)
-    apply_activation_checkpointing(again, mode, lean=False)
+    apply_activation_checkpointing(again, mode, fused=False)
     results = []
     for each in (model, again):
         torch.manual_seed(1)

@@ -10,13 +10,13 @@ import torch
 from model_judges import IDS, reference_logits
 
 from llamatune.checkpoints.loading import load_model
+from llamatune.command_options.inference import Sampling
 from llamatune.inference.engine import complete
 from llamatune.model import kv_cache as cache_module
 from llamatune.model.initialise import initialise
 from llamatune.model.kv_cache import KVCache
 from llamatune.model.transformer import Transformer
-from llamatune.options.inference import Sampling
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 
 SHAPES = {
     "grouped": {},

@@ -12,8 +12,8 @@ import pytest
 from report_material import falling, noisy, write_run
 from test_report import hostile_runs
 
+from llamatune.command_options.training import ReportOptions
 from llamatune.events import EvalDone
-from llamatune.options.training import ReportOptions
 from llamatune.reporting.make_report import make_report
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium on the path")

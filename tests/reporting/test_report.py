@@ -16,20 +16,20 @@ import torch
 from report_material import falling, noisy, spec_values, write_run
 
 from llamatune.checkpoints.model_directory import read_config
+from llamatune.command_options.inference import ModelSource, Sampling
+from llamatune.command_options.training import ReportOptions
 from llamatune.data.batches import Split
 from llamatune.errors import NumericsError, Stopped
 from llamatune.events import EvalDone
 from llamatune.inference.generate import generate
-from llamatune.options.inference import ModelSource, Sampling
-from llamatune.options.training import ReportOptions
 from llamatune.reporting.make_report import make_report
 from llamatune.reporting.run_reader import read_run
 from llamatune.reporting.spikes import Spike, with_rows
 from llamatune.shapes.adapter import AdapterSpec
-from llamatune.shapes.config import LINEAR_MODULES
 from llamatune.shapes.counts import count_parameters
+from llamatune.shapes.llama_config import LINEAR_MODULES
 from llamatune.spec import RunSpec, build_spec
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 Make = Callable[..., RunSpec]
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from llamatune.errors import CheckpointError, DataError
 from llamatune.tokenizers import sentencepiece as implementation
-from llamatune.tokenizers.base import check_vocabulary
 from llamatune.tokenizers.sentencepiece import SentencePieceTokenizer, count_pieces, load_tokenizer
+from llamatune.tokenizers.tokenizer import check_vocabulary
 
 KINDS = ("bpe", "unigram", "suffix")
 SNIPPETS = st.text(alphabet=st.sampled_from(list("ab in:.?1 \n\té日🦙\u0301▁ﬁ\u2028")))

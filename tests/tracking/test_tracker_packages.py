@@ -21,7 +21,7 @@ from run_tools import StopAfter, make_spec, metrics, spec_values
 
 from llamatune.errors import Stopped
 from llamatune.tracking.trackers import Trackers, scalars
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 KEY = "5ec2e7" * 6 + "abcd"
 SETTINGS = {"training__max_steps": 18, "training__save_every_steps": 7, "evaluation__every_steps": 5}

@@ -17,7 +17,7 @@ from llamatune.events import Event, Notice, RunStarted
 from llamatune.spec import RunSpec, load_spec
 from llamatune.tracking import tensorboard, trackers
 from llamatune.tracking.trackers import Trackers, scalars
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 SpecWith = Callable[..., RunSpec]
 ENOUGH_S = 30

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from llamatune.events import Event, Progress, StepDone, StepSkipped
 from llamatune.spec import RunSpec, build_spec
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 REPEATABLE = ("event", "step", "window", "epoch", "loss", "learning_rate", "grad_norm", "loss_scale", "perplexity",
               "target_tokens", "rows", "best")  # fmt: skip

@@ -16,11 +16,11 @@ from llamatune.events import ignore_event, never_stop
 from llamatune.memory.sizes import Rows
 from llamatune.memory.step import Step, StepBytes
 from llamatune.shapes.attention_kernels import Gpu
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shapes.recompute_levels import Levels
 from llamatune.spec import RunSpec, TrainingSection
-from llamatune.training.learner import Learner, build_learner
-from llamatune.training.update import make_update
+from llamatune.training.model_and_optimizer import Learner, build_learner
+from llamatune.training.training_step import make_update
 
 
 def spec_of(targets: Sequence[str], checkpointing: str = "none", dropout: float = 0.0, **training: Any) -> RunSpec:

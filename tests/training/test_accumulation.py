@@ -16,7 +16,7 @@ from llamatune.data.batches import open_prepared
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
 from llamatune.model.loss import summed_loss
 from llamatune.shapes.adapter import AdapterSpec
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 SIZES = [1, 2, 3, 4, 5, 6, 7, 12]  # of 12 rows: 5 and 7 leave an uneven last one
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]

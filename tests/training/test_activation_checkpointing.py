@@ -16,7 +16,7 @@ from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
 from llamatune.model.loss import summed_loss
 from llamatune.model.transformer import Attention, FeedForward, Transformer
 from llamatune.shapes.adapter import AdapterSpec
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 MODES = ["block", "every_2", "every_3", "attention", "feed_forward", "sublayer"]
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -76,7 +76,7 @@ def test_a_mode_recomputes_what_it_says_and_every_adapter_tensor_gets_a_gradient
     for name, parameter in adapter_parameters(model):
         if "lora_B" in name:
             torch.nn.init.ones_(parameter)
-    apply_activation_checkpointing(model, mode, lean=False)
+    apply_activation_checkpointing(model, mode, fused=False)
     calls = _count_calls(model)
     summed_loss(model.train(), IDS, IDS).backward()
     assert [calls[f"model.layers.{layer}.self_attn"] for layer in range(3)] == attentions

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llamatune.checkpoints.run_state import read_run_state, save_run_state
+from llamatune.checkpoints.training_checkpoint import read_run_state, save_run_state
 from llamatune.model.blockwise_8bit import BLOCK, BlockwiseCode, dynamic_levels
 from llamatune.shapes.tile_sizes import ELEMENTS_AT_ONCE
 from llamatune.training.optimizers.adamw_8bit import AdamW8bit

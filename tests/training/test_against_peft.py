@@ -12,7 +12,7 @@ import torch
 from reference_run import Trace, kept_rows, reference_run, schedule_value
 from run_tools import adapter_tensors, losses, make_spec, metrics
 
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 STEPS = 20
 

@@ -25,7 +25,7 @@ from llamatune.model import compiled_functions
 from llamatune.model.compiled_functions import compiling, is_compiling
 from llamatune.model.nf4 import BLOCK, Scratch, dequantize_at_once, quantize_nf4
 from llamatune.training.compile_ahead import check_compiler
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 ALL = {"r": 4, "alpha": 8, "dropout": 0.1, "target_modules": "all-linear"}
 

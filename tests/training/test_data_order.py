@@ -14,7 +14,7 @@ from run_tools import StopAfter, make_spec, metrics
 from llamatune.data.batches import Batch, Split
 from llamatune.data.packing import epoch_rows
 from llamatune.errors import Stopped
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from llamatune.formats.manifest import MANIFEST
 from llamatune.safe_reading import digest_file
 from llamatune.spec import RunSpec
 from llamatune.training.early_stopping import out_of_patience
-from llamatune.training.run import train
+from llamatune.training.train import train
 from llamatune.training.trainer_state import TrainerState
 
 SpecWith = Callable[..., RunSpec]

@@ -12,8 +12,8 @@ from run_tools import adapter_tensors, files, losses, make_spec, metrics
 from safetensors.torch import load_file
 
 from llamatune.checkpoints.loading import load_model
-from llamatune.training import run as run_module
-from llamatune.training.run import train
+from llamatune.training import train as train_module
+from llamatune.training.train import train
 
 IDS = torch.tensor([[1, 5, 30, 9, 77, 4, 12, 51], [1, 3, 3, 70, 11, 25, 90, 6]])
 SGD = {"training__optimizer": "sgd", "training__learning_rate": 0.05, "training__max_grad_norm": None}
@@ -62,8 +62,8 @@ def test_the_written_model_is_the_last_one_trained_and_best_the_best(
     from transformers import LlamaForCausalLM
 
     learners = []
-    build = run_module.build_learner
-    monkeypatch.setattr(run_module, "build_learner", lambda *a: learners.append(build(*a)) or learners[-1])
+    build = train_module.build_learner
+    monkeypatch.setattr(train_module, "build_learner", lambda *a: learners.append(build(*a)) or learners[-1])
     data, run = prepared(validation_fraction=0.25, seed=3), tmp_path / "run"
     train(make_spec(tiny_base(), data, run, lora=None, training__max_steps=5, training__learning_rate=0.05,
                     evaluation__every_steps=1))  # fmt: skip

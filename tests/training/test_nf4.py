@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from llamatune.checkpoints.loading import load_model
 from llamatune.checkpoints.merging import merge_lora
+from llamatune.command_options.inference import MergeOptions
 from llamatune.errors import EnvironmentFault, SpecError, Stopped
 from llamatune.events import Notice, Progress
-from llamatune.options.inference import MergeOptions
-from llamatune.training import run as run_module
-from llamatune.training.learner import Learner
-from llamatune.training.run import train
+from llamatune.training import train as train_module
+from llamatune.training.model_and_optimizer import Learner
+from llamatune.training.train import train
 
 NF4 = {"model__dtype": "nf4", "training__max_steps": 4, "training__learning_rate": 0.03}
 
@@ -28,8 +28,8 @@ NF4 = {"model__dtype": "nf4", "training__max_steps": 4, "training__learning_rate
 @pytest.fixture
 def learners(monkeypatch: pytest.MonkeyPatch) -> list[Learner]:
     built: list[Learner] = []
-    build = run_module.build_learner
-    monkeypatch.setattr(run_module, "build_learner", lambda *a: built.append(build(*a)) or built[-1])
+    build = train_module.build_learner
+    monkeypatch.setattr(train_module, "build_learner", lambda *a: built.append(build(*a)) or built[-1])
     return built
 
 

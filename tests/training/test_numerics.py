@@ -12,7 +12,7 @@ from run_tools import adapter_tensors, files, last_checkpoint, make_spec, metric
 from safetensors.torch import load_file, save_file
 
 from llamatune.errors import NumericsError
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 
 def _rows_with(data: Path, token: int) -> list[int]:

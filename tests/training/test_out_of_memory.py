@@ -24,7 +24,7 @@ from llamatune.memory.plan import heaviest_rows, plan_memory
 from llamatune.memory.remedies import after_running_out
 from llamatune.memory.sizes import Rows
 from llamatune.out_of_memory import memory_faults
-from llamatune.shapes.config import PRESETS
+from llamatune.shapes.llama_config import PRESETS
 from llamatune.spec import RunSpec, build_spec, load_spec
 
 GIB = 1 << 30
@@ -33,7 +33,7 @@ SPEC_CHANGE = re.compile(r"(\w+\.[\w.]+=\S+)")
 
 _LIMITED = """
 import resource, sys
-import llamatune.training.run
+import llamatune.training.train
 from llamatune.cli import main
 from llamatune.free_memory import held_host_bytes
 held = held_host_bytes()["mapped"]
@@ -169,7 +169,7 @@ def test_the_line_of_a_run_names_its_last_checkpoint(
     tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llamatune.training import loop
-    from llamatune.training.run import train
+    from llamatune.training.train import train
 
     spec = make_spec(tiny_base(), prepared(), tmp_path / "run", training__save_every_steps=1)
     update, calls = loop.make_update, []

@@ -9,7 +9,7 @@ from run_tools import adapter_tensors, make_spec
 
 from llamatune.events import Notice
 from llamatune.model.attention import Documents, attend
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 
 @pytest.mark.parametrize("budget", [1, 37, 64, 500])

@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 
 from llamatune.errors import NumericsError, SpecError, Stopped
 from llamatune.events import StepSkipped
-from llamatune.training import learner as learner_module
-from llamatune.training import run as run_module
-from llamatune.training.learner import Learner
+from llamatune.training import model_and_optimizer
+from llamatune.training import train as train_module
+from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.precision import LossScaler
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,13 +34,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def learners(monkeypatch: pytest.MonkeyPatch) -> list[Learner]:
     """The learners that runs build, for a look at the model after training."""
     built: list[Learner] = []
-    build = run_module.build_learner
+    build = train_module.build_learner
 
     def record(*arguments: object) -> Learner:
         built.append(build(*arguments))  # type: ignore[arg-type]
         return built[-1]
 
-    monkeypatch.setattr(run_module, "build_learner", record)
+    monkeypatch.setattr(train_module, "build_learner", record)
     return built
 
 
@@ -106,7 +106,9 @@ def scale_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Start every loss scaler at another scale."""
 
     def start(scale: float, growth_interval: int = 2000) -> None:
-        monkeypatch.setattr(learner_module, "LossScaler", lambda enabled: LossScaler(enabled, scale, growth_interval))
+        monkeypatch.setattr(
+            model_and_optimizer, "LossScaler", lambda enabled: LossScaler(enabled, scale, growth_interval)
+        )
 
     return start
 
@@ -207,14 +209,14 @@ def test_a_gradient_that_overflows_at_any_scale_ends_the_run(
     tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Infinite gradients of a finite loss, planted in the backward pass of the first value projection."""
-    build = run_module.build_learner
+    build = train_module.build_learner
 
     def poisoned(*arguments: object) -> Learner:
         learner = build(*arguments)  # type: ignore[arg-type]
         learner.parameters["model.layers.0.self_attn.v_proj.lora_B.weight"].register_hook(lambda g: g * float("inf"))
         return learner
 
-    monkeypatch.setattr(run_module, "build_learner", poisoned)
+    monkeypatch.setattr(train_module, "build_learner", poisoned)
     with pytest.raises(NumericsError, match="at any loss scale") as raised:
         train(make_spec(tiny_base(), prepared(), tmp_path / "run", **{**FP16, "training__max_steps": 99}))
     assert raised.value.exit_code == 6

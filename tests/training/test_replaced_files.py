@@ -12,16 +12,16 @@ import torch
 import yaml
 from run_tools import assert_same_outcome, make_spec, spec_values
 
+from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.batches import open_prepared
 from llamatune.data.prepare import prepare_data
-from llamatune.options.preparation import PrepareOptions
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 _CUT_WHILE_TRAINING = """
 import sys
 from llamatune.events import StepDone
 from llamatune.spec import load_spec
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 def cut(event):
     if isinstance(event, StepDone) and event.step == 1:

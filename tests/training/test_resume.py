@@ -15,17 +15,16 @@ import torch
 from run_tools import Crash, StopAfter, assert_same_outcome, crash_at, files, make_spec, metrics, run_and_record
 from safetensors.torch import load_file
 
-from llamatune.checkpoints import run_state
+from llamatune.checkpoints import training_checkpoint
 from llamatune.errors import CheckpointError, EnvironmentFault, Stopped
 from llamatune.events import Event, Notice, RunStarted, StepDone
 from llamatune.formats import manifest as manifests
 from llamatune.formats.manifest import MANIFEST
 from llamatune.safe_reading import digest_file
 from llamatune.spec import RunSpec
-from llamatune.training import learner as learner_module
-from llamatune.training import loop, run_output
+from llamatune.training import loop, model_and_optimizer, save_and_resume
 from llamatune.training.precision import LossScaler
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 SCHEDULED = {"training__lr_scheduler": "cosine", "training__warmup_steps": 2, "training__max_grad_norm": 0.4}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -62,7 +61,7 @@ def run_of(
     tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., RunSpec]:
     """A spec for a named variant; 18 rows in windows of 5 make a partial last window, 5 rows are held out."""
-    monkeypatch.setattr(learner_module, "LossScaler", lambda enabled: LossScaler(enabled, 2.0**26, 3))
+    monkeypatch.setattr(model_and_optimizer, "LossScaler", lambda enabled: LossScaler(enabled, 2.0**26, 3))
 
     def make(name: str, variant: str) -> RunSpec:
         changes = {
@@ -232,7 +231,7 @@ def test_a_resumed_run_reads_its_state_once_and_onto_the_cpu(
         read.append(path.name)
         return tensors
 
-    for module in (run_state, run_output):
+    for module in (training_checkpoint, save_and_resume):
         monkeypatch.setattr(module, "load_file", counting)
     train(spec)
     assert sorted(read) == ["optimizer.safetensors", "weights.safetensors"]

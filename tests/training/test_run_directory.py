@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from run_tools import StopAfter, assert_same_outcome, files, losses, make_spec, metrics
 
+from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.prepare import prepare_data
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Event, RunStarted
-from llamatune.options.preparation import PrepareOptions
 from llamatune.spec import RunSpec, load_spec
-from llamatune.training.run import plan_training, train
+from llamatune.training.train import plan_training, train
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from run_tools import make_spec, metrics
 
 from llamatune.errors import SpecError
 from llamatune.spec import TrainingSection
-from llamatune.training.run import train
 from llamatune.training.schedule import learning_rate_at
+from llamatune.training.train import train
 
 
 def _section(**values: object) -> TrainingSection:

@@ -18,7 +18,7 @@ import yaml
 from run_tools import assert_same_outcome, files, make_spec, metrics, spec_values
 from safetensors.torch import load_file, save_file
 
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 Command = Callable[..., Any]
 LONG = {"training__max_steps": 120, "training__save_every_steps": 3, "evaluation__every_steps": 25}

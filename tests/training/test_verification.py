@@ -15,11 +15,11 @@ import pytest
 from run_tools import StopAfter, make_spec
 
 from llamatune.checkpoints.merging import merge_lora
+from llamatune.command_options.inference import MergeOptions
 from llamatune.errors import CheckpointError, EnvironmentFault, Stopped
 from llamatune.events import Notice, Progress
 from llamatune.formats.manifest import MANIFEST
-from llamatune.options.inference import MergeOptions
-from llamatune.training.run import train
+from llamatune.training.train import train
 from llamatune.verification import verify
 
 Command = Callable[..., Any]

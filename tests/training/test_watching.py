@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from llamatune.errors import Stopped
 from llamatune.spec import RunSpec
-from llamatune.training.run import train
+from llamatune.training.train import train
 
 
 @pytest.fixture

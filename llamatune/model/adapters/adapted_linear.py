@@ -15,7 +15,7 @@ class AdaptedLinear(Linear):
     """A frozen layer with an adapter on it; ``weight`` or ``quantized`` keeps its name and its tensors.
 
     A kind of adapter is a subclass: ``start``, ``forward``, ``gradients`` and ``merged``. Its trained tensors are fp32
-    parameters under the names of ``shapes``. The hand-written code of a lean block sees them as one tuple.
+    parameters under the names of ``shapes``. The hand-written code of a fused block sees them as one tuple.
     """
 
     def __init__(self, frozen: Linear, shapes: Mapping[str, tuple[int, ...]], scaling: float, dropout: float) -> None:

@@ -13,7 +13,7 @@ from llamatune.model.adapters.adapted_linear import AdaptedLinear
 from llamatune.model.layers import Linear
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
-from llamatune.shapes.config import LINEAR_MODULES, linear_path
+from llamatune.shapes.llama_config import LINEAR_MODULES, linear_path
 
 
 def adapter_class(kind: str) -> type[AdaptedLinear]:

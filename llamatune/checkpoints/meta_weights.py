@@ -25,7 +25,7 @@ from llamatune.events import OnEvent
 from llamatune.formats.manifest import Staging
 from llamatune.formats.torch_archive import writing_archive
 from llamatune.model.torch_dtypes import STORED_NAMES
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.tokenizers.copied_files import copy_file, copy_meta_tokenizer
 
 _WHOLE = {HF_EMBEDDING: EMBEDDING, "model.norm.weight": "norm.weight", HF_HEAD: HEAD}

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llamatune.command_options.inference import Sampling
+from llamatune.command_options.option import Options, option
 from llamatune.errors import SpecError
-from llamatune.options.inference import Sampling
-from llamatune.options.option import Options, option
 from llamatune.units import parse_size
 
 

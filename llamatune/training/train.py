@@ -18,11 +18,11 @@ from llamatune.spec import RunSpec
 from llamatune.threads import suitable_threads
 from llamatune.training.compile_ahead import check_compiler, compile_ahead
 from llamatune.training.inputs import Inputs, open_inputs
-from llamatune.training.learner import build_learner
 from llamatune.training.loop import TrainingLoop
+from llamatune.training.model_and_optimizer import build_learner
 from llamatune.training.profiling import profiled
 from llamatune.training.run_directory import claim_run_directory, finished_summary
-from llamatune.training.run_files import CHECKPOINTS, ORIGIN
+from llamatune.training.run_file_names import CHECKPOINTS, ORIGIN
 from llamatune.training.run_memory import plan_run_memory, report_plan
 from llamatune.training.schedule import Schedule, micro_batch_tokens
 from llamatune.training.trainer_state import TrainerState

@@ -1,4 +1,4 @@
-"""The two halves of a lean block as hand-written autograd functions.
+"""The two halves of a fused block as hand-written autograd functions.
 
 The plain modules are the specification; these compute the same from the same weights. What autograd would save is
 computed again from a half's input: norms always, and more as the level of recomputation says. Frozen weights get no
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from llamatune.model.attention import attend
-from llamatune.model.layers import RMSNorm, Trained, product_dtype, swiglu
-from llamatune.model.lean.pieces import (
+from llamatune.model.fused.operations import (
     Projection,
     normalise,
     normalise_backward,
@@ -27,6 +26,7 @@ from llamatune.model.lean.pieces import (
     swiglu_in_place,
     trained_by,
 )
+from llamatune.model.layers import RMSNorm, Trained, product_dtype, swiglu
 from llamatune.model.rope import Rotation
 from llamatune.model.transformer import Block, Context, select_rows
 from llamatune.shapes import tile_sizes
@@ -140,7 +140,7 @@ def feed_forward_gradients(
     return dx, total
 
 
-class LeanFeedForward(torch.autograd.Function):
+class FusedFeedForward(torch.autograd.Function):
     """Norm, gate, up, SiLU, product and down with their adapters; kept are x, and gate and up unless ``recompute``."""
 
     @staticmethod

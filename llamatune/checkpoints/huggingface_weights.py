@@ -16,7 +16,7 @@ from llamatune.checkpoints.tensor_bytes import DeclaredTensor, stream_tensors
 from llamatune.events import OnEvent
 from llamatune.formats.manifest import Staging
 from llamatune.model.torch_dtypes import DTYPE_NAMES
-from llamatune.shapes.config import LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.strict_json import write_json
 from llamatune.tokenizers.copied_files import copy_huggingface_tokenizer
 

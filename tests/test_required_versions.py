@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llamatune.errors import EnvironmentFault
-from llamatune.versions import OLDEST, require_version
+from llamatune.required_versions import OLDEST, require_version
 
 
 @pytest.mark.parametrize("found", ["2.9.1", "2.9.1+cu128", "1.13", "2.9rc1", "2"])

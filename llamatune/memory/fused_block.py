@@ -1,11 +1,11 @@
-"""The bytes of ``model.lean``: a walk through the lean block's functions, forward and backward."""
+"""The bytes of ``model.fused``: a walk through the fused block's functions, forward and backward."""
 
 from __future__ import annotations
 
 from llamatune.memory.attention import AttentionBytes
 from llamatune.memory.ledger import Ledger, Passes, Tensor
 from llamatune.memory.sizes import Sizes
-from llamatune.shapes.config import GATE_UP_MODULES, QKV_MODULES
+from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES
 from llamatune.shapes.tile_sizes import TILE_TOKENS
 
 

@@ -1,4 +1,4 @@
-"""The lean block: a LoRA block that keeps little for the backward pass, and computes again as its level says.
+"""The fused block: a LoRA block that keeps little for the backward pass, and computes again as its level says.
 
 Every level gives the same bits: dropout's seeds are drawn once, in the same order, and what is computed again is what
 was computed before.
@@ -14,9 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from llamatune.model.fused.attention_and_feed_forward import (
+    FusedFeedForward,
+    attended,
+    feed_forward,
+    feed_forward_gradients,
+    projected,
+)
+from llamatune.model.fused.operations import Projection, projections, tiles, trained_by
 from llamatune.model.layers import RMSNorm, product_dtype
-from llamatune.model.lean.halves import LeanFeedForward, attended, feed_forward, feed_forward_gradients, projected
-from llamatune.model.lean.pieces import Projection, projections, tiles, trained_by
 from llamatune.model.transformer import Block, Context, select_rows
 from llamatune.shapes import tile_sizes
 from llamatune.shapes.recompute_levels import Recompute
@@ -105,7 +111,7 @@ class _RecomputedBlock(torch.autograd.Function):
         return dx, None, None, None, None, *trained_first, *trained_last
 
 
-class LeanBlock(Block):
+class FusedBlock(Block):
     """A block of frozen weights and adapters, computed by hand-written functions: rows without padding, no cache."""
 
     def __init__(self, block: Block, recompute: Recompute = Recompute.NOTHING) -> None:
@@ -124,7 +130,7 @@ class LeanBlock(Block):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         norm, parts, recompute = self.post_attention_layernorm, projections(self.mlp), self.recompute
-        y = LeanFeedForward.apply(  # type: ignore[no-untyped-call]
+        y = FusedFeedForward.apply(  # type: ignore[no-untyped-call]
             _only_row(x), norm, parts, recompute >= Recompute.FEED_FORWARD, *trained_by(parts)
         )
         return y[None]  # type: ignore[no-any-return]
@@ -146,5 +152,5 @@ class LeanBlock(Block):
 
 def _only_row(x: Tensor) -> Tensor:
     """(N, D) of (1, N, D): batches are rows without padding."""
-    assert len(x) == 1, "a lean block takes one row of samples"
+    assert len(x) == 1, "a fused block takes one row of samples"
     return x[0]

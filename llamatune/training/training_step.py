@@ -16,7 +16,7 @@ from llamatune.events import ShouldStop, never_stop
 from llamatune.model.loss import summed_loss
 from llamatune.seeds import derived_seed
 from llamatune.spec import TrainingSection
-from llamatune.training.learner import Learner
+from llamatune.training.model_and_optimizer import Learner
 
 LOWEST_LOSS_SCALE = 1e-4
 """Where halving ends: a gradient that overflows fp16 even at this scale overflows at any."""

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from llamatune import __version__
 from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter
-from llamatune.checkpoints.huggingface import write_huggingface
-from llamatune.checkpoints.run_state import newest_run_state, save_run_state
+from llamatune.checkpoints.huggingface_weights import write_huggingface
 from llamatune.checkpoints.tensor_bytes import write_tensors
+from llamatune.checkpoints.training_checkpoint import newest_run_state, save_run_state
 from llamatune.errors import CheckpointError
 from llamatune.events import EvalDone, ignore_event
 from llamatune.formats.manifest import Staging, build_directory
@@ -22,9 +22,9 @@ from llamatune.formats.state_json import checkpoint_path
 from llamatune.spec import RunSpec
 from llamatune.strict_json import write_json
 from llamatune.training.inputs import Inputs
-from llamatune.training.learner import Learner
+from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.run_directory import RunDirectory
-from llamatune.training.run_files import ADAPTER, BEST, CHECKPOINTS, MODEL
+from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, MODEL
 from llamatune.training.trainer_state import TrainerState
 
 _WEIGHTS = "weights.safetensors"

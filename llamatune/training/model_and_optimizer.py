@@ -56,8 +56,8 @@ def build_learner(
             load_adapter_tensors(model, inputs.starting_adapter.tensors)
         parameters = dict(adapter_parameters(model))
     training, device = spec.training, inputs.device
-    lean = training.fused and adapter is not None
-    apply_activation_checkpointing(model, training.activation_checkpointing, lean, levels)
+    fused = training.fused and adapter is not None
+    apply_activation_checkpointing(model, training.activation_checkpointing, fused, levels)
     model.train()
     optimizer, scaler = build_optimizer(training, parameters), LossScaler(training.precision == "fp16")
     return Learner(model, parameters, optimizer, scaler, autocast_factory(training.precision, device), device)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llamatune.command_options.option import Options, option
 from llamatune.errors import SpecError
-from llamatune.options.option import Options, option
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamatune.model.activation_checkpointing import apply_activation_checkpointing
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
+from llamatune.model.fused import operations
 from llamatune.model.initialise import initialise
 from llamatune.model.layers import Dropout, RMSNorm
-from llamatune.model.lean import pieces
 from llamatune.model.loss import summed_loss
 from llamatune.model.nf4 import quantize_blocks
 from llamatune.model.rope import rotary_angles
 from llamatune.model.transformer import Transformer
 from llamatune.shapes import tile_sizes
 from llamatune.shapes.adapter import AdapterSpec
-from llamatune.shapes.config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.recompute_levels import Recompute
 
 LENGTHS = (11, 1, 17)
@@ -66,9 +66,9 @@ def gradients(
     return loss.item(), {name: p.grad for name, p in adapter_parameters(model) if p.grad is not None}
 
 
-def lean_copy(model: Transformer, level: Recompute) -> Transformer:
+def fused_copy(model: Transformer, level: Recompute) -> Transformer:
     twin = copy.deepcopy(model)
-    apply_activation_checkpointing(twin, "none", lean=True, levels=(level,) * len(twin.model.layers))
+    apply_activation_checkpointing(twin, "none", fused=True, levels=(level,) * len(twin.model.layers))
     return twin
 
 
@@ -86,7 +86,7 @@ TARGETS = [["q_proj", "v_proj"], list(LINEAR_MODULES), ["down_proj"], ["o_proj"]
 def test_fused_equals_plain(targets: list[str], dtype: torch.dtype, tolerance: float, level: Recompute) -> None:
     model = model_with(targets, dtype)
     loss, expected = gradients(copy.deepcopy(model))
-    found_loss, found = gradients(lean_copy(model, level))
+    found_loss, found = gradients(fused_copy(model, level))
     assert found_loss == pytest.approx(loss, rel=1e-6)
     assert len(expected) == 2 * 3 * len(targets)
     assert worst(found, expected) < tolerance
@@ -101,7 +101,7 @@ def test_on_an_nf4_base_fused_equals_plain(level: Recompute) -> None:
         if "lora_B" in name:
             parameter.data.normal_(0, 0.2)
     loss, expected = gradients(copy.deepcopy(model))
-    found_loss, found = gradients(lean_copy(model, level))
+    found_loss, found = gradients(fused_copy(model, level))
     assert found_loss == pytest.approx(loss, rel=1e-6)
     assert worst(found, expected) < 1e-5
 
@@ -114,7 +114,7 @@ def test_under_bf16_fused_is_as_near_to_the_truth_as_plain(dtype: torch.dtype, r
     truth = copy.deepcopy(model).double()
     _, expected = gradients(truth)
     _, plain = gradients(copy.deepcopy(model), torch.bfloat16)
-    _, found = gradients(lean_copy(model, level), torch.bfloat16)
+    _, found = gradients(fused_copy(model, level), torch.bfloat16)
 
     def error(gradient: dict[str, Tensor]) -> float:
         squares = [((gradient[name] - one).square().sum(), one.square().sum()) for name, one in expected.items()]
@@ -125,7 +125,7 @@ def test_under_bf16_fused_is_as_near_to_the_truth_as_plain(dtype: torch.dtype, r
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_gradients_with_dropout_agree_with_finite_differences(level: Recompute) -> None:
-    model = lean_copy(model_with(list(LINEAR_MODULES), torch.float64, dropout=0.3), level)
+    model = fused_copy(model_with(list(LINEAR_MODULES), torch.float64, dropout=0.3), level)
     _, found = gradients(model)
     ids = torch.manual_seed(5) and torch.randint(3, 131, (1, sum(LENGTHS)))
     labels = ids.clone()
@@ -155,7 +155,7 @@ def test_every_level_gives_the_same_bits_with_dropout_on(
     lengths: tuple[int, ...], dtype: torch.dtype, autocast: torch.dtype | None
 ) -> None:
     model = model_with(list(LINEAR_MODULES), dtype, dropout=0.3)
-    runs = [gradients(lean_copy(model, level), autocast, lengths) for level in LEVELS]
+    runs = [gradients(fused_copy(model, level), autocast, lengths) for level in LEVELS]
     for loss, found in runs[1:]:
         assert loss == runs[0][0]
         assert all(torch.equal(found[name], one) for name, one in runs[0][1].items())
@@ -176,7 +176,7 @@ class CountAttention(TorchDispatchMode):
 
 @pytest.mark.parametrize(("level", "runs"), [(0, 1), (1, 1), (2, 1), (3, 2)])
 def test_attention_runs_again_in_recomputed_blocks_alone(level: int, runs: int) -> None:
-    model = lean_copy(model_with(["q_proj"], torch.float32), Recompute(level))
+    model = fused_copy(model_with(["q_proj"], torch.float32), Recompute(level))
     with CountAttention() as counter:
         gradients(model)
     samples = 3 * len(LENGTHS)  # in each of three layers
@@ -198,7 +198,7 @@ def test_without_training_mode_nothing_is_dropped() -> None:
     ids = torch.arange(3, 32)[None]
     with torch.no_grad():
         plain = model.eval()(ids)
-        apply_activation_checkpointing(model, "none", lean=True)
+        apply_activation_checkpointing(model, "none", fused=True)
         torch.testing.assert_close(model(ids), plain, atol=1e-5, rtol=1e-5)
 
 
@@ -208,15 +208,15 @@ def test_norm_and_its_gradient_against_autograd() -> None:
     x, grad = torch.randn(23, 12, dtype=torch.float64, requires_grad=True), torch.randn(23, 12, dtype=torch.float64)
     norm(x).backward(grad)
     with torch.no_grad():
-        torch.testing.assert_close(pieces.normalise(x, norm, torch.float64), norm(x))
-        torch.testing.assert_close(pieces.normalise_backward(grad, x, norm), x.grad)
+        torch.testing.assert_close(operations.normalise(x, norm, torch.float64), norm(x))
+        torch.testing.assert_close(operations.normalise_backward(grad, x, norm), x.grad)
 
 
 def test_turning_back_undoes_turning() -> None:
     x = torch.randn(9, 3 * 8, dtype=torch.float64)
     rotation = rotary_angles(torch.arange(9)[None], 8, 10000.0)
     turned = x.clone()
-    pieces.rotate_in_place(turned, *rotation)
+    operations.rotate_in_place(turned, *rotation)
     assert not torch.allclose(turned, x)
-    pieces.rotate_in_place(turned, *rotation, True)
+    operations.rotate_in_place(turned, *rotation, True)
     torch.testing.assert_close(turned, x, atol=1e-6, rtol=1e-6)

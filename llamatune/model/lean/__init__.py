@@ -1,1 +1,0 @@
-"""The lean block: a LoRA block computed by hand-written autograd functions that keep little for the backward pass."""
