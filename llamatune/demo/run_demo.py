@@ -94,9 +94,10 @@ def run_demo(output: Path, on_event: OnEvent = ignore_event, should_stop: Should
         HeldOut(row["instruction"], row["output"], both.base_completion or "", both.completion, last.completion)
         for row, both, last in zip(held_out, compared, of_merged, strict=True)
     ]
-    before, after, merged_match = (
+    base_match, tuned_match, merged_match = (
         100 * (sum(getattr(row, kind) == row.expected for row in answers) / len(answers))
         for kind in ("base", "tuned", "merged")
     )
-    trained, seconds, peak = (summary[key] for key in ("trainable_parameters", "runtime_s", "peak_memory_bytes"))
-    return DemoReport(str(output), trained, count.base_parameters, before, after, merged_match, seconds, peak, answers)
+    parameters = (summary["trainable_parameters"], count.base_parameters)
+    costs = (summary["runtime_s"], summary["peak_memory_bytes"])
+    return DemoReport(str(output), *parameters, base_match, tuned_match, merged_match, *costs, answers)

@@ -241,7 +241,7 @@ def _settings(
 def _kept_lines(log: AnswerLog, questions: list[Question], compare: bool) -> Iterator[dict[str, Any]]:
     """The lines already in the output, up to the first that this evaluation would not have written."""
     prefixes = ("", "base_") if compare else ("",)
-    for question, line in zip(questions, log.entries(), strict=False):  # a stopped evaluation has fewer lines
+    for question, line in zip(questions, log.entries(), strict=False):  # a stopped one has fewer lines
         try:
             replies = {p: (line[f"{p}completion"], line[f"{p}finish_reason"]) for p in prefixes}
             if scored_line(question, replies) != line:

@@ -1,4 +1,4 @@
-"""The learner: the model with its adapter on the device, the optimizer, the loss scaler and autocast."""
+"""Model and optimizer of a run: the base with its adapter on the device, optimizer, loss scaler and autocast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, to resume from; the trained weights, an adapter or a whole model, in best/ and at the end."""
+"""Saving and resuming a run: its checkpoints, and the trained adapter or model in best/ and at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One update: gradient accumulation over the micro-batches of a window, clipping, the optimizer's step."""
+"""One training step: gradient accumulation over the micro-batches of a window, clipping, the optimizer's step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two halves of a fused block as hand-written autograd functions.
+"""Attention and feed-forward halves of the fused block: autograd functions with a hand-written backward pass.
 
 The plain modules are the specification; these compute the same from the same weights. What autograd would save is
 computed again from a half's input: norms always, and more as the level of recomputation says. Frozen weights get no

@@ -1,4 +1,4 @@
-"""Pieces of the hand-written block: products with their dropout, norms, rotation and SwiGLU, forward and backward.
+"""Operations of the fused block: products with dropout, RMSNorm, rotation, SwiGLU, each forward and backward.
 
 Nothing here is followed by autograd. Shapes as in ``transformer``: x (N, D) is a row of tokens, weights (out, in).
 """
