@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -62,6 +62,9 @@ class Ranks:
     def all_gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, of one shape, stacked: (size, ...)."""
         return tensor[None]
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replace ``tensor`` by the sum over all ranks, added in any order."""
 
     def all_to_all(self, tensors: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
         """Send ``tensors[r]`` to rank r; what each rank r sent here has shape ``shapes[r]``."""
@@ -154,6 +157,10 @@ class _Group(Ranks):
         with self._collective():
             dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         return gathered
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        with self._collective():
+            dist.all_reduce(tensor)
 
     def all_to_all(self, tensors: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
         received = [tensors[0].new_empty(shape) for shape in shapes]

@@ -88,7 +88,12 @@ class TrainingSection(_Section):
     num_epochs: Positive | None = Field(None, description="passes over the rows; 5 if max_steps is not given either")
     max_steps: Positive | None = Field(None, description="optimizer updates, in place of num_epochs")
     micro_batch_size: Positive = Field(1, description="rows in one forward pass")
-    gradient_accumulation_steps: Positive = Field(8, description="forward passes per update")
+    gradient_accumulation_steps: Positive = Field(8, description="micro-batches per update")
+    tokens_per_pass: Positive | Literal["auto"] | None = Field(
+        "auto",
+        description="micro-batches of an update are computed together, up to so many tokens; null: each by itself; "
+        "auto: as many as memory allows, chosen when the run starts",
+    )
     optimizer: Literal["adamw", "sgd", "adamw_8bit"] = Field(
         "adamw", description="adamw_8bit holds the state of large tensors in 8 bits"
     )
@@ -119,6 +124,9 @@ class TrainingSection(_Section):
         "auto",
         description="for example 24GiB; with activation_checkpointing: none, fused LoRA blocks recompute where a step "
         "would need more; auto: 90 % of the free memory",
+    )
+    rank_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="with several processes: how long one may not answer before all end"
     )
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")

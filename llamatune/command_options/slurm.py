@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from llamatune.errors import SpecError
 from llamatune.command_options.option import Option, Options
+from llamatune.errors import SpecError
 
 _TIME = r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}"
 _NAMES = r"[\w.,@+-]+"
@@ -25,7 +25,8 @@ class SlurmOptions(Options):
     nodes: Annotated[int, Option("Nodes of the job.", metavar="N", at_least=1, at_most=100_000)] = 1
     gpus_per_node: Annotated[int, Option("GPUs of a node; one process each.", metavar="G", at_least=0, at_most=64)] = 1
     cpus_per_task: Annotated[
-        int | None, Option("CPU cores of a process.", metavar="N", at_least=1, at_most=4096, shown_default="Slurm's own")
+        int | None,
+        Option("CPU cores of a process.", metavar="N", at_least=1, at_most=4096, shown_default="Slurm's own"),
     ] = None
     time: Annotated[str, Option("The time limit, as Slurm writes it: 90, 4:00:00, 1-12.")] = "04:00:00"
     partition: Annotated[str | None, Option("The partition.", metavar="NAME", shown_default="Slurm's own")] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from llamatune.inference.significance import ratio_interval
 from llamatune.model.loss import IGNORED, target_losses
 from llamatune.model.transformer import Transformer
 from llamatune.out_of_memory import memory_faults
+from llamatune.ranks import ALONE, Ranks
+from llamatune.shared_work import shared_map
 from llamatune.threads import suitable_threads
 from llamatune.units import perplexity
 
@@ -78,17 +80,23 @@ def held_out_loss(
     autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     on_event: OnEvent = ignore_event,
     should_stop: ShouldStop = never_stop,
+    ranks: Ranks = ALONE,
 ) -> HeldOutLoss:
-    """Mean loss per target token over every row of ``split``, without dropout. Raises ``Stopped`` on request."""
+    """Mean loss per target token over every row of ``split``, without dropout. Raises ``Stopped`` on request.
+
+    Several ranks share the batches; each has the same mean.
+    """
+
+    def score(batch: Batch) -> list[tuple[Any, ...]]:
+        with autocast():
+            return [astuple(row) for row in score_batch(model, batch)]
+
     was_training = model.training
     model.eval()
     rows: list[RowScore] = []
     try:
-        for batch in split.batches(batch_size):
-            if should_stop():
-                raise Stopped("stopped during evaluation")
-            with autocast():
-                rows += score_batch(model, batch)
+        for scores in shared_map(split.batches(batch_size), score, should_stop, ranks):
+            rows += [RowScore(*values) for values in scores]
             on_event(Progress("evaluating", len(rows), len(split)))
     finally:
         model.train(was_training)

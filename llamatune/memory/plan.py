@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from llamatune.units import gibibytes, parse_size
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The step of the heaviest micro-batch; ``levels``: what each fused block recomputes, None for plain blocks."""
+    """The step of the heaviest pass; ``levels``: what each fused block recomputes, None for plain blocks."""
 
     rows: Rows
     levels: Levels | None
@@ -79,18 +78,32 @@ def limit_of(spec: RunSpec, free_bytes: int | None) -> int | None:
     return None if free_bytes is None else free_bytes * 9 // 10
 
 
-def heaviest_rows(lengths: Sequence[int], target_counts: Sequence[int], spec: RunSpec) -> Rows:
-    """The micro-batch that needs most memory: the longest rows, or full rows of packed samples."""
-    size, data = spec.training.micro_batch_size, spec.data
+def heaviest_rows(
+    lengths: Sequence[int], target_counts: Sequence[int], spec: RunSpec, pass_tokens: int | None = None
+) -> Rows:
+    """The pass that needs most memory: the longest rows, or full rows of packed samples.
+
+    It is one micro-batch, or several that have at most ``pass_tokens`` tokens together.
+    """
+    size, steps, data = spec.training.micro_batch_size, spec.training.gradient_accumulation_steps, spec.data
     if not data.packing:
-        longest = heapq.nlargest(size, range(len(lengths)), key=lengths.__getitem__)
-        return Rows(tuple(lengths[i] for i in longest), sum(target_counts[i] for i in longest))
+        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        chosen, room = longest[:size], (pass_tokens or 0) - sum(lengths[i] for i in longest[:size])
+        for i in longest[size:] if room > 0 else ():
+            if lengths[i] <= room and len(chosen) < size * steps:
+                chosen.append(i)
+                room -= lengths[i]
+        window = sum(lengths[i] for i in longest[: size * steps])
+        passes = steps if pass_tokens is None else min(steps, -(-window // pass_tokens))
+        return Rows(tuple(lengths[i] for i in chosen), sum(target_counts[i] for i in chosen), passes)
     total, ordered = sum(lengths), sorted(lengths)
     tokens = min(total, size * max(data.packed_tokens, ordered[-1]))
+    joined = max(1, min(steps, (pass_tokens or 0) // tokens))
+    tokens = min(total, joined * tokens)
     count = max(1, tokens * len(lengths) // total)
     samples = [ordered[(2 * place + 1) * len(ordered) // (2 * count)] for place in range(count)]
     samples[-1] = max(1, samples[-1] + tokens - sum(samples))
-    return Rows(tuple(samples), round(tokens * sum(target_counts) / total))
+    return Rows(tuple(samples), round(tokens * sum(target_counts) / total), -(-steps // joined))
 
 
 def cheapest_levels(layers: int, peak: Callable[[Levels], int], limit: int) -> Levels:

@@ -7,7 +7,6 @@ from typing import Any
 
 from llamatune.memory.plan import MemoryPlan, largest, plan_memory
 from llamatune.memory.remedies import remedies
-from llamatune.memory.sizes import Rows
 from llamatune.memory.step import Step
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.llama_config import LlamaConfig
@@ -35,7 +34,7 @@ def plan_report(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu)
     row = plan.rows.lengths[: max(1, len(plan.rows.lengths) // size)] if packing else (max(plan.rows.lengths),)
 
     def fits(lengths: tuple[int, ...]) -> bool:
-        rows = Rows(lengths, max(1, round(sum(lengths) * share)))
+        rows = dataclasses.replace(plan.rows, lengths=lengths, targets=max(1, round(sum(lengths) * share)))
         return plan_memory(spec, config, rows, cuda, plan.limit_bytes).fits
 
     def longer(tokens: int) -> tuple[int, ...]:

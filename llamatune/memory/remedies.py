@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamatune.memory.plan import MemoryPlan, plan_memory
 from llamatune.memory.sizes import Rows
@@ -121,4 +121,4 @@ def _fewer(rows: Rows, share: float) -> Rows:
 
 
 def _of(rows: Rows, lengths: tuple[int, ...]) -> Rows:
-    return Rows(lengths, max(1, round(rows.targets * sum(lengths) / rows.tokens)))
+    return replace(rows, lengths=lengths, targets=max(1, round(rows.targets * sum(lengths) / rows.tokens)))

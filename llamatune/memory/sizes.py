@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability, Gpu
 from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.dtypes import PRECISIONS, WEIGHT_BYTES
+from llamatune.shapes.gradient_lanes import LANES
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.tile_sizes import ELEMENTS_AT_ONCE, WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
@@ -24,10 +25,14 @@ _CODE_TABLE_BYTES = 4 << 16  # what finds the level of an 8-bit blockwise code
 
 @dataclass(frozen=True)
 class Rows:
-    """A micro-batch: samples of these lengths one after another, of whose tokens ``targets`` are predicted."""
+    """A pass: samples of these lengths one after another, of whose tokens ``targets`` are predicted.
+
+    ``passes`` are those of its accumulation window; None: as many as the spec has micro-batches.
+    """
 
     lengths: tuple[int, ...]
     targets: int
+    passes: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -49,7 +54,9 @@ class Sizes:
         self.targets = frozenset(self.adapter.target_modules) if self.adapter else frozenset()
         self.trains_all, self.dropout = self.adapter is None, bool(self.adapter and self.adapter.dropout)
         self.fused = self.adapter is not None and training.fused
-        self.accumulates = training.gradient_accumulation_steps > 1
+        passes, lanes = rows.passes or training.gradient_accumulation_steps, LANES if self.adapter else 1
+        self.accumulates = passes > lanes  # into gradients that are there already
+        self.held_sums = (min(passes, lanes) - 1).bit_length()  # of gradients of other lanes
         self.nf4, self.autocast = spec.model.dtype == "nf4", training.precision != "fp32"
         held = spec.model.dtype
         if self.nf4:  # of what is not quantised

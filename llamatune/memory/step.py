@@ -132,7 +132,8 @@ class Step:
     def _walk(self, levels: Levels | None) -> list[_Placed]:
         """Forward through the blocks and the head, back again, and over the update."""
         parts = [*self._parts_of_blocks(levels), (None, self._head)]
-        gradients, others, cached = self._trained if self.z.accumulates else 0, self._inputs, 0
+        gradients = self._trained * (self.z.held_sums + self.z.accumulates)
+        others, cached = self._inputs, 0
         walk: list[_Placed] = []
 
         def place(phase: str, beside: int, peak: int, below: int, layer: int | None, part: Part) -> None:

@@ -14,35 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llamatune.ranks import Ranks
-
-LANES = 8
-"""Lanes for up to 8 ranks. More ranks take the next power of two, and with it other bytes."""
-
-
-def count_lanes(ranks: int) -> int:
-    """A power of two, at least ``LANES`` and at least one lane a rank."""
-    return max(LANES, 1 << (ranks - 1).bit_length())
-
-
-def deal_passes(tokens: Sequence[int], lanes: int) -> list[list[int]]:
-    """The passes (by index into ``tokens``) of each lane, in order: longest first, each to the lighter half of the tree.
-
-    Halves, quarters and so on have nearly equal tokens, so consecutive lanes are fair shares for 2, 4 or 8 ranks.
-    """
-    dealt: list[list[int]] = [[] for _ in range(lanes)]
-    load = [0] * (2 * lanes)  # of the tree's nodes: node n has the children 2n and 2n + 1, the lanes are its leaves
-    for index in sorted(range(len(tokens)), key=lambda index: (-tokens[index], index)):
-        node = 1
-        while node < lanes:
-            node = 2 * node + (load[2 * node + 1] < load[2 * node])
-            load[node] += tokens[index]
-        dealt[node - lanes].append(index)
-    return [sorted(lane) for lane in dealt]
-
-
-def own_lanes(rank: int, ranks: int, lanes: int) -> range:
-    """The consecutive lanes that a rank computes."""
-    return range(lanes * rank // ranks, lanes * (rank + 1) // ranks)
+from llamatune.shapes.gradient_lanes import own_lanes
 
 
 @dataclass
@@ -93,19 +65,20 @@ def reduce_nodes(
     elements = sum(shape.numel() for shape in shapes)
     part = -(-elements // ranks.size // 8) * 8  # a multiple of 8: the facts that follow are aligned
     spans = [_filled_nodes(own_lanes(rank, ranks.size, len(dealt)), dealt) for rank in range(ranks.size)]
+    padding = torch.zeros(part * ranks.size - elements, dtype=dtype, device=device)
     flat = [
-        torch.cat([*(g.reshape(-1) for g in node.gradients), torch.zeros(part * ranks.size - elements, dtype=dtype, device=device)])
+        torch.cat([*(gradient.reshape(-1) for gradient in node.gradients), padding])
         for node in own.nodes
         if node.gradients is not None
     ]
     own.nodes.clear()
     stacked = torch.stack(flat) if flat else torch.empty(0, part * ranks.size, dtype=dtype, device=device)
     del flat
-    slices = [piece.contiguous() for piece in stacked.split(part, dim=1)]
+    slices = [piece.contiguous() for piece in torch.split(stacked, part, dim=1)]
     del stacked
     received = ranks.all_to_all(slices, [torch.Size((len(filled), part)) for filled in spans])
     del slices
-    tree, place = TreeSum(), {}
+    tree, place = TreeSum(), dict[tuple[int, int], list[Tensor]]()
     for filled, rows in zip(spans, received, strict=True):
         place |= {span: [row] for span, row in zip(filled, rows, strict=True)}
     for rank in range(ranks.size):
@@ -116,7 +89,7 @@ def reduce_nodes(
     gathered = ranks.all_gather(message)
     boundary = part * dtype.itemsize
     summed = gathered[:, :boundary].reshape(-1).view(dtype)[:elements]
-    pieces = summed.split([shape.numel() for shape in shapes])
+    pieces = torch.split(summed, [shape.numel() for shape in shapes])
     # Tensors of their own: a kernel's order of addition may depend on the alignment of a view.
     gradients = [piece.view(shape).clone() for piece, shape in zip(pieces, shapes, strict=True)]
     return gradients, gathered[:, boundary:].contiguous().view(torch.float64).sum(0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llamatune.errors import CheckpointError
-from llamatune.training.gradient_sum import LANES, count_lanes
+from llamatune.shapes.gradient_lanes import LANES
 
 
 @dataclass(frozen=True)
@@ -15,25 +16,29 @@ class PassRule:
     """How a run joins micro-batches, and in what order it sums gradients; chosen at its start, the same to its end.
 
     ``tokens``: a pass of several micro-batches has at most so many; None: each micro-batch is a pass. ``at_least``: the
-    passes of a window, where it has so many micro-batches. ``lanes``: of ``gradient_sum``; 1 adds the gradients one
-    after another.
+    passes of a window, where it has so many micro-batches. ``lanes`` are those of ``shapes.gradient_lanes``; None adds
+    the gradients one after another.
     """
 
     tokens: int | None = None
     at_least: int = 1
-    lanes: int = LANES
+    lanes: int | None = LANES
 
     @classmethod
     def restored(cls, saved: Any, where: object) -> PassRule:
         """From ``origin.json``. Runs of versions that had no passes continue in their order of addition."""
         if saved is None:
-            return cls(tokens=None, at_least=1, lanes=1)
+            return cls(lanes=None)
         if isinstance(saved, Mapping) and saved.keys() == {"tokens", "at_least", "lanes"}:
             tokens, at_least, lanes = saved["tokens"], saved["at_least"], saved["lanes"]
-            counts = (at_least, lanes) if tokens is None else (tokens, at_least, lanes)
-            if all(type(count) is int and 1 <= count < 1 << 53 for count in counts) and lanes == lanes & -lanes:
+            counts = [count for count in (tokens, at_least, lanes or 1) if count is not None]
+            if all(type(count) is int and 1 <= count < 1 << 31 for count in counts) and (lanes or 1).bit_count() == 1:
                 return cls(tokens, at_least, lanes)
         raise CheckpointError(f"passes is {str(saved)[:80]!r}", where, "was it edited? choose another output_dir")
+
+
+SINGLE_MICRO_BATCHES = PassRule()
+"""Each micro-batch is a pass."""
 
 
 def join_micro_batches(sizes: Sequence[int], rule: PassRule) -> list[list[int]]:
@@ -46,12 +51,11 @@ def join_micro_batches(sizes: Sequence[int], rule: PassRule) -> list[list[int]]:
     longest_first = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
     fewest = max(-(-sum(sizes) // rule.tokens), rule.at_least)
     for count in range(min(fewest, len(sizes)), len(sizes) + 1):
-        passes: list[list[int]] = [[] for _ in range(count)]
-        loads = [0] * count
+        passes: list[tuple[int, int, list[int]]] = [(0, place, []) for place in range(count)]  # a heap by tokens
         for index in longest_first:
-            lightest = loads.index(min(loads))
-            passes[lightest].append(index)
-            loads[lightest] += sizes[index]
-        if all(load <= rule.tokens or len(joined) == 1 for load, joined in zip(loads, passes, strict=True)):
+            tokens, place, joined = passes[0]
+            joined.append(index)
+            heapq.heapreplace(passes, (tokens + sizes[index], place, joined))
+        if all(tokens <= rule.tokens or len(joined) == 1 for tokens, _, joined in passes):
             break
-    return sorted(sorted(joined) for joined in passes)
+    return sorted(sorted(joined) for _, _, joined in passes)

@@ -14,11 +14,13 @@ from llamatune import __version__
 from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter
 from llamatune.checkpoints.huggingface_weights import write_huggingface
 from llamatune.checkpoints.tensor_bytes import write_tensors
-from llamatune.checkpoints.training_checkpoint import newest_run_state, save_run_state
+from llamatune.checkpoints.training_checkpoint import newest_run_state, read_run_state, save_run_state
 from llamatune.errors import CheckpointError
 from llamatune.events import EvalDone, ignore_event
 from llamatune.formats.manifest import Staging, build_directory
+from llamatune.formats.metrics import Record
 from llamatune.formats.state_json import checkpoint_path
+from llamatune.ranks import Ranks
 from llamatune.spec import RunSpec
 from llamatune.strict_json import write_json
 from llamatune.training.inputs import Inputs
@@ -34,35 +36,55 @@ EVALUATION = "evaluation.json"
 
 @dataclass(frozen=True)
 class RunOutput:
-    """Writes what a run makes into its directory, and restores the learner from there."""
+    """Writes what a run makes into its directory, and restores the learner from there.
+
+    The first rank writes. The others wait until it has, so that none goes on before a checkpoint is durable.
+    """
 
     spec: RunSpec
     inputs: Inputs
     learner: Learner
     run: RunDirectory
+    ranks: Ranks
+
+    def log(self, record: Record) -> None:
+        """Append a line to ``metrics.jsonl``."""
+        if self.run.log is not None:
+            self.run.log.append(record)
+
+    def cut_log(self, length: int) -> None:
+        if self.run.log is not None:
+            self.run.log.cut(length)
 
     def save_checkpoint(self, progress: TrainerState) -> Path:
         """Write ``checkpoints/step-000100`` durably, after the metrics log; its path."""
         path = checkpoint_path(self.run.path / CHECKPOINTS, progress.step)
+        if self.run.log is not None:
+            self._write_checkpoint(path, progress, self.run.log.sync())
+        self.ranks.wait()
+        return path
+
+    def _write_checkpoint(self, path: Path, progress: TrainerState, metrics_bytes: int) -> None:
         state = {
             "step": progress.step,
             "position": asdict(progress),
             "scaler": self.learner.scaler.state(),
-            "metrics_bytes": self.run.log.sync(),
+            "metrics_bytes": metrics_bytes,
             "llamatune": __version__,
             **_machine(),
         }
         save_run_state(path, self.write_weights, self.learner.optimizer.state_tensors(), state)
-        return path
 
     def load_checkpoint(self, warn: Callable[[str], None]) -> tuple[Path, TrainerState, int] | None:
         """Restore the newest checkpoint that verifies: its path, its progress, and the length of the metrics log then.
 
         None: there is no checkpoint.
         """
-        checkpoint = newest_run_state(self.run.path / CHECKPOINTS, warn)
-        if checkpoint is None:
+        checkpoint = newest_run_state(self.run.path / CHECKPOINTS, warn) if self.ranks.is_first else None
+        path = self.ranks.from_first(None if checkpoint is None else str(checkpoint.path))
+        if path is None:
             return None
+        checkpoint = checkpoint or read_run_state(Path(path))
         state = checkpoint.progress
         self._restore_weights(checkpoint.path)
         self.learner.optimizer.restore(checkpoint.optimizer, checkpoint.path)
@@ -78,6 +100,8 @@ class RunOutput:
 
     def write_best(self, evaluation: EvalDone) -> None:
         """Replace ``best/`` by the current weights, with their ``evaluation`` in ``evaluation.json``."""
+        if not self.ranks.is_first:
+            return
         values = asdict(evaluation)
         del values["best"], values["seconds"]  # what is written is a function of the run alone
         with build_directory(self.run.path / BEST, self._kind, {}, overwrite=True) as staging:
@@ -86,6 +110,8 @@ class RunOutput:
 
     def write_final(self) -> None:
         """Write ``adapter/`` or ``model/``."""
+        if not self.ranks.is_first:
+            return
         with build_directory(self.run.path / self._kind, self._kind, {}, overwrite=True) as staging:
             self._write_product(staging)
 

@@ -20,6 +20,7 @@ _MAY_CHANGE = (
     # Recomputation and memory mapping change no bit of the result.
     "training.activation_checkpointing",
     "training.memory_limit",
+    "training.rank_timeout_s",
     "model.memory_map",
     *(f"tracking.{name}" for name in TrackingSection.model_fields),
 )

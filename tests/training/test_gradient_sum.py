@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from llamatune.ranks import Ranks
-from llamatune.training.gradient_sum import LANES, TreeSum, count_lanes, deal_passes, own_lanes, reduce_nodes
+from llamatune.shapes.gradient_lanes import LANES, count_lanes, deal_passes, own_lanes
+from llamatune.training.gradient_sum import TreeSum, reduce_nodes
 
 SHAPES = ((3, 5), (7,), (2, 2, 2))
 
