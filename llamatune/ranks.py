@@ -1,0 +1,289 @@
+"""Ranks: the processes of one run, what they send each other, and how all of them end when one fails."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llamatune.errors import EnvironmentFault, FailedElsewhere, LlamatuneError
+from llamatune.launcher import Launch, read_launch
+
+T = TypeVar("T")
+
+_NO_TIMEOUT = timedelta(days=365)
+_HEARTBEAT_S = 2.0
+_POLL_S = 0.01
+_ANSWER_S = 5.0
+_FAILED = "failed"
+_FAREWELL_S = 3.0
+"""How long rank 0, whose process holds the store, waits for the others to read why it ends."""
+
+
+class Ranks:
+    """One process of ``size``. With one process, every method returns at once and no process group exists."""
+
+    rank, size, local_rank = 0, 1, 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes, draws and prints."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's share of ``items``: every ``size``-th, beginning at ``rank``."""
+        return items[self.rank :: self.size]
+
+    def wait(self) -> None:
+        """Return when every rank has come here, however long the work of one takes."""
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's ``value``, which must be JSON."""
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """The JSON ``value`` of each rank."""
+        return [value]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        return any(self.gather(flag))
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, of one shape, stacked: (size, ...)."""
+        return tensor[None]
+
+    def all_to_all(self, tensors: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
+        """Send ``tensors[r]`` to rank r; what each rank r sent here has shape ``shapes[r]``."""
+        return tensors
+
+
+ALONE = Ranks()
+
+
+class _Group(Ranks):
+    """Several processes in a torch.distributed process group.
+
+    Two groups are used. Collectives of tensors fail after ``timeout_s``: no rank computes that long between two. Waits,
+    in which one rank may load or save for an hour, fail only when another rank shows no sign of life that long.
+    """
+
+    def __init__(self, launch: Launch, backend: str, timeout_s: float) -> None:
+        self.rank, self.size, self.local_rank = launch.rank, launch.world_size, launch.local_rank
+        self._launch, self._timeout_s, self._leaving = launch, timeout_s, threading.Event()
+        self._store = self._meet()
+        try:
+            timeout = timedelta(seconds=timeout_s)
+            dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size, timeout=timeout)
+            self._control = dist.new_group(backend="gloo", timeout=_NO_TIMEOUT)
+        except RuntimeError as fault:
+            raise self._lost("the ranks cannot connect to each other", fault) from fault
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    # Meeting
+
+    def _meet(self) -> dist.Store:
+        """Connect to the store that rank 0 (or torchrun) holds, and see every rank there with the same world size."""
+        launch, where = self._launch, f"{self._launch.address}:{self._launch.port}"
+        hosts_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        timeout = timedelta(seconds=self._timeout_s)
+        try:
+            tcp = dist.TCPStore(launch.address, launch.port, None, hosts_store, timeout, wait_for_workers=False)
+        except RuntimeError as fault:
+            if "EADDRINUSE" in str(fault) or "address already in use" in str(fault).lower():
+                raise EnvironmentFault("the port is in use", where, "set MASTER_PORT to a free one") from fault
+            if self.rank > 1:
+                raise FailedElsewhere(EnvironmentFault.exit_code) from fault
+            raise EnvironmentFault(
+                f"rank {self.rank} of {self.size} found no rank 0 within {self._timeout_s:g} s",
+                where,
+                "see whether rank 0 started; MASTER_ADDR and MASTER_PORT choose another address",
+            ) from fault
+        store = dist.PrefixStore(f"llamatune-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+        self._store = store
+        store.set(f"size-{self.rank}", str(self.size))
+        try:
+            store.wait([f"size-{rank}" for rank in range(self.size)], timeout)
+        except RuntimeError as fault:
+            if not self.is_first:
+                raise FailedElsewhere(EnvironmentFault.exit_code) from fault
+            absent = [rank for rank in range(self.size) if not store.check([f"size-{rank}"])]
+            missing = ", ".join(map(str, absent[:8])) + (" ..." if len(absent) > 8 else "")
+            raise EnvironmentFault(
+                f"rank {missing} of {self.size} did not start within {self._timeout_s:g} s", where, "see its node's log"
+            ) from fault
+        sizes = {int(store.get(f"size-{rank}")) for rank in range(self.size)}
+        if len(sizes) > 1:
+            raise EnvironmentFault(
+                f"the ranks were started as parts of {' and of '.join(map(str, sorted(sizes)))}",
+                where,
+                "start one job on one port: set MASTER_PORT for the other",
+            )
+        return store
+
+    # Sending
+
+    def wait(self) -> None:
+        self._poll(dist.barrier(self._control, async_op=True))
+
+    def from_first(self, value: T) -> T:
+        return self.gather(value if self.is_first else None)[0]  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._poll(dist.all_gather(sizes, torch.tensor([len(content)]), self._control, async_op=True))
+        longest = int(max(sizes))
+        padded = torch.nn.functional.pad(content, (0, longest - len(content)))
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        self._poll(dist.all_gather(parts, padded, self._control, async_op=True))
+        return [json.loads(bytes(part[: int(size)].numpy())) for part, size in zip(parts, sizes, strict=True)]
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        with self._collective():
+            dist.all_gather(list(gathered.unbind()), tensor.contiguous())
+        return gathered
+
+    def all_to_all(self, tensors: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
+        received = [tensors[0].new_empty(shape) for shape in shapes]
+        with self._collective():
+            flat = torch.cat([tensor.reshape(-1) for tensor in received])
+            dist.all_to_all_single(
+                flat,
+                torch.cat([tensor.reshape(-1) for tensor in tensors]),
+                [tensor.numel() for tensor in received],
+                [tensor.numel() for tensor in tensors],
+            )
+        parts = flat.split([tensor.numel() for tensor in received])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    @contextlib.contextmanager
+    def _collective(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as fault:
+            raise self._lost("another rank ended, or did not answer in time", fault) from fault
+
+    def _poll(self, work: dist.Work) -> None:
+        """Wait for a collective of the control group while every rank shows signs of life."""
+        with self._collective():
+            beats, looked = dict.fromkeys(range(self.size), (b"", time.monotonic())), time.monotonic()
+            while not work.is_completed():
+                time.sleep(_POLL_S)
+                now = time.monotonic()
+                if now - looked < _HEARTBEAT_S:
+                    continue
+                looked = now
+                for rank, (before, since) in beats.items():
+                    beat = self._store.get(f"beat-{rank}")
+                    beats[rank] = (before, since) if beat == before else (beat, now)
+                    if now - beats[rank][1] > self._timeout_s:
+                        raise RuntimeError(f"rank {rank} shows no sign of life")
+            work.wait()
+
+    def _beat(self) -> None:
+        """Show a sign of life every two seconds, whatever the main thread does."""
+        count = 0
+        with contextlib.suppress(RuntimeError):  # the store ended with rank 0
+            while not self._leaving.wait(_HEARTBEAT_S):
+                count += 1
+                self._store.set(f"beat-{self.rank}", str(count))
+
+    # Leaving
+
+    def _ask(self, question: Callable[[dist.Store], T]) -> T | None:
+        """The store's answer; None if there is none in time, since rank 0, which holds the store, has ended or stopped."""
+        answers = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(question(self._store))
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(_ANSWER_S)
+        return answers[0] if answers else None
+
+    def _lost(self, what: str, fault: RuntimeError) -> LlamatuneError:
+        """Why a collective failed: the fault that another rank has reported, or that a rank has vanished."""
+        deadline = time.monotonic() + _HEARTBEAT_S
+        while (reported := self._ask(lambda store: store.check([_FAILED]))) is False and time.monotonic() < deadline:
+            time.sleep(_POLL_S)  # a rank that fails says so before it closes its connections
+        if reported:
+            return FailedElsewhere(_failure(self._store)[1])
+        if reported is None and self.rank > 1:  # without the store, rank 1 speaks
+            return FailedElsewhere(EnvironmentFault.exit_code)
+        detail = re.sub(r"^\[[^]]*\] ", "", str(fault).splitlines()[0]).split(". ")[0]  # without torch's source file
+        return EnvironmentFault(
+            f"rank {self.rank} of {self.size}: {what} ({detail})",
+            None,
+            "see the logs of the other ranks and nodes; the same command goes on from the last checkpoint",
+        )
+
+    def leave(self, fault: BaseException | None) -> BaseException | None:
+        """Close the connections; the fault to raise: ``fault``, or ``FailedElsewhere`` if another rank was first."""
+        self._leaving.set()
+        if fault is not None and not isinstance(fault, FailedElsewhere):
+            mine = f"{self.rank} {_exit_code(fault)}"
+            self._ask(lambda store: store.compare_set(_FAILED, "", mine))
+            first, code = self._ask(_failure) or (self.rank, 0)
+            if first != self.rank:
+                fault = FailedElsewhere(code)
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+        left, deadline = self._ask(lambda store: store.add("left", 1)), time.monotonic() + _FAREWELL_S
+        while self.is_first and left is not None and left < self.size and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            left = self._ask(lambda store: store.add("left", 0))
+        return fault
+
+
+def _failure(store: dist.Store) -> tuple[int, int]:
+    """The rank that failed first, and its exit code."""
+    rank, code = store.get(_FAILED).split()
+    return int(rank), int(code)
+
+
+def _exit_code(fault: BaseException) -> int:
+    if isinstance(fault, LlamatuneError):
+        return fault.exit_code
+    return EnvironmentFault.exit_code if isinstance(fault, OSError | MemoryError) else LlamatuneError.exit_code
+
+
+@contextlib.contextmanager
+def connected(device_type: str, timeout_s: float, launch: Launch | None = None) -> Iterator[Ranks]:
+    """Connect the ranks of this launch for the length of the block, and let them end together.
+
+    A fault of one rank ends all of them with its exit code; that rank reports it, and the others raise
+    ``FailedElsewhere``. Ranks leave the block only when all have reached its end.
+
+    Raises:
+        EnvironmentFault: the ranks do not find each other, or one vanished.
+    """
+    launch = read_launch() if launch is None else launch
+    if launch.world_size == 1:
+        yield ALONE
+        return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    ranks = _Group(launch, "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout_s)
+    try:
+        yield ranks
+        ranks.wait()
+    except BaseException as fault:
+        raised = ranks.leave(fault)
+        assert raised is not None
+        if raised is fault:
+            raise
+        raise raised from fault
+    ranks.leave(None)

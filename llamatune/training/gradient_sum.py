@@ -1,0 +1,134 @@
+"""Gradient reduction over passes and ranks in one fixed order: lanes, and a binary tree over the lanes.
+
+Floating-point addition is not associative, so a sum has the same bytes on any number of ranks only if its order does
+not depend on that number. The passes of a window are dealt to lanes by their tokens; a lane adds its passes one after
+another; neighbouring lanes are added in pairs, pairs in fours, and so on. Each rank computes consecutive lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llamatune.ranks import Ranks
+
+LANES = 8
+"""Lanes for up to 8 ranks. More ranks take the next power of two, and with it other bytes."""
+
+
+def count_lanes(ranks: int) -> int:
+    """A power of two, at least ``LANES`` and at least one lane a rank."""
+    return max(LANES, 1 << (ranks - 1).bit_length())
+
+
+def deal_passes(tokens: Sequence[int], lanes: int) -> list[list[int]]:
+    """The passes (by index into ``tokens``) of each lane, in order: longest first, each to the lighter half of the tree.
+
+    Halves, quarters and so on have nearly equal tokens, so consecutive lanes are fair shares for 2, 4 or 8 ranks.
+    """
+    dealt: list[list[int]] = [[] for _ in range(lanes)]
+    load = [0] * (2 * lanes)  # of the tree's nodes: node n has the children 2n and 2n + 1, the lanes are its leaves
+    for index in sorted(range(len(tokens)), key=lambda index: (-tokens[index], index)):
+        node = 1
+        while node < lanes:
+            node = 2 * node + (load[2 * node + 1] < load[2 * node])
+            load[node] += tokens[index]
+        dealt[node - lanes].append(index)
+    return [sorted(lane) for lane in dealt]
+
+
+def own_lanes(rank: int, ranks: int, lanes: int) -> range:
+    """The consecutive lanes that a rank computes."""
+    return range(lanes * rank // ranks, lanes * (rank + 1) // ranks)
+
+
+@dataclass
+class _Node:
+    """The sum of ``size`` lanes from lane ``start`` on; None where none of them has a pass."""
+
+    start: int
+    size: int
+    gradients: list[Tensor] | None
+
+
+class TreeSum:
+    """Adds lanes, given in order, along the tree. At most one partial sum a level is held: 4 for 8 lanes."""
+
+    def __init__(self) -> None:
+        self.nodes: list[_Node] = []
+
+    def add(self, start: int, size: int, gradients: list[Tensor] | None) -> None:
+        """Add the sum of ``size`` lanes that begin at ``start``; ``gradients`` is changed in place."""
+        node = _Node(start, size, gradients)
+        while self.nodes and self.nodes[-1].size == node.size and self.nodes[-1].start % (2 * node.size) == 0:
+            left = self.nodes.pop()
+            if left.gradients is None:
+                left.gradients = node.gradients
+            elif node.gradients is not None:
+                torch._foreach_add_(left.gradients, node.gradients)
+            node = _Node(left.start, 2 * node.size, left.gradients)
+        self.nodes.append(node)
+
+    @property
+    def total(self) -> list[Tensor] | None:
+        """The sum of all lanes, once all have been added."""
+        (root,) = self.nodes
+        return root.gradients
+
+
+def reduce_nodes(
+    own: TreeSum, parameters: Sequence[nn.Parameter], facts: Tensor, dealt: Sequence[Sequence[int]], ranks: Ranks
+) -> tuple[list[Tensor], Tensor]:
+    """The gradients of all ranks, summed along the tree, and the element-wise sum of their ``facts`` (float64).
+
+    Each rank receives one slice of every partial sum, adds these along the tree and sends the result to all: the bytes
+    of a ring all-reduce. ``parameters`` give the shapes; a rank without a pass has no gradients. The facts travel with
+    the result.
+    """
+    shapes = [parameter.shape for parameter in parameters]
+    dtype, device = parameters[0].dtype, parameters[0].device
+    elements = sum(shape.numel() for shape in shapes)
+    part = -(-elements // ranks.size // 8) * 8  # a multiple of 8: the facts that follow are aligned
+    spans = [_filled_nodes(own_lanes(rank, ranks.size, len(dealt)), dealt) for rank in range(ranks.size)]
+    flat = [
+        torch.cat([*(g.reshape(-1) for g in node.gradients), torch.zeros(part * ranks.size - elements, dtype=dtype, device=device)])
+        for node in own.nodes
+        if node.gradients is not None
+    ]
+    own.nodes.clear()
+    stacked = torch.stack(flat) if flat else torch.empty(0, part * ranks.size, dtype=dtype, device=device)
+    del flat
+    slices = [piece.contiguous() for piece in stacked.split(part, dim=1)]
+    del stacked
+    received = ranks.all_to_all(slices, [torch.Size((len(filled), part)) for filled in spans])
+    del slices
+    tree, place = TreeSum(), {}
+    for filled, rows in zip(spans, received, strict=True):
+        place |= {span: [row] for span, row in zip(filled, rows, strict=True)}
+    for rank in range(ranks.size):
+        for start, size in _aligned_nodes(own_lanes(rank, ranks.size, len(dealt))):
+            tree.add(start, size, place.get((start, size)))
+    assert tree.total is not None  # a window has at least one pass
+    message = torch.cat((tree.total[0].view(torch.uint8), facts.to(device).view(torch.uint8)))
+    gathered = ranks.all_gather(message)
+    boundary = part * dtype.itemsize
+    summed = gathered[:, :boundary].reshape(-1).view(dtype)[:elements]
+    pieces = summed.split([shape.numel() for shape in shapes])
+    # Tensors of their own: a kernel's order of addition may depend on the alignment of a view.
+    gradients = [piece.view(shape).clone() for piece, shape in zip(pieces, shapes, strict=True)]
+    return gradients, gathered[:, boundary:].contiguous().view(torch.float64).sum(0)
+
+
+def _aligned_nodes(lanes: range) -> list[tuple[int, int]]:
+    """The fewest subtrees (start, size) that cover ``lanes``: what ``TreeSum`` holds after adding them."""
+    tree = TreeSum()
+    for lane in lanes:
+        tree.add(lane, 1, None)
+    return [(node.start, node.size) for node in tree.nodes]
+
+
+def _filled_nodes(lanes: range, dealt: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    return [(start, size) for start, size in _aligned_nodes(lanes) if any(dealt[start : start + size])]
