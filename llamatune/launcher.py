@@ -1,4 +1,4 @@
-"""The launch of several processes (ranks) by srun, torchrun or another launcher: rank, world size, rendezvous address."""
+"""The launch of several processes (ranks) by srun, torchrun or another launcher: rank, world size, address."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ def _from_slurm(environment: Mapping[str, str], world_size: int) -> Launch:
         job, step = (_number(environment, name, range(2**32), default=0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         port = _PORTS[(job * 127 + step) % len(_PORTS)]
     rank = _number(environment, "SLURM_PROCID", range(world_size))
-    return Launch("srun", rank, world_size, _number(environment, "SLURM_LOCALID", range(world_size), default=rank), address, port)
+    return Launch(
+        "srun", rank, world_size, _number(environment, "SLURM_LOCALID", range(world_size), default=rank), address, port
+    )
 
 
 def first_node(nodes: str) -> str:

@@ -25,7 +25,9 @@ FLOORS = [
     {
         *("devices", "out_of_memory", "threads", "formats", "seeds", "strict_yaml", "versions", "units"),
     },
-    {"free_memory", "launcher", "strict_json"},
+    {"free_memory", "ranks", "strict_json"},
+    {"rendezvous"},
+    {"launcher"},
     {"durable_writing", "safe_reading", "paths"},
     {"shapes"},
     {"errors", "events", "stop_signals"},

@@ -59,9 +59,7 @@ def test_all_goes_well(case: str, tmp_path: Path) -> None:
         ("kill-1", [5, -9, 5], VANISHED),
     ],
 )
-def test_one_rank_speaks_and_all_leave_with_its_code(
-    case: str, codes: list[int], line: str, tmp_path: Path
-) -> None:
+def test_one_rank_speaks_and_all_leave_with_its_code(case: str, codes: list[int], line: str, tmp_path: Path) -> None:
     started = time.monotonic()
     seen, lines = run(case, tmp_path)
     assert (seen, len(lines)) == (codes, 1), lines
