@@ -89,6 +89,7 @@ class _Group(Ranks):
         self.rank, self.size, self.local_rank = launch.rank, launch.world_size, launch.local_rank
         self._timeout_s, self._leaving, self._should_stop = timeout_s, threading.Event(), should_stop
         self._store = open_store(launch, timeout_s, self._refuse_stop)
+        self._control: dist.ProcessGroup | None = None
 
     def connect(self, launch: Launch, backend: str) -> None:
         """Wait until every rank has started, and open the process groups."""
@@ -174,6 +175,7 @@ class _Group(Ranks):
                 if now - looked < _HEARTBEAT_S:
                     continue
                 looked = now
+                refuse_after_failure(self._store)
                 for rank, (before, since) in beats.items():
                     beat = self._store.get(f"beat-{rank}")
                     beats[rank] = (before, since) if beat == before else (beat, now)
@@ -232,6 +234,7 @@ class _Group(Ranks):
             first, code = self._ask(failure) or (self.rank, 0)
             if first != self.rank:
                 fault = FailedElsewhere(code)
+        self._control = None  # or its connections stay open, and the others wait on
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
