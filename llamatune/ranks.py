@@ -155,7 +155,7 @@ class _Group(Ranks):
                 [tensor.numel() for tensor in received],
                 [tensor.numel() for tensor in tensors],
             )
-        parts = flat.split([tensor.numel() for tensor in received])
+        parts = flat.split([tensor.numel() for tensor in received])  # type: ignore[no-untyped-call]
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     @contextlib.contextmanager

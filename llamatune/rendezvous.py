@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -72,8 +73,18 @@ def open_store(launch: Launch, timeout_s: float, look: Callable[[], None], begin
     where = _where(launch)
     begins = begin and launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     timeout = timedelta(seconds=timeout_s)
+
+    def connect() -> TCPStore:
+        socket.getaddrinfo(launch.address, launch.port)  # torch asks on and on for a name that does not exist
+        return TCPStore(launch.address, launch.port, None, begins, timeout, wait_for_workers=False)
+
     try:
-        tcp = aside(lambda: TCPStore(launch.address, launch.port, None, begins, timeout, wait_for_workers=False), look)
+        tcp = aside(connect, look)
+    except socket.gaierror as fault:
+        if launch.rank > 1:
+            raise FailedElsewhere(EnvironmentFault.exit_code) from fault
+        what = f"rank {launch.rank} of {launch.world_size}: {fault.strerror}"
+        raise EnvironmentFault(what, where, "set MASTER_ADDR to the address of rank 0") from fault
     except RuntimeError as fault:
         if "EADDRINUSE" in str(fault) or "address already in use" in str(fault).lower():
             raise EnvironmentFault("the port is in use", where, "set MASTER_PORT to a free one") from fault
