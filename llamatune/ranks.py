@@ -97,7 +97,7 @@ class _Group(Ranks):
 
         def open_groups() -> None:
             # A store of its own: gloo holds one connection for as long as it waits for another rank.
-            store = open_store(launch, self._timeout_s, self._refuse_end, begin=False)
+            store = open_store(launch, self._timeout_s, lambda: None, begin=False)
             timeout = timedelta(seconds=self._timeout_s)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
             self._control = dist.new_group(backend="gloo", timeout=_NO_TIMEOUT)
