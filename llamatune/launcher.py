@@ -1,4 +1,4 @@
-"""The launch of several processes (ranks) by srun, torchrun or another launcher: rank, world size, rendezvous address."""
+"""The launch of several processes (ranks) by srun, torchrun or another launcher: rank, world size, address."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _from_variables(environment: Mapping[str, str], launcher: str, world_size: i
         )
     rank = _number(environment, "RANK", range(world_size))
     local_rank = _number(environment, "LOCAL_RANK", range(world_size), default=rank)
-    return Launch(launcher, rank, world_size, local_rank, environment["MASTER_ADDR"], _port(environment))
+    return Launch(launcher, rank, world_size, local_rank, _address(environment), _port(environment))
 
 
 def _from_slurm(environment: Mapping[str, str], world_size: int) -> Launch:
@@ -88,7 +88,7 @@ def _from_slurm(environment: Mapping[str, str], world_size: int) -> Launch:
     """
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or "127.0.0.1"
     alone = _count(environment, "SLURM_STEP_NUM_NODES") == 1
-    address = environment.get("MASTER_ADDR") or ("127.0.0.1" if alone else first_node(nodes))
+    address = _address(environment) or ("127.0.0.1" if alone else first_node(nodes))
     if environment.get("MASTER_PORT"):
         port = _port(environment)
     else:  # a function of the step, so that every task knows it and two steps on a node differ
@@ -115,6 +115,11 @@ def _inherited_from_another_step(environment: Mapping[str, str]) -> bool:
 def _count(environment: Mapping[str, str], variable: str) -> int:
     """A variable's number of processes, at least 1. An empty one counts as unset."""
     return _number(environment, variable, range(1, 10**9), default=1)
+
+
+def _address(environment: Mapping[str, str]) -> str:
+    """An IPv6 address is passed on without its brackets."""
+    return environment.get("MASTER_ADDR", "").strip().removeprefix("[").removesuffix("]")
 
 
 def _port(environment: Mapping[str, str]) -> int:

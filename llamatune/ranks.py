@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
-from llamatune.errors import EnvironmentFault, FailedElsewhere, LlamatuneError
+from llamatune.errors import EnvironmentFault, FailedElsewhere, LlamatuneError, Stopped
+from llamatune.events import ShouldStop, never_stop
 from llamatune.launcher import Launch, read_launch
+from llamatune.rendezvous import FAILED, aside, failure, meet, open_store, refuse_after_failure
 
 T = TypeVar("T")
 
@@ -25,7 +29,7 @@ _NO_TIMEOUT = timedelta(days=365)
 _HEARTBEAT_S = 2.0
 _POLL_S = 0.01
 _ANSWER_S = 5.0
-_FAILED = "failed"
+_STOP = "stop"
 _FAREWELL_S = 3.0
 """How long rank 0, whose process holds the store, waits for the others to read why it ends."""
 
@@ -46,6 +50,9 @@ class Ranks:
 
     def wait(self) -> None:
         """Return when every rank has come here, however long the work of one takes."""
+
+    def ask_to_stop(self) -> None:
+        """Pass a signal on to rank 0, which gets a SIGTERM within seconds."""
 
     def from_first(self, value: T) -> T:
         """Rank 0's ``value``, which must be JSON."""
@@ -81,58 +88,41 @@ class _Group(Ranks):
     in which one rank may load or save for an hour, fail only when another rank shows no sign of life that long.
     """
 
-    def __init__(self, launch: Launch, backend: str, timeout_s: float) -> None:
+    def __init__(self, launch: Launch, timeout_s: float, should_stop: ShouldStop) -> None:
         self.rank, self.size, self.local_rank = launch.rank, launch.world_size, launch.local_rank
-        self._launch, self._timeout_s, self._leaving = launch, timeout_s, threading.Event()
-        self._store = self._meet()
-        try:
-            timeout = timedelta(seconds=timeout_s)
-            dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size, timeout=timeout)
+        self._timeout_s, self._leaving, self._should_stop = timeout_s, threading.Event(), should_stop
+        self._store = open_store(launch, timeout_s, self._refuse_stop)
+        self._control: dist.ProcessGroup | None = None
+
+    def connect(self, launch: Launch, backend: str) -> None:
+        """Wait until every rank has started, and open the process groups."""
+        meet(self._store, launch, self._timeout_s, self._refuse_end)
+
+        def open_groups() -> None:
+            # A store of its own: gloo holds one connection for as long as it waits for another rank.
+            store = open_store(launch, self._timeout_s, lambda: None, begin=False)
+            timeout = timedelta(seconds=self._timeout_s)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
             self._control = dist.new_group(backend="gloo", timeout=_NO_TIMEOUT)
+
+        try:
+            self._store.set(f"beat-{self.rank}", "0")  # asking for a key waits until it is there
+            aside(open_groups, self._refuse_end)
         except RuntimeError as fault:
             raise self._lost("the ranks cannot connect to each other", fault) from fault
         threading.Thread(target=self._beat, daemon=True).start()
 
-    # Meeting
+    def _refuse_stop(self) -> None:
+        if self._should_stop():
+            raise Stopped("stopped while the ranks met", None, "run the same command again")
 
-    def _meet(self) -> dist.Store:
-        """Connect to the store that rank 0 (or torchrun) holds, and see every rank there with the same world size."""
-        launch, where = self._launch, f"{self._launch.address}:{self._launch.port}"
-        hosts_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        timeout = timedelta(seconds=self._timeout_s)
-        try:
-            tcp = dist.TCPStore(launch.address, launch.port, None, hosts_store, timeout, wait_for_workers=False)
-        except RuntimeError as fault:
-            if "EADDRINUSE" in str(fault) or "address already in use" in str(fault).lower():
-                raise EnvironmentFault("the port is in use", where, "set MASTER_PORT to a free one") from fault
-            if self.rank > 1:
-                raise FailedElsewhere(EnvironmentFault.exit_code) from fault
-            raise EnvironmentFault(
-                f"rank {self.rank} of {self.size} found no rank 0 within {self._timeout_s:g} s",
-                where,
-                "see whether rank 0 started; MASTER_ADDR and MASTER_PORT choose another address",
-            ) from fault
-        store = dist.PrefixStore(f"llamatune-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
-        self._store = store
-        store.set(f"size-{self.rank}", str(self.size))
-        try:
-            store.wait([f"size-{rank}" for rank in range(self.size)], timeout)
-        except RuntimeError as fault:
-            if not self.is_first:
-                raise FailedElsewhere(EnvironmentFault.exit_code) from fault
-            absent = [rank for rank in range(self.size) if not store.check([f"size-{rank}"])]
-            missing = ", ".join(map(str, absent[:8])) + (" ..." if len(absent) > 8 else "")
-            raise EnvironmentFault(
-                f"rank {missing} of {self.size} did not start within {self._timeout_s:g} s", where, "see its node's log"
-            ) from fault
-        sizes = {int(store.get(f"size-{rank}")) for rank in range(self.size)}
-        if len(sizes) > 1:
-            raise EnvironmentFault(
-                f"the ranks were started as parts of {' and of '.join(map(str, sorted(sizes)))}",
-                where,
-                "start one job on one port: set MASTER_PORT for the other",
-            )
-        return store
+    def _refuse_end(self) -> None:
+        self._refuse_stop()
+        refuse_after_failure(self._store)
+
+    def ask_to_stop(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._store.set(_STOP, "1")
 
     # Sending
 
@@ -172,7 +162,7 @@ class _Group(Ranks):
                 [tensor.numel() for tensor in received],
                 [tensor.numel() for tensor in tensors],
             )
-        parts = flat.split([tensor.numel() for tensor in received])
+        parts = flat.split([tensor.numel() for tensor in received])  # type: ignore[no-untyped-call]
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     @contextlib.contextmanager
@@ -192,6 +182,7 @@ class _Group(Ranks):
                 if now - looked < _HEARTBEAT_S:
                     continue
                 looked = now
+                refuse_after_failure(self._store)
                 for rank, (before, since) in beats.items():
                     beat = self._store.get(f"beat-{rank}")
                     beats[rank] = (before, since) if beat == before else (beat, now)
@@ -201,16 +192,19 @@ class _Group(Ranks):
 
     def _beat(self) -> None:
         """Show a sign of life every two seconds, whatever the main thread does."""
-        count = 0
+        count, asked = 0, False
         with contextlib.suppress(RuntimeError):  # the store ended with rank 0
             while not self._leaving.wait(_HEARTBEAT_S):
                 count += 1
                 self._store.set(f"beat-{self.rank}", str(count))
+                if self.is_first and not asked and self._store.check([_STOP]):
+                    asked = True
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     # Leaving
 
-    def _ask(self, question: Callable[[dist.Store], T]) -> T | None:
-        """The store's answer; None if there is none in time, since rank 0, which holds the store, has ended or stopped."""
+    def _ask(self, question: Callable[[Store], T]) -> T | None:
+        """The store's answer; None if there is none in time: rank 0, which holds the store, has ended or stopped."""
         answers = []
 
         def ask() -> None:
@@ -225,10 +219,10 @@ class _Group(Ranks):
     def _lost(self, what: str, fault: RuntimeError) -> LlamatuneError:
         """Why a collective failed: the fault that another rank has reported, or that a rank has vanished."""
         deadline = time.monotonic() + _HEARTBEAT_S
-        while (reported := self._ask(lambda store: store.check([_FAILED]))) is False and time.monotonic() < deadline:
+        while (reported := self._ask(lambda store: store.check([FAILED]))) is False and time.monotonic() < deadline:
             time.sleep(_POLL_S)  # a rank that fails says so before it closes its connections
         if reported:
-            return FailedElsewhere(_failure(self._store)[1])
+            return FailedElsewhere(failure(self._store)[1])
         if reported is None and self.rank > 1:  # without the store, rank 1 speaks
             return FailedElsewhere(EnvironmentFault.exit_code)
         detail = re.sub(r"^\[[^]]*\] ", "", str(fault).splitlines()[0]).split(". ")[0]  # without torch's source file
@@ -243,12 +237,14 @@ class _Group(Ranks):
         self._leaving.set()
         if fault is not None and not isinstance(fault, FailedElsewhere):
             mine = f"{self.rank} {_exit_code(fault)}"
-            self._ask(lambda store: store.compare_set(_FAILED, "", mine))
-            first, code = self._ask(_failure) or (self.rank, 0)
+            self._ask(lambda store: store.compare_set(FAILED, "", mine))
+            first, code = self._ask(failure) or (self.rank, 0)
             if first != self.rank:
                 fault = FailedElsewhere(code)
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+        self._control = None  # or its connections stay open, and the others wait on
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
         left, deadline = self._ask(lambda store: store.add("left", 1)), time.monotonic() + _FAREWELL_S
         while self.is_first and left is not None and left < self.size and time.monotonic() < deadline:
             time.sleep(_POLL_S)
@@ -256,20 +252,16 @@ class _Group(Ranks):
         return fault
 
 
-def _failure(store: dist.Store) -> tuple[int, int]:
-    """The rank that failed first, and its exit code."""
-    rank, code = store.get(_FAILED).split()
-    return int(rank), int(code)
-
-
 def _exit_code(fault: BaseException) -> int:
-    if isinstance(fault, LlamatuneError):
-        return fault.exit_code
-    return EnvironmentFault.exit_code if isinstance(fault, OSError | MemoryError) else LlamatuneError.exit_code
+    """The code with which the command line leaves. Exceptions of other libraries may carry theirs as well."""
+    other = EnvironmentFault.exit_code if isinstance(fault, OSError | MemoryError) else LlamatuneError.exit_code
+    return int(getattr(fault, "exit_code", other))
 
 
 @contextlib.contextmanager
-def connected(device_type: str, timeout_s: float, launch: Launch | None = None) -> Iterator[Ranks]:
+def connected(
+    device_type: str, timeout_s: float, launch: Launch | None = None, should_stop: ShouldStop = never_stop
+) -> Iterator[Ranks]:
     """Connect the ranks of this launch for the length of the block, and let them end together.
 
     A fault of one rank ends all of them with its exit code; that rank reports it, and the others raise
@@ -277,14 +269,16 @@ def connected(device_type: str, timeout_s: float, launch: Launch | None = None) 
 
     Raises:
         EnvironmentFault: the ranks do not find each other, or one vanished.
+        Stopped: ``should_stop`` asked for it before they had met.
     """
     launch = read_launch() if launch is None else launch
     if launch.world_size == 1:
         yield ALONE
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    ranks = _Group(launch, "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout_s)
+    ranks = _Group(launch, timeout_s, should_stop)
     try:
+        ranks.connect(launch, "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
         yield ranks
         ranks.wait()
     except BaseException as fault:

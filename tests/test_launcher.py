@@ -1,4 +1,4 @@
-"""The launch that srun, torchrun and others describe in the environment: rank, world size, address; or one clear line."""
+"""The launch that srun, torchrun and others describe in the environment: rank, world size, address; or one line."""
 
 from __future__ import annotations
 
@@ -101,6 +101,11 @@ def test_the_variables_of_any_other_launcher() -> None:
 )
 def test_one_process(variables: dict[str, str]) -> None:
     assert read_launch(variables) == Launch()
+
+
+def test_brackets_of_an_ipv6_address_are_dropped() -> None:
+    for variables in (TORCHRUN, STEP_OF_TWO):
+        assert read_launch(variables | {"MASTER_ADDR": "[fe80::1]"}).address == "fe80::1"
 
 
 @pytest.mark.parametrize(

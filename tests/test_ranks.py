@@ -1,4 +1,4 @@
-"""Ranks: what they send each other arrives, and when one fails all leave with its code and one line, in bounded time."""
+"""Ranks: what they send each other arrives; when one fails, all leave with its code and one line, in bounded time."""
 
 from __future__ import annotations
 

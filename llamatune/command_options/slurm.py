@@ -1,14 +1,11 @@
 """Options of ``slurm``."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from llamatune.command_options.option import Option, Options
+from llamatune.command_options.option import Options, option
 from llamatune.errors import SpecError
 
 _TIME = r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}"
@@ -19,20 +16,17 @@ _NAMES = r"[\w.,@+-]+"
 class SlurmOptions(Options):
     """The job that a batch script asks Slurm for."""
 
-    specs: Annotated[
-        Sequence[Path], Option("The run spec; with --array, one for each task.", argument=True, metavar="SPEC...")
-    ]
-    nodes: Annotated[int, Option("Nodes of the job.", metavar="N", at_least=1, at_most=100_000)] = 1
-    gpus_per_node: Annotated[int, Option("GPUs of a node; one process each.", metavar="G", at_least=0, at_most=64)] = 1
-    cpus_per_task: Annotated[
-        int | None,
-        Option("CPU cores of a process.", metavar="N", at_least=1, at_most=4096, shown_default="Slurm's own"),
-    ] = None
-    time: Annotated[str, Option("The time limit, as Slurm writes it: 90, 4:00:00, 1-12.")] = "04:00:00"
-    partition: Annotated[str | None, Option("The partition.", metavar="NAME", shown_default="Slurm's own")] = None
-    array: Annotated[bool, Option("A job array: each SPEC is a task of its own.")] = False
-    output: Annotated[Path | None, Option("The script to write.", shown_default="stdout")] = None
-    overwrite: Annotated[bool, Option("Replace what stands at --output.")] = False
+    specs: Sequence[Path] = option("The run spec; with --array, one for each task.", argument=True, metavar="SPEC...")
+    nodes: int = option("Nodes of the job.", 1, metavar="N", at_least=1, at_most=100_000)
+    gpus_per_node: int = option("GPUs of a node; one process each.", 1, metavar="G", at_least=0, at_most=64)
+    cpus_per_task: int | None = option(
+        "CPU cores of a process.", None, metavar="N", at_least=1, at_most=4096, shown_default="Slurm's own"
+    )
+    time: str = option("The time limit, as Slurm writes it: 90, 4:00:00, 1-12.", "04:00:00")
+    partition: str | None = option("The partition.", None, metavar="NAME", shown_default="Slurm's own")
+    array: bool = option("A job array: each SPEC is a task of its own.", False)
+    output: Path | None = option("The script to write.", None, shown_default="stdout")
+    overwrite: bool = option("Replace what stands at --output.", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

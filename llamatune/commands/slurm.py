@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from llamatune.command_options.slurm import SlurmOptions
+from llamatune.commands._console import Console
 
 
-def slurm(
-    options: SlurmOptions,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print the script in a JSON object.")] = False,
-) -> None:
+def slurm(options: SlurmOptions, console: Console) -> None:
     """Write a Slurm script that trains, saves at the time limit and goes on."""
-    from llamatune.commands._console import Console
     from llamatune.durable_writing import refuse_occupied, write_atomic
     from llamatune.errors import SpecError
     from llamatune.slurm_script import slurm_script
     from llamatune.spec import load_spec
 
-    with Console(json_mode) as console:
+    with console:
         runs: dict[str, object] = {}
         for path in options.specs:
             directory = load_spec(path).training.output_dir
