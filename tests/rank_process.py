@@ -62,8 +62,8 @@ if __name__ == "__main__":
     except FailedElsewhere as fault:
         sys.exit(fault.exit_code)
     except LlamatuneError as fault:
-        print(f"error: {fault}", file=sys.stderr)
+        sys.stderr.write(f"error: {fault}\n")
         sys.exit(fault.exit_code)
     except MemoryError:
-        print("error: out of memory", file=sys.stderr)
+        sys.stderr.write("error: out of memory\n")
         sys.exit(5)
