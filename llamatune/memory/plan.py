@@ -16,6 +16,9 @@ from llamatune.shapes.recompute_levels import Levels, Recompute, levels_of
 from llamatune.spec import RunSpec
 from llamatune.units import gibibytes, parse_size
 
+MOST_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""More tokens in a pass gain next to nothing: its products are large enough."""
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -104,6 +107,34 @@ def heaviest_rows(
     samples = [ordered[(2 * place + 1) * len(ordered) // (2 * count)] for place in range(count)]
     samples[-1] = max(1, samples[-1] + tokens - sum(samples))
     return Rows(tuple(samples), round(tokens * sum(target_counts) / total), -(-steps // joined))
+
+
+def joined_tokens(
+    lengths: Sequence[int],
+    target_counts: Sequence[int],
+    spec: RunSpec,
+    config: LlamaConfig,
+    cuda: Gpu,
+    limit_bytes: int | None,
+) -> int:
+    """Tokens of the passes that ``training.tokens_per_pass: auto`` makes: what fits without more recomputation.
+
+    The heaviest micro-batch has to be computed anyway, so others are joined up to its tokens. More need a limit that is
+    known.
+    """
+
+    def planned(tokens: int | None) -> MemoryPlan:
+        rows = heaviest_rows(lengths, target_counts, spec, tokens)
+        return plan_memory(spec, config, rows, cuda, limit_bytes)
+
+    single = planned(None)
+    tokens = 0 if limit_bytes is None else MOST_TOKENS["cuda" if cuda else "cpu"]
+    while tokens > single.rows.tokens:
+        joined = planned(tokens)
+        if joined.fits and joined.levels == single.levels:
+            return tokens
+        tokens //= 2
+    return single.rows.tokens
 
 
 def cheapest_levels(layers: int, peak: Callable[[Levels], int], limit: int) -> Levels:

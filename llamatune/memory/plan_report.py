@@ -23,7 +23,7 @@ def plan_report(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu)
     """
     facts = {
         **plan.facts(),
-        "micro_batch_tokens": plan.rows.tokens,
+        "pass_tokens": plan.rows.tokens,
         "device": "cuda" if cuda else "cpu",
         "fits": None if plan.limit_bytes is None else plan.fits,
     }

@@ -85,6 +85,9 @@ def _changes(spec: RunSpec, config: LlamaConfig, rows: Rows) -> Iterator[tuple[s
     if training.precision == "fp32":
         weights = "model.dtype=bfloat16 " if lora and dtype == "float32" else ""
         yield f"{weights}training.precision=bf16", "all in 16 bits but what is trained", 0.0, rows
+    if isinstance(training.tokens_per_pass, int) and len(rows.lengths) > size and not spec.data.packing:
+        alone = replace(_of(rows, rows.lengths[:size]), passes=None)
+        yield "training.tokens_per_pass=null", "each micro-batch by itself", 0.0, alone
     if size > 1:
         change = f"training.micro_batch_size={size // 2} training.gradient_accumulation_steps={steps * 2}"
         yield change, "about as many rows an update, in smaller passes", 0.0, _fewer(rows, size // 2 / size)

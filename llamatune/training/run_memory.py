@@ -11,16 +11,13 @@ from torch import Tensor
 from llamatune.data.batches import Split
 from llamatune.devices import capability_of, free_memory_bytes, memory_size_bytes
 from llamatune.events import MemoryHeld, Notice, OnEvent
-from llamatune.memory.plan import MemoryPlan, heaviest_rows, limit_of, plan_memory
+from llamatune.memory.plan import MemoryPlan, heaviest_rows, joined_tokens, limit_of, plan_memory
 from llamatune.memory.remedies import remedies
 from llamatune.shapes.gradient_lanes import count_lanes
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.spec import RunSpec
 from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.passes import PassRule
-
-_MOST_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""More tokens in a pass gain next to nothing: the products are large enough."""
 
 
 def plan_run_memory(
@@ -33,18 +30,13 @@ def plan_run_memory(
 
 
 def choose_passes(spec: RunSpec, config: LlamaConfig, train: Split, device: torch.device, ranks: int) -> PassRule:
-    """The passes of a run that begins now: as the spec says, or as many tokens as fit without more recomputation."""
+    """The passes of a run that begins now, as ``training.tokens_per_pass`` says."""
     lanes = None if spec.adapter is None else count_lanes(ranks)
     if spec.training.tokens_per_pass != "auto":
         return PassRule(spec.training.tokens_per_pass, lanes=lanes)
-    single = plan_run_memory(spec, config, train, device)
-    tokens = _MOST_TOKENS[device.type]
-    while tokens > single.rows.tokens:
-        joined = plan_run_memory(spec, config, train, device, tokens)
-        if joined.fits and joined.levels == single.levels:
-            return PassRule(tokens, ranks, lanes)
-        tokens //= 2
-    return PassRule(single.rows.tokens, ranks, lanes)
+    limit = limit_of(spec, free_memory_bytes(device))
+    counts = train.lengths, train.target_counts
+    return PassRule(joined_tokens(*counts, spec, config, capability_of(device), limit), ranks, lanes)
 
 
 def report_plan(plan: MemoryPlan, spec: RunSpec, config: LlamaConfig, device: torch.device, on_event: OnEvent) -> None:

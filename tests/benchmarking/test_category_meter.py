@@ -188,7 +188,8 @@ def test_categories_add_up_to_the_peak_and_to_closed_forms(lora: bool, precision
     trained = 4 * sum(p.numel() for p in learner.parameters.values())
     counters = 4 * len(learner.parameters)
     assert found["optimizer"] == 2 * trained + counters
-    assert trained <= sizes_ever(meter)["gradients"] <= 1.01 * trained
+    # Of two passes an adapter's gradients are added in two lanes.
+    assert trained <= sizes_ever(meter)["gradients"] <= (2.02 if lora else 1.01) * trained
     assert found["gradients"] <= trained
     assert found["activations"] > 0
 

@@ -90,9 +90,9 @@ def test_a_spec_is_planned_for_its_longest_rows(
 ) -> None:
     lengths = sorted(open_prepared(prepared()).train.lengths)
     found = run(str(spec_file), "--device", "cpu", "--memory", "1GiB")
-    assert found["micro_batch_tokens"] == sum(lengths[-3:])
-    assert run(str(spec_file), "training.micro_batch_size=2")["micro_batch_tokens"] == sum(lengths[-2:])
-    assert run(str(spec_file), "--max-seq-length", "7")["micro_batch_tokens"] == 3 * 7
+    assert found["pass_tokens"] == sum(lengths[-3:])
+    assert run(str(spec_file), "training.micro_batch_size=2")["pass_tokens"] == sum(lengths[-2:])
+    assert run(str(spec_file), "--max-seq-length", "7")["pass_tokens"] == 3 * 7
 
 
 def test_a_dry_run_says_the_same(run: Callable[..., dict[str, Any]], spec_file: Path) -> None:
