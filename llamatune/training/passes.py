@@ -11,6 +11,9 @@ from llamatune.errors import CheckpointError
 from llamatune.shapes.gradient_lanes import LANES
 
 
+_MOST_LANES = 1 << 20
+
+
 @dataclass(frozen=True)
 class PassRule:
     """How a run joins micro-batches, and in what order it sums gradients; chosen at its start, the same to its end.
@@ -31,10 +34,14 @@ class PassRule:
             return cls(lanes=None)
         if isinstance(saved, Mapping) and saved.keys() == {"tokens", "at_least", "lanes"}:
             tokens, at_least, lanes = saved["tokens"], saved["at_least"], saved["lanes"]
-            counts = [count for count in (tokens, at_least, lanes or 1) if count is not None]
-            if all(type(count) is int and 1 <= count < 1 << 31 for count in counts) and (lanes or 1).bit_count() == 1:
+            numbers = (1 if tokens is None else tokens, at_least, 1 if lanes is None else lanes)
+            if all(type(number) is int and 1 <= number < 1 << 31 for number in numbers) and _are_lanes(numbers[2]):
                 return cls(tokens, at_least, lanes)
         raise CheckpointError(f"passes is {str(saved)[:80]!r}", where, "was it edited? choose another output_dir")
+
+
+def _are_lanes(number: int) -> bool:
+    return number <= _MOST_LANES and number.bit_count() == 1
 
 
 SINGLE_MICRO_BATCHES = PassRule()
