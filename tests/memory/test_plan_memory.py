@@ -89,8 +89,10 @@ def test_a_spec_is_planned_for_its_longest_rows(
     run: Callable[..., dict[str, Any]], spec_file: Path, prepared: Callable[..., Path]
 ) -> None:
     lengths = sorted(open_prepared(prepared()).train.lengths)
-    found = run(str(spec_file), "--device", "cpu", "--memory", "1GiB")
+    found = run(str(spec_file), "--device", "cpu", "--memory", "1GiB", "training.tokens_per_pass=null")
     assert found["pass_tokens"] == sum(lengths[-3:])
+    joined = run(str(spec_file), "--device", "cpu", "--memory", "1GiB")
+    assert joined["pass_tokens"] == sum(lengths), "all rows are one window"
     assert run(str(spec_file), "training.micro_batch_size=2")["pass_tokens"] == sum(lengths[-2:])
     assert run(str(spec_file), "--max-seq-length", "7")["pass_tokens"] == 3 * 7
 
