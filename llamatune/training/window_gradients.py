@@ -108,6 +108,8 @@ def _reduced(
     ranks: Ranks,
 ) -> WindowFacts:
     """Sum gradients and facts over the ranks; without a ``tree`` each gradient by an all-reduce of its own."""
+    if losses.device.type == "cuda":
+        torch.cuda.synchronize(losses.device)  # what follows is messages alone
     started, parameters = time.monotonic(), list(learner.parameters.values())
     flags = torch.tensor([stop, *reached], dtype=torch.float64, device=losses.device)
     facts = torch.cat((losses, flags))
