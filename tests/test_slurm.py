@@ -23,7 +23,12 @@ from llamatune.errors import SpecError
 EXAMPLE = (ROOT / "examples" / "train.sbatch").read_text(encoding="utf-8")
 TRAINED = "srun|--kill-on-bad-exit=0|--export=ALL|llamatune|train|{}"
 REQUEUED = "scontrol|requeue|{}"
-ODD_NAMES = ["it's a run.yaml", '"q" $HOME `id` $(id) {0} [b]x[/b] :smile:.yaml', "a;id #&|<>*?\\n!.yaml", "é " + "x" * 150]
+ODD_NAMES = [
+    "it's a run.yaml",
+    '"q" $HOME `id` $(id) {0} [b]x[/b] :smile:.yaml',
+    "a;id #&|<>*?\\n!.yaml",
+    "é " + "x" * 150,
+]
 Command = Callable[..., Any]
 RunScript = Callable[..., tuple[int, list[str]]]
 
@@ -92,7 +97,7 @@ def test_readme_and_examples_have_the_script_of_readmes_spec(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
-    assert EXAMPLE == command("slurm", "run.yaml").stdout
+    assert command("slurm", "run.yaml").stdout == EXAMPLE
     assert blocks("sh") == [EXAMPLE]
     assert "exec srun" not in README
 
@@ -103,7 +108,7 @@ def test_only_a_stop_is_requeued_and_the_exit_code_is_the_runs(
     run_script: RunScript, code: int, options: list[str]
 ) -> None:
     trained = [TRAINED.format("run.yaml")]
-    expected = trained + [REQUEUED.format(17)] if code == 75 else trained
+    expected = [*trained, REQUEUED.format(17)] if code == 75 else trained
     assert run_script(EXAMPLE, code, *options) == (code, expected)
 
 
@@ -148,7 +153,7 @@ def test_what_slurm_is_asked_for(
     assert found == {name: value for name, value in (usual | expected).items() if value is not None}
 
 
-@pytest.mark.parametrize("name", ODD_NAMES + ["-r.yaml"])
+@pytest.mark.parametrize("name", [*ODD_NAMES, "-r.yaml"])
 def test_any_name_reaches_llamatune_as_it_is(
     command: Command, specs: Callable[..., list[str]], run_script: RunScript, name: str
 ) -> None:

@@ -46,7 +46,7 @@ class SlurmOptions(Options):
 
     @property
     def time_s(self) -> int:
-        """The time limit in seconds. One number is minutes, two are minutes and seconds, after days hours come first."""
+        """The time limit in seconds: M, M:S or H:M:S; after days H, H:M or H:M:S."""
         days, _, clock = self.time.rpartition("-")
         numbers = [int(number) for number in clock.split(":")]
         units = (3600, 60, 1) if days or len(numbers) == 3 else (60, 1)

@@ -81,8 +81,22 @@ def why_not() -> str | None:
             done = subprocess.run(["apt-get", "-qq", *command], env=environment, capture_output=True, text=True)
             if done.returncode:
                 return f"apt-get {command[0]} failed: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
-    done = subprocess.run(["unshare", "--net", "--pid", "--uts", "--mount", "--fork", "true"], capture_output=True)
-    return None if done.returncode == 0 else "this machine gives no namespaces to root"
+    return _missing_right()
+
+
+def _missing_right() -> str | None:
+    """What this machine does not allow root to do, as in some containers."""
+    links = "ip link add bridge0 type bridge && ip link add v0 type veth peer name v1 && ip link set v0 master bridge0"
+    namespaces = ["unshare", "--net", "--pid", "--uts", "--mount", "--mount-proc", "--fork", "--kill-child"]
+    done = subprocess.run([*namespaces, "sh", "-c", links], capture_output=True, text=True)
+    if done.returncode:
+        return f"no namespaces with networks of their own: {done.stderr.strip()}"
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            os.mknod(f"{place}/device", 0o20600, os.makedev(1, 3))
+        except OSError as fault:
+            return f"no device for a placeholder of a GPU: {fault.strerror}"
+    return None
 
 
 class LocalSlurm:
@@ -98,12 +112,11 @@ class LocalSlurm:
         try:
             self._configure()
             for name in NODES:
-                self._start(name)
-            first, second = (self._first_process(name) for name in NODES)
-            link = f"ip link add eth0 netns {first} type veth peer name eth0 netns {second}"
-            subprocess.run(link.split(), check=True)
-            wait_for(lambda: self.run("sinfo", "-hN", "-o", "%T").split() == ["idle", "idle"], 30, "two idle nodes")
-        except BaseException:
+                self.power_on(name)
+            wait_for(self._is_ready, 30, "two idle nodes")
+        except BaseException as fault:
+            for log in sorted(self.place.glob("*.log")):
+                fault.add_note(f"{log.name}: {log.read_text(errors='replace')[-1000:]}")
             self.__exit__()
             raise
         return self
@@ -118,9 +131,11 @@ class LocalSlurm:
             except subprocess.TimeoutExpired:
                 holder.kill()  # unshare, which takes process 1 with it
                 holder.wait()
-        for name in NODES:
-            wait_for(lambda: _remove_groups(_FREEZER / f"slurm_{name}"), 10, f"end of what ran on {name}")  # noqa: B023
         shutil.rmtree(self.place)
+        groups = [_FREEZER / f"slurm_{name}" for name in NODES]
+        wait_for(
+            lambda: not [group for group in groups if not _remove_groups(group)], 10, "end of what ran on the nodes"
+        )
 
     def _configure(self) -> None:
         self.place.chmod(0o755)  # munged wants a socket that everyone may reach
@@ -141,6 +156,26 @@ class LocalSlurm:
             os.mknod(self.place / f"nvidia{number}", 0o20600, os.makedev(1, 3))  # Slurm wants a character device
         (self.place / "munge.key").write_bytes(os.urandom(128))
         (self.place / "munge.key").chmod(0o600)
+
+    def power_on(self, name: str) -> None:
+        """Start a node. Its ``eth0`` is a bridge on n1; that of another node is plugged into it."""
+        self._start(name)
+        if name == "n1":
+            self._link("add eth0 type bridge")
+        else:
+            self._link(f"add port-{name} type veth peer name eth0 netns {self._first_process(name)}")
+            self._link(f"set port-{name} master eth0 up")
+
+    def power_off(self, name: str) -> None:
+        """End all processes of a node at once, and its network before, so that nobody hears of it."""
+        self._link(f"delete port-{name}")
+        self._holders[name].kill()  # unshare, which takes process 1 with it
+        self._holders[name].wait()
+
+    def _link(self, words: str) -> str:
+        """``ip link`` in the network of n1."""
+        command = ["nsenter", f"--target={self._first_process('n1')}", "--net", "ip", "link", *words.split()]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def _start(self, name: str) -> None:
         munge = [f"--{kind}={self.place}/munge.{kind}" for kind in ("socket",)]
@@ -179,6 +214,12 @@ class LocalSlurm:
         """The number of the job that was submitted in directory ``at``."""
         return self.run("sbatch", "--parsable", *options, script, at=at, **environment).strip()
 
+    def _is_ready(self) -> bool:
+        try:
+            return self.run("sinfo", "-hN", "-o", "%T").split() == ["idle"] * len(NODES)
+        except RuntimeError:  # slurmctld does not answer yet
+            return False
+
     def facts(self, job: str) -> dict[str, str]:
         """What ``scontrol show job`` says of a job: JobState, Restarts, ExitCode, ..."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", job)))
@@ -196,7 +237,7 @@ class LocalSlurm:
         return self.facts(job)
 
     def bring_back(self, node: str) -> bool:
-        """Whether a node that was set DOWN is usable again; it may come back by itself."""
+        """Whether a node that was DOWN is usable again; it may come back by itself."""
         state = self.run("sinfo", "-hn", node, "-o", "%T").strip()
         if state.startswith("down"):
             self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
@@ -241,4 +282,3 @@ def wait_for(condition: Callable[[], object], timeout_s: float, what: str) -> No
         if time.monotonic() > deadline:
             raise TimeoutError(f"no {what} within {timeout_s:g} s")
         time.sleep(0.2)
-

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm of two nodes, by scripts that ``llamatune slurm`` wrote; training on the CPU, from the demo's base.
+"""Jobs on a real Slurm of two nodes, by scripts that ``llamatune slurm`` wrote, training on the CPU.
 
 Slurm sends a signal at most every half a minute, so jobs that wait for one are submitted first and looked at last.
 """
@@ -219,13 +219,20 @@ def test_the_time_limit_stops_the_job_twice_and_it_ends_in_the_same_bytes(
     assert_same_outcome(stopped_job.run, uninterrupted)
 
 
-def test_a_node_that_goes_down_requeues_the_job(
-    slurm: LocalSlurm, place: Path, uninterrupted: Path, tell: Callable[[str], None]
+@pytest.mark.parametrize("how", ["down", "off"])
+def test_a_lost_node_requeues_the_job(
+    slurm: LocalSlurm, place: Path, uninterrupted: Path, how: str, tell: Callable[[str], None]
 ) -> None:
-    training = Training(slurm, place, "down", "--nodes", 2).submit(SLOWED_S="0.5", SLOWED_STARTS="1")
+    """Set DOWN, or without power, which Slurm notices before the rank that is left has waited its 600 s."""
+    training = Training(slurm, place, how, "--nodes", 2).submit(SLOWED_S="0.5", SLOWED_STARTS="1")
     wait_for(lambda: training.steps() >= 12, 90, "twelfth step")
-    slurm.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
-    wait_for(lambda: slurm.facts(training.job)["Restarts"] == "1", 60, "requeue")
+    if how == "down":
+        slurm.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    else:
+        slurm.power_off("n2")
+    wait_for(lambda: slurm.facts(training.job)["Restarts"] == "1", 90, "requeue")
+    if how == "off":
+        slurm.power_on("n2")
     wait_for(lambda: slurm.bring_back("n2"), 60, "node n2")
     training.wait("COMPLETED", 180)
     first, *others = map(int, re.findall(r"resumed_step=(\d+)", training.log))
