@@ -133,9 +133,7 @@ class LocalSlurm:
                 holder.wait()
         shutil.rmtree(self.place)
         groups = [_FREEZER / f"slurm_{name}" for name in NODES]
-        wait_for(
-            lambda: not [group for group in groups if not _remove_groups(group)], 10, "end of what ran on the nodes"
-        )
+        wait_for(lambda: not list(filter(_remains, groups)), 10, "end of what ran on the nodes")
 
     def _configure(self) -> None:
         self.place.chmod(0o755)  # munged wants a socket that everyone may reach
@@ -250,14 +248,14 @@ class LocalSlurm:
         return [line for line in lines if not _is_daemon(line)]
 
 
-def _remove_groups(top: Path) -> bool:
-    """Whether the empty cgroup ``top`` and those below it are gone. One that still has a process cannot be removed."""
+def _remains(top: Path) -> bool:
+    """Whether the cgroup ``top`` stays when it and those below it are removed: one of them has a process."""
     try:
         for group in sorted([top, *top.rglob("*/")], reverse=True):
             group.rmdir()
     except OSError:
         pass
-    return not top.exists()
+    return top.exists()
 
 
 def _command_lines() -> Iterator[tuple[str, str]]:
