@@ -191,6 +191,13 @@ def test_a_task_of_an_array_requeues_itself_alone(slurm: LocalSlurm, noting: Not
     assert [line for line in logs[1].splitlines() if line.startswith("1:")] == [f"1:./{specs[1]}"] * 2
 
 
+def test_ranks_that_end_one_after_the_other_are_requeued(slurm: LocalSlurm, noting: Noting) -> None:
+    """Though this Slurm is set to kill a step's processes once one has failed."""
+    command = "sleep $((3 * SLURM_PROCID)); exit $((SLURM_RESTART_COUNT ? 0 : 75))"
+    job = noting(command, ["a.yaml"], "--nodes", 2)
+    assert slurm.wait(job, "COMPLETED", 60)["Restarts"] == "1"
+
+
 def test_a_cancelled_job_is_saved_and_ends(slurm: LocalSlurm, place: Path) -> None:
     training = Training(slurm, place, "cancelled", "--nodes", 2).submit(SLOWED_S="1", SLOWED_STARTS="9")
     wait_for(lambda: training.steps() >= 3, 90, "third step")
