@@ -200,13 +200,13 @@ def test_ranks_that_end_one_after_the_other_are_requeued(slurm: LocalSlurm, noti
 
 def test_a_cancelled_job_is_saved_and_ends(slurm: LocalSlurm, place: Path) -> None:
     training = Training(slurm, place, "cancelled", "--nodes", 2).submit(SLOWED_S="1", SLOWED_STARTS="9")
-    wait_for(lambda: training.steps() >= 3, 90, "third step")
+    wait_for(lambda: training.steps() % 5 == 1, 90, "first step")  # far from the fifth, which is saved anyway
     slurm.run("scancel", training.job)
     facts = training.wait("CANCELLED", 60)
     wait_for(lambda: not slurm.processes("cancelled.yaml"), 30, "end of the processes")
     made = len(metrics(training.run, "step"))
     assert last_checkpoint(training.run).name == f"step-{made:06d}"
-    assert len(re.findall("^error: ", training.log, re.MULTILINE)) == 1, training.log
+    assert made % 5, "a checkpoint of every fifth step would be there without the signal"
     assert facts["Restarts"] == "0"
 
 
