@@ -8,23 +8,18 @@ from llamatune.commands._console import Console
 
 def slurm(options: SlurmOptions, console: Console) -> None:
     """Write a Slurm script that trains, saves at the time limit and goes on."""
-    from llamatune.durable_writing import refuse_occupied, write_atomic
-    from llamatune.errors import SpecError
+    import shlex
+
+    from llamatune.durable_writing import output_file, write_atomic
     from llamatune.slurm_script import slurm_script
-    from llamatune.spec import load_spec
 
     with console:
-        runs: dict[str, object] = {}
-        for path in options.specs:
-            directory = load_spec(path).training.output_dir
-            if directory in runs:
-                raise SpecError(f"{runs[directory]} and {path} write to {directory}", None, "give each its own")
-            runs[directory] = path
+        output = None if options.output is None else output_file(options.output, options.overwrite)
         script = slurm_script(options)
-        if options.output is not None:
-            refuse_occupied(options.output, options.overwrite)
-            write_atomic(options.output, script.encode())
-            result = {"output": str(options.output), "script": script}
-            console.result(result, lambda out: out.print(f"written: sbatch {options.output}", markup=False))
+        payload = {"output": None if output is None else str(options.output), "script": script}
+        if output is None:
+            console.result(payload, lambda out: out.out(script, end="", highlight=False))
         else:
-            console.result({"output": None, "script": script}, lambda out: out.out(script, end="", highlight=False))
+            write_atomic(output, script.encode(), options.overwrite)
+            submit = f"written: sbatch {shlex.quote(str(options.output))}"
+            console.result(payload, lambda out: out.print(submit, markup=False))
