@@ -10,7 +10,6 @@ from typing import Any
 from llamatune.errors import CheckpointError
 from llamatune.shapes.gradient_lanes import LANES
 
-
 _MOST_LANES = 1 << 20
 
 
