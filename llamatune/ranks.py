@@ -25,6 +25,8 @@ from llamatune.rendezvous import FAILED, aside, failure, meet, open_store, refus
 
 T = TypeVar("T")
 
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Releases of torch differ in its name."""
 _NO_TIMEOUT = timedelta(days=365)
 _HEARTBEAT_S = 2.0
 _POLL_S = 0.01
@@ -69,6 +71,11 @@ class Ranks:
     def all_gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, of one shape, stacked: (size, ...)."""
         return tensor[None]
+
+    def all_gather_into(self, whole: Tensor, part: Tensor) -> Callable[[], None]:
+        """Begin to fill ``whole`` with the ``part`` of each rank, end to end; what is returned waits for the end."""
+        whole.copy_(part)
+        return lambda: None
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Replace ``tensor`` by the sum over all ranks, added in any order."""
@@ -147,6 +154,16 @@ class _Group(Ranks):
         with self._collective():
             dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         return gathered
+
+    def all_gather_into(self, whole: Tensor, part: Tensor) -> Callable[[], None]:
+        with self._collective():
+            work = _all_gather_single(whole, part, async_op=True)
+
+        def wait() -> None:
+            with self._collective():
+                work.wait()
+
+        return wait
 
     def all_reduce(self, tensor: Tensor) -> None:
         with self._collective():

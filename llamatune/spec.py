@@ -47,6 +47,12 @@ class ModelSection(_Section):
     quantized_cache: PathText | None = Field(
         None, description="nf4: a directory that keeps the quantised weights of each base, made at the first run"
     )
+    placement: Literal["auto", "device", "host", "shard"] = Field(
+        "auto",
+        description="where the frozen weights of the blocks lie: on the device, in host memory, or in slices on the "
+        "devices of all ranks; a block is brought in for its forward and backward pass; auto: on the device if a step "
+        "fits there, else on a GPU in host memory, with several processes in slices",
+    )
     num_layers: Positive | None = Field(None, description="keep only the first N layers, for debugging")
     memory_map: bool = Field(
         True,
@@ -202,6 +208,10 @@ class RunSpec(_Section):
         if lora is None and model.dtype == "nf4":
             raise ValueError(
                 "nf4 weights are frozen and nothing would be trained; add a lora section, or set model.dtype: float32"
+            )
+        if lora is None and model.placement in ("host", "shard"):
+            raise ValueError(
+                f"model.placement: {model.placement} is for frozen weights; add a lora section, or set it to device"
             )
         if model.quantized_cache is not None and (model.dtype != "nf4" or model.init == "random"):
             raise ValueError("model.quantized_cache is for model.dtype: nf4 and pretrained weights; leave it out")
