@@ -39,7 +39,7 @@ def shared_map(
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, ranks.size * _ITEMS_IN_A_ROUND)):
         own = [work(item) for item in batch[ranks.rank :: ranks.size]]
-        for _ in range(-(-len(batch) // ranks.size) - len(own) if idle is not None else 0):
+        if idle is not None and len(own) < -(-len(batch) // ranks.size):
             idle()
         answers = ranks.gather((should_stop(), own))
         _check(any(asked for asked, _ in answers))

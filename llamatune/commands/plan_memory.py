@@ -48,6 +48,11 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
         rows = _rows(spec, config, options, console)
         limit = planning.limit_of(spec, options.memory_bytes)
         cuda = options.device == "cuda"
+
+        def fits(placed: RunSpec) -> bool:
+            return planning.plan_memory(placed, config, rows, cuda, limit).fits
+
+        spec = planning.choose_placement(spec, fits, options.device, options.ranks)
         plan = planning.plan_memory(spec, config, rows, cuda, limit)
         facts = plan_report(spec, config, plan, cuda)
         if options.explain:
@@ -63,11 +68,11 @@ def _rows(spec: RunSpec, config: LlamaConfig, options: PlanMemoryOptions, consol
 
     prepared = Path(spec.data.train)
     if options.max_seq_length is None and options.preset is None and (prepared / "train.safetensors").is_file():
-        return heaviest_rows(*read_lengths(prepared), spec)
+        return heaviest_rows(*read_lengths(prepared), spec, ranks=options.ranks)
     tokens = options.max_seq_length or min(512, config.max_position_embeddings)
     console.on_event(Notice(f"planned for rows of {tokens} tokens, all of them targets"))
     samples = spec.training.micro_batch_size * max(1, spec.data.packed_tokens // tokens if spec.data.packing else 1)
-    return heaviest_rows([tokens] * samples, [tokens] * samples, spec)
+    return heaviest_rows([tokens] * samples, [tokens] * samples, spec, ranks=options.ranks)
 
 
 def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
@@ -89,6 +94,10 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
     if layers is not None and any(count for name, count in layers.items() if name != "nothing"):
         shown = ", ".join(f"{name} in {count}" for name, count in layers.items() if count)
         out.print(f"layers recompute {shown}", markup=False)
+    if "tokens_that_hide_it" in facts:
+        brought, tokens = gibibytes(facts["bytes_brought_per_pass"]), facts["tokens_that_hide_it"]
+        rates = "at 25 GB/s and 400 TFLOP/s"
+        out.print(f"placement {facts['placement']}: a pass brings in {brought}; {tokens:,} tokens hide that {rates}")
     if facts["memory_limit_bytes"] is None:
         return
     verdict = "fits" if facts["fits"] else "does not fit"

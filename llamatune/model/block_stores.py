@@ -42,7 +42,7 @@ class HostBlocks:
     def __init__(self, layers: int, block_bytes: int, device: torch.device) -> None:
         self.room_bytes, self.kept = block_bytes, range(block_bytes)
         cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if cuda else None
+        self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         try:
             self.tensors = [torch.empty(block_bytes, dtype=torch.uint8, pin_memory=cuda) for _ in range(layers)]
         except RuntimeError as fault:
@@ -50,7 +50,9 @@ class HostBlocks:
                 raise
             size, why = gibibytes(layers * block_bytes), str(fault).splitlines()[0]
             what = f"{size} of host memory for the blocks cannot be pinned ({why})"
-            raise EnvironmentFault(what, "model.placement: host", "ask for more memory, or use shard or device") from fault
+            raise EnvironmentFault(
+                what, "model.placement: host", "ask for more memory, or use shard or device"
+            ) from fault
 
     def write(self, layer: int, begin: int, data: Tensor) -> None:
         self.tensors[layer][begin : begin + len(data)].copy_(data)

@@ -162,6 +162,6 @@ def _hooks(blocks: StreamedBlocks, index: int) -> tuple[Callable[..., None], Cal
 
     def after(_: nn.Module, __: Any, output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(again)
+            output.register_hook(again)  # type: ignore[no-untyped-call]
 
     return before, after

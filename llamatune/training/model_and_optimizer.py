@@ -61,7 +61,7 @@ def build_learner(
     ``model.placement`` ``auto`` is ``device`` here.
     """
     streamed = _streamed_blocks(spec, inputs, ranks)
-    model, adapter = _load_base(spec, inputs, on_event, should_stop, streamed), spec.adapter
+    model, adapter = _load_base(spec, inputs, on_event, should_stop, streamed, ranks), spec.adapter
     if adapter is None:
         model.requires_grad_(True)
         parameters = dict(model.named_parameters())
@@ -100,7 +100,12 @@ def _streamed_blocks(spec: RunSpec, inputs: Inputs, ranks: Ranks) -> StreamedBlo
 
 
 def _load_base(
-    spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop, streamed: StreamedBlocks | None
+    spec: RunSpec,
+    inputs: Inputs,
+    on_event: OnEvent,
+    should_stop: ShouldStop,
+    streamed: StreamedBlocks | None,
+    ranks: Ranks,
 ) -> Transformer:
     """The base model, read from its checkpoint or drawn at random."""
     dtype, nf4 = held_dtype(spec), spec.model.dtype == "nf4"
@@ -111,7 +116,11 @@ def _load_base(
         if nf4:
             quantized = QuantizedBase(inputs.checkpoint, inputs.config, inputs.device, on_event, should_stop)
             if spec.model.quantized_cache is not None:
+                if not ranks.is_first:
+                    ranks.wait()  # the first may write the cache
                 quantized.use_cache(Path(spec.model.quantized_cache), inputs.base_fingerprint)
+                if ranks.is_first:
+                    ranks.wait()
         model = load_model(
             inputs.checkpoint,
             dtype,
