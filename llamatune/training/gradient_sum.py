@@ -72,10 +72,10 @@ def reduce_nodes(
         if node.gradients is not None
     ]
     own.nodes.clear()
-    stacked = torch.stack(flat) if flat else torch.empty(0, part * ranks.size, dtype=dtype, device=device)
+    none = torch.empty(0, part, dtype=dtype, device=device)
+    starts = range(0, part * ranks.size, part)
+    slices = [torch.stack([sums[start : start + part] for sums in flat]) if flat else none for start in starts]
     del flat
-    slices = [piece.contiguous() for piece in torch.split(stacked, part, dim=1)]
-    del stacked
     received = ranks.all_to_all(slices, [torch.Size((len(filled), part)) for filled in spans])
     del slices
     tree, place = TreeSum(), dict[tuple[int, int], list[Tensor]]()
@@ -86,13 +86,27 @@ def reduce_nodes(
             tree.add(start, size, place.get((start, size)))
     assert tree.total is not None  # a window has at least one pass
     message = torch.cat((tree.total[0].view(torch.uint8), facts.to(device).view(torch.uint8)))
+    del received, place, tree
     gathered = ranks.all_gather(message)
     boundary = part * dtype.itemsize
-    summed = gathered[:, :boundary].reshape(-1).view(dtype)[:elements]
-    pieces = torch.split(summed, [shape.numel() for shape in shapes])
+    summed = [row[:boundary].view(dtype) for row in gathered]
     # Tensors of their own: a kernel's order of addition may depend on the alignment of a view.
-    gradients = [piece.view(shape).clone() for piece, shape in zip(pieces, shapes, strict=True)]
+    gradients = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    start = 0
+    for gradient in gradients:
+        _copy_run(summed, start, gradient.view(-1))
+        start += gradient.numel()
     return gradients, gathered[:, boundary:].contiguous().view(torch.float64).sum(0)
+
+
+def _copy_run(parts: Sequence[Tensor], start: int, into: Tensor) -> None:
+    """Fill ``into`` with the elements from ``start`` on of vectors of one length, end to end."""
+    done, length = 0, len(parts[0])
+    while done < len(into):
+        part, place = divmod(start + done, length)
+        piece = parts[part][place : place + len(into) - done]
+        into[done : done + len(piece)] = piece
+        done += len(piece)
 
 
 def _aligned_nodes(lanes: range) -> list[tuple[int, int]]:
