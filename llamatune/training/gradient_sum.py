@@ -78,16 +78,12 @@ def reduce_nodes(
     del flat
     received = ranks.all_to_all(slices, [torch.Size((len(filled), part)) for filled in spans])
     del slices
-    tree, place = TreeSum(), dict[tuple[int, int], list[Tensor]]()
-    for filled, rows in zip(spans, received, strict=True):
-        place |= {span: [row] for span, row in zip(filled, rows, strict=True)}
-    for rank in range(ranks.size):
-        for start, size in _aligned_nodes(own_lanes(rank, ranks.size, len(dealt))):
-            tree.add(start, size, place.get((start, size)))
-    assert tree.total is not None  # a window has at least one pass
-    message = torch.cat((tree.total[0].view(torch.uint8), facts.to(device).view(torch.uint8)))
-    del received, place, tree
+    own_slice = _sum_of_slices(spans, received, dealt)
+    del received
+    message = torch.cat((own_slice.view(torch.uint8), facts.to(device).view(torch.uint8)))
+    del own_slice
     gathered = ranks.all_gather(message)
+    del message
     boundary = part * dtype.itemsize
     summed = [row[:boundary].view(dtype) for row in gathered]
     # Tensors of their own: a kernel's order of addition may depend on the alignment of a view.
@@ -97,6 +93,23 @@ def reduce_nodes(
         _copy_run(summed, start, gradient.view(-1))
         start += gradient.numel()
     return gradients, gathered[:, boundary:].contiguous().view(torch.float64).sum(0)
+
+
+def _sum_of_slices(
+    spans: Sequence[Sequence[tuple[int, int]]], received: Sequence[Tensor], dealt: Sequence[Sequence[int]]
+) -> Tensor:
+    """One slice of the sum of all lanes, from that of each rank's filled nodes, which are changed in place."""
+    place = {
+        span: [row]
+        for filled, rows in zip(spans, received, strict=True)
+        for span, row in zip(filled, rows, strict=True)
+    }
+    tree = TreeSum()
+    for rank in range(len(spans)):
+        for start, size in _aligned_nodes(own_lanes(rank, len(spans), len(dealt))):
+            tree.add(start, size, place.get((start, size)))
+    assert tree.total is not None  # a window has at least one pass
+    return tree.total[0]
 
 
 def _copy_run(parts: Sequence[Tensor], start: int, into: Tensor) -> None:

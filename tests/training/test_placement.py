@@ -52,12 +52,10 @@ EVERY = [*SAMPLE, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST
 Found = tuple[list[tuple[float, float]], list[Tensor]]
 
 
-def spec_of(
-    placement: str, dtype: tuple[str, str] = DTYPES[0], dropout: float = 0.0, rank: int = 4, **training: Any
-) -> RunSpec:
+def spec_of(placement: str, dtype: tuple[str, str] = DTYPES[0], dropout: float = 0.0, **training: Any) -> RunSpec:
     values = {
         "model": {"path": "none", "init": "random", "dtype": dtype[0], "placement": placement},
-        "lora": {"r": rank, "dropout": dropout, "target_modules": training.pop("targets", "all-linear")},
+        "lora": {"r": 4, "dropout": dropout, "target_modules": training.pop("targets", "all-linear")},
         "data": {"train": "none"},
         "training": {"output_dir": "none", "precision": dtype[1], "device": "cpu", "learning_rate": 0.02, **training},
     }
@@ -224,9 +222,9 @@ def peak_of(spec: RunSpec, config: LlamaConfig, ranks: Ranks) -> tuple[int, int]
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_rank_holds_its_slices_two_blocks_and_what_is_trained(size: int) -> None:
-    spec = spec_of("shard", ("bfloat16", "bf16"), rank=2)
+    spec = spec_of("shard", ("bfloat16", "bf16"))
     block, others = bytes_of(WIDE)
-    adapter = sum(parameter.nbytes for parameter in learner_of(spec_of("device", rank=2), WIDE).parameters.values())
+    adapter = sum(parameter.nbytes for parameter in learner_of(spec_of("device"), WIDE).parameters.values())
     weights = WIDE.num_hidden_layers * block // size + 2 * block + others
     for loading, peak in in_threads(size, lambda ranks: peak_of(spec, WIDE, ranks)):
         assert peak == pytest.approx(weights + 5 * adapter, rel=0.05)
@@ -267,7 +265,8 @@ def test_loading_a_slice_holds_no_more_than_it_and_rows_of_one_tensor(
                 load_model(checkpoint, torch.float32, device, streamed=streamed, writable=True)
             return meter.peak_bytes
 
-        most = 6 * block // size + 2 * block + others + 268 * 128 * 4
+        # The largest tensor; rows of Meta's shards are held once more when they are joined.
+        most = 6 * block // size + 2 * block + others + 268 * 128 * 4 * (1 if path == base else 2)
         assert max(in_threads(size, load)) <= 1.01 * most
 
 
