@@ -81,7 +81,7 @@ class Ranks:
         """Replace ``tensor`` by the sum over all ranks, added in any order."""
 
     def all_to_all(self, tensors: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
-        """Send ``tensors[r]`` to rank r; what each rank r sent here has shape ``shapes[r]``."""
+        """Send ``tensors[r]`` to rank r, and empty ``tensors``; what each rank r sent here has shape ``shapes[r]``."""
         return tensors
 
 
@@ -170,16 +170,13 @@ class _Group(Ranks):
             dist.all_reduce(tensor)
 
     def all_to_all(self, tensors: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
-        received = [tensors[0].new_empty(shape) for shape in shapes]
+        counts, sent_counts = [shape.numel() for shape in shapes], [tensor.numel() for tensor in tensors]
+        sent = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        tensors.clear()  # they are in ``sent``
+        flat = sent.new_empty(sum(counts))
         with self._collective():
-            flat = torch.cat([tensor.reshape(-1) for tensor in received])
-            dist.all_to_all_single(
-                flat,
-                torch.cat([tensor.reshape(-1) for tensor in tensors]),
-                [tensor.numel() for tensor in received],
-                [tensor.numel() for tensor in tensors],
-            )
-        parts = flat.split([tensor.numel() for tensor in received])  # type: ignore[no-untyped-call]
+            dist.all_to_all_single(flat, sent, counts, sent_counts)
+        parts = flat.split(counts)  # type: ignore[no-untyped-call]
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     @contextlib.contextmanager

@@ -99,11 +99,9 @@ def _sum_of_slices(
     spans: Sequence[Sequence[tuple[int, int]]], received: Sequence[Tensor], dealt: Sequence[Sequence[int]]
 ) -> Tensor:
     """One slice of the sum of all lanes, from that of each rank's filled nodes, which are changed in place."""
-    place = {
-        span: [row]
-        for filled, rows in zip(spans, received, strict=True)
-        for span, row in zip(filled, rows, strict=True)
-    }
+    place = dict[tuple[int, int], list[Tensor]]()
+    for filled, rows in zip(spans, received, strict=True):
+        place |= {span: [row] for span, row in zip(filled, rows, strict=True)}
     tree = TreeSum()
     for rank in range(len(spans)):
         for start, size in _aligned_nodes(own_lanes(rank, len(spans), len(dealt))):
