@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import subprocess
@@ -28,7 +29,7 @@ from llamatune.events import Notice, ignore_event, never_stop
 from llamatune.inference.engine import complete
 from llamatune.memory.plan import choose_placement
 from llamatune.memory.sizes import Rows
-from llamatune.model import streamed_blocks
+from llamatune.model import compiled_functions, streamed_blocks
 from llamatune.model.block_stores import HostBlocks, ShardedBlocks
 from llamatune.model.loss import IGNORED
 from llamatune.model.streamed_blocks import BlockLayout, StreamedBlocks
@@ -186,6 +187,15 @@ def test_an_idle_rank_fetches_what_a_pass_does(monkeypatch: pytest.MonkeyPatch, 
         if not windows:
             fetched.clear()
     assert len(fetched) == 2 * max(0, layers - 2), "the two blocks at each turn are there already"
+
+
+@pytest.mark.parametrize("dtype", [("bfloat16", "bf16"), ("nf4", "bf16")])
+def test_compiled_functions(monkeypatch: pytest.MonkeyPatch, dtype: tuple[str, str]) -> None:
+    """Traced as by the compiler, and run by ATen."""
+    quick = functools.cache(functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(compiled_functions, "_compiled", quick)
+    with compiled_functions.compiling():
+        assert same(trained(spec_of("host", dtype)), trained(spec_of("device", dtype)))
 
 
 # Memory
