@@ -100,7 +100,7 @@ def _changes(
         yield "model.dtype=nf4", "frozen weights in 4 bits, unpacked for each product", None, rows
     if lora and spec.model.placement in ("auto", "device") and (cuda or rows.ranks > 1):
         other, where = ("shard", "slices on all ranks") if rows.ranks > 1 else ("host", "host memory")
-        yield f"model.placement={other}", f"the blocks' frozen weights in {where}", 0.0, rows
+        yield f"model.placement={other}", f"the blocks' frozen weights in {where}", None, rows
     if not lora:
         yield f"lora.r={LoraSection().r}", "trains an adapter alone", None, rows
     elif lora.r > 1:

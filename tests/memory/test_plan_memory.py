@@ -82,7 +82,7 @@ def test_what_does_not_fit_comes_with_what_helps(run: Callable[..., dict[str, An
     assert helpful == ["model.dtype=nf4", "model.placement=host"]
     costs = [remedy["more_compute"] for remedy in found["remedies"] if remedy["more_compute"] is not None]
     assert costs == sorted(costs)
-    assert run(*base, *helpful)["fits"]
+    assert run(*base[:-1], *helpful)["fits"]
 
 
 def test_a_spec_is_planned_for_its_longest_rows(
