@@ -49,9 +49,8 @@ class ModelSection(_Section):
     )
     placement: Literal["auto", "device", "host", "shard"] = Field(
         "auto",
-        description="where the frozen weights of the blocks lie: on the device, in host memory, or in slices on the "
-        "devices of all ranks; a block is brought in for its forward and backward pass; auto: on the device if a step "
-        "fits there, else on a GPU in host memory, with several processes in slices",
+        description="where frozen blocks lie: on the device, in host memory, in slices on all ranks; auto: device if "
+        "a step fits there, else host on one GPU, shard with several processes",
     )
     num_layers: Positive | None = Field(None, description="keep only the first N layers, for debugging")
     memory_map: bool = Field(
@@ -210,9 +209,8 @@ class RunSpec(_Section):
                 "nf4 weights are frozen and nothing would be trained; add a lora section, or set model.dtype: float32"
             )
         if lora is None and model.placement in ("host", "shard"):
-            raise ValueError(
-                f"model.placement: {model.placement} is for frozen weights; add a lora section, or set it to device"
-            )
+            fault = f"model.placement: {model.placement} is for frozen weights; add a lora section, or set it to device"
+            raise ValueError(fault)
         if model.quantized_cache is not None and (model.dtype != "nf4" or model.init == "random"):
             raise ValueError("model.quantized_cache is for model.dtype: nf4 and pretrained weights; leave it out")
         if lora is None and model.dtype != "float32":
