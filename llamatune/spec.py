@@ -49,8 +49,8 @@ class ModelSection(_Section):
     )
     placement: Literal["auto", "device", "host", "shard"] = Field(
         "auto",
-        description="where frozen blocks lie: on the device, in host memory, in slices on all ranks; auto: device if "
-        "a step fits there, else host on one GPU, shard with several processes",
+        description="where frozen blocks lie: on the device, in host memory, or in slices on all ranks; auto: "
+        "device if a step fits there, else host on one GPU, shard with several processes",
     )
     num_layers: Positive | None = Field(None, description="keep only the first N layers, for debugging")
     memory_map: bool = Field(
