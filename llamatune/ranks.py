@@ -25,6 +25,8 @@ from llamatune.rendezvous import FAILED, aside, failure, meet, open_store, refus
 
 T = TypeVar("T")
 
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Releases of torch differ in its name."""
 _NO_TIMEOUT = timedelta(days=365)
 _HEARTBEAT_S = 2.0
 _POLL_S = 0.01
@@ -70,11 +72,16 @@ class Ranks:
         """The tensors of all ranks, of one shape, stacked: (size, ...)."""
         return tensor[None]
 
+    def all_gather_into(self, whole: Tensor, part: Tensor) -> Callable[[], None]:
+        """Begin to fill ``whole`` with the ``part`` of each rank, end to end; what is returned waits for the end."""
+        whole.copy_(part)
+        return lambda: None
+
     def all_reduce(self, tensor: Tensor) -> None:
         """Replace ``tensor`` by the sum over all ranks, added in any order."""
 
     def all_to_all(self, tensors: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
-        """Send ``tensors[r]`` to rank r; what each rank r sent here has shape ``shapes[r]``."""
+        """Send ``tensors[r]`` to rank r, and empty ``tensors``; what each rank r sent here has shape ``shapes[r]``."""
         return tensors
 
 
@@ -148,21 +155,28 @@ class _Group(Ranks):
             dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         return gathered
 
+    def all_gather_into(self, whole: Tensor, part: Tensor) -> Callable[[], None]:
+        with self._collective():
+            work = _all_gather_single(whole, part, async_op=True)
+
+        def wait() -> None:
+            with self._collective():
+                work.wait()
+
+        return wait
+
     def all_reduce(self, tensor: Tensor) -> None:
         with self._collective():
             dist.all_reduce(tensor)
 
     def all_to_all(self, tensors: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
-        received = [tensors[0].new_empty(shape) for shape in shapes]
+        counts, sent_counts = [shape.numel() for shape in shapes], [tensor.numel() for tensor in tensors]
+        sent = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        tensors.clear()  # they are in ``sent``
+        flat = sent.new_empty(sum(counts))
         with self._collective():
-            flat = torch.cat([tensor.reshape(-1) for tensor in received])
-            dist.all_to_all_single(
-                flat,
-                torch.cat([tensor.reshape(-1) for tensor in tensors]),
-                [tensor.numel() for tensor in received],
-                [tensor.numel() for tensor in tensors],
-            )
-        parts = flat.split([tensor.numel() for tensor in received])  # type: ignore[no-untyped-call]
+            dist.all_to_all_single(flat, sent, counts, sent_counts)
+        parts = flat.split(counts)  # type: ignore[no-untyped-call]
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     @contextlib.contextmanager

@@ -47,6 +47,11 @@ class ModelSection(_Section):
     quantized_cache: PathText | None = Field(
         None, description="nf4: a directory that keeps the quantised weights of each base, made at the first run"
     )
+    placement: Literal["auto", "device", "host", "shard"] = Field(
+        "auto",
+        description="where frozen blocks lie: on the device, in host memory, or in slices on all ranks; auto: "
+        "device if a step fits there, else host on one GPU, shard with several processes",
+    )
     num_layers: Positive | None = Field(None, description="keep only the first N layers, for debugging")
     memory_map: bool = Field(
         True,
@@ -203,6 +208,9 @@ class RunSpec(_Section):
             raise ValueError(
                 "nf4 weights are frozen and nothing would be trained; add a lora section, or set model.dtype: float32"
             )
+        if lora is None and model.placement in ("host", "shard"):
+            fault = f"model.placement: {model.placement} is for frozen weights; add a lora section, or set it to device"
+            raise ValueError(fault)
         if model.quantized_cache is not None and (model.dtype != "nf4" or model.init == "random"):
             raise ValueError("model.quantized_cache is for model.dtype: nf4 and pretrained weights; leave it out")
         if lora is None and model.dtype != "float32":

@@ -49,9 +49,16 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
         cuda = options.device == "cuda"
         counts = _lengths(spec, config, options, console)
         tokens = spec.training.tokens_per_pass
+
+        def placed_for(tokens: int | None) -> RunSpec:
+            rows = planning.heaviest_rows(*counts, spec, tokens, options.ranks)
+            return planning.choose_placement(
+                spec, lambda it: planning.plan_memory(it, config, rows, cuda, limit).fits, options.device, options.ranks
+            )
+
         if tokens == "auto":
-            tokens = planning.joined_tokens(*counts, spec, config, cuda, limit)
-        rows = planning.heaviest_rows(*counts, spec, tokens)
+            tokens = planning.joined_tokens(*counts, placed_for(None), config, cuda, limit, options.ranks)
+        rows, spec = planning.heaviest_rows(*counts, spec, tokens, options.ranks), placed_for(tokens)
         plan = planning.plan_memory(spec, config, rows, cuda, limit)
         facts = plan_report(spec, config, plan, cuda)
         if options.explain:
@@ -96,6 +103,10 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
     if layers is not None and any(count for name, count in layers.items() if name != "nothing"):
         shown = ", ".join(f"{name} in {count}" for name, count in layers.items() if count)
         out.print(f"layers recompute {shown}", markup=False)
+    if "tokens_that_hide_it" in facts:
+        brought, tokens = gibibytes(facts["bytes_brought_per_pass"]), facts["tokens_that_hide_it"]
+        rates = "at 25 GB/s and 400 TFLOP/s"
+        out.print(f"placement {facts['placement']}: a pass brings in {brought}; {tokens:,} tokens hide that {rates}")
     if facts["memory_limit_bytes"] is None:
         return
     verdict = "fits" if facts["fits"] else "does not fit"

@@ -81,10 +81,11 @@ def held_out_loss(
     on_event: OnEvent = ignore_event,
     should_stop: ShouldStop = never_stop,
     ranks: Ranks = ALONE,
+    idle: Callable[[], None] | None = None,
 ) -> HeldOutLoss:
     """Mean loss per target token over every row of ``split``, without dropout. Raises ``Stopped`` on request.
 
-    Several ranks share the batches; each has the same mean.
+    Several ranks share the batches; each has the same mean. ``idle``: what a rank without a batch does meanwhile.
     """
 
     def score(batch: Batch) -> list[tuple[Any, ...]]:
@@ -95,7 +96,7 @@ def held_out_loss(
     model.eval()
     rows: list[RowScore] = []
     try:
-        for scores in shared_map(split.batches(batch_size), score, should_stop, ranks):
+        for scores in shared_map(split.batches(batch_size), score, should_stop, ranks, idle):
             rows += [RowScore(*values) for values in scores]
             on_event(Progress("evaluating", len(rows), len(split)))
     finally:

@@ -70,6 +70,24 @@ def plan_memory(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu, limit
     return MemoryPlan(rows, levels, step.highest(levels), limit_bytes)
 
 
+def choose_placement(spec: RunSpec, fits: Callable[[RunSpec], bool], device: str, ranks: int) -> RunSpec:
+    """The spec with ``model.placement: auto`` decided: the device if a step ``fits``, else host or shard.
+
+    One process on a CPU has no other memory, and what trains every parameter is not streamed.
+    """
+    if spec.model.placement != "auto":
+        return spec
+    on_device, other = placed(spec, "device"), "shard" if ranks > 1 else "host"
+    if spec.adapter is None or (ranks == 1 and device == "cpu") or fits(on_device):
+        return on_device
+    return placed(spec, other)
+
+
+def placed(spec: RunSpec, placement: str) -> RunSpec:
+    """The spec with another ``model.placement``."""
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"placement": placement})})
+
+
 def limit_of(spec: RunSpec, free_bytes: int | None) -> int | None:
     """What ``training.memory_limit`` allows: an amount, or nine tenths of what is free, if that is known.
 
@@ -82,7 +100,11 @@ def limit_of(spec: RunSpec, free_bytes: int | None) -> int | None:
 
 
 def heaviest_rows(
-    lengths: Sequence[int], target_counts: Sequence[int], spec: RunSpec, pass_tokens: int | None = None
+    lengths: Sequence[int],
+    target_counts: Sequence[int],
+    spec: RunSpec,
+    pass_tokens: int | None = None,
+    ranks: int = 1,
 ) -> Rows:
     """The pass that needs most memory: the longest rows, or full rows of packed samples.
 
@@ -98,7 +120,7 @@ def heaviest_rows(
                 room -= lengths[i]
         window = sum(lengths[i] for i in longest[: size * steps])
         passes = steps if pass_tokens is None else min(steps, -(-window // pass_tokens))
-        return Rows(tuple(lengths[i] for i in chosen), sum(target_counts[i] for i in chosen), passes)
+        return Rows(tuple(lengths[i] for i in chosen), sum(target_counts[i] for i in chosen), passes, ranks)
     total, ordered = sum(lengths), sorted(lengths)
     tokens = min(total, size * max(data.packed_tokens, ordered[-1]))
     joined = max(1, min(steps, (pass_tokens or 0) // tokens))
@@ -106,7 +128,7 @@ def heaviest_rows(
     count = max(1, tokens * len(lengths) // total)
     samples = [ordered[(2 * place + 1) * len(ordered) // (2 * count)] for place in range(count)]
     samples[-1] = max(1, samples[-1] + tokens - sum(samples))
-    return Rows(tuple(samples), round(tokens * sum(target_counts) / total), -(-steps // joined))
+    return Rows(tuple(samples), round(tokens * sum(target_counts) / total), -(-steps // joined), ranks)
 
 
 def joined_tokens(
@@ -116,6 +138,7 @@ def joined_tokens(
     config: LlamaConfig,
     cuda: Gpu,
     limit_bytes: int | None,
+    ranks: int = 1,
 ) -> int:
     """Tokens of the passes that ``training.tokens_per_pass: auto`` makes: what fits without more recomputation.
 
@@ -124,7 +147,7 @@ def joined_tokens(
     """
 
     def planned(tokens: int | None) -> MemoryPlan:
-        rows = heaviest_rows(lengths, target_counts, spec, tokens)
+        rows = heaviest_rows(lengths, target_counts, spec, tokens, ranks)
         return plan_memory(spec, config, rows, cuda, limit_bytes)
 
     single = planned(None)

@@ -27,12 +27,14 @@ _CODE_TABLE_BYTES = 4 << 16  # what finds the level of an 8-bit blockwise code
 class Rows:
     """A pass: samples of these lengths one after another, of whose tokens ``targets`` are predicted.
 
-    ``passes`` are those of its accumulation window; None: as many as the spec has micro-batches.
+    ``passes`` are those of its accumulation window; None: as many as the spec has micro-batches. ``ranks`` are the
+    processes among which a base in shards is divided.
     """
 
     lengths: tuple[int, ...]
     targets: int
     passes: int | None = None
+    ranks: int = 1
 
     @property
     def tokens(self) -> int:
@@ -79,12 +81,25 @@ class Sizes:
 
     @functools.cached_property
     def weights(self) -> int:
-        """The base as it is held."""
-        total = count_parameters(self.config).base_parameters
-        if not self.nf4:
-            return total * self.w
-        linears, layers = [self.count(name) for name in LINEAR_MODULES], self.config.num_hidden_layers
-        return (total - sum(linears) * layers) * self.w + sum(map(_nf4_bytes, linears)) * layers
+        """The base as it is held on the device: with streamed blocks two rooms, and what lies there of the blocks."""
+        layers, placement = self.config.num_hidden_layers, self.spec.model.placement
+        others = (count_parameters(self.config).base_parameters - self.block_parameters * layers) * self.w
+        if placement not in ("host", "shard"):
+            return others + self.block * layers
+        at_rest = (
+            self.block * layers // self.rows.ranks if placement == "shard" else 0 if self.cuda else self.block * layers
+        )
+        return others + at_rest + self.block * min(2, layers)
+
+    @property
+    def block(self) -> int:
+        """The frozen tensors of a block."""
+        linears = [self.count(name) for name in LINEAR_MODULES]
+        return sum(map(_nf4_bytes, linears)) + 2 * self.D * self.w if self.nf4 else self.block_parameters * self.w
+
+    @property
+    def block_parameters(self) -> int:
+        return sum(self.count(name) for name in LINEAR_MODULES) + 2 * self.D
 
     @functools.cached_property
     def optimizer_state(self) -> int:

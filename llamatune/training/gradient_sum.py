@@ -72,27 +72,52 @@ def reduce_nodes(
         if node.gradients is not None
     ]
     own.nodes.clear()
-    stacked = torch.stack(flat) if flat else torch.empty(0, part * ranks.size, dtype=dtype, device=device)
+    none = torch.empty(0, part, dtype=dtype, device=device)
+    starts = range(0, part * ranks.size, part)
+    slices = [torch.stack([sums[start : start + part] for sums in flat]) if flat else none for start in starts]
     del flat
-    slices = [piece.contiguous() for piece in torch.split(stacked, part, dim=1)]
-    del stacked
     received = ranks.all_to_all(slices, [torch.Size((len(filled), part)) for filled in spans])
     del slices
-    tree, place = TreeSum(), dict[tuple[int, int], list[Tensor]]()
+    own_slice = _sum_of_slices(spans, received, dealt)
+    del received
+    message = torch.cat((own_slice.view(torch.uint8), facts.to(device).view(torch.uint8)))
+    del own_slice
+    gathered = ranks.all_gather(message)
+    del message
+    boundary = part * dtype.itemsize
+    summed = [row[:boundary].view(dtype) for row in gathered]
+    # Tensors of their own: a kernel's order of addition may depend on the alignment of a view.
+    gradients = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    start = 0
+    for gradient in gradients:
+        _copy_run(summed, start, gradient.view(-1))
+        start += gradient.numel()
+    return gradients, gathered[:, boundary:].contiguous().view(torch.float64).sum(0)
+
+
+def _sum_of_slices(
+    spans: Sequence[Sequence[tuple[int, int]]], received: Sequence[Tensor], dealt: Sequence[Sequence[int]]
+) -> Tensor:
+    """One slice of the sum of all lanes, from that of each rank's filled nodes, which are changed in place."""
+    place = dict[tuple[int, int], list[Tensor]]()
     for filled, rows in zip(spans, received, strict=True):
         place |= {span: [row] for span, row in zip(filled, rows, strict=True)}
-    for rank in range(ranks.size):
-        for start, size in _aligned_nodes(own_lanes(rank, ranks.size, len(dealt))):
+    tree = TreeSum()
+    for rank in range(len(spans)):
+        for start, size in _aligned_nodes(own_lanes(rank, len(spans), len(dealt))):
             tree.add(start, size, place.get((start, size)))
     assert tree.total is not None  # a window has at least one pass
-    message = torch.cat((tree.total[0].view(torch.uint8), facts.to(device).view(torch.uint8)))
-    gathered = ranks.all_gather(message)
-    boundary = part * dtype.itemsize
-    summed = gathered[:, :boundary].reshape(-1).view(dtype)[:elements]
-    pieces = torch.split(summed, [shape.numel() for shape in shapes])
-    # Tensors of their own: a kernel's order of addition may depend on the alignment of a view.
-    gradients = [piece.view(shape).clone() for piece, shape in zip(pieces, shapes, strict=True)]
-    return gradients, gathered[:, boundary:].contiguous().view(torch.float64).sum(0)
+    return tree.total[0]
+
+
+def _copy_run(parts: Sequence[Tensor], start: int, into: Tensor) -> None:
+    """Fill ``into`` with the elements from ``start`` on of vectors of one length, end to end."""
+    done, length = 0, len(parts[0])
+    while done < len(into):
+        part, place = divmod(start + done, length)
+        piece = parts[part][place : place + len(into) - done]
+        into[done : done + len(piece)] = piece
+        done += len(piece)
 
 
 def _aligned_nodes(lanes: range) -> list[tuple[int, int]]:

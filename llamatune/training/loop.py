@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -200,8 +201,10 @@ class TrainingLoop:
         progress, validation, started = self.progress, self.inputs.validation, time.monotonic()
         assert validation is not None
         model, autocast, rows = self.learner.model, self.learner.autocast, self.spec.training.micro_batch_size
+        streamed = self.learner.streamed
+        idle = None if streamed is None else functools.partial(streamed.idle, backward=False)
         try:
-            result = held_out_loss(model, validation, rows, autocast, self.on_event, self.should_stop, self.ranks)
+            result = held_out_loss(model, validation, rows, autocast, self.on_event, self.should_stop, self.ranks, idle)
         except Stopped:
             self._stop()
         if not math.isfinite(result.loss):

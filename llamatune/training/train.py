@@ -16,18 +16,17 @@ from llamatune.memory.remedies import after_running_out
 from llamatune.model.compiled_functions import compiling
 from llamatune.out_of_memory import memory_faults
 from llamatune.ranks import ALONE, Ranks
-from llamatune.shapes.recompute_levels import Levels
 from llamatune.spec import RunSpec
 from llamatune.threads import suitable_threads
 from llamatune.training.compile_ahead import check_compiler, compile_ahead
 from llamatune.training.inputs import Inputs, open_inputs
 from llamatune.training.loop import TrainingLoop
-from llamatune.training.model_and_optimizer import Learner, build_learner
+from llamatune.training.model_and_optimizer import build_learner
 from llamatune.training.passes import PassRule
 from llamatune.training.profiling import profiled
 from llamatune.training.run_directory import claim_run_directory, finished_summary, share_run
 from llamatune.training.run_file_names import CHECKPOINTS, ORIGIN
-from llamatune.training.run_memory import choose_passes, plan_run_memory, report_plan
+from llamatune.training.run_memory import choose_passes, choose_run_placement, plan_run_memory, report_plan
 from llamatune.training.schedule import Schedule, pass_tokens
 from llamatune.training.trainer_state import TrainerState
 
@@ -70,7 +69,7 @@ def train(
     config, rows, device = inputs.config, inputs.prepared.train, inputs.device
 
     def what_helps() -> str:
-        advice = after_running_out(spec, inputs.config, plan, capability_of(inputs.device))
+        advice = after_running_out(placed, inputs.config, plan, capability_of(inputs.device))
         saved = list_checkpoints(output / CHECKPOINTS)
         return f"{advice}; the last checkpoint is {saved[0]}" if saved else advice
 
@@ -80,12 +79,15 @@ def train(
     with contextlib.ExitStack() as stack:
         claim = claim_run_directory(spec, inputs.digests, overwrite, resume, allowed_changes, passes)
         run = share_run(stack.enter_context(claim) if ranks.is_first else None, spec, ranks)
-        plan = plan_run_memory(spec, config, rows, device, run.passes.tokens)
+        placed = choose_run_placement(spec, config, rows, device, run.passes.tokens, ranks)
+        plan = plan_run_memory(placed, config, rows, device, run.passes.tokens, ranks.size)
         stack.enter_context(memory_faults(device, what_helps))
         stack.enter_context(suitable_threads(config, pass_tokens(spec, rows, run.passes)))
-        report_plan(plan, spec, config, device, on_event)
-        memory_facts = {**plan.facts(), "memory_before_model_bytes": held_host_bytes().get("resident")}
-        learner = _build_in_turn(spec, inputs, on_event, should_stop, plan.levels, ranks)
+        report_plan(plan, placed, config, device, on_event)
+        before_bytes = held_host_bytes().get("resident")
+        placement = placed.model.placement
+        memory_facts = {"placement": placement, **plan.facts(), "memory_before_model_bytes": before_bytes}
+        learner = build_learner(placed, inputs, on_event, should_stop, plan.levels, ranks)
         profiled_steps = spec.training.profile_steps if ranks.is_first else None
         profiling = profiled(profiled_steps, device, run.path, on_event)
         with compiling(spec.training.compile), profiling as on_event:
@@ -95,18 +97,6 @@ def train(
             loop.resume()
             _report_start(spec, inputs, schedule, loop.progress, on_event)
             return loop.execute()
-
-
-def _build_in_turn(
-    spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop, levels: Levels | None, ranks: Ranks
-) -> Learner:
-    """Build the learner; where the first rank may write a cache of quantised weights, the others wait for it."""
-    if spec.model.quantized_cache is not None and not ranks.is_first:
-        ranks.wait()
-    learner = build_learner(spec, inputs, on_event, should_stop, levels)
-    if spec.model.quantized_cache is not None and ranks.is_first:
-        ranks.wait()
-    return learner
 
 
 def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, progress: TrainerState, on_event: OnEvent) -> None:
@@ -135,8 +125,10 @@ def plan_training(
         refuse_occupied(output, overwrite=False)
     if spec.training.compile:
         check_compiler(inputs.device)
-    rule = choose_passes(spec, inputs.config, inputs.prepared.train, inputs.device, ranks.size)
-    memory = plan_run_memory(spec, inputs.config, inputs.prepared.train, inputs.device, rule.tokens)
+    config, rows, device = inputs.config, inputs.prepared.train, inputs.device
+    rule = choose_passes(spec, config, rows, device, ranks.size)
+    placed = choose_run_placement(spec, config, rows, device, rule.tokens, ranks)
+    memory = plan_run_memory(placed, config, rows, device, rule.tokens, ranks.size)
     return {
         "trainable_parameters": inputs.count.trainable_parameters,
         "total_parameters": inputs.count.total_parameters,
@@ -150,5 +142,5 @@ def plan_training(
         **schedule.facts_of_passes(rule, ranks.size),
         "device": str(inputs.device),
         "output_dir": str(output),
-        "memory_plan": plan_report(spec, inputs.config, memory, capability_of(inputs.device)),
+        "memory_plan": plan_report(placed, inputs.config, memory, capability_of(inputs.device)),
     }

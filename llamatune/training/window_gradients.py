@@ -73,12 +73,21 @@ def window_gradients(
         reached = [before or p.grad is not None for before, p in zip(reached, parameters, strict=True)]
         if tree is not None:
             tree.add(lane, 1, _taken(parameters) if group else None)
+    if learner.streamed is not None:
+        for _ in range(_most_passes(dealt, ranks) - done):
+            learner.streamed.idle(backward=True)
     if ranks.size > 1:
         return _reduced(learner, tree, dealt, losses, reached, should_stop(), ranks)
     if tree is not None and tree.total is not None:
         for parameter, gradient, has_gradient in zip(parameters, tree.total, reached, strict=True):
             parameter.grad = gradient if has_gradient else None
     return WindowFacts(losses, _missing(learner, reached))
+
+
+def _most_passes(dealt: Sequence[Sequence[int]], ranks: Ranks) -> int:
+    """The passes of the rank that has most."""
+    shares = (own_lanes(rank, ranks.size, len(dealt)) for rank in range(ranks.size))
+    return max(sum(len(dealt[lane]) for lane in share) for share in shares)
 
 
 def _backward(learner: Learner, batch: Batch, dropout_seed: int, divisor: float) -> Tensor:

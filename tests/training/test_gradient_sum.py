@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from thread_ranks import in_threads
 from torch import Tensor, nn
 
 from llamatune.ranks import Ranks
@@ -19,37 +19,14 @@ from llamatune.training.gradient_sum import TreeSum, reduce_nodes
 SHAPES = ((3, 5), (7,), (2, 2, 2))
 
 
-class ThreadRanks(Ranks):
-    """Ranks that are threads of this process."""
-
-    def __init__(self, rank: int, size: int, messages: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self._messages, self._barrier = rank, size, messages, barrier
-
-    def _exchange(self, message: Any) -> list[Any]:
-        self._messages[self.rank] = message
-        self._barrier.wait(20)
-        everybodys = list(self._messages)
-        self._barrier.wait(20)
-        return everybodys
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self._exchange(tensor))
-
-    def all_to_all(self, tensors: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
-        received = [sent[self.rank] for sent in self._exchange(tensors)]
-        assert [tensor.shape for tensor in received] == shapes
-        return received
-
-
 def reduced(size: int, tokens: Sequence[int], passes: Sequence[Sequence[Tensor]]) -> list[tuple[list[Tensor], Tensor]]:
     """What each of ``size`` ranks holds after the reduction; the facts mark each pass that it computed."""
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
-    dealt, messages, barrier = deal_passes(tokens, count_lanes(size)), [None] * size, threading.Barrier(size)
-    results: list[Any] = [None] * size
+    dealt = deal_passes(tokens, count_lanes(size))
 
-    def work(rank: int) -> None:
+    def work(ranks: Ranks) -> tuple[list[Tensor], Tensor]:
         tree, facts = TreeSum(), torch.zeros(len(tokens), dtype=torch.float64)
-        for lane in own_lanes(rank, size, len(dealt)):
+        for lane in own_lanes(ranks.rank, size, len(dealt)):
             gradients = None
             for index in dealt[lane]:
                 facts[index] += index + 0.1
@@ -59,17 +36,11 @@ def reduced(size: int, tokens: Sequence[int], passes: Sequence[Sequence[Tensor]]
                     torch._foreach_add_(gradients, list(passes[index]))
             tree.add(lane, 1, gradients)
         if size == 1:
-            results[rank] = (tree.total, facts)
-        else:
-            ranks = ThreadRanks(rank, size, messages, barrier)
-            results[rank] = reduce_nodes(tree, parameters, facts, dealt, ranks)
+            assert tree.total is not None
+            return tree.total, facts
+        return reduce_nodes(tree, parameters, facts, dealt, ranks)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    return in_threads(size, work)
 
 
 @pytest.fixture(params=[1, 2, 3, 5, 8, 13, 40])
