@@ -13,7 +13,7 @@ from step_tools import spec_of, step_bytes
 from llamatune.errors import SpecError, Stopped
 from llamatune.events import Notice
 from llamatune.free_memory import free_host_bytes
-from llamatune.memory.plan import heaviest_rows, largest, plan_memory
+from llamatune.memory.plan import heaviest_rows, largest, placed, plan_memory
 from llamatune.memory.remedies import recomputed_share, remedies
 from llamatune.memory.sizes import Rows
 from llamatune.shapes.llama_config import LINEAR_MODULES, PRESETS, LlamaConfig
@@ -87,7 +87,7 @@ class TestRemedies:
         assert block.peak_bytes == step_bytes(changed, SEVEN, ROWS, True).peak
 
     def test_what_is_on_is_not_proposed(self) -> None:
-        spec = spec_of(LINEAR_MODULES, "block", dtype="nf4", optimizer="adamw_8bit")
+        spec = placed(spec_of(LINEAR_MODULES, "block", dtype="nf4", optimizer="adamw_8bit"), "host")
         plan = plan_memory(spec, SEVEN, Rows((40,), 20), True, 1)
         found = [remedy.change for remedy in remedies(spec, SEVEN, plan, cuda=True)]
         assert found == ["lora.r=8", "training.optimizer=sgd"]
