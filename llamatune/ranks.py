@@ -93,6 +93,7 @@ class _Group(Ranks):
         self._timeout_s, self._leaving, self._should_stop = timeout_s, threading.Event(), should_stop
         self._store = open_store(launch, timeout_s, self._refuse_stop)
         self._control: dist.ProcessGroup | None = None
+        self._unanswered = False
 
     def connect(self, launch: Launch, backend: str) -> None:
         """Wait until every rank has started, and open the process groups."""
@@ -204,7 +205,12 @@ class _Group(Ranks):
     # Leaving
 
     def _ask(self, question: Callable[[Store], T]) -> T | None:
-        """The store's answer; None if there is none in time: rank 0, which holds the store, has ended or stopped."""
+        """The store's answer; None if there is none in time: rank 0, which holds the store, has ended or stopped.
+
+        Then it is asked no more, or each question would take that time again.
+        """
+        if self._unanswered:
+            return None
         answers = []
 
         def ask() -> None:
@@ -214,6 +220,7 @@ class _Group(Ranks):
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         thread.join(_ANSWER_S)
+        self._unanswered = not answers
         return answers[0] if answers else None
 
     def _lost(self, what: str, fault: RuntimeError) -> LlamatuneError:

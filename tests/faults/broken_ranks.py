@@ -117,3 +117,55 @@ def log_rows() -> None:
         return backward(learner, batch, *rest)
 
     window_gradients._backward = logged
+
+
+# Faults of one rank
+
+
+def out_of_memory() -> None:
+    """The host has no memory left when the model is built."""
+    from llamatune.training import model_and_optimizer
+
+    def load_model(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    model_and_optimizer.load_model = load_model  # type: ignore[assignment]
+
+
+def bug() -> None:
+    """An exception that no user can cause, in the third pass."""
+    backward, left = window_gradients._backward, [0, 0]
+
+    def failing(*arguments: Any) -> Tensor:
+        if not left:
+            raise AssertionError("a bug")
+        left.pop()
+        return backward(*arguments)
+
+    window_gradients._backward = failing
+
+
+def slow_writer() -> None:
+    """Whatever rank 0 writes takes longer than the ranks' timeout."""
+    import time
+
+    from llamatune.training import loop
+    from llamatune.training.save_and_resume import RunOutput
+
+    def slowly(write: Callable[..., Any]) -> Callable[..., Any]:
+        def later(self: RunOutput, *arguments: Any) -> Any:
+            if self.ranks.is_first:
+                time.sleep(float(os.environ["SLOW_S"]))
+            return write(self, *arguments)
+
+        return later
+
+    for name in ("write_best", "write_final", "save_checkpoint", "load_checkpoint"):
+        setattr(RunOutput, name, slowly(getattr(RunOutput, name)))
+    prune = loop.prune_checkpoints
+
+    def prune_slowly(*arguments: Any) -> None:
+        time.sleep(float(os.environ["SLOW_S"]))
+        prune(*arguments)
+
+    loop.prune_checkpoints = prune_slowly

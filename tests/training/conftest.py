@@ -1,4 +1,4 @@
-"""What the tests of ranks share: ragged rows, a spec, and a parent that forks ranks without the seconds of an import."""
+"""What tests of ranks share: ragged rows, a spec, and a parent that forks ranks without the seconds of an import."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from warm import Warm
 
 ROWS = 91
 """In windows of 8 rows: the last one of an epoch has 3, which are 2 micro-batches, fewer than 3 or 4 ranks."""
-WORDS = "a red llama walks over green hills and counts nine blue apples while cold rain falls on old stones".split()
+WORDS = "a red llama walks over green hills and counts nine blue apples while cold rain falls on old stones".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="session")
@@ -73,5 +73,22 @@ def trained(warm_ranks: Warm, tmp_path: Path, rank_job: Callable[..., list[str]]
         run = tmp_path / f"{name}-{size}"
         run_ranks(warm_ranks, [*rank_job(**(changes or {})), f"training.output_dir={run}"], size, **how)
         return run
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def alone(
+    tmp_path_factory: pytest.TempPathFactory, warm_ranks: Warm, rank_job: Callable[..., list[str]]
+) -> Callable[..., Path]:
+    """The run directory of a spec with some changes, trained by one process; each is made once."""
+    made: dict[str, Path] = {}
+
+    def train(changes: dict[str, Any] | None = None, **how: Any) -> Path:
+        key = repr((changes, how))
+        if key not in made:
+            run = made[key] = tmp_path_factory.mktemp("alone") / "run"
+            run_ranks(warm_ranks, [*rank_job(**(changes or {})), f"training.output_dir={run}"], 1, **how)
+        return made[key]
 
     return train

@@ -51,46 +51,44 @@ RARE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", COMMON)
-def test_any_number_of_ranks_gives_the_bytes_of_one(trained: Trained, name: str) -> None:
-    alone = trained(1, COMMON[name])
-    assert len(metrics(alone, "step")) >= 8
-    assert len(metrics(alone, "eval")) >= 2
+def test_any_number_of_ranks_gives_the_bytes_of_one(trained: Trained, alone: Trained, name: str) -> None:
+    expected = alone(COMMON[name])
+    assert len(metrics(expected, "step")) >= 8
+    assert len(metrics(expected, "eval")) >= 2
     for size in (2, 3, 4):
-        assert_same_outcome(trained(size, COMMON[name]), alone)
+        assert_same_outcome(trained(size, COMMON[name]), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RARE)
-def test_other_techniques_give_the_bytes_of_one_process(trained: Trained, name: str) -> None:
-    alone = trained(1, RARE[name])
+def test_other_techniques_give_the_bytes_of_one_process(trained: Trained, alone: Trained, name: str) -> None:
     for size in (2, 4):
-        assert_same_outcome(trained(size, RARE[name]), alone)
+        assert_same_outcome(trained(size, RARE[name]), alone(RARE[name]))
 
 
-def test_techniques_that_round_give_the_bytes_of_one_process(trained: Trained) -> None:
-    changes = RARE["nf4"] | RARE["bf16"] | RARE["adamw_8bit"]
-    assert_same_outcome(trained(2, changes), trained(1, changes))
+def test_techniques_that_round_give_the_bytes_of_one_process(trained: Trained, alone: Trained) -> None:
+    changes = {**RARE["nf4"], **RARE["bf16"], **RARE["adamw_8bit"], "training__max_steps": 4}
+    assert_same_outcome(trained(2, changes), alone(changes))
 
 
-def test_ranks_skip_the_same_windows_when_fp16_overflows(trained: Trained) -> None:
+def test_ranks_skip_the_same_windows_when_fp16_overflows(trained: Trained, alone: Trained) -> None:
     changes = {"training__precision": "fp16"}
-    alone = trained(1, changes, loss_scale=2.0**26)
-    assert outcome(alone)["summary"]["skipped_windows"] > 0
-    assert_same_outcome(trained(4, changes, loss_scale=2.0**26), alone)
+    expected = alone(changes, loss_scale=2.0**26)
+    assert outcome(expected)["summary"]["skipped_windows"] > 0
+    assert_same_outcome(trained(4, changes, loss_scale=2.0**26), expected)
 
 
-def test_full_fine_tuning_agrees_with_one_process(trained: Trained) -> None:
+def test_full_fine_tuning_agrees_with_one_process(trained: Trained, alone: Trained) -> None:
     """Its gradients are summed in any order: the same numbers, not the same bytes."""
     changes = {"lora": None, "training__learning_rate": 1e-3, "training__optimizer": "sgd"}
-    alone = metrics(trained(1, changes), "step")
-    for size in (2, 4):
-        found = metrics(trained(size, changes), "step")
-        for name in ("loss", "grad_norm"):
-            assert [step[name] for step in found] == pytest.approx([step[name] for step in alone], rel=1e-5)
+    expected = metrics(alone(changes), "step")
+    found = metrics(trained(4, changes), "step")
+    for name in ("loss", "grad_norm"):
+        assert [step[name] for step in found] == pytest.approx([step[name] for step in expected], rel=1e-5)
 
 
 def test_processes_that_nothing_was_loaded_for(
-    trained: Trained, rank_job: Callable[..., list[str]], tmp_path: Path
+    alone: Trained, rank_job: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     """As users start them: each a Python of its own."""
     port, run = free_port(), tmp_path / "cold"
@@ -106,7 +104,7 @@ def test_processes_that_nothing_was_loaded_for(
     assert [process.returncode for process in processes] == [0, 0], said
     assert json.loads(said[0][0])["steps"] == 12
     assert said[1] == ("", "")
-    assert_same_outcome(run, trained(1))
+    assert_same_outcome(run, alone())
 
 
 # What is done wrongly is seen
@@ -128,25 +126,26 @@ def largest_difference(found: Path, expected: Path, key: str) -> float:
         ("sum_in_rank_order", 0, 1e-4),  # rounding alone
     ],
 )
-def test_a_wrong_share_fails_the_comparison(trained: Trained, wrong: str, least: float, most: float) -> None:
-    alone, found = trained(1), trained(4, name=wrong, broken=f"broken_ranks.{wrong}")
+def test_a_wrong_share_fails_the_comparison(
+    trained: Trained, alone: Trained, wrong: str, least: float, most: float
+) -> None:
+    found = trained(4, name=wrong, broken=f"broken_ranks.{wrong}")
     with pytest.raises(AssertionError):
-        assert_same_outcome(found, alone)
-    assert least < largest_difference(found, alone, "grad_norm") < most
+        assert_same_outcome(found, alone())
+    assert least < largest_difference(found, alone(), "grad_norm") < most
 
 
-def test_a_repeated_row_shows_in_the_last_window_of_an_epoch_alone(trained: Trained) -> None:
+def test_a_repeated_row_shows_in_the_last_window_of_an_epoch_alone(trained: Trained, alone: Trained) -> None:
     """So a comparison without such a window would not see it."""
-    alone = trained(1, {"training__max_steps": 11})
-    found = trained(4, {"training__max_steps": 11}, broken="broken_ranks.repeated_row")
-    assert_same_outcome(found, alone)
+    changes = {"training__max_steps": 11, "evaluation__every_steps": 11}
+    assert_same_outcome(trained(4, changes, broken="broken_ranks.repeated_row"), alone(changes))
 
 
 @pytest.mark.parametrize("rows", [91, 95])
 def test_every_row_is_computed_once_in_an_epoch(trained: Trained, tmp_path: Path, rows: int) -> None:
     """95 rows leave a last window of 7, 4 micro-batches, the last of one row."""
     log = tmp_path / "rows"
-    for size in (1, 2, 4):
+    for size in (2, 4):
         trained(
             size, {"rows": rows, "training__num_epochs": 2}, broken="broken_ranks.log_rows",
             environment={"LOG_ROWS": str(log)},
