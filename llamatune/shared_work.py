@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
-from llamatune.errors import Stopped
+from llamatune.errors import EnvironmentFault, Stopped
 from llamatune.events import ShouldStop
 from llamatune.ranks import Ranks
 
@@ -17,8 +17,25 @@ _ITEMS_IN_A_ROUND = 8
 """Of each rank between two exchanges: items differ in size, and a round takes as long as its slowest rank."""
 
 
-def shared_map(items: Iterable[T], work: Callable[[T], R], should_stop: ShouldStop, ranks: Ranks) -> Iterator[R]:
+def refuse_differences(own: Mapping[str, Any], ranks: Ranks) -> None:
+    """Raise where a rank, perhaps on another node, has other values (JSON) of the same names than the first."""
+    found = ranks.gather(own)
+    for rank, other in enumerate(found):
+        if different := [name for name in found[0] if other[name] != found[0][name]]:
+            what = f"rank {rank} has another {' and another '.join(different)} than rank 0"
+            raise EnvironmentFault(what, None, "every node must see the same files and packages")
+
+
+def shared_map(
+    items: Iterable[T],
+    work: Callable[[T], R],
+    should_stop: ShouldStop,
+    ranks: Ranks,
+    items_in_a_round: int = _ITEMS_IN_A_ROUND,
+) -> Iterator[R]:
     """``work`` of each item, in order. With several ranks a result must be JSON, and comes back as JSON gives it.
+
+    ``items_in_a_round``: of each rank between two exchanges. What is kept after each exchange takes 1.
 
     Raises:
         Stopped: ``should_stop`` asked for it, on any rank.
@@ -29,7 +46,7 @@ def shared_map(items: Iterable[T], work: Callable[[T], R], should_stop: ShouldSt
             yield work(item)
         return
     iterator = iter(items)
-    while batch := list(itertools.islice(iterator, ranks.size * _ITEMS_IN_A_ROUND)):
+    while batch := list(itertools.islice(iterator, ranks.size * items_in_a_round)):
         own = [work(item) for item in batch[ranks.rank :: ranks.size]]
         answers = ranks.gather((should_stop(), own))
         _check(any(asked for asked, _ in answers))
@@ -39,4 +56,4 @@ def shared_map(items: Iterable[T], work: Callable[[T], R], should_stop: ShouldSt
 
 def _check(asked: bool) -> None:
     if asked:
-        raise Stopped("stopped during evaluation")
+        raise Stopped("stopped by a signal")

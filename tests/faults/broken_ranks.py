@@ -119,6 +119,24 @@ def log_rows() -> None:
     window_gradients._backward = logged
 
 
+def log_inference() -> None:
+    """Append the size of each batch that this rank scores or completes to the file LOG_ROWS, with its rank."""
+    from llamatune.inference import evaluate, generate, gsm8k
+
+    log = Path(os.environ["LOG_ROWS"]).with_suffix(f".{_RANK}")
+
+    def logged(work: Callable[..., Any]) -> Callable[..., Any]:
+        def both(model: Any, batch: Any, *rest: Any) -> Any:
+            with log.open("a") as file:
+                file.write(f"{len(batch.rows if isinstance(batch, Batch) else batch)}\n")
+            return work(model, batch, *rest)
+
+        return both
+
+    evaluate.score_batch = logged(evaluate.score_batch)
+    generate.complete, gsm8k.complete = logged(generate.complete), logged(gsm8k.complete)
+
+
 # Faults of one rank
 
 
@@ -169,3 +187,18 @@ def slow_writer() -> None:
         prune(*arguments)
 
     loop.prune_checkpoints = prune_slowly
+
+
+def slow_scores() -> None:
+    """An evaluation takes a while."""
+    import time
+
+    from llamatune.inference import evaluate
+
+    score = evaluate.score_batch
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        return score(*arguments)
+
+    evaluate.score_batch = slowly
