@@ -5,6 +5,7 @@ Whatever happened, on however many ranks the run goes on, it ends in the bytes o
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 from rank_tools import EndOfAll, launch, run_ranks, wait_for
-from run_tools import assert_same_outcome, last_checkpoint, metrics
+from run_tools import assert_same_outcome, last_checkpoint, metrics, outcome
 from tracing import changing_calls, fault_options, record_options
 from warm import NO_STRACE, Warm, strace
 
@@ -108,6 +109,23 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(warm_ranks: Warm, command: Co
         assert launched.ended().codes == [75] * size
         assert last_checkpoint(run).name < f"step-{STEPS:06d}"
     finish(warm_ranks, command, run, whole, 2)
+
+
+def test_a_run_keeps_the_passes_that_were_chosen_for_its_first_ranks(
+    warm_ranks: Warm, rank_job: Callable[..., Command], tmp_path: Path
+) -> None:
+    command, run = rank_job(training__tokens_per_pass="auto"), tmp_path / "run"
+    run_ranks(warm_ranks, at(command, tmp_path / "on-4"), 4)
+    launched = launch(warm_ranks, at(command, run), 4)
+    until_step(run, 4, launched)
+    launched.signal(3, signal.SIGTERM)
+    assert launched.ended().codes == [75] * 4
+    rule = json.loads((run / "origin.json").read_text())["passes"]
+    assert rule["at_least"] == 4
+    finish(warm_ranks, command, run, tmp_path / "on-4", 1)
+    assert json.loads((run / "origin.json").read_text())["passes"] == rule
+    run_ranks(warm_ranks, at(command, tmp_path / "alone"), 1)  # the control: one process would have chosen others
+    assert outcome(tmp_path / "alone")["optimizer"] != outcome(run)["optimizer"]
 
 
 # Vanishing
@@ -233,8 +251,9 @@ def at_every_call(warm: Warm, command: Command, whole: Path, scratch: Path, faul
         place = scratch / "place"
         tracing = {0: {"tracing": fault_options(call, fault), "log": log}}
         end = launch(warm, at(command, place / "run"), 2, tracing).ended()
-        if end.codes == [0, 0] and fault != "kill":
+        if end.codes == [0, 0] and fault != "kill":  # an old checkpoint that cannot be removed ends no run
             seen["went on"] += 1
+            assert_same_outcome(place / "run", whole)
         elif fault == "kill":
             judge_vanished(end, 0, 2)
             seen["killed"] += 1
@@ -242,7 +261,8 @@ def at_every_call(warm: Warm, command: Command, whole: Path, scratch: Path, faul
             judge_error(end, 5, str(place))
             assert "error: " in end.ranks[0].stderr
             seen["all left with 5"] += 1
-        finish(warm, command, place / "run", whole, (1, 2, 4)[number % 3])
+        if end.codes != [0, 0]:
+            finish(warm, command, place / "run", whole, (1, 2, 4)[number % 3])
         shutil.rmtree(place)
     return seen
 
