@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import Store
 from llamatune.errors import EnvironmentFault, FailedElsewhere, LlamatuneError, Stopped
 from llamatune.events import ShouldStop, never_stop
 from llamatune.launcher import Launch, read_launch
-from llamatune.rendezvous import FAILED, aside, failure, meet, open_store, refuse_after_failure
+from llamatune.rendezvous import FAILED, LEFT, aside, failure, meet, open_store, refuse_after_failure, report_stop
 
 T = TypeVar("T")
 
@@ -32,6 +32,7 @@ _HEARTBEAT_S = 2.0
 _POLL_S = 0.01
 _ANSWER_S = 5.0
 _STOP = "stop"
+_STOPPED = ("stopped while the ranks met", None, "run the same command again")
 _FAREWELL_S = 3.0
 """How long rank 0, whose process holds the store, waits for the others to read why it ends."""
 
@@ -100,6 +101,7 @@ class _Group(Ranks):
         self._timeout_s, self._leaving, self._should_stop = timeout_s, threading.Event(), should_stop
         self._store = open_store(launch, timeout_s, self._refuse_stop)
         self._control: dist.ProcessGroup | None = None
+        self._unanswered = False
 
     def connect(self, launch: Launch, backend: str) -> None:
         """Wait until every rank has started, and open the process groups."""
@@ -121,7 +123,7 @@ class _Group(Ranks):
 
     def _refuse_stop(self) -> None:
         if self._should_stop():
-            raise Stopped("stopped while the ranks met", None, "run the same command again")
+            raise Stopped(*_STOPPED)
 
     def _refuse_end(self) -> None:
         self._refuse_stop()
@@ -218,7 +220,12 @@ class _Group(Ranks):
     # Leaving
 
     def _ask(self, question: Callable[[Store], T]) -> T | None:
-        """The store's answer; None if there is none in time: rank 0, which holds the store, has ended or stopped."""
+        """The store's answer; None if there is none in time: rank 0, which holds the store, has ended or stopped.
+
+        Then it is asked no more, or each question would take that time again.
+        """
+        if self._unanswered:
+            return None
         answers = []
 
         def ask() -> None:
@@ -228,6 +235,7 @@ class _Group(Ranks):
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         thread.join(_ANSWER_S)
+        self._unanswered = not answers
         return answers[0] if answers else None
 
     def _lost(self, what: str, fault: RuntimeError) -> LlamatuneError:
@@ -259,10 +267,10 @@ class _Group(Ranks):
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
-        left, deadline = self._ask(lambda store: store.add("left", 1)), time.monotonic() + _FAREWELL_S
+        left, deadline = self._ask(lambda store: store.add(LEFT, 1)), time.monotonic() + _FAREWELL_S
         while self.is_first and left is not None and left < self.size and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-            left = self._ask(lambda store: store.add("left", 0))
+            left = self._ask(lambda store: store.add(LEFT, 0))
         return fault
 
 
@@ -290,7 +298,12 @@ def connected(
         yield ALONE
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    ranks = _Group(launch, timeout_s, should_stop)
+    try:
+        ranks = _Group(launch, timeout_s, should_stop)
+    except LlamatuneError as fault:
+        if fault.exit_code != Stopped.exit_code or (told := report_stop(launch, _FAREWELL_S)) is None:
+            raise
+        raise (Stopped(*_STOPPED) if told else FailedElsewhere(Stopped.exit_code)) from fault
     try:
         ranks.connect(launch, "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
         yield ranks

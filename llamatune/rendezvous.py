@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 FAILED = "failed"
 """The key of the rank that failed first, with its exit code."""
+LEFT = "left"
+"""The key of how many ranks need the store no more."""
 _MET = "met"
 _POLL_S = 0.05
 _LOOK_S = 0.2
@@ -61,6 +64,24 @@ def refuse_after_failure(store: Store) -> None:
     """Raise ``FailedElsewhere`` if a rank has failed."""
     if store.check([FAILED]):
         raise FailedElsewhere(failure(store)[1])
+
+
+def report_stop(launch: Launch, seconds: float) -> bool | None:
+    """Tell the others that this rank was stopped before it met them; whether it is the first that tells of its end.
+
+    The others leave with it instead of waiting for it. None: the store cannot be reached in so many seconds. Rank 0
+    holds it open so long for them.
+    """
+    with contextlib.suppress(EnvironmentFault, FailedElsewhere, RuntimeError):
+        store, deadline = open_store(launch, seconds, lambda: None), time.monotonic() + seconds
+        mine = f"{launch.rank} {Stopped.exit_code}".encode()
+        first = store.compare_set(FAILED, "", mine.decode()) == mine
+        left = store.add(LEFT, 1)
+        while launch.rank == 0 and left < launch.world_size and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            left = store.add(LEFT, 0)
+        return first
+    return None
 
 
 def open_store(launch: Launch, timeout_s: float, look: Callable[[], None], begin: bool = True) -> Store:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from llamatune.errors import EnvironmentFault
 from llamatune.events import ShouldStop, never_stop
@@ -15,29 +15,46 @@ from llamatune.stop_signals import stop_signals
 if TYPE_CHECKING:
     from llamatune.ranks import Ranks
 
+T = TypeVar("T")
+
 _TIMEOUT_S = 600.0
+_STOP_S = 3.0
 _connected = False
 """Whether the ranks of this command have connected, so that each has heard of a fault of another."""
+_told_of_stop: bool | None = None
+"""Whether this process, before it connected, was the first to tell the others that it stops; None: it told nobody."""
 
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Tell the other ranks of a fault that came before they connected: one reports it, all leave with its code."""
-    global _connected
-    _connected = False
+    """Tell the other ranks of a fault or stop that came before they connected: one reports it, all leave with its code.
+
+    A stopped process waits for the others a few seconds only.
+    """
+    global _connected, _told_of_stop
+    _connected, _told_of_stop = False, None
     try:
         yield
-    except Exception:
-        if not _connected and (launch := _launch_or_none()) and launch.world_size > 1:
-            with connect(launch):
-                raise
+    except BaseException as fault:
+        launch = None if _connected else _launch_or_none()
+        if launch is not None and launch.world_size > 1:
+            if isinstance(fault, Exception):
+                with connect(launch):
+                    raise
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch is imported
+
+            from llamatune.rendezvous import report_stop
+
+            _told_of_stop = report_stop(launch, _STOP_S)
         raise
 
 
 def reports_stop() -> bool:
-    """Whether this process says that a signal stopped it. Before ranks connect, rank 0 does: launchers signal all."""
+    """Whether this process says that a signal stopped it, as one of the ranks does."""
     launch = _launch_or_none()
-    return launch is None or launch.rank == 0 or _connected
+    if launch is None or _connected or _told_of_stop is not None:
+        return launch is None or _connected or bool(_told_of_stop)
+    return launch.rank == 0
 
 
 def _launch_or_none() -> Launch | None:
@@ -65,11 +82,17 @@ def connect(
 
 
 def run_on_first(launch: Launch, work: Callable[[], None]) -> None:
-    """Do ``work`` on rank 0, while the others wait and pass the signals that they get on to it."""
+    """Do ``work`` on rank 0, while the others wait."""
     with connect(launch) as ranks:
-        if ranks.is_first:
-            work()
-            ranks.wait()
-        else:
-            with stop_signals(lambda number, frame: ranks.ask_to_stop()):
-                ranks.wait()
+        wait_for_first(ranks, work)
+
+
+def wait_for_first(ranks: Ranks, work: Callable[[], T]) -> T | None:
+    """What ``work`` returns on rank 0; the others wait for it and pass the signals that they get on to rank 0."""
+    if ranks.is_first:
+        result = work()
+        ranks.wait()
+        return result
+    with stop_signals(lambda number, frame: ranks.ask_to_stop()):
+        ranks.wait()
+    return None

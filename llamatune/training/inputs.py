@@ -17,11 +17,12 @@ from llamatune.checkpoints.model_directory import read_config
 from llamatune.data.batches import Prepared, Split, open_prepared
 from llamatune.data.model_compatibility import check_rows, check_tokenizer
 from llamatune.devices import choose_device
-from llamatune.errors import CheckpointError, EnvironmentFault, SpecError
+from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import OnEvent
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shapes.counts import ParameterCount, count_parameters
 from llamatune.shapes.llama_config import LlamaConfig
+from llamatune.shared_work import refuse_differences
 from llamatune.spec import RunSpec
 from llamatune.training.precision import check_precision
 
@@ -73,17 +74,8 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent, ranks: Ranks
     count = count_parameters(config, spec.adapter)
     validation_digest = other.manifest.digest if other else None
     digests = {"base": base_fingerprint, "train": prepared.manifest.digest, "validation": validation_digest}
-    _compare_ranks({"spec": spec.flat(), "torch": torch.__version__, "llamatune": __version__, **digests}, ranks)
+    refuse_differences({"spec": spec.flat(), "torch": torch.__version__, "llamatune": __version__, **digests}, ranks)
     return Inputs(config, checkpoint, base_fingerprint, prepared, validation, starting_adapter, digests, count, device)
-
-
-def _compare_ranks(own: dict[str, Any], ranks: Ranks) -> None:
-    """Raise where a rank, perhaps on another node, has another spec, other files or versions than the first."""
-    found = ranks.gather(own)
-    for rank, other in enumerate(found):
-        if different := [name for name in found[0] if other[name] != found[0][name]]:
-            what = f"rank {rank} has another {' and another '.join(different)} than rank 0"
-            raise EnvironmentFault(what, None, "every node must see the same files and packages")
 
 
 def _starting_adapter(

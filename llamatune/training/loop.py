@@ -240,6 +240,7 @@ class TrainingLoop:
     def _prune(self, newest: Path) -> None:
         if self.ranks.is_first:
             prune_checkpoints(newest, self.spec.training.keep_last, self._warn)
+        self.ranks.wait()
 
     def _stop(self) -> NoReturn:
         if self.progress.saved_window < self.progress.window:

@@ -38,7 +38,8 @@ EVALUATION = "evaluation.json"
 class RunOutput:
     """Writes what a run makes into its directory, and restores the learner from there.
 
-    The first rank writes. The others wait until it has, so that none goes on before a checkpoint is durable.
+    The first rank writes. The others wait until it has, however long that takes: none goes on before a checkpoint is
+    durable, nor into a window in which the first would seem to have vanished.
     """
 
     spec: RunSpec
@@ -100,20 +101,20 @@ class RunOutput:
 
     def write_best(self, evaluation: EvalDone) -> None:
         """Replace ``best/`` by the current weights, with their ``evaluation`` in ``evaluation.json``."""
-        if not self.ranks.is_first:
-            return
         values = asdict(evaluation)
         del values["best"], values["seconds"]  # what is written is a function of the run alone
-        with build_directory(self.run.path / BEST, self._kind, {}, overwrite=True) as staging:
-            self._write_product(staging)
-            write_json(staging.path / EVALUATION, values)
+        if self.ranks.is_first:
+            with build_directory(self.run.path / BEST, self._kind, {}, overwrite=True) as staging:
+                self._write_product(staging)
+                write_json(staging.path / EVALUATION, values)
+        self.ranks.wait()
 
     def write_final(self) -> None:
         """Write ``adapter/`` or ``model/``."""
-        if not self.ranks.is_first:
-            return
-        with build_directory(self.run.path / self._kind, self._kind, {}, overwrite=True) as staging:
-            self._write_product(staging)
+        if self.ranks.is_first:
+            with build_directory(self.run.path / self._kind, self._kind, {}, overwrite=True) as staging:
+                self._write_product(staging)
+        self.ranks.wait()
 
     def write_weights(self, staging: Staging) -> None:
         """Write the trained tensors, bit for bit, into a checkpoint's staging directory.

@@ -152,6 +152,16 @@ def test_rank_0_generates_and_prints(world: World) -> None:
     assert len(json.loads(out[0])["results"]) == 1
 
 
+def test_rank_0_reads_the_prompt_from_standard_input(world: World) -> None:
+    world.start_all("generate", "--model", BASE, "--max-new-tokens", 3, "--device", "cpu", "--json")
+    stdin = world.processes[0].stdin
+    assert stdin is not None
+    stdin.write("a llama")
+    codes, out, err = world.ended()
+    assert (codes, len(out), err) == ([0, 0], 1, [])
+    assert json.loads(out[0])["results"][0]["prompt"] == "a llama"
+
+
 def test_tasks_of_srun(world: World) -> None:
     for rank in ("1", "0"):
         world.start("env", "--json", **(STEP_OF_TWO | {"SLURM_PROCID": rank, "MASTER_PORT": str(world.port)}))
