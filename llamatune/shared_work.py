@@ -36,8 +36,8 @@ def shared_map(
 ) -> Iterator[R]:
     """``work`` of each item, in order. With several ranks a result must be JSON, and comes back as JSON gives it.
 
-    ``idle`` is called in place of ``work`` on a rank that has fewer items than the others. ``items_in_a_round``: of each
-    rank between two exchanges; what is kept after each exchange takes 1.
+    ``idle`` is called in place of ``work`` on a rank that has fewer items than the others. ``items_in_a_round``: of
+    each rank between two exchanges; what is kept after each exchange takes 1.
 
     Raises:
         Stopped: ``should_stop`` asked for it, on any rank.

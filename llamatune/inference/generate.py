@@ -73,7 +73,7 @@ def generate(
                 batch = ids[first : first + _BATCH]
                 return [astuple(made) for made in complete(models[name], batch, sampling, eos_ids, should_stop)]
 
-            for batch in shared_map(range(0, len(ids), _BATCH), complete_batch, should_stop, ranks, 1):
+            for batch in shared_map(range(0, len(ids), _BATCH), complete_batch, should_stop, ranks, items_in_a_round=1):
                 done += [Completion(*values) for values in batch]
                 on_event(Progress(task, len(done), len(ids)))
             return done, sum(len(completion.ids) for completion in done) / max(monotonic() - started, 1e-9)

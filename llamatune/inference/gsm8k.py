@@ -224,7 +224,7 @@ def _answer(
                 reply[prefix] = tokenizer.continuation(prompt, completion.ids), completion.finish_reason
         return list(map(scored_line, questions[first : first + options.batch_size], replies))
 
-    yield from shared_map(range(0, len(prompts), options.batch_size), answer, should_stop, ranks, 1)
+    yield from shared_map(range(0, len(prompts), options.batch_size), answer, should_stop, ranks, items_in_a_round=1)
 
 
 def _settings(
