@@ -63,11 +63,15 @@ class ShardedModel:
         with torch.no_grad(), self.exchanging():
             self._model(torch.zeros(1, 2, dtype=torch.int64, device=self._model.device))
 
+    @torch.no_grad()
     def take_gradients(self) -> None:
-        """Move the gradients of the passes since the last call to ``parameters``: the mean over the ranks."""
+        """Move the gradients of the passes since the last call to ``parameters``, summed over the ranks."""
         for name, parameter in self._sharded.items():
             gradient, parameter.grad = parameter.grad, None
-            self.parameters[name].grad = None if gradient is None else gradient.to_local()  # type: ignore[attr-defined]
+            if gradient is not None:
+                # ``fully_shard`` takes the mean. Scaled losses in its place would overflow fp16 sooner.
+                gradient = gradient.to_local().mul_(self._ranks.size)  # type: ignore[attr-defined]
+            self.parameters[name].grad = gradient
 
     def joined_norms(self, norms: Tensor) -> Tensor:
         """The norms of whole vectors from those of this rank's slices; the same bits on every rank."""

@@ -61,8 +61,6 @@ def window_gradients(
     tree = TreeSum() if lanes else None
     groups = [dealt[lane] for lane in own] if tree else [sorted(index for lane in own for index in dealt[lane])]
     divisor = sum(batch.target_tokens for batch in passes) / learner.scaler.scale
-    if learner.sharded is not None:
-        divisor /= ranks.size  # what adds up the gradients takes their mean
     losses = torch.zeros(len(passes), dtype=torch.float64, device=learner.device)
     parameters, reached = list(learner.parameters.values()), [False] * len(learner.parameters)
     done, count, started = 0, sum(map(len, groups)), time.monotonic()
