@@ -156,10 +156,8 @@ class RunOutput:
         base, template, fingerprint = spec.model.path, inputs.prepared.manifest.template, inputs.base_fingerprint
         if spec.adapter is None:
             sharded, source = self.learner.sharded, Path(base)
-            tensor_of = parameters.__getitem__ if sharded is None else sharded.whole
+            tensor_of = parameters.__getitem__ if sharded is None else sharded.whole_tensors()
             write_huggingface(staging, inputs.config, tensor_of, lambda name: torch.float32, source, ignore_event)
-            if sharded is not None:
-                sharded.end_serving()
             staging.facts["template"] = template
         else:
             write_adapter(staging, Adapter(spec.adapter, dict(parameters), fingerprint, template, base))

@@ -7,7 +7,8 @@ gradients over the ranks after it. Every pass is such a message, so all ranks mu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ class ShardedModel:
         # Only here: it loads what no other run needs.
         from torch.distributed.fsdp import fully_shard
 
-        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.shapes = dict(model.config.parameter_shapes())
         self._model, self._ranks = model, ranks
         assert dist.group.WORLD is not None
         mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
@@ -49,7 +50,7 @@ class ShardedModel:
 
     def rows(self, name: str) -> range:
         """The rows of a parameter that are held here."""
-        shard, row = self.shards[name], self.shapes[name][1:].numel()
+        shard, row = self.shards[name], math.prod(self.shapes[name][1:])
         return range(shard.begin // row, shard.end // row)
 
     @contextlib.contextmanager
@@ -77,18 +78,21 @@ class ShardedModel:
         """The norms of whole vectors from those of this rank's slices; the same bits on every rank."""
         return self._ranks.all_gather(norms.double().square()).sum(0).sqrt().to(norms.dtype)
 
-    # Whole tensors, one at a time, which all ranks gather and the first writes.
+    # Whole tensors, one at a time: all ranks gather each, and the first writes it.
 
-    def whole(self, name: str) -> Tensor:
-        """On the first rank: a whole parameter, while the others ``serve``."""
-        return self._gathered(self._ranks.from_first(name))
+    def whole_tensors(self) -> Callable[[str], Tensor]:
+        """On the first rank: gives each parameter once, in the order of ``shapes``, while the others ``serve``."""
+        names = iter(self.shapes)
 
-    def end_serving(self) -> None:
-        self._ranks.from_first("")
+        def whole(name: str) -> Tensor:
+            assert name == next(names), f"{name} is not the next parameter"
+            return self._gathered(name)
+
+        return whole
 
     def serve(self) -> None:
-        """On the other ranks: send what the first asks for, until it needs no more."""
-        while name := self._ranks.from_first(""):
+        """On the other ranks: send all that the first asks for."""
+        for name in self.shapes:
             self._gathered(name)
 
     @torch.no_grad()

@@ -61,7 +61,7 @@ def rank_job(
 def warm_ranks(tmp_path_factory: pytest.TempPathFactory, rank_job: Callable[..., list[str]]) -> Iterator[Warm]:
     scratch = tmp_path_factory.mktemp("warm")
     first = [*rank_job(), f"training.output_dir={scratch / 'run'}"]
-    parent = Warm([first], scratch, ("torch.distributed.fsdp",))  # which full fine-tuning on ranks loads
+    parent = Warm([first], scratch, ("torch.distributed.fsdp", "torch._dynamo"))  # for full fine-tuning on ranks
     yield parent
     parent.close()
 

@@ -40,6 +40,10 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 }
 
 
+def slow(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def change(**changes: Any) -> dict[str, Any]:
     return {**FULL, **changes}
 
@@ -62,7 +66,7 @@ def difference(found: Path, expected: Path) -> float:
     return largest
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [slow("sgd"), slow("momentum"), "adamw", "adamw_8bit"])
 def test_ranks_agree_with_one_process(trained: Trained, alone: Trained, rule: str) -> None:
     expected = alone(change(**RULES[rule]))
     assert len(metrics(expected, "step")) == 4
@@ -116,6 +120,7 @@ def test_other_bases(
         assert difference(trained(size, changes), alone(changes)) < CLOSE
 
 
+@pytest.mark.slow
 def test_the_same_number_of_ranks_gives_the_same_bytes(trained: Trained) -> None:
     changes = change(**RULES["adamw_8bit"])
     first, second = (trained(3, changes, name) for name in ("first", "second"))
@@ -142,9 +147,9 @@ def test_a_rank_reads_its_rows_and_nothing_else(trained: Trained, tmp_path: Path
 @pytest.mark.parametrize(
     ("wrong", "rule"),
     [
-        ("mean_of_ranks", "sgd"),
+        slow("mean_of_ranks", "sgd"),
         ("idle_pass_that_counts", "sgd"),
-        ("own_norm", "sgd"),
+        slow("own_norm", "sgd"),
         ("blocks_of_slices", "adamw_8bit"),
     ],
 )
