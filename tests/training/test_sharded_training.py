@@ -115,7 +115,7 @@ def test_other_bases(
     trained: Trained, alone: Trained, tiny_base: Callable[..., Path], meta_copy: Callable[..., Path], kind: str
 ) -> None:
     base = tiny_base(tie_word_embeddings=True) if kind == "tied" else meta_copy(tiny_base())
-    changes = change(model={"path": str(base), "dtype": "float32"}, training__optimizer="adamw_8bit")
+    changes = change(model={"path": str(base), "dtype": "float32"})
     for size in (2, 3):
         assert difference(trained(size, changes), alone(changes)) < CLOSE
 
