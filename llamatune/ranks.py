@@ -69,6 +69,10 @@ class Ranks:
         """Whether the flag is set on some rank."""
         return any(self.gather(flag))
 
+    def exchanging(self) -> contextlib.AbstractContextManager[None]:
+        """Around code of torch that sends messages over its default group: their failures become ``LlamatuneError``."""
+        return contextlib.nullcontext()
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, of one shape, stacked: (size, ...)."""
         return tensor[None]
@@ -180,6 +184,15 @@ class _Group(Ranks):
             dist.all_to_all_single(flat, sent, counts, sent_counts)
         parts = flat.split(counts)  # type: ignore[no-untyped-call]
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    @contextlib.contextmanager
+    def exchanging(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as fault:
+            if not isinstance(fault, dist.DistError) and "gloo" not in str(fault).lower():
+                raise  # of memory, say
+            raise self._lost("another rank ended, or did not answer in time", fault) from fault
 
     @contextlib.contextmanager
     def _collective(self) -> Iterator[None]:

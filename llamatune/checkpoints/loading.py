@@ -5,7 +5,7 @@ Of streamed blocks it is what this process stores of them, their rooms and one t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -30,6 +30,38 @@ def open_checkpoint(path: Path) -> Checkpoint:
             broken or unsafe files.
     """
     return (MetaCheckpoint if detect_format(path) == "meta" else HuggingFaceCheckpoint).open(path)
+
+
+@torch.no_grad()
+def load_rows(
+    checkpoint: Checkpoint,
+    slices: Mapping[str, tuple[torch.Tensor, range]],
+    on_event: OnEvent = ignore_event,
+    should_stop: ShouldStop = never_stop,
+) -> list[str]:
+    """Fill each tensor with its rows of a checkpoint's, cast to its dtype; the names where they are not finite."""
+    warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
+    broken = []
+    for done, (name, (into, rows)) in enumerate(slices.items()):
+        _refuse_stop(should_stop, checkpoint)
+        if rows:
+            into.copy_(checkpoint.rows(name, rows))
+        if not is_finite(into):
+            broken.append(name)
+        on_event(Progress("loading", done + 1, len(slices)))
+    return broken
+
+
+def warn_of_broken(names: list[str], checkpoint: Checkpoint, on_event: OnEvent) -> None:
+    """A notice about weights that are not finite."""
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        on_event(Notice(f"{checkpoint.path}: the weights of {names[0]}{more} hold NaN or infinity", "warning"))
+
+
+def _refuse_stop(should_stop: ShouldStop, checkpoint: Checkpoint) -> None:
+    if should_stop():
+        raise Stopped("stopped while loading the model", checkpoint.path, "run the same command again")
 
 
 def load_model(
@@ -65,8 +97,7 @@ def load_model(
     assert set(names) == {name for name, _ in model.named_parameters()}, "the model's names are the checkpoint's"
     broken = []
     for done, name in enumerate(names):
-        if should_stop():
-            raise Stopped("stopped while loading the model", checkpoint.path, "run the same command again")
+        _refuse_stop(should_stop, checkpoint)
         path, _, attribute = name.rpartition(".")
         if quantized is not None and (packed := quantized(name)) is not None:
             if streamed is not None:
@@ -91,7 +122,5 @@ def load_model(
         on_event(Progress("loading", done + 1, len(names)))
     if streamed is not None:
         broken = streamed.named_anywhere(broken)
-    if broken:
-        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        on_event(Notice(f"{checkpoint.path}: the weights of {broken[0]}{more} hold NaN or infinity", "warning"))
+    warn_of_broken(broken, checkpoint, on_event)
     return model

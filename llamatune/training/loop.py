@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Mapping
@@ -156,9 +155,11 @@ class TrainingLoop:
         """Evaluate, save and close the epoch, each if it is due; never with a weight that is not finite."""
         progress = self.progress
         if self._save_due() or self._eval_due():
-            for name, parameter in self.learner.parameters.items():
-                if not is_finite(parameter):
-                    raise self._numerics_fault(f"the update made {name} infinite or NaN")
+            broken = [name for name, parameter in self.learner.parameters.items() if not is_finite(parameter)]
+            if self.learner.sharded is not None:
+                broken = [name for names in self.ranks.gather(broken) for name in names]
+            if broken:
+                raise self._numerics_fault(f"the update made {broken[0]} infinite or NaN")
         if self.inputs.validation is not None and progress.evaluated_step < progress.step and self._eval_due():
             self._evaluate()
         if progress.saved_window < progress.window and self._save_due():
@@ -201,8 +202,7 @@ class TrainingLoop:
         progress, validation, started = self.progress, self.inputs.validation, time.monotonic()
         assert validation is not None
         model, autocast, rows = self.learner.model, self.learner.autocast, self.spec.training.micro_batch_size
-        streamed = self.learner.streamed
-        idle = None if streamed is None else functools.partial(streamed.idle, backward=False)
+        idle = self.learner.idle_forward
         try:
             result = held_out_loss(model, validation, rows, autocast, self.on_event, self.should_stop, self.ranks, idle)
         except Stopped:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llamatune.checkpoints.loading import load_model
+from llamatune.checkpoints.loading import load_model, load_rows, warn_of_broken
 from llamatune.checkpoints.nf4_cache import QuantizedBase
 from llamatune.events import OnEvent, ShouldStop
 from llamatune.model.activation_checkpointing import apply_activation_checkpointing
@@ -23,19 +24,23 @@ from llamatune.model.transformer import Transformer
 from llamatune.ranks import ALONE, Ranks
 from llamatune.seeds import derived_seed
 from llamatune.shapes.llama_config import LINEAR_MODULES
+from llamatune.shapes.parameter_shards import Shard
 from llamatune.shapes.recompute_levels import Levels
 from llamatune.spec import RunSpec, TrainingSection
 from llamatune.training.inputs import Inputs
 from llamatune.training.optimizers.adamw_8bit import AdamW8bit
 from llamatune.training.optimizers.optimizer import SGD, AdamW, Optimizer
+from llamatune.training.optimizers.sharded_adamw_8bit import ShardedAdamW8bit
 from llamatune.training.precision import LossScaler, autocast_factory, held_dtype, residual_dtype
+from llamatune.training.sharded_model import ShardedModel
 
 
 @dataclass(frozen=True)
 class Learner:
     """The model on its device and what changes it. ``parameters`` are the trained ones by checkpoint name.
 
-    ``streamed``: the frozen weights of the blocks, where they do not lie on the device.
+    ``streamed``: the frozen weights of the blocks, where they do not lie on the device. ``sharded``: every parameter is
+    trained on several ranks; ``parameters`` are this rank's slices.
     """
 
     model: Transformer
@@ -45,6 +50,14 @@ class Learner:
     autocast: Callable[[], contextlib.AbstractContextManager[object]]
     device: torch.device
     streamed: StreamedBlocks | None = None
+    sharded: ShardedModel | None = None
+
+    @property
+    def idle_forward(self) -> Callable[[], None] | None:
+        """What a rank without a batch does while others compute one without gradients; None: nothing."""
+        if self.sharded is not None:
+            return self.sharded.idle
+        return None if self.streamed is None else functools.partial(self.streamed.idle, backward=False)
 
 
 def build_learner(
@@ -60,6 +73,8 @@ def build_learner(
     ``levels`` say what each fused block recomputes; None: as ``training.activation_checkpointing`` says. Of
     ``model.placement`` ``auto`` is ``device`` here.
     """
+    if spec.adapter is None and ranks.size > 1:
+        return _build_sharded(spec, inputs, on_event, should_stop, ranks)
     streamed = _streamed_blocks(spec, inputs, ranks)
     model, adapter = _load_base(spec, inputs, on_event, should_stop, streamed, ranks), spec.adapter
     if adapter is None:
@@ -80,10 +95,48 @@ def build_learner(
     return Learner(model, parameters, optimizer, scaler, autocast_factory(training.precision, device), device, streamed)
 
 
-def build_optimizer(spec: TrainingSection, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
+def _build_sharded(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop, ranks: Ranks) -> Learner:
+    """Every parameter trained, a slice of each on every rank; a rank reads its slices and nothing else."""
+    training, device = spec.training, inputs.device
+    with torch.device("meta"):
+        model, shapes = Transformer(inputs.config), Transformer(inputs.config)
+    model.activation_dtype = residual_dtype(held_dtype(spec), training.precision)
+    apply_activation_checkpointing(model, training.activation_checkpointing, fused=False)
+    sharded = ShardedModel(model, device, ranks)
+    slices = {name: (parameter, sharded.rows(name)) for name, parameter in sharded.parameters.items()}
+    if inputs.checkpoint is None:
+        with torch.no_grad():
+            for name, drawn in drawn_weights(shapes, training.seed):
+                into, rows = slices[name]
+                into.copy_(drawn[rows.start : rows.stop])
+    else:
+        broken = ranks.gather(load_rows(inputs.checkpoint, slices, on_event, should_stop))
+        warn_of_broken(sorted({name for names in broken for name in names}), inputs.checkpoint, on_event)
+    model.train()
+    autocast = autocast_factory(training.precision, device, keep_casts=False)  # of all blocks, they are the whole model
+
+    @contextlib.contextmanager
+    def forward() -> Iterator[None]:
+        with sharded.exchanging(), autocast():
+            yield
+
+    optimizer = build_optimizer(training, sharded.parameters, sharded, ranks)
+    scaler = LossScaler(training.precision == "fp16")
+    return Learner(model, sharded.parameters, optimizer, scaler, forward, device, sharded=sharded)
+
+
+def build_optimizer(
+    spec: TrainingSection,
+    parameters: Mapping[str, nn.Parameter],
+    sharded: ShardedModel | None = None,
+    ranks: Ranks = ALONE,
+) -> Optimizer:
     """The optimizer that a spec names."""
     if spec.optimizer == "sgd":
         return Optimizer(parameters, SGD(spec.momentum, spec.nesterov, spec.weight_decay))
+    if sharded is not None and spec.optimizer == "adamw_8bit":
+        shards: dict[Tensor, Shard] = {parameter: sharded.shards[name] for name, parameter in parameters.items()}
+        return Optimizer(parameters, ShardedAdamW8bit(spec.betas, spec.eps, spec.weight_decay, shards, ranks))
     rule = AdamW8bit if spec.optimizer == "adamw_8bit" else AdamW
     return Optimizer(parameters, rule(spec.betas, spec.eps, spec.weight_decay))
 

@@ -86,7 +86,7 @@ def held_memory(learner: Learner) -> MemoryHeld:
     streamed = [] if learner.streamed is None else learner.streamed.tensors
     frozen = [*learner.model.parameters(), *learner.model.buffers(), *streamed]
     on_device = [tensor for tensor in frozen if tensor.device.type == learner.device.type]
-    frozen_bytes = _storage_bytes(on_device) - trained_bytes
+    frozen_bytes = 0 if learner.sharded is not None else _storage_bytes(on_device) - trained_bytes
     optimizer_bytes = _storage_bytes(learner.optimizer.state_tensors().values())
     return MemoryHeld(frozen_bytes, trained_bytes, optimizer_bytes, memory_size_bytes(learner.device))
 

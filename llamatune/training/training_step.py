@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamatune.data.batches import Batch
 from llamatune.errors import NumericsError
@@ -67,14 +67,15 @@ def make_update(
     missing = facts.missing
     gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
     scaler.unscale(list(gradients.values()))
-    norm = torch.nn.utils.get_total_norm(gradients.values())
+    joined = nn.Identity() if learner.sharded is None else learner.sharded.joined_norms
+    norm = joined(torch.nn.utils.get_total_norm(gradients.values()))
     losses = facts.losses.tolist()  # the device is waited for here, once
     bad = [batch for batch, loss in zip(passes, losses, strict=True) if not math.isfinite(loss)]
     grad_norm, layer_grad_norms = float(norm), None
     made = not bad and math.isfinite(grad_norm) and not missing
     if made:
         if training.log_layer_grad_norms:
-            layer_grad_norms = _layer_grad_norms(gradients)
+            layer_grad_norms = _layer_grad_norms(gradients, joined)
         if training.max_grad_norm is not None:  # Pascanu et al. 2013
             torch.nn.utils.clip_grads_with_norm_(parameters.values(), training.max_grad_norm, norm)
         learner.optimizer.step(learning_rate)
@@ -102,11 +103,11 @@ def _rows_of(batches: Sequence[Batch]) -> str:
     return f"rows {', '.join(map(str, rows[:8]))}" + (" ..." if len(rows) > 8 else "")
 
 
-def _layer_grad_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
+def _layer_grad_norms(gradients: Mapping[str, Tensor], joined: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """The gradient's norm by block (``layers.0`` ...) and by module outside of them; the device is waited for once."""
     by_layer: dict[str, list[Tensor]] = {}
     for name, gradient in gradients.items():
         path = name.removeprefix("model.").split(".")
         by_layer.setdefault(".".join(path[: 2 if path[0] == "layers" else 1]), []).append(gradient)
-    norms = torch.stack([torch.nn.utils.get_total_norm(tensors) for tensors in by_layer.values()])
+    norms = joined(torch.stack([torch.nn.utils.get_total_norm(tensors) for tensors in by_layer.values()]))
     return dict(zip(by_layer, norms.tolist(), strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ def window_gradients(
     """Compute this rank's passes; ``grad`` of each parameter becomes the sum over all ranks, scaled by the loss scale.
 
     With ``lanes`` the sum has the same bytes on any number of ranks. None adds gradients one after another, and those
-    of several ranks as the collective does.
+    of several ranks as the collective does. Of a sharded model it is this rank's slice of the sum.
 
     Raises:
         Stopped: ``should_stop`` asked for it, and the rest would take longer than ``FINISHING_S``. Several ranks finish
@@ -76,6 +78,13 @@ def window_gradients(
     if learner.streamed is not None:
         for _ in range(_most_passes(dealt, ranks) - done):
             learner.streamed.idle(backward=True)
+    if learner.sharded is not None:
+        # A pass that counts for nothing, of rows of this window: it overflows only if another rank does.
+        shortest = min(passes, key=lambda batch: batch.tokens)
+        for _ in range(_most_passes(dealt, ranks) - done):
+            _backward(learner, shortest, 0, math.inf)
+        learner.sharded.take_gradients()
+        reached = [p.grad is not None for p in parameters]
     if ranks.size > 1:
         return _reduced(learner, tree, dealt, losses, reached, should_stop(), ranks)
     if tree is not None and tree.total is not None:
@@ -95,7 +104,8 @@ def _backward(learner: Learner, batch: Batch, dropout_seed: int, divisor: float)
     torch.manual_seed(dropout_seed)
     with learner.autocast():
         loss = summed_loss(learner.model, batch.input_ids, batch.labels, batch.lengths)
-    (loss / divisor).backward()  # type: ignore[no-untyped-call]
+    with contextlib.nullcontext() if learner.sharded is None else learner.sharded.exchanging():
+        (loss / divisor).backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 
@@ -124,7 +134,7 @@ def _reduced(
     facts = torch.cat((losses, flags))
     if tree is None:
         summed = _taken(parameters)
-        for gradient in summed:
+        for gradient in summed if learner.sharded is None else ():
             ranks.all_reduce(gradient)
         ranks.all_reduce(facts)
     else:

@@ -62,15 +62,15 @@ class Running:
 
 
 class Warm:
-    """The client of one parent; ``first`` is a command line that it runs once itself, to load what is loaded lazily."""
+    """The client of one parent. To load what is loaded lazily, it runs ``first`` itself and imports ``modules``."""
 
-    def __init__(self, first: list[list[str]], scratch: Path) -> None:
+    def __init__(self, first: list[list[str]], scratch: Path, modules: tuple[str, ...] = ()) -> None:
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TORCH_CPP_LOG_LEVEL": "FATAL",
         }  # fmt: skip
         self._errors = (scratch / "warm-parent.log").open("w+")
         self._parent = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(first)],
+            [sys.executable, __file__, json.dumps(first), *modules],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment, cwd=scratch,
         )  # fmt: skip
 
@@ -211,12 +211,14 @@ def _finish(pid: int, child: _Child) -> dict[str, Any]:
     return {"code": os.waitstatus_to_exitcode(status), "stdout": said[0], "stderr": said[1]}
 
 
-def _serve(first: list[list[str]]) -> None:
+def _serve(first: list[list[str]], modules: list[str]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for arguments in first:
         code = _main(arguments)
         assert code == 0, arguments
+    for module in modules:
+        importlib.import_module(module)
     children: dict[int, _Child] = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -230,4 +232,4 @@ def _serve(first: list[list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    _serve(json.loads(sys.argv[1]))
+    _serve(json.loads(sys.argv[1]), sys.argv[2:])

@@ -17,7 +17,8 @@ from llamatune import cli
 from llamatune.data.batches import open_prepared
 from llamatune.errors import DataError
 from llamatune.formats.prepared import read_lengths
-from llamatune.memory.plan import heaviest_rows
+from llamatune.memory.plan import heaviest_rows, plan_memory
+from llamatune.memory.sizes import Rows
 from llamatune.shapes.llama_config import PRESETS
 from llamatune.spec import build_spec, load_spec
 from llamatune.training.train import plan_training
@@ -179,3 +180,19 @@ def test_a_base_that_does_not_fit_is_planned_elsewhere(
     assert found["bytes_brought_per_pass"] == 60 * (block * 3 // 4 if placement == "shard" else block)
     assert run("--preset", "llama-2-7b", "--memory", "40GiB", "--ranks", ranks)["placement"] == "device"
     assert run(*base, "--device", "cpu")["placement"] == ("device" if ranks == "1" else "shard")
+
+
+def test_full_fine_tuning_is_divided_among_ranks() -> None:
+    """What is gathered stays: all outside the blocks, three blocks, and the gradients of two."""
+    values = {
+        "model": {"path": "base", "dtype": "float32"}, "data": {"train": "data"},
+        "training": {"output_dir": "run", "device": "cuda", "num_epochs": 1, "learning_rate": 1e-5},
+    }  # fmt: skip
+    config, spec = PRESETS["llama-2-7b"], build_spec(values, "test")
+    one, four = (plan_memory(spec, config, Rows((512,), 512, 8, ranks), True, None).step for ranks in (1, 4))
+    block, others = 4 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096), 4 * (2 * 32000 + 1) * 4096
+    assert one.weights == 32 * block + others
+    assert four.weights == one.weights // 4 + others + 3 * block
+    assert four.optimizer_state == pytest.approx(one.optimizer_state / 4, rel=1e-5)
+    assert four.gradients == one.gradients // 4
+    assert four.peak < 0.4 * one.peak

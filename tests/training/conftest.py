@@ -60,7 +60,8 @@ def rank_job(
 @pytest.fixture(scope="session")
 def warm_ranks(tmp_path_factory: pytest.TempPathFactory, rank_job: Callable[..., list[str]]) -> Iterator[Warm]:
     scratch = tmp_path_factory.mktemp("warm")
-    parent = Warm([[*rank_job(), f"training.output_dir={scratch / 'run'}"]], scratch)
+    first = [*rank_job(), f"training.output_dir={scratch / 'run'}"]
+    parent = Warm([first], scratch, ("torch.distributed.fsdp", "torch._dynamo"))  # for full fine-tuning on ranks
     yield parent
     parent.close()
 
