@@ -16,15 +16,16 @@ from typing import Annotated
 import typer
 
 from llamatune import __version__
+from llamatune.commands._several_ranks import ending_together, reports_stop
 from llamatune.commands._typer_options import StrictCommand, with_options
-from llamatune.errors import LlamatuneError, Stopped, printable
+from llamatune.errors import FailedElsewhere, LlamatuneError, Stopped, printable
 from llamatune.free_memory import free_host_bytes
 from llamatune.stop_signals import stop_signals
 
 # The function of a verb has its name, in the module of that name: commands/prepare_data.py, prepare_data.
 VERBS = {
     "Core verbs": ("prepare-data", "train", "merge-lora", "generate", "count-params"),
-    "More verbs": ("evaluate", "benchmark", "plan-memory", "report", "verify", "demo", "env"),
+    "More verbs": ("evaluate", "benchmark", "plan-memory", "report", "verify", "demo", "slurm", "env"),
 }
 _WRITERS = ("prepare-data", "train", "merge-lora", "benchmark", "demo", "report")
 """Verbs that write files, as ``evaluate --output`` does: a stop of them is exit 75, of the others 130."""
@@ -62,6 +63,8 @@ def build_app(only: str | None = None) -> typer.Typer:
 
 class _StoppedEarly(BaseException):
     """A signal before the verb handles signals itself. No work has begun."""
+
+    exit_code = Stopped.exit_code
 
 
 def _stop_early(number: int, frame: FrameType | None) -> None:
@@ -107,15 +110,19 @@ def _silence_closed_streams() -> None:
 def _exit_code(words: list[str]) -> int:
     verb = next((word for word in words if not word.startswith("-")), "")
     writes = verb in _WRITERS or (verb == "evaluate" and any(word.startswith("--output") for word in words))
+    stopped = Stopped.exit_code if writes else 130
     try:
         known = words[:1] == [verb] and any(verb in names for names in VERBS.values())
-        return build_app(verb if known else None)(args=words, standalone_mode=False, prog_name="llamatune") or 0
+        with ending_together():
+            return build_app(verb if known else None)(args=words, standalone_mode=False, prog_name="llamatune") or 0
+    except FailedElsewhere as fault:
+        return stopped if fault.exit_code == Stopped.exit_code else fault.exit_code
     except Stopped as stop:
-        return _fail(str(stop), 75) if writes else _fail(str(Stopped(stop.what, stop.where)), 130)
+        return _fail(str(stop if writes else Stopped(stop.what, stop.where)), stopped)
     except LlamatuneError as fault:
         return _fail(str(fault), fault.exit_code)
     except _StoppedEarly:
-        return _fail("stopped by a signal: run the same command again", 75 if writes else 130)
+        return _fail("stopped by a signal: run the same command again", stopped) if reports_stop() else stopped
     except BrokenPipeError:
         return 0
     except OSError as fault:

@@ -23,16 +23,20 @@ _CUDA_12_BUILD = (
 """The last builds that hold kernels for compute capabilities 5.0 to 7.0."""
 
 
-def choose_device(name: str, on_event: OnEvent = ignore_event) -> torch.device:
+def choose_device(name: str, on_event: OnEvent = ignore_event, local_rank: int | None = None) -> torch.device:
     """The device of that name, prepared: on CUDA with the allocator's expandable segments and without cuDNN attention.
 
     ``auto`` is CUDA where there is a GPU. A GPU that this build of torch has no kernels for is refused under ``auto``
-    too: a run of hours on a GPU may take weeks on a CPU.
+    too: a run of hours on a GPU may take weeks on a CPU. ``local_rank``: which of a node's ranks this is, None for a
+    process on its own; each takes its own GPU, and it becomes CUDA's current one.
 
     Raises:
-        EnvironmentFault: the device is absent, or torch has no kernels for it.
+        EnvironmentFault: the device is absent, torch has no kernels for it, or there are fewer GPUs than ranks.
+        SpecError: a GPU is named, but the node's ranks need one each.
     """
     device = find_device(name, on_event)
+    if local_rank is not None and device.type == "cuda":
+        device = _gpu_of_rank(device, local_rank)
     capability = capability_of(device)
     if capability is not None:
         architectures = torch.cuda.get_arch_list()
@@ -43,7 +47,26 @@ def choose_device(name: str, on_event: OnEvent = ignore_event) -> torch.device:
             raise EnvironmentFault(f"{gpu}; {built}", device, todo)
         # cuDNN, torch's first choice on some GPUs, plans anew for each length: up to a second, at nearly every step.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        if local_rank is not None:
+            torch.cuda.set_device(device)  # which NCCL uses
     return device
+
+
+def _gpu_of_rank(device: torch.device, local_rank: int) -> torch.device:
+    """The GPU of a node's rank, among those that this process sees.
+
+    One alone is taken whatever the rank: schedulers show each process its own. Whether other ranks see the same one
+    cannot be known here.
+    """
+    if device.index is not None:
+        if local_rank > 0:
+            raise SpecError("the ranks of a node need a GPU each, not one", f"device {device}", "use auto or cuda")
+        return device
+    count = gpu_count()
+    if 1 < count <= local_rank:
+        what = f"CUDA offers {count} GPUs to at least {local_rank + 1} ranks of this node"
+        raise EnvironmentFault(what, None, "start one rank for each GPU")
+    return torch.device("cuda", local_rank if count > 1 else 0)
 
 
 def find_device(name: str, on_event: OnEvent = ignore_event) -> torch.device:

@@ -9,7 +9,8 @@
     ├── EnvironmentFault   5   device, memory, disk, permission, directory in use
     │   └── OutOfMemory    5   of the device or the host
     ├── NumericsError      6   loss or gradient not finite
-    └── Stopped           75   a signal asked for a stop; the same command completes it (130 in a verb that only reads)
+    ├── Stopped           75   a signal asked for a stop; the same command completes it (130 in a verb that only reads)
+    └── FailedElsewhere        another rank failed; it reports its fault, and all ranks leave with its exit code
 
 Any other exception is a bug of llamatune: exit code 1 and a traceback.
 """
@@ -82,3 +83,11 @@ class Stopped(LlamatuneError):
     """A signal asked for a stop; running the same command again completes the work."""
 
     exit_code = 75
+
+
+class FailedElsewhere(LlamatuneError):
+    """Another rank failed and reports its fault: this one leaves with the same code and prints nothing."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"another rank failed with exit code {exit_code}")
+        self.exit_code = exit_code

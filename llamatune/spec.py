@@ -47,6 +47,11 @@ class ModelSection(_Section):
     quantized_cache: PathText | None = Field(
         None, description="nf4: a directory that keeps the quantised weights of each base, made at the first run"
     )
+    placement: Literal["auto", "device", "host", "shard"] = Field(
+        "auto",
+        description="where frozen blocks lie: on the device, in host memory, or in slices on all ranks; auto: "
+        "device if a step fits there, else host on one GPU, shard with several processes",
+    )
     num_layers: Positive | None = Field(None, description="keep only the first N layers, for debugging")
     memory_map: bool = Field(
         True,
@@ -88,7 +93,12 @@ class TrainingSection(_Section):
     num_epochs: Positive | None = Field(None, description="passes over the rows; 5 if max_steps is not given either")
     max_steps: Positive | None = Field(None, description="optimizer updates, in place of num_epochs")
     micro_batch_size: Positive = Field(1, description="rows in one forward pass")
-    gradient_accumulation_steps: Positive = Field(8, description="forward passes per update")
+    gradient_accumulation_steps: Positive = Field(8, description="micro-batches per update")
+    tokens_per_pass: Positive | Literal["auto"] | None = Field(
+        "auto",
+        description="micro-batches of an update are computed together, up to so many tokens; null: each by itself; "
+        "auto: as many as memory allows, chosen when the run starts",
+    )
     optimizer: Literal["adamw", "sgd", "adamw_8bit"] = Field(
         "adamw", description="adamw_8bit holds the state of large tensors in 8 bits"
     )
@@ -119,6 +129,9 @@ class TrainingSection(_Section):
         "auto",
         description="for example 24GiB; with activation_checkpointing: none, fused LoRA blocks recompute where a step "
         "would need more; auto: 90 % of the free memory",
+    )
+    rank_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="with several processes: how long one may not answer before all end"
     )
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -195,6 +208,9 @@ class RunSpec(_Section):
             raise ValueError(
                 "nf4 weights are frozen and nothing would be trained; add a lora section, or set model.dtype: float32"
             )
+        if lora is None and model.placement in ("host", "shard"):
+            fault = f"model.placement: {model.placement} is for frozen weights; add a lora section, or set it to device"
+            raise ValueError(fault)
         if model.quantized_cache is not None and (model.dtype != "nf4" or model.init == "random"):
             raise ValueError("model.quantized_cache is for model.dtype: nf4 and pretrained weights; leave it out")
         if lora is None and model.dtype != "float32":

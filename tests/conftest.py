@@ -192,6 +192,26 @@ def peft_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 
 @pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """Random weights, so small that a step takes milliseconds."""
+    from llamatune.checkpoints.huggingface_weights import write_huggingface
+    from llamatune.events import ignore_event
+    from llamatune.formats.manifest import Staging
+    from llamatune.shapes.llama_config import LlamaConfig
+
+    shape = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=131, max_position_embeddings=128,
+    )  # fmt: skip
+    path, generator = tmp_path_factory.mktemp("small-base") / "base", torch.Generator().manual_seed(2)
+    path.mkdir()
+    weights = {name: torch.randn(size, generator=generator) * 0.15 for name, size in shape.parameter_shapes()}
+    write_huggingface(Staging(path), shape, weights.__getitem__, lambda name: torch.float32, path, ignore_event)
+    (path / "tokenizer.model").write_bytes(tiny_tokenizer.read_bytes())
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """29 ragged rows; prepared to 48 tokens some are truncated, and of some no target token is left."""
     chance = random.Random(8)

@@ -20,7 +20,7 @@ from llamatune import cli, devices
 from llamatune.checkpoints.loading import load_model
 from llamatune.command_options.inference import ModelSource
 from llamatune.devices import choose_device, find_device
-from llamatune.errors import EnvironmentFault
+from llamatune.errors import EnvironmentFault, SpecError
 from llamatune.events import Notice, ignore_event
 from llamatune.inference.model_source import open_model
 from llamatune.spec import build_spec
@@ -119,6 +119,42 @@ def test_verbs_refuse_it_on_one_line(
     told = capsys.readouterr().err.strip().splitlines()
     assert len(told) == 1
     assert told[0].startswith("error: Tesla V100-SXM2-16GB has compute capability 7.0")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_rank_of_a_node_takes_its_own_gpu(gpus: Gpus, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    gpus(T4, H100)
+    assert [choose_device(name, local_rank=rank) for rank in (0, 1)] == [torch.device("cuda:0"), torch.device("cuda:1")]
+    assert chosen == [torch.device("cuda:0"), torch.device("cuda:1")], "NCCL takes CUDA's current device"
+    with pytest.raises(EnvironmentFault, match="CUDA offers 2 GPUs to at least 3 ranks of this node: start one rank"):
+        choose_device(name, local_rank=2)
+    assert choose_device(name) == torch.device("cuda"), "one process takes CUDA's default"
+    assert len(chosen) == 2
+
+
+def test_the_one_gpu_that_a_scheduler_shows_is_taken_whatever_the_rank(
+    gpus: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    gpus(H100)
+    assert {choose_device("auto", local_rank=rank) for rank in range(4)} == {torch.device("cuda:0")}
+
+
+def test_the_ranks_of_a_node_cannot_share_a_named_gpu(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    gpus(T4, H100)
+    assert choose_device("cuda:1", local_rank=0) == torch.device("cuda:1"), "it may be the node's only rank"
+    with pytest.raises(SpecError, match="a GPU each, not one: device cuda:1: use auto or cuda"):
+        choose_device("cuda:1", local_rank=1)
+
+
+def test_ranks_compute_on_the_cpu_as_one_process_does(gpus: Gpus) -> None:
+    gpus(H100)
+    assert choose_device("cpu", local_rank=1) == torch.device("cpu")
+    gpus(fault="no driver")
+    assert choose_device("auto", local_rank=1) == torch.device("cpu")
 
 
 def test_what_computes_on_cuda_has_growing_segments_and_no_cudnn_attention(

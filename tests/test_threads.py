@@ -16,7 +16,7 @@ from llamatune.data.batches import open_prepared
 from llamatune.shapes.llama_config import PRESETS, LlamaConfig
 from llamatune.spec import RunSpec, build_spec
 from llamatune.threads import mean_product, suitable_threads, threads_for
-from llamatune.training.schedule import micro_batch_tokens
+from llamatune.training.schedule import pass_tokens
 
 TINY = LlamaConfig(128, 352, 4, 4, 4, 1024)
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -80,9 +80,9 @@ def test_the_tokens_of_a_micro_batch_are_those_of_its_rows_or_of_a_full_packed_r
         values = {"model": {"path": "base"}, "lora": {}, "data": {"train": str(path), **data}, "training": training}
         return build_spec(values, "test")
 
-    assert micro_batch_tokens(spec(3), train) == pytest.approx(3 * tokens / rows)
-    assert micro_batch_tokens(spec(10 * rows), train) == tokens
-    assert micro_batch_tokens(spec(2, packing=True, packed_tokens=100), train) == 200
+    assert pass_tokens(spec(3), train) == pytest.approx(3 * tokens / rows)
+    assert pass_tokens(spec(10 * rows), train) == tokens
+    assert pass_tokens(spec(2, packing=True, packed_tokens=100), train) == 200
 
 
 OBSERVED = """

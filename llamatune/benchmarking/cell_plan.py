@@ -21,7 +21,7 @@ from llamatune.spec_overrides import refuse_twice
 from llamatune.strict_yaml import read_yaml
 from llamatune.threads import threads_for
 from llamatune.training.inputs import Inputs, open_inputs
-from llamatune.training.schedule import micro_batch_tokens
+from llamatune.training.schedule import pass_tokens
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _open(spec: RunSpec, on_event: OnEvent) -> Inputs | LlamatuneError:
 
 def _identity(task: Task, inputs: Inputs) -> str:
     spec = task.spec.model_dump(mode="json", exclude={"training": {"output_dir"}, "tracking": True})
-    threads = threads_for(inputs.config, micro_batch_tokens(task.spec, inputs.prepared.train))
+    threads = threads_for(inputs.config, pass_tokens(task.spec, inputs.prepared.train))
     decisive: list[Any] = [spec, task.steps, task.seeds, task.memory_limit_bytes, inputs.digests]
     decisive += [__version__, torch.__version__, threads]
     return digest_bytes(json.dumps(decisive, sort_keys=True).encode())[:20]

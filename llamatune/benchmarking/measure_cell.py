@@ -22,13 +22,15 @@ from llamatune.inference.evaluate import held_out_loss
 from llamatune.memory.plan import heaviest_rows, limit_of, plan_memory
 from llamatune.model.compiled_functions import compiling
 from llamatune.out_of_memory import memory_faults
+from llamatune.shapes.gradient_lanes import LANES
 from llamatune.spec import RunSpec
 from llamatune.threads import suitable_threads
 from llamatune.training.compile_ahead import check_compiler, compile_ahead
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner, build_learner
+from llamatune.training.passes import PassRule
 from llamatune.training.run_memory import peak_memory_bytes, peak_reserved_bytes, plan_run_memory
-from llamatune.training.schedule import Schedule, learning_rate_at, micro_batch_tokens
+from llamatune.training.schedule import Schedule, learning_rate_at, pass_tokens
 from llamatune.training.training_step import Update, make_update
 
 _WARM_UP_STEPS = 3
@@ -72,12 +74,14 @@ class Trial:
         if spec.training.compile:
             compile_ahead(spec, self.learner, train, ignore_event)
         self.lengths = train.lengths
+        tokens = spec.training.tokens_per_pass
+        self.rule = PassRule(tokens if isinstance(tokens, int) else None, lanes=None if spec.adapter is None else LANES)
 
-    def update(self, micro_batches: list[Batch], window: int, step: int) -> Update:
+    def update(self, passes: list[Batch], window: int, step: int) -> Update:
         """Train on one window as the loop does; in fp16 it may overflow and make no update."""
         rate = learning_rate_at(self.spec.training, step, self.schedule.total_steps)
         try:
-            return make_update(self.learner, micro_batches, self.spec.training, window, rate)
+            return make_update(self.learner, passes, self.spec.training, window, rate, lanes=self.rule.lanes)
         except NumericsError:
             raise NumericsError("the loss or the gradient is not finite", f"window {window}") from None
 
@@ -88,9 +92,9 @@ class Trial:
         window, last = 0, self.schedule.num_epochs * self.schedule.windows_per_epoch
         loss = float("nan")
         while len(seconds) < steps if steps is not None else window < last:
-            started, micro_batches = time.perf_counter(), self.schedule.micro_batches(window)
+            started, passes = time.perf_counter(), self.schedule.passes(window, self.rule)
             with first if window == 0 else contextlib.nullcontext():
-                update = self.update(micro_batches, window, len(seconds))
+                update = self.update(passes, window, len(seconds))
             window += 1
             if update.made:
                 if self.device.type == "cuda":
@@ -105,7 +109,7 @@ class Trial:
     def measure_categories(self, done: TimedSteps, limit_bytes: int | None) -> CategoryMeter:
         """Repeat the windows that need the most memory under a meter, uncompiled: it cannot see into compiled code."""
         chosen = heaviest_windows(self.schedule, self.lengths, done.windows)
-        batches = [self.schedule.micro_batches(window) for window in chosen]
+        batches = [self.schedule.passes(window, self.rule) for window in chosen]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         meter = self.meter(limit_bytes)
@@ -113,8 +117,8 @@ class Trial:
             "temporary", (x for window in batches for batch in window for x in (batch.input_ids, batch.labels))
         )
         with compiling(False), meter:
-            for window, micro_batches in zip(chosen, batches, strict=True):
-                self.update(micro_batches, window, len(done.seconds))
+            for window, passes in zip(chosen, batches, strict=True):
+                self.update(passes, window, len(done.seconds))
         return meter
 
     def meter(self, limit_bytes: int | None) -> CategoryMeter:
@@ -149,7 +153,7 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
     losses, held_out = [], []
     if task.spec.training.compile:
         check_compiler(device)
-    threads = suitable_threads(inputs.config, micro_batch_tokens(task.spec, train))
+    threads = suitable_threads(inputs.config, pass_tokens(task.spec, train))
     with memory_faults(device, ""), compiling(task.spec.training.compile), threads:
         for number, seed in enumerate(task.seeds):
             training = task.spec.training.model_copy(update={"seed": seed})

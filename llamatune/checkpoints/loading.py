@@ -1,8 +1,11 @@
-"""Loads a model directory of either format into a ``Transformer``; peak memory is the model and one tensor."""
+"""Loads a model directory of either format into a ``Transformer``; peak memory is the model and one tensor.
+
+Of streamed blocks it is what this process stores of them, their rooms and one tensor, or the rows of it that it stores.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.model.nf4 import NF4Weight, hold_quantized
+from llamatune.model.streamed_blocks import StreamedBlocks
 from llamatune.model.transformer import Transformer
 
 
@@ -28,6 +32,38 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return (MetaCheckpoint if detect_format(path) == "meta" else HuggingFaceCheckpoint).open(path)
 
 
+@torch.no_grad()
+def load_rows(
+    checkpoint: Checkpoint,
+    slices: Mapping[str, tuple[torch.Tensor, range]],
+    on_event: OnEvent = ignore_event,
+    should_stop: ShouldStop = never_stop,
+) -> list[str]:
+    """Fill each tensor with its rows of a checkpoint's, cast to its dtype; the names where they are not finite."""
+    warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
+    broken = []
+    for done, (name, (into, rows)) in enumerate(slices.items()):
+        _refuse_stop(should_stop, checkpoint)
+        if rows:
+            into.copy_(checkpoint.rows(name, rows))
+        if not is_finite(into):
+            broken.append(name)
+        on_event(Progress("loading", done + 1, len(slices)))
+    return broken
+
+
+def warn_of_broken(names: list[str], checkpoint: Checkpoint, on_event: OnEvent) -> None:
+    """A notice about weights that are not finite."""
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        on_event(Notice(f"{checkpoint.path}: the weights of {names[0]}{more} hold NaN or infinity", "warning"))
+
+
+def _refuse_stop(should_stop: ShouldStop, checkpoint: Checkpoint) -> None:
+    if should_stop():
+        raise Stopped("stopped while loading the model", checkpoint.path, "run the same command again")
+
+
 def load_model(
     source: Path | Checkpoint,
     dtype: torch.dtype | None = None,
@@ -37,6 +73,7 @@ def load_model(
     on_event: OnEvent = ignore_event,
     should_stop: ShouldStop = never_stop,
     quantized: Callable[[str], NF4Weight | None] | None = None,
+    streamed: StreamedBlocks | None = None,
 ) -> Transformer:
     """Build the model and fill it with a checkpoint's weights, all frozen (``requires_grad`` false).
 
@@ -48,6 +85,7 @@ def load_model(
         writable: the caller will change weights in place, or outlive the file, so none may stay mapped from it.
             Without it, CPU weights that need no conversion are shared with the page cache.
         quantized: gives what is to be held in NF4 by its name, on the device; None for what stays in ``dtype``.
+        streamed: stores the blocks, whose tensors in the model become views of its rooms.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
@@ -59,21 +97,30 @@ def load_model(
     assert set(names) == {name for name, _ in model.named_parameters()}, "the model's names are the checkpoint's"
     broken = []
     for done, name in enumerate(names):
-        if should_stop():
-            raise Stopped("stopped while loading the model", checkpoint.path, "run the same command again")
+        _refuse_stop(should_stop, checkpoint)
         path, _, attribute = name.rpartition(".")
         if quantized is not None and (packed := quantized(name)) is not None:
+            if streamed is not None:
+                streamed.hold_packed(name, packed)
             hold_quantized(model.get_submodule(path), packed)
         else:
-            shared = not writable and dtype in (None, checkpoint.dtype(name))
-            tensor = checkpoint.tensor(name, mapped=shared or device.type != "cpu").to(device)
+            rows = None if streamed is None else streamed.rows_kept(name)
+            if rows is None or len(rows) == checkpoint.shapes[name][0]:
+                shared = not writable and dtype in (None, checkpoint.dtype(name))
+                copied = rows is not None or device.type != "cpu"
+                tensor = checkpoint.tensor(name, mapped=shared or copied)
+            else:
+                tensor = checkpoint.rows(name, rows)
+            tensor = tensor.to(device)
             if dtype is not None:
                 tensor = tensor.to(dtype)  # on the device, which casts quicker than a CPU
             if not is_finite(tensor):
                 broken.append(name)
+            if streamed is not None and rows is not None:
+                tensor = streamed.hold(name, tensor, rows.start)
             setattr(model.get_submodule(path), attribute, torch.nn.Parameter(tensor, requires_grad=False))
         on_event(Progress("loading", done + 1, len(names)))
-    if broken:
-        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        on_event(Notice(f"{checkpoint.path}: the weights of {broken[0]}{more} hold NaN or infinity", "warning"))
+    if streamed is not None:
+        broken = streamed.named_anywhere(broken)
+    warn_of_broken(broken, checkpoint, on_event)
     return model

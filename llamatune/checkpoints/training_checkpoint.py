@@ -10,22 +10,29 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llamatune.checkpoints.sharded_state import StoredTensors, shard_files
 from llamatune.checkpoints.tensor_bytes import write_tensors
 from llamatune.errors import EnvironmentFault, LlamatuneError
-from llamatune.formats.manifest import OtherVersion, Staging, build_directory, verify_product
+from llamatune.formats.manifest import OtherVersion, Staging, build_directory, find_manifest, verify_product
 from llamatune.formats.safetensors import read_header
 from llamatune.formats.state_json import list_checkpoints, read_progress, write_progress
 
+WEIGHTS = "weights.safetensors"
+"""Every parameter, where all are trained by one process."""
 _OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
 class RunState:
-    """A checkpoint read back: ``optimizer`` tensors are named ``<parameter>/<state>``, ``progress`` is plain JSON."""
+    """A checkpoint read back: ``optimizer`` tensors are named ``<parameter>/<state>``, ``progress`` is plain JSON.
+
+    ``stored``: weights and optimizer state that are to be read by ranges, in place of ``optimizer``.
+    """
 
     path: Path
     optimizer: dict[str, Tensor]
     progress: dict[str, Any]
+    stored: StoredTensors | None = None
 
 
 def save_run_state(
@@ -38,15 +45,22 @@ def save_run_state(
         write_progress(staging.path, progress)
 
 
-def read_run_state(path: Path) -> RunState:
-    """Read and verify one checkpoint."""
-    verify_product(path)
-    progress = read_progress(path)
+def read_run_state(path: Path, in_ranges: bool = False, verified: bool = False) -> RunState:
+    """Read and verify one checkpoint.
+
+    Args:
+        in_ranges: nothing is loaded yet; that is so of what several ranks wrote, too.
+        verified: its bytes were verified by another rank.
+    """
+    manifest = (find_manifest(path) if verified else None) or verify_product(path)
+    progress, shards = read_progress(path), shard_files(manifest)
+    if shards or in_ranges:
+        return RunState(path, {}, progress, StoredTensors(path, shards or (WEIGHTS, _OPTIMIZER), bool(shards)))
     read_header(path / _OPTIMIZER)
     return RunState(path, load_file(path / _OPTIMIZER), progress)
 
 
-def newest_run_state(directory: Path, on_skip: Callable[[str], None]) -> RunState | None:
+def newest_run_state(directory: Path, on_skip: Callable[[str], None], in_ranges: bool = False) -> RunState | None:
     """The newest checkpoint that verifies; ``on_skip`` gets one line for each newer one that does not.
 
     Raises:
@@ -56,7 +70,7 @@ def newest_run_state(directory: Path, on_skip: Callable[[str], None]) -> RunStat
     unreadable = None
     for path in list_checkpoints(directory):
         try:
-            return read_run_state(path)
+            return read_run_state(path, in_ranges)
         except OtherVersion:
             raise
         except LlamatuneError as fault:

@@ -93,6 +93,7 @@ class PlanMemoryOptions(Options):
         parse=parse_size,
     )
     device: Literal["cuda", "cpu"] = option("cuda, or cpu, where other attention kernels run.", "cuda")
+    ranks: int = option("Processes, each with a device.", 1, metavar="N", at_least=1, at_most=1 << 16)
     micro_batch_size: int | None = option("Rows in one forward pass.", None, metavar="N")
     max_seq_length: int | None = option(
         "Tokens of a row, in place of the prepared data's.", None, metavar="N", at_least=1, at_most=1 << 20

@@ -25,11 +25,13 @@ else:
 class Console:
     """Prints for one verb and, for the length of a ``with`` block, handles signals.
 
-    A signal only sets a flag, which ``should_stop`` returns; the work ends at its next safe point.
+    A signal only sets a flag, which ``should_stop`` returns; the work ends at its next safe point. Of several ranks,
+    only the first has a console that ``prints``.
     """
 
-    def __init__(self, json_mode: bool) -> None:
+    def __init__(self, json_mode: bool, prints: bool = True) -> None:
         self.log_every_steps = 1
+        self._prints = prints
         self._json_mode = json_mode
         self._stop = False
         self._signals = stop_signals(self._note_signal)
@@ -52,6 +54,8 @@ class Console:
 
     def on_event(self, event: Event) -> None:
         """Draw an event on a terminal, or write it as a ``key=value`` line. Work goes on where stderr is closed."""
+        if not self._prints:
+            return
         if self._draw is None:
             if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
                 from llamatune.commands._progress_bars import ProgressBars, open_console
@@ -69,6 +73,8 @@ class Console:
 
     def result(self, payload: dict[str, Any], human: Callable[[RichConsole], None]) -> None:
         """Print the result: ``payload`` as one JSON object under ``--json``, else what ``human`` prints."""
+        if not self._prints:
+            return
         self._close_drawing()
         with contextlib.suppress(BrokenPipeError):  # the reader closed the pipe
             if self._json_mode:

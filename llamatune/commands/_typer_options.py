@@ -16,24 +16,36 @@ from typer.core import TyperCommand
 
 from llamatune.command_options.option import Option, Options, option_fields
 from llamatune.commands._console import Console
+from llamatune.commands._several_ranks import run_on_first
 from llamatune.errors import SpecError
 from llamatune.home_directory import expand_home
+from llamatune.launcher import read_launch
 
 _JSON = typer.Option(False, "--json", help="Print the result as one JSON object.")
 
 
 def with_options(verb: Callable[..., None]) -> Callable[..., None]:
-    """A verb of ``(options, console)`` as a function of the options class's fields and ``--json``, for Typer."""
-    options: type[Options] = typing.get_type_hints(verb)["options"]
+    """A verb of ``(options, console)`` as a function of the options class's fields and ``--json``, for Typer.
+
+    Of several processes the first alone runs it. A verb of ``(options, console, launch)`` runs in all, which share its
+    work.
+    """
+    hints = typing.get_type_hints(verb)
+    options: type[Options] = hints["options"]
     declared = option_fields(options)
 
     @functools.wraps(verb)
     def run(json_mode: bool, **values: Any) -> None:
-        from llamatune.launcher import refuse_ranks
-
-        refuse_ranks()
+        launch = read_launch()
         given = {option.name: _parsed(option, values[option.name]) for option in declared}
-        verb(options(**{name: value for name, value in given.items() if value is not None}), Console(json_mode))
+        request = options(**{name: value for name, value in given.items() if value is not None})
+        console = Console(json_mode, launch.rank == 0)
+        if "launch" in hints:
+            verb(request, console, launch)
+        elif launch.world_size == 1:
+            verb(request, console)
+        else:
+            run_on_first(launch, lambda: verb(request, console))
 
     json_mode = Parameter("json_mode", Parameter.KEYWORD_ONLY, default=_JSON, annotation=bool)
     parameters = [*map(_parameter, declared), json_mode]

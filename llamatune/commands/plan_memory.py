@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,6 @@ from llamatune.command_options.training import PlanMemoryOptions
 from llamatune.commands._console import Console, RichConsole
 
 if TYPE_CHECKING:
-    from llamatune.memory.sizes import Rows
     from llamatune.shapes.llama_config import LlamaConfig
     from llamatune.spec import RunSpec
 
@@ -45,9 +45,20 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
         else:
             raise SpecError("neither a spec nor --preset", todo="for example --preset llama-2-7b")
         config = config.with_layers(spec.model.num_layers)
-        rows = _rows(spec, config, options, console)
         limit = planning.limit_of(spec, options.memory_bytes)
         cuda = options.device == "cuda"
+        counts = _lengths(spec, config, options, console)
+        tokens = spec.training.tokens_per_pass
+
+        def placed_for(tokens: int | None) -> RunSpec:
+            rows = planning.heaviest_rows(*counts, spec, tokens, options.ranks)
+            return planning.choose_placement(
+                spec, lambda it: planning.plan_memory(it, config, rows, cuda, limit).fits, options.device, options.ranks
+            )
+
+        if tokens == "auto":
+            tokens = planning.joined_tokens(*counts, placed_for(None), config, cuda, limit, options.ranks)
+        rows, spec = planning.heaviest_rows(*counts, spec, tokens, options.ranks), placed_for(tokens)
         plan = planning.plan_memory(spec, config, rows, cuda, limit)
         facts = plan_report(spec, config, plan, cuda)
         if options.explain:
@@ -55,19 +66,22 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
         console.result(facts, lambda out: print_memory_plan(out, facts))
 
 
-def _rows(spec: RunSpec, config: LlamaConfig, options: PlanMemoryOptions, console: Console) -> Rows:
-    """The heaviest micro-batch: of the prepared data if there is any, else of rows of equal length."""
+def _lengths(
+    spec: RunSpec, config: LlamaConfig, options: PlanMemoryOptions, console: Console
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Lengths and target tokens of the rows: of the prepared data if there is any, else of rows of equal length."""
     from llamatune.events import Notice
     from llamatune.formats.prepared import read_lengths
-    from llamatune.memory.plan import heaviest_rows
 
     prepared = Path(spec.data.train)
     if options.max_seq_length is None and options.preset is None and (prepared / "train.safetensors").is_file():
-        return heaviest_rows(*read_lengths(prepared), spec)
+        return read_lengths(prepared)
     tokens = options.max_seq_length or min(512, config.max_position_embeddings)
     console.on_event(Notice(f"planned for rows of {tokens} tokens, all of them targets"))
-    samples = spec.training.micro_batch_size * max(1, spec.data.packed_tokens // tokens if spec.data.packing else 1)
-    return heaviest_rows([tokens] * samples, [tokens] * samples, spec)
+    training = spec.training
+    rows = training.micro_batch_size * training.gradient_accumulation_steps
+    lengths = [tokens] * (rows * max(1, spec.data.packed_tokens // tokens if spec.data.packing else 1))
+    return lengths, lengths
 
 
 def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
@@ -76,7 +90,7 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
 
     from llamatune.units import gibibytes
 
-    title = f"a step of {facts['micro_batch_tokens']:,} tokens at a time, {facts['device']}"
+    title = f"a step of {facts['pass_tokens']:,} tokens at a time, {facts['device']}"
     table = Table("at its peak", Column("memory", justify="right"), title=title, title_justify="left")
     for name, size in facts["predicted_memory_bytes"].items():
         table.add_row(name.replace("_", " "), gibibytes(size))
@@ -89,6 +103,10 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
     if layers is not None and any(count for name, count in layers.items() if name != "nothing"):
         shown = ", ".join(f"{name} in {count}" for name, count in layers.items() if count)
         out.print(f"layers recompute {shown}", markup=False)
+    if "tokens_that_hide_it" in facts:
+        brought, tokens = gibibytes(facts["bytes_brought_per_pass"]), facts["tokens_that_hide_it"]
+        rates = "at 25 GB/s and 400 TFLOP/s"
+        out.print(f"placement {facts['placement']}: a pass brings in {brought}; {tokens:,} tokens hide that {rates}")
     if facts["memory_limit_bytes"] is None:
         return
     verdict = "fits" if facts["fits"] else "does not fit"

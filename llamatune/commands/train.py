@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from llamatune.command_options.training import TrainOptions
 from llamatune.commands._console import Console, RichConsole
+from llamatune.commands._several_ranks import connect
+from llamatune.launcher import Launch
 
 
-def train(options: TrainOptions, console: Console) -> None:
+def train(options: TrainOptions, console: Console, launch: Launch) -> None:
     """Fine-tune a model as a run spec says; run it again to continue."""
     from llamatune.spec import load_spec
 
     spec = load_spec(options.spec_path, options.overrides)
     console.log_every_steps = spec.training.log_every_steps
-    with console:
+    timeout_s = spec.training.rank_timeout_s
+    with console, connect(launch, spec.training.device, timeout_s, console.should_stop) as ranks:
         from llamatune.tracking.trackers import Trackers
         from llamatune.training.train import plan_training
         from llamatune.training.train import train as run_training
 
-        trackers = Trackers(spec, console.on_event)
         if options.dry_run:
-            plan = plan_training(spec, force_base=options.force_base, on_event=console.on_event)
+            plan = plan_training(spec, force_base=options.force_base, on_event=console.on_event, ranks=ranks)
             console.result(plan, lambda out: _print_plan(out, plan, spec.to_yaml()))
             return
-        with trackers:
+        trackers = Trackers(spec, console.on_event) if ranks.is_first else None
+        with trackers or contextlib.nullcontext():
             summary = run_training(
                 spec,
                 resume=options.resume == "auto",
                 overwrite=options.overwrite,
                 force_base=options.force_base,
                 allowed_changes=tuple(options.allow_spec_change),
-                on_event=trackers.on_event,
+                on_event=trackers.on_event if trackers else console.on_event,
                 should_stop=console.should_stop,
+                ranks=ranks,
             )
         console.result(summary, lambda out: _print_summary(out, summary))
 

@@ -15,7 +15,8 @@ from llamatune.errors import CheckpointError
 from llamatune.formats.manifest import OtherVersion
 from llamatune.strict_json import read_json, write_json
 
-STATE, SCHEMA = "state.json", 1
+STATE, SCHEMA = "state.json", 2
+_READ = (1, SCHEMA)  # 1: by versions that compute each micro-batch by itself and cannot continue a later run
 _NAME = re.compile(r"step-(\d{6,})")
 _KINDS = {"step": int, "metrics_bytes": int, "position": dict, "scaler": dict}
 
@@ -41,7 +42,7 @@ def write_progress(checkpoint: Path, progress: Mapping[str, Any]) -> None:
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     """Read ``state.json`` of a checkpoint."""
     progress = read_json(checkpoint / STATE)
-    if progress.get("schema") != SCHEMA:
+    if progress.get("schema") not in _READ:
         raise OtherVersion(progress.get("schema"), checkpoint)
     wrong = [name for name, kind in _KINDS.items() if type(progress.get(name)) is not kind]
     if wrong:

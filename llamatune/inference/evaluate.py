@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from llamatune.inference.significance import ratio_interval
 from llamatune.model.loss import IGNORED, target_losses
 from llamatune.model.transformer import Transformer
 from llamatune.out_of_memory import memory_faults
+from llamatune.ranks import ALONE, Ranks
+from llamatune.shared_work import refuse_differences, shared_map
 from llamatune.threads import suitable_threads
 from llamatune.units import perplexity
 
@@ -78,17 +80,24 @@ def held_out_loss(
     autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     on_event: OnEvent = ignore_event,
     should_stop: ShouldStop = never_stop,
+    ranks: Ranks = ALONE,
+    idle: Callable[[], None] | None = None,
 ) -> HeldOutLoss:
-    """Mean loss per target token over every row of ``split``, without dropout. Raises ``Stopped`` on request."""
+    """Mean loss per target token over every row of ``split``, without dropout. Raises ``Stopped`` on request.
+
+    Several ranks share the batches; each has the same mean. ``idle``: what a rank without a batch does meanwhile.
+    """
+
+    def score(batch: Batch) -> list[tuple[Any, ...]]:
+        with autocast():
+            return [astuple(row) for row in score_batch(model, batch)]
+
     was_training = model.training
     model.eval()
     rows: list[RowScore] = []
     try:
-        for batch in split.batches(batch_size):
-            if should_stop():
-                raise Stopped("stopped during evaluation")
-            with autocast():
-                rows += score_batch(model, batch)
+        for scores in shared_map(split.batches(batch_size), score, should_stop, ranks, idle):
+            rows += [RowScore(*values) for values in scores]
             on_event(Progress("evaluating", len(rows), len(split)))
     finally:
         model.train(was_training)
@@ -143,9 +152,12 @@ class PreparedReport:
 
 
 def evaluate_prepared(
-    options: EvaluateOptions, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop
+    options: EvaluateOptions,
+    on_event: OnEvent = ignore_event,
+    should_stop: ShouldStop = never_stop,
+    ranks: Ranks = ALONE,
 ) -> PreparedReport:
-    """Score the rows of a prepared directory.
+    """Score the rows of a prepared directory. Several ranks share the batches; each has the whole report.
 
     Raises:
         SpecError: the data has no such split.
@@ -153,8 +165,9 @@ def evaluate_prepared(
         NumericsError: a row's loss is not finite.
         Stopped: ``should_stop`` said so.
     """
-    opened = open_model(options, on_event)
+    opened = open_model(options, on_event, ranks)
     prepared = open_prepared(options.data)
+    refuse_differences({"data": prepared.manifest.digest}, ranks)
     split, chosen = _choose(prepared, options.split, options.data)
     for part in chosen.values():
         check_rows(part, opened.checkpoint.config, f"{options.data} against {options.model}", on_event)
@@ -166,18 +179,29 @@ def evaluate_prepared(
         models = opened.load(on_event, should_stop)
         names: list[str] = []
         scores: dict[str, list[RowScore]] = {prefix: [] for prefix in models}
-        for name, part in chosen.items():
-            for batch in part.batches(options.batch_size, options.limit):
-                for prefix, model in models.items():
-                    if should_stop():
-                        raise Stopped("stopped during evaluation", f"after {len(names)} of {total} rows")
-                    for score in score_batch(model, batch):
-                        if not math.isfinite(score.summed_loss):
-                            where = f"{options.data}, row {score.row}"
-                            raise NumericsError("the loss is not finite", where, "try --dtype float32")
-                        scores[prefix].append(score)
-                names += [name] * len(batch.rows)
-                on_event(Progress("evaluating", len(names), total))
+
+        def score(item: tuple[str, Batch, str]) -> tuple[str, str, list[tuple[Any, ...]]]:
+            name, batch, prefix = item
+            return name, prefix, [astuple(row) for row in score_batch(models[prefix], batch)]
+
+        items = (
+            (name, batch, prefix)
+            for name, part in chosen.items()
+            for batch in part.batches(options.batch_size, options.limit)
+            for prefix in models
+        )
+        try:
+            for name, prefix, rows in shared_map(items, score, should_stop, ranks):
+                for row in (RowScore(*values) for values in rows):
+                    if not math.isfinite(row.summed_loss):
+                        where = f"{options.data}, row {row.row}"
+                        raise NumericsError("the loss is not finite", where, "try --dtype float32")
+                    scores[prefix].append(row)
+                if prefix == list(models)[-1]:
+                    names += [name] * len(rows)
+                    on_event(Progress("evaluating", len(names), total))
+        except Stopped:
+            raise Stopped("stopped during evaluation", f"after {len(names)} of {total} rows") from None
     return PreparedReport(str(options.data), split, opened.dtype_name, names, scores)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from time import monotonic
+from typing import Any
 
 from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
@@ -12,6 +13,8 @@ from llamatune.inference.engine import Completion, complete
 from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_files import Prompt, prompt_text
 from llamatune.out_of_memory import memory_faults
+from llamatune.ranks import ALONE, Ranks
+from llamatune.shared_work import shared_map
 from llamatune.threads import suitable_threads
 
 _BATCH = 16
@@ -43,16 +46,19 @@ def generate(
     template: str | None = None,
     on_event: OnEvent = ignore_event,
     should_stop: ShouldStop = never_stop,
+    ranks: Ranks = ALONE,
 ) -> Generations:
     """Load, generate, decode. ``template`` None is the one stored with the adapter or merged model.
+
+    Several ranks share batches of prompts, which the first gives; each has all completions.
 
     Raises:
         SpecError: a template that has no place for a prompt.
         CheckpointError: model, tokenizer or adapter cannot be used or do not belong together.
     """
-    opened = open_model(source, on_event)
+    opened = open_model(source, on_event, ranks)
     tokenizer, prompt_template = opened.tokenizer(), opened.template(template)
-    texts = [prompt_text(prompt, prompt_template, number) for number, prompt in enumerate(prompts, 1)]
+    texts = ranks.from_first([prompt_text(prompt, prompt_template, number) for number, prompt in enumerate(prompts, 1)])
     ids = opened.encode(tokenizer, texts, sampling.max_new_tokens, on_event)
     beams, config = sampling.num_beams, opened.checkpoint.config
     threads = suitable_threads(config, beams if beams > 1 else min(_BATCH, len(ids)))
@@ -61,9 +67,14 @@ def generate(
         eos_ids = {*config.eos_token_ids, tokenizer.eos_id}
 
         def run(name: str, task: str) -> tuple[list[Completion], float]:
-            started, done = monotonic(), []
-            for first in range(0, len(ids), _BATCH):
-                done += complete(models[name], ids[first : first + _BATCH], sampling, eos_ids, should_stop)
+            started, done = monotonic(), list[Completion]()
+
+            def complete_batch(first: int) -> list[tuple[Any, ...]]:
+                batch = ids[first : first + _BATCH]
+                return [astuple(made) for made in complete(models[name], batch, sampling, eos_ids, should_stop)]
+
+            for batch in shared_map(range(0, len(ids), _BATCH), complete_batch, should_stop, ranks, items_in_a_round=1):
+                done += [Completion(*values) for values in batch]
                 on_event(Progress(task, len(done), len(ids)))
             return done, sum(len(completion.ids) for completion in done) / max(monotonic() - started, 1e-9)
 

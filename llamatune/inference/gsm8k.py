@@ -29,8 +29,10 @@ from llamatune.inference.evaluate import MEMORY_ADVICE
 from llamatune.inference.model_source import OpenedModel, open_model
 from llamatune.inference.significance import exact_mcnemar, score_interval
 from llamatune.out_of_memory import memory_faults
+from llamatune.ranks import ALONE, Ranks
 from llamatune.safe_reading import digest_file
 from llamatune.seeds import derived_seed
+from llamatune.shared_work import refuse_differences, shared_map
 from llamatune.threads import suitable_threads
 from llamatune.tokenizers.tokenizer import Tokenizer
 
@@ -138,9 +140,12 @@ def scored_line(question: Question, replies: Mapping[str, tuple[str, str]]) -> d
 
 
 def evaluate_gsm8k(
-    options: EvaluateOptions, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop
+    options: EvaluateOptions,
+    on_event: OnEvent = ignore_event,
+    should_stop: ShouldStop = never_stop,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Generate an answer to every question, and score it.
+    """Generate an answer to every question, and score it. Several ranks share the batches, and the first writes.
 
     Raises:
         DataError: rows that cannot be used.
@@ -148,7 +153,7 @@ def evaluate_gsm8k(
         EnvironmentFault: the output is another evaluation's, or cannot be written.
         Stopped: ``should_stop`` said so; with an output the same evaluation goes on.
     """
-    opened = open_model(options, on_event)
+    opened = open_model(options, on_event, ranks)
     tokenizer, template = opened.tokenizer(), opened.template(options.template)
     if template is None and options.template is None:
         template = TEMPLATES["gsm8k"]
@@ -160,31 +165,36 @@ def evaluate_gsm8k(
     prompts = opened.encode(tokenizer, texts, options.sampling.max_new_tokens, on_event)
     lines: list[dict[str, Any]] = []
     report = partial(gsm8k_report, str(options.data), opened.dtype_name, options.shots or 0)
+    settings: dict[str, Any] = {}
+    if options.output is not None or ranks.size > 1:
+        settings = _settings(options, opened, tokenizer, template, examples)
+        refuse_differences(settings, ranks)
     with contextlib.ExitStack() as stack:
         log = None
-        if options.output is not None:
-            settings = _settings(options, opened, tokenizer, template, examples)
+        if options.output is not None and ranks.is_first:
             log = stack.enter_context(open_answer_log(options.output, settings, options.overwrite))
             lines += _kept_lines(log, questions, options.compare)
             if lines:
                 on_event(Notice(f"{options.output} holds {len(lines)} of {len(questions)} answers already"))
-            if len(lines) == len(questions):
-                return report(lines)
-            # Whole batches only, so that the rows of a batch do not depend on where the evaluation was stopped.
-            del lines[len(lines) // options.batch_size * options.batch_size :]
+        lines = ranks.from_first(lines)
+        if len(lines) == len(questions):
+            return report(lines)
+        # Whole batches only, so that the rows of a batch do not depend on where the evaluation was stopped.
+        del lines[len(lines) // options.batch_size * options.batch_size :]
+        if log is not None:
             log.keep(len(lines))
         stack.enter_context(memory_faults(opened.device, MEMORY_ADVICE))
         stack.enter_context(suitable_threads(opened.checkpoint.config, min(options.batch_size, len(prompts))))
         try:
             unanswered = questions[len(lines) :], prompts[len(lines) :]
-            for batch in _answer(options, opened, tokenizer, *unanswered, on_event, should_stop):
+            for batch in _answer(options, opened, tokenizer, *unanswered, on_event, should_stop, ranks):
                 if log is not None:
                     log.append(batch)
                 lines += batch
                 on_event(Progress("answering", len(lines), len(questions)))
         except Stopped:
             what, todo = f"stopped after {len(lines)} of {len(questions)} questions", "run the same command again"
-            raise Stopped(what, options.output, todo if log else None) from None
+            raise Stopped(what, options.output, todo if options.output else None) from None
     return report(lines)
 
 
@@ -196,6 +206,7 @@ def _answer(
     prompts: list[list[int]],
     on_event: OnEvent,
     should_stop: ShouldStop,
+    ranks: Ranks,
 ) -> Iterator[list[dict[str, Any]]]:
     """The lines of each batch of questions: greedy, and ended once no further text can change the score."""
     models = opened.load(on_event, should_stop)
@@ -204,14 +215,16 @@ def _answer(
     def is_enough(ids: Sequence[int]) -> bool:
         return is_answered(tokenizer.decode(ids), bool(options.shots))
 
-    for first in range(0, len(prompts), options.batch_size):
+    def answer(first: int) -> list[dict[str, Any]]:
         batch = prompts[first : first + options.batch_size]
         replies: list[dict[str, tuple[str, str]]] = [{} for _ in batch]
         for prefix, model in models.items():
             completions = complete(model, batch, options.sampling, eos_ids, should_stop, is_enough)
             for reply, prompt, completion in zip(replies, batch, completions, strict=True):
                 reply[prefix] = tokenizer.continuation(prompt, completion.ids), completion.finish_reason
-        yield list(map(scored_line, questions[first : first + options.batch_size], replies))
+        return list(map(scored_line, questions[first : first + options.batch_size], replies))
+
+    yield from shared_map(range(0, len(prompts), options.batch_size), answer, should_stop, ranks, items_in_a_round=1)
 
 
 def _settings(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from llamatune import __version__
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
@@ -22,6 +23,8 @@ from llamatune.formats.manifest import find_manifest
 from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from llamatune.model.transformer import Transformer
+from llamatune.ranks import ALONE, Ranks
+from llamatune.shared_work import refuse_differences
 from llamatune.tokenizers.sentencepiece import load_tokenizer
 from llamatune.tokenizers.tokenizer import Tokenizer, check_vocabulary
 
@@ -84,18 +87,22 @@ class OpenedModel:
         return {**models, "base_": base} if self.compare else models
 
 
-def open_model(source: ModelSource, on_event: OnEvent = ignore_event) -> OpenedModel:
-    """Open a model directory and, if there is one, the adapter.
+def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ranks = ALONE) -> OpenedModel:
+    """Open a model directory and, if there is one, the adapter. Several ranks must have the same, and one request.
 
     Raises:
-        EnvironmentFault: the device is absent, or torch has no kernels for it.
+        EnvironmentFault: the device is absent, or torch has no kernels for it; the ranks differ.
         CheckpointError: model or adapter cannot be used or do not belong together.
     """
-    device = choose_device(source.device, on_event)
+    device = choose_device(source.device, on_event, None if ranks.size == 1 else ranks.local_rank)
     checkpoint, adapter = open_checkpoint(source.model), None
     if source.adapter is not None:
         adapter = load_adapter(source.adapter)
         check_adapter(adapter, checkpoint.config, fingerprint(checkpoint), source.force_base, on_event)
+    if ranks.size > 1:
+        own = {field.name: repr(getattr(source, field.name)) for field in dataclasses.fields(source)}
+        own |= {"torch": torch.__version__, "llamatune": __version__, "content of --model": fingerprint(checkpoint)}
+        refuse_differences({**own, "content of --adapter": adapter and adapter.digest}, ranks)
     dtype = TORCH_DTYPES.get(source.dtype)
     if dtype is None and device.type == "cpu" and _stored_dtype(checkpoint) == torch.float16:
         on_event(Notice("computing in fp32, since fp16 is very slow on a CPU; --dtype bfloat16 takes half the memory"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +16,13 @@ from llamatune.shapes.recompute_levels import Levels, Recompute, levels_of
 from llamatune.spec import RunSpec
 from llamatune.units import gibibytes, parse_size
 
+MOST_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""More tokens in a pass gain next to nothing: its products are large enough."""
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The step of the heaviest micro-batch; ``levels``: what each fused block recomputes, None for plain blocks."""
+    """The step of the heaviest pass; ``levels``: what each fused block recomputes, None for plain blocks."""
 
     rows: Rows
     levels: Levels | None
@@ -68,6 +70,24 @@ def plan_memory(spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu, limit
     return MemoryPlan(rows, levels, step.highest(levels), limit_bytes)
 
 
+def choose_placement(spec: RunSpec, fits: Callable[[RunSpec], bool], device: str, ranks: int) -> RunSpec:
+    """The spec with ``model.placement: auto`` decided: the device if a step ``fits``, else host or shard.
+
+    One process on a CPU has no other memory, and what trains every parameter is not streamed.
+    """
+    if spec.model.placement != "auto":
+        return spec
+    on_device, other = placed(spec, "device"), "shard" if ranks > 1 else "host"
+    if spec.adapter is None or (ranks == 1 and device == "cpu") or fits(on_device):
+        return on_device
+    return placed(spec, other)
+
+
+def placed(spec: RunSpec, placement: str) -> RunSpec:
+    """The spec with another ``model.placement``."""
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"placement": placement})})
+
+
 def limit_of(spec: RunSpec, free_bytes: int | None) -> int | None:
     """What ``training.memory_limit`` allows: an amount, or nine tenths of what is free, if that is known.
 
@@ -79,18 +99,65 @@ def limit_of(spec: RunSpec, free_bytes: int | None) -> int | None:
     return None if free_bytes is None else free_bytes * 9 // 10
 
 
-def heaviest_rows(lengths: Sequence[int], target_counts: Sequence[int], spec: RunSpec) -> Rows:
-    """The micro-batch that needs most memory: the longest rows, or full rows of packed samples."""
-    size, data = spec.training.micro_batch_size, spec.data
+def heaviest_rows(
+    lengths: Sequence[int],
+    target_counts: Sequence[int],
+    spec: RunSpec,
+    pass_tokens: int | None = None,
+    ranks: int = 1,
+) -> Rows:
+    """The pass that needs most memory: the longest rows, or full rows of packed samples.
+
+    It is one micro-batch, or several that have at most ``pass_tokens`` tokens together.
+    """
+    size, steps, data = spec.training.micro_batch_size, spec.training.gradient_accumulation_steps, spec.data
     if not data.packing:
-        longest = heapq.nlargest(size, range(len(lengths)), key=lengths.__getitem__)
-        return Rows(tuple(lengths[i] for i in longest), sum(target_counts[i] for i in longest))
+        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        chosen, room = longest[:size], (pass_tokens or 0) - sum(lengths[i] for i in longest[:size])
+        for i in longest[size:] if room > 0 else ():
+            if lengths[i] <= room and len(chosen) < size * steps:
+                chosen.append(i)
+                room -= lengths[i]
+        window = sum(lengths[i] for i in longest[: size * steps])
+        passes = steps if pass_tokens is None else min(steps, -(-window // pass_tokens))
+        return Rows(tuple(lengths[i] for i in chosen), sum(target_counts[i] for i in chosen), passes, ranks)
     total, ordered = sum(lengths), sorted(lengths)
     tokens = min(total, size * max(data.packed_tokens, ordered[-1]))
+    joined = max(1, min(steps, (pass_tokens or 0) // tokens))
+    tokens = min(total, joined * tokens)
     count = max(1, tokens * len(lengths) // total)
     samples = [ordered[(2 * place + 1) * len(ordered) // (2 * count)] for place in range(count)]
     samples[-1] = max(1, samples[-1] + tokens - sum(samples))
-    return Rows(tuple(samples), round(tokens * sum(target_counts) / total))
+    return Rows(tuple(samples), round(tokens * sum(target_counts) / total), -(-steps // joined), ranks)
+
+
+def joined_tokens(
+    lengths: Sequence[int],
+    target_counts: Sequence[int],
+    spec: RunSpec,
+    config: LlamaConfig,
+    cuda: Gpu,
+    limit_bytes: int | None,
+    ranks: int = 1,
+) -> int:
+    """Tokens of the passes that ``training.tokens_per_pass: auto`` makes: what fits without more recomputation.
+
+    The heaviest micro-batch has to be computed anyway, so others are joined up to its tokens. More need a limit that is
+    known.
+    """
+
+    def planned(tokens: int | None) -> MemoryPlan:
+        rows = heaviest_rows(lengths, target_counts, spec, tokens, ranks)
+        return plan_memory(spec, config, rows, cuda, limit_bytes)
+
+    single = planned(None)
+    tokens = 0 if limit_bytes is None else MOST_TOKENS["cuda" if cuda else "cpu"]
+    while tokens > single.rows.tokens:
+        joined = planned(tokens)
+        if joined.fits and joined.levels == single.levels:
+            return tokens
+        tokens //= 2
+    return single.rows.tokens
 
 
 def cheapest_levels(layers: int, peak: Callable[[Levels], int], limit: int) -> Levels:

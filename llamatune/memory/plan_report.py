@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from llamatune.memory.plan import MemoryPlan, largest, plan_memory
 from llamatune.memory.remedies import remedies
-from llamatune.memory.sizes import Rows
+from llamatune.memory.sizes import Sizes
 from llamatune.memory.step import Step
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.spec import RunSpec
 
 _MOST_ROWS = 1 << 16
+_ASSUMED_FLOPS, _ASSUMED_BYTES_PER_S = 400e12, 25e9
+"""Of a GPU in 16 bits, and of the way to it."""
 
 
 def plan_report(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) -> dict[str, Any]:
@@ -24,8 +27,10 @@ def plan_report(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu)
     """
     facts = {
         **plan.facts(),
-        "micro_batch_tokens": plan.rows.tokens,
+        "pass_tokens": plan.rows.tokens,
         "device": "cuda" if cuda else "cpu",
+        "placement": spec.model.placement,
+        **_streaming(spec, config, plan),
         "fits": None if plan.limit_bytes is None else plan.fits,
     }
     if plan.limit_bytes is None:
@@ -35,7 +40,7 @@ def plan_report(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu)
     row = plan.rows.lengths[: max(1, len(plan.rows.lengths) // size)] if packing else (max(plan.rows.lengths),)
 
     def fits(lengths: tuple[int, ...]) -> bool:
-        rows = Rows(lengths, max(1, round(sum(lengths) * share)))
+        rows = dataclasses.replace(plan.rows, lengths=lengths, targets=max(1, round(sum(lengths) * share)))
         return plan_memory(spec, config, rows, cuda, plan.limit_bytes).fits
 
     def longer(tokens: int) -> tuple[int, ...]:
@@ -50,6 +55,24 @@ def plan_report(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu)
             lambda tokens: fits(longer(tokens)), 1 << 20 if packing else config.max_position_embeddings
         ),
         "remedies": [] if plan.fits else [dataclasses.asdict(remedy) for remedy in remedies(spec, config, plan, cuda)],
+    }
+
+
+def _streaming(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan) -> dict[str, Any]:
+    """What a pass brings to the device, and from how many tokens on its computation may take as long (assumed rates).
+
+    Forward and backward multiply each weight once or more, two operations a token; the first and last two blocks stay.
+    """
+    placement, ranks = spec.model.placement, plan.rows.ranks
+    if placement not in ("host", "shard"):
+        return {}
+    sizes = Sizes(spec, config, plan.rows, True)
+    brought = sizes.block * (ranks - 1) // ranks if placement == "shard" else sizes.block
+    return {
+        "bytes_brought_per_pass": 2 * max(0, config.num_hidden_layers - 2) * brought,
+        "tokens_that_hide_it": math.ceil(
+            brought / _ASSUMED_BYTES_PER_S * _ASSUMED_FLOPS / (2 * sizes.block_parameters)
+        ),
     }
 
 

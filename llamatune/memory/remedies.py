@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamatune.memory.plan import MemoryPlan, plan_memory
 from llamatune.memory.sizes import Rows
@@ -64,7 +64,7 @@ def after_running_out(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda
 def remedies(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) -> list[Remedy]:
     """Every change that is not made yet and lowers the peak by more than a thousandth, each by itself."""
     helpful, values = [], spec.model_dump(exclude={"lora"} if spec.lora is None else None)
-    for change, effect, more_compute, rows in _changes(spec, config, plan.rows):
+    for change, effect, more_compute, rows in _changes(spec, config, plan.rows, bool(cuda)):
         overrides = [word for word in change.split() if "=" in word]  # none where the rows alone change
         changed = build_spec(copy.deepcopy(values), change, overrides)
         after = plan_memory(changed, config, rows, cuda, plan.limit_bytes)
@@ -74,7 +74,9 @@ def remedies(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) ->
     return helpful
 
 
-def _changes(spec: RunSpec, config: LlamaConfig, rows: Rows) -> Iterator[tuple[str, str, float | None, Rows]]:
+def _changes(
+    spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: bool
+) -> Iterator[tuple[str, str, float | None, Rows]]:
     """The change, its effect and its added computation as in ``Remedy``, and the micro-batch behind it."""
     training, lora, dtype = spec.training, spec.lora, spec.model.dtype
     size, steps, longest = training.micro_batch_size, training.gradient_accumulation_steps, max(rows.lengths)
@@ -85,6 +87,9 @@ def _changes(spec: RunSpec, config: LlamaConfig, rows: Rows) -> Iterator[tuple[s
     if training.precision == "fp32":
         weights = "model.dtype=bfloat16 " if lora and dtype == "float32" else ""
         yield f"{weights}training.precision=bf16", "all in 16 bits but what is trained", 0.0, rows
+    if isinstance(training.tokens_per_pass, int) and len(rows.lengths) > size and not spec.data.packing:
+        alone = replace(_of(rows, rows.lengths[:size]), passes=None)
+        yield "training.tokens_per_pass=null", "each micro-batch by itself", 0.0, alone
     if size > 1:
         change = f"training.micro_batch_size={size // 2} training.gradient_accumulation_steps={steps * 2}"
         yield change, "about as many rows an update, in smaller passes", 0.0, _fewer(rows, size // 2 / size)
@@ -96,6 +101,9 @@ def _changes(spec: RunSpec, config: LlamaConfig, rows: Rows) -> Iterator[tuple[s
         yield change, "every block computed again", share if lora else 1 / 3, rows
     if lora and dtype != "nf4":
         yield "model.dtype=nf4", "frozen weights in 4 bits, unpacked for each product", None, rows
+    if lora and spec.model.placement in ("auto", "device") and (cuda or rows.ranks > 1):
+        other, where = ("shard", "slices on all ranks") if rows.ranks > 1 else ("host", "host memory")
+        yield f"model.placement={other}", f"the blocks' frozen weights in {where}", None, rows
     if not lora:
         yield f"lora.r={LoraSection().r}", "trains an adapter alone", None, rows
     elif lora.r > 1:
@@ -121,4 +129,4 @@ def _fewer(rows: Rows, share: float) -> Rows:
 
 
 def _of(rows: Rows, lengths: tuple[int, ...]) -> Rows:
-    return Rows(lengths, max(1, round(rows.targets * sum(lengths) / rows.tokens)))
+    return replace(rows, lengths=lengths, targets=max(1, round(rows.targets * sum(lengths) / rows.tokens)))

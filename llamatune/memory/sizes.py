@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability, Gpu
 from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.dtypes import PRECISIONS, WEIGHT_BYTES
+from llamatune.shapes.gradient_lanes import LANES
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.tile_sizes import ELEMENTS_AT_ONCE, WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
@@ -24,10 +25,16 @@ _CODE_TABLE_BYTES = 4 << 16  # what finds the level of an 8-bit blockwise code
 
 @dataclass(frozen=True)
 class Rows:
-    """A micro-batch: samples of these lengths one after another, of whose tokens ``targets`` are predicted."""
+    """A pass: samples of these lengths one after another, of whose tokens ``targets`` are predicted.
+
+    ``passes`` are those of its accumulation window; None: as many as the spec has micro-batches. ``ranks`` are the
+    processes among which a base in shards is divided, and all that is trained where every parameter is.
+    """
 
     lengths: tuple[int, ...]
     targets: int
+    passes: int | None = None
+    ranks: int = 1
 
     @property
     def tokens(self) -> int:
@@ -48,8 +55,11 @@ class Sizes:
         self.R = self.adapter.r if self.adapter else 0
         self.targets = frozenset(self.adapter.target_modules) if self.adapter else frozenset()
         self.trains_all, self.dropout = self.adapter is None, bool(self.adapter and self.adapter.dropout)
+        self.slices = rows.ranks if self.trains_all else 1  # of weights, gradients and optimizer state
         self.fused = self.adapter is not None and training.fused
-        self.accumulates = training.gradient_accumulation_steps > 1
+        passes, lanes = rows.passes or training.gradient_accumulation_steps, LANES if self.adapter else 1
+        self.accumulates = passes > lanes  # into gradients that are there already
+        self.held_sums = (min(passes, lanes) - 1).bit_length()  # of gradients of other lanes
         self.nf4, self.autocast = spec.model.dtype == "nf4", training.precision != "fp32"
         held = spec.model.dtype
         if self.nf4:  # of what is not quantised
@@ -72,29 +82,49 @@ class Sizes:
 
     @functools.cached_property
     def weights(self) -> int:
-        """The base as it is held."""
-        total = count_parameters(self.config).base_parameters
-        if not self.nf4:
-            return total * self.w
-        linears, layers = [self.count(name) for name in LINEAR_MODULES], self.config.num_hidden_layers
-        return (total - sum(linears) * layers) * self.w + sum(map(_nf4_bytes, linears)) * layers
+        """The base as it is held on the device: with streamed blocks two rooms, and what lies there of the blocks."""
+        layers, placement = self.config.num_hidden_layers, self.spec.model.placement
+        others = (count_parameters(self.config).base_parameters - self.block_parameters * layers) * self.w
+        if self.slices > 1:  # beside the slice, what is gathered: all outside the blocks, and at most three of them
+            return -(-(others + self.block * layers) // self.slices) + others + 3 * self.block
+        if placement not in ("host", "shard"):
+            return others + self.block * layers
+        at_rest = (
+            self.block * layers // self.rows.ranks if placement == "shard" else 0 if self.cuda else self.block * layers
+        )
+        return others + at_rest + self.block * min(2, layers)
+
+    @property
+    def exchanged(self) -> int:
+        """Gradients of two blocks, whole, that are being added up over the ranks, where each keeps a slice."""
+        return 2 * self.block if self.slices > 1 else 0
+
+    @property
+    def block(self) -> int:
+        """The frozen tensors of a block."""
+        linears = [self.count(name) for name in LINEAR_MODULES]
+        return sum(map(_nf4_bytes, linears)) + 2 * self.D * self.w if self.nf4 else self.block_parameters * self.w
+
+    @property
+    def block_parameters(self) -> int:
+        return sum(self.count(name) for name in LINEAR_MODULES) + 2 * self.D
 
     @functools.cached_property
     def optimizer_state(self) -> int:
-        training, counts = self.spec.training, self.trained_counts
+        training, counts, slices = self.spec.training, self.trained_counts, self.slices
         if training.optimizer == "sgd":
-            return 4 * sum(counts) if training.momentum else 0
+            return 4 * sum(counts) // slices if training.momentum else 0
         if training.optimizer == "adamw":
-            return sum(8 * count + 4 for count in counts)
+            return 8 * sum(counts) // slices + 4 * len(counts)
         blocks = (2 * -(-count // 256) * 260 if count >= 4096 else 8 * count for count in counts)
-        return sum(blocks) + 2 * _CODE_TABLE_BYTES
+        return sum(blocks) // slices + 2 * _CODE_TABLE_BYTES
 
     @property
     def update(self) -> int:
         """What the optimizer has in flight: AdamW in fp32 works in place, in 8 bits on a bucket of elements."""
         if self.spec.training.optimizer != "adamw_8bit":
             return 0
-        trained = sum(self.trained_counts)  # gradients filled up to whole blocks
+        trained = sum(self.trained_counts) // self.slices  # gradients filled up to whole blocks
         return 4 * trained + 29 * min(trained, ELEMENTS_AT_ONCE[self.device])
 
     @property
@@ -117,7 +147,7 @@ class Sizes:
     def gradients(self, names: Sequence[str]) -> int:
         """The fp32 gradients of what is trained in these layers of one block."""
         if self.adapter is None:
-            return 4 * sum(map(self.count, names))
+            return 4 * sum(map(self.count, names)) // self.slices
         return sum(4 * self.adapter.parameter_count(self.config, name) for name in names)
 
 

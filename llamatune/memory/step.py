@@ -106,7 +106,7 @@ class Step:
         self._update = Part.moment("optimizer", "update", "gradients and state in fp32", z.update)
         # The angles of the rotation, token ids, labels and positions.
         self._inputs = 2 * z.N * config.head_dim * 4 + 4 * z.N * 8
-        self._trained = 4 * sum(z.trained_counts)
+        self._trained = 4 * sum(z.trained_counts) // z.slices
         self._adapter = 0 if z.trains_all else self._trained
 
     def highest(self, levels: Levels | None = None) -> StepBytes:
@@ -132,7 +132,8 @@ class Step:
     def _walk(self, levels: Levels | None) -> list[_Placed]:
         """Forward through the blocks and the head, back again, and over the update."""
         parts = [*self._parts_of_blocks(levels), (None, self._head)]
-        gradients, others, cached = self._trained if self.z.accumulates else 0, self._inputs, 0
+        gradients = self._trained * (self.z.held_sums + self.z.accumulates)
+        others, cached = self._inputs, 0
         walk: list[_Placed] = []
 
         def place(phase: str, beside: int, peak: int, below: int, layer: int | None, part: Part) -> None:
@@ -162,7 +163,7 @@ class Step:
         """Of a moment of ``size`` bytes of a part. What it keeps counts as activations in the backward pass alone."""
         z = self.z
         kept = 0 if placed.phase == "forward" else placed.part.kept_bytes
-        activations, temporary = placed.others + kept, size - kept + z.unpacking
+        activations, temporary = placed.others + kept, size - kept + z.unpacking + z.exchanged
         return StepBytes(z.weights, self._adapter, z.optimizer_state, placed.gradients, activations, temporary)
 
     def _alive(self, placed: _Placed, moment: Moment, walk: Sequence[_Placed]) -> dict[str, int]:
@@ -171,6 +172,7 @@ class Step:
         sizes = Counter({
             "weights": z.weights, "adapter": self._adapter, "optimizer state": z.optimizer_state,
             "gradients": placed.gradients, "buffer of unpacked weights": z.unpacking,
+            "gradients that are added up over ranks": z.exchanged,
             "token ids, positions, labels, rotation": self._inputs})  # fmt: skip
         for below in walk[: placed.below]:
             for name, size in below.part.kept:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+def drawn_weights(model: nn.Module, seed: int, std: float = 0.02) -> Iterator[tuple[str, Tensor]]:
+    """Name and content of every weight, fp32 on the CPU: matrices from N(0, std²), norms 1; the same for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        yield name, drawn.fill_(1.0) if parameter.dim() == 1 else drawn.normal_(0.0, std, generator=generator)
 
 
 def initialise(model: nn.Module, seed: int, std: float = 0.02) -> None:
-    """Draw every weight anew, in place: matrices from N(0, std²) in fp32, norms 1; the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
+    """Draw every weight anew, in place."""
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        for name, drawn in drawn_weights(model, seed, std):
+            parameters[name].copy_(drawn)

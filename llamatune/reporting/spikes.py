@@ -103,6 +103,6 @@ def with_rows(run: Run, spikes: list[Spike]) -> list[Spike]:
         schedule = Schedule(run.spec, open_prepared(Path(run.spec.data.train)).train)
     except LlamatuneError:
         return spikes
-    batches = (schedule.micro_batches(spike.window - 1) for spike in spikes)  # the log counts windows from 1
+    batches = (schedule.passes(spike.window - 1) for spike in spikes)  # the log counts windows from 1
     rows = [sorted(row for batch in window for row in batch.rows) for window in batches]
     return [replace(spike, rows=found) for spike, found in zip(spikes, rows, strict=True)]

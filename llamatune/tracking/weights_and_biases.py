@@ -30,11 +30,13 @@ class WandbTracker:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when it is imported
         import wandb
 
-        online, directory = spec.tracking.wandb == "online", run / "wandb"
+        # A job on a node without a network turns an online run into an offline one, as with W&B's own settings.
+        mode = "offline" if os.environ.get("WANDB_MODE") == "offline" else spec.tracking.wandb
+        online, directory = mode == "online", run / "wandb"
         directory.mkdir(exist_ok=True)
         self._wandb = wandb
         settings = wandb.Settings(
-            mode=spec.tracking.wandb,
+            mode=mode,
             silent=True,
             console="off",
             disable_code=True,

@@ -49,5 +49,7 @@ def compile_ahead(spec: RunSpec, learner: Learner, split: Split, on_event: OnEve
         with learner.autocast():
             loss = summed_loss(learner.model, batch.input_ids, batch.labels, batch.lengths)
         loss.backward()  # type: ignore[no-untyped-call]
+    if learner.sharded is not None:
+        learner.sharded.take_gradients()
     learner.optimizer.zero_grad()
     on_event(Notice(f"compiled what lies between the matrix products in {time.monotonic() - started:.1f} s"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llamatune import __version__
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
@@ -18,8 +19,10 @@ from llamatune.data.model_compatibility import check_rows, check_tokenizer
 from llamatune.devices import choose_device
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import OnEvent
+from llamatune.ranks import ALONE, Ranks
 from llamatune.shapes.counts import ParameterCount, count_parameters
 from llamatune.shapes.llama_config import LlamaConfig
+from llamatune.shared_work import refuse_differences
 from llamatune.spec import RunSpec
 from llamatune.training.precision import check_precision
 
@@ -39,9 +42,12 @@ class Inputs:
     device: torch.device
 
 
-def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
-    """Choose the device, open the base and the data, and raise where they do not fit together. Cheap checks first."""
-    device = choose_device(spec.training.device, on_event)
+def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent, ranks: Ranks = ALONE) -> Inputs:
+    """Choose the device, open the base and the data, and raise where they do not fit together. Cheap checks first.
+
+    Each rank opens its own; they must find the same.
+    """
+    device = choose_device(spec.training.device, on_event, None if ranks.size == 1 else ranks.local_rank)
     check_precision(spec, device, on_event)
     prepared = open_prepared(Path(spec.data.train))
     other = None if spec.data.validation is None else open_prepared(Path(spec.data.validation))
@@ -68,6 +74,7 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent) -> Inputs:
     count = count_parameters(config, spec.adapter)
     validation_digest = other.manifest.digest if other else None
     digests = {"base": base_fingerprint, "train": prepared.manifest.digest, "validation": validation_digest}
+    refuse_differences({"spec": spec.flat(), "torch": torch.__version__, "llamatune": __version__, **digests}, ranks)
     return Inputs(config, checkpoint, base_fingerprint, prepared, validation, starting_adapter, digests, count, device)
 
 

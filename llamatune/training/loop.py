@@ -15,13 +15,14 @@ from llamatune.errors import CheckpointError, NumericsError, Stopped
 from llamatune.events import CheckpointSaved, EvalDone, Notice, OnEvent, ShouldStop, StepDone, StepSkipped
 from llamatune.formats.metrics import LayerGradNorms, read_metrics
 from llamatune.inference.evaluate import held_out_loss
+from llamatune.ranks import ALONE, Ranks
 from llamatune.spec import RunSpec
 from llamatune.strict_json import dump_json
 from llamatune.training.early_stopping import out_of_patience
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.run_directory import RunDirectory, prune_checkpoints
-from llamatune.training.run_file_names import SUMMARY
+from llamatune.training.run_file_names import METRICS, SUMMARY
 from llamatune.training.run_memory import held_memory, peak_memory_bytes, peak_reserved_bytes
 from llamatune.training.save_and_resume import RunOutput
 from llamatune.training.schedule import Schedule, learning_rate_at
@@ -37,7 +38,8 @@ class TrainingLoop:
     """One run, from its last checkpoint to its end; every variant is a value of the spec.
 
     ``run`` is the claimed directory that metrics and checkpoints go to. ``should_stop`` is asked between windows and
-    during evaluation; then one checkpoint is saved and ``Stopped`` raised. ``memory_facts`` go into the summary.
+    during evaluation; then one checkpoint is saved and ``Stopped`` raised. Several ranks learn in the messages of an
+    update that one of them was asked. ``memory_facts`` go into the summary.
     """
 
     spec: RunSpec
@@ -48,9 +50,11 @@ class TrainingLoop:
     on_event: OnEvent
     should_stop: ShouldStop
     memory_facts: Mapping[str, Any]
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
-        self.output = RunOutput(self.spec, self.inputs, self.learner, self.run)
+        self.output = RunOutput(self.spec, self.inputs, self.learner, self.run, self.ranks)
+        self._stop_agreed, self._waited_s = False, 0.0
         self.progress = TrainerState()
         self._last_checkpoint: Path | None = None
         self._first_update = True  # of this process
@@ -59,7 +63,7 @@ class TrainingLoop:
         """Continue from the newest checkpoint that verifies, if there is one."""
         checkpoint = self.output.load_checkpoint(self._warn)
         if checkpoint is None:
-            self.run.log.cut(0)
+            self.output.cut_log(0)
             return
         path, self.progress, metrics_bytes = checkpoint
         if self._closed_windows() > self.progress.window and not self._finished():
@@ -68,12 +72,13 @@ class TrainingLoop:
                 path,
                 "choose another training.output_dir",
             )
-        self.run.log.cut(metrics_bytes)
+        self.output.cut_log(metrics_bytes)
+        self.ranks.wait()
         if LEAST_GAIN in self.run.changed_fields:
-            losses = [evaluation.loss for evaluation in read_metrics(self.run.log.path).evaluations]
+            losses = [evaluation.loss for evaluation in read_metrics(self.run.path / METRICS).evaluations]
             self.progress.recount_patience(losses, self.spec.evaluation.early_stopping_min_delta)
         self._last_checkpoint = path
-        prune_checkpoints(path, self.spec.training.keep_last, self._warn)
+        self._prune(path)
 
     def execute(self) -> dict[str, Any]:
         """Train to the end; the summary of the run."""
@@ -82,28 +87,33 @@ class TrainingLoop:
             self._between_windows()
             if self._finished():
                 break
-            if self.should_stop():
+            if self._stop_agreed or (self.ranks.size == 1 and self.should_stop()):
                 self._stop()
             self._update()
         if self.progress.step == 0:
             raise self._numerics_fault("no window made an update: every gradient overflowed fp16")
         self.output.write_final()
         summary = self._summary(time.monotonic() - self._clock)
-        write_atomic(self.run.path / SUMMARY, dump_json(summary))
+        if self.ranks.is_first:
+            write_atomic(self.run.path / SUMMARY, dump_json(summary))
+        self.ranks.wait()
         return summary
 
     def _update(self) -> None:
         """Train on the next accumulation window and report it."""
         progress, learner, training = self.progress, self.learner, self.spec.training
         started = time.monotonic()
-        micro_batches = self.schedule.micro_batches(progress.window)
+        passes, lanes = self.schedule.passes(progress.window, self.run.passes), self.run.passes.lanes
         learning_rate = learning_rate_at(training, progress.step, self.schedule.total_steps)
         try:
-            update = make_update(learner, micro_batches, training, progress.window, learning_rate, self.should_stop)
+            update = make_update(
+                learner, passes, training, progress.window, learning_rate, self.should_stop, lanes, self.ranks
+            )
         except Stopped:
             self._stop()  # resumed, the run computes this window from its beginning
         except NumericsError as fault:
             raise self._numerics_fault(fault.what, fault.where) from None
+        self._stop_agreed, self._waited_s = update.stop, self._waited_s + update.waited_s
         if not update.made:
             progress.window += 1
             progress.skipped_windows += 1
@@ -133,10 +143,10 @@ class TrainingLoop:
             self._first_update = False
             self.on_event(held_memory(learner))
         if update.layer_grad_norms is not None:
-            self.run.log.append(LayerGradNorms(progress.step, update.layer_grad_norms))
+            self.output.log(LayerGradNorms(progress.step, update.layer_grad_norms))
 
     def _report(self, event: StepDone | StepSkipped) -> None:
-        self.run.log.append(event)
+        self.output.log(event)
         self.on_event(event)
 
     # Between windows. What is due follows from the progress alone, so a resumed run does it where it was left.
@@ -145,9 +155,11 @@ class TrainingLoop:
         """Evaluate, save and close the epoch, each if it is due; never with a weight that is not finite."""
         progress = self.progress
         if self._save_due() or self._eval_due():
-            for name, parameter in self.learner.parameters.items():
-                if not is_finite(parameter):
-                    raise self._numerics_fault(f"the update made {name} infinite or NaN")
+            broken = [name for name, parameter in self.learner.parameters.items() if not is_finite(parameter)]
+            if self.learner.sharded is not None:
+                broken = [name for names in self.ranks.gather(broken) for name in names]
+            if broken:
+                raise self._numerics_fault(f"the update made {broken[0]} infinite or NaN")
         if self.inputs.validation is not None and progress.evaluated_step < progress.step and self._eval_due():
             self._evaluate()
         if progress.saved_window < progress.window and self._save_due():
@@ -190,8 +202,9 @@ class TrainingLoop:
         progress, validation, started = self.progress, self.inputs.validation, time.monotonic()
         assert validation is not None
         model, autocast, rows = self.learner.model, self.learner.autocast, self.spec.training.micro_batch_size
+        idle = self.learner.idle_forward
         try:
-            result = held_out_loss(model, validation, rows, autocast, self.on_event, self.should_stop)
+            result = held_out_loss(model, validation, rows, autocast, self.on_event, self.should_stop, self.ranks, idle)
         except Stopped:
             self._stop()
         if not math.isfinite(result.loss):
@@ -206,7 +219,7 @@ class TrainingLoop:
             target_tokens=result.target_tokens,
             seconds=time.monotonic() - started,
         )
-        self.run.log.append(done)
+        self.output.log(done)
         if done.best:
             self.output.write_best(done)
         progress.note_evaluation(done, self.spec.evaluation.early_stopping_min_delta)
@@ -222,7 +235,12 @@ class TrainingLoop:
         self.on_event(CheckpointSaved(progress.step, str(path), seconds))
         if seconds > _SLOW_SAVE_S:
             self._warn(f"saving took {seconds:.0f} s: a scheduler's signal must come a save and a step before the end")
-        prune_checkpoints(path, self.spec.training.keep_last, self._warn)
+        self._prune(path)
+
+    def _prune(self, newest: Path) -> None:
+        if self.ranks.is_first:
+            prune_checkpoints(newest, self.spec.training.keep_last, self._warn)
+        self.ranks.wait()
 
     def _stop(self) -> NoReturn:
         if self.progress.saved_window < self.progress.window:
@@ -242,6 +260,14 @@ class TrainingLoop:
             self.run.path,
             f"{last}; lower training.learning_rate or set training.precision: fp32",
         )
+
+    def _facts_of_ranks(self) -> dict[str, Any]:
+        """Peak memory and the share of the training time spent in messages, of each rank; nothing of one process."""
+        if self.ranks.size == 1:
+            return {}
+        share = self._waited_s / max(self.progress.training_s, 1e-9)
+        own = {"peak_memory_bytes": peak_memory_bytes(self.learner.device), "wait_share": round(share, 4)}
+        return {"ranks": self.ranks.gather(own)}
 
     def _summary(self, runtime_s: float) -> dict[str, Any]:
         progress, count, device = self.progress, self.inputs.count, self.learner.device
@@ -268,5 +294,6 @@ class TrainingLoop:
             "skipped_windows": progress.skipped_windows,
             "stopped_early": stopped_early,
             "output_dir": str(self.run.path),
+            **self._facts_of_ranks(),
             **self.memory_facts,
         }

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llamatune.checkpoints.loading import load_model
+from llamatune.checkpoints.loading import load_model, load_rows, warn_of_broken
 from llamatune.checkpoints.nf4_cache import QuantizedBase
 from llamatune.events import OnEvent, ShouldStop
 from llamatune.model.activation_checkpointing import apply_activation_checkpointing
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter, load_adapter_tensors
-from llamatune.model.initialise import initialise
-from llamatune.model.nf4 import quantize_blocks
+from llamatune.model.block_stores import HostBlocks, ShardedBlocks
+from llamatune.model.initialise import drawn_weights
+from llamatune.model.nf4 import Scratch, hold_quantized, quantize_nf4
+from llamatune.model.streamed_blocks import BlockLayout, StreamedBlocks
 from llamatune.model.transformer import Transformer
+from llamatune.ranks import ALONE, Ranks
 from llamatune.seeds import derived_seed
+from llamatune.shapes.llama_config import LINEAR_MODULES
+from llamatune.shapes.parameter_shards import Shard
 from llamatune.shapes.recompute_levels import Levels
 from llamatune.spec import RunSpec, TrainingSection
 from llamatune.training.inputs import Inputs
 from llamatune.training.optimizers.adamw_8bit import AdamW8bit
 from llamatune.training.optimizers.optimizer import SGD, AdamW, Optimizer
+from llamatune.training.optimizers.sharded_adamw_8bit import ShardedAdamW8bit
 from llamatune.training.precision import LossScaler, autocast_factory, held_dtype, residual_dtype
+from llamatune.training.sharded_model import ShardedModel
 
 
 @dataclass(frozen=True)
 class Learner:
-    """The model on its device and what changes it. ``parameters`` are the trained ones by checkpoint name."""
+    """The model on its device and what changes it. ``parameters`` are the trained ones by checkpoint name.
+
+    ``streamed``: the frozen weights of the blocks, where they do not lie on the device. ``sharded``: every parameter is
+    trained on several ranks; ``parameters`` are this rank's slices.
+    """
 
     model: Transformer
     parameters: dict[str, nn.Parameter]
@@ -37,16 +49,34 @@ class Learner:
     scaler: LossScaler
     autocast: Callable[[], contextlib.AbstractContextManager[object]]
     device: torch.device
+    streamed: StreamedBlocks | None = None
+    sharded: ShardedModel | None = None
+
+    @property
+    def idle_forward(self) -> Callable[[], None] | None:
+        """What a rank without a batch does while others compute one without gradients; None: nothing."""
+        if self.sharded is not None:
+            return self.sharded.idle
+        return None if self.streamed is None else functools.partial(self.streamed.idle, backward=False)
 
 
 def build_learner(
-    spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop, levels: Levels | None = None
+    spec: RunSpec,
+    inputs: Inputs,
+    on_event: OnEvent,
+    should_stop: ShouldStop,
+    levels: Levels | None = None,
+    ranks: Ranks = ALONE,
 ) -> Learner:
     """Load the base, apply the adapter and its starting weights, and build the optimizer over what is trained.
 
-    ``levels`` say what each fused block recomputes; None: as ``training.activation_checkpointing`` says.
+    ``levels`` say what each fused block recomputes; None: as ``training.activation_checkpointing`` says. Of
+    ``model.placement`` ``auto`` is ``device`` here.
     """
-    model, adapter = _load_base(spec, inputs, on_event, should_stop), spec.adapter
+    if spec.adapter is None and ranks.size > 1:
+        return _build_sharded(spec, inputs, on_event, should_stop, ranks)
+    streamed = _streamed_blocks(spec, inputs, ranks)
+    model, adapter = _load_base(spec, inputs, on_event, should_stop, streamed, ranks), spec.adapter
     if adapter is None:
         model.requires_grad_(True)
         parameters = dict(model.named_parameters())
@@ -58,34 +88,92 @@ def build_learner(
     training, device = spec.training, inputs.device
     fused = training.fused and adapter is not None
     apply_activation_checkpointing(model, training.activation_checkpointing, fused, levels)
+    if streamed is not None:
+        streamed.attach(model)
     model.train()
     optimizer, scaler = build_optimizer(training, parameters), LossScaler(training.precision == "fp16")
-    return Learner(model, parameters, optimizer, scaler, autocast_factory(training.precision, device), device)
+    return Learner(model, parameters, optimizer, scaler, autocast_factory(training.precision, device), device, streamed)
 
 
-def build_optimizer(spec: TrainingSection, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
+def _build_sharded(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop, ranks: Ranks) -> Learner:
+    """Every parameter trained, a slice of each on every rank; a rank reads its slices and nothing else."""
+    training, device = spec.training, inputs.device
+    with torch.device("meta"):
+        model, shapes = Transformer(inputs.config), Transformer(inputs.config)
+    model.activation_dtype = residual_dtype(held_dtype(spec), training.precision)
+    apply_activation_checkpointing(model, training.activation_checkpointing, fused=False)
+    sharded = ShardedModel(model, device, ranks)
+    slices = {name: (parameter, sharded.rows(name)) for name, parameter in sharded.parameters.items()}
+    if inputs.checkpoint is None:
+        with torch.no_grad():
+            for name, drawn in drawn_weights(shapes, training.seed):
+                into, rows = slices[name]
+                into.copy_(drawn[rows.start : rows.stop])
+    else:
+        broken = ranks.gather(load_rows(inputs.checkpoint, slices, on_event, should_stop))
+        warn_of_broken(sorted({name for names in broken for name in names}), inputs.checkpoint, on_event)
+    model.train()
+    autocast = autocast_factory(training.precision, device, keep_casts=False)  # of all blocks, they are the whole model
+
+    @contextlib.contextmanager
+    def forward() -> Iterator[None]:
+        with sharded.exchanging(), autocast():
+            yield
+
+    optimizer = build_optimizer(training, sharded.parameters, sharded, ranks)
+    scaler = LossScaler(training.precision == "fp16")
+    return Learner(model, sharded.parameters, optimizer, scaler, forward, device, sharded=sharded)
+
+
+def build_optimizer(
+    spec: TrainingSection,
+    parameters: Mapping[str, nn.Parameter],
+    sharded: ShardedModel | None = None,
+    ranks: Ranks = ALONE,
+) -> Optimizer:
     """The optimizer that a spec names."""
     if spec.optimizer == "sgd":
         return Optimizer(parameters, SGD(spec.momentum, spec.nesterov, spec.weight_decay))
+    if sharded is not None and spec.optimizer == "adamw_8bit":
+        shards: dict[Tensor, Shard] = {parameter: sharded.shards[name] for name, parameter in parameters.items()}
+        return Optimizer(parameters, ShardedAdamW8bit(spec.betas, spec.eps, spec.weight_decay, shards, ranks))
     rule = AdamW8bit if spec.optimizer == "adamw_8bit" else AdamW
     return Optimizer(parameters, rule(spec.betas, spec.eps, spec.weight_decay))
 
 
-def _load_base(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop) -> Transformer:
+def _streamed_blocks(spec: RunSpec, inputs: Inputs, ranks: Ranks) -> StreamedBlocks | None:
+    """Empty room for the base's blocks where ``model.placement`` says; None: on the device."""
+    placement, device = spec.model.placement, inputs.device
+    if placement not in ("host", "shard"):
+        return None
+    layout = BlockLayout(inputs.config, held_dtype(spec), spec.model.dtype == "nf4")
+    size = layout.layers, layout.bytes
+    store = HostBlocks(*size, device) if placement == "host" else ShardedBlocks(*size, device, ranks)
+    return StreamedBlocks(layout, store, device)
+
+
+def _load_base(
+    spec: RunSpec,
+    inputs: Inputs,
+    on_event: OnEvent,
+    should_stop: ShouldStop,
+    streamed: StreamedBlocks | None,
+    ranks: Ranks,
+) -> Transformer:
     """The base model, read from its checkpoint or drawn at random."""
     dtype, nf4 = held_dtype(spec), spec.model.dtype == "nf4"
     if inputs.checkpoint is None:
-        with inputs.device, _default_dtype(dtype):  # a large model is never held in fp32 first
-            model = Transformer(inputs.config)
-        initialise(model, spec.training.seed)
-        if nf4:
-            quantize_blocks(model, dtype)
+        model = _draw_base(inputs, spec.training.seed, dtype, nf4, streamed)
     else:
         quantized = None
         if nf4:
             quantized = QuantizedBase(inputs.checkpoint, inputs.config, inputs.device, on_event, should_stop)
             if spec.model.quantized_cache is not None:
+                if not ranks.is_first:
+                    ranks.wait()  # the first may write the cache
                 quantized.use_cache(Path(spec.model.quantized_cache), inputs.base_fingerprint)
+                if ranks.is_first:
+                    ranks.wait()
         model = load_model(
             inputs.checkpoint,
             dtype,
@@ -95,16 +183,28 @@ def _load_base(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: Sh
             on_event=on_event,
             should_stop=should_stop,
             quantized=quantized,
+            streamed=streamed,
         )
     model.activation_dtype = residual_dtype(dtype, spec.training.precision)
     return model
 
 
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def _draw_base(
+    inputs: Inputs, seed: int, dtype: torch.dtype, nf4: bool, streamed: StreamedBlocks | None
+) -> Transformer:
+    """A base drawn at random, tensor by tensor: a large model is never held in fp32, nor whole before it is packed."""
+    with torch.device("meta"):
+        model = Transformer(inputs.config)
+    scratch = Scratch()
+    for name, drawn in drawn_weights(model, seed):
+        module, weight = model.get_submodule(name.rpartition(".")[0]), drawn.to(inputs.device, dtype)
+        if nf4 and name.split(".")[-2] in LINEAR_MODULES:
+            packed = quantize_nf4(weight, scratch)
+            if streamed is not None:
+                streamed.hold_packed(name, packed)
+            hold_quantized(module, packed)
+            continue
+        if streamed is not None and streamed.rows_kept(name) is not None:
+            weight = streamed.hold(name, weight)
+        module.weight = nn.Parameter(weight)
+    return model

@@ -32,11 +32,16 @@ def check_precision(spec: RunSpec, device: torch.device, on_event: OnEvent) -> N
         on_event(Notice("fp16 matrix products are very slow on a CPU; fp32 or bf16 are the quicker choices", "warning"))
 
 
-def autocast_factory(precision: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[object]]:
-    """A context for each forward pass: autocast to the precision's dtype, or nothing for fp32."""
+def autocast_factory(
+    precision: str, device: torch.device, keep_casts: bool = True
+) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """A context for each forward pass: autocast to the precision's dtype, or nothing for fp32.
+
+    ``keep_casts``: a weight that is used again in the pass is not cast again.
+    """
     if precision == "fp32":
         return contextlib.nullcontext
-    return functools.partial(torch.autocast, device.type, TORCH_DTYPES[PRECISIONS[precision]])
+    return functools.partial(torch.autocast, device.type, TORCH_DTYPES[PRECISIONS[precision]], cache_enabled=keep_casts)
 
 
 def held_dtype(spec: RunSpec) -> torch.dtype:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from llamatune.durable_writing import (
 from llamatune.errors import EnvironmentFault
 from llamatune.formats.metrics import MetricsLog
 from llamatune.formats.state_json import list_checkpoints
+from llamatune.ranks import Ranks
 from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec
 from llamatune.strict_json import dump_json, read_json
+from llamatune.training.passes import PassRule
 from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK, run_lock
 from llamatune.training.spec_changes import LEAST_GAIN, MAY_GROW, PATIENCE, accepted_changes
@@ -38,12 +40,14 @@ _TRASH = ".trash-"
 class RunDirectory:
     """A locked run directory; make it with ``claim_run_directory``.
 
-    ``changed_fields``: fields of the spec that changed between two starts of the run.
+    ``changed_fields``: fields of the spec that changed between two starts of the run. ``log`` is None on all ranks but
+    the first, which alone writes.
     """
 
     path: Path
-    log: MetricsLog
+    log: MetricsLog | None
     changed_fields: frozenset[str]
+    passes: PassRule
 
 
 def move_aside(path: Path) -> None:
@@ -71,9 +75,14 @@ def finished_summary(spec: RunSpec, inputs: Mapping[str, Any], allowed: tuple[st
 
 @contextlib.contextmanager
 def claim_run_directory(
-    spec: RunSpec, inputs: Mapping[str, Any], overwrite: bool, resume: bool, allowed_changes: tuple[str, ...]
+    spec: RunSpec,
+    inputs: Mapping[str, Any],
+    overwrite: bool,
+    resume: bool,
+    allowed_changes: tuple[str, ...],
+    choose_passes: Callable[[], PassRule],
 ) -> Iterator[RunDirectory]:
-    """Lock ``training.output_dir`` for this run.
+    """Lock ``training.output_dir`` for this run, which keeps the passes that were chosen when it began.
 
     A new or empty directory becomes the run's. A directory of this run is continued if ``spec`` and ``inputs`` (digests
     of the base, the data and the tokenizer) are unchanged. Any other is refused, or renamed under ``overwrite``.
@@ -103,19 +112,31 @@ def claim_run_directory(
             sync(path)  # the lock marks it as a run's, whatever else a power cut leaves
         if own and not overwrite and (list_checkpoints(path / CHECKPOINTS) or (path / SUMMARY).is_file()):
             # Before its first checkpoint a run holds no result, so any spec may begin it anew.
-            accepted = accepted_changes(path, spec, inputs, allowed_changes)
-            changes = read_json(path / ORIGIN).get("spec_changes", [])
+            accepted, origin = accepted_changes(path, spec, inputs, allowed_changes), read_json(path / ORIGIN)
+            changes, passes = origin.get("spec_changes", []), PassRule.restored(origin.get("passes"), path / ORIGIN)
             if accepted and changes[-len(accepted) :] != accepted:  # killed after this write, the run records it once
                 changes = [*changes, *accepted]
             inputs = {**inputs, "spec_changes": changes} if changes else inputs
+        else:
+            passes = choose_passes()
         _remove_leftovers(path)
         with disk_faults(path / SUMMARY):
             (path / SUMMARY).unlink(missing_ok=True)
         changed_fields = frozenset(change["field"] for change in inputs.get("spec_changes", []))
         with contextlib.closing(MetricsLog(path / METRICS)) as log:
-            write_if_changed(path / ORIGIN, dump_json(inputs))
+            write_if_changed(path / ORIGIN, dump_json({**inputs, "passes": asdict(passes)}))
             write_if_changed(path / SPEC, spec.to_yaml().encode())
-            yield RunDirectory(path, log, changed_fields)
+            yield RunDirectory(path, log, changed_fields, passes)
+
+
+def share_run(run: RunDirectory | None, spec: RunSpec, ranks: Ranks) -> RunDirectory:
+    """The claimed directory of the first rank on every rank, without its log on the others."""
+    shared: Any = ranks.from_first(None if run is None else [asdict(run.passes), sorted(run.changed_fields)])
+    if run is not None:
+        return run
+    assert shared is not None
+    (passes, changed_fields), path = shared, Path(os.path.realpath(spec.training.output_dir))
+    return RunDirectory(path, None, frozenset(changed_fields), PassRule(**passes))
 
 
 def is_ours(entry: Path) -> bool:

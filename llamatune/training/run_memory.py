@@ -11,22 +11,66 @@ from torch import Tensor
 from llamatune.data.batches import Split
 from llamatune.devices import capability_of, free_memory_bytes, memory_size_bytes
 from llamatune.events import MemoryHeld, Notice, OnEvent
-from llamatune.memory.plan import MemoryPlan, heaviest_rows, limit_of, plan_memory
+from llamatune.memory.plan import (
+    MemoryPlan,
+    choose_placement,
+    heaviest_rows,
+    joined_tokens,
+    limit_of,
+    plan_memory,
+)
 from llamatune.memory.remedies import remedies
+from llamatune.ranks import Ranks
+from llamatune.shapes.gradient_lanes import count_lanes
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.spec import RunSpec
 from llamatune.training.model_and_optimizer import Learner
+from llamatune.training.passes import PassRule
 
 
-def plan_run_memory(spec: RunSpec, config: LlamaConfig, train: Split, device: torch.device) -> MemoryPlan:
-    """The plan of a run on its data, within ``training.memory_limit``."""
+def plan_run_memory(
+    spec: RunSpec,
+    config: LlamaConfig,
+    train: Split,
+    device: torch.device,
+    pass_tokens: int | None = None,
+    ranks: int = 1,
+) -> MemoryPlan:
+    """The plan of a run on its data, in passes of at most ``pass_tokens``, within ``training.memory_limit``."""
     limit = limit_of(spec, free_memory_bytes(device))
-    rows = heaviest_rows(train.lengths, train.target_counts, spec)
+    rows = heaviest_rows(train.lengths, train.target_counts, spec, pass_tokens, ranks)
     return plan_memory(spec, config, rows, capability_of(device), limit)
 
 
+def choose_run_placement(
+    spec: RunSpec, config: LlamaConfig, train: Split, device: torch.device, pass_tokens: int | None, ranks: Ranks
+) -> RunSpec:
+    """The spec with ``model.placement`` decided: the device only where passes of so many tokens fit on every rank."""
+
+    def fits(placed: RunSpec) -> bool:
+        return not ranks.any(not plan_run_memory(placed, config, train, device, pass_tokens, ranks.size).fits)
+
+    return choose_placement(spec, fits, device.type, ranks.size)
+
+
+def choose_passes(spec: RunSpec, config: LlamaConfig, train: Split, device: torch.device, ranks: int) -> PassRule:
+    """The passes of a run that begins now, as ``training.tokens_per_pass`` says."""
+    lanes = None if spec.adapter is None else count_lanes(ranks)
+    if spec.training.tokens_per_pass != "auto":
+        return PassRule(spec.training.tokens_per_pass, lanes=lanes)
+    limit, gpu = limit_of(spec, free_memory_bytes(device)), capability_of(device)
+    spec = choose_placement(
+        spec, lambda placed: plan_run_memory(placed, config, train, device, ranks=ranks).fits, device.type, ranks
+    )
+    tokens = joined_tokens(train.lengths, train.target_counts, spec, config, gpu, limit, ranks)
+    return PassRule(tokens, ranks, lanes)
+
+
 def report_plan(plan: MemoryPlan, spec: RunSpec, config: LlamaConfig, device: torch.device, on_event: OnEvent) -> None:
-    """Report what is recomputed to fit the limit, and warn if the step does not fit."""
+    """Report where the base lies and what is recomputed to fit the limit, and warn if the step does not fit."""
+    where = {"host": "host memory", "shard": "slices on all ranks"}.get(spec.model.placement)
+    if where is not None:
+        on_event(Notice(f"the frozen weights of the blocks lie in {where}; two blocks are on {device} at a time"))
     if not plan.fits:
         offered = remedies(spec, config, plan, capability_of(device))
         best = next((remedy for remedy in offered if remedy.fits), offered[0] if offered else None)
@@ -39,7 +83,10 @@ def report_plan(plan: MemoryPlan, spec: RunSpec, config: LlamaConfig, device: to
 def held_memory(learner: Learner) -> MemoryHeld:
     """What the learner keeps between updates; storage that tensors share counts once."""
     trained_bytes = _storage_bytes(learner.parameters.values())
-    frozen_bytes = _storage_bytes([*learner.model.parameters(), *learner.model.buffers()]) - trained_bytes
+    streamed = [] if learner.streamed is None else learner.streamed.tensors
+    frozen = [*learner.model.parameters(), *learner.model.buffers(), *streamed]
+    on_device = [tensor for tensor in frozen if tensor.device.type == learner.device.type]
+    frozen_bytes = 0 if learner.sharded is not None else _storage_bytes(on_device) - trained_bytes
     optimizer_bytes = _storage_bytes(learner.optimizer.state_tensors().values())
     return MemoryHeld(frozen_bytes, trained_bytes, optimizer_bytes, memory_size_bytes(learner.device))
 

@@ -13,59 +13,90 @@ from safetensors.torch import load_file
 from llamatune import __version__
 from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter
 from llamatune.checkpoints.huggingface_weights import write_huggingface
+from llamatune.checkpoints.sharded_state import save_sharded_state
 from llamatune.checkpoints.tensor_bytes import write_tensors
-from llamatune.checkpoints.training_checkpoint import newest_run_state, save_run_state
+from llamatune.checkpoints.training_checkpoint import WEIGHTS, newest_run_state, read_run_state, save_run_state
 from llamatune.errors import CheckpointError
 from llamatune.events import EvalDone, ignore_event
 from llamatune.formats.manifest import Staging, build_directory
+from llamatune.formats.metrics import Record
 from llamatune.formats.state_json import checkpoint_path
+from llamatune.ranks import Ranks
 from llamatune.spec import RunSpec
 from llamatune.strict_json import write_json
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.run_directory import RunDirectory
 from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, MODEL
+from llamatune.training.sharded_checkpoint import owned_runs, restore_runs
 from llamatune.training.trainer_state import TrainerState
 
-_WEIGHTS = "weights.safetensors"
 EVALUATION = "evaluation.json"
 """In ``best/``: step, epoch, loss, perplexity, rows and target tokens of the evaluation of these weights."""
 
 
 @dataclass(frozen=True)
 class RunOutput:
-    """Writes what a run makes into its directory, and restores the learner from there."""
+    """Writes what a run makes into its directory, and restores the learner from there.
+
+    The first rank writes. The others wait until it has, however long that takes: none goes on before a checkpoint is
+    durable, nor into a window in which the first would seem to have vanished.
+    """
 
     spec: RunSpec
     inputs: Inputs
     learner: Learner
     run: RunDirectory
+    ranks: Ranks
+
+    def log(self, record: Record) -> None:
+        """Append a line to ``metrics.jsonl``."""
+        if self.run.log is not None:
+            self.run.log.append(record)
+
+    def cut_log(self, length: int) -> None:
+        if self.run.log is not None:
+            self.run.log.cut(length)
 
     def save_checkpoint(self, progress: TrainerState) -> Path:
         """Write ``checkpoints/step-000100`` durably, after the metrics log; its path."""
         path = checkpoint_path(self.run.path / CHECKPOINTS, progress.step)
+        if self.run.log is not None or self.learner.sharded is not None:
+            self._write_checkpoint(path, progress, 0 if self.run.log is None else self.run.log.sync())
+        self.ranks.wait()
+        return path
+
+    def _write_checkpoint(self, path: Path, progress: TrainerState, metrics_bytes: int) -> None:
         state = {
             "step": progress.step,
             "position": asdict(progress),
             "scaler": self.learner.scaler.state(),
-            "metrics_bytes": self.run.log.sync(),
+            "metrics_bytes": metrics_bytes,
             "llamatune": __version__,
             **_machine(),
         }
+        if self.learner.sharded is not None:
+            save_sharded_state(path, owned_runs(self.learner), state, self.ranks)
+            return
         save_run_state(path, self.write_weights, self.learner.optimizer.state_tensors(), state)
-        return path
 
     def load_checkpoint(self, warn: Callable[[str], None]) -> tuple[Path, TrainerState, int] | None:
         """Restore the newest checkpoint that verifies: its path, its progress, and the length of the metrics log then.
 
         None: there is no checkpoint.
         """
-        checkpoint = newest_run_state(self.run.path / CHECKPOINTS, warn)
-        if checkpoint is None:
+        in_ranges, directory = self.learner.sharded is not None, self.run.path / CHECKPOINTS
+        checkpoint = newest_run_state(directory, warn, in_ranges) if self.ranks.is_first else None
+        path = self.ranks.from_first(None if checkpoint is None else str(checkpoint.path))
+        if path is None:
             return None
+        checkpoint = checkpoint or read_run_state(Path(path), in_ranges, verified=in_ranges)
         state = checkpoint.progress
-        self._restore_weights(checkpoint.path)
-        self.learner.optimizer.restore(checkpoint.optimizer, checkpoint.path)
+        if checkpoint.stored is not None:
+            restore_runs(self.learner, checkpoint.stored)
+        else:
+            self._restore_weights(checkpoint.path)
+            self.learner.optimizer.restore(checkpoint.optimizer, checkpoint.path)
         self.learner.scaler.restore(state["scaler"])
         try:
             progress = TrainerState.restored(state["position"])
@@ -80,14 +111,22 @@ class RunOutput:
         """Replace ``best/`` by the current weights, with their ``evaluation`` in ``evaluation.json``."""
         values = asdict(evaluation)
         del values["best"], values["seconds"]  # what is written is a function of the run alone
-        with build_directory(self.run.path / BEST, self._kind, {}, overwrite=True) as staging:
-            self._write_product(staging)
-            write_json(staging.path / EVALUATION, values)
+        if self.ranks.is_first:
+            with build_directory(self.run.path / BEST, self._kind, {}, overwrite=True) as staging:
+                self._write_product(staging)
+                write_json(staging.path / EVALUATION, values)
+        elif self.learner.sharded is not None:
+            self.learner.sharded.serve()
+        self.ranks.wait()
 
     def write_final(self) -> None:
         """Write ``adapter/`` or ``model/``."""
-        with build_directory(self.run.path / self._kind, self._kind, {}, overwrite=True) as staging:
-            self._write_product(staging)
+        if self.ranks.is_first:
+            with build_directory(self.run.path / self._kind, self._kind, {}, overwrite=True) as staging:
+                self._write_product(staging)
+        elif self.learner.sharded is not None:
+            self.learner.sharded.serve()
+        self.ranks.wait()
 
     def write_weights(self, staging: Staging) -> None:
         """Write the trained tensors, bit for bit, into a checkpoint's staging directory.
@@ -95,14 +134,14 @@ class RunOutput:
         A checkpoint of an adapter is a PEFT directory too: ``generate`` and ``merge-lora`` take it.
         """
         if self.spec.adapter is None:
-            write_tensors(staging, _WEIGHTS, self.learner.parameters)
+            write_tensors(staging, WEIGHTS, self.learner.parameters)
         else:
             self._write_product(staging)
 
     @torch.no_grad()
     def _restore_weights(self, checkpoint: Path) -> None:
         whole = self.spec.adapter is None
-        tensors = load_file(checkpoint / _WEIGHTS) if whole else load_adapter(checkpoint).tensors
+        tensors = load_file(checkpoint / WEIGHTS) if whole else load_adapter(checkpoint).tensors
         if self.learner.parameters.keys() != tensors.keys():
             raise CheckpointError("its tensors are not those that this run trains", checkpoint)
         for name, parameter in self.learner.parameters.items():
@@ -116,7 +155,8 @@ class RunOutput:
         spec, inputs, parameters = self.spec, self.inputs, self.learner.parameters
         base, template, fingerprint = spec.model.path, inputs.prepared.manifest.template, inputs.base_fingerprint
         if spec.adapter is None:
-            tensor_of, source = parameters.__getitem__, Path(base)
+            sharded, source = self.learner.sharded, Path(base)
+            tensor_of = parameters.__getitem__ if sharded is None else sharded.whole_tensors()
             write_huggingface(staging, inputs.config, tensor_of, lambda name: torch.float32, source, ignore_event)
             staging.facts["template"] = template
         else:

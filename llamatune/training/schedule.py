@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 from llamatune.data.batches import Batch, Split
 from llamatune.data.packing import epoch_rows
 from llamatune.errors import SpecError
+from llamatune.shapes.gradient_lanes import count_lanes, deal_passes, own_lanes
 from llamatune.spec import RunSpec, TrainingSection
+from llamatune.training.passes import SINGLE_MICRO_BATCHES, PassRule, join_micro_batches
+
+_WINDOWS_COUNTED = 1000
+"""At most so many windows are looked at for the facts about passes."""
 
 
 class Schedule:
@@ -20,6 +26,7 @@ class Schedule:
 
     def __init__(self, spec: RunSpec, train: Split) -> None:
         self._spec, self._train, training = spec, train, spec.training
+        self._lengths = train.lengths
         self._epoch, self._epoch_rows = 0, self._rows_of(0)
         self.rows = len(self._epoch_rows)
         self._rows_per_window = training.micro_batch_size * training.gradient_accumulation_steps
@@ -34,7 +41,7 @@ class Schedule:
     def _rows_of(self, epoch: int) -> list[list[int]]:
         data = self._spec.data
         budget = data.packed_tokens if data.packing else None
-        return epoch_rows(self._train.lengths, self._spec.training.seed, epoch, data.shuffle, budget)
+        return epoch_rows(self._lengths, self._spec.training.seed, epoch, data.shuffle, budget)
 
     def samples(self, window: int) -> list[list[int]]:
         """The indices of the samples of each micro-batch."""
@@ -45,16 +52,39 @@ class Schedule:
         size = self._spec.training.micro_batch_size
         return [list(itertools.chain(*rows[start : start + size])) for start in range(0, len(rows), size)]
 
-    def micro_batches(self, window: int) -> list[Batch]:
-        """The batches of the window's forward passes, in order."""
-        return [self._train.batch(indices) for indices in self.samples(window)]
+    def passes(self, window: int, rule: PassRule = SINGLE_MICRO_BATCHES) -> list[Batch]:
+        """The batches of the window's passes, in order."""
+        samples = self.samples(window)
+        sizes = [sum(self._lengths[i] for i in indices) for indices in samples]
+        joined = join_micro_batches(sizes, rule)
+        return [self._train.batch([i for number in numbers for i in samples[number]]) for numbers in joined]
+
+    def facts_of_passes(self, rule: PassRule, ranks: int) -> dict[str, Any]:
+        """For JSON: how the first epoch's windows are computed; ``balance`` of ranks is mean over highest tokens."""
+        passes, shares = 0, []
+        for window in range(min(self.windows_per_epoch, _WINDOWS_COUNTED)):
+            sizes = [sum(self._lengths[i] for i in indices) for indices in self.samples(window)]
+            tokens = [sum(sizes[number] for number in numbers) for numbers in join_micro_batches(sizes, rule)]
+            dealt = deal_passes(tokens, rule.lanes or count_lanes(ranks))
+            loads = [
+                sum(tokens[index] for lane in own_lanes(rank, ranks, len(dealt)) for index in dealt[lane])
+                for rank in range(ranks)
+            ]
+            passes += len(tokens)
+            shares.append(sum(loads) / (ranks * max(loads)))
+        facts = {"tokens_per_pass": rule.tokens, "passes_per_window": round(passes / len(shares), 2)}
+        return facts if ranks == 1 else {**facts, "ranks": ranks, "balance": round(math.fsum(shares) / len(shares), 4)}
 
 
-def micro_batch_tokens(spec: RunSpec, train: Split) -> float:
-    """Tokens of the average micro-batch; a packed row counts as full."""
-    tokens = sum(train.lengths)
+def pass_tokens(spec: RunSpec, train: Split, rule: PassRule = SINGLE_MICRO_BATCHES) -> float:
+    """Tokens of the average pass, without ``rule.tokens`` of a micro-batch; a packed row counts as full."""
+    tokens, steps = sum(train.lengths), spec.training.gradient_accumulation_steps
     row_tokens = spec.data.packed_tokens if spec.data.packing else tokens / len(train)
-    return min(tokens, spec.training.micro_batch_size * row_tokens)
+    single = min(tokens, spec.training.micro_batch_size * row_tokens)
+    if rule.tokens is None:
+        return single
+    window = min(tokens, steps * single)
+    return max(single, window / max(-(-window // rule.tokens), min(rule.at_least, steps)))
 
 
 def warmup_steps(spec: TrainingSection, total_steps: int) -> int:

@@ -17,10 +17,12 @@ _MAY_CHANGE = (
     "training.profile_steps",
     "training.keep_last",
     "training.output_dir",
-    # Recomputation and memory mapping change no bit of the result.
+    # Recomputation, memory mapping and where the base lies change no bit of the result.
     "training.activation_checkpointing",
     "training.memory_limit",
+    "training.rank_timeout_s",
     "model.memory_map",
+    "model.placement",
     *(f"tracking.{name}" for name in TrackingSection.model_fields),
 )
 MAY_GROW = ("training.num_epochs", "training.max_steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ from llamatune.memory.plan_report import plan_report
 from llamatune.memory.remedies import after_running_out
 from llamatune.model.compiled_functions import compiling
 from llamatune.out_of_memory import memory_faults
+from llamatune.ranks import ALONE, Ranks
 from llamatune.spec import RunSpec
 from llamatune.threads import suitable_threads
 from llamatune.training.compile_ahead import check_compiler, compile_ahead
 from llamatune.training.inputs import Inputs, open_inputs
 from llamatune.training.loop import TrainingLoop
 from llamatune.training.model_and_optimizer import build_learner
+from llamatune.training.passes import PassRule
 from llamatune.training.profiling import profiled
-from llamatune.training.run_directory import claim_run_directory, finished_summary
+from llamatune.training.run_directory import claim_run_directory, finished_summary, share_run
 from llamatune.training.run_file_names import CHECKPOINTS, ORIGIN
-from llamatune.training.run_memory import plan_run_memory, report_plan
-from llamatune.training.schedule import Schedule, micro_batch_tokens
+from llamatune.training.run_memory import choose_passes, choose_run_placement, plan_run_memory, report_plan
+from llamatune.training.schedule import Schedule, pass_tokens
 from llamatune.training.trainer_state import TrainerState
 
 _CHECKPOINT_BYTES = 12
@@ -40,43 +43,57 @@ def train(
     allowed_changes: tuple[str, ...] = (),
     on_event: OnEvent = ignore_event,
     should_stop: ShouldStop = never_stop,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Train as ``spec`` says, or continue the same run from its output directory; the summary.
+    """Train as ``spec`` says, or continue the same run from its output directory; the summary, on every rank.
 
     Raises:
         LlamatuneError: what the user can cause; nothing is left half-written.
         Stopped: ``should_stop`` asked for it; a checkpoint is saved.
     """
-    inputs = open_inputs(spec, force_base, on_event)
+    on_event = on_event if ranks.is_first else ignore_event
+    inputs = open_inputs(spec, force_base, on_event, ranks)
     schedule = Schedule(spec, inputs.prepared.train)
     if resume and not overwrite:
-        summary = finished_summary(spec, inputs.digests, allowed_changes)
+        summary = finished_summary(spec, inputs.digests, allowed_changes) if ranks.is_first else None
+        summary = ranks.from_first(summary)
         if summary is not None:
             how = "stopped early" if summary.get("stopped_early") else "is finished"
             on_event(Notice(f"{spec.training.output_dir} {how}: nothing to do"))
             return summary
     output, needed = Path(spec.training.output_dir), _CHECKPOINT_BYTES * inputs.count.trainable_parameters
-    refuse_small_disk(output, needed, "a checkpoint")
+    if ranks.is_first:
+        refuse_small_disk(output, needed, "a checkpoint")
     if spec.training.compile:
         check_compiler(inputs.device)
-    plan = plan_run_memory(spec, inputs.config, inputs.prepared.train, inputs.device)
+    config, rows, device = inputs.config, inputs.prepared.train, inputs.device
 
     def what_helps() -> str:
-        advice = after_running_out(spec, inputs.config, plan, capability_of(inputs.device))
+        advice = after_running_out(placed, inputs.config, plan, capability_of(inputs.device))
         saved = list_checkpoints(output / CHECKPOINTS)
         return f"{advice}; the last checkpoint is {saved[0]}" if saved else advice
 
-    claim = claim_run_directory(spec, inputs.digests, overwrite, resume, allowed_changes)
-    threads = suitable_threads(inputs.config, micro_batch_tokens(spec, inputs.prepared.train))
-    with claim as run, memory_faults(inputs.device, what_helps), threads:
-        report_plan(plan, spec, inputs.config, inputs.device, on_event)
-        memory_facts = {**plan.facts(), "memory_before_model_bytes": held_host_bytes().get("resident")}
-        learner = build_learner(spec, inputs, on_event, should_stop, plan.levels)
-        profiling = profiled(spec.training.profile_steps, inputs.device, run.path, on_event)
+    def passes() -> PassRule:
+        return choose_passes(spec, config, rows, device, ranks.size)
+
+    with contextlib.ExitStack() as stack:
+        claim = claim_run_directory(spec, inputs.digests, overwrite, resume, allowed_changes, passes)
+        run = share_run(stack.enter_context(claim) if ranks.is_first else None, spec, ranks)
+        placed = choose_run_placement(spec, config, rows, device, run.passes.tokens, ranks)
+        plan = plan_run_memory(placed, config, rows, device, run.passes.tokens, ranks.size)
+        stack.enter_context(memory_faults(device, what_helps))
+        stack.enter_context(suitable_threads(config, pass_tokens(spec, rows, run.passes)))
+        report_plan(plan, placed, config, device, on_event)
+        before_bytes = held_host_bytes().get("resident")
+        placement = placed.model.placement
+        memory_facts = {"placement": placement, **plan.facts(), "memory_before_model_bytes": before_bytes}
+        learner = build_learner(placed, inputs, on_event, should_stop, plan.levels, ranks)
+        profiled_steps = spec.training.profile_steps if ranks.is_first else None
+        profiling = profiled(profiled_steps, device, run.path, on_event)
         with compiling(spec.training.compile), profiling as on_event:
             if spec.training.compile:
                 compile_ahead(spec, learner, inputs.prepared.train, on_event)
-            loop = TrainingLoop(spec, inputs, schedule, learner, run, on_event, should_stop, memory_facts)
+            loop = TrainingLoop(spec, inputs, schedule, learner, run, on_event, should_stop, memory_facts, ranks)
             loop.resume()
             _report_start(spec, inputs, schedule, loop.progress, on_event)
             return loop.execute()
@@ -97,16 +114,21 @@ def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, progress: T
     )  # fmt: skip
 
 
-def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent = ignore_event) -> dict[str, Any]:
+def plan_training(
+    spec: RunSpec, *, force_base: bool = False, on_event: OnEvent = ignore_event, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Check everything that a run needs and count what it would do; nothing is loaded, trained or written."""
-    inputs = open_inputs(spec, force_base, on_event)
+    inputs = open_inputs(spec, force_base, on_event, ranks)
     schedule = Schedule(spec, inputs.prepared.train)
     output = Path(spec.training.output_dir)
     if not (output / ORIGIN).is_file():
         refuse_occupied(output, overwrite=False)
     if spec.training.compile:
         check_compiler(inputs.device)
-    memory = plan_run_memory(spec, inputs.config, inputs.prepared.train, inputs.device)
+    config, rows, device = inputs.config, inputs.prepared.train, inputs.device
+    rule = choose_passes(spec, config, rows, device, ranks.size)
+    placed = choose_run_placement(spec, config, rows, device, rule.tokens, ranks)
+    memory = plan_run_memory(placed, config, rows, device, rule.tokens, ranks.size)
     return {
         "trainable_parameters": inputs.count.trainable_parameters,
         "total_parameters": inputs.count.total_parameters,
@@ -117,7 +139,8 @@ def plan_training(spec: RunSpec, *, force_base: bool = False, on_event: OnEvent 
         "windows_per_epoch": schedule.windows_per_epoch,
         "num_epochs": schedule.num_epochs,
         "total_steps": schedule.total_steps,
+        **schedule.facts_of_passes(rule, ranks.size),
         "device": str(inputs.device),
         "output_dir": str(output),
-        "memory_plan": plan_report(spec, inputs.config, memory, capability_of(inputs.device)),
+        "memory_plan": plan_report(placed, inputs.config, memory, capability_of(inputs.device)),
     }

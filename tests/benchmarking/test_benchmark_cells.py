@@ -105,7 +105,8 @@ class TestWhatIsMeasured:
         self, values: dict[str, Any], tmp_path: Path, changes: dict[str, str]
     ) -> None:
         overrides = [f"{key}={value}" for key, value in changes.items()]
-        spec = build_spec(values, "test", [*overrides, f"training.output_dir={tmp_path / 'run'}"])
+        overrides += [f"training.output_dir={tmp_path / 'run'}", "training.tokens_per_pass=null"]  # as cells do
+        spec = build_spec(values, "test", overrides)
         found = answer(request(task(spec, None if changes else 4)))
         summary = train(spec)
         lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -151,10 +152,10 @@ class TestWhatIsMeasured:
         inputs = open_inputs(spec, False, ignore_event)
         trial = Trial(spec, inputs)
         count = trial.schedule.windows_per_epoch
-        trial.update(trial.schedule.micro_batches(0), 0, 0)  # the optimizer's state is there from now on
+        trial.update(trial.schedule.passes(0), 0, 0)  # the optimizer's state is there from now on
         peaks = []
         for window in range(count):
-            batches = trial.schedule.micro_batches(window)
+            batches = trial.schedule.passes(window)
             with trial.meter(None) as meter:
                 trial.update(batches, window, 1)
             peaks.append(meter.peak_bytes)

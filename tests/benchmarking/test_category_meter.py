@@ -19,6 +19,7 @@ from llamatune.benchmarking.results import CATEGORIES
 from llamatune.errors import OutOfMemory
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.loss import summed_loss
+from llamatune.shapes.gradient_lanes import LANES
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 from llamatune.spec import RunSpec, TrainingSection
 from llamatune.training.model_and_optimizer import Learner, build_learner
@@ -48,7 +49,8 @@ def learner_of(spec: RunSpec) -> Learner:
 
 
 def step(learner: Learner, micro_batches: int) -> None:
-    make_update(learner, [BATCH] * micro_batches, TrainingSection(output_dir="none"), 0, 1e-3)
+    lanes = None if len(learner.parameters) == len([*learner.model.parameters()]) else LANES  # as a run has them
+    make_update(learner, [BATCH] * micro_batches, TrainingSection(output_dir="none"), 0, 1e-3, lanes=lanes)
 
 
 def metered(spec: RunSpec, micro_batches: int = 2) -> tuple[Learner, CategoryMeter]:
@@ -188,8 +190,9 @@ def test_categories_add_up_to_the_peak_and_to_closed_forms(lora: bool, precision
     trained = 4 * sum(p.numel() for p in learner.parameters.values())
     counters = 4 * len(learner.parameters)
     assert found["optimizer"] == 2 * trained + counters
-    assert trained <= sizes_ever(meter)["gradients"] <= 1.01 * trained
-    assert found["gradients"] <= trained
+    # Of two passes an adapter's gradients are added in two lanes.
+    assert trained <= sizes_ever(meter)["gradients"] <= (2.02 if lora else 1.01) * trained
+    assert found["gradients"] <= (2 if lora else 1) * trained
     assert found["activations"] > 0
 
 

@@ -90,7 +90,7 @@ PATHS = [
     for parameter in command.params
     if parameter.name
     in ("adapter", "data", "directory", "generations", "model", "output", "per_row", "png", "prompt_file", "rows",
-        "runs", "shots_data", "spec_path", "tokenizer", "validation")
+        "runs", "shots_data", "spec_path", "specs", "tokenizer", "validation")
 ]  # fmt: skip
 
 

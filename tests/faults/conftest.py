@@ -1,4 +1,4 @@
-"""What the runs of the fault sweeps need: a tiny base, prepared rows, specs, and a warm parent that forks them."""
+"""What the runs of the fault sweeps need: prepared rows, specs, and a warm parent that forks them."""
 
 from __future__ import annotations
 
@@ -7,31 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from run_tools import spec_values
 from warm import Warm
-
-from llamatune.checkpoints.huggingface_weights import write_huggingface
-from llamatune.events import ignore_event
-from llamatune.formats.manifest import Staging
-from llamatune.shapes.llama_config import LlamaConfig
-
-SHAPE = LlamaConfig(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=131, max_position_embeddings=128,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def small_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """Random weights, so small that a step takes milliseconds."""
-    path, generator = tmp_path_factory.mktemp("small-base") / "base", torch.Generator().manual_seed(2)
-    path.mkdir()
-    weights = {name: torch.randn(shape, generator=generator) * 0.15 for name, shape in SHAPE.parameter_shapes()}
-    write_huggingface(Staging(path), SHAPE, weights.__getitem__, lambda name: torch.float32, path, ignore_event)
-    (path / "tokenizer.model").write_bytes(tiny_tokenizer.read_bytes())
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -142,7 +142,7 @@ def jobs(
 ) -> dict[str, Job]:
     """Steps that improve the validation loss twice, so that best/ is made and replaced."""
     run = tmp_path_factory.mktemp("adapter") / "run"
-    train = job_file(training__learning_rate=0.05)
+    train = job_file(training__learning_rate=0.05, training__tokens_per_pass=None)
     made = warm.run([*train, f"training.output_dir={run}"])
     assert made.code == 0, made.stderr
     assert made.stderr.count("best=true") == 2

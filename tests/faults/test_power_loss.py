@@ -77,7 +77,7 @@ def swept(
 @pytest.fixture
 def train(job_file: Callable[..., tuple[str, ...]]) -> Job:
     """Steps that improve the validation loss twice, so that best/ is made and replaced."""
-    return training(job_file(training__learning_rate=0.05))
+    return training(job_file(training__learning_rate=0.05, training__tokens_per_pass=None))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from step_tools import spec_of, step_bytes
 from llamatune.errors import SpecError, Stopped
 from llamatune.events import Notice
 from llamatune.free_memory import free_host_bytes
-from llamatune.memory.plan import heaviest_rows, largest, plan_memory
+from llamatune.memory.plan import heaviest_rows, largest, placed, plan_memory
 from llamatune.memory.remedies import recomputed_share, remedies
 from llamatune.memory.sizes import Rows
 from llamatune.shapes.llama_config import LINEAR_MODULES, PRESETS, LlamaConfig
@@ -87,7 +87,7 @@ class TestRemedies:
         assert block.peak_bytes == step_bytes(changed, SEVEN, ROWS, True).peak
 
     def test_what_is_on_is_not_proposed(self) -> None:
-        spec = spec_of(LINEAR_MODULES, "block", dtype="nf4", optimizer="adamw_8bit")
+        spec = placed(spec_of(LINEAR_MODULES, "block", dtype="nf4", optimizer="adamw_8bit"), "host")
         plan = plan_memory(spec, SEVEN, Rows((40,), 20), True, 1)
         found = [remedy.change for remedy in remedies(spec, SEVEN, plan, cuda=True)]
         assert found == ["lora.r=8", "training.optimizer=sgd"]
@@ -109,7 +109,7 @@ class TestTheHeaviestMicroBatch:
         return heaviest_rows(self.LENGTHS, self.TARGETS, spec)
 
     def test_is_that_of_the_longest_rows(self) -> None:
-        assert self.rows() == Rows((80, 80, 30), 100)
+        assert self.rows() == Rows((80, 80, 30), 100, 1)
 
     def test_packed_rows_are_full(self) -> None:
         assert self.rows(packing=True, packed_tokens=50).tokens == sum(self.LENGTHS)  # there are no more tokens
@@ -171,13 +171,16 @@ def tight_limit(spec: RunSpec, run: Path) -> str:
 def test_a_tight_limit_recomputes_says_so_and_changes_no_bit(
     tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path
 ) -> None:
-    free = make_spec(tiny_base(), prepared(), tmp_path / "free", training__memory_limit="1GiB")
+    passes = {"training__tokens_per_pass": 512}  # chosen from the memory, they would differ
+    free = make_spec(tiny_base(), prepared(), tmp_path / "free", training__memory_limit="1GiB", **passes)
     summary, events = run_and_record(free)
     assert summary["recomputed_layers"] == {
         "nothing": 3, "gate and up": 0, "q, k, v, gate and up": 0, "the whole block": 0}  # fmt: skip
     assert not [event for event in events if isinstance(event, Notice) and "recomputing" in event.message]
     limit = tight_limit(free, tmp_path / "free")
-    tight, events = run_and_record(make_spec(tiny_base(), prepared(), tmp_path / "tight", training__memory_limit=limit))
+    tight, events = run_and_record(
+        make_spec(tiny_base(), prepared(), tmp_path / "tight", training__memory_limit=limit, **passes)
+    )
     assert tight["recomputed_layers"]["nothing"] < 3
     assert tight["predicted_peak_memory_bytes"] <= parse_size(limit, "")
     (notice,) = [event for event in events if isinstance(event, Notice) and "recomputing" in event.message]

@@ -17,7 +17,8 @@ from llamatune import cli
 from llamatune.data.batches import open_prepared
 from llamatune.errors import DataError
 from llamatune.formats.prepared import read_lengths
-from llamatune.memory.plan import heaviest_rows
+from llamatune.memory.plan import heaviest_rows, plan_memory
+from llamatune.memory.sizes import Rows
 from llamatune.shapes.llama_config import PRESETS
 from llamatune.spec import build_spec, load_spec
 from llamatune.training.train import plan_training
@@ -62,7 +63,7 @@ def test_a_preset_without_a_device_is_predicted_and_no_more(run: Callable[..., d
 
 
 def test_what_is_called_the_largest_fits_and_one_more_does_not(run: Callable[..., dict[str, Any]]) -> None:
-    base = ("--preset", "llama-2-7b", "--memory", "24GiB", "--max-seq-length", "512")
+    base = ("--preset", "llama-2-7b", "--memory", "24GiB", "--max-seq-length", "512", "model.placement=device")
     found = run(*base)
     assert found["fits"]
     assert found["memory_limit_bytes"] == 24 * GIB * 9 // 10
@@ -74,25 +75,27 @@ def test_what_is_called_the_largest_fits_and_one_more_does_not(run: Callable[...
 
 
 def test_what_does_not_fit_comes_with_what_helps(run: Callable[..., dict[str, Any]]) -> None:
-    base = ("--preset", "llama-2-7b", "--memory", "10GiB")
+    base = ("--preset", "llama-2-7b", "--memory", "10GiB", "model.placement=device")
     found = run(*base)
     assert not found["fits"]
     assert found["recomputed_layers"]["the whole block"] == 32
     helpful = [remedy["change"] for remedy in found["remedies"] if remedy["fits"]]
-    assert helpful == ["model.dtype=nf4"]
+    assert helpful == ["model.dtype=nf4", "model.placement=host"]
     costs = [remedy["more_compute"] for remedy in found["remedies"] if remedy["more_compute"] is not None]
     assert costs == sorted(costs)
-    assert run(*base, *helpful)["fits"]
+    assert run(*base[:-1], *helpful)["fits"]
 
 
 def test_a_spec_is_planned_for_its_longest_rows(
     run: Callable[..., dict[str, Any]], spec_file: Path, prepared: Callable[..., Path]
 ) -> None:
     lengths = sorted(open_prepared(prepared()).train.lengths)
-    found = run(str(spec_file), "--device", "cpu", "--memory", "1GiB")
-    assert found["micro_batch_tokens"] == sum(lengths[-3:])
-    assert run(str(spec_file), "training.micro_batch_size=2")["micro_batch_tokens"] == sum(lengths[-2:])
-    assert run(str(spec_file), "--max-seq-length", "7")["micro_batch_tokens"] == 3 * 7
+    found = run(str(spec_file), "--device", "cpu", "--memory", "1GiB", "training.tokens_per_pass=null")
+    assert found["pass_tokens"] == sum(lengths[-3:])
+    joined = run(str(spec_file), "--device", "cpu", "--memory", "1GiB")
+    assert joined["pass_tokens"] == sum(lengths), "all rows are one window"
+    assert run(str(spec_file), "training.micro_batch_size=2")["pass_tokens"] == sum(lengths[-2:])
+    assert run(str(spec_file), "--max-seq-length", "7")["pass_tokens"] == 3 * 7
 
 
 def test_a_dry_run_says_the_same(run: Callable[..., dict[str, Any]], spec_file: Path) -> None:
@@ -160,3 +163,36 @@ def test_the_moments_are_explained_where_they_are_asked_for(
     assert f"{peak['step']} <- peak" in shown
     assert "alive at the peak" in shown
     assert "kept by attention: q, k, v" in shown
+
+
+@pytest.mark.parametrize(("ranks", "placement"), [("1", "host"), ("4", "shard")])
+def test_a_base_that_does_not_fit_is_planned_elsewhere(
+    run: Callable[..., dict[str, Any]], ranks: str, placement: str
+) -> None:
+    base = ("--preset", "llama-2-7b", "--memory", "10GiB", "--ranks", ranks)
+    found, on_device = run(*base), run(*base, "model.placement=device")
+    assert (found["placement"], found["fits"]) == (placement, True)
+    assert not on_device["fits"]
+    assert found == run(*base, f"model.placement={placement}")
+    block, others = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096), 2 * (2 * 32000 + 1) * 4096
+    at_rest = 32 * block // 4 if placement == "shard" else 0
+    assert found["predicted_memory_bytes"]["weights"] == at_rest + 2 * block + others
+    assert found["bytes_brought_per_pass"] == 60 * (block * 3 // 4 if placement == "shard" else block)
+    assert run("--preset", "llama-2-7b", "--memory", "40GiB", "--ranks", ranks)["placement"] == "device"
+    assert run(*base, "--device", "cpu")["placement"] == ("device" if ranks == "1" else "shard")
+
+
+def test_full_fine_tuning_is_divided_among_ranks() -> None:
+    """What is gathered stays: all outside the blocks, three blocks, and the gradients of two."""
+    values = {
+        "model": {"path": "base", "dtype": "float32"}, "data": {"train": "data"},
+        "training": {"output_dir": "run", "device": "cuda", "num_epochs": 1, "learning_rate": 1e-5},
+    }  # fmt: skip
+    config, spec = PRESETS["llama-2-7b"], build_spec(values, "test")
+    one, four = (plan_memory(spec, config, Rows((512,), 512, 8, ranks), True, None).step for ranks in (1, 4))
+    block, others = 4 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096), 4 * (2 * 32000 + 1) * 4096
+    assert one.weights == 32 * block + others
+    assert four.weights == one.weights // 4 + others + 3 * block
+    assert four.optimizer_state == pytest.approx(one.optimizer_state / 4, rel=1e-5)
+    assert four.gradients == one.gradients // 4
+    assert four.peak < 0.4 * one.peak

@@ -208,6 +208,20 @@ def test_wandb_offline_has_each_step_once_sends_nothing_and_keeps_no_secret(
     assert KEY not in stdout + stderr
 
 
+def test_wandb_online_is_offline_where_the_environment_says_so(
+    spec_file: Callable[..., Path], tmp_path: Path, nowhere: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the batch script that ``llamatune slurm`` writes."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    process = _start(spec_file(tracking={"wandb": "online"}))
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "warning" not in stderr
+    assert len(list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))) == 1
+    assert not _accepted(nowhere), "something was sent"
+
+
 @pytest.mark.parametrize("closing_s", [60, 0])
 def test_wandb_that_loses_its_service_costs_one_warning(
     spec_file: Callable[..., Path], tmp_path: Path, nowhere: socket.socket, closing_s: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def test_every_epoch_is_another_permutation_of_the_seed(rows: int) -> None:
 def test_every_row_is_used_once_an_epoch_across_restarts(
     tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path, visited: list[tuple[int, ...]]
 ) -> None:
-    spec = make_spec(tiny_base(), prepared(), tmp_path / "run", training__num_epochs=3)
+    changes: dict[str, Any] = {"training__num_epochs": 3, "training__tokens_per_pass": None}
+    spec = make_spec(tiny_base(), prepared(), tmp_path / "run", **changes)
     for count in (1, 3, 2, 5, 99):
         stop = StopAfter(count)
         try:

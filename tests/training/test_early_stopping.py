@@ -318,7 +318,8 @@ def test_less_patience_is_another_run(spec_with: SpecWith) -> None:
 
 def test_another_least_difference_judges_all_evaluations_anew_where_it_is_allowed(spec_with: SpecWith) -> None:
     least = "evaluation.early_stopping_min_delta"
-    eager = {**RESTLESS, "training__learning_rate": 0.01, "evaluation__early_stopping_patience": 2}
+    eager: dict[str, Any] = {**RESTLESS, "training__learning_rate": 0.01, "evaluation__early_stopping_patience": 2}
+    eager["training__tokens_per_pass"] = None
     before = train(spec_with("parts", **eager, evaluation__early_stopping_min_delta=100.0))
     assert (before["steps"], before["stopped_early"]) == (3, True)
     parts = train(spec_with("parts", **eager), allowed_changes=(least,))

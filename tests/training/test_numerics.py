@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ def test_a_nan_in_the_base_names_step_and_rows_and_saves_nothing(
     """One window of all rows, one row in a micro-batch: the message can name the very rows."""
     data, run = prepared(), tmp_path / "run"
     with pytest.raises(NumericsError, match="loss is not finite at step 1, among rows") as raised:
-        train(make_spec(broken_base, data, run, training__micro_batch_size=1, training__gradient_accumulation_steps=23))
+        batches: dict[str, Any] = {"training__micro_batch_size": 1, "training__gradient_accumulation_steps": 23}
+        train(make_spec(broken_base, data, run, **batches, training__tokens_per_pass=None))
     message = str(raised.value)
     assert raised.value.exit_code == 6
     assert "float32 weights, fp32" in message

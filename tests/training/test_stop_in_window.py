@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_tools import assert_same_outcome, make_spec, metrics
 
 from llamatune.errors import Stopped
 from llamatune.events import Event, RunStarted
-from llamatune.training import training_step
+from llamatune.training import window_gradients
 from llamatune.training.train import train
 
 
@@ -38,11 +39,12 @@ def test_a_run_stopped_inside_a_window_ends_in_the_same_bytes(
     patience: float,
     question: int,
 ) -> None:
-    changes = {"training__micro_batch_size": 1, "training__gradient_accumulation_steps": 5}
+    changes: dict[str, Any] = {"training__micro_batch_size": 1, "training__gradient_accumulation_steps": 5}
+    changes["training__tokens_per_pass"] = None
     whole = make_spec(tiny_base(), prepared(), tmp_path / "whole", **changes)
     train(whole)
     stopped = make_spec(tiny_base(), prepared(), tmp_path / "stopped", **changes)
-    monkeypatch.setattr(training_step, "FINISHING_S", patience)
+    monkeypatch.setattr(window_gradients, "FINISHING_S", patience)
     asked = AskedAt(question)
     with pytest.raises(Stopped, match="run the same command again"):
         train(stopped, on_event=asked.on_event, should_stop=asked.should_stop)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,10 @@ from llamatune.training.train import train
 @pytest.fixture
 def spec_with(tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path) -> Callable[..., RunSpec]:
     return lambda name="run", **changes: make_spec(tiny_base(), prepared(), tmp_path / name, **changes)
+
+
+ALONE: dict[str, Any] = {"training__tokens_per_pass": None}
+"""Each micro-batch is a pass."""
 
 
 def test_layer_norms_are_what_an_sgd_step_moved_each_layer_by(
@@ -79,7 +84,7 @@ def test_stopped_and_killed_runs_record_each_steps_layer_norms_once(
 
 
 def test_each_start_leaves_a_trace_of_its_first_windows(spec_with: Callable[..., RunSpec], tmp_path: Path) -> None:
-    spec, stop = spec_with(training__max_steps=4, training__profile_steps=2), StopAfter(1)
+    spec, stop = spec_with(training__max_steps=4, training__profile_steps=2, **ALONE), StopAfter(1)
     with pytest.raises(Stopped):
         train(spec, on_event=stop.on_event, should_stop=stop.should_stop)
     train(spec)
@@ -90,7 +95,7 @@ def test_each_start_leaves_a_trace_of_its_first_windows(spec_with: Callable[...,
         for name, trace in traces.items()
     }
     assert forward_passes == {"trace-from-step-000001.json": 2, "trace-from-step-000002.json": 4}
-    train(spec_with("plain", training__max_steps=4))
+    train(spec_with("plain", training__max_steps=4, **ALONE))
     assert not list((tmp_path / "plain").glob("trace-*"))
     plain, profiled = (adapter_tensors(tmp_path / name / "adapter") for name in ("plain", "run"))
     assert all(torch.equal(plain[name], profiled[name]) for name in plain)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ SMALLEST_QUANTIZED = 4096
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A run of elements of one parameter, flat, with its slice of the state (views)."""
 
     weights: Tensor
@@ -43,28 +43,24 @@ class AdamW8bit(AdamW):
 
     def fresh_state(self, parameter: Tensor) -> State:
         """Both moments zero, since the blocks' largest magnitudes are."""
-        state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
-        count, device = parameter.numel(), parameter.device
-        blocks = -(-count // BLOCK)
-        for name in ("exp_avg", "exp_avg_sq"):
-            if count < SMALLEST_QUANTIZED:
-                state[name] = torch.zeros(count, dtype=torch.float32, device=device)
-            else:
-                state[name] = torch.zeros(blocks * BLOCK, dtype=torch.uint8, device=device)
-                state[f"{name}_largest"] = torch.zeros(blocks, dtype=torch.float32, device=device)
-        return state
+        count = parameter.numel()
+        return zero_state(count, count >= SMALLEST_QUANTIZED, parameter.device)
 
     def update(self, weights: list[Tensor], grads: list[Tensor], states: list[State], learning_rate: float) -> None:
-        alike: dict[tuple[bool, int], list[_Piece]] = defaultdict(list)
+        alike: dict[tuple[bool, int], list[Piece]] = defaultdict(list)
         for weight, grad, state in zip(weights, grads, states, strict=True):
             state["step"] += 1
             large = weight.numel() >= SMALLEST_QUANTIZED
-            alike[large, int(state["step"])] += _pieces(weight, grad, state, large)
+            alike[large, int(state["step"])] += pieces_of(weight, grad, state, large)
+        self.update_pieces(alike, learning_rate)
+
+    def update_pieces(self, alike: Mapping[tuple[bool, int], Iterable[Piece]], learning_rate: float) -> None:
+        """Update weights and states, given by whether the state is quantised, and by the number of this step."""
         for (large, step), pieces in alike.items():
             for bucket in _buckets(pieces):
                 self._update_bucket(bucket, learning_rate, step, large)
 
-    def _update_bucket(self, bucket: list[_Piece], learning_rate: float, step: int, large: bool) -> None:
+    def _update_bucket(self, bucket: list[Piece], learning_rate: float, step: int, large: bool) -> None:
         """Equation 12 of AdamW on all pieces of the bucket, concatenated."""
         beta1, beta2 = self.betas
         grad = torch.cat([piece.grad for piece in bucket])
@@ -87,7 +83,7 @@ class AdamW8bit(AdamW):
             self._codes[device] = BlockwiseCode(True, device), BlockwiseCode(False, device)
         return self._codes[device][0 if name == "exp_avg" else 1]
 
-    def _joined(self, bucket: list[_Piece], name: str, large: bool) -> Tensor:
+    def _joined(self, bucket: list[Piece], name: str, large: bool) -> Tensor:
         """One moment of the whole bucket, fp32."""
         moment = torch.cat([piece.state[name] for piece in bucket])
         if not large:
@@ -95,7 +91,7 @@ class AdamW8bit(AdamW):
         largest = torch.cat([piece.state[f"{name}_largest"] for piece in bucket])
         return self._code(name, moment.device).decode(moment, largest)
 
-    def _store(self, bucket: list[_Piece], name: str, moment: Tensor, large: bool) -> None:
+    def _store(self, bucket: list[Piece], name: str, moment: Tensor, large: bool) -> None:
         tensors = {name: moment}
         if large:
             tensors[name], tensors[f"{name}_largest"] = self._code(name, moment.device).encode(moment)
@@ -104,7 +100,20 @@ class AdamW8bit(AdamW):
             torch._foreach_copy_(into, list(torch.split(tensor, [len(part) for part in into])))
 
 
-def _pieces(weight: Tensor, grad: Tensor, state: State, large: bool) -> Iterator[_Piece]:
+def zero_state(count: int, quantized: bool, device: torch.device) -> State:
+    """The state of ``count`` elements before the first step."""
+    state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
+    blocks = -(-count // BLOCK)
+    for name in ("exp_avg", "exp_avg_sq"):
+        if quantized:
+            state[name] = torch.zeros(blocks * BLOCK, dtype=torch.uint8, device=device)
+            state[f"{name}_largest"] = torch.zeros(blocks, dtype=torch.float32, device=device)
+        else:
+            state[name] = torch.zeros(count, dtype=torch.float32, device=device)
+    return state
+
+
+def pieces_of(weight: Tensor, grad: Tensor, state: State, large: bool) -> Iterator[Piece]:
     """The parameter cut into runs that fit a bucket; gradients of large parameters are padded to whole blocks."""
     assert weight.is_contiguous()
     weights, grad = weight.view(-1), grad.reshape(-1).float()
@@ -117,12 +126,12 @@ def _pieces(weight: Tensor, grad: Tensor, state: State, large: bool) -> Iterator
         views = {
             key: tensor[blocks if key.endswith("_largest") else run] for key, tensor in state.items() if key != "step"
         }
-        yield _Piece(weights[run], part, views)
+        yield Piece(weights[run], part, views)
 
 
-def _buckets(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+def _buckets(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """Pieces in their order, as many as fit."""
-    bucket: list[_Piece] = []
+    bucket: list[Piece] = []
     elements = 0
     for piece in pieces:
         if bucket and elements + len(piece.grad) > ELEMENTS_AT_ONCE[piece.grad.device.type]:

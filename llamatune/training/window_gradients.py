@@ -1,0 +1,150 @@
+"""The gradients of an accumulation window: forward and backward passes in lanes, their sum over lanes and ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llamatune.data.batches import Batch
+from llamatune.errors import Stopped
+from llamatune.events import ShouldStop
+from llamatune.model.loss import summed_loss
+from llamatune.ranks import Ranks
+from llamatune.seeds import derived_seed
+from llamatune.shapes.gradient_lanes import count_lanes, deal_passes, own_lanes
+from llamatune.training.gradient_sum import TreeSum, reduce_nodes
+from llamatune.training.model_and_optimizer import Learner
+
+FINISHING_S = 15.0
+"""How long a window may go on after a stop was asked for. Slurm kills after 30 s, and saving takes a while too."""
+
+
+@dataclass(frozen=True)
+class WindowFacts:
+    """``losses`` are summed over the target tokens of each pass, in float64; ``missing`` names what has no gradient.
+
+    ``stop``: some rank was asked to stop. ``waited_s`` is the time in messages between ranks.
+    """
+
+    losses: Tensor
+    missing: list[str]
+    stop: bool = False
+    waited_s: float = 0.0
+
+
+def window_gradients(
+    learner: Learner,
+    passes: Sequence[Batch],
+    seed: int,
+    window: int,
+    lanes: int | None,
+    should_stop: ShouldStop,
+    ranks: Ranks,
+) -> WindowFacts:
+    """Compute this rank's passes; ``grad`` of each parameter becomes the sum over all ranks, scaled by the loss scale.
+
+    With ``lanes`` the sum has the same bytes on any number of ranks. None adds gradients one after another, and those
+    of several ranks as the collective does. Of a sharded model it is this rank's slice of the sum.
+
+    Raises:
+        Stopped: ``should_stop`` asked for it, and the rest would take longer than ``FINISHING_S``. Several ranks finish
+            the window.
+    """
+    dealt = deal_passes([batch.tokens for batch in passes], lanes or count_lanes(ranks.size))
+    own = own_lanes(ranks.rank, ranks.size, len(dealt))
+    tree = TreeSum() if lanes else None
+    groups = [dealt[lane] for lane in own] if tree else [sorted(index for lane in own for index in dealt[lane])]
+    divisor = sum(batch.target_tokens for batch in passes) / learner.scaler.scale
+    losses = torch.zeros(len(passes), dtype=torch.float64, device=learner.device)
+    parameters, reached = list(learner.parameters.values()), [False] * len(learner.parameters)
+    done, count, started = 0, sum(map(len, groups)), time.monotonic()
+    for lane, group in zip(own, groups, strict=False):
+        for index in group:
+            if done and ranks.size == 1 and should_stop():
+                left_s = (time.monotonic() - started) / done * (count - done)
+                if left_s > FINISHING_S:
+                    raise Stopped(f"after {done} of the {count} passes of a window")
+            losses[index] = _backward(learner, passes[index], derived_seed(seed, "dropout", window, index), divisor)
+            done += 1
+        reached = [before or p.grad is not None for before, p in zip(reached, parameters, strict=True)]
+        if tree is not None:
+            tree.add(lane, 1, _taken(parameters) if group else None)
+    if learner.streamed is not None:
+        for _ in range(_most_passes(dealt, ranks) - done):
+            learner.streamed.idle(backward=True)
+    if learner.sharded is not None:
+        # A pass that counts for nothing, of rows of this window: it overflows only if another rank does.
+        shortest = min(passes, key=lambda batch: batch.tokens)
+        for _ in range(_most_passes(dealt, ranks) - done):
+            _backward(learner, shortest, 0, math.inf)
+        learner.sharded.take_gradients()
+        reached = [p.grad is not None for p in parameters]
+    if ranks.size > 1:
+        return _reduced(learner, tree, dealt, losses, reached, should_stop(), ranks)
+    if tree is not None and tree.total is not None:
+        for parameter, gradient, has_gradient in zip(parameters, tree.total, reached, strict=True):
+            parameter.grad = gradient if has_gradient else None
+    return WindowFacts(losses, _missing(learner, reached))
+
+
+def _most_passes(dealt: Sequence[Sequence[int]], ranks: Ranks) -> int:
+    """The passes of the rank that has most."""
+    shares = (own_lanes(rank, ranks.size, len(dealt)) for rank in range(ranks.size))
+    return max(sum(len(dealt[lane]) for lane in share) for share in shares)
+
+
+def _backward(learner: Learner, batch: Batch, dropout_seed: int, divisor: float) -> Tensor:
+    """One pass; its summed loss. The graph is freed before the next pass begins."""
+    torch.manual_seed(dropout_seed)
+    with learner.autocast():
+        loss = summed_loss(learner.model, batch.input_ids, batch.labels, batch.lengths)
+    with contextlib.nullcontext() if learner.sharded is None else learner.sharded.exchanging():
+        (loss / divisor).backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def _taken(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The gradients, taken off the parameters; zeros where there is none."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return gradients
+
+
+def _reduced(
+    learner: Learner,
+    tree: TreeSum | None,
+    dealt: Sequence[Sequence[int]],
+    losses: Tensor,
+    reached: Sequence[bool],
+    stop: bool,
+    ranks: Ranks,
+) -> WindowFacts:
+    """Sum gradients and facts over the ranks; without a ``tree`` each gradient by an all-reduce of its own."""
+    if losses.device.type == "cuda":
+        torch.cuda.synchronize(losses.device)  # what follows is messages alone
+    started, parameters = time.monotonic(), list(learner.parameters.values())
+    flags = torch.tensor([stop, *reached], dtype=torch.float64, device=losses.device)
+    facts = torch.cat((losses, flags))
+    if tree is None:
+        summed = _taken(parameters)
+        for gradient in summed if learner.sharded is None else ():
+            ranks.all_reduce(gradient)
+        ranks.all_reduce(facts)
+    else:
+        summed, facts = reduce_nodes(tree, parameters, facts, dealt, ranks)
+    asked, *counts = facts[len(losses) :].tolist()  # the device is waited for here
+    for parameter, gradient, count in zip(parameters, summed, counts, strict=True):
+        parameter.grad = gradient if count else None
+    waited_s = time.monotonic() - started
+    return WindowFacts(facts[: len(losses)], _missing(learner, counts), bool(asked), waited_s)
+
+
+def _missing(learner: Learner, reached: Sequence[float]) -> list[str]:
+    return [name for name, has_gradient in zip(learner.parameters, reached, strict=True) if not has_gradient]
