@@ -13,7 +13,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 import torch
 
 from llamatune.errors import CheckpointError, FailedElsewhere, LlamatuneError, NumericsError
-from llamatune.ranks import Ranks, connected
+from llamatune.process_group import connected
+from llamatune.ranks import Ranks
 
 
 def send(ranks: Ranks) -> None:

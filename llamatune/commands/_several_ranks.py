@@ -73,7 +73,7 @@ def connect(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch is imported
 
     from llamatune.devices import find_device
-    from llamatune.ranks import connected
+    from llamatune.process_group import connected
 
     device_type = "cpu" if launch.world_size == 1 else find_device(device).type
     _connected = launch.world_size > 1

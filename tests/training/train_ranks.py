@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llamatune.ranks import connected
+from llamatune.process_group import connected
 from llamatune.spec import load_spec
 from llamatune.training.train import train
 
