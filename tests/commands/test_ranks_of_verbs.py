@@ -5,7 +5,6 @@ The processes are real, started with the variables of torchrun or srun. Each imp
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -13,35 +12,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
+from launch_variables import COUNT, STEP_OF_TWO
 from torch.distributed import PrefixStore, TCPStore
 
 import llamatune
-from llamatune.cli import VERBS
 
-Command = Callable[..., Any]
 ROOT = Path(llamatune.__file__).parents[1]
 BASE = ROOT / "llamatune" / "demo" / "base"
-COUNT = ["count-params", "--preset", "llama-2-7b", "--json"]
-STEP_OF_TWO = {
-    "SLURM_JOB_ID": "2",
-    "SLURM_NTASKS": "2",
-    "SLURM_NPROCS": "2",
-    "SLURM_PROCID": "1",
-    "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NUM_TASKS": "2",
-    "SLURM_STEP_TASKS_PER_NODE": "2",
-    "SLURM_TASKS_PER_NODE": "2",
-}  # as srun of Slurm 22.05 sets them
-BATCH_SCRIPT = {"SLURM_JOB_ID": "3", "SLURM_NTASKS": "4", "SLURM_NPROCS": "4", "SLURM_PROCID": "0"}
-SUBMITTED_IN_A_STEP = STEP_OF_TWO | {"SLURM_JOB_ID": "6", "SLURM_NTASKS": "1", "SLURM_NPROCS": "1", "SLURM_PROCID": "0"}
-LAUNCHERS = ("SLURM_", "OMPI_", "PMI", "TORCHELASTIC_", "MASTER_")
-
 TRAINING_STUB = """
 import sys
 import llamatune.training.train
@@ -62,25 +44,6 @@ def plan_training(spec, *, ranks, **options):
 llamatune.training.train.train, llamatune.training.train.plan_training = train, plan_training
 main()
 """
-
-
-def is_launcher_variable(name: str) -> bool:
-    return name.startswith(LAUNCHERS) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-
-
-@pytest.fixture(autouse=True)
-def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in filter(is_launcher_variable, list(os.environ)):
-        monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
-    def set_them(variables: dict[str, str]) -> None:
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-
-    return set_them
 
 
 @pytest.fixture
@@ -280,58 +243,3 @@ def test_the_end_of_one_rank_while_rank_0_works(world: World, number: int, codes
     seen, out, err = world.ended()
     assert (seen, out, len(err)) == (codes, [], 1), err
     assert err[0].startswith(line)
-
-
-# What is one process, and what no process may ask
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--version"], ["--help"], [], *([verb, "--help"] for verb in itertools.chain(*VERBS.values()))]
-)
-def test_help_and_version_are_for_every_process(
-    command: Command, launched: Callable[..., None], arguments: list[str]
-) -> None:
-    launched(STEP_OF_TWO | {"WORLD_SIZE": "1e3"})
-    outcome = command(*arguments)
-    assert (outcome.code, outcome.stderr) == (0, "")
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"WORLD_SIZE": ""},
-        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "nowhere"},
-        {"RANK": "3"},
-        BATCH_SCRIPT,
-        SUBMITTED_IN_A_STEP,
-        SUBMITTED_IN_A_STEP | {"SLURM_NTASKS": "4"},
-    ],
-)
-def test_one_process_runs(command: Command, launched: Callable[..., None], variables: dict[str, str]) -> None:
-    launched(variables)
-    outcome = command(*COUNT)
-    assert (outcome.code, outcome.stderr, outcome.stdout.count("\n")) == (0, "", 1)
-
-
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-@pytest.mark.parametrize("value", ["abc", "-1", "0", "1e3", "2.0", "1_0", "\u0662", "9" * 5000, "2\n3", "\x1b[31m"])
-def test_a_count_that_is_none_is_one_line(
-    command: Command, launched: Callable[..., None], name: str, value: str
-) -> None:
-    launched({name: value})
-    outcome = command(*COUNT)
-    assert (outcome.code, outcome.stdout) == (5, "")
-    assert outcome.stderr.startswith("error: '")
-    assert f": {name}: unset it" in outcome.stderr
-    assert outcome.stderr.count("\n") == 1
-    assert outcome.stderr.strip().isprintable()
-    assert len(outcome.stderr) < 250
-
-
-@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"OMPI_COMM_WORLD_SIZE": "2"}])
-def test_ranks_that_cannot_meet_are_one_line(
-    command: Command, launched: Callable[..., None], variables: dict[str, str]
-) -> None:
-    launched(variables)
-    outcome = command(*COUNT)
-    assert (outcome.code, outcome.stdout, outcome.stderr.count("\n")) == (5, "", 1)
