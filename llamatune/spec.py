@@ -96,8 +96,7 @@ class TrainingSection(_Section):
     gradient_accumulation_steps: Positive = Field(8, description="micro-batches per update")
     tokens_per_pass: Positive | Literal["auto"] | None = Field(
         "auto",
-        description="micro-batches of an update are computed together, up to so many tokens; null: each by itself; "
-        "auto: as many as memory allows, chosen when the run starts",
+        description="micro-batches are computed together up to so many tokens; null: each alone; auto: by memory",
     )
     optimizer: Literal["adamw", "sgd", "adamw_8bit"] = Field(
         "adamw", description="adamw_8bit holds the state of large tensors in 8 bits"
@@ -205,9 +204,8 @@ class RunSpec(_Section):
     def _agree(self) -> RunSpec:
         model, lora, training = self.model, self.lora, self.training
         if lora is None and model.dtype == "nf4":
-            raise ValueError(
-                "nf4 weights are frozen and nothing would be trained; add a lora section, or set model.dtype: float32"
-            )
+            fault = "nf4 weights are frozen and nothing would be trained"
+            raise ValueError(f"{fault}; add a lora section, or set model.dtype: float32")
         if lora is None and model.placement in ("host", "shard"):
             fault = f"model.placement: {model.placement} is for frozen weights; add a lora section, or set it to device"
             raise ValueError(fault)
