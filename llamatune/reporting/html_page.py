@@ -76,7 +76,9 @@ def render_page(report: Report, charts: Sequence[tuple[Chart, str]], curves: Seq
         _section("Epochs", *(_epochs(run) for run in report.runs)),
         _section("Before and after", *map(_answers, report.samples)),
         _section("Differences between the specs", _differences(report, names)),
-        _section("Parameters and memory", *(part(run) for run in report.runs for part in (_parameters, _memory))),
+        _section(
+            "Parameters and memory", *(part(run) for run in report.runs for part in (_parameters, _memory, _ranks))
+        ),
         _section("Data", *map(_data, report.runs)),
         _section("Specs and versions", *map(_spec, report.runs)),
         _element("p", f"Made by llamatune {__version__}.", class_="quiet"),
@@ -204,6 +206,15 @@ def _parameters(run: RunReport) -> Markup:
 def _memory(run: RunReport) -> Markup:
     rows = [(key.removesuffix("_bytes").replace("_", " "), gibibytes(x), whole(x)) for key, x in run.memory.items()]
     return _table(f"{run.name}: memory", ("", "size", "bytes"), rows)
+
+
+def _ranks(run: RunReport) -> Markup:
+    forms = {"peak_memory_bytes": gibibytes, "tokens_per_second": whole, "wait_share": "{:.1%}".format}
+    rows = [
+        (number, *(optional(rank.get(key), form) for key, form in forms.items()))
+        for number, rank in enumerate(run.ranks)
+    ]
+    return _table(f"{run.name}: ranks", ("rank", "peak memory", "tokens/s of its own", "time in messages"), rows)
 
 
 def _data(run: RunReport) -> Markup:

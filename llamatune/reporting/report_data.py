@@ -22,7 +22,10 @@ from llamatune.units import perplexity
 
 @dataclass(frozen=True)
 class RunReport:
-    """The report on one run. A figure is None if the run does not have it (yet); sizes are in bytes."""
+    """The report on one run. A figure is None if the run does not have it (yet); sizes are in bytes.
+
+    ``ranks`` has one object of figures a rank, and none for a run of one process.
+    """
 
     name: str
     path: str
@@ -34,6 +37,7 @@ class RunReport:
     evaluations: list[dict[str, float]]
     parameters: dict[str, dict[str, int]]
     memory: dict[str, float]
+    ranks: list[dict[str, float]]
     data: dict[str, int | str]
     spec: dict[str, Any]
     spec_changes: list[str]
@@ -70,6 +74,7 @@ def report_run(run: Run, smoothed: Sequence[float]) -> RunReport:
         evaluations=[{"step": e.step, "loss": e.loss, "perplexity": perplexity(e.loss)} for e in evaluations],
         parameters={} if count is None else {name: dict(facts) for name, facts in count.modules.items()},
         memory=_memory(run),
+        ranks=[dict(_numbers(rank)) for rank in _ranks(run)],
         data=run.data,
         spec=run.spec.model_dump(mode="json"),
         spec_changes=run.spec_changes,
@@ -127,6 +132,7 @@ def _figures(
         "tokens_per_second": summary.get("tokens_per_second"),
         "median_tokens_per_second": median(step.tokens_per_second for step in steps) if steps else None,
         "skipped_windows": len(run.metrics.skipped),
+        "ranks": len(_ranks(run)) or None,
     }
 
 
@@ -136,6 +142,11 @@ def _memory(run: Run) -> dict[str, float]:
     if not sizes and run.metrics.steps:
         sizes["peak_memory_bytes"] = run.metrics.steps[-1].peak_memory_bytes
     return sizes
+
+
+def _ranks(run: Run) -> list[dict[str, Any]]:
+    ranks = run.summary.get("ranks", [])
+    return [rank for rank in ranks if isinstance(rank, dict)] if isinstance(ranks, list) else []
 
 
 def spec_differences(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:

@@ -42,6 +42,7 @@ _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "tokens_per_second": ("tokens/s, whole run", whole),
     "median_tokens_per_second": ("tokens/s, median step", whole),
     "skipped_windows": ("windows skipped by fp16 overflow", whole),
+    "ranks": ("ranks that shared the work", whole),
 }
 
 

@@ -21,6 +21,7 @@ from llamatune.strict_json import dump_json
 from llamatune.training.early_stopping import out_of_patience
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
+from llamatune.training.rank_meter import RankMeter
 from llamatune.training.run_directory import RunDirectory, prune_checkpoints
 from llamatune.training.run_file_names import METRICS, SUMMARY
 from llamatune.training.run_memory import held_memory, peak_memory_bytes, peak_reserved_bytes
@@ -54,7 +55,7 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self.output = RunOutput(self.spec, self.inputs, self.learner, self.run, self.ranks)
-        self._stop_agreed, self._waited_s = False, 0.0
+        self._stop_agreed, self._meter = False, RankMeter()
         self.progress = TrainerState()
         self._last_checkpoint: Path | None = None
         self._first_update = True  # of this process
@@ -113,13 +114,13 @@ class TrainingLoop:
             self._stop()  # resumed, the run computes this window from its beginning
         except NumericsError as fault:
             raise self._numerics_fault(fault.what, fault.where) from None
-        self._stop_agreed, self._waited_s = update.stop, self._waited_s + update.waited_s
+        self._stop_agreed, now = update.stop, time.monotonic()
+        self._meter.add(update, now - started)
         if not update.made:
             progress.window += 1
             progress.skipped_windows += 1
             self._report(StepSkipped(progress.window, learner.scaler.scale))
             return
-        now = time.monotonic()
         progress.note_update(update, now - started)
         self._report(
             StepDone(
@@ -261,14 +262,6 @@ class TrainingLoop:
             f"{last}; lower training.learning_rate or set training.precision: fp32",
         )
 
-    def _facts_of_ranks(self) -> dict[str, Any]:
-        """Peak memory and the share of the training time spent in messages, of each rank; nothing of one process."""
-        if self.ranks.size == 1:
-            return {}
-        share = self._waited_s / max(self.progress.training_s, 1e-9)
-        own = {"peak_memory_bytes": peak_memory_bytes(self.learner.device), "wait_share": round(share, 4)}
-        return {"ranks": self.ranks.gather(own)}
-
     def _summary(self, runtime_s: float) -> dict[str, Any]:
         progress, count, device = self.progress, self.inputs.count, self.learner.device
         if stopped_early := not self._out_of_work():
@@ -294,6 +287,6 @@ class TrainingLoop:
             "skipped_windows": progress.skipped_windows,
             "stopped_early": stopped_early,
             "output_dir": str(self.run.path),
-            **self._facts_of_ranks(),
+            **self._meter.facts(self.ranks, device),
             **self.memory_facts,
         }

@@ -28,7 +28,8 @@ class Update:
 
     ``loss`` is the mean over ``target_tokens``; ``tokens`` counts no padding; ``grad_norm`` is that before clipping;
     ``loss_scale`` is the one that was used; ``layer_grad_norms``: None without ``training.log_layer_grad_norms``;
-    ``stop``: some rank was asked to stop; ``waited_s``: of it, the time in messages between ranks.
+    ``stop``: some rank was asked to stop. ``own_tokens`` were computed by this rank; ``waited_s`` is its time in
+    messages between ranks.
     """
 
     made: bool
@@ -39,6 +40,7 @@ class Update:
     loss_scale: float
     layer_grad_norms: dict[str, float] | None
     stop: bool
+    own_tokens: int
     waited_s: float
 
 
@@ -93,7 +95,7 @@ def make_update(
         raise NumericsError(f"no gradient reached {missing[0]} and {len(missing) - 1} others")
     return Update(
         made, sum(losses) / target_tokens, target_tokens, sum(batch.tokens for batch in passes), grad_norm, loss_scale,
-        layer_grad_norms, facts.stop, facts.waited_s,
+        layer_grad_norms, facts.stop, facts.own_tokens, facts.waited_s,
     )  # fmt: skip
 
 

@@ -29,11 +29,13 @@ FINISHING_S = 15.0
 class WindowFacts:
     """``losses`` are summed over the target tokens of each pass, in float64; ``missing`` names what has no gradient.
 
-    ``stop``: some rank was asked to stop. ``waited_s`` is the time in messages between ranks.
+    ``stop``: some rank was asked to stop. ``own_tokens`` were computed by this rank; ``waited_s`` is its time in
+    messages between ranks.
     """
 
     losses: Tensor
     missing: list[str]
+    own_tokens: int
     stop: bool = False
     waited_s: float = 0.0
 
@@ -85,12 +87,14 @@ def window_gradients(
             _backward(learner, shortest, 0, math.inf)
         learner.sharded.take_gradients()
         reached = [p.grad is not None for p in parameters]
+    stop, waited_s = False, 0.0
     if ranks.size > 1:
-        return _reduced(learner, tree, dealt, losses, reached, should_stop(), ranks)
-    if tree is not None and tree.total is not None:
+        losses, reached, stop, waited_s = _reduced(learner, tree, dealt, losses, reached, should_stop(), ranks)
+    elif tree is not None and tree.total is not None:
         for parameter, gradient, has_gradient in zip(parameters, tree.total, reached, strict=True):
             parameter.grad = gradient if has_gradient else None
-    return WindowFacts(losses, _missing(learner, reached))
+    own_tokens = sum(passes[index].tokens for group in groups for index in group)
+    return WindowFacts(losses, _missing(learner, reached), own_tokens, stop, waited_s)
 
 
 def _most_passes(dealt: Sequence[Sequence[int]], ranks: Ranks) -> int:
@@ -125,8 +129,11 @@ def _reduced(
     reached: Sequence[bool],
     stop: bool,
     ranks: Ranks,
-) -> WindowFacts:
-    """Sum gradients and facts over the ranks; without a ``tree`` each gradient by an all-reduce of its own."""
+) -> tuple[Tensor, list[bool], bool, float]:
+    """Sum gradients, losses and flags over the ranks; without a ``tree`` each gradient by an all-reduce of its own.
+
+    Returns losses, which parameters a gradient reached, whether some rank was asked to stop, and the seconds.
+    """
     if losses.device.type == "cuda":
         torch.cuda.synchronize(losses.device)  # what follows is messages alone
     started, parameters = time.monotonic(), list(learner.parameters.values())
@@ -142,9 +149,8 @@ def _reduced(
     asked, *counts = facts[len(losses) :].tolist()  # the device is waited for here
     for parameter, gradient, count in zip(parameters, summed, counts, strict=True):
         parameter.grad = gradient if count else None
-    waited_s = time.monotonic() - started
-    return WindowFacts(facts[: len(losses)], _missing(learner, counts), bool(asked), waited_s)
+    return facts[: len(losses)], [count > 0 for count in counts], bool(asked), time.monotonic() - started
 
 
-def _missing(learner: Learner, reached: Sequence[float]) -> list[str]:
+def _missing(learner: Learner, reached: Sequence[bool]) -> list[str]:
     return [name for name, has_gradient in zip(learner.parameters, reached, strict=True) if not has_gradient]

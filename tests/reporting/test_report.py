@@ -105,6 +105,19 @@ def test_figures_are_those_of_the_summary_the_base_and_the_data(finished: Path, 
     assert [evaluation["step"] for evaluation in run["evaluations"]] == [3, 6, 9]
 
 
+def test_each_rank_has_its_row(tmp_path: Path) -> None:
+    ranks = [
+        {"peak_memory_bytes": 3 * 2**30, "tokens_per_second": 1234.4, "wait_share": 0.125},
+        {"peak_memory_bytes": 2**29, "tokens_per_second": 987.0, "wait_share": 0.25},
+    ]
+    run = write_run(tmp_path / "run", falling(3), summary={"ranks": ranks})
+    (report,) = report_on(run, to=tmp_path / "report.html")["runs"]
+    assert report["ranks"] == ranks
+    assert report["figures"]["ranks"] == 2
+    text = _Reader((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "03.00 GiB1,23412.5%1512.0 MiB98725.0%" in text
+
+
 def test_the_same_run_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         report_on(finished, to=tmp_path / f"{name}.html")
@@ -290,7 +303,7 @@ def hostile_runs(folder: Path) -> list[Path]:
     two = write_run(
         folder / "'\" onmouseover='alert(5)'",
         falling(3),
-        summary={"device": HOSTILE, "<b>_bytes": 5, "runtime_s": 1.7e308},
+        summary={"device": HOSTILE, "<b>_bytes": 5, "runtime_s": 1.7e308, "ranks": [3, {"wait_share": HOSTILE}]},
     )
     (one / "trace-<script>.json").write_text("{}")
     change = {"field": HOSTILE, "old": HOSTILE, "new": ["<b>"]}

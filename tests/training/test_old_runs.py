@@ -71,7 +71,7 @@ def sum_by_autograd(learner: Any, passes: Any, seed: int, window: int, *rest: An
             loss: Tensor = window_gradients.summed_loss(learner.model, batch.input_ids, batch.labels, batch.lengths)
         (loss / (targets / learner.scaler.scale)).backward()
         losses.append(loss.detach().double())
-    return window_gradients.WindowFacts(torch.stack(losses), [])
+    return window_gradients.WindowFacts(torch.stack(losses), [], sum(batch.tokens for batch in passes))
 
 
 def test_an_old_run_ends_in_the_bytes_of_the_old_order(
