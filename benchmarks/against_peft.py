@@ -2,8 +2,8 @@
 
 ``python benchmarks/against_peft.py --rows alpaca.json --tokenizer tokenizer.model --output DIR`` runs one epoch end to
 end; ``--dense`` whole steps on equal tokens without padding; ``--first-step`` measures the time from the command to the
-first update. The peer is transformers' Trainer with PEFT; ``--peers trainer,torchtune,litgpt`` runs those that are
-installed. A ratio above 1 means that llamatune needs less. Nothing is downloaded.
+first update. The peer is transformers' Trainer with PEFT; ``--peers trainer,sft,torchtune,litgpt`` runs those that
+are installed. A ratio above 1 means that llamatune needs less. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def end_to_end(bench: Bench, table: Table) -> None:
                 report = bench.report("side_llamatune.py", spec)
             else:
                 setting = settings[name]
-                script = "side_trainer.py" if setting.peer == "trainer" else "side_peer.py"
+                script = {"trainer": "side_trainer.py", "sft": "side_sft.py"}.get(setting.peer, "side_peer.py")
                 more = {"num_epochs": options.epochs}
                 report = bench.report(script, bench.peer(shape, options.targets, setting, prepared, **more))
             results[name].append(report)
@@ -92,8 +92,8 @@ def dense(bench: Bench, table: Table) -> None:
     options = bench.options
     shapes = DENSE_SMALL if options.shape == "50m" else {name: (options.shape, *rest) for name, rest in DENSE.items()}
     for peer_name, peer in chosen(options, table).items():
-        if peer.by_length or peer.accumulation > 1:
-            continue  # equal rows in one batch
+        if peer.by_length or peer.accumulation > 1 or peer.peer == "sft":
+            continue  # equal rows in one batch; SFTTrainer has no step outside its own loop
         for name, (shape, targets, rows, tokens) in shapes.items():
             sides = {"llamatune": bench.spec(shape, targets)}, bench.peer(shape, targets, peer)
             report = bench.steps(*sides, shape, rows, tokens)
@@ -148,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--first-step-rounds", type=int, default=5)
     parser.add_argument("--targets", choices=TARGETS, default="qv")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--peers", default="trainer", help="of trainer,torchtune,litgpt")
+    parser.add_argument("--peers", default="trainer", help="of trainer,sft,torchtune,litgpt")
     parser.add_argument("--settings", help=f"of {'; '.join(SETTINGS)}, joined by ';'; all of the peers' by default")
     parser.add_argument("--ours", type=int, nargs=2, default=(8, 1), metavar=("MICRO_BATCH", "ACCUMULATION"))
     for name in ("end-to-end", "dense", "first-step"):

@@ -32,6 +32,7 @@ class Setting(NamedTuple):
     sixteen_bit: bool = False
     checkpointing: bool = False
     compile: bool = False
+    padding_free: bool = False
 
 
 SETTINGS = {
@@ -41,6 +42,10 @@ SETTINGS = {
     "Trainer, batch 8, 16-bit adapters": Setting("trainer", sixteen_bit=True),
     "Trainer, batch 8 by length, 16-bit adapters": Setting("trainer", by_length=True, sixteen_bit=True),
     "Trainer, batch 32 by length, 16-bit adapters": Setting("trainer", 32, by_length=True, sixteen_bit=True),
+    "SFTTrainer, defaults": Setting("sft", autocast=True, checkpointing=True),
+    "SFTTrainer, batch 1 x 8": Setting("sft", 1, 8, sixteen_bit=True),
+    "SFTTrainer, batch 8": Setting("sft", sixteen_bit=True),
+    "SFTTrainer, batch 8 without padding": Setting("sft", sixteen_bit=True, padding_free=True),
     "torchtune, defaults": Setting("torchtune", 2, 4, sixteen_bit=True, checkpointing=True),
     "torchtune, best": Setting("torchtune", sixteen_bit=True, compile=True),
     "litgpt, defaults": Setting("litgpt", 1, 8, sixteen_bit=True),

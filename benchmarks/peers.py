@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from llamatune.checkpoints.model_directory import read_config
 from llamatune.shapes.llama_config import LlamaConfig, linear_path
 
-PACKAGES = {"trainer": "peft", "torchtune": "torchtune.models.llama2", "litgpt": "litgpt.lora", "unsloth": "unsloth"}
+PACKAGES = {"trainer": "peft", "sft": "trl", "torchtune": "torchtune.models.llama2", "litgpt": "litgpt.lora",
+            "unsloth": "unsloth"}  # fmt: skip
 """The module of each peer. unsloth cannot be imported without a GPU."""
 
 

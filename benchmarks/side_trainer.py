@@ -42,16 +42,25 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask.long()}
 
 
-class InOrder(Trainer):
-    """Visits the rows in file order, so that both sides see the same windows; ``by_length``: grouped by length."""
+class InOrder:
+    """A Trainer that visits the rows in file order, so that both sides see the same windows.
+
+    ``by_length``: grouped by length.
+    """
 
     by_length = False
+    args: TrainingArguments
+    train_dataset: Any
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> torch.utils.data.Sampler:
         if self.by_length:
-            lengths = [len(row.input_ids) for row in self.train_dataset.rows]
+            lengths = [len(row["input_ids"]) for row in self.train_dataset]
             return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths)
         return SequentialSampler(self.train_dataset)
+
+
+class TrainerInOrder(InOrder, Trainer):
+    """transformers' Trainer, in file order."""
 
 
 class Clock(TrainerCallback):
@@ -70,7 +79,9 @@ class Clock(TrainerCallback):
             sys.stderr.flush()
 
 
-def arguments(settings: dict[str, Any]) -> TrainingArguments:
+def arguments(
+    settings: dict[str, Any], kind: type[TrainingArguments] = TrainingArguments, **more: Any
+) -> TrainingArguments:
     """Constant rate, no decay, token-weighted loss, as on llamatune's side."""
     values: dict[str, Any] = {
         "output_dir": settings["output"],
@@ -94,28 +105,37 @@ def arguments(settings: dict[str, Any]) -> TrainingArguments:
         "use_cpu": settings["device"] == "cpu",
         "dataloader_pin_memory": settings["device"] != "cpu",
         "seed": 0,
+        **more,
     }
-    known = inspect.signature(TrainingArguments.__init__).parameters
-    return TrainingArguments(**{name: value for name, value in values.items() if name in known})
+    known = inspect.signature(kind.__init__).parameters
+    return kind(**{name: value for name, value in values.items() if name in known})
 
 
-def main() -> None:
-    """Train and report."""
-    settings = json.loads(Path(sys.argv[1]).read_text())
-    model, clock = peft_model(settings), Clock()
-    rows = Rows(read_rows(Path(settings["prepared"])))
-    trainer = InOrder(
-        model=model, args=arguments(settings), train_dataset=rows, data_collator=collate, callbacks=[clock]
-    )
+def run(trainer: Any, clock: Clock, settings: dict[str, Any]) -> None:
+    """Train, and write the report to stdout."""
     trainer.by_length = settings["by_length"]
     trainer.train()
     report = {
         "loop_s": clock.times[-1] - clock.times[0],
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         **peaks(settings["device"] != "cpu"),
     }
     sys.stdout.write(json.dumps(report) + "\n")
+
+
+def main() -> None:
+    """Train and report."""
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    rows, clock = Rows(read_rows(Path(settings["prepared"]))), Clock()
+    trainer = TrainerInOrder(
+        model=peft_model(settings),
+        args=arguments(settings),
+        train_dataset=rows,
+        data_collator=collate,
+        callbacks=[clock],
+    )
+    run(trainer, clock, settings)
 
 
 if __name__ == "__main__":

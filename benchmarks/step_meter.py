@@ -27,7 +27,7 @@ from llamatune.events import ignore_event, never_stop
 from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shapes.recompute_levels import Levels, period_of
-from llamatune.shapes.tile_sizes import LOGITS_AT_ONCE, WEIGHTS_AT_ONCE
+from llamatune.shapes.tile_sizes import LOGIT_BYTES_AT_ONCE, WEIGHTS_AT_ONCE, WIDE_LOGITS_AT_ONCE
 from llamatune.spec import RunSpec
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner, build_learner
@@ -130,7 +130,7 @@ def _of_depth(config: LlamaConfig, layers: int) -> LlamaConfig:
 @contextlib.contextmanager
 def _at_once_as_on_a_gpu() -> Iterator[None]:
     """Weights and logits in portions of a GPU's size."""
-    before = [(sizes, sizes["cpu"]) for sizes in (WEIGHTS_AT_ONCE, LOGITS_AT_ONCE)]
+    before = [(sizes, sizes["cpu"]) for sizes in (WEIGHTS_AT_ONCE, LOGIT_BYTES_AT_ONCE, WIDE_LOGITS_AT_ONCE)]
     for sizes, _ in before:
         sizes["cpu"] = sizes["cuda"]
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from llamatune.memory.ledger import Ledger, Passes
 from llamatune.memory.sizes import Sizes
-from llamatune.shapes.tile_sizes import LOGITS_AT_ONCE
+from llamatune.shapes.recurring_sizes import logit_rows
+from llamatune.shapes.tile_sizes import WIDE_LOGITS_AT_ONCE
 
 
 def frozen_head(ledger: Ledger, z: Sizes) -> Passes:
@@ -18,9 +19,10 @@ def frozen_head(ledger: Ledger, z: Sizes) -> Passes:
     with ledger.step("logits, loss"):
         gradient = ledger.make("gradient of the normed x", x_bytes)
         cast = ledger.make("cast of the head's weights", z.V * z.D * z.c if z.casts else 0)
-        rows = min(z.P, max(1, LOGITS_AT_ONCE[z.device] // z.V))
-        logits = rows * z.V * (4 + z.c if z.c < 4 else 4)
-        ledger.use("a chunk of logits", logits + rows * z.D * z.c * (2 if z.s != z.c else 1))
+        rows = min(z.P, logit_rows(z.V, z.device, z.c))
+        wide_rows = min(rows, max(1, WIDE_LOGITS_AT_ONCE[z.device] // z.V)) if z.c < 4 else 0
+        hidden_bytes = rows * z.D * z.c * (2 if z.s != z.c else 1)
+        ledger.use("a chunk of logits", rows * z.V * z.c + max(wide_rows * z.V * 4, hidden_bytes))
         ledger.free(x, h, cast)
 
     yield

@@ -17,6 +17,7 @@ from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.dtypes import PRECISIONS, WEIGHT_BYTES
 from llamatune.shapes.gradient_lanes import LANES
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.recurring_sizes import filled_up
 from llamatune.shapes.tile_sizes import ELEMENTS_AT_ONCE, WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
 
@@ -48,7 +49,6 @@ class Sizes:
         training = spec.training
         self.spec, self.config, self.rows, self.cuda = spec, config, rows, bool(cuda)
         self.device = "cuda" if cuda else "cpu"
-        self.N, self.P = rows.tokens, min(rows.targets, rows.tokens)
         self.D, self.F, self.V = config.hidden_size, config.intermediate_size, config.vocab_size
         self.Q, self.K = config.linear_shape("q_proj")[0], config.linear_shape("k_proj")[0]
         self.adapter = spec.adapter
@@ -69,6 +69,10 @@ class Sizes:
         self.computed, self.capability = computed, _capability(cuda, computed)
         self.casts = held != computed  # by the table in training.precision
         self.s = 4 if self.casts else self.w
+        self.N, self.P = (
+            filled_up(count, self.device, self.c) for count in (rows.tokens, min(rows.targets, rows.tokens))
+        )
+        self.lengths = (*rows.lengths, self.N - rows.tokens) if rows.tokens < self.N else rows.lengths
 
     # Allocated between steps.
 

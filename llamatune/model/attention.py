@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamatune.devices import capability_of
+from llamatune.model.attention_in_fp32 import attend_in_fp32
 from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.shapes.attention_kernels import Kernel, choose_kernel, head_room
 
@@ -60,8 +61,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "causal", mask: Tensor 
     capability, dtype = capability_of(q.device), DTYPE_NAMES[q.dtype]
     kernel = choose_kernel(capability, dtype, E, T, 1, kind)
     causal = kind == "causal" and T > 1
-    if kernel is Kernel.PRODUCTS:
-        return _attend_by_products(q, k, v)
+    if kernel is Kernel.FP32:
+        return attend_in_fp32(q, k, v)
     if kernel is Kernel.SDPA:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
     k, v = _repeated(q, k, v)
@@ -76,14 +77,6 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """k and v with a head for each of q's."""
     groups = q.shape[1] // k.shape[1]
     return (k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)) if groups > 1 else (k, v)
-
-
-def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    k, v = _repeated(q, k, v)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (B, H, T, T)
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    shares: Tensor = scores.masked_fill(later, -torch.inf).softmax(-1, dtype=torch.float32)
-    return shares.to(v.dtype) @ v
 
 
 def _attend_to_equal(q: Tensor, k: Tensor, v: Tensor, samples: int) -> Tensor:

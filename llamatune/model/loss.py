@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from llamatune.model.compiled_functions import compilable
 from llamatune.model.layers import linear, product_dtype, widened
 from llamatune.model.transformer import Transformer
-from llamatune.shapes.tile_sizes import LOGITS_AT_ONCE
+from llamatune.shapes.recurring_sizes import filled_up, logit_rows
+from llamatune.shapes.tile_sizes import WIDE_LOGITS_AT_ONCE
 
 IGNORED = -100
 """The label of a position that is no target."""
@@ -33,7 +34,8 @@ def summed_loss(
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         if weight.requires_grad:
-            return F.cross_entropy(widened(linear(hidden, weight)), targets, reduction="sum")
+            of_all = F.pad(targets, (0, len(hidden) - len(targets)), value=IGNORED)
+            return F.cross_entropy(widened(linear(hidden, weight)), of_all, reduction="sum")
         return _FrozenHeadLoss.apply(hidden, weight, targets)  # type: ignore[no-any-return, no-untyped-call]
 
     lengths = lengths or (input_ids.shape[1],) * len(input_ids)
@@ -51,15 +53,16 @@ def target_losses(
     """
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        W, step = weight.to(product_dtype(hidden)), _chunk_rows(weight)
+        W = weight.to(product_dtype(hidden))
         losses = torch.zeros(len(targets), dtype=torch.float64)
         correct = torch.zeros(len(targets), dtype=torch.bool)
-        for start in range(0, len(hidden), step):
-            part = slice(start, start + step)
+        for chunk in _chunks(len(hidden), W):
             with torch.autocast(hidden.device.type, enabled=False):
-                logits = widened(hidden[part].to(W.dtype) @ W.T)  # (chunk, V)
-            losses[part] = F.cross_entropy(logits, targets[part], reduction="none").double().cpu()
-            correct[part] = (logits.argmax(-1) == targets[part]).cpu()
+                logits, chunk_targets = hidden[chunk].to(W.dtype) @ W.T, targets[chunk]  # (chunk, V)
+            for piece in _pieces(len(chunk_targets), W):
+                wide, wanted = widened(logits[piece]), chunk_targets[piece]
+                losses[chunk][piece] = F.cross_entropy(wide, wanted, reduction="none").double().cpu()
+                correct[chunk][piece] = (wide.argmax(-1) == wanted).cpu()
         return losses, correct
 
     (found_losses, found_correct), predicting = _of_predictions(model, input_ids, labels, lengths, loss)
@@ -76,32 +79,47 @@ def _of_predictions(
     lengths: tuple[int, ...],
     loss: Callable[[Tensor, Tensor, Tensor], Any],
 ) -> tuple[Any, Tensor]:
-    """``loss`` of the states (P, D) that predict a target, the head's weight and the targets (P,).
+    """``loss`` of the states (P or more, D) that predict a target, the head's weight and the targets (P,).
 
-    Also returns the states' places in the row (P,), on the CPU.
+    Also returns the states' places in the row (P,), on the CPU. So that the shapes of products recur on a CPU, a sample
+    without targets fills up the row, and states of its first position those that predict.
     """
-    device = model.device
+    device, element_bytes = model.device, model.product_dtype.itemsize
     # The positions are computed on the CPU, where the labels are: reading them from the device would stall it.
     next_labels = labels.reshape(-1).roll(-1)
     next_labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORED  # a sample's last token predicts nothing
     predicting = (next_labels != IGNORED).nonzero().squeeze(1)  # (P,) of N
     targets = next_labels[predicting].to(device, non_blocking=True)
     del next_labels  # not needed at the peak
+    row = input_ids.reshape(1, -1)
+    if filling := filled_up(row.shape[1], device.type, element_bytes) - row.shape[1]:
+        row, lengths = F.pad(row, (0, filling)), (*lengths, filling)
+    rows = F.pad(predicting, (0, filled_up(len(predicting), device.type, element_bytes) - len(predicting)))
     result = model(
-        input_ids.reshape(1, -1).to(device, non_blocking=True),
+        row.to(device, non_blocking=True),
         lengths=lengths,
-        rows=predicting.to(device, non_blocking=True),
+        rows=rows.to(device, non_blocking=True),
         read=lambda hidden, weight: loss(hidden[0], weight, targets),
     )
     return result, predicting
 
 
-def _chunk_rows(head_weight: Tensor) -> int:
-    return max(1, LOGITS_AT_ONCE[head_weight.device.type] // len(head_weight))
+def _chunks(rows: int, head_weight: Tensor) -> Iterator[slice]:
+    """The rows whose logits are in flight together."""
+    return _slices(rows, logit_rows(len(head_weight), head_weight.device.type, head_weight.element_size()))
+
+
+def _pieces(rows: int, head_weight: Tensor) -> Iterator[slice]:
+    """The rows of a chunk whose loss is computed together."""
+    return _slices(rows, max(1, WIDE_LOGITS_AT_ONCE[head_weight.device.type] // len(head_weight)))
+
+
+def _slices(rows: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Summed cross-entropy behind a frozen head, a chunk of logits at a time.
+    """Summed cross-entropy behind a frozen head, a chunk of logits at a time; states without a target come last.
 
     The gradient with respect to the hidden states, (softmax(logits) - onehot) W, is made in the forward pass while a
     chunk's logits are at hand, so none of them is kept or made twice (as in Liger Kernel's fused linear cross-entropy).
@@ -115,13 +133,13 @@ class _FrozenHeadLoss(torch.autograd.Function):
             wants_gradient = ctx.needs_input_grad[0]
             gradient = torch.empty_like(hidden) if wants_gradient else None  # (P, D)
             total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-            step = _chunk_rows(W)
-            for start in range(0, len(hidden), step):
-                part = slice(start, start + step)
-                logits = hidden[part].to(dtype) @ W.T  # (chunk, V)
-                total += _cross_entropy(logits, targets[part, None], wants_gradient)
+            for chunk in _chunks(len(hidden), W):
+                logits, wanted = hidden[chunk].to(dtype) @ W.T, targets[chunk, None]  # (chunk, V)
+                for piece in _pieces(len(wanted), W):
+                    total += _cross_entropy(logits[piece], wanted[piece], wants_gradient)
                 if gradient is not None:
-                    gradient[part] = logits @ W
+                    logits[len(wanted) :] = 0
+                    gradient[chunk] = logits @ W
                 del logits  # before the next chunk's are made
             ctx.save_for_backward(gradient)
             return total
@@ -143,5 +161,8 @@ def _cross_entropy(logits: Tensor, targets: Tensor, wants_slope: bool) -> Tensor
     wanted = wide.gather(1, targets)
     total = wide.exp_().sum(-1, keepdim=True)
     if wants_slope:
-        logits.copy_(wide.div_(total)).scatter_(1, targets, (wanted.exp() / total - 1).to(logits.dtype))
+        logits.copy_(wide.div_(total))
+        # scatter_ would copy all of ``logits`` to fp32 and back.
+        rows = torch.arange(len(logits), device=logits.device)[:, None]
+        logits.index_put_((rows, targets), (wanted.exp() / total - 1).to(logits.dtype))
     return (total.log() - wanted).sum()

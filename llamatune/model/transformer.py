@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llamatune.model.attention import Documents, attend
 from llamatune.model.kv_cache import KVCache
-from llamatune.model.layers import Embedding, Linear, RMSNorm, linear, swiglu
+from llamatune.model.layers import Embedding, Linear, RMSNorm, linear, product_dtype, swiglu
 from llamatune.model.rope import Rotation, rotary_angles, rotate
 from llamatune.shapes.llama_config import LlamaConfig
 
@@ -143,6 +143,11 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What matrix products are computed in."""
+        return product_dtype(self.model.embed_tokens.weight.new_empty(0, dtype=self.activation_dtype))
 
     def forward(
         self,

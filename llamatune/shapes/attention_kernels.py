@@ -25,8 +25,8 @@ class Kernel(Enum):
     """torch's scaled_dot_product_attention, a call for each length: FlashAttention on a GPU. k and v as they are."""
     EFFICIENT = "efficient"
     """The same by its memory-efficient kernel, for which k and v are repeated and heads filled up to ``head_room``."""
-    PRODUCTS = "products"
-    """Two matrix products and a softmax."""
+    FP32 = "fp32"
+    """torch's scaled_dot_product_attention in fp32, of tensors in bf16, which are what is kept."""
 
 
 def choose_kernel(
@@ -44,7 +44,7 @@ def choose_kernel(
     """
     if capability is None:
         short = dtype == "bfloat16" and mask == "causal" and tokens <= SHORT_TOKENS
-        return Kernel.PRODUCTS if short else Kernel.SDPA
+        return Kernel.FP32 if short else Kernel.SDPA
     if mask == "given" or not _flash_runs(capability, dtype, head_dim):
         return Kernel.EFFICIENT
     return Kernel.VARLEN if samples > 1 and head_dim % 8 == 0 else Kernel.SDPA
@@ -53,7 +53,7 @@ def choose_kernel(
 def head_room(kernel: Kernel, capability: Capability | None, dtype: str, head_dim: int) -> int:
     """The head size that ``kernel`` computes with: on a GPU whole 16 bytes, and torch fills up for FlashAttention."""
     whole = {"float64": 2, "float32": 4}.get(dtype, 8)
-    return head_dim if capability is None or kernel is Kernel.PRODUCTS else -(-head_dim // whole) * whole
+    return head_dim if capability is None else -(-head_dim // whole) * whole
 
 
 def _flash_runs(capability: Capability, dtype: str, head_dim: int) -> bool:

@@ -9,11 +9,14 @@ TILE_TOKENS = 2048
 """Rows that a fused block has in flight where nothing of them is kept."""
 
 SHORT_TOKENS = 256
-"""Longest sample for which plain matrix products compute attention in bf16 on a CPU: they are quicker than its flash
-kernel, about twice at 120 tokens."""
+"""Longest sample of bf16 whose attention is computed in fp32 on a CPU: it is quicker than the kernel in bf16, about
+twice at 120 tokens and more where a length is new."""
 
-LOGITS_AT_ONCE = {"cuda": 1 << 25, "cpu": 1 << 22}
-"""Logits in flight. In fp32 128 MiB, 1,024 rows of LLaMA-2's vocabulary; on a CPU 16 MiB, which stay near its cache."""
+LOGIT_BYTES_AT_ONCE = {"cuda": 1 << 26, "cpu": 1 << 24}
+"""Bytes of logits in flight: in 16 bits 1,048 rows of LLaMA-2's vocabulary; on a CPU 262, which stay near its cache."""
+
+WIDE_LOGITS_AT_ONCE = {"cuda": 1 << 25, "cpu": 1 << 19}
+"""Logits whose loss is computed at once, in fp32: on a CPU what stays in a core's cache, on a GPU all in flight."""
 
 WEIGHTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 19}
 """NF4 weights that are unpacked in one piece: what stays in a core's cache, and on a GPU 64 MiB of indices."""

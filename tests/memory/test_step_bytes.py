@@ -30,7 +30,11 @@ TOLERANCE = 0.05
 def predicted(spec: Any, config: LlamaConfig, rows: int, tokens: int, levels: Levels | None = None) -> int:
     targets = rows * max(1, round(tokens * step_meter.TARGET_SHARE))
     with pytest.MonkeyPatch.context() as patch:
-        for portions in (tile_sizes.WEIGHTS_AT_ONCE, tile_sizes.LOGITS_AT_ONCE):
+        for portions in (
+            tile_sizes.WEIGHTS_AT_ONCE,
+            tile_sizes.LOGIT_BYTES_AT_ONCE,
+            tile_sizes.WIDE_LOGITS_AT_ONCE,
+        ):
             patch.setitem(portions, "cpu", portions["cuda"])  # as the gate does
         return step_bytes(spec, config, Rows((tokens,) * rows, targets), cuda=False, levels=levels).peak
 

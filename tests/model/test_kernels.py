@@ -27,7 +27,7 @@ CPU, V100, T4, A100, RTX3090, L4, H100, B200, RTX5090 = (
     [
         (CPU, "float32", 128, 100, 1, "causal", "sdpa"),
         (CPU, "float16", 100, 100, 3, "causal", "sdpa"),
-        (CPU, "bfloat16", 128, 256, 1, "causal", "products"),
+        (CPU, "bfloat16", 128, 256, 1, "causal", "fp32"),
         (CPU, "bfloat16", 100, 257, 3, "causal", "sdpa"),
         (CPU, "bfloat16", 128, 100, 1, "given", "sdpa"),
         (CPU, "bfloat16", 128, 1, 1, "none", "sdpa"),
@@ -134,6 +134,32 @@ def test_every_kernel_computes_what_a_cpu_does_forward_and_backward(
             assert q_shape[-1] % (4 if dtype == torch.float32 else 8) == 0
     ragged = dtype == torch.bfloat16 and head == 8 and len(lengths) > 1
     assert {name for name, *_ in calls} == {"varlen" if ragged else "sdpa"}
+
+
+@pytest.mark.parametrize("lengths", [(7,), (5, 1, 9), (6, 6)], ids=str)
+@pytest.mark.parametrize("kv_heads", [2, 6])
+@pytest.mark.parametrize("under_autocast", [False, True])
+def test_short_samples_in_bf16_on_a_cpu_are_rounded_once(
+    lengths: tuple[int, ...], kv_heads: int, under_autocast: bool
+) -> None:
+    torch.manual_seed(1)
+    shapes = [(1, heads, sum(lengths), 8) for heads in (6, kv_heads, kv_heads)]
+    inputs = [torch.randn(shape).bfloat16() for shape in shapes]
+    upstream = torch.randn(1, 6, sum(lengths), 8).bfloat16()
+    documents = Documents(lengths, torch.device("cpu"))
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast and dtype == torch.bfloat16):
+            out = attend(*leaves, None, documents)
+        return [out, *torch.autograd.grad(out, leaves, upstream.to(dtype))]
+
+    (found, *gradients), (wanted, *wanted_gradients) = run(torch.bfloat16), run(torch.float32)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wanted.bfloat16())
+    for gradient, wanted_gradient in zip(gradients, wanted_gradients, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        torch.testing.assert_close(gradient.float(), wanted_gradient, atol=2e-2, rtol=2e-2)
 
 
 def test_a_mask_does_not_bring_grouped_heads_to_the_matrix_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:

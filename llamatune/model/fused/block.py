@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from llamatune.model import attention_in_fp32
 from llamatune.model.fused.attention_and_feed_forward import (
     FusedFeedForward,
     attended,
@@ -33,6 +34,7 @@ _ATTENTION_KERNELS = {
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "torch_attn::_varlen_attn",
+    attention_in_fp32.NAME,
 }
 """Their outputs, one row and one number for each token and head, are all that their gradients need beside q, k, v."""
 
@@ -65,10 +67,7 @@ def _backward(y: Tensor, grad: Tensor, x: Tensor, parts: Sequence[Projection]) -
 
 
 class _RecomputedProjections(torch.autograd.Function):
-    """``attended`` of which x and what the attention kernel returned are kept; ``parts`` are q, k and v.
-
-    Where attention is not one kernel (short samples in bf16 on a CPU) it is computed again.
-    """
+    """``attended`` of which x and what the attention kernel returned are kept; ``parts`` are q, k and v."""
 
     @staticmethod
     def forward(
