@@ -58,6 +58,23 @@ def shared_map(
             yield answers[place % ranks.size][1][place // ranks.size]
 
 
+def map_in_step(
+    items: Iterable[T], work: Callable[[T, ShouldStop], R], should_stop: ShouldStop, ranks: Ranks
+) -> Iterator[R]:
+    """``work`` of each item on every rank; it may ask the ``should_stop`` that it gets where all ranks ask it.
+
+    Raises:
+        Stopped: ``should_stop`` asked for it, on any rank.
+    """
+
+    def agreed() -> bool:
+        return ranks.any(should_stop())
+
+    for item in items:
+        _check(agreed())
+        yield work(item, agreed)
+
+
 def _check(asked: bool) -> None:
     if asked:
         raise Stopped("stopped by a signal")

@@ -13,13 +13,15 @@ DEFAULT_TARGET_MODULES = "q_proj,v_proj"
 _GSM8K_NEW_TOKENS = 512
 
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
+Placement = Literal["device", "host", "shard"]
 
 
 @dataclass(frozen=True)
 class ModelSource(Options):
     """A model to compute with: the base, the adapter on it, and whether the base alone is computed beside the two.
 
-    ``dtype`` is what the weights are held in; ``same``: as they are stored.
+    ``dtype`` is what the weights are held in; ``same``: as they are stored. ``placement`` is where those of the blocks
+    lie between their uses.
     """
 
     model: Path = option("A model directory, Meta's or Hugging Face's.")
@@ -28,6 +30,7 @@ class ModelSource(Options):
     force_base: bool = option("Accept an adapter of another base.", False, last=True)
     dtype: Dtype = option("same, float32, bfloat16 or float16.", "same", last=True)
     device: str = option("auto, cpu, cuda or cuda:N.", "auto", last=True)
+    placement: Placement = option("Of the blocks: device, host, or shard: slices on all ranks.", "device", last=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

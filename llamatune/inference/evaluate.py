@@ -176,7 +176,8 @@ def evaluate_prepared(
     tokens = sum(sum(part.lengths[: options.limit]) for part in chosen.values())
     threads = suitable_threads(opened.checkpoint.config, tokens * min(1.0, options.batch_size / total))
     with memory_faults(opened.device, MEMORY_ADVICE), threads:
-        models = opened.load(on_event, should_stop)
+        loaded = opened.load(on_event, should_stop)
+        models = loaded.by_prefix
         names: list[str] = []
         scores: dict[str, list[RowScore]] = {prefix: [] for prefix in models}
 
@@ -191,7 +192,7 @@ def evaluate_prepared(
             for prefix in models
         )
         try:
-            for name, prefix, rows in shared_map(items, score, should_stop, ranks):
+            for name, prefix, rows in shared_map(items, score, should_stop, ranks, loaded.idle):
                 for row in (RowScore(*values) for values in rows):
                     if not math.isfinite(row.summed_loss):
                         where = f"{options.data}, row {row.row}"

@@ -14,7 +14,6 @@ from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_files import Prompt, prompt_text
 from llamatune.out_of_memory import memory_faults
 from llamatune.ranks import ALONE, Ranks
-from llamatune.shared_work import shared_map
 from llamatune.threads import suitable_threads
 
 _BATCH = 16
@@ -50,7 +49,8 @@ def generate(
 ) -> Generations:
     """Load, generate, decode. ``template`` None is the one stored with the adapter or merged model.
 
-    Several ranks share batches of prompts, which the first gives; each has all completions.
+    Several ranks share batches of prompts, which the first gives; each has all completions. Ranks that hold slices of
+    the weights compute every batch together.
 
     Raises:
         SpecError: a template that has no place for a prompt.
@@ -63,17 +63,17 @@ def generate(
     beams, config = sampling.num_beams, opened.checkpoint.config
     threads = suitable_threads(config, beams if beams > 1 else min(_BATCH, len(ids)))
     with memory_faults(opened.device, "use a 16-bit --dtype, or fewer --max-new-tokens"), threads:
-        models = opened.load(on_event, should_stop)
+        models = opened.load(on_event, should_stop).by_prefix
         eos_ids = {*config.eos_token_ids, tokenizer.eos_id}
 
         def run(name: str, task: str) -> tuple[list[Completion], float]:
             started, done = monotonic(), list[Completion]()
 
-            def complete_batch(first: int) -> list[tuple[Any, ...]]:
+            def complete_batch(first: int, should_stop: ShouldStop) -> list[tuple[Any, ...]]:
                 batch = ids[first : first + _BATCH]
                 return [astuple(made) for made in complete(models[name], batch, sampling, eos_ids, should_stop)]
 
-            for batch in shared_map(range(0, len(ids), _BATCH), complete_batch, should_stop, ranks, items_in_a_round=1):
+            for batch in opened.map_generating(range(0, len(ids), _BATCH), complete_batch, should_stop):
                 done += [Completion(*values) for values in batch]
                 on_event(Progress(task, len(done), len(ids)))
             return done, sum(len(completion.ids) for completion in done) / max(monotonic() - started, 1e-9)

@@ -32,7 +32,7 @@ from llamatune.out_of_memory import memory_faults
 from llamatune.ranks import ALONE, Ranks
 from llamatune.safe_reading import digest_file
 from llamatune.seeds import derived_seed
-from llamatune.shared_work import refuse_differences, shared_map
+from llamatune.shared_work import refuse_differences
 from llamatune.threads import suitable_threads
 from llamatune.tokenizers.tokenizer import Tokenizer
 
@@ -187,7 +187,7 @@ def evaluate_gsm8k(
         stack.enter_context(suitable_threads(opened.checkpoint.config, min(options.batch_size, len(prompts))))
         try:
             unanswered = questions[len(lines) :], prompts[len(lines) :]
-            for batch in _answer(options, opened, tokenizer, *unanswered, on_event, should_stop, ranks):
+            for batch in _answer(options, opened, tokenizer, *unanswered, on_event, should_stop):
                 if log is not None:
                     log.append(batch)
                 lines += batch
@@ -206,16 +206,15 @@ def _answer(
     prompts: list[list[int]],
     on_event: OnEvent,
     should_stop: ShouldStop,
-    ranks: Ranks,
 ) -> Iterator[list[dict[str, Any]]]:
     """The lines of each batch of questions: greedy, and ended once no further text can change the score."""
-    models = opened.load(on_event, should_stop)
+    models = opened.load(on_event, should_stop).by_prefix
     eos_ids = {*opened.checkpoint.config.eos_token_ids, tokenizer.eos_id}
 
     def is_enough(ids: Sequence[int]) -> bool:
         return is_answered(tokenizer.decode(ids), bool(options.shots))
 
-    def answer(first: int) -> list[dict[str, Any]]:
+    def answer(first: int, should_stop: ShouldStop) -> list[dict[str, Any]]:
         batch = prompts[first : first + options.batch_size]
         replies: list[dict[str, tuple[str, str]]] = [{} for _ in batch]
         for prefix, model in models.items():
@@ -224,7 +223,7 @@ def _answer(
                 reply[prefix] = tokenizer.continuation(prompt, completion.ids), completion.finish_reason
         return list(map(scored_line, questions[first : first + options.batch_size], replies))
 
-    yield from shared_map(range(0, len(prompts), options.batch_size), answer, should_stop, ranks, items_in_a_round=1)
+    yield from opened.map_generating(range(0, len(prompts), options.batch_size), answer, should_stop)
 
 
 def _settings(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -15,18 +17,34 @@ from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
-from llamatune.command_options.inference import ModelSource
+from llamatune.command_options.inference import ModelSource, Placement
 from llamatune.data.templates import Template, load_template
 from llamatune.devices import choose_device, lacks_bf16
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.formats.manifest import find_manifest
 from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
+from llamatune.model.streamed_blocks import stream_blocks
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from llamatune.model.transformer import Transformer
 from llamatune.ranks import ALONE, Ranks
-from llamatune.shared_work import refuse_differences
+from llamatune.shared_work import map_in_step, refuse_differences, shared_map
 from llamatune.tokenizers.sentencepiece import load_tokenizer
 from llamatune.tokenizers.tokenizer import Tokenizer, check_vocabulary
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class LoadedModels:
+    """The model, with its adapter, as ``""``; the base as ``base_`` where the two are compared. Ready to compute.
+
+    The keys are the prefixes of result names. The two models share the frozen weights. ``idle``: what a rank that has
+    nothing to compute does while the others compute one forward pass; None: nothing.
+    """
+
+    by_prefix: dict[str, Transformer]
+    idle: Callable[[], None] | None
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,8 @@ class OpenedModel:
     compare: bool
     dtype: torch.dtype | None
     device: torch.device
+    placement: Placement = "device"
+    ranks: Ranks = ALONE
 
     @property
     def dtype_name(self) -> str:
@@ -77,14 +97,33 @@ class OpenedModel:
             on_event(Notice(f"{what} can become more than the {known} tokens the model knows", "warning"))
         return ids
 
-    def load(self, on_event: OnEvent, should_stop: ShouldStop) -> dict[str, Transformer]:
-        """The model, with its adapter, as ``""``; the base as ``base_`` where the two are compared. Ready to compute.
-
-        The keys are the prefixes of result names. The two models share the frozen weights.
-        """
-        base = load_model(self.checkpoint, self.dtype, self.device, on_event=on_event, should_stop=should_stop).eval()
+    def load(self, on_event: OnEvent, should_stop: ShouldStop) -> LoadedModels:
+        """Read the weights."""
+        held, dtype = self.dtype or _stored_dtype(self.checkpoint), self.dtype
+        streamed = stream_blocks(self.placement, self.checkpoint.config, held, False, self.device, self.ranks)
+        if streamed is not None:
+            dtype = held  # of all blocks, which are alike
+        base = load_model(
+            self.checkpoint, dtype, self.device, on_event=on_event, should_stop=should_stop, streamed=streamed
+        ).eval()
+        if streamed is not None:
+            streamed.attach(base)
         models = {"": base if self.adapter is None else _with_adapter(base, self.adapter)}
-        return {**models, "base_": base} if self.compare else models
+        idle = None if streamed is None else partial(streamed.idle, backward=False)
+        return LoadedModels({**models, "base_": base} if self.compare else models, idle)
+
+    def map_generating(
+        self, items: Iterable[T], work: Callable[[T, ShouldStop], R], should_stop: ShouldStop
+    ) -> Iterator[R]:
+        """``work`` of each item, which generates until the ``should_stop`` that it gets says so.
+
+        Ranks that hold slices of the weights all compute every item, since each token takes all of them. Otherwise they
+        share the items, and results must be JSON.
+        """
+        if self.placement == "shard":
+            return map_in_step(items, work, should_stop, self.ranks)
+        own = partial(_with_stop, work, should_stop)
+        return shared_map(items, own, should_stop, self.ranks, items_in_a_round=1)
 
 
 def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ranks = ALONE) -> OpenedModel:
@@ -110,7 +149,11 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ran
     if (dtype or _stored_dtype(checkpoint)) == torch.bfloat16 and lacks_bf16(device):
         name = torch.cuda.get_device_name(device)
         on_event(Notice(f"{name} has no bf16 and is slow with it; --dtype float16 is quick"))
-    return OpenedModel(source.model, checkpoint, adapter, source.compare, dtype, device)
+    return OpenedModel(source.model, checkpoint, adapter, source.compare, dtype, device, source.placement, ranks)
+
+
+def _with_stop(work: Callable[[T, ShouldStop], R], should_stop: ShouldStop, item: T) -> R:
+    return work(item, should_stop)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamatune.model.block_stores import ALIGNMENT, Arrival, BlockStore
+from llamatune.model.block_stores import ALIGNMENT, Arrival, BlockStore, HostBlocks, ShardedBlocks
 from llamatune.model.nf4 import NF4Weight, storage
 from llamatune.model.transformer import Transformer
+from llamatune.ranks import Ranks
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 
 _BLOCKS = "model.layers."
@@ -149,6 +150,18 @@ class StreamedBlocks:
         arrival, self._arrivals[room] = self._arrivals[room], None
         if arrival is not None:
             arrival()
+
+
+def stream_blocks(
+    placement: str, config: LlamaConfig, dtype: torch.dtype, nf4: bool, device: torch.device, ranks: Ranks
+) -> StreamedBlocks | None:
+    """Empty room for a base's blocks where ``placement`` says, ``host`` or ``shard``; None: on the device."""
+    if placement not in ("host", "shard"):
+        return None
+    layout = BlockLayout(config, dtype, nf4)
+    size = layout.layers, layout.bytes
+    store = HostBlocks(*size, device) if placement == "host" else ShardedBlocks(*size, device, ranks)
+    return StreamedBlocks(layout, store, device)
 
 
 def _hooks(blocks: StreamedBlocks, index: int) -> tuple[Callable[..., None], Callable[..., None]]:

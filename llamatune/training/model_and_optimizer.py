@@ -16,10 +16,9 @@ from llamatune.checkpoints.nf4_cache import QuantizedBase
 from llamatune.events import OnEvent, ShouldStop
 from llamatune.model.activation_checkpointing import apply_activation_checkpointing
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter, load_adapter_tensors
-from llamatune.model.block_stores import HostBlocks, ShardedBlocks
 from llamatune.model.initialise import drawn_weights
 from llamatune.model.nf4 import Scratch, hold_quantized, quantize_nf4
-from llamatune.model.streamed_blocks import BlockLayout, StreamedBlocks
+from llamatune.model.streamed_blocks import StreamedBlocks, stream_blocks
 from llamatune.model.transformer import Transformer
 from llamatune.ranks import ALONE, Ranks
 from llamatune.seeds import derived_seed
@@ -75,7 +74,8 @@ def build_learner(
     """
     if spec.adapter is None and ranks.size > 1:
         return _build_sharded(spec, inputs, on_event, should_stop, ranks)
-    streamed = _streamed_blocks(spec, inputs, ranks)
+    placement, nf4 = spec.model.placement, spec.model.dtype == "nf4"
+    streamed = stream_blocks(placement, inputs.config, held_dtype(spec), nf4, inputs.device, ranks)
     model, adapter = _load_base(spec, inputs, on_event, should_stop, streamed, ranks), spec.adapter
     if adapter is None:
         model.requires_grad_(True)
@@ -139,17 +139,6 @@ def build_optimizer(
         return Optimizer(parameters, ShardedAdamW8bit(spec.betas, spec.eps, spec.weight_decay, shards, ranks))
     rule = AdamW8bit if spec.optimizer == "adamw_8bit" else AdamW
     return Optimizer(parameters, rule(spec.betas, spec.eps, spec.weight_decay))
-
-
-def _streamed_blocks(spec: RunSpec, inputs: Inputs, ranks: Ranks) -> StreamedBlocks | None:
-    """Empty room for the base's blocks where ``model.placement`` says; None: on the device."""
-    placement, device = spec.model.placement, inputs.device
-    if placement not in ("host", "shard"):
-        return None
-    layout = BlockLayout(inputs.config, held_dtype(spec), spec.model.dtype == "nf4")
-    size = layout.layers, layout.bytes
-    store = HostBlocks(*size, device) if placement == "host" else ShardedBlocks(*size, device, ranks)
-    return StreamedBlocks(layout, store, device)
 
 
 def _load_base(

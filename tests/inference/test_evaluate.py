@@ -123,8 +123,10 @@ def test_base_and_tuned_side_by_side_are_what_each_is_alone(
 
 
 def test_base_and_tuned_share_their_frozen_weights(base: Path, peft_adapter: Callable[..., Path]) -> None:
-    models = open_model(ModelSource(base, peft_adapter(base), compare=True, device="cpu")).load(
-        lambda event: None, lambda: False
+    models = (
+        open_model(ModelSource(base, peft_adapter(base), compare=True, device="cpu"))
+        .load(lambda event: None, lambda: False)
+        .by_prefix
     )
     own = {name: parameter for name, parameter in models[""].named_parameters() if "lora_" not in name}
     assert all(parameter is own[name] for name, parameter in models["base_"].named_parameters())

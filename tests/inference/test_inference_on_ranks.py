@@ -79,6 +79,28 @@ def test_ranks_share_the_batches_and_come_to_the_same(
         assert max(counts) - min(counts) <= 2
 
 
+@pytest.mark.parametrize("name", ["evaluation", "generation", "questions"])
+@pytest.mark.parametrize(("placement", "size"), [("host", 1), ("shard", 1), ("host", 2), ("shard", 3)])
+def test_blocks_that_lie_elsewhere_come_to_the_same(
+    warm: Warm, request: pytest.FixtureRequest, tmp_path: Path, name: str, placement: str, size: int
+) -> None:
+    case: Case = request.getfixturevalue(name)
+    expected = outcome(warm, case, tmp_path / "device", 1)
+    found = outcome(warm, lambda place: [*case(place), "--placement", placement], tmp_path / placement, size)
+    assert found == expected
+
+
+def test_a_stop_of_one_rank_ends_generation_in_slices(warm: Warm, generation: Case, tmp_path: Path) -> None:
+    words = [*generation(tmp_path), "--placement", "shard"]
+    words[words.index("--max-new-tokens") + 1] = "100000"
+    launched = launch(warm, words, 2)
+    assert not launched.processes[0].ended_within(2.5)
+    launched.signal(1, signal.SIGTERM)
+    end = launched.ended()
+    assert (len(set(end.codes)), end.printed, len(end.errors)) == (1, [], 1), end
+    assert "stopped" in end.errors[0]
+
+
 def test_a_stopped_evaluation_goes_on_with_other_ranks(warm: Warm, questions: Case, tmp_path: Path) -> None:
     expected = outcome(warm, questions, tmp_path / "alone", 1)
     place = tmp_path / "stopped"
