@@ -22,7 +22,17 @@ from llamatune.errors import EnvironmentFault, FailedElsewhere, LlamatuneError, 
 from llamatune.events import ShouldStop, never_stop
 from llamatune.launcher import Launch, read_launch
 from llamatune.ranks import ALONE, Ranks
-from llamatune.rendezvous import FAILED, LEFT, aside, failure, meet, open_store, refuse_after_failure, report_stop
+from llamatune.rendezvous import (
+    FAILED,
+    LEFT,
+    aside,
+    failure,
+    meet,
+    open_store,
+    refuse_after_failure,
+    report_stop,
+    without_gloos_log,
+)
 
 T = TypeVar("T")
 
@@ -34,6 +44,7 @@ _POLL_S = 0.01
 _ANSWER_S = 5.0
 _STOP = "stop"
 _STOPPED = ("stopped while the ranks met", None, "run the same command again")
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _FAREWELL_S = 3.0
 """How long rank 0, whose process holds the store, waits for the others to read why it ends."""
 
@@ -65,9 +76,12 @@ class _Group(Ranks):
 
         try:
             self._store.set(f"beat-{self.rank}", "0")  # asking for a key waits until it is there
-            aside(open_groups, self._refuse_end)
+            with without_gloos_log():
+                aside(open_groups, self._refuse_end)
         except RuntimeError as fault:
-            raise self._lost("the ranks cannot connect to each other", fault) from fault
+            chosen = [f"{name}={os.environ[name]}" for name in _INTERFACES if name in os.environ]
+            by = f" by {' and '.join(chosen)}" if chosen else ""
+            raise self._lost(f"the ranks cannot connect to each other{by}", fault) from fault
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _refuse_stop(self) -> None:
@@ -205,7 +219,8 @@ class _Group(Ranks):
             return FailedElsewhere(failure(self._store)[1])
         if reported is None and self.rank > 1:  # without the store, rank 1 speaks
             return FailedElsewhere(EnvironmentFault.exit_code)
-        detail = re.sub(r"^\[[^]]*\] ", "", str(fault).splitlines()[0]).split(". ")[0]  # without torch's source file
+        first_line = str(fault).splitlines()[0]
+        detail = re.sub(r"\[/?\w[^]]*\.\w+:\d+\] ", "", first_line).split(". ")[0]  # without source files
         return EnvironmentFault(
             f"rank {self.rank} of {self.size}: {what} ({detail})",
             None,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
@@ -167,3 +168,24 @@ def _absent(store: Store, launch: Launch, timeout_s: float) -> EnvironmentFault:
 def _where(launch: Launch) -> str:
     address = f"[{launch.address}]" if ":" in launch.address else launch.address
     return f"{address}:{launch.port}"
+
+
+@contextlib.contextmanager
+def without_gloos_log() -> Iterator[None]:
+    """Keep off stderr what gloo writes there while it connects; it has no level. Other lines come after."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            for line in held:
+                if b"/gloo/" not in line:
+                    os.write(2, line)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,10 +25,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def start(rank: int, size: int, port: int, case: str, where: Path) -> subprocess.Popen[str]:
-    variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def start(
+    rank: int, size: int, port: int, case: str, where: Path, address: str = "127.0.0.1", inside: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), case, str(TIMEOUT_S)],
+        [*inside, sys.executable, str(SCRIPT), case, str(TIMEOUT_S)],
         env={**os.environ, **variables, "PYTHONPATH": str(SCRIPT.parents[1])},
         cwd=where, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -97,6 +101,49 @@ def test_a_port_in_use_is_one_line_from_rank_0(tmp_path: Path) -> None:
     assert (codes, len(lines)) == ([5], 1), lines
     assert "the port is in use" in lines[0]
     assert "set MASTER_PORT" in lines[0]
+
+
+def test_an_interface_that_does_not_exist_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    codes, lines = run("send", tmp_path)
+    assert (codes, len(lines)) == ([5, 5, 5], 1), lines
+    assert "the ranks cannot connect to each other by GLOO_SOCKET_IFNAME=ib0 (" in lines[0]
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[str]]:
+    """Two network namespaces that reach each other at 10.9.0.1 and 10.9.0.2."""
+    names = [f"ranks-{os.getpid()}-{number}" for number in (1, 2)]
+
+    def ip(*words: str) -> int:
+        return subprocess.run(["ip", *words], capture_output=True, check=False).returncode
+
+    if os.getuid() or shutil.which("ip") is None or any(ip("netns", "add", name) for name in names):
+        pytest.skip("network namespaces cannot be made here")
+    try:
+        ip("link", "add", "one", "netns", names[0], "type", "veth", "peer", "name", "two", "netns", names[1])
+        for number, (name, link) in enumerate(zip(names, ("one", "two"), strict=True), 1):
+            ip("-n", name, "addr", "add", f"10.9.0.{number}/24", "dev", link)
+            for device in ("lo", link):
+                ip("-n", name, "link", "set", device, "up")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def test_an_interface_that_reaches_no_other_node_is_one_line(
+    two_hosts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    processes = [
+        start(rank, 2, 29500, "send", tmp_path, "10.9.0.1", ["ip", "netns", "exec", host])
+        for rank, host in enumerate(two_hosts)
+    ]
+    codes, lines = ended(processes)
+    assert (codes, len(lines)) == ([5, 5], 1), lines
+    assert "by GLOO_SOCKET_IFNAME=lo (" in lines[0]
+    assert "/gloo/" not in lines[0]
 
 
 def test_two_world_sizes_are_refused(tmp_path: Path) -> None:
