@@ -75,7 +75,7 @@ def make_update(
     norms = [norm.view(1)]
     if by_layer:
         norms.append(joined(torch.stack([torch.nn.utils.get_total_norm(tensors) for tensors in by_layer.values()])))
-    # The device is waited for here, and nowhere else in a window.
+    # The device is waited for here, and nowhere else in the window of one process.
     numbers = torch.cat([facts.losses, *(part.to(facts.losses) for part in norms)]).tolist()
     losses, grad_norm, layer_norms = numbers[: len(passes)], numbers[len(passes)], numbers[len(passes) + 1 :]
     layer_grad_norms = dict(zip(by_layer, layer_norms, strict=True)) if by_layer else None
