@@ -36,13 +36,11 @@ def _next_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
     return linear(hidden[:, -1], head_weight)
 
 
-def _visible(padding: Tensor, first: int, last: int) -> Tensor | None:
-    """Attention mask (B, 1, last - first, last) for queries ``first : last``; None where the causal mask is enough.
+def _visible(padding: Tensor, first: int, last: int) -> Tensor:
+    """Attention mask (B, 1, last - first, last) for queries ``first : last``.
 
     A padding position attends to itself alone: a row of the mask with no entry would give NaN.
     """
-    if not padding.any():
-        return None
     queries = torch.arange(first, last, device=padding.device)[:, None]
     keys = torch.arange(last, device=padding.device)[None]
     real = keys >= padding[:, None, None]  # (B, 1, last)
@@ -71,7 +69,8 @@ def complete(
         return [_beam_search(model, prompt, sampling, eos_ids, should_stop) for prompt in prompts]
     width = max(map(len, prompts))
     # Prompts are padded on the left to one width.
-    padding = torch.tensor([width - len(prompt) for prompt in prompts], device=model.device)  # (B,)
+    missing = [width - len(prompt) for prompt in prompts]
+    padding = torch.tensor(missing, device=model.device)  # (B,)
     input_ids = torch.tensor([[0] * (width - len(prompt)) + [*prompt] for prompt in prompts], device=model.device)
     cache = _new_cache(model, len(prompts), width + sampling.max_new_tokens)
     generators = [torch.Generator().manual_seed(derived_seed(sampling.seed, "sampling")) for _ in prompts]
@@ -82,7 +81,8 @@ def complete(
             raise Stopped("stopped while generating")
         start, end = cache.length, cache.length + input_ids.shape[1]
         positions = (torch.arange(start, end, device=model.device)[None] - padding[:, None]).clamp(min=0)
-        logits = model(input_ids, positions, _visible(padding, start, end), cache, read=_next_logits)  # (B, V)
+        mask = _visible(padding, start, end) if any(missing) else None  # the causal mask is enough
+        logits = model(input_ids, positions, mask, cache, read=_next_logits)  # (B, V)
         tokens = next_tokens(logits.float(), sampling, generators)
         for row, token in enumerate(tokens):
             if finished[row]:

@@ -54,16 +54,16 @@ def target_losses(
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         W = weight.to(product_dtype(hidden))
-        losses = torch.zeros(len(targets), dtype=torch.float64)
-        correct = torch.zeros(len(targets), dtype=torch.bool)
+        found = torch.zeros(2, len(targets), dtype=torch.float64, device=hidden.device)
         for chunk in _chunks(len(hidden), W):
             with torch.autocast(hidden.device.type, enabled=False):
                 logits, chunk_targets = hidden[chunk].to(W.dtype) @ W.T, targets[chunk]  # (chunk, V)
             for piece in _pieces(len(chunk_targets), W):
                 wide, wanted = widened(logits[piece]), chunk_targets[piece]
-                losses[chunk][piece] = F.cross_entropy(wide, wanted, reduction="none").double().cpu()
-                correct[chunk][piece] = (wide.argmax(-1) == wanted).cpu()
-        return losses, correct
+                found[0, chunk][piece] = F.cross_entropy(wide, wanted, reduction="none")
+                found[1, chunk][piece] = wide.argmax(-1) == wanted
+        losses, correct = found.cpu()  # the device is waited for here, once a batch
+        return losses, correct.bool()
 
     (found_losses, found_correct), predicting = _of_predictions(model, input_ids, labels, lengths, loss)
     losses = torch.zeros(labels.numel(), dtype=torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,13 +71,17 @@ def make_update(
     scaler.unscale(list(gradients.values()))
     joined = nn.Identity() if learner.sharded is None else learner.sharded.joined_norms
     norm = joined(torch.nn.utils.get_total_norm(gradients.values()))
-    losses = facts.losses.tolist()  # the device is waited for here, once
+    by_layer = _by_layer(gradients) if training.log_layer_grad_norms else {}
+    norms = [norm.view(1)]
+    if by_layer:
+        norms.append(joined(torch.stack([torch.nn.utils.get_total_norm(tensors) for tensors in by_layer.values()])))
+    # The device is waited for here, and nowhere else in the window of one process.
+    numbers = torch.cat([facts.losses, *(part.to(facts.losses) for part in norms)]).tolist()
+    losses, grad_norm, layer_norms = numbers[: len(passes)], numbers[len(passes)], numbers[len(passes) + 1 :]
+    layer_grad_norms = dict(zip(by_layer, layer_norms, strict=True)) if by_layer else None
     bad = [batch for batch, loss in zip(passes, losses, strict=True) if not math.isfinite(loss)]
-    grad_norm, layer_grad_norms = float(norm), None
     made = not bad and math.isfinite(grad_norm) and not missing
     if made:
-        if training.log_layer_grad_norms:
-            layer_grad_norms = _layer_grad_norms(gradients, joined)
         if training.max_grad_norm is not None:  # Pascanu et al. 2013
             torch.nn.utils.clip_grads_with_norm_(parameters.values(), training.max_grad_norm, norm)
         learner.optimizer.step(learning_rate)
@@ -105,11 +109,10 @@ def _rows_of(batches: Sequence[Batch]) -> str:
     return f"rows {', '.join(map(str, rows[:8]))}" + (" ..." if len(rows) > 8 else "")
 
 
-def _layer_grad_norms(gradients: Mapping[str, Tensor], joined: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """The gradient's norm by block (``layers.0`` ...) and by module outside of them; the device is waited for once."""
+def _by_layer(gradients: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """The gradients of each block (``layers.0`` ...) and of each module outside of them."""
     by_layer: dict[str, list[Tensor]] = {}
     for name, gradient in gradients.items():
         path = name.removeprefix("model.").split(".")
         by_layer.setdefault(".".join(path[: 2 if path[0] == "layers" else 1]), []).append(gradient)
-    norms = joined(torch.stack([torch.nn.utils.get_total_norm(tensors) for tensors in by_layer.values()]))
-    return dict(zip(by_layer, norms.tolist(), strict=True))
+    return by_layer

@@ -1,0 +1,68 @@
+"""Generation on a pretended GPU: a token costs one read, and no part of it keeps a matrix of scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Gpu
+
+TOKENS = 4
+TO_HOST, TO_DEVICE = "a copy to the host", "a copy to the device"
+BEAMS = "inference/engine.py:_beam_search"
+
+LOADING = {
+    ("checkpoints/loading.py:load_model", TO_DEVICE),  # weights, as they come from the disk
+    ("checkpoints/tensor_bytes.py:is_finite", "a number read"),  # of each
+    ("model/adapters/lora.py:LoRALinear.start", TO_DEVICE),
+}
+SAMPLING = {
+    ("inference/sampling.py:next_tokens", TO_HOST): TOKENS,  # the likeliest tokens, or the probabilities to draw from
+    ("inference/engine.py:complete", TO_DEVICE): 1 + TOKENS,  # prompts and padding, then tokens: nothing is queued
+}
+BEAM_SEARCH = {
+    (BEAMS, TO_HOST): 2 * TOKENS,  # scores and places of the best: nothing is queued before the second
+    (BEAMS, TO_DEVICE): 2 + 2 * TOKENS,  # the prompt and the first scores, then scores and tokens
+    ("model/kv_cache.py:KVCache.reorder", TO_DEVICE): 2 * TOKENS,  # which rows go on from which
+}
+"""Where the host waits, and how often: of ``TOKENS`` tokens."""
+
+GREEDY: dict[str, Any] = {}
+DRAWN = {"temperature": 0.8, "top_k": 5, "top_p": 0.9}
+H100, A100, T4 = (9, 0), (8, 0), (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "sampling", "prompts", "adapter"),
+    [
+        (H100, "bfloat16", GREEDY, [6], True),
+        (H100, "float32", DRAWN, [3, 7, 1], True),
+        (H100, "float16", {"num_beams": 3}, [5], False),
+        (A100, "bfloat16", DRAWN, [5, 5], False),
+        (A100, "float32", {"num_beams": 3}, [5], True),
+        (A100, "float16", GREEDY, [3, 7, 1], False),
+        (T4, "float32", GREEDY, [5, 5], False),
+        (T4, "float16", DRAWN, [3, 7, 1], True),
+        (T4, "float16", {"num_beams": 3}, [5], True),
+    ],
+)
+def test_a_token_is_read_once(
+    gpu: Gpu,
+    small_base: Path,
+    capability: tuple[int, int],
+    dtype: str,
+    sampling: dict[str, Any],
+    prompts: list[int],
+    adapter: bool,
+) -> None:
+    job = {"dtype": dtype, "sampling": sampling, "lengths": prompts, "tokens": TOKENS, "adapter": adapter}
+    found = gpu.run(kind="generation", capability=capability, base=str(small_base), **job)
+    assert found["error"] is None
+    waits = {part: {(place, kind): count for place, kind, count in found["waits"][part]} for part in found["waits"]}
+    assert waits["loading"].keys() <= LOADING
+    assert waits["generation"] == (BEAM_SEARCH if "num_beams" in sampling else SAMPLING)
+    assert found["kernels"]
+    assert not {"cudnn", "math"} & set(found["kernels"])

@@ -1,0 +1,60 @@
+"""Every technique's step and evaluation on a pretended GPU: nothing lies on the wrong device, the host waits once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from techniques import DIMENSIONS, REFUSED, Technique, all_pairs, covering_set, job_of, pairs_of
+
+if TYPE_CHECKING:
+    from conftest import Gpu
+
+TO_HOST, TO_DEVICE = "a copy to the host", "a copy to the device"
+
+EACH_TIME = {
+    "first window": {("training/training_step.py:make_update", TO_HOST): "losses and norm in one read: is it finite?"},
+    "window": {("training/training_step.py:make_update", TO_HOST): "losses and norm in one read: is it finite?"},
+    "evaluation": {("model/loss.py:target_losses.loss", TO_HOST): "the losses of a batch"},
+}
+"""Where the host waits for the device: once in each part, and at its end."""
+
+ONCE = {
+    ("training/model_and_optimizer.py:_draw_base", TO_DEVICE): "weights",
+    ("model/adapters/lora.py:LoRALinear.start", TO_DEVICE): "A's first values",
+    ("model/block_stores.py:HostBlocks.write", TO_HOST): "placement: host, a weight goes to where it will lie",
+    ("model/blockwise_8bit.py:BlockwiseCode.__init__", TO_DEVICE): "three tables of an 8-bit code",
+    ("model/nf4.py:Scratch.pairs", TO_DEVICE): "the table of NF4",
+}
+"""Where it waits besides while the learner is built, and when a table is made for the first pass that needs it."""
+
+
+def name_of(technique: Technique) -> str:
+    return "; ".join(value for name, value in technique.items() if value not in ("no", "untied", "device"))
+
+
+@pytest.mark.parametrize("technique", covering_set(), ids=name_of)
+def test_a_step_stays_on_its_device_and_waits_once(gpu: Gpu, technique: Technique) -> None:
+    found = gpu.run(**job_of(technique))
+    assert found["error"] is None
+    waits = {part: {(place, kind): count for place, kind, count in found["waits"][part]} for part in found["waits"]}
+    assert waits.keys() == {"building", *EACH_TIME}
+    assert waits["building"].keys() <= ONCE.keys()
+    for part, expected in EACH_TIME.items():
+        assert waits[part].keys() - (ONCE.keys() if part == "first window" else set()) == expected.keys()
+        assert [waits[part][wait] for wait in expected] == [1]
+    assert not {"cudnn", "math"} & set(found["kernels"])
+    assert found["kernels"]
+
+
+def test_each_pair_of_values_comes_together() -> None:
+    techniques = covering_set()
+    assert set().union(*map(pairs_of, techniques)) == all_pairs()
+    assert len(techniques) < 36, "they take about a second each"
+
+
+def test_what_is_left_out_is_refused(gpu: Gpu) -> None:
+    plain = {name: values[0] for name, values in DIMENSIONS.items()}
+    for pair in REFUSED:
+        error = gpu.run(**job_of({**plain, **dict(pair)}))["error"]
+        assert str(error).startswith(("SpecError: ", "EnvironmentFault: ")), pair
