@@ -79,7 +79,7 @@ def test_ranks_share_the_batches_and_come_to_the_same(
         assert max(counts) - min(counts) <= 2
 
 
-@pytest.mark.parametrize("name", ["evaluation", "generation", "questions"])
+@pytest.mark.parametrize("name", ["evaluation", "generation", pytest.param("questions", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("placement", "size"), [("host", 1), ("shard", 1), ("host", 2), ("shard", 3)])
 def test_blocks_that_lie_elsewhere_come_to_the_same(
     warm: Warm, request: pytest.FixtureRequest, tmp_path: Path, name: str, placement: str, size: int

@@ -132,7 +132,7 @@ def generation(job: dict[str, Any], done: Any) -> None:
     from llamatune.shapes.adapter import AdapterSpec
 
     opened = open_model(ModelSource(Path(job["base"]), dtype=job["dtype"], device="cuda"))
-    (model,) = opened.load(ignore_event, never_stop).values()
+    (model,) = opened.load(ignore_event, never_stop).by_prefix.values()
     if job["adapter"]:
         apply_adapter(model, AdapterSpec(4, 8.0, 0.0, ("q_proj", "down_proj")))
         model.eval()
