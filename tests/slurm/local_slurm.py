@@ -7,6 +7,7 @@ by the freezer of cgroup v1.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -235,10 +236,11 @@ class LocalSlurm:
         return self.facts(job)
 
     def bring_back(self, node: str) -> bool:
-        """Whether a node that was DOWN is usable again; it may come back by itself."""
+        """Whether a node that was DOWN is usable again; it may come back by itself, and cannot be resumed then."""
         state = self.run("sinfo", "-hn", node, "-o", "%T").strip()
         if state.startswith("down"):
-            self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+            with contextlib.suppress(RuntimeError):
+                self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
         return state in ("idle", "mixed", "allocated")
 
     def processes(self, words: str = "") -> list[str]:
