@@ -190,7 +190,7 @@ def slow_writer() -> None:
 
 
 def slow_scores() -> None:
-    """An evaluation takes a while."""
+    """An evaluation takes a while; each rank that has begun makes the file SCORING, with its rank."""
     import time
 
     from llamatune.inference import evaluate
@@ -198,6 +198,7 @@ def slow_scores() -> None:
     score = evaluate.score_batch
 
     def slowly(*arguments: Any) -> Any:
+        Path(os.environ["SCORING"]).with_suffix(f".{_RANK}").touch()
         time.sleep(0.3)
         return score(*arguments)
 
