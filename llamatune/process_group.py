@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import Store
 
 from llamatune.errors import EnvironmentFault, FailedElsewhere, LlamatuneError, Stopped
 from llamatune.events import ShouldStop, never_stop
-from llamatune.launcher import Launch, read_launch
+from llamatune.launch_variables import Launch, read_launch
 from llamatune.ranks import ALONE, Ranks
 from llamatune.rendezvous import (
     FAILED,
@@ -144,20 +144,17 @@ class _Group(Ranks):
         parts = flat.split(counts)  # type: ignore[no-untyped-call]
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    @contextlib.contextmanager
-    def exchanging(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as fault:
-            if not isinstance(fault, dist.DistError) and "gloo" not in str(fault).lower():
-                raise  # of memory, say
-            raise self._lost("another rank ended, or did not answer in time", fault) from fault
+    def exchanging(self) -> contextlib.AbstractContextManager[None]:
+        return self._collective(computes=True)
 
     @contextlib.contextmanager
-    def _collective(self) -> Iterator[None]:
+    def _collective(self, computes: bool = False) -> Iterator[None]:
+        """Failures of messages become ``LlamatuneError``; of a block that also ``computes``, other faults pass."""
         try:
             yield
         except RuntimeError as fault:
+            if computes and not isinstance(fault, dist.DistError) and "gloo" not in str(fault).lower():
+                raise  # of memory, say
             raise self._lost("another rank ended, or did not answer in time", fault) from fault
 
     def _poll(self, work: dist.Work) -> None:
@@ -217,7 +214,7 @@ class _Group(Ranks):
             time.sleep(_POLL_S)  # a rank that fails says so before it closes its connections
         if reported:
             return FailedElsewhere(failure(self._store)[1])
-        if reported is None and self.rank > 1:  # without the store, rank 1 speaks
+        if reported is None and self.rank > 1:  # without the store, rank 1 alone reports it
             return FailedElsewhere(EnvironmentFault.exit_code)
         first_line = str(fault).splitlines()[0]
         detail = re.sub(r"\[/?\w[^]]*\.\w+:\d+\] ", "", first_line).split(". ")[0]  # without source files

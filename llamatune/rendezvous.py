@@ -15,7 +15,7 @@ from typing import TypeVar
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from llamatune.errors import EnvironmentFault, FailedElsewhere, Stopped
-from llamatune.launcher import Launch
+from llamatune.launch_variables import Launch
 
 T = TypeVar("T")
 

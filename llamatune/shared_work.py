@@ -58,14 +58,20 @@ def shared_map(
             yield answers[place % ranks.size][1][place // ranks.size]
 
 
-def map_in_step(
-    items: Iterable[T], work: Callable[[T, ShouldStop], R], should_stop: ShouldStop, ranks: Ranks
+def map_generating(
+    items: Iterable[T], work: Callable[[T, ShouldStop], R], should_stop: ShouldStop, ranks: Ranks, in_slices: bool
 ) -> Iterator[R]:
-    """``work`` of each item on every rank; it may ask the ``should_stop`` that it gets where all ranks ask it.
+    """``work`` of each item, which generates tokens until the ``should_stop`` that it gets asks for its end.
+
+    Ranks share the items, and results must be JSON. Where they hold the weights ``in_slices``, each computes all items,
+    since each token takes all of the weights, and they agree on a stop at each token.
 
     Raises:
         Stopped: ``should_stop`` asked for it, on any rank.
     """
+    if not in_slices:
+        yield from shared_map(items, lambda item: work(item, should_stop), should_stop, ranks, items_in_a_round=1)
+        return
 
     def agreed() -> bool:
         return ranks.any(should_stop())

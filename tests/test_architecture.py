@@ -37,7 +37,7 @@ FLOORS = [
     },
     {"free_memory", "process_group", "strict_json"},
     {"ranks", "rendezvous"},
-    {"launcher"},
+    {"launch_variables"},
     {"durable_writing", "safe_reading", "home_directory"},
     {"shapes"},
     {"errors", "events", "stop_signals"},

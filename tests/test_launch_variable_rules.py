@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llamatune.errors import EnvironmentFault
-from llamatune.launcher import Launch, first_node, read_launch
+from llamatune.launch_variables import Launch, first_node, read_launch
 
 STEP_OF_TWO = {
     "SLURM_JOB_ID": "2",

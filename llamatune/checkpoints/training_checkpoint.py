@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llamatune.checkpoints.sharded_state import StoredTensors, shard_files
+from llamatune.checkpoints.sharded_checkpoint import StoredTensors, shard_files
 from llamatune.checkpoints.tensor_bytes import write_tensors
 from llamatune.errors import EnvironmentFault, LlamatuneError
 from llamatune.formats.manifest import OtherVersion, Staging, build_directory, find_manifest, verify_product

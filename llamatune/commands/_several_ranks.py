@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from llamatune.errors import EnvironmentFault
 from llamatune.events import ShouldStop, never_stop
-from llamatune.launcher import Launch, read_launch
+from llamatune.launch_variables import Launch, read_launch
 from llamatune.stop_signals import stop_signals
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from llamatune.commands._console import Console
 from llamatune.commands._several_ranks import run_on_first
 from llamatune.errors import SpecError
 from llamatune.home_directory import expand_home
-from llamatune.launcher import read_launch
+from llamatune.launch_variables import read_launch
 
 _JSON = typer.Option(False, "--json", help="Print the result as one JSON object.")
 

@@ -9,7 +9,7 @@ from llamatune.command_options.inference import EvaluateOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.commands._several_ranks import connect
 from llamatune.errors import printable
-from llamatune.launcher import Launch
+from llamatune.launch_variables import Launch
 
 
 def evaluate(options: EvaluateOptions, console: Console, launch: Launch) -> None:

@@ -11,7 +11,7 @@ from llamatune.command_options.inference import GenerateOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.commands._several_ranks import connect, wait_for_first
 from llamatune.errors import printable
-from llamatune.launcher import Launch
+from llamatune.launch_variables import Launch
 
 if TYPE_CHECKING:
     from llamatune.inference.generate import Generations

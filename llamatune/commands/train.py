@@ -9,7 +9,7 @@ from typing import Any
 from llamatune.command_options.training import TrainOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.commands._several_ranks import connect
-from llamatune.launcher import Launch
+from llamatune.launch_variables import Launch
 
 
 def train(options: TrainOptions, console: Console, launch: Launch) -> None:

@@ -14,6 +14,7 @@ from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_files import Prompt, prompt_text
 from llamatune.out_of_memory import memory_faults
 from llamatune.ranks import ALONE, Ranks
+from llamatune.shared_work import map_generating
 from llamatune.threads import suitable_threads
 
 _BATCH = 16
@@ -67,13 +68,13 @@ def generate(
         eos_ids = {*config.eos_token_ids, tokenizer.eos_id}
 
         def run(name: str, task: str) -> tuple[list[Completion], float]:
-            started, done = monotonic(), list[Completion]()
+            started, done, starts = monotonic(), list[Completion](), range(0, len(ids), _BATCH)
 
             def complete_batch(first: int, should_stop: ShouldStop) -> list[tuple[Any, ...]]:
                 batch = ids[first : first + _BATCH]
                 return [astuple(made) for made in complete(models[name], batch, sampling, eos_ids, should_stop)]
 
-            for batch in opened.map_generating(range(0, len(ids), _BATCH), complete_batch, should_stop):
+            for batch in map_generating(starts, complete_batch, should_stop, ranks, source.placement == "shard"):
                 done += [Completion(*values) for values in batch]
                 on_event(Progress(task, len(done), len(ids)))
             return done, sum(len(completion.ids) for completion in done) / max(monotonic() - started, 1e-9)

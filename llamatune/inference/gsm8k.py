@@ -32,7 +32,7 @@ from llamatune.out_of_memory import memory_faults
 from llamatune.ranks import ALONE, Ranks
 from llamatune.safe_reading import digest_file
 from llamatune.seeds import derived_seed
-from llamatune.shared_work import refuse_differences
+from llamatune.shared_work import map_generating, refuse_differences
 from llamatune.threads import suitable_threads
 from llamatune.tokenizers.tokenizer import Tokenizer
 
@@ -223,7 +223,8 @@ def _answer(
                 reply[prefix] = tokenizer.continuation(prompt, completion.ids), completion.finish_reason
         return list(map(scored_line, questions[first : first + options.batch_size], replies))
 
-    yield from opened.map_generating(range(0, len(prompts), options.batch_size), answer, should_stop)
+    starts, in_slices = range(0, len(prompts), options.batch_size), options.placement == "shard"
+    yield from map_generating(starts, answer, should_stop, opened.ranks, in_slices)
 
 
 def _settings(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -27,12 +26,9 @@ from llamatune.model.streamed_blocks import stream_blocks
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from llamatune.model.transformer import Transformer
 from llamatune.ranks import ALONE, Ranks
-from llamatune.shared_work import map_in_step, refuse_differences, shared_map
+from llamatune.shared_work import refuse_differences
 from llamatune.tokenizers.sentencepiece import load_tokenizer
 from llamatune.tokenizers.tokenizer import Tokenizer, check_vocabulary
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -112,19 +108,6 @@ class OpenedModel:
         idle = None if streamed is None else partial(streamed.idle, backward=False)
         return LoadedModels({**models, "base_": base} if self.compare else models, idle)
 
-    def map_generating(
-        self, items: Iterable[T], work: Callable[[T, ShouldStop], R], should_stop: ShouldStop
-    ) -> Iterator[R]:
-        """``work`` of each item, which generates until the ``should_stop`` that it gets says so.
-
-        Ranks that hold slices of the weights all compute every item, since each token takes all of them. Otherwise they
-        share the items, and results must be JSON.
-        """
-        if self.placement == "shard":
-            return map_in_step(items, work, should_stop, self.ranks)
-        own = partial(_with_stop, work, should_stop)
-        return shared_map(items, own, should_stop, self.ranks, items_in_a_round=1)
-
 
 def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ranks = ALONE) -> OpenedModel:
     """Open a model directory and, if there is one, the adapter. Several ranks must have the same, and one request.
@@ -150,10 +133,6 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ran
         name = torch.cuda.get_device_name(device)
         on_event(Notice(f"{name} has no bf16 and is slow with it; --dtype float16 is quick"))
     return OpenedModel(source.model, checkpoint, adapter, source.compare, dtype, device, source.placement, ranks)
-
-
-def _with_stop(work: Callable[[T, ShouldStop], R], should_stop: ShouldStop, item: T) -> R:
-    return work(item, should_stop)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

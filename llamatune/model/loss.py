@@ -13,7 +13,7 @@ from llamatune.model.compiled_functions import compilable
 from llamatune.model.layers import linear, product_dtype, widened
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.recurring_sizes import filled_up, logit_rows
-from llamatune.shapes.tile_sizes import WIDE_LOGITS_AT_ONCE
+from llamatune.shapes.tile_sizes import wide_logit_rows
 
 IGNORED = -100
 """The label of a position that is no target."""
@@ -111,7 +111,7 @@ def _chunks(rows: int, head_weight: Tensor) -> Iterator[slice]:
 
 def _pieces(rows: int, head_weight: Tensor) -> Iterator[slice]:
     """The rows of a chunk whose loss is computed together."""
-    return _slices(rows, max(1, WIDE_LOGITS_AT_ONCE[head_weight.device.type] // len(head_weight)))
+    return _slices(rows, wide_logit_rows(len(head_weight), head_weight.device.type))
 
 
 def _slices(rows: int, step: int) -> Iterator[slice]:

@@ -18,6 +18,12 @@ LOGIT_BYTES_AT_ONCE = {"cuda": 1 << 26, "cpu": 1 << 24}
 WIDE_LOGITS_AT_ONCE = {"cuda": 1 << 25, "cpu": 1 << 19}
 """Logits whose loss is computed at once, in fp32: on a CPU what stays in a core's cache, on a GPU all in flight."""
 
+
+def wide_logit_rows(vocabulary: int, device: str) -> int:
+    """Rows whose loss is computed at once."""
+    return max(1, WIDE_LOGITS_AT_ONCE[device] // vocabulary)
+
+
 WEIGHTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 19}
 """NF4 weights that are unpacked in one piece: what stays in a core's cache, and on a GPU 64 MiB of indices."""
 

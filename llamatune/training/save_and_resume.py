@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from llamatune import __version__
 from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter
 from llamatune.checkpoints.huggingface_weights import write_huggingface
-from llamatune.checkpoints.sharded_state import save_sharded_state
+from llamatune.checkpoints.sharded_checkpoint import save_sharded_state
 from llamatune.checkpoints.tensor_bytes import write_tensors
 from llamatune.checkpoints.training_checkpoint import WEIGHTS, newest_run_state, read_run_state, save_run_state
 from llamatune.errors import CheckpointError
@@ -28,7 +28,7 @@ from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.run_directory import RunDirectory
 from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, MODEL
-from llamatune.training.sharded_checkpoint import owned_runs, restore_runs
+from llamatune.training.sharded_tensors import owned_runs, restore_runs
 from llamatune.training.trainer_state import TrainerState
 
 EVALUATION = "evaluation.json"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from llamatune.checkpoints.sharded_state import StoredTensors, run_name
+from llamatune.checkpoints.sharded_checkpoint import StoredTensors, run_name
 from llamatune.errors import CheckpointError
 from llamatune.model.blockwise_8bit import BLOCK
 from llamatune.shapes.parameter_shards import Shard

@@ -10,6 +10,7 @@ from llamatune.model import loss as loss_module
 from llamatune.model.initialise import initialise
 from llamatune.model.loss import summed_loss, target_losses
 from llamatune.model.transformer import Transformer
+from llamatune.shapes import tile_sizes
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shapes.recurring_sizes import filled_up, logit_rows
 
@@ -94,7 +95,7 @@ def test_the_loss_of_many_chunks_and_pieces_is_that_of_one(monkeypatch: pytest.M
     expected = torch.nn.functional.cross_entropy(leaf @ weight.T, targets, reduction="sum")
     expected.backward()
     monkeypatch.setattr(loss_module, "logit_rows", lambda *_: 7)
-    monkeypatch.setitem(loss_module.WIDE_LOGITS_AT_ONCE, "cpu", 150)
+    monkeypatch.setitem(tile_sizes.WIDE_LOGITS_AT_ONCE, "cpu", 150)
     for loss, gradient in (whole, run()):
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-10, atol=1e-12)

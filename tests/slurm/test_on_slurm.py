@@ -154,7 +154,7 @@ TAKE_GPU = """\
 import os
 import torch
 from llamatune import devices
-from llamatune.launcher import read_launch
+from llamatune.launch_variables import read_launch
 
 visible, launch = os.environ["CUDA_VISIBLE_DEVICES"], read_launch()
 devices.gpu_count = lambda: len(visible.split(","))

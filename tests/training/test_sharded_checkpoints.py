@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tracing import changing_calls, fault_options, record_options
 from warm import NO_STRACE, Warm, strace
 
-from llamatune.checkpoints.sharded_state import StoredTensors, shard_files
+from llamatune.checkpoints.sharded_checkpoint import StoredTensors, shard_files
 from llamatune.errors import CheckpointError
 from llamatune.formats.manifest import find_manifest, verify_product
 
