@@ -99,7 +99,7 @@ def _of_predictions(
         row.to(device, non_blocking=True),
         lengths=lengths,
         rows=rows.to(device, non_blocking=True),
-        read=lambda hidden, weight: loss(hidden[0], weight, targets),
+        read=lambda hidden, weight: loss(hidden.squeeze(0), weight, targets),
     )
     return result, predicting
 

@@ -183,6 +183,27 @@ def test_attention_runs_again_in_recomputed_blocks_alone(level: int, runs: int) 
     assert counter.calls == {"forward": runs * samples, "backward": samples}
 
 
+class NamesOfOperators(TorchDispatchMode):
+    """The operators that run, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_no_gradient_of_the_row_is_filled_with_zeros_and_copied(level: Recompute) -> None:
+    """The gradient of ``x[0]`` is: 12 more launches a layer."""
+    with NamesOfOperators() as names:
+        gradients(fused_copy(model_with(list(LINEAR_MODULES), torch.float32), level))
+    assert "aten::mm" in names.seen
+    assert "aten::select_backward" not in names.seen
+
+
 def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     dropout = Dropout(0.3, seed=4)
     kept = dropout.mask(torch.ones(400, 500))

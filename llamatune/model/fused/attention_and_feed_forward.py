@@ -182,7 +182,7 @@ def attended(
     q, k, v = (y.view(1, len(y), -1, head_dim).transpose(1, 2) for y in (q, k, v))  # (1, H or K, N, E)
     with around:
         o = attend(q, k, v, None, context.documents)  # (1, H, N, E)
-    return select_rows(o.transpose(1, 2).flatten(2), rows)[0]
+    return select_rows(o.transpose(1, 2).flatten(2), rows).squeeze(0)
 
 
 def projected(o: Tensor, by: Projection) -> Tensor:

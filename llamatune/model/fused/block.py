@@ -146,10 +146,10 @@ class FusedBlock(Block):
 
     def _first_half(self, context: Context, rows: Tensor | None, parts: Sequence[Projection], x: Tensor) -> Tensor:
         """x + attention(norm(x)), (N, D) -> (N or len(rows), D)."""
-        return select_rows(x[None], rows)[0] + projected(attended(self, context, rows, parts, x), parts[3])
+        return select_rows(x[None], rows).squeeze(0) + projected(attended(self, context, rows, parts, x), parts[3])
 
 
 def _only_row(x: Tensor) -> Tensor:
     """(N, D) of (1, N, D): batches are rows without padding."""
     assert len(x) == 1, "a fused block takes one row of samples"
-    return x[0]
+    return x.squeeze(0)  # the gradient of x[0] would be filled with zeros and copied
