@@ -14,6 +14,7 @@ import torch
 from llamatune.errors import EnvironmentFault, SpecError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.free_memory import free_host_bytes
+from llamatune.nvml import NvmlGpu, nvml
 from llamatune.required_versions import require_version
 from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability
 
@@ -110,6 +111,32 @@ def lacks_bf16(device: torch.device) -> bool:
     """Whether the device is a GPU without bf16; torch would emulate it there, slowly."""
     capability = capability_of(device)
     return capability is not None and capability < OLDEST_WITH_BF16
+
+
+def gpu_facts(device: torch.device) -> dict[str, str | None] | None:
+    """Name, compute capability, driver and CUDA of a GPU, for the records of a run; None of a CPU.
+
+    ``driver`` is its release, null where NVML is absent; ``cuda_driver`` the newest CUDA that it supports; ``cuda`` the
+    one that torch is built for.
+    """
+    capability = capability_of(device)
+    if capability is None:
+        return None
+    library, newest = nvml(), driver_version()
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "capability": "{}.{}".format(*capability),
+        "driver": None if library is None else library.driver(),
+        "cuda_driver": None if newest is None else "{}.{}".format(*newest),
+        "cuda": torch.version.cuda,
+    }
+
+
+def nvml_gpu(device: torch.device) -> NvmlGpu | None:
+    """The device as NVML knows it; None of a CPU, and where NVML is absent or does not know it."""
+    library = nvml() if device.type == "cuda" else None
+    uuid = None if library is None else getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return None if library is None or uuid is None else library.gpu(str(uuid))
 
 
 def memory_size_bytes(device: torch.device) -> int:

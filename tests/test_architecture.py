@@ -35,7 +35,7 @@ FLOORS = [
             "units",
         ),
     },
-    {"free_memory", "process_group", "strict_json"},
+    {"free_memory", "nvml", "process_group", "strict_json"},
     {"ranks", "rendezvous"},
     {"launch_variables"},
     {"durable_writing", "safe_reading", "home_directory"},
