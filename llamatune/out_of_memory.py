@@ -1,4 +1,4 @@
-"""Out-of-memory errors of torch and the host, as one line: bytes allocated, reserved and free, and what helps."""
+"""Out-of-memory errors of torch and the host, and other failures of CUDA, as one line with what helps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from llamatune.errors import OutOfMemory
+from llamatune.errors import EnvironmentFault, OutOfMemory
 from llamatune.free_memory import free_host_bytes, held_host_bytes
 from llamatune.units import gibibytes
 
@@ -16,7 +16,10 @@ _DEVICE_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 @contextlib.contextmanager
 def memory_faults(device: torch.device, advice: str | Callable[[], str]) -> Iterator[None]:
-    """Raise ``OutOfMemory``, with ``advice``, where the block runs out of the device's or the host's memory."""
+    """Raise ``OutOfMemory``, with ``advice``, where the block runs out of the device's or the host's memory.
+
+    Where CUDA fails otherwise, raise ``EnvironmentFault``: after that no work is possible on the GPU in this process.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as fault:
@@ -30,6 +33,10 @@ def memory_faults(device: torch.device, advice: str | Callable[[], str]) -> Iter
         elif isinstance(fault, MemoryError) or "can't allocate memory" in str(fault):
             device = torch.device("cpu")
             sizes = held_host_bytes() | {"free": free_host_bytes()}
+        elif isinstance(fault, torch.AcceleratorError) or "CUDA error" in str(fault):
+            what = str(fault).partition("\n")[0].removeprefix("CUDA error: ")
+            again = "run the same command again; if it fails again, see Xid in dmesg, or set CUDA_LAUNCH_BLOCKING=1"
+            raise EnvironmentFault(f"CUDA failed: {what}", device, again) from fault
         else:
             raise
         shown = ", ".join(f"{gibibytes(size)} {name}" for name, size in sizes.items())

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from run_tools import make_spec, spec_values
 
 from llamatune.data.batches import open_prepared
-from llamatune.errors import OutOfMemory
+from llamatune.errors import EnvironmentFault, OutOfMemory
 from llamatune.free_memory import free_host_bytes
 from llamatune.memory.plan import heaviest_rows, plan_memory
 from llamatune.memory.remedies import after_running_out
@@ -112,6 +112,23 @@ def test_a_device_that_is_full_tells_allocated_from_reserved(
     assert str(raised.value) == (
         "out of memory on cuda:0: 3.00 GiB allocated, 5.00 GiB reserved, 1.00 GiB of 8.00 GiB free: do less"
     )
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported"),
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nCompile with TORCH_USE_CUDA_DSA"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle )`"),
+    ],
+)
+def test_any_other_failure_of_cuda_is_one_line_too(fault: RuntimeError) -> None:
+    reason = str(fault).splitlines()[0].removeprefix("CUDA error: ")
+    with pytest.raises(EnvironmentFault) as raised, memory_faults(torch.device("cuda:0"), "do less"):
+        raise fault
+    assert not isinstance(raised.value, OutOfMemory)
+    assert str(raised.value).startswith(f"CUDA failed: {reason}: cuda:0: run the same command again")
+    assert "\n" not in str(raised.value)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
