@@ -66,17 +66,19 @@ def build_learner(
     should_stop: ShouldStop,
     levels: Levels | None = None,
     ranks: Ranks = ALONE,
+    drawn_on: torch.device | str = "cpu",
 ) -> Learner:
     """Load the base, apply the adapter and its starting weights, and build the optimizer over what is trained.
 
     ``levels`` say what each fused block recomputes; None: as ``training.activation_checkpointing`` says. Of
-    ``model.placement`` ``auto`` is ``device`` here.
+    ``model.placement`` ``auto`` is ``device`` here. A random base is ``drawn_on`` a CPU, for the same weights whatever
+    the device of the run, or where it is quicker.
     """
     if spec.adapter is None and ranks.size > 1:
         return _build_sharded(spec, inputs, on_event, should_stop, ranks)
     placement, nf4 = spec.model.placement, spec.model.dtype == "nf4"
     streamed = stream_blocks(placement, inputs.config, held_dtype(spec), nf4, inputs.device, ranks)
-    model, adapter = _load_base(spec, inputs, on_event, should_stop, streamed, ranks), spec.adapter
+    model, adapter = _load_base(spec, inputs, on_event, should_stop, streamed, ranks, drawn_on), spec.adapter
     if adapter is None:
         model.requires_grad_(True)
         parameters = dict(model.named_parameters())
@@ -148,11 +150,12 @@ def _load_base(
     should_stop: ShouldStop,
     streamed: StreamedBlocks | None,
     ranks: Ranks,
+    drawn_on: torch.device | str,
 ) -> Transformer:
     """The base model, read from its checkpoint or drawn at random."""
     dtype, nf4 = held_dtype(spec), spec.model.dtype == "nf4"
     if inputs.checkpoint is None:
-        model = _draw_base(inputs, spec.training.seed, dtype, nf4, streamed)
+        model = _draw_base(inputs, spec.training.seed, dtype, nf4, streamed, drawn_on)
     else:
         quantized = None
         if nf4:
@@ -179,13 +182,18 @@ def _load_base(
 
 
 def _draw_base(
-    inputs: Inputs, seed: int, dtype: torch.dtype, nf4: bool, streamed: StreamedBlocks | None
+    inputs: Inputs,
+    seed: int,
+    dtype: torch.dtype,
+    nf4: bool,
+    streamed: StreamedBlocks | None,
+    drawn_on: torch.device | str,
 ) -> Transformer:
     """A base drawn at random, tensor by tensor: a large model is never held in fp32, nor whole before it is packed."""
     with torch.device("meta"):
         model = Transformer(inputs.config)
     scratch = Scratch()
-    for name, drawn in drawn_weights(model, seed):
+    for name, drawn in drawn_weights(model, seed, device=drawn_on):
         module, weight = model.get_submodule(name.rpartition(".")[0]), drawn.to(inputs.device, dtype)
         if nf4 and name.split(".")[-2] in LINEAR_MODULES:
             packed = quantize_nf4(weight, scratch)

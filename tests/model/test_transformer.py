@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from llamatune.checkpoints.loading import load_model
 from llamatune.command_options.inference import Sampling
 from llamatune.inference.engine import complete
 from llamatune.model import kv_cache as cache_module
-from llamatune.model.initialise import initialise
+from llamatune.model.initialise import drawn_weights, initialise
 from llamatune.model.kv_cache import KVCache
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.llama_config import LlamaConfig
@@ -108,6 +109,22 @@ def test_truncated_model_is_the_first_blocks(tiny_base: Callable[..., Path]) -> 
         ours = load_model(base, num_layers=2)
         torch.testing.assert_close(ours(IDS), reference(IDS, use_cache=False).logits, atol=1e-4, rtol=0)
     assert len(ours.model.layers) == 2
+
+
+def test_weights_may_be_drawn_where_they_will_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a generator of that device; on ``meta``, which has none, only where they lie is seen."""
+    asked = []
+
+    def generator(device: Any) -> torch.Generator:
+        asked.append(torch.device(device))
+        return torch._C.Generator()
+
+    with torch.device("meta"):
+        model = Transformer(LlamaConfig(48, 100, 2, 6, 2, 131))
+    monkeypatch.setattr(torch, "Generator", generator)
+    drawn = dict(drawn_weights(model, 3, device="meta"))
+    assert asked == [torch.device("meta")]
+    assert {(x.device.type, x.dtype) for x in drawn.values()} == {("meta", torch.float32)}
 
 
 def test_weights_drawn_from_a_seed_are_the_same_each_time_and_others_for_another() -> None:
