@@ -25,8 +25,10 @@ import torch
 from material import ALPHA, SHAPES, TARGETS, R
 
 from llamatune.checkpoints.training_checkpoint import save_run_state
+from llamatune.ranks import ALONE
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.spec import build_spec
+from llamatune.training.gpu_meter import GpuMeter
 from llamatune.training.model_and_optimizer import build_optimizer
 from llamatune.training.optimizers.optimizer import Optimizer
 from llamatune.training.save_and_resume import RunOutput
@@ -62,7 +64,7 @@ def llamatune_side(targets: str) -> tuple[Optimizer, Save]:
     )
     learner: Any = SimpleNamespace(parameters=parameters)
     run: Any = None  # the benchmark chooses the directory
-    output = RunOutput(spec, inputs, learner, run)
+    output = RunOutput(spec, inputs, learner, run, ALONE, GpuMeter(None))
 
     def save(directory: Path) -> None:
         save_run_state(directory / "step-000001", output.write_weights, optimizer.state_tensors(), {"step": 1})

@@ -3,7 +3,7 @@
 What is not compared is this short list and nothing else. Where a value is left out, its key, its place and whether it
 is a number or null are still compared, since only its digits are replaced.
 
-- values of ``TIMES`` and ``MEASURED_MEMORY``, and the version of llamatune in a checkpoint's ``state.json``;
+- values of ``TIMES``, ``MEASURED_MEMORY`` and ``POWER``, and the version of llamatune in a checkpoint's ``state.json``;
 - in ``state.json``, how long ``metrics.jsonl`` was: times have more or fewer digits. The lines up to there are counted
   in its place;
 - in a checkpoint's manifest, size and SHA-256 of ``state.json``, which holds times;
@@ -22,7 +22,8 @@ from typing import Any
 
 TIMES = ("began_s", "checkpoint_s", "elapsed_s", "epoch_s", "evaluation_s", "runtime_s", "seconds",
          "tokens_per_second", "training_s")  # fmt: skip
-MEASURED_MEMORY = ("memory_before_model_bytes", "peak_memory_bytes")
+MEASURED_MEMORY = ("memory_before_model_bytes", "peak_device_memory_bytes", "peak_memory_bytes")
+POWER = ("energy_j", "mean_power_w", "metered_s", "peak_power_w")
 LOCK = ".llamatune.lock"
 STATE, LOG, MANIFEST = "state.json", "metrics.jsonl", "llamatune.json"
 
@@ -76,7 +77,7 @@ def comparable(path: Path, root: Path, unstable: tuple[str, ...] = ()) -> bytes:
     content = path.read_bytes()
     if path.suffix not in (".json", ".jsonl"):
         return content
-    keys = "|".join((*TIMES, *MEASURED_MEMORY, *unstable)).encode()
+    keys = "|".join((*TIMES, *MEASURED_MEMORY, *POWER, *unstable)).encode()
     content = re.sub(rb'("(?:' + keys + rb')": )-?\d[0-9.eE+-]*', rb"\g<1>0", content)
     content = content.replace(os.fsencode(root), b".")
     if path.name == STATE:

@@ -80,9 +80,7 @@ class DataSection(_Section):
     packing: bool = Field(
         False, description="several samples in one row, attention within each sample; micro_batch_size counts rows"
     )
-    packed_tokens: Positive = Field(
-        2048, description="the most tokens in a packed row; a longer sample is a row by itself"
-    )
+    packed_tokens: Positive = Field(2048, description="the most tokens in a packed row; a longer sample is a row alone")
     shuffle: bool = Field(True, description="a permutation of (seed, epoch); false keeps the file's order")
 
 
@@ -112,7 +110,9 @@ class TrainingSection(_Section):
     momentum: Fraction = Field(0.0, description="SGD")
     nesterov: bool = Field(False, description="SGD")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="null: no clipping")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast dtype; fp16 adds loss scaling")
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
+        "bf16", description="autocast dtype; fp16 adds loss scaling; tf32: all in fp32, a GPU's products in TF32"
+    )
     activation_checkpointing: CheckpointingMode = Field(
         "none",
         description="none, block, every_2 ... every_N, attention, feed_forward, sublayer or projections "
@@ -121,8 +121,9 @@ class TrainingSection(_Section):
     fused: bool = Field(
         True, description="compute LoRA blocks by hand-written functions that use less memory; false: the plain modules"
     )
-    compile: bool = Field(
-        False, description="torch.compile of the operations between the matrix products; it pays off in long runs"
+    compile: bool = Field(False, description="torch.compile between the matrix products; it pays off in long runs")
+    deterministic: bool = Field(
+        False, description="on a GPU: equal runs give equal bytes, also when resumed; slower. On a CPU they always do"
     )
     memory_limit: MemorySize = Field(
         "auto",
@@ -135,9 +136,7 @@ class TrainingSection(_Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     log_every_steps: Positive = 1
-    log_layer_grad_norms: bool = Field(
-        False, description="record the norm of each block's gradient at every step, before clipping"
-    )
+    log_layer_grad_norms: bool = Field(False, description="each block's gradient norm at each step, before clipping")
     profile_steps: Positive | None = Field(
         None, description="write a torch.profiler trace of the first N windows after each start into the run directory"
     )

@@ -1,4 +1,4 @@
-"""Sizes, durations and perplexity as text, and sizes parsed from text."""
+"""Sizes, durations, energy and perplexity as text, and sizes parsed from text."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ def duration(seconds: float) -> str:
     minutes, left = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d} min"
+
+
+def energy(joules: float) -> str:
+    """``1.234 kWh``, or Wh below one kWh."""
+    watt_hours = joules / 3600
+    return f"{watt_hours / 1000:,.3f} kWh" if watt_hours >= 1000 else f"{watt_hours:.3g} Wh"
 
 
 def perplexity(loss: float) -> float:

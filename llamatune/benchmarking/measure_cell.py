@@ -26,9 +26,11 @@ from llamatune.shapes.gradient_lanes import LANES
 from llamatune.spec import RunSpec
 from llamatune.threads import suitable_threads
 from llamatune.training.compile_ahead import check_compiler, compile_ahead
+from llamatune.training.determinism import deterministic_kernels
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner, build_learner
 from llamatune.training.passes import PassRule
+from llamatune.training.precision import fp32_products
 from llamatune.training.run_memory import peak_memory_bytes, peak_reserved_bytes, plan_run_memory
 from llamatune.training.schedule import Schedule, learning_rate_at, pass_tokens
 from llamatune.training.training_step import Update, make_update
@@ -70,7 +72,7 @@ class Trial:
         self.spec, self.schedule, self.device = spec, Schedule(spec, train), inputs.device
         if spec.training.memory_limit != "auto":
             levels = plan_run_memory(spec, inputs.config, train, inputs.device).levels
-        self.learner: Learner = build_learner(spec, inputs, ignore_event, never_stop, levels)
+        self.learner: Learner = build_learner(spec, inputs, ignore_event, never_stop, levels, drawn_on=inputs.device)
         if spec.training.compile:
             compile_ahead(spec, self.learner, train, ignore_event)
         self.lengths = train.lengths
@@ -151,14 +153,17 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / memory_size_bytes(device)), device.index)
     facts: dict[str, Any] = {}
     losses, held_out = [], []
-    if task.spec.training.compile:
-        check_compiler(device)
+    training = task.spec.training
     threads = suitable_threads(inputs.config, pass_tokens(task.spec, train))
-    with memory_faults(device, ""), compiling(task.spec.training.compile), threads:
+    kernels, products = deterministic_kernels(training.deterministic, device), fp32_products(training.precision)
+    with kernels, products, memory_faults(device, ""), compiling(training.compile), threads:
+        if training.compile:
+            check_compiler(device)
         for number, seed in enumerate(task.seeds):
-            training = task.spec.training.model_copy(update={"seed": seed})
-            trial = Trial(task.spec.model_copy(update={"training": training}), inputs)
+            seeded = training.model_copy(update={"seed": seed})
+            trial = Trial(task.spec.model_copy(update={"training": seeded}), inputs)
             if device.type == "cuda":
+                torch.cuda.empty_cache()  # of what drawing the base took
                 torch.cuda.reset_peak_memory_stats(device)
             limited = number == 0 and limit is not None and device.type == "cpu"
             done = trial.run(task.steps, trial.meter(limit) if limited else contextlib.nullcontext())

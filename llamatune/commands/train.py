@@ -57,7 +57,7 @@ def _print_plan(out: RichConsole, plan: dict[str, Any], resolved: str) -> None:
 def _print_summary(out: RichConsole, summary: dict[str, Any]) -> None:
     from rich.table import Column, Table
 
-    from llamatune.units import duration, gibibytes
+    from llamatune.units import duration, energy, gibibytes
 
     reserved = summary["peak_reserved_bytes"]
     held = "resident" if reserved is None else f"allocated, {gibibytes(reserved)} reserved"
@@ -67,6 +67,8 @@ def _print_summary(out: RichConsole, summary: dict[str, Any]) -> None:
     table.add_row("runtime", duration(summary["runtime_s"]))
     table.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}")
     table.add_row(f"peak memory, {summary['device']}", f"{gibibytes(summary['peak_memory_bytes'])} {held}")
+    if summary.get("energy_j") is not None:  # not of earlier versions
+        table.add_row("energy", f"{energy(summary['energy_j'])}, {summary['mean_power_w']:,.0f} W on average")
     table.add_row("trainable parameters", f"{summary['trainable_parameters']:,} ({summary['trainable_percent']:.2f} %)")
     if summary["best_eval_loss"] is not None:
         table.add_row("best validation loss", f"{summary['best_eval_loss']:.4f} (step {summary['best_step']})")

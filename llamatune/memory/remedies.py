@@ -82,9 +82,10 @@ def _changes(
     size, steps, longest = training.micro_batch_size, training.gradient_accumulation_steps, max(rows.lengths)
     if lora and not training.fused:
         yield "training.fused=true", "the same, keeping less", 0.0, rows
-    if lora and dtype == "float32" and training.precision != "fp32":
-        yield f"model.dtype={PRECISIONS[training.precision]}", "frozen weights in 16 bits", 0.0, rows
-    if training.precision == "fp32":
+    computed = PRECISIONS[training.precision]
+    if lora and dtype == "float32" and computed != "float32":
+        yield f"model.dtype={computed}", "frozen weights in 16 bits", 0.0, rows
+    if computed == "float32":
         weights = "model.dtype=bfloat16 " if lora and dtype == "float32" else ""
         yield f"{weights}training.precision=bf16", "all in 16 bits but what is trained", 0.0, rows
     if isinstance(training.tokens_per_pass, int) and len(rows.lengths) > size and not spec.data.packing:

@@ -60,14 +60,14 @@ class Sizes:
         passes, lanes = rows.passes or training.gradient_accumulation_steps, LANES if self.adapter else 1
         self.accumulates = passes > lanes  # into gradients that are there already
         self.held_sums = (min(passes, lanes) - 1).bit_length()  # of gradients of other lanes
-        self.nf4, self.autocast = spec.model.dtype == "nf4", training.precision != "fp32"
+        self.nf4, self.computed = spec.model.dtype == "nf4", PRECISIONS[training.precision]
+        self.autocast = self.computed != "float32"
         held = spec.model.dtype
         if self.nf4:  # of what is not quantised
             held = "float16" if training.precision == "fp16" else "bfloat16"
-        computed = PRECISIONS[training.precision]
-        self.w, self.c = WEIGHT_BYTES[held], WEIGHT_BYTES[computed]
-        self.computed, self.capability = computed, _capability(cuda, computed)
-        self.casts = held != computed  # by the table in training.precision
+        self.w, self.c = WEIGHT_BYTES[held], WEIGHT_BYTES[self.computed]
+        self.capability = _capability(cuda, self.computed)
+        self.casts = held != self.computed  # by the table in training.precision
         self.s = 4 if self.casts else self.w
         self.N, self.P = (
             filled_up(count, self.device, self.c) for count in (rows.tokens, min(rows.targets, rows.tokens))

@@ -128,6 +128,7 @@ def _figures(
         "total_parameters": total,
         "trainable_percent": 100 * trainable / total if trainable and total else None,
         "peak_memory_bytes": summary.get("peak_memory_bytes", steps[-1].peak_memory_bytes if steps else None),
+        **{key: summary.get(key) for key in ("peak_device_memory_bytes", "energy_j", "mean_power_w", "peak_power_w")},
         "runtime_s": summary.get("runtime_s", steps[-1].elapsed_s if steps else None),
         "tokens_per_second": summary.get("tokens_per_second"),
         "median_tokens_per_second": median(step.tokens_per_second for step in steps) if steps else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llamatune.reporting.diagnosis import Diagnosis, Trend, Validation
-from llamatune.units import duration, gibibytes
+from llamatune.units import duration, energy, gibibytes
 
 ABSENT = "-"
 
@@ -38,7 +38,11 @@ _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "total_parameters": ("all parameters", whole),
     "trainable_percent": ("  trained, %", lambda value: f"{value:.4f}"),
     "peak_memory_bytes": ("peak memory", gibibytes),
+    "peak_device_memory_bytes": ("  of the whole GPU, all processes", gibibytes),
     "runtime_s": ("runtime", duration),
+    "energy_j": ("energy of the GPUs", energy),
+    "mean_power_w": ("  mean power, W", whole),
+    "peak_power_w": ("  highest of one GPU, W", whole),
     "tokens_per_second": ("tokens/s, whole run", whole),
     "median_tokens_per_second": ("tokens/s, median step", whole),
     "skipped_windows": ("windows skipped by fp16 overflow", whole),

@@ -138,12 +138,16 @@ def _spec_changes(origin: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _versions(path: Path) -> dict[str, str]:
-    """Versions of llamatune and torch, from the newest checkpoint."""
+    """Versions of llamatune and torch, and the GPU with its driver and CUDA, from the newest checkpoint."""
     try:
         state = read_progress(list_checkpoints(path / CHECKPOINTS)[0])
     except (LlamatuneError, IndexError):
         return {}
-    return {key: printable(state[key]) for key in ("llamatune", "torch") if isinstance(state.get(key), str)}
+    gpu = state.get("gpu")
+    facts = gpu if isinstance(gpu, dict) else {}
+    named = {**state, "GPU": facts.get("name"), "driver": facts.get("driver"), "CUDA": facts.get("cuda")}
+    known = ("llamatune", "torch", "GPU", "driver", "CUDA")
+    return {key: printable(named[key]) for key in known if isinstance(named.get(key), str)}
 
 
 def name_runs(paths: Sequence[Path]) -> list[str]:

@@ -28,5 +28,5 @@ ITEM_BYTES = {dtype.stored: dtype.item_bytes for dtype in DTYPES}
 """Bytes an element by safetensors' names."""
 WEIGHT_BYTES = {dtype.name: dtype.item_bytes for dtype in DTYPES if dtype.name in WEIGHT_DTYPES}
 """Bytes of a weight by our names."""
-PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""The dtype that products are computed in, by ``training.precision``."""
+PRECISIONS = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""The dtype of the products' factors, by ``training.precision``. TF32 rounds those in fp32 inside the product."""

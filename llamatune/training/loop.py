@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llamatune.checkpoints.tensor_bytes import is_finite
+from llamatune.devices import gpu_facts
 from llamatune.durable_writing import write_atomic
 from llamatune.errors import CheckpointError, NumericsError, Stopped
 from llamatune.events import CheckpointSaved, EvalDone, Notice, OnEvent, ShouldStop, StepDone, StepSkipped
@@ -19,6 +20,7 @@ from llamatune.ranks import ALONE, Ranks
 from llamatune.spec import RunSpec
 from llamatune.strict_json import dump_json
 from llamatune.training.early_stopping import out_of_patience
+from llamatune.training.gpu_meter import GpuMeter
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.rank_meter import RankMeter
@@ -51,10 +53,11 @@ class TrainingLoop:
     on_event: OnEvent
     should_stop: ShouldStop
     memory_facts: Mapping[str, Any]
+    gpu_meter: GpuMeter
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
-        self.output = RunOutput(self.spec, self.inputs, self.learner, self.run, self.ranks)
+        self.output = RunOutput(self.spec, self.inputs, self.learner, self.run, self.ranks, self.gpu_meter)
         self._stop_agreed, self._meter = False, RankMeter()
         self.progress = TrainerState()
         self._last_checkpoint: Path | None = None
@@ -281,6 +284,8 @@ class TrainingLoop:
             "peak_memory_bytes": peak_memory_bytes(device),
             "peak_reserved_bytes": peak_reserved_bytes(device),
             "device": str(device),
+            "gpu": gpu_facts(device),
+            **self.gpu_meter.facts(self.ranks),
             "runtime_s": runtime_s,
             "tokens_per_second": progress.tokens / max(progress.training_s, 1e-9),
             "epochs": progress.epochs,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llamatune.devices import lacks_bf16
+from llamatune.devices import capability_of, lacks_bf16
 from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, OnEvent
 from llamatune.model.torch_dtypes import TORCH_DTYPES
@@ -21,13 +22,16 @@ _GROWTH, _BACKOFF = 2.0, 0.5
 
 
 def check_precision(spec: RunSpec, device: torch.device, on_event: OnEvent) -> None:
-    """Raise ``EnvironmentFault`` where the spec uses bf16 and the device has none; warn of fp16 on a CPU (slow)."""
+    """Raise ``EnvironmentFault`` where the device lacks the spec's bf16 or TF32; warn of fp16 on a CPU (slow)."""
     if "bfloat16" in (spec.model.dtype, PRECISIONS[spec.training.precision]) and lacks_bf16(device):
         raise EnvironmentFault(
             f"{torch.cuda.get_device_name(device)} has no bf16",
             None,
             "set training.precision: fp16 and model.dtype: float16 or nf4",
         )
+    if spec.training.precision == "tf32" and (capability_of(device) is None or lacks_bf16(device)):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+        raise EnvironmentFault(f"{name} has no TF32", "training.precision", "set it to fp32")
     if device.type == "cpu" and spec.training.precision == "fp16":
         on_event(Notice("fp16 matrix products are very slow on a CPU; fp32 or bf16 are the quicker choices", "warning"))
 
@@ -35,13 +39,37 @@ def check_precision(spec: RunSpec, device: torch.device, on_event: OnEvent) -> N
 def autocast_factory(
     precision: str, device: torch.device, keep_casts: bool = True
 ) -> Callable[[], contextlib.AbstractContextManager[object]]:
-    """A context for each forward pass: autocast to the precision's dtype, or nothing for fp32.
+    """A context for each forward pass: autocast to the precision's dtype, or nothing for fp32 and TF32.
 
     ``keep_casts``: a weight that is used again in the pass is not cast again.
     """
-    if precision == "fp32":
+    if PRECISIONS[precision] == "float32":
         return contextlib.nullcontext
     return functools.partial(torch.autocast, device.type, TORCH_DTYPES[PRECISIONS[precision]], cache_enabled=keep_casts)
+
+
+@contextlib.contextmanager
+def fp32_products(precision: str) -> Iterator[None]:
+    """With ``tf32``, have a GPU compute fp32 products in TF32 within the block, in all threads; else change nothing."""
+    if precision != "tf32":
+        yield
+        return
+    # This older of torch's two interfaces sets both; torch.compile of torch 2.10 fails where the newer one was used.
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        level = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the caller used the newer one
+        level = "highest"
+    with warnings.catch_warnings(action="ignore"):
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings(action="ignore"):
+            torch.set_float32_matmul_precision(level)
+        for backend, setting in zip(backends, before, strict=True):
+            backend.fp32_precision = setting
 
 
 def held_dtype(spec: RunSpec) -> torch.dtype:
@@ -58,7 +86,7 @@ def residual_dtype(model_dtype: torch.dtype, precision: str) -> torch.dtype:
     """The dtype of the residual stream: the weights' own where the products are computed in it too, else fp32.
 
     ========== ================= ================= =================
-    weights    fp32              bf16              fp16
+    weights    fp32, tf32        bf16              fp16
     ========== ================= ================= =================
     float32    fp32              fp32, autocast    fp32, autocast
     bfloat16   fp32, upcast      bf16              fp32, autocast

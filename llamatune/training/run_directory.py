@@ -81,8 +81,11 @@ def claim_run_directory(
     resume: bool,
     allowed_changes: tuple[str, ...],
     choose_passes: Callable[[], PassRule],
+    gpu: Mapping[str, Any] | None = None,
 ) -> Iterator[RunDirectory]:
     """Lock ``training.output_dir`` for this run, which keeps the passes that were chosen when it began.
+
+    ``origin.json`` says on which ``gpu`` that was.
 
     A new or empty directory becomes the run's. A directory of this run is continued if ``spec`` and ``inputs`` (digests
     of the base, the data and the tokenizer) are unchanged. Any other is refused, or renamed under ``overwrite``.
@@ -117,6 +120,7 @@ def claim_run_directory(
             if accepted and changes[-len(accepted) :] != accepted:  # killed after this write, the run records it once
                 changes = [*changes, *accepted]
             inputs = {**inputs, "spec_changes": changes} if changes else inputs
+            gpu = origin.get("gpu")
         else:
             passes = choose_passes()
         _remove_leftovers(path)
@@ -124,7 +128,8 @@ def claim_run_directory(
             (path / SUMMARY).unlink(missing_ok=True)
         changed_fields = frozenset(change["field"] for change in inputs.get("spec_changes", []))
         with contextlib.closing(MetricsLog(path / METRICS)) as log:
-            write_if_changed(path / ORIGIN, dump_json({**inputs, "passes": asdict(passes)}))
+            began_on = {} if gpu is None else {"gpu": gpu}
+            write_if_changed(path / ORIGIN, dump_json({**inputs, "passes": asdict(passes), **began_on}))
             write_if_changed(path / SPEC, spec.to_yaml().encode())
             yield RunDirectory(path, log, changed_fields, passes)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from llamatune.checkpoints.huggingface_weights import write_huggingface
 from llamatune.checkpoints.sharded_checkpoint import save_sharded_state
 from llamatune.checkpoints.tensor_bytes import write_tensors
 from llamatune.checkpoints.training_checkpoint import WEIGHTS, newest_run_state, read_run_state, save_run_state
+from llamatune.devices import gpu_facts
 from llamatune.errors import CheckpointError
 from llamatune.events import EvalDone, ignore_event
 from llamatune.formats.manifest import Staging, build_directory
@@ -24,6 +25,7 @@ from llamatune.formats.state_json import checkpoint_path
 from llamatune.ranks import Ranks
 from llamatune.spec import RunSpec
 from llamatune.strict_json import write_json
+from llamatune.training.gpu_meter import GpuMeter
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.run_directory import RunDirectory
@@ -31,6 +33,8 @@ from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, MODEL
 from llamatune.training.sharded_tensors import owned_runs, restore_runs
 from llamatune.training.trainer_state import TrainerState
 
+GPU_USE = "gpu_use"
+"""In a checkpoint's ``state.json``: energy, time and peak power of the GPUs so far, where NVML gives them."""
 EVALUATION = "evaluation.json"
 """In ``best/``: step, epoch, loss, perplexity, rows and target tokens of the evaluation of these weights."""
 
@@ -48,6 +52,7 @@ class RunOutput:
     learner: Learner
     run: RunDirectory
     ranks: Ranks
+    gpu_meter: GpuMeter
 
     def log(self, record: Record) -> None:
         """Append a line to ``metrics.jsonl``."""
@@ -61,19 +66,23 @@ class RunOutput:
     def save_checkpoint(self, progress: TrainerState) -> Path:
         """Write ``checkpoints/step-000100`` durably, after the metrics log; its path."""
         path = checkpoint_path(self.run.path / CHECKPOINTS, progress.step)
+        gpu_use = self.gpu_meter.state(self.ranks)
         if self.run.log is not None or self.learner.sharded is not None:
-            self._write_checkpoint(path, progress, 0 if self.run.log is None else self.run.log.sync())
+            self._write_checkpoint(path, progress, 0 if self.run.log is None else self.run.log.sync(), gpu_use)
         self.ranks.wait()
         return path
 
-    def _write_checkpoint(self, path: Path, progress: TrainerState, metrics_bytes: int) -> None:
+    def _write_checkpoint(
+        self, path: Path, progress: TrainerState, metrics_bytes: int, gpu_use: dict[str, Any] | None
+    ) -> None:
         state = {
             "step": progress.step,
             "position": asdict(progress),
             "scaler": self.learner.scaler.state(),
             "metrics_bytes": metrics_bytes,
             "llamatune": __version__,
-            **_machine(),
+            **_machine(self.learner.device),
+            **({} if gpu_use is None else {GPU_USE: gpu_use}),
         }
         if self.learner.sharded is not None:
             save_sharded_state(path, owned_runs(self.learner), state, self.ranks)
@@ -102,8 +111,8 @@ class RunOutput:
             progress = TrainerState.restored(state["position"])
         except (KeyError, TypeError) as fault:
             raise CheckpointError(f"its position cannot be read: {fault}", checkpoint.path) from None
-        changed = [f"{name} was {state[name]}" for name, now in _machine().items() if state.get(name, now) != now]
-        if changed:
+        self.gpu_meter.restore(state.get(GPU_USE))
+        if changed := _changes(state, _machine(self.learner.device)):
             warn(f"not bit-exact on another machine than before: {', '.join(changed)}")
         return checkpoint.path, progress, state["metrics_bytes"]
 
@@ -163,7 +172,19 @@ class RunOutput:
             write_adapter(staging, Adapter(spec.adapter, dict(parameters), fingerprint, template, base))
 
 
-def _machine() -> dict[str, Any]:
+def _machine(device: torch.device) -> dict[str, Any]:
     """What rounding depends on beside the spec: sums in another order, by other instructions, give other bits."""
     cpu = torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": cpu}
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": cpu, "gpu": gpu_facts(device)}
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What was other ``before``, in words. What was not recorded, or of a GPU is not known, is taken for unchanged."""
+    changes = []
+    for name, value in now.items():
+        was = before.get(name, value)
+        if isinstance(was, dict) and isinstance(value, dict):
+            changes += _changes(was, value, f"{name} ")
+        elif was != value and not (prefix and None in (was, value)):
+            changes.append(f"{prefix}{name} was {was.get('name') if isinstance(was, dict) else was or 'none'}")
+    return changes

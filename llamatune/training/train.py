@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from llamatune.devices import capability_of
+from llamatune.devices import capability_of, gpu_facts
 from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.events import Notice, OnEvent, RunStarted, ShouldStop, ignore_event, never_stop
 from llamatune.formats.state_json import list_checkpoints
@@ -19,10 +19,13 @@ from llamatune.ranks import ALONE, Ranks
 from llamatune.spec import RunSpec
 from llamatune.threads import suitable_threads
 from llamatune.training.compile_ahead import check_compiler, compile_ahead
+from llamatune.training.determinism import cublas_workspace, deterministic_kernels
+from llamatune.training.gpu_meter import metered_gpu
 from llamatune.training.inputs import Inputs, open_inputs
 from llamatune.training.loop import TrainingLoop
 from llamatune.training.model_and_optimizer import build_learner
 from llamatune.training.passes import PassRule
+from llamatune.training.precision import fp32_products
 from llamatune.training.profiling import profiled
 from llamatune.training.run_directory import claim_run_directory, finished_summary, share_run
 from llamatune.training.run_file_names import CHECKPOINTS, ORIGIN
@@ -52,32 +55,36 @@ def train(
         Stopped: ``should_stop`` asked for it; a checkpoint is saved.
     """
     on_event = on_event if ranks.is_first else ignore_event
-    inputs = open_inputs(spec, force_base, on_event, ranks)
-    schedule = Schedule(spec, inputs.prepared.train)
-    if resume and not overwrite:
-        summary = finished_summary(spec, inputs.digests, allowed_changes) if ranks.is_first else None
-        summary = ranks.from_first(summary)
-        if summary is not None:
-            how = "stopped early" if summary.get("stopped_early") else "is finished"
-            on_event(Notice(f"{spec.training.output_dir} {how}: nothing to do"))
-            return summary
-    output, needed = Path(spec.training.output_dir), _CHECKPOINT_BYTES * inputs.count.trainable_parameters
-    if ranks.is_first:
-        refuse_small_disk(output, needed, "a checkpoint")
-    if spec.training.compile:
-        check_compiler(inputs.device)
-    config, rows, device = inputs.config, inputs.prepared.train, inputs.device
-
-    def what_helps() -> str:
-        advice = after_running_out(placed, inputs.config, plan, capability_of(inputs.device))
-        saved = list_checkpoints(output / CHECKPOINTS)
-        return f"{advice}; the last checkpoint is {saved[0]}" if saved else advice
-
-    def passes() -> PassRule:
-        return choose_passes(spec, config, rows, device, ranks.size)
-
     with contextlib.ExitStack() as stack:
-        claim = claim_run_directory(spec, inputs.digests, overwrite, resume, allowed_changes, passes)
+        stack.enter_context(cublas_workspace(spec.training.deterministic))
+        inputs = open_inputs(spec, force_base, on_event, ranks)
+        schedule = Schedule(spec, inputs.prepared.train)
+        if resume and not overwrite:
+            summary = finished_summary(spec, inputs.digests, allowed_changes) if ranks.is_first else None
+            summary = ranks.from_first(summary)
+            if summary is not None:
+                how = "stopped early" if summary.get("stopped_early") else "is finished"
+                on_event(Notice(f"{spec.training.output_dir} {how}: nothing to do"))
+                return summary
+        config, rows, device = inputs.config, inputs.prepared.train, inputs.device
+        stack.enter_context(deterministic_kernels(spec.training.deterministic, device))
+        stack.enter_context(fp32_products(spec.training.precision))
+        output, needed = Path(spec.training.output_dir), _CHECKPOINT_BYTES * inputs.count.trainable_parameters
+        if ranks.is_first:
+            refuse_small_disk(output, needed, "a checkpoint")
+        if spec.training.compile:
+            check_compiler(device)
+
+        def what_helps() -> str:
+            advice = after_running_out(placed, config, plan, capability_of(device))
+            saved = list_checkpoints(output / CHECKPOINTS)
+            return f"{advice}; the last checkpoint is {saved[0]}" if saved else advice
+
+        def passes() -> PassRule:
+            return choose_passes(spec, config, rows, device, ranks.size)
+
+        gpu = gpu_facts(device)
+        claim = claim_run_directory(spec, inputs.digests, overwrite, resume, allowed_changes, passes, gpu)
         run = share_run(stack.enter_context(claim) if ranks.is_first else None, spec, ranks)
         placed = choose_run_placement(spec, config, rows, device, run.passes.tokens, ranks)
         plan = plan_run_memory(placed, config, rows, device, run.passes.tokens, ranks.size)
@@ -87,16 +94,17 @@ def train(
         before_bytes = held_host_bytes().get("resident")
         placement = placed.model.placement
         memory_facts = {"placement": placement, **plan.facts(), "memory_before_model_bytes": before_bytes}
+        meter = stack.enter_context(metered_gpu(device))
         learner = build_learner(placed, inputs, on_event, should_stop, plan.levels, ranks)
         profiled_steps = spec.training.profile_steps if ranks.is_first else None
-        profiling = profiled(profiled_steps, device, run.path, on_event)
-        with compiling(spec.training.compile), profiling as on_event:
-            if spec.training.compile:
-                compile_ahead(spec, learner, inputs.prepared.train, on_event)
-            loop = TrainingLoop(spec, inputs, schedule, learner, run, on_event, should_stop, memory_facts, ranks)
-            loop.resume()
-            _report_start(spec, inputs, schedule, loop.progress, on_event)
-            return loop.execute()
+        on_event = stack.enter_context(profiled(profiled_steps, device, run.path, on_event))
+        stack.enter_context(compiling(spec.training.compile))
+        if spec.training.compile:
+            compile_ahead(spec, learner, rows, on_event)
+        loop = TrainingLoop(spec, inputs, schedule, learner, run, on_event, should_stop, memory_facts, meter, ranks)
+        loop.resume()
+        _report_start(spec, inputs, schedule, loop.progress, on_event)
+        return loop.execute()
 
 
 def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, progress: TrainerState, on_event: OnEvent) -> None:
@@ -123,9 +131,10 @@ def plan_training(
     output = Path(spec.training.output_dir)
     if not (output / ORIGIN).is_file():
         refuse_occupied(output, overwrite=False)
-    if spec.training.compile:
-        check_compiler(inputs.device)
     config, rows, device = inputs.config, inputs.prepared.train, inputs.device
+    with deterministic_kernels(spec.training.deterministic, device):
+        if spec.training.compile:
+            check_compiler(device)
     rule = choose_passes(spec, config, rows, device, ranks.size)
     placed = choose_run_placement(spec, config, rows, device, rule.tokens, ranks)
     memory = plan_run_memory(placed, config, rows, device, rule.tokens, ranks.size)

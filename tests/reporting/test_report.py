@@ -118,6 +118,28 @@ def test_each_rank_has_its_row(tmp_path: Path) -> None:
     assert "03.00 GiB1,23412.5%1512.0 MiB98725.0%" in text
 
 
+def test_energy_power_and_the_whole_gpus_memory_are_shown_where_they_were_measured(tmp_path: Path) -> None:
+    gpu = {"name": "NVIDIA H100", "capability": "9.0", "driver": "580.65.06", "cuda_driver": "13.0", "cuda": "12.8"}
+    use = {"energy_j": 9_000_000.0, "mean_power_w": 512.4, "peak_power_w": 701.6, "peak_device_memory_bytes": 5 << 30}
+    run = write_run(tmp_path / "gpu", falling(3), summary={"gpu": gpu, **use})
+    state = {"schema": 1, "step": 3, "position": {}, "scaler": {}, "metrics_bytes": 0, "torch": "2.13.0", "gpu": gpu}
+    (run / "checkpoints" / "step-000003").mkdir(parents=True)
+    (run / "checkpoints" / "step-000003" / "state.json").write_text(json.dumps(state))
+    cpu = write_run(tmp_path / "cpu", falling(3), summary={"gpu": None, **dict.fromkeys(use)})
+    measured, none = report_on(run, cpu, to=tmp_path / "report.html")["runs"]
+    assert {key: measured["figures"][key] for key in use} == use
+    assert {key: none["figures"][key] for key in use} == dict.fromkeys(use)
+    assert measured["versions"] == {"torch": "2.13.0", "GPU": "NVIDIA H100", "driver": "580.65.06", "CUDA": "12.8"}
+    text = _Reader((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "energy of the GPUs2.500 kWh-" in text
+    assert "mean power, W512-" in text
+    assert "highest of one GPU, W702-" in text
+    assert "of the whole GPU, all processes5.00 GiB-" in text
+    assert "trained with torch 2.13.0, GPU NVIDIA H100, driver 580.65.06, CUDA 12.8" in text
+    report_on(cpu, to=tmp_path / "cpu.html")
+    assert "energy of" not in _Reader((tmp_path / "cpu.html").read_text(encoding="utf-8")).text
+
+
 def test_the_same_run_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         report_on(finished, to=tmp_path / f"{name}.html")
