@@ -15,7 +15,7 @@ from llamatune.spec import RunSpec
 
 INTRODUCTION = """# The run spec
 
-Made by `python docs/make_run_spec.py` from `llamatune/spec.py`; a test keeps the two equal.
+Made by `python docs/make_run_spec.py` from `llamatune/spec_sections.py`; a test keeps the two equal.
 
 YAML (or JSON). Unknown keys are refused with the nearest known name, and all errors are reported together. `1e-5` is a
 number, `no` is a word. Any field can be given on the command line as `section.key=value`. Relative paths are relative

@@ -21,6 +21,7 @@ FLOORS = [
     {"model", "tokenizers"},
     {"memory"},
     {"spec", "command_options"},
+    {"spec_sections"},
     {"spec_types", "spec_overrides"},
     {
         *(

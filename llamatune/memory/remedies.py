@@ -13,7 +13,8 @@ from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.dtypes import PRECISIONS
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.recompute_levels import Recompute
-from llamatune.spec import LoraSection, RunSpec, build_spec
+from llamatune.spec import RunSpec, build_spec
+from llamatune.spec_sections import LoraSection
 from llamatune.units import gibibytes
 
 _LESS = 0.8

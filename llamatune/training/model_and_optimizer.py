@@ -25,7 +25,8 @@ from llamatune.seeds import derived_seed
 from llamatune.shapes.llama_config import LINEAR_MODULES
 from llamatune.shapes.parameter_shards import Shard
 from llamatune.shapes.recompute_levels import Levels
-from llamatune.spec import RunSpec, TrainingSection
+from llamatune.spec import RunSpec
+from llamatune.spec_sections import TrainingSection
 from llamatune.training.inputs import Inputs
 from llamatune.training.optimizers.adamw_8bit import AdamW8bit
 from llamatune.training.optimizers.optimizer import SGD, AdamW, Optimizer

@@ -10,7 +10,8 @@ from llamatune.data.batches import Batch, Split
 from llamatune.data.packing import epoch_rows
 from llamatune.errors import SpecError
 from llamatune.shapes.gradient_lanes import count_lanes, deal_passes, own_lanes
-from llamatune.spec import RunSpec, TrainingSection
+from llamatune.spec import RunSpec
+from llamatune.spec_sections import TrainingSection
 from llamatune.training.passes import SINGLE_MICRO_BATCHES, PassRule, join_micro_batches
 
 _WINDOWS_COUNTED = 1000

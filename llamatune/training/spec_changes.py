@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.errors import CheckpointError, SpecError
-from llamatune.spec import RunSpec, TrackingSection, load_spec
+from llamatune.spec import RunSpec, load_spec
+from llamatune.spec_sections import TrackingSection
 from llamatune.strict_json import read_json
 from llamatune.training.run_file_names import ORIGIN, SPEC
 

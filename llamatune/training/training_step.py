@@ -14,7 +14,7 @@ from llamatune.errors import NumericsError
 from llamatune.events import ShouldStop, never_stop
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shapes.gradient_lanes import LANES
-from llamatune.spec import TrainingSection
+from llamatune.spec_sections import TrainingSection
 from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.window_gradients import window_gradients
 

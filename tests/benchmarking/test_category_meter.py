@@ -21,7 +21,8 @@ from llamatune.events import ignore_event, never_stop
 from llamatune.model.loss import summed_loss
 from llamatune.shapes.gradient_lanes import LANES
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
-from llamatune.spec import RunSpec, TrainingSection
+from llamatune.spec import RunSpec
+from llamatune.spec_sections import TrainingSection
 from llamatune.training.model_and_optimizer import Learner, build_learner
 from llamatune.training.optimizers.optimizer import SGD, Optimizer
 from llamatune.training.training_step import make_update

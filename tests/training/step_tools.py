@@ -18,7 +18,8 @@ from llamatune.memory.step import Step, StepBytes
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shapes.recompute_levels import Levels
-from llamatune.spec import RunSpec, TrainingSection
+from llamatune.spec import RunSpec
+from llamatune.spec_sections import TrainingSection
 from llamatune.training.model_and_optimizer import Learner, build_learner
 from llamatune.training.training_step import make_update
 

@@ -12,7 +12,7 @@ from reference_run import schedule_value
 from run_tools import make_spec, metrics
 
 from llamatune.errors import SpecError
-from llamatune.spec import TrainingSection
+from llamatune.spec_sections import TrainingSection
 from llamatune.training.schedule import learning_rate_at
 from llamatune.training.train import train
 

@@ -1,0 +1,185 @@
+"""Sections of the run spec: the keys of model, lora, data, training, evaluation and tracking, defaults and bounds.
+
+A field owns its name, default, bounds and description; docs/run-spec.md is made from it. No torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from llamatune.spec_types import (
+    CheckpointingMode,
+    Fraction,
+    FromList,
+    MemorySize,
+    NonEmptyText,
+    PathText,
+    Positive,
+    TargetModules,
+)
+
+
+class Section(BaseModel):
+    """Unknown keys, and values of other types, are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which base model, and how its weights are held."""
+
+    path: PathText = Field(description="a directory in Meta's or Hugging Face's format")
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random reads only the configuration and draws the weights from training.seed"
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "nf4"] = Field(
+        "bfloat16", description="how frozen weights are held; nf4 (QLoRA) needs a lora section"
+    )
+    quantized_cache: PathText | None = Field(
+        None, description="nf4: a directory that keeps the quantised weights of each base, made at the first run"
+    )
+    placement: Literal["auto", "device", "host", "shard"] = Field(
+        "auto",
+        description="where frozen blocks lie: on the device, in host memory, or in slices on all ranks; auto: "
+        "device if a step fits there, else host on one GPU, shard with several processes",
+    )
+    num_layers: Positive | None = Field(None, description="keep only the first N layers, for debugging")
+    memory_map: bool = Field(
+        True,
+        description="on a CPU: frozen weights are memory-mapped; false reads them into memory, for file systems on "
+        "which a file may change or vanish during the run",
+    )
+
+
+class LoraSection(Section):
+    """The trained low-rank update."""
+
+    r: Annotated[int, Field(ge=1, le=4096)] = Field(16, description="rank")
+    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="the update is scaled by alpha / r")
+    dropout: Fraction = Field(0.05, description="on the input of A")
+    target_modules: TargetModules = Field(
+        ("q_proj", "v_proj"), description="any of the seven linear layers, or all-linear"
+    )
+    init_from: PathText | None = Field(None, description="an adapter directory to start from")
+
+
+class DataSection(Section):
+    """Which prepared rows."""
+
+    train: PathText = Field(description="a directory written by prepare-data")
+    validation: PathText | None = Field(None, description="another one; by default the split inside train")
+    packing: bool = Field(
+        False, description="several samples in one row, attention within each sample; micro_batch_size counts rows"
+    )
+    packed_tokens: Positive = Field(2048, description="the most tokens in a packed row; a longer sample is a row alone")
+    shuffle: bool = Field(True, description="a permutation of (seed, epoch); false keeps the file's order")
+
+
+class TrainingSection(Section):
+    """How the weights are trained."""
+
+    output_dir: PathText = Field(description="the run directory")
+    num_epochs: Positive | None = Field(None, description="passes over the rows; 5 if max_steps is not given either")
+    max_steps: Positive | None = Field(None, description="optimizer updates, in place of num_epochs")
+    micro_batch_size: Positive = Field(1, description="rows in one forward pass")
+    gradient_accumulation_steps: Positive = Field(8, description="micro-batches per update")
+    tokens_per_pass: Positive | Literal["auto"] | None = Field(
+        "auto",
+        description="micro-batches are computed together up to so many tokens; null: each alone; auto: by memory",
+    )
+    optimizer: Literal["adamw", "sgd", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit holds the state of large tensors in 8 bits"
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="updates of linear rise to learning_rate")
+    warmup_ratio: Fraction | None = Field(None, description="in place of warmup_steps, a share of all updates")
+    min_learning_rate: Annotated[float, Field(ge=0)] = Field(0.0, description="where linear and cosine end")
+    betas: Annotated[tuple[Fraction, Fraction], FromList] = Field((0.9, 0.999), description="AdamW")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW")
+    momentum: Fraction = Field(0.0, description="SGD")
+    nesterov: bool = Field(False, description="SGD")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="null: no clipping")
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
+        "bf16", description="autocast dtype; fp16 adds loss scaling; tf32: all in fp32, a GPU's products in TF32"
+    )
+    activation_checkpointing: CheckpointingMode = Field(
+        "none",
+        description="none, block, every_2 ... every_N, attention, feed_forward, sublayer or projections "
+        "(fused LoRA only: recomputes q, k, v, gate and up, but not attention)",
+    )
+    fused: bool = Field(
+        True, description="compute LoRA blocks by hand-written functions that use less memory; false: the plain modules"
+    )
+    compile: bool = Field(False, description="torch.compile between the matrix products; it pays off in long runs")
+    kernels: Literal["auto", "plain"] = Field(
+        "auto", description="auto: Triton kernels on a GPU of compute capability 8.0 and later; plain: torch alone"
+    )
+    deterministic: bool = Field(
+        False, description="on a GPU: equal runs give equal bytes, also when resumed; slower. On a CPU they always do"
+    )
+    memory_limit: MemorySize = Field(
+        "auto",
+        description="for example 24GiB; with activation_checkpointing: none, fused LoRA blocks recompute where a step "
+        "would need more; auto: 90 % of the free memory",
+    )
+    rank_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="with several processes: how long one may not answer before all end"
+    )
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    log_every_steps: Positive = 1
+    log_layer_grad_norms: bool = Field(False, description="each block's gradient norm at each step, before clipping")
+    profile_steps: Positive | None = Field(
+        None, description="write a torch.profiler trace of the first N windows after each start into the run directory"
+    )
+    save_every_steps: Positive | None = Field(None, description="default: every epoch")
+    keep_last: Positive = Field(2, description="checkpoints kept")
+
+    @model_validator(mode="after")
+    def _agree(self) -> TrainingSection:
+        epochs, steps, warmup, rate = self.num_epochs, self.max_steps, self.warmup_steps, self.learning_rate
+        problems = {
+            "num_epochs and max_steps exclude each other": epochs is not None and steps is not None,
+            "warmup_steps and warmup_ratio exclude each other": self.warmup_ratio is not None and warmup,
+            f"warmup_steps {warmup} is longer than the run of {steps} steps": steps is not None and warmup > steps,
+            f"min_learning_rate {self.min_learning_rate} is above learning_rate {rate}": self.min_learning_rate > rate,
+            "nesterov needs momentum": self.nesterov and not self.momentum,
+        }
+        if any(problems.values()):
+            raise ValueError("; ".join(problem for problem, is_met in problems.items() if is_met))
+        return self
+
+
+class EvaluationSection(Section):
+    """When the validation loss is computed."""
+
+    every_steps: Positive | None = Field(None, description="default: every epoch, when there is validation data")
+    early_stopping_patience: Positive | None = Field(
+        None, description="stop after this many evaluations in a row without a lower loss"
+    )
+    early_stopping_min_delta: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="patience counts a loss as lower only if it is more than this below the last one that counted; "
+        "best/ is the lowest in any case",
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> EvaluationSection:
+        if self.early_stopping_min_delta and self.early_stopping_patience is None:
+            raise ValueError("early_stopping_min_delta needs early_stopping_patience")
+        return self
+
+
+class TrackingSection(Section):
+    """Trackers that receive the metrics; they change nothing that is computed."""
+
+    tensorboard: bool = Field(False, description="event files in tensorboard/ of the run directory")
+    wandb: Literal["offline", "online"] | None = Field(
+        None, description="W&B: offline writes to wandb/ of the run directory, for wandb sync; null: off"
+    )
+    wandb_project: NonEmptyText = "llamatune"
+    wandb_name: NonEmptyText | None = Field(None, description="default: the name of the run directory")
