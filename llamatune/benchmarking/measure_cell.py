@@ -21,6 +21,7 @@ from llamatune.events import ignore_event, never_stop
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.memory.plan import heaviest_rows, limit_of, plan_memory
 from llamatune.model.compiled_functions import compiling
+from llamatune.model.kernels.choice import chosen_kernels
 from llamatune.out_of_memory import memory_faults
 from llamatune.shapes.gradient_lanes import LANES
 from llamatune.spec import RunSpec
@@ -155,8 +156,9 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
     losses, held_out = [], []
     training = task.spec.training
     threads = suitable_threads(inputs.config, pass_tokens(task.spec, train))
-    kernels, products = deterministic_kernels(training.deterministic, device), fp32_products(training.precision)
-    with kernels, products, memory_faults(device, ""), compiling(training.compile), threads:
+    deterministic, products = deterministic_kernels(training.deterministic, device), fp32_products(training.precision)
+    kernels = chosen_kernels(training.kernels, device)
+    with deterministic, kernels, products, memory_faults(device, ""), compiling(training.compile), threads:
         if training.compile:
             check_compiler(device)
         for number, seed in enumerate(task.seeds):

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from llamatune.model.compiled_functions import compilable
+from llamatune.model.kernels.choice import by_kernel
 from llamatune.shapes.llama_config import LlamaConfig
 
 Trained = tuple[Tensor, ...]
@@ -162,6 +163,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normed * widened(weight)).to(x.dtype)
 
 
+@by_kernel("swiglu")
 @compilable
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up."""

@@ -22,6 +22,7 @@ from llamatune.events import EvalDone, ignore_event
 from llamatune.formats.manifest import Staging, build_directory
 from llamatune.formats.metrics import Record
 from llamatune.formats.state_json import checkpoint_path
+from llamatune.model.kernels.choice import kernels_in_use
 from llamatune.ranks import Ranks
 from llamatune.spec import RunSpec
 from llamatune.strict_json import write_json
@@ -175,7 +176,13 @@ class RunOutput:
 def _machine(device: torch.device) -> dict[str, Any]:
     """What rounding depends on beside the spec: sums in another order, by other instructions, give other bits."""
     cpu = torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": cpu, "gpu": gpu_facts(device)}
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": cpu,
+        "gpu": gpu_facts(device),
+        "kernels": kernels_in_use(),
+    }
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

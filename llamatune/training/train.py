@@ -14,6 +14,7 @@ from llamatune.free_memory import held_host_bytes
 from llamatune.memory.plan_report import plan_report
 from llamatune.memory.remedies import after_running_out
 from llamatune.model.compiled_functions import compiling
+from llamatune.model.kernels.choice import chosen_kernels
 from llamatune.out_of_memory import memory_faults
 from llamatune.ranks import ALONE, Ranks
 from llamatune.spec import RunSpec
@@ -72,6 +73,7 @@ def train(
         output, needed = Path(spec.training.output_dir), _CHECKPOINT_BYTES * inputs.count.trainable_parameters
         if ranks.is_first:
             refuse_small_disk(output, needed, "a checkpoint")
+        stack.enter_context(chosen_kernels(spec.training.kernels, device, on_event))
         if spec.training.compile:
             check_compiler(device)
 

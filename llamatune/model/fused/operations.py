@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llamatune.model.compiled_functions import compilable
+from llamatune.model.kernels.choice import by_kernel
 from llamatune.model.layers import Dropout, Linear, RMSNorm, Trained, widened
 from llamatune.shapes import tile_sizes
 
@@ -93,12 +94,14 @@ def rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> 
     first.copy_(turned)
 
 
+@by_kernel("swiglu")
 @compilable
 def swiglu_in_place(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, in gate's place."""
     return F.silu(gate, inplace=True).mul_(up)
 
 
+@by_kernel("swiglu")
 @compilable
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of silu(gate) · up with respect to gate and to up; the latter in grad's place."""
