@@ -11,7 +11,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _forward(gate, up, out, count, BLOCK: tl.constexpr):
+def _swiglu_forward(gate, up, out, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
@@ -20,7 +20,7 @@ def _forward(gate, up, out, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(grad, gate, up, dgate, count, BLOCK: tl.constexpr):
+def _swiglu_backward(grad, gate, up, dgate, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     dy = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
@@ -39,18 +39,18 @@ def _grid(count: int) -> tuple[int]:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up of contiguous tensors of one shape."""
     out = torch.empty_like(gate)
-    _forward[_grid(gate.numel())](gate, up, out, gate.numel(), BLOCK=_BLOCK)
+    _swiglu_forward[_grid(gate.numel())](gate, up, out, gate.numel(), BLOCK=_BLOCK)
     return out
 
 
 def swiglu_in_place(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, in gate's place."""
-    _forward[_grid(gate.numel())](gate, up, gate, gate.numel(), BLOCK=_BLOCK)
+    _swiglu_forward[_grid(gate.numel())](gate, up, gate, gate.numel(), BLOCK=_BLOCK)
     return gate
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients with respect to gate, and to up in grad's place."""
     dgate = torch.empty_like(gate)
-    _backward[_grid(gate.numel())](grad, gate, up, dgate, gate.numel(), BLOCK=_BLOCK)
+    _swiglu_backward[_grid(gate.numel())](grad, gate, up, dgate, gate.numel(), BLOCK=_BLOCK)
     return dgate, grad
