@@ -51,6 +51,7 @@ def tiles(x: Tensor) -> tuple[Tensor, ...]:
     return torch.split(x, tile_sizes.TILE_TOKENS)
 
 
+@by_kernel("rms_norm")
 def normalise(x: Tensor, norm: RMSNorm, dtype: torch.dtype) -> Tensor:
     """RMSNorm of x in ``dtype``, as the module computes it, a tile at a time: only a tile is ever in fp32."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -65,6 +66,7 @@ def _normalise_into(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     out.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * widened(weight))
 
 
+@by_kernel("rms_norm")
 def normalise_backward(grad: Tensor, x: Tensor, norm: RMSNorm) -> Tensor:
     """The gradient with respect to x, in x's dtype, from that with respect to the normed x."""
     out = torch.empty_like(x)
@@ -81,9 +83,23 @@ def _normalise_backward_into(out: Tensor, grad: Tensor, x: Tensor, weight: Tenso
     out.copy_(scale * (dh - unit * (dh * unit).mean(-1, keepdim=True)))
 
 
+@by_kernel("rotation")
+def rotate_in_place(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn the pairs of q (N, H · E) and k (N, K · E) by their positions' angles (1, 1, N, E)."""
+    _turn(q, cos, sin)
+    _turn(k, cos, sin)
+
+
+@by_kernel("rotation")
+def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A gradient (N, heads · E) turned back, in a new tensor: autograd owns ``grad``."""
+    turned = grad.clone(memory_format=torch.contiguous_format)
+    _turn(turned, cos, sin, True)
+    return turned
+
+
 @compilable
-def rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> None:
-    """Turn the pairs of x (N, heads · E) by their positions' angles (1, 1, N, E), or back."""
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> None:
     head_dim = cos.shape[-1]
     cos, sin = (part[0, 0, :, None, : head_dim // 2].to(x.dtype) for part in (cos, sin))  # (N, 1, E/2)
     first, second = x.view(len(x), -1, head_dim).chunk(2, dim=-1)

@@ -1,11 +1,12 @@
 """How close a kernel must come to its plain function, and the shapes and dtypes that are tried."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamatune.model.kernels.choice import running_kernels
 
@@ -23,6 +24,10 @@ def both(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[list[T
         return [x for x in (*outputs, *arguments) if isinstance(x, Tensor)]
 
     def copied(x: Any, wide: bool) -> Any:
+        if isinstance(x, nn.Module):
+            return copy.deepcopy(x).double() if wide else x
+        if x is torch.bfloat16 and wide:
+            return torch.float64
         if not isinstance(x, Tensor):
             return x
         return x.double() if wide and x.is_floating_point() else x.clone()
