@@ -231,6 +231,10 @@ def test_norm_and_its_gradient_against_autograd() -> None:
     with torch.no_grad():
         torch.testing.assert_close(operations.normalise(x, norm, torch.float64), norm(x))
         torch.testing.assert_close(operations.normalise_backward(grad, x, norm), x.grad)
+        beside = torch.randn_like(x)
+        wanted = x.grad + beside
+        assert operations.normalise_backward(grad, x, norm, beside, into=beside) is beside
+        torch.testing.assert_close(beside, wanted)
 
 
 def test_turning_back_undoes_turning() -> None:

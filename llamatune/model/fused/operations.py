@@ -67,20 +67,30 @@ def _normalise_into(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
 
 
 @by_kernel("rms_norm")
-def normalise_backward(grad: Tensor, x: Tensor, norm: RMSNorm) -> Tensor:
-    """The gradient with respect to x, in x's dtype, from that with respect to the normed x."""
-    out = torch.empty_like(x)
-    for dh, tile, into in zip(tiles(grad), tiles(x), tiles(out), strict=True):
-        _normalise_backward_into(into, dh, tile, norm.weight, norm.eps)
+def normalise_backward(
+    grad: Tensor, x: Tensor, norm: RMSNorm, beside: Tensor | None = None, into: Tensor | None = None
+) -> Tensor:
+    """The gradient with respect to x, in x's dtype, from that with respect to the normed x.
+
+    ``beside``, the gradient of the residual stream, is added before the rounding. The result is written ``into`` a
+    tensor, which may be one of the others, or a new one.
+    """
+    out = torch.empty_like(x) if into is None else into
+    parts = [grad, x, out] if beside is None else [grad, x, out, beside]
+    for dh, tile, into_tile, *more in zip(*map(tiles, parts), strict=True):
+        _normalise_backward_into(into_tile, dh, tile, norm.weight, norm.eps, *more)
     return out
 
 
 @compilable
-def _normalise_backward_into(out: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+def _normalise_backward_into(
+    out: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float, beside: Tensor | None = None
+) -> None:
     wide = widened(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     unit, dh = wide * scale, widened(grad) * widened(weight)
-    out.copy_(scale * (dh - unit * (dh * unit).mean(-1, keepdim=True)))
+    dx = scale * (dh - unit * (dh * unit).mean(-1, keepdim=True))
+    out.copy_(dx if beside is None else dx + beside)
 
 
 @by_kernel("rotation")

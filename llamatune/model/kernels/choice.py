@@ -35,10 +35,10 @@ def by_kernel(file: str) -> Callable[[F], F]:
 
     def decorate(plain: F) -> F:
         @functools.wraps(plain)
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
             if not kernels_run_on(args[0]):
-                return plain(*args)
-            return _kernel(file, plain.__name__)(*args)
+                return plain(*args, **options)
+            return _kernel(file, plain.__name__)(*args, **options)
 
         run.kernel = file  # type: ignore[attr-defined]  # for the test that each plain function has its kernel
         return run  # type: ignore[return-value]

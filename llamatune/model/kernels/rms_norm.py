@@ -21,7 +21,10 @@ def _rms_norm_forward(x, weight, out, row_stride, width, eps, BLOCK: tl.constexp
 
 
 @triton.jit
-def _rms_norm_backward(grad, x, weight, out, grad_stride, x_stride, width, eps, BLOCK: tl.constexpr):
+def _rms_norm_backward(
+    grad, x, weight, beside, out, grad_stride, x_stride, beside_stride, out_stride, width, eps,
+    BESIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < width
     wide = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -30,7 +33,9 @@ def _rms_norm_backward(grad, x, weight, out, grad_stride, x_stride, width, eps, 
     scale = tl.rsqrt(tl.sum(wide * wide) / width + eps)
     unit = wide * scale
     dx = scale * (dh - unit * (tl.sum(dh * unit) / width))
-    tl.store(out + row * width + column, dx, mask=inside)
+    if BESIDE:
+        dx += tl.load(beside + row * beside_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + column, dx, mask=inside)
 
 
 def _settings(width: int) -> dict[str, int]:
@@ -63,12 +68,16 @@ def normalise(x: Tensor, norm: RMSNorm, dtype: torch.dtype) -> Tensor:
     return _normalised(x, norm.weight, norm.eps, dtype)
 
 
-def normalise_backward(grad: Tensor, x: Tensor, norm: RMSNorm) -> Tensor:
-    """The gradient with respect to x (N, D), in x's dtype, from that with respect to the normed x."""
-    out, grads, rows = torch.empty(x.shape, dtype=x.dtype, device=x.device), _rows(grad), _rows(x)
-    if len(rows):
-        count, width = rows.shape
-        _rms_norm_backward[(count,)](
-            grads, rows, norm.weight, out, grads.stride(0), rows.stride(0), width, norm.eps, **_settings(width)
-        )
+def normalise_backward(
+    grad: Tensor, x: Tensor, norm: RMSNorm, beside: Tensor | None = None, into: Tensor | None = None
+) -> Tensor:
+    """The gradient with respect to x (N, D), in x's dtype, and ``beside``; ``into`` may be one of the others."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if into is None else into
+    added = x if beside is None else beside
+    assert all(rows.stride(1) == 1 for rows in (grad, x, added, out)), "the elements of a row lie together"
+    if len(x):
+        _rms_norm_backward[(len(x),)](
+            grad, x, norm.weight, added, out, grad.stride(0), x.stride(0), added.stride(0), out.stride(0),
+            x.shape[1], norm.eps, BESIDE=beside is not None, **_settings(x.shape[1]),
+        )  # fmt: skip
     return out

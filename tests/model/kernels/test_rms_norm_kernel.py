@@ -21,6 +21,16 @@ def test_rows_of_any_width(width: int, rows: int, dtype: torch.dtype) -> None:
     x, grad, norm = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype), norm_of(width, dtype)
     assert_as_plain(rms_norm, x, norm.weight.detach(), norm.eps)
     assert_as_plain(normalise_backward, grad, x, norm)
+    assert_as_plain(normalise_backward, grad, x, norm, torch.randn(rows, width).to(dtype))
+
+
+def test_gradient_in_the_place_of_another() -> None:
+    x, grad, beside = torch.randn(3, 7, 96).bfloat16()
+    norm = norm_of(96, torch.bfloat16)
+    with torch.no_grad():
+        wanted = normalise_backward(grad, x, norm, beside)
+        assert normalise_backward(grad, x, norm, beside, beside) is beside
+    torch.testing.assert_close(beside, wanted, rtol=0, atol=0)
 
 
 def test_fp32_residual_stream_to_16_bits() -> None:
