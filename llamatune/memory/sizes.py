@@ -12,7 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability, Gpu
+from llamatune.shapes.attention_kernels import Gpu
+from llamatune.shapes.capabilities import OLDEST_WITH_BF16, Capability
 from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.dtypes import PRECISIONS, WEIGHT_BYTES
 from llamatune.shapes.gradient_lanes import LANES
