@@ -75,7 +75,9 @@ def find_device(name: str, on_event: OnEvent = ignore_event) -> torch.device:
         raise SpecError(f"no device is called {name!r}", None, "use auto, cpu, cuda or cuda:N")
     if name == "cpu":
         return torch.device("cpu")
-    no_growth = _set_allocator()
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if not started:
+        _set_allocator()
     fault, count = cuda_fault(), gpu_count()
     if name == "auto":
         if fault is not None:
@@ -87,37 +89,42 @@ def find_device(name: str, on_event: OnEvent = ignore_event) -> torch.device:
         if (device.index or 0) >= count:
             why = f" ({fault})" if fault else "" if torch.version.cuda else " (torch is built without CUDA)"
             raise EnvironmentFault(f"no device {name}; CUDA offers {count}{why}", None, "use another device, or cpu")
-    if no_growth is not None and device.type == "cuda":
-        on_event(Notice(f"{no_growth}: more memory than is used may be reserved; {_GET_NVML}", "warning"))
+    if device.type == "cuda" and not started:
+        _report_fixed_segments(on_event)
     return device
 
 
-def _set_allocator() -> str | None:
-    """Have torch's allocator grow its segments: rows differ in length, and fixed ones fragment. Or why it cannot.
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def _set_allocator() -> None:
+    """Have torch's allocator grow its segments where it can: rows differ in length, and fixed segments fragment.
 
     The user's setting stays. torch reads the variable when CUDA starts, so nothing may be asked of CUDA before.
     """
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return None
-    given = [name for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in os.environ]
+    if growth_fault() is None:
+        if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        # torch asks NVML what only a GPU of 9.0 and later has, warns of the others, and goes on as it should.
+        warnings.filterwarnings("ignore", "nvmlDeviceGetGpuFabricInfoV failed")
+
+
+def _report_fixed_segments(on_event: OnEvent) -> None:
+    """Warn if the segments cannot grow; refuse a setting of the user's with which torch would crash."""
     fault = growth_fault()
-    if fault is not None:
-        asking = [name for name in given if "expandable_segments:True" in os.environ[name]]
-        if asking:
-            raise EnvironmentFault(f"{fault}, and crashes", asking[0], f"unset it; or {_GET_NVML}")
-        return None if given else fault
-    if not given:
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    # torch asks NVML what only a GPU of 9.0 and later has, warns of the others, and goes on as it should.
-    warnings.filterwarnings("ignore", "nvmlDeviceGetGpuFabricInfoV failed")
-    return None
+    if fault is None:
+        return
+    for name in _ALLOCATOR_SETTINGS:
+        if "expandable_segments:True" in os.environ.get(name, ""):
+            raise EnvironmentFault(fault, name, f"unset it, or torch crashes; {_GET_NVML}")
+    on_event(Notice(f"{fault}: more memory than is used may be reserved; {_GET_NVML}", "warning"))
 
 
 def growth_fault() -> str | None:
     """Why the segments of torch's allocator cannot grow; None: they can. torch 2.11 did without NVML, 2.14 crashes."""
     if torch.version.cuda is None or not at_least(torch.__version__, "2.12") or nvml() is not None:
         return None
-    return f"torch {torch.__version__} has no expandable segments without NVML (libnvidia-ml.so.1)"
+    return f"torch {torch.__version__} needs NVML for expandable segments, and libnvidia-ml.so.1 cannot be used"
 
 
 @functools.cache

@@ -59,16 +59,13 @@ def refusal(capability: Capability | None, precision: str, dtype: str) -> Refusa
     """What of the spec a device cannot compute; None: it can. A CPU, whose ``capability`` is None, has bf16."""
     old = capability is not None and capability < OLDEST_WITH_BF16
     if precision == "tf32" and (old or capability is None):
-        return Refusal("TF32", "training.precision", "set it to fp16 or fp32" if old else "set it to fp32 or bf16")
-    wanted = {
-        "training.precision": ("fp16", PRECISIONS[precision]),
-        "model.dtype": ("float16 or nf4", dtype),
-    }
+        return Refusal("TF32", "training.precision", "set it to fp32 or fp16" if old else "set it to fp32")
+    wanted = {"training.precision": ("fp16", PRECISIONS[precision]), "model.dtype": ("float16 (or nf4)", dtype)}
     asking = {key: instead for key, (instead, asked) in wanted.items() if asked == "bfloat16"}
     if not old or not asking:
         return None
-    todo = " and ".join(f"{key}: {instead}" for key, instead in asking.items())
-    return Refusal("bf16", ", ".join(asking), f"set {todo}")
+    pronoun = "it" if len(asking) == 1 else "them"
+    return Refusal("bf16", ", ".join(asking), f"set {pronoun} to {' and '.join(asking.values())}")
 
 
 def slower_settings(capability: Capability, precision: str, dtype: str, lora: bool) -> list[str]:
@@ -77,9 +74,9 @@ def slower_settings(capability: Capability, precision: str, dtype: str, lora: bo
     held = ("float32", "float16", "bfloat16")
     with_dtype = f" with model.dtype: {best_dtype}" if lora and dtype in held and dtype != best_dtype else ""
     if precision == "fp32" and capability >= OLDEST_WITH_TENSOR_CORES:
-        other = "; tf32 is faster too, and keeps everything in fp32" if best == "bf16" else ""
+        other = "; tf32 is faster too, without another change" if best == "bf16" else ""
         idle = "training.precision: fp32 does not use the tensor cores of this GPU"
-        return [f"{idle}; {best}{with_dtype} is several times as fast{other}"]
+        return [f"{idle}; {best}{with_dtype} computes several times as fast{other}"]
     if precision == "fp16" and best == "bf16":
         risk = "training.precision: fp16 may overflow, and a window that does makes no update"
         return [f"{risk}; bf16{with_dtype} is as fast on this GPU and has the range of fp32"]
