@@ -82,32 +82,37 @@ def report_plan(
     """
     where = {"host": "host memory", "shard": "slices on all ranks"}.get(chosen.model.placement)
     if where is not None:
-        why = _why_not_on_device(plan, spec, config, train, device) if spec.model.placement == "auto" else ""
-        on_event(Notice(f"the frozen weights of the blocks lie in {where}; two blocks are on {device} at a time{why}"))
+        why, instead = _why_not_on_device(plan, spec, config, train, device) if spec != chosen else ("", "")
+        on_event(
+            Notice(f"the frozen weights of the blocks lie in {where}{why}; two are on {device} at a time{instead}")
+        )
     if not plan.fits:
         offered = remedies(chosen, config, plan, capability_of(device))
-        best = next((remedy for remedy in offered if remedy.fits), offered[0] if offered else None)
+        lowest = min(offered, key=lambda remedy: remedy.peak_bytes, default=None)
+        best = next((remedy for remedy in offered if remedy.fits), lowest)
         advice = f"; {best.advice()}" if best else ""
         on_event(Notice(f"a step needs {plan.room()} that may be used{advice}", "warning"))
     elif plan.levels and any(plan.levels) and spec.training.activation_checkpointing == "none":
         on_event(Notice(f"recomputing: {plan.recomputing()}; {plan.room()}"))
 
 
-def _why_not_on_device(plan: MemoryPlan, spec: RunSpec, config: LlamaConfig, train: Split, device: torch.device) -> str:
+def _why_not_on_device(
+    plan: MemoryPlan, spec: RunSpec, config: LlamaConfig, train: Split, device: torch.device
+) -> tuple[str, str]:
     """What a step with all weights on the device would need, and the first change with which that fits.
 
     In the passes that the spec asks for: ``tokens_per_pass: auto`` joins no rows where these alone do not fit.
     """
-    tokens, all_there = spec.training.tokens_per_pass, placed(spec, "device")
+    tokens, there = spec.training.tokens_per_pass, placed(spec, "device")
     single = None if tokens == "auto" else tokens
     rows = heaviest_rows(train.lengths, train.target_counts, spec, single, plan.rows.ranks)
-    instead = plan_memory(all_there, config, rows, capability_of(device), plan.limit_bytes)
-    if instead.fits:  # on this rank, but not on each
-        return ""
-    offered = remedies(all_there, config, instead, capability_of(device))
+    needed = plan_memory(there, config, rows, capability_of(device), plan.limit_bytes)
+    if needed.fits:  # on this rank, but not on each
+        return "", ""
+    offered = remedies(there, config, needed, capability_of(device))
     best = next((it for it in offered if it.fits and not it.change.startswith("model.placement")), None)
-    advice = f"; they fit there with {best.advice()}" if best else ""
-    return f", because a step with all of them there needs {instead.room()} that may be used{advice}"
+    why = f", because a step with all of them on {device} needs {needed.room()} that may be used"
+    return why, f"; all fit there with {best.advice()}" if best else ""
 
 
 def held_memory(learner: Learner) -> MemoryHeld:
