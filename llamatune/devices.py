@@ -114,10 +114,16 @@ def _report_fixed_segments(on_event: OnEvent) -> None:
     fault = growth_fault()
     if fault is None:
         return
-    for name in _ALLOCATOR_SETTINGS:
-        if "expandable_segments:True" in os.environ.get(name, ""):
-            raise EnvironmentFault(fault, name, f"unset it, or torch crashes; {_GET_NVML}")
+    setting = crashing_setting()
+    if setting is not None:
+        raise EnvironmentFault(fault, setting, f"unset it, or torch crashes; {_GET_NVML}")
     on_event(Notice(f"{fault}: more memory than is used may be reserved; {_GET_NVML}", "warning"))
+
+
+def crashing_setting() -> str | None:
+    """The environment variable with which torch would crash at the first tensor on a GPU."""
+    asking = [name for name in _ALLOCATOR_SETTINGS if "expandable_segments:True" in os.environ.get(name, "")]
+    return asking[0] if asking and growth_fault() is not None else None
 
 
 def growth_fault() -> str | None:

@@ -113,7 +113,7 @@ def test_without_nvml_segments_grow_only_where_torch_does_not_crash(
 
 
 def test_a_setting_with_which_torch_would_crash_is_refused_where_there_is_a_gpu(
-    gpus: Gpus, monkeypatch: pytest.MonkeyPatch
+    gpus: Gpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(devices, "nvml", lambda: None)
     monkeypatch.setattr(torch, "__version__", NEEDING_NVML)
@@ -124,6 +124,9 @@ def test_a_setting_with_which_torch_would_crash_is_refused_where_there_is_a_gpu(
     assert choose_device("cpu") == torch.device("cpu")
     with pytest.raises(EnvironmentFault, match=r"needs NVML .*: PYTORCH_CUDA_ALLOC_CONF: unset it, or torch crashes"):
         choose_device("auto")
+    monkeypatch.setattr(choice, "kernel_fault", lambda device: pytest.fail("a tensor on the GPU"))
+    expected = "not tried, since torch would crash: unset PYTORCH_CUDA_ALLOC_CONF"
+    assert told_by_env(capsys)[0]["devices"][0]["kernels"] == expected
     monkeypatch.setattr(torch, "__version__", BEFORE)
     assert choose_device("auto").type == "cuda"
 

@@ -78,10 +78,14 @@ def _gpu_facts(gpu: torch.device) -> dict[str, Any]:
 
 def _kernels(gpu: torch.device) -> str:
     """``triton 3.8.0``, or ``plain`` and why: found by running one."""
+    from llamatune.devices import crashing_setting
     from llamatune.model.kernels.choice import chosen_kernels, kernel_fault, kernels_in_use, triton_runs_on
 
     if not triton_runs_on(gpu):
         return "plain (Triton kernels need compute capability 8.0)"
+    setting = crashing_setting()
+    if setting is not None:
+        return f"not tried, since torch would crash: unset {setting}"
     fault = kernel_fault(gpu)
     if fault is not None:
         return f"plain (Triton fails: {fault})"
