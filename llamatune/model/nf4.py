@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from llamatune.model import blockwise_8bit
 from llamatune.model.blockwise_8bit import BlockwiseCode
 from llamatune.model.compiled_functions import compilable, is_compiling
+from llamatune.model.kernels.choice import by_kernel
 from llamatune.model.layers import FrozenProduct, Linear, product_dtype
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
@@ -112,25 +113,42 @@ class NF4Weight(nn.Module):
 
     def scales(self) -> Tensor:
         """The blocks' scales as read back, fp32 (blocks,)."""
-        blocks = len(self.codes) * 2 // BLOCK
-        rest = self.scratch.scales(self.device).decode(self.scale_codes, self.scale_factors)
-        return rest[:blocks] + self.scale_mean
+        code, blocks = self.scratch.scales(self.device), len(self.codes) * 2 // BLOCK
+        return block_scales(self.scale_codes, self.scale_factors, self.scale_mean, code)[:blocks]
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in ``dtype`` inside the shared buffer: use it at once, the next call overwrites it."""
         flat = self.scratch.buffer(len(self.codes) * 2, dtype, self.device)
-        scales, pairs = self.scales(), self.scratch.pairs(dtype, self.device)
-        if is_compiling() and flat.is_cuda:  # a CPU is faster in pieces that stay in its cache
-            dequantize_at_once(
-                self.codes.view(-1, BLOCK // 2), scales[:, None], pairs.view(dtype), flat.view(-1, BLOCK)
-            )
-        else:
-            dequantize(self.codes, scales, pairs, flat)
+        code, pairs = self.scratch.scales(self.device), self.scratch.pairs(dtype, self.device)
+        unpack(self.codes, self.scale_codes, self.scale_factors, self.scale_mean, code, pairs, flat)
         return flat[: math.prod(self.shape)].view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) W^T in autocast's dtype, or in x's own outside autocast."""
         return FrozenProduct.apply(x.to(product_dtype(x)), self.unpacked)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def block_scales(scale_codes: Tensor, scale_factors: Tensor, scale_mean: Tensor, scale_code: BlockwiseCode) -> Tensor:
+    """The scales that codes, factors and mean stand for, fp32, whole groups of 256."""
+    return scale_code.decode(scale_codes, scale_factors) + scale_mean
+
+
+@by_kernel("nf4_unpacking")
+def unpack(
+    codes: Tensor,
+    scale_codes: Tensor,
+    scale_factors: Tensor,
+    scale_mean: Tensor,
+    scale_code: BlockwiseCode,
+    pairs: Tensor,
+    out: Tensor,
+) -> None:
+    """Write the weights (64 N,) of the tensors of ``storage`` into ``out``; ``pairs`` are the scratch's."""
+    scales = block_scales(scale_codes, scale_factors, scale_mean, scale_code)[: len(out) // BLOCK]
+    if is_compiling() and out.is_cuda:  # a CPU is faster in pieces that stay in its cache
+        dequantize_at_once(codes.view(-1, BLOCK // 2), scales[:, None], pairs.view(out.dtype), out.view(-1, BLOCK))
+    else:
+        dequantize(codes, scales, pairs, out)
 
 
 def dequantize(codes: Tensor, scales: Tensor, pairs: Tensor, out: Tensor) -> None:
