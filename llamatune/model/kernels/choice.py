@@ -28,13 +28,14 @@ _device_type: str | None = None
 def by_kernel(file: str) -> Callable[[F], F]:
     """While kernels run, compute a function of tensors by the one of the same name in ``kernels/<file>.py``.
 
-    Its first argument says on which device.
+    Its first argument, a tensor or a list of some, says on which device.
     """
 
     def decorate(plain: F) -> F:
         @functools.wraps(plain)
         def run(*args: Any, **options: Any) -> Any:
-            if not kernels_run_on(args[0]):
+            first = args[0][0] if isinstance(args[0], list) else args[0]
+            if not kernels_run_on(first):
                 return plain(*args, **options)
             return _kernel(file, plain.__name__)(*args, **options)
 
