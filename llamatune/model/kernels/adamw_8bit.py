@@ -1,7 +1,8 @@
 """8-bit AdamW in one pass over weights, gradients and state of all parameters.
 
-Products and sums round as torch's on a GPU: a fused multiply-add where torch has one, and nowhere else. Quotients and
-roots are rounded to the nearest, as torch's.
+Everything rounds as torch's own kernels round it on a GPU: fused multiply-adds where they have them (lerp, addcmul) and
+nowhere else, quotients and roots to the nearest. On a CPU torch multiplies in addcmul in another order, and a few of
+its roots differ in their last bit.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _adamw_8bit(
         else:
             first = tl.fma(grad - first, grad_share - 1, grad)
         second = tl.fma(grad * grad, square_share, second * beta2)
-        change = tl.div_rn(first, tl.div_rn(tl.sqrt_rn(second), root) + eps) * -rate
+        change = tl.div_rn(first, tl.sqrt_rn(second) * tl.div_rn(1.0, root) + eps) * -rate  # as torch.div by a number
         tl.store(weights + at, weight * kept + change, mask=at < count)
         _encode(first, first_codes, first_largest, at, block, inside, first_below, first_middles)
         _encode(second, second_codes, second_largest, at, block, inside, second_below, second_middles)
@@ -81,6 +82,7 @@ def update_quantized(
 ) -> None:
     """One launch for all fp32 weights; their addresses reach the GPU without a wait."""
     beta1, beta2, root, eps, rate, kept = numbers
+    assert all(weight.dtype == torch.float32 for weight in weights)
     grads = [grad.float() for grad in grads]  # held until the launch
     rows = [
         [weight.data_ptr(), grad.data_ptr(), *(state[name].data_ptr() for name in _TENSORS), len(weight)]
