@@ -51,8 +51,8 @@ def rounds(rows: int, tokens: int, specs: dict[str, dict[str, Any]], name: str, 
         shape, (first, *others) = bench.options.shape, specs
         for other in others:
             ours = {key: bench.spec(shape, targets, micro_batch=rows, **specs[key]) for key in (first, other)}
-            report = bench.steps(ours, None, shape, rows, tokens, alone=True)
-            speeds = [rows * tokens / report["step_s"][key] for key in ours]
+            report = bench.steps(ours, None, shape, rows, bench.tokens(tokens), alone=True)
+            speeds = [rows * bench.tokens(tokens) / report["step_s"][key] for key in ours]
             apart = max(abs(a - b) for a, b in zip(*report["losses"].values(), strict=True))
             table.row(f"tokens/s, {name}: {first}, {other}", *speeds, report["ratios"], apart)
             for key, peaks in report["alone"].items():
@@ -84,7 +84,7 @@ def against(targets: str, peer: str, shape: str | None = None, rows: int = 8, to
     def measure(bench: PieceBench, table: Table) -> None:
         of = bench.options.shape if shape is None else shape_of_8b(bench)
         name = f"{rows} x {tokens} {targets}, {peer}" + (", 8B" if shape else "")
-        dense_rows(bench, table, name, SETTINGS[peer], of, targets, rows, tokens, alone=True)
+        dense_rows(bench, table, name, SETTINGS[peer], of, targets, rows, bench.tokens(tokens), alone=True)
 
     return measure
 
@@ -99,9 +99,9 @@ def with_liger(bench: PieceBench, table: Table) -> None:
     if importlib.util.find_spec("liger_kernel") is None:
         table.note("liger-kernel: not installed")
         return
-    work = partial(liger_step_s, bench, 8, 512)
+    work = partial(liger_step_s, bench, 8, bench.tokens(512))
     step_s = bench.once("liger", [bench.options.shape, bench.options.dense_rounds], 60.0, work)
-    table.row("tokens/s, 8 x 512 q,v: transformers + PEFT with Liger-Kernel", 8 * 512 / step_s, None, [], None)
+    table.row("tokens/s, 8 x 512 q,v: transformers + PEFT with Liger-Kernel", 8 * bench.tokens(512) / step_s, None, [], None)
 
 
 def traced(rows: int) -> Measurement:
@@ -109,7 +109,7 @@ def traced(rows: int) -> Measurement:
 
     def measure(bench: PieceBench, table: Table) -> None:
         name = f"trace-{rows}x512.json.gz"
-        work = partial(trace_steps, bench, rows, 512, bench.directory / name)
+        work = partial(trace_steps, bench, rows, bench.tokens(512), bench.directory / name)
         bench.once("trace", [bench.options.shape, rows], 45.0, work)
         table.note(f"two windows of {rows} x 512 q,v: {name}")
 
@@ -120,7 +120,7 @@ def counted(case: str) -> Measurement:
     """A line of the table of ``launches.py``, in ``launches.md``."""
 
     def measure(bench: PieceBench, table: Table) -> None:
-        work = partial(launches.count_case, bench, case)
+        work = partial(launches.count_case, bench, case, bench.tokens(512))
         counts = bench.once("launches", [bench.options.shape, case], 45.0, work)
         path = bench.directory / "launches.md"
         before = path.read_text() if path.exists() else launches.heading() + "\n"

@@ -154,20 +154,20 @@ def on_device(bench: Bench, table: Table) -> None:
 
 def on_device_row(bench: Bench, table: Table, row: Row) -> None:
     """Three real steps of one row on each side; what the plan predicts for llamatune is noted."""
-    shape = bench.options.shape
+    shape, tokens = bench.options.shape, bench.tokens(row.tokens)
     spec = bench.spec(shape, row.targets, None, row.rows, dtype=row.dtype, activation_checkpointing=row.mode)
-    reports = [bench.steps({"llamatune": spec}, None, shape, row.rows, row.tokens, rounds=3)]
+    reports = [bench.steps({"llamatune": spec}, None, shape, row.rows, tokens, rounds=3)]
     if has_peer(row):
         setting = SETTINGS["Trainer, batch 8"]._replace(checkpointing=row.mode != "none")
         theirs = bench.peer(shape, row.targets, setting)
-        reports.append(bench.steps({}, theirs, shape, row.rows, row.tokens, rounds=3))
+        reports.append(bench.steps({}, theirs, shape, row.rows, tokens, rounds=3))
     for kind in ("memory", "reserved"):
         sizes = [run[f"peak_{kind}_bytes"] / 2**30 for run in reports if run[f"peak_{kind}_bytes"]]
         if sizes:
             theirs_gib = sizes[1] if len(sizes) > 1 else None
             table.row(f"peak {kind}, GiB, {row.name}", sizes[0], theirs_gib, [x / sizes[0] for x in sizes[1:]], None)
     if bench.options.device == "cuda":
-        config, rows = SHAPES[shape], Rows((row.tokens,) * row.rows, row.rows * round(row.tokens * TARGET_SHARE), 1)
+        config, rows = SHAPES[shape], Rows((tokens,) * row.rows, row.rows * round(tokens * TARGET_SHARE), 1)
         capability = torch.cuda.get_device_capability()
         planned = plan_memory(build_spec(spec, "benchmark"), config, rows, capability, None).step.peak / 2**30
         measured = reports[0]["peak_memory_bytes"] / 2**30

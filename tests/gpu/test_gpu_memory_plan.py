@@ -62,9 +62,10 @@ def test_the_plan_is_what_a_step_needs(device: torch.device, tell: Callable[[str
     case, cuda = CASES[name], device.type == "cuda"
     config = CONFIG if cuda else SMALL
     spec = spec_of(case.targets, case.checkpointing, **dict(case.changes), device=str(device), kernels="auto")
-    batch = step_meter.even_batch(case.rows, case.tokens, step_meter.TARGET_SHARE)
+    tokens = case.tokens if cuda else 64
+    batch = step_meter.even_batch(case.rows, tokens, step_meter.TARGET_SHARE)
     passes = [batch] * spec.training.gradient_accumulation_steps
-    rows = Rows((case.tokens,) * case.rows, batch.target_tokens)
+    rows = Rows((tokens,) * case.rows, batch.target_tokens)
     planned = plan_memory(spec, config, rows, capability_of(device), None).step.peak
     count: Any = count_parameters(config, spec.adapter)
     inputs = Inputs(config, None, "", None, None, None, {}, count, device)  # type: ignore[arg-type]
@@ -88,7 +89,8 @@ def test_the_plan_is_what_a_step_needs(device: torch.device, tell: Callable[[str
     del learner
     shares = {kind: size / planned for kind, size in found.items()}
     tell(f"{planned / 2**20:.0f} MiB planned; " + ", ".join(f"{kind} {share:.4f}" for kind, share in shares.items()))
-    assert all(abs(share - 1) <= ALLOWED for share in shares.values()), shares
+    allowed = ALLOWED if cuda else 0.1  # at this size tables and small tensors count
+    assert all(abs(share - 1) <= allowed for share in shares.values()), shares
 
 
 def _reset(device: torch.device, meter: step_meter.StepMeter | None) -> None:

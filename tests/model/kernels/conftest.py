@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on the CPU, for the tests of this folder."""
+"""Triton's interpreter, which runs kernels on the CPU, for the tests of this folder. Where there is a GPU it runs them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be interpreted")
 
 import triton.language as tl
+from kernel_judges import DEVICE
 from triton.runtime import interpreter
 
 from llamatune.model.kernels.choice import running_kernels
@@ -17,8 +18,8 @@ from llamatune.model.kernels.choice import running_kernels
 
 @pytest.fixture(autouse=True)
 def interpreted_kernels() -> Iterator[None]:
-    """Kernels in place of plain functions on the CPU."""
-    with running_kernels("cpu"):
+    """Kernels in place of plain functions, and tensors where they run."""
+    with running_kernels(DEVICE), torch.device(DEVICE):
         yield
 
 
