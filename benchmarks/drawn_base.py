@@ -56,7 +56,7 @@ def drawing_on_device(
 ) -> Iterator[None]:
     """Within the block llamatune draws random bases on ``device``; a base in ``shared`` is that of ``drawn_base``.
 
-    Otherwise the same weights are drawn one after another, as for a quantised base. ``start``: every run begins with it.
+    Otherwise the same weights are drawn one after another, as for a quantised base. Runs begin with ``start``.
     """
     where = torch.device(device if str(device) != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -68,7 +68,7 @@ def drawing_on_device(
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(model_and_optimizer, "drawn_weights", draw))
         if start is not None:
-            stack.enter_context(mock.patch.object(inputs, "_starting_adapter", lambda *_: start))
+            stack.enter_context(mock.patch.object(inputs, "_starting_adapter", return_value=start))
         yield
 
 

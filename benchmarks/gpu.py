@@ -1,9 +1,10 @@
 """Comparisons of docs/performance.md that need a GPU, in pieces that go on where they were cut off.
 
 ``python benchmarks/gpu.py --output DIR --pieces dense,nf4 [--minutes 9]``; ``--list`` names the pieces with estimated
-minutes on an H100. A finished measurement is a line of ``DIR/PIECE/measured.jsonl`` and is not made again; ``DIR/PIECE.tar``
-holds all of a piece. LLaMA-2-7B's shape with random weights, drawn on the device once a process. ``--device cpu --shape
-tiny`` tries every piece without a GPU; its figures mean nothing. Needs transformers, peft and accelerate, and 80 GB.
+minutes on an H100. A finished measurement is a line of ``DIR/PIECE/measured.jsonl`` and is not made again.
+``DIR/PIECE.tar`` holds all of a piece. LLaMA-2-7B's shape with random weights, drawn on the device once a process.
+``--device cpu --shape tiny`` tries every piece without a GPU; its figures mean nothing. Needs transformers, peft and
+accelerate, and 80 GB.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def with_liger(bench: PieceBench, table: Table) -> None:
         return
     work = partial(liger_step_s, bench, 8, bench.tokens(512))
     step_s = bench.once("liger", [bench.options.shape, bench.options.dense_rounds], 60.0, work)
-    table.row("tokens/s, 8 x 512 q,v: transformers + PEFT with Liger-Kernel", 8 * bench.tokens(512) / step_s, None, [], None)
+    speed = 8 * bench.tokens(512) / step_s
+    table.row("tokens/s, 8 x 512 q,v: transformers + PEFT with Liger-Kernel", speed, None, [], None)
 
 
 def traced(rows: int) -> Measurement:

@@ -1,7 +1,7 @@
 """Pieces of measurements that go on where they were cut off: each report is a line of JSON, made once.
 
-A piece writes below one directory: ``measured.jsonl``, table, facts of the machine, traces. ``PIECE.tar`` beside it holds
-all of it, and is written anew after each measurement; a piece whose directory is gone starts from its tar.
+A piece writes below one directory: ``measured.jsonl``, table, facts of the machine, traces. ``PIECE.tar`` beside it
+holds all of it, and is written anew after each measurement; a piece whose directory is gone starts from its tar.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tables import Table, commit, versions
 from llamatune.devices import choose_device, gpu_facts
 
 GPU_QUERY = ("name", "uuid", "driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.mem",
-             "clocks.sm", "temperature.gpu", "ecc.mode.current", "mig.mode.current", "pcie.link.gen.current")  # fmt: skip
+             "clocks.sm", "temperature.gpu", "ecc.mode.current", "mig.mode.current")  # fmt: skip
 
 
 class OutOfTime(Exception):

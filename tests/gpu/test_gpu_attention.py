@@ -34,7 +34,7 @@ BACKENDS = {
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """q, k, v, the weights of the softmax, o and their gradients are rounded, and each sum has up to 130 terms in fp32."""
+    """q, k, v, softmax, o and their gradients are rounded, and each sum has up to 130 terms in fp32."""
     return 8 * torch.finfo(dtype).eps + 130**0.5 * 8 * torch.finfo(torch.float32).eps
 
 
@@ -58,7 +58,10 @@ def alone(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lengths: tuple[int, ...
     return [o, *torch.autograd.grad(o, leaves, grad.double())]
 
 
-def check(device: torch.device, heads: tuple[int, int], lengths: tuple[int, ...], size: int, dtype: torch.dtype) -> None:
+def check(
+    device: torch.device, heads: tuple[int, int], lengths: tuple[int, ...], size: int, dtype: torch.dtype
+) -> None:
+    """Output and gradients of ``attend`` against ``alone``."""
     q, k, v, grad = drawn(heads, sum(lengths), size, dtype)
     leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
     o = attend(*leaves, None, Documents(lengths, device))

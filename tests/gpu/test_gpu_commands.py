@@ -153,14 +153,14 @@ DETERMINISTIC: dict[str, dict[str, Any]] = {
 def test_equal_runs_and_a_killed_and_resumed_one_have_equal_bytes(
     device: torch.device, tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path, case: str
 ) -> None:
-    changes = {"training__device": str(device), "training__deterministic": True, "training__num_epochs": 40,
+    changes = {"training__device": str(device), "training__deterministic": True, "training__num_epochs": 24,
                "training__save_every_steps": 12, **DETERMINISTIC[case]}  # fmt: skip
     runs = Runs(spec_values(tiny_base(), prepared(), tmp_path / "none", **changes), tmp_path)
     whole, again = runs.finish("whole"), runs.finish("again")
     assert_same_outcome(again, whole)
-    runs.kill_after("killed", 30)
+    runs.kill_after("killed", 20)
     resumed = runs.finish("killed")
     assert_same_outcome(resumed, whole)
     steps = [line["loss"] for line in metrics(whole, "step")]
-    assert len(steps) > 100
+    assert len(steps) > 80
     assert sum(steps[-4:]) < sum(steps[:4])

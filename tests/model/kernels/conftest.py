@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on the CPU, for the tests of this folder. Where there is a GPU it runs them."""
+"""Kernels for the tests of this folder: on a GPU, or on the CPU by Triton's interpreter."""
 
 from collections.abc import Iterator
 from typing import Any
