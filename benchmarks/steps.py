@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from bench import peaks, timed
-from drawn_base import drawing_on_device, start_of
+from drawn_base import drawing_on_device, forget_base, start_of
 from material import DTYPES
 from step_meter import even_batch
 from torch import Tensor
@@ -135,6 +135,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     cuda, build = settings["device"] != "cpu", makers(settings)
     alone = {}
     for name, make in build.items() if settings.get("alone") and cuda else ():
+        forget_base()  # of this side's memory it is a part only where the side draws it
         alone[name] = peaks_alone(make)
         empty_device()
     sides = {name: make() for name, make in build.items()}
