@@ -129,11 +129,13 @@ def run_piece(
         for name, measure in measurements.items():
             try:
                 measure(bench, table)
-            except (RuntimeError, ImportError, AssertionError, SystemExit) as fault:
+            except OutOfTime:
+                raise
+            except (Exception, SystemExit) as fault:
                 if "CUDA error" in str(fault):
                     raise  # nothing more can be computed in this process
                 failed.append(name)
-                table.note(f"{name} failed: {str(fault).strip().splitlines()[-1:] or [type(fault).__name__]}")
+                table.note(f"{name} failed: {(str(fault).strip() or type(fault).__name__).splitlines()[-1]}")
             steps.empty_device()
             pack(bench.directory)
     finally:
