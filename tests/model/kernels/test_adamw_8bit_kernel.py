@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_judges import DEVICE
 from torch import Tensor, nn
 
 from llamatune.model.blockwise_8bit import BLOCK
@@ -20,7 +21,7 @@ EXACT = 1 - 2**-7
 
 def trained(device_type: str | None, rule: AdamW8bit, grads: list[list[Tensor]]) -> Optimizer:
     """Weights and state after an update with each of ``grads``."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     parameters = {str(n): nn.Parameter(torch.randn(grad.shape, generator=generator)) for n, grad in enumerate(grads[0])}
     optimizer = Optimizer(parameters, rule)
     with running_kernels(device_type):
@@ -33,7 +34,7 @@ def trained(device_type: str | None, rule: AdamW8bit, grads: list[list[Tensor]])
 
 def drawn(steps: int, scale: float = 1.0) -> list[list[Tensor]]:
     """Gradients whose squares are exact in fp32 and whose rows differ in size."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(DEVICE).manual_seed(2)
     return [
         [
             (scale * 10.0 ** (step % 3) * torch.randn(shape, generator=generator) ** 3).bfloat16().float()
@@ -64,14 +65,14 @@ def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(("beta1", "decay"), [(0.9, 0.05), (0.3, 0.0), (0.0, 0.0)])
 def test_every_bit(beta1: float, decay: float) -> None:
     rule = AdamW8bit((beta1, EXACT), 1e-8, decay)
-    assert_alike(trained("cpu", rule, drawn(3)), trained(None, rule, drawn(3)))
+    assert_alike(trained(DEVICE, rule, drawn(3)), trained(None, rule, drawn(3)))
 
 
 def test_ordinary_numbers() -> None:
     """1 - beta2 times g squared rounds as on a GPU, one last bit beside the CPU: few codes move, by one level."""
     grads = [[grad * 1.2345 for grad in of_step] for of_step in drawn(5)]
     rule = AdamW8bit((0.9, 0.999), 1e-8, 0.05)
-    found, expected = trained("cpu", rule, grads), trained(None, rule, grads)
+    found, expected = trained(DEVICE, rule, grads), trained(None, rule, grads)
     for name, tensor in found.state_tensors().items():
         other = expected.state_tensors()[name]
         if tensor.dtype == torch.uint8:
@@ -91,7 +92,7 @@ def test_ordinary_numbers() -> None:
 def test_the_edges_of_the_numbers(scale: float) -> None:
     """Blocks of zeros, squares that vanish, and gradients of which even the sum is below the smallest normal number."""
     rule = AdamW8bit((0.9, EXACT), 1e-8, 0.05)
-    assert_alike(trained("cpu", rule, drawn(3, scale)), trained(None, rule, drawn(3, scale)))
+    assert_alike(trained(DEVICE, rule, drawn(3, scale)), trained(None, rule, drawn(3, scale)))
 
 
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf], ids=str)
@@ -100,7 +101,7 @@ def test_gradients_without_a_value_are_seen(fault: float) -> None:
     grads = drawn(2)
     grads[1][0][3, 5] = fault
     rule = AdamW8bit((0.9, EXACT), 1e-8)
-    found, expected = trained("cpu", rule, grads), trained(None, rule, grads)
+    found, expected = trained(DEVICE, rule, grads), trained(None, rule, grads)
     weight, place = found.parameters["0"].detach(), (3 * 128 + 5) // BLOCK
     assert weight[3, 5].isnan()
     assert int(weight.isnan().sum()) == 1
@@ -120,7 +121,7 @@ def test_all_parameters_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
             return launch[grid]
 
     monkeypatch.setattr(kernel, "_adamw_8bit", Recorded())
-    trained("cpu", AdamW8bit(), drawn(2))
+    trained(DEVICE, AdamW8bit(), drawn(2))
     assert [grid[0] for grid in grids] == [4, 4]
 
 
@@ -130,7 +131,7 @@ def test_slices_that_begin_anywhere(begin: int, count: int) -> None:
     """As those of a rank: addresses are multiples of 4 bytes only. What lies beside a slice stays."""
     whole, grad = torch.randn(6000), torch.randn(6000).bfloat16().float()
     rule, states = AdamW8bit((0.9, EXACT), 1e-8, 0.05), []
-    for device_type in ("cpu", None):
+    for device_type in (DEVICE, None):
         copy = whole.clone()
         weight = copy[begin : begin + count]
         state = rule.fresh_state(weight)
