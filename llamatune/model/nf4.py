@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -61,6 +62,8 @@ class Scratch:
         self._buffers: dict[torch.device, Tensor] = {}
         self._pairs: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._scales: dict[torch.device, BlockwiseCode] = {}
+        self.inside: tuple[object, ...] = ()
+        """What says which matrix is in the buffer, in which dtype."""
 
     def buffer(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """``count`` uninitialised elements of the buffer; what was in it is lost."""
@@ -71,6 +74,7 @@ class Scratch:
             self._buffers.pop(device, None)  # freed before a larger one is allocated
             with torch.inference_mode(False):  # a tensor made in inference mode cannot be written to outside it
                 buffer = self._buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
+            self.inside = ()
         return buffer[:size].view(dtype)
 
     def pairs(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -119,9 +123,16 @@ class NF4Weight(nn.Module):
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in ``dtype`` inside the shared buffer: use it at once, the next call overwrites it."""
         flat = self.scratch.buffer(len(self.codes) * 2, dtype, self.device)
-        code, pairs = self.scratch.scales(self.device), self.scratch.pairs(dtype, self.device)
-        unpack(self.codes, self.scale_codes, self.scale_factors, self.scale_mean, code, pairs, flat)
+        this = weakref.ref(self), dtype, self.device
+        if self.scratch.inside != this:  # one tile of rows after another asks for the same
+            self.scratch.inside = ()
+            self._unpack_into(flat)
+            self.scratch.inside = this
         return flat[: math.prod(self.shape)].view(self.shape)
+
+    def _unpack_into(self, flat: Tensor) -> None:
+        code, pairs = self.scratch.scales(self.device), self.scratch.pairs(flat.dtype, self.device)
+        unpack(self.codes, self.scale_codes, self.scale_factors, self.scale_mean, code, pairs, flat)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) W^T in autocast's dtype, or in x's own outside autocast."""
