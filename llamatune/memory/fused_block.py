@@ -14,19 +14,20 @@ def _adapter(ledger: Ledger, z: Sizes, name: str, rows: int, back: bool) -> None
     if name not in z.targets:
         return
     out, in_ = z.config.linear_shape(name)
-    casts = z.R * (out + in_) * z.c if z.c < 4 else 0
+    casts = z.R * (out + in_) * z.c if z.c < 4 and not z.cuda else 0
     thin, wide = rows * z.R * z.c, rows * in_ * z.c if z.dropout else 0
+    mask = rows * in_ if z.dropout and z.cuda else wide
     if back:
         gradients = z.R * (out + in_) * 4
-        ledger.use(f"{name}: casts and gradients of A and B, dropout", casts + gradients + 2 * thin + 3 * wide)
+        ledger.use(f"{name}: casts and gradients of A and B, dropout", casts + gradients + 2 * thin + mask + 2 * wide)
     else:
-        ledger.use(f"{name}: dropout's mask, and x where it keeps it", 2 * wide)
+        ledger.use(f"{name}: dropout's mask, and x where it keeps it", mask + wide)
         ledger.use(f"{name}: casts of A and B, and A x", casts + thin)
 
 
-def _product(ledger: Ledger, z: Sizes, name: str, rows: int, back: bool = False) -> Tensor:
-    """The output of a linear layer, or the gradient with respect to its input."""
-    width = z.config.linear_shape(name)[1 if back else 0]
+def _product(ledger: Ledger, z: Sizes, name: str, rows: int, back: bool = False, in_place: bool = False) -> Tensor:
+    """The output of a linear layer, or the gradient with respect to its input; ``in_place``: of a tensor at hand."""
+    width = 0 if in_place else z.config.linear_shape(name)[1 if back else 0]
     y = ledger.make(f"gradient of {name}'s input" if back else f"output of {name}", rows * width * z.c)
     ledger.use(f"{name}: cast or unpacked weights", z.matrix(name))
     _adapter(ledger, z, name, rows, back)
@@ -51,9 +52,10 @@ def attention(ledger: Ledger, z: Sizes, last: bool, recompute: bool) -> Passes:
         outputs = ledger.keep("output of attention", made.outputs)
         flat = ledger.keep("input of o_proj", n * z.Q * z.c if last else made.flat)
     with ledger.step("o, residual"):
+        chosen = ledger.make("x of the rows that are asked for", n * z.D * z.s if last else 0)
         y = _product(ledger, z, "o_proj", n)
-        ledger.use("sum", n * z.D * z.s * (2 if last else 1))  # the last block's x is chosen first
-        ledger.free(y)
+        ledger.use("sum", 0 if z.adds_in_products else n * z.D * z.s)
+        ledger.free(y, chosen)
 
     yield
 
@@ -102,63 +104,63 @@ def _attention_inputs(ledger: Ledger, z: Sizes) -> list[Tensor]:
 def feed_forward(ledger: Ledger, z: Sizes, last: bool, recompute: bool) -> Passes:
     """Norm, gate, up, SiLU, product, down and the residual addition, a tile of rows at a time."""
     n = z.P if last else z.N
-    narrow, wide = n * z.D * z.c, n * z.D * z.s
+    wide = n * z.D * z.s
     x = ledger.keep("x", wide)
     kept = ledger.keep("gate and up", 0 if recompute else 2 * n * z.F * z.c)
-    earlier = ledger.make("outputs of earlier tiles", max(0, n - TILE_TOKENS) * z.D * z.c)
-    _feed_forward_tile(ledger, z, n)
-    ledger.free(earlier)
-    with ledger.step("residual"):
-        y = ledger.make("output of down_proj", narrow)
-        ledger.use("tiles joined", narrow if n > TILE_TOKENS else 0)
-        ledger.use("sum", wide)
-        ledger.free(y)
+    y = ledger.make("output of the half", wide)
+    _feed_forward_forward(ledger, z, n, recompute)
+    ledger.free(y)
 
     yield
 
     dy = ledger.make("gradient of the half's output", wide)
     dx = _feed_forward_gradients(ledger, z, n, recompute)
-    with ledger.step("residual"):
-        ledger.use("sum", wide)
     ledger.free(dy, dx, x, kept)
 
 
-def _feed_forward_tile(ledger: Ledger, z: Sizes, rows: int) -> None:
+def _feed_forward_forward(ledger: Ledger, z: Sizes, rows: int, recompute: bool) -> None:
+    """Gate and up that are kept are the caller's; else a tile of rows goes through all three matrices."""
     tile = min(rows, TILE_TOKENS)
     with ledger.step("norm, gate, up"):
-        h = ledger.make("normed x of a tile", tile * z.D * z.c)
+        h = ledger.make("normed x", (tile if recompute else rows) * z.D * z.c)
         _norm(ledger, z, rows)
-        gate_up = [_product(ledger, z, name, tile) for name in GATE_UP_MODULES]
+        gate_up = [_product(ledger, z, name, tile, in_place=not recompute) for name in GATE_UP_MODULES]
+        ledger.free(h)
     with ledger.step("down"):
-        ledger.free(_product(ledger, z, "down_proj", tile), h, *gate_up)
+        activated = ledger.make("silu(gate) up", 0 if recompute else tile * z.F * z.c)
+        y = _product(ledger, z, "down_proj", tile, in_place=z.adds_in_products)
+        ledger.free(y, activated, *gate_up)
 
 
 def _feed_forward_gradients(ledger: Ledger, z: Sizes, rows: int, recompute: bool) -> Tensor:
-    """The gradient of x, a tile at a time."""
+    """The gradient of x: of all rows where gate and up are kept, whose gradients take their places, else by tiles."""
     tile = min(rows, TILE_TOKENS)
-    narrow, wide = tile * z.D * z.c, tile * z.F * z.c
+    span, wide, adapted = tile if recompute else rows, tile * z.F * z.c, z.targets.intersection(GATE_UP_MODULES)
     dx = ledger.make("gradient of x", rows * z.D * z.s)
-    cast = ledger.make("cast of the gradient", narrow if z.s != z.c else 0)
-    with ledger.step("gate and up again" if recompute else "norm again"):
-        wants_input = recompute or bool(z.targets.intersection(GATE_UP_MODULES))
-        again = [ledger.make("normed x of a tile", narrow if wants_input else 0)]
-        if recompute:
+    h, gate_up = ledger.make("normed x", 0), list[Tensor]()
+    if recompute:
+        with ledger.step("gate and up again"):
+            h = ledger.make("normed x of a tile", tile * z.D * z.c)
             _norm(ledger, z, rows)
-            again += [_product(ledger, z, name, tile) for name in GATE_UP_MODULES]
+            gate_up = [_product(ledger, z, name, tile) for name in GATE_UP_MODULES]
     with ledger.step("down"):
         activated = ledger.make("silu(gate) up", wide if "down_proj" in z.targets else 0)
+        cast = ledger.make("cast of the gradient", tile * z.D * z.c if z.s != z.c else 0)
         da = _product(ledger, z, "down_proj", tile, back=True)
-        ledger.free(activated)
+        ledger.free(activated, cast)
     with ledger.step("SiLU"):
         ledger.use("sigmoid, silu and slope of gate", 3 * wide)
-        dgate = ledger.make("gradient of gate", wide)
+        ledger.free(da)
     with ledger.step("gate, up"):
-        dh = _product(ledger, z, "gate_proj", tile, back=True)
-        ledger.free(_product(ledger, z, "up_proj", tile, back=True), dgate, da, *again, cast)
+        if not recompute:
+            h = ledger.make("normed x", rows * z.D * z.c if adapted else 0)
+        dh = ledger.make("gradient of the normed x", span * z.D * z.c)
+        _product(ledger, z, "gate_proj", tile, back=True, in_place=True)
+        more = _product(ledger, z, "up_proj", tile, back=True, in_place=z.cuda)
+        ledger.free(more, h, *gate_up)
     with ledger.step("norm"):
-        dtile = ledger.make("gradient of a tile of x", tile * z.D * z.s)
         _norm(ledger, z, rows, back=True)
-        ledger.free(dh, dtile)
+        ledger.free(dh)
     return dx
 
 
@@ -169,7 +171,7 @@ def recomputed_block(ledger: Ledger, z: Sizes, last: bool) -> Passes:
     with ledger.keeping_nothing():
         next(attention(ledger, z, last, recompute=False))
         middle = ledger.make("x after attention", n * z.D * z.s)
-        _feed_forward_tile(ledger, z, n)
+        _feed_forward_forward(ledger, z, n, recompute=True)
         ledger.free(middle)
 
     yield

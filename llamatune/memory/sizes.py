@@ -75,6 +75,11 @@ class Sizes:
         )
         self.lengths = (*rows.lengths, self.N - rows.tokens) if rows.tokens < self.N else rows.lengths
 
+    @property
+    def adds_in_products(self) -> bool:
+        """Whether a product is added to the residual stream in one kernel."""
+        return self.cuda and self.s == self.c
+
     # Allocated between steps.
 
     @functools.cached_property
@@ -98,6 +103,11 @@ class Sizes:
             self.block * layers // self.rows.ranks if placement == "shard" else 0 if self.cuda else self.block * layers
         )
         return others + at_rest + self.block * min(2, layers)
+
+    @property
+    def window_casts(self) -> int:
+        """LoRA's matrices in the dtype of products, which a GPU keeps for a window."""
+        return self.c * sum(self.trained_counts) if self.fused and self.cuda and self.c < 4 else 0
 
     @property
     def exchanged(self) -> int:

@@ -7,12 +7,13 @@ again by torch's checkpointing, as a whole or by halves.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llamatune.model.fused.block import FusedBlock
+from llamatune.model.fused.operations import Projection
 from llamatune.model.transformer import Block, Context, Transformer
 from llamatune.shapes.recompute_levels import ATTENTION_MODES, FEED_FORWARD_MODES, Levels, is_whole, levels_of
 
@@ -43,8 +44,8 @@ class CheckpointedBlock(Block):
 class CheckpointedFusedBlock(FusedBlock):
     """A fused block whose attention half torch's checkpointing runs again."""
 
-    def attend(self, x: Tensor, context: Context, rows: Tensor | None) -> Tensor:
-        return _recompute(super().attend, x, context, rows)
+    def attention_half(self, context: Context, rows: Tensor | None, parts: Sequence[Projection], x: Tensor) -> Tensor:
+        return _recompute(super().attention_half, context, rows, parts, x)
 
 
 def apply_activation_checkpointing(model: Transformer, mode: str, fused: bool, levels: Levels | None = None) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from llamatune.model.compiled_functions import compilable
 from llamatune.model.kernels.choice import by_kernel
+from llamatune.model.products import at_once
 from llamatune.shapes.llama_config import LlamaConfig
 
 Trained = tuple[Tensor, ...]
@@ -82,13 +83,22 @@ class Dropout:
         """Draw the seed from the global generator, so that it is a function of the accumulation window."""
         return Dropout(p, int(torch.randint(1 << 62, ())) if p else 0)
 
-    def mask(self, x: Tensor) -> Tensor | None:
-        """1 / (1 - p) where an element of ``x`` is kept and 0 elsewhere, in x's dtype; None without dropout."""
+    def drop(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``x`` with elements dropped and the others scaled by 1 / (1 - p), and the mask; without dropout x, None."""
         if not self.p:
-            return None
+            return x, None
         generator = torch.Generator(x.device).manual_seed(self.seed + self.first_row)
-        kept = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator)
-        return kept.div_(1 - self.p)
+        if at_once(x):
+            return torch._fused_dropout(x, 1 - self.p, generator)  # the mask is of zeros and ones, in bytes
+        mask = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator).div_(1 - self.p)
+        return x * mask, mask
+
+    def add_gradient(self, dx: Tensor, grad: Tensor, mask: Tensor) -> None:
+        """Add to ``dx`` the gradient with respect to x, from ``grad``, that with respect to what ``drop`` made of x."""
+        if at_once(dx):
+            dx.addcmul_(grad, mask, value=1 / (1 - self.p))
+        else:
+            dx.add_(grad.mul_(mask))
 
 
 class QuantizedWeight(Protocol):
@@ -127,10 +137,16 @@ class Linear(nn.Linear):
         """W (out, in) in ``dtype``; a quantised one lies in a shared buffer, so use it at once."""
         return self.weight.to(dtype) if self.quantized is None else self.quantized.unpacked(dtype)
 
-    def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """x W^T; with ``dropout``, which a frozen layer has none of, in x's dtype and without autograd."""
+    def forward(
+        self, x: Tensor, dropout: Dropout | None = None, out: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """x W^T; with ``dropout``, which a frozen layer has none of, in x's dtype and without autograd.
+
+        Then it is written to ``out`` and added to ``residual``, of x's dtype too, if they are given.
+        """
         if dropout is not None:
-            return x @ self.matrix(x.dtype).T
+            W = self.matrix(x.dtype).T
+            return torch.mm(x, W, out=out) if residual is None else torch.addmm(residual, x, W, out=out)
         return linear(x, self.weight) if self.quantized is None else self.quantized(x)
 
     def draw_dropout(self) -> Dropout:
@@ -138,10 +154,24 @@ class Linear(nn.Linear):
         return Dropout()
 
     def gradients(
-        self, grad: Tensor, x: Tensor | None, dropout: Dropout, wants_input: bool
+        self,
+        grad: Tensor,
+        x: Tensor | None,
+        dropout: Dropout,
+        wants_input: bool,
+        out: Tensor | None = None,
+        add: bool = False,
     ) -> tuple[Tensor | None, Trained]:
-        """Gradients with respect to x, if wanted, and to ``trained``; only an adapted layer needs ``x``."""
-        return grad @ self.matrix(grad.dtype) if wants_input else None, ()
+        """Gradients with respect to x, if wanted, and to ``trained``; only an adapted layer needs ``x``.
+
+        The former is written to ``out`` if that is given, or added to what is there.
+        """
+        if not wants_input:
+            return None, ()
+        if add:
+            assert out is not None
+            return out.addmm_(grad, self.matrix(grad.dtype)), ()
+        return torch.mm(grad, self.matrix(grad.dtype), out=out), ()
 
 
 class RMSNorm(nn.Module):

@@ -123,7 +123,7 @@ class Decoder(nn.Module):
 class Head(Linear):
     """The output layer, (B, T, D) -> logits (B, T, V), or what ``read`` makes of the states."""
 
-    def forward(self, x: Tensor, read: Any = linear) -> Any:
+    def forward(self, x: Tensor, read: Any = linear) -> Any:  # type: ignore[override]
         return read(x, self.weight)
 
 

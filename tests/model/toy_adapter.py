@@ -15,16 +15,25 @@ class ScaledLinear(AdaptedLinear):
     def start(self, generator: torch.Generator) -> None:
         """Zero: every row as it is."""
 
-    def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, dropout: Dropout | None = None, out: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         y = super().forward(x, dropout)
-        return y * (1 + self.scaling * self.toy_scale).to(y.dtype)
+        y = torch.mul(y, (1 + self.scaling * self.toy_scale).to(y.dtype), out=out)
+        return y if residual is None else torch.add(residual, y, out=out)
 
     def gradients(
-        self, grad: Tensor, x: Tensor | None, dropout: Dropout, wants_input: bool
+        self,
+        grad: Tensor,
+        x: Tensor | None,
+        dropout: Dropout,
+        wants_input: bool,
+        out: Tensor | None = None,
+        add: bool = False,
     ) -> tuple[Tensor | None, Trained]:
         assert x is not None
         factor = (1 + self.scaling * self.toy_scale).to(grad.dtype)
-        dx, _ = super().gradients(grad * factor, x, dropout, wants_input)
+        dx, _ = super().gradients(grad * factor, x, dropout, wants_input, out, add)
         return dx, ((grad * (x @ self.matrix(x.dtype).T)).sum(0).to(self.toy_scale.dtype) * self.scaling,)
 
     @staticmethod

@@ -18,6 +18,9 @@ class AdaptedLinear(Linear):
     parameters under the names of ``shapes``. The hand-written code of a fused block sees them as one tuple.
     """
 
+    casts: Trained = ()
+    """The trained tensors in another dtype, while ``window_casts`` keeps them."""
+
     def __init__(self, frozen: Linear, shapes: Mapping[str, tuple[int, ...]], scaling: float, dropout: float) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = frozen.in_features, frozen.out_features
@@ -31,6 +34,12 @@ class AdaptedLinear(Linear):
     @property
     def trained(self) -> Trained:  # type: ignore[override]
         return tuple(getattr(self, name) for name in self.trained_names)
+
+    def trained_in(self, dtype: torch.dtype) -> Trained:
+        """The trained tensors in a product's dtype: as they were cast for the window, or cast now."""
+        if self.casts and self.casts[0].dtype == dtype:
+            return self.casts
+        return tuple(tensor.to(dtype) for tensor in self.trained)
 
     def draw_dropout(self) -> Dropout:
         return Dropout.drawn(self.dropout if self.training else 0.0)

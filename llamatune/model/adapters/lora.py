@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from llamatune.model.adapters.adapted_linear import AdaptedLinear
 from llamatune.model.layers import Dropout, Trained
+from llamatune.model.products import scaled_product
 
 
 class LoRALinear(AdaptedLinear):
@@ -25,12 +26,14 @@ class LoRALinear(AdaptedLinear):
         with torch.no_grad():
             self.lora_A.copy_(drawn)
 
-    def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
-        y = super().forward(x, dropout)  # (..., out)
+    def forward(
+        self, x: Tensor, dropout: Dropout | None = None, out: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        y = super().forward(x, dropout, out, residual)  # (..., out)
         if dropout is not None:
-            mask = dropout.mask(x)
-            t = (x if mask is None else x * mask) @ self.lora_A.to(x.dtype).T  # (N, R)
-            return y.addmm_(t, self.lora_B.to(x.dtype).T, alpha=self.scaling)
+            A, B = self.trained_in(x.dtype)
+            dropped, _ = dropout.drop(x)
+            return y.addmm_(dropped @ A.T, B.T, alpha=self.scaling)  # by way of (N, R)
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         if not torch.is_autocast_enabled(x.device.type):
             dropped = dropped.to(self.lora_A.dtype)
@@ -38,21 +41,26 @@ class LoRALinear(AdaptedLinear):
         return y + (update * self.scaling).to(y.dtype)
 
     def gradients(
-        self, grad: Tensor, x: Tensor | None, dropout: Dropout, wants_input: bool
+        self,
+        grad: Tensor,
+        x: Tensor | None,
+        dropout: Dropout,
+        wants_input: bool,
+        out: Tensor | None = None,
+        add: bool = False,
     ) -> tuple[Tensor | None, Trained]:
         assert x is not None
-        dx, _ = super().gradients(grad, x, dropout, wants_input)
-        A, B = self.lora_A.to(grad.dtype), self.lora_B.to(grad.dtype)
-        mask = dropout.mask(x)
-        dropped = x if mask is None else x * mask
-        dB = (grad.T @ (dropped @ A.T)).to(self.lora_B.dtype).mul_(self.scaling)
-        dt = (grad @ B).mul_(self.scaling)  # (N, R)
-        dA = (dt.T @ dropped).to(self.lora_A.dtype)
+        dx, _ = super().gradients(grad, x, dropout, wants_input, out, add)
+        A, B = self.trained_in(grad.dtype)
+        dropped, mask = dropout.drop(x)
+        dB = scaled_product(grad.T, dropped @ A.T, self.scaling, self.lora_B.dtype)
+        dt = scaled_product(grad, B, self.scaling)  # (N, R)
+        dA = scaled_product(dt.T, dropped, dtype=self.lora_A.dtype)
         if dx is not None:
             if mask is None:
                 dx.addmm_(dt, A)
             else:
-                dx.add_((dt @ A).mul_(mask))
+                dropout.add_gradient(dx, dt @ A, mask)
         return dx, (dA, dB)
 
     @staticmethod

@@ -19,18 +19,19 @@ from torch import Tensor
 from llamatune.model.attention import attend
 from llamatune.model.fused.operations import (
     Projection,
+    added,
     normalise,
     normalise_backward,
     rotate_back,
     rotate_in_place,
     swiglu_backward,
     swiglu_in_place,
+    tiles,
     trained_by,
 )
 from llamatune.model.layers import RMSNorm, Trained, product_dtype, swiglu
 from llamatune.model.rope import Rotation
 from llamatune.model.transformer import Block, Context, select_rows
-from llamatune.shapes import tile_sizes
 
 
 class _AttentionInput(torch.autograd.Function):
@@ -60,87 +61,102 @@ class _AttentionInput(torch.autograd.Function):
         for place, (grad, part) in enumerate(zip(grads, parts, strict=True)):
             if place < 2:
                 grad = rotate_back(grad, *rotation)
-            dh, more = part.gradients(grad, h, wants_input)
-            if dh is not None:
-                total = dh if total is None else total.add_(dh)
+            total, more = part.gradients(grad, h, wants_input, out=total, add=total is not None)
             trained += more
         dx = None if total is None else normalise_backward(total, x, norm)
         return dx, None, None, None, *trained
 
 
 class _Projected(torch.autograd.Function):
-    """One linear layer; its input is all that is kept."""
+    """A linear layer whose output is added to a residual; its input is all that is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, part: Projection, *trained: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, residual: Tensor, part: Projection, *trained: Tensor) -> Tensor:
         dtype = product_dtype(x)
         ctx.save_for_backward(x)
         ctx.settings = part, dtype
         with torch.autocast(x.device.type, enabled=False):
-            return part(x.to(dtype))
+            return part(x.to(dtype), residual=residual)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved_tensors
+        (x,), (grad,) = ctx.saved_tensors, grads
         part, dtype = ctx.settings
-        dx, trained = part.gradients(grads[0].to(dtype), x.to(dtype), ctx.needs_input_grad[0])
-        return None if dx is None else dx.to(x.dtype), None, *trained
+        wants_input, wants_residual, *_ = ctx.needs_input_grad
+        dx, trained = part.gradients(grad.to(dtype), x.to(dtype), wants_input)
+        return None if dx is None else dx.to(x.dtype), grad if wants_residual else None, None, *trained
 
 
 def feed_forward(
-    x: Tensor, norm: RMSNorm, parts: Sequence[Projection], dtype: torch.dtype, first: int, kept: Sequence[Tensor] = ()
-) -> Tensor:
-    """SwiGLU of a tile whose rows begin at ``first``; gate and up go into the rows of ``kept``, if there are any."""
-    gate, up, down = parts
+    x: Tensor,
+    norm: RMSNorm,
+    parts: Sequence[Projection],
+    dtype: torch.dtype,
+    first_row: int,
+    out: Tensor,
+    kept: Sequence[Tensor] = (),
+) -> None:
+    """x + feed-forward of rows that begin at ``first_row`` into ``out``; gate and up into ``kept``, if given."""
+    *gate_up, down = parts
     h = normalise(x, norm, dtype)
-    g, u = gate(h, first), up(h, first)
-    for whole, tile in zip(kept, (g, u), strict=bool(kept)):
-        whole[first : first + len(x)] = tile
-    return down(swiglu_in_place(g, u), first)
+    gate, up = (part.by_tiles(h, first_row, into) for part, into in zip(gate_up, kept or (None, None), strict=True))
+    del h  # before the peak
+    for row, g, u, residual, into in tiles(first_row, gate, up, x, out):
+        down(swiglu(g, u) if kept else swiglu_in_place(g, u), row, into, residual)
 
 
 def _feed_forward_backward(
-    grad: Tensor, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], kept: tuple[Tensor, Tensor] | None, first: int
-) -> tuple[Tensor, Trained]:
-    """Gradients of a tile with respect to the normed x and the trained tensors; ``kept`` are gate and up, if kept."""
-    gate, up, down = parts
-    h = normalise(x, norm, grad.dtype) if trained_by((gate, up)) or kept is None else None
-    if kept is None:
-        assert h is not None
-        g, u = gate(h, first), up(h, first)
-    else:
-        g, u = kept
-    activated = swiglu(g, u) if down.layer.trained else None
-    da, trained_down = down.gradients(grad, activated, first_row=first)
-    assert da is not None
-    del activated  # before the peak
-    dg, du = swiglu_backward(da, g, u)
-    dh, trained_gate = gate.gradients(dg, h, first_row=first)
-    more, trained_up = up.gradients(du, h, first_row=first)
-    assert dh is not None
-    assert more is not None
-    return dh.add_(more), (*trained_gate, *trained_up, *trained_down)
+    grad: Tensor,
+    x: Tensor,
+    norm: RMSNorm,
+    parts: Sequence[Projection],
+    kept: Sequence[Tensor],
+    dtype: torch.dtype,
+    first_row: int,
+    out: Tensor,
+) -> Trained:
+    """The gradient with respect to x into ``out``; returned are the trained tensors'. ``kept`` are overwritten."""
+    *gate_up, down = parts
+    h: Tensor | None = None
+    trained_down: Trained = ()
+    if not kept:
+        h = normalise(x, norm, dtype)
+        kept = [part.by_tiles(h, first_row) for part in gate_up]
+    for row, dy, g, u in tiles(first_row, grad, *kept):
+        activated = swiglu(g, u) if down.layer.trained else None
+        da, trained = down.gradients(dy.to(dtype), activated, first_row=row)
+        assert da is not None
+        del activated  # before the peak
+        swiglu_backward(da, g, u)
+        trained_down = added(trained_down, trained)
+        del da
+    if h is None and trained_by(gate_up):
+        h = normalise(x, norm, dtype)
+    dh = torch.empty(x.shape, dtype=dtype, device=x.device)
+    trained_gate, trained_up = (
+        part.gradients_by_tiles(dy, h, first_row, dh, add=place > 0)
+        for place, (part, dy) in enumerate(zip(gate_up, kept, strict=True))
+    )
+    del h
+    normalise_backward(dh, x, norm, beside=grad, into=out)
+    return *trained_gate, *trained_up, *trained_down
 
 
 def feed_forward_gradients(
     grad: Tensor, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], kept: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Trained]:
-    """Gradients with respect to x and the trained tensors, a tile of rows at a time."""
+    """Gradients with respect to x and the trained tensors; without gate and up ``kept``, a tile of rows at a time."""
     dx = torch.empty_like(x)
+    if kept:
+        return dx, _feed_forward_backward(grad, x, norm, parts, kept, dtype, 0, dx)
     total: Trained = ()
-    for start in range(0, len(x), tile_sizes.TILE_TOKENS):
-        rows = slice(start, start + tile_sizes.TILE_TOKENS)
-        held = (kept[0][rows], kept[1][rows]) if kept else None
-        dh, more = _feed_forward_backward(grad[rows].to(dtype), x[rows], norm, parts, held, start)
-        dx[rows] = normalise_backward(dh, x[rows], norm)
-        for before, addend in zip(total, more, strict=bool(total)):
-            before.add_(addend)
-        total = total or more
+    for row, dy, tile, into in tiles(0, grad, x, dx):
+        total = added(total, _feed_forward_backward(dy, tile, norm, parts, (), dtype, row, into))
     return dx, total
 
 
 class FusedFeedForward(torch.autograd.Function):
-    """Norm, gate, up, SiLU, product and down with their adapters; kept are x, and gate and up unless ``recompute``."""
+    """x + feed-forward of its norm, with adapters; kept are x, and gate and up unless ``recompute``."""
 
     @staticmethod
     def forward(
@@ -149,10 +165,10 @@ class FusedFeedForward(torch.autograd.Function):
         dtype = product_dtype(x)
         widths = [] if recompute else [part.layer.out_features for part in parts[:2]]  # of gate and up
         kept = [torch.empty(len(x), width, dtype=dtype, device=x.device) for width in widths]
+        y = torch.empty_like(x)
         with torch.autocast(x.device.type, enabled=False):
-            size = tile_sizes.TILE_TOKENS
-            outputs = [feed_forward(x[s : s + size], norm, parts, dtype, s, kept) for s in range(0, len(x), size)]
-            y = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+            for row, tile, into in [(0, x, y)] if kept else tiles(0, x, y):
+                feed_forward(tile, norm, parts, dtype, row, into, kept)
         ctx.save_for_backward(x, *kept)
         ctx.settings = norm, parts, dtype
         return y
@@ -184,6 +200,6 @@ def attended(
     return select_rows(o.transpose(1, 2).flatten(2), rows).squeeze(0)
 
 
-def projected(o: Tensor, by: Projection) -> Tensor:
-    """o_proj, (N, H * E) -> (N, D)."""
-    return _Projected.apply(o, by, *by.layer.trained)  # type: ignore[no-any-return, no-untyped-call]
+def projected(o: Tensor, by: Projection, residual: Tensor) -> Tensor:
+    """residual + o_proj, (N, H * E) -> (N, D)."""
+    return _Projected.apply(o, residual, by, *by.layer.trained)  # type: ignore[no-any-return, no-untyped-call]

@@ -25,7 +25,6 @@ from llamatune.model.fused.attention_and_feed_forward import (
 from llamatune.model.fused.operations import Projection, projections, tiles, trained_by
 from llamatune.model.layers import RMSNorm, product_dtype
 from llamatune.model.transformer import Block, Context, select_rows
-from llamatune.shapes import tile_sizes
 from llamatune.shapes.recompute_levels import Recompute
 
 _ATTENTION_KERNELS = {
@@ -96,9 +95,8 @@ class _RecomputedBlock(torch.autograd.Function):
         _remember(ctx, x, run_first, norm, first, last)
         middle = run_first(x)
         with torch.autocast(x.device.type, enabled=False):
-            starts = range(0, len(middle), tile_sizes.TILE_TOKENS)
-            for start, tile in zip(starts, tiles(middle), strict=True):
-                tile.add_(feed_forward(tile, norm, last, ctx.dtype, start))
+            for row, tile in tiles(0, middle):
+                feed_forward(tile, norm, last, ctx.dtype, row, out=tile)
         return middle
 
     @staticmethod
@@ -106,7 +104,7 @@ class _RecomputedBlock(torch.autograd.Function):
         norm, first, last = ctx.settings
         x, middle = _run_again(ctx)
         dmiddle, trained_last = feed_forward_gradients(grads[0], middle.detach(), norm, last, (), ctx.dtype)
-        dx, *trained_first = _backward(middle, dmiddle.add_(grads[0]), x, first)
+        dx, *trained_first = _backward(middle, dmiddle, x, first)
         return dx, None, None, None, None, *trained_first, *trained_last
 
 
@@ -117,36 +115,24 @@ class FusedBlock(Block):
         self.take_layers_of(block)
         self.recompute = recompute
 
-    def attend(self, x: Tensor, context: Context, rows: Tensor | None) -> Tensor:
-        parts = projections(self.self_attn)
-        run = partial(attended, self, context, rows, parts)
-        if self.recompute >= Recompute.PROJECTIONS:
-            inputs = parts[:3]
-            o = _RecomputedProjections.apply(_only_row(x), run, inputs, *trained_by(inputs))  # type: ignore[no-untyped-call]
-        else:
-            o = run(_only_row(x))
-        return projected(o, parts[3])[None]
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        norm, parts, recompute = self.post_attention_layernorm, projections(self.mlp), self.recompute
-        y = FusedFeedForward.apply(  # type: ignore[no-untyped-call]
-            _only_row(x), norm, parts, recompute >= Recompute.FEED_FORWARD, *trained_by(parts)
-        )
-        return y[None]  # type: ignore[no-any-return]
-
     def forward(self, x: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
-        if self.recompute is not Recompute.BLOCK:
-            return super().forward(x, context, rows)
-        first, last = projections(self.self_attn), projections(self.mlp)
-        run_first = partial(self._first_half, context, rows, first)
-        y = _RecomputedBlock.apply(  # type: ignore[no-untyped-call]
-            _only_row(x), run_first, self.post_attention_layernorm, first, last, *trained_by((*first, *last))
-        )
+        first, last, norm = projections(self.self_attn), projections(self.mlp), self.post_attention_layernorm
+        run = partial(self.attention_half, context, rows, first)
+        if self.recompute is Recompute.BLOCK:
+            y = _RecomputedBlock.apply(_only_row(x), run, norm, first, last, *trained_by((*first, *last)))  # type: ignore[no-untyped-call]
+        else:
+            recompute = self.recompute >= Recompute.FEED_FORWARD
+            y = FusedFeedForward.apply(run(_only_row(x)), norm, last, recompute, *trained_by(last))  # type: ignore[no-untyped-call]
         return y[None]  # type: ignore[no-any-return]
 
-    def _first_half(self, context: Context, rows: Tensor | None, parts: Sequence[Projection], x: Tensor) -> Tensor:
-        """x + attention(norm(x)), (N, D) -> (N or len(rows), D)."""
-        return select_rows(x[None], rows).squeeze(0) + projected(attended(self, context, rows, parts, x), parts[3])
+    def attention_half(self, context: Context, rows: Tensor | None, parts: Sequence[Projection], x: Tensor) -> Tensor:
+        """x + attention of its norm, (N, D) -> (N or len(rows), D)."""
+        run, inputs = partial(attended, self, context, rows, parts), parts[:3]
+        if self.recompute is Recompute.PROJECTIONS:
+            o = _RecomputedProjections.apply(x, run, inputs, *trained_by(inputs))  # type: ignore[no-untyped-call]
+        else:
+            o = run(x)
+        return projected(o, parts[3], select_rows(x[None], rows).squeeze(0))
 
 
 def _only_row(x: Tensor) -> Tensor:

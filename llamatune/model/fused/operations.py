@@ -5,8 +5,9 @@ Nothing here is followed by autograd. Shapes as in ``transformer``: x (N, D) is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from llamatune.model.compiled_functions import compilable
 from llamatune.model.kernels.choice import by_kernel
 from llamatune.model.layers import Dropout, Linear, RMSNorm, Trained, widened
+from llamatune.model.products import at_once
 from llamatune.shapes import tile_sizes
 
 
@@ -25,15 +27,51 @@ class Projection:
     layer: Linear
     dropout: Dropout
 
-    def __call__(self, x: Tensor, first_row: int = 0) -> Tensor:
-        """The layer's output for rows that begin at ``first_row``, (N, in) -> (N, out), in x's dtype."""
-        return self.layer(x, replace(self.dropout, first_row=first_row))  # type: ignore[no-any-return]
+    def __call__(
+        self, x: Tensor, first_row: int = 0, out: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """The layer's output for rows that begin at ``first_row``, (N, in) -> (N, out), in x's dtype.
+
+        With ``residual`` it is added to that, in the residual's dtype. ``out`` is where to write what is returned.
+        """
+        dropout = replace(self.dropout, first_row=first_row)
+        if residual is None or (at_once(x) and residual.dtype == x.dtype):
+            return self.layer(x, dropout, out, residual)  # type: ignore[no-any-return]
+        return torch.add(residual, self.layer(x, dropout), out=out)
 
     def gradients(
-        self, grad: Tensor, x: Tensor | None, wants_input: bool = True, first_row: int = 0
+        self,
+        grad: Tensor,
+        x: Tensor | None,
+        wants_input: bool = True,
+        first_row: int = 0,
+        out: Tensor | None = None,
+        add: bool = False,
     ) -> tuple[Tensor | None, Trained]:
-        """Gradients with respect to x and to the trained tensors; ``x`` is needed only where the layer is adapted."""
-        return self.layer.gradients(grad, x, replace(self.dropout, first_row=first_row), wants_input)
+        """Gradients with respect to x and to the trained tensors; ``x`` is needed only where the layer is adapted.
+
+        The former is written to ``out`` if that is given, or added to what is there.
+        """
+        dropout = replace(self.dropout, first_row=first_row)
+        if not add or at_once(grad):
+            return self.layer.gradients(grad, x, dropout, wants_input, out, add)
+        dx, trained = self.layer.gradients(grad, x, dropout, wants_input)
+        return None if dx is None or out is None else out.add_(dx), trained
+
+    def by_tiles(self, x: Tensor, first_row: int, out: Tensor | None = None) -> Tensor:
+        """The layer's output, a tile of rows at a time."""
+        out = x.new_empty(len(x), self.layer.out_features) if out is None else out
+        for row, tile, into in tiles(first_row, x, out):
+            self(tile, row, into)
+        return out
+
+    def gradients_by_tiles(self, grad: Tensor, x: Tensor | None, first_row: int, out: Tensor, add: bool) -> Trained:
+        """The trained tensors' gradients; that with respect to x is written to ``out``, or added to what is there."""
+        total: Trained = ()
+        for row, dy, into, *tile in tiles(first_row, grad, out, *(() if x is None else (x,))):
+            _, trained = self.gradients(dy, tile[0] if tile else None, True, row, into, add)
+            total = added(total, trained)
+        return total
 
 
 def projections(half: nn.Module) -> tuple[Projection, ...]:
@@ -46,16 +84,25 @@ def trained_by(parts: Sequence[Projection]) -> list[Tensor]:
     return [tensor for part in parts for tensor in part.layer.trained]
 
 
-def tiles(x: Tensor) -> tuple[Tensor, ...]:
-    """The rows of x, ``TILE_TOKENS`` at a time."""
-    return torch.split(x, tile_sizes.TILE_TOKENS)
+def added(total: Trained, addends: Trained) -> Trained:
+    """The sums, in the place of ``total``; the addends where it is empty."""
+    for before, addend in zip(total, addends, strict=bool(total)):
+        before.add_(addend)
+    return total or addends
+
+
+def tiles(first_row: int, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Tiles of ``TILE_TOKENS`` rows: the number of the first row, counted from ``first_row``, and the tensors' rows."""
+    size = tile_sizes.TILE_TOKENS
+    for start in range(0, len(tensors[0]), size):
+        yield first_row + start, *(x[start : start + size] for x in tensors)
 
 
 @by_kernel("rms_norm")
 def normalise(x: Tensor, norm: RMSNorm, dtype: torch.dtype) -> Tensor:
     """RMSNorm of x in ``dtype``, as the module computes it, a tile at a time: only a tile is ever in fp32."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for tile, into in zip(tiles(x), tiles(out), strict=True):
+    for _, tile, into in tiles(0, x, out):
         _normalise_into(into, tile, norm.weight, norm.eps)
     return out
 
@@ -72,12 +119,11 @@ def normalise_backward(
 ) -> Tensor:
     """The gradient with respect to x, in x's dtype, from that with respect to the normed x.
 
-    ``beside``, the gradient of the residual stream, is added before the rounding. The result is written ``into`` a
-    tensor, which may be one of the others, or a new one.
+    ``beside``, the gradient of the residual stream in x's dtype, is added. The result is written ``into`` a tensor,
+    which may be one of the others, or a new one.
     """
     out = torch.empty_like(x) if into is None else into
-    parts = [grad, x, out] if beside is None else [grad, x, out, beside]
-    for dh, tile, into_tile, *more in zip(*map(tiles, parts), strict=True):
+    for _, dh, tile, into_tile, *more in tiles(0, grad, x, out, *(() if beside is None else (beside,))):
         _normalise_backward_into(into_tile, dh, tile, norm.weight, norm.eps, *more)
     return out
 
@@ -90,7 +136,7 @@ def _normalise_backward_into(
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     unit, dh = wide * scale, widened(grad) * widened(weight)
     dx = scale * (dh - unit * (dh * unit).mean(-1, keepdim=True))
-    out.copy_(dx if beside is None else dx + beside)
+    out.copy_(dx if beside is None else dx.to(beside.dtype) + beside)  # each rounded, as autograd adds them
 
 
 @by_kernel("rotation")
@@ -129,10 +175,11 @@ def swiglu_in_place(gate: Tensor, up: Tensor) -> Tensor:
 
 @by_kernel("swiglu")
 @compilable
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of silu(gate) · up with respect to gate and to up; the latter in grad's place."""
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> None:
+    """Gradients of silu(gate) · up with respect to gate and to up, in their places."""
     sigmoid = torch.sigmoid(gate)
     activated = gate * sigmoid
     # silu'(g) = sigmoid(g) + silu(g) (1 - sigmoid(g))
     slope = (1 - sigmoid).mul_(activated).add_(sigmoid)
-    return slope.mul_(grad).mul_(up), grad.mul_(activated)
+    torch.mul(slope.mul_(grad), up, out=gate)
+    torch.mul(grad, activated, out=up)

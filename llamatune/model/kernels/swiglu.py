@@ -20,7 +20,7 @@ def _swiglu_forward(gate, up, out, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(grad, gate, up, dgate, count, BLOCK: tl.constexpr):
+def _swiglu_backward(grad, gate, up, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     dy = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
@@ -28,8 +28,8 @@ def _swiglu_backward(grad, gate, up, dgate, count, BLOCK: tl.constexpr):
     u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(g)
     activated = g * sigmoid
-    tl.store(dgate + at, (sigmoid + activated * (1 - sigmoid)) * u * dy, mask=inside)
-    tl.store(grad + at, dy * activated, mask=inside)
+    tl.store(gate + at, (sigmoid + activated * (1 - sigmoid)) * u * dy, mask=inside)
+    tl.store(up + at, dy * activated, mask=inside)
 
 
 def _grid(count: int) -> tuple[int]:
@@ -49,8 +49,6 @@ def swiglu_in_place(gate: Tensor, up: Tensor) -> Tensor:
     return gate
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to gate, and to up in grad's place."""
-    dgate = torch.empty_like(gate)
-    _swiglu_backward[_grid(gate.numel())](grad, gate, up, dgate, gate.numel(), BLOCK=_BLOCK)
-    return dgate, grad
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> None:
+    """Gradients with respect to gate and to up, in their places."""
+    _swiglu_backward[_grid(gate.numel())](grad, gate, up, gate.numel(), BLOCK=_BLOCK)
