@@ -33,8 +33,9 @@ from llamatune.spec import RunSpec
 class StepBytes:
     """Bytes at the highest moment of a steady step, by what they are.
 
-    ``weights`` are the base; ``adapter`` LoRA's matrices; ``activations`` what is kept for the backward pass;
-    ``temporary`` what the running part has in flight, and the buffer that NF4 matrices are unpacked into.
+    ``weights`` are the base; ``adapter`` LoRA's matrices and, on a GPU, their casts; ``activations`` what is kept for
+    the backward pass; ``temporary`` what the running part has in flight, and the buffer that NF4 matrices are unpacked
+    into.
     """
 
     weights: int
@@ -107,7 +108,7 @@ class Step:
         # The angles of the rotation, token ids, labels and positions.
         self._inputs = 2 * z.N * config.head_dim * 4 + 4 * z.N * 8
         self._trained = 4 * sum(z.trained_counts) // z.slices
-        self._adapter = 0 if z.trains_all else self._trained
+        self._adapter = 0 if z.trains_all else self._trained + z.window_casts
 
     def highest(self, levels: Levels | None = None) -> StepBytes:
         """The bytes at the peak of a step whose blocks recompute ``levels``, by default the mode's."""

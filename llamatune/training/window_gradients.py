@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llamatune.data.batches import Batch
 from llamatune.errors import Stopped
 from llamatune.events import ShouldStop
+from llamatune.model.fused.window_casts import cast_for_window
 from llamatune.model.loss import summed_loss
 from llamatune.ranks import Ranks
 from llamatune.seeds import derived_seed
@@ -66,17 +67,18 @@ def window_gradients(
     losses = torch.zeros(len(passes), dtype=torch.float64, device=learner.device)
     parameters, reached = list(learner.parameters.values()), [False] * len(learner.parameters)
     done, count, started = 0, sum(map(len, groups)), time.monotonic()
-    for lane, group in zip(own, groups, strict=False):
-        for index in group:
-            if done and ranks.size == 1 and should_stop():
-                left_s = (time.monotonic() - started) / done * (count - done)
-                if left_s > FINISHING_S:
-                    raise Stopped(f"after {done} of the {count} passes of a window")
-            losses[index] = _backward(learner, passes[index], derived_seed(seed, "dropout", window, index), divisor)
-            done += 1
-        reached = [before or p.grad is not None for before, p in zip(reached, parameters, strict=True)]
-        if tree is not None:
-            tree.add(lane, 1, _taken(parameters) if group else None)
+    with _casts(learner):
+        for lane, group in zip(own, groups, strict=False):
+            for index in group:
+                if done and ranks.size == 1 and should_stop():
+                    left_s = (time.monotonic() - started) / done * (count - done)
+                    if left_s > FINISHING_S:
+                        raise Stopped(f"after {done} of the {count} passes of a window")
+                losses[index] = _backward(learner, passes[index], derived_seed(seed, "dropout", window, index), divisor)
+                done += 1
+            reached = [before or p.grad is not None for before, p in zip(reached, parameters, strict=True)]
+            if tree is not None:
+                tree.add(lane, 1, _taken(parameters) if group else None)
     if learner.streamed is not None:
         for _ in range(_most_passes(dealt, ranks) - done):
             learner.streamed.idle(backward=True)
@@ -95,6 +97,12 @@ def window_gradients(
             parameter.grad = gradient if has_gradient else None
     own_tokens = sum(passes[index].tokens for group in groups for index in group)
     return WindowFacts(losses, _missing(learner, reached), own_tokens, stop, waited_s)
+
+
+def _casts(learner: Learner) -> contextlib.AbstractContextManager[None]:
+    """What is trained, cast for the products of all passes."""
+    with learner.autocast():
+        return cast_for_window(learner.model, learner.model.product_dtype)
 
 
 def _most_passes(dealt: Sequence[Sequence[int]], ranks: Ranks) -> int:
