@@ -16,14 +16,15 @@ from torch._subclasses import FakeTensorMode
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.huggingface_weights import HuggingFaceCheckpoint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
-from llamatune.checkpoints.nf4_cache import QuantizedBase
+from llamatune.checkpoints.quantized_base import QuantizedBase
 from llamatune.errors import CheckpointError
 from llamatune.events import ignore_event, never_stop
 from llamatune.model.activation_checkpointing import apply_activation_checkpointing
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
 from llamatune.model.blockwise_8bit import dynamic_levels
 from llamatune.model.layers import Linear
-from llamatune.model.nf4 import LEVELS, NF4Weight, Scratch, hold_quantized, quantize_blocks, quantize_nf4, storage
+from llamatune.model.nf4 import LEVELS, NF4Weight
+from llamatune.model.packed_weight import Scratch, hold_quantized, quantize_blocks
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
@@ -64,7 +65,7 @@ def slowly_quantized(W: Tensor) -> tuple[list[int], list[float], Tensor]:
 def test_every_code_and_scale_is_that_of_the_slow_reading(shape: tuple[int, int], dtype: torch.dtype) -> None:
     W = matrix(shape).to(dtype)
     W.view(-1)[0] *= 30  # an outlier block
-    packed = quantize_nf4(W, Scratch())
+    packed = NF4Weight.quantize(W, Scratch())
     codes, scales, weights = slowly_quantized(W)
     found = torch.stack((packed.codes >> 4, packed.codes & 15), 1).view(-1)[: W.numel()]
     torch.testing.assert_close(packed.scales(), torch.tensor(scales), rtol=1e-6, atol=0)
@@ -99,12 +100,12 @@ def test_the_error_on_a_normal_matrix_is_the_known_one() -> None:
     distance = (blocks[..., None] / largest[..., None] - torch.tensor(LEVELS).double()).abs().amin(-1) * largest
     exact = float(distance.norm() / blocks.norm())
     assert exact == pytest.approx(0.0921, abs=5e-4)
-    found = quantize_nf4(W, Scratch()).unpacked(torch.float32)
+    found = NF4Weight.quantize(W, Scratch()).unpacked(torch.float32)
     assert float((found - W).norm() / W.norm()) == pytest.approx(exact, rel=5e-3)
 
 
 def test_it_costs_half_a_byte_and_a_64th_a_weight() -> None:
-    packed = quantize_nf4(matrix((512, 1024)), Scratch())
+    packed = NF4Weight.quantize(matrix((512, 1024)), Scratch())
     expected = 0.5 + 1 / 64 + 4 / (64 * 256)
     assert sum(buffer.nbytes for buffer in packed.buffers()) / (512 * 1024) == pytest.approx(expected, rel=1e-4)
     assert expected == pytest.approx(0.516, abs=5e-4)
@@ -114,17 +115,17 @@ def test_it_costs_half_a_byte_and_a_64th_a_weight() -> None:
 def test_constant_and_empty_blocks_come_back(value: float) -> None:
     W = torch.full((70, 64), value)
     W[5] = 0.0
-    torch.testing.assert_close(quantize_nf4(W, Scratch()).unpacked(torch.float32), W, rtol=6e-3, atol=0)
+    torch.testing.assert_close(NF4Weight.quantize(W, Scratch()).unpacked(torch.float32), W, rtol=6e-3, atol=0)
 
 
 def test_unpacking_is_the_same_in_pieces_and_in_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = quantize_nf4(matrix((200, 130)), Scratch())
+    packed = NF4Weight.quantize(matrix((200, 130)), Scratch())
     whole = packed.unpacked(torch.float32).clone()
     for dtype, tolerance in ((torch.bfloat16, 2**-7), (torch.float16, 2**-9)):
         torch.testing.assert_close(packed.unpacked(dtype).float(), whole, rtol=tolerance, atol=1e-7)
     monkeypatch.setitem(WEIGHTS_AT_ONCE, "cpu", 256)
     assert torch.equal(packed.unpacked(torch.float32), whole)
-    assert torch.equal(quantize_nf4(matrix((200, 130)), Scratch()).unpacked(torch.float32), whole)
+    assert torch.equal(NF4Weight.quantize(matrix((200, 130)), Scratch()).unpacked(torch.float32), whole)
 
 
 # Inside a model.
@@ -132,7 +133,7 @@ def test_unpacking_is_the_same_in_pieces_and_in_every_dtype(monkeypatch: pytest.
 
 def nf4_model(base: Path, dtype: torch.dtype = torch.bfloat16) -> Transformer:
     checkpoint = open_checkpoint(base)
-    source = QuantizedBase(checkpoint, checkpoint.config, torch.device("cpu"), ignore_event, never_stop)
+    source = QuantizedBase("nf4", checkpoint, checkpoint.config, torch.device("cpu"), ignore_event, never_stop)
     model = load_model(checkpoint, dtype, quantized=source)
     model.activation_dtype = torch.float32
     return model
@@ -227,7 +228,7 @@ def test_inference_before_training_leaves_a_usable_buffer(tiny_base: Callable[..
 
 def test_a_model_quantised_in_memory_is_the_loaded_one(tiny_base: Callable[..., Path]) -> None:
     loaded, made = nf4_model(tiny_base()), load_model(tiny_base(), torch.float32, writable=True)
-    quantize_blocks(made, torch.bfloat16)
+    quantize_blocks(made, NF4Weight, torch.bfloat16)
     made.activation_dtype = torch.float32
     with torch.no_grad():
         assert torch.equal(loaded(IDS), made(IDS))
@@ -280,7 +281,8 @@ def test_a_step_runs_where_tensors_have_no_values(tiny_base: Callable[..., Path]
         for module in model.model.layers.modules():
             if isinstance(module, Linear) and module.quantized is None:
                 shape = (module.out_features, module.in_features)
-                tensors = {name: torch.empty(size, dtype=dtype) for name, (dtype, size) in storage(shape).items()}
+                held = NF4Weight.storage(shape).items()
+                tensors = {name: torch.empty(size, dtype=dtype) for name, (dtype, size) in held}
                 hold_quantized(module, NF4Weight(shape, tensors, scratch))
         apply_adapter(model, AdapterSpec(4, 8, 0.0, ("q_proj", "v_proj")))
         model(torch.zeros(1, 9, dtype=torch.long)).sum().backward()

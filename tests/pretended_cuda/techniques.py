@@ -9,7 +9,7 @@ from typing import Any
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "checkpointing": ("none", "block", "every_2", "attention", "feed_forward", "sublayer", "projections"),
-    "dtype": ("float32", "bfloat16", "float16", "nf4"),
+    "dtype": ("float32", "bfloat16", "float16", "nf4", "float8"),
     "rows": ("one", "equal", "ragged", "packed"),
     "precision": ("fp32", "bf16", "fp16"),
     "blocks": ("fused", "plain"),
@@ -27,7 +27,7 @@ Pair = frozenset[tuple[str, str]]
 REFUSED: set[Pair] = {
     frozenset(pair)
     for pair in [
-        *((("trained", "everything"), ("dtype", dtype)) for dtype in ("bfloat16", "float16", "nf4")),
+        *((("trained", "everything"), ("dtype", dtype)) for dtype in ("bfloat16", "float16", "nf4", "float8")),
         (("trained", "everything"), ("checkpointing", "projections")),
         (("trained", "everything"), ("placement", "host")),
         (("blocks", "plain"), ("checkpointing", "projections")),

@@ -24,7 +24,7 @@ ONCE = {
     ("model/adapters/lora.py:LoRALinear.start", TO_DEVICE): "A's first values",
     ("model/block_stores.py:HostBlocks.write", TO_HOST): "placement: host, a weight goes to where it will lie",
     ("model/blockwise_8bit.py:BlockwiseCode.__init__", TO_DEVICE): "three tables of an 8-bit code",
-    ("model/nf4.py:Scratch.pairs", TO_DEVICE): "the table of NF4",
+    ("model/nf4.py:_pairs_of_levels", TO_DEVICE): "the table of NF4",
 }
 """Where it waits besides while the learner is built, and when a table is made for the first pass that needs it."""
 

@@ -1,0 +1,126 @@
+"""Float8 (e4m3) of frozen weights with a scale for each row, an output channel: one byte a weight.
+
+A scale is the least power of two with which the row's largest magnitude fits into 448, the largest e4m3. e4m3 rounds
+relatively (to 2⁻⁴ at most, down to 2⁻⁶ of its numbers), so a scale between two powers of two would not be more exact,
+and these change no bit of what they multiply: W unpacked to bf16 is exactly the quantised W.
+
+On a GPU with float8 products (``shapes.float8_products``), the rows of x are quantised too, as they come, each with its
+largest magnitude at 448, and ``torch._scaled_mm`` multiplies. A row of x is a token, so that what a token gives does
+not depend on the others of a pass. Elsewhere W is unpacked.
+
+The backward product grad W sums over the rows of W, so W's scales cannot be put behind it. They are multiplied into
+grad, exactly, before its rows are quantised, and the codes are the second factor without scales. ``_scaled_mm`` takes
+this factor only with the summed dimension contiguous, as W^T (in, out) has it. The codes are turned into the shared
+buffer at each use: 2 bytes of traffic a weight. Holding W^T beside W would cost 6 GiB for a 7B; unpacking to bf16 moves
+7 bytes a weight without a kernel of its own, and its product takes twice as long; one scale for a whole matrix would
+not have to be folded into grad, but needs the same turning and makes rows of small weights inexact.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from llamatune.devices import capability_of
+from llamatune.model.packed_weight import PackedWeight, Scratch
+from llamatune.model.torch_dtypes import DTYPE_NAMES
+from llamatune.shapes.float8_products import runs_in_float8
+from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
+
+LARGEST = 448.0
+"""The largest e4m3; what rounds to more is NaN or ``LARGEST``, by the version of torch."""
+
+_LEAST_SCALE = 2.0**-126
+"""The least normal fp32: rows of zeros, or of less than it can scale, divide by it."""
+
+
+class Float8Weight(PackedWeight):
+    """A frozen matrix (out, in) in float8."""
+
+    codes: Tensor
+    scales: Tensor
+
+    @staticmethod
+    def storage(shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {"codes": (torch.float8_e4m3fn, shape), "scales": (torch.float32, shape[:1])}
+
+    @classmethod
+    @torch.no_grad()
+    def quantize(cls, W: Tensor, scratch: Scratch) -> Self:
+        scales = _power_of_two(_largest(W) / LARGEST)  # (out, 1)
+        codes = torch.empty(W.shape, dtype=torch.float8_e4m3fn, device=W.device)
+        for rows, scale, into in zip(_pieces(W), _pieces(scales, W), _pieces(codes), strict=True):
+            into.copy_(rows.float() / scale)
+        return cls(tuple(W.shape), {"codes": codes, "scales": scales.view(-1)}, scratch)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        W = self.scratch.buffer(self.codes.numel(), dtype, self.device).view(self.shape)
+        scales = self.scales[:, None]
+        if W.is_cuda:
+            return W.copy_(self.codes).mul_(scales)
+        numbers: Tensor = self.scratch.table(_numbers, dtype, self.device)
+        for codes, scale, into in zip(_pieces(self.codes), _pieces(scales, self.codes), _pieces(W), strict=True):
+            # torch casts one number after the other on a CPU, in three times the time of this.
+            torch.index_select(numbers, 0, codes.view(torch.uint8).view(-1).int(), out=into.view(-1))
+            into.mul_(scale)
+        return W
+
+    def product(self, x: Tensor) -> Tensor:
+        if not self.multiplies_in_float8(x.dtype):
+            return super().product(x)
+        codes, scales = quantize_rows(x.reshape(-1, x.shape[-1]))
+        y = torch._scaled_mm(codes, self.codes.t(), scales, self.scales[None], out_dtype=x.dtype)
+        return y.view(*x.shape[:-1], -1)
+
+    def product_back(self, grad: Tensor) -> Tensor:
+        if not self.multiplies_in_float8(grad.dtype):
+            return super().product_back(grad)
+        # In grad's dtype the product with a power of two rounds nothing.
+        codes, scales = quantize_rows(grad.reshape(-1, grad.shape[-1]) * self.scales.to(grad.dtype))
+        turned = self.scratch.buffer(self.codes.numel(), torch.uint8, self.device).view(self.shape[::-1])
+        turned.copy_(self.codes.view(torch.uint8).t())
+        ones: Tensor = self.scratch.table(_ones, self.shape[1], self.device)
+        dx = torch._scaled_mm(codes, turned.view(self.codes.dtype).t(), scales, ones, out_dtype=grad.dtype)
+        return dx.view(*grad.shape[:-1], -1)
+
+    def multiplies_in_float8(self, dtype: torch.dtype) -> bool:
+        """Whether products in ``dtype`` quantise the other factor."""
+        return runs_in_float8(capability_of(self.device), DTYPE_NAMES[dtype], self.shape)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 codes (N, D) and fp32 scales (N, 1) of x (N, D): codes · scales is x, and the largest code of a row is 448.
+
+    A row with NaN or infinity becomes NaN.
+    """
+    scales = (_largest(x) / LARGEST).clamp_min_(_LEAST_SCALE)
+    return torch.div(x, scales, out=torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)), scales
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude of each row, fp32 (N, 1), without a copy of x."""
+    low, high = x.aminmax(dim=1, keepdim=True)
+    return torch.maximum(high, -low).float()
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """The least power of two that is not below x, and a normal fp32; 1 for 0."""
+    mantissa, exponent = torch.frexp(x)  # x = mantissa · 2^exponent, the mantissa from 1/2 to 1
+    return torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).int()).clamp_min_(_LEAST_SCALE)
+
+
+def _pieces(x: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Rows of x, as many at a time as of ``of`` (x by default) are unpacked in one piece."""
+    of = x if of is None else of
+    return torch.split(x, max(1, WEIGHTS_AT_ONCE[of.device.type] // max(1, of.shape[1])))
+
+
+def _numbers(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The number of each of the 256 codes."""
+    return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).to(dtype)
+
+
+def _ones(count: int, device: torch.device) -> Tensor:
+    return torch.ones(1, count, device=device)
