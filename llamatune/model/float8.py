@@ -18,6 +18,7 @@ not have to be folded into grad, but needs the same turning and makes rows of sm
 
 from __future__ import annotations
 
+import weakref
 from typing import Self
 
 import torch
@@ -55,39 +56,42 @@ class Float8Weight(PackedWeight):
             into.copy_(rows.float() / scale)
         return cls(tuple(W.shape), {"codes": codes, "scales": scales.view(-1)}, scratch)
 
-    def unpacked(self, dtype: torch.dtype) -> Tensor:
-        W = self.scratch.buffer(self.codes.numel(), dtype, self.device).view(self.shape)
-        scales = self.scales[:, None]
+    def unpack_into(self, flat: Tensor) -> None:
+        W, scales = flat.view(self.shape), self.scales[:, None]
         if W.is_cuda:
-            return W.copy_(self.codes).mul_(scales)
-        numbers: Tensor = self.scratch.table(_numbers, dtype, self.device)
+            W.copy_(self.codes).mul_(scales)
+            return
+        numbers: Tensor = self.scratch.table(_numbers, flat.dtype, self.device)
         for codes, scale, into in zip(_pieces(self.codes), _pieces(scales, self.codes), _pieces(W), strict=True):
             # torch casts one number after the other on a CPU, in three times the time of this.
             torch.index_select(numbers, 0, codes.view(torch.uint8).view(-1).int(), out=into.view(-1))
             into.mul_(scale)
-        return W
 
     def product(self, x: Tensor) -> Tensor:
-        if not self.multiplies_in_float8(x.dtype):
+        if not self.multiplies_in_float8(x):
             return super().product(x)
         codes, scales = quantize_rows(x.reshape(-1, x.shape[-1]))
         y = torch._scaled_mm(codes, self.codes.t(), scales, self.scales[None], out_dtype=x.dtype)
         return y.view(*x.shape[:-1], -1)
 
     def product_back(self, grad: Tensor) -> Tensor:
-        if not self.multiplies_in_float8(grad.dtype):
+        if not self.multiplies_in_float8(grad):
             return super().product_back(grad)
         # In grad's dtype the product with a power of two rounds nothing.
         codes, scales = quantize_rows(grad.reshape(-1, grad.shape[-1]) * self.scales.to(grad.dtype))
-        turned = self.scratch.buffer(self.codes.numel(), torch.uint8, self.device).view(self.shape[::-1])
-        turned.copy_(self.codes.view(torch.uint8).t())
+        room = self.codes.numel(), self.codes.dtype, self.device
+        turned = self.scratch.filled(weakref.ref(self), *room, self.turn_into).view(self.shape[::-1])
         ones: Tensor = self.scratch.table(_ones, self.shape[1], self.device)
-        dx = torch._scaled_mm(codes, turned.view(self.codes.dtype).t(), scales, ones, out_dtype=grad.dtype)
+        dx = torch._scaled_mm(codes, turned.t(), scales, ones, out_dtype=grad.dtype)
         return dx.view(*grad.shape[:-1], -1)
 
-    def multiplies_in_float8(self, dtype: torch.dtype) -> bool:
-        """Whether products in ``dtype`` quantise the other factor."""
-        return runs_in_float8(capability_of(self.device), DTYPE_NAMES[dtype], self.shape)
+    def turn_into(self, flat: Tensor) -> None:
+        """Write the codes of W^T, row after row, into ``flat``."""
+        flat.view(torch.uint8).view(self.shape[::-1]).copy_(self.codes.view(torch.uint8).t())
+
+    def multiplies_in_float8(self, x: Tensor) -> bool:
+        """Whether the product with ``x``, its other factor, quantises it. ``_scaled_mm`` wants rows."""
+        return x.numel() > 0 and runs_in_float8(capability_of(self.device), DTYPE_NAMES[x.dtype], self.shape)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,16 +80,18 @@ class NF4Weight(PackedWeight):
         rest = code_of_scales(self.scratch, self.device).decode(self.scale_codes, self.scale_factors)
         return rest[:blocks] + self.scale_mean
 
-    def unpacked(self, dtype: torch.dtype) -> Tensor:
-        flat = self.scratch.buffer(len(self.codes) * 2, dtype, self.device)
-        scales, pairs = self.scales(), pairs_of_levels(self.scratch, dtype, self.device)
+    @property
+    def room(self) -> int:
+        return len(self.codes) * 2
+
+    def unpack_into(self, flat: Tensor) -> None:
+        scales, pairs = self.scales(), pairs_of_levels(self.scratch, flat.dtype, self.device)
         if is_compiling() and flat.is_cuda:  # a CPU is faster in pieces that stay in its cache
             dequantize_at_once(
-                self.codes.view(-1, BLOCK // 2), scales[:, None], pairs.view(dtype), flat.view(-1, BLOCK)
+                self.codes.view(-1, BLOCK // 2), scales[:, None], pairs.view(flat.dtype), flat.view(-1, BLOCK)
             )
         else:
             dequantize(self.codes, scales, pairs, flat)
-        return flat[: math.prod(self.shape)].view(self.shape)
 
 
 def pairs_of_levels(scratch: Scratch, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -5,6 +5,8 @@ Products unpack one matrix at a time, in the forward and again in the backward p
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, Self
 
@@ -27,14 +29,31 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[torch.device, Tensor] = {}
+        self._inside: Hashable = None
         self._tables: dict[Hashable, Any] = {}
 
     def buffer(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """``count`` uninitialised elements of the buffer; what was in it is lost."""
+        self._inside = None
+        return self._room(count, dtype, device)
+
+    def filled(
+        self, key: Hashable, count: int, dtype: torch.dtype, device: torch.device, fill: Callable[[Tensor], None]
+    ) -> Tensor:
+        """The buffer as ``fill`` leaves it, not filled anew if the last call had this key: tiles share their matrix."""
+        room, key = self._room(count, dtype, device), (key, dtype, device)
+        if self._inside != key:
+            self._inside = None
+            fill(room)
+            self._inside = key
+        return room
+
+    def _room(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         size = count * dtype.itemsize
         buffer = self._buffers.get(device)
         if buffer is None or len(buffer) < size:
             buffer = None
+            self._inside = None
             self._buffers.pop(device, None)  # freed before a larger one is allocated
             with torch.inference_mode(False):  # a tensor made in inference mode cannot be written to outside it
                 buffer = self._buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
@@ -50,7 +69,7 @@ class Scratch:
 class PackedWeight(nn.Module):
     """A frozen matrix (out, in) in a packed form; calling it gives x W^T. Its buffers are those of ``storage``.
 
-    A kind of quantisation is a subclass: ``storage``, ``quantize`` and ``unpacked``.
+    A kind of quantisation is a subclass: ``storage``, ``quantize`` and ``unpack_into``.
     """
 
     def __init__(self, shape: tuple[int, ...], tensors: dict[str, Tensor], scratch: Scratch) -> None:
@@ -70,9 +89,19 @@ class PackedWeight(nn.Module):
         """The packed form of a finite matrix, on its device; beside W it needs a few megabytes."""
         raise NotImplementedError
 
+    def unpack_into(self, flat: Tensor) -> None:
+        """Write W, row after row, into ``flat``, which has ``room`` elements."""
+        raise NotImplementedError
+
+    @property
+    def room(self) -> int:
+        """Elements that W is unpacked into."""
+        return math.prod(self.shape)
+
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in ``dtype`` inside the shared buffer: use it at once, the next call overwrites it."""
-        raise NotImplementedError
+        flat = self.scratch.filled(weakref.ref(self), self.room, dtype, self.device, self.unpack_into)
+        return flat[: math.prod(self.shape)].view(self.shape)
 
     @property
     def device(self) -> torch.device:
