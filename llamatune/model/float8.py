@@ -25,16 +25,11 @@ import torch
 from torch import Tensor
 
 from llamatune.devices import capability_of
+from llamatune.model.kernels.choice import by_kernel
 from llamatune.model.packed_weight import PackedWeight, Scratch
 from llamatune.model.torch_dtypes import DTYPE_NAMES
-from llamatune.shapes.float8_products import runs_in_float8
+from llamatune.shapes.float8_products import LARGEST, LEAST_SCALE, runs_in_float8
 from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
-
-LARGEST = 448.0
-"""The largest e4m3; what rounds to more is NaN or ``LARGEST``, by the version of torch."""
-
-_LEAST_SCALE = 2.0**-126
-"""The least normal fp32: rows of zeros, or of less than it can scale, divide by it."""
 
 
 class Float8Weight(PackedWeight):
@@ -77,8 +72,7 @@ class Float8Weight(PackedWeight):
     def product_back(self, grad: Tensor) -> Tensor:
         if not self.multiplies_in_float8(grad):
             return super().product_back(grad)
-        # In grad's dtype the product with a power of two rounds nothing.
-        codes, scales = quantize_rows(grad.reshape(-1, grad.shape[-1]) * self.scales.to(grad.dtype))
+        codes, scales = quantize_rows(grad.reshape(-1, grad.shape[-1]), self.scales)
         room = self.codes.numel(), self.codes.dtype, self.device
         turned = self.scratch.filled(weakref.ref(self), *room, self.turn_into).view(self.shape[::-1])
         ones: Tensor = self.scratch.table(_ones, self.shape[1], self.device)
@@ -87,20 +81,30 @@ class Float8Weight(PackedWeight):
 
     def turn_into(self, flat: Tensor) -> None:
         """Write the codes of W^T, row after row, into ``flat``."""
-        flat.view(torch.uint8).view(self.shape[::-1]).copy_(self.codes.view(torch.uint8).t())
+        transpose_bytes(self.codes.view(torch.uint8), flat.view(torch.uint8).view(self.shape[::-1]))
 
     def multiplies_in_float8(self, x: Tensor) -> bool:
         """Whether the product with ``x``, its other factor, quantises it. ``_scaled_mm`` wants rows."""
         return x.numel() > 0 and runs_in_float8(capability_of(self.device), DTYPE_NAMES[x.dtype], self.shape)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+@by_kernel("float8")
+def quantize_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """e4m3 codes (N, D) and fp32 scales (N, 1) of x (N, D): codes · scales is x, and the largest code of a row is 448.
 
-    A row with NaN or infinity becomes NaN.
+    ``factors`` are powers of two (D,), fp32, that x is multiplied by first, which rounds nothing in x's dtype. A row
+    with NaN or infinity holds NaN.
     """
-    scales = (_largest(x) / LARGEST).clamp_min_(_LEAST_SCALE)
+    if factors is not None:
+        x = x * factors.to(x.dtype)
+    scales = (_largest(x) / LARGEST).clamp_min_(LEAST_SCALE)
     return torch.div(x, scales, out=torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)), scales
+
+
+@by_kernel("float8")
+def transpose_bytes(codes: Tensor, out: Tensor) -> None:
+    """Write the transpose of ``codes`` (R, C) into ``out`` (C, R), both uint8."""
+    out.copy_(codes.t())
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -112,7 +116,7 @@ def _largest(x: Tensor) -> Tensor:
 def _power_of_two(x: Tensor) -> Tensor:
     """The least power of two that is not below x, and a normal fp32; 1 for 0."""
     mantissa, exponent = torch.frexp(x)  # x = mantissa · 2^exponent, the mantissa from 1/2 to 1
-    return torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).int()).clamp_min_(_LEAST_SCALE)
+    return torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).int()).clamp_min_(LEAST_SCALE)
 
 
 def _pieces(x: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:

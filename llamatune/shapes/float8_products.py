@@ -1,11 +1,17 @@
-"""Whether a product with a float8 matrix is computed in float8 (``torch._scaled_mm``). One rule for model and plan.
+"""What e4m3 can hold, and whether a product with a float8 matrix is computed in float8 (``torch._scaled_mm``).
 
-No torch.
+One rule for the model and for the memory plan. No torch.
 """
 
 from __future__ import annotations
 
 from llamatune.shapes.attention_kernels import Capability
+
+LARGEST = 448.0
+"""The largest e4m3; what rounds to more is NaN or ``LARGEST``, by the version of torch."""
+
+LEAST_SCALE = 2.0**-126
+"""The least normal fp32: rows of zeros, or of less than it can scale, divide by it."""
 
 OLDEST_IN_FLOAT8: Capability = (8, 9)
 
