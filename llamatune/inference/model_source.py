@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,14 +25,17 @@ from llamatune.devices import choose_device, lacks_bf16
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.formats.manifest import find_manifest
 from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
+from llamatune.model.kernels.choice import chosen_kernels
 from llamatune.model.packed_weight import PackedWeight
 from llamatune.model.quantization import QUANTIZATIONS
 from llamatune.model.streamed_blocks import stream_blocks
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from llamatune.model.transformer import Transformer
+from llamatune.out_of_memory import memory_faults
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.shared_work import refuse_differences
+from llamatune.threads import suitable_threads
 from llamatune.tokenizers.sentencepiece import load_tokenizer
 from llamatune.tokenizers.tokenizer import Tokenizer, check_vocabulary
 
@@ -99,6 +103,13 @@ class OpenedModel:
             what = f"a prompt of {longest} tokens and up to {new_tokens} new ones"
             on_event(Notice(f"{what} can become more than the {known} tokens the model knows", "warning"))
         return ids
+
+    @contextlib.contextmanager
+    def computing(self, tokens: float, advice: str, on_event: OnEvent) -> Iterator[None]:
+        """For all that computes: threads for passes of so many tokens, the device's kernels, faults with ``advice``."""
+        kernels = chosen_kernels("auto", self.device, on_event)
+        with memory_faults(self.device, advice), suitable_threads(self.checkpoint.config, tokens), kernels:
+            yield
 
     def load(self, on_event: OnEvent, should_stop: ShouldStop) -> LoadedModels:
         """Read the weights."""

@@ -12,10 +12,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability, Gpu
+from llamatune.shapes.attention_kernels import Gpu
+from llamatune.shapes.capabilities import OLDEST_WITH_BF16, OLDEST_WITH_FP8, Capability
 from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.dtypes import PRECISIONS, QUANTIZED_DTYPES, WEIGHT_BYTES
-from llamatune.shapes.float8_products import OLDEST_IN_FLOAT8, runs_in_float8
+from llamatune.shapes.float8_products import runs_in_float8
 from llamatune.shapes.gradient_lanes import LANES
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.recurring_sizes import filled_up
@@ -179,7 +180,7 @@ def _capability(gpu: Gpu, computed: str, held: str) -> Capability | None:
     """
     if isinstance(gpu, tuple):
         return gpu
-    usual = OLDEST_IN_FLOAT8 if held == "float8" else OLDEST_WITH_BF16
+    usual = OLDEST_WITH_FP8 if held == "float8" else OLDEST_WITH_BF16
     return None if not gpu else (7, 5) if computed == "float16" else usual
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from llamatune.model import blockwise_8bit
 from llamatune.model.blockwise_8bit import BlockwiseCode
 from llamatune.model.compiled_functions import compilable, is_compiling
+from llamatune.model.kernels.choice import by_kernel
 from llamatune.model.packed_weight import PackedWeight, Scratch
 from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
 
@@ -76,22 +77,16 @@ class NF4Weight(PackedWeight):
 
     def scales(self) -> Tensor:
         """The blocks' scales as read back, fp32 (blocks,)."""
-        blocks = len(self.codes) * 2 // BLOCK
-        rest = code_of_scales(self.scratch, self.device).decode(self.scale_codes, self.scale_factors)
-        return rest[:blocks] + self.scale_mean
+        code, blocks = code_of_scales(self.scratch, self.device), len(self.codes) * 2 // BLOCK
+        return block_scales(self.scale_codes, self.scale_factors, self.scale_mean, code)[:blocks]
 
     @property
     def room(self) -> int:
         return len(self.codes) * 2
 
     def unpack_into(self, flat: Tensor) -> None:
-        scales, pairs = self.scales(), pairs_of_levels(self.scratch, flat.dtype, self.device)
-        if is_compiling() and flat.is_cuda:  # a CPU is faster in pieces that stay in its cache
-            dequantize_at_once(
-                self.codes.view(-1, BLOCK // 2), scales[:, None], pairs.view(flat.dtype), flat.view(-1, BLOCK)
-            )
-        else:
-            dequantize(self.codes, scales, pairs, flat)
+        code, pairs = code_of_scales(self.scratch, self.device), pairs_of_levels(self.scratch, flat.dtype, self.device)
+        unpack(self.codes, self.scale_codes, self.scale_factors, self.scale_mean, code, pairs, flat)
 
 
 def pairs_of_levels(scratch: Scratch, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -112,6 +107,29 @@ def _pairs_of_levels(dtype: torch.dtype, device: torch.device) -> Tensor:
 def code_of_scales(scratch: Scratch, device: torch.device) -> BlockwiseCode:
     """The 8-bit code of the scales."""
     return scratch.table(BlockwiseCode, True, device)  # type: ignore[no-any-return]
+
+
+def block_scales(scale_codes: Tensor, scale_factors: Tensor, scale_mean: Tensor, scale_code: BlockwiseCode) -> Tensor:
+    """The scales that codes, factors and mean stand for, fp32, whole groups of 256."""
+    return scale_code.decode(scale_codes, scale_factors) + scale_mean
+
+
+@by_kernel("nf4_unpacking")
+def unpack(
+    codes: Tensor,
+    scale_codes: Tensor,
+    scale_factors: Tensor,
+    scale_mean: Tensor,
+    scale_code: BlockwiseCode,
+    pairs: Tensor,
+    out: Tensor,
+) -> None:
+    """Write the weights (64 N,) of the tensors of ``storage`` into ``out``; ``pairs`` are the scratch's."""
+    scales = block_scales(scale_codes, scale_factors, scale_mean, scale_code)[: len(out) // BLOCK]
+    if is_compiling() and out.is_cuda:  # a CPU is faster in pieces that stay in its cache
+        dequantize_at_once(codes.view(-1, BLOCK // 2), scales[:, None], pairs.view(out.dtype), out.view(-1, BLOCK))
+    else:
+        dequantize(codes, scales, pairs, out)
 
 
 def dequantize(codes: Tensor, scales: Tensor, pairs: Tensor, out: Tensor) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llamatune.model.compiled_functions import compilable
+from llamatune.model.kernels.choice import by_kernel
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin of the rotary angles, each (B or 1, 1, T, E), fp32."""
@@ -23,9 +24,14 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotation:
     return angles.cos(), angles.sin()
 
 
+@by_kernel("rotation")
 @compilable
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of ``x`` (B, H, T, E) by its position's angle, in x's dtype."""
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn each pair of q (B, H, T, E) and k (B, K, T, E) by its position's angle, in their dtype."""
+    return _turned(q, cos, sin), _turned(k, cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

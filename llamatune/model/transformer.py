@@ -56,7 +56,7 @@ class Attention(nn.Module):
             project(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, E)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
+        q, k = rotate(q, k, *context.rotation)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)  # (B, K, S, E)
         o = attend(q, k, v, context.mask, context.documents)  # (B, H, T, E)

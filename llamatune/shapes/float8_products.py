@@ -5,15 +5,13 @@ One rule for the model and for the memory plan. No torch.
 
 from __future__ import annotations
 
-from llamatune.shapes.attention_kernels import Capability
+from llamatune.shapes.capabilities import OLDEST_WITH_FP8, Capability
 
 LARGEST = 448.0
 """The largest e4m3; what rounds to more is NaN or ``LARGEST``, by the version of torch."""
 
 LEAST_SCALE = 2.0**-126
 """The least normal fp32: rows of zeros, or of less than it can scale, divide by it."""
-
-OLDEST_IN_FLOAT8: Capability = (8, 9)
 
 _WHOLE = 16
 """``torch._scaled_mm`` wants both dimensions of its second factor, of one byte an element, in whole 16 bytes."""
@@ -32,4 +30,4 @@ def runs_in_float8(capability: Capability | None, computed: str, shape: tuple[in
     """
     if capability is None or computed != "bfloat16" or any(size % _WHOLE for size in shape):
         return False
-    return capability == OLDEST_IN_FLOAT8 or capability[0] in (9, 10, 12)
+    return capability == OLDEST_WITH_FP8 or capability[0] in (9, 10, 12)

@@ -232,13 +232,17 @@ def test_norm_and_its_gradient_against_autograd() -> None:
     with torch.no_grad():
         torch.testing.assert_close(operations.normalise(x, norm, torch.float64), norm(x))
         torch.testing.assert_close(operations.normalise_backward(grad, x, norm), x.grad)
+        beside = torch.randn_like(x)
+        wanted = x.grad + beside
+        assert operations.normalise_backward(grad, x, norm, beside, into=beside) is beside
+        torch.testing.assert_close(beside, wanted)
 
 
 def test_turning_back_undoes_turning() -> None:
     x = torch.randn(9, 3 * 8, dtype=torch.float64)
     rotation = rotary_angles(torch.arange(9)[None], 8, 10000.0)
-    turned = x.clone()
-    operations.rotate_in_place(turned, *rotation)
+    turned, half = x.clone(), x[:, :8].clone()
+    operations.rotate_in_place(turned, half, *rotation)
     assert not torch.allclose(turned, x)
-    operations.rotate_in_place(turned, *rotation, True)
-    torch.testing.assert_close(turned, x, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(half, turned[:, :8])
+    torch.testing.assert_close(operations.rotate_back(turned, *rotation), x, atol=1e-6, rtol=1e-6)

@@ -21,6 +21,7 @@ from llamatune.model.fused.operations import (
     Projection,
     normalise,
     normalise_backward,
+    rotate_back,
     rotate_in_place,
     swiglu_backward,
     swiglu_in_place,
@@ -43,8 +44,7 @@ class _AttentionInput(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             h = normalise(x, norm, dtype)
             outputs = tuple(part(h) for part in parts)
-            for y in outputs[:2]:
-                rotate_in_place(y, *rotation)
+            rotate_in_place(outputs[0], outputs[1], *rotation)
         ctx.save_for_backward(x)
         ctx.settings = norm, parts, rotation, dtype
         return outputs
@@ -52,15 +52,14 @@ class _AttentionInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
-        norm, parts, (cos, sin), dtype = ctx.settings
+        norm, parts, rotation, dtype = ctx.settings
         wants_input = ctx.needs_input_grad[0]
         h = normalise(x, norm, dtype) if trained_by(parts) else None
         total: Tensor | None = None
         trained: list[Tensor] = []
         for place, (grad, part) in enumerate(zip(grads, parts, strict=True)):
             if place < 2:
-                grad = grad.clone(memory_format=torch.contiguous_format)
-                rotate_in_place(grad, cos, sin, True)
+                grad = rotate_back(grad, *rotation)
             dh, more = part.gradients(grad, h, wants_input)
             if dh is not None:
                 total = dh if total is None else total.add_(dh)

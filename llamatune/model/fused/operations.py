@@ -51,6 +51,7 @@ def tiles(x: Tensor) -> tuple[Tensor, ...]:
     return torch.split(x, tile_sizes.TILE_TOKENS)
 
 
+@by_kernel("rms_norm")
 def normalise(x: Tensor, norm: RMSNorm, dtype: torch.dtype) -> Tensor:
     """RMSNorm of x in ``dtype``, as the module computes it, a tile at a time: only a tile is ever in fp32."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -65,25 +66,50 @@ def _normalise_into(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     out.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * widened(weight))
 
 
-def normalise_backward(grad: Tensor, x: Tensor, norm: RMSNorm) -> Tensor:
-    """The gradient with respect to x, in x's dtype, from that with respect to the normed x."""
-    out = torch.empty_like(x)
-    for dh, tile, into in zip(tiles(grad), tiles(x), tiles(out), strict=True):
-        _normalise_backward_into(into, dh, tile, norm.weight, norm.eps)
+@by_kernel("rms_norm")
+def normalise_backward(
+    grad: Tensor, x: Tensor, norm: RMSNorm, beside: Tensor | None = None, into: Tensor | None = None
+) -> Tensor:
+    """The gradient with respect to x, in x's dtype, from that with respect to the normed x.
+
+    ``beside``, the gradient of the residual stream, is added before the rounding. The result is written ``into`` a
+    tensor, which may be one of the others, or a new one.
+    """
+    out = torch.empty_like(x) if into is None else into
+    parts = [grad, x, out] if beside is None else [grad, x, out, beside]
+    for dh, tile, into_tile, *more in zip(*map(tiles, parts), strict=True):
+        _normalise_backward_into(into_tile, dh, tile, norm.weight, norm.eps, *more)
     return out
 
 
 @compilable
-def _normalise_backward_into(out: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+def _normalise_backward_into(
+    out: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float, beside: Tensor | None = None
+) -> None:
     wide = widened(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     unit, dh = wide * scale, widened(grad) * widened(weight)
-    out.copy_(scale * (dh - unit * (dh * unit).mean(-1, keepdim=True)))
+    dx = scale * (dh - unit * (dh * unit).mean(-1, keepdim=True))
+    out.copy_(dx if beside is None else dx + beside)
+
+
+@by_kernel("rotation")
+def rotate_in_place(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn the pairs of q (N, H · E) and k (N, K · E) by their positions' angles (1, 1, N, E)."""
+    _turn(q, cos, sin)
+    _turn(k, cos, sin)
+
+
+@by_kernel("rotation")
+def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A gradient (N, heads · E) turned back, in a new tensor: autograd owns ``grad``."""
+    turned = grad.clone(memory_format=torch.contiguous_format)
+    _turn(turned, cos, sin, True)
+    return turned
 
 
 @compilable
-def rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> None:
-    """Turn the pairs of x (N, heads · E) by their positions' angles (1, 1, N, E), or back."""
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> None:
     head_dim = cos.shape[-1]
     cos, sin = (part[0, 0, :, None, : head_dim // 2].to(x.dtype) for part in (cos, sin))  # (N, 1, E/2)
     first, second = x.view(len(x), -1, head_dim).chunk(2, dim=-1)

@@ -1,15 +1,18 @@
 """How close a kernel must come to its plain function, and the shapes and dtypes that are tried."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamatune.model.kernels.choice import running_kernels
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where kernels run: on a GPU compiled, on a CPU interpreted."""
 ODD_ROWS = pytest.mark.parametrize("rows", [1, 3, 17])
 
 
@@ -23,11 +26,15 @@ def both(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[list[T
         return [x for x in (*outputs, *arguments) if isinstance(x, Tensor)]
 
     def copied(x: Any, wide: bool) -> Any:
+        if isinstance(x, nn.Module):
+            return copy.deepcopy(x).double() if wide else x
+        if x is torch.bfloat16 and wide:
+            return torch.float64
         if not isinstance(x, Tensor):
             return x
         return x.double() if wide and x.is_floating_point() else x.clone()
 
-    return run([copied(x, False) for x in arguments], "cpu"), run([copied(x, True) for x in arguments], None)
+    return run([copied(x, False) for x in arguments], DEVICE), run([copied(x, True) for x in arguments], None)
 
 
 def assert_as_plain(function: Callable[..., Any], *arguments: Any) -> None:
