@@ -130,10 +130,10 @@ def test_what_is_slower_than_the_gpu_allows_is_told_in_one_line(
     [
         (
             (7, 5), "bf16", "bfloat16",
-            ("bf16", "training.precision, model.dtype", "set them to fp16 and float16 (or nf4)"),
+            ("bf16", "training.precision, model.dtype", "set them to fp16 and float16, nf4 or float8"),
         ),
         ((7, 0), "bf16", "nf4", ("bf16", "training.precision", "set it to fp16")),
-        ((7, 0), "fp16", "bfloat16", ("bf16", "model.dtype", "set it to float16 (or nf4)")),
+        ((7, 0), "fp16", "bfloat16", ("bf16", "model.dtype", "set it to float16, nf4 or float8")),
         ((7, 5), "tf32", "bfloat16", ("TF32", "training.precision", "set it to fp32 or fp16")),
         (None, "tf32", "bfloat16", ("TF32", "training.precision", "set it to fp32")),
         (None, "bf16", "bfloat16", None),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from llamatune.memory.plan import MemoryPlan, plan_memory
 from llamatune.memory.sizes import Rows
 from llamatune.shapes.attention_kernels import Gpu
-from llamatune.shapes.dtypes import PRECISIONS
+from llamatune.shapes.dtypes import PRECISIONS, QUANTIZED_DTYPES
 from llamatune.shapes.gpu_advice import sixteen_bits
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.recompute_levels import Recompute
@@ -103,6 +103,8 @@ def _changes(
         share = recomputed_share(config, Recompute.BLOCK) if training.fused else 1 / 2
         change = "training.activation_checkpointing=block"
         yield change, "every block computed again", share if lora else 1 / 3, rows
+    if lora and dtype not in QUANTIZED_DTYPES:
+        yield "model.dtype=float8", "frozen weights in 8 bits, unpacked or multiplied in float8", None, rows
     if lora and dtype != "nf4":
         yield "model.dtype=nf4", "frozen weights in 4 bits, unpacked for each product", None, rows
     if lora and spec.model.placement in ("auto", "device") and (cuda or rows.ranks > 1):

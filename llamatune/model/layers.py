@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from llamatune.model.compiled_functions import compilable
 from llamatune.model.kernels.choice import by_kernel
-from llamatune.model.products import at_once
+from llamatune.model.products import at_once, product, product_back
 from llamatune.shapes.llama_config import LlamaConfig
 
 Trained = tuple[Tensor, ...]
@@ -36,28 +36,32 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T in x's dtype; ``matrix`` makes W in that dtype, in the forward and again in the backward pass.
+    """x W^T in x's dtype by ``product``, and the gradient with respect to x by ``product_back``; no other is made.
 
-    So one matrix is cast or unpacked at a time, and none is kept. The gradient reaches x alone.
+    Each of the two casts or unpacks W for itself, so there is one such matrix at a time, and none is kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Callable[[torch.dtype], Tensor]) -> Tensor:
-        ctx.matrix = matrix
-        return F.linear(x, matrix(x.dtype))
+    def forward(
+        ctx: Any, x: Tensor, product: Callable[[Tensor], Tensor], product_back: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.product_back = product_back
+        return product(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grad_outputs
-        return grad @ ctx.matrix(grad.dtype), None
+        return ctx.product_back(grad), None, None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T; outside autocast the input's dtype decides in which precision the product is computed."""
     if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight)
-    return FrozenProduct.apply(x, weight.to)  # type: ignore[no-any-return, no-untyped-call]
+    return FrozenProduct.apply(  # type: ignore[no-any-return, no-untyped-call]
+        x, lambda x: F.linear(x, weight.to(x.dtype)), lambda grad: grad @ weight.to(grad.dtype)
+    )
 
 
 class Embedding(nn.Embedding):
@@ -111,6 +115,12 @@ class QuantizedWeight(Protocol):
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in ``dtype`` inside a shared buffer: use it at once, the next call overwrites it."""
 
+    def product(self, x: Tensor, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """x W^T in x's dtype, without autograd; ``out`` and ``residual`` as of ``products.product``, for rows."""
+
+    def product_back(self, grad: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+        """grad W in grad's dtype, without autograd; ``out`` and ``add`` as of ``products.product_back``, for rows."""
+
 
 class Linear(nn.Linear):
     """A matrix without bias (LLaMA has none), (..., in) -> (..., out).
@@ -145,8 +155,9 @@ class Linear(nn.Linear):
         Then it is written to ``out`` and added to ``residual``, of x's dtype too, if they are given.
         """
         if dropout is not None:
-            W = self.matrix(x.dtype).T
-            return torch.mm(x, W, out=out) if residual is None else torch.addmm(residual, x, W, out=out)
+            if self.quantized is not None:
+                return self.quantized.product(x, out, residual)
+            return product(x, self.matrix(x.dtype).T, out, residual)
         return linear(x, self.weight) if self.quantized is None else self.quantized(x)
 
     def draw_dropout(self) -> Dropout:
@@ -168,10 +179,9 @@ class Linear(nn.Linear):
         """
         if not wants_input:
             return None, ()
-        if add:
-            assert out is not None
-            return out.addmm_(grad, self.matrix(grad.dtype)), ()
-        return torch.mm(grad, self.matrix(grad.dtype), out=out), ()
+        if self.quantized is not None:
+            return self.quantized.product_back(grad, out, add), ()
+        return product_back(grad, self.matrix(grad.dtype), out, add), ()
 
 
 class RMSNorm(nn.Module):

@@ -14,6 +14,19 @@ def at_once(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def product(a: Tensor, b: Tensor, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """a b of matrices, plus ``residual``, in ``out`` or in a new tensor."""
+    return torch.mm(a, b, out=out) if residual is None else torch.addmm(residual, a, b, out=out)
+
+
+def product_back(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """a b of matrices in ``out``, or added to what is there, or in a new tensor."""
+    if not add:
+        return torch.mm(a, b, out=out)
+    assert out is not None
+    return out.addmm_(a, b)
+
+
 def scaled_product(a: Tensor, b: Tensor, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
     """scale · a b in ``dtype``, by default a's own, or fp32."""
     dtype = a.dtype if dtype is None else dtype

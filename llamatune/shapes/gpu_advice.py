@@ -60,7 +60,7 @@ def refusal(capability: Capability | None, precision: str, dtype: str) -> Refusa
     old = capability is not None and capability < OLDEST_WITH_BF16
     if precision == "tf32" and (old or capability is None):
         return Refusal("TF32", "training.precision", "set it to fp32 or fp16" if old else "set it to fp32")
-    wanted = {"training.precision": ("fp16", PRECISIONS[precision]), "model.dtype": ("float16 (or nf4)", dtype)}
+    wanted = {"training.precision": ("fp16", PRECISIONS[precision]), "model.dtype": ("float16, nf4 or float8", dtype)}
     asking = {key: instead for key, (instead, asked) in wanted.items() if asked == "bfloat16"}
     if not old or not asking:
         return None

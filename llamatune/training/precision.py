@@ -15,7 +15,7 @@ from llamatune.devices import capability_of
 from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, OnEvent
 from llamatune.model.torch_dtypes import TORCH_DTYPES
-from llamatune.shapes.dtypes import PRECISIONS
+from llamatune.shapes.dtypes import PRECISIONS, QUANTIZED_DTYPES
 from llamatune.shapes.gpu_advice import refusal, slower_settings
 from llamatune.spec import RunSpec
 
@@ -78,11 +78,11 @@ def fp32_products(precision: str) -> Iterator[None]:
 
 
 def held_dtype(spec: RunSpec) -> torch.dtype:
-    """The dtype of the frozen weights; with NF4 that of embedding, norms and head, which are not quantised.
+    """The dtype of the frozen weights; of a quantised base that of embedding, norms and head.
 
     Those are bf16 (cast to fp32 for an fp32 product, so no bf16 arithmetic is asked for), and fp16 where fp16 computes.
     """
-    if spec.model.dtype == "nf4":
+    if spec.model.dtype in QUANTIZED_DTYPES:
         return torch.float16 if spec.training.precision == "fp16" else torch.bfloat16
     return TORCH_DTYPES[spec.model.dtype]
 
@@ -96,11 +96,11 @@ def residual_dtype(model_dtype: torch.dtype, precision: str) -> torch.dtype:
     float32    fp32              fp32, autocast    fp32, autocast
     bfloat16   fp32, upcast      bf16              fp32, autocast
     float16    fp32, upcast      fp32, autocast    fp16
-    nf4        fp32, upcast      bf16              fp16
+    quantised  fp32, upcast      bf16              fp16
     ========== ================= ================= =================
 
-    'upcast': each frozen matrix is cast to fp32 for its product, one at a time, forward and backward. With ``nf4`` the
-    argument is the dtype of what is not quantised (``held_dtype``).
+    'upcast': each frozen matrix is cast to fp32 for its product, one at a time, forward and backward. Of a
+    quantised base the argument is the dtype of what is not quantised (``held_dtype``).
     """
     return model_dtype if TORCH_DTYPES[PRECISIONS[precision]] == model_dtype else torch.float32
 

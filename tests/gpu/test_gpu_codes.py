@@ -8,7 +8,8 @@ from gpu_tools import CPU, relative_error
 from torch import nn
 
 from llamatune.model.blockwise_8bit import BLOCK, BlockwiseCode
-from llamatune.model.nf4 import Scratch, quantize_nf4
+from llamatune.model.nf4 import NF4Weight
+from llamatune.model.packed_weight import Scratch
 from llamatune.spec_sections import TrainingSection
 from llamatune.training.model_and_optimizer import build_optimizer
 
@@ -29,7 +30,7 @@ def matrix(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_nf4_is_the_same_to_the_bit(device: torch.device, shape: tuple[int, int], dtype: torch.dtype) -> None:
     W = matrix(shape, dtype)
-    found, wanted = quantize_nf4(W.to(device), Scratch()), quantize_nf4(W, Scratch())
+    found, wanted = (NF4Weight.quantize(x, Scratch()) for x in (W.to(device), W))
     for (name, ours), (_, theirs) in zip(found.named_buffers(), wanted.named_buffers(), strict=True):
         assert torch.equal(ours.cpu(), theirs), name
     assert torch.equal(found.scales().cpu(), wanted.scales())

@@ -24,7 +24,8 @@ from llamatune.model.fused.window_casts import cast_for_window
 from llamatune.model.initialise import initialise
 from llamatune.model.kernels import choice
 from llamatune.model.loss import summed_loss
-from llamatune.model.nf4 import quantize_blocks
+from llamatune.model.nf4 import NF4Weight
+from llamatune.model.packed_weight import quantize_blocks
 from llamatune.model.transformer import Transformer
 from llamatune.shapes import attention_kernels, tile_sizes
 from llamatune.shapes.adapter import AdapterSpec
@@ -64,7 +65,7 @@ def fused_model(
     model = Transformer(LlamaConfig(D, F, depth, 4, 4, 131))
     initialise(model, 0, 0.15)
     if nf4:
-        quantize_blocks(model, dtype)
+        quantize_blocks(model, NF4Weight, dtype)
     model.to(dtype)
     apply_adapter(model, AdapterSpec(4, 8, dropout, targets), 1)
     for name, parameter in adapter_parameters(model):

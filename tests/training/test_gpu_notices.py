@@ -76,7 +76,7 @@ def test_slower_settings_are_told_once_before_weights_are_loaded(
     ("placement", "limit", "expected"),
     [
         ("auto", "12GiB", r"lie in host memory, because a step with all of them on cuda needs about 12\.\S+ GiB of "
-         r"12\.00 GiB that may be used; two are on cuda at a time; all fit there with model\.dtype=nf4 .*: about \d"),
+         r"12\.00 GiB that may be used; two are on cuda at a time; all fit there with model\.dtype=float8 .*: about \d"),
         ("host", "12GiB", r"lie in host memory; two are on cuda at a time$"),
         ("auto", "24GiB", None),
     ],
