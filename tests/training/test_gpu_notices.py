@@ -75,8 +75,9 @@ def test_slower_settings_are_told_once_before_weights_are_loaded(
 @pytest.mark.parametrize(
     ("placement", "limit", "expected"),
     [
-        ("auto", "12GiB", r"lie in host memory, because a step with all of them on cuda needs about 12\.\S+ GiB of "
-         r"12\.00 GiB that may be used; two are on cuda at a time; all fit there with model\.dtype=float8 .*: about \d"),
+        ("auto", "12GiB", r"lie in host memory, because a step with all of them on cuda needs about 12\.\S+ GiB "
+         r"of 12\.00 GiB that may be used; two are on cuda at a time; all fit there with model\.dtype=float8 .*: "
+         r"about \d"),
         ("host", "12GiB", r"lie in host memory; two are on cuda at a time$"),
         ("auto", "24GiB", None),
     ],
