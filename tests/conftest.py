@@ -122,6 +122,30 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) ->
 
 
 @pytest.fixture(scope="session")
+def family_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Callable[..., Path]:
+    """As ``tiny_base``, of any ``model_type``; norms, and biases where there are any, are not at their first values."""
+    made: dict[str, Path] = {}
+
+    def make(model_type: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+        key = repr((model_type, dtype, sorted(changes.items())))
+        if key not in made:
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            torch.manual_seed(12)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**TINY, **changes}))
+            for name, parameter in model.named_parameters():
+                if "norm" in name or name.endswith("bias"):
+                    torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            path = tmp_path_factory.mktemp("base")
+            model.to(dtype).save_pretrained(path)
+            shutil.copy(tiny_tokenizer, path / "tokenizer.model")
+            made[key] = path
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def meta_copy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The same weights in Meta's format, pairs of a head interleaved, in one shard or several."""
 
@@ -176,9 +200,9 @@ def peft_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         base: Path, targets: list[str] = SEVEN, r: int = 5, alpha: int = 7, scale: float = 0.1, **more: Any
     ) -> Path:
         from peft import LoraConfig, get_peft_model
-        from transformers import LlamaForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM", **more)
         adapted = get_peft_model(model, config)
         torch.manual_seed(5)

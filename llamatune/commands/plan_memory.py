@@ -23,7 +23,7 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
         from llamatune.memory import plan as planning
         from llamatune.memory.plan_report import explain as explain_plan
         from llamatune.memory.plan_report import plan_report
-        from llamatune.shapes.llama_config import preset
+        from llamatune.shapes.presets import preset
         from llamatune.spec import build_spec, load_spec
         from llamatune.spec_overrides import refuse_twice
 

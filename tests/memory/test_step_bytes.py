@@ -15,7 +15,8 @@ from llamatune.data.batches import Batch
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.model import attention
 from llamatune.shapes import tile_sizes
-from llamatune.shapes.llama_config import LINEAR_MODULES, PRESETS, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.presets import PRESETS
 from llamatune.shapes.recompute_levels import Levels, Recompute, levels_of
 
 QV = ("q_proj", "v_proj")
