@@ -80,6 +80,11 @@ class LlamaConfig:
         additions += ["norms of the heads of q and k"] if self.head_norms else []
         return f"this {self.model_type} model has {' and '.join(additions)}" if additions else None
 
+    def refuse_uncomputed(self, where: object) -> None:
+        """Refuse to train or run a model that has what is not computed."""
+        if (what := self.not_computed()) is not None:
+            raise CheckpointError(what, where, "it can be counted and merged, but not yet trained or run")
+
     def with_layers(self, num_layers: int | None) -> LlamaConfig:
         """The same model cut after its first ``num_layers`` blocks (None: uncut)."""
         if num_layers is None:

@@ -355,7 +355,8 @@ def with_index(path, change):
 
 
 @pytest.mark.parametrize(
-    "shard", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", ".hidden.safetensors", "x.bin", "", 3, None]
+    "shard",
+    ["../secret.safetensors", "/etc/passwd", "sub/../../x.safetensors", ".hidden.safetensors", "x.bin", "", 3, None],
 )
 def test_index_traversal(tmp_path, shard):
     path = with_index(tmp_path / "m", lambda names: names.update({"model.norm.weight": shard}))

@@ -33,7 +33,8 @@ ROPES: dict[str, dict[str, Any]] = {
                                "attention_factor": 0.83},
 }  # fmt: skip
 SHAPES = {
-    **{name: {"rope_parameters": {"rope_theta": 5e3, **rope}, "max_position_embeddings": 32} for name, rope in ROPES.items()},
+    **{name: {"rope_parameters": {"rope_theta": 5e3, **rope}, "max_position_embeddings": 32}
+       for name, rope in ROPES.items()},
     "wide heads, tied": {"rope_parameters": {"rope_theta": 5e5, **ROPES["llama3"]}, "head_dim": 14,
                          "tie_word_embeddings": True},
     "window": {"model_type": "mistral", "sliding_window": 5},
