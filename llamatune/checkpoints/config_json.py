@@ -54,6 +54,7 @@ def read_config_json(
         head_norms=family.head_norms,
         model_type=facts.raw["model_type"],
     )
+    _compare_dtypes(facts, on_event)
     if tensors is None or EMBEDDING not in tensors:
         return config
     if HEAD in tensors:
@@ -64,8 +65,11 @@ def read_config_json(
     return config
 
 
-def write_config_json(directory: Path, config: LlamaConfig, dtype: str) -> None:
-    """Write ``config.json`` with the keys of transformers 4 and 5, and ``generation_config.json``."""
+def write_config_json(directory: Path, config: LlamaConfig, dtype: str, source: Path | None = None) -> None:
+    """Write ``config.json`` with the keys of transformers 4 and 5, and ``generation_config.json``.
+
+    ``source``: a model whose settings of generation are kept.
+    """
     family = FAMILIES[config.model_type]
     window = {"sliding_window": config.sliding_window} if "sliding_window" in family.unsaid else {}
     facts: dict[str, object] = {
@@ -92,7 +96,7 @@ def write_config_json(directory: Path, config: LlamaConfig, dtype: str) -> None:
         "vocab_size": config.vocab_size,
     }
     write_json(directory / "config.json", facts)
-    write_json(directory / "generation_config.json", _token_facts(config))
+    _write_generation_config(directory, config, source)
 
 
 def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: str | None) -> None:
@@ -112,18 +116,30 @@ def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: 
     if dtype_name is not None:
         changed |= dict.fromkeys(_DTYPE_KEYS, dtype_name)
     changed["tie_word_embeddings"] = config.tie_word_embeddings  # mlx-lm takes a missing flag for true
-    _write_if_changed(source / "config.json", facts, changed, directory)
-    generation = source / "generation_config.json"
-    tokens = read_json(generation) if generation.exists() else {}
-    _write_if_changed(generation, tokens, {**_token_facts(config), **_stated(tokens)}, directory)
-
-
-def _write_if_changed(source: Path, before: dict[str, Any], after: dict[str, Any], directory: Path) -> None:
-    """The file itself where nothing changed."""
-    if after == before:
-        copy_file(source, directory)
+    if changed == facts:
+        copy_file(source / "config.json", directory)
     else:
-        write_json(directory / source.name, after)
+        write_json(directory / "config.json", changed)
+    _write_generation_config(directory, config, source)
+
+
+def _write_generation_config(directory: Path, config: LlamaConfig, source: Path | None) -> None:
+    """What ``source`` states, and the tokens that it leaves to the model's configuration."""
+    file = None if source is None else source / "generation_config.json"
+    stated = read_json(file) if file is not None and file.exists() else {}
+    whole = {**_token_facts(config), **_stated(stated)}
+    if file is not None and whole == stated:
+        copy_file(file, directory)
+    else:
+        write_json(directory / "generation_config.json", whole)
+
+
+def _compare_dtypes(facts: JsonFields, on_event: OnEvent) -> None:
+    """A notice where the two names of the weights' dtype differ. What is read is what is stored."""
+    first, second = (facts.raw.get(key) for key in _DTYPE_KEYS)
+    if first is not None and second is not None and first != second:
+        what = f"dtype is {first} and torch_dtype is {second}; the former is written again, as transformers reads them"
+        on_event(Notice(f"{facts.path}: {what}", "warning"))
 
 
 def _token_facts(config: LlamaConfig) -> dict[str, Any]:

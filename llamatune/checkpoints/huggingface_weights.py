@@ -61,10 +61,10 @@ def write_huggingface(
     Args:
         tensor_of: each weight is asked for once (a sharded model gathers it then), in the order of
             ``config.parameter_shapes()``, and converted to its dtype on the CPU.
-        source: a model directory whose tokenizer files are copied.
+        source: a model directory whose tokenizer files and settings of generation are copied.
     """
     _write_shards(staging, _plan_shards(config, dtype_of), tensor_of)
-    write_config_json(staging.path, config, DTYPE_NAMES[dtype_of(EMBEDDING)])
+    write_config_json(staging.path, config, DTYPE_NAMES[dtype_of(EMBEDDING)], source)
     copy_huggingface_tokenizer(source, staging.path, on_event)
 
 

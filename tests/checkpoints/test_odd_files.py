@@ -167,6 +167,18 @@ def test_ends_of_texts(tiny, tmp_path, config, generation, expected, told):
     assert ["the former is used" in event.message for event in events] == [True] * told
 
 
+def test_two_names_of_a_dtype(tiny, tiny_adapter, tmp_path):
+    shutil.copytree(tiny[0], tmp_path / "m")
+    facts = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**facts, "torch_dtype": "bfloat16"}))
+    events = []
+    merge_lora(MergeOptions(tmp_path / "m", tiny_adapter, tmp_path / "out", force_base=True), events.append)
+    told = [event.message for event in events if isinstance(event, Notice)]
+    assert ["dtype is float32 and torch_dtype is bfloat16" in message for message in told].count(True) == 1
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["dtype"] == written["torch_dtype"] == "float32"
+
+
 def test_swish_is_silu(tiny, tmp_path):
     shutil.copytree(tiny[0], tmp_path / "m")
     facts = json.loads((tmp_path / "m" / "config.json").read_text())
