@@ -99,41 +99,18 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Callable[..., Path]:
-    """Random LLaMAs in Hugging Face's format, by what their configuration changes; each is made once."""
+    """Random models in Hugging Face's format, by what their configuration changes; each is made once."""
     made: dict[str, Path] = {}
 
-    def make(dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-        key = repr((dtype, sorted(changes.items())))
-        if key not in made:
-            from transformers import LlamaConfig, LlamaForCausalLM
-
-            torch.manual_seed(11)
-            model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes}))
-            for name, parameter in model.named_parameters():
-                if "norm" in name:  # transformers leaves every norm at 1, which hides a norm that is not applied
-                    torch.nn.init.uniform_(parameter, 0.5, 1.5)
-            path = tmp_path_factory.mktemp("base")
-            model.to(dtype).save_pretrained(path)
-            shutil.copy(tiny_tokenizer, path / "tokenizer.model")
-            made[key] = path
-        return made[key]
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def family_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Callable[..., Path]:
-    """As ``tiny_base``, of any ``model_type``; norms, and biases where there are any, are not at their first values."""
-    made: dict[str, Path] = {}
-
-    def make(model_type: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-        key = repr((model_type, dtype, sorted(changes.items())))
+    def make(dtype: torch.dtype = torch.float32, model_type: str = "llama", **changes: Any) -> Path:
+        key = repr((dtype, model_type, sorted(changes.items())))
         if key not in made:
             from transformers import AutoConfig, AutoModelForCausalLM
 
-            torch.manual_seed(12)
+            torch.manual_seed(11)
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**TINY, **changes}))
             for name, parameter in model.named_parameters():
+                # transformers leaves every norm at 1 and bias at 0, which hides one that is not applied
                 if "norm" in name or name.endswith("bias"):
                     torch.nn.init.uniform_(parameter, 0.5, 1.5)
             path = tmp_path_factory.mktemp("base")

@@ -49,8 +49,8 @@ def merged(base, adapter, output, format_="same"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 @pytest.mark.parametrize("tied", [False, True])
-def test_llama_3_survives_both_formats(family_base, idle_adapter, tmp_path, dtype, factor, tied):
-    base = family_base(
+def test_llama_3_survives_both_formats(tiny_base, idle_adapter, tmp_path, dtype, factor, tied):
+    base = tiny_base(
         dtype=dtype, rope_parameters={**LLAMA_3, "factor": factor}, tie_word_embeddings=tied,
         max_position_embeddings=131072,
     )  # fmt: skip
@@ -80,8 +80,8 @@ def test_llama_3_survives_both_formats(family_base, idle_adapter, tmp_path, dtyp
         ({"model_type": "qwen2"}, "a bias in q_proj, k_proj, v_proj"),
     ],
 )
-def test_what_metas_format_cannot_say_is_refused(family_base, idle_adapter, tmp_path, changes, words):
-    base = family_base(**changes)
+def test_what_metas_format_cannot_say_is_refused(tiny_base, idle_adapter, tmp_path, changes, words):
+    base = tiny_base(**changes)
     with pytest.raises(CheckpointError, match=words + ".*use --format hf"):
         merged(base, idle_adapter(base, 1), tmp_path / "meta", "meta")
     assert not (tmp_path / "meta").exists()
@@ -133,10 +133,10 @@ def test_mistrals_own_params(tmp_path):
         ({"mlp_bias": True, "tie_word_embeddings": True}, "a bias in gate_proj, up_proj, down_proj"),
     ],
 )
-def test_what_is_not_computed_is_counted_and_merged(family_base, peft_adapter, tmp_path, changes, words):
+def test_what_is_not_computed_is_counted_and_merged(tiny_base, peft_adapter, tmp_path, changes, words):
     from peft import PeftModel
 
-    base = family_base(**changes)
+    base = tiny_base(**changes)
     with pytest.raises(CheckpointError, match=words + ".*not yet trained or run"):
         load_model(base)
     theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -154,10 +154,10 @@ def test_what_is_not_computed_is_counted_and_merged(family_base, peft_adapter, t
 
 
 @pytest.mark.parametrize("window", [6, None])
-def test_mistral_is_merged_as_mistral(family_base, peft_adapter, tmp_path, window):
+def test_mistral_is_merged_as_mistral(tiny_base, peft_adapter, tmp_path, window):
     from peft import PeftModel
 
-    base = family_base(model_type="mistral", sliding_window=window)
+    base = tiny_base(model_type="mistral", sliding_window=window)
     adapter = peft_adapter(base)
     output = merged(base, adapter, tmp_path / "out")
     facts = json.loads((output / "config.json").read_text())
@@ -169,8 +169,8 @@ def test_mistral_is_merged_as_mistral(family_base, peft_adapter, tmp_path, windo
 
 
 @pytest.mark.parametrize("generation", [None, {}, {"temperature": 0.5, "do_sample": True}, {"eos_token_id": [2, 5]}])
-def test_every_end_of_text_is_written(family_base, idle_adapter, tmp_path, generation):
-    base = family_base(eos_token_id=[2, 7])
+def test_every_end_of_text_is_written(tiny_base, idle_adapter, tmp_path, generation):
+    base = tiny_base(eos_token_id=[2, 7])
     copy = tmp_path / "base"
     copy.mkdir()
     for file in ("config.json", "model.safetensors"):

@@ -55,9 +55,9 @@ def judge(base: Path, **options: Any) -> Any:
 
 
 @every_shape
-def test_logits_are_those_of_transformers(family_base: Callable[..., Path], changes: dict[str, Any]) -> None:
+def test_logits_are_those_of_transformers(tiny_base: Callable[..., Path], changes: dict[str, Any]) -> None:
     """Beyond the window, and beyond the context of the pretraining; in batches and alone."""
-    base = family_base(**changes)
+    base = tiny_base(**changes)
     ours, theirs = load_model(base), judge(base)
     with torch.no_grad():
         for ids in (IDS, IDS[:1], IDS[:, :11]):
@@ -67,9 +67,9 @@ def test_logits_are_those_of_transformers(family_base: Callable[..., Path], chan
 
 
 @every_shape
-def test_greedy_decoding_is_that_of_transformers(family_base: Callable[..., Path], changes: dict[str, Any]) -> None:
+def test_greedy_decoding_is_that_of_transformers(tiny_base: Callable[..., Path], changes: dict[str, Any]) -> None:
     """From prompts before the limits to completions beyond them; alone, and padded on the left in a batch."""
-    base = family_base(**changes)
+    base = tiny_base(**changes)
     ours, theirs = load_model(base), judge(base)
     prompts = [[1, 5, 30, 9], [1, *range(40, 70)], [1, 3, 3, 70, 11, 25, 90, 6]]
     expected = []
@@ -116,10 +116,10 @@ def our_steps(model: Transformer, batches: list[Any], rate: float) -> dict[str, 
 @every_shape
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_two_training_steps_are_those_of_peft(
-    family_base: Callable[..., Path], peft_adapter: Callable[..., Path], changes: dict[str, Any], fused: bool
+    tiny_base: Callable[..., Path], peft_adapter: Callable[..., Path], changes: dict[str, Any], fused: bool
 ) -> None:
     """On rows that hold several samples, which transformers computes alone."""
-    base = family_base(**changes)
+    base = tiny_base(**changes)
     adapter = peft_adapter(base)
     batches = [IDS, IDS.flip(1)[:, :29]]
     expected = peft_steps(base, adapter, batches, 0.05)
@@ -132,10 +132,8 @@ def test_two_training_steps_are_those_of_peft(
 
 
 @pytest.mark.parametrize("changes", [SHAPES["dynamic"], SHAPES["window"]], ids=["dynamic", "window"])
-def test_a_sample_of_a_row_is_computed_as_it_is_alone(
-    family_base: Callable[..., Path], changes: dict[str, Any]
-) -> None:
-    model = load_model(family_base(**changes))
+def test_a_sample_of_a_row_is_computed_as_it_is_alone(tiny_base: Callable[..., Path], changes: dict[str, Any]) -> None:
+    model = load_model(tiny_base(**changes))
     lengths = (3, 40, 5, 5, 36)
     row = torch.randint(0, 131, (1, sum(lengths)))
     with torch.no_grad():
