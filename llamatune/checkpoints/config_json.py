@@ -96,7 +96,7 @@ def write_config_json(directory: Path, config: LlamaConfig, dtype: str, source: 
         "vocab_size": config.vocab_size,
     }
     write_json(directory / "config.json", facts)
-    _write_generation_config(directory, config, source)
+    _write_generation_config(directory, _token_facts(config), source)
 
 
 def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: str | None) -> None:
@@ -120,14 +120,17 @@ def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: 
         copy_file(source / "config.json", directory)
     else:
         write_json(directory / "config.json", changed)
-    _write_generation_config(directory, config, source)
+    tokens = _token_facts(config)
+    if facts.get("bos_token_id", 0) is None:
+        del tokens["bos_token_id"]
+    _write_generation_config(directory, tokens, source)
 
 
-def _write_generation_config(directory: Path, config: LlamaConfig, source: Path | None) -> None:
-    """What ``source`` states, and the tokens that it leaves to the model's configuration."""
+def _write_generation_config(directory: Path, tokens: dict[str, Any], source: Path | None) -> None:
+    """What ``source`` states, and the ``tokens`` of the model's configuration that it does not."""
     file = None if source is None else source / "generation_config.json"
     stated = read_json(file) if file is not None and file.exists() else {}
-    whole = {**_token_facts(config), **_stated(stated)}
+    whole = {**tokens, **_stated(stated)}
     if file is not None and whole == stated:
         copy_file(file, directory)
     else:

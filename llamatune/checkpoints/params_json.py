@@ -21,7 +21,7 @@ HEAD, EMBEDDING = "output.weight", "tok_embeddings.weight"
 _LLAMA_3_VOCABULARY = 128256
 _LLAMA_3_POSITIONS, _LLAMA_31_POSITIONS = 8192, 131072
 _CODE_LLAMA_THETA, _CODE_LLAMA_POSITIONS = 1e6, 16384
-_FACTOR, _LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR = 8.0, 1.0, 4.0
+_LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR = 1.0, 4.0
 _LLAMA_32 = ((2048, 16), (3072, 28))
 """Width and depth of Llama 3.2's text models, whose published factor is 32; their params.json does not hold it."""
 
@@ -72,13 +72,16 @@ def _scaling(facts: JsonFields) -> Llama3Scaling | None:
     """Llama 3.1's, of which Meta's files state that it is there, and in some the factors (``llama_models``)."""
     if not facts.flag("use_scaled_rope", False):
         return None
-    small = (facts.raw.get("dim"), facts.raw.get("n_layers")) in _LLAMA_32
-    factor = facts.number("rope_scaling_factor", 32.0 if small else _FACTOR)
+    factor = facts.number("rope_scaling_factor", _usual_factor(facts.integer("dim"), facts.integer("n_layers")))
     high = facts.number("rope_high_freq_factor", _HIGH_FREQ_FACTOR)
     return facts.build(
         Llama3Scaling, factor=factor, low_freq_factor=_LOW_FREQ_FACTOR, high_freq_factor=high,
         original_max_position_embeddings=_LLAMA_3_POSITIONS,
     )  # fmt: skip
+
+
+def _usual_factor(dim: int, layers: int) -> float:
+    return 32.0 if (dim, layers) in _LLAMA_32 else 8.0
 
 
 def _feed_forward_size(dim: int, multiple_of: int, multiplier: float) -> int:
@@ -137,7 +140,7 @@ def write_params_json(directory: Path, config: LlamaConfig) -> None:
     if additions is not None:
         raise CheckpointError(additions, "params.json", "Meta's format cannot say this; use --format hf")
     multiple_of, multiplier = _feed_forward_settings(config)
-    params = {
+    params: dict[str, Any] = {
         "dim": config.hidden_size,
         "n_layers": config.num_hidden_layers,
         "n_heads": config.num_attention_heads,
@@ -150,7 +153,10 @@ def write_params_json(directory: Path, config: LlamaConfig) -> None:
     }
     if isinstance(scaling, Llama3Scaling):
         params["use_scaled_rope"] = True
-        params["rope_scaling_factor"], params["rope_high_freq_factor"] = scaling.factor, scaling.high_freq_factor
+        if scaling.factor != _usual_factor(config.hidden_size, config.num_hidden_layers):
+            params["rope_scaling_factor"] = scaling.factor
+        if scaling.high_freq_factor != _HIGH_FREQ_FACTOR:
+            params["rope_high_freq_factor"] = scaling.high_freq_factor
     write_json(directory / "params.json", {name: value for name, value in params.items() if value is not None})
 
 

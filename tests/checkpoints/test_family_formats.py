@@ -56,7 +56,8 @@ def test_llama_3_survives_both_formats(tiny_base, idle_adapter, tmp_path, dtype,
     )  # fmt: skip
     meta = merged(base, idle_adapter(base, 1), tmp_path / "meta", "meta")
     facts = json.loads((meta / "params.json").read_text())
-    assert (facts["use_scaled_rope"], facts["rope_scaling_factor"], facts["rope_theta"]) == (True, factor, 5e5)
+    assert (facts["use_scaled_rope"], facts["rope_theta"]) == (True, 5e5)
+    assert facts.get("rope_scaling_factor") == (None if factor == 8 else factor), "as Meta's own, where it can be"
     with torch.no_grad():
         torch.testing.assert_close(load_model(meta)(TOKENS), load_model(base)(TOKENS), atol=1e-6, rtol=0)
     back = merged(meta, idle_adapter(base, 2), tmp_path / "hf", "hf")
@@ -180,3 +181,10 @@ def test_every_end_of_text_is_written(tiny_base, idle_adapter, tmp_path, generat
     output = merged(copy, idle_adapter(base, 1), tmp_path / "out")
     written = json.loads((output / "generation_config.json").read_text())
     assert written == {"bos_token_id": 1, "eos_token_id": [2, 7], **(generation or {})}
+
+
+def test_a_model_without_bos_is_given_none(tiny_base, idle_adapter, tmp_path):
+    base = tiny_base(model_type="qwen2", bos_token_id=None)
+    (base / "generation_config.json").unlink(missing_ok=True)
+    output = merged(base, idle_adapter(base, 1), tmp_path / "out")
+    assert json.loads((output / "generation_config.json").read_text()) == {"eos_token_id": 2}
