@@ -174,8 +174,9 @@ def _stop_tokens(path: Path, facts: JsonFields, on_event: OnEvent) -> tuple[int,
 
 def _token_ids(file: Path, eos: Any) -> dict[int, None] | None:
     """The ids, in their order; None: none."""
-    ids = [eos] if not isinstance(eos, list) else eos
-    if eos is None or ids == [-1]:
+    listed = eos if isinstance(eos, list) else [eos]
+    ids = [token for token in listed if token != -1]
+    if eos is None or (listed and not ids):
         return None
     if not ids or not all(type(n) is int and 0 <= n < 1 << 32 for n in ids):
         raise CheckpointError(f"eos_token_id is {eos!r}", file, "a token id or a list of token ids is expected")

@@ -36,6 +36,10 @@ def read_rope(facts: JsonFields, positions: int) -> tuple[float, RopeScaling | N
     theta = _agreed(facts, _numbers({"": facts, **homes}, "rope_theta"))
     theta = _DEFAULT_THETA if theta is None else theta
     if kind == "default":
+        for home, fields in homes.items():
+            if not kinds and fields.raw.get("factor") not in (None, 1):
+                what = f"{home} has factor {fields.raw['factor']!r} and no rope_type"
+                raise CheckpointError(what, facts.path, "add the type that the model was trained with")
         return theta, None
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         known = ", ".join(("default", *ROPE_TYPES))

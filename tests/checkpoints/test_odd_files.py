@@ -154,7 +154,8 @@ def test_shards_may_lie_in_a_folder(tiny, tmp_path):
     ("config", "generation", "expected", "told"),
     [
         (-1, None, (), False), (-1, -1, (), False), (None, None, (2,), False), (5, -1, (5,), False),
-        ([5, 5, 9], None, (5, 9), False), (5, [5, 9], (5, 9), False), (5, 9, (9,), True), ([5, 9], 9, (9,), True),
+        ([5, 5, 9], None, (5, 9), False), ([-1, 5], None, (5,), False), ([-1], [-1, -1], (), False),
+        (5, [5, 9], (5, 9), False), (5, 9, (9,), True), ([5, 9], 9, (9,), True),
     ],
 )  # fmt: skip
 def test_ends_of_texts(tiny, tmp_path, config, generation, expected, told):

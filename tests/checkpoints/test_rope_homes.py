@@ -84,6 +84,7 @@ def test_every_spelling_is_read(tmp_path, name, values, expected, kind, home, th
         ({"rope_scaling": {"type": "yarn", **YARN}, "rope_theta": 1}, ["rope_theta 1 is impossible"]),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}, "head_dim": 2}, ["head_dim 2 is too small"]),
         ({"rope_scaling": [1]}, ["rope_scaling is [1]"]),
+        ({"rope_scaling": {"factor": 2.0, "type": None}}, ["rope_scaling has factor 2.0 and no rope_type"]),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["other angles in some layers"]),
         ({"rope_scaling": {"type": "yarn", **YARN, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor is 0.5"]),
     ],
