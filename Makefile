@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One thread a test process: two test processes on two cores get in each other's way otherwise.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-faults test-slurm check lint format test-wheel demo-base build clean
+.PHONY: demo test test-faults test-slurm test-gpu check lint format test-wheel demo-base build clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ test-faults: $(VENV)/.installed-dev
 # with the reason, where that cannot be done.
 test-slurm: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/slurm -m slurm -rs
+
+# On a GPU, a few minutes; skipped, with the reason, where CUDA finds none. The kernels' own tests run there, too.
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/gpu tests/model/kernels -m "not slow" -rs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

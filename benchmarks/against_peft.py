@@ -95,13 +95,23 @@ def dense(bench: Bench, table: Table) -> None:
         if peer.by_length or peer.accumulation > 1 or peer.peer == "sft":
             continue  # equal rows in one batch; SFTTrainer has no step outside its own loop
         for name, (shape, targets, rows, tokens) in shapes.items():
-            sides = {"llamatune": bench.spec(shape, targets)}, bench.peer(shape, targets, peer)
-            report = bench.steps(*sides, shape, rows, tokens)
-            counts, step_s, losses = (report[key] for key in ("trainable_parameters", "step_s", "losses"))
-            assert counts["llamatune"] == counts[peer.peer], "not the same model"
-            speeds = [rows * tokens / step_s[side] for side in ("llamatune", peer.peer)]
-            apart = difference(losses["llamatune"], losses[peer.peer])
-            table.row(f"dense, tokens/s, {name}, {peer_name}", *speeds, report["ratios"], apart)
+            dense_rows(bench, table, f"{name}, {peer_name}", peer, shape, targets, rows, tokens)
+
+
+def dense_rows(
+    bench: Bench, table: Table, name: str, peer: Setting, shape: str, targets: str, rows: int, tokens: int, **more: Any
+) -> None:
+    """One comparison on equal rows; with ``alone`` the peaks of each side alone, too."""
+    sides = {"llamatune": bench.spec(shape, targets, micro_batch=rows)}, bench.peer(shape, targets, peer)
+    report = bench.steps(*sides, shape, rows, tokens, **more)
+    counts, step_s, losses = (report[key] for key in ("trainable_parameters", "step_s", "losses"))
+    assert counts["llamatune"] == counts[peer.peer], "not the same model"
+    speeds = [rows * tokens / step_s[side] for side in ("llamatune", peer.peer)]
+    apart = difference(losses["llamatune"], losses[peer.peer])
+    table.row(f"dense, tokens/s, {name}", *speeds, report["ratios"], apart)
+    for kind in ("memory", "reserved") if report["alone"] else ():
+        sizes = [report["alone"][side][f"peak_{kind}_bytes"] / 2**30 for side in ("llamatune", peer.peer)]
+        table.row(f"peak {kind}, GiB, {name}", *sizes, [sizes[1] / sizes[0]], None)
 
 
 def first_step(bench: Bench, table: Table) -> None:
@@ -138,11 +148,11 @@ def seconds_to_first_step(command: list[str]) -> tuple[float, float]:
     return took
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line's options."""
+def build_parser(required: bool = True) -> argparse.ArgumentParser:
+    """The command line's options; without ``required`` rows and output may be left out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, required=True, help="Alpaca rows, JSON")
-    add_options(parser)
+    parser.add_argument("--rows", type=Path, required=required, help="Alpaca rows, JSON")
+    add_options(parser, output_required=required)
     parser.add_argument("--limit", type=int, help="only so many rows")
     parser.add_argument("--rounds", type=int, default=3, help="end-to-end rounds")
     parser.add_argument("--first-step-rounds", type=int, default=5)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from material import ALPHA, DTYPES, SHAPES, TARGETS, R, make_adapter, make_base
+from material import ALPHA, DTYPES, SHAPES, TARGETS, R, make_adapter, make_base, write_config
 
 HERE = Path(__file__).parent
 LEARNING_RATE = 2e-4
@@ -66,7 +66,12 @@ def add_options(parser: argparse.ArgumentParser, output_required: bool = True) -
 
 
 class Bench:
-    """One comparison: its scratch directory, the inputs of all sides, and the processes that run them."""
+    """One comparison: its scratch directory, the inputs of all sides, and the processes that run them.
+
+    ``drawn``: base directories hold no weights; each process draws them on its device (``drawn_base.py``).
+    """
+
+    drawn = False
 
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
         self.options, self.scratch, self.runs = options, scratch, 0
@@ -77,7 +82,11 @@ class Bench:
         """The model directory of a shape, made once."""
         if shape not in self._bases:
             path, dtype, options = self.scratch / f"base-{shape}", DTYPES[self.options.dtype][1], self.options
-            self._bases[shape] = make_base(path, SHAPES[shape], dtype, options.tokenizer, options.device)
+            if self.drawn:
+                write_config(path, SHAPES[shape], dtype, options.tokenizer)
+            else:
+                make_base(path, SHAPES[shape], dtype, options.tokenizer, options.device)
+            self._bases[shape] = path
         return self._bases[shape]
 
     def adapter(self, shape: str, targets: str) -> Path:
@@ -87,6 +96,10 @@ class Bench:
             path = self.scratch / f"adapter-{shape}-{targets}"
             self._adapters[key] = make_adapter(path, SHAPES[shape], TARGETS[targets])
         return self._adapters[key]
+
+    def tokens(self, row_tokens: int) -> int:
+        """Of a row; an eighth on the tiny shape, which tries a script and measures nothing."""
+        return row_tokens // 8 if self.options.shape == "tiny" else row_tokens
 
     def new_path(self, name: str) -> Path:
         """A new path in the scratch directory."""
@@ -117,6 +130,8 @@ class Bench:
             name, _, text = assignment.partition("=")
             section, _, key = name.partition(".")
             values[section][key] = json.loads(text) if text[:1] in '0123456789tfn[{"' else text
+        if self.drawn:
+            values["model"]["init"] = "random"
         return values
 
     def peer(
@@ -137,6 +152,10 @@ class Bench:
                     "target_share": 0.46, "vocab_size": SHAPES[shape].vocab_size, "warm_up": 3,
                     "rounds": self.options.dense_rounds, **more}  # fmt: skip
         return self.report("steps.py", settings)
+
+    def once(self, kind: str, settings: Any, seconds: float, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns; a bench that keeps its reports (``pieces.py``) does the same work once."""
+        return work()
 
     def command(self, script: str, values: Any) -> list[str]:
         """A command that reads its settings from a file (JSON is YAML, too)."""

@@ -27,6 +27,9 @@ SHAPES = {
     "dense": LlamaConfig(768, 2048, 4, 12, 12, 768),  # the head is 2 % of it, as in the 7B model
     "dense-32k": LlamaConfig(768, 2048, 4, 12, 12, 32000),
     "7b": PRESETS["llama-2-7b"],
+    "8b": PRESETS["llama-3-8b"],
+    "7b-2-layers": PRESETS["llama-2-7b"].with_layers(2),  # to try what is measured on 7b and 8b
+    "8b-2-layers": PRESETS["llama-3-8b"].with_layers(2),
 }
 R, ALPHA = 16, 32
 
@@ -56,6 +59,13 @@ def make_base(
     (directory / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     )
+    write_config(directory, config, dtype, tokenizer)
+    return directory
+
+
+def write_config(directory: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: Path | None = None) -> None:
+    """Hugging Face's ``config.json`` of a shape, and a tokenizer beside it: a directory without weights."""
+    directory.mkdir(parents=True, exist_ok=True)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings", "head_dim")  # fmt: skip
     values = {name: getattr(config, name) for name in names}
@@ -65,7 +75,6 @@ def make_base(
     (directory / "config.json").write_text(json.dumps(values))
     if tokenizer is not None:
         shutil.copy(tokenizer, directory / "tokenizer.model")
-    return directory
 
 
 def make_adapter(directory: Path, config: LlamaConfig, targets: tuple[str, ...]) -> Path:

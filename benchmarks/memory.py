@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 from bench import SETTINGS, Bench, add_options
+from drawn_base import start_of
 from material import ALPHA, SHAPES, TARGETS, R
-from step_meter import StepMeter, measure_step
+from step_meter import TARGET_SHARE, StepMeter, measure_step
 from tables import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llamatune.memory.plan import plan_memory
+from llamatune.memory.sizes import Rows
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.spec import build_spec
 
@@ -146,21 +149,30 @@ def without_gpu(options: argparse.Namespace) -> None:
 
 def on_device(bench: Bench, table: Table) -> None:
     """Three real steps of each row, each side in a process of its own."""
-    shape = bench.options.shape
     for row in ROWS:
-        spec = bench.spec(shape, row.targets, None, row.rows, dtype=row.dtype, activation_checkpointing=row.mode)
-        reports = [bench.steps({"llamatune": spec}, None, shape, row.rows, row.tokens, rounds=3)]
-        if has_peer(row):
-            setting = SETTINGS["Trainer, batch 8"]._replace(checkpointing=row.mode != "none")
-            theirs = bench.peer(shape, row.targets, setting)
-            reports.append(bench.steps({}, theirs, shape, row.rows, row.tokens, rounds=3))
-        for kind in ("memory", "reserved"):
-            sizes = [run[f"peak_{kind}_bytes"] / 2**30 for run in reports if run[f"peak_{kind}_bytes"]]
-            if sizes:
-                theirs_gib = sizes[1] if len(sizes) > 1 else None
-                table.row(
-                    f"peak {kind}, GiB, {row.name}", sizes[0], theirs_gib, [x / sizes[0] for x in sizes[1:]], None
-                )
+        on_device_row(bench, table, row)
+
+
+def on_device_row(bench: Bench, table: Table, row: Row) -> None:
+    """Three real steps of one row on each side; what the plan predicts for llamatune is noted."""
+    shape, tokens = bench.options.shape, bench.tokens(row.tokens)
+    spec = bench.spec(shape, row.targets, None, row.rows, dtype=row.dtype, activation_checkpointing=row.mode)
+    reports = [bench.steps({"llamatune": spec}, None, shape, row.rows, tokens, rounds=3)]
+    if has_peer(row):
+        setting = SETTINGS["Trainer, batch 8"]._replace(checkpointing=row.mode != "none")
+        theirs = bench.peer(shape, row.targets, setting)
+        reports.append(bench.steps({}, theirs, shape, row.rows, tokens, rounds=3))
+    for kind in ("memory", "reserved"):
+        sizes = [run[f"peak_{kind}_bytes"] / 2**30 for run in reports if run[f"peak_{kind}_bytes"]]
+        if sizes:
+            theirs_gib = sizes[1] if len(sizes) > 1 else None
+            table.row(f"peak {kind}, GiB, {row.name}", sizes[0], theirs_gib, [x / sizes[0] for x in sizes[1:]], None)
+    if bench.options.device == "cuda":
+        config, rows = SHAPES[shape], Rows((tokens,) * row.rows, row.rows * round(tokens * TARGET_SHARE), 1)
+        capability = torch.cuda.get_device_capability()
+        planned = plan_memory(build_spec(start_of(spec)[0], "benchmark"), config, rows, capability, None).step.peak
+        measured = reports[0]["peak_memory_bytes"] / planned
+        table.row(f"the plan, GiB, {row.name}; ratio: measured over planned", planned / 2**30, None, [measured], None)
 
 
 def main() -> None:

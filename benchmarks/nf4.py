@@ -23,7 +23,8 @@ import torch
 from bench import timed
 from torch import Tensor
 
-from llamatune.model.nf4 import Scratch, quantize_nf4
+from llamatune.model.nf4 import NF4Weight
+from llamatune.model.packed_weight import Scratch
 
 
 class Entrant(NamedTuple):
@@ -43,7 +44,7 @@ def own() -> Entrant:
     """llamatune's."""
     scratch = Scratch()
     return Entrant(
-        lambda W: quantize_nf4(W, scratch),
+        lambda W: NF4Weight.quantize(W, scratch),
         lambda packed: packed.unpacked(torch.bfloat16),
         lambda packed: sum(buffer.nbytes for buffer in packed.buffers()),
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from drawn_base import drawn_base, is_drawn
 from material import ALPHA, DTYPES, R
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -52,10 +53,17 @@ def peft_model(settings: dict[str, Any]) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    kind = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
-    model = AutoModelForCausalLM.from_pretrained(settings["base"], **{kind: DTYPES[settings["dtype"]][1]})
+    base, dtype, device = Path(settings["base"]), DTYPES[settings["dtype"]][1], torch.device(settings["device"])
+    if is_drawn(base):
+        config = transformers.AutoConfig.from_pretrained(base)
+        with device:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.load_state_dict(drawn_base(read_config(base), dtype, device), assign=True)
+    else:
+        kind = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+        model = AutoModelForCausalLM.from_pretrained(base, **{kind: dtype})
     return PeftModel.from_pretrained(
-        model.to(settings["device"]),
+        model.to(device),
         settings["adapter"],
         is_trainable=True,
         autocast_adapter_dtype=not settings["sixteen_bit"],

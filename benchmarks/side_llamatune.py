@@ -1,4 +1,4 @@
-"""One epoch with llamatune: ``python benchmarks/side_llamatune.py SPEC.yaml``.
+"""One epoch with llamatune: ``python benchmarks/side_llamatune.py SPEC.json``.
 
 The last line on stdout is a JSON object: seconds from the first window to the last update, losses, memory.
 """
@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+from drawn_base import drawing_on_device, start_of
+
 from llamatune.events import Event, RunStarted, StepDone
-from llamatune.spec import load_spec
+from llamatune.spec import build_spec
 from llamatune.training.train import train
 
 
@@ -26,7 +28,10 @@ def main() -> None:
         if isinstance(event, StepDone):
             losses.append(event.loss)
 
-    summary = train(load_spec(Path(sys.argv[1])), on_event=on_event)
+    values, start = start_of(json.loads(Path(sys.argv[1]).read_text()))
+    spec = build_spec(values, sys.argv[1])
+    with drawing_on_device(spec.training.device, start=start):
+        summary = train(spec, on_event=on_event)
     report = {
         "loop_s": times[-1] - times[0],
         "losses": losses,

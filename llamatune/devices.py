@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import re
 import warnings
-from collections.abc import Sequence
 
 import torch
 
@@ -15,13 +15,11 @@ from llamatune.errors import EnvironmentFault, SpecError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.free_memory import free_host_bytes
 from llamatune.nvml import NvmlGpu, nvml
-from llamatune.required_versions import require_version
-from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability
+from llamatune.required_versions import at_least, require_version
+from llamatune.shapes.capabilities import OLDEST_WITH_BF16, Capability
+from llamatune.shapes.torch_builds import CUDA_12_BUILD, build_for, has_kernels
 
-_CUDA_12_BUILD = (
-    "install torch 2.10 to 2.14 built for CUDA 12.6 (https://pytorch.org/get-started/previous-versions has the command)"
-)
-"""The last builds that hold kernels for compute capabilities 5.0 to 7.0."""
+_GET_NVML = "for NVML start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility, or install the driver's"
 
 
 def choose_device(name: str, on_event: OnEvent = ignore_event, local_rank: int | None = None) -> torch.device:
@@ -77,22 +75,62 @@ def find_device(name: str, on_event: OnEvent = ignore_event) -> torch.device:
         raise SpecError(f"no device is called {name!r}", None, "use auto, cpu, cuda or cuda:N")
     if name == "cpu":
         return torch.device("cpu")
-    # Rows differ in length, and fixed segments of the allocator fragment; the user's setting stays. torch reads the
-    # variable when CUDA starts, so only whether there is a GPU may be asked of CUDA before.
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    if not started and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not started:
+        _set_allocator()
     fault, count = cuda_fault(), gpu_count()
     if name == "auto":
         if fault is not None:
             built = f"torch is built for CUDA {torch.version.cuda}"
             on_event(Notice(f"{built}, but finds no GPU ({fault}): this runs on the CPU", "warning"))
-        return torch.device("cuda" if count else "cpu")
-    device = torch.device(name)
-    if (device.index or 0) >= count:
-        why = f" ({fault})" if fault else "" if torch.version.cuda else " (torch is built without CUDA)"
-        raise EnvironmentFault(f"no device {name}; CUDA offers {count}{why}", None, "use another device, or cpu")
+        device = torch.device("cuda" if count else "cpu")
+    else:
+        device = torch.device(name)
+        if (device.index or 0) >= count:
+            why = f" ({fault})" if fault else "" if torch.version.cuda else " (torch is built without CUDA)"
+            raise EnvironmentFault(f"no device {name}; CUDA offers {count}{why}", None, "use another device, or cpu")
+    if device.type == "cuda" and not started:
+        _report_fixed_segments(on_event)
     return device
+
+
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def _set_allocator() -> None:
+    """Have torch's allocator grow its segments where it can: rows differ in length, and fixed segments fragment.
+
+    The user's setting stays. torch reads the variable when CUDA starts, so nothing may be asked of CUDA before.
+    """
+    if growth_fault() is None:
+        if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        # torch asks NVML what only a GPU of 9.0 and later has, warns of the others, and goes on as it should.
+        warnings.filterwarnings("ignore", "nvmlDeviceGetGpuFabricInfoV failed")
+
+
+def _report_fixed_segments(on_event: OnEvent) -> None:
+    """Warn if the segments cannot grow; refuse a setting of the user's with which torch would crash."""
+    fault = growth_fault()
+    if fault is None:
+        return
+    setting = crashing_setting()
+    if setting is not None:
+        raise EnvironmentFault(fault, setting, f"unset it, or torch crashes; {_GET_NVML}")
+    on_event(Notice(f"{fault}: more memory than is used may be reserved; {_GET_NVML}", "warning"))
+
+
+def crashing_setting() -> str | None:
+    """The environment variable with which torch would crash at the first tensor on a GPU."""
+    asking = [name for name in _ALLOCATOR_SETTINGS if "expandable_segments:True" in os.environ.get(name, "")]
+    return asking[0] if asking and growth_fault() is not None else None
+
+
+def growth_fault() -> str | None:
+    """Why the segments of torch's allocator cannot grow; None: they can. torch 2.11 did without NVML, 2.14 crashes."""
+    if torch.version.cuda is None or not at_least(torch.__version__, "2.12") or nvml() is not None:
+        return None
+    return f"torch {torch.__version__} needs NVML for expandable segments, and libnvidia-ml.so.1 cannot be used"
 
 
 @functools.cache
@@ -122,14 +160,20 @@ def gpu_facts(device: torch.device) -> dict[str, str | None] | None:
     capability = capability_of(device)
     if capability is None:
         return None
-    library, newest = nvml(), driver_version()
+    newest = driver_version()
     return {
         "name": torch.cuda.get_device_name(device),
         "capability": "{}.{}".format(*capability),
-        "driver": None if library is None else library.driver(),
+        "driver": driver_release(),
         "cuda_driver": None if newest is None else "{}.{}".format(*newest),
         "cuda": torch.version.cuda,
     }
+
+
+def driver_release() -> str | None:
+    """As nvidia-smi shows it; None without NVML."""
+    library = nvml()
+    return None if library is None else library.driver()
 
 
 def nvml_gpu(device: torch.device) -> NvmlGpu | None:
@@ -151,6 +195,16 @@ def free_memory_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
 
 
+def free_gpu_bytes(device: torch.device) -> int | None:
+    """Free memory of a GPU that may be in use or unsupported: by NVML, else by starting CUDA on it; None: unknown."""
+    known = nvml_gpu(device)
+    free = None if known is None else known.free_bytes()
+    if free is None:
+        with contextlib.suppress(RuntimeError):
+            free = free_memory_bytes(device)
+    return free
+
+
 def gpu_count() -> int:
     """How many GPUs torch finds, those included that it has no kernels for.
 
@@ -166,7 +220,7 @@ def cuda_fault() -> str | None:
         return None
     driver = driver_version()
     if driver is not None and driver[0] < int(torch.version.cuda.split(".")[0]):
-        older_build = _CUDA_12_BUILD if driver[0] == 12 else "install a build of torch for its CUDA"
+        older_build = CUDA_12_BUILD if driver[0] == 12 else "install a build of torch for its CUDA"
         return f"the driver knows CUDA only up to {driver[0]}.{driver[1]}; update it, or {older_build}"
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -186,28 +240,3 @@ def driver_version() -> tuple[int, int] | None:
     if library.cuDriverGetVersion(ctypes.byref(version)) or not version.value:
         return None
     return version.value // 1000, version.value % 1000 // 10
-
-
-def has_kernels(capability: Capability, architectures: Sequence[str]) -> bool:
-    """Whether a build for these ``architectures`` (as in ``torch.cuda.get_arch_list``) runs on such a GPU.
-
-    ``sm_86`` is machine code: for 8.6 and later ones of 8. ``compute_86`` is compiled by the driver: for 8.6 and all
-    later ones. With an ``a`` either is for that one alone, with an ``f`` for its major version.
-    """
-    matches = (re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name) for name in architectures)
-    known = [match.groups() for match in matches if match]
-    return not known or any(_covers(capability, *groups) for groups in known)
-
-
-def _covers(capability: Capability, kind: str, major: str, minor: str, only: str) -> bool:
-    built = (int(major), int(minor))
-    if only == "a":
-        return capability == built
-    return capability >= built and (capability[0] == built[0] or (kind == "compute" and not only))
-
-
-def build_for(capability: Capability) -> str:
-    """What to install for a GPU that the installed build does not support."""
-    if capability >= (7, 5):  # the oldest that builds for CUDA 13 have kernels for
-        return "install a build of torch for a newer CUDA (https://pytorch.org/get-started/locally)"
-    return _CUDA_12_BUILD if capability >= (5, 0) else "use a newer GPU"

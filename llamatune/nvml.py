@@ -35,11 +35,13 @@ class NvmlGpu:
 
     def used_bytes(self) -> int | None:
         """Memory of the whole device that is in use now, by every process."""
-        newer = _MemoryOfDriver510(version=ctypes.sizeof(_MemoryOfDriver510) | 2 << 24)
-        if self._asked("nvmlDeviceGetMemoryInfo_v2", newer):
-            return int(newer.used)
-        older = _Memory()
-        return int(older.used) if self._asked("nvmlDeviceGetMemoryInfo", older) else None
+        memory = self._memory()
+        return None if memory is None else int(memory.used)
+
+    def free_bytes(self) -> int | None:
+        """Memory that nobody uses now."""
+        memory = self._memory()
+        return None if memory is None else int(memory.free)
 
     def power_w(self) -> float | None:
         """What the board draws, in watts: at this moment, or over the last second, by the kind of GPU."""
@@ -50,6 +52,12 @@ class NvmlGpu:
         """Joules since the driver was loaded; from Volta on."""
         millijoules = ctypes.c_ulonglong()
         return millijoules.value / 1000 if self._asked("nvmlDeviceGetTotalEnergyConsumption", millijoules) else None
+
+    def _memory(self) -> _MemoryOfDriver510 | _Memory | None:
+        newer, older = _MemoryOfDriver510(version=ctypes.sizeof(_MemoryOfDriver510) | 2 << 24), _Memory()
+        if self._asked("nvmlDeviceGetMemoryInfo_v2", newer):
+            return newer
+        return older if self._asked("nvmlDeviceGetMemoryInfo", older) else None
 
     def _asked(self, function: str, answer: Any) -> bool:
         return self._nvml.call(function, self._handle, ctypes.byref(answer))

@@ -13,10 +13,15 @@ OLDEST = {"torch": "2.10", "sentencepiece": "0.2.3"}
 def require_version(package: str, found: str) -> None:
     """Raise ``EnvironmentFault`` if version ``found`` of ``package`` is older than the required one."""
     oldest = OLDEST[package]
-    if _release(found) < _release(oldest):
+    if not at_least(found, oldest):
         raise EnvironmentFault(
             f"{package} {found} is too old: {oldest} or later is needed", None, f"pip install '{package}>={oldest}'"
         )
+
+
+def at_least(found: str, version: str) -> bool:
+    """Whether version ``found`` of a package is ``version`` or later."""
+    return _release(found) >= _release(version)
 
 
 def _release(version: str) -> list[int]:

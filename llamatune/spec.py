@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from llamatune.errors import SpecError
 from llamatune.shapes.adapter import AdapterSpec
+from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.spec_overrides import override, refuse_twice, rename_aliases
 from llamatune.spec_sections import (
     DataSection,
@@ -42,14 +43,15 @@ class RunSpec(Section):
     @model_validator(mode="after")
     def _agree(self) -> RunSpec:
         model, lora, training = self.model, self.lora, self.training
-        if lora is None and model.dtype == "nf4":
-            fault = "nf4 weights are frozen and nothing would be trained"
+        if lora is None and model.dtype in QUANTIZED_DTYPES:
+            fault = f"{model.dtype} weights are frozen and nothing would be trained"
             raise ValueError(f"{fault}; add a lora section, or set model.dtype: float32")
         if lora is None and model.placement in ("host", "shard"):
             fault = f"model.placement: {model.placement} is for frozen weights; add a lora section, or set it to device"
             raise ValueError(fault)
-        if model.quantized_cache is not None and (model.dtype != "nf4" or model.init == "random"):
-            raise ValueError("model.quantized_cache is for model.dtype: nf4 and pretrained weights; leave it out")
+        if model.quantized_cache is not None and (model.dtype not in QUANTIZED_DTYPES or model.init == "random"):
+            fault = "model.quantized_cache is for model.dtype: nf4 or float8, and pretrained weights"
+            raise ValueError(f"{fault}; leave it out")
         if lora is None and model.dtype != "float32":
             raise ValueError(
                 f"training every parameter in {model.dtype} loses small updates; without a lora section set "

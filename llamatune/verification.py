@@ -22,6 +22,7 @@ from llamatune.formats.manifest import MANIFEST, has_manifest, unlisted_files, v
 from llamatune.formats.metrics import LONGEST_LINE, parse_line, read_lines
 from llamatune.formats.safetensors import read_header
 from llamatune.formats.state_json import STATE, list_checkpoints, read_progress
+from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.spec import load_spec
 from llamatune.strict_json import read_json
 from llamatune.training.run_file_names import BEST, CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
@@ -68,7 +69,8 @@ def verify(path: Path, on_event: OnEvent = ignore_event, should_stop: ShouldStop
             return _verify_run(path, on_event, should_stop)
         if has_manifest(path):
             return _verify_content(path, on_event, should_stop)
-        if cached := sorted(entry for entry in path.glob("nf4-*") if has_manifest(entry)):
+        quantized = (entry for dtype in QUANTIZED_DTYPES for entry in path.glob(f"{dtype}-*"))
+        if cached := sorted(entry for entry in quantized if has_manifest(entry)):
             return _whole(path, "quantized-cache", [_verify_content(entry, on_event, should_stop) for entry in cached])
         return _verify_structure(path, on_event)
     except (CheckpointError, EnvironmentFault, Stopped):

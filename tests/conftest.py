@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from listed_gpus import gpus  # noqa: F401  (a fixture)
 from trained_tokenizers import tokenizer, tokenizer_models  # noqa: F401  (fixtures)
 
 torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,36 @@ def test_the_time_to_the_first_update_is_seen_from_outside(tmp_path: Path) -> No
     rows = run_benchmark(tmp_path, "--first-step", "--first-step-rounds", "1")
     assert len(rows) == 2
     assert all(row["llamatune"] > 0 and row["peer"] > 0 for row in rows.values())
+
+
+def run_pieces(output: Path, *arguments: str) -> tuple[int, list[str]]:
+    """The exit code, and the measurements that are there, as lines."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--shape", "tiny", "--output",
+               str(output), "--dense-rounds", "1", "--dtype", "fp32", *arguments]  # fmt: skip
+    code = subprocess.run(command, capture_output=True, check=False).returncode
+    return code, [line for path in sorted(output.glob("*/measured.jsonl")) for line in path.read_text().splitlines()]
+
+
+def test_a_piece_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    piece = ("--pieces", "8b")
+    assert run_pieces(tmp_path, *piece, "--minutes", "0") == (1, [])
+    code, lines = run_pieces(tmp_path, *piece)
+    assert code == 0
+    (line,) = map(json.loads, lines)
+    counts, losses = line["result"]["trainable_parameters"], line["result"]["losses"]
+    assert counts["llamatune"] == counts["trainer"]
+    assert losses["llamatune"] == pytest.approx(losses["trainer"], abs=1e-4), "one base and one adapter on both sides"
+    shutil.rmtree(tmp_path / "8b")
+    assert run_pieces(tmp_path, *piece, "--minutes", "0") == (0, lines), "from its tar, and without a measurement"
+    table = json.loads((tmp_path / "8b" / "table.json").read_text())
+    assert len(table["rows"]) == 1
+    assert table["rows"][0]["name"].startswith("dense, tokens/s, 2 x 4096 all")
+
+
+def test_every_piece_has_measurements() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--list"], capture_output=True, text=True, check=True
+    )
+    pieces = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
+    assert len(pieces) == 10
+    assert max(pieces.values()) <= 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llamatune.devices import has_kernels
+from llamatune.shapes.torch_builds import has_kernels
 
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]

@@ -17,7 +17,7 @@ from llamatune.checkpoints.model_directory import detect_format, warn_of_missing
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.model.nf4 import NF4Weight, hold_quantized
+from llamatune.model.packed_weight import PackedWeight, hold_quantized
 from llamatune.model.streamed_blocks import StreamedBlocks
 from llamatune.model.transformer import Transformer
 
@@ -74,7 +74,7 @@ def load_model(
     writable: bool = False,
     on_event: OnEvent = ignore_event,
     should_stop: ShouldStop = never_stop,
-    quantized: Callable[[str], NF4Weight | None] | None = None,
+    quantized: Callable[[str], PackedWeight | None] | None = None,
     streamed: StreamedBlocks | None = None,
 ) -> Transformer:
     """Build the model and fill it with a checkpoint's weights, all frozen (``requires_grad`` false).
@@ -86,7 +86,7 @@ def load_model(
         num_layers: keep only the first blocks.
         writable: the caller will change weights in place, or outlive the file, so none may stay mapped from it.
             Without it, CPU weights that need no conversion are shared with the page cache.
-        quantized: gives what is to be held in NF4 by its name, on the device; None for what stays in ``dtype``.
+        quantized: gives what is to be held quantised by its name, on the device; None for what stays in ``dtype``.
         streamed: stores the blocks, whose tensors in the model become views of its rooms.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, on_event)

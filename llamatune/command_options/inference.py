@@ -13,6 +13,7 @@ DEFAULT_TARGET_MODULES = "q_proj,v_proj"
 _GSM8K_NEW_TOKENS = 512
 
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
+HeldDtype = Literal["same", "float32", "bfloat16", "float16", "nf4", "float8"]
 Placement = Literal["device", "host", "shard"]
 
 
@@ -20,15 +21,15 @@ Placement = Literal["device", "host", "shard"]
 class ModelSource(Options):
     """A model to compute with: the base, the adapter on it, and whether the base alone is computed beside the two.
 
-    ``dtype`` is what the weights are held in; ``same``: as they are stored. ``placement`` is where those of the blocks
-    lie between their uses.
+    ``dtype`` is what the weights are held in; ``same``: as they are stored; ``nf4`` and ``float8``: the matrices of the
+    blocks in it, the rest in 16 bits. ``placement`` is where those of the blocks lie between their uses.
     """
 
     model: Path = option("A model directory, Meta's or Hugging Face's.")
     adapter: Path | None = option("An adapter directory to put on it.", None)
     compare: bool = option("Show the base's answer beside the tuned one.", False)
     force_base: bool = option("Accept an adapter of another base.", False, last=True)
-    dtype: Dtype = option("same, float32, bfloat16 or float16.", "same", last=True)
+    dtype: HeldDtype = option("same, float32, bfloat16, float16, nf4 or float8.", "same", last=True)
     device: str = option("auto, cpu, cuda or cuda:N.", "auto", last=True)
     placement: Placement = option("Of the blocks: device, host, or shard: slices on all ranks.", "device", last=True)
 

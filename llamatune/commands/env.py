@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamatune import __version__
 from llamatune.command_options.option import Options
 from llamatune.commands._console import Console, RichConsole
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("torch", "safetensors", "sentencepiece", "pydantic", "typer", "rich", "PyYAML")
 
@@ -21,19 +24,8 @@ def env(options: Options, console: Console) -> None:
 
     from llamatune import devices
 
-    driver, architectures = devices.driver_version(), torch.cuda.get_arch_list()
-    gpus = [
-        {
-            "device": str(gpu),
-            "name": torch.cuda.get_device_name(gpu),
-            "memory_bytes": devices.memory_size_bytes(gpu),
-            "bf16": not devices.lacks_bf16(gpu),
-            "capability": "{}.{}".format(*capability),
-            "supported": devices.has_kernels(capability, architectures),
-        }
-        for gpu in (torch.device("cuda", index) for index in range(devices.gpu_count()))
-        if (capability := devices.capability_of(gpu))
-    ]
+    driver = devices.driver_version()
+    gpus = [_gpu_facts(torch.device("cuda", index)) for index in range(devices.gpu_count())]
     payload = {
         "llamatune": __version__,
         "python": platform.python_version(),
@@ -43,17 +35,65 @@ def env(options: Options, console: Console) -> None:
         "cpu_cores": len(os.sched_getaffinity(0)),
         "memory_bytes": devices.memory_size_bytes(torch.device("cpu")),
         "cuda": torch.version.cuda,
-        "cuda_architectures": architectures,
+        "cuda_architectures": torch.cuda.get_arch_list(),
         "cuda_driver": driver and "{}.{}".format(*driver),
         "cuda_fault": devices.cuda_fault(),
+        "nvidia_driver": devices.driver_release(),
+        "allocator_fault": devices.growth_fault(),
         "devices": gpus,
     }
     with console:
         console.result(payload, lambda out: _print(out, payload))
 
 
+def _gpu_facts(gpu: torch.device) -> dict[str, Any]:
+    """What the GPU is, whether this torch runs on it, and what to train with there."""
+    import torch
+
+    from llamatune import devices
+    from llamatune.shapes.gpu_advice import advise
+    from llamatune.shapes.torch_builds import build_for, has_kernels, wheel
+
+    capability, memory_bytes = devices.capability_of(gpu), devices.memory_size_bytes(gpu)
+    assert capability is not None, "it is a GPU"
+    supported, advice = has_kernels(capability, torch.cuda.get_arch_list()), advise(capability, memory_bytes)
+    return {
+        "device": str(gpu),
+        "name": torch.cuda.get_device_name(gpu),
+        "memory_bytes": memory_bytes,
+        "free_bytes": devices.free_gpu_bytes(gpu),
+        "bf16": not devices.lacks_bf16(gpu),
+        "capability": "{}.{}".format(*capability),
+        "supported": supported,
+        "wheel": wheel(capability),
+        "install": None if supported else build_for(capability),
+        "precision": advice.precision,
+        "dtype": advice.dtype,
+        "dtype_for_7b": advice.dtype_for_7b,
+        "attention": advice.attention,
+        "kernels": _kernels(gpu) if supported else None,
+        "lacks": advice.lacks,
+    }
+
+
+def _kernels(gpu: torch.device) -> str:
+    """``triton 3.8.0``, or ``plain`` and why: found by running one."""
+    from llamatune.devices import crashing_setting
+    from llamatune.model.kernels.choice import chosen_kernels, kernel_fault, kernels_in_use, triton_runs_on
+
+    if not triton_runs_on(gpu):
+        return "plain (Triton kernels need compute capability 8.0)"
+    setting = crashing_setting()
+    if setting is not None:
+        return f"not tried, since torch would crash: unset {setting}"
+    fault = kernel_fault(gpu)
+    if fault is not None:
+        return f"plain (Triton fails: {fault})"
+    with chosen_kernels("auto", gpu):
+        return kernels_in_use()
+
+
 def _print(out: RichConsole, facts: dict[str, Any]) -> None:
-    from llamatune.devices import build_for
     from llamatune.units import gibibytes
 
     out.print(f"llamatune {__version__}, Python {facts['python']}, {facts['platform']}")
@@ -63,12 +103,29 @@ def _print(out: RichConsole, facts: dict[str, Any]) -> None:
         driver = f"a driver for CUDA up to {facts['cuda_driver']}" if facts["cuda_driver"] else "no driver"
         architectures = ", ".join(facts["cuda_architectures"])
         out.print(f"torch for CUDA {facts['cuda']}, {driver}, kernels for {architectures}")
+    if facts["nvidia_driver"]:
+        out.print(f"NVIDIA driver {facts['nvidia_driver']}")
     for gpu in facts["devices"]:
-        bf16 = "with" if gpu["bf16"] else "without"
-        details = f"compute capability {gpu['capability']}, {gibibytes(gpu['memory_bytes'])}, {bf16} bf16"
-        out.print(f"{gpu['device']}: {gpu['name']}, {details}")
-        if not gpu["supported"]:
-            major, minor = map(int, gpu["capability"].split("."))
-            out.print(f"{gpu['device']} cannot be used by this torch: {build_for((major, minor))}")
+        _print_gpu(out, gpu)
+    if facts["devices"] and facts["allocator_fault"]:
+        out.print(f"{facts['allocator_fault']}: more memory than is used may be reserved")
     if not facts["devices"]:
         out.print(f"no CUDA device ({facts['cuda_fault'] or 'torch was built without CUDA'})")
+
+
+def _print_gpu(out: RichConsole, gpu: dict[str, Any]) -> None:
+    from llamatune.units import gibibytes
+
+    device, free = gpu["device"], gpu["free_bytes"]
+    size = gibibytes(gpu["memory_bytes"]) + ("" if free is None else f" ({gibibytes(free)} free)")
+    out.print(f"{device}: {gpu['name']}, compute capability {gpu['capability']}, {size}")
+    if not gpu["supported"]:
+        out.print(f"{device} cannot be used by this torch: {gpu['install']}")
+        return
+    dtype, of_7b = gpu["dtype"], gpu["dtype_for_7b"]
+    smaller = "" if of_7b == dtype else f" ({of_7b} for LLaMA-2-7B, which does not fit in 16 bits)"
+    lacks = f"; lacks {', '.join(gpu['lacks'])}" if gpu["lacks"] else ""
+    whole = f"{gpu['memory_bytes'] // 2**30}GiB"
+    out.print(f"{device}: train with training.precision: {gpu['precision']}, model.dtype: {dtype}{smaller}")
+    out.print(f"{device}: attention by {gpu['attention']}, kernels {gpu['kernels']}{lacks}")
+    out.print(f"{device}: llamatune plan-memory run.yaml --memory {whole} tells what fits")

@@ -20,10 +20,8 @@ from llamatune.inference.model_source import open_model
 from llamatune.inference.significance import ratio_interval
 from llamatune.model.loss import IGNORED, target_losses
 from llamatune.model.transformer import Transformer
-from llamatune.out_of_memory import memory_faults
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shared_work import refuse_differences, shared_map
-from llamatune.threads import suitable_threads
 from llamatune.units import perplexity
 
 
@@ -174,8 +172,7 @@ def evaluate_prepared(
     check_tokenizer(prepared, options.model, options.force_base, on_event)
     total = sum(min(len(part), options.limit or len(part)) for part in chosen.values())
     tokens = sum(sum(part.lengths[: options.limit]) for part in chosen.values())
-    threads = suitable_threads(opened.checkpoint.config, tokens * min(1.0, options.batch_size / total))
-    with memory_faults(opened.device, MEMORY_ADVICE), threads:
+    with opened.computing(tokens * min(1.0, options.batch_size / total), MEMORY_ADVICE, on_event):
         loaded = opened.load(on_event, should_stop)
         models = loaded.by_prefix
         names: list[str] = []

@@ -12,10 +12,8 @@ from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_
 from llamatune.inference.engine import Completion, complete
 from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_files import Prompt, prompt_text
-from llamatune.out_of_memory import memory_faults
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shared_work import map_generating
-from llamatune.threads import suitable_threads
 
 _BATCH = 16
 
@@ -62,8 +60,8 @@ def generate(
     texts = ranks.from_first([prompt_text(prompt, prompt_template, number) for number, prompt in enumerate(prompts, 1)])
     ids = opened.encode(tokenizer, texts, sampling.max_new_tokens, on_event)
     beams, config = sampling.num_beams, opened.checkpoint.config
-    threads = suitable_threads(config, beams if beams > 1 else min(_BATCH, len(ids)))
-    with memory_faults(opened.device, "use a 16-bit --dtype, or fewer --max-new-tokens"), threads:
+    advice, rows = "use a 16-bit --dtype, or fewer --max-new-tokens", beams if beams > 1 else min(_BATCH, len(ids))
+    with opened.computing(rows, advice, on_event):
         models = opened.load(on_event, should_stop).by_prefix
         eos_ids = {*config.eos_token_ids, tokenizer.eos_id}
 

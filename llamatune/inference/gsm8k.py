@@ -28,12 +28,10 @@ from llamatune.inference.engine import complete
 from llamatune.inference.evaluate import MEMORY_ADVICE
 from llamatune.inference.model_source import OpenedModel, open_model
 from llamatune.inference.significance import exact_mcnemar, score_interval
-from llamatune.out_of_memory import memory_faults
 from llamatune.ranks import ALONE, Ranks
 from llamatune.safe_reading import digest_file
 from llamatune.seeds import derived_seed
 from llamatune.shared_work import map_generating, refuse_differences
-from llamatune.threads import suitable_threads
 from llamatune.tokenizers.tokenizer import Tokenizer
 
 _REVISION = 1  # raise it when the same settings come to give other answers
@@ -183,8 +181,7 @@ def evaluate_gsm8k(
         del lines[len(lines) // options.batch_size * options.batch_size :]
         if log is not None:
             log.keep(len(lines))
-        stack.enter_context(memory_faults(opened.device, MEMORY_ADVICE))
-        stack.enter_context(suitable_threads(opened.checkpoint.config, min(options.batch_size, len(prompts))))
+        stack.enter_context(opened.computing(min(options.batch_size, len(prompts)), MEMORY_ADVICE, on_event))
         try:
             unanswered = questions[len(lines) :], prompts[len(lines) :]
             for batch in _answer(options, opened, tokenizer, *unanswered, on_event, should_stop):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,17 +18,24 @@ from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
+from llamatune.checkpoints.quantized_base import QuantizedBase
 from llamatune.command_options.inference import ModelSource, Placement
 from llamatune.data.templates import Template, load_template
 from llamatune.devices import choose_device, lacks_bf16
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.formats.manifest import find_manifest
 from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
+from llamatune.model.kernels.choice import chosen_kernels
+from llamatune.model.packed_weight import PackedWeight
+from llamatune.model.quantization import QUANTIZATIONS
 from llamatune.model.streamed_blocks import stream_blocks
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from llamatune.model.transformer import Transformer
+from llamatune.out_of_memory import memory_faults
 from llamatune.ranks import ALONE, Ranks
+from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.shared_work import refuse_differences
+from llamatune.threads import suitable_threads
 from llamatune.tokenizers.sentencepiece import load_tokenizer
 from llamatune.tokenizers.tokenizer import Tokenizer, check_vocabulary
 
@@ -47,7 +56,8 @@ class LoadedModels:
 class OpenedModel:
     """A model directory and the adapter that belongs to it; make it with ``open_model``.
 
-    ``dtype`` is what the weights will be held in, None: as they are stored.
+    ``dtype`` is what the weights will be held in, None: as they are stored. ``quantized`` names what those of the
+    blocks are quantised to; None: they are not.
     """
 
     path: Path
@@ -58,11 +68,12 @@ class OpenedModel:
     device: torch.device
     placement: Placement = "device"
     ranks: Ranks = ALONE
+    quantized: str | None = None
 
     @property
     def dtype_name(self) -> str:
-        """``bfloat16``; of a checkpoint that mixes them, that of the embedding, which the model computes in."""
-        return DTYPE_NAMES[self.dtype or _stored_dtype(self.checkpoint)]
+        """``bfloat16`` or ``nf4``; of a checkpoint that mixes dtypes, that of the embedding, which it computes in."""
+        return self.quantized or DTYPE_NAMES[self.dtype or _stored_dtype(self.checkpoint)]
 
     def tokenizer(self) -> Tokenizer:
         tokenizer = load_tokenizer(self.path)
@@ -93,14 +104,32 @@ class OpenedModel:
             on_event(Notice(f"{what} can become more than the {known} tokens the model knows", "warning"))
         return ids
 
+    @contextlib.contextmanager
+    def computing(self, tokens: float, advice: str, on_event: OnEvent) -> Iterator[None]:
+        """For all that computes: threads for passes of so many tokens, the device's kernels, faults with ``advice``."""
+        kernels = chosen_kernels("auto", self.device, on_event)
+        with memory_faults(self.device, advice), suitable_threads(self.checkpoint.config, tokens), kernels:
+            yield
+
     def load(self, on_event: OnEvent, should_stop: ShouldStop) -> LoadedModels:
         """Read the weights."""
         held, dtype = self.dtype or _stored_dtype(self.checkpoint), self.dtype
-        streamed = stream_blocks(self.placement, self.checkpoint.config, held, False, self.device, self.ranks)
+        config, packed, quantized = self.checkpoint.config, None, None
+        if self.quantized is not None:
+            packed = QUANTIZATIONS[self.quantized]
+            what = self.quantized, self.checkpoint, config, self.device
+            quantized = QuantizedBase(*what, on_event, should_stop)
+        streamed = stream_blocks(self.placement, config, held, packed, self.device, self.ranks)
         if streamed is not None:
             dtype = held  # of all blocks, which are alike
         base = load_model(
-            self.checkpoint, dtype, self.device, on_event=on_event, should_stop=should_stop, streamed=streamed
+            self.checkpoint,
+            dtype,
+            self.device,
+            on_event=on_event,
+            should_stop=should_stop,
+            quantized=quantized,
+            streamed=streamed,
         ).eval()
         if streamed is not None:
             streamed.attach(base)
@@ -126,14 +155,17 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ran
         own = {field.name: repr(getattr(source, field.name)) for field in dataclasses.fields(source)}
         own |= {"torch": torch.__version__, "llamatune": __version__, "content of --model": fingerprint(checkpoint)}
         refuse_differences({**own, "content of --adapter": adapter and adapter.digest}, ranks)
-    dtype = TORCH_DTYPES.get(source.dtype)
+    dtype, quantized = TORCH_DTYPES.get(source.dtype), source.dtype if source.dtype in QUANTIZED_DTYPES else None
+    if quantized is not None:
+        dtype = torch.float16 if lacks_bf16(device) else torch.bfloat16
     if dtype is None and device.type == "cpu" and _stored_dtype(checkpoint) == torch.float16:
         on_event(Notice("computing in fp32, since fp16 is very slow on a CPU; --dtype bfloat16 takes half the memory"))
         dtype = torch.float32
     if (dtype or _stored_dtype(checkpoint)) == torch.bfloat16 and lacks_bf16(device):
         name = torch.cuda.get_device_name(device)
         on_event(Notice(f"{name} has no bf16 and is slow with it; --dtype float16 is quick"))
-    return OpenedModel(source.model, checkpoint, adapter, source.compare, dtype, device, source.placement, ranks)
+    where = device, source.placement, ranks
+    return OpenedModel(source.model, checkpoint, adapter, source.compare, dtype, *where, quantized)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -142,7 +174,8 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def _with_adapter(base: Transformer, adapter: Adapter) -> Transformer:
     """The base with an adapter put on: a new model around the same frozen tensors."""
-    tuned = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+    packed = (module for module in base.modules() if isinstance(module, PackedWeight))
+    tuned = copy.deepcopy(base, {id(shared): shared for shared in itertools.chain(base.parameters(), packed)})
     apply_adapter(tuned, dataclasses.replace(adapter.config, dropout=0.0))
     load_adapter_tensors(tuned, adapter.tensors)
     return tuned.requires_grad_(False).eval()

@@ -28,7 +28,7 @@ def _product(ledger: Ledger, z: Sizes, name: str, rows: int, back: bool = False)
     """The output of a linear layer, or the gradient with respect to its input."""
     width = z.config.linear_shape(name)[1 if back else 0]
     y = ledger.make(f"gradient of {name}'s input" if back else f"output of {name}", rows * width * z.c)
-    ledger.use(f"{name}: cast or unpacked weights", z.matrix(name))
+    ledger.use(f"{name}: cast or unpacked weights, x in float8", z.beside_product(name, rows, back))
     _adapter(ledger, z, name, rows, back)
     return y
 

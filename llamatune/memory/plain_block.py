@@ -18,7 +18,7 @@ def _kept_of_linear(z: Sizes, name: str, rows: int, item_bytes: int, leads_back:
     out, in_ = z.config.linear_shape(name)
     narrowed = z.autocast and item_bytes != z.c
     kept = rows * in_ * z.c if z.trains_all and narrowed else 0
-    if z.autocast and z.casts and not z.nf4 and (z.trains_all or leads_back):
+    if z.autocast and z.casts and not z.quantized and (z.trains_all or leads_back):
         kept += out * in_ * z.c
     if name in z.targets:
         kept += rows * z.R * z.c + (z.R * (out + in_) * z.c if z.c < 4 else 0)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from llamatune.memory.plan import MemoryPlan, plan_memory
 from llamatune.memory.sizes import Rows
 from llamatune.shapes.attention_kernels import Gpu
-from llamatune.shapes.dtypes import PRECISIONS
+from llamatune.shapes.dtypes import PRECISIONS, QUANTIZED_DTYPES
+from llamatune.shapes.gpu_advice import sixteen_bits
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.recompute_levels import Recompute
 from llamatune.spec import RunSpec, build_spec
@@ -65,7 +66,7 @@ def after_running_out(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda
 def remedies(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) -> list[Remedy]:
     """Every change that is not made yet and lowers the peak by more than a thousandth, each by itself."""
     helpful, values = [], spec.model_dump(exclude={"lora"} if spec.lora is None else None)
-    for change, effect, more_compute, rows in _changes(spec, config, plan.rows, bool(cuda)):
+    for change, effect, more_compute, rows in _changes(spec, config, plan.rows, cuda):
         overrides = [word for word in change.split() if "=" in word]  # none where the rows alone change
         changed = build_spec(copy.deepcopy(values), change, overrides)
         after = plan_memory(changed, config, rows, cuda, plan.limit_bytes)
@@ -76,7 +77,7 @@ def remedies(spec: RunSpec, config: LlamaConfig, plan: MemoryPlan, cuda: Gpu) ->
 
 
 def _changes(
-    spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: bool
+    spec: RunSpec, config: LlamaConfig, rows: Rows, cuda: Gpu
 ) -> Iterator[tuple[str, str, float | None, Rows]]:
     """The change, its effect and its added computation as in ``Remedy``, and the micro-batch behind it."""
     training, lora, dtype = spec.training, spec.lora, spec.model.dtype
@@ -87,8 +88,9 @@ def _changes(
     if lora and dtype == "float32" and computed != "float32":
         yield f"model.dtype={computed}", "frozen weights in 16 bits", 0.0, rows
     if computed == "float32":
-        weights = "model.dtype=bfloat16 " if lora and dtype == "float32" else ""
-        yield f"{weights}training.precision=bf16", "all in 16 bits but what is trained", 0.0, rows
+        precision, sixteen = sixteen_bits(cuda)
+        weights = f"model.dtype={sixteen} " if lora and dtype == "float32" else ""
+        yield f"{weights}training.precision={precision}", "all in 16 bits but what is trained", 0.0, rows
     if isinstance(training.tokens_per_pass, int) and len(rows.lengths) > size and not spec.data.packing:
         alone = replace(_of(rows, rows.lengths[:size]), passes=None)
         yield "training.tokens_per_pass=null", "each micro-batch by itself", 0.0, alone
@@ -101,6 +103,8 @@ def _changes(
         share = recomputed_share(config, Recompute.BLOCK) if training.fused else 1 / 2
         change = "training.activation_checkpointing=block"
         yield change, "every block computed again", share if lora else 1 / 3, rows
+    if lora and dtype not in QUANTIZED_DTYPES:
+        yield "model.dtype=float8", "frozen weights in 8 bits, unpacked or multiplied in float8", None, rows
     if lora and dtype != "nf4":
         yield "model.dtype=nf4", "frozen weights in 4 bits, unpacked for each product", None, rows
     if lora and spec.model.placement in ("auto", "device") and (cuda or rows.ranks > 1):

@@ -12,9 +12,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamatune.shapes.attention_kernels import OLDEST_WITH_BF16, Capability, Gpu
+from llamatune.shapes.attention_kernels import Gpu
+from llamatune.shapes.capabilities import OLDEST_WITH_BF16, OLDEST_WITH_FP8, Capability
 from llamatune.shapes.counts import count_parameters
-from llamatune.shapes.dtypes import PRECISIONS, WEIGHT_BYTES
+from llamatune.shapes.dtypes import PRECISIONS, QUANTIZED_DTYPES, WEIGHT_BYTES
+from llamatune.shapes.float8_products import runs_in_float8
 from llamatune.shapes.gradient_lanes import LANES
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.recurring_sizes import filled_up
@@ -60,13 +62,13 @@ class Sizes:
         passes, lanes = rows.passes or training.gradient_accumulation_steps, LANES if self.adapter else 1
         self.accumulates = passes > lanes  # into gradients that are there already
         self.held_sums = (min(passes, lanes) - 1).bit_length()  # of gradients of other lanes
-        self.nf4, self.computed = spec.model.dtype == "nf4", PRECISIONS[training.precision]
+        self.quantized, self.computed = spec.model.dtype in QUANTIZED_DTYPES, PRECISIONS[training.precision]
         self.autocast = self.computed != "float32"
         held = spec.model.dtype
-        if self.nf4:  # of what is not quantised
+        if self.quantized:  # of what is not
             held = "float16" if training.precision == "fp16" else "bfloat16"
         self.w, self.c = WEIGHT_BYTES[held], WEIGHT_BYTES[self.computed]
-        self.capability = _capability(cuda, self.computed)
+        self.capability = _capability(cuda, self.computed, spec.model.dtype)
         self.casts = held != self.computed  # by the table in training.precision
         self.s = 4 if self.casts else self.w
         self.N, self.P = (
@@ -106,8 +108,10 @@ class Sizes:
     @property
     def block(self) -> int:
         """The frozen tensors of a block."""
-        linears = [self.count(name) for name in LINEAR_MODULES]
-        return sum(map(_nf4_bytes, linears)) + 2 * self.D * self.w if self.nf4 else self.block_parameters * self.w
+        if not self.quantized:
+            return self.block_parameters * self.w
+        held = {"nf4": _nf4_bytes, "float8": _float8_bytes}[self.spec.model.dtype]
+        return sum(held(self.config.linear_shape(name)) for name in LINEAR_MODULES) + 2 * self.D * self.w
 
     @property
     def block_parameters(self) -> int:
@@ -133,8 +137,11 @@ class Sizes:
 
     @property
     def unpacking(self) -> int:
-        """The buffer that NF4 matrices are unpacked into, and the table for their scales; they stay."""
-        return self.c * max(map(self.count, LINEAR_MODULES)) + _CODE_TABLE_BYTES if self.nf4 else 0
+        """The buffer that quantised matrices are unpacked into, and NF4's table for their scales; they stay."""
+        if not self.quantized:
+            return 0
+        table = _CODE_TABLE_BYTES if self.spec.model.dtype == "nf4" else 0
+        return max(self.count(name) * (1 if self.in_float8(name) else self.c) for name in LINEAR_MODULES) + table
 
     # Pieces of a pass.
 
@@ -142,9 +149,21 @@ class Sizes:
         """Elements of one of the seven matrices."""
         return math.prod(self.config.linear_shape(name))
 
-    def matrix(self, name: str) -> int:
-        """What a product needs of its frozen matrix beside the matrix: the cast, or the pieces of its unpacking."""
-        if self.nf4:
+    def in_float8(self, name: str) -> bool:
+        """Whether the products with a matrix are computed in float8."""
+        shape = self.config.linear_shape(name)
+        return self.spec.model.dtype == "float8" and runs_in_float8(self.capability, self.computed, shape)
+
+    def beside_product(self, name: str, rows: int, back: bool) -> int:
+        """What a product of so many rows needs beside its factors and its result: the cast of the frozen matrix, the
+        pieces of its unpacking, or the other factor in float8, going ``back`` with the matrix's scales in it.
+        """
+        if self.in_float8(name):
+            width = self.config.linear_shape(name)[0 if back else 1]
+            return rows * width * (1 + self.c * back) + 3 * 4 * rows
+        if self.spec.model.dtype == "float8":
+            return 0 if self.cuda else 4 * min(self.count(name), WEIGHTS_AT_ONCE["cpu"])
+        if self.quantized:
             return self.count(name) // 64 * 4 + 2 * min(self.count(name), WEIGHTS_AT_ONCE[self.device])
         return self.count(name) * self.c if self.casts else 0
 
@@ -155,13 +174,20 @@ class Sizes:
         return sum(4 * self.adapter.parameter_count(self.config, name) for name in names)
 
 
-def _capability(gpu: Gpu, computed: str) -> Capability | None:
-    """Of a GPU that is not at hand: FlashAttention's oldest, or for fp16, which others leave to bf16, a T4's."""
+def _capability(gpu: Gpu, computed: str, held: str) -> Capability | None:
+    """Of a GPU that is not at hand: FlashAttention's oldest, for fp16, which others leave to bf16, a T4's, and for
+    weights in float8 an RTX 40's.
+    """
     if isinstance(gpu, tuple):
         return gpu
-    return None if not gpu else (7, 5) if computed == "float16" else OLDEST_WITH_BF16
+    usual = OLDEST_WITH_FP8 if held == "float8" else OLDEST_WITH_BF16
+    return None if not gpu else (7, 5) if computed == "float16" else usual
 
 
-def _nf4_bytes(count: int) -> int:
-    blocks = -(-count // 64)
+def _float8_bytes(shape: tuple[int, ...]) -> int:
+    return math.prod(shape) + 4 * shape[0]
+
+
+def _nf4_bytes(shape: tuple[int, ...]) -> int:
+    blocks = -(-math.prod(shape) // 64)
     return blocks * 32 + -(-blocks // 256) * 260 + 4

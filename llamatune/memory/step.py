@@ -34,7 +34,7 @@ class StepBytes:
     """Bytes at the highest moment of a steady step, by what they are.
 
     ``weights`` are the base; ``adapter`` LoRA's matrices; ``activations`` what is kept for the backward pass;
-    ``temporary`` what the running part has in flight, and the buffer that NF4 matrices are unpacked into.
+    ``temporary`` what the running part has in flight, and the buffer that quantised matrices are unpacked into.
     """
 
     weights: int

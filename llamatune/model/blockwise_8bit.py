@@ -43,8 +43,8 @@ class BlockwiseCode:
         patterns = torch.arange(1 << 16, dtype=torch.int32, device="cpu") << 16
         least = torch.where(patterns < 0, patterns | 0xFFFF, patterns).view(torch.float32)
         below = torch.bucketize(least.nan_to_num(nan=0.0), middles, out_int32=True)
-        self._levels, self._below = levels.to(device), below.to(device)
-        self._middles = torch.cat((middles, torch.tensor([torch.inf], device="cpu"))).to(device)
+        self.levels, self.below = levels.to(device), below.to(device)
+        self.middles = torch.cat((middles, torch.tensor([torch.inf], device="cpu"))).to(device)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 (256 N,) to uint8 codes (256 N,) and the blocks' largest magnitudes, fp32 (N,)."""
@@ -53,11 +53,11 @@ class BlockwiseCode:
         # A block of zeros divides by the smallest normal number, not by zero.
         quotients = blocks / largest.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
         flat = quotients.view(-1)
-        below = torch.index_select(self._below, 0, (flat.view(torch.int32) >> 16) & 0xFFFF)
-        above = flat > torch.index_select(self._middles, 0, below)
+        below = torch.index_select(self.below, 0, (flat.view(torch.int32) >> 16) & 0xFFFF)
+        above = flat > torch.index_select(self.middles, 0, below)
         return below.add_(above).to(torch.uint8), largest
 
     def decode(self, codes: Tensor, largest: Tensor) -> Tensor:
         """The fp32 values (256 N,) that codes and magnitudes stand for."""
-        values = torch.index_select(self._levels, 0, codes.int())
+        values = torch.index_select(self.levels, 0, codes.int())
         return (values.view(-1, BLOCK) * largest[:, None]).view(-1)

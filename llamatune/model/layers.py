@@ -35,28 +35,32 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T in x's dtype; ``matrix`` makes W in that dtype, in the forward and again in the backward pass.
+    """x W^T in x's dtype by ``product``, and the gradient with respect to x by ``product_back``; no other is made.
 
-    So one matrix is cast or unpacked at a time, and none is kept. The gradient reaches x alone.
+    Each of the two casts or unpacks W for itself, so there is one such matrix at a time, and none is kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Callable[[torch.dtype], Tensor]) -> Tensor:
-        ctx.matrix = matrix
-        return F.linear(x, matrix(x.dtype))
+    def forward(
+        ctx: Any, x: Tensor, product: Callable[[Tensor], Tensor], product_back: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.product_back = product_back
+        return product(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grad_outputs
-        return grad @ ctx.matrix(grad.dtype), None
+        return ctx.product_back(grad), None, None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T; outside autocast the input's dtype decides in which precision the product is computed."""
     if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight)
-    return FrozenProduct.apply(x, weight.to)  # type: ignore[no-any-return, no-untyped-call]
+    return FrozenProduct.apply(  # type: ignore[no-any-return, no-untyped-call]
+        x, lambda x: F.linear(x, weight.to(x.dtype)), lambda grad: grad @ weight.to(grad.dtype)
+    )
 
 
 class Embedding(nn.Embedding):
@@ -101,6 +105,12 @@ class QuantizedWeight(Protocol):
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in ``dtype`` inside a shared buffer: use it at once, the next call overwrites it."""
 
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T in x's dtype, without autograd."""
+
+    def product_back(self, grad: Tensor) -> Tensor:
+        """grad W in grad's dtype, without autograd."""
+
 
 class Linear(nn.Linear):
     """A matrix without bias (LLaMA has none), (..., in) -> (..., out).
@@ -130,7 +140,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
         """x W^T; with ``dropout``, which a frozen layer has none of, in x's dtype and without autograd."""
         if dropout is not None:
-            return x @ self.matrix(x.dtype).T
+            return x @ self.matrix(x.dtype).T if self.quantized is None else self.quantized.product(x)
         return linear(x, self.weight) if self.quantized is None else self.quantized(x)
 
     def draw_dropout(self) -> Dropout:
@@ -141,7 +151,9 @@ class Linear(nn.Linear):
         self, grad: Tensor, x: Tensor | None, dropout: Dropout, wants_input: bool
     ) -> tuple[Tensor | None, Trained]:
         """Gradients with respect to x, if wanted, and to ``trained``; only an adapted layer needs ``x``."""
-        return grad @ self.matrix(grad.dtype) if wants_input else None, ()
+        if not wants_input:
+            return None, ()
+        return grad @ self.matrix(grad.dtype) if self.quantized is None else self.quantized.product_back(grad), ()
 
 
 class RMSNorm(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamatune.model.compiled_functions import compilable
+from llamatune.model.kernels.choice import by_kernel
 from llamatune.model.layers import linear, product_dtype, widened
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.recurring_sizes import filled_up, logit_rows
@@ -59,9 +60,7 @@ def target_losses(
             with torch.autocast(hidden.device.type, enabled=False):
                 logits, chunk_targets = hidden[chunk].to(W.dtype) @ W.T, targets[chunk]  # (chunk, V)
             for piece in _pieces(len(chunk_targets), W):
-                wide, wanted = widened(logits[piece]), chunk_targets[piece]
-                found[0, chunk][piece] = F.cross_entropy(wide, wanted, reduction="none")
-                found[1, chunk][piece] = wide.argmax(-1) == wanted
+                found[0, chunk][piece], found[1, chunk][piece] = token_losses(logits[piece], chunk_targets[piece])
         losses, correct = found.cpu()  # the device is waited for here, once a batch
         return losses, correct.bool()
 
@@ -136,10 +135,13 @@ class _FrozenHeadLoss(torch.autograd.Function):
             for chunk in _chunks(len(hidden), W):
                 logits, wanted = hidden[chunk].to(dtype) @ W.T, targets[chunk, None]  # (chunk, V)
                 for piece in _pieces(len(wanted), W):
-                    total += _cross_entropy(logits[piece], wanted[piece], wants_gradient)
+                    total += summed_cross_entropy(logits[piece], wanted[piece], wants_gradient)
                 if gradient is not None:
                     logits[len(wanted) :] = 0
-                    gradient[chunk] = logits @ W
+                    if gradient.dtype == dtype:
+                        torch.mm(logits, W, out=gradient[chunk])
+                    else:
+                        gradient[chunk] = logits @ W
                 del logits  # before the next chunk's are made
             ctx.save_for_backward(gradient)
             return total
@@ -150,8 +152,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return gradient * grad_outputs[0].to(gradient.dtype), None, None
 
 
+@by_kernel("cross_entropy")
 @compilable
-def _cross_entropy(logits: Tensor, targets: Tensor, wants_slope: bool) -> Tensor:
+def summed_cross_entropy(logits: Tensor, targets: Tensor, wants_slope: bool) -> Tensor:
     """The summed loss in fp32 or wider; its derivative, softmax(logits) - onehot, takes the logits' place.
 
     ``logits`` (P, V), ``targets`` (P, 1).
@@ -166,3 +169,10 @@ def _cross_entropy(logits: Tensor, targets: Tensor, wants_slope: bool) -> Tensor
         rows = torch.arange(len(logits), device=logits.device)[:, None]
         logits.index_put_((rows, targets), (wanted.exp() / total - 1).to(logits.dtype))
     return (total.log() - wanted).sum()
+
+
+@by_kernel("cross_entropy")
+def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each row (P,), fp32 or wider, and whether its target (P,) was the likeliest, bool."""
+    wide = widened(logits)
+    return F.cross_entropy(wide, targets, reduction="none"), wide.argmax(-1) == targets

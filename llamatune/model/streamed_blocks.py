@@ -2,7 +2,7 @@
 
 The frozen tensors of a block lie end to end as bytes. They are brought into one of two rooms before the forward pass of
 the block, and again before its backward pass; meanwhile the next block's are fetched into the other room. All blocks
-share the rooms: parameters and NF4 buffers are views of a room, made once.
+share the rooms: parameters and the buffers of packed weights are views of a room, made once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llamatune.model.block_stores import ALIGNMENT, Arrival, BlockStore, HostBlocks, ShardedBlocks
-from llamatune.model.nf4 import NF4Weight, storage
+from llamatune.model.packed_weight import PackedWeight
 from llamatune.model.transformer import Transformer
 from llamatune.ranks import Ranks
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
@@ -38,15 +38,15 @@ class _Place:
 class BlockLayout:
     """Where each frozen tensor lies among the ``bytes`` of its block. All blocks are alike."""
 
-    def __init__(self, config: LlamaConfig, dtype: torch.dtype, nf4: bool) -> None:
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype, packed: type[PackedWeight] | None) -> None:
         self.places: dict[str, _Place] = {}
         self.layers, self.bytes = config.num_hidden_layers, 0
         for name, shape in config.with_layers(1).parameter_shapes():
             if not name.startswith(_BLOCKS):
                 continue
             _, path = _split(name)
-            if nf4 and path.split(".")[-2] in LINEAR_MODULES:
-                for key, (kind, stored) in storage(shape).items():
+            if packed is not None and path.split(".")[-2] in LINEAR_MODULES:
+                for key, (kind, stored) in packed.storage(shape).items():
                     self._add(f"{path}.{key}", kind, stored)
             else:
                 self._add(path, dtype, shape)
@@ -109,8 +109,8 @@ class StreamedBlocks:
         room = self._rooms[layer % len(self._rooms)]
         return room[place.begin : place.begin + place.bytes].view(place.dtype).view(place.shape)
 
-    def hold_packed(self, name: str, weight: NF4Weight) -> None:
-        """Store the tensors of an NF4 matrix and replace them by their views."""
+    def hold_packed(self, name: str, weight: PackedWeight) -> None:
+        """Store the tensors of a packed matrix and replace them by their views."""
         for key, tensor in list(weight.named_buffers()):
             setattr(weight, key, self.hold(f"{name}.{key}", tensor))
 
@@ -153,12 +153,20 @@ class StreamedBlocks:
 
 
 def stream_blocks(
-    placement: str, config: LlamaConfig, dtype: torch.dtype, nf4: bool, device: torch.device, ranks: Ranks
+    placement: str,
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    packed: type[PackedWeight] | None,
+    device: torch.device,
+    ranks: Ranks,
 ) -> StreamedBlocks | None:
-    """Empty room for a base's blocks where ``placement`` says, ``host`` or ``shard``; None: on the device."""
+    """Empty room for a base's blocks where ``placement`` says, ``host`` or ``shard``; None: on the device.
+
+    ``packed``: how the matrices are quantised; None: all is held in ``dtype``.
+    """
     if placement not in ("host", "shard"):
         return None
-    layout = BlockLayout(config, dtype, nf4)
+    layout = BlockLayout(config, dtype, packed)
     size = layout.layers, layout.bytes
     store = HostBlocks(*size, device) if placement == "host" else ShardedBlocks(*size, device, ranks)
     return StreamedBlocks(layout, store, device)

@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
+from llamatune.shapes.capabilities import OLDEST_WITH_BF16, Capability
 from llamatune.shapes.tile_sizes import SHORT_TOKENS
-
-Capability = tuple[int, int]
-"""A GPU's CUDA compute capability: (7, 5) of a T4, (9, 0) of an H100."""
-
-OLDEST_WITH_BF16: Capability = (8, 0)
-"""The first to have FlashAttention, bf16 and TF32."""
 
 Gpu = bool | Capability | None
 """What a step is planned for. A capability, or True: a GPU that is not at hand. Otherwise a CPU."""

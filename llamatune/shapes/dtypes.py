@@ -24,6 +24,8 @@ DTYPES = tuple(
 )  # fmt: skip
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 """What weights may be stored and held in."""
+QUANTIZED_DTYPES = ("nf4", "float8")
+"""What the matrices of the blocks may be quantised to, while the rest is held in 16 bits."""
 ITEM_BYTES = {dtype.stored: dtype.item_bytes for dtype in DTYPES}
 """Bytes an element by safetensors' names."""
 WEIGHT_BYTES = {dtype.name: dtype.item_bytes for dtype in DTYPES if dtype.name in WEIGHT_DTYPES}

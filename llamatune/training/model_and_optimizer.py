@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from llamatune.checkpoints.loading import load_model, load_rows, warn_of_broken
-from llamatune.checkpoints.nf4_cache import QuantizedBase
+from llamatune.checkpoints.quantized_base import QuantizedBase
 from llamatune.events import OnEvent, ShouldStop
 from llamatune.model.activation_checkpointing import apply_activation_checkpointing
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter, load_adapter_tensors
 from llamatune.model.initialise import drawn_weights
-from llamatune.model.nf4 import Scratch, hold_quantized, quantize_nf4
+from llamatune.model.packed_weight import PackedWeight, Scratch, hold_quantized
+from llamatune.model.quantization import QUANTIZATIONS
 from llamatune.model.streamed_blocks import StreamedBlocks, stream_blocks
 from llamatune.model.transformer import Transformer
 from llamatune.ranks import ALONE, Ranks
@@ -77,8 +78,8 @@ def build_learner(
     """
     if spec.adapter is None and ranks.size > 1:
         return _build_sharded(spec, inputs, on_event, should_stop, ranks)
-    placement, nf4 = spec.model.placement, spec.model.dtype == "nf4"
-    streamed = stream_blocks(placement, inputs.config, held_dtype(spec), nf4, inputs.device, ranks)
+    placement, packed = spec.model.placement, QUANTIZATIONS.get(spec.model.dtype)
+    streamed = stream_blocks(placement, inputs.config, held_dtype(spec), packed, inputs.device, ranks)
     model, adapter = _load_base(spec, inputs, on_event, should_stop, streamed, ranks, drawn_on), spec.adapter
     if adapter is None:
         model.requires_grad_(True)
@@ -154,13 +155,14 @@ def _load_base(
     drawn_on: torch.device | str,
 ) -> Transformer:
     """The base model, read from its checkpoint or drawn at random."""
-    dtype, nf4 = held_dtype(spec), spec.model.dtype == "nf4"
+    dtype, packed = held_dtype(spec), QUANTIZATIONS.get(spec.model.dtype)
     if inputs.checkpoint is None:
-        model = _draw_base(inputs, spec.training.seed, dtype, nf4, streamed, drawn_on)
+        model = _draw_base(inputs, spec.training.seed, dtype, packed, streamed, drawn_on)
     else:
         quantized = None
-        if nf4:
-            quantized = QuantizedBase(inputs.checkpoint, inputs.config, inputs.device, on_event, should_stop)
+        if packed is not None:
+            what = spec.model.dtype, inputs.checkpoint, inputs.config, inputs.device
+            quantized = QuantizedBase(*what, on_event, should_stop)
             if spec.model.quantized_cache is not None:
                 if not ranks.is_first:
                     ranks.wait()  # the first may write the cache
@@ -186,7 +188,7 @@ def _draw_base(
     inputs: Inputs,
     seed: int,
     dtype: torch.dtype,
-    nf4: bool,
+    packed: type[PackedWeight] | None,
     streamed: StreamedBlocks | None,
     drawn_on: torch.device | str,
 ) -> Transformer:
@@ -196,11 +198,11 @@ def _draw_base(
     scratch = Scratch()
     for name, drawn in drawn_weights(model, seed, device=drawn_on):
         module, weight = model.get_submodule(name.rpartition(".")[0]), drawn.to(inputs.device, dtype)
-        if nf4 and name.split(".")[-2] in LINEAR_MODULES:
-            packed = quantize_nf4(weight, scratch)
+        if packed is not None and name.split(".")[-2] in LINEAR_MODULES:
+            quantized = packed.quantize(weight, scratch)
             if streamed is not None:
-                streamed.hold_packed(name, packed)
-            hold_quantized(module, packed)
+                streamed.hold_packed(name, quantized)
+            hold_quantized(module, quantized)
             continue
         if streamed is not None and streamed.rows_kept(name) is not None:
             weight = streamed.hold(name, weight)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamatune.devices import capability_of, lacks_bf16
+from llamatune.devices import capability_of
 from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, OnEvent
 from llamatune.model.torch_dtypes import TORCH_DTYPES
-from llamatune.shapes.dtypes import PRECISIONS
+from llamatune.shapes.dtypes import PRECISIONS, QUANTIZED_DTYPES
+from llamatune.shapes.gpu_advice import refusal, slower_settings
 from llamatune.spec import RunSpec
 
 _GROWTH, _BACKOFF = 2.0, 0.5
@@ -23,17 +24,21 @@ _GROWTH, _BACKOFF = 2.0, 0.5
 
 def check_precision(spec: RunSpec, device: torch.device, on_event: OnEvent) -> None:
     """Raise ``EnvironmentFault`` where the device lacks the spec's bf16 or TF32; warn of fp16 on a CPU (slow)."""
-    if "bfloat16" in (spec.model.dtype, PRECISIONS[spec.training.precision]) and lacks_bf16(device):
-        raise EnvironmentFault(
-            f"{torch.cuda.get_device_name(device)} has no bf16",
-            None,
-            "set training.precision: fp16 and model.dtype: float16 or nf4",
-        )
-    if spec.training.precision == "tf32" and (capability_of(device) is None or lacks_bf16(device)):
+    found = refusal(capability_of(device), spec.training.precision, spec.model.dtype)
+    if found is not None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-        raise EnvironmentFault(f"{name} has no TF32", "training.precision", "set it to fp32")
+        raise EnvironmentFault(f"{name} has no {found.lacks}", found.where, found.todo)
     if device.type == "cpu" and spec.training.precision == "fp16":
         on_event(Notice("fp16 matrix products are very slow on a CPU; fp32 or bf16 are the quicker choices", "warning"))
+
+
+def report_slower_settings(spec: RunSpec, device: torch.device, on_event: OnEvent) -> None:
+    """Report what of the spec's precision and dtype is slower, or less safe, than the GPU allows."""
+    capability = capability_of(device)
+    if capability is not None:
+        settings = spec.training.precision, spec.model.dtype
+        for line in slower_settings(capability, *settings, lora=spec.adapter is not None):
+            on_event(Notice(line))
 
 
 def autocast_factory(
@@ -73,11 +78,11 @@ def fp32_products(precision: str) -> Iterator[None]:
 
 
 def held_dtype(spec: RunSpec) -> torch.dtype:
-    """The dtype of the frozen weights; with NF4 that of embedding, norms and head, which are not quantised.
+    """The dtype of the frozen weights; of a quantised base that of embedding, norms and head.
 
     Those are bf16 (cast to fp32 for an fp32 product, so no bf16 arithmetic is asked for), and fp16 where fp16 computes.
     """
-    if spec.model.dtype == "nf4":
+    if spec.model.dtype in QUANTIZED_DTYPES:
         return torch.float16 if spec.training.precision == "fp16" else torch.bfloat16
     return TORCH_DTYPES[spec.model.dtype]
 
@@ -91,11 +96,11 @@ def residual_dtype(model_dtype: torch.dtype, precision: str) -> torch.dtype:
     float32    fp32              fp32, autocast    fp32, autocast
     bfloat16   fp32, upcast      bf16              fp32, autocast
     float16    fp32, upcast      fp32, autocast    fp16
-    nf4        fp32, upcast      bf16              fp16
+    quantised  fp32, upcast      bf16              fp16
     ========== ================= ================= =================
 
-    'upcast': each frozen matrix is cast to fp32 for its product, one at a time, forward and backward. With ``nf4`` the
-    argument is the dtype of what is not quantised (``held_dtype``).
+    'upcast': each frozen matrix is cast to fp32 for its product, one at a time, forward and backward. Of a
+    quantised base the argument is the dtype of what is not quantised (``held_dtype``).
     """
     return model_dtype if TORCH_DTYPES[PRECISIONS[precision]] == model_dtype else torch.float32
 

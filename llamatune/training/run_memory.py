@@ -17,6 +17,7 @@ from llamatune.memory.plan import (
     heaviest_rows,
     joined_tokens,
     limit_of,
+    placed,
     plan_memory,
 )
 from llamatune.memory.remedies import remedies
@@ -47,8 +48,8 @@ def choose_run_placement(
 ) -> RunSpec:
     """The spec with ``model.placement`` decided: the device only where passes of so many tokens fit on every rank."""
 
-    def fits(placed: RunSpec) -> bool:
-        return not ranks.any(not plan_run_memory(placed, config, train, device, pass_tokens, ranks.size).fits)
+    def fits(tried: RunSpec) -> bool:
+        return not ranks.any(not plan_run_memory(tried, config, train, device, pass_tokens, ranks.size).fits)
 
     return choose_placement(spec, fits, device.type, ranks.size)
 
@@ -60,24 +61,58 @@ def choose_passes(spec: RunSpec, config: LlamaConfig, train: Split, device: torc
         return PassRule(spec.training.tokens_per_pass, lanes=lanes)
     limit, gpu = limit_of(spec, free_memory_bytes(device)), capability_of(device)
     spec = choose_placement(
-        spec, lambda placed: plan_run_memory(placed, config, train, device, ranks=ranks).fits, device.type, ranks
+        spec, lambda tried: plan_run_memory(tried, config, train, device, ranks=ranks).fits, device.type, ranks
     )
     tokens = joined_tokens(train.lengths, train.target_counts, spec, config, gpu, limit, ranks)
     return PassRule(tokens, ranks, lanes)
 
 
-def report_plan(plan: MemoryPlan, spec: RunSpec, config: LlamaConfig, device: torch.device, on_event: OnEvent) -> None:
-    """Report where the base lies and what is recomputed to fit the limit, and warn if the step does not fit."""
-    where = {"host": "host memory", "shard": "slices on all ranks"}.get(spec.model.placement)
+def report_plan(
+    plan: MemoryPlan,
+    spec: RunSpec,
+    chosen: RunSpec,
+    config: LlamaConfig,
+    train: Split,
+    device: torch.device,
+    on_event: OnEvent,
+) -> None:
+    """Report where the base lies and why, what is recomputed to fit the limit, and warn if the step does not fit.
+
+    ``chosen`` is the spec with ``model.placement`` decided, which ``plan`` is for.
+    """
+    where = {"host": "host memory", "shard": "slices on all ranks"}.get(chosen.model.placement)
     if where is not None:
-        on_event(Notice(f"the frozen weights of the blocks lie in {where}; two blocks are on {device} at a time"))
+        why, instead = _why_not_on_device(plan, spec, config, train, device) if spec != chosen else ("", "")
+        on_event(
+            Notice(f"the frozen weights of the blocks lie in {where}{why}; two are on {device} at a time{instead}")
+        )
     if not plan.fits:
-        offered = remedies(spec, config, plan, capability_of(device))
-        best = next((remedy for remedy in offered if remedy.fits), offered[0] if offered else None)
+        offered = remedies(chosen, config, plan, capability_of(device))
+        lowest = min(offered, key=lambda remedy: remedy.peak_bytes, default=None)
+        best = next((remedy for remedy in offered if remedy.fits), lowest)
         advice = f"; {best.advice()}" if best else ""
         on_event(Notice(f"a step needs {plan.room()} that may be used{advice}", "warning"))
     elif plan.levels and any(plan.levels) and spec.training.activation_checkpointing == "none":
         on_event(Notice(f"recomputing: {plan.recomputing()}; {plan.room()}"))
+
+
+def _why_not_on_device(
+    plan: MemoryPlan, spec: RunSpec, config: LlamaConfig, train: Split, device: torch.device
+) -> tuple[str, str]:
+    """What a step with all weights on the device would need, and the first change with which that fits.
+
+    In the passes that the spec asks for: ``tokens_per_pass: auto`` joins no rows where these alone do not fit.
+    """
+    tokens, there = spec.training.tokens_per_pass, placed(spec, "device")
+    single = None if tokens == "auto" else tokens
+    rows = heaviest_rows(train.lengths, train.target_counts, spec, single, plan.rows.ranks)
+    needed = plan_memory(there, config, rows, capability_of(device), plan.limit_bytes)
+    if needed.fits:  # on this rank, but not on each
+        return "", ""
+    offered = remedies(there, config, needed, capability_of(device))
+    best = next((it for it in offered if it.fits and not it.change.startswith("model.placement")), None)
+    why = f", because a step with all of them on {device} needs {needed.room()} that may be used"
+    return why, f"; all fit there with {best.advice()}" if best else ""
 
 
 def held_memory(learner: Learner) -> MemoryHeld:

@@ -26,7 +26,7 @@ from llamatune.training.inputs import Inputs, open_inputs
 from llamatune.training.loop import TrainingLoop
 from llamatune.training.model_and_optimizer import build_learner
 from llamatune.training.passes import PassRule
-from llamatune.training.precision import fp32_products
+from llamatune.training.precision import fp32_products, report_slower_settings
 from llamatune.training.profiling import profiled
 from llamatune.training.run_directory import claim_run_directory, finished_summary, share_run
 from llamatune.training.run_file_names import CHECKPOINTS, ORIGIN
@@ -74,6 +74,7 @@ def train(
         if ranks.is_first:
             refuse_small_disk(output, needed, "a checkpoint")
         stack.enter_context(chosen_kernels(spec.training.kernels, device, on_event))
+        report_slower_settings(spec, device, on_event)
         if spec.training.compile:
             check_compiler(device)
 
@@ -92,7 +93,7 @@ def train(
         plan = plan_run_memory(placed, config, rows, device, run.passes.tokens, ranks.size)
         stack.enter_context(memory_faults(device, what_helps))
         stack.enter_context(suitable_threads(config, pass_tokens(spec, rows, run.passes)))
-        report_plan(plan, placed, config, device, on_event)
+        report_plan(plan, spec, placed, config, rows, device, on_event)
         before_bytes = held_host_bytes().get("resident")
         placement = placed.model.placement
         memory_facts = {"placement": placement, **plan.facts(), "memory_before_model_bytes": before_bytes}
@@ -134,6 +135,7 @@ def plan_training(
     if not (output / ORIGIN).is_file():
         refuse_occupied(output, overwrite=False)
     config, rows, device = inputs.config, inputs.prepared.train, inputs.device
+    report_slower_settings(spec, device, on_event)
     with deterministic_kernels(spec.training.deterministic, device):
         if spec.training.compile:
             check_compiler(device)

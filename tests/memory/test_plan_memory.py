@@ -80,10 +80,21 @@ def test_what_does_not_fit_comes_with_what_helps(run: Callable[..., dict[str, An
     assert not found["fits"]
     assert found["recomputed_layers"]["the whole block"] == 32
     helpful = [remedy["change"] for remedy in found["remedies"] if remedy["fits"]]
-    assert helpful == ["model.dtype=nf4", "model.placement=host"]
+    assert helpful == ["model.dtype=float8", "model.dtype=nf4", "model.placement=host"]
     costs = [remedy["more_compute"] for remedy in found["remedies"] if remedy["more_compute"] is not None]
     assert costs == sorted(costs)
-    assert run(*base[:-1], *helpful)["fits"]
+    assert run(*base[:-1], *helpful[1:])["fits"]
+
+
+def test_a_7b_in_float8_takes_a_byte_a_weight(run: Callable[..., dict[str, Any]]) -> None:
+    """1 x 512, q and v: with nothing recomputed the peak is to stay within 8.5 GiB."""
+    base = ("--preset", "llama-2-7b", "--micro-batch-size", "1", "training.gradient_accumulation_steps=1")
+    found = run(*base, "model.dtype=float8")
+    rows = 3 * 4096 + 4096 + 2 * 11008 + 4096  # of the seven matrices, which have a scale each
+    matrices = 4 * 4096**2 + 3 * 4096 * 11008
+    others = 2 * 32000 * 4096 + (2 * 32 + 1) * 4096
+    assert found["predicted_memory_bytes"]["weights"] == 32 * (matrices + 4 * rows) + 2 * others
+    assert found["predicted_peak_memory_bytes"] <= 8.5 * GIB
 
 
 def test_a_spec_is_planned_for_its_longest_rows(

@@ -57,7 +57,7 @@ LORA = [
              (LINEAR_MODULES, "none", 0.0)),
         )
     )
-] + [(SHAPES[1], "nf4", "bf16", LINEAR_MODULES, "projections", 0.0)]  # fmt: skip
+] + [(SHAPES[1], dtype, "bf16", LINEAR_MODULES, "projections", 0.0) for dtype in ("nf4", "float8")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("shape", "dtype", "precision", "targets", "mode", "dropout"), LORA)
@@ -98,6 +98,7 @@ def test_every_parameter_trained(config: LlamaConfig, optimizer: str, accumulati
 @pytest.mark.parametrize(
     ("targets", "dtype", "mode", "rows"),
     [(QV, "bfloat16", "none", 8), (LINEAR_MODULES, "bfloat16", "projections", 8), (LINEAR_MODULES, "nf4", "block", 8),
+     (QV, "float8", "none", 1),
      (LINEAR_MODULES, "float32", "feed_forward", 1)],
 )  # fmt: skip
 def test_blocks_of_7b(targets: tuple[str, ...], dtype: str, mode: str, rows: int) -> None:

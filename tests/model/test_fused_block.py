@@ -16,7 +16,8 @@ from llamatune.model.fused import operations
 from llamatune.model.initialise import initialise
 from llamatune.model.layers import Dropout, RMSNorm
 from llamatune.model.loss import summed_loss
-from llamatune.model.nf4 import quantize_blocks
+from llamatune.model.nf4 import NF4Weight
+from llamatune.model.packed_weight import quantize_blocks
 from llamatune.model.rope import rotary_angles
 from llamatune.model.transformer import Transformer
 from llamatune.shapes import tile_sizes
@@ -95,7 +96,7 @@ def test_fused_equals_plain(targets: list[str], dtype: torch.dtype, tolerance: f
 @pytest.mark.parametrize("level", LEVELS)
 def test_on_an_nf4_base_fused_equals_plain(level: Recompute) -> None:
     model = model_with([], torch.float32)
-    quantize_blocks(model, torch.float32)
+    quantize_blocks(model, NF4Weight, torch.float32)
     apply_adapter(model, AdapterSpec(4, 8, 0.0, LINEAR_MODULES), 1)
     for name, parameter in adapter_parameters(model):
         if "lora_B" in name:

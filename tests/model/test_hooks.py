@@ -14,7 +14,8 @@ from llamatune.model.activation_checkpointing import apply_activation_checkpoint
 from llamatune.model.adapters.apply import apply_adapter
 from llamatune.model.initialise import initialise
 from llamatune.model.loss import summed_loss
-from llamatune.model.nf4 import quantize_blocks
+from llamatune.model.nf4 import NF4Weight
+from llamatune.model.packed_weight import quantize_blocks
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
@@ -31,7 +32,7 @@ def training_model(mode: str, fused: bool, level: Recompute | None, nf4: bool = 
     model = Transformer(CONFIG)
     initialise(model, 0, 0.15)
     if nf4:
-        quantize_blocks(model, torch.float32)
+        quantize_blocks(model, NF4Weight, torch.float32)
     apply_adapter(model, AdapterSpec(4, 8, 0.1, ("q_proj", "down_proj")))
     apply_activation_checkpointing(model, mode, fused, None if level is None else (level,) * CONFIG.num_hidden_layers)
     return model.train()

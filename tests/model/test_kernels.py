@@ -13,7 +13,8 @@ from llamatune.memory.attention import AttentionBytes
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.model import attention
 from llamatune.model.attention import Documents, attend
-from llamatune.shapes.attention_kernels import Capability, Kernel, choose_kernel, head_room
+from llamatune.shapes.attention_kernels import Kernel, choose_kernel, head_room
+from llamatune.shapes.capabilities import Capability
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.spec import build_spec
 

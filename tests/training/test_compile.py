@@ -23,7 +23,8 @@ from llamatune.errors import EnvironmentFault, Stopped
 from llamatune.events import Notice
 from llamatune.model import compiled_functions
 from llamatune.model.compiled_functions import compiling, is_compiling
-from llamatune.model.nf4 import BLOCK, Scratch, dequantize_at_once, quantize_nf4
+from llamatune.model.nf4 import BLOCK, NF4Weight, dequantize_at_once, pairs_of_levels
+from llamatune.model.packed_weight import Scratch
 from llamatune.training.compile_ahead import check_compiler
 from llamatune.training.train import train
 
@@ -111,10 +112,10 @@ def test_a_stopped_run_goes_on_in_the_same_bytes(
 def test_nf4_unpacked_at_once_has_the_same_bits() -> None:
     dtype = torch.bfloat16
     scratch = Scratch()
-    weight = quantize_nf4(torch.randn(64, 48), scratch)
+    weight = NF4Weight.quantize(torch.randn(64, 48), scratch)
     expected = weight.unpacked(dtype).clone()
     found = torch.empty(64 * 48, dtype=dtype)
-    pairs = scratch.pairs(dtype, found.device).view(dtype)
+    pairs = pairs_of_levels(scratch, dtype, found.device).view(dtype)
     with compiling():
         dequantize_at_once(weight.codes.view(-1, BLOCK // 2), weight.scales()[:, None], pairs, found.view(-1, BLOCK))
     assert torch.equal(found.view(64, 48), expected)

@@ -21,7 +21,7 @@ from thread_ranks import in_threads
 from torch import Tensor
 
 from llamatune.checkpoints.loading import load_model, open_checkpoint
-from llamatune.checkpoints.nf4_cache import QuantizedBase
+from llamatune.checkpoints.quantized_base import QuantizedBase
 from llamatune.command_options.inference import Sampling
 from llamatune.data.batches import Batch
 from llamatune.errors import SpecError, Stopped
@@ -32,6 +32,7 @@ from llamatune.memory.sizes import Rows
 from llamatune.model import compiled_functions, streamed_blocks
 from llamatune.model.block_stores import HostBlocks, ShardedBlocks
 from llamatune.model.loss import IGNORED
+from llamatune.model.quantization import QUANTIZATIONS
 from llamatune.model.streamed_blocks import BlockLayout, StreamedBlocks
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shapes.llama_config import LlamaConfig
@@ -41,7 +42,10 @@ from llamatune.training.train import train
 from llamatune.training.training_step import make_update
 
 CONFIG = LlamaConfig(48, 100, 5, 6, 2, 131)
-DTYPES = [("float32", "fp32"), ("bfloat16", "bf16"), ("nf4", "fp32"), ("nf4", "bf16"), ("float32", "bf16")]
+DTYPES = [
+    *(("float32", "fp32"), ("bfloat16", "bf16"), ("nf4", "fp32"), ("nf4", "bf16")),
+    *(("float32", "bf16"), ("float8", "bf16")),
+]
 LEVELS = [
     *((mode, True) for mode in ("none", "feed_forward", "projections", "block", "every_2", "attention", "sublayer")),
     *((mode, False) for mode in ("none", "block", "sublayer", "every_2", "attention", "feed_forward")),
@@ -193,7 +197,7 @@ def test_an_idle_rank_fetches_what_a_pass_does(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [("bfloat16", "bf16"), ("nf4", "bf16")])
+@pytest.mark.parametrize("dtype", [("bfloat16", "bf16"), ("nf4", "bf16"), ("float8", "bf16")])
 def test_compiled_functions(monkeypatch: pytest.MonkeyPatch, dtype: tuple[str, str]) -> None:
     """Traced as by the compiler, and run by ATen."""
     quick = functools.cache(functools.partial(torch.compile, backend="aot_eager"))
@@ -272,7 +276,7 @@ def test_loading_a_slice_holds_no_more_than_it_and_rows_of_one_tensor(
 
         def load(ranks: Ranks, checkpoint: Any = checkpoint) -> int:
             device = torch.device("cpu")
-            layout = BlockLayout(checkpoint.config, torch.float32, nf4=False)
+            layout = BlockLayout(checkpoint.config, torch.float32, None)
             with Meter() as meter:
                 store = ShardedBlocks(layout.layers, layout.bytes, device, ranks)
                 streamed = StreamedBlocks(layout, store, device)
@@ -327,24 +331,25 @@ def test_metas_shards_and_packing(
         assert_same_outcome(tmp_path / placement, tmp_path / "device")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "nf4"])
+@pytest.mark.parametrize("dtype", ["float32", "nf4", "float8"])
 @pytest.mark.parametrize("shards", [0, 2])
 def test_slices_of_a_checkpoint_give_its_logits(
     tiny_base: Callable[..., Path], meta_copy: Callable[..., Path], dtype: str, shards: int
 ) -> None:
     base = tiny_base() if not shards else meta_copy(tiny_base(vocab_size=132), shards)
-    ids, nf4, device = torch.randint(3, 131, (2, 9)), dtype == "nf4", torch.device("cpu")
+    ids, packed, device = torch.randint(3, 131, (2, 9)), QUANTIZATIONS.get(dtype), torch.device("cpu")
 
     def logits(streamed: StreamedBlocks | None) -> Tensor:
         checkpoint = open_checkpoint(base)
-        quantized = QuantizedBase(checkpoint, checkpoint.config, device, ignore_event, never_stop) if nf4 else None
+        config = checkpoint.config
+        quantized = packed and QuantizedBase(dtype, checkpoint, config, device, ignore_event, never_stop)
         model = load_model(checkpoint, torch.float32, quantized=quantized, streamed=streamed)
         if streamed is not None:
             streamed.attach(model)
         return model(ids)  # type: ignore[no-any-return]
 
     def of_rank(ranks: Ranks) -> Tensor:
-        layout = BlockLayout(open_checkpoint(base).config, torch.float32, nf4)
+        layout = BlockLayout(open_checkpoint(base).config, torch.float32, packed)
         store = ShardedBlocks(layout.layers, layout.bytes, device, ranks)
         return logits(StreamedBlocks(layout, store, device))
 
@@ -368,7 +373,7 @@ def test_weights_that_are_not_finite_are_named_whoever_holds_them(
 
     def notices(ranks: Ranks) -> list[str]:
         said: list[str] = []
-        layout = BlockLayout(open_checkpoint(base).config, torch.float32, nf4=False)
+        layout = BlockLayout(open_checkpoint(base).config, torch.float32, None)
         store = ShardedBlocks(layout.layers, layout.bytes, torch.device("cpu"), ranks)
         streamed = StreamedBlocks(layout, store, torch.device("cpu"))
         load_model(base, torch.float32, streamed=streamed, on_event=lambda event: said.append(str(event)))

@@ -53,6 +53,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **SCHEDULED, "model__dtype": "nf4", "training__precision": "bf16", "training__optimizer": "adamw_8bit",
         "training__max_steps": 5, "lora": {"r": 64, "alpha": 64, "dropout": 0.1, "target_modules": "all-linear"},
     },
+    "float8 base in bf16": {
+        **SCHEDULED, "model__dtype": "float8", "training__precision": "bf16", "training__max_steps": 5,
+    },
 }  # fmt: skip
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from thread_ranks import in_threads
 from torch import Tensor, nn
 
 from llamatune.model.blockwise_8bit import BLOCK
+from llamatune.model.kernels import choice
 from llamatune.ranks import Ranks
 from llamatune.shapes.parameter_shards import Shard
 from llamatune.training.optimizers.adamw_8bit import AdamW8bit
@@ -31,6 +36,28 @@ def trained_whole(steps: int) -> Optimizer:
             parameter.grad = grad
         optimizer.step(0.01)
     return optimizer
+
+
+@pytest.fixture
+def interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton's kernel in place of the plain update; the interpreter runs one at a time."""
+    pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be interpreted")
+    kernel, alone = choice._kernel("adamw_8bit", "update_quantized"), threading.Lock()
+    monkeypatch.setattr("llamatune.model.kernels.adamw_8bit._BLOCKS_AT_ONCE", 64)  # few programs: they are slow here
+
+    def run_alone(*args: Any) -> None:
+        with alone:
+            kernel(*args)
+
+    monkeypatch.setattr(choice, "_kernel", lambda file, name: run_alone)
+    with choice.running_kernels("cpu"):
+        yield
+
+
+@pytest.mark.usefixtures("interpreted_kernels")
+@pytest.mark.parametrize("size", [3])
+def test_so_they_are_by_the_kernel(size: int) -> None:
+    test_slices_are_updated_as_the_whole(size)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 16, 40])

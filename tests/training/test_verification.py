@@ -41,14 +41,15 @@ def made(
     train(make_spec(base, data, full, lora=None, training__learning_rate=1e-4, **steps))
     nf4 = {"model__dtype": "nf4", "model__quantized_cache": str(place / "cache"), "training__max_steps": 1}
     train(make_spec(base, data, place / "nf4", **nf4))
+    train(make_spec(base, data, place / "float8", **{**nf4, "model__dtype": "float8"}))
     merge_lora(MergeOptions(base, run / "adapter", place / "merged"))
     merge_lora(MergeOptions(base, run / "adapter", place / "merged-meta", format="meta"))
-    cache = next((place / "cache").iterdir())
+    float8, cache = sorted((place / "cache").iterdir())
     return {
         "run": run, "checkpoint": run / "checkpoints" / "step-000002", "adapter": run / "adapter", "best": run / "best",
         "full run": full, "full checkpoint": full / "checkpoints" / "step-000001", "model": full / "model",
         "merged": place / "merged", "merged to meta": place / "merged-meta", "prepared": data,
-        "cache": cache.parent, "cached weights": cache,
+        "cache": cache.parent, "cached weights": cache, "cached in float8": float8,
         "peft": peft_adapter(base), "hf": base, "meta": meta_copy(base),
     }  # fmt: skip
 
@@ -57,6 +58,7 @@ KINDS = {
     "run": "run", "checkpoint": "checkpoint", "adapter": "adapter", "best": "adapter", "full run": "run",
     "full checkpoint": "checkpoint", "model": "model", "merged": "merged", "merged to meta": "merged",
     "prepared": "prepared", "cache": "quantized-cache", "cached weights": "nf4-weights",
+    "cached in float8": "float8-weights",
 }  # fmt: skip
 FOREIGN = {"peft": "adapter", "hf": "model", "meta": "model"}
 WITH_MANIFEST = [name for name in KINDS if name not in ("run", "full run", "cache")]

@@ -17,11 +17,9 @@ from torch import Tensor
 
 from llamatune.devices import capability_of
 from llamatune.events import Notice, OnEvent, ignore_event
-from llamatune.shapes.attention_kernels import Capability
+from llamatune.shapes.capabilities import OLDEST_FOR_TRITON
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-OLDEST_FOR_TRITON: Capability = (8, 0)
 
 _device_type: str | None = None
 """The type of device on which kernels run now; None: they do not."""
@@ -30,13 +28,14 @@ _device_type: str | None = None
 def by_kernel(file: str) -> Callable[[F], F]:
     """While kernels run, compute a function of tensors by the one of the same name in ``kernels/<file>.py``.
 
-    Its first argument says on which device.
+    Its first argument, a tensor or a list of some, says on which device.
     """
 
     def decorate(plain: F) -> F:
         @functools.wraps(plain)
         def run(*args: Any, **options: Any) -> Any:
-            if not kernels_run_on(args[0]):
+            first = args[0][0] if isinstance(args[0], list) else args[0]
+            if not kernels_run_on(first):
                 return plain(*args, **options)
             return _kernel(file, plain.__name__)(*args, **options)
 
@@ -71,8 +70,7 @@ def running_kernels(device_type: str | None) -> Iterator[None]:
 @contextlib.contextmanager
 def chosen_kernels(wanted: str, device: torch.device, on_event: OnEvent = ignore_event) -> Iterator[None]:
     """``auto``: run kernels within the block if the device can, with a warning if Triton alone fails. Or ``plain``."""
-    capability = capability_of(device)
-    able = wanted == "auto" and capability is not None and capability >= OLDEST_FOR_TRITON
+    able = wanted == "auto" and triton_runs_on(device)
     fault = kernel_fault(device) if able else None
     if fault is not None:
         what = f"Triton's kernels do not run here ({fault})"
@@ -81,11 +79,17 @@ def chosen_kernels(wanted: str, device: torch.device, on_event: OnEvent = ignore
         yield
 
 
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether the device is a GPU that kernels are for."""
+    capability = capability_of(device)
+    return capability is not None and capability >= OLDEST_FOR_TRITON
+
+
 @functools.cache
 def kernel_fault(device: torch.device) -> str | None:
     """Why a small kernel does not run on this GPU, as for want of a C compiler, in one line; None: it does."""
-    x = torch.ones(1, 16, device=device)
     try:
+        x = torch.ones(1, 16, device=device)
         _kernel("swiglu", "swiglu")(x, x)
         torch.cuda.synchronize(device)
     except Exception as fault:  # Triton raises errors of many kinds, those of compilers among them

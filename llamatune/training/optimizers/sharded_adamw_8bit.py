@@ -17,7 +17,7 @@ from torch import Tensor
 from llamatune.model.blockwise_8bit import BLOCK
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shapes.parameter_shards import Shard
-from llamatune.training.optimizers.adamw_8bit import SMALLEST_QUANTIZED, AdamW8bit, Piece, pieces_of, zero_state
+from llamatune.training.optimizers.adamw_8bit import SMALLEST_QUANTIZED, AdamW8bit, Run, zero_state
 from llamatune.training.optimizers.optimizer import State
 
 _EDGE = BLOCK - 1
@@ -41,22 +41,18 @@ class ShardedAdamW8bit(AdamW8bit):
         return zero_state(count, large, parameter.device)
 
     def update(self, weights: list[Tensor], grads: list[Tensor], states: list[State], learning_rate: float) -> None:
-        runs: dict[bool, list[_Run]] = {True: [], False: []}
+        alike: dict[tuple[bool, int], list[_Run]] = defaultdict(list)
         edges = iter(self._edges([(self.shards[w], g) for w, g in zip(weights, grads, strict=True)]))
         for weight, grad, state in zip(weights, grads, states, strict=True):
             shard, flat = self.shards[weight], grad.reshape(-1)
-            if shard.whole < SMALLEST_QUANTIZED:
-                runs[False].append(_Run(weight.view(-1), flat, state))
-            else:
-                runs[True] += _runs(weight.view(-1), flat, state, shard, *next(edges))
             state["step"] += 1
-        alike: dict[tuple[bool, int], list[Piece]] = defaultdict(list)
-        for large, cut in runs.items():
-            for run in cut:
-                pieces = pieces_of(run.weights, run.grad, run.state, large)
-                alike[large, int(run.state["step"])] += pieces
-        self.update_pieces(alike, learning_rate)
-        for run in runs[True]:
+            large, step = shard.whole >= SMALLEST_QUANTIZED, int(state["step"])
+            if large:
+                alike[large, step] += _runs(weight.view(-1), flat, state, shard, *next(edges))
+            else:
+                alike[large, step].append(_Run(weight.view(-1), flat, state))
+        self.update_runs(alike, learning_rate)
+        for run in itertools.chain.from_iterable(alike.values()):
             if run.copied_into is not None:
                 run.copied_into.copy_(run.weights[run.offset :][: len(run.copied_into)])
 
@@ -92,15 +88,9 @@ class ShardedAdamW8bit(AdamW8bit):
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Weights with their gradient and state: whole blocks, where there are blocks.
+class _Run(Run):
+    """``weights`` are a view of the slice, or a copy of which the part from ``offset`` on goes to ``copied_into``."""
 
-    ``weights`` are a view of the slice, or a copy of which the part from ``offset`` on goes back to ``copied_into``.
-    """
-
-    weights: Tensor
-    grad: Tensor
-    state: State
     copied_into: Tensor | None = None
     offset: int = 0
 

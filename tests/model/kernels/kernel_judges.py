@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from llamatune.model.kernels.choice import running_kernels
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where kernels run: on a GPU compiled, on a CPU interpreted."""
 ODD_ROWS = pytest.mark.parametrize("rows", [1, 3, 17])
 
 
@@ -32,7 +34,7 @@ def both(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[list[T
             return x
         return x.double() if wide and x.is_floating_point() else x.clone()
 
-    return run([copied(x, False) for x in arguments], "cpu"), run([copied(x, True) for x in arguments], None)
+    return run([copied(x, False) for x in arguments], DEVICE), run([copied(x, True) for x in arguments], None)
 
 
 def assert_as_plain(function: Callable[..., Any], *arguments: Any) -> None:

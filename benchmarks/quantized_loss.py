@@ -1,9 +1,11 @@
-"""The loss with an NF4 base: LoRA on pretrained models in fp32, bf16 and NF4, on the same rows, with several seeds.
+"""The loss with a quantised base: LoRA on pretrained models in fp32, bf16, NF4 and float8, on the same rows.
 
-``python benchmarks/nf4_loss.py [--seeds 5] [--model NAME=DIR:ROWS ...]`` fine-tunes the demo's base (1.07 million
+``python benchmarks/quantized_loss.py [--seeds 5] [--model NAME=DIR:ROWS ...]`` fine-tunes the demo's base (1.07 million
 parameters) with the demo's spec, and every named model on rows of which a tenth is held out. It prints the loss of the
-last epoch and of the held-out rows after it, each as mean and range over the seeds, and the difference of NF4 and bf16
-with the same seed. fp32 computes in fp32, the two others in bf16.
+last epoch and of the held-out rows after it, each as mean and range over the seeds, and the difference to bf16 with the
+same seed. fp32 computes in fp32, the others in bf16. ``float8 products`` is float8 as a GPU of compute capability 8.9
+or later computes it, with x and gradients in float8 too, here by the CPU's ``torch._scaled_mm``; a matrix with a
+dimension that is no multiple of 16 is unpacked for its products.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -21,16 +24,19 @@ from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.prepare import prepare_data
 from llamatune.demo.run_demo import MATERIAL, demo_spec
 from llamatune.events import EpochDone, EvalDone, Event
+from llamatune.model import float8
 from llamatune.spec import build_spec
 from llamatune.training.train import train
 
-BASES = {"float32": "fp32", "bfloat16": "bf16", "nf4": "bf16"}
+BASES = {"float32": "fp32", "bfloat16": "bf16", "nf4": "bf16", "float8": "bf16", "float8 products": "bf16"}
 """``model.dtype`` and the ``training.precision`` that goes with it."""
+QUANTIZED = ("nf4", "float8", "float8 products")
 
 
-def losses(values: dict[str, Any], output: Path, dtype: str, seed: int) -> tuple[float, float]:
+def losses(values: dict[str, Any], output: Path, base: str, seed: int) -> tuple[float, float]:
     """Mean training loss of the last epoch, and the held-out loss after it."""
-    training = {**values["training"], "output_dir": str(output), "seed": seed, "precision": BASES[dtype]}
+    training = {**values["training"], "output_dir": str(output), "seed": seed, "precision": BASES[base]}
+    dtype, _, as_on_gpu = base.partition(" ")
     means = {}
 
     def on_event(event: Event) -> None:
@@ -40,7 +46,8 @@ def losses(values: dict[str, Any], output: Path, dtype: str, seed: int) -> tuple
             means["held out"] = event.loss
 
     spec = build_spec({**values, "model": {**values["model"], "dtype": dtype}, "training": training}, "benchmark")
-    train(spec, on_event=on_event)
+    with mock.patch.object(float8, "capability_of", return_value=(9, 0) if as_on_gpu else None):
+        train(spec, on_event=on_event)
     sys.stderr.write(f"{output.name}: {means}\n")
     return means["train"], means["held out"]
 
@@ -51,23 +58,23 @@ def mean_and_range(numbers: list[float]) -> str:
 
 
 def compare(name: str, values: dict[str, Any], seeds: int, scratch: Path) -> None:
-    """Print three lines of the table, and the paired differences."""
-    by_dtype = {
-        dtype: [losses(values, scratch / f"{name}-{dtype}-{seed}", dtype, seed) for seed in range(seeds)]
-        for dtype in BASES
+    """Print the lines of the table, and the paired differences."""
+    by_base = {
+        base: [losses(values, scratch / f"{name}-{base}-{seed}", base, seed) for seed in range(seeds)] for base in BASES
     }
-    for dtype, pairs in by_dtype.items():
+    for base, pairs in by_base.items():
         training, held_out = ([*column] for column in zip(*pairs, strict=True))
-        sys.stdout.write(f"| {name}, {dtype} | {mean_and_range(training)} | {mean_and_range(held_out)} |\n")
-    apart = [
-        [mine - theirs for mine, theirs in zip(nf4, bf16, strict=True)]
-        for nf4, bf16 in zip(by_dtype["nf4"], by_dtype["bfloat16"], strict=True)
-    ]
-    cells = [
-        f"{statistics.mean(column):+.4f} ({min(column):+.4f} to {max(column):+.4f})"
-        for column in zip(*apart, strict=True)
-    ]
-    sys.stdout.write(f"| {name}, nf4 - bfloat16, same seed | {' | '.join(cells)} |\n")
+        sys.stdout.write(f"| {name}, {base} | {mean_and_range(training)} | {mean_and_range(held_out)} |\n")
+    for base in QUANTIZED:
+        apart = [
+            [mine - theirs for mine, theirs in zip(*pair, strict=True)]
+            for pair in zip(by_base[base], by_base["bfloat16"], strict=True)
+        ]
+        cells = [
+            f"{statistics.mean(column):+.4f} ({min(column):+.4f} to {max(column):+.4f})"
+            for column in zip(*apart, strict=True)
+        ]
+        sys.stdout.write(f"| {name}, {base} - bfloat16, same seed | {' | '.join(cells)} |\n")
     sys.stdout.flush()
 
 

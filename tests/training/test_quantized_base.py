@@ -1,8 +1,9 @@
-"""Runs on an NF4 base: close to fp32, cached, merged, refused where it makes no sense."""
+"""Runs on a quantised base, NF4 or float8: close to fp32, cached, merged, refused where it makes no sense."""
 
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,23 @@ from safetensors.torch import load_file
 
 from llamatune.checkpoints.loading import load_model
 from llamatune.checkpoints.merging import merge_lora
-from llamatune.command_options.inference import MergeOptions
+from llamatune.command_options.inference import HeldDtype, MergeOptions
 from llamatune.errors import EnvironmentFault, SpecError, Stopped
 from llamatune.events import Notice, Progress
+from llamatune.model.quantization import QUANTIZATIONS
+from llamatune.shapes.dtypes import QUANTIZED_DTYPES
+from llamatune.spec_sections import ModelSection
 from llamatune.training import train as train_module
 from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.train import train
 
-NF4 = {"model__dtype": "nf4", "training__max_steps": 4, "training__learning_rate": 0.03}
+STEPS = {"training__max_steps": 4, "training__learning_rate": 0.03}
+
+
+@pytest.fixture(params=list(QUANTIZATIONS))
+def quantized(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Settings of a short run on a base of one kind."""
+    return {"model__dtype": request.param, **STEPS}
 
 
 @pytest.fixture
@@ -42,6 +52,7 @@ def learners(monkeypatch: pytest.MonkeyPatch) -> list[Learner]:
     ],
 )
 def test_every_precision_trains_close_to_fp32_and_leaves_the_base_as_it_was(
+    quantized: dict[str, Any],
     tiny_base: Callable[..., Path],
     prepared: Callable[..., Path],
     tmp_path: Path,
@@ -50,11 +61,11 @@ def test_every_precision_trains_close_to_fp32_and_leaves_the_base_as_it_was(
     held: torch.dtype,
     residual: torch.dtype,
 ) -> None:
-    changes = {**NF4, "lora": {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"},
+    changes = {**quantized, "lora": {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"},
                "training__micro_batch_size": 8}  # fmt: skip
-    train(make_spec(tiny_base(), prepared(), tmp_path / "nf4", **changes, training__precision=precision))
+    train(make_spec(tiny_base(), prepared(), tmp_path / "quantised", **changes, training__precision=precision))
     train(make_spec(tiny_base(), prepared(), tmp_path / "fp32", **{**changes, "model__dtype": "float32"}))
-    found, expected = losses(tmp_path / "nf4"), losses(tmp_path / "fp32")
+    found, expected = losses(tmp_path / "quantised"), losses(tmp_path / "fp32")
     assert found == pytest.approx(expected, rel=0.1)
     assert expected[-1] < 0.9 * expected[0]
     model = learners[0].model
@@ -62,13 +73,13 @@ def test_every_precision_trains_close_to_fp32_and_leaves_the_base_as_it_was(
     stored, kept = load_file(tiny_base() / "model.safetensors"), dict(model.named_parameters())
     assert {name for name in stored if name not in kept} == {name for name in stored if "proj" in name}
     assert all(torch.equal(kept[name], tensor.to(held)) for name, tensor in stored.items() if name in kept)
-    assert all(tensor.dtype == torch.float32 for tensor in adapter_tensors(tmp_path / "nf4" / "adapter").values())
+    assert all(tensor.dtype == torch.float32 for tensor in adapter_tensors(tmp_path / "quantised" / "adapter").values())
 
 
-def test_an_adapter_trained_on_nf4_merges_into_the_original_base(
-    tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path
+def test_an_adapter_trained_on_it_merges_into_the_original_base(
+    quantized: dict[str, Any], tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path
 ) -> None:
-    train(make_spec(tiny_base(), prepared(), tmp_path / "run", **NF4))
+    train(make_spec(tiny_base(), prepared(), tmp_path / "run", **quantized))
     merge_lora(MergeOptions(tiny_base(), tmp_path / "run" / "adapter", tmp_path / "merged"))
     merged, base = load_model(tmp_path / "merged"), load_model(tiny_base())
     name = "model.layers.1.self_attn.q_proj"
@@ -80,16 +91,24 @@ def test_an_adapter_trained_on_nf4_merges_into_the_original_base(
 
 
 def test_random_weights_are_quantised_too(
-    tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path, learners: list[Learner]
+    quantized: dict[str, Any],
+    tiny_base: Callable[..., Path],
+    prepared: Callable[..., Path],
+    tmp_path: Path,
+    learners: list[Learner],
 ) -> None:
-    train(make_spec(tiny_base(), prepared(), tmp_path / "run", **NF4, model__init="random"))
+    train(make_spec(tiny_base(), prepared(), tmp_path / "run", **quantized, model__init="random"))
     assert not [name for name, _ in learners[0].model.named_parameters() if name.endswith("proj.weight")]
 
 
 def test_the_command_line_takes_it(
-    command: Callable[..., Any], tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path
+    quantized: dict[str, Any],
+    command: Callable[..., Any],
+    tiny_base: Callable[..., Path],
+    prepared: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    values = spec_values(tiny_base(), prepared(), tmp_path / "run", **NF4, training__optimizer="adamw_8bit")
+    values = spec_values(tiny_base(), prepared(), tmp_path / "run", **quantized, training__optimizer="adamw_8bit")
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(values))
     done = command("train", tmp_path / "spec.yaml", "--json")
     assert done.code == 0, done.stderr
@@ -100,11 +119,13 @@ def test_the_command_line_takes_it(
 
 
 @pytest.fixture
-def cached(tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path) -> Callable[..., list[str]]:
+def cached(
+    quantized: dict[str, Any], tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path
+) -> Callable[..., list[str]]:
     """Run with a cache under ``tmp_path``; the warnings, and 'quantising' where it was made."""
 
     def run(name: str, base: Path | None = None, **changes: Any) -> list[str]:
-        changes = {**NF4, "model__quantized_cache": str(tmp_path / "cache"), **changes}
+        changes = {**quantized, "model__quantized_cache": str(tmp_path / "cache"), **changes}
         _, events = run_and_record(make_spec(base or tiny_base(), prepared(), tmp_path / name, **changes))
         warnings = [e.message for e in events if isinstance(e, Notice) and e.kind == "warning"]
         made = [e.task for e in events if isinstance(e, Progress) and e.task == "quantising"]
@@ -133,16 +154,18 @@ def test_another_base_has_another_entry(
     assert cached("again") == []
 
 
-@pytest.mark.parametrize("victim", ["nf4.safetensors", "llamatune.json"])
+@pytest.mark.parametrize("victim", ["weights", "manifest"])
 @pytest.mark.parametrize("cut", [True, False], ids=["cut", "flipped"])
 def test_a_damaged_entry_is_made_again(
     cached: Callable[..., list[str]], tmp_path: Path, victim: str, cut: bool
 ) -> None:
     cached("one")
     (entry,) = (tmp_path / "cache").iterdir()
-    before, content = files(entry), bytearray((entry / victim).read_bytes())
+    (weights,) = entry.glob("*.safetensors")
+    damaged = weights if victim == "weights" else entry / "llamatune.json"
+    before, content = files(entry), bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 0x40
-    (entry / victim).write_bytes(content[: len(content) // 2] if cut else content)
+    damaged.write_bytes(content[: len(content) // 2] if cut else content)
     warning, made = cached("two")
     assert "made again" in warning
     assert made == "quantising"
@@ -162,10 +185,11 @@ def test_what_is_not_ours_is_not_overwritten(cached: Callable[..., list[str]], t
 
 
 def test_stopped_while_quantising_nothing_is_left_behind(
-    tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path
+    quantized: dict[str, Any], tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path
 ) -> None:
     seen: list[object] = []
-    spec = make_spec(tiny_base(), prepared(), tmp_path / "run", **NF4, model__quantized_cache=str(tmp_path / "cache"))
+    changes = {**quantized, "model__quantized_cache": str(tmp_path / "cache")}
+    spec = make_spec(tiny_base(), prepared(), tmp_path / "run", **changes)
 
     def stop() -> bool:
         return any(isinstance(event, Progress) and event.task == "quantising" for event in seen)
@@ -179,9 +203,16 @@ def test_stopped_while_quantising_nothing_is_left_behind(
 # Refusals.
 
 
-def test_it_is_for_frozen_weights_alone() -> None:
-    with pytest.raises(SpecError, match=r"nf4 weights are frozen.*lora section"):
-        make_spec(Path("base"), Path("data"), Path("run"), lora=None, model__dtype="nf4")
+@pytest.mark.parametrize("dtype", list(QUANTIZATIONS))
+def test_it_is_for_frozen_weights_alone(dtype: str) -> None:
+    with pytest.raises(SpecError, match=rf"{dtype} weights are frozen.*lora section"):
+        make_spec(Path("base"), Path("data"), Path("run"), lora=None, model__dtype=dtype)
+
+
+def test_every_kind_can_be_asked_for() -> None:
+    assert tuple(QUANTIZATIONS) == QUANTIZED_DTYPES
+    assert set(QUANTIZED_DTYPES) < set(typing.get_args(ModelSection.model_fields["dtype"].annotation))
+    assert set(QUANTIZED_DTYPES) < set(typing.get_args(HeldDtype))
 
 
 @pytest.mark.parametrize("changes", [{"model__dtype": "bfloat16"}, {"model__dtype": "nf4", "model__init": "random"}])
