@@ -15,7 +15,8 @@ from torch import Tensor
 
 from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.prepare import prepare_data
-from llamatune.shapes.llama_config import LINEAR_MODULES, PRESETS, LlamaConfig, linear_path
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig, linear_path
+from llamatune.shapes.presets import PRESETS
 
 DTYPES = {"bf16": ("bfloat16", torch.bfloat16), "fp32": ("float32", torch.float32)}
 """By ``training.precision``: the name of ``model.dtype``, and torch's dtype."""

@@ -20,7 +20,8 @@ from llamatune.formats.prepared import read_lengths
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.gradient_lanes import count_lanes, deal_passes, own_lanes
-from llamatune.shapes.llama_config import LINEAR_MODULES, PRESETS, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.presets import PRESETS
 
 MODELS = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
 ADAPTERS = {"q, v": ("q_proj", "v_proj"), "all linear": LINEAR_MODULES}

@@ -15,6 +15,9 @@ from llamatune.safe_reading import read_bytes
 
 T = TypeVar("T")
 
+_LONGEST_VALUE = 1000
+"""Of one that a message quotes: the message's end, which says why, still fits."""
+
 
 def parse_json(text: str | bytes) -> Any:
     """Strict JSON: ``ValueError`` on NaN, duplicate keys, lone surrogates, endless nesting or endless digits."""
@@ -68,7 +71,11 @@ class JsonFields:
     raw: dict[str, Any]
 
     def refuse(self, key: str, why: str) -> NoReturn:
-        raise CheckpointError(f"{key} is {str(self.raw.get(key))[:80]!r}", self.path, why)
+        value = self.raw.get(key)
+        stated = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if len(stated) > _LONGEST_VALUE:
+            stated = f"{stated[:_LONGEST_VALUE]} ..."
+        raise CheckpointError(f"{key} is {stated}", self.path, why)
 
     def expect(self, key: str, value: object) -> None:
         given = self.raw.get(key)

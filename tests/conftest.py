@@ -100,18 +100,19 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Callable[..., Path]:
-    """Random LLaMAs in Hugging Face's format, by what their configuration changes; each is made once."""
+    """Random models in Hugging Face's format, by what their configuration changes; each is made once."""
     made: dict[str, Path] = {}
 
-    def make(dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-        key = repr((dtype, sorted(changes.items())))
+    def make(dtype: torch.dtype = torch.float32, model_type: str = "llama", **changes: Any) -> Path:
+        key = repr((dtype, model_type, sorted(changes.items())))
         if key not in made:
-            from transformers import LlamaConfig, LlamaForCausalLM
+            from transformers import AutoConfig, AutoModelForCausalLM
 
             torch.manual_seed(11)
-            model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes}))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**TINY, **changes}))
             for name, parameter in model.named_parameters():
-                if "norm" in name:  # transformers leaves every norm at 1, which hides a norm that is not applied
+                # transformers leaves every norm at 1 and bias at 0, which hides one that is not applied
+                if "norm" in name or name.endswith("bias"):
                     torch.nn.init.uniform_(parameter, 0.5, 1.5)
             path = tmp_path_factory.mktemp("base")
             model.to(dtype).save_pretrained(path)
@@ -177,9 +178,9 @@ def peft_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         base: Path, targets: list[str] = SEVEN, r: int = 5, alpha: int = 7, scale: float = 0.1, **more: Any
     ) -> Path:
         from peft import LoraConfig, get_peft_model
-        from transformers import LlamaForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM", **more)
         adapted = get_peft_model(model, config)
         torch.manual_seed(5)

@@ -10,7 +10,7 @@ from llamatune.memory.plan import heaviest_rows, plan_memory
 from llamatune.shapes.capabilities import Capability
 from llamatune.shapes.dtypes import PRECISIONS
 from llamatune.shapes.gpu_advice import ENOUGH_FOR_7B_IN_16_BITS, advise, refusal, slower_settings
-from llamatune.shapes.llama_config import preset
+from llamatune.shapes.presets import preset
 from llamatune.shapes.torch_builds import build_for, has_kernels, wheel
 from llamatune.spec import build_spec
 

@@ -13,7 +13,8 @@ import torch
 
 from llamatune import threads
 from llamatune.data.batches import open_prepared
-from llamatune.shapes.llama_config import PRESETS, LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig
+from llamatune.shapes.presets import PRESETS
 from llamatune.spec import RunSpec, build_spec
 from llamatune.threads import mean_product, suitable_threads, threads_for
 from llamatune.training.schedule import pass_tokens

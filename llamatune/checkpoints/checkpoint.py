@@ -5,23 +5,28 @@ from __future__ import annotations
 import math
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from llamatune.checkpoints.model_directory import Format, list_faults
+from llamatune.checkpoints.huggingface_files import list_faults
+from llamatune.checkpoints.model_directory import Format
 from llamatune.checkpoints.tensor_bytes import tensor_bytes
 from llamatune.errors import CheckpointError
-from llamatune.events import OnEvent
+from llamatune.events import Notice, OnEvent
 from llamatune.formats.manifest import Staging
 from llamatune.formats.safetensors import TensorLocation
-from llamatune.model.torch_dtypes import STORED_WEIGHTS
+from llamatune.model.torch_dtypes import STORED_NAMES, STORED_WEIGHTS
 from llamatune.safe_reading import open_regular, read_faults
 from llamatune.shapes.llama_config import LlamaConfig
 
 _PORTION_BYTES = 16 << 20
 """What is read at once of a tensor that is not one run of bytes."""
+
+WIDE = "F64"
+"""What is read as fp32."""
+_READ = {**STORED_WEIGHTS, WIDE: torch.float64}
 
 TensorOf = Callable[[str], torch.Tensor]
 """Gives a weight by its Hugging Face name, in Hugging Face's layout."""
@@ -59,12 +64,12 @@ class Checkpoint(ABC):
         """
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
-        return STORED_WEIGHTS[self.parts[name][0].dtype]
+        """As stored; fp32 of what is stored in fp64."""
+        return STORED_WEIGHTS.get(self.parts[name][0].dtype, torch.float32)
 
     def _read(self, part: TensorLocation, mapped: bool = False) -> torch.Tensor:
-        dtype = STORED_WEIGHTS[part.dtype]
-        if mapped and part.strides is None and part.begin % dtype.itemsize == 0:
+        dtype = STORED_WEIGHTS.get(part.dtype, torch.float32)
+        if mapped and part.dtype != WIDE and part.strides is None and part.begin % dtype.itemsize == 0:
             # A private copy-on-write mapping: the file can never change through it.
             count = (part.end - part.begin) // dtype.itemsize
             return torch.frombuffer(self._map(part.path), dtype=dtype, count=count, offset=part.begin).view(part.shape)
@@ -74,6 +79,11 @@ class Checkpoint(ABC):
 
     def _fill(self, into: torch.Tensor, part: TensorLocation) -> None:
         """Read into a CPU tensor of any layout; what is not one run of bytes on both sides comes in portions."""
+        if part.dtype == WIDE != STORED_NAMES[into.dtype]:
+            stored = torch.empty(part.shape, dtype=_READ[WIDE])
+            self._fill(stored, part)
+            into.copy_(stored)
+            return
         if part.strides is None and into.is_contiguous():
             read_into(part.path, part.begin, into)
             return
@@ -91,7 +101,7 @@ class Checkpoint(ABC):
             into.narrow(wide, first, count).copy_(view)
 
     def _read_rows(self, part: TensorLocation, rows: Sequence[int]) -> torch.Tensor:
-        dtype, shape, strides = STORED_WEIGHTS[part.dtype], part.shape, part.strides
+        dtype, shape, strides = _READ[part.dtype], part.shape, part.strides
         if strides is not None and shape[1:] not in ((), (1,)) and strides[1:] != (1,):
             return self._read(part)[list(rows)]  # a transposed view: no row is one run of bytes
         size = dtype.itemsize * math.prod(shape[1:])
@@ -101,7 +111,8 @@ class Checkpoint(ABC):
             for row in rows:
                 file.seek(part.begin + row * step)
                 data += file.read(size)
-        return torch.frombuffer(data, dtype=dtype).view(-1, *shape[1:])
+        found = torch.frombuffer(data, dtype=dtype).view(-1, *shape[1:])
+        return found.to(STORED_WEIGHTS.get(part.dtype, torch.float32))
 
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
@@ -122,6 +133,12 @@ def read_into(path: Path, begin: int, tensor: torch.Tensor) -> None:
             view = view[count:]
 
 
+def warn_of_wide_weights(path: Path, parts: Iterable[TensorLocation], on_event: OnEvent) -> None:
+    """A notice about weights in fp64."""
+    if any(part.dtype == WIDE for part in parts):
+        on_event(Notice(f"{path}: weights in fp64 are read as fp32"))
+
+
 def refuse_unfit(
     path: Path,
     expected: Mapping[str, tuple[int, ...]],
@@ -140,7 +157,7 @@ def refuse_unfit(
         "neither float32, bfloat16 nor float16": [
             f"{name} {part.dtype}"
             for name, part in found.items()
-            if isinstance(part, TensorLocation) and part.dtype not in STORED_WEIGHTS
+            if isinstance(part, TensorLocation) and part.dtype not in _READ
         ],
     }
     if listed := list_faults(faults):

@@ -9,7 +9,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from llamatune.checkpoints.families import FAMILIES, biases_of, family_of, window_of
+from llamatune.checkpoints.rope_json import read_rope, rope_facts
 from llamatune.errors import CheckpointError
+from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.formats.safetensors import TensorLocation, same_bytes
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.strict_json import JsonFields, read_json, write_json
@@ -21,30 +24,37 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 """transformers 5 writes the first, transformers 4 and others read the second."""
 
 
-def read_config_json(path: Path, tensors: dict[str, TensorLocation] | None) -> LlamaConfig:
+def read_config_json(
+    path: Path, tensors: dict[str, TensorLocation] | None, on_event: OnEvent = ignore_event
+) -> LlamaConfig:
     """Read ``config.json`` as transformers 4 and 5 write it, and the stop tokens of ``generation_config.json``."""
     file = path / "config.json"
     facts = JsonFields(file, read_json(file))
-    if facts.raw.get("model_type") != "llama":
-        facts.refuse("model_type", "only 'llama' is supported")
-    facts.expect("hidden_act", "silu")
-    facts.expect("attention_bias", False)
-    facts.expect("mlp_bias", False)
-    if facts.raw.get("quantization_config") is not None:
-        facts.refuse("quantization_config", "its computation is not supported")
+    family = family_of(facts)
     sizes = {name: facts.integer(name) for name in _SIZES}
+    heads = sizes["num_attention_heads"]
+    if facts.raw.get("num_key_value_heads", 0) is not None:
+        heads = facts.integer("num_key_value_heads", family.unsaid.get("num_key_value_heads", heads))
+    positions = facts.integer("max_position_embeddings", family.unsaid["max_position_embeddings"])
+    theta, scaling = read_rope(facts, positions)
     config = facts.build(
         LlamaConfig,
         **sizes,
-        num_key_value_heads=facts.integer("num_key_value_heads", sizes["num_attention_heads"]),
-        head_dim=facts.integer("head_dim", 0),
+        num_key_value_heads=heads,
+        head_dim=facts.integer("head_dim", family.unsaid.get("head_dim", 0)),
         rms_norm_eps=facts.number("rms_norm_eps", 1e-6),
-        rope_theta=_rope_theta(facts),
-        max_position_embeddings=facts.integer("max_position_embeddings", 2048),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_position_embeddings=positions,
         tie_word_embeddings=facts.flag("tie_word_embeddings", False),
         bos_token_id=facts.integer("bos_token_id", 1),
-        eos_token_ids=_stop_tokens(path, facts),
+        eos_token_ids=_stop_tokens(path, facts, on_event),
+        sliding_window=window_of(facts, family),
+        biased_modules=biases_of(facts, family),
+        head_norms=family.head_norms,
+        model_type=facts.raw["model_type"],
     )
+    _compare_dtypes(facts, on_event)
     if tensors is None or EMBEDDING not in tensors:
         return config
     if HEAD in tensors:
@@ -55,36 +65,38 @@ def read_config_json(path: Path, tensors: dict[str, TensorLocation] | None) -> L
     return config
 
 
-def write_config_json(directory: Path, config: LlamaConfig, dtype: str) -> None:
-    """Write ``config.json`` with the keys of transformers 4 and 5, and ``generation_config.json``."""
-    ends = config.eos_token_ids
-    tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
+def write_config_json(directory: Path, config: LlamaConfig, dtype: str, source: Path | None = None) -> None:
+    """Write ``config.json`` with the keys of transformers 4 and 5, and ``generation_config.json``.
+
+    ``source``: a model whose settings of generation are kept.
+    """
+    family = FAMILIES[config.model_type]
+    window = {"sliding_window": config.sliding_window} if "sliding_window" in family.unsaid else {}
     facts: dict[str, object] = {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        **tokens,
+        "architectures": [family.architecture],
+        **{flag: set(modules) <= set(config.biased_modules) for flag, modules in family.flags.items()},
+        **_token_facts(config),
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
         "initializer_range": 0.02,
         "intermediate_size": config.intermediate_size,
         "max_position_embeddings": config.max_position_embeddings,
-        "mlp_bias": False,
-        "model_type": "llama",
+        "model_type": config.model_type,
         "num_attention_heads": config.num_attention_heads,
         "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_heads": config.num_key_value_heads,
         "pretraining_tp": 1,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": None,
-        **rope_facts(config.rope_theta),
+        **rope_facts(config),
+        **window,
         "tie_word_embeddings": config.tie_word_embeddings,
         **dict.fromkeys(_DTYPE_KEYS, dtype),
         "use_cache": True,
         "vocab_size": config.vocab_size,
     }
     write_json(directory / "config.json", facts)
-    write_json(directory / "generation_config.json", tokens)
+    _write_generation_config(directory, _token_facts(config), source)
 
 
 def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: str | None) -> None:
@@ -93,74 +105,79 @@ def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: 
     ``config`` is that configuration as read; ``dtype`` is what the weights are cast to, None: no cast.
     """
     facts = read_json(source / "config.json")
-    stated = _stated(facts)
-    rope = rope_facts(config.rope_theta)
-    rope["rope_parameters"] |= _stated(stated.pop("rope_parameters", {}))
-    dtype_name = stated.get("dtype", stated.get("torch_dtype"))
-    names = {} if dtype_name is None else dict.fromkeys(_DTYPE_KEYS, dtype_name)
-    changed = {**facts, **rope, **names, **stated}
-    if dtype is not None:
-        changed |= dict.fromkeys(_DTYPE_KEYS, dtype)
+    changed = dict(facts)
+    for key, value in rope_facts(config).items():
+        stated = facts.get(key)
+        if isinstance(value, dict):
+            changed[key] = {**value, **_stated(stated or {})}
+        elif stated is None and value is not None:
+            changed[key] = value
+    dtype_name = dtype or next((facts[key] for key in _DTYPE_KEYS if facts.get(key) is not None), None)
+    if dtype_name is not None:
+        changed |= dict.fromkeys(_DTYPE_KEYS, dtype_name)
     changed["tie_word_embeddings"] = config.tie_word_embeddings  # mlx-lm takes a missing flag for true
     if changed == facts:
         copy_file(source / "config.json", directory)
     else:
         write_json(directory / "config.json", changed)
-    if (source / "generation_config.json").exists():
-        copy_file(source / "generation_config.json", directory)
+    tokens = _token_facts(config)
+    if facts.get("bos_token_id", 0) is None:
+        del tokens["bos_token_id"]
+    _write_generation_config(directory, tokens, source)
+
+
+def _write_generation_config(directory: Path, tokens: dict[str, Any], source: Path | None) -> None:
+    """What ``source`` states, and the ``tokens`` of the model's configuration that it does not."""
+    file = None if source is None else source / "generation_config.json"
+    stated = read_json(file) if file is not None and file.exists() else {}
+    whole = {**tokens, **_stated(stated)}
+    if file is not None and whole == stated:
+        copy_file(file, directory)
+    else:
+        write_json(directory / "generation_config.json", whole)
+
+
+def _compare_dtypes(facts: JsonFields, on_event: OnEvent) -> None:
+    """A notice where the two names of the weights' dtype differ. What is read is what is stored."""
+    first, second = (facts.raw.get(key) for key in _DTYPE_KEYS)
+    if first is not None and second is not None and first != second:
+        what = f"dtype is {first} and torch_dtype is {second}; the former is written again, as transformers reads them"
+        on_event(Notice(f"{facts.path}: {what}", "warning"))
+
+
+def _token_facts(config: LlamaConfig) -> dict[str, Any]:
+    ends = config.eos_token_ids
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None}
 
 
 def _stated(facts: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if value is not None}
 
 
-def rope_facts(theta: float) -> dict[str, Any]:
-    """RoPE's theta under the keys of transformers 4, mlx-lm and Ollama, and of transformers 5."""
-    return {"rope_parameters": {"rope_theta": theta, "rope_type": "default"}, "rope_theta": theta}
+def _stop_tokens(path: Path, facts: JsonFields, on_event: OnEvent) -> tuple[int, ...]:
+    """``eos_token_id`` of generation_config.json where it has one, else of config.json: a number or a list.
 
-
-def _rope_theta(facts: JsonFields) -> float:
-    """``rope_theta`` from the three keys that may hold it, which must agree.
-
-    transformers 5 reads ``rope_scaling`` as another name of ``rope_parameters``.
+    So transformers generates. -1 means none.
     """
-    homes = {"rope_theta": facts}
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = facts.raw.get(key)
-        if rope is not None:
-            _refuse_scaled_rope(facts, key, rope)
-            homes[f"{key}.rope_theta"] = JsonFields(facts.path, rope)
-    if facts.raw.get("partial_rotary_factor") not in (None, 1.0):
-        facts.refuse("partial_rotary_factor", "only 1.0 is supported: anything else computes another model")
-    thetas = {
-        home: fields.number("rope_theta", 0.0)
-        for home, fields in homes.items()
-        if fields.raw.get("rope_theta") is not None
-    }
-    if len(set(thetas.values())) > 1:
-        what = ", ".join(f"{home} is {theta}" for home, theta in thetas.items())
-        raise CheckpointError(what, facts.path, "readers differ in which one they take; keep the model's own alone")
-    return next(iter(thetas.values()), 10000.0)
-
-
-def _refuse_scaled_rope(facts: JsonFields, key: str, rope: Any) -> None:
-    if not isinstance(rope, dict):
-        facts.refuse(key, "its computation is not supported")
-    for name in ("rope_type", "type"):
-        if rope.get(name) not in (None, "default"):
-            facts.refuse(key, f"{name} {str(rope[name])[:40]!r} is not supported, only 'default'")
-    by_layer = any(isinstance(value, dict) for value in rope.values())
-    if by_layer or rope.get("partial_rotary_factor") not in (None, 1.0):
-        facts.refuse(key, "its computation is not supported")
-
-
-def _stop_tokens(path: Path, facts: JsonFields) -> tuple[int, ...]:
-    """``eos_token_id`` of generation_config.json where it has one, else of config.json: a number or a list."""
     generation = path / "generation_config.json"
-    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
-    where = generation if eos is not None else facts.path
-    eos = facts.raw.get("eos_token_id") if eos is None else eos
-    ids = [2] if eos is None else eos if isinstance(eos, list) else [eos]
+    homes = {generation: read_json(generation) if generation.exists() else {}, facts.path: facts.raw}
+    found = {file: ids for file, raw in homes.items() if (ids := _token_ids(file, raw.get("eos_token_id"))) is not None}
+    if len(found) > 1 and not found[facts.path].keys() <= found[generation].keys():
+        first, second = map(list, found.values())
+        what = f"generation_config.json ends texts at {first} and config.json at {second}"
+        on_event(Notice(f"{path}: {what}; the former is used, as transformers does", "warning"))
+    if not found:
+        none_stated = all(raw.get("eos_token_id") is None for raw in homes.values())
+        return (2,) if none_stated else ()
+    return tuple(next(iter(found.values())))
+
+
+def _token_ids(file: Path, eos: Any) -> dict[int, None] | None:
+    """The ids, in their order; None: none."""
+    listed = eos if isinstance(eos, list) else [eos]
+    ids = [token for token in listed if token != -1]
+    if eos is None or (listed and not ids):
+        return None
     if not ids or not all(type(n) is int and 0 <= n < 1 << 32 for n in ids):
-        raise CheckpointError(f"eos_token_id is {eos!r}", where, "a token id or a list of token ids is expected")
-    return tuple(ids)
+        raise CheckpointError(f"eos_token_id is {eos!r}", file, "a token id or a list of token ids is expected")
+    return dict.fromkeys(ids)

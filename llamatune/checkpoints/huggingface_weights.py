@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from llamatune.checkpoints.checkpoint import Checkpoint, DtypeOf, TensorOf, refuse_unfit
+from llamatune.checkpoints.checkpoint import WIDE, Checkpoint, DtypeOf, TensorOf, refuse_unfit, warn_of_wide_weights
 from llamatune.checkpoints.config_json import EMBEDDING, HEAD, copy_config_json, read_config_json, write_config_json
-from llamatune.checkpoints.model_directory import INDEX_FILE, SINGLE_FILE, Format, locate_huggingface
+from llamatune.checkpoints.huggingface_files import INDEX_FILE, SINGLE_FILE, locate_huggingface
+from llamatune.checkpoints.model_directory import Format
 from llamatune.checkpoints.tensor_bytes import DeclaredTensor, stream_tensors
-from llamatune.events import OnEvent
+from llamatune.events import OnEvent, ignore_event
 from llamatune.formats.manifest import Staging
 from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.shapes.llama_config import LlamaConfig
@@ -21,25 +21,25 @@ from llamatune.strict_json import write_json
 from llamatune.tokenizers.copied_files import copy_huggingface_tokenizer
 
 _SHARD_BYTES = 5_000_000_000
-_BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Old checkpoints store the rotary frequencies, which the configuration determines."""
 
 
 class HuggingFaceCheckpoint(Checkpoint):
-    """A directory of ``config.json`` and safetensors."""
+    """A directory of ``config.json`` and safetensors, or the PyTorch archives of older models."""
 
     format: Format = "hf"
 
     @classmethod
-    def open(cls, path: Path) -> HuggingFaceCheckpoint:
+    def open(cls, path: Path, on_event: OnEvent = ignore_event) -> HuggingFaceCheckpoint:
         """Check configuration, headers and index against each other; no tensor is read."""
-        locations = locate_huggingface(path)
-        config = read_config_json(path, locations)
+        locations = locate_huggingface(path, on_event)
+        config = read_config_json(path, locations, on_event)
         shapes = dict(config.parameter_shapes())
-        unused = [HEAD] if config.tie_word_embeddings else []
-        used = {name: part for name, part in locations.items() if name not in unused and not _BUFFERS.fullmatch(name)}
-        refuse_unfit(path, shapes, used)
-        return cls(path, config, {name: [used[name]] for name in shapes})
+        if config.tie_word_embeddings and HEAD in locations:
+            head = locations.pop(HEAD)
+            locations.setdefault(EMBEDDING, head)  # some keep the head of a tied model in its place
+        refuse_unfit(path, shapes, locations)
+        warn_of_wide_weights(path, locations.values(), on_event)
+        return cls(path, config, {name: [locations[name]] for name in shapes})
 
     def write_copy(self, staging: Staging, tensor_of: TensorOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
         locations = {name: part for name, [part] in self.parts.items()}
@@ -47,6 +47,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         for name, part in sorted(locations.items(), key=lambda item: item[1].begin):
             shards[part.path].append((name, dtype or self.dtype(name), part.shape))
         _write_shards(staging, list(shards.values()), tensor_of)
+        if dtype is None and any(part.dtype == WIDE for part in locations.values()):
+            dtype = torch.float32
         copy_config_json(self.path, self.config, staging.path, None if dtype is None else DTYPE_NAMES[dtype])
         copy_huggingface_tokenizer(self.path, staging.path, on_event)
 
@@ -59,10 +61,10 @@ def write_huggingface(
     Args:
         tensor_of: each weight is asked for once (a sharded model gathers it then), in the order of
             ``config.parameter_shapes()``, and converted to its dtype on the CPU.
-        source: a model directory whose tokenizer files are copied.
+        source: a model directory whose tokenizer files and settings of generation are copied.
     """
     _write_shards(staging, _plan_shards(config, dtype_of), tensor_of)
-    write_config_json(staging.path, config, DTYPE_NAMES[dtype_of(EMBEDDING)])
+    write_config_json(staging.path, config, DTYPE_NAMES[dtype_of(EMBEDDING)], source)
     copy_huggingface_tokenizer(source, staging.path, on_event)
 
 

@@ -22,14 +22,16 @@ from llamatune.model.streamed_blocks import StreamedBlocks
 from llamatune.model.transformer import Transformer
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, on_event: OnEvent = ignore_event) -> Checkpoint:
     """Open a model directory of either format and check it completely, before any tensor is read.
+
+    Notices say what is read in another way than it is stored.
 
     Raises:
         CheckpointError: no model directory, a model that is not LLaMA, missing, unexpected or misshapen tensors,
             broken or unsafe files.
     """
-    return (MetaCheckpoint if detect_format(path) == "meta" else HuggingFaceCheckpoint).open(path)
+    return (MetaCheckpoint if detect_format(path) == "meta" else HuggingFaceCheckpoint).open(path, on_event)
 
 
 @torch.no_grad()
@@ -87,9 +89,10 @@ def load_model(
         quantized: gives what is to be held quantised by its name, on the device; None for what stays in ``dtype``.
         streamed: stores the blocks, whose tensors in the model become views of its rooms.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, on_event)
     warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
     config = checkpoint.config.with_layers(num_layers)
+    config.refuse_uncomputed(checkpoint.path)
     device = torch.device(device)
     with torch.device("meta"):
         model = Transformer(config)

@@ -59,7 +59,7 @@ def merge_lora(
         EnvironmentFault: the output is occupied, or the disk is too small.
         Stopped: ``should_stop`` said so; nothing is left behind.
     """
-    checkpoint = open_checkpoint(options.model)
+    checkpoint = open_checkpoint(options.model, on_event)
     adapter = load_adapter(options.adapter)
     _refuse_own_inputs(options)
     format_ = checkpoint.format if options.format == "same" else options.format

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from llamatune.checkpoints.checkpoint import Checkpoint, DtypeOf, TensorOf, refuse_unfit
+from llamatune.checkpoints.checkpoint import Checkpoint, DtypeOf, TensorOf, refuse_unfit, warn_of_wide_weights
 from llamatune.checkpoints.config_json import EMBEDDING as HF_EMBEDDING
 from llamatune.checkpoints.config_json import HEAD as HF_HEAD
 from llamatune.checkpoints.model_directory import Format, locate_meta
 from llamatune.checkpoints.params_json import EMBEDDING, HEAD, embedding_axis, read_params_json, write_params_json
 from llamatune.checkpoints.tensor_bytes import tensor_bytes
-from llamatune.events import OnEvent
+from llamatune.events import OnEvent, ignore_event
 from llamatune.formats.manifest import Staging
 from llamatune.formats.torch_archive import writing_archive
 from llamatune.model.torch_dtypes import STORED_NAMES
@@ -89,7 +89,7 @@ class MetaCheckpoint(Checkpoint):
     format: Format = "meta"
 
     @classmethod
-    def open(cls, path: Path) -> MetaCheckpoint:
+    def open(cls, path: Path, on_event: OnEvent = ignore_event) -> MetaCheckpoint:
         """Check configuration and archives against each other; no tensor is read."""
         shards = locate_meta(path)
         config = read_params_json(path, shards)
@@ -106,6 +106,7 @@ class MetaCheckpoint(Checkpoint):
         for name, [first, *others] in parts.items():
             dtypes = "/".join(sorted({first.dtype, *(part.dtype for part in others)}))  # no dtype, if shards differ
             refuse_unfit(path, {name: first.shape}, {name: dataclasses.replace(first, dtype=dtypes)})
+        warn_of_wide_weights(path, (part for shard in shards for part in shard.values()), on_event)
         return cls(path, config, parts)
 
     def _split_axis(self, name: str) -> int | None:

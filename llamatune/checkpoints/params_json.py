@@ -1,31 +1,37 @@
 """Meta's ``params.json``, read as a ``LlamaConfig`` and written. No torch.
 
 What it does not say comes from elsewhere: a vocabulary of -1 and a tied head from the weights' headers, the context
-length from the manifest of a merge or from Meta's own models.
+length from the manifest of a merge or from Meta's own models. Mistral's own files say more than Meta's: the widths of
+heads and of the feed-forward, and the sliding window.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from llamatune.errors import CheckpointError
 from llamatune.formats.manifest import manifest_if_readable
 from llamatune.formats.safetensors import TensorLocation
 from llamatune.shapes.llama_config import LlamaConfig
+from llamatune.shapes.rope_scaling import Llama3Scaling
 from llamatune.strict_json import JsonFields, read_json, write_json
 
 HEAD, EMBEDDING = "output.weight", "tok_embeddings.weight"
 _LLAMA_3_VOCABULARY = 128256
-_CODE_LLAMA_THETA = 1e6
+_LLAMA_3_POSITIONS, _LLAMA_31_POSITIONS = 8192, 131072
+_CODE_LLAMA_THETA, _CODE_LLAMA_POSITIONS = 1e6, 16384
+_LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR = 1.0, 4.0
+_LLAMA_32 = ((2048, 16), (3072, 28))
+"""Width and depth of Llama 3.2's text models, whose published factor is 32; their params.json does not hold it."""
 
 
 def read_params_json(path: Path, shards: list[dict[str, TensorLocation]] | None) -> LlamaConfig:
     """Read ``params.json``; a vocabulary of -1 is taken from the embedding's rows, or else from the tokenizer."""
     file = path / "params.json"
     facts = JsonFields(file, read_json(file))
-    facts.expect("use_scaled_rope", False)
-    for key in ("quantization_args", "lora_args", "moe_args"):
-        if facts.raw.get(key) is not None:
+    for key in ("quantization_args", "lora_args", "moe_args", "moe", "vision_chunk_size", "vision_encoder"):
+        if facts.raw.get(key) not in (None, -1):
             facts.refuse(key, "its computation is not supported")
     dim, heads = facts.integer("dim"), facts.integer("n_heads")
     theta = facts.number("rope_theta", 10000.0)
@@ -36,22 +42,46 @@ def read_params_json(path: Path, shards: list[dict[str, TensorLocation]] | None)
     vocabulary = facts.integer("vocab_size", -1)
     if vocabulary == -1:
         vocabulary = _meta_vocabulary(path, dim, shards)
-    llama_3 = vocabulary == _LLAMA_3_VOCABULARY
+    scaling, window = _scaling(facts), facts.integer("sliding_window", 0) or None
+    width = facts.integer("hidden_dim", 0) or _feed_forward_size(dim, multiple_of, multiplier)
+    tokens: dict[str, Any] = {}
+    if vocabulary == _LLAMA_3_VOCABULARY:
+        ends = (128001, 128009) if scaling is None else (128001, 128008, 128009)
+        tokens = {"bos_token_id": 128000, "eos_token_ids": ends}
     return facts.build(
         LlamaConfig,
         hidden_size=dim,
-        intermediate_size=_feed_forward_size(dim, multiple_of, multiplier),
+        intermediate_size=width,
         num_hidden_layers=facts.integer("n_layers"),
         num_attention_heads=heads,
         num_key_value_heads=facts.integer("n_kv_heads", heads),
         vocab_size=vocabulary,
         rms_norm_eps=facts.number("norm_eps", 1e-5),
+        head_dim=facts.integer("head_dim", 0),
         rope_theta=theta,
-        max_position_embeddings=_meta_positions(path, vocabulary, theta),
+        rope_scaling=scaling,
+        sliding_window=window,
+        model_type="llama" if window is None else "mistral",
+        max_position_embeddings=_meta_positions(path, facts, vocabulary, theta, scaling),
         tie_word_embeddings=shards is not None and not any(HEAD in shard for shard in shards),
-        bos_token_id=128000 if llama_3 else 1,
-        eos_token_ids=(128001, 128009) if llama_3 else (2,),
+        **tokens,
     )
+
+
+def _scaling(facts: JsonFields) -> Llama3Scaling | None:
+    """Llama 3.1's, of which Meta's files state that it is there, and in some the factors (``llama_models``)."""
+    if not facts.flag("use_scaled_rope", False):
+        return None
+    factor = facts.number("rope_scaling_factor", _usual_factor(facts.integer("dim"), facts.integer("n_layers")))
+    high = facts.number("rope_high_freq_factor", _HIGH_FREQ_FACTOR)
+    return facts.build(
+        Llama3Scaling, factor=factor, low_freq_factor=_LOW_FREQ_FACTOR, high_freq_factor=high,
+        original_max_position_embeddings=_LLAMA_3_POSITIONS,
+    )  # fmt: skip
+
+
+def _usual_factor(dim: int, layers: int) -> float:
+    return 32.0 if (dim, layers) in _LLAMA_32 else 8.0
 
 
 def _feed_forward_size(dim: int, multiple_of: int, multiplier: float) -> int:
@@ -78,14 +108,18 @@ def _meta_vocabulary(path: Path, dim: int, shards: list[dict[str, TensorLocation
     )  # fmt: skip
 
 
-def _meta_positions(path: Path, vocabulary: int, theta: float) -> int:
-    """The context length, which ``params.json`` does not hold: from the manifest of a merge, or of Meta's models."""
+def _meta_positions(path: Path, facts: JsonFields, vocabulary: int, theta: float, scaling: Llama3Scaling | None) -> int:
+    """The context length: from the manifest of a merge, or as Meta's and Mistral's models were trained."""
     manifest = manifest_if_readable(path)
     if manifest is not None and manifest.max_position_embeddings is not None:
         return manifest.max_position_embeddings
+    if scaling is not None:
+        return _LLAMA_31_POSITIONS
     if vocabulary == _LLAMA_3_VOCABULARY:
-        return 8192
-    return 16384 if theta == _CODE_LLAMA_THETA else 4096
+        return _LLAMA_3_POSITIONS
+    if "hidden_dim" in facts.raw:  # Mistral's
+        return 32768
+    return _CODE_LLAMA_POSITIONS if theta == _CODE_LLAMA_THETA else 4096
 
 
 def write_params_json(directory: Path, config: LlamaConfig) -> None:
@@ -95,8 +129,18 @@ def write_params_json(directory: Path, config: LlamaConfig) -> None:
             f"head_dim {config.head_dim} x {config.num_attention_heads} heads is not hidden_size {config.hidden_size}",
             "params.json", "Meta's format cannot say this; use --format hf",
         )  # fmt: skip
+    scaling, additions = config.rope_scaling, config.not_computed()
+    scaled = isinstance(scaling, Llama3Scaling) and (
+        (scaling.low_freq_factor, scaling.original_max_position_embeddings) == (_LOW_FREQ_FACTOR, _LLAMA_3_POSITIONS)
+    )
+    if scaling is not None and not scaled:
+        additions = f"the rope type {scaling.kind!r} with {scaling.facts()}"
+    if config.sliding_window is not None:
+        additions = f"sliding_window {config.sliding_window}"
+    if additions is not None:
+        raise CheckpointError(additions, "params.json", "Meta's format cannot say this; use --format hf")
     multiple_of, multiplier = _feed_forward_settings(config)
-    params = {
+    params: dict[str, Any] = {
         "dim": config.hidden_size,
         "n_layers": config.num_hidden_layers,
         "n_heads": config.num_attention_heads,
@@ -107,6 +151,12 @@ def write_params_json(directory: Path, config: LlamaConfig) -> None:
         "ffn_dim_multiplier": multiplier,
         "rope_theta": config.rope_theta if config.rope_theta != 10000.0 else None,
     }
+    if isinstance(scaling, Llama3Scaling):
+        params["use_scaled_rope"] = True
+        if scaling.factor != _usual_factor(config.hidden_size, config.num_hidden_layers):
+            params["rope_scaling_factor"] = scaling.factor
+        if scaling.high_freq_factor != _HIGH_FREQ_FACTOR:
+            params["rope_high_freq_factor"] = scaling.high_freq_factor
     write_json(directory / "params.json", {name: value for name, value in params.items() if value is not None})
 
 

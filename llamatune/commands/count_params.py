@@ -19,10 +19,11 @@ def count_params(options: CountOptions, console: Console) -> None:
         from llamatune.errors import SpecError
         from llamatune.shapes.adapter import AdapterSpec
         from llamatune.shapes.counts import count_parameters
-        from llamatune.shapes.llama_config import LINEAR_MODULES, preset
+        from llamatune.shapes.llama_config import LINEAR_MODULES
+        from llamatune.shapes.presets import preset
 
         if (model := options.model) is not None:
-            config = read_config(model)
+            config = read_config(model, console.on_event)
             warn_of_missing_head(model, detect_format(model), config, console.on_event)
         else:
             config = preset(options.preset or "")

@@ -23,7 +23,7 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
         from llamatune.memory import plan as planning
         from llamatune.memory.plan_report import explain as explain_plan
         from llamatune.memory.plan_report import plan_report
-        from llamatune.shapes.llama_config import preset
+        from llamatune.shapes.presets import preset
         from llamatune.spec import build_spec, load_spec
         from llamatune.spec_overrides import refuse_twice
 
@@ -45,6 +45,7 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
         else:
             raise SpecError("neither a spec nor --preset", todo="for example --preset llama-2-7b")
         config = config.with_layers(spec.model.num_layers)
+        config.refuse_uncomputed(spec.model.path)
         limit = planning.limit_of(spec, options.memory_bytes)
         cuda = options.device == "cuda"
         counts = _lengths(spec, config, options, console)

@@ -24,7 +24,7 @@ from llamatune.safe_reading import open_regular, stand_in
 from llamatune.shapes.dtypes import ITEM_BYTES
 
 _LARGEST_PICKLE = 4 << 20
-_MAY_SHARE = {"tok_embeddings.weight", "output.weight"}
+_MAY_SHARE = ({"tok_embeddings.weight", "output.weight"}, {"model.embed_tokens.weight", "lm_head.weight"})
 """A tied head is saved as two names, or two views, of one storage; no other tensors may overlap."""
 _ALIGNMENT = 64
 _LARGEST_SHORT = 0xFFFFFFFF
@@ -146,7 +146,7 @@ def _refuse_overlap(entries: dict[str, TensorLocation], path: Path) -> None:
     """Extents must be apart: all tensors together are then no larger than the file, apart from a tied head."""
     position, before = 0, ""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin < position and {name, before} != _MAY_SHARE:
+        if entry.begin < position and {name, before} not in _MAY_SHARE:
             raise CheckpointError(f"refused: tensors {before} and {name} share bytes", path, "fetch it again")
         position, before = max(position, entry.end), name
 

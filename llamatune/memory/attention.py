@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llamatune.memory.ledger import Ledger, Tensor
 from llamatune.memory.sizes import Sizes
-from llamatune.shapes.attention_kernels import Kernel, choose_kernel, head_room
+from llamatune.shapes.attention_kernels import Kernel, beyond_window, choose_kernel, head_room
 
 
 class AttentionBytes:
@@ -17,9 +17,15 @@ class AttentionBytes:
 
     def __init__(self, z: Sizes) -> None:
         c, N, lengths, H = z.c, z.N, z.lengths, z.config.num_attention_heads
-        ragged, head = len(set(lengths)) > 1, z.config.head_dim
-        kernels = {t: choose_kernel(z.capability, z.computed, head, t, len(lengths)) for t in set(lengths)}
-        kernel = kernels[max(lengths)]  # on a GPU that of all
+        head = z.config.head_dim
+        cut = beyond_window(lengths, z.config.sliding_window)
+        samples = 1 if cut else len(lengths)
+        kernels = {
+            t: choose_kernel(z.capability, z.computed, head, t, samples, "given" if t in cut else "causal")
+            for t in set(lengths)
+        }
+        kernel = kernels[max(lengths)]  # on a GPU that of all, or the one that takes most
+        ragged = len(set(lengths)) > 1 or (bool(cut) and len(lengths) > 1)
         short = [t for t in lengths if kernels[t] is Kernel.FP32]
         at_once = max(short, default=0) if ragged else sum(short)
         room = head_room(kernel, z.capability, z.computed, head)

@@ -16,7 +16,7 @@ from llamatune.memory.activation_checkpointing import checkpointed
 from llamatune.memory.ledger import Moment, Part, Walk
 from llamatune.memory.loss import frozen_head, trained_head
 from llamatune.memory.sizes import Rows, Sizes
-from llamatune.shapes.attention_kernels import Gpu
+from llamatune.shapes.attention_kernels import Gpu, beyond_window
 from llamatune.shapes.llama_config import ATTENTION_MODULES, FEED_FORWARD_MODULES, LINEAR_MODULES, LlamaConfig
 from llamatune.shapes.recompute_levels import (
     ATTENTION_MODES,
@@ -105,8 +105,9 @@ class Step:
             "embedding", "gradient", "gradients of the embedding and of x", z.N * z.D * z.s + z.V * z.D * 4
         )
         self._update = Part.moment("optimizer", "update", "gradients and state in fp32", z.update)
-        # The angles of the rotation, token ids, labels and positions.
-        self._inputs = 2 * z.N * config.head_dim * 4 + 4 * z.N * 8
+        # The angles of the rotation, token ids, labels and positions; the masks of the sliding window.
+        masks = sum(t * -(-t // 8) * 8 * z.c for t in beyond_window(z.lengths, config.sliding_window))
+        self._inputs = 2 * z.N * config.head_dim * 4 + 4 * z.N * 8 + masks
         self._trained = 4 * sum(z.trained_counts) // z.slices
         self._adapter = 0 if z.trains_all else self._trained + z.window_casts
 

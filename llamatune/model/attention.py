@@ -16,22 +16,57 @@ from torch.nn import functional as F
 from llamatune.devices import capability_of
 from llamatune.model.attention_in_fp32 import attend_in_fp32
 from llamatune.model.torch_dtypes import DTYPE_NAMES
-from llamatune.shapes.attention_kernels import Kernel, choose_kernel, head_room
+from llamatune.shapes.attention_kernels import Kernel, beyond_window, choose_kernel, head_room
 
 
 class Documents:
     """Samples that stand one after another in one row of N tokens.
 
-    ``positions`` (1, N) restart with each; ``bounds`` (samples + 1,) int32 are where they begin and end.
+    ``positions`` (1, N) restart with each; ``bounds`` (samples + 1,) int32 are where they begin and end. ``masks`` are
+    those of the samples that are longer than the sliding window, by their lengths, in the dtype of the scores: every
+    block adds the same.
     """
 
-    def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self,
+        lengths: tuple[int, ...],
+        device: torch.device,
+        window: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         sizes = torch.tensor(lengths)
         ends = sizes.cumsum(0)
         positions = torch.arange(int(ends[-1])) - (ends - sizes).repeat_interleave(sizes)
         bounds = torch.cat((torch.zeros(1, dtype=torch.int64), ends)).to(torch.int32)
         self.lengths, self.positions = lengths, positions[None].to(device, non_blocking=True)
         self.bounds = bounds.to(device, non_blocking=True)
+        self.masks = {T: _window_mask(T, window or 0, device, dtype) for T in beyond_window(lengths, window)}
+
+    def lengths_by_token(self) -> Tensor:
+        """(1, N)."""
+        sizes = torch.tensor(self.lengths)
+        return sizes.repeat_interleave(sizes)[None].to(self.bounds.device, non_blocking=True)
+
+
+def windowed(mask: Tensor | None, window: int | None, start: int, queries: int, device: torch.device) -> Tensor | None:
+    """``mask`` (B, 1, T, S), or causality, within a sliding window; the T ``queries`` begin at place ``start``."""
+    if window is None or start + queries <= window:
+        return mask
+    places = torch.arange(start + queries, device=device)
+    inside = _inside(places[start:, None], places, window)
+    return inside[None, None] if mask is None else mask & inside
+
+
+def _inside(queries: Tensor, keys: Tensor, window: int) -> Tensor:
+    """Which keys their query sees, by places (T, 1) and (S,)."""
+    return (keys <= queries) & (keys > queries - window)
+
+
+def _window_mask(T: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """0 where a query sees a key and -inf elsewhere, (1, 1, T, T); each row of it begins at whole 16 bytes."""
+    room = torch.zeros(T, -(-T // 8) * 8, device=device, dtype=dtype)[:, :T]
+    places = torch.arange(T, device=device)
+    return room.masked_fill_(~_inside(places[:, None], places, window), -torch.inf)[None, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents | None) -> Tensor:
@@ -44,15 +79,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Docu
     if mask is not None or q.shape[2] != k.shape[2]:
         return _attend(q, k, v, "none" if mask is None else "given", mask)
     if documents is None or len(documents.lengths) == 1:
-        return _attend(q, k, v)
+        return _attend_to_sample(q, k, v, documents)
     lengths = list(documents.lengths)
     _, _, N, E = q.shape
-    if choose_kernel(capability_of(q.device), DTYPE_NAMES[q.dtype], E, N, len(lengths)) is Kernel.VARLEN:
-        return _attend_to_ragged(q, k, v, documents)
-    if len(set(lengths)) == 1:
-        return _attend_to_equal(q, k, v, len(lengths))
+    if not documents.masks:
+        if choose_kernel(capability_of(q.device), DTYPE_NAMES[q.dtype], E, N, len(lengths)) is Kernel.VARLEN:
+            return _attend_to_ragged(q, k, v, documents)
+        if len(set(lengths)) == 1:
+            return _attend_to_equal(q, k, v, len(lengths))
     samples = zip(*(torch.split(x, lengths, dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([_attend(*sample) for sample in samples], dim=2)
+    return torch.cat([_attend_to_sample(q, k, v, documents) for q, k, v in samples], dim=2)
+
+
+def _attend_to_sample(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+    """One sample, or a batch of them, (B, H, T, E); masked where it is longer than the window."""
+    mask = None if documents is None else documents.masks.get(q.shape[2])
+    return _attend(q, k, v) if mask is None else _attend(q, k, v, "given", mask)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "causal", mask: Tensor | None = None) -> Tensor:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamatune.model.attention import Documents, attend
+from llamatune.model.attention import Documents, attend, windowed
 from llamatune.model.kv_cache import KVCache
 from llamatune.model.layers import Embedding, Linear, RMSNorm, linear, product_dtype, swiglu
 from llamatune.model.rope import Rotation, rotary_angles, rotate
 from llamatune.shapes.llama_config import LlamaConfig
+from llamatune.shapes.rope_scaling import DynamicScaling
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        assert config.not_computed() is None, "refused where it is opened"
         self.config = config
         self.activation_dtype: torch.dtype | None = None
         self.model = Decoder(config)
@@ -171,13 +173,19 @@ class Transformer(nn.Module):
                 is the embedding's where the two are tied.
         """
         x = self.model.embed_tokens(input_ids).to(dtype=self.activation_dtype)  # (B, T, D)
-        documents = None if lengths is None else Documents(lengths, self.device)
+        start, T = 0 if cache is None else cache.length, input_ids.shape[1]
+        window, scaling = self.config.sliding_window, self.config.rope_scaling
+        if window is not None and lengths is None and mask is None and start == 0 and len(input_ids) == 1:
+            lengths = (T,)
+        documents = None if lengths is None else Documents(lengths, self.device, window, product_dtype(x))
+        if documents is None:
+            mask = windowed(mask, window, start, T, self.device)
         if positions is None and documents is not None:
             positions = documents.positions
-        if positions is None:
-            start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
-        rotation = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        elif positions is None:
+            positions = torch.arange(start, start + T, device=input_ids.device)[None]
+        sizes = documents.lengths_by_token() if documents and isinstance(scaling, DynamicScaling) else None
+        rotation = rotary_angles(positions, self.config.head_dim, self.config.rope_theta, scaling, sizes)
         context = Context(rotation, mask, cache, documents)
         *earlier, last = self.model.layers
         for block in earlier:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 
 from llamatune.shapes.capabilities import OLDEST_WITH_BF16, Capability
@@ -43,6 +44,14 @@ def choose_kernel(
     if mask == "given" or not _flash_runs(capability, dtype, head_dim):
         return Kernel.EFFICIENT
     return Kernel.VARLEN if samples > 1 and head_dim % 8 == 0 else Kernel.SDPA
+
+
+def beyond_window(lengths: Sequence[int], window: int | None) -> list[int]:
+    """The lengths of those samples that a sliding window cuts, each once: they are computed with a mask.
+
+    A row that holds one is computed a sample at a time.
+    """
+    return sorted({tokens for tokens in lengths if window is not None and tokens > window})
 
 
 def head_room(kernel: Kernel, capability: Capability | None, dtype: str, head_dim: int) -> int:

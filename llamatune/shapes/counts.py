@@ -49,7 +49,8 @@ def count_parameters(config: LlamaConfig, adapter: AdapterSpec | None = None) ->
     """Count a model with an adapter, or without one, when every parameter is trained."""
     modules: dict[str, dict[str, int]] = {}
     for name, shape in config.parameter_shapes():
-        module = name.removesuffix(".weight").split(".", 3)[-1] if ".layers." in name else name.removesuffix(".weight")
+        module = name.rpartition(".")[0]
+        module = module.split(".", 3)[-1] if ".layers." in name else module
         modules.setdefault(module, {"base": 0, "adapter": 0})["base"] += math.prod(shape)
     base = sum(facts["base"] for facts in modules.values())
     if adapter is None:

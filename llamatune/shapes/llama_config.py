@@ -1,4 +1,4 @@
-"""LlamaConfig: the hyper-parameters of a LLaMA model and the shapes of its tensors; presets of the family. No torch."""
+"""LlamaConfig: the hyper-parameters of a model of the LLaMA family and the shapes of its tensors. No torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llamatune.errors import CheckpointError, SpecError
+from llamatune.shapes.rope_scaling import DynamicScaling, RopeScaling, YarnScaling
 
 QKV_MODULES, GATE_UP_MODULES = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 ATTENTION_MODULES = (*QKV_MODULES, "o_proj")
@@ -19,7 +20,7 @@ _LARGEST = {"hidden_size": 1 << 16, "intermediate_size": 1 << 18, "num_hidden_la
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """LLaMA-2's hyper-parameters under Hugging Face's names (Touvron et al. 2023, section 2.2)."""
+    """LLaMA-2's hyper-parameters under Hugging Face's names (Touvron et al. 2023, section 2.2), and what others add."""
 
     hidden_size: int
     intermediate_size: int
@@ -35,6 +36,15 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int = 1
     eos_token_ids: tuple[int, ...] = (2,)
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    """A token sees itself and the ``sliding_window - 1`` before it (Jiang et al. 2023, section 2); None: all before."""
+    biased_modules: tuple[str, ...] = ()
+    """The linear layers of a block that add a bias."""
+    head_norms: bool = False
+    """Whether each head of q and k is normalised before the rotation."""
+    model_type: str = "llama"
+    """The name in Hugging Face's configurations."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -57,6 +67,23 @@ class LlamaConfig:
             )
         if not 0 < self.rms_norm_eps < 1 or not 1 <= self.rope_theta < 1e12:
             raise CheckpointError(f"rms_norm_eps {self.rms_norm_eps!r} or rope_theta {self.rope_theta!r} is impossible")
+        if isinstance(self.rope_scaling, DynamicScaling) and self.head_dim < 4:
+            raise CheckpointError(f"head_dim {self.head_dim} is too small for the rope type 'dynamic'")
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
+            raise CheckpointError("rope_theta 1 is impossible for the rope type 'yarn'")
+        if self.sliding_window is not None and not 0 < self.sliding_window < 1 << 24:
+            raise CheckpointError(f"sliding_window is {self.sliding_window!r}, which no model has")
+
+    def not_computed(self) -> str | None:
+        """What this model has that is only counted and merged, and cannot be computed; None: nothing."""
+        additions = [f"a bias in {', '.join(self.biased_modules)}"] if self.biased_modules else []
+        additions += ["norms of the heads of q and k"] if self.head_norms else []
+        return f"this {self.model_type} model has {' and '.join(additions)}" if additions else None
+
+    def refuse_uncomputed(self, where: object) -> None:
+        """Refuse to train or run a model that has what is not computed."""
+        if (what := self.not_computed()) is not None:
+            raise CheckpointError(what, where, "it can be counted and merged, but not yet trained or run")
 
     def with_layers(self, num_layers: int | None) -> LlamaConfig:
         """The same model cut after its first ``num_layers`` blocks (None: uncut)."""
@@ -85,6 +112,11 @@ class LlamaConfig:
             prefix = f"model.layers.{layer}."
             for module in LINEAR_MODULES:
                 yield f"{prefix}{linear_path(module)}.weight", self.linear_shape(module)
+                if module in self.biased_modules:
+                    yield f"{prefix}{linear_path(module)}.bias", self.linear_shape(module)[:1]
+            if self.head_norms:
+                yield f"{prefix}self_attn.q_norm.weight", (self.head_dim,)
+                yield f"{prefix}self_attn.k_norm.weight", (self.head_dim,)
             yield f"{prefix}input_layernorm.weight", (D,)
             yield f"{prefix}post_attention_layernorm.weight", (D,)
         yield "model.norm.weight", (D,)
@@ -95,22 +127,3 @@ class LlamaConfig:
 def linear_path(module: str) -> str:
     """Where a linear layer lives inside its block: ``q_proj`` -> ``self_attn.q_proj``."""
     return f"self_attn.{module}" if module in ATTENTION_MODULES else f"mlp.{module}"
-
-
-PRESETS: dict[str, LlamaConfig] = {
-    "llama-2-7b": LlamaConfig(4096, 11008, 32, 32, 32, 32000),
-    "llama-2-13b": LlamaConfig(5120, 13824, 40, 40, 40, 32000),
-    "llama-2-70b": LlamaConfig(8192, 28672, 80, 64, 8, 32000),
-    "tinyllama-1.1b": LlamaConfig(2048, 5632, 22, 32, 4, 32000, max_position_embeddings=2048),
-    "llama-3-8b": LlamaConfig(
-        4096, 14336, 32, 32, 8, 128256, rope_theta=500000.0, max_position_embeddings=8192,
-        bos_token_id=128000, eos_token_ids=(128001, 128009),
-    ),
-}  # fmt: skip
-
-
-def preset(name: str) -> LlamaConfig:
-    """A member of the family by name."""
-    if name not in PRESETS:
-        raise SpecError(f"unknown preset {name!r}", "--preset", f"there are {', '.join(PRESETS)}")
-    return PRESETS[name]

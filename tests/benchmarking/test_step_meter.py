@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llamatune.events import ignore_event, never_stop
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.counts import count_parameters
-from llamatune.shapes.llama_config import LINEAR_MODULES, PRESETS, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.presets import PRESETS
 from llamatune.spec import RunSpec
 from llamatune.training.model_and_optimizer import build_learner
 

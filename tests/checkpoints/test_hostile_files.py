@@ -355,7 +355,8 @@ def with_index(path, change):
 
 
 @pytest.mark.parametrize(
-    "shard", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", ".hidden.safetensors", "x.bin", "", 3, None]
+    "shard",
+    ["../secret.safetensors", "/etc/passwd", "sub/../../x.safetensors", ".hidden.safetensors", "x.bin", "", 3, None],
 )
 def test_index_traversal(tmp_path, shard):
     path = with_index(tmp_path / "m", lambda names: names.update({"model.norm.weight": shard}))
@@ -437,6 +438,8 @@ def test_header_bombs(hf):
 
 def test_only_pickled_huggingface_weights(hf):
     (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
+    refused(hf, "pytorch_model.bin", "not a PyTorch zip file")
+    torch.save({"model.norm.weight": torch.ones(3)}, hf / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     refused(hf, "pytorch_model.bin", "can run code")
 
 
@@ -509,19 +512,24 @@ def test_quantised_dtypes_are_refused(hf):
 CHANGES = [
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-    ({"rope_scaling": {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}}, "rope_type 'llama3'"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters"),
-    ({"rope_parameters": {"rope_type": "default", "type": "linear", "factor": 2.0}}, "type 'linear'"),
+    ({"rope_scaling": {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}}, "rope_type is llama3"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn' has no factor"),
+    ({"rope_parameters": {"rope_type": "default", "type": "linear", "factor": 2.0}}, "rope_parameters.type is linear"),
     ({"rope_parameters": {"rope_type": ["default"]}}, "rope_parameters"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "rope_parameters"),
     ({"rope_parameters": [1]}, "rope_parameters"),
     ({"rope_parameters": {"rope_theta": "5e5"}}, "rope_theta is '5e5'"),
     ({"rope_scaling": {"rope_theta": -1.0}, "rope_parameters": None}, "rope_theta"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ({"attention_bias": True}, "attention_bias"),
-    ({"mlp_bias": True}, "mlp_bias"),
+    ({"attention_bias": True}, "missing: model.layers.0.self_attn.q_proj.bias"),
+    ({"attention_bias": 1}, "attention_bias"),
+    ({"mlp_bias": True}, "missing: model.layers.0.mlp.gate_proj.bias"),
     ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"model_type": "mistral"}, "model_type"),
+    ({"model_type": "gemma"}, "uses GELU; supported are llama"),
+    ({"model_type": ["llama"]}, "model_type"),
+    ({"model_type": "mistral", "sliding_window": -1}, "sliding_window"),
+    ({"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+    ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
     ({"quantization_config": {"load_in_4bit": True}}, "quantization_config"),
     ({"hidden_size": 1 << 40}, "hidden_size"),
     ({"vocab_size": 1 << 31}, "vocab_size"),
@@ -557,7 +565,9 @@ def test_broken_json(hf, text):
 
 
 META_CHANGES = [
-    ({"use_scaled_rope": True}, "use_scaled_rope"),
+    ({"use_scaled_rope": "yes"}, "use_scaled_rope"),
+    ({"use_scaled_rope": True, "rope_scaling_factor": 0.5}, "factor of the rope type 'llama3' is 0.5"),
+    ({"sliding_window": -3}, "sliding_window"),
     ({"multiple_of": 0}, "multiple_of"),
     ({"dim": 1 << 60}, "dim"),
     ({"ffn_dim_multiplier": 1e30}, "ffn_dim_multiplier"),

@@ -146,7 +146,8 @@ def test_count_params_json_is_one_object_with_the_exact_counts(capsys: pytest.Ca
 def test_the_familys_counts(name: str, base: int, lora: tuple[int, ...]) -> None:
     from llamatune.shapes.adapter import AdapterSpec
     from llamatune.shapes.counts import count_parameters
-    from llamatune.shapes.llama_config import ATTENTION_MODULES, LINEAR_MODULES, PRESETS
+    from llamatune.shapes.llama_config import ATTENTION_MODULES, LINEAR_MODULES
+    from llamatune.shapes.presets import PRESETS
 
     targets = [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj"), ATTENTION_MODULES, LINEAR_MODULES]
     counts = [count_parameters(PRESETS[name], AdapterSpec(16, 32, target_modules=tuple(chosen))) for chosen in targets]

@@ -16,7 +16,8 @@ from llamatune.free_memory import free_host_bytes
 from llamatune.memory.plan import heaviest_rows, largest, placed, plan_memory
 from llamatune.memory.remedies import recomputed_share, remedies
 from llamatune.memory.sizes import Rows
-from llamatune.shapes.llama_config import LINEAR_MODULES, PRESETS, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.presets import PRESETS
 from llamatune.shapes.recompute_levels import Recompute
 from llamatune.spec import RunSpec
 from llamatune.training.train import train

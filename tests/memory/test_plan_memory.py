@@ -19,7 +19,7 @@ from llamatune.errors import DataError
 from llamatune.formats.prepared import read_lengths
 from llamatune.memory.plan import heaviest_rows, plan_memory
 from llamatune.memory.sizes import Rows
-from llamatune.shapes.llama_config import PRESETS
+from llamatune.shapes.presets import PRESETS
 from llamatune.spec import build_spec, load_spec
 from llamatune.training.train import plan_training
 

@@ -15,7 +15,8 @@ from llamatune.data.batches import Batch
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.model import attention
 from llamatune.shapes import tile_sizes
-from llamatune.shapes.llama_config import LINEAR_MODULES, PRESETS, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.presets import PRESETS
 from llamatune.shapes.recompute_levels import Levels, Recompute, levels_of
 
 QV = ("q_proj", "v_proj")
@@ -130,6 +131,22 @@ def test_samples_of_several_lengths_on_real_tensors(
     _, meter = real_step(spec, SMALL, batch)
     found = step_bytes(spec, SMALL, Rows(lengths, target_tokens), cuda=False).peak
     assert found == pytest.approx(meter.peak_bytes, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("capability", [None, (9, 0)], ids=["CPU", "GPU"])
+@pytest.mark.parametrize(("fused", "mode"), [(True, "none"), (True, "projections"), (False, "none"), (True, "block")])
+@pytest.mark.parametrize("lengths", [(300, 300), (601,), (40, 301, 77)], ids=str)
+def test_samples_beyond_a_sliding_window(
+    monkeypatch: pytest.MonkeyPatch, capability: Any, fused: bool, mode: str, lengths: tuple[int, ...]
+) -> None:
+    config = LlamaConfig(256, 688, 4, 8, 2, 1000, sliding_window=100)
+    spec = spec_of(LINEAR_MODULES, mode, dtype="bfloat16", precision="bf16", fused=fused)
+    monkeypatch.setattr(attention, "capability_of", lambda device: capability)
+    ids = torch.randint(3, 90, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
+    batch = Batch(ids, ids.clone(), lengths, tuple(range(len(lengths))), sum(lengths) - len(lengths))
+    _, meter = real_step(spec, config, batch)
+    found = step_bytes(spec, config, Rows(lengths, batch.target_tokens), capability or False).peak
+    assert found == pytest.approx(meter.peak_bytes, rel=0.06)
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 300), (3, 200)])

@@ -53,14 +53,25 @@ CASES = {
         0.3,
         {"tie_word_embeddings": True},
     ),
-}
+    "llama 3's angles": Case(
+        {"optimizer": "adamw"},
+        lambda p: torch.optim.AdamW(p, lr=1, weight_decay=0.0),
+        changes={"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+                                     "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+    ),
+    "a window of 7": Case(
+        {"optimizer": "adamw"},
+        lambda p: torch.optim.AdamW(p, lr=1, weight_decay=0.0),
+        changes={"model_type": "mistral", "sliding_window": 7},
+    ),
+}  # fmt: skip
 
 
 def peft_run(base: Path, prepared: Path, adapter: Path, case: Case, max_grad_norm: float | None) -> Trace:
     from peft import PeftModel
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     kind, peak, floor, warmup = case.schedule
     return reference_run(

@@ -17,7 +17,7 @@ from llamatune.events import Notice
 from llamatune.memory.plan import heaviest_rows, plan_memory
 from llamatune.memory.remedies import remedies
 from llamatune.ranks import ALONE
-from llamatune.shapes.llama_config import preset
+from llamatune.shapes.presets import preset
 from llamatune.spec import build_spec
 from llamatune.training.run_memory import choose_run_placement, plan_run_memory, report_plan
 from llamatune.training.train import plan_training, train

@@ -24,7 +24,7 @@ from llamatune.memory.plan import heaviest_rows, plan_memory
 from llamatune.memory.remedies import after_running_out
 from llamatune.memory.sizes import Rows
 from llamatune.out_of_memory import memory_faults
-from llamatune.shapes.llama_config import PRESETS
+from llamatune.shapes.presets import PRESETS
 from llamatune.spec import RunSpec, build_spec, load_spec
 
 GIB = 1 << 30

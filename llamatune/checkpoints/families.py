@@ -1,0 +1,100 @@
+"""The models that share LLaMA's computation, by ``model_type``: what each leaves unsaid and adds. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llamatune.shapes.llama_config import ATTENTION_MODULES, FEED_FORWARD_MODULES, QKV_MODULES
+from llamatune.strict_json import JsonFields
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between kinds of model.
+
+    ``unsaid``: the values of keys that a configuration does not hold, as transformers has them. ``flags``: the modules
+    to which a true flag adds a bias. ``biases``: those that always have one. ``head_norms`` as in ``LlamaConfig``.
+    """
+
+    architecture: str
+    unsaid: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+    head_norms: bool = False
+
+
+_BIAS: dict[str, tuple[str, ...]] = {"attention_bias": ATTENTION_MODULES}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", {"max_position_embeddings": 2048},
+                    {**_BIAS, "mlp_bias": FEED_FORWARD_MODULES}),
+    "mistral": Family("MistralForCausalLM", {"max_position_embeddings": 131072, "num_key_value_heads": 8,
+                                             "sliding_window": 4096}),
+    "qwen2": Family("Qwen2ForCausalLM", {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+                    biases=QKV_MODULES),
+    "qwen3": Family("Qwen3ForCausalLM", {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+                    _BIAS, head_norms=True),
+}  # fmt: skip
+
+_OTHERS = {
+    "gemma": "it scales the embedding, adds 1 to the weights of norms and uses GELU",
+    "gemma2": "it has norms behind each half, soft caps on logits and windows in some layers",
+    "gemma3_text": "it has norms behind each half, norms of heads and windows in some layers",
+    "phi": "it has LayerNorm, a parallel feed-forward and rotates a part of each head",
+    "phi3": "it stores q, k, v and gate, up as one matrix each",
+    "mixtral": "it has several experts in each block",
+    "qwen2_moe": "it has several experts in each block",
+    "qwen3_moe": "it has several experts in each block",
+    "llama4": "it has several experts in each block and layers without rotation",
+    "llama4_text": "it has several experts in each block and layers without rotation",
+    "mllama": "it has an image encoder and cross-attention; its text model alone is not stored as one",
+    "deepseek_v3": "it has latent attention and several experts in each block",
+    "smollm3": "some of its layers have no rotation",
+    "ministral": "it has windows in some layers",
+    "olmo2": "it has norms behind each half",
+    "granite": "it scales the embedding, residuals, attention and logits",
+    "cohere": "it has LayerNorm, a parallel feed-forward and scaled logits",
+    "stablelm": "it has LayerNorm and rotates a part of each head",
+    "falcon": "it has LayerNorm and a parallel feed-forward",
+    "gpt2": "it has LayerNorm, learned positions and no rotation",
+    "gpt_neox": "it has LayerNorm and a parallel feed-forward",
+}
+
+
+def family_of(facts: JsonFields) -> Family:
+    """The entry of a configuration; any other model is refused with what differs."""
+    kind = str(facts.raw.get("model_type"))
+    if kind not in FAMILIES:
+        known = f"supported are {', '.join(FAMILIES)}"
+        facts.refuse("model_type", f"{_OTHERS[kind]}; {known}" if kind in _OTHERS else known)
+    _refuse_additions(facts)
+    return FAMILIES[kind]
+
+
+def _refuse_additions(facts: JsonFields) -> None:
+    """Refuse what makes another model of one of a known kind."""
+    if facts.raw.get("hidden_act") != "swish":  # another name of SiLU
+        facts.expect("hidden_act", "silu")
+    if facts.raw.get("quantization_config") is not None:
+        facts.refuse("quantization_config", "quantised weights are not read; give the model that it was made from")
+    if facts.raw.get("use_sliding_window"):
+        facts.refuse("use_sliding_window", "windows in some layers only are not supported")
+    kinds = facts.raw.get("layer_types")
+    if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):
+        facts.refuse("layer_types", "only 'full_attention' in all layers is supported")
+    if facts.raw.get("num_local_experts") not in (None, 0, 1):
+        facts.refuse("num_local_experts", "several experts are not supported")
+
+
+def window_of(facts: JsonFields, family: Family) -> int | None:
+    """The sliding window; a key that is null means none."""
+    if "sliding_window" not in family.unsaid or facts.raw.get("sliding_window", 0) is None:
+        return None
+    return facts.integer("sliding_window", family.unsaid["sliding_window"])
+
+
+def biases_of(facts: JsonFields, family: Family) -> tuple[str, ...]:
+    """The modules with a bias."""
+    flagged = [modules for flag, modules in family.flags.items() if facts.flag(flag, False)]
+    return (*family.biases, *(module for modules in flagged for module in modules))
