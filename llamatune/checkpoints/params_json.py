@@ -69,7 +69,7 @@ def _meta_vocabulary(path: Path, dim: int, shards: list[dict[str, TensorLocation
     if shards and (embedding := shards[0].get(EMBEDDING)) and len(embedding.shape) == 2:
         return embedding.shape[0] * (len(shards) if embedding_axis(shards, dim) == 0 else 1)
     if (path / "tokenizer.model").exists():
-        from llamatune.tokenizers.sentencepiece import count_pieces  # importing the library takes 40 ms
+        from llamatune.tokenizers.loading import count_pieces  # importing the library takes 40 ms
 
         return count_pieces(path / "tokenizer.model")
     raise CheckpointError(

@@ -13,7 +13,7 @@ import sentencepiece
 
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice
-from llamatune.tokenizers.sentencepiece import load_tokenizer
+from llamatune.tokenizers.loading import load_tokenizer
 
 Beside = Callable[..., Path]
 CHATML = {"<|im_start|>": 512, "<|im_end|>": 513}

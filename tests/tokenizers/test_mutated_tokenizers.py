@@ -18,7 +18,7 @@ SAMPLE = 40
 READER = """
 import sys
 from pathlib import Path
-from llamatune.tokenizers.sentencepiece import load_tokenizer
+from llamatune.tokenizers.loading import load_tokenizer
 from llamatune.errors import LlamatuneError
 usable = refused = 0
 for path in sorted(Path(sys.argv[1]).iterdir(), key=lambda path: int(path.stem)):

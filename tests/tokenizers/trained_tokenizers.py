@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from llamatune.tokenizers.sentencepiece import SentencePieceTokenizer, load_tokenizer
+from llamatune.tokenizers.loading import load_tokenizer
+from llamatune.tokenizers.sentencepiece import SentencePieceTokenizer
 
 WORDS = """
 below is an instruction that describes a task write response appropriately completes the request question answer llama
