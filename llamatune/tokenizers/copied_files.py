@@ -30,6 +30,9 @@ def copy_file(source: Path, directory: Path) -> None:
 def copy_huggingface_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignore_event) -> None:
     """Every tokenizer file that transformers reads, from a model directory of either format."""
     present = [name for name in _FILES if (source / name).exists()]
+    if present == [SENTENCEPIECE_FILE] and (source / "params.json").exists():
+        _write_from_meta(source / SENTENCEPIECE_FILE, directory, on_event)
+        return
     for name in present:
         if name == CONFIG:
             _copy_config(source / name, directory)
@@ -37,8 +40,6 @@ def copy_huggingface_tokenizer(source: Path, directory: Path, on_event: OnEvent 
             copy_file(source / name, directory)
     if not present:
         on_event(Notice(f"{source}: no tokenizer in it, so none is written", "warning"))
-    if present == [SENTENCEPIECE_FILE] and (source / "params.json").exists():
-        _complete_meta_tokenizer(source, directory, on_event)
 
 
 def _copy_config(source: Path, directory: Path) -> None:
@@ -56,20 +57,19 @@ def _copy_config(source: Path, directory: Path) -> None:
         write_json(directory / source.name, changed)
 
 
-def _complete_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent) -> None:
-    """Write the files that transformers needs beside the ``tokenizer.model`` of Meta's, or in place of tiktoken's."""
+def _write_from_meta(model: Path, directory: Path, on_event: OnEvent) -> None:
+    """The files that transformers needs: with Meta's ``tokenizer.model``, or in place of tiktoken's."""
     from llamatune.tokenizers.loading import count_pieces  # importing the library takes 40 ms
 
-    model = source / SENTENCEPIECE_FILE
     try:
-        if is_tiktoken(model):
+        if is_tiktoken(model):  # transformers would take a copy of it for a SentencePiece model
             write_json(directory / JSON_FILE, definition_of(read_ranks(model)))
             write_json(directory / CONFIG, config_of())
-            (directory / SENTENCEPIECE_FILE).unlink()  # transformers would take it for a SentencePiece model
             return
+        copy_file(model, directory)
         count_pieces(model)
     except CheckpointError as fault:
-        on_event(Notice(f"{source}: {fault.what}; transformers needs a tokenizer.json beside it", "warning"))
+        on_event(Notice(f"{model}: {fault.what}; transformers needs a tokenizer.json beside it", "warning"))
         return
     facts = {
         "tokenizer_class": "LlamaTokenizer",

@@ -152,7 +152,7 @@ def _check_model(model: Any, path: Path) -> None:
     longest = max(map(len, texts), default=0)
     sound = len(texts) == len(vocabulary) and 0 < longest <= _LONGEST_TOKEN
     if kind == "BPE":
-        ids = vocabulary.values()
+        ids = list(model["vocab"].values())
         sound &= all(type(n) is int and 0 <= n < _MOST_TOKENS for n in ids) and len(set(ids)) == len(vocabulary)
     if not sound:
         what = "malformed: its vocabulary has a token or an id twice, or one that cannot be read"

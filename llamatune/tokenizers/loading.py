@@ -61,6 +61,8 @@ def count_pieces(path: Path) -> int:
         from llamatune.tokenizers.tiktoken_file import SPECIALS, read_ranks
 
         return len(read_ranks(path)) + SPECIALS
+    if _begins(path, _JSON):
+        return load_tokenizer(path).vocab_size
     from llamatune.tokenizers.sentencepiece import count_pieces as count_sentencepiece
 
     return count_sentencepiece(path)

@@ -57,7 +57,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         ranks[text] = rank
     lacking = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if lacking:
-        raise CheckpointError(f"{len(lacking)} bytes have no token, 0x{lacking[0]:02X} first", path, "fetch it again")
+        what = f"a tiktoken file without a token for {len(lacking)} of the 256 bytes, 0x{lacking[0]:02X} first"
+        raise CheckpointError(what, path, "fetch it again")
     return ranks
 
 
