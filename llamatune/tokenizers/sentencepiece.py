@@ -66,6 +66,8 @@ class SentencePieceTokenizer(Tokenizer):
             encoded = self._processor.encode(text, return_type="offset_mapping")
             return encoded["ids"], encoded["offsets"]
         ids, offsets, processor, begin = list[int](), list[tuple[int, int]](), self._processor, 0
+        if not self._additions.legacy and self._words.match(text):  # the dummy prefix of a text, with no text behind it
+            ids, offsets = [self._processor.piece_to_id("▁")], [(0, 0)]
         for match in itertools.chain(self._words.finditer(text), [None]):
             end = len(text) if match is None else match.start()
             if begin < end:

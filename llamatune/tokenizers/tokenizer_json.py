@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import secrets
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from llamatune.tokenizers.added_tokens import (
     model_ids,
     vocabulary_of,
 )
-from llamatune.tokenizers.agreement import added_around, added_beyond, check_model_id, refuse_eos_after_text
+from llamatune.tokenizers.agreement import added_around, added_beyond, check_model_id
 from llamatune.tokenizers.byte_level import CHARACTERS, UTF8_BYTES, readable, spelled
 from llamatune.tokenizers.json_definition import check_definition, kinds_of
 from llamatune.tokenizers.tiktoken_file import config_of, definition_of, read_ranks
@@ -37,10 +38,15 @@ from llamatune.tokenizers.tokenizer import JSON_FILE, Tokenizer, refuse_surrogat
 _HIDDEN = "\ue000llamatune special token "
 """What special tokens are called in the library, before their id; a random number follows, so that no text has it."""
 
+_COMPOSING = {"NFC", "NFKC"}
+
 
 @dataclass(frozen=True)
 class JsonFacts:
-    """What ``JsonTokenizer`` knows beside the library's definition; names as in ``Tokenizer``."""
+    """What ``JsonTokenizer`` knows beside the library's definition; names as in ``Tokenizer``.
+
+    ``byte_level``: its pieces spell bytes. ``composes``: it joins marks to the character before them.
+    """
 
     path: Path
     fingerprint: str
@@ -50,6 +56,7 @@ class JsonFacts:
     special_ids: Mapping[str, int]
     matches_words: bool
     byte_level: bool
+    composes: bool
 
 
 class JsonTokenizer(Tokenizer):
@@ -76,10 +83,8 @@ class JsonTokenizer(Tokenizer):
         refuse_surrogates(text)
         with _library_faults(self.path):
             encoded = self._library.encode(text, add_special_tokens=False)
-            # A normaliser may order combining marks anew, so that ends decrease.
-            ends = itertools.accumulate((end for _, end in encoded.offsets), max)
-            begins = (begin for begin, _ in encoded.offsets)
-            return encoded.ids, list(zip(begins, ends, strict=True))
+            ids, offsets = encoded.ids, encoded.offsets
+        return ids, _with_marks(text, offsets) if self._facts.composes else offsets
 
     def decode(self, ids: Iterable[int]) -> str:
         plain = [i for i in ids if 0 <= i < self.vocab_size and i not in self._texts]
@@ -143,7 +148,6 @@ def tokenizer_of(
     ids = known | {token.text: token.id for token in added if token.id is not None}
     named = {token.text for token in files.tokens if token.special} | {t.text for t in added if t.is_special}
     specials = {text: token_id for text, token_id in ids.items() if text in named}
-    refuse_eos_after_text(files)
     bos, eos = _bos(files, raw, path, on_event), _eos(files, ids, path)
     for text in (bos, eos):
         if text is not None and text not in ids:
@@ -168,6 +172,7 @@ def tokenizer_of(
         specials,
         any(token.text not in specials for token in [*own, *added]),
         byte_level,
+        composes=not _COMPOSING.isdisjoint(kinds_of(raw, "normalizer")),
     )
     tokenizer = JsonTokenizer(text.replace(_HIDDEN, f"{_HIDDEN}{secrets.token_hex(16)} "), facts)
     misplaced = [(token.text, token.id) for token in [*own, *added] if not tokenizer.has(token.text, token.id)]
@@ -194,19 +199,20 @@ def _known_tokens(files: TokenizerFiles, raw: dict[str, Any], path: Path) -> dic
 
 
 def _bos(files: TokenizerFiles, raw: dict[str, Any], path: Path, on_event: OnEvent) -> str | None:
-    """The BOS that is put before a text: what ``add_bos_token`` says or else the post-processor, as transformers 5."""
-    around, flag, role = added_around(raw), files.puts("add_bos_token"), files.role("bos_token")
-    if around is not None and (len(around) > 1 or not _is_before(raw)):
+    """The BOS that the post-processor puts before a text; ``add_bos_token`` does not count, as in transformers 5."""
+    around = added_around(raw) or []
+    if len(around) > 1 or (around and not _is_before(raw)):
         what = f"its post_processor puts {', '.join(map(repr, around))[:80]} around a text, not a BOS before it"
         raise CheckpointError(what, path, "use a model that puts at most a BOS before a text")
-    by_template = around[0] if around else None
-    if flag is None:
-        return by_template
-    by_flag = role[0] if flag and role is not None else None
-    if by_flag != by_template and around is not None:
-        what = f"{path}: its post_processor puts {by_template!r} before a text, but tokenizer_config.json {by_flag!r}"
-        on_event(Notice(f"{what}; the latter is done", "warning"))
-    return by_flag
+    for flag, done in (("add_bos_token", bool(around)), ("add_eos_token", False)):
+        if files.puts(flag) not in (None, done):
+            what = (
+                f"{files.directory / CONFIG}: {flag} is {str(not done).lower()}, but the post_processor of {path.name}"
+            )
+            on_event(
+                Notice(f"{what} decides, as in transformers 5, and it does {'' if done else 'not '}add it", "warning")
+            )
+    return around[0] if around else None
 
 
 def _is_before(raw: dict[str, Any]) -> bool:
@@ -267,6 +273,19 @@ def _library_definition(raw: dict[str, Any], added: list[AddedToken], specials: 
         "model": model,
     }
     return json.dumps(definition, ensure_ascii=False, separators=(",", ":"))
+
+
+def _with_marks(text: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Offsets with every mark that normalising joined to a character, which the library leaves out; ends in order."""
+    if unicodedata.is_normalized("NFC", text):
+        return offsets
+    ends, begin_after, own_begin = list[int](), len(text), len(text)
+    for begin, end in reversed(offsets):
+        if begin < own_begin:
+            begin_after, own_begin = own_begin, begin
+        ends.append(end if text[end:begin_after].isspace() else max(end, begin_after))
+    in_order = itertools.accumulate(reversed(ends), max)
+    return [(begin, end) for (begin, _), end in zip(offsets, in_order, strict=True)]
 
 
 @contextlib.contextmanager

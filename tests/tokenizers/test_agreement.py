@@ -45,7 +45,10 @@ def whole(model: Path, **changes: Any) -> dict[str, Any]:
 REFUSED = {
     "an id of a piece": ({"added_tokens": {"<|im_end|>": 511}}, r"'<\|im_end\|>' \(511\): .*added_t"),
     "two ids for a token": (
-        {"added_tokens": CHATML, "tokenizer_config": {"added_tokens_decoder": {"514": {**PLAIN, "content": "<|im_end|>"}}}},
+        {
+            "added_tokens": CHATML,
+            "tokenizer_config": {"added_tokens_decoder": {"514": {**PLAIN, "content": "<|im_end|>"}}},
+        },
         r"under other ids: '<\|im_end\|>' \(514\): .*tokenizer_config",
     ),
     "two tokens for an id": ({"added_tokens": {"<a>": 512, "<b>": 512}}, r"'<b>' \(512\)"),

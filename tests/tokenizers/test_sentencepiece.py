@@ -181,7 +181,7 @@ def test_a5_directories_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="its model is of kind 'None'|has no decoder"):
+    with pytest.raises(CheckpointError, match="has no decoder"):
         load_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match="no such file"):
         load_tokenizer(tmp_path / "absent.model")
