@@ -85,8 +85,9 @@ class SentencePieceTokenizer(Tokenizer):
         if not self._added:
             plain = [i for i in ids if 0 <= i < self._size and not processor.is_control(i)]
             return str(processor.decode(plain))
-        parts: list[str] = []
-        for is_added, group in itertools.groupby(ids, key=self._added.__contains__):
+        parts, given = list[str](), list(ids)
+        text = given[1:] if given[:1] == [self.bos_id] else given  # a BOS may be an added token too
+        for is_added, group in itertools.groupby(text, key=self._added.__contains__):
             if is_added:
                 parts += [self._added[i].text for i in group if not self._added[i].is_special]
             else:
