@@ -93,8 +93,18 @@ def _check_part(key: str, kind: str, part: dict[str, Any], path: Path) -> None:
             raise CheckpointError(f"a pattern of its {key} is empty", path, _TODO)
         if "Regex" in pattern and (why := pattern_fault(text)) is not None:
             raise CheckpointError(f"a pattern of its {key} {why}: {text[:60]!r}", path, _TODO)
-    if kind in ("Replace", "Prepend") and not isinstance(part.get("content", part.get("prepend")), str):
+    unread = kind in ("Replace", "Prepend") and not isinstance(part.get("content", part.get("prepend")), str)
+    if unread or (kind == "TemplateProcessing" and not _is_template(part.get("single"))):
         raise CheckpointError(f"malformed: its {key} cannot be read", path, "fetch it again")
+
+
+def _is_template(parts: Any) -> bool:
+    """A list of ``{"SpecialToken": {"id": ...}}`` and ``{"Sequence": {"id": ...}}``."""
+    if not isinstance(parts, list) or not parts:
+        return False
+    holders = [next(iter(part.values())) for part in parts if isinstance(part, dict) and len(part) == 1]
+    sound = all(isinstance(holder, dict) and isinstance(holder.get("id"), str) for holder in holders)
+    return sound and len(holders) == len(parts)
 
 
 def pattern_fault(pattern: str) -> str | None:
@@ -137,7 +147,7 @@ def _check_model(model: Any, path: Path) -> None:
     kind = model.get("type") if isinstance(model, dict) else None
     if isinstance(model, dict) and kind is None and "merges" in model:
         kind = "BPE"  # files of 2020 and earlier leave it out
-    if kind not in _MODELS:
+    if not isinstance(kind, str) or kind not in _MODELS:
         what = f"its model is of kind {str(kind)[:40]!r}, only {' and '.join(sorted(_MODELS))} are supported"
         raise CheckpointError(what, path, _TODO)
     if model.get("dropout"):
@@ -152,6 +162,8 @@ def _check_model(model: Any, path: Path) -> None:
     longest = max(map(len, texts), default=0)
     sound = len(texts) == len(vocabulary) and 0 < longest <= _LONGEST_TOKEN
     if kind == "BPE":
+        if not isinstance(model.get("merges"), list):
+            raise CheckpointError("malformed: its merges cannot be read", path, "fetch it again")
         ids = list(model["vocab"].values())
         sound &= all(type(n) is int and 0 <= n < _MOST_TOKENS for n in ids) and len(set(ids)) == len(vocabulary)
     if not sound:

@@ -243,14 +243,10 @@ def _library_definition(raw: dict[str, Any], added: list[AddedToken], specials: 
     if isinstance(model["vocab"], dict):
         model["type"] = "BPE"
         model["vocab"] = {name(text): token_id for text, token_id in model["vocab"].items()}
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or []]
-        if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in merges):
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        if not all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in merges):
             raise CheckpointError("malformed: its merges cannot be read", path, "fetch it again")
-        if not specials.keys().isdisjoint(itertools.chain.from_iterable(merges)) or any(
-            left + str(right) in specials for left, right in merges
-        ):
-            merges = [pair for pair in merges if specials.keys().isdisjoint([*pair, "".join(map(str, pair))])]
-        model["merges"] = merges
+        model["merges"] = [p for p in merges if not (p[0] in specials or p[1] in specials or p[0] + p[1] in specials)]
     else:
         model["vocab"] = [[name(text), score] for text, score in model["vocab"]]
     if isinstance(model.get("unk_token"), str):
