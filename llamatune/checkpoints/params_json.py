@@ -13,6 +13,8 @@ from llamatune.formats.manifest import manifest_if_readable
 from llamatune.formats.safetensors import TensorLocation
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.strict_json import JsonFields, read_json, write_json
+from llamatune.tokenizers.loading import is_tiktoken
+from llamatune.tokenizers.tiktoken_file import SPECIALS
 
 HEAD, EMBEDDING = "output.weight", "tok_embeddings.weight"
 _LLAMA_3_VOCABULARY = 128256
@@ -36,7 +38,7 @@ def read_params_json(path: Path, shards: list[dict[str, TensorLocation]] | None)
     vocabulary = facts.integer("vocab_size", -1)
     if vocabulary == -1:
         vocabulary = _meta_vocabulary(path, dim, shards)
-    llama_3 = vocabulary == _LLAMA_3_VOCABULARY
+    bos, ends = _meta_bos_and_eos(path, vocabulary)
     return facts.build(
         LlamaConfig,
         hidden_size=dim,
@@ -49,8 +51,8 @@ def read_params_json(path: Path, shards: list[dict[str, TensorLocation]] | None)
         rope_theta=theta,
         max_position_embeddings=_meta_positions(path, vocabulary, theta),
         tie_word_embeddings=shards is not None and not any(HEAD in shard for shard in shards),
-        bos_token_id=128000 if llama_3 else 1,
-        eos_token_ids=(128001, 128009) if llama_3 else (2,),
+        bos_token_id=bos,
+        eos_token_ids=ends,
     )
 
 
@@ -76,6 +78,15 @@ def _meta_vocabulary(path: Path, dim: int, shards: list[dict[str, TensorLocation
         "vocab_size is -1 and there are neither weights nor a tokenizer.model", path / "params.json",
         "put tokenizer.model beside it",
     )  # fmt: skip
+
+
+def _meta_bos_and_eos(path: Path, vocabulary: int) -> tuple[int, tuple[int, ...]]:
+    """BOS and EOS, which ``params.json`` does not hold: of Llama 3's 256 special tokens, or SentencePiece's own."""
+    file = path / "tokenizer.model"
+    if vocabulary == _LLAMA_3_VOCABULARY or (file.exists() and is_tiktoken(file)):
+        first = vocabulary - SPECIALS
+        return first, (first + 1, first + 9)  # <|end_of_text|> and, of the chat models, <|eot_id|>
+    return 1, (2,)
 
 
 def _meta_positions(path: Path, vocabulary: int, theta: float) -> int:

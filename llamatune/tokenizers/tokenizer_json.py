@@ -23,7 +23,6 @@ from llamatune.tokenizers.added_tokens import (
     CONFIG,
     LARGEST_JSON_BYTES,
     ROLES,
-    AddedToken,
     TokenizerFiles,
     listed,
     model_ids,
@@ -32,11 +31,9 @@ from llamatune.tokenizers.added_tokens import (
 from llamatune.tokenizers.agreement import added_around, added_beyond, check_model_id
 from llamatune.tokenizers.byte_level import CHARACTERS, UTF8_BYTES, readable, spelled
 from llamatune.tokenizers.json_definition import check_definition, kinds_of
+from llamatune.tokenizers.library_definition import HIDDEN, library_definition
 from llamatune.tokenizers.tiktoken_file import config_of, definition_of, read_ranks
 from llamatune.tokenizers.tokenizer import JSON_FILE, Tokenizer, refuse_surrogates
-
-_HIDDEN = "\ue000llamatune special token "
-"""What special tokens are called in the library, before their id; a random number follows, so that no text has it."""
 
 _COMPOSING = {"NFC", "NFKC"}
 
@@ -95,7 +92,7 @@ class JsonTokenizer(Tokenizer):
         """Whether a token, as its file spells it, has this id."""
         found = None if token_id is None else self._library.id_to_token(token_id)
         if found is not None and text in self.special_ids:
-            return found.startswith(_HIDDEN) and found.endswith(f" {self.special_ids[text]}")
+            return found.startswith(HIDDEN) and found.endswith(f" {self.special_ids[text]}")
         return found == text
 
     def pieces(self) -> list[str]:
@@ -161,7 +158,7 @@ def tokenizer_of(
     if byte_level and (lacking := [b for b in UTF8_BYTES if CHARACTERS[b] not in ids]):
         on_event(Notice(f"{path}: {len(lacking)} bytes have no token, so characters with them are left out", "warning"))
     own = [token for token in files.tokens if token.file == files.directory / JSON_FILE]
-    text = _library_definition(raw, [*own, *added], specials, path)
+    text = library_definition(raw, [*own, *added], specials, path)
     settings = json.dumps([sorted(specials.items()), bos, eos], ensure_ascii=False)
     facts = JsonFacts(
         path,
@@ -174,7 +171,7 @@ def tokenizer_of(
         byte_level,
         composes=not _COMPOSING.isdisjoint(kinds_of(raw, "normalizer")),
     )
-    tokenizer = JsonTokenizer(text.replace(_HIDDEN, f"{_HIDDEN}{secrets.token_hex(16)} "), facts)
+    tokenizer = JsonTokenizer(text.replace(HIDDEN, f"{HIDDEN}{secrets.token_hex(16)} "), facts)
     misplaced = [(token.text, token.id) for token in [*own, *added] if not tokenizer.has(token.text, token.id)]
     if misplaced:
         raise CheckpointError(f"added tokens under ids that leave a gap: {listed(misplaced)}", path, "fetch it again")
@@ -231,44 +228,6 @@ def _eos(files: TokenizerFiles, ids: Mapping[str, int], path: Path) -> str:
         if stated[0] in texts:
             return texts[stated[0]]
     raise CheckpointError("no file names its EOS", path, 'add a tokenizer_config.json with "eos_token" beside it')
-
-
-def _library_definition(raw: dict[str, Any], added: list[AddedToken], specials: Mapping[str, int], path: Path) -> str:
-    """The definition for the library: without what would cut, pad or add to a text, and with special tokens hidden."""
-
-    def name(text: str) -> str:
-        return f"{_HIDDEN}{specials[text]}" if text in specials else text
-
-    model = dict(raw["model"])
-    if isinstance(model["vocab"], dict):
-        model["type"] = "BPE"
-        model["vocab"] = {name(text): token_id for text, token_id in model["vocab"].items()}
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        if not all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in merges):
-            raise CheckpointError("malformed: its merges cannot be read", path, "fetch it again")
-        model["merges"] = [p for p in merges if not (p[0] in specials or p[1] in specials or p[0] + p[1] in specials)]
-    else:
-        model["vocab"] = [[name(text), score] for text, score in model["vocab"]]
-    if isinstance(model.get("unk_token"), str):
-        model["unk_token"] = name(model["unk_token"])
-    flags = ("single_word", "lstrip", "rstrip", "normalized")
-    tokens = [
-        {"id": token.id, "content": name(token.text), **{flag: getattr(token, flag) for flag in flags},
-         "special": token.text in specials}
-        for token in sorted(added, key=lambda token: token.id or 0)
-    ]  # fmt: skip
-    definition = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": tokens,
-        "normalizer": raw.get("normalizer"),
-        "pre_tokenizer": raw.get("pre_tokenizer"),
-        "post_processor": None,
-        "decoder": raw.get("decoder"),
-        "model": model,
-    }
-    return json.dumps(definition, ensure_ascii=False, separators=(",", ":"))
 
 
 def _with_marks(text: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
