@@ -110,7 +110,7 @@ def damaged_definition(text: str, rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize("kind", ["llama_3", "smollm", "unigram", "llama_2"])
 @pytest.mark.parametrize("batch", [pytest.param(n, marks=pytest.mark.slow) if n else n for n in range(BATCHES)])
-def test_no_damaged_definition_kills_the_process(
+def test_no_damaged_definition_kills_the_process_s8(
     json_tokenizers: dict[str, Path], kind: str, batch: int, tmp_path: Path
 ) -> None:
     text, rng = (json_tokenizers[kind] / "tokenizer.json").read_text(), random.Random(batch)
@@ -122,7 +122,7 @@ def test_no_damaged_definition_kills_the_process(
 
 
 @pytest.mark.parametrize("batch", [pytest.param(n, marks=pytest.mark.slow) if n else n for n in range(6)])
-def test_no_damaged_tiktoken_file_kills_the_process(
+def test_no_damaged_tiktoken_file_kills_the_process_s8(
     json_tokenizers: dict[str, Path], batch: int, tmp_path: Path
 ) -> None:
     content, rng = tiktoken_file(json_tokenizers["llama_3"]), random.Random(batch)
