@@ -9,7 +9,7 @@ from llamatune import __version__
 from llamatune.command_options.option import Options
 from llamatune.commands._console import Console, RichConsole
 
-_PACKAGES = ("torch", "safetensors", "sentencepiece", "pydantic", "typer", "rich", "PyYAML")
+_PACKAGES = ("torch", "safetensors", "sentencepiece", "tokenizers", "pydantic", "typer", "rich", "PyYAML")
 
 
 def env(options: Options, console: Console) -> None:

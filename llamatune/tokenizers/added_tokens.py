@@ -88,7 +88,6 @@ class TokenizerFiles:
         Raises:
             CheckpointError: two files give two.
         """
-        self.tokens  # noqa: B018 - refuses what is malformed
         given = {name: _content(self.facts[name].get(role)) for name in (CONFIG, ROLES) if name in self.facts}
         given = {name: text for name, text in given.items() if text is not None}
         if len(set(given.values())) > 1:

@@ -26,7 +26,7 @@ _MEMBERS = {
 }  # fmt: skip
 _MODELS = {"BPE", "Unigram"}
 _MOST_PARTS, _DEEPEST = 32, 4
-_LONGEST_TEXT, _LONGEST_PATTERN = 64, 2000
+_LONGEST_TEXT, _LONGEST_PATTERN = 64, 4000
 _MOST_GROWTH = 64
 _MOST_TOKENS, _LONGEST_TOKEN = 1 << 21, 4096
 _TODO = "this tokenizer is of no LLaMA model that is known here"

@@ -11,6 +11,7 @@ from llamatune.safe_reading import open_regular, read_faults
 from llamatune.tokenizers.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, Tokenizer
 
 _TIKTOKEN = re.compile(rb"\s*[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+_JSON_VALUE = re.compile(rb"\s*(\[|null|\"|\d)")
 _JSON = re.compile(rb"(\xef\xbb\xbf)?\s*\{")
 
 
@@ -39,7 +40,7 @@ def load_tokenizer(path: Path, on_event: OnEvent = ignore_event) -> Tokenizer:
         todo = "give the path of a tokenizer.model or a tokenizer.json"
         raise CheckpointError("no tokenizer.model or tokenizer.json in this directory", path, todo)
     # The libraries are imported where they are needed: each takes about 50 ms.
-    if _begins(file, _JSON):
+    if _begins(file, _JSON) or (file.suffix == ".json" and _begins(file, _JSON_VALUE)):
         from llamatune.tokenizers.tokenizer_json import load_json, refuse_other_ranks
 
         tokenizer = load_json(file, on_event)

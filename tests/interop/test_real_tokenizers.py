@@ -1,4 +1,4 @@
-"""Real tokenizers against transformers and tiktoken: `make test-interop` fetches them; skipped where they are absent."""
+"""Real tokenizers against transformers and tiktoken: `make test-interop` fetches them; skipped where they lack."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 from llamatune.errors import CheckpointError, DataError
 from llamatune.events import Notice
 from llamatune.tokenizers.byte_level import bytes_of
-from llamatune.tokenizers.json_definition import pattern_fault
 from llamatune.tokenizers.loading import load_tokenizer
 from llamatune.tokenizers.tokenizer import TextStream, Tokenizer, check_vocabulary
 
@@ -227,30 +226,6 @@ def test_what_is_not_supported_is_refused_by_name(changed: Change, case: str) ->
         load_tokenizer(changed("llama_3", change))
     assert caught.value.exit_code == 4
     assert "\n" not in str(caught.value)
-
-
-def test_wordpiece_is_refused_by_name(json_tokenizers: dict[str, Path]) -> None:
-    with pytest.raises(CheckpointError, match="WordPiece"):
-        load_tokenizer(json_tokenizers["wordpiece"])
-
-
-@pytest.mark.parametrize(
-    ("pattern", "refused"),
-    [
-        (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|\s*[\r\n]+|\s+(?!\S)|\s+", False),
-        (r" ?[^(\s|[.,!?…\u3002\uff0c])]+", False),
-        (r"(?:\p{L}|\d)+", False),
-        (r"(a+)+", True),
-        (r"((a|b*)c?)*", True),
-        (r"(?:a{1,9})+", True),
-        (r"([a+]|\+)+", False),
-        (r"(a)\1", True),
-        (r"(?<x>a)\g<x>", True),
-        ("a" * 3000, True),
-    ],
-)
-def test_patterns_of_exponential_time_are_found(pattern: str, refused: bool) -> None:
-    assert (pattern_fault(pattern) is not None) is refused
 
 
 def test_the_fingerprint_is_of_what_determines_ids(changed: Change, json_tokenizers: dict[str, Path]) -> None:
