@@ -58,15 +58,17 @@ def read_additions(path: Path, pieces: Sequence[str], bos_id: int, eos_id: int, 
     bos = _role_id(files, "bos_token", ids, bos_id, pieces)
     eos = _role_id(files, "eos_token", ids, eos_id, pieces)
     texts = {token_id: text for text, token_id in ids.items()}
-    for key, token_id in (("bos_token_id", bos), ("eos_token_id", eos)):
-        check_model_id(path.parent, key, token_id, texts[token_id], SENTENCEPIECE_FILE)
+    puts_bos = files.puts("add_bos_token") is not False
+    if puts_bos:
+        check_model_id(path.parent, "bos_token_id", bos, texts[bos], SENTENCEPIECE_FILE)
+    check_model_id(path.parent, "eos_token_id", eos, texts[eos], SENTENCEPIECE_FILE)
     refuse_eos_after_text(files)
-    around, puts_bos = added_around(files.facts[JSON_FILE]), files.puts("add_bos_token")
-    if around is not None and around != ([] if puts_bos is False else [texts[bos]]):
+    around = added_around(files.facts[JSON_FILE])
+    if around is not None and around != ([texts[bos]] if puts_bos else []):
         what = f"{path.parent / JSON_FILE}: its post_processor adds other tokens to a text than are added here"
         on_event(Notice(what, "warning"))
     legacy = files.facts[CONFIG].get("legacy") is not False
-    return Additions(tuple(added), None if puts_bos is False else bos, eos, legacy)
+    return Additions(tuple(added), bos if puts_bos else None, eos, legacy)
 
 
 def added_beyond(
@@ -82,10 +84,8 @@ def added_beyond(
     for token in files.tokens:
         earlier = found.get(token.text)
         own = known.get(token.text, None if earlier is None else earlier.id)
-        if token.id is not None and (own, taken.get(token.id, token.text)) not in (
-            (None, token.text),
-            (token.id, token.text),
-        ):
+        fits = own in (None, token.id) and (token.id is None or taken.get(token.id, token.text) == token.text)
+        if token.id is not None and not fits:
             other.setdefault(token.text, token)
         elif token.text not in known and (earlier is None or earlier.id is None):
             found[token.text] = dataclasses.replace(token, special=True) if token.text in specials else token
