@@ -56,6 +56,11 @@ def kinds_of(facts: dict[str, Any], key: str) -> list[str]:
     return [kind for kind, _ in _parts(facts, key, Path())]
 
 
+def templates_of(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The templates of a checked definition's post-processor: what is put around a text."""
+    return [part for kind, part in _parts(facts, "post_processor", Path()) if kind == "TemplateProcessing"]
+
+
 def _parts(facts: dict[str, Any], key: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each part and its kind, sequences taken apart."""
     waiting, seen = [(facts.get(key), 0)], 0

@@ -28,9 +28,9 @@ from llamatune.tokenizers.added_tokens import (
     model_ids,
     vocabulary_of,
 )
-from llamatune.tokenizers.agreement import added_around, added_beyond, check_model_id
+from llamatune.tokenizers.agreement import added_beyond, check_model_id
 from llamatune.tokenizers.byte_level import CHARACTERS, UTF8_BYTES, readable, spelled
-from llamatune.tokenizers.json_definition import check_definition, kinds_of
+from llamatune.tokenizers.json_definition import check_definition, kinds_of, templates_of
 from llamatune.tokenizers.library_definition import HIDDEN, library_definition
 from llamatune.tokenizers.tiktoken_file import config_of, definition_of, read_ranks
 from llamatune.tokenizers.tokenizer import JSON_FILE, Tokenizer, refuse_surrogates
@@ -145,7 +145,7 @@ def tokenizer_of(
     ids = known | {token.text: token.id for token in added if token.id is not None}
     named = {token.text for token in files.tokens if token.special} | {t.text for t in added if t.is_special}
     specials = {text: token_id for text, token_id in ids.items() if text in named}
-    bos, eos = _bos(files, raw, path, on_event), _eos(files, ids, path)
+    bos, eos = _bos(files, raw, ids, path, on_event), _eos(files, ids, path)
     for text in (bos, eos):
         if text is not None and text not in ids:
             raise CheckpointError(f"it has no token {text[:40]!r}, its BOS or EOS", path, "fetch it again")
@@ -195,27 +195,32 @@ def _known_tokens(files: TokenizerFiles, raw: dict[str, Any], path: Path) -> dic
     return known
 
 
-def _bos(files: TokenizerFiles, raw: dict[str, Any], path: Path, on_event: OnEvent) -> str | None:
+def _bos(
+    files: TokenizerFiles, raw: dict[str, Any], ids: Mapping[str, int], path: Path, on_event: OnEvent
+) -> str | None:
     """The BOS that the post-processor puts before a text; ``add_bos_token`` does not count, as in transformers 5."""
-    around = added_around(raw) or []
-    if len(around) > 1 or (around and not _is_before(raw)):
+    templates = templates_of(raw)
+    around = [part["SpecialToken"]["id"] for t in templates for part in t["single"] if "SpecialToken" in part]
+    if len(around) > 1 or not all("Sequence" in template["single"][-1] for template in templates):
         what = f"its post_processor puts {', '.join(map(repr, around))[:80]} around a text, not a BOS before it"
         raise CheckpointError(what, path, "use a model that puts at most a BOS before a text")
+    for text, template in itertools.product(around, templates):
+        try:
+            stated = template["special_tokens"][text]["ids"]
+        except (LookupError, TypeError):
+            raise CheckpointError("malformed: its post_processor cannot be read", path, "fetch it again") from None
+        if stated != [ids.get(text)]:
+            what = f"its post_processor gives {text[:40]!r} the ids {str(stated)[:40]}, its vocabulary {ids.get(text)}"
+            raise CheckpointError(what, path, "fetch it again")
     for flag, done in (("add_bos_token", bool(around)), ("add_eos_token", False)):
         if files.puts(flag) not in (None, done):
             what = (
                 f"{files.directory / CONFIG}: {flag} is {str(not done).lower()}, but the post_processor of {path.name}"
             )
             on_event(
-                Notice(f"{what} decides, as in transformers 5, and it does {'' if done else 'not '}add it", "warning")
+                Notice(f"{what} decides, as in transformers 5, and does {'' if done else 'not '}add it", "warning")
             )
     return around[0] if around else None
-
-
-def _is_before(raw: dict[str, Any]) -> bool:
-    processor = raw["post_processor"]
-    parts = processor["processors"] if processor["type"] == "Sequence" else [processor]
-    return all("Sequence" in part["single"][-1] for part in parts if part["type"] == "TemplateProcessing")
 
 
 def _eos(files: TokenizerFiles, ids: Mapping[str, int], path: Path) -> str:

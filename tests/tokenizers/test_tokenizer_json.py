@@ -212,6 +212,10 @@ REFUSED = {
         lambda facts, _: facts["post_processor"]["single"].append({"SpecialToken": {"id": "<|eot_id|>", "type_id": 0}}),
         "post_processor puts .* around a text",
     ),
+    "BOS under another id": (
+        lambda facts, _: facts["post_processor"]["special_tokens"]["<|begin_of_text|>"].update(ids=[5]),
+        r"gives '<\|begin_of_text\|>' the ids \[5\], its vocabulary 50",
+    ),
     "EOS that it lacks": (lambda _, config: config.update(eos_token="<|nothing|>"), r"'<\|nothing\|>' \(no id\)"),
     "a token under two ids": (
         lambda _, config: config.update(added_tokens_decoder={"7": {"content": "<|eot_id|>"}}), r"'<\|eot_id\|>' \(7\)",
