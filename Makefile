@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One thread a test process: two test processes on two cores get in each other's way otherwise.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-faults test-slurm test-gpu check lint format test-wheel demo-base build clean
+.PHONY: demo test test-faults test-slurm test-gpu test-interop check lint format test-wheel demo-base build clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,11 @@ test-slurm: $(VENV)/.installed-dev
 # On a GPU, a few minutes; skipped, with the reason, where CUDA finds none. The kernels' own tests run there, too.
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/gpu tests/model/kernels -m "not slow" -rs
+
+# Real tokenizers and tiktoken, fetched into a cache outside the repository (LLAMATUNE_INTEROP).
+test-interop: $(VENV)/.installed-dev
+	$(BIN)/python tests/interop/fetch.py
+	$(BIN)/python -m pytest tests/interop -m interop -rs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -16,6 +16,8 @@ from llamatune.formats.safetensors import TensorLocation
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shapes.rope_scaling import Llama3Scaling
 from llamatune.strict_json import JsonFields, read_json, write_json
+from llamatune.tokenizers.loading import is_tiktoken
+from llamatune.tokenizers.tiktoken_file import SPECIALS
 
 HEAD, EMBEDDING = "output.weight", "tok_embeddings.weight"
 _LLAMA_3_VOCABULARY = 128256
@@ -44,10 +46,7 @@ def read_params_json(path: Path, shards: list[dict[str, TensorLocation]] | None)
         vocabulary = _meta_vocabulary(path, dim, shards)
     scaling, window = _scaling(facts), facts.integer("sliding_window", 0) or None
     width = facts.integer("hidden_dim", 0) or _feed_forward_size(dim, multiple_of, multiplier)
-    tokens: dict[str, Any] = {}
-    if vocabulary == _LLAMA_3_VOCABULARY:
-        ends = (128001, 128009) if scaling is None else (128001, 128008, 128009)
-        tokens = {"bos_token_id": 128000, "eos_token_ids": ends}
+    bos, ends = _meta_bos_and_eos(path, vocabulary, scaling is not None)
     return facts.build(
         LlamaConfig,
         hidden_size=dim,
@@ -64,7 +63,8 @@ def read_params_json(path: Path, shards: list[dict[str, TensorLocation]] | None)
         model_type="llama" if window is None else "mistral",
         max_position_embeddings=_meta_positions(path, facts, vocabulary, theta, scaling),
         tie_word_embeddings=shards is not None and not any(HEAD in shard for shard in shards),
-        **tokens,
+        bos_token_id=bos,
+        eos_token_ids=ends,
     )
 
 
@@ -99,13 +99,26 @@ def _meta_vocabulary(path: Path, dim: int, shards: list[dict[str, TensorLocation
     if shards and (embedding := shards[0].get(EMBEDDING)) and len(embedding.shape) == 2:
         return embedding.shape[0] * (len(shards) if embedding_axis(shards, dim) == 0 else 1)
     if (path / "tokenizer.model").exists():
-        from llamatune.tokenizers.sentencepiece import count_pieces  # importing the library takes 40 ms
+        from llamatune.tokenizers.loading import count_pieces  # importing the library takes 40 ms
 
         return count_pieces(path / "tokenizer.model")
     raise CheckpointError(
         "vocab_size is -1 and there are neither weights nor a tokenizer.model", path / "params.json",
         "put tokenizer.model beside it",
     )  # fmt: skip
+
+
+def _meta_bos_and_eos(path: Path, vocabulary: int, scaled: bool) -> tuple[int, tuple[int, ...]]:
+    """BOS and EOS, which ``params.json`` does not hold: of Llama 3's 256 special tokens, or SentencePiece's own.
+
+    ``scaled`` rope came with Llama 3.1, and <|eom_id|> with it.
+    """
+    file = path / "tokenizer.model"
+    if vocabulary == _LLAMA_3_VOCABULARY or (file.exists() and is_tiktoken(file)):
+        first = vocabulary - SPECIALS
+        end_of_message = (first + 8,) if scaled else ()
+        return first, (first + 1, *end_of_message, first + 9)  # <|end_of_text|> and, of the chat models, <|eot_id|>
+    return 1, (2,)
 
 
 def _meta_positions(path: Path, facts: JsonFields, vocabulary: int, theta: float, scaling: Llama3Scaling | None) -> int:

@@ -14,7 +14,7 @@ class PrepareOptions(Options):
     """What ``prepare-data`` reads, how it encodes it, and where it writes."""
 
     rows: Sequence[Path] = option("JSON Lines files or JSON lists of rows.", argument=True, metavar="ROWS...")
-    tokenizer: Path = option("A SentencePiece tokenizer.model, or a directory that holds one.")
+    tokenizer: Path = option("A tokenizer.model or tokenizer.json, or a directory that holds one.")
     output: Path = option("The directory to make.")
     format: str = option("auto, alpaca, gsm8k, chat, completion or text.", "auto", metavar="NAME")
     template: str | None = option(

@@ -15,7 +15,7 @@ def prepare_data(options: PrepareOptions, console: Console) -> None:
     with console:  # signals are handled from here on
         from llamatune.data.prepare import prepare_data as run_preparation
         from llamatune.data.preview import preview_rows
-        from llamatune.tokenizers.sentencepiece import load_tokenizer
+        from llamatune.tokenizers.loading import load_tokenizer
 
         if console.should_stop():
             raise Stopped("stopped before any row was read", options.output, "run the same command again")

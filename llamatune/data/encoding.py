@@ -87,6 +87,7 @@ def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row) ->
     prompt, completion = recipe.template.prompt_of(row.fields, row.turns), recipe.template.completion_of(answer)
     ids, first = tokenizer.encode_pair(prompt, completion)
     is_prefix = recipe.prompt_check.is_prefix(prompt, completion, ids)
+    first = max(first, 1)  # nothing precedes the first token, not even a BOS if the tokenizer has none
     has_text = first < len(ids)
     ids.append(tokenizer.eos_id)
     excess = len(ids) - options.max_seq_length

@@ -8,7 +8,7 @@ from llamatune.data.batches import Prepared, Split
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent
 from llamatune.shapes.llama_config import LlamaConfig
-from llamatune.tokenizers.sentencepiece import load_tokenizer
+from llamatune.tokenizers.loading import load_tokenizer, tokenizer_file
 
 
 def check_rows(split: Split, config: LlamaConfig, where: str, on_event: OnEvent) -> None:
@@ -23,12 +23,13 @@ def check_rows(split: Split, config: LlamaConfig, where: str, on_event: OnEvent)
 
 def check_tokenizer(prepared: Prepared, model: Path, force_base: bool, on_event: OnEvent) -> None:
     """Raise ``CheckpointError`` if the rows were encoded with another tokenizer than the model directory's."""
-    if not (model / "tokenizer.model").is_file():
-        on_event(Notice(f"{model} has no tokenizer.model to compare the data's tokenizer with", "warning"))
+    file = tokenizer_file(model)
+    if file is None:
+        on_event(Notice(f"{model} has no tokenizer to compare the data's tokenizer with", "warning"))
         return
     if load_tokenizer(model).fingerprint == prepared.manifest.tokenizer_fingerprint:
         return
     what = "the data was prepared with another tokenizer than the model's"
     if not force_base:
-        raise CheckpointError(what, model / "tokenizer.model", "prepare it again with this one, or pass --force-base")
+        raise CheckpointError(what, file, "prepare it again with this one, or pass --force-base")
     on_event(Notice(f"{what}; accepted because of --force-base", "warning"))

@@ -56,7 +56,9 @@ def _last_word(prompt: str) -> int:
 
 def _encodes_words_apart(tokenizer: Tokenizer) -> bool:
     pieces = tokenizer.pieces()
+    if tokenizer.matches_words:
+        return False
     if _SPACE not in pieces or any(_SPACE in piece.lstrip(_SPACE) for piece in pieces):
         return False
     ids = tokenizer.encode(_PROBE)
-    return tokenizer.decode(ids) == _PROBE and tokenizer.piece(ids[1]).startswith(_SPACE)
+    return tokenizer.decode(ids) == _PROBE and tokenizer.piece(ids[len(tokenizer.beginning)]).startswith(_SPACE)

@@ -17,7 +17,7 @@ from llamatune.data.templates import DEFAULT_TEMPLATES, Template, load_template
 from llamatune.errors import DataError, SpecError
 from llamatune.events import Notice, OnEvent
 from llamatune.safe_reading import digest_file
-from llamatune.tokenizers.sentencepiece import load_tokenizer
+from llamatune.tokenizers.loading import load_tokenizer
 
 # Raise a revision when the same inputs give other bytes. The second is for templates with a place for a row's `system`
 # or `history`, which the first left out; directories prepared with other templates stay valid.

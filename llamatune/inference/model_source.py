@@ -22,6 +22,7 @@ from llamatune.checkpoints.quantized_base import QuantizedBase
 from llamatune.command_options.inference import ModelSource, Placement
 from llamatune.data.templates import Template, load_template
 from llamatune.devices import choose_device, lacks_bf16
+from llamatune.errors import DataError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.formats.manifest import find_manifest
 from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
@@ -36,7 +37,7 @@ from llamatune.ranks import ALONE, Ranks
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.shared_work import refuse_differences
 from llamatune.threads import suitable_threads
-from llamatune.tokenizers.sentencepiece import load_tokenizer
+from llamatune.tokenizers.loading import load_tokenizer
 from llamatune.tokenizers.tokenizer import Tokenizer, check_vocabulary
 
 
@@ -92,8 +93,14 @@ class OpenedModel:
     def encode(
         self, tokenizer: Tokenizer, prompts: Sequence[str], new_tokens: int, on_event: OnEvent
     ) -> list[list[int]]:
-        """Ids of each prompt, BOS included; a warning if they, or so many new tokens after them, exceed the context."""
+        """Ids of each prompt, BOS included; a warning if they, or so many new tokens after them, exceed the context.
+
+        ``DataError`` for a prompt without a token.
+        """
         ids = [tokenizer.encode(prompt) for prompt in prompts]
+        if not all(ids):
+            what = f"prompt {ids.index([]) + 1} has no token, and this tokenizer puts no BOS before it"
+            raise DataError(what, self.path, "give a prompt that is not empty")
         known = self.checkpoint.config.max_position_embeddings
         longest, beyond = max(map(len, ids), default=0), sum(len(prompt) > known for prompt in ids)
         if beyond:

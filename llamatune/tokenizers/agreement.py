@@ -1,155 +1,168 @@
-"""Agreement check of a ``tokenizer.model`` with the other tokenizer files of its directory.
+"""Agreement of a vocabulary with the other files of its directory, and what they add to it.
 
-transformers reads tokens from four more files, and the model's BOS and EOS from two. SentencePiece encodes with
-``tokenizer.model`` alone. If they differ, rows would have other ids than those that the model was trained on.
+A fact that several files hold is read from all of them. Where they differ, rows could have other ids than those that
+the model was trained on, so that is refused with both values.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent
-from llamatune.strict_json import read_json
-from llamatune.tokenizers.tokenizer import SENTENCEPIECE_FILE
+from llamatune.tokenizers.added_tokens import CONFIG, AddedToken, TokenizerFiles, listed, model_ids, vocabulary_of
+from llamatune.tokenizers.tokenizer import JSON_FILE, SENTENCEPIECE_FILE
 
-_WHOLE, _ADDED = "tokenizer.json", "added_tokens.json"
-_CONFIG, _ROLES = "tokenizer_config.json", "special_tokens_map.json"
-_MODEL_FILES = ("config.json", "generation_config.json")
-_ROLE_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_LIST_KEYS = ("additional_special_tokens", "extra_special_tokens")
 _PADDING = re.compile(r"\W*pad(_token)?\W*", re.IGNORECASE)
-_LARGEST = 64 << 20
-_LISTED = 5
-_REMEDY = "text is encoded with tokenizer.model alone: use a model whose files agree with it"
+_REMEDY = "use a model whose files agree"
 
 
-def check_agreement(path: Path, pieces: Sequence[str], bos_id: int, eos_id: int, on_event: OnEvent) -> None:
-    """Compare a ``tokenizer.model`` with the other files of its directory; a file of another name is not checked.
+@dataclass(frozen=True)
+class Additions:
+    """What the files beside a ``tokenizer.model`` add to it.
 
-    A padding token that only they have, such as ``<pad>``, is accepted with a notice: no row contains it, since batches
+    ``tokens`` have ids beyond its own. ``legacy``: text after an added token gets a dummy prefix, as at the beginning.
+    """
+
+    tokens: tuple[AddedToken, ...]
+    bos_id: int | None
+    eos_id: int
+    legacy: bool = True
+
+    def change(self, bos_id: int | None, eos_id: int) -> bool:
+        """Whether they differ from a model of this BOS and EOS alone."""
+        return bool(self.tokens) or (self.bos_id, self.eos_id) != (bos_id, eos_id)
+
+
+def read_additions(path: Path, pieces: Sequence[str], bos_id: int, eos_id: int, on_event: OnEvent) -> Additions:
+    """Compare a ``tokenizer.model`` with the files beside it; one of another name stands alone.
+
+    A padding token that only they have, such as ``<pad>``, is left out with a notice: no row contains it, since batches
     have no padding.
 
     Raises:
-        CheckpointError: tokens that it lacks or has under other ids; another BOS or EOS, be it the tokenizer's or the
-            model's; ``add_bos_token`` false or ``add_eos_token`` true; a malformed tokenizer file.
+        CheckpointError: a token under two ids, or an id with two tokens, or a token without an id; another BOS or EOS
+            than the model's; ``add_eos_token`` true; a malformed file.
     """
     if path.name != SENTENCEPIECE_FILE:
-        return
-    directory = path.parent
-    files = {name: _read(directory / name) for name in (_WHOLE, _ADDED, _CONFIG, _ROLES)}
-    _check_tokens(directory, files, pieces, on_event)
-    for name in (_CONFIG, _ROLES):
-        for role, token_id in (("bos_token", bos_id), ("eos_token", eos_id)):
-            token = _content(files[name].get(role))
-            if token not in (None, pieces[token_id]):
-                what = f"{role} is {token!r}, but that of tokenizer.model is {pieces[token_id]!r}"
-                raise CheckpointError(what, directory / name, _REMEDY)
-    for flag, needed in (("add_bos_token", True), ("add_eos_token", False)):
-        value = files[_CONFIG].get(flag)
-        if value is not None and value is not needed:
-            what = f"{flag} is {str(value)[:40]!r}, but BOS is always put before a text, and EOS never after a prompt"
-            raise CheckpointError(what, directory / _CONFIG, f"use a model with {flag} {str(needed).lower()}")
-    if _added_around(files[_WHOLE]) not in (None, [pieces[bos_id]]):
-        what = f"{directory / _WHOLE}: its post_processor adds other tokens to a text than the BOS that is added here"
+        return Additions((), bos_id, eos_id)
+    files, known = TokenizerFiles(path.parent), {piece: number for number, piece in enumerate(pieces)}
+    added = added_beyond(files, known, SENTENCEPIECE_FILE, on_event)
+    _compare_vocabulary(files, pieces, known)
+    ids = known | {token.text: token.id for token in added if token.id is not None}
+    bos = _role_id(files, "bos_token", ids, bos_id, pieces)
+    eos = _role_id(files, "eos_token", ids, eos_id, pieces)
+    texts = {token_id: text for text, token_id in ids.items()}
+    puts_bos = files.puts("add_bos_token") is not False
+    if puts_bos:
+        check_model_id(path.parent, "bos_token_id", bos, texts[bos], SENTENCEPIECE_FILE)
+    check_model_id(path.parent, "eos_token_id", eos, texts[eos], SENTENCEPIECE_FILE)
+    refuse_eos_after_text(files)
+    around = added_around(files.facts[JSON_FILE])
+    if around is not None and around != ([texts[bos]] if puts_bos else []):
+        what = f"{path.parent / JSON_FILE}: its post_processor adds other tokens to a text than are added here"
         on_event(Notice(what, "warning"))
-    for name in _MODEL_FILES:
-        _check_model(directory / name, {"bos_token_id": bos_id, "eos_token_id": eos_id}, pieces)
+    legacy = files.facts[CONFIG].get("legacy") is not False
+    return Additions(tuple(added), bos if puts_bos else None, eos, legacy)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    return read_json(file, max_bytes=_LARGEST) if file.exists() else {}
+def added_beyond(
+    files: TokenizerFiles, known: Mapping[str, int], vocabulary: str, on_event: OnEvent
+) -> list[AddedToken]:
+    """The tokens of ``files`` that ``known`` lacks, by id. ``vocabulary`` is the name of the file that ``known`` is of.
+
+    A token is special if one file says so.
+    """
+    taken, found = {token_id: text for text, token_id in known.items()}, dict[str, AddedToken]()
+    other: dict[str, AddedToken] = {}
+    specials = {token.text for token in files.tokens if token.special}
+    for token in files.tokens:
+        earlier = found.get(token.text)
+        own = known.get(token.text, None if earlier is None else earlier.id)
+        fits = own in (None, token.id) and (token.id is None or taken.get(token.id, token.text) == token.text)
+        if token.id is not None and not fits:
+            other.setdefault(token.text, token)
+        elif token.text not in known and (earlier is None or earlier.id is None):
+            found[token.text] = dataclasses.replace(token, special=True) if token.text in specials else token
+            if token.id is not None:
+                taken[token.id] = token.text
+    ends = files.role("eos_token")
+    for text in [text for text in found if _PADDING.fullmatch(text) and (ends is None or text != ends[0])]:
+        token = found.pop(text)
+        shown = listed([(text, token.id)])
+        on_event(Notice(f"{token.file}: {shown} is not in {vocabulary}; no row will contain it"))
+    other |= {text: token for text, token in found.items() if token.id is None}
+    if other:
+        first = next(iter(other.values()))
+        shown = listed((text, token.id) for text, token in other.items() if token.file == first.file)
+        what = f"tokens that {vocabulary} does not have, or has under other ids: {shown}"
+        raise CheckpointError(what, first.file, _REMEDY)
+    return sorted(found.values(), key=lambda token: token.id or 0)
 
 
-def _check_tokens(directory: Path, files: dict[str, dict[str, Any]], pieces: Sequence[str], on_event: OnEvent) -> None:
-    ids = {piece: number for number, piece in enumerate(pieces)}
-    unknown: dict[str, tuple[int | None, Path]] = {}
-    for name, facts in files.items():
-        try:
-            tokens = list(_tokens(name, facts))
-            if not all(isinstance(token, str) and type(token_id) in (int, type(None)) for token, token_id in tokens):
-                raise TypeError
-            lost = ids.keys() - dict(tokens).keys() if name == _WHOLE and _vocabulary(facts) else ()
-        except (AttributeError, LookupError, TypeError, ValueError):
-            raise CheckpointError("malformed: its tokens cannot be read", directory / name, "fetch it again") from None
-        for token, token_id in tokens:
-            if token not in ids or token_id not in (None, ids[token]):
-                unknown.setdefault(token, (token_id, directory / name))
-        if lost:
-            shown = _listed((token, ids[token]) for token in pieces if token in lost)
-            raise CheckpointError(f"lacks tokens of tokenizer.model: {shown}", directory / name, _REMEDY)
-    padding = {token: unknown.pop(token) for token in list(unknown) if _PADDING.fullmatch(token)}
-    if unknown:
-        file = next(iter(unknown.values()))[1]
-        shown = _listed((token, token_id) for token, (token_id, _) in unknown.items())
-        raise CheckpointError(f"tokens that tokenizer.model does not have: {shown}", file, _REMEDY)
-    for token, (token_id, file) in padding.items():
-        on_event(Notice(f"{file}: {_listed([(token, token_id)])} is not in tokenizer.model; no row will contain it"))
-
-
-def _tokens(name: str, facts: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Every token of a file, with its id if the file gives one."""
-    if name == _WHOLE:
-        yield from _vocabulary(facts)
-        for token in facts.get("added_tokens") or []:
-            yield token["content"], token["id"]
-    elif name == _ADDED:
-        yield from facts.items()
-    else:
-        for token_id, token in (facts.get("added_tokens_decoder") or {}).items():
-            yield token["content"], int(token_id)
-        more: list[Any] = [facts.get(key) for key in _ROLE_KEYS]
-        for key in _LIST_KEYS:
-            listed = facts.get(key) or []
-            more += listed.values() if isinstance(listed, dict) else listed
-        yield from ((token, None) for token in map(_content, more) if token is not None)
-
-
-def _vocabulary(facts: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """Tokens and ids of ``tokenizer.json``'s model: an object of ids, or a list in the ids' order."""
-    vocabulary = (facts.get("model") or {}).get("vocab") or {}
-    if isinstance(vocabulary, list):
-        return [(entry[0], number) for number, entry in enumerate(vocabulary)]
-    return list(vocabulary.items())
-
-
-def _content(token: Any) -> str | None:
-    """The text of a token, given as a string or as an object with ``content``; None if it is empty."""
-    text = token["content"] if isinstance(token, dict) else token
-    if not isinstance(text, str | None):
-        raise TypeError
-    return text or None
-
-
-def _added_around(facts: dict[str, Any]) -> list[str] | None:
-    """The special tokens that ``tokenizer.json`` puts around one text; None: it does not say."""
-    processor = facts.get("post_processor")
-    if not isinstance(processor, dict) or processor.get("type") != "TemplateProcessing":
-        return None
-    try:
-        return [part["SpecialToken"]["id"] for part in processor["single"] if "SpecialToken" in part]
-    except (LookupError, TypeError):
-        return []
-
-
-def _check_model(file: Path, needed: dict[str, int], pieces: Sequence[str]) -> None:
-    """Compare BOS and EOS of a model's configuration; a malformed one is left to the model's reader."""
-    try:
-        facts = _read(file)
-    except CheckpointError:
-        return
-    for key, token_id in needed.items():
-        stated = facts.get(key)
-        ids = [n for n in (stated if isinstance(stated, list) else [stated]) if type(n) is int and n >= 0]
-        if ids and token_id not in ids:
-            shown = ", ".join(map(str, ids[:_LISTED]))
-            what = f"{key} is {shown}, but that of tokenizer.model is {token_id} ({pieces[token_id]!r})"
+def check_model_id(directory: Path, key: str, token_id: int, text: str, vocabulary: str) -> None:
+    """Compare BOS or EOS with the ids in the model's files, which may be several."""
+    for file, ids in model_ids(directory, key).items():
+        if token_id not in ids:
+            shown = ", ".join(map(str, ids[:5]))
+            what = f"{key} is {shown}, but that of {vocabulary} is {token_id} ({text[:40]!r})"
             raise CheckpointError(what, file, "use the model's own tokenizer, or correct the id")
 
 
-def _listed(tokens: Iterable[tuple[str, int | None]]) -> str:
-    shown = [f"{token[:40]!r} ({'no id' if token_id is None else token_id})" for token, token_id in tokens]
-    return ", ".join(shown[:_LISTED]) + (f" and {len(shown) - _LISTED} more" if len(shown) > _LISTED else "")
+def refuse_eos_after_text(files: TokenizerFiles) -> None:
+    """Raise ``CheckpointError`` for ``add_eos_token``: a prompt with an EOS after it would not be continued."""
+    if files.puts("add_eos_token"):
+        what = "add_eos_token is true, but EOS is never put after a prompt"
+        raise CheckpointError(what, files.directory / CONFIG, "use a model with add_eos_token false")
+
+
+def added_around(facts: dict[str, Any]) -> list[str] | None:
+    """The special tokens that ``tokenizer.json`` puts around one text; None: it does not say."""
+    processor = facts.get("post_processor")
+    if not isinstance(processor, dict):
+        return None
+    parts = processor.get("processors") if processor.get("type") == "Sequence" else [processor]
+    try:
+        templates = [part["single"] for part in parts or [] if part["type"] == "TemplateProcessing"]
+        if not templates:
+            return None
+        return [part["SpecialToken"]["id"] for template in templates for part in template if "SpecialToken" in part]
+    except (LookupError, TypeError):
+        return ["malformed"]
+
+
+def _compare_vocabulary(files: TokenizerFiles, pieces: Sequence[str], known: Mapping[str, int]) -> None:
+    """The vocabulary in ``tokenizer.json`` must be that of ``tokenizer.model``, if it has one."""
+    file, facts = files.directory / JSON_FILE, files.facts[JSON_FILE]
+    try:
+        vocabulary = dict(vocabulary_of(facts))
+        if not all(type(text) is str and type(token_id) is int for text, token_id in vocabulary.items()):
+            raise TypeError
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise CheckpointError("malformed: its tokens cannot be read", file, "fetch it again") from None
+    unknown = {text: token_id for text, token_id in vocabulary.items() if known.get(text) != token_id}
+    if unknown:
+        what = f"tokens that tokenizer.model does not have: {listed(unknown.items())}"
+        raise CheckpointError(what, file, _REMEDY)
+    added = {token.text for token in files.tokens if token.file == file}
+    lost = [(text, known[text]) for text in pieces if text not in vocabulary and text not in added]
+    if vocabulary and lost:
+        raise CheckpointError(f"lacks tokens of tokenizer.model: {listed(lost)}", file, _REMEDY)
+
+
+def _role_id(files: TokenizerFiles, role: str, ids: Mapping[str, int], own: int, pieces: Sequence[str]) -> int:
+    """BOS or EOS: the one that is named, if it was added to the model or the model's configuration names it too."""
+    named = files.role(role)
+    if named is None or ids.get(named[0], own) == own:
+        return own
+    text, file = named
+    confirmed = [ids[text] in stated for stated in model_ids(files.directory, f"{role}_id").values()]
+    if ids[text] < len(pieces) and not (confirmed and all(confirmed)):
+        what = f"{role} is {text!r}, but that of tokenizer.model is {pieces[own]!r}"
+        raise CheckpointError(what, file, _REMEDY)
+    return ids[text]

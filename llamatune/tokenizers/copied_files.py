@@ -1,22 +1,24 @@
-"""Copies of tokenizer files, byte for byte, from one model directory to another."""
+"""Tokenizer files of one model directory in another, of the same format or of the other one."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.safe_reading import open_regular
-from llamatune.strict_json import write_json
-from llamatune.tokenizers.tokenizer import SENTENCEPIECE_FILE
+from llamatune.strict_json import read_json, write_json
+from llamatune.tokenizers.added_tokens import ADDED, CONFIG, LARGEST_JSON_BYTES, ROLES
+from llamatune.tokenizers.loading import is_tiktoken
+from llamatune.tokenizers.tiktoken_file import config_of, definition_of, ranks_of, read_ranks, written
+from llamatune.tokenizers.tokenizer import JSON_FILE, SENTENCEPIECE_FILE
 
-_FILES = (
-    SENTENCEPIECE_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+_FILES = (SENTENCEPIECE_FILE, JSON_FILE, CONFIG, ROLES, ADDED, "chat_template.jinja", "chat_template.json")
 _LARGEST = 256 << 20
+_V5_CLASS, _V4_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 
 
 def copy_file(source: Path, directory: Path) -> None:
@@ -28,22 +30,46 @@ def copy_file(source: Path, directory: Path) -> None:
 def copy_huggingface_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignore_event) -> None:
     """Every tokenizer file that transformers reads, from a model directory of either format."""
     present = [name for name in _FILES if (source / name).exists()]
+    if present == [SENTENCEPIECE_FILE] and (source / "params.json").exists():
+        _write_from_meta(source / SENTENCEPIECE_FILE, directory, on_event)
+        return
     for name in present:
-        copy_file(source / name, directory)
+        if name == CONFIG:
+            _copy_config(source / name, directory)
+        else:
+            copy_file(source / name, directory)
     if not present:
         on_event(Notice(f"{source}: no tokenizer in it, so none is written", "warning"))
-    if present == [SENTENCEPIECE_FILE] and (source / "params.json").exists():
-        _complete_meta_tokenizer(source, directory, on_event)
 
 
-def _complete_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent) -> None:
-    """Write the ``tokenizer_config.json`` that transformers needs beside a ``tokenizer.model``."""
-    from llamatune.tokenizers.sentencepiece import count_pieces  # importing the library takes 40 ms
+def _copy_config(source: Path, directory: Path) -> None:
+    """``tokenizer_config.json``; as transformers 5 writes it, in the words that transformers 4 knows too."""
+    facts = read_json(source, max_bytes=LARGEST_JSON_BYTES)
+    changed: dict[str, Any] = dict(facts)
+    if facts.get("tokenizer_class") == _V5_CLASS:
+        changed["tokenizer_class"] = _V4_CLASS
+    if isinstance(facts.get("extra_special_tokens"), list):
+        listed = changed.pop("extra_special_tokens")
+        changed["additional_special_tokens"] = [*(facts.get("additional_special_tokens") or []), *listed]
+    if changed == facts:
+        copy_file(source, directory)
+    else:
+        write_json(directory / source.name, changed)
+
+
+def _write_from_meta(model: Path, directory: Path, on_event: OnEvent) -> None:
+    """The files that transformers needs: with Meta's ``tokenizer.model``, or in place of tiktoken's."""
+    from llamatune.tokenizers.loading import count_pieces  # importing the library takes 40 ms
 
     try:
-        count_pieces(source / SENTENCEPIECE_FILE)
-    except CheckpointError:
-        on_event(Notice(f"{source}: not SentencePiece; transformers needs a tokenizer.json beside it", "warning"))
+        if is_tiktoken(model):  # transformers would take a copy of it for a SentencePiece model
+            write_json(directory / JSON_FILE, definition_of(read_ranks(model)))
+            write_json(directory / CONFIG, config_of())
+            return
+        copy_file(model, directory)
+        count_pieces(model)
+    except CheckpointError as fault:
+        on_event(Notice(f"{model}: {fault.what}; transformers needs a tokenizer.json beside it", "warning"))
         return
     facts = {
         "tokenizer_class": "LlamaTokenizer",
@@ -55,12 +81,21 @@ def _complete_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent) -
         "clean_up_tokenization_spaces": False,
         "legacy": True,
     }
-    write_json(directory / "tokenizer_config.json", facts)
+    write_json(directory / CONFIG, facts)
 
 
 def copy_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignore_event) -> None:
-    """The ``tokenizer.model`` of a model directory, the one tokenizer file of Meta's format."""
+    """The ``tokenizer.model`` of a model directory, the one tokenizer file of Meta's format.
+
+    That of a Llama 3 is written from its ``tokenizer.json``, where that encodes as Meta's file does.
+    """
     if (source / SENTENCEPIECE_FILE).exists():
         copy_file(source / SENTENCEPIECE_FILE, directory)
+        return
+    definition = source / JSON_FILE
+    ranks = ranks_of(read_json(definition, max_bytes=LARGEST_JSON_BYTES)) if definition.exists() else None
+    if ranks is not None:
+        with writing(directory / SENTENCEPIECE_FILE) as file:
+            file.write(written(ranks))
     else:
         on_event(Notice(f"{source}: no tokenizer.model, which Meta's format needs: add it yourself", "warning"))

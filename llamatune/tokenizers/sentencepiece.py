@@ -1,189 +1,153 @@
-"""SentencePiece tokenizer, that of LLaMA 1 and 2: loading ``tokenizer.model``, encoding and decoding."""
+"""SentencePiece tokenizer, that of LLaMA 1 and 2: encoding and decoding, with the tokens that were added beside it."""
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
-import subprocess
-import sys
-from bisect import bisect_right
 from collections.abc import Iterable
-from operator import itemgetter
 from pathlib import Path
 
 import sentencepiece
 
-from llamatune.errors import CheckpointError, DataError, EnvironmentFault
+from llamatune.errors import CheckpointError
 from llamatune.events import OnEvent, ignore_event
-from llamatune.required_versions import require_version
-from llamatune.safe_reading import digest_bytes, read_bytes
-from llamatune.tokenizers.agreement import check_agreement
-from llamatune.tokenizers.tokenizer import SENTENCEPIECE_FILE, Tokenizer
+from llamatune.safe_reading import digest_bytes
+from llamatune.tokenizers.added_tokens import AddedToken
+from llamatune.tokenizers.agreement import Additions, read_additions
+from llamatune.tokenizers.sentencepiece_check import read_checked
+from llamatune.tokenizers.tokenizer import Tokenizer, refuse_surrogates
 
-LARGEST_MODEL_BYTES = 64 << 20
-"""LLaMA's tokenizer.model has 0.5 MB; no published SentencePiece model comes near this limit."""
-
-_ONLY_SENTENCEPIECE = "only SentencePiece models are supported here"
-_OTHER_FORMATS = (
-    (rb"\Z", "an empty file, not a tokenizer", "fetch it again"),
-    (
-        rb"\s*version https://git-lfs",
-        "a git-lfs pointer, not the tokenizer itself",
-        "run `git lfs pull` where you cloned it",
-    ),
-    (
-        rb"(?i)\s*<(!doc|html|\?xml)",
-        "an HTML page, not a tokenizer",
-        "fetch it again (a login page was saved in its place?)",
-    ),
-    (
-        rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n",
-        "a tiktoken file (Llama 3), not a SentencePiece model",
-        f"{_ONLY_SENTENCEPIECE}: use a LLaMA 1 or 2 model with its tokenizer.model",
-    ),
-    (
-        rb"\s*\{",
-        "a tokenizer.json (or other JSON), not a SentencePiece model",
-        f"{_ONLY_SENTENCEPIECE}: give the model's tokenizer.model",
-    ),
-    (rb"\s*PK\x03\x04", "a zip archive, not a tokenizer", "give the path of a SentencePiece tokenizer.model"),
-)
-"""What a file is by the pattern at its beginning, and what to do about it."""
-
-_PROBE_TIMEOUT_S = 120
-_PROBE = """
-import resource, sys
-sys.path[:] = {path}
-import sentencepiece
-allowed = resource.getrlimit(resource.RLIMIT_AS)[1]
-size = 4 << 30 if allowed == resource.RLIM_INFINITY else min(4 << 30, allowed)
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-resource.setrlimit(resource.RLIMIT_AS, (size, size))
-print("ready", flush=True)
-model = sentencepiece.SentencePieceProcessor(model_proto=sys.stdin.buffer.read())
-for text in ("", " ", "The 2 llamas", "\\u00e9\\u65e5\\U0001f999\\n\\t", "a" * 300):
-    ids = model.encode(text, return_type="offset_mapping")["ids"]
-    model.decode(ids)
-for i in range(model.vocab_size()):
-    model.id_to_piece(i)
-"""
-
-_sound_models: set[str] = set()
+_NO_DUMMY_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
+"""``normalizer_spec { add_dummy_prefix: false }`` as a field of the model's protocol buffer."""
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model with BOS and EOS.
+    """A SentencePiece model with BOS and EOS, and further tokens beyond its pieces.
 
     A pickle holds the model's bytes, so that a worker process needs neither the file nor another check.
 
     Args:
-        model: the bytes of a ``tokenizer.model`` that ``load_tokenizer`` has checked.
+        model: the bytes of a ``tokenizer.model`` that ``read_checked`` has checked.
         path: the file they were read from.
+        additions: what the files beside it say; None: nothing.
     """
 
-    def __init__(self, model: bytes, path: Path) -> None:
+    def __init__(self, model: bytes, path: Path, additions: Additions | None = None) -> None:
         self._model = model
         self.path = path
-        self.fingerprint = f"sha256:{digest_bytes(model)}"
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size = self._processor.vocab_size()
-        self.bos_id = self._processor.bos_id()
-        self.eos_id = self._processor.eos_id()
+        self._size = self._processor.vocab_size()
+        own = Additions((), self._processor.bos_id(), self._processor.eos_id())
+        self._additions = additions = own if additions is None else additions
+        self.bos_id, self.eos_id = additions.bos_id, additions.eos_id
+        self._added = {token.id: token for token in additions.tokens if token.id is not None}
+        self.vocab_size = max([self._size - 1, *self._added]) + 1
+        self.fingerprint = _fingerprint(model, own, additions)
+        controls = {self.piece(i): i for i in range(self._size) if self._processor.is_control(i)}
+        self.special_ids = controls | {token.text: i for i, token in self._added.items() if token.is_special}
+        words = [token for token in self._added.values() if not token.is_special]
+        self.matches_words = bool(words)
+        self._words = _pattern(words)
+        self._ids = {token.text: i for i, token in self._added.items()}
+        self._later = self._processor if additions.legacy or not self._added else _without_dummy_prefix(model)
 
-    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[bytes, Path]]:
-        return SentencePieceTokenizer, (self._model, self.path)
+    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[bytes, Path, Additions]]:
+        return SentencePieceTokenizer, (self._model, self.path, self._additions)
 
     def encode(self, text: str) -> list[int]:
-        _refuse_surrogates(text)
-        return [self.bos_id, *self._processor.encode(text)]
+        refuse_surrogates(text)
+        if self.matches_words:
+            return [*self.beginning, *self.encode_with_offsets(text)[0]]
+        return [*self.beginning, *self._processor.encode(text)]
 
-    def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], int]:
-        text = prompt + completion
-        if not prompt or not completion:
-            ids = self.encode(text)
-            return ids, 1 if completion else len(ids)
-        _refuse_surrogates(text)
-        encoded = self._processor.encode(text, return_type="offset_mapping")
-        offsets: list[tuple[int, int]] = encoded["offsets"]
-        boundary = len(prompt)
-        first = bisect_right(offsets, boundary, key=itemgetter(1))
-        # Of several pieces of one character only the last has a width; the others are empty, at its beginning.
-        while first > 0 and offsets[first - 1] == (boundary, boundary):
-            first -= 1
-        return [self.bos_id, *encoded["ids"]], 1 + first
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        refuse_surrogates(text)
+        if not self.matches_words:
+            encoded = self._processor.encode(text, return_type="offset_mapping")
+            return encoded["ids"], encoded["offsets"]
+        ids, offsets, processor, begin = list[int](), list[tuple[int, int]](), self._processor, 0
+        if not self._additions.legacy and self._words.match(text):  # the dummy prefix of a text, with no text behind it
+            ids, offsets = [self._processor.piece_to_id("▁")], [(0, 0)]
+        for match in itertools.chain(self._words.finditer(text), [None]):
+            end = len(text) if match is None else match.start()
+            if begin < end:
+                encoded = processor.encode(text[begin:end], return_type="offset_mapping")
+                ids += encoded["ids"]
+                offsets += [(begin + first, begin + last) for first, last in encoded["offsets"]]
+            if match is not None:
+                ids.append(self._ids[next(word for word in match.groups() if word is not None)])
+                offsets.append(match.span())
+                processor, begin = self._later, match.end()
+        return ids, offsets
 
     def decode(self, ids: Iterable[int]) -> str:
         processor = self._processor
-        plain = [i for i in ids if 0 <= i < self.vocab_size and not processor.is_control(i)]
-        return str(processor.decode(plain))
+        if not self._added:
+            plain = [i for i in ids if 0 <= i < self._size and not processor.is_control(i)]
+            return str(processor.decode(plain))
+        parts, given = list[str](), list(ids)
+        text = given[1:] if given[:1] == [self.bos_id] else given  # a BOS may be an added token too
+        for is_added, group in itertools.groupby(text, key=self._added.__contains__):
+            if is_added:
+                parts += [self._added[i].text for i in group if not self._added[i].is_special]
+            else:
+                plain = [i for i in group if 0 <= i < self._size and not processor.is_control(i)]
+                parts.append(str(processor.decode(plain)))
+            processor = self._later
+        return "".join(parts)
 
     def pieces(self) -> list[str]:
-        return list(self._processor.id_to_piece(list(range(self.vocab_size))))
+        own = self._processor.id_to_piece(list(range(self._size)))
+        return [*own, *(self.piece(i) for i in range(self._size, self.vocab_size))]
 
     def piece(self, token_id: int) -> str:
+        if token_id >= self._size:
+            return self._added[token_id].text if token_id in self._added else ""
         return str(self._processor.id_to_piece(token_id))
 
 
-def load_tokenizer(path: Path, on_event: OnEvent = ignore_event) -> SentencePieceTokenizer:
-    """The tokenizer in a ``tokenizer.model`` file, or in a directory that holds one.
+def load_sentencepiece(path: Path, on_event: OnEvent = ignore_event) -> SentencePieceTokenizer:
+    """The tokenizer in a ``tokenizer.model`` file.
 
     Raises:
         CheckpointError: no SentencePiece model, a broken one, one without BOS or EOS, or one that the files beside it
             contradict.
     """
-    if path.is_dir():
-        if not (path / SENTENCEPIECE_FILE).exists():
-            what, todo = "no tokenizer.model in this directory", "give the path of a SentencePiece model"
-            if (path / "tokenizer.json").exists():
-                what = "a tokenizer.json but no tokenizer.model"
-                todo = f"{_ONLY_SENTENCEPIECE}: put the model's original tokenizer.model beside it"
-            raise CheckpointError(what, path, todo)
-        path /= SENTENCEPIECE_FILE
-    tokenizer = SentencePieceTokenizer(_read_checked(path), path)
-    for name, token_id in (("BOS", tokenizer.bos_id), ("EOS", tokenizer.eos_id)):
+    model = read_checked(path)
+    tokenizer = SentencePieceTokenizer(model, path)
+    bos_id, eos_id = tokenizer._processor.bos_id(), tokenizer.eos_id
+    for name, token_id in (("BOS", bos_id), ("EOS", eos_id)):
         if not 0 <= token_id < tokenizer.vocab_size:
             raise CheckpointError(f"the tokenizer has no {name} token", path, "use LLaMA's own tokenizer.model")
-    check_agreement(path, tokenizer.pieces(), tokenizer.bos_id, tokenizer.eos_id, on_event)
-    return tokenizer
+    additions = read_additions(path, tokenizer.pieces(), bos_id, eos_id, on_event)
+    return SentencePieceTokenizer(model, path, additions) if additions.change(bos_id, eos_id) else tokenizer
 
 
 def count_pieces(path: Path) -> int:
     """The vocabulary size of a ``tokenizer.model`` file; ``CheckpointError`` if it is no SentencePiece model."""
-    return int(sentencepiece.SentencePieceProcessor(model_proto=_read_checked(path)).vocab_size())
+    return int(sentencepiece.SentencePieceProcessor(model_proto=read_checked(path)).vocab_size())
 
 
-def _read_checked(path: Path) -> bytes:
-    """The bytes of a SentencePiece model. Each model is first parsed in a child: malformed ones crash the library."""
-    require_version("sentencepiece", sentencepiece.__version__)
-    model = read_bytes(path, max_bytes=LARGEST_MODEL_BYTES)
-    for pattern, what, todo in _OTHER_FORMATS:
-        if re.match(pattern, model):
-            raise CheckpointError(what, path, todo)
-    fingerprint = digest_bytes(model)
-    if fingerprint not in _sound_models:
-        _probe(model, path)
-        _sound_models.add(fingerprint)
-    return model
+def _fingerprint(model: bytes, own: Additions, additions: Additions) -> str:
+    """The digest of the file; of more than the file where more determines ids."""
+    if not additions.change(own.bos_id, own.eos_id):
+        return f"sha256:{digest_bytes(model)}"
+    tokens = [(t.id, t.text, t.is_special, t.lstrip, t.rstrip, t.single_word) for t in additions.tokens]
+    facts = repr((digest_bytes(model), tokens, additions.bos_id, additions.eos_id, additions.legacy))
+    return f"sha256:{digest_bytes(facts.encode())}"
 
 
-def _probe(model: bytes, path: Path) -> None:
-    code = _PROBE.format(path=json.dumps([entry for entry in sys.path if entry]))
-    command = [sys.executable, "-I", "-S", "-c", code]
-    unsound = CheckpointError("not a sound SentencePiece model", path, "fetch the model's tokenizer.model again")
-    try:
-        child = subprocess.run(command, input=model, capture_output=True, timeout=_PROBE_TIMEOUT_S, check=False)
-    except OSError as fault:
-        raise EnvironmentFault(f"cannot start a process to check the tokenizer: {fault.strerror}", path) from None
-    except subprocess.TimeoutExpired:
-        raise unsound from None
-    if not child.stdout.startswith(b"ready"):
-        raise EnvironmentFault("a process to check the tokenizer did not start", path, "is there memory left?")
-    if child.returncode != 0:
-        raise unsound
+def _pattern(words: list[AddedToken]) -> re.Pattern[str]:
+    """Each added word as a group of its own, the longest first, with the white space that belongs to it."""
+    alternatives = []
+    for word in sorted(words, key=lambda word: -len(word.text)):
+        inner = f"({re.escape(word.text)})"
+        if word.single_word:
+            inner = rf"(?<!\w){inner}(?!\w)"
+        alternatives.append((r"\s*" if word.lstrip else "") + inner + (r"\s*" if word.rstrip else ""))
+    return re.compile("|".join(alternatives) or r"\Z(?!\Z)")
 
 
-def _refuse_surrogates(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as fault:
-        raise DataError(f"the text holds a lone surrogate at character {fault.start}, which is no character") from None
+def _without_dummy_prefix(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    """The model without a space before a text. A message that comes twice is merged, the last value of a field wins."""
+    return sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)

@@ -2,52 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
 from typing import Protocol
 
-from llamatune.errors import CheckpointError
+from llamatune.errors import CheckpointError, DataError
 
-SENTENCEPIECE_FILE = "tokenizer.model"
+SENTENCEPIECE_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
+_STREAM_CONTEXT = 16
+"""Tokens of the prompt that a stream decodes with: more than the tokens of one character (4 bytes)."""
 
 
 class Tokenizer(Protocol):
     """Token ids of text, with BOS and EOS. Instances can be pickled, since worker processes receive them.
 
+    A special token never comes from text: it is put in by its id.
+
     Args:
-        fingerprint: ``sha256:`` and the digest of the tokenizer's file.
+        path: the file it was read from.
+        fingerprint: ``sha256:`` and a digest of everything that determines ids.
         vocab_size: ids are below it.
+        bos_id: put before a text; None: none is.
+        eos_id: put after a row, never after a prompt.
+        special_ids: every special token's id by its text, BOS and EOS included.
+        matches_words: tokens that were added to the vocabulary are found in text before it is encoded.
     """
 
+    path: Path
     fingerprint: str
     vocab_size: int
-    bos_id: int
+    bos_id: int | None
     eos_id: int
+    special_ids: Mapping[str, int]
+    matches_words: bool
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of ``text`` without BOS, and the characters (begin, end) that each stands for; ends never decrease.
+
+        Several tokens of one character (its UTF-8 bytes, or its normalised form) each have that character, or all but
+        the last are empty at its beginning.
+        """
 
     def encode(self, text: str) -> list[int]:
-        """BOS and the ids of ``text``; no EOS. Control strings such as ``</s>`` in ``text`` are plain text."""
+        """BOS, where one is put, and the ids of ``text``; no EOS. ``</s>`` and the like in ``text`` are plain text."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``, without BOS, EOS, other special tokens, and ids beyond the vocabulary (padded heads)."""
+
+    def pieces(self) -> list[str]:
+        """The vocabulary by id: ``▁`` is a space, ``<0xE2>`` a byte, ``</s>`` the EOS; empty: no such id."""
+
+    def piece(self, token_id: int) -> str:
+        """One entry of ``pieces``."""
+
+    @property
+    def beginning(self) -> list[int]:
+        """The ids before every text: BOS, or none."""
+        return [] if self.bos_id is None else [self.bos_id]
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], int]:
         """BOS and the ids of ``prompt + completion`` encoded in one call, and the index of the first completion token.
 
         A token belongs to the completion if it holds any character of it, even if it begins in the prompt. Several
-        tokens of one character (its UTF-8 bytes, or its normalised form) belong where the character belongs. With an
-        empty prompt every token after BOS is the completion's, SentencePiece's dummy prefix included: a model that is
-        given only BOS has to generate that prefix too. No EOS.
+        tokens of one character belong where the character belongs. With an empty prompt every token after BOS is the
+        completion's, SentencePiece's dummy prefix included: a model that is given only BOS has to generate that prefix
+        too. No EOS.
         """
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``, without BOS, EOS, other control tokens, and ids beyond the vocabulary (padded heads)."""
+        text, beginning = prompt + completion, self.beginning
+        if not prompt or not completion:
+            ids = self.encode(text)
+            return ids, len(beginning) if completion else len(ids)
+        ids, offsets = self.encode_with_offsets(text)
+        boundary = len(prompt)
+        first = bisect_right(offsets, boundary, key=itemgetter(1))
+        while first > 0 and offsets[first - 1] == (boundary, boundary):
+            first -= 1
+        return [*beginning, *ids], len(beginning) + first
 
     def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """The text that ``ids`` add to ``prompt``. Decoded alone they would lose a space at their start."""
-        before, whole = self.decode(prompt), self.decode([*prompt, *ids])
-        return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
+        stream = TextStream(self, prompt)
+        return "".join([*map(stream.push, ids), stream.finish()])
 
-    def pieces(self) -> list[str]:
-        """The vocabulary by id: ``▁`` is a space, ``<0xE2>`` a byte, ``</s>`` the EOS."""
 
-    def piece(self, token_id: int) -> str:
-        """One entry of ``pieces``."""
+class TextStream:
+    """The text of ids that come one at a time, after a prompt: each call returns the text that is certain by then.
+
+    The bytes of an unfinished character wait for the rest of it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt[-_STREAM_CONTEXT:])
+        self._shown, self._shown_ids = tokenizer.decode(self._ids), len(self._ids)
+
+    def push(self, token_id: int) -> str:
+        """The new text; empty as long as there is none."""
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids)
+        if len(text) <= len(self._shown) or text.endswith("\ufffd"):
+            return ""
+        new = text[len(self._shown) :]
+        # The last text that was shown stays as context: decoded first, a token would lose its space.
+        del self._ids[: self._shown_ids]
+        self._shown, self._shown_ids = self._tokenizer.decode(self._ids), len(self._ids)
+        return new
+
+    def finish(self) -> str:
+        """What was still waiting; of an unfinished character a replacement character."""
+        return self._tokenizer.decode(self._ids)[len(self._shown) :]
+
+
+def refuse_surrogates(text: str) -> None:
+    """Raise ``DataError`` for text that has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as fault:
+        raise DataError(f"the text holds a lone surrogate at character {fault.start}, which is no character") from None
 
 
 def check_vocabulary(tokenizer: Tokenizer, embedding_rows: int, where: object) -> None:

@@ -11,7 +11,7 @@ from prepared_rows import alpaca
 from llamatune.data.prefix_check import PromptCheck
 from llamatune.events import Event, Notice
 from llamatune.strict_json import dump_json, read_json
-from llamatune.tokenizers.sentencepiece import load_tokenizer
+from llamatune.tokenizers.loading import load_tokenizer
 
 Prepare = Callable[..., SimpleNamespace]
 WriteRows = Callable[..., Path]

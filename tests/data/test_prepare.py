@@ -17,7 +17,7 @@ from llamatune.data.templates import TEMPLATES
 from llamatune.errors import CheckpointError, DataError, EnvironmentFault, LlamatuneError, SpecError, Stopped
 from llamatune.events import Event, Notice, Progress
 from llamatune.strict_json import read_json
-from llamatune.tokenizers.sentencepiece import load_tokenizer
+from llamatune.tokenizers.loading import load_tokenizer
 from llamatune.tokenizers.tokenizer import Tokenizer
 
 Prepare = Callable[..., SimpleNamespace]

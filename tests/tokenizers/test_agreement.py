@@ -13,7 +13,7 @@ import sentencepiece
 
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice
-from llamatune.tokenizers.sentencepiece import load_tokenizer
+from llamatune.tokenizers.loading import load_tokenizer
 
 Beside = Callable[..., Path]
 CHATML = {"<|im_start|>": 512, "<|im_end|>": 513}
@@ -43,23 +43,29 @@ def whole(model: Path, **changes: Any) -> dict[str, Any]:
 
 
 REFUSED = {
-    "added_tokens.json": ({"added_tokens": CHATML}, r"'<\|im_start\|>' \(512\), '<\|im_end\|>' \(513\): .*added_t"),
-    "decoder": (
-        {"tokenizer_config": {"added_tokens_decoder": {"1": PLAIN, "513": {**PLAIN, "content": "<|im_end|>"}}}},
-        r"does not have: '<\|im_end\|>' \(513\): .*tokenizer_config",
+    "an id of a piece": ({"added_tokens": {"<|im_end|>": 511}}, r"'<\|im_end\|>' \(511\): .*added_t"),
+    "two ids for a token": (
+        {
+            "added_tokens": CHATML,
+            "tokenizer_config": {"added_tokens_decoder": {"514": {**PLAIN, "content": "<|im_end|>"}}},
+        },
+        r"under other ids: '<\|im_end\|>' \(514\): .*tokenizer_config",
     ),
+    "two tokens for an id": ({"added_tokens": {"<a>": 512, "<b>": 512}}, r"'<b>' \(512\)"),
     "a piece under another id": ({"added_tokens": {"</s>": 600}}, r"'</s>' \(600\)"),
     "a name without an id": (
         {"special_tokens_map": {"additional_special_tokens": ["<s>", {"content": "<|im_end|>"}]}},
         r"'<\|im_end\|>' \(no id\): .*special_tokens_map",
     ),
     "names in an object": ({"tokenizer_config": {"extra_special_tokens": {"image": "<image>"}}}, "'<image>'"),
-    "more than are listed": ({"added_tokens": {f"<t{i}>": 512 + i for i in range(7)}}, r"\(516\) and 2 more"),
+    "more than are listed": ({"added_tokens": {f"<t{i}>": 12 + i for i in range(7)}}, r"\(16\) and 2 more"),
+    "two BOS": (
+        {"tokenizer_config": {"bos_token": "<s>"}, "special_tokens_map": {"bos_token": "<unk>"}},
+        "bos_token is '<s>', but '<unk>' in special_tokens_map",
+    ),
     "another EOS": ({"tokenizer_config": {"eos_token": "<s>"}}, "eos_token is '<s>', but .* '</s>'"),
     "another BOS": ({"special_tokens_map": {"bos_token": {"content": "</s>"}}}, "bos_token is '</s>', but .* '<s>'"),
-    "EOS that pads": ({"added_tokens": {"<pad>": 512}, "tokenizer_config": {"eos_token": "<pad>"}}, "eos_token is '<p"),
-    "no BOS": ({"tokenizer_config": {"add_bos_token": False}}, "add_bos_token is 'False'"),
-    "EOS after all": ({"tokenizer_config": {"add_eos_token": True}}, "add_eos_token is 'True'"),
+    "EOS after all": ({"tokenizer_config": {"add_eos_token": True}}, "add_eos_token is true"),
     "a flag in words": ({"tokenizer_config": {"add_bos_token": "false"}}, "add_bos_token is 'false'"),
     "the model's EOS": ({"config": {"eos_token_id": 513}}, r"eos_token_id is 513, but .* 2 \('</s>'\): .*config\.json"),
     "the model's EOS in a list": ({"config": {"eos_token_id": [7, 513]}}, "eos_token_id is 7, 513, but .* 2 "),
@@ -187,7 +193,7 @@ def test_every_verb_that_needs_the_tokenizer_refuses(
 ) -> None:
     model, data = tmp_path / "model", prepared()
     shutil.copytree(tiny_base(), model)
-    (model / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 100}))
+    (model / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 1}))
     spec = {
         "model": {"path": str(model)},
         "data": {"train": str(data)},
@@ -203,5 +209,5 @@ def test_every_verb_that_needs_the_tokenizer_refuses(
     }
     outcome = command(verb, *words[verb])
     assert outcome.code == 4, outcome.stderr
-    assert "'<|im_end|>' (100)" in outcome.stderr
+    assert "'<|im_end|>' (1)" in outcome.stderr
     assert not (tmp_path / "data").exists()

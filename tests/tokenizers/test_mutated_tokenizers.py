@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from trained_tokenizers import tiktoken_file
 
 MODEL = Path(__file__).parents[2] / "llamatune" / "demo" / "base" / "tokenizer.model"
 BATCHES, BATCH = 21, 100
@@ -16,10 +21,11 @@ SAMPLE = 40
 """Of the first batch, in every run of the suite; the rest is slow."""
 
 READER = """
-import sys
+import resource, sys
 from pathlib import Path
-from llamatune.tokenizers.sentencepiece import load_tokenizer
+from llamatune.tokenizers.loading import load_tokenizer
 from llamatune.errors import LlamatuneError
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 usable = refused = 0
 for path in sorted(Path(sys.argv[1]).iterdir(), key=lambda path: int(path.stem)):
     print("at", path.name, flush=True)
@@ -29,6 +35,7 @@ for path in sorted(Path(sys.argv[1]).iterdir(), key=lambda path: int(path.stem))
             ids, first = tokenizer.encode_pair(prompt, completion)
             assert 0 <= first <= len(ids)
             tokenizer.decode(ids)
+        tokenizer.pieces()
         usable += 1
     except LlamatuneError as fault:
         assert "\\n" not in str(fault)
@@ -69,9 +76,69 @@ def test_no_damaged_tokenizer_kills_the_process_s8(batch: int, tmp_path: Path) -
     count = BATCH if batch else SAMPLE
     for number in range(count):
         (tmp_path / f"{number}.model").write_bytes(mutated(model, rng))
-    done = subprocess.run([sys.executable, "-c", READER, str(tmp_path)], capture_output=True, text=True)
+    _check(tmp_path, count)
+
+
+def damaged_definition(text: str, rng: random.Random) -> bytes:
+    """A ``tokenizer.json`` with bytes changed, or with values of it removed, exchanged, doubled or of another kind."""
+    if rng.random() < 0.4:
+        return mutated(text.encode(), rng)
+    facts = json.loads(text)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        holder = facts
+        while True:
+            keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+            if not keys:
+                break
+            key = rng.choice(keys)
+            if isinstance(holder[key], dict | list) and holder[key] and rng.random() < 0.8:
+                holder = holder[key]
+                continue
+            other: list[Any] = [
+                None, True, -1, 1 << 31, 1 << 63, 1e308, "", "a" * 70_000, "\0", "(a|b*)*c", "\ud7ff", [], {}, ["a"],
+                {"type": "Sequence"}, facts.get("normalizer"), facts.get("decoder"), rng.choice(keys), 7, "the",
+            ]  # fmt: skip
+            if rng.random() < 0.2:
+                del holder[key]
+            elif isinstance(holder, list) and rng.random() < 0.3:
+                holder.append(holder[key])
+            else:
+                holder[key] = copy.deepcopy(rng.choice(other))
+            break
+    return json.dumps(facts).encode()
+
+
+@pytest.mark.parametrize("kind", ["llama_3", "smollm", "unigram", "llama_2"])
+@pytest.mark.parametrize("batch", [pytest.param(n, marks=pytest.mark.slow) if n else n for n in range(BATCHES)])
+def test_no_damaged_definition_kills_the_process_s8(
+    json_tokenizers: dict[str, Path], kind: str, batch: int, tmp_path: Path
+) -> None:
+    text, rng = (json_tokenizers[kind] / "tokenizer.json").read_text(), random.Random(batch)
+    count = BATCH if batch else SAMPLE
+    for number in range(count):
+        shutil.copytree(json_tokenizers[kind], tmp_path / f"{number}")
+        (tmp_path / f"{number}" / "tokenizer.json").write_bytes(damaged_definition(text, rng))
+    _check(tmp_path, count)
+
+
+@pytest.mark.parametrize("batch", [pytest.param(n, marks=pytest.mark.slow) if n else n for n in range(6)])
+def test_no_damaged_tiktoken_file_kills_the_process_s8(
+    json_tokenizers: dict[str, Path], batch: int, tmp_path: Path
+) -> None:
+    content, rng = tiktoken_file(json_tokenizers["llama_3"]), random.Random(batch)
+    count = BATCH if batch else SAMPLE
+    for number in range(count):
+        (tmp_path / f"{number}.model").write_bytes(mutated(content, rng))
+    _check(tmp_path, count)
+
+
+def _check(directory: Path, count: int) -> None:
+    """Read each tokenizer of the directory in one process, which must refuse by our errors and print nothing else."""
+    command = [sys.executable, "-c", READER, str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     last = done.stdout.splitlines()[-2:]
     assert done.returncode == 0, f"{last}: {_ending(done.returncode)}: {done.stderr[-2000:]}"
+    assert not done.stderr
     word, usable, refused = done.stdout.splitlines()[-1].split()
     assert (word, int(usable) + int(refused)) == ("done", count)
     assert int(refused) > 0, "no mutation did any damage"

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamatune.errors import CheckpointError, DataError
-from llamatune.tokenizers import sentencepiece as implementation
-from llamatune.tokenizers.sentencepiece import SentencePieceTokenizer, count_pieces, load_tokenizer
+from llamatune.tokenizers import sentencepiece_check as implementation
+from llamatune.tokenizers.loading import count_pieces, load_tokenizer
+from llamatune.tokenizers.sentencepiece import SentencePieceTokenizer
 from llamatune.tokenizers.tokenizer import check_vocabulary
 
 KINDS = ("bpe", "unigram", "suffix")
@@ -155,8 +156,9 @@ def test_a4_vocabulary_larger_than_the_embedding(tokenizer: SentencePieceTokeniz
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git-lfs pointer"),
         (b"<!DOCTYPE html><html><body>Sign in</body></html>", "HTML page"),
         (b"\n <html>", "HTML page"),
-        (b"IQ== 0\nIg== 1\nIw== 2\n", "tiktoken file"),
-        (b'{"version": "1.0", "model": {}}', "only SentencePiece models are supported"),
+        (b"IQ== 0\nIg== 1\nIw== 2\n", "tiktoken file without a token for 253"),
+        (b"IQ== 0\nIg== 2\n", "rank 2 where 1 is expected"),
+        (b'{"version": "1.0", "model": {}}', "has no decoder|its model is of kind 'None'"),
         (b"PK\x03\x04rest", "zip archive"),
         (b"\x0a" + b"\xff" * 10, "not a sound SentencePiece model"),
         (b"\x0a\x05hello", "not a sound SentencePiece model"),
@@ -179,7 +181,7 @@ def test_a5_directories_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="only SentencePiece models are supported"):
+    with pytest.raises(CheckpointError, match="has no decoder"):
         load_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match="no such file"):
         load_tokenizer(tmp_path / "absent.model")

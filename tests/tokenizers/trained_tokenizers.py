@@ -1,15 +1,21 @@
-"""Fixtures: small SentencePiece models of several kinds, trained when a test first needs them."""
+"""Fixtures: small tokenizers of several kinds, trained when a test first needs them."""
 
 from __future__ import annotations
 
+import base64
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Library
 
-from llamatune.tokenizers.sentencepiece import SentencePieceTokenizer, load_tokenizer
+from llamatune.tokenizers.byte_level import bytes_of
+from llamatune.tokenizers.loading import load_tokenizer
+from llamatune.tokenizers.sentencepiece import SentencePieceTokenizer
 
 WORDS = """
 below is an instruction that describes a task write response appropriately completes the request question answer llama
@@ -67,3 +73,109 @@ def tokenizer_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_models: dict[str, Path]) -> SentencePieceTokenizer:
     return load_tokenizer(tokenizer_models["bpe"])
+
+
+SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+LLAMA_3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def _llama_3(directory: Path) -> None:
+    """As Llama 3's: byte-level BPE, special tokens behind the vocabulary, a BOS by the post-processor."""
+    library = Library(models.BPE(ignore_merges=True))
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA_3_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(_text(600), trainer)
+    library.add_special_tokens(SPECIALS)
+    library.add_tokens(["<tool>"])
+    bos = library.token_to_id(SPECIALS[0])
+    library.post_processor = processors.TemplateProcessing(f"{SPECIALS[0]} $A", special_tokens=[(SPECIALS[0], bos)])
+    _save(library, directory, bos_token=SPECIALS[0], eos_token=SPECIALS[2])
+
+
+def _smollm(directory: Path) -> None:
+    """As SmolLM2's: special tokens at the beginning of the vocabulary, normalised text, no BOS."""
+    library = Library(models.BPE())
+    library.normalizer = normalizers.NFC()
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(_text(600), trainer)
+    _save(library, directory, eos_token=SPECIALS[2])
+
+
+def _unigram(directory: Path) -> None:
+    """A Unigram model, in whose vocabulary ``</s>`` is a piece like any other."""
+    library = Library(models.Unigram())
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    library.train_from_iterator(_text(600), trainer)
+    _save(library, directory, eos_token="</s>", unk_token="<unk>")
+
+
+def _llama_2(directory: Path) -> None:
+    """As Llama 2's ``tokenizer.json``: spaces by the normaliser, bytes by fallback."""
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    library = Library(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False, max_token_length=12
+    )
+    library.train_from_iterator(_text(600), trainer)
+    facts = json.loads(library.to_str())
+    facts["added_tokens"] = facts["added_tokens"][:3]
+    library = Library.from_str(json.dumps(facts))
+    library.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    _save(library, directory, bos_token="<s>", eos_token="</s>")
+
+
+def _wordpiece(directory: Path) -> None:
+    library = Library(models.WordPiece(unk_token="[UNK]"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]"], show_progress=False)
+    library.train_from_iterator(_text(600), trainer)
+    _save(library, directory, eos_token="[UNK]")
+
+
+def _save(library: Library, directory: Path, **config: str) -> None:
+    directory.mkdir()
+    library.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="session")
+def json_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of a ``tokenizer.json`` and a ``tokenizer_config.json``, by kind; ``wordpiece`` is not supported."""
+    directory, made = tmp_path_factory.mktemp("json_tokenizers"), dict[str, Path]()
+    for make in (_llama_3, _smollm, _unigram, _llama_2, _wordpiece):
+        name = make.__name__.lstrip("_")
+        make(directory / name)
+        made[name] = directory / name
+    return made
+
+
+def tiktoken_file(directory: Path) -> bytes:
+    """Meta's file of the same vocabulary as the ``tokenizer.json`` of kind ``llama_3`` in ``directory``."""
+    facts = json.loads((directory / "tokenizer.json").read_text())
+    vocabulary = sorted(facts["model"]["vocab"].items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(bytes_of(text)) + b" %d\n" % rank for text, rank in vocabulary)
