@@ -57,15 +57,15 @@ def mean_and_range(numbers: list[float]) -> str:
     return f"{statistics.mean(numbers):.4f} ({min(numbers):.4f}-{max(numbers):.4f})"
 
 
-def compare(name: str, values: dict[str, Any], seeds: int, scratch: Path) -> None:
+def compare(name: str, values: dict[str, Any], seeds: int, bases: list[str], scratch: Path) -> None:
     """Print the lines of the table, and the paired differences."""
     by_base = {
-        base: [losses(values, scratch / f"{name}-{base}-{seed}", base, seed) for seed in range(seeds)] for base in BASES
+        base: [losses(values, scratch / f"{name}-{base}-{seed}", base, seed) for seed in range(seeds)] for base in bases
     }
     for base, pairs in by_base.items():
         training, held_out = ([*column] for column in zip(*pairs, strict=True))
         sys.stdout.write(f"| {name}, {base} | {mean_and_range(training)} | {mean_and_range(held_out)} |\n")
-    for base in QUANTIZED:
+    for base in (base for base in QUANTIZED if {base, "bfloat16"} <= set(bases)):
         apart = [
             [mine - theirs for mine, theirs in zip(*pair, strict=True)]
             for pair in zip(by_base[base], by_base["bfloat16"], strict=True)
@@ -82,6 +82,7 @@ def main() -> None:
     """Prepare, train and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--bases", default=",".join(BASES), help="some of these, to compare")
     parser.add_argument("--limit", type=int, help="only so many rows")
     parser.add_argument(
         "--model", action="append", default=[], metavar="NAME=DIR:ROWS", help="another model and its rows"
@@ -104,7 +105,7 @@ def main() -> None:
                 PrepareOptions(tokenizer=base / "tokenizer.model", output=prepared, limit=options.limit, **rows)
             )
             own = {**values, "model": {"path": str(base)}, "data": {"train": str(prepared)}}
-            compare(name, own, options.seeds, scratch)
+            compare(name, own, options.seeds, options.bases.split(","), scratch)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def _scaled_product(
 ) -> Tensor:
     """a b^T of codes, times the scales of their rows (N, 1) and (1, M), in ``out`` or in a new tensor."""
     if out is None:
-        out = torch.empty(len(a), len(b), dtype=dtype, device=a.device)
+        return torch._scaled_mm(a, b.t(), a_scales, b_scales, out_dtype=dtype)
     return torch._scaled_mm(a, b.t(), a_scales, b_scales, out_dtype=dtype, out=out)
 
 
