@@ -20,7 +20,7 @@ def frozen_head(ledger: Ledger, z: Sizes) -> Passes:
         gradient = ledger.make("gradient of the normed x", x_bytes)
         cast = ledger.make("cast of the head's weights", z.V * z.D * z.c if z.casts else 0)
         rows = min(z.P, logit_rows(z.V, z.device, z.c))
-        wide_rows = min(rows, wide_logit_rows(z.V, z.device)) if z.c < 4 else 0
+        wide_rows = min(rows, wide_logit_rows(z.V, z.device)) if z.c < 4 and not z.kernels else 0
         hidden_bytes = rows * z.D * z.c * (2 if z.s != z.c else 1)
         ledger.use("a chunk of logits", rows * z.V * z.c + max(wide_rows * z.V * 4, hidden_bytes))
         ledger.free(x, h, cast)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llamatune.shapes.attention_kernels import Gpu
-from llamatune.shapes.capabilities import OLDEST_WITH_BF16, OLDEST_WITH_FP8, Capability
+from llamatune.shapes.capabilities import OLDEST_FOR_TRITON, OLDEST_WITH_BF16, OLDEST_WITH_FP8, Capability
 from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.dtypes import PRECISIONS, QUANTIZED_DTYPES, WEIGHT_BYTES
 from llamatune.shapes.float8_products import runs_in_float8
@@ -69,6 +69,7 @@ class Sizes:
             held = "float16" if training.precision == "fp16" else "bfloat16"
         self.w, self.c = WEIGHT_BYTES[held], WEIGHT_BYTES[self.computed]
         self.capability = _capability(cuda, self.computed, spec.model.dtype)
+        self.kernels = training.kernels == "auto" and (self.capability or (0, 0)) >= OLDEST_FOR_TRITON
         self.casts = held != self.computed  # by the table in training.precision
         self.s = 4 if self.casts else self.w
         self.N, self.P = (
@@ -139,8 +140,8 @@ class Sizes:
 
     @property
     def update(self) -> int:
-        """What the optimizer has in flight: AdamW in fp32 works in place, in 8 bits on a bucket of elements."""
-        if self.spec.training.optimizer != "adamw_8bit":
+        """What the optimizer has in flight: AdamW in fp32, or by a kernel, works in place, in 8 bits on a bucket."""
+        if self.spec.training.optimizer != "adamw_8bit" or self.kernels:
             return 0
         trained = sum(self.trained_counts) // self.slices  # gradients filled up to whole blocks
         return 4 * trained + 29 * min(trained, ELEMENTS_AT_ONCE[self.device])
@@ -174,6 +175,8 @@ class Sizes:
         if self.spec.model.dtype == "float8":
             return 0 if self.cuda else 4 * min(self.count(name), WEIGHTS_AT_ONCE["cpu"])
         if self.quantized:
+            if self.kernels:
+                return 0
             return self.count(name) // 64 * 4 + 2 * min(self.count(name), WEIGHTS_AT_ONCE[self.device])
         return self.count(name) * self.c if self.casts else 0
 

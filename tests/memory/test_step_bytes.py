@@ -145,8 +145,22 @@ def test_samples_beyond_a_sliding_window(
     ids = torch.randint(3, 90, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
     batch = Batch(ids, ids.clone(), lengths, tuple(range(len(lengths))), sum(lengths) - len(lengths))
     _, meter = real_step(spec, config, batch)
-    found = step_bytes(spec, config, Rows(lengths, batch.target_tokens), capability or False).peak
+    training = spec.training.model_copy(update={"kernels": "plain"})  # as a CPU computes
+    plain = spec.model_copy(update={"training": training})
+    found = step_bytes(plain, config, Rows(lengths, batch.target_tokens), capability or False).peak
     assert found == pytest.approx(meter.peak_bytes, rel=0.06)
+
+
+@pytest.mark.parametrize("saved", [{"dtype": "nf4"}, {"optimizer": "adamw_8bit"}], ids=str)
+def test_a_kernel_has_less_in_flight(saved: dict[str, Any]) -> None:
+    """What unpacks NF4, what 8-bit AdamW works in, and the wide logits, are counted for plain functions alone."""
+    values = {"precision": "bf16", "dtype": "bfloat16", **saved}
+    spec = spec_of(LINEAR_MODULES, **values)
+    plain = spec.model_copy(update={"training": spec.training.model_copy(update={"kernels": "plain"})})
+    rows = Rows((512,) * 4, 1024)
+    assert step_bytes(spec, SEVEN, rows, (8, 0)).peak < step_bytes(plain, SEVEN, rows, (8, 0)).peak
+    for gpu in ((7, 5), False):  # where no kernel runs
+        assert step_bytes(spec, SEVEN, rows, gpu).peak == step_bytes(plain, SEVEN, rows, gpu).peak
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 300), (3, 200)])
