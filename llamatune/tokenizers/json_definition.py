@@ -29,7 +29,7 @@ _MOST_PARTS, _DEEPEST = 32, 4
 _LONGEST_TEXT, _LONGEST_PATTERN = 64, 4000
 _MOST_GROWTH = 64
 _MOST_TOKENS, _LONGEST_TOKEN = 1 << 21, 4096
-_TODO = "this tokenizer is of no LLaMA model that is known here"
+_OTHER_KIND = "this tokenizer is of no LLaMA model that is known here"
 
 
 def check_definition(facts: dict[str, Any], path: Path) -> None:
@@ -45,9 +45,9 @@ def check_definition(facts: dict[str, Any], path: Path) -> None:
             if kind in ("Replace", "Prepend"):
                 growth *= max(1, len(part.get("content", part.get("prepend", "")).encode()))
         if growth > _MOST_GROWTH:
-            raise CheckpointError(f"its {key} makes a text {growth} times as long", path, _TODO)
+            raise CheckpointError(f"its {key} makes a text {growth} times as long", path, _OTHER_KIND)
     if not next(_parts(facts, "decoder", path), None):
-        raise CheckpointError("has no decoder, so ids cannot be turned into text", path, _TODO)
+        raise CheckpointError("has no decoder, so ids cannot be turned into text", path, _OTHER_KIND)
     _check_model(facts.get("model"), path)
 
 
@@ -78,7 +78,7 @@ def _parts(facts: dict[str, Any], key: str, path: Path) -> Iterator[tuple[str, d
                 raise CheckpointError(f"malformed: its {key} cannot be read", path, "fetch it again")
             waiting[:0] = [(member, depth + 1) for member in members]
         elif kind not in _KNOWN[key]:
-            raise CheckpointError(f"its {key} is of kind {kind[:40]!r}, which is not supported", path, _TODO)
+            raise CheckpointError(f"its {key} is of kind {kind[:40]!r}, which is not supported", path, _OTHER_KIND)
         else:
             yield kind, part
 
@@ -86,18 +86,18 @@ def _parts(facts: dict[str, Any], key: str, path: Path) -> Iterator[tuple[str, d
 def _check_part(key: str, kind: str, part: dict[str, Any], path: Path) -> None:
     for name, value in part.items():
         if isinstance(value, str) and len(value) > _LONGEST_TEXT:
-            raise CheckpointError(f"its {key} {kind} has a {name[:40]!r} of {len(value)} characters", path, _TODO)
+            raise CheckpointError(f"its {key} {kind} has a {name[:40]!r} of {len(value)} characters", path, _OTHER_KIND)
         if type(value) is int and value > _LONGEST_TEXT:
-            raise CheckpointError(f"its {key} {kind} has {name[:40]!r} {value}", path, _TODO)
+            raise CheckpointError(f"its {key} {kind} has {name[:40]!r} {value}", path, _OTHER_KIND)
     if kind in ("Split", "Replace"):
         pattern = part.get("pattern")
         if not isinstance(pattern, dict) or len(pattern) != 1 or not isinstance(next(iter(pattern.values())), str):
             raise CheckpointError(f"malformed: a pattern of its {key} cannot be read", path, "fetch it again")
         text = next(iter(pattern.values()))
         if not text:
-            raise CheckpointError(f"a pattern of its {key} is empty", path, _TODO)
+            raise CheckpointError(f"a pattern of its {key} is empty", path, _OTHER_KIND)
         if "Regex" in pattern and (why := pattern_fault(text)) is not None:
-            raise CheckpointError(f"a pattern of its {key} {why}: {text[:60]!r}", path, _TODO)
+            raise CheckpointError(f"a pattern of its {key} {why}: {text[:60]!r}", path, _OTHER_KIND)
     unread = kind in ("Replace", "Prepend") and not isinstance(part.get("content", part.get("prepend")), str)
     if unread or (kind == "TemplateProcessing" and not _is_template(part.get("single"))):
         raise CheckpointError(f"malformed: its {key} cannot be read", path, "fetch it again")
@@ -154,12 +154,12 @@ def _check_model(model: Any, path: Path) -> None:
         kind = "BPE"  # files of 2020 and earlier leave it out
     if not isinstance(kind, str) or kind not in _MODELS:
         what = f"its model is of kind {str(kind)[:40]!r}, only {' and '.join(sorted(_MODELS))} are supported"
-        raise CheckpointError(what, path, _TODO)
+        raise CheckpointError(what, path, _OTHER_KIND)
     if model.get("dropout"):
-        raise CheckpointError("its model has dropout, so a text would have other ids each time", path, _TODO)
+        raise CheckpointError("its model has dropout, so a text would have other ids each time", path, _OTHER_KIND)
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise CheckpointError(f"its model has a {key}, which is not supported", path, _TODO)
+            raise CheckpointError(f"its model has a {key}, which is not supported", path, _OTHER_KIND)
     vocabulary: Any = model.get("vocab")
     if not isinstance(vocabulary, dict if kind == "BPE" else list) or not 0 < len(vocabulary) <= _MOST_TOKENS:
         raise CheckpointError("malformed: its vocabulary cannot be read", path, "fetch it again")
