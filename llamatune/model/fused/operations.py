@@ -85,7 +85,7 @@ def trained_by(parts: Sequence[Projection]) -> list[Tensor]:
 
 
 def added(total: Trained, addends: Trained) -> Trained:
-    """The sums, in the place of ``total``; the addends where it is empty."""
+    """The sums, written to ``total``; the addends where it is empty."""
     for before, addend in zip(total, addends, strict=bool(total)):
         before.add_(addend)
     return total or addends
