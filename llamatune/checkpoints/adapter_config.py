@@ -15,7 +15,7 @@ CONFIG_FILE = "adapter_config.json"
 _PEFT_VERSION = "0.17.0"
 """The oldest release that has every key that we write; readers compare it with their own."""
 _READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora",
-         "init_lora_weights", "bias")  # fmt: skip
+         "rank_pattern", "alpha_pattern", "init_lora_weights", "bias")  # fmt: skip
 _WITHOUT_EFFECT = (
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "peft_version", "inference_mode",
     "megatron_config", "megatron_core", "qalora_group_size", "eva_config", "runtime_config", "layers_pattern",
@@ -25,8 +25,6 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 _REASONS = {
     "modules_to_save": "it replaces whole modules of the base",
     "lora_bias": "biases are not supported",
-    "rank_pattern": "one rank for all modules is supported",
-    "alpha_pattern": "one alpha for all modules is supported",
     "layers_to_transform": "adapters on some of the layers are not supported",
     "fan_in_fan_out": "it means transposed weights, which LLaMA does not have",
     "alora_invocation_tokens": "activated LoRA depends on the prompt",
@@ -79,16 +77,30 @@ def read_adapter_config(path: Path) -> tuple[AdapterSpec, str | None]:
     if not set(targets) <= set(LINEAR_MODULES) or len(set(targets)) != len(targets):
         refuse("target_modules", f"each of {', '.join(LINEAR_MODULES)} may appear once, nothing else")
     base = facts.get("base_model_name_or_path")
+    ranks, alphas = (_pattern(fields, key, targets) for key in ("rank_pattern", "alpha_pattern"))
     kind = "dora" if facts.get("use_dora") else "lora"
-    config = AdapterSpec(r, float(alpha), float(dropout), tuple(targets), bool(facts.get("use_rslora")), kind)
+    config = AdapterSpec(r, float(alpha), float(dropout), tuple(targets), bool(facts.get("use_rslora")), kind,
+                         tuple((name, int(r)) for name, r in ranks), alphas)  # fmt: skip
     return config, base if isinstance(base, str) else None
+
+
+def _pattern(fields: JsonFields, key: str, targets: list[str]) -> tuple[tuple[str, float], ...]:
+    """Numbers for single target modules."""
+    values = fields.raw.get(key) or {}
+    if not isinstance(values, dict) or not set(values) <= set(targets):
+        fields.refuse(key, "a number for each of some target_modules is supported")
+    for value in values.values():
+        rank = type(value) is int and 1 <= value <= 1 << 16
+        alpha = type(value) in (int, float) and abs(value) <= sys.float_info.max
+        if not (rank if key == "rank_pattern" else alpha):
+            fields.refuse(key, "it holds what is no number, or no rank from 1 to 65536")
+    return tuple(sorted(values.items()))
 
 
 def dump_config(config: AdapterSpec, base_path: str | None) -> dict[str, Any]:
     """The keys that PEFT, transformers, vLLM and llama.cpp read."""
-    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
     return {
-        "alpha_pattern": {},
+        "alpha_pattern": {name: _whole(alpha) for name, alpha in config.module_alphas},
         "base_model_name_or_path": base_path,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -96,16 +108,21 @@ def dump_config(config: AdapterSpec, base_path: str | None) -> dict[str, Any]:
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "lora_alpha": alpha,
+        "lora_alpha": _whole(config.alpha),
         "lora_dropout": config.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
         "peft_version": _PEFT_VERSION,
         "r": config.r,
-        "rank_pattern": {},
+        "rank_pattern": dict(config.module_ranks),
         "revision": None,
         "target_modules": list(config.target_modules),
         "task_type": "CAUSAL_LM",
         "use_dora": config.kind == "dora",
         "use_rslora": config.use_rslora,
     }
+
+
+def _whole(number: float) -> float:
+    """An integer where it is one: some readers take nothing else."""
+    return int(number) if float(number).is_integer() else number

@@ -25,7 +25,9 @@ def _kept_of_linear(z: Sizes, name: str, rows: int, item_bytes: int, leads_back:
         kept += rows * r * z.c + (r * (out + in_) * z.c if z.c < 4 else 0)
         if z.dropout and leads_back:
             kept += rows * in_ * (1 if z.cuda else item_bytes)  # the mask
-        if z.dropout or narrowed:
+        if z.from_base and z.c < 4:  # casts of the parts that are not trained
+            kept += r * (out + in_) * z.c
+        if (z.dropout or narrowed) and z.trains_A:
             kept += rows * in_ * (z.c if z.autocast else 4)
     return kept
 
@@ -34,7 +36,7 @@ def _keeps_input(z: Sizes, names: Sequence[str], item_bytes: int) -> bool:
     """Whether these layers keep their input as it is."""
     if z.autocast and item_bytes != z.c:
         return False
-    return z.trains_all or (not z.dropout and bool(z.targets.intersection(names)))
+    return z.trains_all or (z.trains_A and not z.dropout and bool(z.targets.intersection(names)))
 
 
 def _weight_gradient(ledger: Ledger, z: Sizes, name: str) -> None:

@@ -57,4 +57,5 @@ def count_parameters(config: LlamaConfig, adapter: AdapterSpec | None = None) ->
         return ParameterCount(base, base, modules)
     for target in adapter.target_modules:
         modules[linear_path(target)]["adapter"] = adapter.parameter_count(config, target) * config.num_hidden_layers
-    return ParameterCount(base, sum(facts["adapter"] for facts in modules.values()), modules)
+    trained = sum(adapter.trained_count(config, target) for target in adapter.target_modules)
+    return ParameterCount(base, trained * config.num_hidden_layers, modules)
