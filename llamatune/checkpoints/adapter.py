@@ -20,6 +20,7 @@ from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.formats.manifest import MANIFEST, Staging, find_manifest
 from llamatune.formats.safetensors import read_header
+from llamatune.model.adapters.apply import adapter_class
 from llamatune.model.torch_dtypes import STORED_WEIGHTS
 from llamatune.safe_reading import digest_file
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
@@ -45,6 +46,18 @@ class Adapter:
     base_path: str | None = None
     path: Path | None = None
     digest: str | None = None
+
+    def changes(self, name: str) -> bool:
+        """Whether the merged model's weight called ``name`` is another than the base's."""
+        return bool(self.trained(name))
+
+    def merged(self, name: str, W: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """The merged model's weight called ``name``, fp32, of the rows ``rows`` of it; ``W`` holds the base's."""
+        return adapter_class(self.config.kind).merged(W, self.trained(name), self.scaling(name), rows)
+
+    def scaling(self, name: str) -> float:
+        """Of the update of the weight called ``name``."""
+        return self.config.scaling(name.split(".")[-2])
 
     def trained(self, name: str) -> tuple[torch.Tensor, ...]:
         """The adapter's tensors for the weight called ``name``, none where it has no update."""
