@@ -23,7 +23,7 @@ def adapter_class(kind: str) -> type[AdaptedLinear]:
 
 def apply_adapter(model: Transformer, adapter: AdapterSpec, seed: int = 0) -> None:
     """Freeze ``model`` and replace every target layer by an adapted one, whose tensors are drawn from ``seed``."""
-    unknown = sorted(set(adapter.target_modules) - set(LINEAR_MODULES))
+    unknown = sorted(set(adapter.modules) - set(LINEAR_MODULES))
     if unknown or not adapter.target_modules:
         raise SpecError(
             f"no linear layer called {unknown[0]!r}" if unknown else "no target modules",
@@ -32,12 +32,12 @@ def apply_adapter(model: Transformer, adapter: AdapterSpec, seed: int = 0) -> No
         )
     model.requires_grad_(False)
     generator, adapted = torch.Generator().manual_seed(seed), adapter_class(adapter.kind)
-    for block in model.model.layers:
+    for layer, block in enumerate(model.model.layers):
         for name in LINEAR_MODULES:
-            if shapes := adapter.tensor_shapes(model.config, name):
-                layer = block.get_submodule(linear_path(name))
-                assert isinstance(layer, Linear)
-                replacement = adapted(layer, shapes, adapter.scaling(name), adapter.dropout)
+            if shapes := adapter.tensor_shapes(model.config, name, layer):
+                frozen = block.get_submodule(linear_path(name))
+                assert isinstance(frozen, Linear)
+                replacement = adapted(frozen, shapes, adapter.scaling(name, layer), adapter.dropout)
                 replacement.start(generator)
                 block.set_submodule(linear_path(name), replacement)
 
