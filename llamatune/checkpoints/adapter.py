@@ -61,8 +61,8 @@ class Adapter:
 
     def trained(self, name: str) -> tuple[torch.Tensor, ...]:
         """The adapter's tensors for the weight called ``name``, none where it has no update."""
-        stem = name.removesuffix(".weight")
-        names = [f"{stem}.{tensor}.weight" for tensor in ADAPTER_KINDS[self.config.kind].tensors]
+        stem, kind = name.removesuffix(".weight"), ADAPTER_KINDS[self.config.kind]
+        names = [kind.stored_name(stem, tensor) for tensor in kind.tensors]
         return tuple(self.tensors[name] for name in names if name in self.tensors)
 
 
@@ -119,7 +119,8 @@ def check_adapter(
     where = adapter.path or Path("adapter")
     todo = "adapter_config.json, its tensors and the base must belong together"
     refuse_unfit(where, dict(adapter.config.checkpoint_shapes(config)), adapter.tensors, todo)
-    if not any(tensor.any() for name, tensor in adapter.tensors.items() if name.endswith(".lora_B.weight")):
+    of_B = [name for name in adapter.tensors if name.endswith(".lora_B.weight")]
+    if adapter.config.kind != "dora" and not any(adapter.tensors[name].any() for name in of_B):
         on_event(Notice(f"{where}: every lora_B is zero, so the adapter changes nothing", "warning"))
     if fingerprint is None:
         return

@@ -12,17 +12,31 @@ from llamatune.shapes.llama_config import LlamaConfig, linear_path
 
 @dataclass(frozen=True)
 class AdapterKind:
-    """A kind of adapter: its class, ``module:name``, and the tensors that it trains beside each matrix (out, in).
+    """A kind of adapter: its class, ``module:name``, and the tensors that it adds to each matrix (out, in).
 
-    ``tensors`` maps a tensor's name to its dimensions, each ``r``, ``in`` or ``out``.
+    ``tensors`` maps a tensor's name to its dimensions, each ``r``, ``in`` or ``out``. PEFT's files name a tensor
+    ``NAME.weight``, those of ``bare`` ``NAME``. ``reads_base``: the first values follow from the base's weights.
     """
 
     layer: str
     tensors: Mapping[str, tuple[str, ...]]
+    bare: tuple[str, ...] = ()
+    reads_base: bool = False
+
+    def stored_name(self, stem: str, tensor: str) -> str:
+        """``model.layers.0.self_attn.q_proj`` and ``lora_A`` -> ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
+        return f"{stem}.{tensor}" if tensor in self.bare else f"{stem}.{tensor}.weight"
 
 
+_LORA = {"lora_A": ("r", "in"), "lora_B": ("out", "r")}
 ADAPTER_KINDS: dict[str, AdapterKind] = {
-    "lora": AdapterKind("llamatune.model.adapters.lora:LoRALinear", {"lora_A": ("r", "in"), "lora_B": ("out", "r")}),
+    "lora": AdapterKind("llamatune.model.adapters.lora:LoRALinear", _LORA),
+    "dora": AdapterKind(
+        "llamatune.model.adapters.dora:DoRALinear",
+        {**_LORA, "lora_magnitude_vector": ("out",)},
+        bare=("lora_magnitude_vector",),
+        reads_base=True,
+    ),
 }
 """Every kind by name. A new kind is a line here and a file in ``model/adapters``."""
 
@@ -88,11 +102,12 @@ class AdapterSpec:
         return sum(map(math.prod, self.tensor_shapes(config, module, layer).values()))
 
     def checkpoint_shapes(self, config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every trained tensor of a model under its adapter name, ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
+        """Every tensor of a model's adapter by its name, ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
+        kind = ADAPTER_KINDS[self.kind]
         for layer in range(config.num_hidden_layers):
             for module in self.modules:
                 for name, shape in self.tensor_shapes(config, module, layer).items():
-                    yield f"model.{_path(module, layer)}.{name}.weight", shape
+                    yield kind.stored_name(f"model.{_path(module, layer)}", name), shape
 
 
 def _path(module: str, layer: int | None) -> str:
