@@ -26,7 +26,7 @@ _PORTION_BYTES = 16 << 20
 
 WIDE = "F64"
 """What is read as fp32."""
-_READ = {**STORED_WEIGHTS, WIDE: torch.float64}
+READ_WEIGHTS = {**STORED_WEIGHTS, WIDE: torch.float64}
 
 TensorOf = Callable[[str], torch.Tensor]
 """Gives a weight by its Hugging Face name, in Hugging Face's layout."""
@@ -74,34 +74,11 @@ class Checkpoint(ABC):
             count = (part.end - part.begin) // dtype.itemsize
             return torch.frombuffer(self._map(part.path), dtype=dtype, count=count, offset=part.begin).view(part.shape)
         tensor = torch.empty(part.shape, dtype=dtype)
-        self._fill(tensor, part)
+        fill_from(tensor, part)
         return tensor
 
-    def _fill(self, into: torch.Tensor, part: TensorLocation) -> None:
-        """Read into a CPU tensor of any layout; what is not one run of bytes on both sides comes in portions."""
-        if part.dtype == WIDE != STORED_NAMES[into.dtype]:
-            stored = torch.empty(part.shape, dtype=_READ[WIDE])
-            self._fill(stored, part)
-            into.copy_(stored)
-            return
-        if part.strides is None and into.is_contiguous():
-            read_into(part.path, part.begin, into)
-            return
-        shape = part.shape
-        strides = part.strides or torch.empty(shape, device="meta").stride()
-        # Portions along the widest stride do not overlap in the file, so nothing is read twice.
-        wide = max(range(len(shape)), key=lambda i: (shape[i] > 1, strides[i]))
-        slice_extent = 1 + sum((n - 1) * s for i, (n, s) in enumerate(zip(shape, strides, strict=True)) if i != wide)
-        at_once = max(1, _PORTION_BYTES // into.itemsize // strides[wide])
-        for first in range(0, shape[wide], at_once):
-            count = min(at_once, shape[wide] - first)
-            portion = torch.empty((count - 1) * strides[wide] + slice_extent, dtype=into.dtype)
-            read_into(part.path, part.begin + first * strides[wide] * into.itemsize, portion)
-            view = portion.as_strided([count if i == wide else n for i, n in enumerate(shape)], strides)
-            into.narrow(wide, first, count).copy_(view)
-
     def _read_rows(self, part: TensorLocation, rows: Sequence[int]) -> torch.Tensor:
-        dtype, shape, strides = _READ[part.dtype], part.shape, part.strides
+        dtype, shape, strides = READ_WEIGHTS[part.dtype], part.shape, part.strides
         if strides is not None and shape[1:] not in ((), (1,)) and strides[1:] != (1,):
             return self._read(part)[list(rows)]  # a transposed view: no row is one run of bytes
         size = dtype.itemsize * math.prod(shape[1:])
@@ -133,6 +110,30 @@ def read_into(path: Path, begin: int, tensor: torch.Tensor) -> None:
             view = view[count:]
 
 
+def fill_from(into: torch.Tensor, part: TensorLocation) -> None:
+    """Read into a CPU tensor of any layout; what is not one run of bytes on both sides comes in portions."""
+    if part.dtype == WIDE != STORED_NAMES[into.dtype]:
+        stored = torch.empty(part.shape, dtype=READ_WEIGHTS[WIDE])
+        fill_from(stored, part)
+        into.copy_(stored)
+        return
+    if part.strides is None and into.is_contiguous():
+        read_into(part.path, part.begin, into)
+        return
+    shape = part.shape
+    strides = part.strides or torch.empty(shape, device="meta").stride()
+    # Portions along the widest stride do not overlap in the file, so nothing is read twice.
+    wide = max(range(len(shape)), key=lambda i: (shape[i] > 1, strides[i]))
+    slice_extent = 1 + sum((n - 1) * s for i, (n, s) in enumerate(zip(shape, strides, strict=True)) if i != wide)
+    at_once = max(1, _PORTION_BYTES // into.itemsize // strides[wide])
+    for first in range(0, shape[wide], at_once):
+        count = min(at_once, shape[wide] - first)
+        portion = torch.empty((count - 1) * strides[wide] + slice_extent, dtype=into.dtype)
+        read_into(part.path, part.begin + first * strides[wide] * into.itemsize, portion)
+        view = portion.as_strided([count if i == wide else n for i, n in enumerate(shape)], strides)
+        into.narrow(wide, first, count).copy_(view)
+
+
 def warn_of_wide_weights(path: Path, parts: Iterable[TensorLocation], on_event: OnEvent) -> None:
     """A notice about weights in fp64."""
     if any(part.dtype == WIDE for part in parts):
@@ -157,7 +158,7 @@ def refuse_unfit(
         "neither float32, bfloat16 nor float16": [
             f"{name} {part.dtype}"
             for name, part in found.items()
-            if isinstance(part, TensorLocation) and part.dtype not in _READ
+            if isinstance(part, TensorLocation) and part.dtype not in READ_WEIGHTS
         ],
     }
     if listed := list_faults(faults):

@@ -15,7 +15,14 @@ from pathlib import Path
 
 import torch
 
-from llamatune.checkpoints.checkpoint import Checkpoint, DtypeOf, TensorOf, refuse_unfit, warn_of_wide_weights
+from llamatune.checkpoints.checkpoint import (
+    Checkpoint,
+    DtypeOf,
+    TensorOf,
+    fill_from,
+    refuse_unfit,
+    warn_of_wide_weights,
+)
 from llamatune.checkpoints.config_json import EMBEDDING as HF_EMBEDDING
 from llamatune.checkpoints.config_json import HEAD as HF_HEAD
 from llamatune.checkpoints.model_directory import Format, locate_meta
@@ -121,7 +128,7 @@ class MetaCheckpoint(Checkpoint):
         else:
             W = torch.empty(self.shapes[name], dtype=self.dtype(name))
             for part, into in zip(parts, W.chunk(len(parts), axis), strict=True):
-                self._fill(into, part)
+                fill_from(into, part)
         return _rows_from_meta(W, self.config.head_dim) if _is_rotated(name) else W
 
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
