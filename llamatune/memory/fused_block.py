@@ -14,7 +14,7 @@ def _adapter(ledger: Ledger, z: Sizes, name: str, rows: int, back: bool) -> None
     if name not in z.targets:
         return
     (out, in_), r = z.config.linear_shape(name), z.rank(name)
-    casts = r * (out + in_) * z.c if z.c < 4 and not z.cuda and not z.dora else 0
+    casts = r * (out + in_) * z.c * (2 if z.from_base else 1) if z.c < 4 and not z.cuda and not z.dora else 0
     thin, wide = rows * r * z.c, rows * in_ * z.c if z.dropout else 0
     mask = rows * in_ if z.dropout and z.cuda else wide
     ledger.use(f"{name}: rows whose norms DoRA takes", z.normed_at_once(name))

@@ -55,7 +55,8 @@ class Sizes:
         self.Q, self.K = config.linear_shape("q_proj")[0], config.linear_shape("k_proj")[0]
         self.adapter = spec.adapter
         self.targets = frozenset(self.adapter.target_modules) if self.adapter else frozenset()
-        self.dora = self.adapter is not None and self.adapter.kind == "dora"
+        kind = self.adapter.kind if self.adapter else None
+        self.dora, self.trains_A, self.from_base = kind == "dora", kind != "lora_fa", kind in ("pissa", "olora")
         self.trains_all, self.dropout = self.adapter is None, bool(self.adapter and self.adapter.dropout)
         self.slices = rows.ranks if self.trains_all else 1  # of weights, gradients and optimizer state
         self.fused = self.adapter is not None and training.fused
@@ -88,8 +89,16 @@ class Sizes:
         """Elements of each trained tensor."""
         if self.adapter is None:
             return [math.prod(shape) for _, shape in self.config.parameter_shapes()]
-        modules = [self.adapter.tensor_shapes(self.config, name) for name in self.adapter.target_modules]
+        modules = [self.adapter.trained_shapes(self.config, name) for name in self.adapter.target_modules]
         return [math.prod(shape) for shapes in modules for shape in shapes.values()] * self.config.num_hidden_layers
+
+    @functools.cached_property
+    def adapter_count(self) -> int:
+        """Elements of the adapter, those that are not trained too."""
+        if self.adapter is None:
+            return 0
+        counts = (self.adapter.parameter_count(self.config, name) for name in self.adapter.target_modules)
+        return sum(counts) * self.config.num_hidden_layers
 
     @functools.cached_property
     def weights(self) -> int:
@@ -110,7 +119,7 @@ class Sizes:
         """What is kept for a window: on a GPU LoRA's matrices in the dtype of products; DoRA's norms and factors."""
         if self.dora:
             return self.config.num_hidden_layers * sum(map(self._of_dora_for_window, self.targets))
-        return self.c * sum(self.trained_counts) if self.fused and self.cuda and self.c < 4 else 0
+        return self.c * self.adapter_count if self.fused and self.cuda and self.c < 4 else 0
 
     def _of_dora_for_window(self, name: str) -> int:
         out, in_ = self.config.linear_shape(name)
@@ -207,7 +216,7 @@ class Sizes:
         """The fp32 gradients of what is trained in these layers of one block."""
         if self.adapter is None:
             return 4 * sum(map(self.count, names)) // self.slices
-        return sum(4 * self.adapter.parameter_count(self.config, name) for name in names)
+        return sum(4 * self.adapter.trained_count(self.config, name) for name in names)
 
 
 def _capability(gpu: Gpu, computed: str, held: str) -> Capability | None:
