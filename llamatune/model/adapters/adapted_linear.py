@@ -12,7 +12,7 @@ from llamatune.model.layers import Dropout, Linear, Trained
 
 
 class AdaptedLinear(Linear):
-    """A frozen layer with an adapter on it; ``weight`` or ``quantized`` keeps its name and its tensors.
+    """A frozen layer with an adapter on it; ``weight`` or ``quantized``, and ``bias``, keep their names and tensors.
 
     A kind of adapter is a subclass: ``start``, ``forward``, ``gradients`` and ``merged``. Its trained tensors are fp32
     parameters under the names of ``shapes``. The hand-written code of a fused block sees them as one tuple.
@@ -24,7 +24,7 @@ class AdaptedLinear(Linear):
     def __init__(self, frozen: Linear, shapes: Mapping[str, tuple[int, ...]], scaling: float, dropout: float) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = frozen.in_features, frozen.out_features
-        self.register_parameter("bias", None)
+        self.register_parameter("bias", frozen.bias)
         self.weight, self.quantized = frozen.weight, frozen.quantized
         self.scaling, self.dropout, self.trained_names = scaling, dropout, tuple(shapes)
         device = next(itertools.chain(frozen.parameters(), frozen.buffers())).device
