@@ -95,10 +95,10 @@ def window_of(facts: JsonFields, family: Family, layers: int) -> int | None:
         window = None
     elif facts.raw.get("use_sliding_window") and not flagged and window is None:
         facts.refuse("use_sliding_window", "this model has no window")
-    if flagged and window is not None and kinds is None:
+    if flagged and window is not None and not kinds:
         key, first = "max_window_layers", facts.integer("max_window_layers", unsaid["max_window_layers"])
         kinds = [_SLIDING if layer >= first else _FULL for layer in range(layers)]
-    slides = kinds is not None and _SLIDING in kinds
+    slides = _SLIDING in kinds
     if slides and (window is None or _FULL in kinds):
         facts.refuse(key, "windows in some layers only are not supported")
     return window if slides or not flagged else None
@@ -114,10 +114,12 @@ def window_facts(family: Family, window: int | None, layers: int) -> dict[str, A
     return {"max_window_layers": first, "sliding_window": window, "use_sliding_window": window is not None}
 
 
-def _kinds_of_layers(facts: JsonFields) -> list[str] | None:
-    """What each layer attends to, where a configuration says it."""
+def _kinds_of_layers(facts: JsonFields) -> list[str]:
+    """What each layer attends to; empty where a configuration does not say it."""
     kinds = facts.raw.get("layer_types")
-    if kinds is not None and not (isinstance(kinds, list) and all(kind in (_FULL, _SLIDING) for kind in kinds)):
+    if kinds is None:
+        return []
+    if not isinstance(kinds, list) or any(kind not in (_FULL, _SLIDING) for kind in kinds):
         facts.refuse("layer_types", f"a list of {_FULL!r} is expected, or of {_SLIDING!r}")
     return kinds
 

@@ -138,7 +138,7 @@ def our_steps(base: Path, adapter: Path, dtype: torch.dtype, fused: bool, quanti
             loss = summed_loss(model, row, row, lengths) / sum(length - 1 for length in lengths)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses, {name: parameter.detach() for name, parameter in parameters.items()}
 
 
