@@ -61,7 +61,6 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent, ranks: Ranks
         checkpoint = open_checkpoint(base, on_event)
         config = checkpoint.config.with_layers(spec.model.num_layers)
         base_fingerprint = fingerprint(checkpoint)
-    config.refuse_uncomputed(base)
     if validation is None and (spec.evaluation.every_steps or spec.evaluation.early_stopping_patience):
         raise SpecError(
             "there is no validation data to evaluate on",
