@@ -52,7 +52,10 @@ class Adapter:
         return bool(self.trained(name))
 
     def merged(self, name: str, W: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
-        """The merged model's weight called ``name``, fp32, of the rows ``rows`` of it; ``W`` holds the base's."""
+        """The merged model's weight called ``name``, of the rows ``rows`` of it; ``W`` holds the base's.
+
+        It is fp32, in memory that the caller may overwrite.
+        """
         return adapter_class(self.config.kind).merged(W, self.trained(name), self.scaling(name), rows)
 
     def scaling(self, name: str) -> float:
