@@ -65,7 +65,10 @@ class Adapter:
         return bool(self.trained(name))
 
     def merged(self, name: str, W: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
-        """The merged model's weight called ``name``, fp32, of the rows ``rows`` of it; ``W`` holds the base's."""
+        """The merged model's weight called ``name``, of the rows ``rows`` of it; ``W`` holds the base's.
+
+        It is fp32, in memory that the caller may overwrite.
+        """
         return adapter_class(self.config.kind).merged(W, self.trained(name), self.scaling(name), rows)
 
     def scaling(self, name: str) -> float:
@@ -73,13 +76,9 @@ class Adapter:
         path = name.split(".")  # model.layers.0.self_attn.q_proj.weight
         return self.config.scaling(path[-2], int(path[2]))
 
-    def on(self, base: Checkpoint, dtype: torch.dtype | None = None) -> Checkpoint:
-        """The base as its model is with this adapter, apart from the updates of layers that ``tensors`` hold.
-
-        ``dtype`` is that of the tensors which change; None: the base's.
-        """
-        tied = self.header is not None and self.header.config.tied
-        return changed_base(base, self.base_changes, tied, dtype)
+    def on(self, base: Checkpoint) -> Checkpoint:
+        """The base as its model is with this adapter, apart from the updates of layers that ``tensors`` hold."""
+        return changed_base(base, self.base_changes, self.header is not None and self.header.config.tied)
 
     def facts(self) -> dict[str, Any]:
         """What is computed with its tensors, as JSON."""

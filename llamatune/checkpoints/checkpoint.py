@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from llamatune.checkpoints.huggingface_files import list_faults
 from llamatune.checkpoints.model_directory import Format
 from llamatune.checkpoints.tensor_bytes import tensor_bytes
+from llamatune.checkpoints.weights import StoredWeight, WeightOf
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent
 from llamatune.formats.manifest import Staging
@@ -28,9 +29,8 @@ WIDE = "F64"
 """What is read as fp32."""
 READ_WEIGHTS = {**STORED_WEIGHTS, WIDE: torch.float64}
 
-TensorOf = Callable[[str], torch.Tensor]
-"""Gives a weight by its Hugging Face name, in Hugging Face's layout."""
-DtypeOf = Callable[[str], torch.dtype]
+PORTION_WEIGHTS = 1 << 19
+"""Of a matrix that is read in portions."""
 
 
 class Checkpoint(ABC):
@@ -48,6 +48,33 @@ class Checkpoint(ABC):
         self.shapes = dict(config.parameter_shapes())
         self._maps: dict[Path, mmap.mmap] = {}
 
+    def is_made(self, name: str) -> bool:
+        """Whether a weight is computed when it is read, its rows in fp32 whatever its dtype."""
+        return False
+
+    def stored(self, name: str) -> StoredWeight:
+        """A weight that is read when it is written somewhere else, if its bytes cannot be copied."""
+        read = self.row_reader(name)
+        portions = (read(rows) for rows in self.row_portions(name))
+        return StoredWeight(self.parts[name], False, portions)
+
+    def row_portions(self, name: str) -> Iterator[slice]:
+        """A matrix cut into runs of rows, in order; those of q and k are whole heads, within which formats differ."""
+        rows, *others = self.shapes[name]
+        heads = self.config.head_dim if name.endswith(("q_proj.weight", "k_proj.weight")) else 1
+        step = heads * max(1, PORTION_WEIGHTS // (heads * math.prod(others)))
+        return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+    def row_reader(self, name: str) -> Callable[[slice], torch.Tensor]:
+        """Reads runs of a weight's rows, which ``row_portions`` gives, in memory of their own."""
+        return self._row_reader(self.parts[name][0])
+
+    def _row_reader(self, part: TensorLocation) -> Callable[[slice], torch.Tensor]:
+        if part.strides is not None and part.strides[1:] not in ((), (1,)):
+            whole = self._read(part)  # a transposed view: no row is one run of bytes
+            return lambda rows: whole[rows]
+        return lambda rows: self._read(part.rows(rows.start, rows.stop - rows.start))
+
     def tensor(self, name: str, mapped: bool = False) -> torch.Tensor:
         """The tensor in memory of its own; ``mapped``: in the page cache, where the layout on disk allows it."""
         return self._read(self.parts[name][0], mapped)
@@ -57,10 +84,10 @@ class Checkpoint(ABC):
         return self._read_rows(self.parts[name][0], rows)
 
     @abstractmethod
-    def write_copy(self, staging: Staging, tensor_of: TensorOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
+    def write_copy(self, staging: Staging, weight_of: WeightOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
         """Write the model again with other tensors, in its own layout and with its own configuration and tokenizer.
 
-        ``tensor_of`` gives each weight once; ``dtype`` is what all are cast to, None: each as it is stored.
+        ``weight_of`` is asked for each weight once; ``dtype`` is what all are cast to, None: each as it is stored.
         """
 
     def dtype(self, name: str) -> torch.dtype:

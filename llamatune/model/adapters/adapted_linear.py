@@ -89,7 +89,7 @@ class AdaptedLinear(Linear):
 
     @staticmethod
     def merged(W: Tensor, trained: Trained, scaling: float, rows: slice = slice(None)) -> Tensor:
-        """The weight with the adapter in it, fp32, of the rows ``rows`` of it, which ``W`` holds.
+        """The weight with the adapter in it, fp32 in new memory, of the rows ``rows`` of it, which ``W`` holds.
 
         Rounding it, once, is the caller's.
         """
