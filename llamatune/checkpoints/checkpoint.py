@@ -13,7 +13,7 @@ import torch
 from llamatune.checkpoints.huggingface_files import list_faults
 from llamatune.checkpoints.model_directory import Format
 from llamatune.checkpoints.tensor_bytes import tensor_bytes
-from llamatune.checkpoints.weights import StoredWeight, WeightOf
+from llamatune.checkpoints.weights import StoredWeight, Weight, WeightOf
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent
 from llamatune.formats.manifest import Staging
@@ -27,7 +27,7 @@ _PORTION_BYTES = 16 << 20
 
 WIDE = "F64"
 """What is read as fp32."""
-_READ = {**STORED_WEIGHTS, WIDE: torch.float64}
+READ_WEIGHTS = {**STORED_WEIGHTS, WIDE: torch.float64}
 
 PORTION_WEIGHTS = 1 << 19
 """Of a matrix that is read in portions."""
@@ -48,11 +48,15 @@ class Checkpoint(ABC):
         self.shapes = dict(config.parameter_shapes())
         self._maps: dict[Path, mmap.mmap] = {}
 
-    def stored(self, name: str) -> StoredWeight:
+    def stored(self, name: str) -> Weight:
         """A weight that is read when it is written somewhere else, if its bytes cannot be copied."""
         read = self.row_reader(name)
         portions = (read(rows) for rows in self.row_portions(name))
-        return StoredWeight(self.parts[name], False, portions)
+        return StoredWeight(self.parts[name], self.is_rotated(name), portions)
+
+    def is_rotated(self, name: str) -> bool:
+        """Whether its rows are stored in Meta's order."""
+        return False
 
     def row_portions(self, name: str) -> Iterator[slice]:
         """A matrix cut into runs of rows, in order; those of q and k are whole heads, within which formats differ."""
@@ -97,34 +101,11 @@ class Checkpoint(ABC):
             count = (part.end - part.begin) // dtype.itemsize
             return torch.frombuffer(self._map(part.path), dtype=dtype, count=count, offset=part.begin).view(part.shape)
         tensor = torch.empty(part.shape, dtype=dtype)
-        self._fill(tensor, part)
+        fill_from(tensor, part)
         return tensor
 
-    def _fill(self, into: torch.Tensor, part: TensorLocation) -> None:
-        """Read into a CPU tensor of any layout; what is not one run of bytes on both sides comes in portions."""
-        if part.dtype == WIDE != STORED_NAMES[into.dtype]:
-            stored = torch.empty(part.shape, dtype=_READ[WIDE])
-            self._fill(stored, part)
-            into.copy_(stored)
-            return
-        if part.strides is None and into.is_contiguous():
-            read_into(part.path, part.begin, into)
-            return
-        shape = part.shape
-        strides = part.strides or torch.empty(shape, device="meta").stride()
-        # Portions along the widest stride do not overlap in the file, so nothing is read twice.
-        wide = max(range(len(shape)), key=lambda i: (shape[i] > 1, strides[i]))
-        slice_extent = 1 + sum((n - 1) * s for i, (n, s) in enumerate(zip(shape, strides, strict=True)) if i != wide)
-        at_once = max(1, _PORTION_BYTES // into.itemsize // strides[wide])
-        for first in range(0, shape[wide], at_once):
-            count = min(at_once, shape[wide] - first)
-            portion = torch.empty((count - 1) * strides[wide] + slice_extent, dtype=into.dtype)
-            read_into(part.path, part.begin + first * strides[wide] * into.itemsize, portion)
-            view = portion.as_strided([count if i == wide else n for i, n in enumerate(shape)], strides)
-            into.narrow(wide, first, count).copy_(view)
-
     def _read_rows(self, part: TensorLocation, rows: Sequence[int]) -> torch.Tensor:
-        dtype, shape, strides = _READ[part.dtype], part.shape, part.strides
+        dtype, shape, strides = READ_WEIGHTS[part.dtype], part.shape, part.strides
         if strides is not None and shape[1:] not in ((), (1,)) and strides[1:] != (1,):
             return self._read(part)[list(rows)]  # a transposed view: no row is one run of bytes
         size = dtype.itemsize * math.prod(shape[1:])
@@ -156,6 +137,30 @@ def read_into(path: Path, begin: int, tensor: torch.Tensor) -> None:
             view = view[count:]
 
 
+def fill_from(into: torch.Tensor, part: TensorLocation) -> None:
+    """Read into a CPU tensor of any layout; what is not one run of bytes on both sides comes in portions."""
+    if part.dtype == WIDE != STORED_NAMES[into.dtype]:
+        stored = torch.empty(part.shape, dtype=READ_WEIGHTS[WIDE])
+        fill_from(stored, part)
+        into.copy_(stored)
+        return
+    if part.strides is None and into.is_contiguous():
+        read_into(part.path, part.begin, into)
+        return
+    shape = part.shape
+    strides = part.strides or torch.empty(shape, device="meta").stride()
+    # Portions along the widest stride do not overlap in the file, so nothing is read twice.
+    wide = max(range(len(shape)), key=lambda i: (shape[i] > 1, strides[i]))
+    slice_extent = 1 + sum((n - 1) * s for i, (n, s) in enumerate(zip(shape, strides, strict=True)) if i != wide)
+    at_once = max(1, _PORTION_BYTES // into.itemsize // strides[wide])
+    for first in range(0, shape[wide], at_once):
+        count = min(at_once, shape[wide] - first)
+        portion = torch.empty((count - 1) * strides[wide] + slice_extent, dtype=into.dtype)
+        read_into(part.path, part.begin + first * strides[wide] * into.itemsize, portion)
+        view = portion.as_strided([count if i == wide else n for i, n in enumerate(shape)], strides)
+        into.narrow(wide, first, count).copy_(view)
+
+
 def warn_of_wide_weights(path: Path, parts: Iterable[TensorLocation], on_event: OnEvent) -> None:
     """A notice about weights in fp64."""
     if any(part.dtype == WIDE for part in parts):
@@ -180,7 +185,7 @@ def refuse_unfit(
         "neither float32, bfloat16 nor float16": [
             f"{name} {part.dtype}"
             for name, part in found.items()
-            if isinstance(part, TensorLocation) and part.dtype not in _READ
+            if isinstance(part, TensorLocation) and part.dtype not in READ_WEIGHTS
         ],
     }
     if listed := list_faults(faults):

@@ -102,7 +102,8 @@ def write_config_json(directory: Path, config: LlamaConfig, dtype: str, source: 
 def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: str | None) -> None:
     """Write the configuration of the model in ``source`` again, with each value under every name that readers use.
 
-    ``config`` is that configuration as read; ``dtype`` is what the weights are cast to, None: no cast.
+    ``config`` is that configuration as read, or as an adapter has changed it; ``dtype`` is what the weights are cast
+    to, None: no cast.
     """
     facts = read_json(source / "config.json")
     changed = dict(facts)
@@ -116,6 +117,10 @@ def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: 
     if dtype_name is not None:
         changed |= dict.fromkeys(_DTYPE_KEYS, dtype_name)
     changed["tie_word_embeddings"] = config.tie_word_embeddings  # mlx-lm takes a missing flag for true
+    changed["vocab_size"] = config.vocab_size
+    for flag, modules in FAMILIES[config.model_type].flags.items():
+        if set(modules) & set(config.biased_modules):
+            changed[flag] = True
     if changed == facts:
         copy_file(source / "config.json", directory)
     else:

@@ -69,6 +69,15 @@ def write_huggingface(
     copy_huggingface_tokenizer(source, staging.path, on_event)
 
 
+def write_changed_copy(
+    staging: Staging, config: LlamaConfig, weight_of: WeightOf, dtype_of: DtypeOf, source: Path, on_event: OnEvent
+) -> None:
+    """Write ``source``, a directory of this format, again as a model of another vocabulary, tie or set of biases."""
+    _write_shards(staging, _plan_shards(config, dtype_of), weight_of)
+    copy_config_json(source, config, staging.path, DTYPE_NAMES[dtype_of(EMBEDDING)])
+    copy_huggingface_tokenizer(source, staging.path, on_event)
+
+
 def _plan_shards(config: LlamaConfig, dtype_of: DtypeOf) -> list[list[DeclaredTensor]]:
     """The tensors of each file, in the model's order; no file exceeds ``_SHARD_BYTES`` unless a single tensor does."""
     shards: list[list[DeclaredTensor]] = [[]]

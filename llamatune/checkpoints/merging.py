@@ -71,7 +71,7 @@ def merge_lora(
     inputs = {
         "base_fingerprint": base_fingerprint,
         "adapter_sha256": adapter.digest,
-        "adapter_config": adapter.config.facts(),
+        "adapter_config": adapter.facts(),
         "format": format_,
         "dtype": options.dtype,
     }
@@ -87,6 +87,7 @@ def merge_lora(
         )
     warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
     check_adapter(adapter, checkpoint.config, base_fingerprint, options.force_base, on_event)
+    checkpoint = adapter.on(checkpoint, dtype)
     needed = sum(
         math.prod(shape) * (dtype or checkpoint.dtype(name)).itemsize for name, shape in checkpoint.shapes.items()
     )
@@ -109,7 +110,7 @@ def merge_lora(
             format=format_,
             dtype=DTYPE_NAMES[merged.dtype_of(EMBEDDING)],
             tensors=len(checkpoint.shapes),
-            merged_tensors=merged.merged_tensors,
+            merged_tensors=merged.merged_tensors + len(adapter.base_changes),
             max_abs_error=merged.max_abs_error,
             vanished_fraction=merged.vanished / merged.changed if merged.changed else 0.0,
             bytes=needed,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from llamatune.checkpoints.checkpoint import Checkpoint, refuse_unfit, warn_of_wide_weights
+from llamatune.checkpoints.checkpoint import Checkpoint, fill_from, refuse_unfit, warn_of_wide_weights
 from llamatune.checkpoints.config_json import EMBEDDING as HF_EMBEDDING
 from llamatune.checkpoints.config_json import HEAD as HF_HEAD
 from llamatune.checkpoints.model_directory import Format, locate_meta
@@ -128,11 +128,11 @@ class MetaCheckpoint(Checkpoint):
         else:
             W = torch.empty(self.shapes[name], dtype=self.dtype(name))
             for part, into in zip(parts, W.chunk(len(parts), axis), strict=True):
-                self._fill(into, part)
+                fill_from(into, part)
         return _rows_from_meta(W, self.config.head_dim) if _is_rotated(name) else W
 
-    def stored(self, name: str) -> StoredWeight:
-        return dataclasses.replace(super().stored(name), rotated=_is_rotated(name))
+    def is_rotated(self, name: str) -> bool:
+        return _is_rotated(name)
 
     def row_reader(self, name: str) -> Callable[[slice], torch.Tensor]:
         parts, axis = self.parts[name], self._split_axis(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from llamatune.devices import choose_device
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import OnEvent
 from llamatune.ranks import ALONE, Ranks
+from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.counts import ParameterCount, count_parameters
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shared_work import refuse_differences
@@ -88,11 +90,23 @@ def _starting_adapter(
         return None
     adapter = load_adapter(Path(spec.lora.init_from))
     check_adapter(adapter, config, base_fingerprint, force_base, on_event)
-    own = adapter.config
-    if (own.r, own.target_modules, own.scaling()) != (shape.r, shape.target_modules, shape.scaling()):
+    where, own = spec.lora.init_from, adapter.config
+    if adapter.base_changes:
+        what = f"the adapter also changes {', '.join(sorted(adapter.base_changes)[:3])} of the base"
+        raise CheckpointError(what, where, "merge it into the base and start from that")
+    if own.kind != shape.kind or not _same_updates(own, shape, config):
+        alpha = own.scaling() * (math.sqrt(own.r) if shape.use_rslora else own.r)
         raise CheckpointError(
-            f"the adapter has r {own.r}, alpha {own.alpha:g} on {', '.join(own.target_modules)}",
-            spec.lora.init_from,
-            "give the lora section the same values",
+            f"the adapter is {own.kind} with r {own.r}, scaling {own.scaling():g} on {', '.join(own.target_modules)}",
+            where,
+            f"give the lora section the same: alpha {alpha:g} for this scaling",
         )
     return adapter
+
+
+def _same_updates(one: AdapterSpec, other: AdapterSpec, config: LlamaConfig) -> bool:
+    """Whether both adapt the same matrices with the same ranks and scalings, however they state it."""
+    if dict(one.checkpoint_shapes(config)) != dict(other.checkpoint_shapes(config)):
+        return False
+    places = [(module, layer) for module in other.modules for layer in range(config.num_hidden_layers)]
+    return all(math.isclose(one.scaling(*place), other.scaling(*place), rel_tol=1e-6) for place in places)
