@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamatune.checkpoints.adapter_config import AdapterConfig
-from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
+from llamatune.shapes.adapter import AdapterSpec
 from llamatune.strict_json import JsonFields
 
 MLX_WEIGHTS = "adapters.safetensors"
@@ -61,8 +61,8 @@ def read_mlx_config(fields: JsonFields, found: Sequence[str]) -> MlxConfig:
     kind = fields.raw.get("fine_tune_type", "lora")
     if kind == "full":
         fields.refuse("fine_tune_type", "it is no adapter but a whole model; fuse it with mlx_lm.fuse and give that")
-    if kind not in ADAPTER_KINDS:
-        fields.refuse("fine_tune_type", f"only {' and '.join(ADAPTER_KINDS)} are supported")
+    if kind not in ("lora", "dora"):
+        fields.refuse("fine_tune_type", "only lora and dora are supported")
     stated = fields.raw.get("lora_parameters")
     if not isinstance(stated, dict):
         fields.refuse("lora_parameters", "rank, scale and dropout are needed")

@@ -173,7 +173,6 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ran
     """
     device = choose_device(source.device, on_event, None if ranks.size == 1 else ranks.local_rank)
     checkpoint, adapter = open_checkpoint(source.model, on_event), None
-    checkpoint.config.refuse_uncomputed(source.model)
     if source.adapter is not None:
         adapter = load_adapter(source.adapter)
         check_adapter(adapter, checkpoint.config, fingerprint(checkpoint), source.force_base, on_event)

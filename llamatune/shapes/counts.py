@@ -55,7 +55,8 @@ def count_parameters(config: LlamaConfig, adapter: AdapterSpec | None = None) ->
     base = sum(facts["base"] for facts in modules.values())
     if adapter is None:
         return ParameterCount(base, base, modules)
+    trained, layers = 0, range(config.num_hidden_layers)
     for module in adapter.modules:
-        layers = range(config.num_hidden_layers)
         modules[linear_path(module)]["adapter"] = sum(adapter.parameter_count(config, module, n) for n in layers)
-    return ParameterCount(base, sum(facts["adapter"] for facts in modules.values()), modules)
+        trained += sum(adapter.trained_count(config, module, n) for n in layers)
+    return ParameterCount(base, trained, modules)

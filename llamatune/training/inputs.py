@@ -21,7 +21,6 @@ from llamatune.devices import choose_device
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import OnEvent
 from llamatune.ranks import ALONE, Ranks
-from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.counts import ParameterCount, count_parameters
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shared_work import refuse_differences
@@ -62,7 +61,6 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent, ranks: Ranks
         checkpoint = open_checkpoint(base, on_event)
         config = checkpoint.config.with_layers(spec.model.num_layers)
         base_fingerprint = fingerprint(checkpoint)
-    config.refuse_uncomputed(base)
     if validation is None and (spec.evaluation.every_steps or spec.evaluation.early_stopping_patience):
         raise SpecError(
             "there is no validation data to evaluate on",
@@ -94,19 +92,12 @@ def _starting_adapter(
     if adapter.base_changes:
         what = f"the adapter also changes {', '.join(sorted(adapter.base_changes)[:3])} of the base"
         raise CheckpointError(what, where, "merge it into the base and start from that")
-    if own.kind != shape.kind or not _same_updates(own, shape, config):
+    wanted = shape.stored()
+    if own.kind != wanted.kind or own.updates(config) != wanted.updates(config):
         alpha = own.scaling() * (math.sqrt(own.r) if shape.use_rslora else own.r)
         raise CheckpointError(
-            f"the adapter is {own.kind} with r {own.r}, scaling {own.scaling():g} on {', '.join(own.target_modules)}",
+            f"the adapter is {own.kind} of r {own.r}, scaled by {own.scaling():g}, on {', '.join(own.target_modules)}",
             where,
-            f"give the lora section the same: alpha {alpha:g} for this scaling",
+            f"give the lora section the same, which is r {own.r} with alpha {alpha:g} here",
         )
     return adapter
-
-
-def _same_updates(one: AdapterSpec, other: AdapterSpec, config: LlamaConfig) -> bool:
-    """Whether both adapt the same matrices with the same ranks and scalings, however they state it."""
-    if dict(one.checkpoint_shapes(config)) != dict(other.checkpoint_shapes(config)):
-        return False
-    places = [(module, layer) for module in other.modules for layer in range(config.num_hidden_layers)]
-    return all(math.isclose(one.scaling(*place), other.scaling(*place), rel_tol=1e-6) for place in places)

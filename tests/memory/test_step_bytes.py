@@ -15,7 +15,7 @@ from llamatune.data.batches import Batch
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.model import attention
 from llamatune.shapes import tile_sizes
-from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, QKV_MODULES, LlamaConfig
 from llamatune.shapes.presets import PRESETS
 from llamatune.shapes.recompute_levels import Levels, Recompute, levels_of
 
@@ -83,6 +83,35 @@ def test_fused_lora(
 def test_plain_modules(targets: tuple[str, ...], dtype: str, precision: str, mode: str) -> None:
     spec = spec_of(targets, mode, 0.1, dtype=dtype, precision=precision, fused=False)
     assert predicted(spec, SMALL, 1, 512) == pytest.approx(measured(spec, SMALL, 1, 512), rel=TOLERANCE)
+
+
+QWEN_2 = LlamaConfig(256, 688, 4, 8, 2, 1000, biased_modules=QKV_MODULES)
+QWEN_3 = LlamaConfig(256, 688, 4, 8, 2, 1000, head_dim=64, head_norms=True)
+
+
+@pytest.mark.parametrize("config", [QWEN_2, QWEN_3], ids=["qwen 2", "qwen 3"])
+@pytest.mark.parametrize(
+    ("targets", "dtype", "precision", "mode", "fused"),
+    [(QV, "bfloat16", "bf16", "none", True), (LINEAR_MODULES, "float32", "bf16", "projections", True),
+     (LINEAR_MODULES, "float32", "fp32", "block", True), (LINEAR_MODULES, "nf4", "bf16", "attention", True),
+     (("k_proj",), "bfloat16", "bf16", "none", False), (LINEAR_MODULES, "float32", "fp32", "sublayer", False),
+     (LINEAR_MODULES, "nf4", "bf16", "none", False), ((), "float32", "fp32", "none", False),
+     ((), "float32", "bf16", "block", False)],
+)  # fmt: skip
+def test_biases_and_norms_of_heads(
+    config: LlamaConfig, targets: tuple[str, ...], dtype: str, precision: str, mode: str, fused: bool
+) -> None:
+    spec = spec_of(targets, mode, 0.1, dtype=dtype, precision=precision, fused=fused)
+    assert predicted(spec, config, 2, 300) == pytest.approx(measured(spec, config, 2, 300), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("config", [QWEN_2, QWEN_3], ids=["qwen 2", "qwen 3"])
+def test_the_base_is_counted_to_the_last_bias(config: LlamaConfig) -> None:
+    for dtype, precision in (("bfloat16", "bf16"), ("float32", "fp32"), ("nf4", "bf16"), ("float8", "bf16")):
+        spec = spec_of(QV, dtype=dtype, precision=precision)
+        batch = even_batch(1, 8, step_meter.TARGET_SHARE)
+        held = step_meter._run(spec, config, batch).weights_bytes
+        assert step_bytes(spec, config, Rows((8,), 4), cuda=False).weights == held
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adamw_8bit"])
