@@ -11,7 +11,7 @@ from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.config_json import EMBEDDING, HEAD
 from llamatune.checkpoints.huggingface_weights import write_changed_copy
 from llamatune.checkpoints.meta_weights import write_meta
-from llamatune.checkpoints.weights import StoredWeight, WeightOf
+from llamatune.checkpoints.weights import Weight, WeightOf
 from llamatune.events import OnEvent
 from llamatune.formats.manifest import Staging
 from llamatune.shapes.llama_config import LlamaConfig
@@ -27,7 +27,7 @@ class ChangedBase(Checkpoint):
     def is_made(self, name: str) -> bool:
         return name in self._changes or self._source(name) is None
 
-    def stored(self, name: str) -> StoredWeight:
+    def stored(self, name: str) -> Weight:
         return self.base.stored(self._source(name) or name)
 
     def row_reader(self, name: str) -> Callable[[slice], torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from llamatune.checkpoints.huggingface_files import list_faults
 from llamatune.checkpoints.model_directory import Format
 from llamatune.checkpoints.tensor_bytes import tensor_bytes
-from llamatune.checkpoints.weights import StoredWeight, WeightOf
+from llamatune.checkpoints.weights import StoredWeight, Weight, WeightOf
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent
 from llamatune.formats.manifest import Staging
@@ -52,11 +52,15 @@ class Checkpoint(ABC):
         """Whether a weight is computed when it is read, its rows in fp32 whatever its dtype."""
         return False
 
-    def stored(self, name: str) -> StoredWeight:
+    def stored(self, name: str) -> Weight:
         """A weight that is read when it is written somewhere else, if its bytes cannot be copied."""
         read = self.row_reader(name)
         portions = (read(rows) for rows in self.row_portions(name))
-        return StoredWeight(self.parts[name], False, portions)
+        return StoredWeight(self.parts[name], self.is_rotated(name), portions)
+
+    def is_rotated(self, name: str) -> bool:
+        """Whether its rows are stored in Meta's order."""
+        return False
 
     def row_portions(self, name: str) -> Iterator[slice]:
         """A matrix cut into runs of rows, in order; those of q and k are whole heads, within which formats differ."""

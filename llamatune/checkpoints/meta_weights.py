@@ -131,8 +131,8 @@ class MetaCheckpoint(Checkpoint):
                 fill_from(into, part)
         return _rows_from_meta(W, self.config.head_dim) if _is_rotated(name) else W
 
-    def stored(self, name: str) -> StoredWeight:
-        return dataclasses.replace(super().stored(name), rotated=_is_rotated(name))
+    def is_rotated(self, name: str) -> bool:
+        return _is_rotated(name)
 
     def row_reader(self, name: str) -> Callable[[slice], torch.Tensor]:
         parts, axis = self.parts[name], self._split_axis(name)
