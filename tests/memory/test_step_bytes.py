@@ -124,6 +124,42 @@ def test_the_base_is_counted_to_the_last_bias(config: LlamaConfig, dtype: str) -
     assert found == sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
+KINDS: list[tuple[dict[str, Any], str, str, bool, str]] = [
+    ({"kind": "dora"}, "bfloat16", "bf16", True, "none"),
+    ({"kind": "dora"}, "nf4", "bf16", True, "block"),
+    ({"kind": "dora", "dropout": 0.1}, "float32", "fp32", True, "projections"),
+    ({"kind": "dora", "dropout": 0.1}, "bfloat16", "bf16", False, "none"),
+    ({"kind": "dora"}, "bfloat16", "bf16", False, "sublayer"),
+    ({"kind": "lora_fa"}, "bfloat16", "bf16", True, "none"),
+    ({"kind": "lora_fa", "r": 64}, "float32", "bf16", False, "none"),
+    ({"kind": "lora_fa", "dropout": 0.1}, "float32", "fp32", False, "block"),
+    ({"init": "pissa", "r": 64}, "bfloat16", "bf16", True, "none"),
+    ({"init": "olora"}, "bfloat16", "bf16", False, "none"),
+    ({"ranks": {"q_proj": 64, "down_proj": 200}, "dropout": 0.1}, "bfloat16", "bf16", True, "none"),
+    ({"ranks": {"q_proj": 64, "down_proj": 200}}, "float32", "fp32", False, "none"),
+]
+
+
+@pytest.mark.parametrize(("lora", "dtype", "precision", "fused", "mode"), KINDS)
+def test_kinds_of_adapter(lora: dict[str, Any], dtype: str, precision: str, fused: bool, mode: str) -> None:
+    spec = spec_of(LINEAR_MODULES, mode, dtype=dtype, precision=precision, fused=fused, lora=lora)
+    assert predicted(spec, SMALL, 1, 512) == pytest.approx(measured(spec, SMALL, 1, 512), rel=TOLERANCE)
+
+
+def test_lora_fa_trains_less_and_its_plain_modules_keep_no_input() -> None:
+    rows = Rows((512,), 128)
+    for fused in (True, False):
+        lora, fa = (
+            step_bytes(spec_of(LINEAR_MODULES, fused=fused, lora=lora), SEVEN, rows, cuda=True)
+            for lora in ({}, {"kind": "lora_fa"})
+        )
+        trained = sum(Sizes(spec_of(LINEAR_MODULES, lora={"kind": "lora_fa"}), SEVEN, rows, True).trained_counts)
+        assert fa.optimizer_state == 8 * trained + 4 * 7 * 3
+        assert fa.optimizer_state < 0.6 * lora.optimizer_state
+        assert (fa.activations < 0.8 * lora.activations) is not fused
+        assert fa.peak < lora.peak
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adamw_8bit"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("config", [TINY, TIED], ids=["", "tied"])
