@@ -32,6 +32,18 @@ def _kept_of_linear(z: Sizes, name: str, rows: int, item_bytes: int, leads_back:
     return kept
 
 
+def _head_norms(ledger: Ledger, z: Sizes, leads_back: bool) -> list[Tensor]:
+    """Of the norms of the heads of q and k: both in fp32 where a gradient leads behind them, and divided by their
+    mean squares where the weights are trained.
+    """
+    if not z.normed:
+        return []
+    widths = [width for name, width in (("q_proj", z.Q), ("k_proj", z.K)) if leads_back or name in z.targets]
+    with ledger.step("norms of heads"):
+        ledger.use("q and its square in fp32, normed q", 3 * z.N * z.Q * 4)
+        return [ledger.keep("q and k in fp32, over their rms", z.N * sum(widths) * 4 * (2 if z.trains_all else 1))]
+
+
 def _keeps_input(z: Sizes, names: Sequence[str], item_bytes: int) -> bool:
     """Whether these layers keep their input as it is."""
     if z.autocast and item_bytes != z.c:
@@ -81,6 +93,7 @@ def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
         projections = ledger.keep("of q, k, v", kept + (4 * N * z.config.head_dim * c if c < 4 else 0))
         qkv = ledger.make("q, k, v", N * (z.Q + 2 * z.K) * c)
         of_qkv = _magnitudes(ledger, z, QKV_MODULES, N)
+    heads = _head_norms(ledger, z, leads_back)
     with ledger.step("rotation"):
         ledger.use("rotated", 4 * N * z.Q * c)
     with ledger.step("attention"):
@@ -109,11 +122,14 @@ def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
         ledger.free(cast, lora)
     with ledger.step("attention"):
         every_do = ledger.make("gradient of attention's output", N * z.Q * c if last else 0)
-        ledger.free(made.backward(ledger), inputs, outputs)
+        ledger.free(made.backward(ledger), inputs, outputs, do, every_do, o)
     with ledger.step("rotation"):
         dqkv = ledger.make("gradients of q, k, v", N * (z.Q + 2 * z.K) * c)
         ledger.use("rotated", 4 * N * z.Q * c)
-        ledger.free(do, every_do, o)
+    if z.normed:
+        with ledger.step("norms of heads"):
+            ledger.use("gradients of q in fp32", N * z.Q * (3 * 4 + (c if c < 4 else 0)))
+    ledger.free(*heads)
     with ledger.step("q, k, v"):
         _magnitudes_backward(ledger, z, QKV_MODULES, N, of_qkv)
         dh = ledger.make("gradient of the normed x and its casts", N * D * (c + 2 * s))

@@ -18,7 +18,7 @@ from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.dtypes import PRECISIONS, QUANTIZED_DTYPES, WEIGHT_BYTES
 from llamatune.shapes.float8_products import runs_in_float8
 from llamatune.shapes.gradient_lanes import LANES
-from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig, linear_module
 from llamatune.shapes.recurring_sizes import filled_up
 from llamatune.shapes.tile_sizes import ELEMENTS_AT_ONCE, NORMED_AT_ONCE, WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
@@ -53,6 +53,7 @@ class Sizes:
         self.device = "cuda" if cuda else "cpu"
         self.D, self.F, self.V = config.hidden_size, config.intermediate_size, config.vocab_size
         self.Q, self.K = config.linear_shape("q_proj")[0], config.linear_shape("k_proj")[0]
+        self.normed = self.Q + self.K if config.head_norms else 0  # widths of what has norms of heads
         self.adapter = spec.adapter
         self.targets = frozenset(self.adapter.target_modules) if self.adapter else frozenset()
         kind = self.adapter.kind if self.adapter else None
@@ -139,11 +140,17 @@ class Sizes:
         if not self.quantized:
             return self.block_parameters * self.w
         held = {"nf4": _nf4_bytes, "float8": _float8_bytes}[self.spec.model.dtype]
-        return sum(held(self.config.linear_shape(name)) for name in LINEAR_MODULES) + 2 * self.D * self.w
+        return sum(held(self.config.linear_shape(name)) for name in LINEAR_MODULES) + self._vectors * self.w
 
     @property
     def block_parameters(self) -> int:
-        return sum(self.count(name) for name in LINEAR_MODULES) + 2 * self.D
+        return sum(self.count(name) for name in LINEAR_MODULES) + self._vectors
+
+    @functools.cached_property
+    def _vectors(self) -> int:
+        """Elements of the norms and biases of a block."""
+        shapes = self.config.with_layers(1).parameter_shapes()
+        return sum(math.prod(shape) for name, shape in shapes if ".layers." in name and not linear_module(name))
 
     @functools.cached_property
     def optimizer_state(self) -> int:

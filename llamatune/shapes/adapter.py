@@ -60,8 +60,9 @@ ADAPTER_KINDS: dict[str, AdapterKind] = {
 class AdapterSpec:
     """Which linear layers are adapted, and how. ``target_modules`` are kept sorted, as PEFT writes them.
 
-    ``module_ranks`` and ``module_alphas`` hold what differs from ``r`` and ``alpha`` for single target modules.
-    ``drawn`` says how A begins: ``kaiming`` or ``gaussian``.
+    Each is the name of a module, ``q_proj``, for all blocks, or its path in one, ``layers.3.self_attn.q_proj``.
+    ``module_ranks`` and ``module_alphas`` hold what differs from ``r`` and ``alpha``, under such names and paths; that
+    of a path comes before that of a name. ``drawn`` says how A begins: ``kaiming`` or ``gaussian``.
     """
 
     r: int
@@ -77,13 +78,24 @@ class AdapterSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", tuple(sorted(self.target_modules)))
 
-    def rank(self, module: str) -> int:
-        """The rank of one target module's update."""
-        return dict(self.module_ranks).get(module, self.r)
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of the modules that are adapted in some block."""
+        return tuple(sorted({target.rpartition(".")[2] for target in self.target_modules}))
 
-    def scaling(self, module: str = "") -> float:
+    def adapts(self, module: str, layer: int | None = None) -> bool:
+        """Whether a module of this block is adapted; None: of every block, as in all that a run spec describes."""
+        return module in self.target_modules or _path(module, layer) in self.target_modules
+
+    def rank(self, module: str, layer: int | None = None) -> int:
+        """The rank of one update."""
+        ranks = dict(self.module_ranks)
+        return ranks.get(_path(module, layer), ranks.get(module, self.r))
+
+    def scaling(self, module: str = "", layer: int | None = None) -> float:
         """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023)."""
-        r, alpha = self.rank(module), dict(self.module_alphas).get(module, self.alpha)
+        r, alphas = self.rank(module, layer), dict(self.module_alphas)
+        alpha = alphas.get(_path(module, layer), alphas.get(module, self.alpha))
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
     def facts(self) -> dict[str, Any]:
@@ -107,37 +119,43 @@ class AdapterSpec:
             drawn="kaiming",
         )
 
-    def updates(self) -> list[tuple[str, int, float]]:
-        """Each target module with its rank and its scaling."""
-        return [(module, self.rank(module), self.scaling(module)) for module in self.target_modules]
+    def updates(self, config: LlamaConfig) -> dict[tuple[str, int], tuple[int, float]]:
+        """Of each adapted matrix, by module and block, the rank and the scaling, to seven digits."""
+        places = ((module, layer) for module in self.modules for layer in range(config.num_hidden_layers))
+        return {
+            place: (self.rank(*place), float(f"{self.scaling(*place):.6e}")) for place in places if self.adapts(*place)
+        }
 
-    def tensor_shapes(self, config: LlamaConfig, module: str) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(self, config: LlamaConfig, module: str, layer: int | None = None) -> dict[str, tuple[int, ...]]:
         """The adapter's tensors of one linear layer by name; none if it is no target."""
-        if module not in self.target_modules:
+        if not self.adapts(module, layer):
             return {}
         out_features, in_features = config.linear_shape(module)
-        sizes = {"r": self.rank(module), "in": in_features, "out": out_features}
+        sizes = {"r": self.rank(module, layer), "in": in_features, "out": out_features}
         tensors = ADAPTER_KINDS[self.kind].tensors
         return {name: tuple(sizes[dimension] for dimension in dimensions) for name, dimensions in tensors.items()}
 
-    def trained_shapes(self, config: LlamaConfig, module: str) -> dict[str, tuple[int, ...]]:
+    def trained_shapes(self, config: LlamaConfig, module: str, layer: int | None = None) -> dict[str, tuple[int, ...]]:
         """Those that are trained."""
         frozen = ADAPTER_KINDS[self.kind].frozen
-        return {name: shape for name, shape in self.tensor_shapes(config, module).items() if name not in frozen}
+        return {name: shape for name, shape in self.tensor_shapes(config, module, layer).items() if name not in frozen}
 
-    def parameter_count(self, config: LlamaConfig, module: str) -> int:
+    def parameter_count(self, config: LlamaConfig, module: str, layer: int | None = None) -> int:
         """Parameters of the adapter of one linear layer of one block."""
-        return sum(map(math.prod, self.tensor_shapes(config, module).values()))
+        return sum(map(math.prod, self.tensor_shapes(config, module, layer).values()))
 
-    def trained_count(self, config: LlamaConfig, module: str) -> int:
+    def trained_count(self, config: LlamaConfig, module: str, layer: int | None = None) -> int:
         """Those that are trained."""
-        return sum(map(math.prod, self.trained_shapes(config, module).values()))
+        return sum(map(math.prod, self.trained_shapes(config, module, layer).values()))
 
     def checkpoint_shapes(self, config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every tensor of a model's adapter by its name, ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
         kind = ADAPTER_KINDS[self.kind]
         for layer in range(config.num_hidden_layers):
-            for module in self.target_modules:
-                stem = f"model.layers.{layer}.{linear_path(module)}"
-                for name, shape in self.tensor_shapes(config, module).items():
-                    yield kind.stored_name(stem, name), shape
+            for module in self.modules:
+                for name, shape in self.tensor_shapes(config, module, layer).items():
+                    yield kind.stored_name(f"model.{_path(module, layer)}", name), shape
+
+
+def _path(module: str, layer: int | None) -> str:
+    return f"layers.{layer}.{linear_path(module)}"

@@ -24,7 +24,7 @@ from llamatune.model.transformer import Transformer
 from llamatune.ranks import ALONE, Ranks
 from llamatune.seeds import derived_seed
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
-from llamatune.shapes.llama_config import LINEAR_MODULES
+from llamatune.shapes.llama_config import linear_module
 from llamatune.shapes.parameter_shards import Shard
 from llamatune.shapes.recompute_levels import Levels
 from llamatune.spec import RunSpec
@@ -221,8 +221,9 @@ def _draw_base(
         model = Transformer(inputs.config)
     scratch = Scratch()
     for name, drawn in drawn_weights(model, seed, device=drawn_on):
-        module, weight = model.get_submodule(name.rpartition(".")[0]), drawn.to(inputs.device, dtype)
-        if packed is not None and name.split(".")[-2] in LINEAR_MODULES:
+        path, _, attribute = name.rpartition(".")
+        module, weight = model.get_submodule(path), drawn.to(inputs.device, dtype)
+        if packed is not None and linear_module(name):
             quantized = packed.quantize(weight, scratch)
             if streamed is not None:
                 streamed.hold_packed(name, quantized)
@@ -230,5 +231,5 @@ def _draw_base(
             continue
         if streamed is not None and streamed.rows_kept(name) is not None:
             weight = streamed.hold(name, weight)
-        module.weight = nn.Parameter(weight)
+        setattr(module, attribute, nn.Parameter(weight))
     return model

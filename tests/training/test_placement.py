@@ -349,12 +349,29 @@ def test_metas_shards_and_packing(
         assert_same_outcome(tmp_path / placement, tmp_path / "device")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "nf4", "float8"])
-@pytest.mark.parametrize("shards", [0, 2])
-def test_slices_of_a_checkpoint_give_its_logits(
-    tiny_base: Callable[..., Path], meta_copy: Callable[..., Path], dtype: str, shards: int
+QWEN: dict[str, Any] = {"model_type": "qwen3", "attention_bias": True, "head_dim": 10}
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize(("placement", "dtype"), [("host", "float32"), ("shard", "nf4")])
+def test_biases_and_norms_of_heads(
+    run_of: Run, tiny_base: Callable[..., Path], tmp_path: Path, placement: str, dtype: str, fused: bool
 ) -> None:
-    base = tiny_base() if not shards else meta_copy(tiny_base(vocab_size=132), shards)
+    how = {"base": tiny_base(**QWEN), "model__dtype": dtype, "training__fused": fused, "training__max_steps": 3,
+           "training__num_epochs": None, "lora": {"r": 4, "target_modules": ["q_proj", "o_proj"]}}  # fmt: skip
+    for name in ("device", placement):
+        train(run_of(name, name, **how))
+    assert_same_outcome(tmp_path / placement, tmp_path / "device")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "nf4", "float8"])
+@pytest.mark.parametrize(
+    ("shards", "changes"), [(0, {}), (2, {"vocab_size": 132}), (0, QWEN)], ids=["", "two of Meta's", "qwen 3"]
+)
+def test_slices_of_a_checkpoint_give_its_logits(
+    tiny_base: Callable[..., Path], meta_copy: Callable[..., Path], dtype: str, shards: int, changes: dict[str, Any]
+) -> None:
+    base = meta_copy(tiny_base(**changes), shards) if shards else tiny_base(**changes)
     ids, packed, device = torch.randint(3, 131, (2, 9)), QUANTIZATIONS.get(dtype), torch.device("cpu")
 
     def logits(streamed: StreamedBlocks | None) -> Tensor:

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class AdaptedLinear(Linear):
-    """A frozen layer with an adapter on it; ``weight`` or ``quantized`` keeps its name and its tensors.
+    """A frozen layer with an adapter on it; ``weight`` or ``quantized``, and ``bias``, keep their names and tensors.
 
     A kind of adapter is a subclass: ``start``, ``forward``, ``gradients`` and ``merged``. Its tensors are fp32
     parameters under the names of ``shapes``, trained but for those that its kind says are ``frozen``. The hand-written
@@ -35,7 +35,7 @@ class AdaptedLinear(Linear):
     def __init__(self, frozen: Linear, shapes: Mapping[str, tuple[int, ...]], scaling: float, dropout: float) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = frozen.in_features, frozen.out_features
-        self.register_parameter("bias", None)
+        self.register_parameter("bias", frozen.bias)
         self.weight, self.quantized = frozen.weight, frozen.quantized
         self.scaling, self.dropout = scaling, dropout
         self.names = self.trained_names = tuple(shapes)
@@ -89,7 +89,7 @@ class AdaptedLinear(Linear):
 
     @staticmethod
     def merged(W: Tensor, trained: Trained, scaling: float, rows: slice = slice(None)) -> Tensor:
-        """The weight with the adapter in it, fp32, of the rows ``rows`` of it, which ``W`` holds.
+        """The weight with the adapter in it, fp32 in new memory, of the rows ``rows`` of it, which ``W`` holds.
 
         Rounding it, once, is the caller's.
         """

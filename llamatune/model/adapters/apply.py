@@ -33,7 +33,7 @@ def apply_adapter(
         seed: that of the first values; None: they stay zero, others are loaded into them.
         bring_block: waits for the weights of a block, which do not lie on the device.
     """
-    unknown = sorted(set(adapter.target_modules) - set(LINEAR_MODULES))
+    unknown = sorted(set(adapter.modules) - set(LINEAR_MODULES))
     if unknown or not adapter.target_modules:
         raise SpecError(
             f"no linear layer called {unknown[0]!r}" if unknown else "no target modules",
@@ -43,14 +43,14 @@ def apply_adapter(
     model.requires_grad_(False)
     generator, adapted = torch.Generator().manual_seed(seed or 0), adapter_class(adapter.kind)
     kind = ADAPTER_KINDS[adapter.kind]
-    for index, block in enumerate(model.model.layers):
+    for layer, block in enumerate(model.model.layers):
         if kind.reads_base and seed is not None and bring_block is not None:
-            bring_block(index)
+            bring_block(layer)
         for name in LINEAR_MODULES:
-            if shapes := adapter.tensor_shapes(model.config, name):
-                layer = block.get_submodule(linear_path(name))
-                assert isinstance(layer, Linear)
-                replacement = adapted(layer, shapes, adapter.scaling(name), adapter.dropout)
+            if shapes := adapter.tensor_shapes(model.config, name, layer):
+                frozen = block.get_submodule(linear_path(name))
+                assert isinstance(frozen, Linear)
+                replacement = adapted(frozen, shapes, adapter.scaling(name, layer), adapter.dropout)
                 replacement.belong_to(kind)
                 replacement.drawn = adapter.drawn
                 if seed is not None:

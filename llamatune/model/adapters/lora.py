@@ -77,4 +77,4 @@ class LoRALinear(AdaptedLinear):
     def merged(W: Tensor, trained: Trained, scaling: float, rows: slice = slice(None)) -> Tensor:
         """W + scaling · B A."""
         A, B = trained
-        return W.float() + (B[rows].float() @ A.float()) * scaling
+        return (B[rows].float() @ A.float()).mul_(scaling).add_(W.float())
