@@ -15,6 +15,7 @@ import torch
 
 from llamatune.checkpoints.adapter_config import CONFIG_FILE, dump_config
 from llamatune.checkpoints.adapter_header import (
+    EMBEDDING,
     HEAD,
     PREFIX,
     WEIGHTS_FILE,
@@ -36,6 +37,7 @@ from llamatune.safe_reading import digest_file
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.strict_json import write_json
+from llamatune.tokenizers.loading import tokenizer_file
 
 _BELONG = "adapter_config.json, its tensors and the base must belong together"
 _LONGEST_STATEMENT = 600
@@ -75,6 +77,16 @@ class Adapter:
         """Of the update of the weight called ``name``."""
         path = name.split(".")  # model.layers.0.self_attn.q_proj.weight
         return self.config.scaling(path[-2], int(path[2]))
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The directory whose tokenizer belongs to it; None: the base's does.
+
+        An adapter that changes embedding or head was trained with the tokenizer beside it, which may have more tokens.
+        """
+        if self.header is None or not self.base_changes.keys() & {f"{EMBEDDING}.weight", f"{HEAD}.weight"}:
+            return None
+        return None if tokenizer_file(self.header.path) is None else self.header.path
 
     def on(self, base: Checkpoint) -> Checkpoint:
         """The base as its model is with this adapter, apart from the updates of layers that ``tensors`` hold."""

@@ -28,6 +28,7 @@ from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, Manifest, build_directory, finished_product, manifest_if_readable
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
+from llamatune.tokenizers.copied_files import replace_tokenizer
 
 _FOLDED_WEIGHTS = 1 << 17
 """Folded at once: their fp32 values stay in the processor's cache."""
@@ -105,6 +106,8 @@ def merge_lora(
         else:
             write = write_huggingface if format_ == "hf" else write_meta
             write(staging, checkpoint.config, merged, merged.dtype_of, checkpoint.path, on_event)
+        if (tokenizer := adapter.tokenizer_path) is not None:
+            replace_tokenizer(tokenizer, staging.path, format_ == "meta", on_event)
         report = MergeReport(
             output=str(options.output),
             format=format_,

@@ -87,9 +87,19 @@ class OpenedModel:
         """The model's with the adapter, which may have a larger vocabulary than the base."""
         return self._changed.config
 
+    @property
+    def configs(self) -> set[LlamaConfig]:
+        """Those of all models that are loaded."""
+        return {self.config, self.checkpoint.config} if self.compare else {self.config}
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The directory whose tokenizer is used."""
+        return (self.adapter and self.adapter.tokenizer_path) or self.path
+
     def tokenizer(self) -> Tokenizer:
-        tokenizer = load_tokenizer(self.path)
-        check_vocabulary(tokenizer, self.config.vocab_size, self.path)
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        check_vocabulary(tokenizer, self.config.vocab_size, self.tokenizer_path)
         return tokenizer
 
     def template(self, name: str | None) -> Template | None:
@@ -112,6 +122,10 @@ class OpenedModel:
         if not all(ids):
             what = f"prompt {ids.index([]) + 1} has no token, and this tokenizer puts no BOS before it"
             raise DataError(what, self.path, "give a prompt that is not empty")
+        rows = min(config.vocab_size for config in self.configs)
+        if (largest := max(map(max, ids), default=0)) >= rows:
+            what = f"a prompt holds the token {largest}, and the base has {rows} embedding rows"
+            raise DataError(what, self.path, "leave out --compare")
         known = self.checkpoint.config.max_position_embeddings
         longest, beyond = max(map(len, ids), default=0), sum(len(prompt) > known for prompt in ids)
         if beyond:
