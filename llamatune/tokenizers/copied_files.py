@@ -99,3 +99,10 @@ def copy_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignor
             file.write(written(ranks))
     else:
         on_event(Notice(f"{source}: no tokenizer.model, which Meta's format needs: add it yourself", "warning"))
+
+
+def replace_tokenizer(source: Path, directory: Path, meta: bool, on_event: OnEvent = ignore_event) -> None:
+    """Another tokenizer than the one that was copied to ``directory``. Not atomic: for staging directories."""
+    for name in _FILES:
+        (directory / name).unlink(missing_ok=True)
+    (copy_meta_tokenizer if meta else copy_huggingface_tokenizer)(source, directory, on_event)

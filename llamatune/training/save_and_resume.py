@@ -25,6 +25,7 @@ from llamatune.formats.state_json import checkpoint_path
 from llamatune.model.adapters.apply import adapter_parameters, restored_tensors, stored_tensors
 from llamatune.model.kernels.choice import kernels_in_use
 from llamatune.ranks import Ranks
+from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.spec import RunSpec
 from llamatune.strict_json import write_json
 from llamatune.training.gpu_meter import GpuMeter
@@ -176,7 +177,9 @@ class RunOutput:
             staging.facts["template"] = template
         else:
             tensors = stored_tensors(spec.adapter, dict(adapter_parameters(self.learner.model)))
-            write_adapter(staging, Adapter(spec.adapter.stored(), tensors, fingerprint, template, base))
+            quantized = spec.model.dtype if spec.model.dtype in QUANTIZED_DTYPES else None
+            adapter = Adapter(spec.adapter.stored(), tensors, fingerprint, template, base, base_dtype=quantized)
+            write_adapter(staging, adapter)
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
