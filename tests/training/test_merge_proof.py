@@ -183,7 +183,7 @@ def test_where_the_rows_of_the_run_are_not_found_it_says_what_to_give(
     adapter = tmp_path / "adapter"
     shutil.copytree(trained(), adapter)
     options = MergeOptions(base, adapter, tmp_path / "out", probe=Path("run"))
-    with pytest.raises(SpecError, match="in no run directory.*give rows with --probe"):
+    with pytest.raises(SpecError, match=r"in no run directory.*give rows with --probe"):
         merge_and_prove(options)
     run = tmp_path / "moved"
     shutil.copytree(trained().parent, run)
