@@ -20,7 +20,7 @@ from llamatune.formats.safetensors import TensorLocation
 from llamatune.formats.torch_archive import read_archive
 from llamatune.shapes.llama_config import LlamaConfig
 
-Format = Literal["hf", "meta"]
+Format = Literal["hf", "meta", "gguf"]
 _CONFIGURATIONS: dict[Format, str] = {"hf": "config.json", "meta": "params.json"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _META_SHARD = re.compile(r"consolidated\.(\d{2})\.pth")
