@@ -70,7 +70,9 @@ class RunSpec(Section):
     def adapter(self) -> AdapterSpec | None:
         """The adapter that is trained; None: every parameter is."""
         lora = self.lora
-        return None if lora is None else AdapterSpec(lora.r, lora.alpha, lora.dropout, lora.target_modules)
+        if lora is None:
+            return None
+        return AdapterSpec(lora.r, lora.alpha, lora.dropout, lora.target_modules, kind=lora.kind)
 
     def to_yaml(self) -> str:
         """The resolved spec, every default written out; ``load_spec`` reads it back to an equal one."""

@@ -56,6 +56,9 @@ class ModelSection(Section):
 class LoraSection(Section):
     """The trained low-rank update."""
 
+    kind: Literal["lora", "dora"] = Field(
+        "lora", description="dora also trains the magnitude of each row of the updated matrix"
+    )
     r: Annotated[int, Field(ge=1, le=4096)] = Field(16, description="rank")
     alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="the update is scaled by alpha / r")
     dropout: Fraction = Field(0.05, description="on the input of A")

@@ -20,6 +20,7 @@ from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.formats.manifest import MANIFEST, Staging, find_manifest
 from llamatune.formats.safetensors import read_header
+from llamatune.model.adapters.apply import adapter_class
 from llamatune.model.torch_dtypes import STORED_WEIGHTS
 from llamatune.safe_reading import digest_file
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
@@ -46,10 +47,22 @@ class Adapter:
     path: Path | None = None
     digest: str | None = None
 
+    def changes(self, name: str) -> bool:
+        """Whether the merged model's weight called ``name`` is another than the base's."""
+        return bool(self.trained(name))
+
+    def merged(self, name: str, W: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """The merged model's weight called ``name``, fp32, of the rows ``rows`` of it; ``W`` holds the base's."""
+        return adapter_class(self.config.kind).merged(W, self.trained(name), self.scaling(name), rows)
+
+    def scaling(self, name: str) -> float:
+        """Of the update of the weight called ``name``."""
+        return self.config.scaling(name.split(".")[-2])
+
     def trained(self, name: str) -> tuple[torch.Tensor, ...]:
         """The adapter's tensors for the weight called ``name``, none where it has no update."""
-        stem = name.removesuffix(".weight")
-        names = [f"{stem}.{tensor}.weight" for tensor in ADAPTER_KINDS[self.config.kind].tensors]
+        stem, kind = name.removesuffix(".weight"), ADAPTER_KINDS[self.config.kind]
+        names = [kind.stored_name(stem, tensor) for tensor in kind.tensors]
         return tuple(self.tensors[name] for name in names if name in self.tensors)
 
 
@@ -106,7 +119,8 @@ def check_adapter(
     where = adapter.path or Path("adapter")
     todo = "adapter_config.json, its tensors and the base must belong together"
     refuse_unfit(where, dict(adapter.config.checkpoint_shapes(config)), adapter.tensors, todo)
-    if not any(tensor.any() for name, tensor in adapter.tensors.items() if name.endswith(".lora_B.weight")):
+    of_B = [name for name in adapter.tensors if name.endswith(".lora_B.weight")]
+    if adapter.config.kind != "dora" and not any(adapter.tensors[name].any() for name in of_B):
         on_event(Notice(f"{where}: every lora_B is zero, so the adapter changes nothing", "warning"))
     if fingerprint is None:
         return

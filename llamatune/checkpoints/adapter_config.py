@@ -14,7 +14,8 @@ from llamatune.strict_json import JsonFields, read_json
 CONFIG_FILE = "adapter_config.json"
 _PEFT_VERSION = "0.17.0"
 """The oldest release that has every key that we write; readers compare it with their own."""
-_READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights", "bias")
+_READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora",
+         "init_lora_weights", "bias")  # fmt: skip
 _WITHOUT_EFFECT = (
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "peft_version", "inference_mode",
     "megatron_config", "megatron_core", "qalora_group_size", "eva_config", "runtime_config", "layers_pattern",
@@ -22,7 +23,6 @@ _WITHOUT_EFFECT = (
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the base as it is; PiSSA, OLoRA, CorDA and LoftQ change it."""
 _REASONS = {
-    "use_dora": "DoRA also rescales the columns of the base",
     "modules_to_save": "it replaces whole modules of the base",
     "lora_bias": "biases are not supported",
     "rank_pattern": "one rank for all modules is supported",
@@ -66,8 +66,9 @@ def read_adapter_config(path: Path) -> tuple[AdapterSpec, str | None]:
         refuse("lora_alpha", "a number is needed; without it the scaling would be a guess")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         refuse("lora_dropout", "a probability is needed")
-    if type(facts.get("use_rslora", False)) not in (bool, type(None)):
-        refuse("use_rslora", "true or false is needed")
+    for key in ("use_rslora", "use_dora"):
+        if type(facts.get(key, False)) not in (bool, type(None)):
+            refuse(key, "true or false is needed")
     targets = facts.get("target_modules")
     if targets == "all-linear":
         targets = list(LINEAR_MODULES)
@@ -78,7 +79,8 @@ def read_adapter_config(path: Path) -> tuple[AdapterSpec, str | None]:
     if not set(targets) <= set(LINEAR_MODULES) or len(set(targets)) != len(targets):
         refuse("target_modules", f"each of {', '.join(LINEAR_MODULES)} may appear once, nothing else")
     base = facts.get("base_model_name_or_path")
-    config = AdapterSpec(r, float(alpha), float(dropout), tuple(targets), bool(facts.get("use_rslora")))
+    kind = "dora" if facts.get("use_dora") else "lora"
+    config = AdapterSpec(r, float(alpha), float(dropout), tuple(targets), bool(facts.get("use_rslora")), kind)
     return config, base if isinstance(base, str) else None
 
 
@@ -104,6 +106,6 @@ def dump_config(config: AdapterSpec, base_path: str | None) -> dict[str, Any]:
         "revision": None,
         "target_modules": list(config.target_modules),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": config.kind == "dora",
         "use_rslora": config.use_rslora,
     }

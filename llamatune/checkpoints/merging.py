@@ -23,7 +23,6 @@ from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, Manifest, build_directory, finished_product, manifest_if_readable
-from llamatune.model.adapters.apply import adapter_class
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 
 _PORTION = 1 << 19
@@ -149,9 +148,9 @@ class _MergedTensors:
     def __call__(self, name: str) -> torch.Tensor:
         if self.should_stop():
             raise Stopped("stopped while merging", self.checkpoint.path, "run the same command again")
-        W, trained, dtype = self.checkpoint.tensor(name), self.adapter.trained(name), self.dtype_of(name)
-        if trained:
-            result = self._fold(name, W, trained, dtype)
+        W, dtype = self.checkpoint.tensor(name), self.dtype_of(name)
+        if self.adapter.changes(name):
+            result = self._fold(name, W, dtype)
         else:
             result = W.to(dtype)
             if dtype != W.dtype and not is_finite(result):
@@ -160,15 +159,14 @@ class _MergedTensors:
         self.on_event(Progress("merging", self.done, len(self.checkpoint.shapes)))
         return result
 
-    def _fold(self, name: str, W: torch.Tensor, trained: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+    def _fold(self, name: str, W: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         result = torch.empty(W.shape, dtype=dtype)
-        rows, spec = max(1, _PORTION // W.shape[1]), self.adapter.config
-        merged, scaling = adapter_class(spec.kind).merged, spec.scaling(name.split(".")[-2])
+        rows = max(1, _PORTION // W.shape[1])
 
         def fold(first: int) -> tuple[float, int, int]:
             part = slice(first, first + rows)
             base = W[part]
-            exact = merged(base, trained, scaling, part)
+            exact = self.adapter.merged(name, base, part)
             rounded = result[part].copy_(exact)
             changed = exact != base.float()
             vanished = changed & (rounded == base.to(dtype))

@@ -183,6 +183,6 @@ def _with_adapter(base: Transformer, adapter: Adapter) -> Transformer:
     """The base with an adapter put on: a new model around the same frozen tensors."""
     packed = (module for module in base.modules() if isinstance(module, PackedWeight))
     tuned = copy.deepcopy(base, {id(shared): shared for shared in itertools.chain(base.parameters(), packed)})
-    apply_adapter(tuned, dataclasses.replace(adapter.config, dropout=0.0))
+    apply_adapter(tuned, dataclasses.replace(adapter.config, dropout=0.0), seed=None)
     load_adapter_tensors(tuned, adapter.tensors)
     return tuned.requires_grad_(False).eval()

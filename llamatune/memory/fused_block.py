@@ -13,16 +13,21 @@ def _adapter(ledger: Ledger, z: Sizes, name: str, rows: int, back: bool) -> None
     """What LoRA's part of a product has in flight."""
     if name not in z.targets:
         return
-    out, in_ = z.config.linear_shape(name)
-    casts = z.R * (out + in_) * z.c if z.c < 4 and not z.cuda else 0
-    thin, wide = rows * z.R * z.c, rows * in_ * z.c if z.dropout else 0
+    (out, in_), r = z.config.linear_shape(name), z.rank(name)
+    casts = r * (out + in_) * z.c if z.c < 4 and not z.cuda and not z.dora else 0
+    thin, wide = rows * r * z.c, rows * in_ * z.c if z.dropout else 0
     mask = rows * in_ if z.dropout and z.cuda else wide
+    ledger.use(f"{name}: rows whose norms DoRA takes", z.normed_at_once(name))
+    # Another product with W, of x after dropout, or of x again in the backward pass.
+    beside = rows * out * z.c + z.beside_product(name, rows, back) if z.dora and (back or z.dropout) else 0
     if back:
-        gradients = z.R * (out + in_) * 4
-        ledger.use(f"{name}: casts and gradients of A and B, dropout", casts + gradients + 2 * thin + mask + 2 * wide)
+        gradients = z.gradients((name,))
+        ledger.use(
+            f"{name}: casts and gradients of A and B, dropout", casts + gradients + 2 * thin + mask + 2 * wide + beside
+        )
     else:
         ledger.use(f"{name}: dropout's mask, and x where it keeps it", mask + wide)
-        ledger.use(f"{name}: casts of A and B, and A x", casts + thin)
+        ledger.use(f"{name}: casts of A and B, and A x", casts + thin + (wide + mask + beside if beside else 0))
 
 
 def _product(ledger: Ledger, z: Sizes, name: str, rows: int, back: bool = False, in_place: bool = False) -> Tensor:
@@ -54,7 +59,7 @@ def attention(ledger: Ledger, z: Sizes, last: bool, recompute: bool) -> Passes:
     with ledger.step("o, residual"):
         chosen = ledger.make("x of the rows that are asked for", n * z.D * z.s if last else 0)
         y = _product(ledger, z, "o_proj", n)
-        ledger.use("sum", 0 if z.adds_in_products else n * z.D * z.s)
+        ledger.use("sum", 0 if z.adds_in_products("o_proj") else n * z.D * z.s)
         ledger.free(y, chosen)
 
     yield
@@ -128,7 +133,7 @@ def _feed_forward_forward(ledger: Ledger, z: Sizes, rows: int, recompute: bool) 
         ledger.free(h)
     with ledger.step("down"):
         activated = ledger.make("silu(gate) up", 0 if recompute else tile * z.F * z.c)
-        y = _product(ledger, z, "down_proj", tile, in_place=z.adds_in_products)
+        y = _product(ledger, z, "down_proj", tile, in_place=z.adds_in_products("down_proj"))
         ledger.free(y, activated, *gate_up)
 
 

@@ -21,7 +21,10 @@ def _kept_of_linear(z: Sizes, name: str, rows: int, item_bytes: int, leads_back:
     if z.autocast and z.casts and not z.quantized and (z.trains_all or leads_back):
         kept += out * in_ * z.c
     if name in z.targets:
-        kept += rows * z.R * z.c + (z.R * (out + in_) * z.c if z.c < 4 else 0)
+        r = z.rank(name)
+        kept += rows * r * z.c + (r * (out + in_) * z.c if z.c < 4 else 0)
+        if z.dora:  # W x and B A x
+            kept += 2 * rows * out * z.c
         if z.dropout and leads_back:
             kept += rows * in_ * (1 if z.cuda else item_bytes)  # the mask
         if z.dropout or narrowed:
@@ -42,13 +45,20 @@ def _weight_gradient(ledger: Ledger, z: Sizes, name: str) -> None:
     ledger.use(f"gradient of {name}'s weights", size if z.trains_all else 0)
 
 
+def _of_magnitudes(ledger: Ledger, z: Sizes, names: Sequence[str], rows: int) -> None:
+    """What DoRA has in flight of the largest of these outputs, or of their gradients, in fp32; its norms."""
+    widest = max((z.config.linear_shape(name)[0] for name in names if z.dora and name in z.targets), default=0)
+    ledger.use("outputs in fp32", 3 * 4 * rows * widest)
+    ledger.use("rows whose norms are taken", max(map(z.normed_at_once, names)))
+
+
 def cached_casts(z: Sizes, names: Sequence[str]) -> int:
     """The 16-bit copies of trained matrices that autocast keeps; fused blocks make their own."""
     if z.fused or not z.autocast:
         return 0
     if z.trains_all:
         return sum(map(z.count, names)) * z.c if z.casts else 0
-    return sum(z.R * sum(z.config.linear_shape(name)) * z.c for name in names if name in z.targets)
+    return sum(z.rank(name) * sum(z.config.linear_shape(name)) * z.c for name in names)
 
 
 def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
@@ -63,6 +73,7 @@ def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
         # cos and sin are cast for q and for k
         projections = ledger.keep("of q, k, v", kept + (4 * N * z.config.head_dim * c if c < 4 else 0))
         qkv = ledger.make("q, k, v", N * (z.Q + 2 * z.K) * c)
+        _of_magnitudes(ledger, z, QKV_MODULES, N)
     with ledger.step("rotation"):
         ledger.use("rotated", 4 * N * z.Q * c)
     with ledger.step("attention"):
@@ -74,6 +85,7 @@ def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
         flat = n * z.Q * c if last else made.flat
         o = ledger.keep("of o_proj", _kept_of_linear(z, "o_proj", n, c) + flat * _keeps_input(z, ("o_proj",), c))
         ledger.use("output of o_proj, its cast and the sum", n * D * (c + 2 * s))
+        _of_magnitudes(ledger, z, ("o_proj",), n)
     ledger.free(x)
 
     yield
@@ -82,6 +94,7 @@ def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
     spread = ledger.make("gradient of every row", N * D * s if last else 0)
     with ledger.step("o"):
         cast = ledger.make("cast of the gradient", n * D * c if s != c else 0)
+        _of_magnitudes(ledger, z, ("o_proj",), n)
         do = ledger.make("gradient of o_proj's input", n * z.Q * c)
         # With dropout, the mask and what it left go as their gradients come.
         lora = ledger.make("gradient of LoRA's input", n * z.Q * c if "o_proj" in z.targets and not z.dropout else 0)
@@ -95,6 +108,7 @@ def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
         ledger.use("rotated", 4 * N * z.Q * c)
         ledger.free(do, every_do, o)
     with ledger.step("q, k, v"):
+        _of_magnitudes(ledger, z, QKV_MODULES, N)
         dh = ledger.make("gradient of the normed x and its casts", N * D * (c + 2 * s))
         lora = ledger.make("gradient of LoRA's input", N * D * s if z.targets.intersection(QKV_MODULES) else 0)
         _weight_gradient(ledger, z, "q_proj")
@@ -113,11 +127,13 @@ def feed_forward(ledger: Ledger, z: Sizes, last: bool) -> Passes:
         kept = sum(_kept_of_linear(z, name, n, s) for name in GATE_UP_MODULES)
         gate_up = ledger.keep("of gate_proj and up_proj", kept + n * D * s * _keeps_input(z, GATE_UP_MODULES, s))
         activated = ledger.keep("gate, silu(gate) and up", 3 * wide)
+        _of_magnitudes(ledger, z, GATE_UP_MODULES, n)
     with ledger.step("down"):
         keeps = _keeps_input(z, ("down_proj",), c)
         down = ledger.keep("of down_proj", _kept_of_linear(z, "down_proj", n, c) + wide * keeps)
         product = ledger.make("silu(gate) up", 0 if keeps else wide)
         ledger.use("output of down_proj", n * D * c)
+        _of_magnitudes(ledger, z, ("down_proj",), n)
         ledger.free(h, product)
     with ledger.step("residual"):
         ledger.use("output of down_proj, its cast and the sum", n * D * (c + 2 * s))
@@ -128,8 +144,9 @@ def feed_forward(ledger: Ledger, z: Sizes, last: bool) -> Passes:
     dy = ledger.make("gradient of the half's output", n * D * s)
     with ledger.step("down"):
         cast = ledger.make("cast of the gradient", n * D * c if s != c else 0)
+        _of_magnitudes(ledger, z, ("down_proj",), n)
         da = ledger.make("gradient of down_proj's input", wide)
-        of_lora = n * z.R * c + (0 if z.dropout else wide) if "down_proj" in z.targets else 0
+        of_lora = n * z.rank("down_proj") * c + (0 if z.dropout else wide) if "down_proj" in z.targets else 0
         lora = ledger.make("gradient of LoRA's input", of_lora)
         _weight_gradient(ledger, z, "down_proj")
         ledger.free(cast, lora, down)
@@ -137,6 +154,7 @@ def feed_forward(ledger: Ledger, z: Sizes, last: bool) -> Passes:
         ledger.use("gradients of gate and up", 2 * wide)
         ledger.free(da)
     with ledger.step("gate, up"):
+        _of_magnitudes(ledger, z, GATE_UP_MODULES, n)
         dh = ledger.make("gradient of the normed x and its cast", n * D * (c + s))
         lora = ledger.make("gradient of LoRA's input", n * D * s if z.targets.intersection(GATE_UP_MODULES) else 0)
         _weight_gradient(ledger, z, "up_proj")

@@ -123,6 +123,10 @@ class StreamedBlocks:
             block.register_forward_pre_hook(before)
             block.register_forward_hook(after)
 
+    def bring(self, index: int) -> None:
+        """Wait for a block, whose weights are then in their places."""
+        self.enter(index, index + 1)
+
     def enter(self, index: int, following: int) -> None:
         """Wait for a block, and begin to fetch the one that follows, if there is one."""
         self._fetch(index)

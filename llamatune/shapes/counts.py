@@ -55,6 +55,7 @@ def count_parameters(config: LlamaConfig, adapter: AdapterSpec | None = None) ->
     base = sum(facts["base"] for facts in modules.values())
     if adapter is None:
         return ParameterCount(base, base, modules)
-    for target in adapter.target_modules:
-        modules[linear_path(target)]["adapter"] = adapter.parameter_count(config, target) * config.num_hidden_layers
+    for module in adapter.modules:
+        layers = range(config.num_hidden_layers)
+        modules[linear_path(module)]["adapter"] = sum(adapter.parameter_count(config, module, n) for n in layers)
     return ParameterCount(base, sum(facts["adapter"] for facts in modules.values()), modules)

@@ -89,9 +89,14 @@ def _starting_adapter(
     adapter = load_adapter(Path(spec.lora.init_from))
     check_adapter(adapter, config, base_fingerprint, force_base, on_event)
     own = adapter.config
-    if (own.r, own.target_modules, own.scaling()) != (shape.r, shape.target_modules, shape.scaling()):
+    if (own.kind, own.r, own.target_modules, own.scaling()) != (
+        shape.kind,
+        shape.r,
+        shape.target_modules,
+        shape.scaling(),
+    ):
         raise CheckpointError(
-            f"the adapter has r {own.r}, alpha {own.alpha:g} on {', '.join(own.target_modules)}",
+            f"the adapter is {own.kind} with r {own.r}, alpha {own.alpha:g} on {', '.join(own.target_modules)}",
             spec.lora.init_from,
             "give the lora section the same values",
         )

@@ -23,6 +23,7 @@ from llamatune.model.streamed_blocks import StreamedBlocks, stream_blocks
 from llamatune.model.transformer import Transformer
 from llamatune.ranks import ALONE, Ranks
 from llamatune.seeds import derived_seed
+from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
 from llamatune.shapes.llama_config import LINEAR_MODULES
 from llamatune.shapes.parameter_shards import Shard
 from llamatune.shapes.recompute_levels import Levels
@@ -85,10 +86,7 @@ def build_learner(
         model.requires_grad_(True)
         parameters = dict(model.named_parameters())
     else:
-        apply_adapter(model, adapter, derived_seed(spec.training.seed, "lora"))
-        if inputs.starting_adapter is not None:
-            load_adapter_tensors(model, inputs.starting_adapter.tensors)
-        parameters = dict(adapter_parameters(model))
+        parameters = _put_on(model, adapter, spec, inputs, streamed, ranks)
     training, device = spec.training, inputs.device
     fused = training.fused and adapter is not None
     apply_activation_checkpointing(model, training.activation_checkpointing, fused, levels)
@@ -97,6 +95,30 @@ def build_learner(
     model.train()
     optimizer, scaler = build_optimizer(training, parameters), LossScaler(training.precision == "fp16")
     return Learner(model, parameters, optimizer, scaler, autocast_factory(training.precision, device), device, streamed)
+
+
+def _put_on(
+    model: Transformer,
+    adapter: AdapterSpec,
+    spec: RunSpec,
+    inputs: Inputs,
+    streamed: StreamedBlocks | None,
+    ranks: Ranks,
+) -> dict[str, nn.Parameter]:
+    """Put the adapter on the model, with its first values; the trained parameters."""
+    if inputs.starting_adapter is not None:
+        apply_adapter(model, adapter, seed=None)
+        load_adapter_tensors(model, inputs.starting_adapter.tensors)
+        return dict(adapter_parameters(model))
+    seed, bring_block = derived_seed(spec.training.seed, "lora"), None if streamed is None else streamed.bring
+    with autocast_factory(spec.training.precision, inputs.device)():  # a quantised base is unpacked as for products
+        apply_adapter(model, adapter, seed, bring_block)
+    parameters = dict(adapter_parameters(model))
+    if ADAPTER_KINDS[adapter.kind].reads_base and ranks.size > 1:  # another processor may round otherwise
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.copy_(ranks.all_gather(parameter)[0])
+    return parameters
 
 
 def _build_sharded(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop, ranks: Ranks) -> Learner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,19 @@ def adapter_class(kind: str) -> type[AdaptedLinear]:
     return pkgutil.resolve_name(ADAPTER_KINDS[kind].layer)  # type: ignore[no-any-return]
 
 
-def apply_adapter(model: Transformer, adapter: AdapterSpec, seed: int = 0) -> None:
-    """Freeze ``model`` and replace every target layer by an adapted one, whose tensors are drawn from ``seed``."""
-    unknown = sorted(set(adapter.target_modules) - set(LINEAR_MODULES))
+def apply_adapter(
+    model: Transformer,
+    adapter: AdapterSpec,
+    seed: int | None = 0,
+    bring_block: Callable[[int], None] | None = None,
+) -> None:
+    """Freeze ``model`` and replace every target layer by an adapted one.
+
+    Args:
+        seed: that of the first values; None: they stay zero, others are loaded into them.
+        bring_block: waits for the weights of a block, which do not lie on the device.
+    """
+    unknown = sorted(set(adapter.modules) - set(LINEAR_MODULES))
     if unknown or not adapter.target_modules:
         raise SpecError(
             f"no linear layer called {unknown[0]!r}" if unknown else "no target modules",
@@ -31,14 +41,19 @@ def apply_adapter(model: Transformer, adapter: AdapterSpec, seed: int = 0) -> No
             f"there are {', '.join(LINEAR_MODULES)}",
         )
     model.requires_grad_(False)
-    generator, adapted = torch.Generator().manual_seed(seed), adapter_class(adapter.kind)
-    for block in model.model.layers:
+    generator, adapted = torch.Generator().manual_seed(seed or 0), adapter_class(adapter.kind)
+    kind = ADAPTER_KINDS[adapter.kind]
+    for layer, block in enumerate(model.model.layers):
+        if kind.reads_base and seed is not None and bring_block is not None:
+            bring_block(layer)
         for name in LINEAR_MODULES:
-            if shapes := adapter.tensor_shapes(model.config, name):
-                layer = block.get_submodule(linear_path(name))
-                assert isinstance(layer, Linear)
-                replacement = adapted(layer, shapes, adapter.scaling(name), adapter.dropout)
-                replacement.start(generator)
+            if shapes := adapter.tensor_shapes(model.config, name, layer):
+                frozen = block.get_submodule(linear_path(name))
+                assert isinstance(frozen, Linear)
+                replacement = adapted(frozen, shapes, adapter.scaling(name, layer), adapter.dropout)
+                replacement.kind = kind
+                if seed is not None:
+                    replacement.start(generator)
                 block.set_submodule(linear_path(name), replacement)
 
 
@@ -48,7 +63,7 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if isinstance(module, AdaptedLinear):
             for name, parameter in zip(module.trained_names, module.trained, strict=True):
                 assert isinstance(parameter, nn.Parameter)
-                yield f"{path}.{name}.weight", parameter
+                yield module.kind.stored_name(path, name), parameter
 
 
 def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -58,3 +73,6 @@ def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.forget()
