@@ -25,9 +25,10 @@ from llamatune.stop_signals import stop_signals
 # The function of a verb has its name, in the module of that name: commands/prepare_data.py, prepare_data.
 VERBS = {
     "Core verbs": ("prepare-data", "train", "merge-lora", "generate", "count-params"),
-    "More verbs": ("evaluate", "convert", "benchmark", "plan-memory", "report", "verify", "demo", "slurm", "env"),
+    "More verbs": ("evaluate", "benchmark", "plan-memory", "report", "verify", "demo", "slurm", "env"),
+    "Formats": ("convert", "convert-adapter", "extract-lora"),
 }
-_WRITERS = ("prepare-data", "train", "merge-lora", "convert", "benchmark", "demo", "report")
+_WRITERS = ("prepare-data", "train", "merge-lora", "benchmark", "demo", "report", *VERBS["Formats"])
 """Verbs that write files, as ``evaluate --output`` does: a stop of them is exit 75, of the others 130."""
 
 

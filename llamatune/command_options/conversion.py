@@ -92,10 +92,10 @@ class ExtractOptions(Options):
     target_modules: str | None = option(
         "A comma list of linear layers.", None, metavar="NAMES", shown_default="those that differ"
     )
-    plot: Path | None = option("Draw the retained energy of each layer by rank: .png or .svg.", None, metavar="FILE")
+    plot: Path | None = option("Draw the retained energy by layer and rank, a PNG.", None, metavar="FILE")
     overwrite: bool = option("Replace what stands at --output and --plot.", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.plot is not None and self.plot.suffix not in (".png", ".svg"):
-            raise SpecError("a plot is a .png or an .svg file", self.plot, "give it one of these names")
+        if self.plot is not None and self.plot.suffix != ".png":
+            raise SpecError("a plot is a .png file", self.plot, "name it so")
