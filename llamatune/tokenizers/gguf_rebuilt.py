@@ -95,15 +95,19 @@ def _puts_bos(facts: JsonFields, default: bool) -> bool:
 def _write_sentencepiece(
     facts: JsonFields, pieces: list[Piece], roles: Mapping[str, Piece | None], directory: Path
 ) -> dict[str, Any]:
-    spelled = [
+    """The model up to its last plain piece; what comes behind are tokens that were added to it."""
+    last = max((n for n, piece in enumerate(pieces) if piece.kind not in (CONTROL, USER_DEFINED)), default=-1)
+    own = [
         Piece(piece.text.replace(" ", "▁"), piece.score, piece.kind) if piece.kind == USER_DEFINED else piece
-        for piece in pieces
+        for piece in pieces[: last + 1]
     ]
     charsmap = facts.raw.get(f"{KEY}precompiled_charsmap") or []
-    bos, eos, unknown = (roles[name] for name in ("bos_token", "eos_token", "unk_token"))
-    unknown = unknown or next((piece for piece in pieces if piece.kind == UNKNOWN), None)
+    bos, eos, unknown = (
+        roles[name] if roles[name] in own else None for name in ("bos_token", "eos_token", "unk_token")
+    )
+    unknown = unknown or next((piece for piece in own if piece.kind == UNKNOWN), None)
     model = PieceModel(
-        spelled,
+        own,
         unknown=unknown.text if unknown else "<unk>",
         bos=bos.text if bos else "<s>",
         eos=eos.text if eos else "</s>",
@@ -116,7 +120,7 @@ def _write_sentencepiece(
     added = {
         str(number): {"content": piece.text, "special": piece.kind == CONTROL, **_plain()}
         for number, piece in enumerate(pieces)
-        if piece.kind in (CONTROL, USER_DEFINED, UNKNOWN)
+        if piece.kind in (CONTROL, UNKNOWN) or number > last
     }
     bos_flags = {"add_bos_token": _puts_bos(facts, True), "add_eos_token": False}
     return {"tokenizer_class": "LlamaTokenizer", "legacy": True, **bos_flags, "added_tokens_decoder": added}

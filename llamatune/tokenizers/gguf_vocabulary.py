@@ -87,11 +87,15 @@ def _sentencepiece(
     if model.charsmap or model.remove_extra_whitespaces:
         what = "it normalises text before it is encoded; the GGUF file says so, but llama.cpp does not do it"
         on_event(Notice(f"{file}: {what}", "warning"))
-    pieces = [*model.pieces, *(_padding(number) for number in range(len(model.pieces), rows))]
+    pieces = [
+        Piece(piece.text.replace("▁", " "), piece.score, piece.kind) if piece.kind == USER_DEFINED else piece
+        for piece in model.pieces
+    ]
+    pieces += map(_padding, range(len(pieces), rows))
     for token in files.tokens:
         if token.id is not None and len(model.pieces) <= token.id < rows:
             special = token.is_special or token.text in tokenizer.special_ids
-            text = token.text if special else token.text.replace("▁", " ")
+            text = token.text.replace("▁", " ") if token.normalized else token.text
             pieces[token.id] = Piece(text, _ADDED_SCORE, CONTROL if special else USER_DEFINED)
     return _tokens(SENTENCEPIECE, "default", pieces) | _normalizer(model)
 

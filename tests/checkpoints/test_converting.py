@@ -121,7 +121,8 @@ def test_a_model_comes_back_from_metas_format_byte_for_byte(bare_base, tmp_path,
     assert_same_model(base, tmp_path / "back")
     converted(tmp_path / "meta", tmp_path / "meta.gguf")
     converted(tmp_path / "meta.gguf", tmp_path / "again", format="meta", shards=shards)
-    for one, other in zip(sorted((tmp_path / "meta").glob("*.pth")), sorted((tmp_path / "again").glob("*.pth"))):
+    files = (sorted((tmp_path / name).glob("*.pth")) for name in ("meta", "again"))
+    for one, other in zip(*files, strict=True):
         assert one.read_bytes() == other.read_bytes()
 
 
