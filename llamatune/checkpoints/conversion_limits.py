@@ -48,15 +48,13 @@ def refuse_what_gguf_lacks(config: LlamaConfig, path: Path, on_event: OnEvent) -
         on_event(Notice(f"{path}: {what}", "warning"))
 
 
-def refuse_what_meta_lacks(config: LlamaConfig, companion: Path, on_event: OnEvent) -> None:
-    """Raise ``CheckpointError`` for a model that ``params.json`` cannot state; chat templates are told."""
+def refuse_what_meta_lacks(config: LlamaConfig) -> None:
+    """Raise ``CheckpointError`` for a model that ``params.json`` cannot state."""
     with tempfile.TemporaryDirectory(prefix="llamatune-") as made:
         directory = Path(made)
         write_params_json(directory, config)
         read = read_params_json(directory, None)
     _refuse_change(config, read, "Meta's format", Path("params.json"))
-    if read_chat_templates(companion):
-        on_event(Notice("Meta's format has no place for the chat template, which is left out", "warning"))
 
 
 def _refuse_change(config: LlamaConfig, read: LlamaConfig, format_: str, path: Path) -> None:
@@ -73,7 +71,9 @@ def _refuse_change(config: LlamaConfig, read: LlamaConfig, format_: str, path: P
 
 
 def warn_of_lost_tokens(source: Path, made: Path, output: Path, on_event: OnEvent) -> None:
-    """A notice where the tokenizer that was written lacks tokens of the source's."""
+    """Notices where the files of a tokenizer that were written lack tokens of the source's, or its chat template."""
+    if read_chat_templates(source) and not read_chat_templates(made):
+        on_event(Notice(f"{output}: Meta's format has no place for the chat template, which is left out", "warning"))
     if tokenizer_file(source) is None or tokenizer_file(made) is None:
         return
     try:
@@ -81,6 +81,7 @@ def warn_of_lost_tokens(source: Path, made: Path, output: Path, on_event: OnEven
     except CheckpointError as fault:
         on_event(Notice(f"{output}: its tokenizer cannot be opened: {fault.what}", "warning"))
         return
-    if lost := [piece for piece, other in itertools.zip_longest(before, after[: len(before)]) if piece != other]:
+    pairs = itertools.zip_longest(before, after[: len(before)])
+    if lost := [piece for piece, other in pairs if piece and piece != other]:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         on_event(Notice(f"{output}: Meta's tokenizer.model has no place for {lost[0][:40]!r}{more}", "warning"))

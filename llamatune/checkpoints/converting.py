@@ -79,11 +79,10 @@ def convert(
     """
     with _opened(options.model, on_event) as (source, on_event):
         _refuse_own_input(options)
-        warn_of_missing_head(source.checkpoint.path, source.checkpoint.format, source.checkpoint.config, on_event)
         if options.target == "gguf":
             refuse_what_gguf_lacks(source.checkpoint.config, source.checkpoint.path, on_event)
         if options.target == "meta":
-            refuse_what_meta_lacks(source.checkpoint.config, source.companion, on_event)
+            refuse_what_meta_lacks(source.checkpoint.config)
         return _written(source, options, on_event, should_stop)
 
 
@@ -134,6 +133,7 @@ def _source(path: Path, file: Path | None, companion: Path, on_event: OnEvent) -
         write_tokenizer(metadata, companion, file)
         return _Source(gguf, companion, digest_bytes(json.dumps(metadata, sort_keys=True).encode()))
     checkpoint = open_checkpoint(path, on_event)
+    warn_of_missing_head(path, checkpoint.format, checkpoint.config, on_event)
     checkpoint.config = dataclasses.replace(checkpoint.config, tie_word_embeddings=_is_tied(checkpoint))
     checkpoint.shapes = dict(checkpoint.config.parameter_shapes())
     small = sorted(entry for entry in path.iterdir() if entry.suffix in _DIGESTED and entry.name != MANIFEST)

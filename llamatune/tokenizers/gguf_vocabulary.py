@@ -58,11 +58,10 @@ def vocabulary_entries(
     if entries is None:
         entries = _byte_level(file, tokenizer, files, rows, on_event)
     entries |= _special_ids(tokenizer, end_tokens, directory, on_event)
-    for role in ("unk_token", "pad_token"):
+    for role, name in (("bos_token", "bos"), ("unk_token", "unknown"), ("pad_token", "padding")):
         named = files.role(role)
         if named is not None and (token_id := _id_of(named[0], entries)) is not None:
-            name = {"unk_token": "unknown", "pad_token": "padding"}[role]
-            entries[f"{KEY}{name}_token_id"] = ("u32", token_id)
+            entries.setdefault(f"{KEY}{name}_token_id", ("u32", token_id))
     templates = read_chat_templates(directory)
     for name, text in templates.items():
         entries["tokenizer.chat_template" if name == DEFAULT else f"tokenizer.chat_template.{name}"] = ("str", text)

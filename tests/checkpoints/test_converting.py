@@ -10,7 +10,7 @@ import sys
 import gguf
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llamatune.checkpoints.converting import convert
@@ -223,8 +223,6 @@ def test_a_mixed_model_is_read_as_it_is_stored(bare_base, tmp_path):
     shutil.copytree(bare_base(dtype=torch.bfloat16), base)
     mixed = load_file(base / "model.safetensors")
     mixed["model.norm.weight"] = mixed["model.norm.weight"].float() + 1e-5
-    from safetensors.torch import save_file
-
     save_file(mixed, base / "model.safetensors", {"format": "pt"})
     converted(base, tmp_path / "model.gguf")
     converted(tmp_path / "model.gguf", tmp_path / "back")
@@ -324,8 +322,6 @@ def test_options_that_contradict_each_other(tmp_path, output, options, why):
 def test_a_weight_beyond_the_dtype_is_refused(bare_base, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(bare_base(dtype=torch.bfloat16), base)
-    from safetensors.torch import save_file
-
     grown = {name: W * (1e9 if "up_proj" in name else 1) for name, W in load_file(base / "model.safetensors").items()}
     save_file(grown, base / "model.safetensors", {"format": "pt"})
     for output in ("out", "out.gguf"):
@@ -360,3 +356,40 @@ def test_outputs_and_inputs_are_kept(bare_base, tmp_path, command):
     itself = command("convert", "--model", tmp_path / "x.gguf", "--output", tmp_path / "x.gguf", "--overwrite")
     assert (itself.code, "would replace --model" in itself.stderr) == (2, True)
     assert command("convert", "--model", tmp_path / "absent.gguf", "--output", tmp_path / "out").code == 4
+
+
+def test_metas_format_tells_what_it_loses(tiny_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base(vocab_size=140, tie_word_embeddings=True), base)
+    tokens = {str(n): {"content": f"<|x{n}|>", "special": True} for n in (120, 121)}
+    pieces = read_config(base).vocab_size
+    assert pieces == 140
+    facts = {"added_tokens_decoder": tokens, "chat_template": "{{ messages }}"}
+    (base / "tokenizer_config.json").write_text(json.dumps(facts))
+    _, notices = converted(base, tmp_path / "meta", format="meta")
+    assert any("no place for the chat template" in notice for notice in notices)
+    assert any("no place for '<|x120|>' and 1 more" in notice for notice in notices)
+    _, notices = converted(tmp_path / "meta", tmp_path / "back")
+    assert notices == [], "the head is there, and found to be the embedding"
+    assert read_config(tmp_path / "back").tie_word_embeddings
+
+
+def test_a_tokenizer_json_stays_in_metas_format(tiny_base, json_tokenizers, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base(vocab_size=600), base, ignore=shutil.ignore_patterns("tokenizer.model"))
+    for file in json_tokenizers["smollm"].iterdir():
+        shutil.copy(file, base)
+    facts = json.loads((base / "config.json").read_text()) | {"eos_token_id": 2, "bos_token_id": 0}
+    (base / "config.json").write_text(json.dumps(facts))
+    (base / "generation_config.json").unlink(missing_ok=True)
+    _, notices = converted(base, tmp_path / "meta", format="meta")
+    assert any("no tokenizer.model, which Meta's format needs" in notice for notice in notices)
+    converted(tmp_path / "meta", tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+def test_other_verbs_say_what_to_do_with_a_gguf_file(bare_base, tmp_path, command):
+    converted(bare_base(), tmp_path / "model.gguf")
+    for path in (tmp_path / "model.gguf", tmp_path):
+        done = command("count-params", "--model", path)
+        assert (done.code, "llamatune convert" in done.stderr) == (4, True)
