@@ -73,23 +73,23 @@ def convert_adapter(
     if options.output.resolve() in (options.adapter.resolve(), *options.adapter.resolve().parents):
         raise SpecError("--output would replace --adapter", options.output, "choose another output")
     updates = list(_updates(adapter))
-    config = None if options.format == "peft" and options.model is None else _base_config(options, adapter, on_event)
+    config = None if options.target == "peft" and options.model is None else _base_config(options, adapter, on_event)
     if config is not None:
         check_adapter(adapter, config, on_event=on_event)
     if should_stop():
         raise Stopped("stopped before anything was written", options.output, "run the same command again")
     report = ConvertAdapterReport(
-        str(options.output), options.format, max(update.rank for update in updates), len(updates)
+        str(options.output), options.target, max(update.rank for update in updates), len(updates)
     )
-    if options.format == "gguf":
+    if options.target == "gguf":
         assert config is not None
         return dataclasses.replace(report, sha256=_write_gguf(options, adapter, updates, config))
-    inputs = {"adapter_sha256": adapter.digest, "format": options.format, "layers": config and config.num_hidden_layers}
+    inputs = {"adapter_sha256": adapter.digest, "format": options.target, "layers": config and config.num_hidden_layers}
     if finished_product(options.output, _KIND, inputs) is not None:
         return dataclasses.replace(report, already_done=True)
     refuse_occupied(options.output, options.overwrite)
     with build_directory(options.output, _KIND, inputs, options.overwrite) as staging:
-        if options.format == "peft":
+        if options.target == "peft":
             write_adapter(staging, adapter)
         else:
             assert config is not None
@@ -102,7 +102,7 @@ def _base_config(options: ConvertAdapterOptions, adapter: Adapter, on_event: OnE
     if model is None:
         named = Path(adapter.base_path) if adapter.base_path else None
         if named is None or not named.exists():
-            what = f"--format {options.format} needs the base's shape"
+            what = f"--format {options.target} needs the base's shape"
             raise SpecError(what, "--model", "give the base model's directory")
         model = named
         on_event(Notice(f"{model}: the base that the adapter names"))

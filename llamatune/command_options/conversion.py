@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llamatune.command_options.inference import DEFAULT_RANK
 from llamatune.command_options.option import Options, option
 from llamatune.errors import SpecError
 from llamatune.units import parse_size
@@ -68,7 +69,9 @@ class ConvertAdapterOptions(Options):
 
     adapter: Path = option("The adapter directory, PEFT's, llamatune's or mlx-lm's.", metavar="DIR")
     output: Path = option("The adapter directory, or the .gguf file, to make.", metavar="PATH")
-    format: Literal["peft", "mlx", "gguf"] = option("peft, mlx or gguf.", metavar="FORMAT")
+    format: Literal["peft", "mlx", "gguf"] | None = option(
+        "peft, mlx or gguf.", None, metavar="FORMAT", shown_default="gguf for a .gguf file, else peft"
+    )
     model: Path | None = option(
         "The base model; gguf and mlx need it.", None, metavar="DIR", shown_default="the one that the adapter names"
     )
@@ -76,9 +79,14 @@ class ConvertAdapterOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if _is_file(self.output) != (self.format == "gguf"):
-            todo = "name a .gguf file" if self.format == "gguf" else "name a directory, or choose --format gguf"
-            raise SpecError(f"--format {self.format} and this --output do not belong together", self.output, todo)
+        if _is_file(self.output) != (self.target == "gguf"):
+            todo = "name a .gguf file" if self.target == "gguf" else "name a directory, or choose --format gguf"
+            raise SpecError(f"--format {self.target} and this --output do not belong together", self.output, todo)
+
+    @property
+    def target(self) -> Literal["peft", "mlx", "gguf"]:
+        """The layout that is written."""
+        return self.format or ("gguf" if _is_file(self.output) else "peft")
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,8 @@ class ExtractOptions(Options):
 
     base: Path = option("The model that tuning began with.", metavar="DIR")
     tuned: Path = option("The tuned model.", metavar="DIR")
-    r: int = option("Rank of the adapter.", metavar="R", at_least=1, at_most=1 << 16)
     output: Path = option("The adapter directory to make.", metavar="DIR")
+    r: int = option("Rank of the adapter.", DEFAULT_RANK, metavar="R", at_least=1, at_most=1 << 16)
     target_modules: str | None = option(
         "A comma list of linear layers.", None, metavar="NAMES", shown_default="those that differ"
     )

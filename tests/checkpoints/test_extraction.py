@@ -50,7 +50,7 @@ def changed(source, path, change):
 @pytest.mark.parametrize("r", [4, 7])
 def test_a_merged_adapter_is_found_again(pair, tmp_path, r):
     base, tuned = pair
-    report = extract_lora(ExtractOptions(base, tuned, r, tmp_path / "found"))
+    report = extract_lora(ExtractOptions(base, tuned, tmp_path / "found", r))
     assert report.retained_energy > 0.999999
     assert report.target_modules == ["q_proj", "up_proj", "v_proj"]
     assert len(report.matrices) == 9
@@ -68,7 +68,7 @@ def test_a_merged_adapter_is_found_again(pair, tmp_path, r):
 def test_a_model_in_16_bits_comes_back_within_its_rounding(pair, tmp_path, dtype):
     base, tuned = pair
     convert(ConvertOptions(tuned, tmp_path / "rounded", dtype=dtype))
-    report = extract_lora(ExtractOptions(base, tmp_path / "rounded", 48, tmp_path / "found"))
+    report = extract_lora(ExtractOptions(base, tmp_path / "rounded", tmp_path / "found", 48))
     assert report.retained_energy > 0.9999, "at full rank the rounding is held too"
     merge_lora(MergeOptions(base, tmp_path / "found", tmp_path / "again", dtype=dtype))
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("rounded", "again"))
@@ -78,7 +78,7 @@ def test_a_model_in_16_bits_comes_back_within_its_rounding(pair, tmp_path, dtype
 
 def test_retained_energy_is_what_the_update_holds(pair, tmp_path):
     base, tuned = pair
-    report = extract_lora(ExtractOptions(base, tuned, 3, tmp_path / "found"))
+    report = extract_lora(ExtractOptions(base, tuned, tmp_path / "found", 3))
     before, after = (load_file(path / "model.safetensors") for path in (base, tuned))
     adapter = load_adapter(tmp_path / "found")
     for matrix in report.matrices:
@@ -102,7 +102,7 @@ def test_what_no_adapter_holds_is_told_with_its_size(pair, tmp_path):
 
     other = changed(tuned, tmp_path / "tuned", change)
     events: list[object] = []
-    options = ExtractOptions(base, other, 4, tmp_path / "found", "q_proj, v_proj")
+    options = ExtractOptions(base, other, tmp_path / "found", 4, "q_proj, v_proj")
     report = extract_lora(options, events.append)
     assert report.target_modules == ["q_proj", "v_proj"]
     assert {name for name in report.left_out if "up_proj" not in name} == {
@@ -153,20 +153,20 @@ def test_the_verb_prints_tables_and_draws(pair, tmp_path, command):
 def test_models_that_do_not_belong_together_are_refused(pair, tiny_base, tmp_path):
     base, tuned = pair
     with pytest.raises(CheckpointError, match="nothing to extract"):
-        extract_lora(ExtractOptions(base, base, 4, tmp_path / "found"))
+        extract_lora(ExtractOptions(base, base, tmp_path / "found", 4))
     with pytest.raises(CheckpointError, match=r"lm_head.weight is \[131, 48\] and absent"):
-        extract_lora(ExtractOptions(base, tiny_base(tie_word_embeddings=True), 4, tmp_path / "found"))
+        extract_lora(ExtractOptions(base, tiny_base(tie_word_embeddings=True), tmp_path / "found", 4))
 
     def change(weights):
         weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
 
     with pytest.raises(CheckpointError, match=r"up_proj\.weight holds NaN"):
-        extract_lora(ExtractOptions(base, changed(tuned, tmp_path / "nan", change), 4, tmp_path / "found"))
+        extract_lora(ExtractOptions(base, changed(tuned, tmp_path / "nan", change), tmp_path / "found", 4))
     for stop_at in (0, 9, 29):
         seen: list[object] = []
         with pytest.raises(Stopped):
             extract_lora(
-                ExtractOptions(base, tuned, 4, tmp_path / "found"), seen.append,
+                ExtractOptions(base, tuned, tmp_path / "found", 4), seen.append,
                 lambda seen=seen, stop_at=stop_at: sum(isinstance(e, Progress) for e in seen) >= stop_at,
             )  # fmt: skip
     assert [entry.name for entry in tmp_path.iterdir()] == ["nan"]
@@ -174,5 +174,5 @@ def test_models_that_do_not_belong_together_are_refused(pair, tiny_base, tmp_pat
 
 def test_formats_may_differ(pair, meta_copy, tmp_path):
     base, tuned = pair
-    report = extract_lora(ExtractOptions(meta_copy(base), tuned, 4, tmp_path / "found"))
+    report = extract_lora(ExtractOptions(meta_copy(base), tuned, tmp_path / "found", 4))
     assert report.retained_energy > 0.999999
