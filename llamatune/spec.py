@@ -72,7 +72,18 @@ class RunSpec(Section):
         lora = self.lora
         if lora is None:
             return None
-        return AdapterSpec(lora.r, lora.alpha, lora.dropout, lora.target_modules, kind=lora.kind)
+        from_base = lora.init in ("pissa", "olora")
+        return AdapterSpec(
+            lora.r,
+            lora.alpha,
+            lora.dropout,
+            lora.target_modules,
+            lora.use_rslora,
+            lora.init if from_base else lora.kind,
+            tuple(sorted(lora.ranks.items())),
+            tuple(sorted(lora.alphas.items())),
+            "kaiming" if from_base else lora.init,
+        )
 
     def to_yaml(self) -> str:
         """The resolved spec, every default written out; ``load_spec`` reads it back to an equal one."""

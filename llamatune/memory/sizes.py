@@ -18,7 +18,7 @@ from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.dtypes import PRECISIONS, QUANTIZED_DTYPES, WEIGHT_BYTES
 from llamatune.shapes.float8_products import runs_in_float8
 from llamatune.shapes.gradient_lanes import LANES
-from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig, linear_module
 from llamatune.shapes.recurring_sizes import filled_up
 from llamatune.shapes.tile_sizes import ELEMENTS_AT_ONCE, NORMED_AT_ONCE, WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
@@ -53,9 +53,11 @@ class Sizes:
         self.device = "cuda" if cuda else "cpu"
         self.D, self.F, self.V = config.hidden_size, config.intermediate_size, config.vocab_size
         self.Q, self.K = config.linear_shape("q_proj")[0], config.linear_shape("k_proj")[0]
+        self.normed = self.Q + self.K if config.head_norms else 0  # widths of what has norms of heads
         self.adapter = spec.adapter
         self.targets = frozenset(self.adapter.target_modules) if self.adapter else frozenset()
-        self.dora = self.adapter is not None and self.adapter.kind == "dora"
+        kind = self.adapter.kind if self.adapter else None
+        self.dora, self.trains_A, self.from_base = kind == "dora", kind != "lora_fa", kind in ("pissa", "olora")
         self.trains_all, self.dropout = self.adapter is None, bool(self.adapter and self.adapter.dropout)
         self.slices = rows.ranks if self.trains_all else 1  # of weights, gradients and optimizer state
         self.fused = self.adapter is not None and training.fused
@@ -88,8 +90,16 @@ class Sizes:
         """Elements of each trained tensor."""
         if self.adapter is None:
             return [math.prod(shape) for _, shape in self.config.parameter_shapes()]
-        modules = [self.adapter.tensor_shapes(self.config, name) for name in self.adapter.target_modules]
+        modules = [self.adapter.trained_shapes(self.config, name) for name in self.adapter.target_modules]
         return [math.prod(shape) for shapes in modules for shape in shapes.values()] * self.config.num_hidden_layers
+
+    @functools.cached_property
+    def adapter_count(self) -> int:
+        """Elements of the adapter, those that are not trained too."""
+        if self.adapter is None:
+            return 0
+        counts = (self.adapter.parameter_count(self.config, name) for name in self.adapter.target_modules)
+        return sum(counts) * self.config.num_hidden_layers
 
     @functools.cached_property
     def weights(self) -> int:
@@ -110,7 +120,7 @@ class Sizes:
         """What is kept for a window: on a GPU LoRA's matrices in the dtype of products; DoRA's norms and factors."""
         if self.dora:
             return self.config.num_hidden_layers * sum(map(self._of_dora_for_window, self.targets))
-        return self.c * sum(self.trained_counts) if self.fused and self.cuda and self.c < 4 else 0
+        return self.c * self.adapter_count if self.fused and self.cuda and self.c < 4 else 0
 
     def _of_dora_for_window(self, name: str) -> int:
         out, in_ = self.config.linear_shape(name)
@@ -130,11 +140,17 @@ class Sizes:
         if not self.quantized:
             return self.block_parameters * self.w
         held = {"nf4": _nf4_bytes, "float8": _float8_bytes}[self.spec.model.dtype]
-        return sum(held(self.config.linear_shape(name)) for name in LINEAR_MODULES) + 2 * self.D * self.w
+        return sum(held(self.config.linear_shape(name)) for name in LINEAR_MODULES) + self._vectors * self.w
 
     @property
     def block_parameters(self) -> int:
-        return sum(self.count(name) for name in LINEAR_MODULES) + 2 * self.D
+        return sum(self.count(name) for name in LINEAR_MODULES) + self._vectors
+
+    @functools.cached_property
+    def _vectors(self) -> int:
+        """Elements of the norms and biases of a block."""
+        shapes = self.config.with_layers(1).parameter_shapes()
+        return sum(math.prod(shape) for name, shape in shapes if ".layers." in name and not linear_module(name))
 
     @functools.cached_property
     def optimizer_state(self) -> int:
@@ -207,7 +223,7 @@ class Sizes:
         """The fp32 gradients of what is trained in these layers of one block."""
         if self.adapter is None:
             return 4 * sum(map(self.count, names)) // self.slices
-        return sum(4 * self.adapter.parameter_count(self.config, name) for name in names)
+        return sum(4 * self.adapter.trained_count(self.config, name) for name in names)
 
 
 def _capability(gpu: Gpu, computed: str, held: str) -> Capability | None:

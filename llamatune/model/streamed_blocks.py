@@ -19,7 +19,7 @@ from llamatune.model.block_stores import ALIGNMENT, Arrival, BlockStore, HostBlo
 from llamatune.model.packed_weight import PackedWeight
 from llamatune.model.transformer import Transformer
 from llamatune.ranks import Ranks
-from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig, linear_module
 
 _BLOCKS = "model.layers."
 
@@ -45,7 +45,7 @@ class BlockLayout:
             if not name.startswith(_BLOCKS):
                 continue
             _, path = _split(name)
-            if packed is not None and path.split(".")[-2] in LINEAR_MODULES:
+            if packed is not None and linear_module(path):
                 for key, (kind, stored) in packed.storage(shape).items():
                     self._add(f"{path}.{key}", kind, stored)
             else:

@@ -50,9 +50,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def dora_model(dtype: torch.dtype = torch.float32, dropout: float = 0.0, packed: Any = None) -> Transformer:
     model = Transformer(CONFIG)
     initialise(model, 0, 0.15)
+    model.to(dtype)
     if packed is not None:
         quantize_blocks(model, packed, dtype)
-    model.to(dtype)
     apply_adapter(model, AdapterSpec(4, 8, dropout, LINEAR_MODULES, kind="dora"), 1)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in adapter_parameters(model):

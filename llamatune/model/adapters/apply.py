@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llamatune.errors import SpecError
 from llamatune.model.adapters.adapted_linear import AdaptedLinear
-from llamatune.model.layers import Linear
+from llamatune.model.layers import Linear, Trained
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
 from llamatune.shapes.llama_config import LINEAR_MODULES, linear_path
@@ -51,17 +51,18 @@ def apply_adapter(
                 frozen = block.get_submodule(linear_path(name))
                 assert isinstance(frozen, Linear)
                 replacement = adapted(frozen, shapes, adapter.scaling(name, layer), adapter.dropout)
-                replacement.kind = kind
+                replacement.belong_to(kind)
+                replacement.drawn = adapter.drawn
                 if seed is not None:
                     replacement.start(generator)
                 block.set_submodule(linear_path(name), replacement)
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every trained tensor under its adapter name, ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
+    """Every tensor of the adapter under its name, ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
-            for name, parameter in zip(module.trained_names, module.trained, strict=True):
+            for name, parameter in zip(module.names, module.tensors, strict=True):
                 assert isinstance(parameter, nn.Parameter)
                 yield module.kind.stored_name(path, name), parameter
 
@@ -76,3 +77,28 @@ def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
             module.forget()
+
+
+def stored_tensors(adapter: AdapterSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors as they are written, under the names of ``adapter.stored()``."""
+    return _converted(tensors, adapter, adapter.stored(), adapter_class(adapter.kind).stored)
+
+
+def restored_tensors(adapter: AdapterSpec, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors, bit for bit, from those of ``adapter.stored()``."""
+    return _converted(stored, adapter.stored(), adapter, adapter_class(adapter.kind).restored)
+
+
+def _converted(
+    tensors: Mapping[str, Tensor], before: AdapterSpec, after: AdapterSpec, convert: Callable[[Trained], Trained]
+) -> dict[str, Tensor]:
+    old, new = ADAPTER_KINDS[before.kind], ADAPTER_KINDS[after.kind]
+    first, *_ = old.tensors
+    converted: dict[str, Tensor] = {}
+    for name in tensors:
+        stem = name.removesuffix(old.stored_name("", first))
+        if stem != name:
+            given = tuple(tensors[old.stored_name(stem, tensor)] for tensor in old.tensors)
+            names = [new.stored_name(stem, tensor) for tensor in new.tensors]
+            converted |= zip(names, convert(given), strict=True)
+    return converted

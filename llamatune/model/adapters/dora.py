@@ -19,7 +19,7 @@ from llamatune.shapes.tile_sizes import NORMED_AT_ONCE
 
 
 class _Factors(NamedTuple):
-    """What hand-written products take: the norms (out,) and g in the dtype of m; g - 1, A and scaled_B = g · B in that of x.
+    """What hand-written products take: norms and g (out,) in the dtype of m; in that of x g - 1, A, and g · B as B.
 
     g itself would be rounded to 1 in 16 bits while it is near to it.
     """
@@ -28,7 +28,7 @@ class _Factors(NamedTuple):
     g: Tensor
     g_minus_1: Tensor
     A: Tensor
-    scaled_B: Tensor
+    B: Tensor
 
 
 class DoRALinear(LoRALinear):
@@ -51,7 +51,7 @@ class DoRALinear(LoRALinear):
             y = self._base(x, out if residual is None else None)
             dropped, mask = dropout.drop(x)
             y.addcmul_(y if mask is None else self._base(dropped), factors.g_minus_1)
-            y.addmm_(dropped @ factors.A.T, factors.scaled_B.T, alpha=self.scaling)
+            y.addmm_(dropped @ factors.A.T, factors.B.T, alpha=self.scaling)
             if self.bias is not None:
                 y.add_(self.bias.to(y.dtype))
             return y if residual is None else torch.add(residual, y, out=out)
@@ -77,10 +77,10 @@ class DoRALinear(LoRALinear):
         add: bool = False,
     ) -> tuple[Tensor | None, Trained]:
         assert x is not None
-        norms, g, g_minus_1, A, scaled_B = self._factors(grad.dtype)
+        norms, g, g_minus_1, A, B = self._factors(grad.dtype)
         dropped, mask = dropout.drop(x)
         outer = scaled_product(grad.T, dropped @ A.T, self.scaling, norms.dtype)  # (out, R)
-        dt = scaled_product(grad, scaled_B, self.scaling)  # (N, R)
+        dt = scaled_product(grad, B, self.scaling)  # (N, R)
         dA = scaled_product(dt.T, dropped, dtype=norms.dtype)
         # W d again: keeping it would take as much memory as every output.
         room = self._base(dropped)

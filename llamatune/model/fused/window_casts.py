@@ -17,7 +17,7 @@ from llamatune.model.products import at_once
 def cast_for_window(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Keep what kinds of adapter derive from their tensors, within the block, where no trained tensor may change.
 
-    On a GPU keep what fused blocks train in ``dtype`` too: it saves a launch for each tensor, pass and tile. A CPU
+    On a GPU keep the tensors of fused blocks in ``dtype`` too: it saves a launch for each tensor, pass and tile. A CPU
     casts as it goes.
     """
     adapted = [layer for layer in model.modules() if isinstance(layer, AdaptedLinear)]
@@ -34,7 +34,7 @@ def cast_for_window(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _cast(layers: Sequence[AdaptedLinear], dtype: torch.dtype) -> None:
-    trained = [tensor.detach() for layer in layers for tensor in layer.trained if tensor.dtype != dtype]
+    trained = [tensor.detach() for layer in layers for tensor in layer.tensors if tensor.dtype != dtype]
     if not trained or not at_once(trained[0]):
         return
     sizes = [tensor.numel() for tensor in trained]
@@ -43,4 +43,4 @@ def _cast(layers: Sequence[AdaptedLinear], dtype: torch.dtype) -> None:
     torch._foreach_copy_(casts, trained)
     left = iter(casts)
     for layer in layers:
-        layer.casts = tuple(next(left) for _ in layer.trained)
+        layer.casts = tuple(next(left) for _ in layer.tensors)
