@@ -72,6 +72,9 @@ def convert_adapter(
     adapter = load_adapter(options.adapter)
     if options.output.resolve() in (options.adapter.resolve(), *options.adapter.resolve().parents):
         raise SpecError("--output would replace --adapter", options.output, "choose another output")
+    if adapter.base_changes:
+        what = f"the adapter also changes {', '.join(sorted(adapter.base_changes)[:3])} of the base"
+        raise CheckpointError(what, options.adapter, "merge it into the base, and convert that")
     updates = list(_updates(adapter))
     config = None if options.target == "peft" and options.model is None else _base_config(options, adapter, on_event)
     if config is not None:

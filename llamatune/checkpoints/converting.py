@@ -24,6 +24,7 @@ from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.checkpoints.meta_weights import write_meta
 from llamatune.checkpoints.model_directory import warn_of_missing_head
 from llamatune.checkpoints.tensor_bytes import is_finite
+from llamatune.checkpoints.weights import Weight
 from llamatune.command_options.conversion import ConvertOptions
 from llamatune.durable_writing import output_file, refuse_occupied, refuse_small_disk, write_atomic, writing
 from llamatune.errors import CheckpointError, LlamatuneError, SpecError, Stopped
@@ -231,7 +232,7 @@ def _write_directory(
 
 @dataclass
 class _Tensors:
-    """The tensors by name, each cast to its dtype when it is asked for."""
+    """The weights by name, each cast to its dtype while it is written."""
 
     checkpoint: Checkpoint
     dtype: torch.dtype | None
@@ -243,19 +244,27 @@ class _Tensors:
     def dtype_of(self, name: str) -> torch.dtype:
         return self.dtype or self.checkpoint.dtype(name)
 
-    def __call__(self, name: str) -> torch.Tensor:
+    def __call__(self, name: str) -> Weight:
         if self.should_stop():
             raise Stopped("stopped while converting", self.checkpoint.path, "run the same command again")
-        stored = self.checkpoint.tensor(name, mapped=True)
-        W = stored.to(self.dtype_of(name))
-        if not is_finite(W):
-            if W.dtype != stored.dtype and is_finite(stored):
-                what = f"{name} holds {float(stored.abs().max()):g}, which {DTYPE_NAMES[W.dtype]} cannot hold"
-                raise CheckpointError(what, self.checkpoint.path, "choose another --dtype")
-            self.broken = self.broken or name
-        self.done += 1
+        self.done = min(self.done + 1, len(self.checkpoint.shapes))
         self.on_event(Progress("converting", self.done, len(self.checkpoint.shapes)))
-        return W
+        if self.checkpoint.is_made(name) or self.dtype_of(name) != self.checkpoint.dtype(name):
+            return self._cast(name)
+        return self.checkpoint.stored(name)
+
+    def _cast(self, name: str) -> Iterator[torch.Tensor]:
+        """Portions of rows in their new dtype."""
+        read, dtype = self.checkpoint.row_reader(name), self.dtype_of(name)
+        for rows in self.checkpoint.row_portions(name):
+            stored = read(rows)
+            W = stored.to(dtype)
+            if not is_finite(W):
+                if is_finite(stored):
+                    what = f"{name} holds {float(stored.abs().max()):g}, which {DTYPE_NAMES[dtype]} cannot hold"
+                    raise CheckpointError(what, self.checkpoint.path, "choose another --dtype")
+                self.broken = self.broken or name
+            yield W
 
     def warn_of_broken(self) -> None:
         if self.broken is not None:

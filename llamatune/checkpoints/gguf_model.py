@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from llamatune.checkpoints.checkpoint import WIDE, Checkpoint, TensorOf, read_into, refuse_unfit
+from llamatune.checkpoints.checkpoint import WIDE, Checkpoint, read_into, refuse_unfit
 from llamatune.checkpoints.config_json import EMBEDDING
 from llamatune.checkpoints.gguf_blocks import Q8_0, Q8_0_VALUES, dequantized, quantized
 from llamatune.checkpoints.gguf_config import (
@@ -24,6 +24,7 @@ from llamatune.checkpoints.gguf_config import (
 from llamatune.checkpoints.model_directory import Format
 from llamatune.checkpoints.row_order import interleaved_row, is_rotated, rows_apart, rows_interleaved
 from llamatune.checkpoints.tensor_bytes import tensor_bytes
+from llamatune.checkpoints.weights import Weight, WeightOf, portions_of
 from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
@@ -38,7 +39,6 @@ MODEL_FILE = f"model{SUFFIX}"
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
 """``general.file_type``, which llama.cpp shows; it reads the type of each tensor."""
 _QUANTIZATION_VERSION = 2
-_PORTION_VALUES = 1 << 22
 
 
 class GgufCheckpoint(Checkpoint):
@@ -81,44 +81,51 @@ class GgufCheckpoint(Checkpoint):
         vector = self._read(self.parts[name][0])
         return matrices if torch.equal(vector.to(matrices).float(), vector) else torch.float32
 
+    def is_rotated(self, name: str) -> bool:
+        return is_interleaved(self.config) and is_rotated(name)
+
     def tensor(self, name: str, mapped: bool = False) -> torch.Tensor:
         part = self.parts[name][0]
-        if _is_quantized(part):
-            W = torch.empty(part.shape)
-            at_once = max(1, _PORTION_VALUES // part.shape[-1])
-            for first in range(0, part.shape[0], at_once):
-                count = min(at_once, part.shape[0] - first)
-                W[first : first + count] = self._dequantized_rows(name, range(first, first + count))
-        else:
+        if not _is_quantized(part):
             W = self._read(part, mapped).to(self.dtype(name))
-        return rows_apart(W, self.config.head_dim) if self._is_permuted(name) else W
+            return rows_apart(W, self.config.head_dim) if self.is_rotated(name) else W
+        W, read = torch.empty(part.shape), self.row_reader(name)
+        for rows in self.row_portions(name):
+            W[rows] = read(rows)
+        return W
+
+    def row_reader(self, name: str) -> Callable[[slice], torch.Tensor]:
+        part, dtype, plain = self.parts[name][0], self.dtype(name), super().row_reader(name)
+
+        def read(rows: slice) -> torch.Tensor:
+            W = self._dequantized(name, rows.start, rows.stop) if _is_quantized(part) else plain(rows).to(dtype)
+            return rows_apart(W, self.config.head_dim) if self.is_rotated(name) else W
+
+        return read
 
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        if self._is_permuted(name):
+        if self.is_rotated(name):
             rows = [interleaved_row(row, self.config.head_dim) for row in rows]
         part = self.parts[name][0]
         if not _is_quantized(part):
             return self._read_rows(part, rows).to(self.dtype(name))
-        return torch.cat([self._dequantized_rows(name, range(row, row + 1)) for row in rows])
+        return torch.cat([self._dequantized(name, row, row + 1) for row in rows])
 
-    def write_copy(self, staging: Staging, tensor_of: TensorOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
+    def write_copy(self, staging: Staging, weight_of: WeightOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
         types = {n: stored_type(shape, dtype or self.dtype(n), quantize=False) for n, shape in self.shapes.items()}
         vocabulary = {key: value for key, value in self.entries.items() if key.startswith("tokenizer.")}
         with writing(staging.path / MODEL_FILE) as file:
-            digest = write_gguf_model(file, self.config, tensor_of, types, vocabulary, self.path.stem)
+            digest = write_gguf_model(file, self.config, weight_of, types, vocabulary, self.path.stem)
         staging.digests[MODEL_FILE] = digest
 
-    def _is_permuted(self, name: str) -> bool:
-        return is_interleaved(self.config) and is_rotated(name)
-
-    def _dequantized_rows(self, name: str, rows: range) -> torch.Tensor:
-        """Rows that follow each other, in the order of the file, fp32."""
+    def _dequantized(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows in the order of the file, fp32."""
         part = self.parts[name][0]
         values, size = BLOCKS[part.dtype]
         row_bytes = part.shape[-1] // values * size
-        stored = torch.empty(len(rows) * row_bytes, dtype=torch.uint8)
-        read_into(self.path, part.begin + rows.start * row_bytes, stored)
-        return dequantized(stored.view(-1, size), part.dtype, gguf_name(name)).view(len(rows), *part.shape[1:])
+        stored = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        read_into(self.path, part.begin + start * row_bytes, stored)
+        return dequantized(stored.view(-1, size), part.dtype, gguf_name(name)).view(-1, *part.shape[1:])
 
 
 def _is_quantized(part: TensorLocation) -> bool:
@@ -146,7 +153,7 @@ def stored_type(shape: tuple[int, ...], dtype: torch.dtype, quantize: bool) -> s
 def write_gguf_model(
     file: BinaryIO,
     config: LlamaConfig,
-    tensor_of: TensorOf,
+    weight_of: WeightOf,
     type_of: Mapping[str, str],
     vocabulary: Metadata,
     name: str,
@@ -154,7 +161,7 @@ def write_gguf_model(
     """Stream a whole model; the file's SHA-256 is returned.
 
     Args:
-        tensor_of: each weight is asked for once, in the order of ``config.parameter_shapes()``.
+        weight_of: each weight is asked for once, in the order of ``config.parameter_shapes()``.
         type_of: the type of each, by Hugging Face's name.
         vocabulary: the keys of the tokenizer.
         name: of the model, for display.
@@ -172,21 +179,18 @@ def write_gguf_model(
 
     def data() -> Iterator[Iterator[memoryview]]:
         if factors is not None:
-            yield _portions(torch.tensor(factors), "F32")
+            yield _stored(torch.tensor(factors), "F32")
         for name, _ in config.parameter_shapes():
-            W = tensor_of(name)
-            W = rows_interleaved(W, config.head_dim) if permuted and is_rotated(name) else W
-            yield _portions(W, type_of[name])
+            yield _stored(weight_of(name), type_of[name], config.head_dim if permuted and is_rotated(name) else None)
 
     if factors is not None:
         declared.insert(0, (ROPE_FACTORS, "F32", (len(factors),)))
     return write_gguf(file, {**general, **facts, **vocabulary}, declared, data())
 
 
-def _portions(W: torch.Tensor, type_name: str) -> Iterator[memoryview]:
-    """The bytes of a tensor, some rows at a time."""
-    at_once = max(1, _PORTION_VALUES // max(1, W[0].numel()))
-    for first in range(0, len(W), at_once):
-        rows = W[first : first + at_once]
-        stored = quantized(rows) if type_name == Q8_0 else rows.to(STORED_WEIGHTS[type_name])
-        yield tensor_bytes(stored.contiguous())
+def _stored(weight: Weight, type_name: str, head_dim: int | None = None) -> Iterator[memoryview]:
+    """The bytes of a weight, some rows at a time; ``head_dim`` where its rows are interleaved."""
+    for portion in portions_of(weight, STORED_WEIGHTS.get(type_name, torch.float32)):
+        rows = rows_interleaved(portion, head_dim) if head_dim else portion
+        stored = (quantized(rows) if type_name == Q8_0 else rows).contiguous()  # outlives the view of its bytes
+        yield tensor_bytes(stored)

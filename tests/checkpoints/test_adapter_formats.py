@@ -173,3 +173,46 @@ def test_a_base_that_is_not_there_or_another_is_refused(base, tiny_base, tmp_pat
     other = tiny_base(hidden_size=64, num_attention_heads=4)
     with pytest.raises(CheckpointError, match="wrong shape"):
         convert_adapter(ConvertAdapterOptions(tmp_path / "adapter", tmp_path / "mlx", "mlx", other))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_mlx_lms_layout_is_read_back_and_goes_to_peft(base, tmp_path, name, monkeypatch):
+    """What was written for mlx-lm, read by our own reader of its layout, computes what it computed."""
+    config = read_config(base)
+    made = made_adapter(SPECS[name], config)
+    loaded = Adapter(made.config, made.tensors, path=tmp_path / "adapter", digest="0" * 64)
+    (tmp_path / "adapter").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("llamatune.checkpoints.adapter_formats.load_adapter", lambda path: loaded)
+        convert_adapter(ConvertAdapterOptions(tmp_path / "adapter", tmp_path / "mlx", "mlx", base))
+    convert_adapter(ConvertAdapterOptions(tmp_path / "mlx", tmp_path / "peft", "peft", base))
+    wanted = updates(loaded, config)
+    for path in ("mlx", "peft"):
+        found = updates(load_adapter(tmp_path / path), config)
+        for weight, update in found.items():
+            torch.testing.assert_close(update, wanted.get(weight, torch.zeros(update.shape)))
+        assert wanted.keys() <= found.keys()
+
+
+def test_peft_opens_what_came_from_mlx_lm(base, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    spec = AdapterSpec(3, 7.0, target_modules=("layers.1.mlp.up_proj", "layers.2.mlp.up_proj", "q_proj"))
+    made_adapter(spec, read_config(base), tmp_path / "adapter", base)
+    tokens = torch.arange(20)[None]
+    logits = []
+    convert_adapter(ConvertAdapterOptions(tmp_path / "adapter", tmp_path / "mlx", "mlx", base))
+    convert_adapter(ConvertAdapterOptions(tmp_path / "mlx", tmp_path / "peft", "peft", base))
+    for path in ("adapter", "peft"):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        with torch.no_grad():
+            logits.append(PeftModel.from_pretrained(model, tmp_path / path)(tokens).logits)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
+def test_an_adapter_that_changes_more_is_refused(base, peft_adapter, tmp_path):
+    adapter = peft_adapter(base, ["q_proj"], modules_to_save=["lm_head"])
+    for name, format_ in (("mlx", "mlx"), ("peft", "peft"), ("a.gguf", "gguf")):
+        with pytest.raises(CheckpointError, match=r"also changes lm_head\.weight of the base"):
+            convert_adapter(ConvertAdapterOptions(adapter, tmp_path / name, format_, base))
