@@ -81,13 +81,9 @@ class Adapter:
         path = name.split(".")  # model.layers.0.self_attn.q_proj.weight
         return self.config.scaling(path[-2], int(path[2]))
 
-    def on(self, base: Checkpoint, dtype: torch.dtype | None = None) -> Checkpoint:
-        """The base as its model is with this adapter, apart from the updates of layers that ``tensors`` hold.
-
-        ``dtype`` is that of the tensors which change; None: the base's.
-        """
-        tied = self.header is not None and self.header.config.tied
-        return changed_base(base, self.base_changes, tied, dtype)
+    def on(self, base: Checkpoint) -> Checkpoint:
+        """The base as its model is with this adapter, apart from the updates of layers that ``tensors`` hold."""
+        return changed_base(base, self.base_changes, self.header is not None and self.header.config.tied)
 
     def facts(self) -> dict[str, Any]:
         """What is computed with its tensors, as JSON."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,18 @@ class AdapterHeader:
             target_modules=tuple(dict.fromkeys(targets)),
             module_ranks=_what_differs(places, self.config.ranks(paths), self.config.plain.r),
             module_alphas=_what_differs(places, self.config.alphas(paths), self.config.plain.alpha),
+        )
+
+    @property
+    def others(self) -> tuple[tuple[str, int], ...]:
+        """Modules with the trained parameters that the file holds of them beside what ``spec`` says."""
+        names = [name for name in self.tensors if not is_update_in_block(name)]
+        paths = [re.split(r"\.lora_|\.token_adapter|\.(?=weight$|bias$)", name)[0] for name in names]
+        whole = self.config.saved(paths)
+        return tuple(
+            (path, math.prod(self.tensors[name].shape))
+            for name, path, trained in zip(names, paths, whole, strict=True)
+            if trained or path != name.rpartition(".")[0] or name.endswith(".bias")
         )
 
     def scalings(self, paths: Sequence[str]) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,6 @@ from llamatune.errors import CheckpointError
 from llamatune.model.adapters.apply import adapter_class
 from llamatune.shapes.adapter import ADAPTER_KINDS
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
-
-_PORTION = 1 << 19
-"""Weights updated at once."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +38,16 @@ class BaseChange:
     kind: str = "lora"
     shift: Tensor | None = None
 
-    def applied(self, W: Tensor, dtype: torch.dtype) -> Tensor:
-        """The changed tensor: computed in fp32, rounded once. ``W`` is the base's."""
-        W = W if self.value is None else self.value
-        if self.token_values is not None:
-            W = W.float().index_copy(0, torch.tensor(self.tokens), self.token_values)
+    def applied(self, read: Callable[[slice], Tensor], rows: slice) -> Tensor:
+        """Rows of the changed tensor, fp32. ``read`` gives those of the base's."""
+        W = (read(rows) if self.value is None else self.value[rows]).float()
+        chosen = [place for place, token in enumerate(self.tokens) if rows.start <= token < rows.stop]
+        if self.token_values is not None and chosen:
+            within = torch.tensor([self.tokens[place] - rows.start for place in chosen])
+            W = W.index_copy(0, within, self.token_values[chosen])
         if self.shift is not None:
-            W = W.float() + self.shift
-        if not self.update:
-            return W.to(dtype)
-        result, merged = torch.empty(W.shape, dtype=dtype), adapter_class(self.kind).merged
-        rows = max(1, _PORTION // W.shape[1])
-        for first in range(0, W.shape[0], rows):
-            part = slice(first, first + rows)
-            result[part] = merged(W[part], self.update, self.scaling, part)
-        return result
+            W = W + self.shift[rows]
+        return adapter_class(self.kind).merged(W, self.update, self.scaling, rows) if self.update else W
 
     def facts(self) -> dict[str, object]:
         """What its tensors do not say, as JSON."""

@@ -18,47 +18,38 @@ from llamatune.shapes.llama_config import LlamaConfig
 
 
 class ChangedBase(Checkpoint):
-    """``base`` with ``changes``, which make ``config`` of its configuration.
+    """``base`` with ``changes``, which make ``config`` of its configuration. A changed tensor has the base's dtype."""
 
-    ``dtype_of_changed`` is what the changed tensors are rounded to; None: the base's.
-    """
-
-    def __init__(
-        self,
-        base: Checkpoint,
-        config: LlamaConfig,
-        changes: Mapping[str, BaseChange],
-        dtype_of_changed: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, base: Checkpoint, config: LlamaConfig, changes: Mapping[str, BaseChange]) -> None:
         super().__init__(base.path, config, base.parts)
-        self.format, self.base = base.format, base
-        self._changes, self._dtype = changes, dtype_of_changed
+        self.format, self.base, self._changes = base.format, base, changes
+
+    def is_made(self, name: str) -> bool:
+        return name in self._changes or self._source(name) is None
 
     def stored(self, name: str) -> Weight:
-        return self.base.stored(name) if self._is_bases(name) else self.tensor(name)
+        return self.base.stored(self._source(name) or name)
 
     def row_reader(self, name: str) -> Callable[[slice], torch.Tensor]:
-        return self.base.row_reader(name) if self._is_bases(name) else self.tensor(name).__getitem__
+        source, change = self._source(name), self._changes.get(name)
+        zeros = torch.zeros(self.shapes[name] if source is None else 0)  # of a bias that the base has not
+        read = zeros.__getitem__ if source is None else self.base.row_reader(source)
+        return read if change is None else lambda rows: change.applied(read, rows)
 
     def tensor(self, name: str, mapped: bool = False) -> torch.Tensor:
-        if self._is_bases(name):
-            return self.base.tensor(name, mapped)
-        source, dtype = self._source(name), self.dtype(name)
-        change = self._changes.get(name, BaseChange())
-        if change.value is not None:  # of another vocabulary than the base's, maybe
-            return change.applied(change.value, dtype)
-        if source is None:
-            return change.applied(torch.zeros(self.shapes[name]), dtype)
-        return change.applied(self.base.tensor(source), dtype)
+        if not self.is_made(name):
+            return self.base.tensor(self._source(name) or name, mapped)
+        made, read = torch.empty(self.shapes[name], dtype=self.dtype(name)), self.row_reader(name)
+        for rows in self.row_portions(name):
+            made[rows] = read(rows)
+        return made
 
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        if self._is_bases(name):
-            return self.base.rows(name, rows)
+        if not self.is_made(name):
+            return self.base.rows(self._source(name) or name, rows)
         return self.tensor(name)[list(rows)]
 
     def dtype(self, name: str) -> torch.dtype:
-        if self._dtype is not None and name in self._changes:
-            return self._dtype
         return self.base.dtype(self._source(name) or f"{name.removesuffix('.bias')}.weight")
 
     def write_copy(self, staging: Staging, weight_of: WeightOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
@@ -68,10 +59,6 @@ class ChangedBase(Checkpoint):
         write = write_changed_copy if self.format == "hf" else write_meta
         write(staging, self.config, weight_of, lambda name: dtype or self.dtype(name), self.path, on_event)
 
-    def _is_bases(self, name: str) -> bool:
-        """Whether the tensor is the base's."""
-        return name not in self._changes and name in self.base.shapes
-
     def _source(self, name: str) -> str | None:
         """The tensor of the base that a tensor comes from: of a head that was tied, the embedding; None: it is new."""
         if name in self.base.shapes:
@@ -79,11 +66,9 @@ class ChangedBase(Checkpoint):
         return EMBEDDING if name == HEAD else None
 
 
-def changed_base(
-    base: Checkpoint, changes: Mapping[str, BaseChange], tied: bool, dtype: torch.dtype | None = None
-) -> Checkpoint:
-    """The base as it is with an adapter's changes; itself where there are none."""
+def changed_base(base: Checkpoint, changes: Mapping[str, BaseChange], tied: bool) -> Checkpoint:
+    """The base as it is with an adapter's changes; itself where there are none. ``tied`` as in ``changed_config``."""
     if not changes:
         return base
     config, resolved = changed_config(base.config, changes, tied, base.path)
-    return ChangedBase(base, config, resolved, dtype)
+    return ChangedBase(base, config, resolved)

@@ -48,6 +48,10 @@ class Checkpoint(ABC):
         self.shapes = dict(config.parameter_shapes())
         self._maps: dict[Path, mmap.mmap] = {}
 
+    def is_made(self, name: str) -> bool:
+        """Whether a weight is computed when it is read, its rows in fp32 whatever its dtype."""
+        return False
+
     def stored(self, name: str) -> Weight:
         """A weight that is read when it is written somewhere else, if its bytes cannot be copied."""
         read = self.row_reader(name)

@@ -61,7 +61,7 @@ class MergedWeights:
         if self.adapter.changes(name):
             self.merged_tensors += 1
             return self._in_order(name, self._fold)
-        if self.dtype_of(name) != self.checkpoint.dtype(name):
+        if self.checkpoint.is_made(name) or self.dtype_of(name) != self.checkpoint.dtype(name):
             return self._in_order(name, self._cast)
         return self.checkpoint.stored(name)
 

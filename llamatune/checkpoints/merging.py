@@ -30,8 +30,8 @@ from llamatune.formats.manifest import MANIFEST, Manifest, build_directory, fini
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 
 _OTHER_BASE = (
-    "the adapter was trained on a base in {quantized}, and the weights of {model} are not those: measure with --probe "
-    "what that costs, or fold the update into the weights that training saw with --onto-quantized"
+    "it was trained on a base in {kind}, whose weights are not those that it is merged into: measure with --probe what "
+    "that costs, or merge into the weights that training saw with --onto-quantized"
 )
 
 
@@ -116,12 +116,13 @@ def merge_lora(
     quantized = quantization_of(adapters)
     if options.onto_quantized:
         if quantized is None:
-            what = "no adapter says that it was trained on a quantised base"
+            what = "not every adapter says that it was trained on a base in the same nf4 or float8"
             raise SpecError(what, "--onto-quantized", "leave it out")
         checkpoint, dtype = DequantizedBase(checkpoint, quantized), dtype or torch.bfloat16
-    elif quantized is not None:
-        on_event(Notice(_OTHER_BASE.format(quantized=quantized, model=options.model), "warning"))
-    checkpoint = adapter.on(checkpoint, dtype)
+    for part in [] if options.onto_quantized else adapters:
+        if part.base_dtype is not None:
+            on_event(Notice(f"{part.path}: {_OTHER_BASE.format(kind=part.base_dtype)}", "warning"))
+    checkpoint = adapter.on(checkpoint)
     needed = sum(
         math.prod(shape) * (dtype or checkpoint.dtype(name)).itemsize for name, shape in checkpoint.shapes.items()
     )
@@ -167,16 +168,9 @@ def merge_lora(
 
 
 def quantization_of(adapters: Sequence[Adapter]) -> str | None:
-    """What the base was quantised to that the adapters were trained on, where they say so.
-
-    Raises:
-        CheckpointError: they say different things.
-    """
-    said = {adapter.base_dtype: adapter.path for adapter in adapters}
-    if len(said) > 1 and said.keys() != {None}:
-        what = f"was trained on a base in {adapters[0].base_dtype or '16 or 32 bits'}, others on one in another form"
-        raise CheckpointError(what, adapters[0].path, "merge adapters that were trained on the same base")
-    return adapters[0].base_dtype
+    """What the base was quantised to that all adapters were trained on; None where one does not say so."""
+    said = {adapter.base_dtype for adapter in adapters}
+    return said.pop() if len(said) == 1 else None
 
 
 def _template(options: MergeOptions, adapters: Sequence[Adapter], before: Manifest | None) -> dict[str, Any] | None:

@@ -28,17 +28,18 @@ def count_params(options: CountOptions, console: Console) -> None:
         else:
             config = preset(options.preset or "")
         if options.adapter is not None:
-            adapter = read_adapter_header(options.adapter).spec
+            header = read_adapter_header(options.adapter)
+            adapter, others = header.spec, header.others
         else:
             rank = DEFAULT_RANK if options.r is None else options.r
             names = (DEFAULT_TARGET_MODULES if options.target_modules is None else options.target_modules).split(",")
             targets = LINEAR_MODULES if names == ["all-linear"] else tuple(name.strip() for name in names)
-            adapter = AdapterSpec(rank, rank, target_modules=targets)
+            adapter, others = AdapterSpec(rank, rank, target_modules=targets), ()
         unknown = [name for name in adapter.modules if name not in LINEAR_MODULES]
         if unknown:
             todo = f"there are {', '.join(LINEAR_MODULES)}"
             raise SpecError(f"no linear layer called {unknown[0]!r}", "--target-modules", todo)
-        count = count_parameters(config, adapter)
+        count = count_parameters(config, adapter, others)
         payload = {
             "base_parameters": count.base_parameters,
             "trainable_parameters": count.trainable_parameters,

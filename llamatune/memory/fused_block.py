@@ -89,7 +89,7 @@ def attention(ledger: Ledger, z: Sizes, last: bool, recompute: bool) -> Passes:
     with ledger.step("attention"):
         every_do = ledger.make("gradient of attention's output", z.N * z.Q * z.c if last else 0)
         gradients = made.backward(ledger)
-        ledger.free(do, every_do, inputs, outputs, flat, gradients)
+        ledger.free(every_do, inputs, outputs, flat, gradients, *(() if recompute else (do,)))
     with ledger.step("q, k, v"):
         dqkv = ledger.make("gradients of q, k, v", z.N * (z.Q + 2 * z.K) * z.c)
         h = ledger.make("normed x", z.N * z.D * z.c if z.targets.intersection(QKV_MODULES) else 0)
@@ -103,7 +103,7 @@ def attention(ledger: Ledger, z: Sizes, last: bool, recompute: bool) -> Passes:
     with ledger.step("norm"):
         dx = ledger.make("gradient of x", z.N * z.D * z.s)
         _norm(ledger, z, z.N, back=True)
-    ledger.free(dqkv, h, dh, dx, spread, dy, x)
+    ledger.free(dqkv, h, dh, dx, spread, dy, x, *((do,) if recompute else ()))
 
 
 def _attention_inputs(ledger: Ledger, z: Sizes) -> list[Tensor]:

@@ -122,14 +122,13 @@ def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
         ledger.free(cast, lora)
     with ledger.step("attention"):
         every_do = ledger.make("gradient of attention's output", N * z.Q * c if last else 0)
-        ledger.free(made.backward(ledger), inputs, outputs)
+        ledger.free(made.backward(ledger), inputs, outputs, do, every_do, o)
     with ledger.step("rotation"):
         dqkv = ledger.make("gradients of q, k, v", N * (z.Q + 2 * z.K) * c)
         ledger.use("rotated", 4 * N * z.Q * c)
-        ledger.free(do, every_do, o)
     if z.normed:
         with ledger.step("norms of heads"):
-            ledger.use("gradients of q in fp32", 5 * N * z.Q * 4)
+            ledger.use("gradients of q in fp32", N * z.Q * (3 * 4 + (c if c < 4 else 0)))
     ledger.free(*heads)
     with ledger.step("q, k, v"):
         _magnitudes_backward(ledger, z, QKV_MODULES, N, of_qkv)

@@ -11,15 +11,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from llamatune.checkpoints.adapter import check_adapter, load_adapter
+from llamatune.checkpoints.adapter_header import read_adapter_header
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.checkpoints.merging import merge_lora
 from llamatune.command_options.inference import MergeOptions, ModelSource
 from llamatune.errors import CheckpointError
 from llamatune.events import ignore_event, never_stop
 from llamatune.inference.model_source import open_model
+from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.llama_config import LINEAR_MODULES
 
 from .conftest import save_tiny
@@ -40,8 +42,8 @@ def bases(tmp_path_factory):
     return {tied: path / str(tied) for tied in (False, True)}
 
 
-def tuned(base: Path, resize: int | None = None) -> LlamaForCausalLM:
-    model = LlamaForCausalLM.from_pretrained(base)
+def tuned(base: Path, resize: int | None = None) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(base)
     if resize is not None:
         model.resize_token_embeddings(resize, mean_resizing=False)
     return model
@@ -72,9 +74,9 @@ def logits(base: Path, adapter: Path) -> torch.Tensor:
         return model.by_prefix[""](IDS)
 
 
-def merged(base: Path, adapter: Path, output: Path, format_: str = "same") -> LlamaForCausalLM:
+def merged(base: Path, adapter: Path, output: Path, format_: str = "same") -> PreTrainedModel:
     merge_lora(MergeOptions(base, adapter, output, format_))
-    return LlamaForCausalLM.from_pretrained(output).eval()
+    return AutoModelForCausalLM.from_pretrained(output).eval()
 
 
 def assert_equal_to_peft(base: Path, adapter: Path, tmp_path: Path, expected: torch.Tensor | None = None) -> None:
@@ -124,6 +126,12 @@ ROWS = {
     "other tokens of the head": {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [4]}},
     "tokens of the head": {"trainable_token_indices": {"lm_head": [4]}},
 }
+BIASES = {
+    "bias all": {"bias": "all"},
+    "bias lora_only": {"bias": "lora_only", "target_modules": ["q_proj", "up_proj"]},
+    "bias of B": {"lora_bias": True, "alpha_pattern": {"v_proj": 3}},
+    "a layer with its bias": {"modules_to_save": ["v_proj"], "target_modules": ["q_proj", "down_proj"]},
+}
 STAY_TIED = ("both whole and tied", "both tied", "tokens", "tokens of both")
 OUTSIDE_BLOCKS = [
     row for row in ROWS if any(word in row for word in ("whole", "head", "embedding", "both", "tokens", "norms"))
@@ -142,6 +150,31 @@ def test_logits_on_a_tied_base_are_pefts(bases, tmp_path, row):
     tied = json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
     touched = load_adapter(adapter).base_changes.keys() & {"model.embed_tokens.weight", "lm_head.weight"}
     assert tied is (row in STAY_TIED or not touched)
+
+
+@pytest.mark.parametrize("row", BIASES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_biases_are_pefts(bases, tmp_path, row, biased):
+    base = tmp_path / "base" if biased else bases[False]
+    if biased:
+        save_tiny(base, attention_bias=True, mlp_bias=True)
+    assert_equal_to_peft(base, save(tmp_path / "a", base, **BIASES[row]), tmp_path)
+    facts = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert facts["attention_bias"] is (biased or row == "bias of B")
+    assert facts["mlp_bias"] is biased
+
+
+def test_a_bias_that_no_configuration_can_state_is_refused(tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 96}  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(Qwen2Config(**shape)).save_pretrained(tmp_path / "base")
+    base = tmp_path / "base"
+    assert_equal_to_peft(base, save(tmp_path / "a", base, lora_bias=True), tmp_path)
+    adapter = save(tmp_path / "b", base, lora_bias=True, target_modules=["q_proj", "o_proj"])
+    for use in (logits, lambda model, adapter: merged(model, adapter, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match="adds a bias to o_proj, which no configuration of a qwen2"):
+            use(base, adapter)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -183,6 +216,16 @@ def test_sixteen_bits_are_rounded_once(tmp_path):
     assert torch.equal(found, exact.bfloat16())
     assert torch.equal(logits(tmp_path / "base", adapter), merged_logits := logits_of(tmp_path / "merged"))
     assert merged_logits.dtype == torch.bfloat16
+
+
+def test_a_head_that_sixteen_bits_cannot_hold_is_refused(bases, tmp_path):
+    adapter = save(tmp_path / "a", bases[False], modules_to_save=["lm_head"])
+    stored = load_file(adapter / "adapter_model.safetensors")
+    stored["base_model.model.lm_head.weight"][0, 0] = 1e6
+    save_file(stored, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head.weight holds 1e\+06, which float16 cannot hold"):
+        merge_lora(MergeOptions(bases[False], adapter, tmp_path / "merged", "same", "float16"))
+    assert not (tmp_path / "merged").exists()
 
 
 def logits_of(model: Path) -> torch.Tensor:
@@ -353,6 +396,17 @@ def test_what_all_blocks_have_is_named_by_its_module(bases, tmp_path):
     assert spec.target_modules == tuple(sorted(LINEAR_MODULES))
     assert dict(spec.module_ranks) == {"q_proj": 2, "layers.1.mlp.up_proj": 3}
     assert (spec.rank("up_proj", 0), spec.rank("up_proj", 1), spec.scaling("q_proj", 2)) == (4, 3, 4.0)
+
+
+COUNTED = ("a pattern of some layers", "ranks by pattern", "DoRA", "head whole", "a submodule whole", "both", "tokens")
+
+
+@pytest.mark.parametrize("row", COUNTED)
+def test_parameters_are_counted_as_peft_counts_them(bases, tmp_path, row):
+    header = read_adapter_header(save(tmp_path / "a", bases[False], **ROWS[row]))
+    model = PeftModel.from_pretrained(tuned(bases[False]), tmp_path / "a", is_trainable=True)
+    count = count_parameters(open_checkpoint(bases[False]).config, header.spec, header.others)
+    assert count.trainable_parameters == model.get_nb_trainable_parameters()[0]
 
 
 def test_an_adapter_of_fewer_blocks_does_not_pass_for_one_of_all(bases, tmp_path):

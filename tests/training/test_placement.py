@@ -65,7 +65,12 @@ Found = tuple[list[tuple[float, float]], list[Tensor]]
 def spec_of(placement: str, dtype: tuple[str, str] = DTYPES[0], dropout: float = 0.0, **training: Any) -> RunSpec:
     values = {
         "model": {"path": "none", "init": "random", "dtype": dtype[0], "placement": placement},
-        "lora": {"r": 4, "dropout": dropout, "target_modules": training.pop("targets", "all-linear")},
+        "lora": {
+            "r": 4,
+            "dropout": dropout,
+            "target_modules": training.pop("targets", "all-linear"),
+            **training.pop("lora", {}),
+        },
         "data": {"train": "none"},
         "training": {"output_dir": "none", "precision": dtype[1], "device": "cpu", "learning_rate": 0.02, **training},
     }
@@ -119,6 +124,19 @@ def test_slices_on_several_ranks_have_the_bytes_of_one_process(
     how = {"activation_checkpointing": mode, "fused": fused}
     expected = trained(spec_of("device", dtype, **how))
     for found in in_threads(size, lambda ranks: trained(spec_of("shard", dtype, **how), ranks=ranks)):
+        assert same(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("lora", "dtype"),
+    [({"kind": "dora"}, ("nf4", "bf16")), ({"init": "pissa"}, ("float32", "fp32")),
+     ({"init": "olora", "lr_ratio": 4.0}, ("float8", "bf16"))],
+    ids=str,
+)  # fmt: skip
+def test_kinds_that_begin_with_the_weights_of_the_base(lora: dict[str, Any], dtype: tuple[str, str]) -> None:
+    expected = trained(spec_of("device", dtype, lora=lora))
+    assert same(trained(spec_of("host", dtype, lora=lora)), expected)
+    for found in in_threads(2, lambda ranks: trained(spec_of("shard", dtype, lora=lora), ranks=ranks)):
         assert same(found, expected)
 
 
