@@ -29,6 +29,8 @@ LARGEST_OUTPUT = 8 << 20
 _LARGEST_MEMORY = 512 << 20
 _LONGEST_FAULT = 300
 
+_WARMING = r"""{{ 'é\n' | tojson(indent=1) }}{{ strftime_now('%d') }}{{ 'x' | wordwrap }}{{ 1 / 0 }}"""
+
 Message = dict[str, str]
 
 
@@ -237,6 +239,8 @@ def serve(descriptor: int) -> None:
     lowest = os.dup(descriptor)
     os.close(descriptor)
     connection = Connection(lowest)
+    with contextlib.suppress(Broken):  # everything that Python and Jinja import late, while files can be opened
+        Engine(_WARMING, {}).render([])
     limits = {
         resource.RLIMIT_AS: _LARGEST_MEMORY, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_NPROC: 0, resource.RLIMIT_NOFILE: lowest + 1,
