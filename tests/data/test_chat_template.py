@@ -363,3 +363,25 @@ def test_a_stored_chat_template_is_what_was_stored_with_its_time(tokenizer: Toke
     again = stored_template(stored)
     assert again == ChatTemplate("dated", template.source, template.variables, "2024-07-26T11:12:13")
     assert ChatEncoder(again, tokenizer).prompt(CHAT[:1]).shown == "26 Jul 2024 seven hills"
+
+
+def test_workers_render_the_same_and_tell_what_went_wrong(
+    prepare: Prepare, write_rows: WriteRows, chat_tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    chance, directory = random.Random(9), chat_tokenizers["smollm"]
+    rows = [{"messages": conversation(chance)} for _ in range(300)]
+    for workers in (0, 2):
+        prepare(write_rows(rows), tokenizer=directory, workers=workers, output=tmp_path / f"out{workers}")
+    assert (tmp_path / "out0" / "train.safetensors").read_bytes() == (
+        tmp_path / "out2" / "train.safetensors"
+    ).read_bytes()
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    loop = "{% if 'boom' in messages[0].content %}" + loop + "{% endif %}"
+    (tmp_path / "mine.jinja").write_text(loop + SMOLLM_CHAT)
+    rows[270] = {"messages": [{**CHAT[0], "content": "boom"}, CHAT[1]]}
+    options = {"tokenizer": directory, "template": str(tmp_path / "mine.jinja"), "workers": 2}
+    with pytest.raises(
+        SpecError, match=r"the chat template cannot be used: it takes more than 2 s of processor time: .*mine"
+    ):
+        prepare(write_rows(rows), **options, output=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
