@@ -22,12 +22,13 @@ from llamatune.checkpoints.merged_weights import MergedWeights
 from llamatune.checkpoints.meta_weights import write_meta
 from llamatune.checkpoints.model_directory import warn_of_missing_head
 from llamatune.command_options.inference import MergeOptions
-from llamatune.data.templates import load_template
+from llamatune.data.template_choice import load_template
 from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, Manifest, build_directory, finished_product, manifest_if_readable
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
+from llamatune.tokenizers.loading import load_tokenizer
 
 _OTHER_BASE = (
     "it was trained on a base in {kind}, whose weights are not those that it is merged into: measure with --probe what "
@@ -102,7 +103,7 @@ def merge_lora(
         return _stored_report(finished, options.output)
     refuse_occupied(options.output, options.overwrite)
     before = manifest_if_readable(options.model)
-    template = _template(options, adapters, before)
+    template = _template(options, adapters, before, on_event)
     merged_before = before.merged_adapters if before else []
     for part in adapters:
         if part.digest in merged_before:
@@ -173,10 +174,14 @@ def quantization_of(adapters: Sequence[Adapter]) -> str | None:
     return said.pop() if len(said) == 1 else None
 
 
-def _template(options: MergeOptions, adapters: Sequence[Adapter], before: Manifest | None) -> dict[str, Any] | None:
+def _template(
+    options: MergeOptions, adapters: Sequence[Adapter], before: Manifest | None, on_event: OnEvent
+) -> dict[str, Any] | None:
     """The template to store: that of ``--template``, of the adapters, or of the base where they have none."""
     if options.template is not None:
-        return None if options.template == "none" else load_template(options.template).to_dict()
+        if options.template == "none":
+            return None
+        return load_template(options.template, load_tokenizer(options.model), on_event).to_dict()
     stored = template_holder(adapters).template
     return before.template if stored is None and before is not None else stored
 
