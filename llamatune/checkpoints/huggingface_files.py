@@ -154,5 +154,5 @@ def _no_weights(directory: Path) -> CheckpointError:
             "fetch pytorch_model.bin.index.json too",
         )
     elif any(directory.glob("*.gguf")):
-        what, todo = "only a GGUF file, which is not read", "fetch the safetensors files of the model"
+        what, todo = "only a GGUF file", "make a model directory of it with llamatune convert"
     return CheckpointError(what, directory, todo)
