@@ -47,7 +47,11 @@ def complete_merged(
         replace_chat_template(directory, template)
     copy_licences(base, directory)
     spec = adapter.config
-    shown = {"base": hub_name(str(base)), "adapter": adapter_directory.name, "adapter's SHA-256": adapter.digest}
+    shown: dict[str, object] = {
+        "base": hub_name(str(base)),
+        "adapter": adapter_directory.name,
+        "adapter's SHA-256": adapter.digest,
+    }
     shown |= {"r": spec.r, "alpha": f"{spec.alpha:g}", "target modules": ", ".join(spec.target_modules)}
     library, tags = "transformers" if format_ == "hf" else None, ("llamatune", "merge", "lora")
     title = f"{Path(hub_name(str(base))).name} with a LoRA adapter merged"
