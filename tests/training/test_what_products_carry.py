@@ -114,6 +114,10 @@ def test_peft_and_transformers_open_it_and_apply_the_template(run: Path, base: P
     assert torch.isfinite(model(torch.tensor([made])).logits).all()
 
 
+def refuse_to_link(source: Path, target: Path) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
 def test_what_best_carries_is_made_once(
     base: Path, prepared: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +130,7 @@ def test_what_best_carries_is_made_once(
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().split('"best": true')) > 2
     assert len(copied) == 2  # best/ and adapter/
     assert {path.stat().st_nlink for path in (tmp_path / "run").rglob("*") if path.is_file()} == {1}
-    monkeypatch.setattr("llamatune.durable_writing.os.link", lambda *_: os.link(tmp_path, tmp_path / "x"))
+    monkeypatch.setattr("llamatune.durable_writing.os.link", refuse_to_link)
     copied.clear()
     other = spec_for(base, prepared, tmp_path / "other", training__learning_rate=1e-3)
     train(other)
