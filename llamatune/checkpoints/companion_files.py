@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from llamatune.checkpoints.adapter import Adapter
-from llamatune.checkpoints.config_json import write_generation_config
+from llamatune.checkpoints.config_json import add_stop_tokens, stop_tokens, write_generation_config
 from llamatune.checkpoints.model_card import ModelCard, hub_name, write_card
 from llamatune.checkpoints.model_directory import Format
 from llamatune.durable_writing import link_files, remove
@@ -38,13 +38,16 @@ def copy_licences(source: Path, directory: Path) -> None:
 def complete_merged(
     directory: Path, format_: Format, base: Path, adapter: Adapter, adapter_directory: Path, facts: Mapping[str, object]
 ) -> None:
-    """Add what a merged model lacks beside weights, configuration and tokenizer: chat template, licences, card.
+    """Add what a merged model lacks beside weights, configuration and tokenizer: chat template, EOS, licences, card.
 
     The chat template is the adapter's, where its directory has one: the base's is what was used before the tuning.
+    Every EOS of either ends a text.
     """
     template = read_chat_template(adapter_directory) if format_ == "hf" else None
     if template is not None:
         replace_chat_template(directory, template)
+    if format_ == "hf":
+        add_stop_tokens(directory, stop_tokens(adapter_directory))
     copy_licences(base, directory)
     spec = adapter.config
     shown: dict[str, object] = {
@@ -65,8 +68,16 @@ class AdapterCompanions:
     does not hold in order is left out, with a notice, since the adapter is worth more.
     """
 
-    def __init__(self, base: Path, config: LlamaConfig, chat_template: str | None, on_event: OnEvent) -> None:
+    def __init__(
+        self,
+        base: Path,
+        config: LlamaConfig,
+        chat_template: str | None,
+        trained_ends: Callable[[], Sequence[int]],
+        on_event: OnEvent,
+    ) -> None:
         self._base, self._config, self._chat_template, self._on_event = base, config, chat_template, on_event
+        self._trained_ends = trained_ends
         self._written: dict[Path, dict[str, str]] = {}
 
     def write(self, staging: Staging, final: Path) -> None:
@@ -85,6 +96,7 @@ class AdapterCompanions:
                 replace_chat_template(directory, self._chat_template)
             complete_tokenizer(directory, self._base)
             write_generation_config(directory, self._config, self._base)
+            add_stop_tokens(directory, self._trained_ends())
             copy_licences(self._base, directory)
         except CheckpointError as fault:
             for path in set(directory.iterdir()) - own:

@@ -69,6 +69,8 @@ def read_chat_template(directory: Path) -> str | None:
 
 def replace_chat_template(directory: Path, template: str) -> None:
     """Give the tokenizer that was copied to ``directory`` another chat template. Not atomic: for staging."""
+    if read_chat_template(directory) == template:
+        return
     for name in (CHAT_TEMPLATE, "chat_template.json"):
         (directory / name).unlink(missing_ok=True)
     _write_text(directory / CHAT_TEMPLATE, template)
@@ -113,7 +115,7 @@ def _copy_config(source: Path, directory: Path, template: str | None) -> None:
     """``tokenizer_config.json``; as transformers 5 writes it, in the words that transformers 4 knows too."""
     facts = read_json(source, max_bytes=LARGEST_JSON_BYTES)
     changed: dict[str, Any] = dict(facts)
-    if template is not None and facts.get(_TEMPLATE_KEY) is None:
+    if template is not None and not isinstance(facts.get(_TEMPLATE_KEY), list):
         changed[_TEMPLATE_KEY] = template
     if facts.get("tokenizer_class") == _V5_CLASS:
         changed["tokenizer_class"] = _V4_CLASS

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from llamatune import __version__
 from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter
 from llamatune.checkpoints.companion_files import AdapterCompanions, copy_licences
+from llamatune.checkpoints.config_json import add_stop_tokens
 from llamatune.checkpoints.huggingface_weights import write_huggingface
 from llamatune.checkpoints.model_card import write_card
 from llamatune.checkpoints.sharded_checkpoint import save_sharded_state
@@ -32,7 +33,7 @@ from llamatune.tokenizers.copied_files import replace_chat_template
 from llamatune.training.gpu_meter import GpuMeter
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
-from llamatune.training.run_card import base_for_readers, chat_template_of, run_card
+from llamatune.training.run_card import base_for_readers, chat_template_of, run_card, trained_ends
 from llamatune.training.run_directory import RunDirectory
 from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, MODEL
 from llamatune.training.sharded_tensors import owned_runs, restore_runs
@@ -192,8 +193,10 @@ class RunOutput:
         """What the product carries for its readers; a checkpoint, which is for resuming, goes without."""
         if self.spec.adapter is None:
             copy_licences(Path(self.spec.model.path), staging.path)
-            if (chat_template := chat_template_of(self.inputs.prepared.manifest)) is not None:
+            prepared = self.inputs.prepared.manifest
+            if (chat_template := chat_template_of(prepared)) is not None:
                 replace_chat_template(staging.path, chat_template)
+            add_stop_tokens(staging.path, trained_ends(prepared, Path(self.spec.model.path)))
         else:
             self.companions.write(staging, final)
         write_card(staging.path, run_card(self.spec, self.inputs, results))
