@@ -79,12 +79,14 @@ class ChatEncoder:
         return Conversation(Segments(tuple(parts), True), tuple(cuts), len(cuts) == len(prompts), only_last)
 
     def prompt(self, messages: Sequence[Message], where: object = None) -> Segments:
-        """What the assistant's next turn continues; ``DataError`` if the template cannot be rendered with it."""
+        """What the assistant's next turn continues; ``DataError`` if the template refuses it."""
         hidden, marker = self._hidden(messages)
         try:
             text = self._reply({"messages": hidden, "prompt": True})["text"]
-        except (Refused, Broken) as fault:
-            raise DataError(f"the chat template cannot be filled with it: {fault}", where) from None
+        except Refused as fault:
+            raise DataError(f"the chat template refuses the prompt: {fault}", where) from None
+        except Broken as fault:
+            raise self.template.unusable(fault) from None
         return Segments(tuple(self._parts(text, [], [], marker)[0]), True)
 
     @functools.cached_property

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llamatune.errors import CheckpointError, LlamatuneError, SpecError
+from llamatune.required_versions import require_version
 
 if TYPE_CHECKING:
     from llamatune.data.jinja_engine import Engine
@@ -112,6 +114,7 @@ class ChatTemplate:
         from llamatune.data.jinja_engine import Broken, Engine
         from llamatune.data.jinja_process import JinjaProcess, Stuck
 
+        require_version("jinja2", importlib.metadata.version("jinja2"))
         try:
             return (Engine if self.is_built_in else JinjaProcess)(self.source, self.variables, self.now)
         except (Broken, Stuck) as fault:
