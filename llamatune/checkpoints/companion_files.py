@@ -9,7 +9,7 @@ from pathlib import Path
 from llamatune.checkpoints.adapter import Adapter
 from llamatune.checkpoints.config_json import add_stop_tokens, stop_tokens, write_generation_config
 from llamatune.checkpoints.model_card import ModelCard, hub_name, write_card
-from llamatune.checkpoints.model_directory import Format
+from llamatune.checkpoints.model_directory import Format, detect_format
 from llamatune.durable_writing import link_files, remove
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent
@@ -61,11 +61,15 @@ def complete_merged(
     write_card(directory, ModelCard(title, str(base), library, tags, {**shown, **facts}))
 
 
-class AdapterCompanions:
-    """Gives the adapter directories of one run what they carry of the base.
+class RunCompanions:
+    """Gives the adapters and the model of one run what they carry of the base.
 
-    They are read from the base once; a directory that replaces one shares the files of the one before. What the base
-    does not hold in order is left out, with a notice, since the adapter is worth more.
+    An adapter's are read from the base once; a directory that replaces one shares the files of the one before. What the
+    base does not hold in order is left out, with a notice, since the trained weights are worth more.
+
+    Args:
+        chat_template: the one that was trained; None: the base's.
+        trained_ends: the tokens beside the tokenizer's EOS that end a trained text.
     """
 
     def __init__(
@@ -78,6 +82,8 @@ class AdapterCompanions:
     ) -> None:
         self._base, self._config, self._chat_template, self._on_event = base, config, chat_template, on_event
         self._trained_ends = trained_ends
+        self.peft_base = None if detect_format(base) == "meta" else str(base)
+        """The base as PEFT's configuration names it; None where PEFT could not open it."""
         self._written: dict[Path, dict[str, str]] = {}
 
     def write(self, staging: Staging, final: Path) -> None:
@@ -86,6 +92,19 @@ class AdapterCompanions:
         if before is None or not link_files(before, final, staging.path):
             before = self._written[final] = self._copy(staging.path)
         staging.digests |= before
+
+    def complete_model(self, directory: Path) -> None:
+        """Add to a whole model, which has tokenizer and settings already."""
+        try:
+            if self._chat_template is not None:
+                replace_chat_template(directory, self._chat_template)
+            add_stop_tokens(directory, self._trained_ends())
+            copy_licences(self._base, directory)
+        except CheckpointError as fault:
+            self._tell(fault)
+
+    def _tell(self, fault: CheckpointError) -> None:
+        self._on_event(Notice(f"written without what the base should give: {fault}", "warning"))
 
     def _copy(self, directory: Path) -> dict[str, str]:
         """Their digests by name."""
@@ -101,6 +120,6 @@ class AdapterCompanions:
         except CheckpointError as fault:
             for path in set(directory.iterdir()) - own:
                 remove(path)
-            self._on_event(Notice(f"written without tokenizer and licence: {fault}", "warning"))
+            self._tell(fault)
         found = sorted(path for path in directory.rglob("*") if path not in own and path.is_file())
         return {path.relative_to(directory).as_posix(): digest_file(path) for path in found}

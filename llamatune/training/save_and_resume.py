@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 from llamatune import __version__
 from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter
-from llamatune.checkpoints.companion_files import AdapterCompanions, copy_licences
-from llamatune.checkpoints.config_json import add_stop_tokens
+from llamatune.checkpoints.companion_files import RunCompanions
 from llamatune.checkpoints.huggingface_weights import write_huggingface
 from llamatune.checkpoints.model_card import write_card
 from llamatune.checkpoints.sharded_checkpoint import save_sharded_state
@@ -29,11 +28,10 @@ from llamatune.model.kernels.choice import kernels_in_use
 from llamatune.ranks import Ranks
 from llamatune.spec import RunSpec
 from llamatune.strict_json import write_json
-from llamatune.tokenizers.copied_files import replace_chat_template
 from llamatune.training.gpu_meter import GpuMeter
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
-from llamatune.training.run_card import base_for_readers, chat_template_of, run_card, trained_ends
+from llamatune.training.run_card import run_card
 from llamatune.training.run_directory import RunDirectory
 from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, MODEL
 from llamatune.training.sharded_tensors import owned_runs, restore_runs
@@ -61,7 +59,7 @@ class RunOutput:
     run: RunDirectory
     ranks: Ranks
     gpu_meter: GpuMeter
-    companions: AdapterCompanions
+    companions: RunCompanions
 
     def log(self, record: Record) -> None:
         """Append a line to ``metrics.jsonl``."""
@@ -185,21 +183,17 @@ class RunOutput:
             write_huggingface(staging, inputs.config, tensor_of, lambda name: torch.float32, source, ignore_event)
             staging.facts["template"] = template
         else:
-            named = base_for_readers(base)
+            named = self.companions.peft_base
             write_adapter(staging, Adapter(spec.adapter, dict(parameters), fingerprint, template, named))
             staging.facts["base_path"] = base
 
     def _write_companions(self, staging: Staging, final: Path, results: Mapping[str, Any]) -> None:
         """What the product carries for its readers; a checkpoint, which is for resuming, goes without."""
         if self.spec.adapter is None:
-            copy_licences(Path(self.spec.model.path), staging.path)
-            prepared = self.inputs.prepared.manifest
-            if (chat_template := chat_template_of(prepared)) is not None:
-                replace_chat_template(staging.path, chat_template)
-            add_stop_tokens(staging.path, trained_ends(prepared, Path(self.spec.model.path)))
+            self.companions.complete_model(staging.path)
         else:
             self.companions.write(staging, final)
-        write_card(staging.path, run_card(self.spec, self.inputs, results))
+        write_card(staging.path, run_card(self.spec, self.inputs, self.companions.peft_base, results))
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from llamatune.command_options.inference import MergeOptions
 from llamatune.data.chat_segments import ChatEncoder
 from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.template_choice import stored_template
-from llamatune.events import Notice
+from llamatune.events import Notice, StepDone
 from llamatune.formats.manifest import verify_product
 from llamatune.spec import RunSpec
 from llamatune.tokenizers.loading import load_tokenizer
@@ -205,22 +205,30 @@ def test_the_bases_own_template_is_written_to_both_homes(
     assert (adapter / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
 
 
-def test_a_base_whose_tokenizer_is_broken_since_costs_a_notice(
-    base: Path, prepared: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("whole", [False, True], ids=["adapter", "model"])
+@pytest.mark.parametrize("gone", [False, True], ids=["broken", "gone"])
+def test_a_base_that_is_no_longer_in_order_costs_a_notice(
+    base: Path, prepared: Callable[..., Path], tmp_path: Path, gone: bool, whole: bool
 ) -> None:
+    """The weights were read before; the run ends with all that it trained."""
     own, told = tmp_path / "base", list[Any]()
     shutil.copytree(base, own)
-    spec = spec_for(own, prepared, tmp_path / "run")
+    changes = {"lora": None} if whole else {}
+    spec = spec_for(own, prepared, tmp_path / "run", model__memory_map=False, **changes)
 
-    def break_it(event: Any) -> None:
-        (own / "tokenizer_config.json").write_text("{")
+    def harm(event: Any) -> None:
         told.append(event)
+        if isinstance(event, StepDone) and event.step == 1:
+            (own / "tokenizer.json").write_text("{")
+            if gone:
+                shutil.rmtree(own)
 
-    train(spec, on_event=break_it)
+    train(spec, on_event=harm)
     words = [event.message for event in told if isinstance(event, Notice)]
-    assert any("written without tokenizer and licence" in message for message in words)
-    assert not {"tokenizer.json", "LICENSE"} & set(os.listdir(tmp_path / "run" / "adapter"))
-    verify_product(tmp_path / "run" / "adapter")
+    assert any("written without what the base should give" in message for message in words)
+    product = tmp_path / "run" / ("model" if whole else "adapter")
+    assert "README.md" in verify_product(product).files
+    assert whole or not {"tokenizer.json", "LICENSE"} & set(os.listdir(product))
 
 
 def test_a_model_of_full_fine_tuning_carries_them_too(
