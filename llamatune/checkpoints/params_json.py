@@ -142,7 +142,7 @@ def write_params_json(directory: Path, config: LlamaConfig) -> None:
             f"head_dim {config.head_dim} x {config.num_attention_heads} heads is not hidden_size {config.hidden_size}",
             "params.json", "Meta's format cannot say this; use --format hf",
         )  # fmt: skip
-    scaling, additions = config.rope_scaling, config.not_computed()
+    scaling, additions = config.rope_scaling, config.added_tensors()
     scaled = isinstance(scaling, Llama3Scaling) and (
         (scaling.low_freq_factor, scaling.original_max_position_embeddings) == (_LOW_FREQ_FACTOR, _LLAMA_3_POSITIONS)
     )

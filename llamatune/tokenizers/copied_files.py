@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llamatune.durable_writing import writing
+from llamatune.durable_writing import remove, writing
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.safe_reading import open_regular, read_bytes
@@ -170,3 +170,10 @@ def copy_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignor
             file.write(written(ranks))
     else:
         on_event(Notice(f"{source}: no tokenizer.model, which Meta's format needs: add it yourself", "warning"))
+
+
+def replace_tokenizer(source: Path, directory: Path, meta: bool, on_event: OnEvent = ignore_event) -> None:
+    """Another tokenizer than the one that was copied to ``directory``. Not atomic: for staging directories."""
+    for name in (*_FILES, _MORE_TEMPLATES):
+        remove(directory / name)
+    (copy_meta_tokenizer if meta else copy_huggingface_tokenizer)(source, directory, on_event)
