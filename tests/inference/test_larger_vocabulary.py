@@ -6,13 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from conftest import Outcome
 
 from llamatune.tokenizers.loading import load_tokenizer
+
+if TYPE_CHECKING:
+    from conftest import Outcome
 
 NEW = "zebra"
 
