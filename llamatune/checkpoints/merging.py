@@ -13,6 +13,7 @@ import torch
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter
 from llamatune.checkpoints.adapter_sum import facts_of, load_adapters, template_holder, weighted_sum
+from llamatune.checkpoints.companion_files import complete_merged
 from llamatune.checkpoints.config_json import EMBEDDING
 from llamatune.checkpoints.dequantized_base import DequantizedBase
 from llamatune.checkpoints.fingerprint import fingerprint
@@ -83,7 +84,7 @@ def merge_lora(
         EnvironmentFault: the output is occupied, or the disk is too small.
         Stopped: ``should_stop`` said so; nothing is left behind.
     """
-    checkpoint = open_checkpoint(options.model, on_event)
+    checkpoint = open_checkpoint(options.model, on_event, options.variant)
     adapters, weights = load_adapters(options.adapters), options.adapter_weights
     _refuse_own_inputs(options)
     format_ = checkpoint.format if options.format == "same" else options.format
@@ -156,6 +157,8 @@ def merge_lora(
             bytes=needed,
             **proof,
         )
+        rounding = {"stored as": report.dtype, "fell back to the base's value": f"{report.vanished_fraction:.2%}"}
+        complete_merged(staging.path, format_, options.model, adapters, template, rounding)
         staging.facts.update(
             adapters=[*merged_before, *(part.digest for part in adapters)],
             template=template,

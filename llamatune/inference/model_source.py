@@ -191,7 +191,7 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ran
         CheckpointError: model or adapter cannot be used or do not belong together.
     """
     device = choose_device(source.device, on_event, None if ranks.size == 1 else ranks.local_rank)
-    checkpoint = open_checkpoint(source.model, on_event)
+    checkpoint = open_checkpoint(source.model, on_event, source.variant)
     adapters = load_adapters(source.adapters)
     for adapter in adapters:
         check_adapter(adapter, checkpoint.config, fingerprint(checkpoint), source.force_base, on_event)
