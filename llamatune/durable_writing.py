@@ -12,7 +12,7 @@ import errno
 import glob
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,10 +67,12 @@ def disk_faults(path: Path, needed: int | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
-    """A new file at ``path`` with the umask's mode, synced before the block ends. Not atomic: for staging directories.
+def writing(path: Path, size: int = 0, synced: bool = True) -> Iterator[BinaryIO]:
+    """A new file at ``path`` with the umask's mode, to be read too. Not atomic: for staging directories.
 
-    ``size``: its expected number of bytes, for the error when the disk is full.
+    Args:
+        size: its expected number of bytes, for the error when the disk is full.
+        synced: before the block ends; else the caller syncs it.
     """
     written = 0
     try:
@@ -80,9 +82,28 @@ def writing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
             finally:
                 written = file.tell()
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
     except OSError as fault:
         raise disk_fault(fault, path, max(size, written) or None) from fault
+
+
+def link_files(names: Iterable[str], source: Path, directory: Path) -> bool:
+    """Give files below ``source`` a second name below ``directory``, a staging directory; False: not possible here.
+
+    What they hold is durable already, and is neither read nor written again.
+    """
+    made: list[Path] = []
+    try:
+        for name in names:
+            (directory / name).parent.mkdir(exist_ok=True)
+            os.link(source / name, directory / name)
+            made.append(directory / name)
+    except OSError:
+        for path in made:
+            remove(path)
+        return False
+    return True
 
 
 def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None], overwrite: bool = True) -> None:

@@ -131,6 +131,8 @@ def load_adapter(path: Path) -> Adapter:
     low_rank = {name: tensor for name, tensor in tensors.items() if is_update_in_block(name)}
     changes = collect_changes(header, {name: tensors[name] for name in tensors.keys() - low_rank.keys()})
     base = header.config.base
+    if base is None and manifest:  # it names no base that PEFT cannot open
+        base = manifest.base_path
     held = manifest.facts.get(_BASE_DTYPE) if manifest else None
     quantized = held if held in QUANTIZED_DTYPES else None
     return Adapter(header.spec, low_rank, fingerprint, template, base, path, digest, changes, header, quantized)

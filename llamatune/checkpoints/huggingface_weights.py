@@ -14,6 +14,7 @@ from llamatune.checkpoints.huggingface_files import INDEX_FILE, SINGLE_FILE, loc
 from llamatune.checkpoints.model_directory import Format
 from llamatune.checkpoints.tensor_bytes import DeclaredTensor, stream_tensors
 from llamatune.checkpoints.weights import DtypeOf, WeightOf
+from llamatune.errors import SpecError
 from llamatune.events import OnEvent, ignore_event
 from llamatune.formats.manifest import Staging
 from llamatune.model.torch_dtypes import DTYPE_NAMES
@@ -28,11 +29,12 @@ class HuggingFaceCheckpoint(Checkpoint):
     """A directory of ``config.json`` and safetensors, or the PyTorch archives of older models."""
 
     format: Format = "hf"
+    variant: str | None = None
 
     @classmethod
-    def open(cls, path: Path, on_event: OnEvent = ignore_event) -> HuggingFaceCheckpoint:
+    def open(cls, path: Path, on_event: OnEvent = ignore_event, variant: str | None = None) -> HuggingFaceCheckpoint:
         """Check configuration, headers and index against each other; no tensor is read."""
-        locations = locate_huggingface(path, on_event)
+        locations = locate_huggingface(path, on_event, variant)
         config = read_config_json(path, locations, on_event)
         shapes = dict(config.parameter_shapes())
         if config.tie_word_embeddings and HEAD in locations:
@@ -40,7 +42,9 @@ class HuggingFaceCheckpoint(Checkpoint):
             locations.setdefault(EMBEDDING, head)  # some keep the head of a tied model in its place
         refuse_unfit(path, shapes, locations)
         warn_of_wide_weights(path, locations.values(), on_event)
-        return cls(path, config, {name: [locations[name]] for name in shapes})
+        checkpoint = cls(path, config, {name: [locations[name]] for name in shapes})
+        checkpoint.variant = variant
+        return checkpoint
 
     def write_copy(self, staging: Staging, weight_of: WeightOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
         locations = {name: part for name, [part] in self.parts.items()}
@@ -48,14 +52,21 @@ class HuggingFaceCheckpoint(Checkpoint):
         for name, part in sorted(locations.items(), key=lambda item: item[1].begin):
             shards[part.path].append((name, dtype or self.dtype(name), part.shape))
         _write_shards(staging, list(shards.values()), weight_of)
-        if dtype is None and any(part.dtype == WIDE for part in locations.values()):
-            dtype = torch.float32
+        if dtype is None and (self.variant is not None or any(part.dtype == WIDE for part in locations.values())):
+            dtype = self.dtype(EMBEDDING)  # which is another than the configuration's
         copy_config_json(self.path, self.config, staging.path, None if dtype is None else DTYPE_NAMES[dtype])
         copy_huggingface_tokenizer(self.path, staging.path, on_event)
 
 
 def write_huggingface(
-    staging: Staging, config: LlamaConfig, weight_of: WeightOf, dtype_of: DtypeOf, source: Path, on_event: OnEvent
+    staging: Staging,
+    config: LlamaConfig,
+    weight_of: WeightOf,
+    dtype_of: DtypeOf,
+    source: Path,
+    on_event: OnEvent,
+    shards: int | None = None,
+    shard_bytes: int | None = None,
 ) -> None:
     """Write a whole model: weights in shards, configuration, tokenizer.
 
@@ -63,8 +74,9 @@ def write_huggingface(
         weight_of: each weight is asked for once (a sharded model gathers it then), in the order of
             ``config.parameter_shapes()``, and converted to its dtype on the CPU.
         source: a model directory whose tokenizer files and settings of generation are copied.
+        shards: so many files; None: none is larger than ``shard_bytes``, unless a single tensor is.
     """
-    _write_shards(staging, _plan_shards(config, dtype_of), weight_of)
+    _write_shards(staging, _plan_shards(config, dtype_of, shards, shard_bytes), weight_of)
     write_config_json(staging.path, config, DTYPE_NAMES[dtype_of(EMBEDDING)], source)
     copy_huggingface_tokenizer(source, staging.path, on_event)
 
@@ -78,18 +90,28 @@ def write_changed_copy(
     copy_huggingface_tokenizer(source, staging.path, on_event)
 
 
-def _plan_shards(config: LlamaConfig, dtype_of: DtypeOf) -> list[list[DeclaredTensor]]:
-    """The tensors of each file, in the model's order; no file exceeds ``_SHARD_BYTES`` unless a single tensor does."""
+def _plan_shards(
+    config: LlamaConfig, dtype_of: DtypeOf, count: int | None = None, shard_bytes: int | None = None
+) -> list[list[DeclaredTensor]]:
+    """The tensors of each file, in the model's order: ``count`` files of about one size, or such as fit."""
+    declared = [(name, dtype_of(name), shape) for name, shape in config.parameter_shapes()]
+    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in declared]
+    most = shard_bytes or _SHARD_BYTES
+    if count is not None and count > len(declared):
+        raise SpecError(f"--shards {count} for {len(declared)} tensors", None, "ask for fewer")
     shards: list[list[DeclaredTensor]] = [[]]
-    size = 0
-    for name, shape in config.parameter_shapes():
-        dtype = dtype_of(name)
-        tensor_size = math.prod(shape) * dtype.itemsize
-        if shards[-1] and size + tensor_size > _SHARD_BYTES:
+    size = done = 0
+    for left, tensor, tensor_size in zip(range(len(declared), 0, -1), declared, sizes, strict=True):
+        if count is None:
+            full = size + tensor_size > most
+        else:
+            missing = count - len(shards)
+            full = missing > 0 and (left == missing or (done + tensor_size / 2) * count > sum(sizes) * len(shards))
+        if shards[-1] and full:
             shards.append([])
             size = 0
-        shards[-1].append((name, dtype, shape))
-        size += tensor_size
+        shards[-1].append(tensor)
+        size, done = size + tensor_size, done + tensor_size
     return shards
 
 

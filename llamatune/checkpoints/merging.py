@@ -13,6 +13,7 @@ import torch
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter
 from llamatune.checkpoints.adapter_sum import facts_of, load_adapters, template_holder, weighted_sum
+from llamatune.checkpoints.companion_files import complete_merged
 from llamatune.checkpoints.config_json import EMBEDDING
 from llamatune.checkpoints.dequantized_base import DequantizedBase
 from llamatune.checkpoints.fingerprint import fingerprint
@@ -22,17 +23,18 @@ from llamatune.checkpoints.merged_weights import MergedWeights
 from llamatune.checkpoints.meta_weights import write_meta
 from llamatune.checkpoints.model_directory import warn_of_missing_head
 from llamatune.command_options.inference import MergeOptions
-from llamatune.data.templates import load_template
+from llamatune.data.template_choice import load_template
 from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, Manifest, build_directory, finished_product, manifest_if_readable
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from llamatune.tokenizers.copied_files import replace_tokenizer
+from llamatune.tokenizers.loading import load_tokenizer
 
 _OTHER_BASE = (
-    "the adapter was trained on a base in {quantized}, and the weights of {model} are not those: measure with --probe "
-    "what that costs, or fold the update into the weights that training saw with --onto-quantized"
+    "it was trained on a base in {kind}, whose weights are not those that it is merged into: measure with --probe what "
+    "that costs, or merge into the weights that training saw with --onto-quantized"
 )
 
 
@@ -82,7 +84,7 @@ def merge_lora(
         EnvironmentFault: the output is occupied, or the disk is too small.
         Stopped: ``should_stop`` said so; nothing is left behind.
     """
-    checkpoint = open_checkpoint(options.model, on_event)
+    checkpoint = open_checkpoint(options.model, on_event, options.variant)
     adapters, weights = load_adapters(options.adapters), options.adapter_weights
     _refuse_own_inputs(options)
     format_ = checkpoint.format if options.format == "same" else options.format
@@ -103,7 +105,7 @@ def merge_lora(
         return _stored_report(finished, options.output)
     refuse_occupied(options.output, options.overwrite)
     before = manifest_if_readable(options.model)
-    template = _template(options, adapters, before)
+    template = _template(options, adapters, before, on_event)
     merged_before = before.merged_adapters if before else []
     for part in adapters:
         if part.digest in merged_before:
@@ -117,11 +119,12 @@ def merge_lora(
     quantized = quantization_of(adapters)
     if options.onto_quantized:
         if quantized is None:
-            what = "no adapter says that it was trained on a quantised base"
+            what = "not every adapter says that it was trained on a base in the same nf4 or float8"
             raise SpecError(what, "--onto-quantized", "leave it out")
         checkpoint, dtype = DequantizedBase(checkpoint, quantized), dtype or torch.bfloat16
-    elif quantized is not None:
-        on_event(Notice(_OTHER_BASE.format(quantized=quantized, model=options.model), "warning"))
+    for part in [] if options.onto_quantized else adapters:
+        if part.base_dtype is not None:
+            on_event(Notice(f"{part.path}: {_OTHER_BASE.format(kind=part.base_dtype)}", "warning"))
     checkpoint = adapter.on(checkpoint)
     needed = sum(
         math.prod(shape) * (dtype or checkpoint.dtype(name)).itemsize for name, shape in checkpoint.shapes.items()
@@ -154,6 +157,8 @@ def merge_lora(
             bytes=needed,
             **proof,
         )
+        rounding = {"stored as": report.dtype, "fell back to the base's value": f"{report.vanished_fraction:.2%}"}
+        complete_merged(staging.path, format_, options.model, adapters, template, rounding)
         staging.facts.update(
             adapters=[*merged_before, *(part.digest for part in adapters)],
             template=template,
@@ -170,22 +175,19 @@ def merge_lora(
 
 
 def quantization_of(adapters: Sequence[Adapter]) -> str | None:
-    """What the base was quantised to that the adapters were trained on, where they say so.
-
-    Raises:
-        CheckpointError: they say different things.
-    """
-    said = {adapter.base_dtype: adapter.path for adapter in adapters}
-    if len(said) > 1 and said.keys() != {None}:
-        what = f"was trained on a base in {adapters[0].base_dtype or '16 or 32 bits'}, others on one in another form"
-        raise CheckpointError(what, adapters[0].path, "merge adapters that were trained on the same base")
-    return adapters[0].base_dtype
+    """What the base was quantised to that all adapters were trained on; None where one does not say so."""
+    said = {adapter.base_dtype for adapter in adapters}
+    return said.pop() if len(said) == 1 else None
 
 
-def _template(options: MergeOptions, adapters: Sequence[Adapter], before: Manifest | None) -> dict[str, Any] | None:
+def _template(
+    options: MergeOptions, adapters: Sequence[Adapter], before: Manifest | None, on_event: OnEvent
+) -> dict[str, Any] | None:
     """The template to store: that of ``--template``, of the adapters, or of the base where they have none."""
     if options.template is not None:
-        return None if options.template == "none" else load_template(options.template).to_dict()
+        if options.template == "none":
+            return None
+        return load_template(options.template, load_tokenizer(options.model), on_event).to_dict()
     stored = template_holder(adapters).template
     return before.template if stored is None and before is not None else stored
 

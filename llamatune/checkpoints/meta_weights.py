@@ -1,8 +1,6 @@
 """Meta checkpoints, ``consolidated.XX.pth``, read and written: names, shards, and the order of q and k rows.
 
-Meta rotates neighbouring rows of a head as pairs (x0, x1), (x2, x3), ...; Hugging Face rotates the first half of a head
-against the second, (x0, x_{E/2}), ... The rows of q and k are therefore stored in another order; they are permuted in
-this file alone.
+The rows of q and k are stored in another order than Hugging Face's (``row_order``).
 """
 
 from __future__ import annotations
@@ -18,10 +16,19 @@ import torch
 from llamatune.checkpoints.checkpoint import Checkpoint, fill_from, refuse_unfit, warn_of_wide_weights
 from llamatune.checkpoints.config_json import EMBEDDING as HF_EMBEDDING
 from llamatune.checkpoints.config_json import HEAD as HF_HEAD
-from llamatune.checkpoints.model_directory import Format, locate_meta
-from llamatune.checkpoints.params_json import EMBEDDING, HEAD, embedding_axis, read_params_json, write_params_json
+from llamatune.checkpoints.model_directory import Format, locate_meta, refuse_variant
+from llamatune.checkpoints.params_json import (
+    EMBEDDING,
+    HEAD,
+    LLAMA_3_VOCABULARY,
+    embedding_axis,
+    read_params_json,
+    write_params_json,
+)
+from llamatune.checkpoints.row_order import interleaved_row, is_rotated, rows_apart, rows_interleaved
 from llamatune.checkpoints.tensor_bytes import tensor_bytes
 from llamatune.checkpoints.weights import DtypeOf, StoredWeight, Weight, WeightOf, portions_of
+from llamatune.errors import SpecError
 from llamatune.events import OnEvent, ignore_event
 from llamatune.formats.manifest import Staging
 from llamatune.formats.torch_archive_writer import ArchiveWriter, writing_archive
@@ -44,27 +51,6 @@ def _meta_name(name: str) -> str:
         return _WHOLE[name]
     _, _, layer, module = name.removesuffix(".weight").split(".", 3)
     return f"layers.{layer}.{_IN_BLOCK[module]}.weight"
-
-
-def _is_rotated(name: str) -> bool:
-    """Whether the rows of the tensor are rotated in pairs: the weights of q and k."""
-    return name.endswith(("q_proj.weight", "k_proj.weight"))
-
-
-def _rows_from_meta(W: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of q or k, (heads * E, D), from Meta's order to Hugging Face's."""
-    return W.view(-1, head_dim // 2, 2, W.shape[1]).transpose(1, 2).reshape(W.shape)  # (H, 2, E/2, D)
-
-
-def _rows_to_meta(W: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of q or k, (heads * E, D), from Hugging Face's order to Meta's."""
-    return W.view(-1, 2, head_dim // 2, W.shape[1]).transpose(1, 2).reshape(W.shape)  # (H, E/2, 2, D)
-
-
-def _row_in_meta(row: int, head_dim: int) -> int:
-    head, within = divmod(row, head_dim)
-    half, pair = divmod(within, head_dim // 2)
-    return head * head_dim + 2 * pair + half
 
 
 def _shard_axis(name: str, embedding_axis: int) -> int | None:
@@ -96,8 +82,9 @@ class MetaCheckpoint(Checkpoint):
     format: Format = "meta"
 
     @classmethod
-    def open(cls, path: Path, on_event: OnEvent = ignore_event) -> MetaCheckpoint:
+    def open(cls, path: Path, on_event: OnEvent = ignore_event, variant: str | None = None) -> MetaCheckpoint:
         """Check configuration and archives against each other; no tensor is read."""
+        refuse_variant(path, variant)
         shards = locate_meta(path)
         config = read_params_json(path, shards)
         expected = {}
@@ -129,10 +116,10 @@ class MetaCheckpoint(Checkpoint):
             W = torch.empty(self.shapes[name], dtype=self.dtype(name))
             for part, into in zip(parts, W.chunk(len(parts), axis), strict=True):
                 fill_from(into, part)
-        return _rows_from_meta(W, self.config.head_dim) if _is_rotated(name) else W
+        return rows_apart(W, self.config.head_dim) if is_rotated(name) else W
 
     def is_rotated(self, name: str) -> bool:
-        return _is_rotated(name)
+        return is_rotated(name)
 
     def row_reader(self, name: str) -> Callable[[slice], torch.Tensor]:
         parts, axis = self.parts[name], self._split_axis(name)
@@ -147,12 +134,12 @@ class MetaCheckpoint(Checkpoint):
             shards = range(rows.start // each, (rows.stop - 1) // each + 1)
             return torch.cat([readers[shard](_rows_in_shard(rows, shard, each, shard * each)) for shard in shards])
 
-        return (lambda rows: _rows_from_meta(read(rows), self.config.head_dim)) if _is_rotated(name) else read
+        return (lambda rows: rows_apart(read(rows), self.config.head_dim)) if is_rotated(name) else read
 
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
         parts, axis = self.parts[name], self._split_axis(name)
-        if _is_rotated(name):
-            rows = [_row_in_meta(row, self.config.head_dim) for row in rows]
+        if is_rotated(name):
+            rows = [interleaved_row(row, self.config.head_dim) for row in rows]
         if axis is None:
             return self._read_rows(parts[0], rows)
         if axis == 1:
@@ -172,11 +159,23 @@ class MetaCheckpoint(Checkpoint):
 
 
 def write_meta(
-    staging: Staging, config: LlamaConfig, weight_of: WeightOf, dtype_of: DtypeOf, source: Path, on_event: OnEvent
+    staging: Staging,
+    config: LlamaConfig,
+    weight_of: WeightOf,
+    dtype_of: DtypeOf,
+    source: Path,
+    on_event: OnEvent,
+    shards: int = 1,
 ) -> None:
-    """Write a whole model in one shard, as ``write_huggingface`` does in the other format."""
+    """Write a whole model, as ``write_huggingface`` does in the other format; ``shards`` must divide its matrices."""
+    sizes = {f"{name} {list(shape)}" for name, shape in config.parameter_shapes() if any(n % shards for n in shape[:2])}
+    if config.num_key_value_heads % shards:
+        sizes = {f"{config.num_key_value_heads} key-value heads"}
+    if sizes:
+        raise SpecError(f"--shards {shards} does not divide {min(sizes)}", None, "choose a number that divides them")
     write_params_json(staging.path, config)
-    _write_weights(staging, config, weight_of, dtype_of, shards=1, embedding_axis=1, tied_head=True)
+    axis = 0 if config.vocab_size >= LLAMA_3_VOCABULARY else 1
+    _write_weights(staging, config, weight_of, dtype_of, shards, axis, tied_head=True)
     copy_meta_tokenizer(source, staging.path, on_event)
 
 
@@ -206,10 +205,14 @@ def _write_weights(
         writers = [stack.enter_context(writing_archive(staging, file, declared)) for file in files]
         for name, shape in config.parameter_shapes():
             (_, axis), *copies = records[name]
-            head_dim = config.head_dim if _is_rotated(name) else None
+            head_dim = config.head_dim if is_rotated(name) else None
             _write_weight(writers, weight_of(name), dtype_of(name), _shard_shape(shape, axis, shards), axis, head_dim)
-            for _ in copies:
-                writers[0].write(writers[0].last_tensor)
+            for _, axis in copies:
+                if shards == 1:
+                    writers[0].write(writers[0].last_tensor)
+                else:
+                    part = _shard_shape(shape, axis, shards)
+                    _write_weight(writers, weight_of(name), dtype_of(name), part, axis, None)
 
 
 def _write_weight(
@@ -229,7 +232,7 @@ def _write_weight(
             writer.write(copied)
         return
     for in_order in portions_of(weight, dtype):
-        portion = _rows_to_meta(in_order, head_dim) if head_dim else in_order
+        portion = rows_interleaved(in_order, head_dim) if head_dim else in_order
         rows = slice(first, first + len(portion))
         if axis is None:
             pieces = [portion] * shards

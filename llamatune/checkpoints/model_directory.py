@@ -16,12 +16,14 @@ from llamatune.checkpoints.huggingface_files import has_huggingface_weights, loc
 from llamatune.checkpoints.params_json import HEAD, read_params_json
 from llamatune.errors import CheckpointError, EnvironmentFault
 from llamatune.events import Notice, OnEvent, ignore_event
+from llamatune.formats.gguf import SUFFIX
 from llamatune.formats.safetensors import TensorLocation
 from llamatune.formats.torch_archive import read_archive
 from llamatune.shapes.llama_config import LlamaConfig
 
-Format = Literal["hf", "meta"]
+Format = Literal["hf", "meta", "gguf"]
 _CONFIGURATIONS: dict[Format, str] = {"hf": "config.json", "meta": "params.json"}
+_CONVERT = "make a model directory of it with llamatune convert"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _META_SHARD = re.compile(r"consolidated\.(\d{2})\.pth")
 
@@ -30,6 +32,8 @@ def detect_format(path: Path) -> Format:
     """Whether a model directory is Hugging Face's or Meta's."""
     if not _is_there(path):
         raise CheckpointError("no such model directory", path, _how_to_fetch(str(path)))
+    if path.suffix == SUFFIX:
+        raise CheckpointError("a GGUF file, not a model directory", path, _CONVERT)
     if not path.is_dir():
         raise CheckpointError("a file where a model directory is expected", path, f"did you mean {path.parent}?")
     formats = [format_ for format_, file in _CONFIGURATIONS.items() if _is_there(path / file)]
@@ -39,6 +43,8 @@ def detect_format(path: Path) -> Format:
         return formats[0]
     if (path / "adapter_config.json").exists():
         raise CheckpointError("an adapter, not a model", path, "give the base as --model and this as --adapter")
+    if any(path.glob(f"*{SUFFIX}")):
+        raise CheckpointError("only a GGUF file is in it", path, _CONVERT)
     raise CheckpointError(
         "neither config.json (Hugging Face) nor params.json (Meta) is in it", path, "give a LLaMA model directory"
     )
@@ -62,11 +68,14 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def read_config(path: Path, on_event: OnEvent = ignore_event) -> LlamaConfig:
+def read_config(path: Path, on_event: OnEvent = ignore_event, variant: str | None = None) -> LlamaConfig:
     """The configuration of the model in ``path``; of weights, where there are any, only headers are read."""
     if detect_format(path) == "hf":
-        tensors = locate_huggingface(path, on_event) if has_weights(path, "hf") else None
+        tensors = (
+            locate_huggingface(path, on_event, variant) if variant is not None or has_weights(path, "hf") else None
+        )
         return read_config_json(path, tensors, on_event)
+    refuse_variant(path, variant)
     return read_params_json(path, locate_meta(path) if has_weights(path, "meta") else None)
 
 
@@ -78,6 +87,13 @@ def warn_of_missing_head(path: Path, format_: Format, config: LlamaConfig, on_ev
     if format_ == "meta" and config.tie_word_embeddings:
         what = f"no {HEAD} in the weights; the embedding serves as the head (right only for a tied model)"
         on_event(Notice(f"{path}: {what}", "warning"))
+
+
+def refuse_variant(path: Path, variant: str | None) -> None:
+    """Raise ``CheckpointError`` for a variant of a model in Meta's format."""
+    if variant is not None:
+        what = f"no variant {variant!r} of the weights: Meta's format has none"
+        raise CheckpointError(what, path, "leave --variant out (of a run: model.variant)")
 
 
 def locate_meta(directory: Path) -> list[dict[str, TensorLocation]]:

@@ -124,7 +124,7 @@ def write_safetensors(
     data: Iterable[bytes | memoryview | FileRange],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Stream a new file into a product, synced. It is digested on the way, so the manifest needs no second read of it.
+    """Stream a new file into a product. It is digested on the way, so the manifest needs no second read of it.
 
     Args:
         tensors: ``(name, dtype, shape)`` in the order in which the bytes come.

@@ -21,7 +21,10 @@ from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.quantized_base import QuantizedBase
 from llamatune.command_options.inference import ModelSource, Placement
-from llamatune.data.templates import Template, load_template
+from llamatune.data.chat_template import ChatTemplate
+from llamatune.data.segments import Segments
+from llamatune.data.template_choice import load_template, stored_template
+from llamatune.data.templates import Template
 from llamatune.devices import choose_device, lacks_bf16
 from llamatune.errors import DataError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
@@ -104,23 +107,23 @@ class OpenedModel:
         check_vocabulary(tokenizer, self.config.vocab_size, self.tokenizer_path)
         return tokenizer
 
-    def template(self, name: str | None) -> Template | None:
+    def template(self, name: str | None, tokenizer: Tokenizer, on_event: OnEvent) -> Template | ChatTemplate | None:
         """The template of that name or file; for None the one stored with the adapter or merged model, if any."""
         if name is not None:
-            return None if name == "none" else load_template(name)
+            return None if name == "none" else load_template(name, tokenizer, on_event)
         holder = template_holder(self.adapters) if self.adapters else find_manifest(self.path)
         if holder is None or holder.template is None:
             return None
-        return Template.from_dict(holder.template, holder.path)
+        return stored_template(holder.template, holder.path)
 
     def encode(
-        self, tokenizer: Tokenizer, prompts: Sequence[str], new_tokens: int, on_event: OnEvent
+        self, tokenizer: Tokenizer, prompts: Sequence[Segments], new_tokens: int, on_event: OnEvent
     ) -> list[list[int]]:
-        """Ids of each prompt, BOS included; a warning if they, or so many new tokens after them, exceed the context.
+        """Ids of each prompt; a warning if they, or so many new tokens after them, exceed the context.
 
         ``DataError`` for a prompt without a token.
         """
-        ids = [tokenizer.encode(prompt) for prompt in prompts]
+        ids = [prompt.encode(tokenizer)[0] for prompt in prompts]
         if not all(ids):
             what = f"prompt {ids.index([]) + 1} has no token, and this tokenizer puts no BOS before it"
             raise DataError(what, self.path, "give a prompt that is not empty")
@@ -188,7 +191,7 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ran
         CheckpointError: model or adapter cannot be used or do not belong together.
     """
     device = choose_device(source.device, on_event, None if ranks.size == 1 else ranks.local_rank)
-    checkpoint = open_checkpoint(source.model, on_event)
+    checkpoint = open_checkpoint(source.model, on_event, source.variant)
     adapters = load_adapters(source.adapters)
     for adapter in adapters:
         check_adapter(adapter, checkpoint.config, fingerprint(checkpoint), source.force_base, on_event)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from llamatune.command_options.inference import EvaluateOptions, GenerateOptions
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import ignore_event, never_stop
 from llamatune.inference.model_source import open_model
+from llamatune.tokenizers.loading import load_tokenizer
 
 from .conftest import save_adapter, save_peft, save_tiny
 
@@ -144,24 +146,26 @@ def test_weights_and_adapters_are_as_many(made, weights):
         ModelSource(made, weights=(1.0,))
 
 
-def test_templates_that_differ_are_refused_unless_one_is_chosen(tiny, made, tmp_path):
-    adapters = {}
+def test_templates_that_differ_are_refused_unless_one_is_chosen(tiny, made, tiny_tokenizer, tmp_path):
+    base, tokenizer, adapters = tmp_path / "base", load_tokenizer(tiny_tokenizer), {}
+    shutil.copytree(tiny[0], base)
+    shutil.copy(tiny_tokenizer, base)
     for name, template in (("qv", "alpaca"), ("vd", "text"), ("one layer", None)):
         values = template and {"name": template, "prompt": "{prompt}"}
         adapters[name] = tmp_path / "adapters" / name
         save_adapter(adapters[name], dataclasses.replace(load_adapter(made / name), template=values))
     both, out = [adapters["qv"], adapters["vd"]], tmp_path / "out"
     with pytest.raises(CheckpointError, match=r"vd: was trained with another template .*qv: .*--template|--template"):
-        merge_lora(MergeOptions(tiny[0], both, out))
+        merge_lora(MergeOptions(base, both, out))
     assert not out.exists()
-    opened = open_model(ModelSource(tiny[0], both, device="cpu"))
+    opened = open_model(ModelSource(base, both, device="cpu"))
     with pytest.raises(CheckpointError, match="choose one with --template"):
-        opened.template(None)
-    chosen = opened.template("alpaca")
+        opened.template(None, tokenizer, ignore_event)
+    chosen = opened.template("alpaca", tokenizer, ignore_event)
     assert chosen is not None
-    merge_lora(MergeOptions(tiny[0], both, out, template="alpaca"))
-    assert open_model(ModelSource(out, device="cpu")).template(None) == chosen
-    merge_lora(MergeOptions(tiny[0], [adapters["one layer"], adapters["vd"]], tmp_path / "known"))
+    merge_lora(MergeOptions(base, both, out, template="alpaca"))
+    assert open_model(ModelSource(out, device="cpu")).template(None, tokenizer, ignore_event) == chosen
+    merge_lora(MergeOptions(base, [adapters["one layer"], adapters["vd"]], tmp_path / "known"))
     stored = json.loads((tmp_path / "known" / "llamatune.json").read_text())["facts"]["template"]
     assert stored["name"] == "text"
 
