@@ -164,6 +164,8 @@ def read_gguf_config(
     window = facts.integer("attention.sliding_window", 0) or None
     model_type = "mistral" if arch == "llama" and window is not None else arch
     theta = facts.number("rope.freq_base", 10000.0)
+    if not 1 <= theta < 1e12:
+        facts.refuse("rope.freq_base", "no model has it")
     return facts.build(
         LlamaConfig,
         hidden_size=width,
