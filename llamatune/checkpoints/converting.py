@@ -96,9 +96,9 @@ class _Source:
     digest: str
 
     def vocabulary(self, on_event: OnEvent) -> Entries:
-        """The keys of the tokenizer in a GGUF file; those of such a file as they are."""
+        """The keys of the tokenizer in a GGUF file; of such a file its own, and what it says of the model's origin."""
         if isinstance(self.checkpoint, GgufCheckpoint):
-            return {key: entry for key, entry in self.checkpoint.entries.items() if key.startswith("tokenizer.")}
+            return self.checkpoint.kept_entries()
         config = self.checkpoint.config
         return vocabulary_entries(self.companion, config.vocab_size, config.eos_token_ids, on_event)
 

@@ -13,7 +13,7 @@ _GGUF = ".gguf"
 
 
 def _is_file(output: Path) -> bool:
-    return output.suffix == _GGUF
+    return output.suffix.lower() == _GGUF
 
 
 @dataclass(frozen=True)

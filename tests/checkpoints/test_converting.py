@@ -393,3 +393,18 @@ def test_other_verbs_say_what_to_do_with_a_gguf_file(bare_base, tmp_path, comman
     for path in (tmp_path / "model.gguf", tmp_path):
         done = command("count-params", "--model", path)
         assert (done.code, "llamatune convert" in done.stderr) == (4, True)
+
+
+def test_a_gguf_file_keeps_what_it_says_of_itself(bare_base, tmp_path):
+    converted(bare_base(**WIDE), tmp_path / "model.gguf")
+    header = read_gguf(tmp_path / "model.gguf")
+    told = {"general.license": ("str", "apache-2.0"), "general.tags": ("[str]", ["x"]), "general.name": ("str", "Y")}
+    data = ([(tmp_path / "model.gguf").read_bytes()[part.begin : part.end]] for part in header.tensors.values())
+    with (tmp_path / "told.gguf").open("wb") as file:
+        declared = [(name, part.dtype, part.shape) for name, part in header.tensors.items()]
+        write_gguf(file, {**header.entries, **told}, declared, data)
+    converted(tmp_path / "told.gguf", tmp_path / "q8.gguf", dtype="q8_0")
+    entries = read_gguf(tmp_path / "q8.gguf").entries
+    assert told.items() <= entries.items()
+    assert entries["general.file_type"] == ("u32", 7)
+    assert entries["llama.context_length"] == header.entries["llama.context_length"]
