@@ -27,6 +27,7 @@ class PromptCheck:
         self._tokenizer = tokenizer
         self._by_word = _encodes_words_apart(tokenizer)
         self._encode = functools.lru_cache(maxsize=4096)(tokenizer.encode)
+        self._encode_after = functools.lru_cache(maxsize=256)(self._encode_between)  # `assistant\n`, again and again
 
     def are_prefixes(self, conversation: Conversation, ids: Sequence[int]) -> bool:
         """Whether ``ids``, of the conversation, begin with those of each of its prompts.
@@ -67,9 +68,12 @@ class PromptCheck:
         if after is None:
             alone = self._tokenizer.encode(prompt)
         else:
-            mixed, _ = self._tokenizer.encode_mixed([(after.text, after.special_id), (prompt, None)])
-            alone = [*self._tokenizer.beginning, *mixed[1:]]
+            alone = self._encode_after((after.text, after.special_id), prompt)
         return list(ids[: len(alone)]) == alone
+
+    def _encode_between(self, special: tuple[str, int | None], text: str) -> list[int]:
+        """BOS and the ids of ``text`` behind a special token."""
+        return [*self._tokenizer.beginning, *self._tokenizer.encode_mixed([special, (text, None)])[0][1:]]
 
 
 def _places(specials: Sequence[int], ids: Sequence[int]) -> list[int]:
