@@ -6,6 +6,7 @@ A model that does not compute what LLaMA computes is refused, with the key that 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +110,14 @@ def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: 
     for key, value in rope_facts(config).items():
         stated = facts.get(key)
         if isinstance(value, dict):
-            changed[key] = {**value, **_stated(stated or {})}
+            changed[key] = {**value, **_stated(stated or {}), **{k: n for k, n in value.items() if type(n) is int}}
         elif stated is None and value is not None:
             changed[key] = value
     dtype_name = dtype or next((facts[key] for key in _DTYPE_KEYS if facts.get(key) is not None), None)
     if dtype_name is not None:
         changed |= dict.fromkeys(_DTYPE_KEYS, dtype_name)
     changed["tie_word_embeddings"] = config.tie_word_embeddings  # mlx-lm takes a missing flag for true
-    if changed == facts:
+    if _text(changed) == _text(facts):
         copy_file(source / "config.json", directory)
     else:
         write_json(directory / "config.json", changed)
@@ -124,6 +125,11 @@ def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: 
     if facts.get("bos_token_id", 0) is None:
         del tokens["bos_token_id"]
     _write_generation_config(directory, tokens, source)
+
+
+def _text(facts: dict[str, Any]) -> str:
+    """To compare by: to some readers 32.0 is not 32."""
+    return json.dumps(facts, sort_keys=True)
 
 
 def _write_generation_config(directory: Path, tokens: dict[str, Any], source: Path | None) -> None:

@@ -12,11 +12,12 @@ from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.safe_reading import open_regular
 from llamatune.strict_json import read_json, write_json
 from llamatune.tokenizers.added_tokens import ADDED, CONFIG, LARGEST_JSON_BYTES, ROLES
+from llamatune.tokenizers.chat_template_files import DEFAULT, TEMPLATE_FILE, read_chat_templates, template_entry
 from llamatune.tokenizers.loading import is_tiktoken
 from llamatune.tokenizers.tiktoken_file import config_of, definition_of, ranks_of, read_ranks, written
 from llamatune.tokenizers.tokenizer import JSON_FILE, SENTENCEPIECE_FILE
 
-_FILES = (SENTENCEPIECE_FILE, JSON_FILE, CONFIG, ROLES, ADDED, "chat_template.jinja", "chat_template.json")
+_FILES = (SENTENCEPIECE_FILE, JSON_FILE, CONFIG, ROLES, ADDED, "chat_template.json")
 _LARGEST = 256 << 20
 _V5_CLASS, _V4_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 
@@ -28,33 +29,43 @@ def copy_file(source: Path, directory: Path) -> None:
 
 
 def copy_huggingface_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignore_event) -> None:
-    """Every tokenizer file that transformers reads, from a model directory of either format."""
+    """Every tokenizer file that transformers reads, from a model directory of either format.
+
+    A chat template is written both where transformers 5 keeps it and where other readers look; several go into
+    ``tokenizer_config.json`` alone, which all read.
+    """
     present = [name for name in _FILES if (source / name).exists()]
     if present == [SENTENCEPIECE_FILE] and (source / "params.json").exists():
         _write_from_meta(source / SENTENCEPIECE_FILE, directory, on_event)
         return
     for name in present:
-        if name == CONFIG:
-            _copy_config(source / name, directory)
-        else:
+        if name != CONFIG:
             copy_file(source / name, directory)
+    facts = read_json(source / CONFIG, max_bytes=LARGEST_JSON_BYTES) if CONFIG in present else {}
+    templates = read_chat_templates(source, facts, on_event)
+    if templates.keys() == {DEFAULT}:
+        with writing(directory / TEMPLATE_FILE) as file:
+            file.write(templates[DEFAULT].encode())
+    changed = _for_every_reader(facts)
+    if templates:
+        changed["chat_template"] = template_entry(templates)
+    if changed != facts:
+        write_json(directory / CONFIG, changed)
+    elif CONFIG in present:
+        copy_file(source / CONFIG, directory)
     if not present:
         on_event(Notice(f"{source}: no tokenizer in it, so none is written", "warning"))
 
 
-def _copy_config(source: Path, directory: Path) -> None:
-    """``tokenizer_config.json``; as transformers 5 writes it, in the words that transformers 4 knows too."""
-    facts = read_json(source, max_bytes=LARGEST_JSON_BYTES)
-    changed: dict[str, Any] = dict(facts)
+def _for_every_reader(facts: dict[str, Any]) -> dict[str, Any]:
+    """``tokenizer_config.json`` as transformers 5 writes it, in the words that transformers 4 knows too."""
+    changed = dict(facts)
     if facts.get("tokenizer_class") == _V5_CLASS:
         changed["tokenizer_class"] = _V4_CLASS
     if isinstance(facts.get("extra_special_tokens"), list):
         listed = changed.pop("extra_special_tokens")
         changed["additional_special_tokens"] = [*(facts.get("additional_special_tokens") or []), *listed]
-    if changed == facts:
-        copy_file(source, directory)
-    else:
-        write_json(directory / source.name, changed)
+    return changed
 
 
 def _write_from_meta(model: Path, directory: Path, on_event: OnEvent) -> None:
