@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from asking import SCRIPTS, run
 from environments import is_made
+from trained_tokenizers import tiktoken_file
 
 LLAMA_3_ROPE = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
 }  # fmt: skip
 LLAMA_2_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
@@ -66,8 +66,12 @@ def make_bases(
     bases = {
         "llama-2": llama_2("llama-2", rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
         "llama-3": with_definition(
-            "llama-3", "llama_3", LLAMA_3_TEMPLATE, rope_parameters=LLAMA_3_ROPE, bos_token_id=500,
-            eos_token_id=[501, 502],
+            "llama-3", "llama_3", LLAMA_3_TEMPLATE, bos_token_id=500, eos_token_id=[501, 502],
+            rope_parameters={**LLAMA_3_ROPE, "original_max_position_embeddings": 16},
+        ),
+        "llama-3 without tokenizer": tiny_base(
+            vocab_size=tiktoken_file(definitions["llama_3"]).count(b"\n") + 256, bos_token_id=497, eos_token_id=498,
+            rope_parameters={**LLAMA_3_ROPE, "original_max_position_embeddings": 8192},
         ),
         "smollm": with_definition(
             "smollm", "smollm", LLAMA_3_TEMPLATE, tie_word_embeddings=True, eos_token_id=2, dtype=torch.bfloat16,
@@ -80,5 +84,15 @@ def make_bases(
     if is_made("transformers4"):
         for name in ("llama-2", "llama-3", "smollm"):
             bases[f"{name} of transformers 4"] = path = scratch / f"{name} of transformers 4"
-            run("transformers4", SCRIPTS / "resave.py", bases[name], path)
+            run("transformers4", SCRIPTS / "resave.py", spelled_for_4(bases[name], scratch / f"{name} for 4"), path)
     return bases
+
+
+def spelled_for_4(base: Path, path: Path) -> Path:
+    """A copy whose angles transformers 4 reads right: of ``rope_parameters`` it knows nothing."""
+    shutil.copytree(base, path)
+    facts = json.loads((path / "config.json").read_text())
+    rope = facts.pop("rope_parameters")
+    facts |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": None if rope["rope_type"] == "default" else rope}
+    (path / "config.json").write_text(json.dumps(facts))
+    return path

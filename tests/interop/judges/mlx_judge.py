@@ -28,7 +28,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         "theta": model.args.rope_theta,
         "logits": [np.array(model(mx.array([ids]))[0]) for ids in question["ids"]],
         "greedy": greedy,
-        "texts": [tokenizer.encode(text) for text in question["texts"]],
+        "texts": [tokenizer.encode(text, split_special_tokens=True) for text in question["texts"]],
         "chats": [
             tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=asks_for_a_reply(chat))
             for chat in question["chats"]

@@ -39,7 +39,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     if question["texts"] or question["chats"]:
         tokenizer = AutoTokenizer.from_pretrained(adapter if path is None else path)
         facts["tokenizer"] = type(tokenizer).__name__
-        facts["texts"] = [tokenizer(text)["input_ids"] for text in question["texts"]]
+        facts["texts"] = [tokenizer.encode(text, split_special_tokens=True) for text in question["texts"]]
         facts["chats"] = [
             tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=asks_for_a_reply(chat))
             for chat in question["chats"]
