@@ -84,6 +84,8 @@ def load_adapter(path: Path) -> Adapter:
         if not is_finite(tensor):
             raise CheckpointError(f"{stored} holds NaN or infinity", file, "the training that wrote it had diverged")
         tensors[stored.removeprefix(_PREFIX) if stored.startswith(_PREFIX) else f"({stored})"] = tensor.float()
+    if base_path is None and manifest:  # the configuration names no base that PEFT cannot open
+        base_path = manifest.base_path
     return Adapter(config, tensors, fingerprint, template, base_path, path, digest)
 
 

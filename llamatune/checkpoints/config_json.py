@@ -132,6 +132,11 @@ def _text(facts: dict[str, Any]) -> str:
     return json.dumps(facts, sort_keys=True)
 
 
+def write_generation_config(directory: Path, config: LlamaConfig, source: Path | None = None) -> None:
+    """Write ``generation_config.json``, with every EOS; ``source``: a model whose settings are kept."""
+    _write_generation_config(directory, _token_facts(config), source)
+
+
 def _write_generation_config(directory: Path, tokens: dict[str, Any], source: Path | None) -> None:
     """What ``source`` states, and the ``tokens`` of the model's configuration that it does not."""
     file = None if source is None else source / "generation_config.json"

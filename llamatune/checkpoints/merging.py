@@ -11,6 +11,7 @@ import torch
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
 from llamatune.checkpoints.checkpoint import Checkpoint
+from llamatune.checkpoints.companion_files import complete_merged
 from llamatune.checkpoints.config_json import EMBEDDING
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.huggingface_weights import write_huggingface
@@ -59,7 +60,7 @@ def merge_lora(
         EnvironmentFault: the output is occupied, or the disk is too small.
         Stopped: ``should_stop`` said so; nothing is left behind.
     """
-    checkpoint = open_checkpoint(options.model, on_event)
+    checkpoint = open_checkpoint(options.model, on_event, options.variant)
     adapter = load_adapter(options.adapter)
     _refuse_own_inputs(options)
     format_ = checkpoint.format if options.format == "same" else options.format
@@ -111,6 +112,8 @@ def merge_lora(
             vanished_fraction=merged.vanished / merged.changed if merged.changed else 0.0,
             bytes=needed,
         )
+        rounding = {"stored as": report.dtype, "fell back to the base's value": f"{report.vanished_fraction:.2%}"}
+        complete_merged(staging.path, format_, options.model, adapter, options.adapter, rounding)
         staging.facts.update(
             adapters=[*merged_before, adapter.digest],
             template=adapter.template if adapter.template is not None or before is None else before.template,

@@ -9,7 +9,8 @@ from typing import Any
 
 from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.inference.engine import Completion, complete
+from llamatune.inference.completion import Completion
+from llamatune.inference.engine import complete
 from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_files import Prompt, prompt_text
 from llamatune.ranks import ALONE, Ranks

@@ -153,7 +153,7 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ran
         CheckpointError: model or adapter cannot be used or do not belong together.
     """
     device = choose_device(source.device, on_event, None if ranks.size == 1 else ranks.local_rank)
-    checkpoint, adapter = open_checkpoint(source.model, on_event), None
+    checkpoint, adapter = open_checkpoint(source.model, on_event, source.variant), None
     checkpoint.config.refuse_uncomputed(source.model)
     if source.adapter is not None:
         adapter = load_adapter(source.adapter)
