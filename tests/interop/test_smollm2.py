@@ -32,6 +32,10 @@ PROMPTS = [
     "Once upon a time,",
 ]
 JUDGES = ["transformers5", "transformers4", "mlx", "llama.cpp"]
+OF_BASE = ["transformers5", "llama.cpp"]
+"""The others misread what transformers 5 wrote: the tokenizer's class, and theta."""
+TOLERANCE = {"transformers5": 1e-4, "transformers4": 1e-4, "mlx": 1e-3, "llama.cpp": 1e-3}
+"""Of logits that range over 40 in fp32: the last two add in another order."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +78,7 @@ def answers(
 
     def of(judge: str) -> dict[str, Answer]:
         if judge not in known:
-            paths = {"base": model, "merged": merged}
+            paths = {"base": model, "merged": merged} if judge in OF_BASE else {"merged": merged}
             if judge == "llama.cpp":
                 folder = tmp_path_factory.mktemp("gguf")
                 paths = {name: to_gguf(path, folder / f"{name}.gguf") for name, path in paths.items()}
@@ -84,14 +88,15 @@ def answers(
     return of
 
 
-@pytest.mark.parametrize("which", ["base", "merged"])
-@pytest.mark.parametrize("judge", JUDGES)
+@pytest.mark.parametrize(
+    ("judge", "which"), [(judge, "merged") for judge in JUDGES] + [(judge, "base") for judge in OF_BASE]
+)
 def test_another_program_computes_the_same(judge, which, answers, computed, note):
     answer, ours = answers(judge)[which], computed[which]
     assert answer["theta"] == ours.theta == 100_000
     worst = worst_difference(answer, ours)
     note(f"{judge} {answer['release']}: SmolLM2, {which}", worst)
-    assert worst < 1e-4
+    assert worst < TOLERANCE[judge]
     assert [row[:-1] if row[-1] in ours.eos_ids else row for row in answer["greedy"]] == ours.greedy
 
 
