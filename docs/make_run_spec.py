@@ -52,7 +52,8 @@ def kind_of(field: FieldInfo) -> str:
         if typing.get_origin(option) is typing.Literal:
             words += [f"`{yaml.safe_dump(value).splitlines()[0]}`" for value in typing.get_args(option)]
         else:
-            words.append("list" if typing.get_origin(option) is tuple else names[option])
+            kind = typing.get_origin(option)
+            words.append({tuple: "list", dict: "numbers by module"}[kind] if kind else names[option])
     return " or ".join(words)
 
 

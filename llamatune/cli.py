@@ -26,8 +26,9 @@ from llamatune.stop_signals import stop_signals
 VERBS = {
     "Core verbs": ("prepare-data", "train", "merge-lora", "generate", "count-params"),
     "More verbs": ("evaluate", "benchmark", "plan-memory", "report", "verify", "demo", "slurm", "env"),
+    "Formats": ("convert", "convert-adapter", "extract-lora"),
 }
-_WRITERS = ("prepare-data", "train", "merge-lora", "benchmark", "demo", "report")
+_WRITERS = ("prepare-data", "train", "merge-lora", "benchmark", "demo", "report", *VERBS["Formats"])
 """Verbs that write files, as ``evaluate --output`` does: a stop of them is exit 75, of the others 130."""
 
 

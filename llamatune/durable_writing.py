@@ -35,6 +35,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def start_writeback(descriptor: int, begin: int, end: int) -> None:
+    """Let the disk write bytes of a file now, so that a later sync waits less (Linux's sync_file_range)."""
+    with contextlib.suppress(OSError, AttributeError):
+        start = ctypes.CDLL(None).sync_file_range
+        start(descriptor, ctypes.c_int64(begin), ctypes.c_int64(end - begin), 2)
+
+
 def disk_fault(fault: OSError, path: Path, needed: int | None = None) -> EnvironmentFault:
     """The error for a failed write: path, cause, and, where the disk is full, the bytes needed and free."""
     if fault.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -67,7 +74,7 @@ def writing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
     """
     written = 0
     try:
-        with path.open("xb") as file:
+        with path.open("x+b") as file:
             try:
                 yield file
             finally:

@@ -70,7 +70,20 @@ class RunSpec(Section):
     def adapter(self) -> AdapterSpec | None:
         """The adapter that is trained; None: every parameter is."""
         lora = self.lora
-        return None if lora is None else AdapterSpec(lora.r, lora.alpha, lora.dropout, lora.target_modules)
+        if lora is None:
+            return None
+        from_base = lora.init in ("pissa", "olora")
+        return AdapterSpec(
+            lora.r,
+            lora.alpha,
+            lora.dropout,
+            lora.target_modules,
+            lora.use_rslora,
+            lora.init if from_base else lora.kind,
+            tuple(sorted(lora.ranks.items())),
+            tuple(sorted(lora.alphas.items())),
+            "kaiming" if from_base else lora.init,
+        )
 
     def to_yaml(self) -> str:
         """The resolved spec, every default written out; ``load_spec`` reads it back to an equal one."""

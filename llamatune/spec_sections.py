@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llamatune.spec_types import (
+    Alpha,
     CheckpointingMode,
     Fraction,
     FromList,
@@ -17,6 +18,7 @@ from llamatune.spec_types import (
     NonEmptyText,
     PathText,
     Positive,
+    Rank,
     TargetModules,
 )
 
@@ -59,13 +61,44 @@ class ModelSection(Section):
 class LoraSection(Section):
     """The trained low-rank update."""
 
-    r: Annotated[int, Field(ge=1, le=4096)] = Field(16, description="rank")
-    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="the update is scaled by alpha / r")
+    kind: Literal["lora", "dora", "lora_fa"] = Field(
+        "lora",
+        description="dora also trains the magnitude of each row of the updated matrix; lora_fa trains B alone, A stays "
+        "as it was drawn",
+    )
+    r: Rank = Field(16, description="rank")
+    alpha: Alpha = Field(32.0, description="the update is scaled by alpha / r")
+    use_rslora: bool = Field(False, description="the update is scaled by alpha / sqrt(r)")
+    ranks: dict[str, Rank] = Field({}, description="other ranks of some target modules, as q_proj: 8")
+    alphas: dict[str, Alpha] = Field({}, description="other alphas of some target modules")
+    init: Literal["kaiming", "gaussian", "pissa", "olora"] = Field(
+        "kaiming",
+        description="how A is drawn, B being zero; pissa and olora begin with parts of the base's matrices, and the "
+        "adapter that is written is plain LoRA of twice the rank",
+    )
+    lr_ratio: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="LoRA+: the learning rate of B, and of dora's magnitudes, over that of A"
+    )
     dropout: Fraction = Field(0.05, description="on the input of A")
     target_modules: TargetModules = Field(
         ("q_proj", "v_proj"), description="any of the seven linear layers, or all-linear"
     )
     init_from: PathText | None = Field(None, description="an adapter directory to start from")
+
+    @model_validator(mode="after")
+    def _agree(self) -> LoraSection:
+        for key, values in (("ranks", self.ranks), ("alphas", self.alphas)):
+            for name in values:
+                if name not in self.target_modules:
+                    targets = ", ".join(self.target_modules)
+                    raise ValueError(f"{key} names {name!r}, which is none of lora.target_modules: {targets}")
+        if self.init in ("pissa", "olora") and self.kind != "lora":
+            raise ValueError(f"init: {self.init} is for kind: lora, not {self.kind}; use kaiming or gaussian")
+        if self.init != "kaiming" and self.init_from is not None:
+            raise ValueError(f"init_from and init: {self.init} exclude each other: the adapter is where it starts")
+        if self.kind == "lora_fa" and self.lr_ratio != 1:
+            raise ValueError("lr_ratio is between the rates of B and A, and kind: lora_fa does not train A")
+        return self
 
 
 class DataSection(Section):

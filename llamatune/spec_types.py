@@ -59,6 +59,8 @@ def _home_expanded(value: str) -> str:
 NonEmptyText = Annotated[str, Field(min_length=1)]
 PathText = Annotated[NonEmptyText, AfterValidator(_home_expanded)]
 Positive = Annotated[int, Field(ge=1)]
+Rank = Annotated[int, Field(ge=1, le=4096)]
+Alpha = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 TargetModules = Annotated[tuple[str, ...], BeforeValidator(_expand_targets)]
 CheckpointingMode = Annotated[str, BeforeValidator(_checkpointing_mode)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llamatune.checkpoints.adapter import WEIGHTS_FILE, load_adapter
+from llamatune.checkpoints.adapter import load_adapter
 from llamatune.checkpoints.adapter_config import CONFIG_FILE
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.durable_writing import STAGING
@@ -111,8 +111,9 @@ def _verify_structure(path: Path, variant: str | None, on_event: OnEvent) -> Ver
         raise CheckpointError("a checkpoint of a run without its manifest", path / MANIFEST, "remove the checkpoint")
     on_event(Notice(f"{path}: no manifest, so its structure is checked and not its content", "warning"))
     if (path / CONFIG_FILE).exists():
-        load_adapter(path)
-        kind, files = "adapter", {path / CONFIG_FILE, path / WEIGHTS_FILE}
+        header = load_adapter(path).header
+        assert header is not None
+        kind, files = "adapter", {header.config.fields.path, header.file}
     else:
         checkpoint = open_checkpoint(path, variant=variant)
         kind, files = "model", {part.path for parts in checkpoint.parts.values() for part in parts}

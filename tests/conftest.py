@@ -125,9 +125,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) ->
 
 @pytest.fixture(scope="session")
 def meta_copy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The same weights in Meta's format, pairs of a head interleaved, in one shard or several."""
+    """The same weights in Meta's format, pairs of a head interleaved, in one shard or several; ``more`` parameters."""
 
-    def make(source: Path, shards: int = 1) -> Path:
+    def make(source: Path, shards: int = 1, **more: Any) -> Path:
         from safetensors.torch import load_file
 
         config = json.loads((source / "config.json").read_text())
@@ -162,6 +162,7 @@ def meta_copy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             "multiple_of": 4,
             "ffn_dim_multiplier": 0.78,
             "norm_eps": config["rms_norm_eps"],
+            **more,
         }
         (path / "params.json").write_text(json.dumps(params))
         shutil.copy(source / "tokenizer.model", path)

@@ -85,6 +85,12 @@ def test_pefts_spellings_are_accepted_but_not_beside_ours() -> None:
         ("lora.r=0", "lora.r"),
         ("lora.r=true", "valid integer"),
         ("lora.dropout=1", "lora.dropout"),
+        ("lora.kind=adalora", "lora.kind"),
+        ("lora.ranks={k_proj: 8}", "lora: ranks names 'k_proj', which is none of lora.target_modules: q_proj, v_proj"),
+        ("lora.ranks.q_proj=0", "lora.ranks.q_proj"),
+        ("lora.alphas={v_proj: 0.0}", "lora.alphas.v_proj"),
+        ("lora.lr_ratio=0.0", "lora.lr_ratio"),
+        ("lora.init=loftq", "lora.init"),
         ("training.learning_rate=.nan", "valid number"),
         ("training.learning_rate=.inf", "valid number"),
         ("training.learning_rate='1e-4'", "valid number"),
@@ -106,6 +112,28 @@ def test_fields_that_exclude_each_other() -> None:
     assert "exclude each other" in refusal("training.max_steps=5", "training.num_epochs=1")
     assert "exclude each other" in refusal("training.warmup_steps=5", "training.warmup_ratio=0.1")
     assert "longer than the run" in refusal("training.max_steps=5", "training.warmup_steps=6")
+
+
+def test_kinds_of_adapter_that_exclude_each_other() -> None:
+    assert "init: pissa is for kind: lora, not dora" in refusal("lora.init=pissa", "lora.kind=dora")
+    assert "init: olora is for kind: lora, not lora_fa" in refusal("lora.init=olora", "lora.kind=lora_fa")
+    assert "exclude each other" in refusal("lora.init=gaussian", "lora.init_from=adapter")
+    assert "does not train A" in refusal("lora.kind=lora_fa", "lora.lr_ratio=16.0")
+
+
+def test_the_kind_and_its_ranks_reach_the_adapter() -> None:
+    adapter = spec("lora.kind=dora", "lora.ranks.q_proj=8", "lora.alphas={v_proj: 3.0}", "lora.use_rslora=true").adapter
+    assert adapter is not None
+    assert (adapter.kind, adapter.rank("q_proj"), adapter.rank("v_proj")) == ("dora", 8, 16)
+    assert adapter.scaling("v_proj") == 3 / 4
+    started = spec("lora.init=pissa").adapter
+    assert started is not None
+    assert (started.kind, started.stored().kind, started.stored().r, started.stored().alpha) == (
+        "pissa",
+        "lora",
+        32,
+        64,
+    )
 
 
 def test_training_everything_in_sixteen_bits_is_refused_with_the_reason() -> None:

@@ -1,40 +1,52 @@
-"""LoRA adapters as PEFT directories: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""LoRA adapters, read as PEFT and mlx-lm write them and written as PEFT directories.
 
-The configuration is a closed schema, and the file must hold exactly the tensors that it describes: PEFT itself loads an
-adapter without ``lora_alpha``, or with other modules than its file, and silently computes something else. Our own facts
-(fingerprint of the base, template) are in the manifest beside them, which PEFT ignores.
+The file must hold exactly the tensors that its configuration describes. Our own facts (fingerprint of the base,
+template) are in the manifest beside them, which PEFT ignores.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llamatune.checkpoints.adapter_config import CONFIG_FILE, dump_config, read_adapter_config
-from llamatune.checkpoints.checkpoint import read_into, refuse_unfit
+from llamatune.checkpoints.adapter_config import CONFIG_FILE, dump_config
+from llamatune.checkpoints.adapter_header import (
+    HEAD,
+    PREFIX,
+    WEIGHTS_FILE,
+    AdapterHeader,
+    is_update_in_block,
+    read_adapter_header,
+)
+from llamatune.checkpoints.base_changes import BaseChange, changed_config, collect_changes
+from llamatune.checkpoints.changed_base import changed_base
+from llamatune.checkpoints.checkpoint import READ_WEIGHTS, Checkpoint, fill_from, refuse_unfit
 from llamatune.checkpoints.tensor_bytes import is_finite, write_tensors
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.formats.manifest import MANIFEST, Staging, find_manifest
-from llamatune.formats.safetensors import read_header
+from llamatune.formats.safetensors import TensorLocation
+from llamatune.model.adapters.apply import adapter_class
 from llamatune.model.torch_dtypes import STORED_WEIGHTS
 from llamatune.safe_reading import digest_file
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.strict_json import write_json
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+_BELONG = "adapter_config.json, its tensors and the base must belong together"
+_LONGEST_STATEMENT = 600
 
 
 @dataclass(frozen=True)
 class Adapter:
     """The tensors of an adapter, its configuration and its base.
 
-    ``tensors`` are named like ``model.layers.0.self_attn.q_proj.lora_A.weight``: A (R, in), B (out, R), fp32.
+    ``tensors`` are named like ``model.layers.0.self_attn.q_proj.lora_A.weight``: A (R, in), B (out, R), fp32. What it
+    changes beside the layers of blocks are ``base_changes``, by the names of the base's tensors.
     ``base_path`` is the base as the user named it, ``digest`` the SHA-256 of the file it was loaded from.
     """
 
@@ -45,48 +57,76 @@ class Adapter:
     base_path: str | None = None
     path: Path | None = None
     digest: str | None = None
+    base_changes: Mapping[str, BaseChange] = field(default_factory=dict)
+    header: AdapterHeader | None = None
+
+    def changes(self, name: str) -> bool:
+        """Whether the merged model's weight called ``name`` is another than the base's."""
+        return bool(self.trained(name))
+
+    def merged(self, name: str, W: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """The merged model's weight called ``name``, of the rows ``rows`` of it; ``W`` holds the base's.
+
+        It is fp32, in memory that the caller may overwrite.
+        """
+        return adapter_class(self.config.kind).merged(W, self.trained(name), self.scaling(name), rows)
+
+    def scaling(self, name: str) -> float:
+        """Of the update of the weight called ``name``."""
+        path = name.split(".")  # model.layers.0.self_attn.q_proj.weight
+        return self.config.scaling(path[-2], int(path[2]))
+
+    def on(self, base: Checkpoint) -> Checkpoint:
+        """The base as its model is with this adapter, apart from the updates of layers that ``tensors`` hold."""
+        return changed_base(base, self.base_changes, self.header is not None and self.header.config.tied)
+
+    def facts(self) -> dict[str, Any]:
+        """What is computed with its tensors, as JSON."""
+        changes = {name: change.facts() for name, change in self.base_changes.items()}
+        return self.config.facts() | ({"base_changes": changes} if changes else {})
 
     def trained(self, name: str) -> tuple[torch.Tensor, ...]:
         """The adapter's tensors for the weight called ``name``, none where it has no update."""
-        stem = name.removesuffix(".weight")
-        names = [f"{stem}.{tensor}.weight" for tensor in ADAPTER_KINDS[self.config.kind].tensors]
+        stem, kind = name.removesuffix(".weight"), ADAPTER_KINDS[self.config.kind]
+        names = [kind.stored_name(stem, tensor) for tensor in kind.tensors]
         return tuple(self.tensors[name] for name in names if name in self.tensors)
 
 
 def load_adapter(path: Path) -> Adapter:
-    """Read a PEFT adapter directory, ours or PEFT's own, into fp32 on the CPU. It is not yet checked against a base.
+    """Read an adapter directory of PEFT, ours or its own, or of mlx-lm into fp32 on the CPU.
+
+    It is not yet checked against a base.
 
     Raises:
-        CheckpointError: no adapter, a configuration that is not plain LoRA, a pickle, a broken or changed file, NaN or
+        CheckpointError: no adapter, a configuration that LLaMA cannot honour, a broken, unsafe or changed file, NaN or
             infinity.
     """
-    config, base_path = read_adapter_config(path)
-    file = path / WEIGHTS_FILE
-    if not file.exists() and (path / "adapter_model.bin").exists():
-        raise CheckpointError(
-            "adapter_model.bin is not read: it is a pickle and can run code", path,
-            "save the adapter as safetensors (PEFT: save_pretrained(..., safe_serialization=True))",
-        )  # fmt: skip
-    entries, _ = read_header(file)
-    digest, manifest = digest_file(file), find_manifest(path)  # PEFT's own adapters have no manifest
-    if manifest and manifest.files.get(WEIGHTS_FILE, (0, digest))[1] != digest:
+    header = read_adapter_header(path)
+    file = header.file
+    digest, manifest = digest_file(file), find_manifest(header.path)  # PEFT's own adapters have no manifest
+    if manifest and manifest.files.get(file.name, (0, digest))[1] != digest:
         raise CheckpointError(
             "differs from what its manifest recorded", file,
             f"fetch it again, or remove {MANIFEST} if you changed it yourself",
         )  # fmt: skip
     fingerprint, template = (manifest.base_fingerprint, manifest.template) if manifest else (None, None)
-    tensors = {}
-    for stored, entry in entries.items():
-        if entry.dtype not in STORED_WEIGHTS:
-            raise CheckpointError(f"{stored} is {entry.dtype}, not a float tensor", file, "fetch it again")
-        tensor = torch.empty(entry.shape, dtype=STORED_WEIGHTS[entry.dtype])
-        read_into(file, entry.begin, tensor)
-        if not is_finite(tensor):
-            raise CheckpointError(f"{stored} holds NaN or infinity", file, "the training that wrote it had diverged")
-        tensors[stored.removeprefix(_PREFIX) if stored.startswith(_PREFIX) else f"({stored})"] = tensor.float()
-    if base_path is None and manifest:  # the configuration names no base that PEFT cannot open
-        base_path = manifest.base_path
-    return Adapter(config, tensors, fingerprint, template, base_path, path, digest)
+    tensors = {name: _read(name, location) for name, location in header.tensors.items()}
+    low_rank = {name: tensor for name, tensor in tensors.items() if is_update_in_block(name)}
+    changes = collect_changes(header, {name: tensors[name] for name in tensors.keys() - low_rank.keys()})
+    base = header.config.base
+    if base is None and manifest:  # the configuration names no base that PEFT cannot open
+        base = manifest.base_path
+    return Adapter(header.spec, low_rank, fingerprint, template, base, path, digest, changes, header)
+
+
+def _read(name: str, location: TensorLocation) -> torch.Tensor:
+    if location.dtype not in READ_WEIGHTS:
+        raise CheckpointError(f"{name} is {location.dtype}, not a float tensor", location.path, "fetch it again")
+    tensor = torch.empty(location.shape, dtype=STORED_WEIGHTS.get(location.dtype, torch.float32))
+    fill_from(tensor, location)
+    if not is_finite(tensor):
+        raise CheckpointError(f"{name} holds NaN or infinity", location.path, "the training that wrote it had diverged")
+    return tensor.float()
 
 
 def check_adapter(
@@ -105,10 +145,19 @@ def check_adapter(
     Raises:
         CheckpointError: tensors missing, unexpected or misshapen (named), or made for another base.
     """
-    where = adapter.path or Path("adapter")
-    todo = "adapter_config.json, its tensors and the base must belong together"
-    refuse_unfit(where, dict(adapter.config.checkpoint_shapes(config)), adapter.tensors, todo)
-    if not any(tensor.any() for name, tensor in adapter.tensors.items() if name.endswith(".lora_B.weight")):
+    where, header = adapter.path or Path("adapter"), adapter.header
+    if header is None:
+        refuse_unfit(where, dict(adapter.config.checkpoint_shapes(config)), adapter.tensors, _BELONG)
+    else:
+        stated = f"{_BELONG}; it says {', '.join(f'{key} {value}' for key, value in header.config.stated.items())}"
+        refuse_unfit(where, header.expected(config), header.tensors, stated[:_LONGEST_STATEMENT])
+        for name in header.tensors:
+            if name.startswith(f"{HEAD}.") and name.endswith(".bias"):
+                raise CheckpointError(f"{name} adds a bias to the head, which LLaMA has none of", where)
+    changed_config(config, adapter.base_changes, header is not None and header.config.tied, where)
+    of_B = [name for name in adapter.tensors if name.endswith(".lora_B.weight")]
+    changes_more = adapter.config.kind == "dora" or adapter.base_changes
+    if not changes_more and not any(adapter.tensors[name].any() for name in of_B):
         on_event(Notice(f"{where}: every lora_B is zero, so the adapter changes nothing", "warning"))
     if fingerprint is None:
         return
@@ -129,6 +178,6 @@ def write_adapter(staging: Staging, adapter: Adapter) -> None:
         if not is_finite(tensor):
             raise CheckpointError(f"{name} holds NaN or infinity and is not saved", staging.path)
     write_json(staging.path / CONFIG_FILE, dump_config(adapter.config, adapter.base_path))
-    tensors = {f"{_PREFIX}{name}": adapter.tensors[name].detach().float() for name in sorted(adapter.tensors)}
+    tensors = {f"{PREFIX}{name}": adapter.tensors[name].detach().float() for name in sorted(adapter.tensors)}
     write_tensors(staging, WEIGHTS_FILE, tensors)
     staging.facts.update(base_fingerprint=adapter.base_fingerprint, template=adapter.template)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from llamatune.checkpoints.huggingface_files import list_faults
 from llamatune.checkpoints.model_directory import Format
 from llamatune.checkpoints.tensor_bytes import tensor_bytes
+from llamatune.checkpoints.weights import StoredWeight, Weight, WeightOf
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent
 from llamatune.formats.manifest import Staging
@@ -26,11 +27,10 @@ _PORTION_BYTES = 16 << 20
 
 WIDE = "F64"
 """What is read as fp32."""
-_READ = {**STORED_WEIGHTS, WIDE: torch.float64}
+READ_WEIGHTS = {**STORED_WEIGHTS, WIDE: torch.float64}
 
-TensorOf = Callable[[str], torch.Tensor]
-"""Gives a weight by its Hugging Face name, in Hugging Face's layout."""
-DtypeOf = Callable[[str], torch.dtype]
+PORTION_WEIGHTS = 1 << 19
+"""Of a matrix that is read in portions."""
 
 
 class Checkpoint(ABC):
@@ -48,6 +48,37 @@ class Checkpoint(ABC):
         self.shapes = dict(config.parameter_shapes())
         self._maps: dict[Path, mmap.mmap] = {}
 
+    def is_made(self, name: str) -> bool:
+        """Whether a weight is computed when it is read, its rows in fp32 whatever its dtype."""
+        return False
+
+    def stored(self, name: str) -> Weight:
+        """A weight that is read when it is written somewhere else, if its bytes cannot be copied."""
+        read = self.row_reader(name)
+        portions = (read(rows) for rows in self.row_portions(name))
+        return StoredWeight(self.parts[name], self.is_rotated(name), portions)
+
+    def is_rotated(self, name: str) -> bool:
+        """Whether its rows are stored in Meta's order."""
+        return False
+
+    def row_portions(self, name: str) -> Iterator[slice]:
+        """A matrix cut into runs of rows, in order; those of q and k are whole heads, within which formats differ."""
+        rows, *others = self.shapes[name]
+        heads = self.config.head_dim if name.endswith(("q_proj.weight", "k_proj.weight")) else 1
+        step = heads * max(1, PORTION_WEIGHTS // (heads * math.prod(others)))
+        return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+    def row_reader(self, name: str) -> Callable[[slice], torch.Tensor]:
+        """Reads runs of a weight's rows, which ``row_portions`` gives, in memory of their own."""
+        return self._row_reader(self.parts[name][0])
+
+    def _row_reader(self, part: TensorLocation) -> Callable[[slice], torch.Tensor]:
+        if part.strides is not None and part.strides[1:] not in ((), (1,)):
+            whole = self._read(part)  # a transposed view: no row is one run of bytes
+            return lambda rows: whole[rows]
+        return lambda rows: self._read(part.rows(rows.start, rows.stop - rows.start))
+
     def tensor(self, name: str, mapped: bool = False) -> torch.Tensor:
         """The tensor in memory of its own; ``mapped``: in the page cache, where the layout on disk allows it."""
         return self._read(self.parts[name][0], mapped)
@@ -57,10 +88,10 @@ class Checkpoint(ABC):
         return self._read_rows(self.parts[name][0], rows)
 
     @abstractmethod
-    def write_copy(self, staging: Staging, tensor_of: TensorOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
+    def write_copy(self, staging: Staging, weight_of: WeightOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
         """Write the model again with other tensors, in its own layout and with its own configuration and tokenizer.
 
-        ``tensor_of`` gives each weight once; ``dtype`` is what all are cast to, None: each as it is stored.
+        ``weight_of`` is asked for each weight once; ``dtype`` is what all are cast to, None: each as it is stored.
         """
 
     def dtype(self, name: str) -> torch.dtype:
@@ -74,34 +105,11 @@ class Checkpoint(ABC):
             count = (part.end - part.begin) // dtype.itemsize
             return torch.frombuffer(self._map(part.path), dtype=dtype, count=count, offset=part.begin).view(part.shape)
         tensor = torch.empty(part.shape, dtype=dtype)
-        self._fill(tensor, part)
+        fill_from(tensor, part)
         return tensor
 
-    def _fill(self, into: torch.Tensor, part: TensorLocation) -> None:
-        """Read into a CPU tensor of any layout; what is not one run of bytes on both sides comes in portions."""
-        if part.dtype == WIDE != STORED_NAMES[into.dtype]:
-            stored = torch.empty(part.shape, dtype=_READ[WIDE])
-            self._fill(stored, part)
-            into.copy_(stored)
-            return
-        if part.strides is None and into.is_contiguous():
-            read_into(part.path, part.begin, into)
-            return
-        shape = part.shape
-        strides = part.strides or torch.empty(shape, device="meta").stride()
-        # Portions along the widest stride do not overlap in the file, so nothing is read twice.
-        wide = max(range(len(shape)), key=lambda i: (shape[i] > 1, strides[i]))
-        slice_extent = 1 + sum((n - 1) * s for i, (n, s) in enumerate(zip(shape, strides, strict=True)) if i != wide)
-        at_once = max(1, _PORTION_BYTES // into.itemsize // strides[wide])
-        for first in range(0, shape[wide], at_once):
-            count = min(at_once, shape[wide] - first)
-            portion = torch.empty((count - 1) * strides[wide] + slice_extent, dtype=into.dtype)
-            read_into(part.path, part.begin + first * strides[wide] * into.itemsize, portion)
-            view = portion.as_strided([count if i == wide else n for i, n in enumerate(shape)], strides)
-            into.narrow(wide, first, count).copy_(view)
-
     def _read_rows(self, part: TensorLocation, rows: Sequence[int]) -> torch.Tensor:
-        dtype, shape, strides = _READ[part.dtype], part.shape, part.strides
+        dtype, shape, strides = READ_WEIGHTS[part.dtype], part.shape, part.strides
         if strides is not None and shape[1:] not in ((), (1,)) and strides[1:] != (1,):
             return self._read(part)[list(rows)]  # a transposed view: no row is one run of bytes
         size = dtype.itemsize * math.prod(shape[1:])
@@ -133,6 +141,30 @@ def read_into(path: Path, begin: int, tensor: torch.Tensor) -> None:
             view = view[count:]
 
 
+def fill_from(into: torch.Tensor, part: TensorLocation) -> None:
+    """Read into a CPU tensor of any layout; what is not one run of bytes on both sides comes in portions."""
+    if part.dtype == WIDE != STORED_NAMES[into.dtype]:
+        stored = torch.empty(part.shape, dtype=READ_WEIGHTS[WIDE])
+        fill_from(stored, part)
+        into.copy_(stored)
+        return
+    if part.strides is None and into.is_contiguous():
+        read_into(part.path, part.begin, into)
+        return
+    shape = part.shape
+    strides = part.strides or torch.empty(shape, device="meta").stride()
+    # Portions along the widest stride do not overlap in the file, so nothing is read twice.
+    wide = max(range(len(shape)), key=lambda i: (shape[i] > 1, strides[i]))
+    slice_extent = 1 + sum((n - 1) * s for i, (n, s) in enumerate(zip(shape, strides, strict=True)) if i != wide)
+    at_once = max(1, _PORTION_BYTES // into.itemsize // strides[wide])
+    for first in range(0, shape[wide], at_once):
+        count = min(at_once, shape[wide] - first)
+        portion = torch.empty((count - 1) * strides[wide] + slice_extent, dtype=into.dtype)
+        read_into(part.path, part.begin + first * strides[wide] * into.itemsize, portion)
+        view = portion.as_strided([count if i == wide else n for i, n in enumerate(shape)], strides)
+        into.narrow(wide, first, count).copy_(view)
+
+
 def warn_of_wide_weights(path: Path, parts: Iterable[TensorLocation], on_event: OnEvent) -> None:
     """A notice about weights in fp64."""
     if any(part.dtype == WIDE for part in parts):
@@ -157,7 +189,7 @@ def refuse_unfit(
         "neither float32, bfloat16 nor float16": [
             f"{name} {part.dtype}"
             for name, part in found.items()
-            if isinstance(part, TensorLocation) and part.dtype not in _READ
+            if isinstance(part, TensorLocation) and part.dtype not in READ_WEIGHTS
         ],
     }
     if listed := list_faults(faults):

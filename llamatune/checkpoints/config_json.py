@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llamatune.checkpoints.families import FAMILIES, biases_of, family_of, window_of
+from llamatune.checkpoints.families import FAMILIES, biases_of, family_of, window_facts, window_of
 from llamatune.checkpoints.rope_json import read_rope, rope_facts
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
@@ -50,7 +50,7 @@ def read_config_json(
         tie_word_embeddings=facts.flag("tie_word_embeddings", False),
         bos_token_id=facts.integer("bos_token_id", 1),
         eos_token_ids=_stop_tokens(path, facts, on_event),
-        sliding_window=window_of(facts, family),
+        sliding_window=window_of(facts, family, sizes["num_hidden_layers"]),
         biased_modules=biases_of(facts, family),
         head_norms=family.head_norms,
         model_type=facts.raw["model_type"],
@@ -72,7 +72,6 @@ def write_config_json(directory: Path, config: LlamaConfig, dtype: str, source: 
     ``source``: a model whose settings of generation are kept.
     """
     family = FAMILIES[config.model_type]
-    window = {"sliding_window": config.sliding_window} if "sliding_window" in family.unsaid else {}
     facts: dict[str, object] = {
         "architectures": [family.architecture],
         **{flag: set(modules) <= set(config.biased_modules) for flag, modules in family.flags.items()},
@@ -90,7 +89,7 @@ def write_config_json(directory: Path, config: LlamaConfig, dtype: str, source: 
         "pretraining_tp": 1,
         "rms_norm_eps": config.rms_norm_eps,
         **rope_facts(config),
-        **window,
+        **window_facts(family, config.sliding_window, config.num_hidden_layers),
         "tie_word_embeddings": config.tie_word_embeddings,
         **dict.fromkeys(_DTYPE_KEYS, dtype),
         "use_cache": True,
@@ -103,7 +102,8 @@ def write_config_json(directory: Path, config: LlamaConfig, dtype: str, source: 
 def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: str | None) -> None:
     """Write the configuration of the model in ``source`` again, with each value under every name that readers use.
 
-    ``config`` is that configuration as read; ``dtype`` is what the weights are cast to, None: no cast.
+    ``config`` is that configuration as read, or as an adapter has changed it; ``dtype`` is what the weights are cast
+    to, None: no cast.
     """
     facts = read_json(source / "config.json")
     changed = dict(facts)
@@ -117,6 +117,10 @@ def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: 
     if dtype_name is not None:
         changed |= dict.fromkeys(_DTYPE_KEYS, dtype_name)
     changed["tie_word_embeddings"] = config.tie_word_embeddings  # mlx-lm takes a missing flag for true
+    changed["vocab_size"] = config.vocab_size
+    for flag, modules in FAMILIES[config.model_type].flags.items():
+        if set(modules) & set(config.biased_modules):
+            changed[flag] = True
     if _text(changed) == _text(facts):
         copy_file(source / "config.json", directory)
     else:

@@ -25,16 +25,16 @@ class Family:
 
 
 _BIAS: dict[str, tuple[str, ...]] = {"attention_bias": ATTENTION_MODULES}
+_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", {"max_position_embeddings": 2048},
                     {**_BIAS, "mlp_bias": FEED_FORWARD_MODULES}),
     "mistral": Family("MistralForCausalLM", {"max_position_embeddings": 131072, "num_key_value_heads": 8,
                                              "sliding_window": 4096}),
-    "qwen2": Family("Qwen2ForCausalLM", {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-                    biases=QKV_MODULES),
-    "qwen3": Family("Qwen3ForCausalLM", {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-                    _BIAS, head_norms=True),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN, biases=QKV_MODULES),
+    "qwen3": Family("Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, _BIAS, head_norms=True),
 }  # fmt: skip
 
 _OTHERS = {
@@ -78,20 +78,50 @@ def _refuse_additions(facts: JsonFields) -> None:
         facts.expect("hidden_act", "silu")
     if facts.raw.get("quantization_config") is not None:
         facts.refuse("quantization_config", "quantised weights are not read; give the model that it was made from")
-    if facts.raw.get("use_sliding_window"):
-        facts.refuse("use_sliding_window", "windows in some layers only are not supported")
-    kinds = facts.raw.get("layer_types")
-    if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):
-        facts.refuse("layer_types", "only 'full_attention' in all layers is supported")
     if facts.raw.get("num_local_experts") not in (None, 0, 1):
         facts.refuse("num_local_experts", "several experts are not supported")
 
 
-def window_of(facts: JsonFields, family: Family) -> int | None:
-    """The sliding window; a key that is null means none."""
-    if "sliding_window" not in family.unsaid or facts.raw.get("sliding_window", 0) is None:
-        return None
-    return facts.integer("sliding_window", family.unsaid["sliding_window"])
+def window_of(facts: JsonFields, family: Family, layers: int) -> int | None:
+    """The sliding window of every layer, None: none. Windows in some layers only are refused.
+
+    Mistral has one unless it is null. Qwen has one if a flag is true, in the layers listed or from one of them on.
+    """
+    key, kinds, unsaid = "layer_types", _kinds_of_layers(facts), family.unsaid
+    flagged, window = "max_window_layers" in unsaid, None
+    if facts.raw.get("sliding_window", 0) is not None and "sliding_window" in unsaid:
+        window = facts.integer("sliding_window", unsaid["sliding_window"])
+    if flagged and not facts.flag("use_sliding_window", False):
+        window = None
+    elif facts.raw.get("use_sliding_window") and not flagged and window is None:
+        facts.refuse("use_sliding_window", "this model has no window")
+    if flagged and window is not None and not kinds:
+        key, first = "max_window_layers", facts.integer("max_window_layers", unsaid["max_window_layers"])
+        kinds = [_SLIDING if layer >= first else _FULL for layer in range(layers)]
+    slides = _SLIDING in kinds
+    if slides and (window is None or _FULL in kinds):
+        facts.refuse(key, "windows in some layers only are not supported")
+    return window if slides or not flagged else None
+
+
+def window_facts(family: Family, window: int | None, layers: int) -> dict[str, Any]:
+    """The sliding window under the keys that ``window_of`` reads."""
+    if "sliding_window" not in family.unsaid:
+        return {}
+    if "max_window_layers" not in family.unsaid:
+        return {"sliding_window": window}
+    first = layers if window is None else 0
+    return {"max_window_layers": first, "sliding_window": window, "use_sliding_window": window is not None}
+
+
+def _kinds_of_layers(facts: JsonFields) -> list[str]:
+    """What each layer attends to; empty where a configuration does not say it."""
+    kinds = facts.raw.get("layer_types")
+    if kinds is None:
+        return []
+    if not isinstance(kinds, list) or any(kind not in (_FULL, _SLIDING) for kind in kinds):
+        facts.refuse("layer_types", f"a list of {_FULL!r} is expected, or of {_SLIDING!r}")
+    return kinds
 
 
 def biases_of(facts: JsonFields, family: Family) -> tuple[str, ...]:

@@ -116,7 +116,7 @@ def _plain_names(tensors: Mapping[str, TensorLocation], path: Path, on_event: On
     """The same under the names of a plain model, without what is no part of it; notices say what was changed."""
     steps: list[tuple[str, Callable[[str], str | None]]] = [
         ("", lambda name: None if _BUFFERS.fullmatch(name) else name),
-        ("names hold parts that torch's wrappers left, which are dropped", _unwrapped),
+        ("names hold parts that torch's wrappers left, which are dropped", unwrapped),
         ("the value head (v_head) is no part of the model and is not read", _without_value_head),
         ("names lack the part 'model.', which is added", lambda n: f"model.{n}" if _BASE_MODEL.fullmatch(n) else n),
     ]
@@ -134,7 +134,8 @@ def _plain_names(tensors: Mapping[str, TensorLocation], path: Path, on_event: On
     return dict(tensors)
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """A name without the parts that wrappers leave."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -163,5 +164,5 @@ def _no_weights(directory: Path) -> CheckpointError:
             "fetch pytorch_model.bin.index.json too",
         )
     elif any(directory.glob("*.gguf")):
-        what, todo = "only a GGUF file, which is not read", "fetch the safetensors files of the model"
+        what, todo = "only a GGUF file", "make a model directory of it with llamatune convert"
     return CheckpointError(what, directory, todo)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
-from llamatune.checkpoints.checkpoint import WIDE, Checkpoint, DtypeOf, TensorOf, refuse_unfit, warn_of_wide_weights
+from llamatune.checkpoints.checkpoint import WIDE, Checkpoint, refuse_unfit, warn_of_wide_weights
 from llamatune.checkpoints.config_json import EMBEDDING, HEAD, copy_config_json, read_config_json, write_config_json
 from llamatune.checkpoints.huggingface_files import INDEX_FILE, SINGLE_FILE, locate_huggingface
 from llamatune.checkpoints.model_directory import Format
 from llamatune.checkpoints.tensor_bytes import DeclaredTensor, stream_tensors
+from llamatune.checkpoints.weights import DtypeOf, WeightOf
+from llamatune.errors import SpecError
 from llamatune.events import OnEvent, ignore_event
 from llamatune.formats.manifest import Staging
 from llamatune.model.torch_dtypes import DTYPE_NAMES
@@ -44,12 +46,12 @@ class HuggingFaceCheckpoint(Checkpoint):
         checkpoint.variant = variant
         return checkpoint
 
-    def write_copy(self, staging: Staging, tensor_of: TensorOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
+    def write_copy(self, staging: Staging, weight_of: WeightOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
         locations = {name: part for name, [part] in self.parts.items()}
         shards: dict[Path, list[DeclaredTensor]] = {path: [] for path in sorted({p.path for p in locations.values()})}
         for name, part in sorted(locations.items(), key=lambda item: item[1].begin):
             shards[part.path].append((name, dtype or self.dtype(name), part.shape))
-        _write_shards(staging, list(shards.values()), tensor_of)
+        _write_shards(staging, list(shards.values()), weight_of)
         if dtype is None and (self.variant is not None or any(part.dtype == WIDE for part in locations.values())):
             dtype = self.dtype(EMBEDDING)  # which is another than the configuration's
         copy_config_json(self.path, self.config, staging.path, None if dtype is None else DTYPE_NAMES[dtype])
@@ -57,44 +59,71 @@ class HuggingFaceCheckpoint(Checkpoint):
 
 
 def write_huggingface(
-    staging: Staging, config: LlamaConfig, tensor_of: TensorOf, dtype_of: DtypeOf, source: Path, on_event: OnEvent
+    staging: Staging,
+    config: LlamaConfig,
+    weight_of: WeightOf,
+    dtype_of: DtypeOf,
+    source: Path,
+    on_event: OnEvent,
+    shards: int | None = None,
+    shard_bytes: int | None = None,
 ) -> None:
     """Write a whole model: weights in shards, configuration, tokenizer.
 
     Args:
-        tensor_of: each weight is asked for once (a sharded model gathers it then), in the order of
+        weight_of: each weight is asked for once (a sharded model gathers it then), in the order of
             ``config.parameter_shapes()``, and converted to its dtype on the CPU.
         source: a model directory whose tokenizer files and settings of generation are copied.
+        shards: so many files; None: none is larger than ``shard_bytes``, unless a single tensor is.
     """
-    _write_shards(staging, _plan_shards(config, dtype_of), tensor_of)
+    _write_shards(staging, _plan_shards(config, dtype_of, shards, shard_bytes), weight_of)
     write_config_json(staging.path, config, DTYPE_NAMES[dtype_of(EMBEDDING)], source)
     copy_huggingface_tokenizer(source, staging.path, on_event)
 
 
-def _plan_shards(config: LlamaConfig, dtype_of: DtypeOf) -> list[list[DeclaredTensor]]:
-    """The tensors of each file, in the model's order; no file exceeds ``_SHARD_BYTES`` unless a single tensor does."""
+def write_changed_copy(
+    staging: Staging, config: LlamaConfig, weight_of: WeightOf, dtype_of: DtypeOf, source: Path, on_event: OnEvent
+) -> None:
+    """Write ``source``, a directory of this format, again as a model of another vocabulary, tie or set of biases."""
+    _write_shards(staging, _plan_shards(config, dtype_of), weight_of)
+    copy_config_json(source, config, staging.path, DTYPE_NAMES[dtype_of(EMBEDDING)])
+    copy_huggingface_tokenizer(source, staging.path, on_event)
+
+
+def _plan_shards(
+    config: LlamaConfig, dtype_of: DtypeOf, count: int | None = None, shard_bytes: int | None = None
+) -> list[list[DeclaredTensor]]:
+    """The tensors of each file, in the model's order: ``count`` files of about one size, or such as fit."""
+    declared = [(name, dtype_of(name), shape) for name, shape in config.parameter_shapes()]
+    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in declared]
+    most = shard_bytes or _SHARD_BYTES
+    if count is not None and count > len(declared):
+        raise SpecError(f"--shards {count} for {len(declared)} tensors", None, "ask for fewer")
     shards: list[list[DeclaredTensor]] = [[]]
-    size = 0
-    for name, shape in config.parameter_shapes():
-        dtype = dtype_of(name)
-        tensor_size = math.prod(shape) * dtype.itemsize
-        if shards[-1] and size + tensor_size > _SHARD_BYTES:
+    size = done = 0
+    for left, tensor, tensor_size in zip(range(len(declared), 0, -1), declared, sizes, strict=True):
+        if count is None:
+            full = size + tensor_size > most
+        else:
+            missing = count - len(shards)
+            full = missing > 0 and (left == missing or (done + tensor_size / 2) * count > sum(sizes) * len(shards))
+        if shards[-1] and full:
             shards.append([])
             size = 0
-        shards[-1].append((name, dtype, shape))
-        size += tensor_size
+        shards[-1].append(tensor)
+        size, done = size + tensor_size, done + tensor_size
     return shards
 
 
-def _write_shards(staging: Staging, shards: Sequence[Sequence[DeclaredTensor]], tensor_of: TensorOf) -> None:
+def _write_shards(staging: Staging, shards: Sequence[Sequence[DeclaredTensor]], weight_of: WeightOf) -> None:
     """``model.safetensors``, or numbered shards with their index; one tensor at a time is in memory."""
     if len(shards) == 1:
-        stream_tensors(staging, SINGLE_FILE, shards[0], (tensor_of(name) for name, _, _ in shards[0]))
+        stream_tensors(staging, SINGLE_FILE, shards[0], (weight_of(name) for name, _, _ in shards[0]))
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        stream_tensors(staging, file_name, shard, (tensor_of(name) for name, _, _ in shard))
+        stream_tensors(staging, file_name, shard, (weight_of(name) for name, _, _ in shard))
         weight_map |= {name: file_name for name, _, _ in shard}
     total = sum(math.prod(shape) * dtype.itemsize for shard in shards for _, dtype, shape in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -92,7 +92,6 @@ def load_model(
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, on_event)
     warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
     config = checkpoint.config.with_layers(num_layers)
-    config.refuse_uncomputed(checkpoint.path)
     device = torch.device(device)
     with torch.device("meta"):
         model = Transformer(config)

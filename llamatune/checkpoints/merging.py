@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,16 +22,16 @@ from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.checkpoints.meta_weights import write_meta
 from llamatune.checkpoints.model_directory import warn_of_missing_head
 from llamatune.checkpoints.tensor_bytes import is_finite
+from llamatune.checkpoints.weights import Weight
 from llamatune.command_options.inference import MergeOptions
 from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, Manifest, build_directory, finished_product, manifest_if_readable
-from llamatune.model.adapters.apply import adapter_class
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 
-_PORTION = 1 << 19
-"""Weights merged at once: their fp32 values stay in the processor's cache."""
+_FOLDED_WEIGHTS = 1 << 17
+"""Folded at once: their fp32 values stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def merge_lora(
     inputs = {
         "base_fingerprint": base_fingerprint,
         "adapter_sha256": adapter.digest,
-        "adapter_config": adapter.config.facts(),
+        "adapter_config": adapter.facts(),
         "format": format_,
         "dtype": options.dtype,
     }
@@ -85,6 +88,7 @@ def merge_lora(
         )
     warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
     check_adapter(adapter, checkpoint.config, base_fingerprint, options.force_base, on_event)
+    checkpoint = adapter.on(checkpoint)
     needed = sum(
         math.prod(shape) * (dtype or checkpoint.dtype(name)).itemsize for name, shape in checkpoint.shapes.items()
     )
@@ -96,7 +100,7 @@ def merge_lora(
         ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers,
         build_directory(options.output, "merged", inputs, options.overwrite) as staging,
     ):
-        merged = _MergedTensors(checkpoint, adapter, dtype, workers, on_event, should_stop)
+        merged = _MergedWeights(checkpoint, adapter, dtype, workers, 2 * threads, on_event, should_stop)
         if format_ == checkpoint.format:
             checkpoint.write_copy(staging, merged, dtype, on_event)
         else:
@@ -107,7 +111,7 @@ def merge_lora(
             format=format_,
             dtype=DTYPE_NAMES[merged.dtype_of(EMBEDDING)],
             tensors=len(checkpoint.shapes),
-            merged_tensors=merged.merged_tensors,
+            merged_tensors=merged.merged_tensors + len(adapter.base_changes),
             max_abs_error=merged.max_abs_error,
             vanished_fraction=merged.vanished / merged.changed if merged.changed else 0.0,
             bytes=needed,
@@ -129,14 +133,24 @@ def merge_lora(
     return report
 
 
+class _Portion(NamedTuple):
+    """Rows of a merged weight, and what rounding did to them."""
+
+    weights: torch.Tensor
+    error: float = 0.0
+    changed: int = 0
+    vanished: int = 0
+
+
 @dataclass
-class _MergedTensors:
-    """The merged model's tensors by name, each computed when it is asked for; counts the effects of rounding."""
+class _MergedWeights:
+    """The merged model's weights by name, each made while it is written; counts the effects of rounding."""
 
     checkpoint: Checkpoint
     adapter: Adapter
     dtype: torch.dtype | None
     workers: ThreadPoolExecutor
+    ahead: int
     on_event: OnEvent
     should_stop: ShouldStop
     done: int = 0
@@ -149,44 +163,63 @@ class _MergedTensors:
     def dtype_of(self, name: str) -> torch.dtype:
         return self.dtype or self.checkpoint.dtype(name)
 
-    def __call__(self, name: str) -> torch.Tensor:
+    def __call__(self, name: str) -> Weight:
         if self.should_stop():
             raise Stopped("stopped while merging", self.checkpoint.path, "run the same command again")
-        W, trained, dtype = self.checkpoint.tensor(name), self.adapter.trained(name), self.dtype_of(name)
-        if trained:
-            result = self._fold(name, W, trained, dtype)
-        else:
-            result = W.to(dtype)
-            if dtype != W.dtype and not is_finite(result):
-                self._refuse_overflow(name, W, dtype)
         self.done += 1
         self.on_event(Progress("merging", self.done, len(self.checkpoint.shapes)))
-        return result
+        if self.adapter.changes(name):
+            self.merged_tensors += 1
+            return self._in_order(name, self._fold)
+        if self.checkpoint.is_made(name) or self.dtype_of(name) != self.checkpoint.dtype(name):
+            return self._in_order(name, self._cast)
+        return self.checkpoint.stored(name)
 
-    def _fold(self, name: str, W: torch.Tensor, trained: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
-        result = torch.empty(W.shape, dtype=dtype)
-        rows, spec = max(1, _PORTION // W.shape[1]), self.adapter.config
-        merged, scaling = adapter_class(spec.kind).merged, spec.scaling(name.split(".")[-2])
+    def _in_order(self, name: str, make: Callable[..., _Portion]) -> Iterator[torch.Tensor]:
+        """Portions of rows in order, a few of them made ahead by the workers."""
+        read, made = self.checkpoint.row_reader(name), deque[Future[_Portion]]()
+        for rows in self.checkpoint.row_portions(name):
+            made.append(self.workers.submit(make, name, read, rows, self.dtype_of(name)))
+            if len(made) > self.ahead:
+                yield self._counted(made.popleft().result())
+        while made:
+            yield self._counted(made.popleft().result())
 
-        def fold(first: int) -> tuple[float, int, int]:
-            part = slice(first, first + rows)
-            base = W[part]
-            exact = merged(base, trained, scaling, part)
-            rounded = result[part].copy_(exact)
-            changed = exact != base.float()
-            vanished = changed & (rounded == base.to(dtype))
-            error = float((rounded.float() - exact).abs_().max())
+    def _counted(self, portion: _Portion) -> torch.Tensor:
+        self.max_abs_error = max(self.max_abs_error, portion.error)
+        self.changed += portion.changed
+        self.vanished += portion.vanished
+        return portion.weights
+
+    def _cast(self, name: str, read: Callable[[slice], torch.Tensor], rows: slice, dtype: torch.dtype) -> _Portion:
+        W = read(rows)
+        result = W.to(dtype)
+        if not is_finite(result):
+            self._refuse_overflow(name, W, dtype)
+        return _Portion(result)
+
+    def _fold(self, name: str, read: Callable[[slice], torch.Tensor], rows: slice, dtype: torch.dtype) -> _Portion:
+        base = read(rows)
+        made = _Portion(torch.empty(base.shape, dtype=dtype))
+        step = max(1, _FOLDED_WEIGHTS // math.prod(base.shape[1:]))
+        for first in range(0, len(base), step):
+            part = slice(first, min(first + step, len(base)))
+            W = base[part]
+            wide = W.float()
+            exact = self.adapter.merged(name, W, slice(rows.start + part.start, rows.start + part.stop))
+            rounded = made.weights[part].copy_(exact).to(torch.float32, copy=True)
+            rounding = exact - rounded
+            error = max(float(rounding.amax()), -float(rounding.amin()))
             if not error < float("inf"):  # infinity, or NaN
                 self._refuse_overflow(name, exact, dtype)
                 error = 0.0
-            return error, int(torch.count_nonzero(changed)), int(torch.count_nonzero(vanished))
-
-        for error, changed, vanished in self.workers.map(fold, range(0, W.shape[0], rows)):
-            self.max_abs_error = max(self.max_abs_error, error)
-            self.changed += changed
-            self.vanished += vanished
-        self.merged_tensors += 1
-        return result
+            # What the adapter leaves as it is, rounding leaves too. Counted in fp32, quicker than booleans are.
+            changed = int(exact.ne_(wide).sum())
+            kept = int(rounded.ne_(wide if dtype == W.dtype else W.to(dtype).float()).sum())
+            made = _Portion(
+                made.weights, max(made.error, error), made.changed + changed, made.vanished + changed - kept
+            )
+        return made
 
     def _refuse_overflow(self, name: str, exact: torch.Tensor, dtype: torch.dtype) -> None:
         """Refuse finite weights that would become infinite; a base that holds NaN itself is only noted."""

@@ -16,12 +16,14 @@ from llamatune.checkpoints.huggingface_files import has_huggingface_weights, loc
 from llamatune.checkpoints.params_json import HEAD, read_params_json
 from llamatune.errors import CheckpointError, EnvironmentFault
 from llamatune.events import Notice, OnEvent, ignore_event
+from llamatune.formats.gguf import SUFFIX
 from llamatune.formats.safetensors import TensorLocation
 from llamatune.formats.torch_archive import read_archive
 from llamatune.shapes.llama_config import LlamaConfig
 
-Format = Literal["hf", "meta"]
+Format = Literal["hf", "meta", "gguf"]
 _CONFIGURATIONS: dict[Format, str] = {"hf": "config.json", "meta": "params.json"}
+_CONVERT = "make a model directory of it with llamatune convert"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _META_SHARD = re.compile(r"consolidated\.(\d{2})\.pth")
 
@@ -30,6 +32,8 @@ def detect_format(path: Path) -> Format:
     """Whether a model directory is Hugging Face's or Meta's."""
     if not _is_there(path):
         raise CheckpointError("no such model directory", path, _how_to_fetch(str(path)))
+    if path.suffix == SUFFIX:
+        raise CheckpointError("a GGUF file, not a model directory", path, _CONVERT)
     if not path.is_dir():
         raise CheckpointError("a file where a model directory is expected", path, f"did you mean {path.parent}?")
     formats = [format_ for format_, file in _CONFIGURATIONS.items() if _is_there(path / file)]
@@ -39,6 +43,8 @@ def detect_format(path: Path) -> Format:
         return formats[0]
     if (path / "adapter_config.json").exists():
         raise CheckpointError("an adapter, not a model", path, "give the base as --model and this as --adapter")
+    if any(path.glob(f"*{SUFFIX}")):
+        raise CheckpointError("only a GGUF file is in it", path, _CONVERT)
     raise CheckpointError(
         "neither config.json (Hugging Face) nor params.json (Meta) is in it", path, "give a LLaMA model directory"
     )

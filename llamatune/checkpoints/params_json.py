@@ -20,7 +20,7 @@ from llamatune.tokenizers.loading import is_tiktoken
 from llamatune.tokenizers.tiktoken_file import SPECIALS
 
 HEAD, EMBEDDING = "output.weight", "tok_embeddings.weight"
-_LLAMA_3_VOCABULARY = 128256
+LLAMA_3_VOCABULARY = 128256
 _LLAMA_3_POSITIONS, _LLAMA_31_POSITIONS = 8192, 131072
 _CODE_LLAMA_THETA, _CODE_LLAMA_POSITIONS = 1e6, 16384
 _LOW_FREQ_FACTOR, _HIGH_FREQ_FACTOR = 1.0, 4.0
@@ -114,7 +114,7 @@ def _meta_bos_and_eos(path: Path, vocabulary: int, scaled: bool) -> tuple[int, t
     ``scaled`` rope came with Llama 3.1, and <|eom_id|> with it.
     """
     file = path / "tokenizer.model"
-    if vocabulary == _LLAMA_3_VOCABULARY or (file.exists() and is_tiktoken(file)):
+    if vocabulary == LLAMA_3_VOCABULARY or (file.exists() and is_tiktoken(file)):
         first = vocabulary - SPECIALS
         end_of_message = (first + 8,) if scaled else ()
         return first, (first + 1, *end_of_message, first + 9)  # <|end_of_text|> and, of the chat models, <|eot_id|>
@@ -128,7 +128,7 @@ def _meta_positions(path: Path, facts: JsonFields, vocabulary: int, theta: float
         return manifest.max_position_embeddings
     if scaling is not None:
         return _LLAMA_31_POSITIONS
-    if vocabulary == _LLAMA_3_VOCABULARY:
+    if vocabulary == LLAMA_3_VOCABULARY:
         return _LLAMA_3_POSITIONS
     if "hidden_dim" in facts.raw:  # Mistral's
         return 32768
@@ -142,7 +142,7 @@ def write_params_json(directory: Path, config: LlamaConfig) -> None:
             f"head_dim {config.head_dim} x {config.num_attention_heads} heads is not hidden_size {config.hidden_size}",
             "params.json", "Meta's format cannot say this; use --format hf",
         )  # fmt: skip
-    scaling, additions = config.rope_scaling, config.not_computed()
+    scaling, additions = config.rope_scaling, config.added_tensors()
     scaled = isinstance(scaling, Llama3Scaling) and (
         (scaling.low_freq_factor, scaling.original_max_position_embeddings) == (_LOW_FREQ_FACTOR, _LLAMA_3_POSITIONS)
     )

@@ -23,7 +23,7 @@ from llamatune.formats.safetensors import TensorLocation, read_header
 from llamatune.model.packed_weight import PackedWeight, Scratch
 from llamatune.model.quantization import QUANTIZATIONS
 from llamatune.model.torch_dtypes import STORED_NAMES
-from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig, linear_module
 
 SCHEMA = 1
 
@@ -44,7 +44,7 @@ class QuantizedBase:
 
     def __post_init__(self) -> None:
         shapes = self.config.parameter_shapes()
-        self._matrices = {name: shape for name, shape in shapes if name.split(".")[-2] in LINEAR_MODULES}
+        self._matrices = {name: shape for name, shape in shapes if linear_module(name)}
         self._kind, self._scratch = QUANTIZATIONS[self.dtype], Scratch()
         self._file = f"{self.dtype}.safetensors"
         self._cached: dict[str, TensorLocation] | None = None

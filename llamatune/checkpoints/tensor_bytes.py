@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from llamatune.checkpoints.weights import StoredWeight, Weight, portions_of
+from llamatune.formats.digested_file import FileRange
 from llamatune.formats.manifest import Staging
 from llamatune.formats.safetensors import write_safetensors
 from llamatune.model.torch_dtypes import STORED_NAMES
@@ -33,15 +36,20 @@ def write_tensors(staging: Staging, file_name: str, tensors: Mapping[str, Tensor
 
 
 def stream_tensors(
-    staging: Staging, file_name: str, declared: Sequence[DeclaredTensor], tensors: Iterable[Tensor]
+    staging: Staging, file_name: str, declared: Sequence[DeclaredTensor], weights: Iterable[Weight]
 ) -> None:
-    """A new safetensors file, synced; each of ``tensors`` is taken when the one before it is written."""
+    """A new safetensors file, synced; each of ``weights`` is taken when the one before it is written."""
 
-    def data() -> Iterator[memoryview]:
-        for tensor, (name, dtype, shape) in zip(tensors, declared, strict=True):
-            on_cpu = tensor.detach().to("cpu", dtype).contiguous()
-            assert tuple(on_cpu.shape) == shape, f"{name} has the shape {tuple(on_cpu.shape)}"
-            yield tensor_bytes(on_cpu)
+    def data() -> Iterator[memoryview | FileRange]:
+        for weight, (name, dtype, shape) in zip(weights, declared, strict=True):
+            if isinstance(weight, StoredWeight) and (copies := weight.copies(dtype, [shape])) is not None:
+                yield from copies
+                continue
+            left = math.prod(shape)
+            for portion in portions_of(weight, dtype):
+                left -= portion.numel()
+                yield tensor_bytes(portion)
+            assert not left, f"{name} has not the shape {shape}"
 
     stored = [(name, STORED_NAMES[dtype], shape) for name, dtype, shape in declared]
     write_safetensors(staging, file_name, stored, data(), {"format": "pt"})

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def count_params(options: CountOptions, console: Console) -> None:
     """Count a model's parameters and those that LoRA trains."""
     with console:
-        from llamatune.checkpoints.adapter_config import read_adapter_config
+        from llamatune.checkpoints.adapter_header import read_adapter_header
         from llamatune.checkpoints.model_directory import detect_format, read_config, warn_of_missing_head
         from llamatune.errors import SpecError
         from llamatune.shapes.adapter import AdapterSpec
@@ -28,25 +28,26 @@ def count_params(options: CountOptions, console: Console) -> None:
         else:
             config = preset(options.preset or "")
         if options.adapter is not None:
-            adapter_config, _ = read_adapter_config(options.adapter)
-            rank, targets = adapter_config.r, adapter_config.target_modules
+            header = read_adapter_header(options.adapter)
+            adapter, others = header.spec, header.others
         else:
             rank = DEFAULT_RANK if options.r is None else options.r
             names = (DEFAULT_TARGET_MODULES if options.target_modules is None else options.target_modules).split(",")
             targets = LINEAR_MODULES if names == ["all-linear"] else tuple(name.strip() for name in names)
-        unknown = [name for name in targets if name not in LINEAR_MODULES]
+            adapter, others = AdapterSpec(rank, rank, target_modules=targets), ()
+        unknown = [name for name in adapter.modules if name not in LINEAR_MODULES]
         if unknown:
             todo = f"there are {', '.join(LINEAR_MODULES)}"
             raise SpecError(f"no linear layer called {unknown[0]!r}", "--target-modules", todo)
-        count = count_parameters(config, AdapterSpec(rank, rank, target_modules=targets))
+        count = count_parameters(config, adapter, others)
         payload = {
             "base_parameters": count.base_parameters,
             "trainable_parameters": count.trainable_parameters,
             "total_parameters": count.total_parameters,
             "trainable_percent": round(count.trainable_percent, 4),
             "reduction_percent": round(count.reduction_percent, 2),
-            "r": rank,
-            "target_modules": list(targets),
+            "r": adapter.r,
+            "target_modules": list(adapter.target_modules),
             "modules": {name: dict(facts) for name, facts in count.modules.items()},
         }
         console.result(payload, lambda out: _print_count(out, count))

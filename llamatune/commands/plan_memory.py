@@ -45,7 +45,6 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
         else:
             raise SpecError("neither a spec nor --preset", todo="for example --preset llama-2-7b")
         config = config.with_layers(spec.model.num_layers)
-        config.refuse_uncomputed(spec.model.path)
         limit = planning.limit_of(spec, options.memory_bytes)
         cuda = options.device == "cuda"
         counts = _lengths(spec, config, options, console)

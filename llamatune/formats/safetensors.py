@@ -5,17 +5,16 @@ Tensors are read by the ``safetensors`` library, which offers neither of the two
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError, LlamatuneError
+from llamatune.formats.digested_file import FileRange, writing_digested
 from llamatune.formats.manifest import Staging
 from llamatune.safe_reading import open_regular, stand_in
 from llamatune.shapes.dtypes import ITEM_BYTES
@@ -40,6 +39,13 @@ class TensorLocation:
     begin: int
     end: int
     strides: tuple[int, ...] | None = None
+
+    def rows(self, first: int, count: int) -> TensorLocation:
+        """Of some of its rows, which must be runs of bytes."""
+        width = math.prod(self.shape[1:]) if self.strides is None else self.strides[0]
+        step = width * ITEM_BYTES[self.dtype]
+        begin = self.begin + first * step
+        return replace(self, shape=(count, *self.shape[1:]), begin=begin, end=begin + count * step)
 
 
 def read_header(
@@ -115,7 +121,7 @@ def write_safetensors(
     staging: Staging,
     file_name: str,
     tensors: Iterable[tuple[str, str, tuple[int, ...]]],
-    data: Iterable[bytes | memoryview],
+    data: Iterable[bytes | memoryview | FileRange],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Stream a new file into a product, synced. It is digested on the way, so the manifest needs no second read of it.
@@ -133,10 +139,8 @@ def write_safetensors(
         size = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with writing(staging.path / file_name, size) as file:
+    with writing_digested(staging, file_name, size) as file:
         for portion in itertools.chain([struct.pack("<Q", len(text)) + text], data):
-            digest.update(portion)
-            file.write(portion)
-        assert file.tell() == 8 + len(text) + size, "not the bytes that the header declares"
-    staging.digests[file_name] = digest.hexdigest()
+            file.append(portion)
+            file.follow()
+        assert file.position == 8 + len(text) + size, "not the bytes that the header declares"

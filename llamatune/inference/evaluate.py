@@ -168,7 +168,8 @@ def evaluate_prepared(
     refuse_differences({"data": prepared.manifest.digest}, ranks)
     split, chosen = _choose(prepared, options.split, options.data)
     for part in chosen.values():
-        check_rows(part, opened.checkpoint.config, f"{options.data} against {options.model}", on_event)
+        for config in {opened.config, opened.checkpoint.config if opened.compare else opened.config}:
+            check_rows(part, config, f"{options.data} against {options.model}", on_event)
     check_tokenizer(prepared, options.model, options.force_base, on_event)
     total = sum(min(len(part), options.limit or len(part)) for part in chosen.values())
     tokens = sum(sum(part.lengths[: options.limit]) for part in chosen.values())

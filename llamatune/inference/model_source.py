@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ from llamatune.model.transformer import Transformer
 from llamatune.out_of_memory import memory_faults
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
+from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shared_work import refuse_differences
 from llamatune.threads import suitable_threads
 from llamatune.tokenizers.loading import load_tokenizer
@@ -76,9 +77,19 @@ class OpenedModel:
         """``bfloat16`` or ``nf4``; of a checkpoint that mixes dtypes, that of the embedding, which it computes in."""
         return self.quantized or DTYPE_NAMES[self.dtype or _stored_dtype(self.checkpoint)]
 
+    @functools.cached_property
+    def _changed(self) -> Checkpoint:
+        """The base with what the adapter replaces in it."""
+        return self.checkpoint if self.adapter is None else self.adapter.on(self.checkpoint)
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The model's with the adapter, which may have a larger vocabulary than the base."""
+        return self._changed.config
+
     def tokenizer(self) -> Tokenizer:
         tokenizer = load_tokenizer(self.path)
-        check_vocabulary(tokenizer, self.checkpoint.config.vocab_size, self.path)
+        check_vocabulary(tokenizer, self.config.vocab_size, self.path)
         return tokenizer
 
     def template(self, name: str | None) -> Template | None:
@@ -120,17 +131,27 @@ class OpenedModel:
 
     def load(self, on_event: OnEvent, should_stop: ShouldStop) -> LoadedModels:
         """Read the weights."""
-        held, dtype = self.dtype or _stored_dtype(self.checkpoint), self.dtype
-        config, packed, quantized = self.checkpoint.config, None, None
+        model, idle = self._load(self._changed, on_event, should_stop)
+        models = {"": model if self.adapter is None else _with_adapter(model, self.adapter)}
+        if self.compare and self._changed is not self.checkpoint:
+            model, _ = self._load(self.checkpoint, on_event, should_stop)
+        return LoadedModels({**models, "base_": model} if self.compare else models, idle)
+
+    def _load(
+        self, checkpoint: Checkpoint, on_event: OnEvent, should_stop: ShouldStop
+    ) -> tuple[Transformer, Callable[[], None] | None]:
+        """A model without the low-rank updates of its blocks, and what a rank does that has nothing to compute."""
+        held, dtype = self.dtype or _stored_dtype(checkpoint), self.dtype
+        config, packed, quantized = checkpoint.config, None, None
         if self.quantized is not None:
             packed = QUANTIZATIONS[self.quantized]
-            what = self.quantized, self.checkpoint, config, self.device
+            what = self.quantized, checkpoint, config, self.device
             quantized = QuantizedBase(*what, on_event, should_stop)
         streamed = stream_blocks(self.placement, config, held, packed, self.device, self.ranks)
         if streamed is not None:
             dtype = held  # of all blocks, which are alike
-        base = load_model(
-            self.checkpoint,
+        model = load_model(
+            checkpoint,
             dtype,
             self.device,
             on_event=on_event,
@@ -139,10 +160,8 @@ class OpenedModel:
             streamed=streamed,
         ).eval()
         if streamed is not None:
-            streamed.attach(base)
-        models = {"": base if self.adapter is None else _with_adapter(base, self.adapter)}
-        idle = None if streamed is None else partial(streamed.idle, backward=False)
-        return LoadedModels({**models, "base_": base} if self.compare else models, idle)
+            streamed.attach(model)
+        return model, None if streamed is None else functools.partial(streamed.idle, backward=False)
 
 
 def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ranks = ALONE) -> OpenedModel:
@@ -154,7 +173,6 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ran
     """
     device = choose_device(source.device, on_event, None if ranks.size == 1 else ranks.local_rank)
     checkpoint, adapter = open_checkpoint(source.model, on_event, source.variant), None
-    checkpoint.config.refuse_uncomputed(source.model)
     if source.adapter is not None:
         adapter = load_adapter(source.adapter)
         check_adapter(adapter, checkpoint.config, fingerprint(checkpoint), source.force_base, on_event)
@@ -181,8 +199,10 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def _with_adapter(base: Transformer, adapter: Adapter) -> Transformer:
     """The base with an adapter put on: a new model around the same frozen tensors."""
+    if not adapter.tensors:
+        return base
     packed = (module for module in base.modules() if isinstance(module, PackedWeight))
     tuned = copy.deepcopy(base, {id(shared): shared for shared in itertools.chain(base.parameters(), packed)})
-    apply_adapter(tuned, dataclasses.replace(adapter.config, dropout=0.0))
+    apply_adapter(tuned, dataclasses.replace(adapter.config, dropout=0.0), seed=None)
     load_adapter_tensors(tuned, adapter.tensors)
     return tuned.requires_grad_(False).eval()

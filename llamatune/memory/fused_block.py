@@ -13,16 +13,21 @@ def _adapter(ledger: Ledger, z: Sizes, name: str, rows: int, back: bool) -> None
     """What LoRA's part of a product has in flight."""
     if name not in z.targets:
         return
-    out, in_ = z.config.linear_shape(name)
-    casts = z.R * (out + in_) * z.c if z.c < 4 and not z.cuda else 0
-    thin, wide = rows * z.R * z.c, rows * in_ * z.c if z.dropout else 0
+    (out, in_), r = z.config.linear_shape(name), z.rank(name)
+    casts = r * (out + in_) * z.c * (2 if z.from_base else 1) if z.c < 4 and not z.cuda and not z.dora else 0
+    thin, wide = rows * r * z.c, rows * in_ * z.c if z.dropout else 0
     mask = rows * in_ if z.dropout and z.cuda else wide
+    ledger.use(f"{name}: rows whose norms DoRA takes", z.normed_at_once(name))
+    # Another product with W, of x after dropout, or of x again in the backward pass.
+    beside = rows * out * z.c + z.beside_product(name, rows, back) if z.dora and (back or z.dropout) else 0
     if back:
-        gradients = z.R * (out + in_) * 4
-        ledger.use(f"{name}: casts and gradients of A and B, dropout", casts + gradients + 2 * thin + mask + 2 * wide)
+        gradients = z.gradients((name,))
+        ledger.use(
+            f"{name}: casts and gradients of A and B, dropout", casts + gradients + 2 * thin + mask + 2 * wide + beside
+        )
     else:
         ledger.use(f"{name}: dropout's mask, and x where it keeps it", mask + wide)
-        ledger.use(f"{name}: casts of A and B, and A x", casts + thin)
+        ledger.use(f"{name}: casts of A and B, and A x", casts + thin + (wide + mask + beside if beside else 0))
 
 
 def _product(ledger: Ledger, z: Sizes, name: str, rows: int, back: bool = False, in_place: bool = False) -> Tensor:
@@ -40,6 +45,13 @@ def _norm(ledger: Ledger, z: Sizes, rows: int, back: bool = False) -> None:
     ledger.use("fp32 tiles of the norm", (tiles + 1 if z.s < 4 else tiles) * 4 * min(rows, TILE_TOKENS) * z.D)
 
 
+def _head_norms(ledger: Ledger, z: Sizes, back: bool = False) -> None:
+    """The fp32 tiles of the norm of q's heads, which are the most."""
+    tiles = (4 if back else 2) + (z.c < 4)
+    if z.normed:
+        ledger.use("fp32 tiles of the norm of heads", tiles * 4 * min(z.N, TILE_TOKENS) * z.Q)
+
+
 def attention(ledger: Ledger, z: Sizes, last: bool, recompute: bool) -> Passes:
     """Norm, q, k, v, rotation, attention, o and the residual addition; the last block continues with P rows."""
     n, made = z.P if last else z.N, AttentionBytes(z)
@@ -49,12 +61,13 @@ def attention(ledger: Ledger, z: Sizes, last: bool, recompute: bool) -> Passes:
         made.forward(ledger)
         ledger.free(*qkv)
         inputs = ledger.keep("q, k, v", 0 if recompute else made.inputs)
+        raw = ledger.keep("q and k before their norms", 0 if recompute else z.N * z.normed * z.c)
         outputs = ledger.keep("output of attention", made.outputs)
         flat = ledger.keep("input of o_proj", n * z.Q * z.c if last else made.flat)
     with ledger.step("o, residual"):
         chosen = ledger.make("x of the rows that are asked for", n * z.D * z.s if last else 0)
         y = _product(ledger, z, "o_proj", n)
-        ledger.use("sum", 0 if z.adds_in_products else n * z.D * z.s)
+        ledger.use("sum", 0 if z.adds_in_products("o_proj") else n * z.D * z.s)
         ledger.free(y, chosen)
 
     yield
@@ -69,26 +82,28 @@ def attention(ledger: Ledger, z: Sizes, last: bool, recompute: bool) -> Passes:
             qkv = _attention_inputs(ledger, z)
             with ledger.step("attention"):
                 made.forward(ledger)
-            ledger.free(*qkv, inputs)
+            ledger.free(*qkv, inputs, raw)
             inputs = ledger.make("q, k, v", made.inputs)
+            raw = ledger.make("q and k before their norms", z.N * z.normed * z.c)
     spread = ledger.make("gradient of every row", z.N * z.D * z.s if last else 0)
     with ledger.step("attention"):
         every_do = ledger.make("gradient of attention's output", z.N * z.Q * z.c if last else 0)
         gradients = made.backward(ledger)
-        ledger.free(do, every_do, inputs, outputs, flat, gradients)
+        ledger.free(every_do, inputs, outputs, flat, gradients, *(() if recompute else (do,)))
     with ledger.step("q, k, v"):
         dqkv = ledger.make("gradients of q, k, v", z.N * (z.Q + 2 * z.K) * z.c)
         h = ledger.make("normed x", z.N * z.D * z.c if z.targets.intersection(QKV_MODULES) else 0)
         turned = ledger.make("copy of q's gradient", z.N * z.Q * z.c)
         ledger.use("rotation", z.N * z.Q * z.c * 3 // 2)
+        _head_norms(ledger, z, back=True)
         dh = _product(ledger, z, "q_proj", z.N, back=True)  # k's and v's are added to it
         for name in QKV_MODULES[1:]:
             _adapter(ledger, z, name, z.N, back=True)
-        ledger.free(turned)
+        ledger.free(turned, raw)
     with ledger.step("norm"):
         dx = ledger.make("gradient of x", z.N * z.D * z.s)
         _norm(ledger, z, z.N, back=True)
-    ledger.free(dqkv, h, dh, dx, spread, dy, x)
+    ledger.free(dqkv, h, dh, dx, spread, dy, x, *((do,) if recompute else ()))
 
 
 def _attention_inputs(ledger: Ledger, z: Sizes) -> list[Tensor]:
@@ -96,6 +111,8 @@ def _attention_inputs(ledger: Ledger, z: Sizes) -> list[Tensor]:
         h = ledger.make("normed x", z.N * z.D * z.c)
         _norm(ledger, z, z.N)
         qkv = [_product(ledger, z, name, z.N) for name in QKV_MODULES]
+        qkv += [ledger.make("q and k before their norms", z.N * z.normed * z.c)]
+        _head_norms(ledger, z)
         ledger.use("rotation", z.N * z.Q * z.c * 3 // 2)
         ledger.free(h)
     return qkv
@@ -128,7 +145,7 @@ def _feed_forward_forward(ledger: Ledger, z: Sizes, rows: int, recompute: bool) 
         ledger.free(h)
     with ledger.step("down"):
         activated = ledger.make("silu(gate) up", 0 if recompute else tile * z.F * z.c)
-        y = _product(ledger, z, "down_proj", tile, in_place=z.adds_in_products)
+        y = _product(ledger, z, "down_proj", tile, in_place=z.adds_in_products("down_proj"))
         ledger.free(y, activated, *gate_up)
 
 

@@ -21,19 +21,34 @@ def _kept_of_linear(z: Sizes, name: str, rows: int, item_bytes: int, leads_back:
     if z.autocast and z.casts and not z.quantized and (z.trains_all or leads_back):
         kept += out * in_ * z.c
     if name in z.targets:
-        kept += rows * z.R * z.c + (z.R * (out + in_) * z.c if z.c < 4 else 0)
+        r = z.rank(name)
+        kept += rows * r * z.c + (r * (out + in_) * z.c if z.c < 4 else 0)
         if z.dropout and leads_back:
             kept += rows * in_ * (1 if z.cuda else item_bytes)  # the mask
-        if z.dropout or narrowed:
+        if z.from_base and z.c < 4:  # casts of the parts that are not trained
+            kept += r * (out + in_) * z.c
+        if (z.dropout or narrowed) and z.trains_A:
             kept += rows * in_ * (z.c if z.autocast else 4)
     return kept
+
+
+def _head_norms(ledger: Ledger, z: Sizes, leads_back: bool) -> list[Tensor]:
+    """Of the norms of the heads of q and k: both in fp32 where a gradient leads behind them, and divided by their
+    mean squares where the weights are trained.
+    """
+    if not z.normed:
+        return []
+    widths = [width for name, width in (("q_proj", z.Q), ("k_proj", z.K)) if leads_back or name in z.targets]
+    with ledger.step("norms of heads"):
+        ledger.use("q and its square in fp32, normed q", 3 * z.N * z.Q * 4)
+        return [ledger.keep("q and k in fp32, over their rms", z.N * sum(widths) * 4 * (2 if z.trains_all else 1))]
 
 
 def _keeps_input(z: Sizes, names: Sequence[str], item_bytes: int) -> bool:
     """Whether these layers keep their input as it is."""
     if z.autocast and item_bytes != z.c:
         return False
-    return z.trains_all or (not z.dropout and bool(z.targets.intersection(names)))
+    return z.trains_all or (z.trains_A and not z.dropout and bool(z.targets.intersection(names)))
 
 
 def _weight_gradient(ledger: Ledger, z: Sizes, name: str) -> None:
@@ -42,13 +57,27 @@ def _weight_gradient(ledger: Ledger, z: Sizes, name: str) -> None:
     ledger.use(f"gradient of {name}'s weights", size if z.trains_all else 0)
 
 
+def _magnitudes(ledger: Ledger, z: Sizes, names: Sequence[str], rows: int) -> Tensor:
+    """What DoRA keeps of these layers, W x and B A x, once it has scaled them in fp32; its norms."""
+    widths = [z.config.linear_shape(name)[0] for name in names if z.dora and name in z.targets]
+    ledger.use("outputs in fp32", 3 * 4 * rows * max(widths, default=0))
+    ledger.use("rows whose norms are taken", max(map(z.normed_at_once, names)))
+    return ledger.keep("W x, B A x", 2 * rows * sum(widths) * z.c)
+
+
+def _magnitudes_backward(ledger: Ledger, z: Sizes, names: Sequence[str], rows: int, kept: Tensor) -> None:
+    widths = [z.config.linear_shape(name)[0] for name in names if z.dora and name in z.targets]
+    ledger.use("gradients of outputs in fp32", 3 * 4 * rows * max(widths, default=0))
+    ledger.free(kept)
+
+
 def cached_casts(z: Sizes, names: Sequence[str]) -> int:
     """The 16-bit copies of trained matrices that autocast keeps; fused blocks make their own."""
     if z.fused or not z.autocast:
         return 0
     if z.trains_all:
         return sum(map(z.count, names)) * z.c if z.casts else 0
-    return sum(z.R * sum(z.config.linear_shape(name)) * z.c for name in names if name in z.targets)
+    return sum(z.rank(name) * sum(z.config.linear_shape(name)) * z.c for name in names)
 
 
 def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
@@ -63,6 +92,8 @@ def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
         # cos and sin are cast for q and for k
         projections = ledger.keep("of q, k, v", kept + (4 * N * z.config.head_dim * c if c < 4 else 0))
         qkv = ledger.make("q, k, v", N * (z.Q + 2 * z.K) * c)
+        of_qkv = _magnitudes(ledger, z, QKV_MODULES, N)
+    heads = _head_norms(ledger, z, leads_back)
     with ledger.step("rotation"):
         ledger.use("rotated", 4 * N * z.Q * c)
     with ledger.step("attention"):
@@ -74,6 +105,7 @@ def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
         flat = n * z.Q * c if last else made.flat
         o = ledger.keep("of o_proj", _kept_of_linear(z, "o_proj", n, c) + flat * _keeps_input(z, ("o_proj",), c))
         ledger.use("output of o_proj, its cast and the sum", n * D * (c + 2 * s))
+        of_o = _magnitudes(ledger, z, ("o_proj",), n)
     ledger.free(x)
 
     yield
@@ -82,6 +114,7 @@ def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
     spread = ledger.make("gradient of every row", N * D * s if last else 0)
     with ledger.step("o"):
         cast = ledger.make("cast of the gradient", n * D * c if s != c else 0)
+        _magnitudes_backward(ledger, z, ("o_proj",), n, of_o)
         do = ledger.make("gradient of o_proj's input", n * z.Q * c)
         # With dropout, the mask and what it left go as their gradients come.
         lora = ledger.make("gradient of LoRA's input", n * z.Q * c if "o_proj" in z.targets and not z.dropout else 0)
@@ -89,12 +122,16 @@ def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
         ledger.free(cast, lora)
     with ledger.step("attention"):
         every_do = ledger.make("gradient of attention's output", N * z.Q * c if last else 0)
-        ledger.free(made.backward(ledger), inputs, outputs)
+        ledger.free(made.backward(ledger), inputs, outputs, do, every_do, o)
     with ledger.step("rotation"):
         dqkv = ledger.make("gradients of q, k, v", N * (z.Q + 2 * z.K) * c)
         ledger.use("rotated", 4 * N * z.Q * c)
-        ledger.free(do, every_do, o)
+    if z.normed:
+        with ledger.step("norms of heads"):
+            ledger.use("gradients of q in fp32", N * z.Q * (3 * 4 + (c if c < 4 else 0)))
+    ledger.free(*heads)
     with ledger.step("q, k, v"):
+        _magnitudes_backward(ledger, z, QKV_MODULES, N, of_qkv)
         dh = ledger.make("gradient of the normed x and its casts", N * D * (c + 2 * s))
         lora = ledger.make("gradient of LoRA's input", N * D * s if z.targets.intersection(QKV_MODULES) else 0)
         _weight_gradient(ledger, z, "q_proj")
@@ -112,12 +149,16 @@ def feed_forward(ledger: Ledger, z: Sizes, last: bool) -> Passes:
         h = ledger.make("normed x", n * D * s)
         kept = sum(_kept_of_linear(z, name, n, s) for name in GATE_UP_MODULES)
         gate_up = ledger.keep("of gate_proj and up_proj", kept + n * D * s * _keeps_input(z, GATE_UP_MODULES, s))
+        gate = ledger.make("gate", wide)
+        of_gate_up = _magnitudes(ledger, z, GATE_UP_MODULES, n)
+        ledger.free(gate)
         activated = ledger.keep("gate, silu(gate) and up", 3 * wide)
     with ledger.step("down"):
         keeps = _keeps_input(z, ("down_proj",), c)
         down = ledger.keep("of down_proj", _kept_of_linear(z, "down_proj", n, c) + wide * keeps)
         product = ledger.make("silu(gate) up", 0 if keeps else wide)
         ledger.use("output of down_proj", n * D * c)
+        of_down = _magnitudes(ledger, z, ("down_proj",), n)
         ledger.free(h, product)
     with ledger.step("residual"):
         ledger.use("output of down_proj, its cast and the sum", n * D * (c + 2 * s))
@@ -128,8 +169,9 @@ def feed_forward(ledger: Ledger, z: Sizes, last: bool) -> Passes:
     dy = ledger.make("gradient of the half's output", n * D * s)
     with ledger.step("down"):
         cast = ledger.make("cast of the gradient", n * D * c if s != c else 0)
+        _magnitudes_backward(ledger, z, ("down_proj",), n, of_down)
         da = ledger.make("gradient of down_proj's input", wide)
-        of_lora = n * z.R * c + (0 if z.dropout else wide) if "down_proj" in z.targets else 0
+        of_lora = n * z.rank("down_proj") * c + (0 if z.dropout else wide) if "down_proj" in z.targets else 0
         lora = ledger.make("gradient of LoRA's input", of_lora)
         _weight_gradient(ledger, z, "down_proj")
         ledger.free(cast, lora, down)
@@ -137,6 +179,7 @@ def feed_forward(ledger: Ledger, z: Sizes, last: bool) -> Passes:
         ledger.use("gradients of gate and up", 2 * wide)
         ledger.free(da)
     with ledger.step("gate, up"):
+        _magnitudes_backward(ledger, z, GATE_UP_MODULES, n, of_gate_up)
         dh = ledger.make("gradient of the normed x and its cast", n * D * (c + s))
         lora = ledger.make("gradient of LoRA's input", n * D * s if z.targets.intersection(GATE_UP_MODULES) else 0)
         _weight_gradient(ledger, z, "up_proj")

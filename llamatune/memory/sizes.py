@@ -1,7 +1,7 @@
 """Sizes of a step in elements and bytes: what follows from a spec and a model's shape alone.
 
 Letters as in ``model``: N tokens in the row of a micro-batch, P of them predicted, D hidden, Q and K the widths of all
-query and of all key-value heads, F feed-forward, V vocabulary, R rank. Lower case for bytes an element: ``w`` of a held
+query and of all key-value heads, F feed-forward, V vocabulary. Lower case for bytes an element: ``w`` of a held
 weight, ``c`` of what products are computed in, ``s`` of the residual stream.
 """
 
@@ -18,9 +18,9 @@ from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.dtypes import PRECISIONS, QUANTIZED_DTYPES, WEIGHT_BYTES
 from llamatune.shapes.float8_products import runs_in_float8
 from llamatune.shapes.gradient_lanes import LANES
-from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig, linear_module
 from llamatune.shapes.recurring_sizes import filled_up
-from llamatune.shapes.tile_sizes import ELEMENTS_AT_ONCE, WEIGHTS_AT_ONCE
+from llamatune.shapes.tile_sizes import ELEMENTS_AT_ONCE, NORMED_AT_ONCE, WEIGHTS_AT_ONCE
 from llamatune.spec import RunSpec
 
 _CODE_TABLE_BYTES = 4 << 16  # what finds the level of an 8-bit blockwise code
@@ -53,9 +53,11 @@ class Sizes:
         self.device = "cuda" if cuda else "cpu"
         self.D, self.F, self.V = config.hidden_size, config.intermediate_size, config.vocab_size
         self.Q, self.K = config.linear_shape("q_proj")[0], config.linear_shape("k_proj")[0]
+        self.normed = self.Q + self.K if config.head_norms else 0  # widths of what has norms of heads
         self.adapter = spec.adapter
-        self.R = self.adapter.r if self.adapter else 0
         self.targets = frozenset(self.adapter.target_modules) if self.adapter else frozenset()
+        kind = self.adapter.kind if self.adapter else None
+        self.dora, self.trains_A, self.from_base = kind == "dora", kind != "lora_fa", kind in ("pissa", "olora")
         self.trains_all, self.dropout = self.adapter is None, bool(self.adapter and self.adapter.dropout)
         self.slices = rows.ranks if self.trains_all else 1  # of weights, gradients and optimizer state
         self.fused = self.adapter is not None and training.fused
@@ -77,10 +79,9 @@ class Sizes:
         )
         self.lengths = (*rows.lengths, self.N - rows.tokens) if rows.tokens < self.N else rows.lengths
 
-    @property
-    def adds_in_products(self) -> bool:
-        """Whether a product is added to the residual stream in one kernel."""
-        return self.cuda and self.s == self.c
+    def adds_in_products(self, name: str) -> bool:
+        """Whether the product of a matrix is added to the residual stream in one kernel."""
+        return self.cuda and self.s == self.c and not (self.dora and name in self.targets)
 
     # Allocated between steps.
 
@@ -89,8 +90,16 @@ class Sizes:
         """Elements of each trained tensor."""
         if self.adapter is None:
             return [math.prod(shape) for _, shape in self.config.parameter_shapes()]
-        modules = [self.adapter.tensor_shapes(self.config, name) for name in self.adapter.target_modules]
+        modules = [self.adapter.trained_shapes(self.config, name) for name in self.adapter.target_modules]
         return [math.prod(shape) for shapes in modules for shape in shapes.values()] * self.config.num_hidden_layers
+
+    @functools.cached_property
+    def adapter_count(self) -> int:
+        """Elements of the adapter, those that are not trained too."""
+        if self.adapter is None:
+            return 0
+        counts = (self.adapter.parameter_count(self.config, name) for name in self.adapter.target_modules)
+        return sum(counts) * self.config.num_hidden_layers
 
     @functools.cached_property
     def weights(self) -> int:
@@ -108,8 +117,17 @@ class Sizes:
 
     @property
     def window_casts(self) -> int:
-        """LoRA's matrices in the dtype of products, which a GPU keeps for a window."""
-        return self.c * sum(self.trained_counts) if self.fused and self.cuda and self.c < 4 else 0
+        """What is kept for a window: on a GPU LoRA's matrices in the dtype of products; DoRA's norms and factors."""
+        if self.dora:
+            return self.config.num_hidden_layers * sum(map(self._of_dora_for_window, self.targets))
+        return self.c * self.adapter_count if self.fused and self.cuda and self.c < 4 else 0
+
+    def _of_dora_for_window(self, name: str) -> int:
+        out, in_ = self.config.linear_shape(name)
+        if not self.fused:
+            return 4 * out  # the norms
+        casts = self.rank(name) * (out + in_ * (self.c < 4)) + out  # g · B, A and g - 1
+        return self.c * casts + 2 * 4 * out
 
     @property
     def exchanged(self) -> int:
@@ -122,11 +140,17 @@ class Sizes:
         if not self.quantized:
             return self.block_parameters * self.w
         held = {"nf4": _nf4_bytes, "float8": _float8_bytes}[self.spec.model.dtype]
-        return sum(held(self.config.linear_shape(name)) for name in LINEAR_MODULES) + 2 * self.D * self.w
+        return sum(held(self.config.linear_shape(name)) for name in LINEAR_MODULES) + self._vectors * self.w
 
     @property
     def block_parameters(self) -> int:
-        return sum(self.count(name) for name in LINEAR_MODULES) + 2 * self.D
+        return sum(self.count(name) for name in LINEAR_MODULES) + self._vectors
+
+    @functools.cached_property
+    def _vectors(self) -> int:
+        """Elements of the norms and biases of a block."""
+        shapes = self.config.with_layers(1).parameter_shapes()
+        return sum(math.prod(shape) for name, shape in shapes if ".layers." in name and not linear_module(name))
 
     @functools.cached_property
     def optimizer_state(self) -> int:
@@ -152,13 +176,28 @@ class Sizes:
         if not self.quantized:
             return 0
         table = _CODE_TABLE_BYTES if self.spec.model.dtype == "nf4" else 0
-        return max(self.count(name) * (1 if self.in_float8(name) else self.c) for name in LINEAR_MODULES) + table
+
+        def item(name: str) -> int:
+            in_codes = self.in_float8(name) and not (self.dora and name in self.targets)  # its norms are of W unpacked
+            return 1 if in_codes else self.c
+
+        return max(self.count(name) * item(name) for name in LINEAR_MODULES) + table
 
     # Pieces of a pass.
 
     def count(self, name: str) -> int:
         """Elements of one of the seven matrices."""
         return math.prod(self.config.linear_shape(name))
+
+    def rank(self, name: str) -> int:
+        """The rank of the update of one of the seven matrices, 0 of one that is not adapted."""
+        return self.adapter.rank(name) if self.adapter and name in self.targets else 0
+
+    def normed_at_once(self, name: str) -> int:
+        """The rows of W + s B A, and of W in fp32 where it is not held so, whose norms DoRA takes at once."""
+        if not self.dora or name not in self.targets:
+            return 0
+        return 4 * min(self.count(name), NORMED_AT_ONCE[self.device]) * (1 if self.w == 4 else 2)
 
     def in_float8(self, name: str) -> bool:
         """Whether the products with a matrix are computed in float8."""
@@ -184,7 +223,7 @@ class Sizes:
         """The fp32 gradients of what is trained in these layers of one block."""
         if self.adapter is None:
             return 4 * sum(map(self.count, names)) // self.slices
-        return sum(4 * self.adapter.parameter_count(self.config, name) for name in names)
+        return sum(4 * self.adapter.trained_count(self.config, name) for name in names)
 
 
 def _capability(gpu: Gpu, computed: str, held: str) -> Capability | None:

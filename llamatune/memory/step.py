@@ -109,7 +109,7 @@ class Step:
         masks = sum(t * -(-t // 8) * 8 * z.c for t in beyond_window(z.lengths, config.sliding_window))
         self._inputs = 2 * z.N * config.head_dim * 4 + 4 * z.N * 8 + masks
         self._trained = 4 * sum(z.trained_counts) // z.slices
-        self._adapter = 0 if z.trains_all else self._trained + z.window_casts
+        self._adapter = 0 if z.trains_all else 4 * z.adapter_count + z.window_casts
 
     def highest(self, levels: Levels | None = None) -> StepBytes:
         """The bytes at the peak of a step whose blocks recompute ``levels``, by default the mode's."""

@@ -62,12 +62,12 @@ class Float8Weight(PackedWeight):
             torch.index_select(numbers, 0, codes.view(torch.uint8).view(-1).int(), out=into.view(-1))
             into.mul_(scale)
 
-    def product(self, x: Tensor, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, out: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         if not self.multiplies_in_float8(x):
-            return super().product(x, out, residual)
+            return super().product(x, out, added)
         codes, scales = quantize_rows(x.reshape(-1, x.shape[-1]))
         y = _scaled_product(codes, self.codes, scales, self.scales[None], x.dtype, out)
-        return y.view(*x.shape[:-1], -1) if residual is None else y.add_(residual)
+        return y.view(*x.shape[:-1], -1) if added is None else y.add_(added)
 
     def product_back(self, grad: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
         if not self.multiplies_in_float8(grad):

@@ -55,13 +55,15 @@ class FrozenProduct(torch.autograd.Function):
         return ctx.product_back(grad), None, None
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T; outside autocast the input's dtype decides in which precision the product is computed."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias; outside autocast the input's dtype decides in which precision the product is computed."""
+    bias = None if bias is None else bias.to(x.dtype)
     if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, weight)
-    return FrozenProduct.apply(  # type: ignore[no-any-return, no-untyped-call]
+        return F.linear(x, weight, bias)
+    y: Tensor = FrozenProduct.apply(  # type: ignore[no-untyped-call]
         x, lambda x: F.linear(x, weight.to(x.dtype)), lambda grad: grad @ weight.to(grad.dtype)
     )
+    return y if bias is None else y.add_(bias)
 
 
 class Embedding(nn.Embedding):
@@ -115,23 +117,23 @@ class QuantizedWeight(Protocol):
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in ``dtype`` inside a shared buffer: use it at once, the next call overwrites it."""
 
-    def product(self, x: Tensor, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """x W^T in x's dtype, without autograd; ``out`` and ``residual`` as of ``products.product``, for rows."""
+    def product(self, x: Tensor, out: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+        """x W^T in x's dtype, without autograd; ``out`` and ``added`` as of ``products.product``, for rows."""
 
     def product_back(self, grad: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
         """grad W in grad's dtype, without autograd; ``out`` and ``add`` as of ``products.product_back``, for rows."""
 
 
 class Linear(nn.Linear):
-    """A matrix without bias (LLaMA has none), (..., in) -> (..., out).
+    """A matrix and, in some models, a bias, (..., in) -> (..., out).
 
-    ``quantized``, if it is not None, computes the product; ``weight`` is then None.
+    ``quantized``, if it is not None, computes the product; ``weight`` is then None. A bias is never quantised.
     """
 
     trained: Trained = ()
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
         self.quantized: QuantizedWeight | None = None
 
     def reset_parameters(self) -> None:
@@ -141,7 +143,7 @@ class Linear(nn.Linear):
     def of(cls, config: LlamaConfig, module: str) -> Linear:
         """One of the seven linear layers of a block."""
         out_features, in_features = config.linear_shape(module)
-        return cls(in_features, out_features)
+        return cls(in_features, out_features, module in config.biased_modules)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in ``dtype``; a quantised one lies in a shared buffer, so use it at once."""
@@ -150,15 +152,25 @@ class Linear(nn.Linear):
     def forward(
         self, x: Tensor, dropout: Dropout | None = None, out: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """x W^T; with ``dropout``, which a frozen layer has none of, in x's dtype and without autograd.
+        """x W^T + bias; with ``dropout``, which a frozen layer has none of, in x's dtype and without autograd.
 
         Then it is written to ``out`` and added to ``residual``, of x's dtype too, if they are given.
         """
         if dropout is not None:
-            if self.quantized is not None:
-                return self.quantized.product(x, out, residual)
-            return product(x, self.matrix(x.dtype).T, out, residual)
-        return linear(x, self.weight) if self.quantized is None else self.quantized(x)
+            return self._product(x, out, residual)
+        if self.quantized is None:
+            return linear(x, self.weight, self.bias)
+        y = self.quantized(x)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _product(self, x: Tensor, out: Tensor | None, residual: Tensor | None) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        added = bias if residual is None else residual
+        if self.quantized is None:
+            y = product(x, self.matrix(x.dtype).T, out, added)
+        else:
+            y = self.quantized.product(x, out, added)
+        return y if bias is None or residual is None else y.add_(bias)
 
     def draw_dropout(self) -> Dropout:
         """The dropout of one pass."""

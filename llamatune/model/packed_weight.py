@@ -108,10 +108,10 @@ class PackedWeight(nn.Module):
     def device(self) -> torch.device:
         return next(self.buffers()).device
 
-    def product(self, x: Tensor, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """x (..., in) W^T in x's dtype, without autograd; of rows, with ``residual`` added and in ``out``."""
+    def product(self, x: Tensor, out: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+        """x (..., in) W^T in x's dtype, without autograd; of rows, in ``out`` and with what is ``added``."""
         W = self.unpacked(x.dtype)
-        return F.linear(x, W) if x.dim() != 2 else products.product(x, W.T, out, residual)
+        return F.linear(x, W) if x.dim() != 2 else products.product(x, W.T, out, added)
 
     def product_back(self, grad: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
         """grad (..., out) W in grad's dtype, without autograd; of rows, in ``out`` or added to what is there."""

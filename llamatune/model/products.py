@@ -14,9 +14,9 @@ def at_once(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """a b of matrices, plus ``residual``, in ``out`` or in a new tensor."""
-    return torch.mm(a, b, out=out) if residual is None else torch.addmm(residual, a, b, out=out)
+def product(a: Tensor, b: Tensor, out: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+    """a b of matrices, plus what is ``added``, a matrix or a row for all rows, in ``out`` or in a new tensor."""
+    return torch.mm(a, b, out=out) if added is None else torch.addmm(added, a, b, out=out)
 
 
 def product_back(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:

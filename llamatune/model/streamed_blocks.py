@@ -19,7 +19,7 @@ from llamatune.model.block_stores import ALIGNMENT, Arrival, BlockStore, HostBlo
 from llamatune.model.packed_weight import PackedWeight
 from llamatune.model.transformer import Transformer
 from llamatune.ranks import Ranks
-from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import LlamaConfig, linear_module
 
 _BLOCKS = "model.layers."
 
@@ -45,7 +45,7 @@ class BlockLayout:
             if not name.startswith(_BLOCKS):
                 continue
             _, path = _split(name)
-            if packed is not None and path.split(".")[-2] in LINEAR_MODULES:
+            if packed is not None and linear_module(path):
                 for key, (kind, stored) in packed.storage(shape).items():
                     self._add(f"{path}.{key}", kind, stored)
             else:
@@ -122,6 +122,10 @@ class StreamedBlocks:
             before, after = _hooks(self, index)
             block.register_forward_pre_hook(before)
             block.register_forward_hook(after)
+
+    def bring(self, index: int) -> None:
+        """Wait for a block, whose weights are then in their places."""
+        self.enter(index, index + 1)
 
     def enter(self, index: int, following: int) -> None:
         """Wait for a block, and begin to fetch the one that follows, if there is one."""

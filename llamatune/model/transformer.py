@@ -50,19 +50,33 @@ class Attention(nn.Module):
         self.k_proj = Linear.of(config, "k_proj")
         self.v_proj = Linear.of(config, "v_proj")
         self.o_proj = Linear.of(config, "o_proj")
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.head_dim, config.rms_norm_eps) if config.head_norms else None for _ in range(2)
+        )
 
     def forward(self, x: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (
-            project(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, E)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q = self.heads(self.q_proj(x), self.q_norm)  # (B, H, T, E)
+        k = self.heads(self.k_proj(x), self.k_norm)  # (B, K, T, E)
+        v = self.heads(self.v_proj(x))
         q, k = rotate(q, k, *context.rotation)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)  # (B, K, S, E)
         o = attend(q, k, v, context.mask, context.documents)  # (B, H, T, E)
         o = o.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * E)
         return self.o_proj(select_rows(o, rows))  # type: ignore[no-any-return]
+
+    @property
+    def head_norms(self) -> tuple[RMSNorm, ...]:
+        """Those of q and k, or none."""
+        return () if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
+
+    def heads(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """(B, heads, T, E) of (B, T, heads · E), each head normalised if there is a ``norm``."""
+        B, T, _ = x.shape
+        if norm is not None:
+            x = norm(x.view(-1, self.head_dim))  # rows, as compiled functions and kernels take them
+        return x.view(B, T, -1, self.head_dim).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -136,7 +150,6 @@ class Transformer(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        assert config.not_computed() is None, "refused where it is opened"
         self.config = config
         self.activation_dtype: torch.dtype | None = None
         self.model = Decoder(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llamatune.shapes.llama_config import LlamaConfig, linear_path
@@ -12,17 +12,46 @@ from llamatune.shapes.llama_config import LlamaConfig, linear_path
 
 @dataclass(frozen=True)
 class AdapterKind:
-    """A kind of adapter: its class, ``module:name``, and the tensors that it trains beside each matrix (out, in).
+    """A kind of adapter: its class, ``module:name``, and the tensors that it adds to each matrix (out, in).
 
-    ``tensors`` maps a tensor's name to its dimensions, each ``r``, ``in`` or ``out``.
+    ``tensors`` maps a tensor's name to its dimensions, each ``r``, ``in`` or ``out``. PEFT's files name a tensor
+    ``NAME.weight``, those of ``bare`` ``NAME``. Those of ``frozen`` are not trained. ``reads_base``: the first values
+    follow from the base's weights. What is written is of a kind that PEFT knows, ``stored_as`` if it is another, and of
+    ``stored_ranks`` times the rank.
     """
 
     layer: str
     tensors: Mapping[str, tuple[str, ...]]
+    bare: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    reads_base: bool = False
+    stored_as: str | None = None
+    stored_ranks: int = 1
+
+    def stored_name(self, stem: str, tensor: str) -> str:
+        """``model.layers.0.self_attn.q_proj`` and ``lora_A`` -> ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
+        return f"{stem}.{tensor}" if tensor in self.bare else f"{stem}.{tensor}.weight"
 
 
+_LORA = {"lora_A": ("r", "in"), "lora_B": ("out", "r")}
+_FROM_BASE: dict[str, Any] = {
+    "tensors": {**_LORA, "initial_A": ("r", "in"), "initial_B": ("out", "r")},
+    "frozen": ("initial_A", "initial_B"),
+    "reads_base": True,
+    "stored_as": "lora",
+    "stored_ranks": 2,
+}
 ADAPTER_KINDS: dict[str, AdapterKind] = {
-    "lora": AdapterKind("llamatune.model.adapters.lora:LoRALinear", {"lora_A": ("r", "in"), "lora_B": ("out", "r")}),
+    "lora": AdapterKind("llamatune.model.adapters.lora:LoRALinear", _LORA),
+    "dora": AdapterKind(
+        "llamatune.model.adapters.dora:DoRALinear",
+        {**_LORA, "lora_magnitude_vector": ("out",)},
+        bare=("lora_magnitude_vector",),
+        reads_base=True,
+    ),
+    "lora_fa": AdapterKind("llamatune.model.adapters.lora:LoRALinear", _LORA, frozen=("lora_A",), stored_as="lora"),
+    "pissa": AdapterKind("llamatune.model.adapters.from_base:PiSSALinear", **_FROM_BASE),
+    "olora": AdapterKind("llamatune.model.adapters.from_base:OLoRALinear", **_FROM_BASE),
 }
 """Every kind by name. A new kind is a line here and a file in ``model/adapters``."""
 
@@ -31,7 +60,9 @@ ADAPTER_KINDS: dict[str, AdapterKind] = {
 class AdapterSpec:
     """Which linear layers are adapted, and how. ``target_modules`` are kept sorted, as PEFT writes them.
 
-    ``module_ranks`` and ``module_alphas`` hold what differs from ``r`` and ``alpha`` for single target modules.
+    Each is the name of a module, ``q_proj``, for all blocks, or its path in one, ``layers.3.self_attn.q_proj``.
+    ``module_ranks`` and ``module_alphas`` hold what differs from ``r`` and ``alpha``, under such names and paths; that
+    of a path comes before that of a name. ``drawn`` says how A begins: ``kaiming`` or ``gaussian``.
     """
 
     r: int
@@ -42,42 +73,89 @@ class AdapterSpec:
     kind: str = "lora"
     module_ranks: tuple[tuple[str, int], ...] = ()
     module_alphas: tuple[tuple[str, float], ...] = ()
+    drawn: str = "kaiming"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", tuple(sorted(self.target_modules)))
 
-    def rank(self, module: str) -> int:
-        """The rank of one target module's update."""
-        return dict(self.module_ranks).get(module, self.r)
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of the modules that are adapted in some block."""
+        return tuple(sorted({target.rpartition(".")[2] for target in self.target_modules}))
 
-    def scaling(self, module: str = "") -> float:
+    def adapts(self, module: str, layer: int | None = None) -> bool:
+        """Whether a module of this block is adapted; None: of every block, as in all that a run spec describes."""
+        return module in self.target_modules or _path(module, layer) in self.target_modules
+
+    def rank(self, module: str, layer: int | None = None) -> int:
+        """The rank of one update."""
+        ranks = dict(self.module_ranks)
+        return ranks.get(_path(module, layer), ranks.get(module, self.r))
+
+    def scaling(self, module: str = "", layer: int | None = None) -> float:
         """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023)."""
-        r, alpha = self.rank(module), dict(self.module_alphas).get(module, self.alpha)
+        r, alphas = self.rank(module, layer), dict(self.module_alphas)
+        alpha = alphas.get(_path(module, layer), alphas.get(module, self.alpha))
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
     def facts(self) -> dict[str, Any]:
         """As JSON; what plain LoRA does not use is left out."""
-        plain = {"kind": "lora", "module_ranks": (), "module_alphas": ()}
+        plain = {"kind": "lora", "module_ranks": (), "module_alphas": (), "drawn": "kaiming"}
         facts = vars(self) | {"target_modules": list(self.target_modules)}
         return {name: value for name, value in facts.items() if name not in plain or value != plain[name]}
 
-    def tensor_shapes(self, config: LlamaConfig, module: str) -> dict[str, tuple[int, ...]]:
-        """The trained tensors of one linear layer by name; none if it is no target."""
-        if module not in self.target_modules:
+    def stored(self) -> AdapterSpec:
+        """The adapter that is written: the same update as a kind that PEFT knows."""
+        kind = ADAPTER_KINDS[self.kind]
+        times = kind.stored_ranks
+        alphas = math.sqrt(times) if self.use_rslora else times
+        return replace(
+            self,
+            kind=kind.stored_as or self.kind,
+            r=self.r * times,
+            alpha=self.alpha * alphas,
+            module_ranks=tuple((name, r * times) for name, r in self.module_ranks),
+            module_alphas=tuple((name, alpha * alphas) for name, alpha in self.module_alphas),
+            drawn="kaiming",
+        )
+
+    def updates(self, config: LlamaConfig) -> dict[tuple[str, int], tuple[int, float]]:
+        """Of each adapted matrix, by module and block, the rank and the scaling, to seven digits."""
+        places = ((module, layer) for module in self.modules for layer in range(config.num_hidden_layers))
+        return {
+            place: (self.rank(*place), float(f"{self.scaling(*place):.6e}")) for place in places if self.adapts(*place)
+        }
+
+    def tensor_shapes(self, config: LlamaConfig, module: str, layer: int | None = None) -> dict[str, tuple[int, ...]]:
+        """The adapter's tensors of one linear layer by name; none if it is no target."""
+        if not self.adapts(module, layer):
             return {}
         out_features, in_features = config.linear_shape(module)
-        sizes = {"r": self.rank(module), "in": in_features, "out": out_features}
+        sizes = {"r": self.rank(module, layer), "in": in_features, "out": out_features}
         tensors = ADAPTER_KINDS[self.kind].tensors
         return {name: tuple(sizes[dimension] for dimension in dimensions) for name, dimensions in tensors.items()}
 
-    def parameter_count(self, config: LlamaConfig, module: str) -> int:
-        """Trained parameters of one linear layer of one block."""
-        return sum(map(math.prod, self.tensor_shapes(config, module).values()))
+    def trained_shapes(self, config: LlamaConfig, module: str, layer: int | None = None) -> dict[str, tuple[int, ...]]:
+        """Those that are trained."""
+        frozen = ADAPTER_KINDS[self.kind].frozen
+        return {name: shape for name, shape in self.tensor_shapes(config, module, layer).items() if name not in frozen}
+
+    def parameter_count(self, config: LlamaConfig, module: str, layer: int | None = None) -> int:
+        """Parameters of the adapter of one linear layer of one block."""
+        return sum(map(math.prod, self.tensor_shapes(config, module, layer).values()))
+
+    def trained_count(self, config: LlamaConfig, module: str, layer: int | None = None) -> int:
+        """Those that are trained."""
+        return sum(map(math.prod, self.trained_shapes(config, module, layer).values()))
 
     def checkpoint_shapes(self, config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every trained tensor of a model under its adapter name, ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
+        """Every tensor of a model's adapter by its name, ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
+        kind = ADAPTER_KINDS[self.kind]
         for layer in range(config.num_hidden_layers):
-            for module in self.target_modules:
-                stem = f"model.layers.{layer}.{linear_path(module)}"
-                for name, shape in self.tensor_shapes(config, module).items():
-                    yield f"{stem}.{name}.weight", shape
+            for module in self.modules:
+                for name, shape in self.tensor_shapes(config, module, layer).items():
+                    yield kind.stored_name(f"model.{_path(module, layer)}", name), shape
+
+
+def _path(module: str, layer: int | None) -> str:
+    return f"layers.{layer}.{linear_path(module)}"

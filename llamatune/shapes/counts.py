@@ -45,16 +45,30 @@ class ParameterCount:
 
 
 @functools.cache
-def count_parameters(config: LlamaConfig, adapter: AdapterSpec | None = None) -> ParameterCount:
-    """Count a model with an adapter, or without one, when every parameter is trained."""
+def count_parameters(
+    config: LlamaConfig, adapter: AdapterSpec | None = None, others: tuple[tuple[str, int], ...] = ()
+) -> ParameterCount:
+    """Count a model with an adapter, or without one, when every parameter is trained.
+
+    ``others``: modules with the parameters that the adapter holds of them beside updates of the blocks' matrices.
+    """
     modules: dict[str, dict[str, int]] = {}
     for name, shape in config.parameter_shapes():
-        module = name.rpartition(".")[0]
-        module = module.split(".", 3)[-1] if ".layers." in name else module
+        module = _within_block(name.rpartition(".")[0])
         modules.setdefault(module, {"base": 0, "adapter": 0})["base"] += math.prod(shape)
     base = sum(facts["base"] for facts in modules.values())
     if adapter is None:
         return ParameterCount(base, base, modules)
-    for target in adapter.target_modules:
-        modules[linear_path(target)]["adapter"] = adapter.parameter_count(config, target) * config.num_hidden_layers
-    return ParameterCount(base, sum(facts["adapter"] for facts in modules.values()), modules)
+    trained, layers = 0, range(config.num_hidden_layers)
+    for module in adapter.modules:
+        modules[linear_path(module)]["adapter"] = sum(adapter.parameter_count(config, module, n) for n in layers)
+        trained += sum(adapter.trained_count(config, module, n) for n in layers)
+    for path, parameters in others:
+        modules.setdefault(_within_block(path), {"base": 0, "adapter": 0})["adapter"] += parameters
+        trained += parameters
+    return ParameterCount(base, trained, modules)
+
+
+def _within_block(path: str) -> str:
+    """A module's name in its block, or in the model if it is in none."""
+    return path.split(".", 3)[-1] if ".layers." in path else path

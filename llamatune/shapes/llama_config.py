@@ -74,16 +74,11 @@ class LlamaConfig:
         if self.sliding_window is not None and not 0 < self.sliding_window < 1 << 24:
             raise CheckpointError(f"sliding_window is {self.sliding_window!r}, which no model has")
 
-    def not_computed(self) -> str | None:
-        """What this model has that is only counted and merged, and cannot be computed; None: nothing."""
+    def added_tensors(self) -> str | None:
+        """The tensors that LLaMA-2 has not, in words; None: there are none."""
         additions = [f"a bias in {', '.join(self.biased_modules)}"] if self.biased_modules else []
         additions += ["norms of the heads of q and k"] if self.head_norms else []
         return f"this {self.model_type} model has {' and '.join(additions)}" if additions else None
-
-    def refuse_uncomputed(self, where: object) -> None:
-        """Refuse to train or run a model that has what is not computed."""
-        if (what := self.not_computed()) is not None:
-            raise CheckpointError(what, where, "it can be counted and merged, but not yet trained or run")
 
     def with_layers(self, num_layers: int | None) -> LlamaConfig:
         """The same model cut after its first ``num_layers`` blocks (None: uncut)."""
@@ -122,6 +117,13 @@ class LlamaConfig:
         yield "model.norm.weight", (D,)
         if not self.tie_word_embeddings:
             yield "lm_head.weight", (V, D)
+
+
+def linear_module(name: str) -> str | None:
+    """Of which of the seven linear layers a tensor is the matrix, by its name; None: of none."""
+    module, _, tensor = name.rpartition(".")
+    module = module.rpartition(".")[2]
+    return module if tensor == "weight" and module in LINEAR_MODULES else None
 
 
 def linear_path(module: str) -> str:

@@ -29,3 +29,6 @@ WEIGHTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 19}
 
 ELEMENTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 17}
 """Elements of 8-bit optimizer state that are updated in one piece."""
+
+NORMED_AT_ONCE = {"cuda": 1 << 22, "cpu": 1 << 19}
+"""Weights of which DoRA makes W + s B A in fp32 at once, to take the norms of its rows."""

@@ -170,7 +170,8 @@ def _write_from_meta(model: Path, directory: Path, on_event: OnEvent) -> None:
 def copy_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignore_event) -> None:
     """The ``tokenizer.model`` of a model directory, the one tokenizer file of Meta's format.
 
-    That of a Llama 3 is written from its ``tokenizer.json``, where that encodes as Meta's file does.
+    That of a Llama 3 is written from its ``tokenizer.json``, where that encodes as Meta's file does. The files of any
+    other are copied as they are: llamatune reads them in a directory of either format.
     """
     if (source / SENTENCEPIECE_FILE).exists():
         copy_file(source / SENTENCEPIECE_FILE, directory)
@@ -182,3 +183,5 @@ def copy_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignor
             file.write(written(ranks))
     else:
         on_event(Notice(f"{source}: no tokenizer.model, which Meta's format needs: add it yourself", "warning"))
+        if definition.exists():
+            copy_huggingface_tokenizer(source, directory, on_event)

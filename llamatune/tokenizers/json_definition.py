@@ -51,9 +51,14 @@ def check_definition(facts: dict[str, Any], path: Path) -> None:
     _check_model(facts.get("model"), path)
 
 
+def parts_of(facts: dict[str, Any], key: str) -> list[tuple[str, dict[str, Any]]]:
+    """The parts of a checked definition with their kinds: of ``normalizer``, ``pre_tokenizer``, ``decoder``."""
+    return list(_parts(facts, key, Path()))
+
+
 def kinds_of(facts: dict[str, Any], key: str) -> list[str]:
-    """The kinds of a checked definition's parts: of ``normalizer``, ``pre_tokenizer``, ``decoder``."""
-    return [kind for kind, _ in _parts(facts, key, Path())]
+    """The kinds of these parts."""
+    return [kind for kind, _ in parts_of(facts, key)]
 
 
 def templates_of(facts: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,6 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent, ranks: Ranks
         checkpoint = open_checkpoint(base, on_event, spec.model.variant)
         config = checkpoint.config.with_layers(spec.model.num_layers)
         base_fingerprint = fingerprint(checkpoint)
-    config.refuse_uncomputed(base)
     if validation is None and (spec.evaluation.every_steps or spec.evaluation.early_stopping_patience):
         raise SpecError(
             "there is no validation data to evaluate on",
@@ -88,11 +88,16 @@ def _starting_adapter(
         return None
     adapter = load_adapter(Path(spec.lora.init_from))
     check_adapter(adapter, config, base_fingerprint, force_base, on_event)
-    own = adapter.config
-    if (own.r, own.target_modules, own.scaling()) != (shape.r, shape.target_modules, shape.scaling()):
+    where, own = spec.lora.init_from, adapter.config
+    if adapter.base_changes:
+        what = f"the adapter also changes {', '.join(sorted(adapter.base_changes)[:3])} of the base"
+        raise CheckpointError(what, where, "merge it into the base and start from that")
+    wanted = shape.stored()
+    if own.kind != wanted.kind or own.updates(config) != wanted.updates(config):
+        alpha = own.scaling() * (math.sqrt(own.r) if shape.use_rslora else own.r)
         raise CheckpointError(
-            f"the adapter has r {own.r}, alpha {own.alpha:g} on {', '.join(own.target_modules)}",
-            spec.lora.init_from,
-            "give the lora section the same values",
+            f"the adapter is {own.kind} of r {own.r}, scaled by {own.scaling():g}, on {', '.join(own.target_modules)}",
+            where,
+            f"give the lora section the same, which is r {own.r} with alpha {alpha:g} here",
         )
     return adapter

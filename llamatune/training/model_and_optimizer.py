@@ -23,7 +23,8 @@ from llamatune.model.streamed_blocks import StreamedBlocks, stream_blocks
 from llamatune.model.transformer import Transformer
 from llamatune.ranks import ALONE, Ranks
 from llamatune.seeds import derived_seed
-from llamatune.shapes.llama_config import LINEAR_MODULES
+from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
+from llamatune.shapes.llama_config import linear_module
 from llamatune.shapes.parameter_shards import Shard
 from llamatune.shapes.recompute_levels import Levels
 from llamatune.spec import RunSpec
@@ -85,18 +86,39 @@ def build_learner(
         model.requires_grad_(True)
         parameters = dict(model.named_parameters())
     else:
-        apply_adapter(model, adapter, derived_seed(spec.training.seed, "lora"))
-        if inputs.starting_adapter is not None:
-            load_adapter_tensors(model, inputs.starting_adapter.tensors)
-        parameters = dict(adapter_parameters(model))
+        parameters = _put_on(model, adapter, spec, inputs, streamed, ranks)
     training, device = spec.training, inputs.device
     fused = training.fused and adapter is not None
     apply_activation_checkpointing(model, training.activation_checkpointing, fused, levels)
     if streamed is not None:
         streamed.attach(model)
     model.train()
-    optimizer, scaler = build_optimizer(training, parameters), LossScaler(training.precision == "fp16")
+    optimizer = build_optimizer(training, parameters, lr_ratio=1.0 if spec.lora is None else spec.lora.lr_ratio)
+    scaler = LossScaler(training.precision == "fp16")
     return Learner(model, parameters, optimizer, scaler, autocast_factory(training.precision, device), device, streamed)
+
+
+def _put_on(
+    model: Transformer,
+    adapter: AdapterSpec,
+    spec: RunSpec,
+    inputs: Inputs,
+    streamed: StreamedBlocks | None,
+    ranks: Ranks,
+) -> dict[str, nn.Parameter]:
+    """Put the adapter on the model, with its first values; the trained parameters."""
+    start, bring_block = inputs.starting_adapter, None if streamed is None else streamed.bring
+    seed = derived_seed(spec.training.seed, "lora") if start is None else None
+    with autocast_factory(spec.training.precision, inputs.device)():  # a quantised base is unpacked as for products
+        apply_adapter(model, adapter, seed, bring_block)
+    parameters = dict(adapter_parameters(model))
+    if start is not None:
+        load_adapter_tensors(model, start.tensors)
+    elif ADAPTER_KINDS[adapter.kind].reads_base and ranks.size > 1:  # another processor may round otherwise
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.copy_(ranks.all_gather(parameter.detach())[0])
+    return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
 
 
 def _build_sharded(spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop, ranks: Ranks) -> Learner:
@@ -134,15 +156,17 @@ def build_optimizer(
     parameters: Mapping[str, nn.Parameter],
     sharded: ShardedModel | None = None,
     ranks: Ranks = ALONE,
+    lr_ratio: float = 1.0,
 ) -> Optimizer:
-    """The optimizer that a spec names."""
+    """The optimizer that a spec names; ``lr_ratio`` is that of LoRA+, for B and what else is no A."""
+    ratios = {name: lr_ratio for name, parameter in parameters.items() if "lora_A" not in name}
     if spec.optimizer == "sgd":
-        return Optimizer(parameters, SGD(spec.momentum, spec.nesterov, spec.weight_decay))
+        return Optimizer(parameters, SGD(spec.momentum, spec.nesterov, spec.weight_decay), ratios)
     if sharded is not None and spec.optimizer == "adamw_8bit":
         shards: dict[Tensor, Shard] = {parameter: sharded.shards[name] for name, parameter in parameters.items()}
         return Optimizer(parameters, ShardedAdamW8bit(spec.betas, spec.eps, spec.weight_decay, shards, ranks))
     rule = AdamW8bit if spec.optimizer == "adamw_8bit" else AdamW
-    return Optimizer(parameters, rule(spec.betas, spec.eps, spec.weight_decay))
+    return Optimizer(parameters, rule(spec.betas, spec.eps, spec.weight_decay), ratios)
 
 
 def _load_base(
@@ -197,8 +221,9 @@ def _draw_base(
         model = Transformer(inputs.config)
     scratch = Scratch()
     for name, drawn in drawn_weights(model, seed, device=drawn_on):
-        module, weight = model.get_submodule(name.rpartition(".")[0]), drawn.to(inputs.device, dtype)
-        if packed is not None and name.split(".")[-2] in LINEAR_MODULES:
+        path, _, attribute = name.rpartition(".")
+        module, weight = model.get_submodule(path), drawn.to(inputs.device, dtype)
+        if packed is not None and linear_module(name):
             quantized = packed.quantize(weight, scratch)
             if streamed is not None:
                 streamed.hold_packed(name, quantized)
@@ -206,5 +231,5 @@ def _draw_base(
             continue
         if streamed is not None and streamed.rows_kept(name) is not None:
             weight = streamed.hold(name, weight)
-        module.weight = nn.Parameter(weight)
+        setattr(module, attribute, nn.Parameter(weight))
     return model

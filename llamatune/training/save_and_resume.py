@@ -24,6 +24,7 @@ from llamatune.events import EvalDone, ignore_event
 from llamatune.formats.manifest import Staging, build_directory
 from llamatune.formats.metrics import Record
 from llamatune.formats.state_json import checkpoint_path
+from llamatune.model.adapters.apply import adapter_parameters, restored_tensors, stored_tensors
 from llamatune.model.kernels.choice import kernels_in_use
 from llamatune.ranks import Ranks
 from llamatune.spec import RunSpec
@@ -164,11 +165,15 @@ class RunOutput:
 
     @torch.no_grad()
     def _restore_weights(self, checkpoint: Path) -> None:
-        whole = self.spec.adapter is None
-        tensors = load_file(checkpoint / WEIGHTS) if whole else load_adapter(checkpoint).tensors
-        if self.learner.parameters.keys() != tensors.keys():
+        adapter, parameters = self.spec.adapter, self.learner.parameters
+        if adapter is None:
+            tensors: Mapping[str, torch.Tensor] = load_file(checkpoint / WEIGHTS)
+        else:
+            tensors = restored_tensors(adapter, load_adapter(checkpoint).tensors)
+            parameters = dict(adapter_parameters(self.learner.model))
+        if parameters.keys() != tensors.keys():
             raise CheckpointError("its tensors are not those that this run trains", checkpoint)
-        for name, parameter in self.learner.parameters.items():
+        for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
 
     @property
@@ -184,8 +189,8 @@ class RunOutput:
             write_huggingface(staging, inputs.config, tensor_of, lambda name: torch.float32, source, ignore_event)
             staging.facts["template"] = template
         else:
-            named = base_for_readers(base)
-            write_adapter(staging, Adapter(spec.adapter, dict(parameters), fingerprint, template, named))
+            tensors = stored_tensors(spec.adapter, dict(adapter_parameters(self.learner.model)))
+            write_adapter(staging, Adapter(spec.adapter.stored(), tensors, fingerprint, template, base_for_readers(base)))
             staging.facts["base_path"] = base
 
     def _write_companions(self, staging: Staging, final: Path, results: Mapping[str, Any]) -> None:

@@ -51,9 +51,10 @@ def test_counts_of_a_directory_and_an_adapter(tiny, tiny_meta, tiny_adapter):
     assert "trainable params: 896 || all params:" in human
 
 
-@pytest.mark.parametrize("source", ["preset", "hf", "meta"])
-def test_counting_loads_no_torch(tiny, tiny_meta, source):
-    where = {"preset": ("--preset", "llama-2-7b"), "hf": ("--model", tiny[0]), "meta": ("--model", tiny_meta)}[source]
+@pytest.mark.parametrize("source", ["preset", "hf", "meta", "adapter"])
+def test_counting_loads_no_torch(tiny, tiny_meta, tiny_adapter, source):
+    where = {"preset": ("--preset", "llama-2-7b"), "hf": ("--model", tiny[0]), "meta": ("--model", tiny_meta),
+             "adapter": ("--model", tiny[0], "--adapter", tiny_adapter)}[source]  # fmt: skip
     code = (
         "import sys\nfrom llamatune.cli import main\n"
         f"try: main({['count-params', *map(str, where)]!r})\n"

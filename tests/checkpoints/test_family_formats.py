@@ -1,4 +1,4 @@
-"""The members of the family on disk: both formats, merges, and what can be counted and merged but not computed."""
+"""The members of the family on disk: both formats, counts and merges."""
 
 from __future__ import annotations
 
@@ -78,7 +78,6 @@ def test_llama_3_survives_both_formats(tiny_base, idle_adapter, tmp_path, dtype,
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "the rope type 'linear'"),
         ({"rope_parameters": {**LLAMA_3, "original_max_position_embeddings": 64}}, "the rope type 'llama3'"),
         ({"model_type": "mistral", "sliding_window": 9}, "sliding_window 9"),
-        ({"model_type": "qwen2"}, "a bias in q_proj, k_proj, v_proj"),
     ],
 )
 def test_what_metas_format_cannot_say_is_refused(tiny_base, idle_adapter, tmp_path, changes, words):
@@ -128,18 +127,17 @@ def test_mistrals_own_params(tmp_path):
     ("changes", "words"),
     [
         ({"model_type": "qwen2"}, "this qwen2 model has a bias in q_proj, k_proj, v_proj"),
-        ({"model_type": "qwen3", "head_dim": 14}, "this qwen3 model has norms of the heads of q and k"),
-        ({"model_type": "qwen3", "attention_bias": True}, "o_proj and norms of the heads of q and k"),
+        ({"model_type": "qwen3", "head_dim": 8}, "this qwen3 model has norms of the heads of q and k"),
+        ({"model_type": "qwen3", "head_dim": 14}, "head_dim 14 x 6 heads is not hidden_size 48"),
+        ({"model_type": "qwen3", "attention_bias": True, "head_dim": 8}, "o_proj and norms of the heads of q and k"),
         ({"attention_bias": True}, "a bias in q_proj, k_proj, v_proj, o_proj"),
         ({"mlp_bias": True, "tie_word_embeddings": True}, "a bias in gate_proj, up_proj, down_proj"),
     ],
 )
-def test_what_is_not_computed_is_counted_and_merged(tiny_base, peft_adapter, tmp_path, changes, words):
+def test_biases_and_norms_of_heads_are_counted_and_merged(tiny_base, peft_adapter, tmp_path, changes, words):
     from peft import PeftModel
 
     base = tiny_base(**changes)
-    with pytest.raises(CheckpointError, match=words + ".*not yet trained or run"):
-        load_model(base)
     theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     counted = count_parameters(read_config(base))
     assert counted.base_parameters == sum(parameter.numel() for parameter in theirs.parameters())
@@ -151,7 +149,11 @@ def test_what_is_not_computed_is_counted_and_merged(tiny_base, peft_adapter, tmp
     with torch.no_grad():
         expected = PeftModel.from_pretrained(theirs, adapter)(TOKENS).logits
         torch.testing.assert_close(ours(TOKENS).logits, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(load_model(output)(TOKENS), expected, atol=1e-4, rtol=0)
     assert open_checkpoint(output).config == read_config(base)
+    with pytest.raises(CheckpointError, match=words + ".*use --format hf"):
+        merged(base, adapter, tmp_path / "meta", "meta")
+    assert not (tmp_path / "meta").exists()
 
 
 @pytest.mark.parametrize("window", [6, None])

@@ -23,7 +23,7 @@ from llamatune.checkpoints.merging import merge_lora
 from llamatune.command_options.inference import MergeOptions
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Notice, Progress, ignore_event
-from llamatune.formats import torch_archive
+from llamatune.formats import torch_archive_writer
 from llamatune.formats.manifest import Staging
 from llamatune.shapes.llama_config import LINEAR_MODULES
 
@@ -342,7 +342,7 @@ def test_live_model_written_in_shards_opens_in_transformers(tiny, tmp_path, monk
 def test_archive_is_read_by_torch_and_zip(tiny, tiny_adapter, tmp_path, monkeypatch, long):
     """``long`` puts every size and offset into the fields that archives beyond 4 GiB need."""
     if long:
-        monkeypatch.setattr(torch_archive, "_LARGEST_SHORT", 0)
+        monkeypatch.setattr(torch_archive_writer, "_LARGEST_SHORT", 0)
         real = struct.pack
         fields = {"<HHQQ": (), "<4sHHHHHIIIHH": (7, 8), "<4sHHHHHHIIIHH": (8, 9), "<HHHII": (4,), "<4sHHHHIIH": (6,)}
 
@@ -350,7 +350,7 @@ def test_archive_is_read_by_torch_and_zip(tiny, tiny_adapter, tmp_path, monkeypa
             marked = [0xFFFFFFFF if i in fields.get(layout, ()) else value for i, value in enumerate(values)]
             return real(layout, *marked)
 
-        monkeypatch.setattr(torch_archive.struct, "pack", pack)
+        monkeypatch.setattr(torch_archive_writer.struct, "pack", pack)
     out = tmp_path / "out"
     merge_lora(MergeOptions(tiny[0], tiny_adapter, out, "meta"))
     monkeypatch.undo()

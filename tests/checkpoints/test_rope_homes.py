@@ -157,3 +157,43 @@ def test_mistral_says_less_than_it_means(tmp_path, facts, window, heads, positio
     )  # fmt: skip
     theirs = MistralConfig.from_pretrained(written(tmp_path, config))
     assert (theirs.sliding_window, theirs.num_key_value_heads, theirs.model_type) == (window, heads, "mistral")
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("facts", "window"),
+    [
+        ({}, None),
+        ({"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 0}, None),
+        ({"use_sliding_window": True, "sliding_window": 9}, None),  # from the 28th layer on
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}, None),
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}, 9),
+        ({"use_sliding_window": True, "max_window_layers": 0}, 4096),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None),
+        ({"layer_types": [FULL, FULL]}, None),
+        ({"use_sliding_window": True, "max_window_layers": 0, "layer_types": [FULL, FULL]}, None),
+        ({"use_sliding_window": True, "sliding_window": 9, "layer_types": [SLIDING, SLIDING]}, 9),
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, "max_window_layers is 1"),
+        ({"use_sliding_window": True, "sliding_window": 9, "layer_types": [FULL, SLIDING]}, "layer_types is"),
+        ({"layer_types": [SLIDING, SLIDING]}, "layer_types is"),
+        ({"layer_types": ["chunked_attention", FULL]}, "layer_types is"),
+        ({"layer_types": FULL}, "layer_types is"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_qwens_windows_are_those_of_transformers(tmp_path, kind, facts, window):
+    """Off unless a flag is true, and then in the layers that are listed, or from one on."""
+    from transformers import AutoConfig
+
+    if isinstance(window, str):
+        with pytest.raises(CheckpointError, match=window):
+            config_of(tmp_path, **facts, model_type=kind)
+        return
+    config = config_of(tmp_path, **facts, model_type=kind)
+    assert config.sliding_window == window
+    for path in (tmp_path, written(tmp_path, config)):
+        theirs = AutoConfig.from_pretrained(path)
+        slides = [SLIDING if window else FULL] * config.num_hidden_layers
+        assert (theirs.layer_types, theirs.sliding_window if window else None) == (slides, window)

@@ -10,14 +10,17 @@ import step_meter
 import torch
 from step_meter import even_batch
 from step_tools import real_step, spec_of, step_bytes
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llamatune.data.batches import Batch
+from llamatune.events import ignore_event, never_stop
 from llamatune.memory.sizes import Rows, Sizes
 from llamatune.model import attention
 from llamatune.shapes import tile_sizes
-from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, QKV_MODULES, LlamaConfig
 from llamatune.shapes.presets import PRESETS
 from llamatune.shapes.recompute_levels import Levels, Recompute, levels_of
+from llamatune.training.model_and_optimizer import build_learner
 
 QV = ("q_proj", "v_proj")
 TINY = LlamaConfig(64, 160, 3, 4, 2, 96)
@@ -83,6 +86,78 @@ def test_fused_lora(
 def test_plain_modules(targets: tuple[str, ...], dtype: str, precision: str, mode: str) -> None:
     spec = spec_of(targets, mode, 0.1, dtype=dtype, precision=precision, fused=False)
     assert predicted(spec, SMALL, 1, 512) == pytest.approx(measured(spec, SMALL, 1, 512), rel=TOLERANCE)
+
+
+QWEN_2 = LlamaConfig(256, 688, 2, 8, 2, 500, biased_modules=QKV_MODULES)
+QWEN_3 = LlamaConfig(256, 688, 2, 8, 2, 500, head_dim=64, head_norms=True)
+HOW = [
+    (QV, "bfloat16", "bf16", "none", True), (LINEAR_MODULES, "float32", "bf16", "projections", True),
+    (LINEAR_MODULES, "float32", "fp32", "block", True), (LINEAR_MODULES, "nf4", "bf16", "attention", True),
+    (("k_proj",), "bfloat16", "bf16", "none", False), (LINEAR_MODULES, "float32", "fp32", "sublayer", False),
+    (LINEAR_MODULES, "nf4", "bf16", "none", False), ((), "float32", "fp32", "none", False),
+    ((), "float32", "bf16", "block", False),
+]  # fmt: skip
+ALWAYS = {(QWEN_2, HOW[0]), (QWEN_2, HOW[7]), (QWEN_3, HOW[1]), (QWEN_3, HOW[4]), (QWEN_3, HOW[8])}
+
+
+@pytest.mark.parametrize(
+    ("config", "how"),
+    [pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.slow)
+     for case in itertools.product((QWEN_2, QWEN_3), HOW)],
+    ids=lambda value: str(value[1:]) if isinstance(value, tuple) else "qwen 3" if value.head_norms else "qwen 2",
+)  # fmt: skip
+def test_biases_and_norms_of_heads(config: LlamaConfig, how: tuple[tuple[str, ...], str, str, str, bool]) -> None:
+    targets, dtype, precision, mode, fused = how
+    spec = spec_of(targets, mode, 0.1, dtype=dtype, precision=precision, fused=fused)
+    assert predicted(spec, config, 2, 300) == pytest.approx(measured(spec, config, 2, 300), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("config", [QWEN_2, QWEN_3], ids=["qwen 2", "qwen 3"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "nf4", "float8"])
+def test_the_base_is_counted_to_the_last_bias(config: LlamaConfig, dtype: str) -> None:
+    spec = spec_of(QV, dtype=dtype, precision="fp32" if dtype == "float32" else "bf16")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = step_meter._inputs_without_data(spec, config)
+        model = build_learner(spec, inputs, ignore_event, never_stop).model
+    held = [x for name, x in model.state_dict().items() if "lora_" not in name]
+    found = step_bytes(spec, config, Rows((8,), 4), cuda=False).weights
+    assert found == sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+KINDS: list[tuple[dict[str, Any], str, str, bool, str]] = [
+    ({"kind": "dora"}, "bfloat16", "bf16", True, "none"),
+    ({"kind": "dora"}, "nf4", "bf16", True, "block"),
+    ({"kind": "dora", "dropout": 0.1}, "float32", "fp32", True, "projections"),
+    ({"kind": "dora", "dropout": 0.1}, "bfloat16", "bf16", False, "none"),
+    ({"kind": "dora"}, "bfloat16", "bf16", False, "sublayer"),
+    ({"kind": "lora_fa"}, "bfloat16", "bf16", True, "none"),
+    ({"kind": "lora_fa", "r": 64}, "float32", "bf16", False, "none"),
+    ({"kind": "lora_fa", "dropout": 0.1}, "float32", "fp32", False, "block"),
+    ({"init": "pissa", "r": 64}, "bfloat16", "bf16", True, "none"),
+    ({"init": "olora"}, "bfloat16", "bf16", False, "none"),
+    ({"ranks": {"q_proj": 64, "down_proj": 200}, "dropout": 0.1}, "bfloat16", "bf16", True, "none"),
+    ({"ranks": {"q_proj": 64, "down_proj": 200}}, "float32", "fp32", False, "none"),
+]
+
+
+@pytest.mark.parametrize(("lora", "dtype", "precision", "fused", "mode"), KINDS)
+def test_kinds_of_adapter(lora: dict[str, Any], dtype: str, precision: str, fused: bool, mode: str) -> None:
+    spec = spec_of(LINEAR_MODULES, mode, dtype=dtype, precision=precision, fused=fused, lora=lora)
+    assert predicted(spec, SMALL, 1, 512) == pytest.approx(measured(spec, SMALL, 1, 512), rel=TOLERANCE)
+
+
+def test_lora_fa_trains_less_and_its_plain_modules_keep_no_input() -> None:
+    rows = Rows((512,), 128)
+    for fused in (True, False):
+        lora, fa = (
+            step_bytes(spec_of(LINEAR_MODULES, fused=fused, lora=lora), SEVEN, rows, cuda=True)
+            for lora in ({}, {"kind": "lora_fa"})
+        )
+        trained = sum(Sizes(spec_of(LINEAR_MODULES, lora={"kind": "lora_fa"}), SEVEN, rows, True).trained_counts)
+        assert fa.optimizer_state == 8 * trained + 4 * 7 * 3
+        assert fa.optimizer_state < 0.6 * lora.optimizer_state
+        assert (fa.activations < 0.8 * lora.activations) is not fused
+        assert fa.peak < lora.peak
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adamw_8bit"])

@@ -29,9 +29,9 @@ def reference_logits(base: Path, ids: Tensor = IDS, adapter: Path | None = None)
         return model.eval()(ids).logits
 
 
-def adapted(base: Path, adapter: Path) -> Transformer:
-    """Our model with an adapter on it, in fp32."""
-    model, found = load_model(base, torch.float32), load_adapter(adapter)
+def adapted(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Our model with an adapter on it."""
+    model, found = load_model(base, dtype), load_adapter(adapter)
     apply_adapter(model, dataclasses.replace(found.config, dropout=0.0))
     load_adapter_tensors(model, found.tensors)
     return model.eval()

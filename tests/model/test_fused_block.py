@@ -35,9 +35,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tile_sizes, "TILE_TOKENS", 7)
 
 
-def model_with(targets: list[str], dtype: torch.dtype, r: int = 4, dropout: float = 0.0) -> Transformer:
+ADDED: dict[str, Any] = {"biased_modules": LINEAR_MODULES, "head_norms": True, "head_dim": 10}
+
+
+def model_with(targets: list[str], dtype: torch.dtype, r: int = 4, dropout: float = 0.0, **changes: Any) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(LlamaConfig(48, 100, 3, 6, 2, 131))
+    model = Transformer(LlamaConfig(48, 100, 3, 6, 2, 131, **changes))
     initialise(model, 0, 0.15)
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -94,8 +97,23 @@ def test_fused_equals_plain(targets: list[str], dtype: torch.dtype, tolerance: f
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_on_an_nf4_base_fused_equals_plain(level: Recompute) -> None:
-    model = model_with([], torch.float32)
+@pytest.mark.parametrize("targets", [TARGETS[0], TARGETS[1], TARGETS[3]], ids="+".join)
+def test_with_biases_and_norms_of_heads_fused_equals_plain(targets: list[str], level: Recompute) -> None:
+    model = model_with(targets, torch.float64, **ADDED)
+    loss, expected = gradients(copy.deepcopy(model))
+    found_loss, found = gradients(fused_copy(model, level))
+    assert found_loss == pytest.approx(loss, rel=1e-12)
+    assert worst(found, expected) < 1e-11
+    for layer in model.model.layers:
+        layer.self_attn.q_norm.weight.data.fill_(1)
+        layer.mlp.down_proj.bias.data.zero_()
+    assert gradients(model)[0] != pytest.approx(loss, rel=1e-3), "it makes no difference"
+
+
+@pytest.mark.parametrize("changes", [{}, ADDED], ids=["", "with biases and norms of heads"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_on_an_nf4_base_fused_equals_plain(level: Recompute, changes: dict[str, Any]) -> None:
+    model = model_with([], torch.float32, **changes)
     quantize_blocks(model, NF4Weight, torch.float32)
     apply_adapter(model, AdapterSpec(4, 8, 0.0, LINEAR_MODULES), 1)
     for name, parameter in adapter_parameters(model):
@@ -108,10 +126,14 @@ def test_on_an_nf4_base_fused_equals_plain(level: Recompute) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("r", [1, 16])
+@pytest.mark.parametrize(
+    ("r", "changes"), [(1, {}), (16, {}), (4, ADDED)], ids=["1", "16", "with biases and norms of heads"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16 weights", "fp32 weights"])
-def test_under_bf16_fused_is_as_near_to_the_truth_as_plain(dtype: torch.dtype, r: int, level: Recompute) -> None:
-    model = model_with(list(LINEAR_MODULES), dtype, r)
+def test_under_bf16_fused_is_as_near_to_the_truth_as_plain(
+    dtype: torch.dtype, r: int, changes: dict[str, Any], level: Recompute
+) -> None:
+    model = model_with(list(LINEAR_MODULES), dtype, r, **changes)
     truth = copy.deepcopy(model).double()
     _, expected = gradients(truth)
     _, plain = gradients(copy.deepcopy(model), torch.bfloat16)
@@ -149,13 +171,17 @@ def test_gradients_with_dropout_agree_with_finite_differences(level: Recompute) 
         assert found[name][place].item() == pytest.approx(expected, rel=2e-4, abs=2e-6), name
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, (9, 9, 9), (300, 2), (7,)], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "changes"),
+    [(LENGTHS, {}), ((9, 9, 9), {}), ((300, 2), {}), ((7,), {}), (LENGTHS, ADDED)],
+    ids=lambda value: str(value) if isinstance(value, tuple) else "with biases and norms of heads" if value else "",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["", "autocast"])
 def test_every_level_gives_the_same_bits_with_dropout_on(
-    lengths: tuple[int, ...], dtype: torch.dtype, autocast: torch.dtype | None
+    lengths: tuple[int, ...], changes: dict[str, Any], dtype: torch.dtype, autocast: torch.dtype | None
 ) -> None:
-    model = model_with(list(LINEAR_MODULES), dtype, dropout=0.3)
+    model = model_with(list(LINEAR_MODULES), dtype, dropout=0.3, **changes)
     runs = [gradients(fused_copy(model, level), autocast, lengths) for level in LEVELS]
     for loss, found in runs[1:]:
         assert loss == runs[0][0]
@@ -235,6 +261,18 @@ def test_norm_and_its_gradient_against_autograd() -> None:
         wanted = x.grad + beside
         assert operations.normalise_backward(grad, x, norm, beside, into=beside) is beside
         torch.testing.assert_close(beside, wanted)
+
+
+def test_norm_of_heads_side_by_side() -> None:
+    norm = RMSNorm(4, 1e-5).double()
+    norm.weight.data.uniform_(0.5, 1.5)
+    x, grad = torch.randn(23, 12, dtype=torch.float64, requires_grad=True), torch.randn(23, 12, dtype=torch.float64)
+    heads = norm(x.view(23, 3, 4)).view(23, 12)
+    heads.backward(grad)
+    with torch.no_grad():
+        torch.testing.assert_close(operations.normalise(x, norm, torch.float64), heads)
+        assert operations.normalise_backward(grad, x, norm, into=grad) is grad
+        torch.testing.assert_close(grad, x.grad)
 
 
 def test_turning_back_undoes_turning() -> None:

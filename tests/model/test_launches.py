@@ -29,11 +29,14 @@ from llamatune.model.packed_weight import quantize_blocks
 from llamatune.model.transformer import Transformer
 from llamatune.shapes import attention_kernels, tile_sizes
 from llamatune.shapes.adapter import AdapterSpec
-from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
+from llamatune.shapes.llama_config import LINEAR_MODULES, QKV_MODULES, LlamaConfig
 from llamatune.shapes.recompute_levels import Recompute
 
 D, F, LENGTHS = 64, 176, (48, 48)
 QV = ("q_proj", "v_proj")
+BIASES: dict[str, Any] = {"biased_modules": LINEAR_MODULES}
+QWEN_2: dict[str, Any] = {"biased_modules": QKV_MODULES}
+HEAD_NORMS: dict[str, Any] = {"head_norms": True}
 
 
 def _addmm_to(
@@ -60,10 +63,20 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def fused_model(
-    depth: int, targets: tuple[str, ...], dropout: float, dtype: torch.dtype, level: Recompute, nf4: bool = False
+    depth: int,
+    targets: tuple[str, ...],
+    dropout: float,
+    dtype: torch.dtype,
+    level: Recompute,
+    nf4: bool = False,
+    **changes: Any,
 ) -> Transformer:
-    model = Transformer(LlamaConfig(D, F, depth, 4, 4, 131))
+    model = Transformer(LlamaConfig(D, F, depth, 4, 4, 131, **changes))
     initialise(model, 0, 0.15)
+    if changes:
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(2))
     if nf4:
         quantize_blocks(model, NF4Weight, dtype)
     model.to(dtype)
@@ -88,10 +101,16 @@ def run(model: Transformer, within: contextlib.AbstractContextManager[Any]) -> d
 @pytest.mark.parametrize("level", list(Recompute))
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.06)], ids=["fp64", "bf16"])
+@pytest.mark.parametrize("changes", [{}, {**BIASES, **HEAD_NORMS}], ids=["", "with biases and norms of heads"])
 def test_the_forms_of_a_gpu_compute_the_same(
-    request: pytest.FixtureRequest, dtype: torch.dtype, tolerance: float, dropout: float, level: Recompute
+    request: pytest.FixtureRequest,
+    changes: dict[str, Any],
+    dtype: torch.dtype,
+    tolerance: float,
+    dropout: float,
+    level: Recompute,
 ) -> None:
-    model = fused_model(2, LINEAR_MODULES, dropout, dtype, level)
+    model = fused_model(2, LINEAR_MODULES, dropout, dtype, level, **changes)
     expected = run(model, contextlib.nullcontext())
     request.getfixturevalue("as_on_a_gpu")
     for parameter in model.parameters():
@@ -154,15 +173,19 @@ def played_kernels(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 # At most: launches but products, products, and what the launches read and write in units of rows x hidden in 16 bits.
 COSTS = [
-    (QV, 0.05, Recompute.NOTHING, False, 19, 34, 56.6),
-    (QV, 0.0, Recompute.NOTHING, False, 13, 34, 41.6),
-    (LINEAR_MODULES, 0.05, Recompute.NOTHING, False, 52, 90, 119.4),
-    (QV, 0.05, Recompute.BLOCK, False, 27, 46, 65.9),
-    (QV, 0.0, Recompute.NOTHING, True, 27, 34, 63.4),  # each of seven matrices is unpacked twice
+    (QV, 0.05, Recompute.NOTHING, False, {}, 19, 34, 56.6),
+    (QV, 0.0, Recompute.NOTHING, False, {}, 13, 34, 41.6),
+    (LINEAR_MODULES, 0.05, Recompute.NOTHING, False, {}, 52, 90, 119.4),
+    (QV, 0.05, Recompute.BLOCK, False, {}, 27, 46, 65.9),
+    (QV, 0.0, Recompute.NOTHING, True, {}, 27, 34, 63.4),  # each of seven matrices is unpacked twice
+    (QV, 0.0, Recompute.NOTHING, False, QWEN_2, 13, 34, 41.6),  # a product adds its bias at no cost
+    (QV, 0.0, Recompute.NOTHING, False, BIASES, 16, 34, 43.6),  # o and, by tiles, down add to the residual stream too
+    (QV, 0.0, Recompute.NOTHING, False, HEAD_NORMS, 17, 34, 49.6),
+    (QV, 0.0, Recompute.BLOCK, False, HEAD_NORMS, 25, 46, 57.8),
 ]
 
 
-@pytest.mark.parametrize(("targets", "dropout", "level", "packed", "others", "products", "traffic"), COSTS)
+@pytest.mark.parametrize(("targets", "dropout", "level", "packed", "changes", "others", "products", "traffic"), COSTS)
 def test_what_a_layer_costs(
     monkeypatch: pytest.MonkeyPatch,
     as_on_a_gpu: None,
@@ -170,6 +193,7 @@ def test_what_a_layer_costs(
     dropout: float,
     level: Recompute,
     packed: bool,
+    changes: dict[str, Any],
     others: int,
     products: int,
     traffic: float,
@@ -178,7 +202,7 @@ def test_what_a_layer_costs(
     monkeypatch.setattr(attention_kernels, "SHORT_TOKENS", 0)  # no casts for attention
     counted = []
     for depth in (2, 3):
-        model, counter = fused_model(depth, targets, dropout, torch.bfloat16, level, packed), Counter()
+        model, counter = fused_model(depth, targets, dropout, torch.bfloat16, level, packed, **changes), Counter()
         run(model, played_kernels(counter, monkeypatch))
         counted.append(counter)
     fewer, more = counted

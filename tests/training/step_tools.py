@@ -25,7 +25,11 @@ from llamatune.training.training_step import make_update
 
 
 def spec_of(targets: Sequence[str], checkpointing: str = "none", dropout: float = 0.0, **training: Any) -> RunSpec:
-    """LoRA of r=16 on ``targets``, all of the model where there are none; bf16 weights unless ``dtype`` is given."""
+    """LoRA of r=16 on ``targets``, all of the model where there are none; bf16 weights unless ``dtype`` is given.
+
+    ``lora`` changes that section.
+    """
+    lora = training.pop("lora", {})
     values: dict[str, Any] = {
         "model": {"path": "none", "init": "random", "dtype": training.pop("dtype", "bfloat16")},
         "data": {"train": "none"},
@@ -38,7 +42,7 @@ def spec_of(targets: Sequence[str], checkpointing: str = "none", dropout: float 
         },
     }
     if targets:
-        values["lora"] = {"r": 16, "dropout": dropout, "target_modules": list(targets)}
+        values["lora"] = {"r": 16, "dropout": dropout, "target_modules": list(targets), **lora}
     return RunSpec.model_validate(values)
 
 

@@ -21,8 +21,14 @@ SGD = {"training__optimizer": "sgd", "training__learning_rate": 0.05, "training_
 
 @pytest.mark.parametrize(
     ("format_", "changes"),
-    [("hf", {}), ("hf", {"tie_word_embeddings": True}), ("meta", {})],
-    ids=["hf", "hf, tied", "meta"],
+    [
+        ("hf", {}),
+        ("hf", {"tie_word_embeddings": True}),
+        ("meta", {}),
+        ("hf", {"attention_bias": True, "mlp_bias": True}),
+        ("hf", {"model_type": "qwen3", "head_dim": 14, "tie_word_embeddings": True}),
+    ],
+    ids=["hf", "hf, tied", "meta", "biases", "qwen 3"],
 )
 def test_full_training_is_that_of_transformers(
     tiny_base: Callable[..., Path],
@@ -33,7 +39,7 @@ def test_full_training_is_that_of_transformers(
     changes: dict[str, object],
 ) -> None:
     """Six steps, loss by loss; and ``model/`` opens in transformers with the very weights that were trained."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     base, run = tiny_base(**changes), tmp_path / "run"
     spec = make_spec(
@@ -43,12 +49,12 @@ def test_full_training_is_that_of_transformers(
     before = files(base)
     train(spec)
     assert files(base) == before
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     reference = reference_run(
         model, kept_rows(prepared()), lambda p: torch.optim.SGD(p, lr=1), lambda _: 0.05, 6, None, 3, 2
     )
     assert losses(run) == pytest.approx(reference.losses, abs=2e-5)
-    written = LlamaForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    written = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
     for name, parameter in written.named_parameters():
         torch.testing.assert_close(parameter.detach(), reference.trained[name], atol=1e-5, rtol=1e-4)
     with torch.no_grad():

@@ -65,7 +65,12 @@ Found = tuple[list[tuple[float, float]], list[Tensor]]
 def spec_of(placement: str, dtype: tuple[str, str] = DTYPES[0], dropout: float = 0.0, **training: Any) -> RunSpec:
     values = {
         "model": {"path": "none", "init": "random", "dtype": dtype[0], "placement": placement},
-        "lora": {"r": 4, "dropout": dropout, "target_modules": training.pop("targets", "all-linear")},
+        "lora": {
+            "r": 4,
+            "dropout": dropout,
+            "target_modules": training.pop("targets", "all-linear"),
+            **training.pop("lora", {}),
+        },
         "data": {"train": "none"},
         "training": {"output_dir": "none", "precision": dtype[1], "device": "cpu", "learning_rate": 0.02, **training},
     }
@@ -119,6 +124,19 @@ def test_slices_on_several_ranks_have_the_bytes_of_one_process(
     how = {"activation_checkpointing": mode, "fused": fused}
     expected = trained(spec_of("device", dtype, **how))
     for found in in_threads(size, lambda ranks: trained(spec_of("shard", dtype, **how), ranks=ranks)):
+        assert same(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("lora", "dtype"),
+    [({"kind": "dora"}, ("nf4", "bf16")), ({"init": "pissa"}, ("float32", "fp32")),
+     ({"init": "olora", "lr_ratio": 4.0}, ("float8", "bf16"))],
+    ids=str,
+)  # fmt: skip
+def test_kinds_that_begin_with_the_weights_of_the_base(lora: dict[str, Any], dtype: tuple[str, str]) -> None:
+    expected = trained(spec_of("device", dtype, lora=lora))
+    assert same(trained(spec_of("host", dtype, lora=lora)), expected)
+    for found in in_threads(2, lambda ranks: trained(spec_of("shard", dtype, lora=lora), ranks=ranks)):
         assert same(found, expected)
 
 
@@ -331,12 +349,29 @@ def test_metas_shards_and_packing(
         assert_same_outcome(tmp_path / placement, tmp_path / "device")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "nf4", "float8"])
-@pytest.mark.parametrize("shards", [0, 2])
-def test_slices_of_a_checkpoint_give_its_logits(
-    tiny_base: Callable[..., Path], meta_copy: Callable[..., Path], dtype: str, shards: int
+QWEN: dict[str, Any] = {"model_type": "qwen3", "attention_bias": True, "head_dim": 10}
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize(("placement", "dtype"), [("host", "float32"), ("shard", "nf4")])
+def test_biases_and_norms_of_heads(
+    run_of: Run, tiny_base: Callable[..., Path], tmp_path: Path, placement: str, dtype: str, fused: bool
 ) -> None:
-    base = tiny_base() if not shards else meta_copy(tiny_base(vocab_size=132), shards)
+    how = {"base": tiny_base(**QWEN), "model__dtype": dtype, "training__fused": fused, "training__max_steps": 3,
+           "training__num_epochs": None, "lora": {"r": 4, "target_modules": ["q_proj", "o_proj"]}}  # fmt: skip
+    for name in ("device", placement):
+        train(run_of(name, name, **how))
+    assert_same_outcome(tmp_path / placement, tmp_path / "device")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "nf4", "float8"])
+@pytest.mark.parametrize(
+    ("shards", "changes"), [(0, {}), (2, {"vocab_size": 132}), (0, QWEN)], ids=["", "two of Meta's", "qwen 3"]
+)
+def test_slices_of_a_checkpoint_give_its_logits(
+    tiny_base: Callable[..., Path], meta_copy: Callable[..., Path], dtype: str, shards: int, changes: dict[str, Any]
+) -> None:
+    base = meta_copy(tiny_base(**changes), shards) if shards else tiny_base(**changes)
     ids, packed, device = torch.randint(3, 131, (2, 9)), QUANTIZATIONS.get(dtype), torch.device("cpu")
 
     def logits(streamed: StreamedBlocks | None) -> Tensor:

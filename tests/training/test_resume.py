@@ -53,6 +53,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **SCHEDULED, "model__dtype": "nf4", "training__precision": "bf16", "training__optimizer": "adamw_8bit",
         "training__max_steps": 5, "lora": {"r": 64, "alpha": 64, "dropout": 0.1, "target_modules": "all-linear"},
     },
+    "dora, 8-bit adamw": {
+        **SCHEDULED, "training__max_steps": 3, "training__optimizer": "adamw_8bit",
+        "lora": {"kind": "dora", "r": 4, "dropout": 0.1, "target_modules": "all-linear"},
+    },
+    "pissa on nf4, lora+": {
+        **SCHEDULED, "training__max_steps": 3, "model__dtype": "nf4", "training__precision": "bf16",
+        "lora": {"init": "pissa", "r": 4, "ranks": {"v_proj": 3}, "lr_ratio": 4.0},
+    },
+    "lora_fa from gaussian": {
+        **SCHEDULED, "training__max_steps": 3, "lora": {"kind": "lora_fa", "init": "gaussian", "r": 4},
+    },
     "float8 base in bf16": {
         **SCHEDULED, "model__dtype": "float8", "training__precision": "bf16", "training__max_steps": 5,
     },

@@ -110,11 +110,13 @@ def test_compiled(trained: Trained, alone: Trained) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tied", "meta"])
+@pytest.mark.parametrize("kind", ["tied", "meta", "qwen 3"])
 def test_other_bases(
     trained: Trained, alone: Trained, tiny_base: Callable[..., Path], meta_copy: Callable[..., Path], kind: str
 ) -> None:
-    base = tiny_base(tie_word_embeddings=True) if kind == "tied" else meta_copy(tiny_base())
+    qwen = {"model_type": "qwen3", "attention_bias": True, "head_dim": 10}
+    made = tiny_base(**{"tied": {"tie_word_embeddings": True}, "qwen 3": qwen}.get(kind, {}))
+    base = meta_copy(made) if kind == "meta" else made
     changes = change(model={"path": str(base), "dtype": "float32"})
     for size in (2, 3):
         assert difference(trained(size, changes), alone(changes)) < CLOSE

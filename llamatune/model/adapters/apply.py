@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from llamatune.errors import SpecError
 from llamatune.model.adapters.adapted_linear import AdaptedLinear
-from llamatune.model.layers import Linear
+from llamatune.model.layers import Linear, Trained
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
 from llamatune.shapes.llama_config import LINEAR_MODULES, linear_path
@@ -21,9 +21,19 @@ def adapter_class(kind: str) -> type[AdaptedLinear]:
     return pkgutil.resolve_name(ADAPTER_KINDS[kind].layer)  # type: ignore[no-any-return]
 
 
-def apply_adapter(model: Transformer, adapter: AdapterSpec, seed: int = 0) -> None:
-    """Freeze ``model`` and replace every target layer by an adapted one, whose tensors are drawn from ``seed``."""
-    unknown = sorted(set(adapter.target_modules) - set(LINEAR_MODULES))
+def apply_adapter(
+    model: Transformer,
+    adapter: AdapterSpec,
+    seed: int | None = 0,
+    bring_block: Callable[[int], None] | None = None,
+) -> None:
+    """Freeze ``model`` and replace every target layer by an adapted one.
+
+    Args:
+        seed: that of the first values; None: they stay zero, others are loaded into them.
+        bring_block: waits for the weights of a block, which do not lie on the device.
+    """
+    unknown = sorted(set(adapter.modules) - set(LINEAR_MODULES))
     if unknown or not adapter.target_modules:
         raise SpecError(
             f"no linear layer called {unknown[0]!r}" if unknown else "no target modules",
@@ -31,24 +41,30 @@ def apply_adapter(model: Transformer, adapter: AdapterSpec, seed: int = 0) -> No
             f"there are {', '.join(LINEAR_MODULES)}",
         )
     model.requires_grad_(False)
-    generator, adapted = torch.Generator().manual_seed(seed), adapter_class(adapter.kind)
-    for block in model.model.layers:
+    generator, adapted = torch.Generator().manual_seed(seed or 0), adapter_class(adapter.kind)
+    kind = ADAPTER_KINDS[adapter.kind]
+    for layer, block in enumerate(model.model.layers):
+        if kind.reads_base and seed is not None and bring_block is not None:
+            bring_block(layer)
         for name in LINEAR_MODULES:
-            if shapes := adapter.tensor_shapes(model.config, name):
-                layer = block.get_submodule(linear_path(name))
-                assert isinstance(layer, Linear)
-                replacement = adapted(layer, shapes, adapter.scaling(name), adapter.dropout)
-                replacement.start(generator)
+            if shapes := adapter.tensor_shapes(model.config, name, layer):
+                frozen = block.get_submodule(linear_path(name))
+                assert isinstance(frozen, Linear)
+                replacement = adapted(frozen, shapes, adapter.scaling(name, layer), adapter.dropout)
+                replacement.belong_to(kind)
+                replacement.drawn = adapter.drawn
+                if seed is not None:
+                    replacement.start(generator)
                 block.set_submodule(linear_path(name), replacement)
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every trained tensor under its adapter name, ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
+    """Every tensor of the adapter under its name, ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
-            for name, parameter in zip(module.trained_names, module.trained, strict=True):
+            for name, parameter in zip(module.names, module.tensors, strict=True):
                 assert isinstance(parameter, nn.Parameter)
-                yield f"{path}.{name}.weight", parameter
+                yield module.kind.stored_name(path, name), parameter
 
 
 def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -58,3 +74,31 @@ def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.forget()
+
+
+def stored_tensors(adapter: AdapterSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors as they are written, under the names of ``adapter.stored()``."""
+    return _converted(tensors, adapter, adapter.stored(), adapter_class(adapter.kind).stored)
+
+
+def restored_tensors(adapter: AdapterSpec, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors, bit for bit, from those of ``adapter.stored()``."""
+    return _converted(stored, adapter.stored(), adapter, adapter_class(adapter.kind).restored)
+
+
+def _converted(
+    tensors: Mapping[str, Tensor], before: AdapterSpec, after: AdapterSpec, convert: Callable[[Trained], Trained]
+) -> dict[str, Tensor]:
+    old, new = ADAPTER_KINDS[before.kind], ADAPTER_KINDS[after.kind]
+    first, *_ = old.tensors
+    converted: dict[str, Tensor] = {}
+    for name in tensors:
+        stem = name.removesuffix(old.stored_name("", first))
+        if stem != name:
+            given = tuple(tensors[old.stored_name(stem, tensor)] for tensor in old.tensors)
+            names = [new.stored_name(stem, tensor) for tensor in new.tensors]
+            converted |= zip(names, convert(given), strict=True)
+    return converted

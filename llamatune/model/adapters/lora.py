@@ -19,10 +19,20 @@ class LoRALinear(AdaptedLinear):
     lora_A: nn.Parameter  # noqa: N815 - the paper's name
     lora_B: nn.Parameter  # noqa: N815
 
+    @property
+    def trains_A(self) -> bool:  # noqa: N802
+        """LoRA-FA (Zhang et al. 2023) does not."""
+        return "lora_A" in self.trained_names
+
     def start(self, generator: torch.Generator) -> None:
-        """A is Kaiming-uniform with gain as in the reference implementation (bound 1/sqrt(in)), B is zero."""
-        bound = 1 / math.sqrt(self.in_features)
-        drawn = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        """A is Kaiming-uniform with gain as in the reference implementation (bound 1/sqrt(in)), or Gaussian as PEFT
+        draws it (standard deviation 1/r), B is zero.
+        """
+        drawn, bound = torch.empty(self.lora_A.shape), 1 / math.sqrt(self.in_features)
+        if self.drawn == "gaussian":
+            drawn.normal_(0.0, 1 / len(drawn), generator=generator)
+        else:
+            drawn.uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
             self.lora_A.copy_(drawn)
 
@@ -31,7 +41,7 @@ class LoRALinear(AdaptedLinear):
     ) -> Tensor:
         y = super().forward(x, dropout, out, residual)  # (..., out)
         if dropout is not None:
-            A, B = self.trained_in(x.dtype)
+            A, B, *_ = self.tensors_in(x.dtype)
             dropped, _ = dropout.drop(x)
             return y.addmm_(dropped @ A.T, B.T, alpha=self.scaling)  # by way of (N, R)
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -51,20 +61,20 @@ class LoRALinear(AdaptedLinear):
     ) -> tuple[Tensor | None, Trained]:
         assert x is not None
         dx, _ = super().gradients(grad, x, dropout, wants_input, out, add)
-        A, B = self.trained_in(grad.dtype)
+        A, B, *_ = self.tensors_in(grad.dtype)
         dropped, mask = dropout.drop(x)
         dB = scaled_product(grad.T, dropped @ A.T, self.scaling, self.lora_B.dtype)
         dt = scaled_product(grad, B, self.scaling)  # (N, R)
-        dA = scaled_product(dt.T, dropped, dtype=self.lora_A.dtype)
+        trained = (scaled_product(dt.T, dropped, dtype=self.lora_A.dtype), dB) if self.trains_A else (dB,)
         if dx is not None:
             if mask is None:
                 dx.addmm_(dt, A)
             else:
                 dropout.add_gradient(dx, dt @ A, mask)
-        return dx, (dA, dB)
+        return dx, trained
 
     @staticmethod
     def merged(W: Tensor, trained: Trained, scaling: float, rows: slice = slice(None)) -> Tensor:
         """W + scaling · B A."""
         A, B = trained
-        return W.float() + (B[rows].float() @ A.float()) * scaling
+        return (B[rows].float() @ A.float()).mul_(scaling).add_(W.float())

@@ -35,25 +35,31 @@ from llamatune.model.transformer import Block, Context, select_rows
 
 
 class _AttentionInput(torch.autograd.Function):
-    """Norm, q, k and v with their adapters, and rotation of q and k; x is all that is kept."""
+    """Norm, q, k and v with their adapters, norms of the heads of q and k where there are any, and their rotation.
+
+    x is all that is kept, and q and k before their own norms.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], rotation: Rotation, *trained: Tensor,
+        ctx: Any, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], head_norms: Sequence[RMSNorm],
+        rotation: Rotation, *trained: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             h = normalise(x, norm, dtype)
-            outputs = tuple(part(h) for part in parts)
+            outputs = [part(h) for part in parts]
+            raw = outputs[: len(head_norms)]
+            outputs[: len(raw)] = [normalise(y, by, dtype) for y, by in zip(raw, head_norms, strict=True)]
             rotate_in_place(outputs[0], outputs[1], *rotation)
-        ctx.save_for_backward(x)
-        ctx.settings = norm, parts, rotation, dtype
-        return outputs
+        ctx.save_for_backward(x, *raw)
+        ctx.settings = norm, parts, head_norms, rotation, dtype
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved_tensors
-        norm, parts, rotation, dtype = ctx.settings
+        x, *raw = ctx.saved_tensors
+        norm, parts, head_norms, rotation, dtype = ctx.settings
         wants_input = ctx.needs_input_grad[0]
         h = normalise(x, norm, dtype) if trained_by(parts) else None
         total: Tensor | None = None
@@ -61,10 +67,12 @@ class _AttentionInput(torch.autograd.Function):
         for place, (grad, part) in enumerate(zip(grads, parts, strict=True)):
             if place < 2:
                 grad = rotate_back(grad, *rotation)
+            if place < len(raw):
+                grad = normalise_backward(grad, raw[place], head_norms[place], into=grad)
             total, more = part.gradients(grad, h, wants_input, out=total, add=total is not None)
             trained += more
         dx = None if total is None else normalise_backward(total, x, norm)
-        return dx, None, None, None, *trained
+        return dx, None, None, None, None, *trained
 
 
 class _Projected(torch.autograd.Function):
@@ -190,9 +198,9 @@ def attended(
     around: contextlib.AbstractContextManager[object] = contextlib.nullcontext(),  # noqa: B008 - it has no state
 ) -> Tensor:
     """Norm, q, k, v, rotation and attention, the latter inside ``around``: (N, D) -> (N or len(rows), H * E)."""
-    head_dim, inputs = block.self_attn.head_dim, parts[:3]
+    head_dim, head_norms, inputs = block.self_attn.head_dim, block.self_attn.head_norms, parts[:3]
     q, k, v = _AttentionInput.apply(  # type: ignore[no-untyped-call]
-        x, block.input_layernorm, inputs, context.rotation, *trained_by(inputs)
+        x, block.input_layernorm, inputs, head_norms, context.rotation, *trained_by(inputs)
     )
     q, k, v = (y.view(1, len(y), -1, head_dim).transpose(1, 2) for y in (q, k, v))  # (1, H or K, N, E)
     with around:

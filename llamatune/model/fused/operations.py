@@ -100,9 +100,13 @@ def tiles(first_row: int, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
 
 @by_kernel("rms_norm")
 def normalise(x: Tensor, norm: RMSNorm, dtype: torch.dtype) -> Tensor:
-    """RMSNorm of x in ``dtype``, as the module computes it, a tile at a time: only a tile is ever in fp32."""
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for _, tile, into in tiles(0, x, out):
+    """RMSNorm of x in ``dtype``, as the module computes it, a tile at a time: only a tile is ever in fp32.
+
+    A row of x holds what is normalised together, or several heads side by side.
+    """
+    out, width = torch.empty(x.shape, dtype=dtype, device=x.device), len(norm.weight)
+    for _, *parts in tiles(0, out, x):
+        into, tile = (part.view(-1, width) for part in parts)
         _normalise_into(into, tile, norm.weight, norm.eps)
     return out
 
@@ -122,8 +126,9 @@ def normalise_backward(
     ``beside``, the gradient of the residual stream in x's dtype, is added. The result is written ``into`` a tensor,
     which may be one of the others, or a new one.
     """
-    out = torch.empty_like(x) if into is None else into
-    for _, dh, tile, into_tile, *more in tiles(0, grad, x, out, *(() if beside is None else (beside,))):
+    out, width = torch.empty_like(x) if into is None else into, len(norm.weight)
+    for _, *parts in tiles(0, out, grad, x, *(() if beside is None else (beside,))):
+        into_tile, dh, tile, *more = (part.view(-1, width) for part in parts)
         _normalise_backward_into(into_tile, dh, tile, norm.weight, norm.eps, *more)
     return out
 

@@ -1,9 +1,9 @@
-"""Trained tensors in the dtype of products, cast once for all passes of an accumulation window."""
+"""Trained tensors in the dtype of products, and what is derived from them, once for all passes of a window."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -15,25 +15,32 @@ from llamatune.model.products import at_once
 
 @contextlib.contextmanager
 def cast_for_window(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Keep what fused blocks train in ``dtype`` too, within the block, where no trained tensor may change.
+    """Keep what kinds of adapter derive from their tensors, within the block, where no trained tensor may change.
 
-    On a GPU alone, where it saves a launch for each tensor, pass and tile. A CPU casts as it goes and keeps nothing.
+    On a GPU keep the tensors of fused blocks in ``dtype`` too: it saves a launch for each tensor, pass and tile. A CPU
+    casts as it goes.
     """
+    adapted = [layer for layer in model.modules() if isinstance(layer, AdaptedLinear)]
     blocks = [block for block in model.modules() if isinstance(block, FusedBlock)]
-    layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, AdaptedLinear)]
-    trained = [tensor.detach() for layer in layers for tensor in layer.trained if tensor.dtype != dtype]
-    if not trained or not at_once(trained[0]):
+    inside = [layer for block in blocks for layer in block.modules() if isinstance(layer, AdaptedLinear)]
+    try:
+        for layer in adapted:
+            layer.window = {}
+        _cast([layer for layer in inside if layer.casts_for_window], dtype)
         yield
+    finally:
+        for layer in adapted:
+            layer.window, layer.casts = None, ()
+
+
+def _cast(layers: Sequence[AdaptedLinear], dtype: torch.dtype) -> None:
+    trained = [tensor.detach() for layer in layers for tensor in layer.tensors if tensor.dtype != dtype]
+    if not trained or not at_once(trained[0]):
         return
     sizes = [tensor.numel() for tensor in trained]
     flat = torch.empty(sum(sizes), dtype=dtype, device=trained[0].device)
     casts = [part.view(x.shape) for part, x in zip(torch.split(flat, sizes), trained, strict=True)]
     torch._foreach_copy_(casts, trained)
     left = iter(casts)
-    try:
-        for layer in layers:
-            layer.casts = tuple(next(left) for _ in layer.trained)
-        yield
-    finally:
-        for layer in layers:
-            layer.casts = ()
+    for layer in layers:
+        layer.casts = tuple(next(left) for _ in layer.tensors)

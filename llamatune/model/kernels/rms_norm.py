@@ -44,17 +44,17 @@ def _settings(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
-def _rows(x: Tensor) -> Tensor:
+def _rows(x: Tensor, width: int) -> Tensor:
     """(rows, width), a view where rows lie at equal distances."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, width)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _normalised(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    rows, out = _rows(x), torch.empty(x.shape, dtype=dtype, device=x.device)
+    width = len(weight)
+    rows, out = _rows(x, width), torch.empty(x.shape, dtype=dtype, device=x.device)
     if len(rows):
-        count, width = rows.shape
-        _rms_norm_forward[(count,)](rows, weight, out, rows.stride(0), width, eps, **_settings(width))
+        _rms_norm_forward[(len(rows),)](rows, weight, out, rows.stride(0), width, eps, **_settings(width))
     return out
 
 
@@ -64,7 +64,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def normalise(x: Tensor, norm: RMSNorm, dtype: torch.dtype) -> Tensor:
-    """RMSNorm of x (N, D) in ``dtype``."""
+    """RMSNorm in ``dtype`` of x (N, D), or of the heads side by side in it."""
     return _normalised(x, norm.weight, norm.eps, dtype)
 
 
@@ -72,12 +72,13 @@ def normalise_backward(
     grad: Tensor, x: Tensor, norm: RMSNorm, beside: Tensor | None = None, into: Tensor | None = None
 ) -> Tensor:
     """The gradient with respect to x (N, D), in x's dtype, and ``beside``; ``into`` may be one of the others."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if into is None else into
-    added = x if beside is None else beside
-    assert all(rows.stride(1) == 1 for rows in (grad, x, added, out)), "the elements of a row lie together"
+    out, width = torch.empty(x.shape, dtype=x.dtype, device=x.device) if into is None else into, len(norm.weight)
+    rows = [part.view(-1, width) for part in (grad, x, x if beside is None else beside, out)]
+    assert all(part.stride(1) == 1 for part in rows), "the elements of a row lie together"
     if len(x):
-        _rms_norm_backward[(len(x),)](
-            grad, x, norm.weight, added, out, grad.stride(0), x.stride(0), added.stride(0), out.stride(0),
-            x.shape[1], norm.eps, BESIDE=beside is not None, **_settings(x.shape[1]),
+        dh, tile, added, into_rows = rows
+        _rms_norm_backward[(len(tile),)](
+            dh, tile, norm.weight, added, into_rows, *(part.stride(0) for part in rows),
+            width, norm.eps, BESIDE=beside is not None, **_settings(width),
         )  # fmt: skip
     return out

@@ -74,12 +74,16 @@ class SGD:
 class Optimizer:
     """Parameters, all of one dtype and on one device, and the state by ``rule`` of each that had a gradient.
 
-    A rule changes weights and states in place, given lists in one order; it may overwrite the gradients.
+    A rule changes weights and states in place, given lists in one order; it may overwrite the gradients. ``ratios``
+    multiply the learning rate of some parameters (LoRA+, Hayou et al. 2024).
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], rule: AdamW | SGD) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], rule: AdamW | SGD, ratios: Mapping[str, float] | None = None
+    ) -> None:
         assert len({(p.dtype, p.device) for p in parameters.values()}) == 1
         self.parameters, self.rule = dict(parameters), rule
+        self._ratios = {name: (ratios or {}).get(name, 1.0) for name in parameters}
         self.state: dict[str, State] = {}
 
     @torch.no_grad()
@@ -89,10 +93,10 @@ class Optimizer:
         for name, parameter in with_grad.items():
             if name not in self.state:
                 self.state[name] = self.rule.fresh_state(parameter)
-        grads = [p.grad for p in with_grad.values() if p.grad is not None]
-        if grads:
-            states = [self.state[name] for name in with_grad]
-            self.rule.update(list(with_grad.values()), grads, states, learning_rate)
+        for ratio in dict.fromkeys(self._ratios[name] for name in with_grad):
+            group = {name: p for name, p in with_grad.items() if self._ratios[name] == ratio}
+            grads = [p.grad for p in group.values() if p.grad is not None]
+            self.rule.update(list(group.values()), grads, [self.state[name] for name in group], learning_rate * ratio)
 
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():

@@ -33,6 +33,14 @@ def test_gradient_in_the_place_of_another() -> None:
     torch.testing.assert_close(beside, wanted, rtol=0, atol=0)
 
 
+@DTYPES
+def test_heads_side_by_side(dtype: torch.dtype) -> None:
+    x, grad, norm = torch.randn(7, 96).to(dtype), torch.randn(7, 96).to(dtype), norm_of(12, dtype)
+    assert_as_plain(rms_norm, x.view(-1, 12), norm.weight.detach(), norm.eps)
+    assert_as_plain(normalise, x, norm, dtype)
+    assert_as_plain(normalise_backward, grad, x, norm)
+
+
 def test_fp32_residual_stream_to_16_bits() -> None:
     x, norm = 5 * torch.randn(7, 96), norm_of(96, torch.bfloat16)
     assert_as_plain(normalise, x, norm, torch.bfloat16)
