@@ -20,7 +20,10 @@ from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.quantized_base import QuantizedBase
 from llamatune.command_options.inference import ModelSource, Placement
-from llamatune.data.templates import Template, load_template
+from llamatune.data.chat_template import ChatTemplate
+from llamatune.data.segments import Segments
+from llamatune.data.template_choice import load_template, stored_template
+from llamatune.data.templates import Template
 from llamatune.devices import choose_device, lacks_bf16
 from llamatune.errors import DataError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
@@ -92,23 +95,23 @@ class OpenedModel:
         check_vocabulary(tokenizer, self.config.vocab_size, self.path)
         return tokenizer
 
-    def template(self, name: str | None) -> Template | None:
+    def template(self, name: str | None, tokenizer: Tokenizer, on_event: OnEvent) -> Template | ChatTemplate | None:
         """The template of that name or file; for None the one stored with the adapter or merged model, if any."""
         if name is not None:
-            return None if name == "none" else load_template(name)
+            return None if name == "none" else load_template(name, tokenizer, on_event)
         holder = find_manifest(self.path) if self.adapter is None else self.adapter
         if holder is None or holder.template is None:
             return None
-        return Template.from_dict(holder.template, self.path if self.adapter is None else self.adapter.path)
+        return stored_template(holder.template, self.path if self.adapter is None else self.adapter.path)
 
     def encode(
-        self, tokenizer: Tokenizer, prompts: Sequence[str], new_tokens: int, on_event: OnEvent
+        self, tokenizer: Tokenizer, prompts: Sequence[Segments], new_tokens: int, on_event: OnEvent
     ) -> list[list[int]]:
-        """Ids of each prompt, BOS included; a warning if they, or so many new tokens after them, exceed the context.
+        """Ids of each prompt; a warning if they, or so many new tokens after them, exceed the context.
 
         ``DataError`` for a prompt without a token.
         """
-        ids = [tokenizer.encode(prompt) for prompt in prompts]
+        ids = [prompt.encode(tokenizer)[0] for prompt in prompts]
         if not all(ids):
             what = f"prompt {ids.index([]) + 1} has no token, and this tokenizer puts no BOS before it"
             raise DataError(what, self.path, "give a prompt that is not empty")
