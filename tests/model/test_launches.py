@@ -195,8 +195,8 @@ COSTS = [
     (QV, 0.0, Recompute.NOTHING, True, {}, 27, 34, 63.4),  # each of seven matrices is unpacked twice
     (QV, 0.0, Recompute.NOTHING, False, QWEN_2, 13, 34, 41.6),  # a product adds its bias at no cost
     (QV, 0.0, Recompute.NOTHING, False, BIASES, 16, 34, 43.6),  # o and, by tiles, down add to the residual stream too
-    (QV, 0.0, Recompute.NOTHING, False, HEAD_NORMS, 17, 34, 49.6),
-    (QV, 0.0, Recompute.BLOCK, False, HEAD_NORMS, 25, 46, 57.8),
+    (QV, 0.0, Recompute.NOTHING, False, HEAD_NORMS, 17, 34, 51.6),
+    (QV, 0.0, Recompute.BLOCK, False, HEAD_NORMS, 25, 46, 59.8),
 ]
 
 
