@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,22 @@ def _text(facts: dict[str, Any]) -> str:
 def write_generation_config(directory: Path, config: LlamaConfig, source: Path | None = None) -> None:
     """Write ``generation_config.json``, with every EOS; ``source``: a model whose settings are kept."""
     _write_generation_config(directory, _token_facts(config), source)
+
+
+def stop_tokens(directory: Path) -> tuple[int, ...]:
+    """The EOS that the ``generation_config.json`` of a directory states."""
+    file = directory / "generation_config.json"
+    return tuple(_token_ids(file, read_json(file).get("eos_token_id")) or ()) if file.exists() else ()
+
+
+def add_stop_tokens(directory: Path, more: Iterable[int]) -> None:
+    """Add EOS to the ``generation_config.json`` in a staging directory."""
+    file, known = directory / "generation_config.json", stop_tokens(directory)
+    ids = tuple(dict.fromkeys((*known, *more)))
+    if ids != known:
+        facts = read_json(file)
+        file.unlink()
+        write_json(file, {**facts, "eos_token_id": ids[0] if len(ids) == 1 else list(ids)})
 
 
 def _write_generation_config(directory: Path, tokens: dict[str, Any], source: Path | None) -> None:

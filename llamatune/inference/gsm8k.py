@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llamatune.checkpoints.adapter_sum import facts_of
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.command_options.inference import EvaluateOptions
 from llamatune.data.chat_template import ChatTemplate
@@ -238,12 +239,16 @@ def _settings(
     examples: list[Question],
 ) -> dict[str, Any]:
     """Everything that decides an answer. The number of questions and the batch size may change between calls."""
-    adapter = opened.adapter
+    adapter: Any = None
+    if opened.adapter is not None:
+        alone = opened.adapter is opened.adapters[0]
+        adapter = {"sha256": opened.adapter.digest, "scaling": opened.adapter.config.scaling()}
+        adapter = adapter if alone else facts_of(opened.adapters, options.adapter_weights)
     return {
         "task": "gsm8k",
         "revision": _REVISION,
         "model": fingerprint(opened.checkpoint),
-        "adapter": None if adapter is None else {"sha256": adapter.digest, "scaling": adapter.config.scaling()},
+        "adapter": adapter,
         "compare": options.compare,
         "dtype": opened.dtype_name,
         "tokenizer": tokenizer.fingerprint,

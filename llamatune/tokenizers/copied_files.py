@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llamatune.durable_writing import writing
+from llamatune.durable_writing import remove, writing
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.safe_reading import open_regular, read_bytes
@@ -79,6 +79,8 @@ def _default_of(stated: Any) -> str | None:
 
 def replace_chat_template(directory: Path, template: str) -> None:
     """Give the tokenizer that was copied to ``directory`` another chat template. Not atomic: for staging."""
+    if read_chat_template(directory) == template:
+        return
     for name in (CHAT_TEMPLATE, "chat_template.json"):
         (directory / name).unlink(missing_ok=True)
     _write_text(directory / CHAT_TEMPLATE, template)
@@ -185,3 +187,10 @@ def copy_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignor
         on_event(Notice(f"{source}: no tokenizer.model, which Meta's format needs: add it yourself", "warning"))
         if definition.exists():
             copy_huggingface_tokenizer(source, directory, on_event)
+
+
+def replace_tokenizer(source: Path, directory: Path, meta: bool, on_event: OnEvent = ignore_event) -> None:
+    """Another tokenizer than the one that was copied to ``directory``. Not atomic: for staging directories."""
+    for name in (*_FILES, _MORE_TEMPLATES):
+        remove(directory / name)
+    (copy_meta_tokenizer if meta else copy_huggingface_tokenizer)(source, directory, on_event)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from llamatune import __version__
 from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter
-from llamatune.checkpoints.companion_files import AdapterCompanions, copy_licences
+from llamatune.checkpoints.companion_files import RunCompanions
 from llamatune.checkpoints.huggingface_weights import write_huggingface
 from llamatune.checkpoints.model_card import write_card
 from llamatune.checkpoints.sharded_checkpoint import save_sharded_state
@@ -27,13 +27,13 @@ from llamatune.formats.state_json import checkpoint_path
 from llamatune.model.adapters.apply import adapter_parameters, restored_tensors, stored_tensors
 from llamatune.model.kernels.choice import kernels_in_use
 from llamatune.ranks import Ranks
+from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.spec import RunSpec
 from llamatune.strict_json import write_json
-from llamatune.tokenizers.copied_files import replace_chat_template
 from llamatune.training.gpu_meter import GpuMeter
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
-from llamatune.training.run_card import base_for_readers, chat_template_of, run_card
+from llamatune.training.run_card import run_card
 from llamatune.training.run_directory import RunDirectory
 from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, MODEL
 from llamatune.training.sharded_tensors import owned_runs, restore_runs
@@ -61,7 +61,7 @@ class RunOutput:
     run: RunDirectory
     ranks: Ranks
     gpu_meter: GpuMeter
-    companions: AdapterCompanions
+    companions: RunCompanions
 
     def log(self, record: Record) -> None:
         """Append a line to ``metrics.jsonl``."""
@@ -190,18 +190,19 @@ class RunOutput:
             staging.facts["template"] = template
         else:
             tensors = stored_tensors(spec.adapter, dict(adapter_parameters(self.learner.model)))
-            write_adapter(staging, Adapter(spec.adapter.stored(), tensors, fingerprint, template, base_for_readers(base)))
+            quantized = spec.model.dtype if spec.model.dtype in QUANTIZED_DTYPES else None
+            named = self.companions.peft_base
+            adapter = Adapter(spec.adapter.stored(), tensors, fingerprint, template, named, base_dtype=quantized)
+            write_adapter(staging, adapter)
             staging.facts["base_path"] = base
 
     def _write_companions(self, staging: Staging, final: Path, results: Mapping[str, Any]) -> None:
         """What the product carries for its readers; a checkpoint, which is for resuming, goes without."""
         if self.spec.adapter is None:
-            copy_licences(Path(self.spec.model.path), staging.path)
-            if (chat_template := chat_template_of(self.inputs.prepared.manifest)) is not None:
-                replace_chat_template(staging.path, chat_template)
+            self.companions.complete_model(staging.path)
         else:
             self.companions.write(staging, final)
-        write_card(staging.path, run_card(self.spec, self.inputs, results))
+        write_card(staging.path, run_card(self.spec, self.inputs, self.companions.peft_base, results))
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -18,7 +18,10 @@ from llamatune.checkpoints import companion_files
 from llamatune.checkpoints.adapter import load_adapter
 from llamatune.checkpoints.merging import merge_lora
 from llamatune.command_options.inference import MergeOptions
-from llamatune.events import Notice
+from llamatune.data.chat_segments import ChatEncoder
+from llamatune.data.chat_template import ChatTemplate
+from llamatune.data.template_choice import stored_template
+from llamatune.events import Notice, StepDone
 from llamatune.formats.manifest import verify_product
 from llamatune.spec import RunSpec
 from llamatune.tokenizers.loading import load_tokenizer
@@ -26,6 +29,11 @@ from llamatune.training.train import train
 
 LICENCES = {"LICENSE": "may be used", "NOTICE.txt": "was made by", "USE_POLICY.md": "not for harm"}
 CARRIED = ("README.md", "chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}{% if m['role'] == 'assistant' %}"
+    "<|end_of_text|>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+"""Turns end in another token than the tokenizer's EOS."""
 CHAT = [
     {"role": "system", "content": " count apples "}, {"role": "user", "content": " a red llama\n"},
     {"role": "assistant", "content": "walks over 'green' hills "}, {"role": "user", "content": "cold \\rain"},
@@ -38,11 +46,12 @@ def base(
 ) -> Path:
     """A model with a Llama 3's tokenizer, two EOS and licence files."""
     path, tokenizer = tmp_path_factory.mktemp("carried") / "base", load_tokenizer(json_tokenizers["llama_3"])
-    other = tokenizer.vocab_size - 3
-    eos = {"bos_token_id": tokenizer.bos_id, "eos_token_id": [tokenizer.eos_id, other]}
+    eos = {"bos_token_id": tokenizer.bos_id, "eos_token_id": [tokenizer.eos_id, 5]}
     shutil.copytree(tiny_base(vocab_size=700, **eos), path)
     (path / "tokenizer.model").unlink()
     shutil.copytree(json_tokenizers["llama_3"], path, dirs_exist_ok=True)
+    facts = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({**facts, "chat_template": TEMPLATE}))
     (path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, **eos}))
     for name, text in LICENCES.items():
         (path / name).write_text(text)
@@ -76,8 +85,10 @@ def test_an_adapter_carries_what_its_readers_need(run: Path, base: Path, product
     assert names >= {*CARRIED, *LICENCES}
     assert all((directory / name).read_text() == text for name, text in LICENCES.items())
     assert (directory / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
-    eos = json.loads((base / "generation_config.json").read_text())
-    assert json.loads((directory / "generation_config.json").read_text()) == eos
+    of_base, stated = (json.loads((d / "generation_config.json").read_text()) for d in (base, directory))
+    end_of_turn = load_tokenizer(base).special_ids["<|end_of_text|>"]
+    assert end_of_turn not in of_base["eos_token_id"]
+    assert stated == {**of_base, "eos_token_id": [*of_base["eos_token_id"], end_of_turn]}
     assert set(verify_product(directory).files) == names - {"llamatune.json"}
     assert json.loads((directory / "adapter_config.json").read_text())["lora_alpha"] == 8
     assert not {*CARRIED, *LICENCES} & set(os.listdir(next((run / "checkpoints").glob("step-*"))))
@@ -101,15 +112,11 @@ def test_peft_and_transformers_open_it_and_apply_the_template(run: Path, base: P
 
     theirs = AutoTokenizer.from_pretrained(run / "adapter")
     ours = load_tokenizer(base)
-    text = "[INST] <<SYS>>\ncount apples\n<</SYS>>\n\na red llama [/INST] walks over 'green' hills "
-    text += "[INST] cold \\rain [/INST]"
+    template = stored_template(load_adapter(run / "adapter").template or {})
+    assert isinstance(template, ChatTemplate)
     made = theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
-    assert made == ours.encode(text)
-    whole = theirs.apply_chat_template([*CHAT, {"role": "assistant", "content": "falls"}], tokenize=False)
-    assert whole == f"{theirs.bos_token}{text} falls{theirs.eos_token}"
-    assert theirs.apply_chat_template(CHAT[1:2], tokenize=False) == f"{theirs.bos_token}[INST] a red llama [/INST]"
-    with pytest.raises(Exception, match="take turns"):
-        theirs.apply_chat_template(CHAT[1:2] * 2)
+    assert made == ChatEncoder(template, ours).prompt(CHAT).encode(ours)[0]
+    assert theirs.apply_chat_template(CHAT, tokenize=False).endswith("<user>cold \\rain")
     model = AutoPeftModelForCausalLM.from_pretrained(run / "adapter")
     assert torch.isfinite(model(torch.tensor([made])).logits).all()
 
@@ -198,22 +205,30 @@ def test_the_bases_own_template_is_written_to_both_homes(
     assert (adapter / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
 
 
-def test_a_base_whose_tokenizer_is_broken_since_costs_a_notice(
-    base: Path, prepared: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("whole", [False, True], ids=["adapter", "model"])
+@pytest.mark.parametrize("gone", [False, True], ids=["broken", "gone"])
+def test_a_base_that_is_no_longer_in_order_costs_a_notice(
+    base: Path, prepared: Callable[..., Path], tmp_path: Path, gone: bool, whole: bool
 ) -> None:
+    """The weights were read before; the run ends with all that it trained."""
     own, told = tmp_path / "base", list[Any]()
     shutil.copytree(base, own)
-    spec = spec_for(own, prepared, tmp_path / "run")
+    changes = {"lora": None} if whole else {}
+    spec = spec_for(own, prepared, tmp_path / "run", model__memory_map=False, **changes)
 
-    def break_it(event: Any) -> None:
-        (own / "tokenizer_config.json").write_text("{")
+    def harm(event: Any) -> None:
         told.append(event)
+        if isinstance(event, StepDone) and event.step == 1:
+            (own / "tokenizer.json").write_text("{")
+            if gone:
+                shutil.rmtree(own)
 
-    train(spec, on_event=break_it)
+    train(spec, on_event=harm)
     words = [event.message for event in told if isinstance(event, Notice)]
-    assert any("written without tokenizer and licence" in message for message in words)
-    assert not {"tokenizer.json", "LICENSE"} & set(os.listdir(tmp_path / "run" / "adapter"))
-    verify_product(tmp_path / "run" / "adapter")
+    assert any("written without what the base should give" in message for message in words)
+    product = tmp_path / "run" / ("model" if whole else "adapter")
+    assert "README.md" in verify_product(product).files
+    assert whole or not {"tokenizer.json", "LICENSE"} & set(os.listdir(product))
 
 
 def test_a_model_of_full_fine_tuning_carries_them_too(
