@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome
 
 from llamatune.tokenizers.loading import load_tokenizer
 
@@ -41,7 +40,7 @@ def adapter(base: Path, tmp_path: Path) -> Path:
 
 
 def test_prompts_are_encoded_with_the_adapters_tokenizer(
-    base: Path, adapter: Path, command: Callable[..., Outcome], tmp_path: Path
+    base: Path, adapter: Path, command: Callable[..., Any], tmp_path: Path
 ) -> None:
     asked = ("--prompt", f"a red {NEW}", "--temperature", 0, "--max-new-tokens", 4, "--json")
     model: tuple[Any, ...] = ("--model", base, "--adapter", adapter)
@@ -55,9 +54,7 @@ def test_prompts_are_encoded_with_the_adapters_tokenizer(
     assert load_tokenizer(tmp_path / "merged").encode(NEW)[-1] == len(load_tokenizer(base).pieces())
 
 
-def test_a_token_that_the_base_has_not_is_not_compared(
-    base: Path, adapter: Path, command: Callable[..., Outcome]
-) -> None:
+def test_a_token_that_the_base_has_not_is_not_compared(base: Path, adapter: Path, command: Callable[..., Any]) -> None:
     model: tuple[Any, ...] = ("--model", base, "--adapter", adapter, "--compare", "--max-new-tokens", 2)
     refused = command("generate", *model, "--prompt", f"a red {NEW}")
     assert (refused.code, "leave out --compare" in refused.stderr) == (3, True)
