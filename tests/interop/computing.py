@@ -60,3 +60,8 @@ def worst_difference(answer: Answer, computed: Computed) -> float:
     assert answer["release"]
     pairs = zip(answer.logits, computed.logits, strict=True)
     return max(float((torch.from_numpy(theirs) - ours).abs().max()) for theirs, ours in pairs)
+
+
+def without_end(row: list[int], computed: Computed) -> list[int]:
+    """A judge's continuation without the token that ended it: llamatune's has none."""
+    return row[:-1] if row[-1] in computed.eos_ids else row
