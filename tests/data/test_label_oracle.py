@@ -14,7 +14,7 @@ import pytest
 from chat_tools import PARTS, conversation, encoded, random_text
 
 from llamatune.data.chat_template import built_in_chat_template
-from llamatune.data.segments import in_segments
+from llamatune.data.segments import Segment, Segments
 from llamatune.tokenizers.byte_level import bytes_of
 from llamatune.tokenizers.loading import load_tokenizer
 from llamatune.tokenizers.tokenizer import Tokenizer
@@ -95,6 +95,11 @@ def chatml(said: list[tuple[str, str]]) -> Layout:
 LAYOUTS = {"llama2-chat": llama_2, "llama3-chat": llama_3, "chatml": chatml}
 
 
+def plain_row(tokenizer: Tokenizer, prompt: str, answer: str) -> Segments:
+    eos = Segment(tokenizer.piece(tokenizer.eos_id), True, tokenizer.eos_id)
+    return Segments((Segment(prompt), Segment(answer, True), eos))
+
+
 def compare(tokenizer: Tokenizer, name: str, count: int, seed: int) -> None:
     chance, template = random.Random(seed), built_in_chat_template(name, tokenizer)
     for _ in range(count):
@@ -102,7 +107,7 @@ def compare(tokenizer: Tokenizer, name: str, count: int, seed: int) -> None:
         ids, mask = encoded(template, tokenizer, said)
         assert told(tokenizer, ids, LAYOUTS[name]([(m["role"], m["content"]) for m in said])) == [0, *mask[1:]], said
         prompt, answer = ("" if chance.random() < 0.1 else said_text(chance)), said_text(chance)
-        ids, spans = in_segments(tokenizer, prompt, answer).encode(tokenizer)
+        ids, spans = plain_row(tokenizer, prompt, answer).encode(tokenizer)
         bos = [] if tokenizer.bos_id is None else [(tokenizer.piece(tokenizer.bos_id), False)]
         layout = [*bos, (prompt, False), (answer, True), (tokenizer.piece(tokenizer.eos_id), True)]
         mask = [int(any(first <= n < last for first, last in spans)) for n in range(len(ids))]
