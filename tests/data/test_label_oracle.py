@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from chat_tools import PARTS, conversation, encoded, random_text
 
-from llamatune.data.chat_template import built_in_chat_template
+from llamatune.data.chat_template import ChatTemplate, built_in_chat_template
 from llamatune.data.segments import Segment, Segments
 from llamatune.tokenizers.byte_level import bytes_of
 from llamatune.tokenizers.loading import load_tokenizer
@@ -92,7 +92,20 @@ def chatml(said: list[tuple[str, str]]) -> Layout:
     return made
 
 
-LAYOUTS = {"llama2-chat": llama_2, "llama3-chat": llama_3, "chatml": chatml}
+BARE = (
+    "{% for m in messages %}{{ '[' + m.content + ']' if m.role != 'assistant' else m.content + eos_token }}{% endfor %}"
+)
+
+
+def bare(said: list[tuple[str, str]]) -> Layout:
+    """Nothing stands between a prompt and its answer, so that a byte of a character may be the first target."""
+    made: Layout = []
+    for role, text in said:
+        made += [(text, True), ("</s>", True)] if role == "assistant" else [(f"[{text}]", False)]
+    return made
+
+
+LAYOUTS = {"llama2-chat": llama_2, "llama3-chat": llama_3, "chatml": chatml, "bare": bare}
 
 
 def plain_row(tokenizer: Tokenizer, prompt: str, answer: str) -> Segments:
@@ -101,7 +114,8 @@ def plain_row(tokenizer: Tokenizer, prompt: str, answer: str) -> Segments:
 
 
 def compare(tokenizer: Tokenizer, name: str, count: int, seed: int) -> None:
-    chance, template = random.Random(seed), built_in_chat_template(name, tokenizer)
+    own = ChatTemplate("bare", BARE, {"eos_token": "</s>"})
+    chance, template = random.Random(seed), own if name == "bare" else built_in_chat_template(name, tokenizer)
     for _ in range(count):
         said = conversation(chance, said_text)
         ids, mask = encoded(template, tokenizer, said)
@@ -120,7 +134,8 @@ def test_targets_of_byte_level_tokens(chat_tokenizers: dict[str, Path], name: st
 
 
 def test_targets_of_sentencepieces_tokens(tokenizer: Tokenizer) -> None:
-    compare(tokenizer, "llama2-chat", 100, 12)
+    compare(tokenizer, "llama2-chat", 50, 12)
+    compare(tokenizer, "bare", 50, 13)
 
 
 @pytest.mark.slow
@@ -128,8 +143,8 @@ def test_three_thousand_rows_and_conversations(
     tokenizer: Tokenizer, chat_tokenizers: dict[str, Path], shared_fixtures: Path
 ) -> None:
     real = load_tokenizer(shared_fixtures / "data" / "llama2_tokenizer.model")
-    cases = [(tokenizer, "llama2-chat"), (real, "llama2-chat")]
+    cases = [(tokenizer, "llama2-chat"), (real, "llama2-chat"), (real, "bare")]
     cases += [(load_tokenizer(chat_tokenizers["llama3"]), "llama3-chat")]
     cases += [(load_tokenizer(chat_tokenizers["marked"]), "chatml")]
     for seed, (made, name) in enumerate(cases):
-        compare(made, name, 1000, 100 + seed)
+        compare(made, name, 600, 100 + seed)
