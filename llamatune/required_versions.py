@@ -1,4 +1,4 @@
-"""Required versions of torch and sentencepiece, checked at run time as well: an installer can be overruled."""
+"""Required versions of torch, sentencepiece and jinja2, checked at run time as well: an installer can be overruled."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import re
 
 from llamatune.errors import EnvironmentFault
 
-OLDEST = {"torch": "2.10", "sentencepiece": "0.2.3"}
-"""Older torch loads files unsafely; older sentencepiece crashes on malformed models. As in ``pyproject.toml``."""
+OLDEST = {"torch": "2.10", "sentencepiece": "0.2.3", "jinja2": "3.1.6"}
+"""Older torch loads files unsafely; older sentencepiece crashes on malformed models; the sandbox of an older jinja2 has
+holes. As in ``pyproject.toml``."""
 
 
 def require_version(package: str, found: str) -> None:

@@ -14,7 +14,7 @@ FLOORS = [
     {"cli", "__main__"},
     {"commands"},
     {"demo"},
-    {"tracking", "reporting", "benchmarking", "verification", "slurm_script"},
+    {"tracking", "reporting", "benchmarking", "verification", "merge_proof", "slurm_script"},
     {"training"},
     {"inference"},
     {"checkpoints", "data"},

@@ -15,6 +15,7 @@ import torch
 
 from llamatune.checkpoints.adapter_config import CONFIG_FILE, dump_config
 from llamatune.checkpoints.adapter_header import (
+    EMBEDDING,
     HEAD,
     PREFIX,
     WEIGHTS_FILE,
@@ -34,11 +35,15 @@ from llamatune.model.adapters.apply import adapter_class
 from llamatune.model.torch_dtypes import STORED_WEIGHTS
 from llamatune.safe_reading import digest_file
 from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
+from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.strict_json import write_json
+from llamatune.tokenizers.loading import tokenizer_file
 
 _BELONG = "adapter_config.json, its tensors and the base must belong together"
 _LONGEST_STATEMENT = 600
+_BASE_DTYPE = "base_dtype"
+"""In the manifest: what the base was quantised to."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Adapter:
     ``tensors`` are named like ``model.layers.0.self_attn.q_proj.lora_A.weight``: A (R, in), B (out, R), fp32. What it
     changes beside the layers of blocks are ``base_changes``, by the names of the base's tensors.
     ``base_path`` is the base as the user named it, ``digest`` the SHA-256 of the file it was loaded from.
+    ``base_dtype`` is what the base was quantised to in training; None: it was not, or nothing is known.
     """
 
     config: AdapterSpec
@@ -59,6 +65,7 @@ class Adapter:
     digest: str | None = None
     base_changes: Mapping[str, BaseChange] = field(default_factory=dict)
     header: AdapterHeader | None = None
+    base_dtype: str | None = None
 
     def changes(self, name: str) -> bool:
         """Whether the merged model's weight called ``name`` is another than the base's."""
@@ -75,6 +82,16 @@ class Adapter:
         """Of the update of the weight called ``name``."""
         path = name.split(".")  # model.layers.0.self_attn.q_proj.weight
         return self.config.scaling(path[-2], int(path[2]))
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The directory whose tokenizer belongs to it; None: the base's does.
+
+        An adapter that changes embedding or head was trained with the tokenizer beside it, which may have more tokens.
+        """
+        if self.header is None or not self.base_changes.keys() & {f"{EMBEDDING}.weight", f"{HEAD}.weight"}:
+            return None
+        return None if tokenizer_file(self.header.path) is None else self.header.path
 
     def on(self, base: Checkpoint) -> Checkpoint:
         """The base as its model is with this adapter, apart from the updates of layers that ``tensors`` hold."""
@@ -114,7 +131,11 @@ def load_adapter(path: Path) -> Adapter:
     low_rank = {name: tensor for name, tensor in tensors.items() if is_update_in_block(name)}
     changes = collect_changes(header, {name: tensors[name] for name in tensors.keys() - low_rank.keys()})
     base = header.config.base
-    return Adapter(header.spec, low_rank, fingerprint, template, base, path, digest, changes, header)
+    if base is None and manifest:  # it names no base that PEFT cannot open
+        base = manifest.base_path
+    held = manifest.facts.get(_BASE_DTYPE) if manifest else None
+    quantized = held if held in QUANTIZED_DTYPES else None
+    return Adapter(header.spec, low_rank, fingerprint, template, base, path, digest, changes, header, quantized)
 
 
 def _read(name: str, location: TensorLocation) -> torch.Tensor:
@@ -179,3 +200,5 @@ def write_adapter(staging: Staging, adapter: Adapter) -> None:
     tensors = {f"{PREFIX}{name}": adapter.tensors[name].detach().float() for name in sorted(adapter.tensors)}
     write_tensors(staging, WEIGHTS_FILE, tensors)
     staging.facts.update(base_fingerprint=adapter.base_fingerprint, template=adapter.template)
+    if adapter.base_dtype is not None:
+        staging.facts[_BASE_DTYPE] = adapter.base_dtype

@@ -1,9 +1,10 @@
 """Options of the verbs that read a model: ``generate``, ``evaluate``, ``merge-lora``, ``count-params``, ``verify``."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llamatune.command_options.option import Options, option
 from llamatune.errors import SpecError
@@ -17,25 +18,79 @@ HeldDtype = Literal["same", "float32", "bfloat16", "float16", "nf4", "float8"]
 Placement = Literal["device", "host", "shard"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightsOptions(Options):
+    """Which of several files of weights is read of a model directory."""
+
+    variant: str | None = option(
+        "Of a Hugging Face model: fp16 reads model.fp16.safetensors.", None, metavar="NAME", last=True
+    )
+
+
+def parse_weights(text: str, flag: str) -> tuple[float, ...]:
+    """``0.7,0.3`` as numbers."""
+    try:
+        weights = tuple(map(float, text.split(",")))
+    except ValueError:
+        raise SpecError(f"{flag} is {text[:80]!r}", None, "give a number for each adapter, such as 0.7,0.3") from None
+    if not all(map(math.isfinite, weights)):
+        raise SpecError(f"{flag} is {text[:80]!r}", None, "its numbers must be finite")
+    return weights
+
+
+def _weights_option() -> Any:
+    help = "Of each --adapter's update, in their order, such as 0.7,0.3."
+    return option(help, None, parse=parse_weights, shown_default="1 for each", metavar="NUMBERS", last=True)
+
+
+class _Adapters:
+    """Of options that take one adapter or several."""
+
+    adapter: Path | Sequence[Path] | None
+    weights: tuple[float, ...] | None
+
+    @property
+    def adapters(self) -> tuple[Path, ...]:
+        """Their directories, in the order of the command line."""
+        if self.adapter is None:
+            return ()
+        return (self.adapter,) if isinstance(self.adapter, Path) else tuple(self.adapter)
+
+    @property
+    def adapter_weights(self) -> tuple[float, ...]:
+        """What the update of each is multiplied by."""
+        return self.weights or (1.0,) * len(self.adapters)
+
+    def check_weights(self) -> None:
+        """Raise ``SpecError`` unless there is a weight for each adapter."""
+        if self.weights is not None and len(self.weights) != len(self.adapters):
+            what = f"--weights has {len(self.weights)} numbers for {len(self.adapters)} adapters"
+            raise SpecError(what, None, "give one for each --adapter, in their order")
+
+
 @dataclass(frozen=True)
-class ModelSource(Options):
-    """A model to compute with: the base, the adapter on it, and whether the base alone is computed beside the two.
+class ModelSource(_Adapters, WeightsOptions):
+    """A model to compute with: the base, adapters on it, and whether the base alone is computed beside.
 
     ``dtype`` is what the weights are held in; ``same``: as they are stored; ``nf4`` and ``float8``: the matrices of the
     blocks in it, the rest in 16 bits. ``placement`` is where those of the blocks lie between their uses.
     """
 
     model: Path = option("A model directory, Meta's or Hugging Face's.")
-    adapter: Path | None = option("An adapter directory to put on it.", None)
+    adapter: Path | Sequence[Path] | None = option(
+        "An adapter directory to put on it; of several, the sum.", None, kind=Sequence[Path]
+    )
     compare: bool = option("Show the base's answer beside the tuned one.", False)
     force_base: bool = option("Accept an adapter of another base.", False, last=True)
     dtype: HeldDtype = option("same, float32, bfloat16, float16, nf4 or float8.", "same", last=True)
     device: str = option("auto, cpu, cuda or cuda:N.", "auto", last=True)
     placement: Placement = option("Of the blocks: device, host, or shard: slices on all ranks.", "device", last=True)
+    weights: tuple[float, ...] | None = _weights_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.compare and self.adapter is None:
+        self.check_weights()
+        if self.compare and not self.adapters:
             raise SpecError("--compare needs two models", None, "give the tuned one with --adapter")
 
 
@@ -125,11 +180,16 @@ class EvaluateOptions(ModelSource):
 
 
 @dataclass(frozen=True)
-class MergeOptions(Options):
-    """What to merge, and how to write it; ``same`` means as the base has it."""
+class MergeOptions(_Adapters, WeightsOptions):
+    """What to merge, and how to write it; ``same`` means as the base has it.
+
+    ``template`` None: that stored with the adapters.
+    """
 
     model: Path = option("The base model, Hugging Face's or Meta's.", metavar="DIR")
-    adapter: Path = option("The adapter, a PEFT directory.", metavar="DIR")
+    adapter: Path | Sequence[Path] = option(
+        "The adapter, a PEFT directory; of several, the sum.", kind=Sequence[Path], metavar="DIR"
+    )
     output: Path = option("The model directory to make.", metavar="DIR")
     format: Literal["same", "hf", "meta"] = option(
         "same, hf or meta: the layout of the files.", "same", metavar="FORMAT"
@@ -137,10 +197,31 @@ class MergeOptions(Options):
     dtype: Dtype = option("same, float32, bfloat16 or float16: of the weights.", "same", metavar="DTYPE")
     force_base: bool = option("Accept an adapter that was trained on another base.", False)
     overwrite: bool = option("Replace what stands at --output.", False)
+    weights: tuple[float, ...] | None = _weights_option()
+    template: str | None = option(
+        "A template's name or file to store with the model, or none.",
+        None,
+        shown_default="the one stored with the adapter",
+        metavar="TEMPLATE",
+    )
+    onto_quantized: bool = option("Merge into the weights of the quantised base that training saw.", False)
+    probe: Path | None = option(
+        "Prove the merge on these rows: prepared, a file, or `run`: those the adapter's run validated on.",
+        None,
+        metavar="ROWS",
+    )
+    least_kept: float = option(
+        "The least share of the gain on --probe that is not refused.", 0.9, at_most=1, metavar="SHARE"
+    )
+    device: str = option("Where --probe is computed: auto, cpu, cuda or cuda:N.", "auto", metavar="DEVICE")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_weights()
 
 
 @dataclass(frozen=True)
-class CountOptions(Options):
+class CountOptions(WeightsOptions):
     """A model or a published shape, and the adapter that is counted with it."""
 
     model: Path | None = option("A model directory.", None, metavar="DIR")
@@ -159,10 +240,12 @@ class CountOptions(Options):
             raise SpecError("give one of --model and --preset", todo="for example --preset llama-2-7b")
         if self.adapter is not None and (self.r is not None or self.target_modules is not None):
             raise SpecError("--adapter says the rank and the modules", todo="leave out --r and --target-modules")
+        if self.preset is not None and self.variant is not None:
+            raise SpecError("--variant needs --model", todo="a preset has no weights")
 
 
 @dataclass(frozen=True)
-class VerifyOptions(Options):
+class VerifyOptions(WeightsOptions):
     """What is checked."""
 
     directory: Path = option(

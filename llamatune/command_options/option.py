@@ -20,7 +20,7 @@ class Option:
 
     Args:
         default: of the field; one without a default is required.
-        kind: the field's type without None.
+        kind: the field's type without None, unless another is declared.
         flag: the spelling; if none is declared, the field's name in kebab-case.
         shown_default: what stands for a default of None, as ``--help`` shows it.
         parse: makes the value from its text and the flag.
@@ -89,8 +89,8 @@ def option_fields(options: type[Options]) -> list[Option]:
 
 
 def _declared_option(declared: Field[Any]) -> Option:
-    kind: Any = declared.type
+    made: Option = declared.metadata["option"]
+    kind: Any = made.kind or declared.type
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
-    made: Option = declared.metadata["option"]
     return replace(made, name=declared.name, kind=kind, flag=made.flag or f"--{declared.name.replace('_', '-')}")

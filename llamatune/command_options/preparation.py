@@ -18,7 +18,8 @@ class PrepareOptions(Options):
     output: Path = option("The directory to make.")
     format: str = option("auto, alpaca, gsm8k, chat, completion or text.", "auto", metavar="NAME")
     template: str | None = option(
-        "alpaca, gsm8k, llama2-chat, completion, text, or a YAML file with `prompt`.",
+        "alpaca, gsm8k, completion, text; for chats llama2-chat, llama3-chat, chatml or model (the one beside the "
+        "tokenizer); or a YAML file with `prompt`, or a .jinja file.",
         None,
         metavar="NAME|FILE",
         shown_default="the format's own",
@@ -33,6 +34,12 @@ class PrepareOptions(Options):
     validation: Sequence[Path] = option("A file of validation rows. Repeatable.", (), metavar="ROWS")
     limit: int | None = option("Read only the first N rows.", None, metavar="N", at_least=1, at_most=1 << 62)
     seed: int = option("Decides which rows are held out.", 0, at_least=0, below=1 << 63)
+    train_on: Literal["all-assistant", "last-assistant"] | None = option(
+        "Of a chat: every answer, or the last one, is learned.",
+        None,
+        metavar="ANSWERS",
+        shown_default="all-assistant, if the template ends each of them",
+    )
     train_on_prompt: bool = option("Prompt tokens are learned too, not only the completion.", False)
     skip_bad_rows: int = option(
         "Leave out up to N unusable rows; one more is an error.", 0, metavar="N", at_least=0, at_most=1 << 62

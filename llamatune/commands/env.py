@@ -12,7 +12,7 @@ from llamatune.commands._console import Console, RichConsole
 if TYPE_CHECKING:
     import torch
 
-_PACKAGES = ("torch", "safetensors", "sentencepiece", "tokenizers", "pydantic", "typer", "rich", "PyYAML")
+_PACKAGES = ("torch", "safetensors", "sentencepiece", "tokenizers", "jinja2", "pydantic", "typer", "rich", "PyYAML")
 
 
 def env(options: Options, console: Console) -> None:

@@ -33,7 +33,10 @@ def prepare_data(options: PrepareOptions, console: Console) -> None:
 
 
 def _print_row(out: RichConsole, row: Mapping[str, Any], show_ids: bool) -> None:
-    """Print trained tokens in green and others dim; without colours trained spans are in ``[[ ]]``."""
+    """Print trained tokens in green and others dim; without colours trained spans are in ``[[ ]]``.
+
+    Special tokens are in ``« »``, so that ``«</s>»`` is not the text ``</s>``.
+    """
     from rich.text import Text
 
     line = Text(f"row {row['row']}: ", style="bold")
@@ -43,7 +46,8 @@ def _print_row(out: RichConsole, row: Mapping[str, Any], show_ids: bool) -> None
         if not coloured and token["trained"] != inside:
             line.append(" [[" if token["trained"] else "]] ")
             inside = token["trained"]
-        shown = printable(token["piece"]) + (f"({token['id']})" if show_ids else "")
+        piece = printable(token["piece"])
+        shown = (f"«{piece}»" if token["special"] else piece) + (f"({token['id']})" if show_ids else "")
         separator = " " if number and show_ids else ""
         line.append(separator + shown, style="green" if token["trained"] else "dim")
     if inside:
@@ -61,6 +65,8 @@ def _print_report(out: RichConsole, report: Mapping[str, Any]) -> None:
         return "" if not counts else " (" + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()) + ")"
 
     title = f"{report['format']} rows, template {printable(report['template']['name'])}"
+    if report["format"] == "chat" and report["train_on"]:
+        title += f", targets: {report['train_on']}"
     table = Table(Column(style="bold"), "", title=title, title_justify="left", show_header=False)
 
     def add(name: str, value: str) -> None:
@@ -75,6 +81,8 @@ def _print_report(out: RichConsole, report: Mapping[str, Any]) -> None:
     add("duplicates", f"{report['duplicates']:,}")
     if count := report["prompts_not_prefix"]:
         add("prompts not a prefix", f"{count:,} (encoded alone they have other tokens than in their row)")
+    if count := report["only_last"]:
+        add("last answer alone", f"{count:,} (the template writes earlier answers in another way)")
     if report["ignored_keys"]:
         add("ignored keys", ", ".join(f"{key} ({n:,})" for key, n in report["ignored_keys"].items()))
     for name, split in report["splits"].items():

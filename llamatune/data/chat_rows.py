@@ -21,7 +21,7 @@ _METADATA = {
 """Keys of a message that are mere metadata and may be ignored; so may any key that ends in ``_id``."""
 
 _TRAINING = ("weight", "train", "training", "trainable", "loss", "learn")
-"""Keys by which other tools select the trained messages; 1 or true is accepted, since it changes nothing here."""
+"""Keys by which a message, of the first two the row too, is a target or not: 1 or true, 0 or false."""
 
 
 def read_chat(row: Mapping[str, Any], *, as_prompt: bool = False) -> Row:
@@ -37,8 +37,11 @@ def read_chat(row: Mapping[str, Any], *, as_prompt: bool = False) -> Row:
     messages = field_of(row, name)
     if not isinstance(messages, list):
         raise RowError("wrong_type", f"field {name!r} of the row is {kind_of(messages)}, not a list")
-    _refuse_other_training(row, _TRAINING[:2], "the row")
+    if not _is_trained(row, _TRAINING[:2], "the row"):
+        key = next(key for key in _TRAINING if not is_empty(row.get(key)))
+        raise RowError("unread_field", f"the row has a {key!r} other than 1; take it out if it is not to be trained")
     turns: list[tuple[str, str]] = []
+    trained: list[bool] = []
     ignored: set[str] = set()
     for number, message in enumerate(messages, start=1):
         where = f"message {number} of {name!r}"
@@ -52,6 +55,9 @@ def read_chat(row: Mapping[str, Any], *, as_prompt: bool = False) -> Row:
         if role not in ("system", "user", "assistant"):
             raise RowError("bad_messages", f"{where} has the role {quote(role)}; known: system, user, assistant")
         turns.append((role, text_field(message, text_key, where)))
+        is_trained = _is_trained(message, _TRAINING, where)
+        if role == "assistant":
+            trained.append(is_trained)
     system, first = "", 1
     if turns and turns[0][0] == "system":
         system, first = turns.pop(0)[1], 2
@@ -73,12 +79,12 @@ def read_chat(row: Mapping[str, Any], *, as_prompt: bool = False) -> Row:
         system = beside
     texts = [text for _, text in turns]
     *earlier, (user, answer) = zip(texts[::2], texts[1::2], strict=True)
-    return Row({"user": user, "system": system}, answer, tuple(earlier), tuple(sorted(ignored)))
+    fields, flags = {"user": user, "system": system}, () if all(trained) else tuple(trained)
+    return Row(fields, answer, tuple(earlier), flags, tuple(sorted(ignored)))
 
 
 def _ignored_keys(message: Mapping[str, Any], read: tuple[str, str], where: str) -> list[str]:
     """The metadata keys of ``message``; a key that may hold a part of the conversation raises ``RowError``."""
-    _refuse_other_training(message, _TRAINING, where)
     ignored = [key for key in message if key not in (*read, *_TRAINING) and not is_empty(message[key])]
     for key in ignored:
         if key not in _METADATA and not key.endswith("_id"):
@@ -86,11 +92,12 @@ def _ignored_keys(message: Mapping[str, Any], read: tuple[str, str], where: str)
     return ignored
 
 
-def _refuse_other_training(holder: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
-    for key in keys:
-        if key in holder and not is_empty(holder[key]) and holder[key] != 1:
-            raise RowError(
-                "unread_field",
-                f"{where} has a {key!r} other than 1, which is not supported: the last assistant message is trained, "
-                "and no other; take the key out if that is what you want",
-            )
+def _is_trained(holder: Mapping[str, Any], keys: Sequence[str], where: str) -> bool:
+    """Whether ``holder`` may be a target: unless one of ``keys`` says 0 or false."""
+    stated = {key: holder[key] for key in keys if key in holder and not is_empty(holder[key])}
+    for key, value in stated.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise RowError("unread_field", f"{where} has a {key!r} other than 0 and 1, true and false")
+    if len({bool(value) for value in stated.values()}) > 1:
+        raise RowError("unread_field", f"{where} has {' and '.join(map(repr, stated))}, which contradict each other")
+    return all(stated.values())

@@ -1,4 +1,4 @@
-"""Encoding of rows: parse, fill the template, tokenise, truncate, and mark where the targets of the loss begin."""
+"""Encoding of rows: parse, fill the template, tokenise, truncate, and mark the targets of the loss."""
 
 from __future__ import annotations
 
@@ -8,28 +8,62 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from llamatune.command_options.preparation import PrepareOptions
+from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.prefix_check import PromptCheck
 from llamatune.data.row_files import RawRow, RowError
 from llamatune.data.row_formats import FORMATS, row_of, strip_annotations
 from llamatune.data.row_json import Row, decode_row
+from llamatune.data.segments import Conversation, in_segments
 from llamatune.data.templates import Template
 from llamatune.tokenizers.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llamatune.data.chat_segments import ChatEncoder
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of encoding; sent to each worker process."""
+    """The settings of encoding; sent to each worker process. ``last_only``: a chat trains only its last answer."""
 
     tokenizer: Tokenizer
-    template: Template
+    template: Template | ChatTemplate
     format: str
     options: PrepareOptions
+    last_only: bool = False
 
     @functools.cached_property  # scanning a vocabulary takes longer than encoding a batch of rows
     def prompt_check(self) -> PromptCheck:
         return PromptCheck(self.tokenizer)
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.special_ids.values())
+
+    @functools.cached_property
+    def chats(self) -> ChatEncoder | None:
+        """The encoder of a chat template; None: the template is none."""
+        if not isinstance(self.template, ChatTemplate):
+            return None
+        from llamatune.data.chat_segments import ChatEncoder  # importing Jinja takes 40 ms
+
+        return ChatEncoder(self.template, self.tokenizer)
+
+    def segments_of(self, row: Row) -> Conversation:
+        """The segments of a row; ``RowError`` if the template has no place for a part of it."""
+        answer = row.completion
+        if self.format == "gsm8k" and self.options.gsm8k_annotations == "strip":
+            answer = strip_annotations(answer)
+        if self.chats is not None:
+            return self.chats.row(row, answer, last_only=self.last_only)
+        assert isinstance(self.template, Template)
+        if misfit := self.template.misfit(row):
+            raise RowError("template_misfit", misfit)
+        prompt, completion = self.template.prompt_of(row.fields, row.turns), self.template.completion_of(answer)
+        segments = in_segments(self.tokenizer, prompt, completion, trained=not row.trained or row.trained[-1])
+        return Conversation(segments, (len(segments.parts) - 2,))
 
 
 @dataclass
@@ -40,11 +74,13 @@ class EncodedBatch:
         ids: the tokens of all kept rows in order, BOS and EOS included.
         positions: of the kept rows.
         lengths: tokens of each kept row.
-        first_targets: index of each kept row's first target token (loss mask 1); all later tokens are targets too.
+        targets: (first, last + 1) of each kept row's spans of target tokens (loss mask 1), one after the other.
+        span_counts: of each kept row, the number of its spans.
         keys: a digest of each kept row's content: equal rows have equal keys.
         full_lengths: (position, tokens before truncation) of every row that was encoded.
         truncated: number of truncated rows; ``truncated_tokens`` is how many tokens they lost.
-        prompts_not_prefix: kept rows whose tokens do not begin with those of the prompt alone.
+        prompts_not_prefix: kept rows whose tokens do not begin with those of a prompt of theirs alone.
+        only_last: kept chats of which the template lets only the last answer be trained, though earlier ones should be.
         dropped: (position, reason).
         refused: (position, kind, message).
         ignored_keys: number of rows with each key that is not read or that the template does not use.
@@ -53,63 +89,68 @@ class EncodedBatch:
     ids: array[int] = field(default_factory=lambda: array("i"))
     positions: array[int] = field(default_factory=lambda: array("i"))
     lengths: array[int] = field(default_factory=lambda: array("i"))
-    first_targets: array[int] = field(default_factory=lambda: array("i"))
+    targets: array[int] = field(default_factory=lambda: array("i"))
+    span_counts: array[int] = field(default_factory=lambda: array("i"))
     keys: array[int] = field(default_factory=lambda: array("Q"))
     full_lengths: list[tuple[int, int]] = field(default_factory=list)
     truncated: int = 0
     truncated_tokens: int = 0
     prompts_not_prefix: int = 0
+    only_last: int = 0
     dropped: list[tuple[int, str]] = field(default_factory=list)
     refused: list[tuple[int, str, str]] = field(default_factory=list)
     ignored_keys: Counter[str] = field(default_factory=Counter)
 
 
 def encode_batch(recipe: Recipe, rows: Sequence[RawRow]) -> EncodedBatch:
-    """Encode ``rows``; an unusable row is recorded in ``refused``, never raised."""
+    """Encode ``rows``; an unusable row is recorded in ``refused``, never raised.
+
+    ``LlamatuneError`` for a chat template that cannot be rendered within its limits.
+    """
     batch = EncodedBatch()
     for position, raw in enumerate(rows):
         try:
             row = row_of(decode_row(raw), FORMATS[recipe.format])
-            if misfit := recipe.template.misfit(row):
-                raise RowError("template_misfit", misfit)
+            conversation = recipe.segments_of(row)
         except RowError as fault:
             batch.refused.append((position, fault.kind, fault.message))
             continue
-        batch.ignored_keys.update(row.ignored_keys + recipe.template.unused_fields(row))
-        _encode_row(batch, recipe, position, row)
+        unused = recipe.template.unused_fields(row) if isinstance(recipe.template, Template) else ()
+        batch.ignored_keys.update(row.ignored_keys + unused)
+        _encode_row(batch, recipe, position, row, conversation)
     return batch
 
 
-def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row) -> None:
-    tokenizer, options, answer = recipe.tokenizer, recipe.options, row.completion
-    if recipe.format == "gsm8k" and options.gsm8k_annotations == "strip":
-        answer = strip_annotations(answer)
-    prompt, completion = recipe.template.prompt_of(row.fields, row.turns), recipe.template.completion_of(answer)
-    ids, first = tokenizer.encode_pair(prompt, completion)
-    is_prefix = recipe.prompt_check.is_prefix(prompt, completion, ids)
-    first = max(first, 1)  # nothing precedes the first token, not even a BOS if the tokenizer has none
-    has_text = first < len(ids)
-    ids.append(tokenizer.eos_id)
-    excess = len(ids) - options.max_seq_length
+def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row, conversation: Conversation) -> None:
+    tokenizer, options = recipe.tokenizer, recipe.options
+    ids, targets = conversation.segments.encode(tokenizer)
     batch.full_lengths.append((position, len(ids)))
-    if options.train_on_prompt:
-        first = 1
-    if excess > 0:
-        if options.overlong != "truncate":
-            batch.dropped.append((position, "overlong"))
-            return
-        del ids[options.max_seq_length :]  # the EOS too: the completion does not end here
+    excess = len(ids) - options.max_seq_length
+    if excess > 0 and options.overlong != "truncate":
+        batch.dropped.append((position, "overlong"))
+        return
+    end = min(len(ids), options.max_seq_length)  # the EOS is cut off too: the completion does not end here
+    if not options.train_on_prompt:
+        targets = [(first, min(last, end)) for first, last in targets if first < end]
+    # Nothing precedes the first token, not even a BOS if the tokenizer has none.
+    targets = [(max(first, 1), last) for first, last in targets if last > 1]
     # If the tokenizer normalised the whole completion away, EOS alone would train an empty answer.
-    if first >= len(ids) or not has_text:
+    if all(ids[at] in recipe.special_ids for first, last in targets for at in range(first, last)):
         batch.dropped.append((position, "no_target_tokens"))
         return
     if excess > 0:
         batch.truncated += 1
         batch.truncated_tokens += excess
-    batch.prompts_not_prefix += not is_prefix
-    batch.ids.extend(ids)
+    is_prompted = conversation.is_prompted and recipe.prompt_check.are_prefixes(conversation, ids)
+    batch.prompts_not_prefix += not is_prompted
+    batch.only_last += conversation.only_last
+    if options.train_on_prompt:
+        targets = [(1, end)]
+    batch.ids.extend(ids[:end] if excess > 0 else ids)
     batch.positions.append(position)
-    batch.lengths.append(len(ids))
-    batch.first_targets.append(first)
-    content = repr((sorted(row.fields.items()), row.turns, row.completion)).encode()
-    batch.keys.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
+    batch.lengths.append(end)
+    batch.span_counts.append(len(targets))
+    for span in targets:
+        batch.targets.extend(span)
+    content = repr((sorted(row.fields.items()), row.turns, row.completion, *([row.trained] if row.trained else ())))
+    batch.keys.append(int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little"))

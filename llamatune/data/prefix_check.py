@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Sequence
 
+from llamatune.data.segments import Conversation, Segment
 from llamatune.tokenizers.tokenizer import Tokenizer
 
 _SPACE = "▁"
@@ -27,8 +28,33 @@ class PromptCheck:
         self._by_word = _encodes_words_apart(tokenizer)
         self._encode = functools.lru_cache(maxsize=4096)(tokenizer.encode)
 
-    def is_prefix(self, prompt: str, completion: str, ids: Sequence[int]) -> bool:
-        """Whether ``ids``, of ``prompt + completion`` with BOS, begin with those of ``prompt``."""
+    def are_prefixes(self, conversation: Conversation, ids: Sequence[int]) -> bool:
+        """Whether ``ids``, of the conversation, begin with those of each of its prompts.
+
+        Special tokens keep texts apart, so only the text around a prompt's end has to be encoded again.
+        """
+        parts = conversation.segments.parts
+        specials = [part.special_id for part in parts if part.special_id is not None]
+        places = _places(specials, ids)
+        for end in conversation.prompt_ends:
+            before = sum(part.special_id is not None for part in parts[:end])
+            begin = max((n + 1 for n in range(end) if parts[n].special_id is not None), default=0)
+            until = next((n for n in range(end, len(parts)) if parts[n].special_id is not None), len(parts))
+            prompt, rest = ("".join(part.text for part in some) for some in (parts[begin:end], parts[end:until]))
+            if not prompt or not rest:
+                continue
+            first = places[before - 1] + 1 if before else 0
+            last = places[before] if before < len(places) else len(ids)
+            after = parts[begin - 1] if begin and conversation.segments.rendered else None
+            if not self.is_prefix(prompt, rest, [*self._tokenizer.beginning, *ids[first:last]], after):
+                return False
+        return True
+
+    def is_prefix(self, prompt: str, completion: str, ids: Sequence[int], after: Segment | None = None) -> bool:
+        """Whether ``ids``, of ``prompt + completion`` with BOS, begin with those of ``prompt``.
+
+        ``after``: the special token that precedes the text, if it is not at the beginning.
+        """
         if not prompt:
             return True
         if self._by_word:
@@ -38,8 +64,21 @@ class PromptCheck:
             if len(tail) + len(word) < len(prompt) and _SPACE not in word:  # SentencePiece encodes ▁ as a space
                 alone = self._encode(tail)
                 return self._encode(word)[: len(alone)] == alone
-        alone = self._tokenizer.encode(prompt)
+        if after is None:
+            alone = self._tokenizer.encode(prompt)
+        else:
+            mixed, _ = self._tokenizer.encode_mixed([(after.text, after.special_id), (prompt, None)])
+            alone = [*self._tokenizer.beginning, *mixed[1:]]
         return list(ids[: len(alone)]) == alone
+
+
+def _places(specials: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Where the special tokens are in ``ids``, in order."""
+    places, at = list[int](), -1
+    for special in specials:
+        at = ids.index(special, at + 1)
+        places.append(at)
+    return places
 
 
 def _last_word(prompt: str) -> int:

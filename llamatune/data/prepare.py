@@ -27,7 +27,7 @@ from llamatune.data.prepare_report import (
     row_facts,
     shown_path,
 )
-from llamatune.data.resolve_options import check_options, input_files, resolve_options
+from llamatune.data.resolve_options import check_options, input_files, resolve_options, train_on
 from llamatune.data.row_files import RawRow, read_raw_rows
 from llamatune.data.spool import Spool
 from llamatune.data.validation_split import held_out_rows
@@ -128,6 +128,11 @@ class _Job:
                     "encoded alone, so generate will not continue it as trained: drop the space at the end of the "
                     "template or prompt, and begin the template's before_completion with a space or a newline"
                 )
+            if counts.only_last:
+                self._warn(
+                    f"{counts.only_last:,} of {counts.kept:,} chats train their last answer alone, since the template "
+                    "writes earlier answers in another way than the last one"
+                )
             splits = self._write(train, validation)
         if not counts.refused:
             (path / "refused.jsonl").unlink()
@@ -199,6 +204,7 @@ class _Job:
             "max_seq_length": options.max_seq_length,
             "overlong": options.overlong,
             "train_on_prompt": options.train_on_prompt,
+            "train_on": train_on(recipe),
             "row_files": list(map(shown_path, options.rows)),
             "validation_files": list(map(shown_path, options.validation)),
             **self.counts.facts(),

@@ -37,6 +37,7 @@ class Counts:
     truncated: int = 0
     truncated_tokens: int = 0
     prompts_not_prefix: int = 0
+    only_last: int = 0
     dropped: int = 0
     dropped_reasons: Counter[str] = field(default_factory=Counter)
     refused: int = 0
@@ -53,6 +54,7 @@ class Counts:
         self.truncated += batch.truncated
         self.truncated_tokens += batch.truncated_tokens
         self.prompts_not_prefix += batch.prompts_not_prefix
+        self.only_last += batch.only_last
         self.dropped += len(batch.dropped)
         self.dropped_reasons.update(reason for _, reason in batch.dropped)
         self.refused += len(batch.refused)
@@ -81,10 +83,11 @@ def report_of(output: Path, facts: Mapping[str, Any], unchanged: bool) -> dict[s
 
     ``longest_rows`` are the longest rows before truncation; ``splits`` has the rows, tokens, target tokens and longest
     row of each split as written. ``prompts_not_prefix`` counts the kept rows whose tokens do not begin with those
-    of the prompt alone; None: an earlier version wrote the directory and did not count them.
+    of the prompt alone, ``only_last`` the chats of which the template lets only the last answer be trained; None: an
+    earlier version wrote the directory and did not count them. So it is with ``train_on``, the rule of ``--train-on``.
     """
     report = {"output": shown_path(output), "unchanged": unchanged, **{name: facts[name] for name in _REPORTED}}
-    return {**report, "prompts_not_prefix": facts.get("prompts_not_prefix")}
+    return {**report, **{name: facts.get(name) for name in ("prompts_not_prefix", "only_last", "train_on")}}
 
 
 def bad_rows_error(counts: Counts, first: str) -> DataError:

@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.command_options.preparation import PrepareOptions
+from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.encoding import Recipe
 from llamatune.data.row_files import RowError, read_raw_rows
 from llamatune.data.row_formats import FORMATS, ROWS_TRIED, Format, detect_format
 from llamatune.data.row_json import decode_row
-from llamatune.data.templates import DEFAULT_TEMPLATES, Template, load_template
+from llamatune.data.template_choice import default_template, load_template
+from llamatune.data.templates import Template
 from llamatune.errors import DataError, SpecError
 from llamatune.events import Notice, OnEvent
 from llamatune.safe_reading import digest_file
 from llamatune.tokenizers.loading import load_tokenizer
+from llamatune.tokenizers.tokenizer import Tokenizer
 
 # Raise a revision when the same inputs give other bytes. The second is for templates with a place for a row's `system`
-# or `history`, which the first left out; directories prepared with other templates stay valid.
-_REVISION, _REVISION_WITH_CONTEXT = 1, 2
+# or `history`, which the first left out, the third for chat templates; directories prepared with others stay valid.
+_REVISION, _REVISION_WITH_CONTEXT, _REVISION_OF_CHATS = 1, 2, 3
 
 
 def resolve_options(options: PrepareOptions, on_event: OnEvent) -> tuple[Recipe, dict[str, Any]]:
@@ -31,19 +34,30 @@ def resolve_options(options: PrepareOptions, on_event: OnEvent) -> tuple[Recipe,
     """
     tokenizer = load_tokenizer(options.tokenizer, on_event)
     row_format = _format_of(options)
-    template = _template_for(row_format, options, on_event)
+    template = _template_for(row_format, options, tokenizer, on_event)
+    is_chat = isinstance(template, ChatTemplate)
     gsm8k = row_format.name == "gsm8k"
     if options.gsm8k_annotations == "strip" and not gsm8k:
         on_event(Notice(f"--gsm8k-annotations strip has no effect on {row_format.name} rows", "warning"))
-    recipe = Recipe(tokenizer, template, row_format.name, options)
+    last_only = not is_chat or options.train_on == "last-assistant"
+    if row_format.name == "chat" and not is_chat and options.train_on == "all-assistant":
+        what = f"template {template.name!r} does not end the assistant's earlier turns, so they cannot be trained"
+        raise SpecError(what, None, "choose a chat template, or --train-on last-assistant")
+    if options.train_on is not None and row_format.name != "chat":
+        on_event(Notice(f"--train-on has no effect on {row_format.name} rows", "warning"))
+    recipe = Recipe(tokenizer, template, row_format.name, options, last_only)
+    if recipe.chats is not None and recipe.chats.ends_untrained:
+        what = "its generation blocks leave out the token that ends a turn, so a tuned model will not learn to stop"
+        on_event(Notice(f"template {template.name!r}: {what}", "warning"))
     # Paths and --skip-bad-rows are left out: they do not change the output.
     inputs = {
-        "revision": _REVISION_WITH_CONTEXT if template.turn or "system" in template.placeholders else _REVISION,
+        "revision": _revision_of(template),
         "rows": [digest_file(path, DataError) for path in options.rows],
         "validation": [digest_file(path, DataError) for path in options.validation],
         "tokenizer": tokenizer.fingerprint,
         "format": row_format.name,
-        "template": template.to_dict(),
+        # Another day is no reason to prepare the same rows again.
+        "template": {name: value for name, value in template.to_dict().items() if name != "now"},
         "max_seq_length": options.max_seq_length,
         "overlong": options.overlong,
         "validation_fraction": options.validation_fraction or None,
@@ -52,7 +66,20 @@ def resolve_options(options: PrepareOptions, on_event: OnEvent) -> tuple[Recipe,
         "train_on_prompt": options.train_on_prompt,
         "gsm8k_annotations": options.gsm8k_annotations if gsm8k else None,
     }
+    if is_chat:
+        inputs["train_on"] = train_on(recipe)
     return recipe, inputs
+
+
+def train_on(recipe: Recipe) -> str:
+    """The value of ``--train-on`` that holds."""
+    return "last-assistant" if recipe.last_only else "all-assistant"
+
+
+def _revision_of(template: Template | ChatTemplate) -> int:
+    if isinstance(template, ChatTemplate):
+        return _REVISION_OF_CHATS
+    return _REVISION_WITH_CONTEXT if template.turn or "system" in template.placeholders else _REVISION
 
 
 def check_options(options: PrepareOptions) -> None:
@@ -96,8 +123,20 @@ def _keys_of_first_object(path: Path) -> list[str]:
     return []
 
 
-def _template_for(row_format: Format, options: PrepareOptions, on_event: OnEvent) -> Template:
-    template = load_template(options.template or DEFAULT_TEMPLATES.get(row_format.name, row_format.name))
+def _template_for(
+    row_format: Format, options: PrepareOptions, tokenizer: Tokenizer, on_event: OnEvent
+) -> Template | ChatTemplate:
+    if options.template is None:
+        template = default_template(row_format.name, tokenizer, on_event)
+        if isinstance(template, ChatTemplate) and not template.is_built_in:
+            on_event(Notice(f"chats are put in the model's own template, of {template.where}"))
+    else:
+        template = load_template(options.template, tokenizer, on_event)
+    if isinstance(template, ChatTemplate):
+        if not row_format.prompt_fields:
+            what = f"template {template.name!r} is for conversations, and {row_format.name} rows have no turns"
+            raise SpecError(what, None, "leave --template out")
+        return template
     lacking = sorted(template.placeholders - set(row_format.prompt_fields))
     if lacking:
         has = ", ".join(row_format.prompt_fields) or "none"

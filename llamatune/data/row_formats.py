@@ -83,7 +83,7 @@ def prompt_row_of(row: Mapping[str, Any]) -> Row:
     optional = {name: optional_text(row, name) for name in prompt_fields if name in _OPTIONAL}
     required = set(prompt_fields) - optional.keys()
     texts = {key: checked_text(text, key) for key, text in row.items() if isinstance(text, str) or key in required}
-    return Row({**texts, **optional}, "", turns, tuple(key for key in row if key not in texts))
+    return Row({**texts, **optional}, "", turns, ignored_keys=tuple(key for key in row if key not in texts))
 
 
 def _unknown_keys(row: Mapping[str, Any], row_format: Format, names: Iterable[str]) -> tuple[str, ...]:

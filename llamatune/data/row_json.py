@@ -22,12 +22,14 @@ class Row:
         fields: what a template's placeholders may name.
         completion: the text to be trained.
         turns: earlier (user, assistant) turns of a chat, oldest first.
+        trained: whether each text of the assistant may be a target, the completion last; empty: all may.
         ignored_keys: keys of the row that its format does not read.
     """
 
     fields: dict[str, str]
     completion: str
     turns: tuple[tuple[str, str], ...] = ()
+    trained: tuple[bool, ...] = ()
     ignored_keys: tuple[str, ...] = field(default=(), compare=False)
 
 

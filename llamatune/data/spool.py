@@ -16,11 +16,11 @@ _PORTION = 1 << 20
 
 
 class Spool:
-    """Kept rows in file order: at most 32 bytes a row in memory, the tokens in the temporary file ``path``."""
+    """Kept rows in file order: 24 bytes a row in memory and 8 for each answer, tokens in the file ``path``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lengths, self.first_targets = array("i"), array("i")
+        self.lengths, self.span_counts, self.targets = array("i"), array("i"), array("i")
         self.keys, self.rows = array("Q"), array("q")
         self._file = path.open("xb")
 
@@ -30,7 +30,8 @@ class Spool:
     def add(self, batch: EncodedBatch, first_row: int) -> None:
         """Append the kept rows of ``batch``, whose first row has the number ``first_row``."""
         self.lengths.extend(batch.lengths)
-        self.first_targets.extend(batch.first_targets)
+        self.span_counts.extend(batch.span_counts)
+        self.targets.extend(batch.targets)
         self.keys.extend(batch.keys)
         self.rows.extend(array("q", (first_row + position for position in batch.positions)))
         self._file.write(memoryview(batch.ids).cast("B"))
@@ -46,15 +47,20 @@ class Spool:
         """Write the rows that are ``wanted``, 1 or 0 for each, as one split of a prepared directory, and count them."""
         self._file.flush()
         lengths = array("i", itertools.compress(self.lengths, wanted))
-        first_targets = array("i", itertools.compress(self.first_targets, wanted))
         rows = array("q", itertools.compress(self.rows, wanted))
-        mask = _mask(lengths, first_targets, check_stop)
-        write_split(staging, split, lengths, rows, self._tokens(wanted, check_stop), mask)
-        tokens = sum(lengths)
+        trained = 0
+
+        def masks() -> Iterator[bytes]:
+            nonlocal trained
+            for mask in self._masks(wanted, check_stop):
+                trained += mask.count(1)
+                yield mask
+
+        write_split(staging, split, lengths, rows, self._tokens(wanted, check_stop), masks())
         return {
             "rows": len(rows),
-            "tokens": tokens,
-            "target_tokens": tokens - sum(first_targets),
+            "tokens": sum(lengths),
+            "target_tokens": trained,
             "longest_row_tokens": max(lengths, default=0),
         }
 
@@ -73,9 +79,14 @@ class Spool:
                     yield portion
                     left -= len(portion)
 
-
-def _mask(lengths: array[int], first_targets: array[int], check_stop: Callable[[], None]) -> Iterator[bytes]:
-    for number, (length, first) in enumerate(zip(lengths, first_targets, strict=True)):
-        if number % 4096 == 0:
-            check_stop()
-        yield bytes(first) + b"\1" * (length - first)
+    def _masks(self, wanted: Sequence[int], check_stop: Callable[[], None]) -> Iterator[bytes]:
+        """The wanted rows' loss masks."""
+        begin = 0
+        for number, (take, length, count) in enumerate(zip(wanted, self.lengths, self.span_counts, strict=True)):
+            if number % 4096 == 0:
+                check_stop()
+            end = begin + 2 * count
+            if take:
+                edges = itertools.pairwise((0, *self.targets[begin:end], length))
+                yield b"".join(bytes((side % 2,)) * (last - first) for side, (first, last) in enumerate(edges))
+            begin = end

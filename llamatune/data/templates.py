@@ -1,4 +1,4 @@
-"""Prompt templates: built-in and custom ones, checked, and filled with the fields of a row.
+"""Prompt templates: built-in and custom ones, checked, and filled with the fields of a row; chats have their own.
 
 A template is fixed text with ``{field}`` placeholders; ``{{`` and ``}}`` are literal braces. Nothing else has a
 meaning (no attributes, no format specs, no code), because templates are also read from downloaded adapters. The
@@ -16,7 +16,6 @@ from typing import Any
 
 from llamatune.data.row_json import Row
 from llamatune.errors import CheckpointError, DataError, LlamatuneError, SpecError
-from llamatune.home_directory import expand_home
 from llamatune.strict_yaml import read_yaml
 
 _LARGEST_TEXT = 100_000
@@ -147,36 +146,15 @@ TEMPLATES: dict[str, Template] = {
             "### Instruction:\n{instruction}\n\n### Response:",
         ),
         Template("gsm8k", "Question: {question}\nAnswer:"),
-        # Meta puts EOS and BOS between turns. A row here has one BOS and one EOS, so earlier turns are joined as text.
-        Template(
-            "llama2-chat",
-            "[INST] {user} [/INST]",
-            system="<<SYS>>\n{system}\n<</SYS>>\n\n{user}",
-            turn="[INST] {user} [/INST] {assistant} ",
-            before_completion=" ",
-            strip=True,
-        ),
         Template("completion", "{prompt}"),
         Template("text", ""),
     )
 }
-"""The built-in templates. ``llama2-chat`` trains the last assistant message; earlier turns are context."""
-
-DEFAULT_TEMPLATES = {"chat": "llama2-chat"}
-"""The default template of a row format, where it is not the one of the same name."""
+"""The built-in templates of rows that are no chats."""
 
 
-def load_template(name_or_file: str) -> Template:
-    """A built-in template by name, or the one in a YAML file: a map of ``prompt`` and optional further texts.
-
-    ``SpecError`` if there is no such name or file, or the file is no template.
-    """
-    if name_or_file in TEMPLATES:
-        return TEMPLATES[name_or_file]
-    path = Path(expand_home(name_or_file))
-    if not path.exists():
-        todo = f"give a YAML file or one of: {', '.join(TEMPLATES)}"
-        raise SpecError(f"no template {name_or_file!r}", None, todo)
+def read_template(path: Path) -> Template:
+    """The template in a YAML file: a map of ``prompt`` and optional further texts. ``SpecError`` if it is none."""
     texts = read_yaml(path, scalars_are_texts=True) or {}
     if not isinstance(texts, dict):
         raise SpecError("a template file is a map of names to texts (prompt: ...)", path)

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Connection
 
+from llamatune.data.child_process import start_child
 from llamatune.data.encoding import EncodedBatch, Recipe, encode_batch
 from llamatune.data.row_files import RawRow
-from llamatune.errors import EnvironmentFault
-from llamatune.stop_signals import STOP_SIGNALS
+from llamatune.errors import EnvironmentFault, LlamatuneError
 
 _POLL_S = 0.2
 _BYTES_FOR_A_WORKER = 4 << 20  # starting a process costs about as much as encoding 1 MB
-_SERVE = "import sys; sys.path[:] = {path!r}; from llamatune.data.workers import serve; serve({descriptor})"
 
 
 def default_workers(total_bytes: int) -> int:
@@ -64,27 +61,16 @@ def serve(descriptor: int) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         recipe: Recipe = connection.recv()
         while True:
-            connection.send(encode_batch(recipe, connection.recv()))
+            rows = connection.recv()
+            try:
+                connection.send(encode_batch(recipe, rows))
+            except LlamatuneError as fault:
+                connection.send((type(fault), fault.what, str(fault.where or ""), fault.todo))
 
 
 class _Worker:
     def __init__(self) -> None:
-        self._connection, theirs = Pipe()
-        with theirs:
-            descriptor = theirs.fileno()
-            code = _SERVE.format(path=[entry or os.getcwd() for entry in sys.path], descriptor=descriptor)
-            # Slurm and terminals signal every process, but workers must wait for the main process to close the pipe. A
-            # signal that is blocked here stays blocked in the child; afterwards the main process receives it.
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-            try:
-                self._child = subprocess.Popen(
-                    [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=(descriptor,)
-                )
-            except OSError as fault:
-                self._connection.close()
-                raise EnvironmentFault(f"cannot start a worker process: {fault.strerror}") from None
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self._child, self._connection = start_child(__name__)
 
     def close(self) -> None:
         self._connection.close()
@@ -102,9 +88,12 @@ class _Worker:
             while not self._connection.poll(_POLL_S):
                 check_stop()
             check_stop()
-            batch: EncodedBatch = self._connection.recv()
+            batch: EncodedBatch | tuple[type[LlamatuneError], str, str, str | None] = self._connection.recv()
         except (EOFError, OSError):
             raise self._died() from None
+        if isinstance(batch, tuple):
+            kind, what, where, todo = batch
+            raise kind(what, where or None, todo)
         return batch
 
     def _died(self) -> EnvironmentFault:

@@ -8,10 +8,14 @@ from time import monotonic
 from typing import Any
 
 from llamatune.command_options.inference import ModelSource, Sampling
-from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.inference.engine import Completion, complete
+from llamatune.data.chat_template_files import own_chat_template
+from llamatune.data.segments import prompt_of_json
+from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.inference.completion import Completion
+from llamatune.inference.engine import complete
 from llamatune.inference.model_source import open_model
-from llamatune.inference.prompt_files import Prompt, prompt_text
+from llamatune.inference.prompt_encoding import PromptEncoder, is_chat
+from llamatune.inference.prompt_files import Prompt
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shared_work import map_generating
 
@@ -56,14 +60,21 @@ def generate(
         CheckpointError: model, tokenizer or adapter cannot be used or do not belong together.
     """
     opened = open_model(source, on_event, ranks)
-    tokenizer, prompt_template = opened.tokenizer(), opened.template(template)
-    texts = ranks.from_first([prompt_text(prompt, prompt_template, number) for number, prompt in enumerate(prompts, 1)])
-    ids = opened.encode(tokenizer, texts, sampling.max_new_tokens, on_event)
+    tokenizer = opened.tokenizer()
+    chosen = opened.template(template, tokenizer, on_event)
+    if chosen is None and template is None and ranks.from_first(any(map(is_chat, prompts))):
+        chosen = own_chat_template(tokenizer, on_event=on_event)
+        if chosen is not None:
+            on_event(Notice(f"chats are put in the model's own template, of {chosen.where}"))
+    encoder = PromptEncoder(tokenizer, chosen)
+    asked = [encoder.segments(prompt, number).to_json() for number, prompt in enumerate(prompts, 1)]
+    shown = [prompt_of_json(prompt) for prompt in ranks.from_first(asked)]
+    ids = opened.encode(tokenizer, shown, sampling.max_new_tokens, on_event)
     beams, config = sampling.num_beams, opened.checkpoint.config
     advice, rows = "use a 16-bit --dtype, or fewer --max-new-tokens", beams if beams > 1 else min(_BATCH, len(ids))
     with opened.computing(rows, advice, on_event):
         models = opened.load(on_event, should_stop).by_prefix
-        eos_ids = {*config.eos_token_ids, tokenizer.eos_id}
+        eos_ids = encoder.stop_ids(config)
 
         def run(name: str, task: str) -> tuple[list[Completion], float]:
             started, done, starts = monotonic(), list[Completion](), range(0, len(ids), _BATCH)
@@ -83,7 +94,7 @@ def generate(
             base_texts = [tokenizer.continuation(prompt, made.ids) for prompt, made in pairs]
         completions, speed = run("", "generating")
     results = [
-        Generation(text, tokenizer.continuation(prompt, made.ids), made.ids, made.finish_reason, base_text)
-        for text, prompt, made, base_text in zip(texts, ids, completions, base_texts, strict=True)
+        Generation(segments.shown, tokenizer.continuation(prompt, made.ids), made.ids, made.finish_reason, base_text)
+        for segments, prompt, made, base_text in zip(shown, ids, completions, base_texts, strict=True)
     ]
     return Generations(results, speed)

@@ -15,8 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llamatune.checkpoints.adapter_sum import facts_of
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.command_options.inference import EvaluateOptions
+from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.row_files import RowError, read_raw_rows
 from llamatune.data.row_formats import FORMATS, row_of
 from llamatune.data.row_json import decode_row
@@ -27,6 +29,7 @@ from llamatune.formats.answer_log import AnswerLog, open_answer_log
 from llamatune.inference.engine import complete
 from llamatune.inference.evaluate import MEMORY_ADVICE
 from llamatune.inference.model_source import OpenedModel, open_model
+from llamatune.inference.prompt_encoding import PromptEncoder
 from llamatune.inference.significance import exact_mcnemar, score_interval
 from llamatune.ranks import ALONE, Ranks
 from llamatune.safe_reading import digest_file
@@ -95,10 +98,8 @@ def choose_examples(path: Path, shots: int, seed: int, asked: Sequence[Question]
     return sorted(others, key=lambda row: derived_seed(seed, "shots", row.row))[:shots]
 
 
-def prompt_of(question: Question, template: Template | None, examples: Sequence[Question]) -> str:
-    """The question in its template; after examples, in the same form as them."""
-    if not examples:
-        return question.text if template is None else template.instruction_prompt(question.text)
+def few_shot_prompt(question: Question, examples: Sequence[Question]) -> str:
+    """The question after examples, in the same form as them."""
     shown = [f"{_FEW_SHOT.instruction_prompt(example.text)} {example.worked}\n\n" for example in examples]
     return "".join(shown) + _FEW_SHOT.instruction_prompt(question.text)
 
@@ -152,15 +153,20 @@ def evaluate_gsm8k(
         Stopped: ``should_stop`` said so; with an output the same evaluation goes on.
     """
     opened = open_model(options, on_event, ranks)
-    tokenizer, template = opened.tokenizer(), opened.template(options.template)
+    tokenizer = opened.tokenizer()
+    template = opened.template(options.template, tokenizer, on_event)
     if template is None and options.template is None:
         template = TEMPLATES["gsm8k"]
     asked, examples = read_questions(options.data), []
     if options.shots_data is not None:
         examples = choose_examples(options.shots_data, options.shots or 0, options.sampling.seed, asked)
     questions = asked[: options.limit]
-    texts = [prompt_of(question, template, examples) for question in questions]
-    prompts = opened.encode(tokenizer, texts, options.sampling.max_new_tokens, on_event)
+    encoder = PromptEncoder(tokenizer, None if examples else template)
+    shown = [
+        encoder.segments(few_shot_prompt(question, examples) if examples else question.text, number)
+        for number, question in enumerate(questions, 1)
+    ]
+    prompts = opened.encode(tokenizer, shown, options.sampling.max_new_tokens, on_event)
     lines: list[dict[str, Any]] = []
     report = partial(gsm8k_report, str(options.data), opened.dtype_name, options.shots or 0)
     settings: dict[str, Any] = {}
@@ -182,9 +188,10 @@ def evaluate_gsm8k(
         if log is not None:
             log.keep(len(lines))
         stack.enter_context(opened.computing(min(options.batch_size, len(prompts)), MEMORY_ADVICE, on_event))
+        eos_ids = encoder.stop_ids(opened.checkpoint.config)
         try:
             unanswered = questions[len(lines) :], prompts[len(lines) :]
-            for batch in _answer(options, opened, tokenizer, *unanswered, on_event, should_stop):
+            for batch in _answer(options, opened, tokenizer, eos_ids, *unanswered, on_event, should_stop):
                 if log is not None:
                     log.append(batch)
                 lines += batch
@@ -199,6 +206,7 @@ def _answer(
     options: EvaluateOptions,
     opened: OpenedModel,
     tokenizer: Tokenizer,
+    eos_ids: set[int],
     questions: list[Question],
     prompts: list[list[int]],
     on_event: OnEvent,
@@ -206,7 +214,6 @@ def _answer(
 ) -> Iterator[list[dict[str, Any]]]:
     """The lines of each batch of questions: greedy, and ended once no further text can change the score."""
     models = opened.load(on_event, should_stop).by_prefix
-    eos_ids = {*opened.checkpoint.config.eos_token_ids, tokenizer.eos_id}
 
     def is_enough(ids: Sequence[int]) -> bool:
         return is_answered(tokenizer.decode(ids), bool(options.shots))
@@ -228,16 +235,20 @@ def _settings(
     options: EvaluateOptions,
     opened: OpenedModel,
     tokenizer: Tokenizer,
-    template: Template | None,
+    template: Template | ChatTemplate | None,
     examples: list[Question],
 ) -> dict[str, Any]:
     """Everything that decides an answer. The number of questions and the batch size may change between calls."""
-    adapter = opened.adapter
+    adapter: Any = None
+    if opened.adapter is not None:
+        alone = opened.adapter is opened.adapters[0]
+        adapter = {"sha256": opened.adapter.digest, "scaling": opened.adapter.config.scaling()}
+        adapter = adapter if alone else facts_of(opened.adapters, options.adapter_weights)
     return {
         "task": "gsm8k",
         "revision": _REVISION,
         "model": fingerprint(opened.checkpoint),
-        "adapter": None if adapter is None else {"sha256": adapter.digest, "scaling": adapter.config.scaling()},
+        "adapter": adapter,
         "compare": options.compare,
         "dtype": opened.dtype_name,
         "tokenizer": tokenizer.fingerprint,

@@ -14,13 +14,17 @@ from pathlib import Path
 import torch
 
 from llamatune import __version__
-from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter
+from llamatune.checkpoints.adapter import Adapter, check_adapter
+from llamatune.checkpoints.adapter_sum import load_adapters, template_holder, weighted_sum
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.quantized_base import QuantizedBase
 from llamatune.command_options.inference import ModelSource, Placement
-from llamatune.data.templates import Template, load_template
+from llamatune.data.chat_template import ChatTemplate
+from llamatune.data.segments import Segments
+from llamatune.data.template_choice import load_template, stored_template
+from llamatune.data.templates import Template
 from llamatune.devices import choose_device, lacks_bf16
 from llamatune.errors import DataError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
@@ -58,8 +62,8 @@ class LoadedModels:
 class OpenedModel:
     """A model directory and the adapter that belongs to it; make it with ``open_model``.
 
-    ``dtype`` is what the weights will be held in, None: as they are stored. ``quantized`` names what those of the
-    blocks are quantised to; None: they are not.
+    ``adapter`` is the weighted sum of ``adapters``. ``dtype`` is what the weights will be held in, None: as they are
+    stored. ``quantized`` names what those of the blocks are quantised to; None: they are not.
     """
 
     path: Path
@@ -71,6 +75,7 @@ class OpenedModel:
     placement: Placement = "device"
     ranks: Ranks = ALONE
     quantized: str | None = None
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def dtype_name(self) -> str:
@@ -87,31 +92,45 @@ class OpenedModel:
         """The model's with the adapter, which may have a larger vocabulary than the base."""
         return self._changed.config
 
+    @property
+    def configs(self) -> set[LlamaConfig]:
+        """Those of all models that are loaded."""
+        return {self.config, self.checkpoint.config} if self.compare else {self.config}
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The directory whose tokenizer is used."""
+        return (self.adapter and self.adapter.tokenizer_path) or self.path
+
     def tokenizer(self) -> Tokenizer:
-        tokenizer = load_tokenizer(self.path)
-        check_vocabulary(tokenizer, self.config.vocab_size, self.path)
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        check_vocabulary(tokenizer, self.config.vocab_size, self.tokenizer_path)
         return tokenizer
 
-    def template(self, name: str | None) -> Template | None:
+    def template(self, name: str | None, tokenizer: Tokenizer, on_event: OnEvent) -> Template | ChatTemplate | None:
         """The template of that name or file; for None the one stored with the adapter or merged model, if any."""
         if name is not None:
-            return None if name == "none" else load_template(name)
-        holder = find_manifest(self.path) if self.adapter is None else self.adapter
+            return None if name == "none" else load_template(name, tokenizer, on_event)
+        holder = template_holder(self.adapters) if self.adapters else find_manifest(self.path)
         if holder is None or holder.template is None:
             return None
-        return Template.from_dict(holder.template, self.path if self.adapter is None else self.adapter.path)
+        return stored_template(holder.template, holder.path)
 
     def encode(
-        self, tokenizer: Tokenizer, prompts: Sequence[str], new_tokens: int, on_event: OnEvent
+        self, tokenizer: Tokenizer, prompts: Sequence[Segments], new_tokens: int, on_event: OnEvent
     ) -> list[list[int]]:
-        """Ids of each prompt, BOS included; a warning if they, or so many new tokens after them, exceed the context.
+        """Ids of each prompt; a warning if they, or so many new tokens after them, exceed the context.
 
         ``DataError`` for a prompt without a token.
         """
-        ids = [tokenizer.encode(prompt) for prompt in prompts]
+        ids = [prompt.encode(tokenizer)[0] for prompt in prompts]
         if not all(ids):
             what = f"prompt {ids.index([]) + 1} has no token, and this tokenizer puts no BOS before it"
             raise DataError(what, self.path, "give a prompt that is not empty")
+        rows = min(config.vocab_size for config in self.configs)
+        if (largest := max(map(max, ids), default=0)) >= rows:
+            what = f"a prompt holds the token {largest}, and the base has {rows} embedding rows"
+            raise DataError(what, self.path, "leave out --compare")
         known = self.checkpoint.config.max_position_embeddings
         longest, beyond = max(map(len, ids), default=0), sum(len(prompt) > known for prompt in ids)
         if beyond:
@@ -172,14 +191,14 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ran
         CheckpointError: model or adapter cannot be used or do not belong together.
     """
     device = choose_device(source.device, on_event, None if ranks.size == 1 else ranks.local_rank)
-    checkpoint, adapter = open_checkpoint(source.model, on_event), None
-    if source.adapter is not None:
-        adapter = load_adapter(source.adapter)
+    checkpoint = open_checkpoint(source.model, on_event, source.variant)
+    adapters = load_adapters(source.adapters)
+    for adapter in adapters:
         check_adapter(adapter, checkpoint.config, fingerprint(checkpoint), source.force_base, on_event)
     if ranks.size > 1:
         own = {field.name: repr(getattr(source, field.name)) for field in dataclasses.fields(source)}
         own |= {"torch": torch.__version__, "llamatune": __version__, "content of --model": fingerprint(checkpoint)}
-        refuse_differences({**own, "content of --adapter": adapter and adapter.digest}, ranks)
+        refuse_differences({**own, "content of --adapter": [adapter.digest for adapter in adapters]}, ranks)
     dtype, quantized = TORCH_DTYPES.get(source.dtype), source.dtype if source.dtype in QUANTIZED_DTYPES else None
     if quantized is not None:
         dtype = torch.float16 if lacks_bf16(device) else torch.bfloat16
@@ -190,7 +209,8 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ran
         name = torch.cuda.get_device_name(device)
         on_event(Notice(f"{name} has no bf16 and is slow with it; --dtype float16 is quick"))
     where = device, source.placement, ranks
-    return OpenedModel(source.model, checkpoint, adapter, source.compare, dtype, *where, quantized)
+    summed = weighted_sum(adapters, source.adapter_weights) if adapters else None
+    return OpenedModel(source.model, checkpoint, summed, source.compare, dtype, *where, quantized, tuple(adapters))
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

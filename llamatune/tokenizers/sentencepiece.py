@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -61,12 +61,42 @@ class SentencePieceTokenizer(Tokenizer):
         return [*self.beginning, *self._processor.encode(text)]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        return self._encode_run(text, begins=True)
+
+    def encode_mixed(self, parts: Sequence[tuple[str, int | None]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """A text after BOS or EOS gets a dummy prefix, as Meta encodes the turns of a chat."""
+        ids, offsets, begin, before = list[int](), list[tuple[int, int]](), 0, None
+        runs = [list(run) for _, run in itertools.groupby(parts, key=lambda part: part[1] is None)]
+        for run, following in itertools.zip_longest(runs, runs[1:]):
+            if run[0][1] is None:
+                text = "".join(part for part, _ in run)
+                kept = text.rstrip() if following and self._strips(following[0][1], "lstrip") else text
+                start = len(kept) - len(kept.lstrip()) if self._strips(before, "rstrip") else 0
+                found, spans = self._encode_run(kept[start:], begins=before not in self._added)
+                ids += found
+                offsets += [(begin + start + first, begin + start + last) for first, last in spans]
+                begin += len(text)
+            for text, special in run:
+                if special is not None:
+                    ids.append(special)
+                    offsets.append((begin, begin + len(text)))
+                    begin, before = begin + len(text), special
+        return ids, offsets
+
+    def _strips(self, special: int | None, side: str) -> bool:
+        """Whether white space on this side of a special token belongs to it."""
+        return special in self._added and bool(getattr(self._added[special], side))
+
+    def _encode_run(self, text: str, begins: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """``begins``: at the beginning of a text, not behind an added token."""
         refuse_surrogates(text)
+        processor = self._processor if begins else self._later
         if not self.matches_words:
-            encoded = self._processor.encode(text, return_type="offset_mapping")
+            encoded = processor.encode(text, return_type="offset_mapping")
             return encoded["ids"], encoded["offsets"]
-        ids, offsets, processor, begin = list[int](), list[tuple[int, int]](), self._processor, 0
-        if not self._additions.legacy and self._words.match(text):  # the dummy prefix of a text, with no text behind it
+        ids, offsets, begin = list[int](), list[tuple[int, int]](), 0
+        # The dummy prefix of a text, with no text behind it.
+        if begins and not self._additions.legacy and self._words.match(text):
             ids, offsets = [self._processor.piece_to_id("▁")], [(0, 0)]
         for match in itertools.chain(self._words.finditer(text), [None]):
             end = len(text) if match is None else match.start()

@@ -45,6 +45,13 @@ class Tokenizer(Protocol):
         the last are empty at its beginning.
         """
 
+    def encode_mixed(self, parts: Sequence[tuple[str, int | None]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and offsets of texts and special tokens in turn, as transformers encodes them in one text; no BOS is put.
+
+        A part is (text, None) or (the special token's text, its id); offsets count the characters of all parts. White
+        space beside a special token belongs to it where the vocabulary says so.
+        """
+
     def encode(self, text: str) -> list[int]:
         """BOS, where one is put, and the ids of ``text``; no EOS. ``</s>`` and the like in ``text`` are plain text."""
 

@@ -7,7 +7,8 @@ import itertools
 import json
 import secrets
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,23 @@ class JsonTokenizer(Tokenizer):
             encoded = self._library.encode(text, add_special_tokens=False)
             ids, offsets = encoded.ids, encoded.offsets
         return ids, _with_marks(text, offsets) if self._facts.composes else offsets
+
+    def encode_mixed(self, parts: Sequence[tuple[str, int | None]]) -> tuple[list[int], list[tuple[int, int]]]:
+        names = [text if special is None else str(self._library.id_to_token(special)) for text, special in parts]
+        ids, offsets = self.encode_with_offsets("".join(names))
+        if [i for i in ids if i in self._texts] != [special for _, special in parts if special is not None]:
+            raise CheckpointError("a special token of it cannot be put between texts", self.path, "fetch it again")
+        hidden = list(itertools.accumulate(map(len, names), initial=0))
+        shown = list(itertools.accumulate((len(text) for text, _ in parts), initial=0))
+
+        def place(character: int) -> int:
+            part = bisect_right(hidden, character) - 1
+            inside = character - hidden[part]
+            if part == len(parts) or parts[part][1] is None or inside == 0:
+                return shown[part] + inside
+            return shown[part + 1]
+
+        return ids, [(place(begin), place(end)) for begin, end in offsets]
 
     def decode(self, ids: Iterable[int]) -> str:
         plain = [i for i in ids if 0 <= i < self.vocab_size and i not in self._texts]

@@ -46,6 +46,9 @@ def test_which_options_may_be_repeated() -> None:
         "prepare-data --validation",
         "train --allow-spec-change",
         "generate --prompt",
+        "generate --adapter",
+        "evaluate --adapter",
+        "merge-lora --adapter",
         "report --prompt",
         "benchmark --grid",
     }
@@ -89,8 +92,8 @@ PATHS = [
     for verb, command in VERBS.items()
     for parameter in command.params
     if parameter.name
-    in ("adapter", "data", "directory", "generations", "model", "output", "per_row", "png", "prompt_file", "rows",
-        "runs", "shots_data", "spec_path", "specs", "tokenizer", "validation")
+    in ("adapter", "data", "directory", "generations", "model", "output", "per_row", "png", "probe", "prompt_file",
+        "rows", "runs", "shots_data", "spec_path", "specs", "tokenizer", "validation")
 ]  # fmt: skip
 
 

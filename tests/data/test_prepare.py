@@ -323,7 +323,7 @@ def test_a_rows_system_message_and_earlier_turns_are_in_its_tokens(
     said = [{"from": "human", "value": "seven"}, {"from": "gpt", "value": "stone"}]
     prepare(write_rows([{"system": "green hills", "conversations": said}]))
     ((ids, _, _),) = read_split(tmp_path / "out")
-    assert tokenizer.decode(ids) == "[INST] <<SYS>>\ngreen hills\n<</SYS>>\n\nseven [/INST] stone"
+    assert tokenizer.decode(ids) == "[INST] <<SYS>>\ngreen hills\n<</SYS>>\n\nseven [/INST] stone "
     template = tmp_path / "mine.yaml"
     template.write_text('prompt: "{system} {instruction} {input}:"\nturn: "{user}? {assistant}. "\n')
     path = write_rows([alpaca(1, system="green", history=[["seven", "stone"]]), alpaca(2)])
@@ -589,8 +589,17 @@ def test_a_chat_with_llamas_tokenizer(
     model = shared_fixtures / "data" / "llama2_tokenizer.model"
     prepare(write_rows(rows), tokenizer=model)
     tokenizer = load_tokenizer(model)
-    text = "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat is 2 + 2? [/INST] 4 [INST] And twice that? \U0001f999 [/INST]"
+    turns = [
+        "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat is 2 + 2? [/INST] 4 ",
+        "[INST] And twice that? \U0001f999 [/INST] 8 \U0001f999 ",
+    ]
     for ids, mask, _ in read_split(tmp_path / "out"):
-        assert ids == [*tokenizer.encode(text + " 8 \U0001f999"), 2]
-        assert (ids[0], ids.count(1), ids.count(2)) == (1, 1, 1)
-        assert tokenizer.decode([i for i, target in zip(ids, mask, strict=True) if target]).strip() == "8 \U0001f999"
+        assert ids == [*tokenizer.encode(turns[0]), 2, *tokenizer.encode(turns[1]), 2]  # as Meta encodes a dialogue
+        trained = [i for i, target in zip(ids, mask, strict=True) if target]
+        assert tokenizer.decode(trained).split() == ["4", "8", "\U0001f999"]
+        assert trained.count(2) == 2
+    prepare(write_rows(rows), tokenizer=model, train_on="last-assistant", overwrite=True)
+    for ids, mask, _ in read_split(tmp_path / "out"):
+        trained = [i for i, target in zip(ids, mask, strict=True) if target]
+        assert tokenizer.decode(trained).split() == ["8", "\U0001f999"]
+        assert mask[ids.index(2)] == 0

@@ -51,8 +51,8 @@ def test_the_report_and_the_preview(rows: Path, tokenizer_models: dict[str, Path
     )
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout, "neither colours nor the row's own escapes"
-    assert "<s>(1)" in done.stdout
-    assert "</s>(2)]]" in done.stdout
+    assert "«<s>»(1)" in done.stdout
+    assert "«</s>»(2)]]" in done.stdout
     assert "12" in done.stdout
     again = _run(rows, "--tokenizer", tokenizer_models["bpe"], "--output", tmp_path / "out")
     assert "left as it is" in again.stdout
@@ -81,7 +81,7 @@ def test_json_is_one_object_with_the_promised_keys(
     assert set(promised.split()) <= set(payload)
     assert payload["rows_in"] == payload["kept"] + payload["dropped"] + payload["refused"] == 12
     assert (payload["train_rows"], payload["validation_rows"]) == (9, 3)
-    assert payload["preview"][0]["tokens"][0] == {"id": 1, "piece": "<s>", "trained": False}
+    assert payload["preview"][0]["tokens"][0] == {"id": 1, "piece": "<s>", "trained": False, "special": True}
 
 
 def test_an_error_is_one_line_and_stdout_stays_empty(

@@ -218,7 +218,7 @@ def test_content_that_would_be_lost_is_refused_by_name(name: str, row: dict[str,
 @pytest.mark.parametrize(
     "extra",
     [
-        {"weight": 0}, {"weight": 0.5}, {"train": False}, {"loss": False}, {"tool_calls": [{"id": "1"}]},
+        {"weight": 2}, {"weight": 0.5}, {"train": "no"}, {"loss": [0]}, {"tool_calls": [{"id": "1"}]},
         {"function_call": {"name": "f"}}, {"reasoning_content": "hm"}, {"images": ["a.png"]}, {"mask": True},
     ],
 )  # fmt: skip
@@ -229,6 +229,19 @@ def test_keys_of_messages_that_hold_content_or_weight_are_refused_by_name(key: s
         row_of({key: [said[0], {**said[1], **extra}]}, FORMATS["chat"])
     assert f"message 2 of '{key}' has " in caught.value.message
     assert repr(next(iter(extra))) in caught.value.message
+
+
+@pytest.mark.parametrize("extra", [{"weight": 0}, {"train": False}, {"loss": 0.0}, {"weight": 0, "train": False}])
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_a_message_that_is_not_to_be_trained_says_so(key: str, extra: dict[str, Any]) -> None:
+    said = SAID if key == "messages" else TURNS
+    made = row_of({key: [said[0], {**said[1], **extra}, said[0], {**said[1], "weight": 1}]}, FORMATS["chat"])
+    assert made.trained == (False, True)
+    assert row_of({key: [{**said[0], **extra}, said[1]]}, FORMATS["chat"]).trained == (), (
+        "of the user's it changes nothing"
+    )
+    with pytest.raises(RowError, match=r"message 2 of .* has 'weight' and 'loss', which contradict each other"):
+        row_of({key: [said[0], {**said[1], "weight": 1, "loss": 0}]}, FORMATS["chat"])
 
 
 def test_empty_keys_metadata_and_default_weights_may_pass() -> None:

@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamatune.data.row_formats import FORMATS, row_of
-from llamatune.data.templates import DEFAULT_TEMPLATES, TEMPLATES, Template, load_template
+from llamatune.data.template_choice import load_template, stored_template
+from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import CheckpointError, DataError, SpecError
+from llamatune.tokenizers.tokenizer import Tokenizer
 
 
-def test_the_alpaca_prompts_are_stanfords() -> None:
-    template = load_template("alpaca")
+def test_the_alpaca_prompts_are_stanfords(tokenizer: Tokenizer) -> None:
+    template = load_template("alpaca", tokenizer)
     assert template.prompt_of({"instruction": "Add.", "input": "1 2"}) == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2"
@@ -27,29 +29,17 @@ def test_the_alpaca_prompts_are_stanfords() -> None:
     assert template.instruction_prompt("Add.") == template.prompt_of({"instruction": "Add.", "input": ""})
 
 
-def test_the_other_built_in_prompts() -> None:
-    assert load_template("gsm8k").instruction_prompt("1+1?") == "Question: 1+1?\nAnswer:"
-    assert load_template("completion").instruction_prompt("Once") == "Once"
-    assert load_template("text").instruction_prompt("Once") == "Once"
-    assert load_template("llama2-chat").instruction_prompt(" Hi ") == "[INST] Hi [/INST]"
-
-
-def test_llama_2_chat_puts_the_system_message_into_the_first_turn() -> None:
-    said = [("system", "Be kind."), ("user", "u1"), ("assistant", " a1 "), ("user", "u2"), ("assistant", "a2 ")]
-    row = row_of({"messages": [{"role": r, "content": c} for r, c in said]}, FORMATS["chat"])
-    template = load_template("llama2-chat")
-    assert template.prompt_of(row.fields, row.turns) == (
-        "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nu1 [/INST] a1 [INST] u2 [/INST]"
-    )
-    assert template.completion_of(row.completion) == " a2"
-    single = row_of({"messages": [{"role": r, "content": c} for r, c in (said[0], said[1], said[4])]}, FORMATS["chat"])
-    assert template.prompt_of(single.fields) == "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nu1 [/INST]"
+def test_the_other_built_in_prompts(tokenizer: Tokenizer) -> None:
+    assert load_template("gsm8k", tokenizer).instruction_prompt("1+1?") == "Question: 1+1?\nAnswer:"
+    assert load_template("completion", tokenizer).instruction_prompt("Once") == "Once"
+    assert load_template("text", tokenizer).instruction_prompt("Once") == "Once"
 
 
 def test_a_template_that_would_lose_a_part_of_a_chat_says_so() -> None:
     said = [("system", "s"), ("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", "a2")]
     row = row_of({"messages": [{"role": r, "content": c} for r, c in said]}, FORMATS["chat"])
-    assert TEMPLATES["llama2-chat"].misfit(row) is None
+    whole = Template("x", "{user}", system="{system}{user}", turn="{user}{assistant}")
+    assert whole.misfit(row) is None
     assert "earlier turns" in str(Template("x", "{user}").misfit(row))
     assert "system message" in str(Template("x", "{user}", turn="{user}{assistant}").misfit(row))
 
@@ -71,7 +61,26 @@ def test_a_template_shows_an_alpaca_rows_system_and_history_or_says_so() -> None
 
 def test_every_format_has_a_template_it_can_fill() -> None:
     for name, row_format in FORMATS.items():
-        assert TEMPLATES[DEFAULT_TEMPLATES.get(name, name)].placeholders <= set(row_format.prompt_fields)
+        if name != "chat":
+            assert TEMPLATES[name].placeholders <= set(row_format.prompt_fields)
+
+
+def test_a_stored_llama2_chat_of_earlier_versions_still_fills_its_prompts() -> None:
+    said = [("system", "Be kind."), ("user", "u1"), ("assistant", " a1 "), ("user", "u2"), ("assistant", "a2 ")]
+    row = row_of({"messages": [{"role": r, "content": c} for r, c in said]}, FORMATS["chat"])
+    stored = {
+        "name": "llama2-chat", "prompt": "[INST] {user} [/INST]", "system": "<<SYS>>\n{system}\n<</SYS>>\n\n{user}",
+        "turn": "[INST] {user} [/INST] {assistant} ", "before_completion": " ", "strip": True,
+    }  # fmt: skip
+    template = stored_template(stored)
+    assert isinstance(template, Template)
+    assert template.prompt_of(row.fields, row.turns) == (
+        "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nu1 [/INST] a1 [INST] u2 [/INST]"
+    )
+    assert template.completion_of(row.completion) == " a2"
+    single = row_of({"messages": [{"role": r, "content": c} for r, c in (said[0], said[1], said[4])]}, FORMATS["chat"])
+    assert template.prompt_of(single.fields) == "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nu1 [/INST]"
+    assert template.instruction_prompt(" Hi ") == "[INST] Hi [/INST]"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -113,12 +122,12 @@ def test_s10_stored_templates_are_read_strictly(data: Any, message: str) -> None
     assert caught.value.exit_code == 4
 
 
-def test_a_template_file(tmp_path: Path) -> None:
+def test_a_template_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "prompt: |-\n  Do {instruction}\n  with {input} {{ok}}:\nprompt_without_input: 'Do {instruction}:'\n"
     )
-    template = load_template(str(path))
+    template = load_template(str(path), tokenizer)
     assert template.name == "mine"
     assert template.prompt_of({"instruction": "a", "input": "b"}) == "Do a\nwith b {ok}:"
     assert template.instruction_prompt("a") == "Do a:"
@@ -147,34 +156,34 @@ def test_a_template_file(tmp_path: Path) -> None:
         ("[" * 5000, "nested too deeply"),
     ],
 )
-def test_s9_template_files_that_are_none(tmp_path: Path, text: str, message: str) -> None:
+def test_s9_template_files_that_are_none(tmp_path: Path, text: str, message: str, tokenizer: Tokenizer) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(SpecError) as caught:
-        load_template(str(path))
+        load_template(str(path), tokenizer)
     assert message in str(caught.value)
     assert caught.value.exit_code == 2
 
 
-def test_a_null_in_a_template_file_is_no_text_and_quoted_it_is(tmp_path: Path) -> None:
+def test_a_null_in_a_template_file_is_no_text_and_quoted_it_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("prompt: 'null'\nprompt_without_input: null\n")
-    template = load_template(str(path))
+    template = load_template(str(path), tokenizer)
     assert (template.prompt, template.prompt_without_input) == ("null", None)
     path.write_text("prompt: ''\n")
-    assert load_template(str(path)).prompt == ""
+    assert load_template(str(path), tokenizer).prompt == ""
     path.write_text("prompt: 010\nbefore_completion: true\nturn: Null\n")
-    template = load_template(str(path))
+    template = load_template(str(path), tokenizer)
     assert (template.prompt, template.before_completion, template.turn) == ("010", "true", None)
 
 
-def test_an_unknown_template_lists_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_template_lists_the_known_ones(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(
-        SpecError, match=r"no template 'alpacca': give a YAML file or one of: alpaca, gsm8k, llama2-chat"
+        SpecError, match=r"no template 'alpacca': give a YAML file, a .jinja file or one of: alpaca, gsm8k, completion"
     ):
-        load_template("alpacca")
+        load_template("alpacca", tokenizer)
     with pytest.raises(SpecError, match="a directory where a file is expected"):
-        load_template(str(tmp_path))
+        load_template(str(tmp_path), tokenizer)
 
 
 def test_prompts_that_cannot_be_filled() -> None:

@@ -31,12 +31,13 @@ from llamatune.inference.gsm8k import (
     choose_examples,
     evaluate_gsm8k,
     extract_answer,
+    few_shot_prompt,
     gsm8k_report,
     is_answered,
-    prompt_of,
     read_questions,
     scored_line,
 )
+from llamatune.inference.prompt_files import prompt_text
 from llamatune.spec import build_spec
 from llamatune.training.train import train
 
@@ -173,11 +174,11 @@ def test_examples_are_a_function_of_the_seed_and_never_a_question_that_is_asked(
 
 def test_prompts_are_written_out() -> None:
     asked, shown = Question(1, "One?", "", "1"), Question(2, "Two?", "1 + 1 = <<1+1=2>>2\n#### 2", "2")
-    assert prompt_of(asked, TEMPLATES["gsm8k"], []) == "Question: One?\nAnswer:"
-    assert prompt_of(asked, None, []) == "One?"
-    assert prompt_of(asked, TEMPLATES["alpaca"], []).endswith("### Instruction:\nOne?\n\n### Response:")
+    assert prompt_text(asked.text, TEMPLATES["gsm8k"], 1) == "Question: One?\nAnswer:"
+    assert prompt_text(asked.text, None, 1) == "One?"
+    assert prompt_text(asked.text, TEMPLATES["alpaca"], 1).endswith("### Instruction:\nOne?\n\n### Response:")
     expected = "Question: Two?\nAnswer: 1 + 1 = <<1+1=2>>2\n#### 2\n\n" * 2 + "Question: One?\nAnswer:"
-    assert prompt_of(asked, None, [shown, shown]) == expected
+    assert few_shot_prompt(asked, [shown, shown]) == expected
 
 
 # A tiny model that learns eight problems by heart.

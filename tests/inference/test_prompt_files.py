@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 
+from llamatune.data.chat_template import built_in_chat_template
 from llamatune.data.row_files import read_raw_rows
 from llamatune.data.row_formats import FORMATS, row_of
 from llamatune.data.row_json import decode_row
 from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import DataError
+from llamatune.inference.prompt_encoding import PromptEncoder
 from llamatune.inference.prompt_files import prompt_text, read_prompts
+from llamatune.tokenizers.tokenizer import Tokenizer
 
 ROWS = [{"instruction": "Name it.", "input": "red", "output": "x"}, {"instruction": "Count."}]
 SAID = [{"role": "user", "content": "u1"}, {"role": "assistant", "content": "a1"}, {"role": "user", "content": "u2"}]
-ALPACA, CHAT = TEMPLATES["alpaca"], TEMPLATES["llama2-chat"]
+ALPACA = TEMPLATES["alpaca"]
 
 
 @pytest.fixture
@@ -94,16 +97,23 @@ def test_a_name_of_rows_says_that_plain_lines_are_none(texts: Callable[..., list
         texts("[INST] hi\nplain\n", name="prompts.jsonl")
 
 
-def test_chat_rows_are_prompts_with_their_earlier_turns(texts: Callable[..., list[str]]) -> None:
+def test_chat_rows_are_prompts_with_their_earlier_turns(tokenizer: Tokenizer, tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "u1"}, {"from": "gpt", "value": "a1"}]
     rows = [{"messages": SAID}, {"messages": [*SAID, {"role": "assistant", "content": "a2"}]}, {"conversations": turns}]
-    rows.append({"system": "s", "conversations": turns[:1]})
-    assert texts(rows, CHAT) == [
-        "[INST] u1 [/INST] a1 [INST] u2 [/INST]",
-        "[INST] u1 [/INST] a1 [INST] u2 [/INST]",
-        "[INST] u1 [/INST]",
-        "[INST] <<SYS>>\ns\n<</SYS>>\n\nu1 [/INST]",
+    rows += [{"system": "s", "conversations": turns[:1]}, {"instruction": "u1", "input": "more"}]
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, "u1"]))
+    encoder = PromptEncoder(tokenizer, built_in_chat_template("llama2-chat", tokenizer))
+    shown = [encoder.segments(prompt, 1).shown for prompt in read_prompts(tmp_path / "rows.json")]
+    assert shown == [
+        "<s>[INST] u1 [/INST] a1 </s><s>[INST] u2 [/INST]",
+        "<s>[INST] u1 [/INST] a1 </s><s>[INST] u2 [/INST]",
+        "<s>[INST] u1 [/INST]",
+        "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\nu1 [/INST]",
+        "<s>[INST] u1\n\nmore [/INST]",
+        "<s>[INST] u1 [/INST]",
     ]
+    with pytest.raises(DataError, match=r"no field for the user's turn .*: prompt 3: its text fields are 'topic'"):
+        encoder.segments({"topic": "rain"}, 3)
 
 
 def test_other_fields_of_a_row_may_fill_a_template_if_they_are_texts(texts: Callable[..., list[str]]) -> None:

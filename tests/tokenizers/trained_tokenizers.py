@@ -184,6 +184,81 @@ def tiktoken_file(directory: Path) -> bytes:
     return b"".join(base64.b64encode(bytes_of(text)) + b" %d\n" % rank for text, rank in vocabulary)
 
 
+def _byte_level(directory: Path, specials: list[str], words: list[str], template: str, **config: str | None) -> None:
+    """A byte-level BPE with a chat template, special tokens, and further tokens that are none."""
+    library = Library(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(LLAMA_3_PATTERN), "isolated")
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(_text(600), trainer)
+    library.add_special_tokens(specials)
+    library.add_tokens(words)
+    if bos := config.get("bos_token"):
+        named = [(bos, library.token_to_id(bos))]
+        library.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=named)
+    _save(library, directory, **{key: text for key, text in config.items() if text}, chat_template=template)
+
+
+LLAMA_3_CHAT = (
+    "{% set ns = namespace(first=true) %}{% for message in messages %}\n"
+    "    {%- if ns.first %}{{ bos_token }}{% set ns.first = false %}{% endif %}\n"
+    "    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}\n"
+    "    {{- message.content | trim + '<|eot_id|>' }}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+"""Byte for byte other than the built-in one, and the same in meaning."""
+SMOLLM_CHAT = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou help.<|im_end|>\\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+MARKED_CHAT = (
+    "{%- for message in messages %}\n"
+    "  {%- if message.role == 'assistant' %}\n"
+    "    {{- '<|im_start|>assistant\\n' }}\n"
+    "    {%- generation %}{{- message.content + '<|im_end|>' }}{%- endgeneration %}\n"
+    "    {{- '\\n' }}\n"
+    "  {%- else %}\n"
+    "    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}\n"
+    "  {%- endif %}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+"""With ``generation`` blocks, which say themselves what the assistant's is."""
+THINKING_CHAT = (
+    "{%- set last = namespace(user=0) %}\n"
+    "{%- for message in messages %}{%- if message.role == 'user' %}{%- set last.user = loop.index0 %}{%- endif %}"
+    "{%- endfor %}\n"
+    "{%- for message in messages %}\n"
+    "  {%- set content = message.content %}\n"
+    "  {%- if message.role == 'assistant' and loop.index0 > last.user %}"
+    "{%- set content = '<think>\\n\\n</think>\\n\\n' + content %}{%- endif %}\n"
+    "  {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+"""As Qwen 3's: the last answer is written otherwise than earlier ones."""
+_CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of a ``tokenizer.json`` and a ``tokenizer_config.json`` with a chat template, by kind."""
+    directory = tmp_path_factory.mktemp("chat_tokenizers")
+    headers = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    _byte_level(directory / "llama3", headers, [], LLAMA_3_CHAT, bos_token=headers[0], eos_token=headers[4])
+    templates = {"smollm": SMOLLM_CHAT, "marked": MARKED_CHAT, "thinking": THINKING_CHAT}
+    for kind, template in templates.items():
+        _byte_level(directory / kind, _CHATML, ["<think>", "</think>"], template, eos_token="<|im_end|>")
+    return {kind: directory / kind for kind in ("llama3", *templates)}
+
+
 @pytest.fixture(scope="session")
 def kinds_of_json(json_tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Llama 3's kind of tokenizer, made into each kind that llama.cpp has a name for."""

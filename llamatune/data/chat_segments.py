@@ -1,0 +1,221 @@
+"""Segments of conversations: a chat template rendered, its special tokens found, and the assistant's turns marked."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llamatune.data.chat_template import ChatTemplate
+from llamatune.data.jinja_engine import Broken, Message, Refused
+from llamatune.data.jinja_process import Stuck
+from llamatune.data.row_files import RowError
+from llamatune.data.row_json import Row
+from llamatune.data.segments import Conversation, Segment, Segments
+from llamatune.errors import DataError
+from llamatune.tokenizers.tokenizer import Tokenizer
+
+_USER_FIELDS = ("user", "instruction", "question", "prompt")
+_PROBE = ("Good morning.", "Good evening.")
+Span = tuple[int, int]
+
+
+class ChatEncoder:
+    """A chat template and a tokenizer: conversations to segments.
+
+    A special token's text in a message stays text. While the template is rendered, a character that no message has
+    stands within it.
+    """
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+        self.template, self._tokenizer = template, tokenizer
+        texts = sorted((text for text in tokenizer.special_ids if text), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+        self._hideable = re.compile("|".join(re.escape(text) for text in texts if len(text) > 1) or r"(?!)")
+
+    def row(self, row: Row, completion: str, *, last_only: bool) -> Conversation:
+        """The segments of a row; ``last_only``: of the assistant's turns the last alone is trained.
+
+        Raises:
+            RowError: the template cannot be rendered with the row, or leaves out a part of it, or the trained turns
+                cannot be told.
+            LlamatuneError: rendering is beyond the limits of a template.
+        """
+        messages, marker = self._hidden([*messages_of(row), {"role": "assistant", "content": completion}])
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = [not last_only or turn == turns[-1] for turn in turns]
+        if row.trained:
+            wanted = [both and trained for both, trained in zip(wanted, row.trained, strict=True)]
+        asked = [turn for turn, is_wanted in zip(turns, wanted, strict=True) if is_wanted]
+        try:
+            reply = self._reply({"messages": messages, "turns": asked})
+        except Refused as fault:
+            raise RowError("template_misfit", f"the chat template refuses the row: {fault}") from None
+        except Broken as fault:
+            raise RowError("template_misfit", f"the chat template cannot be filled with the row: {fault}") from None
+        text = reply["text"]
+        for number, message in enumerate(messages, start=1):
+            if message["role"] != "assistant" and message["content"].strip() not in text:
+                what = f"the chat template leaves out the {message['role']}'s text of message {number}"
+                raise RowError("template_misfit", what)
+        ends, only_last = False, False
+        if reply["blocks"]:
+            targets = _block_targets(reply["blocks"], wanted)
+        else:
+            spans = list(zip(reply["before"], reply["through"], strict=True))
+            only_last = not all(0 <= before <= through for before, through in spans)
+            if only_last and (not wanted[-1] or spans[-1][0] < 0):
+                raise RowError(
+                    "template_misfit", "the assistant's turns cannot be told in what the chat template writes"
+                )
+            targets, ends = self._turn_targets(text, spans[-1:] if only_last else spans)
+        prompts = [before for before in reply["before"][-1:] if only_last] or reply["before"]
+        parts, cuts = self._parts(text, targets, [before for before in prompts if before >= 0], marker)
+        if ends:
+            eos = self._tokenizer.eos_id
+            parts.append(Segment(self._tokenizer.piece(eos), True, eos))
+        return Conversation(Segments(tuple(parts), True), tuple(cuts), len(cuts) == len(prompts), only_last)
+
+    def prompt(self, messages: Sequence[Message], where: object = None) -> Segments:
+        """What the assistant's next turn continues; ``DataError`` if the template refuses it."""
+        hidden, marker = self._hidden(messages)
+        try:
+            text = self._reply({"messages": hidden, "prompt": True})["text"]
+        except Refused as fault:
+            raise DataError(f"the chat template refuses the prompt: {fault}", where) from None
+        except Broken as fault:
+            raise self.template.unusable(fault) from None
+        return Segments(tuple(self._parts(text, [], [], marker)[0]), True)
+
+    @functools.cached_property
+    def stop_id(self) -> int | None:
+        """The special token that ends the assistant's turns; None: no special token does, or it cannot be told."""
+        reply = self.probe
+        text = "" if reply is None else reply["text"]
+        answer = text.rfind(_PROBE[1])
+        found = self._special.search(text, answer + len(_PROBE[1])) if answer >= 0 else None
+        return None if found is None else self._tokenizer.special_ids[found[0]]
+
+    @property
+    def ends_untrained(self) -> bool:
+        """Whether its generation blocks leave out the token that ends a turn."""
+        reply = self.probe
+        if reply is None or not reply["blocks"]:
+            return False
+        begin, end = reply["blocks"][-1]
+        return not self._special.search(reply["text"], begin + 1, end)
+
+    @functools.cached_property
+    def probe(self) -> Mapping[str, Any] | None:
+        """The reply for a small conversation; None: the template refuses it. Its ``error`` if it cannot be rendered."""
+        messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), _PROBE, strict=True)]
+        try:
+            return self._reply({"messages": messages, "turns": [1]})
+        except Refused:
+            return None
+        except Broken as fault:
+            raise self.template.unusable(fault) from None
+
+    def _reply(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The engine's reply, which comes from a process that renders what could be hostile, checked."""
+        try:
+            reply = self.template.engine.reply(request)
+        except Stuck as fault:
+            raise self.template.unusable(fault) from None
+        text, turns = reply.get("text"), len(request.get("turns", ()))
+        if not isinstance(text, str) or (turns and not _are_places(reply, len(text), turns)):
+            raise self.template.unusable("its process gave another answer than was asked for")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Broken("it writes a lone surrogate, which is no character") from None
+        if "\0" in text:
+            raise Broken("it writes a NUL character")
+        return {"blocks": [], "before": [], "through": [], **reply}
+
+    def _hidden(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
+        """The messages with a marker in every special token's text, and the marker."""
+        if not any(self._hideable.search(message["content"]) for message in messages):
+            return list(messages), ""
+        taken = {*"".join(self._tokenizer.special_ids), *"".join(message["content"] for message in messages)}
+        marker = next(chr(code) for code in range(0xF0000, 0xFFFFD) if chr(code) not in taken)
+        return [{**message, "content": self._marked(message["content"], marker)} for message in messages], marker
+
+    def _marked(self, text: str, marker: str) -> str:
+        while self._hideable.search(text):  # again, since special tokens may overlap
+            text = self._hideable.sub(lambda found: found[0][0] + marker + found[0][1:], text)
+        return text
+
+    def _turn_targets(self, text: str, spans: Sequence[Span]) -> tuple[list[Span], bool]:
+        """Turns up to the special token that ends each; and whether the last, at the text's end, has none."""
+        targets, ends = [], False
+        for begin, end in spans:
+            specials = [found.end() for found in self._special.finditer(text, begin, end)]
+            closed = bool(specials) and not text[specials[-1] : end].strip()
+            targets.append((begin, specials[-1] if closed else end))
+            ends = not closed and end == len(text)
+        return targets, ends
+
+    def _parts(
+        self, text: str, targets: Sequence[Span], prompts: Sequence[int], marker: str
+    ) -> tuple[list[Segment], list[int]]:
+        """Segments of a rendered text, cut where targets or prompts end too; and the part at which each prompt ends."""
+        edges = sorted({0, len(text), *prompts, *(edge for target in targets for edge in target)})
+        parts, begins = list[Segment](), list[int]()
+
+        def add(begin: int, end: int, special: int | None = None) -> None:
+            trained = any(first < end and begin < last for first, last in targets)
+            shown = text[begin:end].replace(marker, "") if marker else text[begin:end]
+            parts.append(Segment(shown, trained, special))
+            begins.append(begin)
+
+        begin, edge = 0, 1
+        for found in [*self._special.finditer(text), None]:
+            end = len(text) if found is None else found.start()
+            while begin < end:
+                while edges[edge] <= begin:
+                    edge += 1
+                add(begin, min(edges[edge], end))
+                begin = min(edges[edge], end)
+            if found is not None:
+                add(found.start(), found.end(), self._tokenizer.special_ids[found[0]])
+                begin = found.end()
+        return parts, [sum(start < prompt for start in begins) for prompt in prompts]
+
+
+def messages_of(row: Row) -> list[Message]:
+    """The messages before the completion; of a row that is no chat one. ``KeyError`` if no field is the user's."""
+    user = next((row.fields[name] for name in _USER_FIELDS if name in row.fields), None)
+    if user is None:
+        raise KeyError(_USER_FIELDS[0])
+    if context := row.fields.get("input"):
+        user = f"{user}\n\n{context}"
+    said = [("system", row.fields.get("system", ""))] if row.fields.get("system") else []
+    for asked, answer in row.turns:
+        said += ("user", asked), ("assistant", answer)
+    return [{"role": role, "content": text} for role, text in (*said, ("user", user))]
+
+
+def _block_targets(blocks: Sequence[Span], wanted: Sequence[bool]) -> list[Span]:
+    """The generation blocks of the turns that are wanted."""
+    if all(wanted):
+        return [(begin, end) for begin, end in blocks]
+    if len(blocks) != len(wanted):
+        what = f"the chat template has {len(blocks)} generation blocks for {len(wanted)} turns of the assistant"
+        raise RowError("template_misfit", what)
+    return [(begin, end) for (begin, end), is_wanted in zip(blocks, wanted, strict=True) if is_wanted]
+
+
+def _are_places(reply: Mapping[str, Any], length: int, turns: int) -> bool:
+    """Whether a reply has places in its text: two for each turn, and spans of blocks."""
+    lists = [reply.get(name) for name in ("before", "through", "blocks")]
+    if not all(isinstance(places, list) for places in lists):
+        return False
+    before, through, blocks = ([*places] if isinstance(places, list) else [] for places in lists)
+    spans = all(isinstance(block, list) and len(block) == 2 for block in blocks)
+    if not spans or len(before) != turns or len(through) != turns:
+        return False
+    places = [*before, *through, *itertools.chain.from_iterable(blocks)]
+    return all(type(place) is int and -1 <= place <= length for place in places)

@@ -1,0 +1,42 @@
+"""A Python process with one pipe, which does not get the signals that ask this one for a stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing.connection import Connection, Pipe
+
+from llamatune.errors import EnvironmentFault
+from llamatune.stop_signals import STOP_SIGNALS
+
+_SERVE = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve({descriptor})"
+
+
+def start_child(module: str, *, silent: bool = False) -> tuple[subprocess.Popen[bytes], Connection]:
+    """A new process that runs ``serve`` of ``module`` with the descriptor of its end of the pipe; and our end.
+
+    ``silent``: what it writes to stderr is dropped. ``EnvironmentFault`` if it cannot be started.
+    """
+    ours, theirs = Pipe()
+    with theirs:
+        descriptor = theirs.fileno()
+        path = [entry or os.getcwd() for entry in sys.path]
+        code = _SERVE.format(path=path, module=module, descriptor=descriptor)
+        # Slurm and terminals signal every process, but children must wait for the main process to close the pipe. A
+        # signal that is blocked here stays blocked in the child; afterwards the main process receives it.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL if silent else None,
+                pass_fds=(descriptor,),
+            )
+        except OSError as fault:
+            ours.close()
+            raise EnvironmentFault(f"cannot start a worker process: {fault.strerror}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return child, ours

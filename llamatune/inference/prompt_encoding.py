@@ -1,0 +1,60 @@
+"""Prompts in a template: the segments that a completion continues, and the tokens that end it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from llamatune.data.chat_template import ChatTemplate
+from llamatune.data.row_json import Row
+from llamatune.data.segments import Segments, prompt_segments
+from llamatune.data.templates import Template
+from llamatune.errors import DataError
+from llamatune.inference.prompt_files import Prompt, prompt_text
+from llamatune.shapes.llama_config import LlamaConfig
+from llamatune.tokenizers.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llamatune.data.chat_segments import ChatEncoder
+
+
+class PromptEncoder:
+    """A template, or none, and a tokenizer: prompts as the model sees them, the same as in its rows."""
+
+    def __init__(self, tokenizer: Tokenizer, template: Template | ChatTemplate | None) -> None:
+        self.template, self._tokenizer = template, tokenizer
+        self._chats: ChatEncoder | None = None
+        if isinstance(template, ChatTemplate):
+            from llamatune.data.chat_segments import ChatEncoder  # importing Jinja takes 40 ms
+
+            self._chats = ChatEncoder(template, tokenizer)
+
+    def segments(self, prompt: Prompt, number: int) -> Segments:
+        """A prompt in the template; a text is a user's turn. ``number`` counts prompts from 1, for errors.
+
+        ``DataError`` if the template cannot be filled with it.
+        """
+        if self._chats is None:
+            assert not isinstance(self.template, ChatTemplate)
+            return prompt_segments(self._tokenizer, prompt_text(prompt, self.template, number))
+        from llamatune.data.chat_segments import messages_of
+
+        fields = {"user": prompt} if isinstance(prompt, str) else prompt
+        row = Row(dict(fields), "") if isinstance(fields, Mapping) else fields
+        try:
+            messages = messages_of(row)
+        except KeyError:
+            texts = ", ".join(map(repr, row.fields)) or "none"
+            what = f"no field for the user's turn of the template {self._chats.template.name!r}"
+            raise DataError(what, f"prompt {number}", f"its text fields are {texts}") from None
+        return self._chats.prompt(messages, f"prompt {number}")
+
+    def stop_ids(self, config: LlamaConfig) -> set[int]:
+        """The tokens that end a completion: the model's and the tokenizer's EOS, and the end of a template's turn."""
+        stop = None if self._chats is None else self._chats.stop_id
+        return {*config.eos_token_ids, self._tokenizer.eos_id, *([] if stop is None else [stop])}
+
+
+def is_chat(prompt: Prompt) -> bool:
+    """Whether a prompt is a row of a chat."""
+    return isinstance(prompt, Row) and "user" in prompt.fields
