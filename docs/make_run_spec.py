@@ -19,7 +19,8 @@ Made by `python docs/make_run_spec.py` from `llamatune/spec_sections.py`; a test
 
 YAML (or JSON). Unknown keys are refused with the nearest known name, and all errors are reported together. `1e-5` is a
 number, `no` is a word. Any field can be given on the command line as `section.key=value`. Relative paths are relative
-to the working directory. `lora.lora_alpha` and `lora.lora_dropout` are accepted for `lora.alpha` and `lora.dropout`.
+to the working directory. In `lora`, PEFT's `lora_alpha`, `lora_dropout`, `rank_pattern` and `alpha_pattern` stand
+for `alpha`, `dropout`, `ranks` and `alphas`.
 
 A run that is started again may raise `training.num_epochs` or `training.max_steps`, raise
 `evaluation.early_stopping_patience` or set it to null, and change keys that alter no result

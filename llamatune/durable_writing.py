@@ -12,7 +12,7 @@ import errno
 import glob
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -86,6 +86,24 @@ def writing(path: Path, size: int = 0, synced: bool = True) -> Iterator[BinaryIO
                 os.fsync(file.fileno())
     except OSError as fault:
         raise disk_fault(fault, path, max(size, written) or None) from fault
+
+
+def link_files(names: Iterable[str], source: Path, directory: Path) -> bool:
+    """Give files below ``source`` a second name below ``directory``, a staging directory; False: not possible here.
+
+    What they hold is durable already, and is neither read nor written again.
+    """
+    made: list[Path] = []
+    try:
+        for name in names:
+            (directory / name).parent.mkdir(exist_ok=True)
+            os.link(source / name, directory / name)
+            made.append(directory / name)
+    except OSError:
+        for path in made:
+            remove(path)
+        return False
+    return True
 
 
 def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None], overwrite: bool = True) -> None:

@@ -111,6 +111,10 @@ def _known_keys(section: str | None = None) -> list[str]:
     return list((*typing.get_args(kind), kind)[0].model_fields)
 
 
+_OF_PEFT = {"lora.use_dora": "kind: dora", "lora.init_lora_weights": "'init'"}
+"""Keys of PEFT that are values here, and what they are called."""
+
+
 def _describe(error: Any) -> str:
     location = [key for key in error["loc"] if isinstance(key, str)]
     path = ".".join(location) or "spec"
@@ -118,7 +122,8 @@ def _describe(error: Any) -> str:
     match error["type"]:
         case "extra_forbidden":
             near = difflib.get_close_matches(location[-1], _known_keys(*location[:-1]), 1, 0.5)
-            return f"{path}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
+            meant = _OF_PEFT.get(path) or (repr(near[0]) if near else None)
+            return f"{path}: unknown key" + (f", did you mean {meant}?" if meant else "")
         case "missing":
             return f"{path}: missing"
         case "value_error":

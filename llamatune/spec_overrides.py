@@ -9,13 +9,18 @@ from typing import Any
 from llamatune.errors import SpecError
 from llamatune.strict_yaml import parse_yaml
 
-_ALIASES: dict[tuple[str, ...], str] = {("lora", "lora_alpha"): "alpha", ("lora", "lora_dropout"): "dropout"}
+_ALIASES: dict[tuple[str, ...], str] = {
+    ("lora", "lora_alpha"): "alpha",
+    ("lora", "lora_dropout"): "dropout",
+    ("lora", "rank_pattern"): "ranks",
+    ("lora", "alpha_pattern"): "alphas",
+}
 
 
 def _overridden_field(assignment: str) -> tuple[str, ...]:
     """The keys of ``section.key=value``, an alias replaced."""
-    *sections, key = assignment.partition("=")[0].split(".")
-    return *sections, _ALIASES.get((*sections, key), key)
+    section, *keys = assignment.partition("=")[0].split(".")
+    return section, *(_ALIASES.get((section, key), key) if place == 0 else key for place, key in enumerate(keys))
 
 
 def override(values: dict[str, Any], assignment: str) -> None:
@@ -35,7 +40,9 @@ def override(values: dict[str, Any], assignment: str) -> None:
 
 def refuse_twice(overrides: Sequence[str]) -> None:
     """Raise ``SpecError`` if two ``section.key=value`` set the same field, by its name or its alias."""
-    for field, count in Counter(map(_overridden_field, overrides)).items():
+    fields = [_overridden_field(assignment) for assignment in overrides]
+    parts = [field[:end] for field in fields for end in range(1, len(field))]  # lora.ranks of lora.ranks.q_proj
+    for field, count in Counter([*fields, *set(parts).intersection(fields)]).items():
         if count > 1:
             raise SpecError(f"{'.'.join(field)} is given {count} times", None, "it takes one value, keep one")
 

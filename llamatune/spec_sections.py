@@ -47,6 +47,9 @@ class ModelSection(Section):
         description="where frozen blocks lie: on the device, in host memory, or in slices on all ranks; auto: "
         "device if a step fits there, else host on one GPU, shard with several processes",
     )
+    variant: NonEmptyText | None = Field(
+        None, description="of a Hugging Face directory: fp16 reads model.fp16.safetensors in place of model.safetensors"
+    )
     num_layers: Positive | None = Field(None, description="keep only the first N layers, for debugging")
     memory_map: bool = Field(
         True,

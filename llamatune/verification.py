@@ -54,8 +54,15 @@ class Verified:
     ok: bool = True
 
 
-def verify(path: Path, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop) -> Verified:
+def verify(
+    path: Path,
+    on_event: OnEvent = ignore_event,
+    should_stop: ShouldStop = never_stop,
+    variant: str | None = None,
+) -> Verified:
     """Check a run, checkpoint, adapter, model, prepared directory or cache of quantised weights.
+
+    ``variant``: of the weights of a model without a manifest.
 
     Raises:
         CheckpointError: it is none of these, or a file of it is missing, surplus, cut, changed or unsafe.
@@ -72,7 +79,7 @@ def verify(path: Path, on_event: OnEvent = ignore_event, should_stop: ShouldStop
         quantized = (entry for dtype in QUANTIZED_DTYPES for entry in path.glob(f"{dtype}-*"))
         if cached := sorted(entry for entry in quantized if has_manifest(entry)):
             return _whole(path, "quantized-cache", [_verify_content(entry, on_event, should_stop) for entry in cached])
-        return _verify_structure(path, on_event)
+        return _verify_structure(path, variant, on_event)
     except (CheckpointError, EnvironmentFault, Stopped):
         raise
     except LlamatuneError as fault:  # such as a SpecError: elsewhere a usage error, here a broken file
@@ -99,7 +106,7 @@ def _verify_content(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> V
     return Verified(str(path), manifest.kind, "content", len(manifest.files), manifest.bytes, unlisted)
 
 
-def _verify_structure(path: Path, on_event: OnEvent) -> Verified:
+def _verify_structure(path: Path, variant: str | None, on_event: OnEvent) -> Verified:
     if (path / STATE).exists():
         raise CheckpointError("a checkpoint of a run without its manifest", path / MANIFEST, "remove the checkpoint")
     on_event(Notice(f"{path}: no manifest, so its structure is checked and not its content", "warning"))
@@ -108,7 +115,7 @@ def _verify_structure(path: Path, on_event: OnEvent) -> Verified:
         assert header is not None
         kind, files = "adapter", {header.config.fields.path, header.file}
     else:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, variant=variant)
         kind, files = "model", {part.path for parts in checkpoint.parts.values() for part in parts}
     return Verified(str(path), kind, "structure", len(files), sum(file.stat().st_size for file in files))
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from llamatune.errors import SpecError
 from llamatune.spec import RunSpec, build_spec, load_spec
+from llamatune.spec_overrides import refuse_twice
 from llamatune.strict_yaml import parse_yaml
 
 MINIMAL = """
@@ -119,6 +120,18 @@ def test_kinds_of_adapter_that_exclude_each_other() -> None:
     assert "init: olora is for kind: lora, not lora_fa" in refusal("lora.init=olora", "lora.kind=lora_fa")
     assert "exclude each other" in refusal("lora.init=gaussian", "lora.init_from=adapter")
     assert "does not train A" in refusal("lora.kind=lora_fa", "lora.lr_ratio=16.0")
+
+
+def test_spellings_of_peft() -> None:
+    made = spec("lora.rank_pattern.q_proj=8", "lora.alpha_pattern={v_proj: 3.0}").lora
+    assert made is not None
+    assert (made.ranks, made.alphas) == ({"q_proj": 8}, {"v_proj": 3.0})
+    assert "did you mean kind: dora?" in refusal("lora.use_dora=true")
+    assert "did you mean 'init'?" in refusal("lora.init_lora_weights=pissa")
+    for second in ("lora.rank_pattern={q_proj: 9}", "lora.ranks.v_proj=9"):
+        with pytest.raises(SpecError, match=r"lora\.ranks is given 2 times"):
+            refuse_twice(["lora.ranks={q_proj: 8}", second])
+    refuse_twice(["lora.ranks.q_proj=8", "lora.ranks.v_proj=9"])
 
 
 def test_the_kind_and_its_ranks_reach_the_adapter() -> None:

@@ -15,6 +15,7 @@ import torch
 
 from llamatune.checkpoints.adapter_config import CONFIG_FILE, dump_config
 from llamatune.checkpoints.adapter_header import (
+    EMBEDDING,
     HEAD,
     PREFIX,
     WEIGHTS_FILE,
@@ -37,6 +38,7 @@ from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.strict_json import write_json
+from llamatune.tokenizers.loading import tokenizer_file
 
 _BELONG = "adapter_config.json, its tensors and the base must belong together"
 _LONGEST_STATEMENT = 600
@@ -81,6 +83,16 @@ class Adapter:
         path = name.split(".")  # model.layers.0.self_attn.q_proj.weight
         return self.config.scaling(path[-2], int(path[2]))
 
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The directory whose tokenizer belongs to it; None: the base's does.
+
+        An adapter that changes embedding or head was trained with the tokenizer beside it, which may have more tokens.
+        """
+        if self.header is None or not self.base_changes.keys() & {f"{EMBEDDING}.weight", f"{HEAD}.weight"}:
+            return None
+        return None if tokenizer_file(self.header.path) is None else self.header.path
+
     def on(self, base: Checkpoint) -> Checkpoint:
         """The base as its model is with this adapter, apart from the updates of layers that ``tensors`` hold."""
         return changed_base(base, self.base_changes, self.header is not None and self.header.config.tied)
@@ -119,6 +131,8 @@ def load_adapter(path: Path) -> Adapter:
     low_rank = {name: tensor for name, tensor in tensors.items() if is_update_in_block(name)}
     changes = collect_changes(header, {name: tensors[name] for name in tensors.keys() - low_rank.keys()})
     base = header.config.base
+    if base is None and manifest:  # it names no base that PEFT cannot open
+        base = manifest.base_path
     held = manifest.facts.get(_BASE_DTYPE) if manifest else None
     quantized = held if held in QUANTIZED_DTYPES else None
     return Adapter(header.spec, low_rank, fingerprint, template, base, path, digest, changes, header, quantized)

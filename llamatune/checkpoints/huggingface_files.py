@@ -40,23 +40,22 @@ class _Source(NamedTuple):
     variant: str | None
 
 
-def locate_huggingface(directory: Path, on_event: OnEvent = ignore_event) -> dict[str, TensorLocation]:
+def locate_huggingface(
+    directory: Path, on_event: OnEvent = ignore_event, variant: str | None = None
+) -> dict[str, TensorLocation]:
     """The tensors by their names in a ``LlamaForCausalLM``, of one file or of the shards that an index names.
 
+    Args:
+        variant: of the weights, as ``fp16`` in ``model.fp16.safetensors``; None: those without a variant's name.
+
     Raises:
-        CheckpointError: no weights, a shard outside the directory, an index that disagrees with its shards, a broken
-            or unsafe file.
+        CheckpointError: no weights, or not this variant; a shard outside the directory, an index that disagrees with
+            its shards, a broken or unsafe file.
     """
     sources = list(_sources(directory))
-    if not sources:
-        raise _no_weights(directory)
-    source = sources[0]
-    if source.variant is not None:
-        variants = sorted({f"{s.variant}" for s in sources})
-        if len(variants) > 1:
-            what = f"several variants of the weights ({', '.join(variants)}) and none without a name"
-            raise CheckpointError(what, directory, f"name one of them {SINGLE_FILE}, or keep one")
-        on_event(Notice(f"{directory}: only the variant {source.variant} of the weights is there, and is read"))
+    source = next((source for source in sources if source.variant == variant), None)
+    if source is None:
+        raise _no_variant(directory, variant, sources) if sources else _no_weights(directory)
     read = _read_index if source.is_index else _read_tensors
     return _plain_names(read(source.path), source.path, on_event)
 
@@ -142,6 +141,17 @@ def unwrapped(name: str) -> str:
 
 def _without_value_head(name: str) -> str | None:
     return None if name.startswith(_VALUE_HEAD) else name
+
+
+def _no_variant(directory: Path, variant: str | None, sources: Sequence[_Source]) -> CheckpointError:
+    known = sorted({source.variant for source in sources if source.variant is not None})
+    if variant is not None:
+        todo = f"there is {', '.join(known)}" if known else "leave --variant out (of a run: model.variant)"
+        return CheckpointError(f"no variant {variant!r} of the weights", directory, todo)
+    those = f"only the variant {known[0]}" if len(known) == 1 else f"only variants ({', '.join(known)})"
+    return CheckpointError(
+        f"{those} of the weights", directory, f"pass --variant {known[0]} (of a run: model.variant={known[0]})"
+    )
 
 
 def _no_weights(directory: Path) -> CheckpointError:

@@ -29,11 +29,12 @@ class HuggingFaceCheckpoint(Checkpoint):
     """A directory of ``config.json`` and safetensors, or the PyTorch archives of older models."""
 
     format: Format = "hf"
+    variant: str | None = None
 
     @classmethod
-    def open(cls, path: Path, on_event: OnEvent = ignore_event) -> HuggingFaceCheckpoint:
+    def open(cls, path: Path, on_event: OnEvent = ignore_event, variant: str | None = None) -> HuggingFaceCheckpoint:
         """Check configuration, headers and index against each other; no tensor is read."""
-        locations = locate_huggingface(path, on_event)
+        locations = locate_huggingface(path, on_event, variant)
         config = read_config_json(path, locations, on_event)
         shapes = dict(config.parameter_shapes())
         if config.tie_word_embeddings and HEAD in locations:
@@ -41,7 +42,9 @@ class HuggingFaceCheckpoint(Checkpoint):
             locations.setdefault(EMBEDDING, head)  # some keep the head of a tied model in its place
         refuse_unfit(path, shapes, locations)
         warn_of_wide_weights(path, locations.values(), on_event)
-        return cls(path, config, {name: [locations[name]] for name in shapes})
+        checkpoint = cls(path, config, {name: [locations[name]] for name in shapes})
+        checkpoint.variant = variant
+        return checkpoint
 
     def write_copy(self, staging: Staging, weight_of: WeightOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
         locations = {name: part for name, [part] in self.parts.items()}
@@ -49,8 +52,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         for name, part in sorted(locations.items(), key=lambda item: item[1].begin):
             shards[part.path].append((name, dtype or self.dtype(name), part.shape))
         _write_shards(staging, list(shards.values()), weight_of)
-        if dtype is None and any(part.dtype == WIDE for part in locations.values()):
-            dtype = torch.float32
+        if dtype is None and (self.variant is not None or any(part.dtype == WIDE for part in locations.values())):
+            dtype = self.dtype(EMBEDDING)  # which is another than the configuration's
         copy_config_json(self.path, self.config, staging.path, None if dtype is None else DTYPE_NAMES[dtype])
         copy_huggingface_tokenizer(self.path, staging.path, on_event)
 

@@ -22,16 +22,16 @@ from llamatune.model.streamed_blocks import StreamedBlocks
 from llamatune.model.transformer import Transformer
 
 
-def open_checkpoint(path: Path, on_event: OnEvent = ignore_event) -> Checkpoint:
+def open_checkpoint(path: Path, on_event: OnEvent = ignore_event, variant: str | None = None) -> Checkpoint:
     """Open a model directory of either format and check it completely, before any tensor is read.
 
-    Notices say what is read in another way than it is stored.
+    Notices say what is read in another way than it is stored. ``variant`` as ``locate_huggingface`` has it.
 
     Raises:
         CheckpointError: no model directory, a model that is not LLaMA, missing, unexpected or misshapen tensors,
             broken or unsafe files.
     """
-    return (MetaCheckpoint if detect_format(path) == "meta" else HuggingFaceCheckpoint).open(path, on_event)
+    return (MetaCheckpoint if detect_format(path) == "meta" else HuggingFaceCheckpoint).open(path, on_event, variant)
 
 
 @torch.no_grad()

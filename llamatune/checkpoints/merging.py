@@ -13,6 +13,7 @@ import torch
 
 from llamatune.checkpoints.adapter import Adapter, check_adapter
 from llamatune.checkpoints.adapter_sum import facts_of, load_adapters, template_holder, weighted_sum
+from llamatune.checkpoints.companion_files import complete_merged
 from llamatune.checkpoints.config_json import EMBEDDING
 from llamatune.checkpoints.dequantized_base import DequantizedBase
 from llamatune.checkpoints.fingerprint import fingerprint
@@ -28,6 +29,7 @@ from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, Manifest, build_directory, finished_product, manifest_if_readable
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
+from llamatune.tokenizers.copied_files import replace_tokenizer
 from llamatune.tokenizers.loading import load_tokenizer
 
 _OTHER_BASE = (
@@ -82,7 +84,7 @@ def merge_lora(
         EnvironmentFault: the output is occupied, or the disk is too small.
         Stopped: ``should_stop`` said so; nothing is left behind.
     """
-    checkpoint = open_checkpoint(options.model, on_event)
+    checkpoint = open_checkpoint(options.model, on_event, options.variant)
     adapters, weights = load_adapters(options.adapters), options.adapter_weights
     _refuse_own_inputs(options)
     format_ = checkpoint.format if options.format == "same" else options.format
@@ -146,6 +148,8 @@ def merge_lora(
         else:
             write = write_huggingface if format_ == "hf" else write_meta
             write(staging, checkpoint.config, merged, merged.dtype_of, checkpoint.path, on_event)
+        if (tokenizer := adapter.tokenizer_path) is not None:
+            replace_tokenizer(tokenizer, staging.path, format_ == "meta", on_event)
         proof = {} if prove is None else prove(staging.path)
         report = MergeReport(
             output=str(options.output),
@@ -158,6 +162,8 @@ def merge_lora(
             bytes=needed,
             **proof,
         )
+        rounding = {"stored as": report.dtype, "fell back to the base's value": f"{report.vanished_fraction:.2%}"}
+        complete_merged(staging.path, format_, options.model, adapters, template, rounding)
         staging.facts.update(
             adapters=[*merged_before, *(part.digest for part in adapters)],
             template=template,

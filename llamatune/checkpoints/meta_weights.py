@@ -16,7 +16,7 @@ import torch
 from llamatune.checkpoints.checkpoint import Checkpoint, fill_from, refuse_unfit, warn_of_wide_weights
 from llamatune.checkpoints.config_json import EMBEDDING as HF_EMBEDDING
 from llamatune.checkpoints.config_json import HEAD as HF_HEAD
-from llamatune.checkpoints.model_directory import Format, locate_meta
+from llamatune.checkpoints.model_directory import Format, locate_meta, refuse_variant
 from llamatune.checkpoints.params_json import (
     EMBEDDING,
     HEAD,
@@ -82,8 +82,9 @@ class MetaCheckpoint(Checkpoint):
     format: Format = "meta"
 
     @classmethod
-    def open(cls, path: Path, on_event: OnEvent = ignore_event) -> MetaCheckpoint:
+    def open(cls, path: Path, on_event: OnEvent = ignore_event, variant: str | None = None) -> MetaCheckpoint:
         """Check configuration and archives against each other; no tensor is read."""
+        refuse_variant(path, variant)
         shards = locate_meta(path)
         config = read_params_json(path, shards)
         expected = {}

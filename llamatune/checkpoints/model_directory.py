@@ -68,11 +68,14 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def read_config(path: Path, on_event: OnEvent = ignore_event) -> LlamaConfig:
+def read_config(path: Path, on_event: OnEvent = ignore_event, variant: str | None = None) -> LlamaConfig:
     """The configuration of the model in ``path``; of weights, where there are any, only headers are read."""
     if detect_format(path) == "hf":
-        tensors = locate_huggingface(path, on_event) if has_weights(path, "hf") else None
+        tensors = (
+            locate_huggingface(path, on_event, variant) if variant is not None or has_weights(path, "hf") else None
+        )
         return read_config_json(path, tensors, on_event)
+    refuse_variant(path, variant)
     return read_params_json(path, locate_meta(path) if has_weights(path, "meta") else None)
 
 
@@ -84,6 +87,13 @@ def warn_of_missing_head(path: Path, format_: Format, config: LlamaConfig, on_ev
     if format_ == "meta" and config.tie_word_embeddings:
         what = f"no {HEAD} in the weights; the embedding serves as the head (right only for a tied model)"
         on_event(Notice(f"{path}: {what}", "warning"))
+
+
+def refuse_variant(path: Path, variant: str | None) -> None:
+    """Raise ``CheckpointError`` for a variant of a model in Meta's format."""
+    if variant is not None:
+        what = f"no variant {variant!r} of the weights: Meta's format has none"
+        raise CheckpointError(what, path, "leave --variant out (of a run: model.variant)")
 
 
 def locate_meta(directory: Path) -> list[dict[str, TensorLocation]]:

@@ -18,6 +18,15 @@ HeldDtype = Literal["same", "float32", "bfloat16", "float16", "nf4", "float8"]
 Placement = Literal["device", "host", "shard"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightsOptions(Options):
+    """Which of several files of weights is read of a model directory."""
+
+    variant: str | None = option(
+        "Of a Hugging Face model: fp16 reads model.fp16.safetensors.", None, metavar="NAME", last=True
+    )
+
+
 def parse_weights(text: str, flag: str) -> tuple[float, ...]:
     """``0.7,0.3`` as numbers."""
     try:
@@ -60,7 +69,7 @@ class _Adapters:
 
 
 @dataclass(frozen=True)
-class ModelSource(_Adapters, Options):
+class ModelSource(_Adapters, WeightsOptions):
     """A model to compute with: the base, adapters on it, and whether the base alone is computed beside.
 
     ``dtype`` is what the weights are held in; ``same``: as they are stored; ``nf4`` and ``float8``: the matrices of the
@@ -171,7 +180,7 @@ class EvaluateOptions(ModelSource):
 
 
 @dataclass(frozen=True)
-class MergeOptions(_Adapters, Options):
+class MergeOptions(_Adapters, WeightsOptions):
     """What to merge, and how to write it; ``same`` means as the base has it.
 
     ``template`` None: that stored with the adapters.
@@ -212,7 +221,7 @@ class MergeOptions(_Adapters, Options):
 
 
 @dataclass(frozen=True)
-class CountOptions(Options):
+class CountOptions(WeightsOptions):
     """A model or a published shape, and the adapter that is counted with it."""
 
     model: Path | None = option("A model directory.", None, metavar="DIR")
@@ -231,10 +240,12 @@ class CountOptions(Options):
             raise SpecError("give one of --model and --preset", todo="for example --preset llama-2-7b")
         if self.adapter is not None and (self.r is not None or self.target_modules is not None):
             raise SpecError("--adapter says the rank and the modules", todo="leave out --r and --target-modules")
+        if self.preset is not None and self.variant is not None:
+            raise SpecError("--variant needs --model", todo="a preset has no weights")
 
 
 @dataclass(frozen=True)
-class VerifyOptions(Options):
+class VerifyOptions(WeightsOptions):
     """What is checked."""
 
     directory: Path = option(

@@ -23,7 +23,7 @@ def count_params(options: CountOptions, console: Console) -> None:
         from llamatune.shapes.presets import preset
 
         if (model := options.model) is not None:
-            config = read_config(model, console.on_event)
+            config = read_config(model, console.on_event, options.variant)
             warn_of_missing_head(model, detect_format(model), config, console.on_event)
         else:
             config = preset(options.preset or "")

@@ -41,7 +41,7 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
             spec = build_spec(values | {"training": {"output_dir": "none"}}, "--preset", given + changes)
         elif given:
             spec = load_spec(Path(expand_home(given[0])), given[1:] + changes)
-            config = read_config(Path(spec.model.path))
+            config = read_config(Path(spec.model.path), variant=spec.model.variant)
         else:
             raise SpecError("neither a spec nor --preset", todo="for example --preset llama-2-7b")
         config = config.with_layers(spec.model.num_layers)

@@ -20,7 +20,7 @@ def verify(options: VerifyOptions, console: Console) -> None:
 
         if console.should_stop():
             raise Stopped("stopped before anything was read", options.directory, "run the same command again")
-        report = run_verification(options.directory, console.on_event, console.should_stop)
+        report = run_verification(options.directory, console.on_event, console.should_stop, options.variant)
         console.result(asdict(report), lambda out: _print_report(out, report))
 
 

@@ -124,6 +124,11 @@ class Manifest:
         return self._fact("base_fingerprint", self.facts.get("base_fingerprint"), str)
 
     @property
+    def base_path(self) -> str | None:
+        """The base that an adapter was trained on, as the user named it."""
+        return self._fact("base_path", self.facts.get("base_path"), str)
+
+    @property
     def tokenizer_fingerprint(self) -> str | None:
         """The fingerprint of the tokenizer that a prepared directory was made with."""
         tokenizer: dict[str, Any] = self._fact("tokenizer", self.facts.get("tokenizer"), dict) or {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,29 +10,12 @@ from torch import Tensor
 from llamatune.command_options.inference import Sampling
 from llamatune.errors import Stopped
 from llamatune.events import ShouldStop, never_stop
+from llamatune.inference.beam_search import beam_search
+from llamatune.inference.completion import Completion, last_logits, new_cache
 from llamatune.inference.sampling import next_tokens
-from llamatune.model.kv_cache import KVCache
-from llamatune.model.layers import linear
+from llamatune.model.attention import windowed
 from llamatune.model.transformer import Transformer
 from llamatune.seeds import derived_seed
-
-
-@dataclass(frozen=True)
-class Completion:
-    """New ids without the EOS; ``finish_reason`` is ``eos``, ``length``, or ``stop``: ``is_enough`` said so."""
-
-    ids: list[int]
-    finish_reason: str
-
-
-def _new_cache(model: Transformer, batch: int, capacity: int) -> KVCache:
-    dtype = model.activation_dtype or model.model.embed_tokens.weight.dtype
-    return KVCache(model.config, batch, capacity, dtype, model.device)
-
-
-def _next_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
-    """Logits of the last position alone, (B, T, D) -> (B, V)."""
-    return linear(hidden[:, -1], head_weight)
 
 
 def _visible(padding: Tensor, first: int, last: int) -> Tensor:
@@ -66,25 +48,28 @@ def complete(
     """
     if sampling.num_beams > 1:
         assert is_enough is None, "a beam is known to be the best only at its end"
-        return [_beam_search(model, prompt, sampling, eos_ids, should_stop) for prompt in prompts]
-    width = max(map(len, prompts))
+        return [beam_search(model, prompt, sampling, eos_ids, should_stop) for prompt in prompts]
+    width, device = max(map(len, prompts)), model.device
     # Prompts are padded on the left to one width.
     missing = [width - len(prompt) for prompt in prompts]
-    padding = torch.tensor(missing, device=model.device)  # (B,)
-    input_ids = torch.tensor([[0] * (width - len(prompt)) + [*prompt] for prompt in prompts], device=model.device)
-    cache = _new_cache(model, len(prompts), width + sampling.max_new_tokens)
+    padding = torch.tensor(missing, device=device)  # (B,)
+    input_ids = torch.tensor([[0] * (width - len(prompt)) + [*prompt] for prompt in prompts], device=device)
+    cache = new_cache(model, len(prompts), width + sampling.max_new_tokens)
     generators = [torch.Generator().manual_seed(derived_seed(sampling.seed, "sampling")) for _ in prompts]
     chosen: list[list[int]] = [[] for _ in prompts]
-    finished = [""] * len(prompts)  # the reason of each finished row
+    finished = [""] * len(prompts)  # the reason of each finished prompt
+    rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
     while True:
         if should_stop():
             raise Stopped("stopped while generating")
         start, end = cache.length, cache.length + input_ids.shape[1]
-        positions = (torch.arange(start, end, device=model.device)[None] - padding[:, None]).clamp(min=0)
-        mask = _visible(padding, start, end) if any(missing) else None  # the causal mask is enough
-        logits = model(input_ids, positions, mask, cache, read=_next_logits)  # (B, V)
+        positions = (torch.arange(start, end, device=device)[None] - padding[:, None]).clamp(min=0)
+        mask = None  # the causal mask is enough
+        if any(missing):
+            mask = windowed(_visible(padding, start, end), model.config.sliding_window, start, end - start, device)
+        logits = model(input_ids, positions, mask, cache, read=last_logits)  # (B, V)
         tokens = next_tokens(logits.float(), sampling, generators)
-        for row, token in enumerate(tokens):
+        for row, token in zip(rows, tokens, strict=True):
             if finished[row]:
                 continue
             if token in eos_ids:
@@ -95,49 +80,15 @@ def complete(
                 finished[row] = "stop"
             elif len(chosen[row]) == sampling.max_new_tokens:
                 finished[row] = "length"
-        if all(finished):
+        going_on = [place for place, row in enumerate(rows) if not finished[row]]
+        if not going_on:
             return list(map(Completion, chosen, finished))
-        input_ids = torch.tensor(tokens, device=model.device)[:, None]
-
-
-def _beam_search(
-    model: Transformer, prompt: Sequence[int], sampling: Sampling, eos_ids: Collection[int], should_stop: ShouldStop
-) -> Completion:
-    """The likeliest completion of ``num_beams`` beams, by mean log-probability per new token.
-
-    The search ends when no unfinished beam can still beat the worst of ``num_beams`` finished ones.
-    """
-    beams, vocabulary = sampling.num_beams, model.config.vocab_size
-    cache = _new_cache(model, beams, len(prompt) + sampling.max_new_tokens)
-    input_ids = torch.tensor([list(prompt)] * beams, device=model.device)
-    # All beams start equal: only the first may be extended, or they would stay equal.
-    scores = torch.full((beams,), -torch.inf, device=model.device)
-    scores[0] = 0.0
-    unfinished: list[list[int]] = [[] for _ in range(beams)]
-    finished: list[tuple[float, list[int]]] = []
-    for count in range(1, sampling.max_new_tokens + 1):
-        if should_stop():
-            raise Stopped("stopped while generating")
-        logits = model(input_ids, cache=cache, read=_next_logits).float()  # (beams, V)
-        total = (scores[:, None] + logits.log_softmax(-1)).reshape(-1)
-        # Enough to fill the unfinished beams even if every EOS takes a place in each.
-        best = total.topk(min(max(2, 1 + len(eos_ids)) * beams, len(total)))
-        kept: list[tuple[float, int, int]] = []
-        for rank, (score, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
-            beam, token = divmod(index, vocabulary)
-            if token in eos_ids:
-                if rank < beams:
-                    finished.append((score / count, unfinished[beam]))
-            elif len(kept) < beams:
-                kept.append((score, beam, token))
-        finished = sorted(finished, key=lambda beam: -beam[0])[:beams]
-        unfinished = [[*unfinished[beam], token] for _, beam, token in kept]
-        if not kept or (len(finished) == beams and kept[0][0] / count <= finished[-1][0]):
-            break
-        scores = torch.tensor([score for score, _, _ in kept], device=model.device)
-        cache.reorder([beam for _, beam, _ in kept])
-        input_ids = torch.tensor([[token] for _, _, token in kept], device=model.device)
-    else:
-        finished += [(score / count, ids) for (score, _, _), ids in zip(kept, unfinished, strict=True)]
-    ids = max(finished, key=lambda beam: beam[0])[1]
-    return Completion(ids, "length" if len(ids) == sampling.max_new_tokens else "eos")
+        if 2 * len(going_on) <= len(rows):
+            # A finished row costs as much as another. The batch halves, so all copies together are less than one of it.
+            first = min(missing[place] for place in going_on)
+            cache.keep_rows(going_on, first)
+            missing = [missing[place] - first for place in going_on]
+            padding = torch.tensor(missing, device=device)
+            rows, tokens = [rows[place] for place in going_on], [tokens[place] for place in going_on]
+            generators = [generators[place] for place in going_on]
+        input_ids = torch.tensor(tokens, device=device)[:, None]

@@ -168,9 +168,9 @@ def evaluate_prepared(
     refuse_differences({"data": prepared.manifest.digest}, ranks)
     split, chosen = _choose(prepared, options.split, options.data)
     for part in chosen.values():
-        for config in {opened.config, opened.checkpoint.config if opened.compare else opened.config}:
+        for config in opened.configs:
             check_rows(part, config, f"{options.data} against {options.model}", on_event)
-    check_tokenizer(prepared, options.model, options.force_base, on_event)
+    check_tokenizer(prepared, opened.tokenizer_path, options.force_base, on_event)
     total = sum(min(len(part), options.limit or len(part)) for part in chosen.values())
     tokens = sum(sum(part.lengths[: options.limit]) for part in chosen.values())
     with opened.computing(tokens * min(1.0, options.batch_size / total), MEMORY_ADVICE, on_event):

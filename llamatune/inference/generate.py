@@ -11,7 +11,8 @@ from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.data.chat_template_files import own_chat_template
 from llamatune.data.segments import prompt_of_json
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.inference.engine import Completion, complete
+from llamatune.inference.completion import Completion
+from llamatune.inference.engine import complete
 from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_encoding import PromptEncoder, is_chat
 from llamatune.inference.prompt_files import Prompt

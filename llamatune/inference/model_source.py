@@ -92,9 +92,19 @@ class OpenedModel:
         """The model's with the adapter, which may have a larger vocabulary than the base."""
         return self._changed.config
 
+    @property
+    def configs(self) -> set[LlamaConfig]:
+        """Those of all models that are loaded."""
+        return {self.config, self.checkpoint.config} if self.compare else {self.config}
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The directory whose tokenizer is used."""
+        return (self.adapter and self.adapter.tokenizer_path) or self.path
+
     def tokenizer(self) -> Tokenizer:
-        tokenizer = load_tokenizer(self.path)
-        check_vocabulary(tokenizer, self.config.vocab_size, self.path)
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        check_vocabulary(tokenizer, self.config.vocab_size, self.tokenizer_path)
         return tokenizer
 
     def template(self, name: str | None, tokenizer: Tokenizer, on_event: OnEvent) -> Template | ChatTemplate | None:
@@ -117,6 +127,10 @@ class OpenedModel:
         if not all(ids):
             what = f"prompt {ids.index([]) + 1} has no token, and this tokenizer puts no BOS before it"
             raise DataError(what, self.path, "give a prompt that is not empty")
+        rows = min(config.vocab_size for config in self.configs)
+        if (largest := max(map(max, ids), default=0)) >= rows:
+            what = f"a prompt holds the token {largest}, and the base has {rows} embedding rows"
+            raise DataError(what, self.path, "leave out --compare")
         known = self.checkpoint.config.max_position_embeddings
         longest, beyond = max(map(len, ids), default=0), sum(len(prompt) > known for prompt in ids)
         if beyond:
@@ -177,7 +191,7 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ran
         CheckpointError: model or adapter cannot be used or do not belong together.
     """
     device = choose_device(source.device, on_event, None if ranks.size == 1 else ranks.local_rank)
-    checkpoint = open_checkpoint(source.model, on_event)
+    checkpoint = open_checkpoint(source.model, on_event, source.variant)
     adapters = load_adapters(source.adapters)
     for adapter in adapters:
         check_adapter(adapter, checkpoint.config, fingerprint(checkpoint), source.force_base, on_event)

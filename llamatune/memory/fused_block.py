@@ -46,10 +46,12 @@ def _norm(ledger: Ledger, z: Sizes, rows: int, back: bool = False) -> None:
 
 
 def _head_norms(ledger: Ledger, z: Sizes, back: bool = False) -> None:
-    """The fp32 tiles of the norm of q's heads, which are the most."""
+    """The fp32 tiles of the norm of q's heads, which are the most, and the gradient that it gives."""
     tiles = (4 if back else 2) + (z.c < 4)
     if z.normed:
+        gradient = ledger.make("gradient of q before its norm", z.N * z.Q * z.c if back else 0)
         ledger.use("fp32 tiles of the norm of heads", tiles * 4 * min(z.N, TILE_TOKENS) * z.Q)
+        ledger.free(gradient)
 
 
 def attention(ledger: Ledger, z: Sizes, last: bool, recompute: bool) -> Passes:

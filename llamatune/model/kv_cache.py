@@ -44,13 +44,19 @@ class KVCache:
         grown[:, :, :, : self.length] = stored[:, :, :, : self.length]
         return grown
 
-    def reorder(self, rows: Sequence[int]) -> None:
-        """Let row i continue what row ``rows[i]`` held (beam search); what is not used yet is not copied."""
-        moved = [row for row, source in enumerate(rows) if row != source]
-        if not moved:
-            return
-        device = self._stored[0].device
-        targets, sources = torch.tensor(moved, device=device), torch.tensor([rows[row] for row in moved], device=device)
-        for stored in self._stored:
-            used = stored[:, :, :, : self.length]
-            used.index_copy_(1, targets, used.index_select(1, sources))
+    def has_room(self, tokens: int) -> bool:
+        """Whether so many more tokens fit without growth."""
+        return self.length + tokens <= self._stored[-1].shape[3]
+
+    def keep_rows(self, rows: Sequence[int], first: int = 0) -> None:
+        """Keep only these rows of the batch, and of them the tokens from place ``first`` on."""
+        kept = torch.tensor(rows, device=self._stored[0].device)
+        for layer, stored in enumerate(self._stored):
+            self._stored[layer] = stored[:, kept, :, first : self.length]
+        self.length -= first
+
+    def keep_places(self, places: Tensor) -> None:
+        """Keep only the tokens at ``places`` (N,), in every row and in this order."""
+        for layer, stored in enumerate(self._stored):
+            self._stored[layer] = stored[:, :, :, places]
+        self.length = len(places)

@@ -178,8 +178,8 @@ class Transformer(nn.Module):
 
         Args:
             positions: (B or 1, T); by default they restart with each sample, or go on from the cache's length.
-            mask: bool (B, 1, T, S), True where a query may look; None: causal, which right padding needs no mask for.
-                With a cache that already holds tokens, T > 1 needs a mask.
+            mask: bool (B, 1, T, S), True where a query may look, within the sliding window too; None: causal, which
+                right padding needs no mask for. With a cache that already holds tokens, T > 1 needs a mask.
             lengths: those of the samples in the one row of ``input_ids``, which holds several.
             rows: positions in the one row whose states are asked for, all that the last block computes; None: all.
             read: gets the final-norm states (B, T, D), or (1, len(rows), D), and the weight of the head (V, D), which
@@ -191,8 +191,8 @@ class Transformer(nn.Module):
         if window is not None and lengths is None and mask is None and start == 0 and len(input_ids) == 1:
             lengths = (T,)
         documents = None if lengths is None else Documents(lengths, self.device, window, product_dtype(x))
-        if documents is None:
-            mask = windowed(mask, window, start, T, self.device)
+        if documents is None and mask is None:
+            mask = windowed(None, window, start, T, self.device)
         if positions is None and documents is not None:
             positions = documents.positions
         elif positions is None:

@@ -87,7 +87,7 @@ def _count(run: Run) -> tuple[ParameterCount | None, str]:
     """Parameters by module, from the base's configuration, or a notice why they are not known."""
     spec = run.spec
     try:
-        config = read_config(Path(spec.model.path)).with_layers(spec.model.num_layers)
+        config = read_config(Path(spec.model.path), variant=spec.model.variant).with_layers(spec.model.num_layers)
         count = count_parameters(config, spec.adapter)
     except (LlamatuneError, ValueError) as fault:  # a null byte in the path
         return None, f"no parameters by module: {fault}"

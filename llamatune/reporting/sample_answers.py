@@ -74,7 +74,7 @@ def generate_samples(
     spec, sampling = run.spec, Sampling(options.max_new_tokens, temperature=0)
     if spec.model.init == "random" or spec.model.num_layers is not None:
         raise SpecError("its base is not the model on the disk", run.path, "leave --prompt out, or pass --generations")
-    base = ModelSource(Path(spec.model.path), device=options.device)
+    base = ModelSource(Path(spec.model.path), device=options.device, variant=spec.model.variant)
 
     def ask(source: ModelSource, prompts: Sequence[Prompt], template: str | None = None) -> list[Generation]:
         return generate(source, prompts, sampling, template, on_event, should_stop).results
@@ -84,7 +84,7 @@ def generate_samples(
         return Samples(run.name, [Sample(answer.prompt, answer.base_completion, answer.completion) for answer in both])
     if not (run.path / MODEL).is_dir():
         raise CheckpointError("no trained weights yet", run.path, "leave --prompt out, or let the run finish")
-    tuned = ask(replace(base, model=run.path / MODEL), prompts)
+    tuned = ask(replace(base, model=run.path / MODEL, variant=None), prompts)
     before = ask(base, [answer.prompt for answer in tuned], template="none")
     pairs = zip(before, tuned, strict=True)
     return Samples(run.name, [Sample(new.prompt, old.completion, new.completion) for old, new in pairs])

@@ -37,7 +37,12 @@ def load_tokenizer(path: Path, on_event: OnEvent = ignore_event) -> Tokenizer:
     """
     file = tokenizer_file(path)
     if file is None:
-        todo = "give the path of a tokenizer.model or a tokenizer.json"
+        todo, above = (
+            "give the path of a tokenizer.model or a tokenizer.json",
+            path.absolute().parent / SENTENCEPIECE_FILE,
+        )
+        if above.exists():
+            todo = f"LLaMA-1 has it beside the models' directories: link {above} into this one"
         raise CheckpointError("no tokenizer.model or tokenizer.json in this directory", path, todo)
     # The libraries are imported where they are needed: each takes about 50 ms.
     if _begins(file, _JSON) or (file.suffix == ".json" and _begins(file, _JSON_VALUE)):

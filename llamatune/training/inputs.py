@@ -55,10 +55,10 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent, ranks: Ranks
     validation = other.train if other else prepared.validation
     base = Path(spec.model.path)
     if spec.model.init == "random":
-        checkpoint, config = None, read_config(base, on_event).with_layers(spec.model.num_layers)
+        checkpoint, config = None, read_config(base, on_event, spec.model.variant).with_layers(spec.model.num_layers)
         base_fingerprint = f"random:{spec.training.seed}"
     else:
-        checkpoint = open_checkpoint(base, on_event)
+        checkpoint = open_checkpoint(base, on_event, spec.model.variant)
         config = checkpoint.config.with_layers(spec.model.num_layers)
         base_fingerprint = fingerprint(checkpoint)
     if validation is None and (spec.evaluation.every_steps or spec.evaluation.early_stopping_patience):

@@ -24,6 +24,7 @@ from llamatune.training.gpu_meter import GpuMeter
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.rank_meter import RankMeter
+from llamatune.training.run_card import run_companions
 from llamatune.training.run_directory import RunDirectory, prune_checkpoints
 from llamatune.training.run_file_names import METRICS, SUMMARY
 from llamatune.training.run_memory import held_memory, peak_memory_bytes, peak_reserved_bytes
@@ -57,7 +58,8 @@ class TrainingLoop:
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
-        self.output = RunOutput(self.spec, self.inputs, self.learner, self.run, self.ranks, self.gpu_meter)
+        companions = run_companions(self.spec, self.inputs, self.on_event)
+        self.output = RunOutput(self.spec, self.inputs, self.learner, self.run, self.ranks, self.gpu_meter, companions)
         self._stop_agreed, self._meter = False, RankMeter()
         self.progress = TrainerState()
         self._last_checkpoint: Path | None = None
@@ -96,7 +98,7 @@ class TrainingLoop:
             self._update()
         if self.progress.step == 0:
             raise self._numerics_fault("no window made an update: every gradient overflowed fp16")
-        self.output.write_final()
+        self.output.write_final(self.progress)
         summary = self._summary(time.monotonic() - self._clock)
         if self.ranks.is_first:
             write_atomic(self.run.path / SUMMARY, dump_json(summary))

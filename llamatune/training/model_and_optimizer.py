@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from llamatune.checkpoints.loading import load_model, load_rows, warn_of_broken
 from llamatune.checkpoints.quantized_base import QuantizedBase
-from llamatune.events import OnEvent, ShouldStop
+from llamatune.errors import Stopped
+from llamatune.events import OnEvent, Progress, ShouldStop
 from llamatune.model.activation_checkpointing import apply_activation_checkpointing
 from llamatune.model.adapters.apply import adapter_parameters, apply_adapter, load_adapter_tensors
 from llamatune.model.initialise import drawn_weights
@@ -86,7 +87,7 @@ def build_learner(
         model.requires_grad_(True)
         parameters = dict(model.named_parameters())
     else:
-        parameters = _put_on(model, adapter, spec, inputs, streamed, ranks)
+        parameters = _put_on(model, adapter, spec, inputs, on_event, should_stop, streamed, ranks)
     training, device = spec.training, inputs.device
     fused = training.fused and adapter is not None
     apply_activation_checkpointing(model, training.activation_checkpointing, fused, levels)
@@ -103,12 +104,22 @@ def _put_on(
     adapter: AdapterSpec,
     spec: RunSpec,
     inputs: Inputs,
+    on_event: OnEvent,
+    should_stop: ShouldStop,
     streamed: StreamedBlocks | None,
     ranks: Ranks,
 ) -> dict[str, nn.Parameter]:
     """Put the adapter on the model, with its first values; the trained parameters."""
-    start, bring_block = inputs.starting_adapter, None if streamed is None else streamed.bring
+    start, layers = inputs.starting_adapter, inputs.config.num_hidden_layers
     seed = derived_seed(spec.training.seed, "lora") if start is None else None
+
+    def bring_block(layer: int) -> None:
+        if should_stop():
+            raise Stopped("stopped while the adapter was begun", spec.model.path, "run the same command again")
+        on_event(Progress("beginning the adapter", layer + 1, layers))
+        if streamed is not None:
+            streamed.bring(layer)
+
     with autocast_factory(spec.training.precision, inputs.device)():  # a quantised base is unpacked as for products
         apply_adapter(model, adapter, seed, bring_block)
     parameters = dict(adapter_parameters(model))

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from llamatune import __version__
 from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter
+from llamatune.checkpoints.companion_files import RunCompanions
 from llamatune.checkpoints.huggingface_weights import write_huggingface
+from llamatune.checkpoints.model_card import write_card
 from llamatune.checkpoints.sharded_checkpoint import save_sharded_state
 from llamatune.checkpoints.tensor_bytes import write_tensors
 from llamatune.checkpoints.training_checkpoint import WEIGHTS, newest_run_state, read_run_state, save_run_state
@@ -31,6 +33,7 @@ from llamatune.strict_json import write_json
 from llamatune.training.gpu_meter import GpuMeter
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
+from llamatune.training.run_card import run_card
 from llamatune.training.run_directory import RunDirectory
 from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, MODEL
 from llamatune.training.sharded_tensors import owned_runs, restore_runs
@@ -40,6 +43,8 @@ GPU_USE = "gpu_use"
 """In a checkpoint's ``state.json``: energy, time and peak power of the GPUs so far, where NVML gives them."""
 EVALUATION = "evaluation.json"
 """In ``best/``: step, epoch, loss, perplexity, rows and target tokens of the evaluation of these weights."""
+_LOSSES = {"training": "train_loss", "validation": "validation_loss"}
+"""Of an epoch."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class RunOutput:
     run: RunDirectory
     ranks: Ranks
     gpu_meter: GpuMeter
+    companions: RunCompanions
 
     def log(self, record: Record) -> None:
         """Append a line to ``metrics.jsonl``."""
@@ -124,18 +130,25 @@ class RunOutput:
         values = asdict(evaluation)
         del values["best"], values["seconds"]  # what is written is a function of the run alone
         if self.ranks.is_first:
+            losses = {"step": evaluation.step, "validation loss": f"{evaluation.loss:.4f}, the lowest of the run"}
             with build_directory(self.run.path / BEST, self._kind, {}, overwrite=True) as staging:
                 self._write_product(staging)
+                self._write_companions(staging, self.run.path / BEST, losses)
                 write_json(staging.path / EVALUATION, values)
         elif self.learner.sharded is not None:
             self.learner.sharded.serve()
         self.ranks.wait()
 
-    def write_final(self) -> None:
+    def write_final(self, progress: TrainerState) -> None:
         """Write ``adapter/`` or ``model/``."""
         if self.ranks.is_first:
-            with build_directory(self.run.path / self._kind, self._kind, {}, overwrite=True) as staging:
+            last = progress.epochs[-1] if progress.epochs else {}
+            losses = {f"{name} loss": last.get(key) for name, key in _LOSSES.items()}
+            shown = {name: f"{loss:.4f}, in the last epoch" for name, loss in losses.items() if loss is not None}
+            final = self.run.path / self._kind
+            with build_directory(final, self._kind, {}, overwrite=True) as staging:
                 self._write_product(staging)
+                self._write_companions(staging, final, {"step": progress.step, **shown})
         elif self.learner.sharded is not None:
             self.learner.sharded.serve()
         self.ranks.wait()
@@ -178,8 +191,18 @@ class RunOutput:
         else:
             tensors = stored_tensors(spec.adapter, dict(adapter_parameters(self.learner.model)))
             quantized = spec.model.dtype if spec.model.dtype in QUANTIZED_DTYPES else None
-            adapter = Adapter(spec.adapter.stored(), tensors, fingerprint, template, base, base_dtype=quantized)
+            named = self.companions.peft_base
+            adapter = Adapter(spec.adapter.stored(), tensors, fingerprint, template, named, base_dtype=quantized)
             write_adapter(staging, adapter)
+            staging.facts["base_path"] = base
+
+    def _write_companions(self, staging: Staging, final: Path, results: Mapping[str, Any]) -> None:
+        """What the product carries for its readers; a checkpoint, which is for resuming, goes without."""
+        if self.spec.adapter is None:
+            self.companions.complete_model(staging.path)
+        else:
+            self.companions.write(staging, final)
+        write_card(staging.path, run_card(self.spec, self.inputs, self.companions.peft_base, results))
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

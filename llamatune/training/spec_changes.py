@@ -12,7 +12,7 @@ from llamatune.spec_sections import TrackingSection
 from llamatune.strict_json import read_json
 from llamatune.training.run_file_names import ORIGIN, SPEC
 
-_MAY_CHANGE = (
+MAY_CHANGE = (
     "training.log_every_steps",
     "training.log_layer_grad_norms",
     "training.profile_steps",
@@ -52,7 +52,7 @@ def accepted_changes(
     refused, accepted = [], []
     for field in sorted(before.keys() | after.keys()):
         was, now = before.get(field), after.get(field)
-        if was == now or field in _MAY_CHANGE:
+        if was == now or field in MAY_CHANGE:
             continue
         if field in allowed or _is_growth(field, was, now, after):
             accepted.append({"field": field, "old": was, "new": now})

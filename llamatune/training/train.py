@@ -34,8 +34,8 @@ from llamatune.training.run_memory import choose_passes, choose_run_placement, p
 from llamatune.training.schedule import Schedule, pass_tokens
 from llamatune.training.trainer_state import TrainerState
 
-_CHECKPOINT_BYTES = 12
-"""Per trained parameter, at most: its fp32 value and AdamW's two fp32 moments."""
+_STATE_BYTES = 8
+"""Per trained parameter, at most: AdamW's two fp32 moments."""
 
 
 def train(
@@ -70,7 +70,9 @@ def train(
         config, rows, device = inputs.config, inputs.prepared.train, inputs.device
         stack.enter_context(deterministic_kernels(spec.training.deterministic, device))
         stack.enter_context(fp32_products(spec.training.precision))
-        output, needed = Path(spec.training.output_dir), _CHECKPOINT_BYTES * inputs.count.trainable_parameters
+        output, count = Path(spec.training.output_dir), inputs.count
+        written = max(count.trainable_parameters, count.total_parameters - count.base_parameters)  # in fp32
+        needed = _STATE_BYTES * count.trainable_parameters + 4 * written
         if ranks.is_first:
             refuse_small_disk(output, needed, "a checkpoint")
         stack.enter_context(chosen_kernels(spec.training.kernels, device, on_event))

@@ -140,7 +140,7 @@ def test_dora_of_the_embedding_is_another_kind(tiny, tmp_path):
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save"])
 def test_a_pattern_that_takes_for_ever_is_stopped(tiny, tiny_adapter, tmp_path, monkeypatch, key):
-    monkeypatch.setattr(adapter_patterns, "_SECONDS", 0.5)
+    monkeypatch.setattr(adapter_patterns, "_SECONDS", 0.2)
     pattern = r"(?:[a-z0-9._]*)*!"
     value = {"rank_pattern": {pattern: 4}, "modules_to_save": [pattern]}.get(key, pattern)
     started = time.monotonic()

@@ -436,11 +436,18 @@ def test_header_bombs(hf):
     refused(hf)
 
 
-def test_only_pickled_huggingface_weights(hf):
+def test_only_pickled_huggingface_weights(hf, tmp_path):
     (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
     refused(hf, "pytorch_model.bin", "not a PyTorch zip file")
     torch.save({"model.norm.weight": torch.ones(3)}, hf / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     refused(hf, "pytorch_model.bin", "can run code")
+    shard, marker = "pytorch_model-00001-of-00001.bin", tmp_path / "marker"
+    for file in ("pytorch_model.bin", shard):
+        torch.save({"model.norm.weight": Payload(marker)}, hf / file)
+        refused(hf, file)
+        (hf / "pytorch_model.bin").unlink(missing_ok=True)
+        (hf / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    assert not marker.exists()
 
 
 def test_no_weights_at_all(hf, meta):

@@ -72,7 +72,7 @@ def test_untouched_tensors_keep_their_bytes_and_files_their_layout(tmp_path):
     adapter = save_peft(tmp_path / "adapter", tmp_path / "base", ["q_proj"])
     merge_lora(MergeOptions(tmp_path / "base", adapter, tmp_path / "out"))
     before, after = files_of(tmp_path / "base"), files_of(tmp_path / "out")
-    assert set(after) == set(before) | {"llamatune.json"}
+    assert set(after) == set(before) | {"llamatune.json", "README.md"}
     changed = {name for name in before if before[name] != after[name]}
     for name in ("generation_config.json", "tokenizer.json"):
         assert name not in changed

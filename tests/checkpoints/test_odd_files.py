@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from llamatune.checkpoints.model_directory import read_config
 from llamatune.command_options.inference import MergeOptions
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice
+from llamatune.tokenizers.loading import load_tokenizer
 
 from .conftest import save_meta, save_tiny
 
@@ -124,18 +126,39 @@ def test_pytorch_archives_are_read_and_merged(tiny_adapter, tmp_path, tied, shar
 
 
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
-def test_a_variant_is_read_where_it_is_alone(tiny, tmp_path, shard):
-    model = save_tiny(tmp_path / "plain")
-    model.save_pretrained(tmp_path / "m", variant="fp16", max_shard_size=shard)
-    assert not (tmp_path / "m" / "model.safetensors").exists()
-    logits, notices = opened(tmp_path / "m")
-    assert torch.equal(logits, opened(tiny[0])[0])
-    assert ["only the variant fp16" in told for told in notices] == [True]
-    model.save_pretrained(tmp_path / "m", variant="bf16", max_shard_size=shard)
-    with pytest.raises(CheckpointError, match=r"several variants of the weights \(bf16, fp16\)"):
-        open_checkpoint(tmp_path / "m")
-    model.save_pretrained(tmp_path / "m", max_shard_size=shard)
-    assert opened(tmp_path / "m")[1] == []
+def test_a_variant_is_read_where_it_is_asked_for(tiny, tiny_adapter, tmp_path, shard):
+    path = tmp_path / "m"
+    model = save_tiny(tmp_path / "plain", dtype=torch.float16)
+    model.save_pretrained(path, variant="fp16", max_shard_size=shard)
+    assert not (path / "model.safetensors").exists()
+    with pytest.raises(CheckpointError, match=r"only the variant fp16 of the weights: .*: pass --variant fp16"):
+        open_checkpoint(path)
+    model.float().save_pretrained(path, variant="fp32", max_shard_size=shard)
+    with pytest.raises(CheckpointError, match=r"only variants \(fp16, fp32\) of the weights: .*model\.variant=fp16"):
+        read_config(path)
+    with pytest.raises(CheckpointError, match=r"no variant 'bf16' of the weights: .*: there is fp16, fp32"):
+        open_checkpoint(path, variant="bf16")
+    dtypes = {
+        name: {part.dtype for [part] in open_checkpoint(path, variant=name).parts.values()} for name in ("fp16", "fp32")
+    }
+    assert dtypes == {"fp16": {"F16"}, "fp32": {"F32"}}
+    facts = json.loads((path / "config.json").read_text())
+    assert facts["dtype"] == "float32"  # of the one that was saved last
+    merge_lora(MergeOptions(path, tiny_adapter, tmp_path / "out", force_base=True, variant="fp16"))
+    merged = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert merged["dtype"] == merged["torch_dtype"] == "float16"
+    assert not list((tmp_path / "out").glob("*fp16*"))
+    assert opened(tmp_path / "out")[1] == []
+    save_tiny(tmp_path / "other").save_pretrained(path, max_shard_size=shard)
+    assert opened(path)[1] == []
+    with pytest.raises(CheckpointError, match=r"no variant 'fp16' of the weights: .*: leave --variant out"):
+        open_checkpoint(tiny[0], variant="fp16")
+
+
+def test_meta_directories_have_no_variants(tiny_meta):
+    for read in (open_checkpoint, read_config):
+        with pytest.raises(CheckpointError, match=r"Meta's format has none: .*: leave --variant out"):
+            read(tiny_meta, variant="fp16")
 
 
 def test_shards_may_lie_in_a_folder(tiny, tmp_path):
@@ -191,11 +214,13 @@ def test_swish_is_silu(tiny, tmp_path):
 
 def test_hints_lead_on(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from pathlib import Path
-
+    (tmp_path / "7B").mkdir()
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
     for make, words in (
         (lambda: open_checkpoint(Path("meta-llama/Llama-3.2-1B")), "hf download meta-llama/Llama-3.2-1B --local-dir"),
         (lambda: open_checkpoint(tmp_path / "absent"), "no such model directory"),
+        (lambda: load_tokenizer(tmp_path / "7B"), rf"LLaMA-1 has it beside .*: link {tmp_path}/tokenizer\.model into"),
+        (lambda: load_tokenizer(Path("7B")), rf"LLaMA-1 has it beside .*: link {tmp_path}/tokenizer\.model into"),
     ):
         with pytest.raises(CheckpointError, match=words):
             make()

@@ -12,7 +12,8 @@ import torch
 from llamatune.checkpoints.loading import load_model
 from llamatune.command_options.inference import Sampling
 from llamatune.errors import Stopped
-from llamatune.inference import engine
+from llamatune.inference import beam_search, engine
+from llamatune.inference.completion import new_cache
 from llamatune.inference.engine import complete
 from llamatune.model.kv_cache import KVCache
 from llamatune.model.transformer import Transformer
@@ -122,7 +123,7 @@ def test_beam_search_without_eos_is_that_of_transformers(
         assert found.finish_reason == "length"
 
 
-@pytest.mark.parametrize("beams", [2, 4])
+@pytest.mark.parametrize("beams", [2, 4, 8])
 @pytest.mark.parametrize("ends", [1, 2, 3])
 def test_beam_search_with_eos_is_that_of_transformers(
     model: Transformer, reference: torch.nn.Module, beams: int, ends: int
@@ -155,14 +156,15 @@ def test_the_cache_takes_room_for_what_is_used_of_the_length(
 ) -> None:
     eos = {complete(model, [PROMPTS[2]], Sampling(30, 0, num_beams=beams), ())[0].ids[-1]}
     caches: list[KVCache] = []
-    new_cache = engine._new_cache
-    monkeypatch.setattr(engine, "_new_cache", lambda *given: caches.append(new_cache(*given)) or caches[-1])
+    for module in (engine, beam_search):
+        monkeypatch.setattr(module, "new_cache", lambda *given: caches.append(new_cache(*given)) or caches[-1])
     short, long = (
         complete(model, [PROMPTS[2]], Sampling(length, 0, num_beams=beams), eos)[0] for length in (40, 1 << 20)
     )
     assert short.finish_reason == "eos"
     assert long == short
-    assert [{stored.shape[3] for stored in cache._stored} for cache in caches] == [{64}, {256}]
+    rooms = [{stored.shape[3] for stored in cache._stored} for cache in caches]
+    assert rooms == [{len(PROMPTS[2]) + beams * 40}, {256}]
 
 
 def test_several_prompts_with_beams_are_completed_as_alone(model: Transformer) -> None:

@@ -121,7 +121,8 @@ def test_the_first_values_are_those_of_peft_and_change_no_logit(tiny_base: Calla
     assert count_parameters(CONFIG, DORA).trainable_parameters == trained
 
 
-def test_a_layer_with_dropout_is_that_of_peft() -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_layer_with_dropout_is_that_of_peft(biased: bool) -> None:
     """Of the same mask, which PEFT draws from the global generator: output and gradients in one training pass."""
     from peft import LoraConfig
     from peft.tuners.lora import Linear as PeftLinear
@@ -129,8 +130,9 @@ def test_a_layer_with_dropout_is_that_of_peft() -> None:
     torch.manual_seed(0)
     ours = dora_model(dropout=0.4).model.layers[0].self_attn.k_proj
     assert isinstance(ours, DoRALinear)
-    frozen = torch.nn.Linear(48, 16, bias=False)
+    frozen = torch.nn.Linear(48, 16, bias=biased).requires_grad_(False)
     frozen.weight.data.copy_(ours.weight)
+    ours.bias = frozen.bias
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.4, use_dora=True, target_modules=["k_proj"])
     peft = PeftLinear(frozen, "default", config, r=4, lora_alpha=8)
     theirs = (
@@ -173,7 +175,8 @@ def test_on_a_quantised_base(packed: Any) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_hand_written_gradients_are_those_of_autograd_on_the_same_mask(p: float) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_hand_written_gradients_are_those_of_autograd_on_the_same_mask(p: float, biased: bool) -> None:
     layer = dora_model(torch.float64).model.layers[0].mlp.down_proj
     assert isinstance(layer, DoRALinear)
     x, grad, dropout = torch.randn(9, 100).double(), torch.randn(9, 48).double(), Dropout(p, seed=4)
@@ -182,6 +185,10 @@ def test_hand_written_gradients_are_those_of_autograd_on_the_same_mask(p: float)
     d = leaf * (dropout.drop(torch.ones_like(x))[0])
     g = m / (W + layer.scaling * B @ A).norm(dim=1).detach()
     y = leaf @ W.T + (g - 1) * (d @ W.T) + g * layer.scaling * (d @ A.T @ B.T)
+    if biased:  # which m does not scale
+        layer.bias = torch.nn.Parameter(torch.randn(48).double(), requires_grad=False)
+        y = y + layer.bias
+        torch.testing.assert_close(layer.eval()(x) - layer.bias, leaf @ (g[:, None] * (W + layer.scaling * B @ A)).T)
     expected = torch.autograd.grad(y, (leaf, A, B, m), grad)
     with torch.no_grad():
         residual, before = torch.randn_like(y), torch.randn_like(x)

@@ -69,6 +69,7 @@ def fused_model(
     dtype: torch.dtype,
     level: Recompute,
     nf4: bool = False,
+    kind: str = "lora",
     **changes: Any,
 ) -> Transformer:
     model = Transformer(LlamaConfig(D, F, depth, 4, 4, 131, **changes))
@@ -80,11 +81,11 @@ def fused_model(
     if nf4:
         quantize_blocks(model, NF4Weight, dtype)
     model.to(dtype)
-    apply_adapter(model, AdapterSpec(4, 8, dropout, targets), 1)
+    apply_adapter(model, AdapterSpec(4, 8, dropout, targets, kind=kind), 1)
     for name, parameter in adapter_parameters(model):
         parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(3))
+        if name.endswith("lora_B.weight"):
+            parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)), alpha=0.2)
     apply_activation_checkpointing(model, "none", fused=True, levels=(level,) * depth)
     return model.train()
 
@@ -120,6 +121,20 @@ def test_the_forms_of_a_gpu_compute_the_same(
     for name, gradient in expected.items():
         assert found[name].dtype == gradient.dtype
         assert float((found[name] - gradient).norm() / gradient.norm()) < tolerance, name
+
+
+@pytest.mark.parametrize("kind", ["dora", "lora_fa", "pissa"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_so_do_they_for_each_kind_of_adapter(request: pytest.FixtureRequest, dropout: float, kind: str) -> None:
+    model = fused_model(2, LINEAR_MODULES, dropout, torch.float64, Recompute.FEED_FORWARD, kind=kind)
+    expected = run(model, contextlib.nullcontext())
+    request.getfixturevalue("as_on_a_gpu")
+    for parameter in model.parameters():
+        parameter.grad = None
+    found = run(model, contextlib.nullcontext())
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm() / gradient.norm()) < 1e-12, name
 
 
 FREE = ("empty", "new_empty", "randint", "_local_scalar_dense")
@@ -180,8 +195,8 @@ COSTS = [
     (QV, 0.0, Recompute.NOTHING, True, {}, 27, 34, 63.4),  # each of seven matrices is unpacked twice
     (QV, 0.0, Recompute.NOTHING, False, QWEN_2, 13, 34, 41.6),  # a product adds its bias at no cost
     (QV, 0.0, Recompute.NOTHING, False, BIASES, 16, 34, 43.6),  # o and, by tiles, down add to the residual stream too
-    (QV, 0.0, Recompute.NOTHING, False, HEAD_NORMS, 17, 34, 49.6),
-    (QV, 0.0, Recompute.BLOCK, False, HEAD_NORMS, 25, 46, 57.8),
+    (QV, 0.0, Recompute.NOTHING, False, HEAD_NORMS, 17, 34, 51.6),
+    (QV, 0.0, Recompute.BLOCK, False, HEAD_NORMS, 25, 46, 59.8),
 ]
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 TOKENS = 4
 TO_HOST, TO_DEVICE = "a copy to the host", "a copy to the device"
-BEAMS = "inference/engine.py:_beam_search"
+BEAMS = "inference/beam_search.py:beam_search"
 
 LOADING = {
     ("checkpoints/loading.py:load_model", TO_DEVICE),  # weights, as they come from the disk
@@ -25,8 +25,9 @@ SAMPLING = {
 }
 BEAM_SEARCH = {
     (BEAMS, TO_HOST): 2 * TOKENS,  # scores and places of the best: nothing is queued before the second
-    (BEAMS, TO_DEVICE): 2 + 2 * TOKENS,  # the prompt and the first scores, then scores and tokens
-    ("model/kv_cache.py:KVCache.reorder", TO_DEVICE): 2 * TOKENS,  # which rows go on from which
+    (BEAMS, TO_DEVICE): TOKENS,  # scores
+    ("inference/beam_search.py:_BeamTree.begin", TO_DEVICE): 1,  # the prompt
+    ("inference/beam_search.py:_BeamTree.extend", TO_DEVICE): TOKENS - 1,  # tokens, and which beams they go on from
 }
 """Where the host waits, and how often: of ``TOKENS`` tokens."""
 

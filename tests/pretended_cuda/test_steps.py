@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from techniques import DIMENSIONS, REFUSED, Technique, all_pairs, covering_set, job_of, pairs_of
@@ -22,6 +22,7 @@ EACH_TIME = {
 ONCE = {
     ("training/model_and_optimizer.py:_draw_base", TO_DEVICE): "weights",
     ("model/adapters/lora.py:LoRALinear.start", TO_DEVICE): "A's first values",
+    ("model/adapters/from_base.py:LoRAFromBaseLinear.start", "a number read"): "is a matrix of the base finite?",
     ("model/block_stores.py:HostBlocks.write", TO_HOST): "placement: host, a weight goes to where it will lie",
     ("model/blockwise_8bit.py:BlockwiseCode.__init__", TO_DEVICE): "three tables of an 8-bit code",
     ("model/nf4.py:_pairs_of_levels", TO_DEVICE): "the table of NF4",
@@ -35,7 +36,27 @@ def name_of(technique: Technique) -> str:
 
 @pytest.mark.parametrize("technique", covering_set(), ids=name_of)
 def test_a_step_stays_on_its_device_and_waits_once(gpu: Gpu, technique: Technique) -> None:
-    found = gpu.run(**job_of(technique))
+    check(gpu, job_of(technique))
+
+
+KINDS = {
+    "dora on nf4, dropout": ({"kind": "dora"}, {"dtype": "nf4", "trained": "all seven, dropout", "precision": "bf16"}),
+    "dora on float8, plain": ({"kind": "dora"}, {"dtype": "float8", "blocks": "plain", "placement": "host"}),
+    "dora, recomputed": ({"kind": "dora"}, {"checkpointing": "block", "precision": "fp16"}),
+    "pissa": ({"init": "pissa"}, {"dtype": "bfloat16", "precision": "bf16"}),
+    "lora_fa": ({"kind": "lora_fa"}, {"optimizer": "adamw_8bit"}),
+}
+
+
+@pytest.mark.parametrize(("lora", "changes"), KINDS.values(), ids=KINDS)
+def test_so_does_each_kind_of_adapter(gpu: Gpu, lora: dict[str, str], changes: Technique) -> None:
+    job = job_of({**{name: values[0] for name, values in DIMENSIONS.items()}, **changes})
+    job["spec"]["lora"] |= lora
+    check(gpu, job)
+
+
+def check(gpu: Gpu, job: dict[str, Any]) -> None:
+    found = gpu.run(**job)
     assert found["error"] is None
     waits = {part: {(place, kind): count for place, kind, count in found["waits"][part]} for part in found["waits"]}
     assert waits.keys() == {"building", *EACH_TIME}

@@ -31,6 +31,10 @@ from llamatune.training.train import train
 ALL = {"r": 4, "alpha": 8, "dropout": 0.1, "target_modules": "all-linear"}
 
 
+QWEN: dict[str, Any] = {"model_type": "qwen3", "attention_bias": True, "head_dim": 10}
+BASES = pytest.mark.parametrize("changes", [{}, pytest.param(QWEN, marks=pytest.mark.slow)], ids=["llama", "qwen 3"])
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiler() -> None:
     try:
@@ -67,6 +71,14 @@ def test_every_kind_of_run_has_the_losses_of_an_uncompiled_one(
     compare(tiny_base(), prepared(), tmp_path, CASES[case])
 
 
+@pytest.mark.parametrize("case", ["fused, blocks recomputed", "plain"])
+@pytest.mark.usefixtures("without_cpp")
+def test_biases_and_norms_of_heads(
+    tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path, case: str
+) -> None:
+    compare(tiny_base(**QWEN), prepared(), tmp_path, CASES[case])
+
+
 def test_the_compilers_own_code_has_the_losses_of_an_uncompiled_run(
     tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -85,21 +97,23 @@ def compare(base: Path, data: Path, tmp_path: Path, case: dict[str, Any]) -> Non
     assert not is_compiling()
 
 
+@BASES
 def test_rows_of_other_lengths_compile_nothing_anew(
-    tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path
+    tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    train(make_spec(tiny_base(), prepared(), tmp_path / "first", lora=ALL, training__compile=True))
+    base, data, how = tiny_base(**changes), prepared(), {"lora": ALL, "training__compile": True}
+    train(make_spec(base, data, tmp_path / "first", **how))
     before = graphs()
-    changes = {"lora": ALL, "training__compile": True, "training__seed": 5, "training__micro_batch_size": 4}
-    train(make_spec(tiny_base(), prepared(), tmp_path / "second", **changes))
+    train(make_spec(base, data, tmp_path / "second", **how, training__seed=5, training__micro_batch_size=4))
     assert graphs() == before > 5
 
 
+@BASES
 def test_a_stopped_run_goes_on_in_the_same_bytes(
-    tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path
+    tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     def spec(output: str) -> Any:
-        return make_spec(tiny_base(), prepared(), tmp_path / output, lora=ALL, training__compile=True)
+        return make_spec(tiny_base(**changes), prepared(), tmp_path / output, lora=ALL, training__compile=True)
 
     train(spec("whole"))
     stop = StopAfter(2)

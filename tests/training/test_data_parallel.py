@@ -39,6 +39,8 @@ RARE: dict[str, dict[str, Any]] = {
     "plain modules": {"training__fused": False, "training__activation_checkpointing": "sublayer"},
     "13 micro-batches": {"training__gradient_accumulation_steps": 13, "training__log_layer_grad_norms": True},
     "packed and joined": {"data__packing": True, "data__packed_tokens": 40, "training__tokens_per_pass": 100},
+    "dora": {"lora": {"kind": "dora", "r": 4, "dropout": 0.1, "target_modules": "all-linear"}},
+    "pissa, lora+": {"lora": {"init": "pissa", "r": 4, "lr_ratio": 4.0}},
     "no validation": {"data__validation": None, "evaluation": {}},
     "early stopping": {
         "training__learning_rate": 0.3, "training__num_epochs": 5, "evaluation__every_steps": 2,

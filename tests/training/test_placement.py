@@ -140,6 +140,16 @@ def test_kinds_that_begin_with_the_weights_of_the_base(lora: dict[str, Any], dty
         assert same(found, expected)
 
 
+def test_a_start_that_reads_the_base_tells_how_far_it_is_and_can_be_stopped() -> None:
+    spec, seen = spec_of("device", lora={"init": "pissa"}), list[Any]()
+    inputs = step_meter._inputs_without_data(spec, CONFIG)
+    with pytest.raises(Stopped, match="the adapter was begun"):
+        build_learner(spec, inputs, seen.append, lambda: len(seen) == 3)
+    assert [(event.task, event.done, event.total) for event in seen] == [
+        ("beginning the adapter", layer, 5) for layer in (1, 2, 3)
+    ]
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_few_layers(layers: int) -> None:
     config = CONFIG.with_layers(layers)

@@ -70,6 +70,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+QWEN: dict[str, Any] = {"model_type": "qwen3", "attention_bias": True, "head_dim": 10}
+
+
 @pytest.fixture
 def run_of(
     tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -79,9 +82,11 @@ def run_of(
 
     def make(name: str, variant: str) -> RunSpec:
         changes = {
-            "training__micro_batch_size": 2, "training__gradient_accumulation_steps": 3, **VARIANTS[variant],
+            "training__micro_batch_size": 2, "training__gradient_accumulation_steps": 3,
+            **VARIANTS.get(variant, VARIANTS["every parameter, recomputed"]),
         }  # fmt: skip
-        return make_spec(tiny_base(), prepared(validation_fraction=0.25, seed=3), tmp_path / name, **changes)
+        base = tiny_base(**({} if variant in VARIANTS else QWEN))
+        return make_spec(base, prepared(validation_fraction=0.25, seed=3), tmp_path / name, **changes)
 
     return make
 
@@ -98,7 +103,7 @@ def _finish(spec: RunSpec, stops: Iterator[int]) -> int:
     raise AssertionError
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "every parameter, biases and norms of heads"])
 def test_stopped_again_and_again_gives_the_bytes_of_one_go(run_of: Callable[..., RunSpec], variant: str) -> None:
     whole, parts = run_of("whole", variant), run_of("parts", variant)
     train(whole)

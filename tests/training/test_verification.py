@@ -136,8 +136,8 @@ def test_a_file_that_a_reader_would_take_for_a_part_is_refused_and_others_are_to
     made: dict[str, Path], tmp_path: Path
 ) -> None:
     copy = copied(made["merged"], tmp_path)
-    (copy / "README.md").write_text("mine")
-    assert verify(copy).unlisted == ["README.md"]
+    (copy / "notes.md").write_text("mine")
+    assert verify(copy).unlisted == ["notes.md"]
     for name in ("model-00001-of-00002.safetensors", "adapter_config.json", "consolidated.00.pth"):
         (copy / name).write_text("{}")
         with pytest.raises(CheckpointError, match="not in the manifest") as raised:

@@ -31,7 +31,7 @@ def apply_adapter(
 
     Args:
         seed: that of the first values; None: they stay zero, others are loaded into them.
-        bring_block: waits for the weights of a block, which do not lie on the device.
+        bring_block: called before the weights of a block are read, which may not lie on the device yet.
     """
     unknown = sorted(set(adapter.modules) - set(LINEAR_MODULES))
     if unknown or not adapter.target_modules:

@@ -68,7 +68,7 @@ class _AttentionInput(torch.autograd.Function):
             if place < 2:
                 grad = rotate_back(grad, *rotation)
             if place < len(raw):
-                grad = normalise_backward(grad, raw[place], head_norms[place], into=grad)
+                grad = normalise_backward(grad, raw[place], head_norms[place])
             total, more = part.gradients(grad, h, wants_input, out=total, add=total is not None)
             trained += more
         dx = None if total is None else normalise_backward(total, x, norm)
