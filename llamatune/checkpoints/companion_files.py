@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,7 @@ from llamatune.checkpoints.adapter import Adapter
 from llamatune.checkpoints.config_json import add_stop_tokens, stop_tokens, write_generation_config
 from llamatune.checkpoints.model_card import CARD, ModelCard, hub_name, write_card
 from llamatune.checkpoints.model_directory import Format, detect_format
-from llamatune.data.template_as_jinja import as_jinja
-from llamatune.data.templates import Template
+from llamatune.data.template_as_jinja import source_of
 from llamatune.durable_writing import link_files, remove
 from llamatune.errors import CheckpointError, LlamatuneError
 from llamatune.events import Notice, OnEvent
@@ -36,7 +36,8 @@ _LARGEST_LICENCE = 1 << 20
 def copy_licences(source: Path, directory: Path) -> None:
     """The licence, notice and use policy of a model, byte for byte; what is not readable stays behind."""
     for file in sorted(source.iterdir()) if source.is_dir() else ():
-        if _LICENCE.fullmatch(file.name) and file.is_file() and file.stat().st_size <= _LARGEST_LICENCE:
+        is_readable = file.is_file() and os.access(file, os.R_OK) and file.stat().st_size <= _LARGEST_LICENCE
+        if _LICENCE.fullmatch(file.name) and is_readable:
             copy_file(file, directory)
 
 
@@ -85,14 +86,12 @@ def _place(adapter: Adapter) -> Path:
 
 def _chat_template(directory: Path, adapters: Sequence[Adapter], template: Mapping[str, Any] | None) -> str | None:
     """The source that belongs to a stored template: its own, that of an adapter with it, or one that says the same."""
-    if isinstance(stated := (template or {}).get("chat_template"), str):
-        return stated
     for adapter in adapters:
         if adapter.template == template and (text := read_chat_template(_place(adapter))) is not None:
             return text
     with contextlib.suppress(LlamatuneError):  # a tokenizer that only transformers reads
         if template is not None:
-            return as_jinja(Template.from_dict(template), load_tokenizer(directory).bos_id is not None)
+            return source_of(template, lambda: load_tokenizer(directory).bos_id is not None)
     return None
 
 

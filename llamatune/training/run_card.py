@@ -12,10 +12,8 @@ import yaml
 from llamatune.checkpoints.companion_files import RunCompanions
 from llamatune.checkpoints.model_card import ModelCard, code_block, hub_name
 from llamatune.data.chat_template import ChatTemplate
-from llamatune.data.template_as_jinja import as_jinja
+from llamatune.data.template_as_jinja import source_of
 from llamatune.data.template_choice import stored_template
-from llamatune.data.templates import Template
-from llamatune.errors import LlamatuneError
 from llamatune.events import OnEvent
 from llamatune.formats.manifest import Manifest
 from llamatune.spec import RunSpec
@@ -37,15 +35,9 @@ def run_companions(spec: RunSpec, inputs: Inputs, on_event: OnEvent) -> RunCompa
 
 def chat_template_of(prepared: Manifest) -> str | None:
     """The chat template that makes the prompts of prepared rows; None: no conversation was trained."""
-    stated = (prepared.template or {}).get("chat_template")
-    if isinstance(stated, str):
-        return stated
     tokenizer = prepared.facts.get("tokenizer")
     puts_bos = isinstance(tokenizer, dict) and tokenizer.get("bos_id") is not None
-    try:
-        return None if prepared.template is None else as_jinja(Template.from_dict(prepared.template), puts_bos)
-    except LlamatuneError:
-        return None
+    return None if prepared.template is None else source_of(prepared.template, lambda: puts_bos)
 
 
 def trained_ends(prepared: Manifest, base: Path) -> tuple[int, ...]:
