@@ -40,7 +40,9 @@ test-slurm: $(VENV)/.installed-dev
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/gpu tests/model/kernels -m "not slow" -rs
 
-# Real tokenizers and tiktoken, fetched into a cache outside the repository (LLAMATUNE_INTEROP).
+# Other programs are asked about what is written: two generations of transformers and PEFT, mlx-lm, llama.cpp, tiktoken,
+# with real tokenizers and a real model. The first time fetches and builds them (about 2 GB, up to an hour) into a cache
+# outside the repository (LLAMATUNE_INTEROP). What cannot be fetched is skipped, with the reason.
 test-interop: $(VENV)/.installed-dev
 	$(BIN)/python tests/interop/fetch.py
 	$(BIN)/python -m pytest tests/interop -m interop -rs

@@ -6,6 +6,7 @@ A model that does not compute what LLaMA computes is refused, with the key that 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: 
     for key, value in rope_facts(config).items():
         stated = facts.get(key)
         if isinstance(value, dict):
-            changed[key] = {**value, **_stated(stated or {})}
+            changed[key] = {**value, **_stated(stated or {}), **{k: n for k, n in value.items() if type(n) is int}}
         elif stated is None and value is not None:
             changed[key] = value
     dtype_name = dtype or next((facts[key] for key in _DTYPE_KEYS if facts.get(key) is not None), None)
@@ -121,7 +122,7 @@ def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: 
     for flag, modules in FAMILIES[config.model_type].flags.items():
         if set(modules) & set(config.biased_modules):
             changed[flag] = True
-    if changed == facts:
+    if _text(changed) == _text(facts):
         copy_file(source / "config.json", directory)
     else:
         write_json(directory / "config.json", changed)
@@ -129,6 +130,11 @@ def copy_config_json(source: Path, config: LlamaConfig, directory: Path, dtype: 
     if facts.get("bos_token_id", 0) is None:
         del tokens["bos_token_id"]
     _write_generation_config(directory, tokens, source)
+
+
+def _text(facts: dict[str, Any]) -> str:
+    """To compare by: to some readers 32.0 is not 32."""
+    return json.dumps(facts, sort_keys=True)
 
 
 def write_generation_config(directory: Path, config: LlamaConfig, source: Path | None = None) -> None:

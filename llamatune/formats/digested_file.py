@@ -33,11 +33,12 @@ _NO_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPE
 
 @dataclass(frozen=True)
 class FileRange:
-    """Bytes ``begin:end`` of a file."""
+    """Bytes ``begin:end`` of a file, and their CRC-32 where it is known."""
 
     path: Path
     begin: int
     end: int
+    crc: int | None = None
 
 
 @contextlib.contextmanager

@@ -43,10 +43,10 @@ def copy_huggingface_tokenizer(source: Path, directory: Path, on_event: OnEvent 
     template = read_chat_template(source)
     for name in present:
         if name == CONFIG:
-            _copy_config(source / name, directory, template)
+            _copy_config(source / name, directory, template, on_event)
         else:
             copy_file(source / name, directory)
-    if template is not None and CHAT_TEMPLATE not in present:
+    if template is not None and CHAT_TEMPLATE not in present and not _names_several(source):
         _write_text(directory / CHAT_TEMPLATE, template)
     for file in sorted((source / _MORE_TEMPLATES).glob("*.jinja")):
         (directory / _MORE_TEMPLATES).mkdir(exist_ok=True)
@@ -61,7 +61,17 @@ def read_chat_template(directory: Path) -> str | None:
         return read_bytes(directory / CHAT_TEMPLATE, max_bytes=_LARGEST_TEMPLATE).decode(errors="replace")
     config = directory / CONFIG
     stated = read_json(config, max_bytes=LARGEST_JSON_BYTES).get(_TEMPLATE_KEY) if config.exists() else None
-    if isinstance(stated, list):  # several, by name
+    return _default_of(stated)
+
+
+def _names_several(source: Path) -> bool:
+    """Whether ``tokenizer_config.json`` has templates by name: transformers would forget them for one of a file."""
+    return isinstance(read_json(source / CONFIG, max_bytes=LARGEST_JSON_BYTES).get(_TEMPLATE_KEY), list)
+
+
+def _default_of(stated: Any) -> str | None:
+    """The usual one of what ``tokenizer_config.json`` states: one text, or several with their names."""
+    if isinstance(stated, list):
         named = [entry for entry in stated if isinstance(entry, dict) and entry.get("name") == "default"]
         stated = named[0].get("template") if named else None
     return stated if isinstance(stated, str) else None
@@ -111,12 +121,16 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text.encode(errors="replace"))
 
 
-def _copy_config(source: Path, directory: Path, template: str | None) -> None:
+def _copy_config(source: Path, directory: Path, template: str | None, on_event: OnEvent) -> None:
     """``tokenizer_config.json``; as transformers 5 writes it, in the words that transformers 4 knows too."""
     facts = read_json(source, max_bytes=LARGEST_JSON_BYTES)
     changed: dict[str, Any] = dict(facts)
-    if template is not None and not isinstance(facts.get(_TEMPLATE_KEY), list):
+    stated = facts.get(_TEMPLATE_KEY)
+    if template is not None and template not in (stated, _default_of(stated)):
         changed[_TEMPLATE_KEY] = template
+        if stated is not None:
+            what = f"another chat template than {CHAT_TEMPLATE}, which is used, as transformers does"
+            on_event(Notice(f"{source}: {what}", "warning"))
     if facts.get("tokenizer_class") == _V5_CLASS:
         changed["tokenizer_class"] = _V4_CLASS
     if isinstance(facts.get("extra_special_tokens"), list):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError
@@ -26,6 +26,7 @@ from llamatune.tokenizers.sentencepiece_proto import (
 )
 from llamatune.tokenizers.tokenizer import JSON_FILE, SENTENCEPIECE_FILE
 
+T = TypeVar("T")
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
@@ -101,7 +102,7 @@ def _write_sentencepiece(
         Piece(piece.text.replace(" ", "▁"), piece.score, piece.kind) if piece.kind == USER_DEFINED else piece
         for piece in pieces[: last + 1]
     ]
-    charsmap = facts.raw.get(f"{KEY}precompiled_charsmap") or []
+    charsmap = _listed(facts, f"{KEY}precompiled_charsmap", int)
     bos, eos, unknown = (
         roles[name] if roles[name] in own else None for name in ("bos_token", "eos_token", "unk_token")
     )
@@ -134,8 +135,8 @@ def _write_byte_level(
     facts: JsonFields, pieces: list[Piece], roles: Mapping[str, Piece | None], directory: Path
 ) -> dict[str, Any]:
     known = pre_tokenizer_called(facts.raw.get(f"{KEY}pre", "default"), facts.path)
-    merges = facts.raw.get(f"{KEY}merges")
-    if not isinstance(merges, list) or not all(isinstance(m, str) and m.count(" ") == 1 for m in merges):
+    merges = _listed(facts, f"{KEY}merges", str)
+    if not all(merge.count(" ") == 1 for merge in merges):
         raise CheckpointError(f"malformed: {KEY}merges", facts.path, "fetch it again")
     added = [
         {"id": number, "content": piece.text, "special": piece.kind != USER_DEFINED, **_plain()}
@@ -192,7 +193,17 @@ def _beginning(text: str, token_id: int) -> dict[str, Any]:
 
 
 def _templates(facts: JsonFields) -> dict[str, str]:
-    names = facts.raw.get("tokenizer.chat_templates") or []
-    keys = {DEFAULT: "tokenizer.chat_template"}
-    keys |= {name: f"tokenizer.chat_template.{name}" for name in names if isinstance(name, str)}
-    return {name: facts.raw[key] for name, key in keys.items() if isinstance(facts.raw.get(key), str)}
+    names = _listed(facts, "tokenizer.chat_templates", str)
+    keys = {DEFAULT: "tokenizer.chat_template"} | {name: f"tokenizer.chat_template.{name}" for name in names}
+    found = {name: facts.raw[key] for name, key in keys.items() if facts.raw.get(key) is not None}
+    if not all(isinstance(text, str) for text in found.values()):
+        raise CheckpointError("malformed: its chat template is no text", facts.path, "fetch it again")
+    return found
+
+
+def _listed(facts: JsonFields, key: str, kind: type[T]) -> list[T]:
+    """The values of a list; none if the key is absent."""
+    values = facts.raw.get(key, [])
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise CheckpointError(f"malformed: {key}", facts.path, "fetch it again")
+    return values

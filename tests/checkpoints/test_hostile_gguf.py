@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import resource
+import shutil
 import struct
 
 import gguf
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 from llamatune.checkpoints.converting import convert
+from llamatune.checkpoints.gguf_config import read_gguf_config
 from llamatune.checkpoints.gguf_model import GgufCheckpoint
 from llamatune.command_options.conversion import ConvertOptions
 from llamatune.errors import CheckpointError
 from llamatune.formats.gguf import BLOCKS, TYPES, read_gguf, write_gguf
 from llamatune.safe_reading import digest_file
+from llamatune.tokenizers.gguf_rebuilt import write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +201,49 @@ def test_every_kind_of_entry_comes_back(tmp_path):
     assert dict(header.entries) == entries
     assert {name: part.shape for name, part in header.tensors.items()} == {"t": (3, 5), "v": (2,)}
     assert digest == digest_file(tmp_path / "x.gguf")
+
+
+ODD = [
+    ("u32", 0), ("u64", (1 << 64) - 1), ("i64", -1), ("f32", float("nan")), ("f32", float("inf")), ("f32", -1.0),
+    ("f32", 0.0), ("f64", 1e300), ("bool", True), ("str", ""), ("str", "{% x"), ("str", "\0\n\u202e"), ("[str]", []),
+    ("[str]", ["a b", "\0"]),
+    ("[u32]", [1, 2]), ("[f32]", [float("nan")]), ("[u8]", [0] * 9), ("[i32]", [-5]),
+]  # fmt: skip
+KEYS = [
+    *(f"llama.rope.scaling.{key}" for key in ("type", "factor", "original_context_length", "attn_factor")),
+    *(f"llama.rope.scaling.yarn_beta_{key}" for key in ("fast", "slow")),
+    "llama.attention.sliding_window", "llama.expert_count", "general.type", "split.count", "tokenizer.chat_templates",
+    "tokenizer.chat_template.x", "tokenizer.ggml.merges", "tokenizer.ggml.precompiled_charsmap",
+    "tokenizer.ggml.remove_extra_whitespaces", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id",
+    "tokenizer.ggml.padding_token_id", "tokenizer.ggml.add_eos_token",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "scaled"), [("llama", "none"), ("gpt2", "llama3"), ("none", "yarn")])
+def test_any_value_under_any_key_is_refused_or_read(sound, tmp_path, kind, scaled, monkeypatch):
+    """About 800 headers each of the right form, with a value that has no sense or another type."""
+    monkeypatch.setattr("llamatune.tokenizers.gguf_rebuilt.load_tokenizer", lambda path: None)  # tested elsewhere
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    (tmp_path / "sound.gguf").write_bytes(sound)
+    header = read_gguf(tmp_path / "sound.gguf")
+    entries = dict(header.entries) | {"tokenizer.ggml.model": ("str", kind)}
+    if kind == "gpt2":
+        entries |= {"tokenizer.ggml.pre": ("str", "smollm"), "tokenizer.ggml.merges": ("[str]", ["a b"])}
+    if scaled == "yarn":
+        entries |= {"llama.rope.scaling.type": ("str", "yarn"), "llama.rope.scaling.factor": ("f32", 4.0)}
+        entries["llama.rope.scaling.original_context_length"] = ("u32", 64)
+    shapes, refusals = {name: part.shape for name, part in header.tensors.items()}, 0
+    factors = [1.0, 2.0, 8.0, 8.0] if scaled == "llama3" else None
+    for key in dict.fromkeys([*entries, *KEYS]):
+        for value in ODD:
+            changed = {name: value for name, (_, value) in (entries | {key: value}).items()}
+            (made := tmp_path / "made").mkdir()
+            try:
+                read_gguf_config(changed, shapes, factors, tmp_path / "model.gguf")
+                if key.startswith("tokenizer"):
+                    write_tokenizer(changed, made, tmp_path / "model.gguf")
+            except CheckpointError as fault:
+                refusals += 1
+                assert "\n" not in str(fault)
+            shutil.rmtree(made)
+    assert refusals > 200

@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fetch import CACHE
+from asking import need
+from environments import CACHE, python_of
 from hard_texts import HARD_TEXTS, random_texts
 from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +39,7 @@ def cached(name: str) -> Path:
     [
         ("llama3.1", 128_256, 128_000, 128_009),
         ("qwen3", 151_669, None, 151_645),
-        ("smollm2", 49_152, None, 2),
+        ("smollm2-135m-instruct", 49_152, None, 2),
     ],
 )
 def test_ids_are_those_of_transformers(name: str, size: int, bos: int | None, eos: int) -> None:
@@ -62,8 +63,8 @@ def test_metas_file_gives_tiktokens_ids_and_the_published_merges(tmp_path: Path)
     assert [" ".join(pair) for pair in made["model"]["merges"]] == published["model"]["merges"]
     assert ranks_of(published) == ranks
     pattern = made["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-    python = cached("judges") / "bin" / "python"
-    command = [python, "-c", TIKTOKEN, path, pattern]
+    need("tiktoken")
+    command = [python_of("tiktoken"), "-c", TIKTOKEN, path, pattern]
     done = subprocess.run(command, input=json.dumps(TEXTS), capture_output=True, text=True, check=True)
     tokenizer = load_tokenizer(path)
     for text, ids in zip(TEXTS, json.loads(done.stdout), strict=True):
