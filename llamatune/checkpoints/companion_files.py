@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ class RunCompanions:
         base: Path,
         config: LlamaConfig,
         chat_template: str | None,
-        trained_ends: Callable[[], Sequence[int]],
+        trained_ends: Sequence[int],
         on_event: OnEvent,
     ) -> None:
         self._base, self._config, self._chat_template, self._on_event = base, config, chat_template, on_event
@@ -132,7 +132,7 @@ class RunCompanions:
         try:
             if self._chat_template is not None:
                 replace_chat_template(directory, self._chat_template)
-            add_stop_tokens(directory, self._trained_ends())
+            add_stop_tokens(directory, self._trained_ends)
             copy_licences(self._base, directory)
         except CheckpointError as fault:
             self._tell(fault)
@@ -149,7 +149,7 @@ class RunCompanions:
                 replace_chat_template(directory, self._chat_template)
             complete_tokenizer(directory, self._base)
             write_generation_config(directory, self._config, self._base)
-            add_stop_tokens(directory, self._trained_ends())
+            add_stop_tokens(directory, self._trained_ends)
             copy_licences(self._base, directory)
         except CheckpointError as fault:
             for path in set(directory.iterdir()) - own:

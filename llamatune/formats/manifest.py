@@ -22,6 +22,8 @@ from llamatune.safe_reading import digest_bytes, digest_file, open_regular, read
 from llamatune.strict_json import parse_json_object, write_json
 
 MANIFEST = "llamatune.json"
+END_OF_TURN = "end_of_turn_id"
+"""In the facts of a prepared directory: the special token that ends the assistant's turns, beside the EOS of rows."""
 SCHEMA = 1
 _LARGEST_MANIFEST = 16 << 20
 _BLOCK = 1 << 20
@@ -127,6 +129,11 @@ class Manifest:
     def base_path(self) -> str | None:
         """The base that an adapter was trained on, as the user named it."""
         return self._fact("base_path", self.facts.get("base_path"), str)
+
+    @property
+    def end_of_turn(self) -> int | None:
+        """The special token that ends the turns of prepared chats."""
+        return self._fact(END_OF_TURN, self.facts.get(END_OF_TURN), int)
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
