@@ -11,7 +11,7 @@ from typing import Any
 
 from llamatune.checkpoints.adapter import Adapter
 from llamatune.checkpoints.config_json import add_stop_tokens, stop_tokens, write_generation_config
-from llamatune.checkpoints.model_card import ModelCard, hub_name, write_card
+from llamatune.checkpoints.model_card import CARD, ModelCard, hub_name, write_card
 from llamatune.checkpoints.model_directory import Format, detect_format
 from llamatune.data.template_as_jinja import source_of
 from llamatune.durable_writing import link_files, remove
@@ -39,6 +39,14 @@ def copy_licences(source: Path, directory: Path) -> None:
         is_readable = file.is_file() and os.access(file, os.R_OK) and file.stat().st_size <= _LARGEST_LICENCE
         if _LICENCE.fullmatch(file.name) and is_readable:
             copy_file(file, directory)
+
+
+def copy_papers(source: Path, directory: Path) -> None:
+    """The card of a model and its licences, for the same model in another format."""
+    copy_licences(source, directory)
+    card = source / CARD
+    if card.is_file() and card.stat().st_size <= _LARGEST_LICENCE:
+        copy_file(card, directory)
 
 
 def complete_merged(

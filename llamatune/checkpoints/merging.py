@@ -131,13 +131,18 @@ def merge_lora(
     )
     refuse_small_disk(options.output, needed, "the merged model")
 
+    order: Sequence[str] = list(checkpoint.shapes)
+    if format_ == checkpoint.format == "hf":
+        order = sorted(
+            checkpoint.parts, key=lambda name: (checkpoint.parts[name][0].path, checkpoint.parts[name][0].begin)
+        )
     # Each thread merges a portion alone: portions are too small for torch to split one among all cores.
     threads = min(16, torch.get_num_threads())
     with (
         ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers,
         build_directory(options.output, "merged", inputs, options.overwrite) as staging,
     ):
-        merged = MergedWeights(checkpoint, adapter, dtype, workers, 2 * threads, on_event, should_stop)
+        merged = MergedWeights(checkpoint, adapter, dtype, workers, order, on_event, should_stop)
         if format_ == checkpoint.format:
             checkpoint.write_copy(staging, merged, dtype, on_event)
         else:

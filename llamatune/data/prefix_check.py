@@ -35,6 +35,8 @@ class PromptCheck:
         Special tokens keep texts apart, so only the text around a prompt's end has to be encoded again.
         """
         parts = conversation.segments.parts
+        if not conversation.segments.rendered:
+            return self.is_prefix(parts[0].text, parts[1].text, ids)
         specials = [part.special_id for part in parts if part.special_id is not None]
         places = _places(specials, ids)
         for end in conversation.prompt_ends:
@@ -46,7 +48,7 @@ class PromptCheck:
                 continue
             first = places[before - 1] + 1 if before else 0
             last = places[before] if before < len(places) else len(ids)
-            after = parts[begin - 1] if begin and conversation.segments.rendered else None
+            after = parts[begin - 1] if begin else None
             if not self.is_prefix(prompt, rest, [*self._tokenizer.beginning, *ids[first:last]], after):
                 return False
         return True

@@ -271,6 +271,28 @@ def test_a_directory_is_a_product_and_is_made_once(bare_base, tmp_path):
     assert open_checkpoint(tmp_path / "of the only GGUF file in it").dtype("model.embed_tokens.weight") == torch.float16
 
 
+def test_licences_and_card_go_along(bare_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bare_base(), base)
+    for name in ("LICENSE.txt", "NOTICE", "README.md"):
+        (base / name).write_text(f"of {name}")
+    for target in ("hf", "meta", "gguf"):
+        converted(base, tmp_path / target, format=target)
+        for name in ("LICENSE.txt", "NOTICE", "README.md"):
+            assert (tmp_path / target / name).read_text() == f"of {name}"
+
+
+def test_a_variant_is_read_where_it_is_asked_for(bare_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bare_base(), base)
+    half = {name: W.half() for name, W in load_file(base / "model.safetensors").items()}
+    save_file(half, base / "model.fp16.safetensors", {"format": "pt"})
+    report, _ = converted(base, tmp_path / "x.gguf", variant="fp16")
+    assert report.dtype == "float16"
+    with pytest.raises(SpecError, match="--variant is of Hugging Face"):
+        converted(tmp_path / "x.gguf", tmp_path / "out", variant="fp16")
+
+
 def test_facts_of_a_merge_are_carried(bare_base, tmp_path):
     base = tmp_path / "merged"
     shutil.copytree(bare_base(), base)

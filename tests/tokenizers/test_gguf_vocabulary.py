@@ -131,7 +131,13 @@ def test_chat_templates_and_ends_of_a_text_come_back(directory, tmp_path):
     assert facts["tokenizer.ggml.eos_token_id"] == ids["<|eot_id|>"]
     assert facts["tokenizer.ggml.eot_token_id"] == ids["<|end_of_text|>"]
     assert read_chat_templates(made) == {"default": TEMPLATE, "tools": "t"}
-    assert (made / "chat_template.jinja").read_text() == TEMPLATE
+    assert not (made / "chat_template.jinja").exists(), "transformers would forget the other one"
+    del config["chat_template"]
+    (source / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
+    (tmp_path / "single").mkdir()
+    write_tokenizer(metadata_of(source), tmp_path / "single", tmp_path / "model.gguf")
+    assert (tmp_path / "single" / "chat_template.jinja").read_text() == TEMPLATE
+    assert read_chat_templates(tmp_path / "single") == {"default": TEMPLATE}
     (source / "chat_template.jinja").write_text("newer")
     assert read_chat_templates(source)["default"] == "newer", "a file of its own wins, as in transformers"
 
