@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,8 +125,8 @@ class ChatEncoder:
             reply = self.template.engine.reply(request)
         except Stuck as fault:
             raise self.template.unusable(fault) from None
-        text, turns = reply.get("text"), len(request.get("turns", ()))
-        if not isinstance(text, str) or (turns and not _are_places(reply, len(text), turns)):
+        text, turns = reply.get("text"), request.get("turns")
+        if not isinstance(text, str) or (turns is not None and not _are_places(reply, len(text), len(turns))):
             raise self.template.unusable("its process gave another answer than was asked for")
         try:
             text.encode()
@@ -182,7 +183,7 @@ class ChatEncoder:
             if found is not None:
                 add(found.start(), found.end(), self._tokenizer.special_ids[found[0]])
                 begin = found.end()
-        return parts, [sum(start < prompt for start in begins) for prompt in prompts]
+        return parts, [bisect_left(begins, prompt) for prompt in prompts]
 
 
 def messages_of(row: Row) -> list[Message]:

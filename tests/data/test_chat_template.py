@@ -140,6 +140,8 @@ def test_answers_that_are_not_to_be_trained_are_no_targets(chat_tokenizers: dict
         assert template is not None
         ids, mask = encoded(template, tokenizer, [*CHAT[:3], {**CHAT[3], "weight": 0}])
         assert trained_texts(tokenizer, ids, mask) == ["green stone<|im_end|>"]
+        ids, mask = encoded(template, tokenizer, [CHAT[0], {**CHAT[1], "train": False}])
+        assert trained_texts(tokenizer, ids, mask) == []
         ids, mask = encoded(template, tokenizer, [CHAT[0], {**CHAT[1], "train": False}, *CHAT[2:]])
         assert trained_texts(tokenizer, ids, mask) == ["rain falls<|im_end|>"]
 
