@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from fetch import CACHE
+from environments import CACHE
 from transformers import PreTrainedTokenizerFast
 
 from llamatune.data.chat_segments import ChatEncoder
@@ -19,7 +19,7 @@ PARTS = [
     "llama", "stone ", " seven", "\n", "\n\n", "  ", "é", "🦙", "日本", "7", ":", "'s", ".", "각", "\t", "{{ x }}",
     "<tool>", "def f(x):\n    return x", "1234567", "?",
 ]  # fmt: skip
-TARGETS = {"llama3.1": "<|eot_id|>", "qwen3": "<|im_end|>", "smollm2": "<|im_end|>"}
+TARGETS = {"llama3.1": "<|eot_id|>", "qwen3": "<|im_end|>", "smollm2-135m-instruct": "<|im_end|>"}
 
 
 def cached(name: str) -> Path:
