@@ -69,9 +69,11 @@ class GgufCheckpoint(Checkpoint):
         refuse_unfit(path, expected, whole)
         checkpoint = cls(path, config, {name: [locations[stored]] for name, stored in names.items()})
         checkpoint.entries = header.entries
-        quantised = sorted({part.dtype for part in locations.values()} - set(_FILE_TYPES) - {WIDE} | {Q8_0})
-        if any(part.dtype in quantised for part in locations.values()):
-            kinds = ", ".join(sorted({part.dtype for part in locations.values() if part.dtype in quantised}))
+        quantised = {name: part for name, part in locations.items() if _is_quantized(part)}
+        if vectors := [name for name, part in quantised.items() if len(part.shape) == 1]:
+            raise CheckpointError(f"the vector {vectors[0]} is quantised", path, "convert the model again")
+        if quantised:
+            kinds = ", ".join(sorted({part.dtype for part in quantised.values()}))
             on_event(Notice(f"{path}: weights in {kinds} are read as fp32, which holds their values exactly"))
         return checkpoint
 

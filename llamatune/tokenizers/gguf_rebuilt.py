@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from llamatune.strict_json import JsonFields, write_json
 from llamatune.tokenizers.added_tokens import CONFIG
 from llamatune.tokenizers.chat_templates import DEFAULT, write_chat_templates
 from llamatune.tokenizers.gguf_pre_tokenizers import PreTokenizer, pre_tokenizer_called
-from llamatune.tokenizers.gguf_vocabulary import BYTE_LEVEL, KEY, NONE, PADDING, SENTENCEPIECE
+from llamatune.tokenizers.gguf_vocabulary import BYTE_LEVEL, KEY, NONE, SENTENCEPIECE
 from llamatune.tokenizers.loading import load_tokenizer
 from llamatune.tokenizers.sentencepiece_proto import (
     CONTROL,
@@ -27,6 +28,7 @@ from llamatune.tokenizers.sentencepiece_proto import (
 from llamatune.tokenizers.tokenizer import JSON_FILE, SENTENCEPIECE_FILE
 
 T = TypeVar("T")
+_PADDING = re.compile(r"\[PAD\d+\]")
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
@@ -55,7 +57,8 @@ def write_tokenizer(metadata: Mapping[str, Any], directory: Path, path: Path) ->
         write_json(directory / CONFIG, config)
         load_tokenizer(directory)
     except CheckpointError as fault:
-        raise CheckpointError(f"its tokenizer is not sound: {fault.what}", path, "fetch it again") from None
+        todo = fault.todo or "fetch it again"
+        raise CheckpointError(f"its tokenizer cannot be made again: {fault.what}", path, todo) from None
 
 
 def _pieces(facts: JsonFields) -> list[Piece]:
@@ -73,7 +76,7 @@ def _pieces(facts: JsonFields) -> list[Piece]:
     if not sound or not set(kinds) <= set(range(NORMAL, 7)):
         raise CheckpointError(f"malformed: {KEY}tokens, scores or token_type", facts.path, "fetch it again")
     pieces = [Piece(*entry) for entry in zip(tokens or (), scores, kinds, strict=True)]
-    while pieces and pieces[-1].kind == UNUSED and pieces[-1].text == PADDING.format(len(pieces) - 1):
+    while pieces and pieces[-1].kind == UNUSED and _PADDING.fullmatch(pieces[-1].text):
         pieces.pop()
     return pieces
 

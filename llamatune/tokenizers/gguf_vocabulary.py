@@ -31,8 +31,6 @@ KEY = "tokenizer.ggml."
 SENTENCEPIECE, BYTE_LEVEL, NONE = "llama", "gpt2", "none"
 """``tokenizer.ggml.model`` of SentencePiece's BPE, of byte-level BPE, and of a model without a tokenizer."""
 _ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0
-PADDING = "[PAD{}]"
-"""What an id without a token is called, so that there are as many as the embedding has rows."""
 
 
 def vocabulary_entries(
@@ -143,7 +141,8 @@ def _tokens(model: str, pre: str, pieces: Sequence[Piece]) -> Entries:
 
 
 def _padding(number: int) -> Piece:
-    return Piece(PADDING.format(number), _PADDING_SCORE, UNUSED)
+    """An id without a token, so that there are as many as the embedding has rows."""
+    return Piece(f"[PAD{number}]", _PADDING_SCORE, UNUSED)
 
 
 def _special_ids(tokenizer: Tokenizer, end_tokens: Sequence[int], directory: Path, on_event: OnEvent) -> Entries:

@@ -17,7 +17,7 @@ from llamatune.checkpoints.gguf_config import read_gguf_config
 from llamatune.checkpoints.gguf_model import GgufCheckpoint
 from llamatune.command_options.conversion import ConvertOptions
 from llamatune.errors import CheckpointError
-from llamatune.formats.gguf import BLOCKS, TYPES, read_gguf, write_gguf
+from llamatune.formats.gguf import BLOCKS, TYPES, read_gguf, stored_bytes, write_gguf
 from llamatune.safe_reading import digest_file
 from llamatune.tokenizers.gguf_rebuilt import write_tokenizer
 
@@ -178,6 +178,16 @@ def test_a_tokenizer_in_the_file_is_checked_too(sound, tmp_path, command):
     (tmp_path / "model.gguf").write_bytes(sound[:kinds] + struct.pack("<i", 9) + sound[kinds + 4 :])
     done = command("convert", "--model", tmp_path / "model.gguf", "--output", tmp_path / "out")
     assert (done.code, "token_type" in done.stderr) == (4, True)
+
+
+def test_a_quantised_vector_is_refused(tiny_base, tmp_path):
+    convert(ConvertOptions(tiny_base(hidden_size=64, num_attention_heads=4), tmp_path / "sound.gguf"))
+    header = read_gguf(tmp_path / "sound.gguf")
+    declared = [(n, "Q8_0" if len(p.shape) == 1 else p.dtype, p.shape) for n, p in header.tensors.items()]
+    data = [[bytes(stored_bytes(kind, shape))] for _, kind, shape in declared]
+    with (tmp_path / "x.gguf").open("wb") as file:
+        write_gguf(file, header.entries, declared, data)
+    assert "norm.weight is quantised" in refused(tmp_path, (tmp_path / "x.gguf").read_bytes())
 
 
 def test_types_are_those_of_the_package_gguf():

@@ -119,10 +119,22 @@ class Recording:
         elif descriptor in (1, 2) and name == "write":
             if descriptor == 1 or strings[0].startswith(b"saved step="):  # what the user may rely on
                 self.operations.append(Said(strings[0].decode(errors="replace")))
+        elif name == "copy_file_range":
+            self._copied(plain, result)
         elif isinstance(opened := self._open.get(descriptor), _Open):
             self._on_file(name, opened, strings, plain, result)
         else:
             assert name in ("write", "fsync", "lseek"), f"{name} of something unknown"  # pipes, other directories
+
+    def _copied(self, plain: list[str], count: int) -> None:
+        """Bytes that the kernel copied from a file elsewhere, which is as it was."""
+        source, into = self._open[int(plain[0])], self._open[int(plain[2])]
+        assert isinstance(source, str)
+        assert isinstance(into, _Open)
+        begin, offset = (int(plain[place].split("]")[0].strip("[")) for place in (1, 3))
+        with Path(source).open("rb") as file:
+            file.seek(begin)
+            self._data(into.inode, offset, file.read(count))
 
     def _on_file(self, name: str, opened: _Open, strings: list[bytes], plain: list[str], result: int) -> None:
         if name == "write":
