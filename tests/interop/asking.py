@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,22 +79,25 @@ def run(judge: str, *words: object) -> None:
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     command = [str(python_of(judge)), *map(str, words)]
     done = subprocess.run(command, env=inherited | settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
-@cache
-def to_gguf(directory: Path, output: Path) -> Path:
-    """A model directory as GGUF in fp32, by llama.cpp's own converter."""
+def to_gguf(outputs: Mapping[Path, Path]) -> None:
+    """Model directories as GGUF files in fp32, by llama.cpp's own converter."""
+    _convert("convert_hf_to_gguf.py", [[path, "--outfile", file, "--outtype", "f32"] for path, file in outputs.items()])
+
+
+def adapter_to_gguf(outputs: Mapping[tuple[Path, Path], Path]) -> None:
+    """Adapter directories, each with its base, as GGUF files in fp32, by llama.cpp's own converter."""
+    arguments = [
+        [adapter, "--base", base, "--outfile", file, "--outtype", "f32"] for (adapter, base), file in outputs.items()
+    ]
+    _convert("convert_lora_to_gguf.py", arguments)
+
+
+def _convert(script: str, arguments: Sequence[Sequence[object]]) -> None:
     need("llama.cpp")
-    converter = CACHE / "envs" / "llama.cpp" / CONVERTERS / "convert_hf_to_gguf.py"
-    run("llama.cpp", converter, directory, "--outfile", output, "--outtype", "f32")
-    return output
-
-
-@cache
-def adapter_to_gguf(adapter: Path, base: Path, output: Path) -> Path:
-    """An adapter directory as GGUF in fp32, by llama.cpp's own converter."""
-    need("llama.cpp")
-    converter = CACHE / "envs" / "llama.cpp" / CONVERTERS / "convert_lora_to_gguf.py"
-    run("llama.cpp", converter, adapter, "--base", base, "--outfile", output, "--outtype", "f32")
-    return output
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(arguments, file, default=str)
+        file.flush()
+        run("llama.cpp", SCRIPTS / "run_each.py", CACHE / "envs" / "llama.cpp" / CONVERTERS / script, file.name)

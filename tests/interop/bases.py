@@ -33,6 +33,19 @@ MEMBERS = {
                                  "original_max_position_embeddings": 64}},
     "mistral": {"model_type": "mistral", "sliding_window": 7},
 }  # fmt: skip
+BARE = {
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+                "max_position_embeddings": 16},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 8},
+}  # fmt: skip
+"""Without a tokenizer: transformers 5 replaces parts of one that is not Qwen's own."""
+
+OUTPUTS = [
+    "llama-2", "llama-2 of transformers 4", "llama-2 of Meta", "llama-3", "llama-3 of transformers 4",
+    "llama-3 of Meta", "smollm", "smollm of transformers 4", "linear", "yarn", "mistral", "dynamic", "qwen2", "qwen3",
+]  # fmt: skip
+"""What is merged and opened by every judge."""
 
 
 def make_bases(
@@ -62,6 +75,11 @@ def make_bases(
         (path / "chat_template.jinja").write_text(template)
         return path
 
+    def without_tokenizer(name: str, **changes: object) -> Path:
+        shutil.copytree(tiny_base(**changes), scratch / name)
+        (scratch / name / "tokenizer.model").unlink()
+        return scratch / name
+
     plain = llama_2("plain")
     bases = {
         "llama-2": llama_2("llama-2", rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
@@ -69,9 +87,10 @@ def make_bases(
             "llama-3", "llama_3", LLAMA_3_TEMPLATE, bos_token_id=500, eos_token_id=[501, 502],
             rope_parameters={**LLAMA_3_ROPE, "original_max_position_embeddings": 16},
         ),
-        "llama-3 without tokenizer": tiny_base(
-            vocab_size=tiktoken_file(definitions["llama_3"]).count(b"\n") + 256, bos_token_id=497, eos_token_id=498,
+        "llama-3 without tokenizer": without_tokenizer(
+            "llama-3 without tokenizer", vocab_size=tiktoken_file(definitions["llama_3"]).count(b"\n") + 256,
             rope_parameters={**LLAMA_3_ROPE, "original_max_position_embeddings": 8192},
+            bos_token_id=497, eos_token_id=498,
         ),
         "smollm": with_definition(
             "smollm", "smollm", LLAMA_3_TEMPLATE, tie_word_embeddings=True, eos_token_id=2, dtype=torch.bfloat16,
@@ -80,6 +99,7 @@ def make_bases(
         "plain": plain,
         "llama-2 of Meta": meta_copy(plain),
         **{name: llama_2(name, **changes) for name, changes in MEMBERS.items()},
+        **{name: without_tokenizer(name, **changes) for name, changes in BARE.items()},
     }  # fmt: skip
     if is_made("transformers4"):
         for name in ("llama-2", "llama-3", "smollm"):

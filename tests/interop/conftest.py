@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from asking import Answer, Question, ask, to_gguf
-from bases import make_bases
+from bases import OUTPUTS, make_bases
 from computing import CHATS, Computed, compute
 from hard_texts import HARD_TEXTS
 from trained_tokenizers import tiktoken_file
@@ -53,7 +53,8 @@ def outputs(bases, merged, json_tokenizers) -> dict[str, Output]:
     """Merges of every base, and of a Llama 3 in Meta's format, with tiktoken's file."""
     meta = merged(bases["llama-3 without tokenizer"], "llama-3 in Meta's format", format_="meta")
     (meta / "tokenizer.model").write_bytes(tiktoken_file(json_tokenizers["llama_3"]))
-    made = {name: (merged(base, name, r=3), base) for name, base in (bases | {"llama-3 of Meta": meta}).items()}
+    known = bases | {"llama-3 of Meta": meta}
+    made = {name: (merged(known[name], name, r=3), known[name]) for name in OUTPUTS if name in known}
     return {name: Output(path, base, compute(path)) for name, (path, base) in made.items()}
 
 
@@ -65,19 +66,25 @@ def answers(outputs, tmp_path_factory) -> Callable[[str], dict[str, Answer]]:
 
     def of(judge: str) -> dict[str, Answer]:
         if judge not in known:
+            paths = {name: output.path for name, output in outputs.items()}
+            if judge == "llama.cpp":  # whose converter knows published tokenizers alone
+                models = {name: path for name, path in paths.items() if is_sentencepiece(path)}
+                paths = {name: ggufs / f"{name}.gguf" for name in models}
+                to_gguf({models[name]: file for name, file in paths.items()})
             questions = {}
-            for name, output in outputs.items():
-                path = output.path
-                if judge == "llama.cpp":
-                    if (path / "tokenizer.json").exists():
-                        continue  # whose converter knows the published ones alone
-                    path = to_gguf(path, ggufs / f"{name}.gguf")
+            for name, path in paths.items():
+                output = outputs[name]
                 chats = CHATS if (output.path / "chat_template.jinja").exists() else []
-                questions[name] = Question(path, None, output.computed.ids, HARD_TEXTS, chats)
+                texts = HARD_TEXTS if any(output.path.glob("tokenizer.*")) else []
+                questions[name] = Question(path, None, output.computed.ids, texts, chats)
             known[judge] = ask(judge, questions)
         return known[judge]
 
     return of
+
+
+def is_sentencepiece(path: Path) -> bool:
+    return (path / "tokenizer.model").exists() and not (path / "tokenizer.json").exists()
 
 
 @pytest.fixture(scope="session")

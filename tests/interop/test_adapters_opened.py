@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -78,25 +78,28 @@ def answers(trained: dict[str, Trained], tmp_path_factory) -> Callable[[str], di
 
     def of(judge: str) -> dict[str, Answer]:
         if judge not in known:
-            program, questions = judge.partition(",")[0], {}
-            for name, made in trained.items():
-                if (judge, name.partition(", ")[2]) in UNKNOWN:
-                    continue
-                model, adapter = made.of_hf, made.adapter
-                if program == "llama.cpp":
-                    if not (model / "tokenizer.model").exists():
-                        continue  # whose converter knows published tokenizers alone
-                    model = to_gguf(model, folder / f"{name}.gguf")
-                    adapter = folder / f"{judge} {name}-adapter.gguf"
-                if judge == "llama.cpp, its converter":
-                    adapter_to_gguf(made.adapter, made.of_hf, adapter)
-                elif judge in ("llama.cpp", "mlx"):
-                    adapter = folder / f"{judge} {name}-adapter{'.gguf' if judge == 'llama.cpp' else ''}"
-                    format_ = "gguf" if judge == "llama.cpp" else "mlx"
-                    convert_adapter(ConvertAdapterOptions(made.adapter, adapter, format_, made.base))
-                questions[name] = Question(model, adapter, made.computed.ids)
-                if program.startswith("transformers"):
-                    questions[f"alone: {name}"] = Question(None, made.adapter, made.computed.ids)
+            program = judge.partition(",")[0]
+            asked = {name: made for name, made in trained.items() if (judge, name.partition(", ")[2]) not in UNKNOWN}
+            if program == "llama.cpp":  # whose converter knows published tokenizers alone
+                asked = {name: made for name, made in asked.items() if (made.of_hf / "tokenizer.model").exists()}
+            suffix = ".gguf" if program == "llama.cpp" else ""
+            models = {name: made.of_hf for name, made in asked.items()}
+            adapters = {name: made.adapter for name, made in asked.items()}
+            if program in ("llama.cpp", "mlx"):
+                adapters = {name: folder / f"{judge}: {name}, adapter{suffix}" for name in asked}
+            if program == "llama.cpp":
+                files = {base: folder / f"{judge}: {base.name}.gguf" for base in models.values()}
+                to_gguf(files)
+                models = {name: files[base] for name, base in models.items()}
+            if judge == "llama.cpp, its converter":
+                adapter_to_gguf({(made.adapter, made.of_hf): adapters[name] for name, made in asked.items()})
+            elif program in ("llama.cpp", "mlx"):
+                for name, made in asked.items():
+                    format_ = "gguf" if suffix else "mlx"
+                    convert_adapter(ConvertAdapterOptions(made.adapter, adapters[name], format_, made.base))
+            questions = {name: Question(models[name], adapters[name], asked[name].computed.ids) for name in asked}
+            if program.startswith("transformers"):
+                questions |= {f"alone: {name}": replace(question, model=None) for name, question in questions.items()}
             known[judge] = ask(program, questions)
         return known[judge]
 

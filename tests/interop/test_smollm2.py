@@ -17,7 +17,9 @@ from run_tools import adapter_tensors, losses, make_spec
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llamatune.checkpoints.converting import convert
 from llamatune.checkpoints.merging import merge_lora
+from llamatune.command_options.conversion import ConvertOptions
 from llamatune.command_options.inference import MergeOptions
 from llamatune.tokenizers.loading import load_tokenizer
 from llamatune.training.train import train
@@ -33,7 +35,7 @@ PROMPTS = [
 ]
 JUDGES = ["transformers5", "transformers4", "mlx", "llama.cpp"]
 OF_BASE = ["transformers5", "llama.cpp"]
-"""The others misread what transformers 5 wrote: the tokenizer's class, and theta."""
+"""The others misread what transformers 5 wrote, the tokenizer's class and theta; llama.cpp reads a file of `convert`."""
 TOLERANCE = {"transformers5": 1e-4, "transformers4": 1e-4, "mlx": 1e-3, "llama.cpp": 1e-3}
 """Of logits that range over 40 in fp32: the last two add in another order."""
 
@@ -81,7 +83,9 @@ def answers(
             paths = {"base": model, "merged": merged} if judge in OF_BASE else {"merged": merged}
             if judge == "llama.cpp":
                 folder = tmp_path_factory.mktemp("gguf")
-                paths = {name: to_gguf(path, folder / f"{name}.gguf") for name, path in paths.items()}
+                paths = {name: folder / f"{name}.gguf" for name in paths}
+                convert(ConvertOptions(model, paths["base"], dtype="float32"))
+                to_gguf({merged: paths["merged"]})
             known[judge] = ask(judge, {n: Question(path, None, ids, TEXTS, CHATS) for n, path in paths.items()})
         return known[judge]
 

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
 from protocol import answer_all, asks_for_a_reply
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    model, tokenizer = mlx_lm.load(question["model"], adapter_path=question["adapter"])
+    if question["texts"] or question["adapter"]:
+        model, tokenizer = mlx_lm.load(question["model"], adapter_path=question["adapter"])
+        ends = tokenizer.eos_token_ids
+    else:
+        model, config = load_model(Path(question["model"]))
+        ends = [config["eos_token_id"]]
     model.set_dtype(mx.float32)
     greedy = []
     for ids in question["ids"]:
         made = []
         for token, _ in generate_step(mx.array(ids), model, max_tokens=question["new_tokens"]):
             made.append(int(token))
-            if made[-1] in tokenizer.eos_token_ids:
+            if made[-1] in ends:
                 break
         greedy.append(made)
     return {
