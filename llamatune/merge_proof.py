@@ -126,6 +126,7 @@ def _prove(
         dtype=quantized,
         device=device,
         weights=options.weights,
+        variant=options.variant,
     )
     losses = _losses(beside, split, on_event, should_stop)
     base, tuned = losses["base_"], losses[""]
