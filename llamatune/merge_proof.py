@@ -19,7 +19,7 @@ import torch
 
 from llamatune.checkpoints.adapter_sum import load_adapters, template_holder
 from llamatune.checkpoints.merging import MergeReport, merge_lora, quantization_of
-from llamatune.command_options.inference import MergeOptions, ModelSource
+from llamatune.command_options.inference import LEAST_KEPT, MergeOptions, ModelSource
 from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.batches import Split, open_prepared
 from llamatune.data.model_compatibility import check_rows, check_tokenizer
@@ -46,7 +46,7 @@ def merge_and_prove(
     """Merge, and with ``--probe`` measure the merged model before it gets its name.
 
     Raises:
-        CheckpointError: it keeps less than ``options.least_kept`` of the gain; nothing is written then.
+        CheckpointError: it keeps less than ``--least-kept`` of the gain; nothing is written then.
         SpecError: no such rows. And what ``merge_lora`` raises.
     """
     if options.probe is None:
@@ -116,6 +116,7 @@ def _prove(
     options: MergeOptions, split: Split, on_event: OnEvent, should_stop: ShouldStop, merged: Path
 ) -> dict[str, Any]:
     """The report's values of the probe."""
+    device, least = options.device or "auto", LEAST_KEPT if options.least_kept is None else options.least_kept
     quantized: Any = quantization_of(load_adapters(options.adapters)) or "same"
     beside = ModelSource(
         options.model,
@@ -123,18 +124,19 @@ def _prove(
         compare=True,
         force_base=options.force_base,
         dtype=quantized,
-        device=options.device,
+        device=device,
         weights=options.weights,
+        variant=options.variant,
     )
     losses = _losses(beside, split, on_event, should_stop)
     base, tuned = losses["base_"], losses[""]
-    found = _losses(ModelSource(merged, device=options.device), split, on_event, should_stop)[""]
+    found = _losses(ModelSource(merged, device=device), split, on_event, should_stop)[""]
     gain = base.loss - tuned.loss
     kept = (base.loss - found.loss) / gain if gain > 0 else None
     if kept is None:
         on_event(Notice("the tuned model gains nothing on the probe: no share of it can be kept", "warning"))
-    elif kept < options.least_kept:
-        share = f"{kept:.4f} of the tuned model's gain on the probe, less than --least-kept {options.least_kept:g}"
+    elif kept < least:
+        share = f"{kept:.4f} of the tuned model's gain on the probe, less than --least-kept {least:g}"
         todo = "merge with --dtype float32, or use base and adapter side by side"
         if quantized != "same" and not options.onto_quantized:
             todo = f"it was trained on a base in {quantized}: merge with --onto-quantized"

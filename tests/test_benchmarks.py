@@ -74,3 +74,12 @@ def test_every_piece_has_measurements() -> None:
     pieces = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
     assert len(pieces) == 10
     assert max(pieces.values()) <= 8
+
+
+def test_a_merge_is_timed_beside_a_copy(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "merging.py"), str(tmp_path / "scratch"), "--layers", "1",
+               "--hidden", "128", "--rounds", "1"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert [line.split("  ")[1].strip() for line in lines[1:]] == ["cp and sync", "llamatune", "starting it"]
+    assert not list((tmp_path / "scratch").iterdir())

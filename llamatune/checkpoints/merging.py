@@ -84,6 +84,7 @@ def merge_lora(
         EnvironmentFault: the output is occupied, or the disk is too small.
         Stopped: ``should_stop`` said so; nothing is left behind.
     """
+    assert options.probe is None or prove is not None, "merge_and_prove measures"
     checkpoint = open_checkpoint(options.model, on_event, options.variant)
     adapters, weights = load_adapters(options.adapters), options.adapter_weights
     _refuse_own_inputs(options)

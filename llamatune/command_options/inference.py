@@ -11,6 +11,7 @@ from llamatune.errors import SpecError
 
 DEFAULT_RANK = 16
 DEFAULT_TARGET_MODULES = "q_proj,v_proj"
+LEAST_KEPT = 0.9
 _GSM8K_NEW_TOKENS = 512
 
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
@@ -210,14 +211,23 @@ class MergeOptions(_Adapters, WeightsOptions):
         None,
         metavar="ROWS",
     )
-    least_kept: float = option(
-        "The least share of the gain on --probe that is not refused.", 0.9, at_most=1, metavar="SHARE"
+    least_kept: float | None = option(
+        "The least share of the gain on --probe that is not refused.",
+        None,
+        at_most=1,
+        metavar="SHARE",
+        shown_default=str(LEAST_KEPT),
     )
-    device: str = option("Where --probe is computed: auto, cpu, cuda or cuda:N.", "auto", metavar="DEVICE")
+    device: str | None = option(
+        "Where --probe is computed: auto, cpu, cuda or cuda:N.", None, metavar="DEVICE", shown_default="auto"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_weights()
+        for name in ("least_kept", "device"):
+            if self.probe is None and getattr(self, name) is not None:
+                raise SpecError("it needs --probe", f"--{name.replace('_', '-')}")
 
 
 @dataclass(frozen=True)

@@ -193,3 +193,9 @@ def test_where_the_rows_of_the_run_are_not_found_it_says_what_to_give(
     )
     with pytest.raises(SpecError, match="the rows of the run are not at gone"):
         merge_and_prove(dataclasses.replace(options, adapter=run / "adapter"))
+
+
+@pytest.mark.parametrize("given", [{"least_kept": 0.5}, {"device": "cpu"}])
+def test_options_of_the_probe_need_one(tmp_path: Path, given: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match="it needs --probe"):
+        MergeOptions(tmp_path, tmp_path, tmp_path, **given)
