@@ -39,9 +39,9 @@ def silent() -> None:
 
     write = RunOutput.write_final
 
-    def write_final(self: RunOutput) -> None:
+    def write_final(self: RunOutput, *given: Any) -> None:
         with contextlib.suppress(Exception):
-            write(self)
+            write(self, *given)
 
     RunOutput.write_final = write_final
 
