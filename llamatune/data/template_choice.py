@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.data.chat_template import CHAT_TEMPLATES, ChatTemplate, built_in_chat_template, fits, variables_of
-from llamatune.data.chat_template_files import OWN, made_chat_template, own_chat_template, read_source
+from llamatune.data.chat_template_files import OWN, made_chat_template, own_chat_template
 from llamatune.data.templates import TEMPLATES, Template, read_template
 from llamatune.errors import SpecError
 from llamatune.events import OnEvent, ignore_event
 from llamatune.home_directory import expand_home
+from llamatune.tokenizers.chat_templates import read_template_source
 from llamatune.tokenizers.tokenizer import Tokenizer
 
 TEMPLATE_NAMES = (*TEMPLATES, *CHAT_TEMPLATES, OWN)
@@ -41,7 +42,8 @@ def load_template(name_or_file: str, tokenizer: Tokenizer, on_event: OnEvent = i
         todo = f"give a YAML file, a .jinja file or one of: {', '.join(TEMPLATE_NAMES)}"
         raise SpecError(f"no template {name_or_file!r}", None, todo)
     if path.suffix == ".jinja":
-        return made_chat_template(path.stem, read_source(path, SpecError), variables_of(tokenizer), path, SpecError)
+        source = read_template_source(path, SpecError)
+        return made_chat_template(path.stem, source, variables_of(tokenizer), path, SpecError)
     return read_template(path)
 
 

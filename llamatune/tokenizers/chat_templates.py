@@ -2,40 +2,61 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llamatune.durable_writing import writing
-from llamatune.errors import CheckpointError
+from llamatune.errors import CheckpointError, LlamatuneError
+from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.safe_reading import read_bytes
 from llamatune.strict_json import read_json
 from llamatune.tokenizers.added_tokens import CONFIG, LARGEST_JSON_BYTES
 
-TEMPLATE_FILE, _FOLDER, _OLD_FILE = "chat_template.jinja", "additional_chat_templates", "chat_template.json"
+TEMPLATE_FILE, OLD_TEMPLATE_FILE, TEMPLATE_FOLDER = (
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates")  # fmt: skip
+TEMPLATE_KEY = "chat_template"
+"""In ``tokenizer_config.json``: one text, or a list of names and texts."""
 DEFAULT = "default"
+_LARGEST_BYTES = 1 << 20
+_NAME = re.compile(r"[\w.-]{1,100}")
 
 
-def read_chat_templates(directory: Path) -> dict[str, str]:
-    """The templates by name, ``default`` first; files of their own win over ``tokenizer_config.json``.
+class StoredTemplate(NamedTuple):
+    """The source of a template, and the file that it is read from."""
+
+    text: str
+    file: Path
+
+
+def read_chat_templates(directory: Path, on_event: OnEvent = ignore_event) -> dict[str, StoredTemplate]:
+    """The templates by name, ``default`` first; a file of its own wins over ``tokenizer_config.json``.
 
     Raises:
         CheckpointError: a file that cannot be read as text, or that holds something else.
     """
-    found: dict[str, str] = {}
-    for name in (CONFIG, _OLD_FILE):
-        file = directory / name
-        stated = read_json(file, max_bytes=LARGEST_JSON_BYTES).get("chat_template") if file.exists() else None
-        found |= _named(stated, file)
-    files = {DEFAULT: directory / TEMPLATE_FILE}
-    folder = directory / _FOLDER
-    files |= {file.stem: file for file in sorted(folder.glob("*.jinja"))} if folder.is_dir() else {}
-    for name, file in files.items():
+    found: dict[str, StoredTemplate] = {}
+    for file in (directory / CONFIG, directory / OLD_TEMPLATE_FILE):
         if file.exists():
-            try:
-                found[name] = read_bytes(file).decode()
-            except UnicodeDecodeError:
-                raise CheckpointError("not UTF-8", file, "fetch it again") from None
+            stated = read_json(file, max_bytes=LARGEST_JSON_BYTES).get(TEMPLATE_KEY)
+            found |= {name: StoredTemplate(text, file) for name, text in _named(stated, file).items()}
+    for file in [directory / TEMPLATE_FILE, *sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))]:
+        if not file.exists():
+            continue
+        name, text = DEFAULT if file.parent == directory else file.stem, read_template_source(file)
+        if name in found and found[name].text != text:
+            what = f"differs from the chat_template in {found[name].file.name}; this file is used"
+            on_event(Notice(f"{file}: {what}", "warning"))
+        found[name] = StoredTemplate(text, file)
     return {name: found[name] for name in sorted(found, key=lambda name: (name != DEFAULT, name))}
+
+
+def read_template_source(file: Path, error: type[LlamatuneError] = CheckpointError) -> str:
+    """The text of a ``.jinja`` file."""
+    try:
+        return read_bytes(file, error, _LARGEST_BYTES).decode()
+    except UnicodeDecodeError as fault:
+        raise error(f"not UTF-8 at byte {fault.start}", file) from None
 
 
 def write_chat_templates(templates: dict[str, str], directory: Path) -> dict[str, Any]:
@@ -43,23 +64,28 @@ def write_chat_templates(templates: dict[str, str], directory: Path) -> dict[str
 
     With a file of its own transformers forgets all others.
     """
-    if [*templates] == [DEFAULT]:
-        with writing(directory / TEMPLATE_FILE) as file:
-            file.write(templates[DEFAULT].encode())
     if not templates:
         return {}
     if [*templates] == [DEFAULT]:
-        return {"chat_template": templates[DEFAULT]}
-    return {"chat_template": [{"name": name, "template": text} for name, text in templates.items()]}
+        write_template_file(directory, templates[DEFAULT])
+        return {TEMPLATE_KEY: templates[DEFAULT]}
+    return {TEMPLATE_KEY: [{"name": name, "template": text} for name, text in templates.items()]}
+
+
+def write_template_file(directory: Path, template: str) -> None:
+    """The file of the usual template."""
+    with writing(directory / TEMPLATE_FILE) as file:
+        file.write(template.encode(errors="replace"))
 
 
 def _named(stated: Any, file: Path) -> dict[str, str]:
-    if stated is None:
-        return {}
-    try:
-        named = {DEFAULT: stated} if isinstance(stated, str) else {t["name"]: t["template"] for t in stated}
-    except (LookupError, TypeError):
-        named = {"": None}
-    if not all(isinstance(part, str) for item in named.items() for part in item):
-        raise CheckpointError("malformed: its chat_template cannot be read", file, "fetch it again")
-    return named
+    if stated is None or isinstance(stated, str):
+        return {} if stated is None else {DEFAULT: stated}
+    found = {}
+    for entry in stated if isinstance(stated, list) else [None]:
+        name, text = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(text, str) or not _NAME.fullmatch(name):
+            what = "chat_template is neither a text nor a list of names and templates"
+            raise CheckpointError(what, file, "fetch it again")
+        found[name] = text
+    return found

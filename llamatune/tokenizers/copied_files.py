@@ -9,18 +9,24 @@ from typing import Any
 from llamatune.durable_writing import remove, writing
 from llamatune.errors import CheckpointError
 from llamatune.events import Notice, OnEvent, ignore_event
-from llamatune.safe_reading import open_regular, read_bytes
+from llamatune.safe_reading import open_regular
 from llamatune.strict_json import read_json, write_json
 from llamatune.tokenizers.added_tokens import ADDED, CONFIG, LARGEST_JSON_BYTES, ROLES
+from llamatune.tokenizers.chat_templates import (
+    DEFAULT,
+    OLD_TEMPLATE_FILE,
+    TEMPLATE_FILE,
+    TEMPLATE_FOLDER,
+    TEMPLATE_KEY,
+    StoredTemplate,
+    read_chat_templates,
+    write_template_file,
+)
 from llamatune.tokenizers.loading import is_tiktoken, load_tokenizer
 from llamatune.tokenizers.tiktoken_file import config_of, definition_of, ranks_of, read_ranks, written
 from llamatune.tokenizers.tokenizer import JSON_FILE, SENTENCEPIECE_FILE
 
-CHAT_TEMPLATE = "chat_template.jinja"
-_TEMPLATE_KEY = "chat_template"
-_FILES = (SENTENCEPIECE_FILE, JSON_FILE, CONFIG, ROLES, ADDED, CHAT_TEMPLATE, "chat_template.json")
-_MORE_TEMPLATES = "additional_chat_templates"
-_LARGEST_TEMPLATE = 1 << 20
+_FILES = (SENTENCEPIECE_FILE, JSON_FILE, CONFIG, ROLES, ADDED, TEMPLATE_FILE, OLD_TEMPLATE_FILE)
 _LARGEST = 256 << 20
 _V5_CLASS, _V4_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 
@@ -40,55 +46,49 @@ def copy_huggingface_tokenizer(source: Path, directory: Path, on_event: OnEvent 
     if present == [SENTENCEPIECE_FILE] and (source / "params.json").exists():
         _write_from_meta(source / SENTENCEPIECE_FILE, directory, on_event)
         return
-    template = read_chat_template(source)
+    templates = _chat_templates(source)
+    template = templates[DEFAULT].text if DEFAULT in templates else None
     for name in present:
         if name == CONFIG:
             _copy_config(source / name, directory, template, on_event)
         else:
             copy_file(source / name, directory)
-    if template is not None and CHAT_TEMPLATE not in present and not _names_several(source):
-        _write_text(directory / CHAT_TEMPLATE, template)
-    for file in sorted((source / _MORE_TEMPLATES).glob("*.jinja")):
-        (directory / _MORE_TEMPLATES).mkdir(exist_ok=True)
-        copy_file(file, directory / _MORE_TEMPLATES)
+    # transformers would forget templates with names in tokenizer_config.json for one in a file.
+    named = any(name != DEFAULT and file.name == CONFIG for name, (_, file) in templates.items())
+    if template is not None and TEMPLATE_FILE not in present and not named:
+        write_template_file(directory, template)
+    for file in sorted((source / TEMPLATE_FOLDER).glob("*.jinja")):
+        (directory / TEMPLATE_FOLDER).mkdir(exist_ok=True)
+        copy_file(file, directory / TEMPLATE_FOLDER)
     if not present:
         on_event(Notice(f"{source}: no tokenizer in it, so none is written", "warning"))
 
 
 def read_chat_template(directory: Path) -> str | None:
-    """The chat template of a directory, from the home that transformers looks into first; None: it has none."""
-    if (directory / CHAT_TEMPLATE).exists():
-        return read_bytes(directory / CHAT_TEMPLATE, max_bytes=_LARGEST_TEMPLATE).decode(errors="replace")
-    config = directory / CONFIG
-    stated = read_json(config, max_bytes=LARGEST_JSON_BYTES).get(_TEMPLATE_KEY) if config.exists() else None
-    return _default_of(stated)
+    """The usual chat template of a directory; None: it has none, or its files cannot be read."""
+    usual = _chat_templates(directory).get(DEFAULT)
+    return None if usual is None else usual.text
 
 
-def _names_several(source: Path) -> bool:
-    """Whether ``tokenizer_config.json`` has templates by name: transformers would forget them for one of a file."""
-    return isinstance(read_json(source / CONFIG, max_bytes=LARGEST_JSON_BYTES).get(_TEMPLATE_KEY), list)
-
-
-def _default_of(stated: Any) -> str | None:
-    """The usual one of what ``tokenizer_config.json`` states: one text, or several with their names."""
-    if isinstance(stated, list):
-        named = [entry for entry in stated if isinstance(entry, dict) and entry.get("name") == "default"]
-        stated = named[0].get("template") if named else None
-    return stated if isinstance(stated, str) else None
+def _chat_templates(directory: Path) -> dict[str, StoredTemplate]:
+    try:
+        return read_chat_templates(directory)
+    except CheckpointError:  # they are copied as they are
+        return {}
 
 
 def replace_chat_template(directory: Path, template: str) -> None:
     """Give the tokenizer that was copied to ``directory`` another chat template. Not atomic: for staging."""
     if read_chat_template(directory) == template:
         return
-    for name in (CHAT_TEMPLATE, "chat_template.json"):
+    for name in (TEMPLATE_FILE, OLD_TEMPLATE_FILE):
         (directory / name).unlink(missing_ok=True)
-    _write_text(directory / CHAT_TEMPLATE, template)
+    write_template_file(directory, template)
     config = directory / CONFIG
     if config.exists():
         facts = read_json(config, max_bytes=LARGEST_JSON_BYTES)
         config.unlink()
-        write_json(config, {**facts, _TEMPLATE_KEY: template})
+        write_json(config, {**facts, TEMPLATE_KEY: template})
 
 
 def complete_tokenizer(directory: Path, source: Path) -> None:
@@ -111,25 +111,27 @@ def complete_tokenizer(directory: Path, source: Path) -> None:
         "unk_token": "<unk>" if "<unk>" in pieces else None,
         "clean_up_tokenization_spaces": False,
         "legacy": True,
-        _TEMPLATE_KEY: read_chat_template(directory),
+        TEMPLATE_KEY: read_chat_template(directory),
     }
     write_json(directory / CONFIG, {name: value for name, value in facts.items() if value is not None})
 
 
-def _write_text(path: Path, text: str) -> None:
-    with writing(path) as file:
-        file.write(text.encode(errors="replace"))
+def _default_of(stated: Any) -> Any:
+    """The usual template of what ``tokenizer_config.json`` states: one text, or several with their names."""
+    if not isinstance(stated, list):
+        return stated
+    return {entry.get("name"): entry.get("template") for entry in stated if isinstance(entry, dict)}.get(DEFAULT)
 
 
 def _copy_config(source: Path, directory: Path, template: str | None, on_event: OnEvent) -> None:
     """``tokenizer_config.json``; as transformers 5 writes it, in the words that transformers 4 knows too."""
     facts = read_json(source, max_bytes=LARGEST_JSON_BYTES)
     changed: dict[str, Any] = dict(facts)
-    stated = facts.get(_TEMPLATE_KEY)
-    if template is not None and template not in (stated, _default_of(stated)):
-        changed[_TEMPLATE_KEY] = template
+    stated = facts.get(TEMPLATE_KEY)
+    if template is not None and template != _default_of(stated):
+        changed[TEMPLATE_KEY] = template
         if stated is not None:
-            what = f"another chat template than {CHAT_TEMPLATE}, which is used, as transformers does"
+            what = f"another chat template than {TEMPLATE_FILE}, which is used, as transformers does"
             on_event(Notice(f"{source}: {what}", "warning"))
     if facts.get("tokenizer_class") == _V5_CLASS:
         changed["tokenizer_class"] = _V4_CLASS
@@ -191,6 +193,6 @@ def copy_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignor
 
 def replace_tokenizer(source: Path, directory: Path, meta: bool, on_event: OnEvent = ignore_event) -> None:
     """Another tokenizer than the one that was copied to ``directory``. Not atomic: for staging directories."""
-    for name in (*_FILES, _MORE_TEMPLATES):
+    for name in (*_FILES, TEMPLATE_FOLDER):
         remove(directory / name)
     (copy_meta_tokenizer if meta else copy_huggingface_tokenizer)(source, directory, on_event)

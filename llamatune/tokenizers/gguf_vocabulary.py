@@ -61,7 +61,7 @@ def vocabulary_entries(
         if named is not None and (token_id := _id_of(named[0], entries)) is not None:
             entries.setdefault(f"{KEY}{name}_token_id", ("u32", token_id))
     templates = read_chat_templates(directory)
-    for name, text in templates.items():
+    for name, (text, _) in templates.items():
         entries["tokenizer.chat_template" if name == DEFAULT else f"tokenizer.chat_template.{name}"] = ("str", text)
     if others := [name for name in templates if name != DEFAULT]:
         entries["tokenizer.chat_templates"] = ("[str]", others)
