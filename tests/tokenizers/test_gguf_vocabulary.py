@@ -138,9 +138,9 @@ def test_chat_templates_and_ends_of_a_text_come_back(directory, tmp_path):
     (tmp_path / "single").mkdir()
     write_tokenizer(metadata_of(source), tmp_path / "single", tmp_path / "model.gguf")
     assert (tmp_path / "single" / "chat_template.jinja").read_text() == TEMPLATE
-    assert read_chat_templates(tmp_path / "single") == {"default": TEMPLATE}
+    assert {name: text for name, (text, _) in read_chat_templates(tmp_path / "single").items()} == {"default": TEMPLATE}
     (source / "chat_template.jinja").write_text("newer")
-    assert read_chat_templates(source)["default"] == "newer", "a file of its own wins, as in transformers"
+    assert read_chat_templates(source)["default"].text == "newer", "a file of its own wins, as in transformers"
 
 
 def changed(key, value):
