@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--targets", choices=TARGETS, nargs="*", default=list(TARGETS))
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    options.directory.mkdir(parents=True, exist_ok=True)
     for targets in options.targets:
         optimizer, ours = llamatune_side(targets)
         ways = {

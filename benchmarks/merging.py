@@ -17,10 +17,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 from material import ALPHA, TARGETS, R, write_config
 
+from llamatune.checkpoints import huggingface_weights
 from llamatune.checkpoints.adapter import Adapter, write_adapter
 from llamatune.checkpoints.huggingface_weights import write_huggingface
 from llamatune.checkpoints.meta_weights import write_meta
@@ -40,7 +42,7 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out
 """
 
 
-def make_base(directory: Path, config: LlamaConfig, format_: str) -> Path:
+def make_base(directory: Path, config: LlamaConfig, format_: str, shards: int) -> Path:
     """A model in bf16 whose matrices are all cut from the same numbers, from N(0, 0.02²)."""
     shapes = dict(config.parameter_shapes())
     bank = torch.empty(max(torch.Size(shape).numel() for shape in shapes.values()), dtype=torch.bfloat16)
@@ -50,7 +52,12 @@ def make_base(directory: Path, config: LlamaConfig, format_: str) -> Path:
         return bank[: torch.Size(shapes[name]).numel()].view(shapes[name])
 
     write = write_huggingface if format_ == "hf" else write_meta
-    with tempfile.TemporaryDirectory() as source, build_directory(directory, "model", {}) as staging:
+    shard_bytes = 2 * sum(torch.Size(shape).numel() for shape in shapes.values()) // shards + (1 << 20)
+    with (
+        mock.patch.object(huggingface_weights, "_SHARD_BYTES", shard_bytes),
+        tempfile.TemporaryDirectory() as source,
+        build_directory(directory, "model", {}) as staging,
+    ):
         write_config(Path(source), config, torch.bfloat16)
         write(staging, config, weight_of, lambda name: torch.bfloat16, Path(source), ignore_event)
     return directory
@@ -98,6 +105,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--targets", choices=TARGETS, default="qv")
     parser.add_argument("--format", choices=("hf", "meta"), default="hf")
+    parser.add_argument("--shards", type=int, default=3, help="files of the base, as a 7B has; of hf alone")
     parser.add_argument("--peer", action="store_true")
     options = parser.parse_args()
     config = PRESETS["llama-2-7b"].with_layers(options.layers)
@@ -115,7 +123,7 @@ def main() -> None:
     if (free := shutil.disk_usage(options.directory).free) < 2.2 * size:
         raise SystemExit(f"{2.2 * size:,.0f} bytes are needed and {free:,} are free")
     with tempfile.TemporaryDirectory(dir=options.directory) as scratch:
-        base = make_base(Path(scratch) / "base", config, options.format)
+        base = make_base(Path(scratch) / "base", config, options.format, options.shards)
         adapter = make_adapter(Path(scratch) / "adapter", config, TARGETS[options.targets])
         output = Path(scratch) / "output"
         files = sorted(path.name for path in base.iterdir())

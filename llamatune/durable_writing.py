@@ -67,10 +67,12 @@ def disk_faults(path: Path, needed: int | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
-    """A new file at ``path`` with the umask's mode, synced before the block ends. Not atomic: for staging directories.
+def writing(path: Path, size: int = 0, synced: bool = True) -> Iterator[BinaryIO]:
+    """A new file at ``path`` with the umask's mode, to be read too. Not atomic: for staging directories.
 
-    ``size``: its expected number of bytes, for the error when the disk is full.
+    Args:
+        size: its expected number of bytes, for the error when the disk is full.
+        synced: before the block ends; else the caller syncs it.
     """
     written = 0
     try:
@@ -80,7 +82,8 @@ def writing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
             finally:
                 written = file.tell()
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
     except OSError as fault:
         raise disk_fault(fault, path, max(size, written) or None) from fault
 

@@ -102,6 +102,10 @@ def _stored_template(options: MergeOptions, scratch: Path) -> str | None:
     known = TEMPLATES.get(str(stored.get("name")))
     if known is not None and known.to_dict() == stored:
         return known.name
+    if "chat_template" in stored:
+        file = scratch / "template.jinja"
+        file.write_text(str(stored["chat_template"]), encoding="utf-8")
+        return str(file)
     texts = {name: text for name, text in stored.items() if name not in ("name", "strip")}
     file = scratch / "template.yaml"
     file.write_text(json.dumps(texts), encoding="utf-8")

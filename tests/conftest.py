@@ -22,7 +22,13 @@ import pytest
 import sentencepiece
 import torch
 from listed_gpus import gpus  # noqa: F401  (a fixture)
-from trained_tokenizers import chat_tokenizers, json_tokenizers, tokenizer, tokenizer_models  # noqa: F401  (fixtures)
+from trained_tokenizers import (  # noqa: F401  (fixtures)
+    chat_tokenizers,
+    json_tokenizers,
+    kinds_of_json,
+    tokenizer,
+    tokenizer_models,
+)
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():

@@ -184,7 +184,11 @@ def is_update_in_block(name: str) -> bool:
 def _directory(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError("no such adapter directory", path)
-    if not path.is_dir() or (path / CONFIG_FILE).exists():
+    if not path.is_dir():
+        gguf = "adapters in GGUF are not read: give the directory that it was made from"
+        todo = gguf if path.suffix == ".gguf" else "give the directory that holds it"
+        raise CheckpointError("a file where an adapter directory is expected", path, todo)
+    if (path / CONFIG_FILE).exists():
         return path
     if (path / _NAMED_DEFAULT / CONFIG_FILE).exists():
         return path / _NAMED_DEFAULT

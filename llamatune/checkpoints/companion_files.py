@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llamatune.checkpoints.adapter import Adapter
 from llamatune.checkpoints.config_json import add_stop_tokens, stop_tokens, write_generation_config
-from llamatune.checkpoints.model_card import ModelCard, hub_name, write_card
+from llamatune.checkpoints.model_card import CARD, ModelCard, hub_name, write_card
 from llamatune.checkpoints.model_directory import Format, detect_format
-from llamatune.data.template_as_jinja import as_jinja
-from llamatune.data.templates import Template
+from llamatune.data.template_as_jinja import source_of
 from llamatune.durable_writing import link_files, remove
 from llamatune.errors import CheckpointError, LlamatuneError
 from llamatune.events import Notice, OnEvent
@@ -36,8 +36,17 @@ _LARGEST_LICENCE = 1 << 20
 def copy_licences(source: Path, directory: Path) -> None:
     """The licence, notice and use policy of a model, byte for byte; what is not readable stays behind."""
     for file in sorted(source.iterdir()) if source.is_dir() else ():
-        if _LICENCE.fullmatch(file.name) and file.is_file() and file.stat().st_size <= _LARGEST_LICENCE:
+        is_readable = file.is_file() and os.access(file, os.R_OK) and file.stat().st_size <= _LARGEST_LICENCE
+        if _LICENCE.fullmatch(file.name) and is_readable:
             copy_file(file, directory)
+
+
+def copy_papers(source: Path, directory: Path) -> None:
+    """The card of a model and its licences, for the same model in another format."""
+    copy_licences(source, directory)
+    card = source / CARD
+    if card.is_file() and card.stat().st_size <= _LARGEST_LICENCE:
+        copy_file(card, directory)
 
 
 def complete_merged(
@@ -77,14 +86,12 @@ def _place(adapter: Adapter) -> Path:
 
 def _chat_template(directory: Path, adapters: Sequence[Adapter], template: Mapping[str, Any] | None) -> str | None:
     """The source that belongs to a stored template: its own, that of an adapter with it, or one that says the same."""
-    if isinstance(stated := (template or {}).get("chat_template"), str):
-        return stated
     for adapter in adapters:
         if adapter.template == template and (text := read_chat_template(_place(adapter))) is not None:
             return text
     with contextlib.suppress(LlamatuneError):  # a tokenizer that only transformers reads
         if template is not None:
-            return as_jinja(Template.from_dict(template), load_tokenizer(directory).bos_id is not None)
+            return source_of(template, lambda: load_tokenizer(directory).bos_id is not None)
     return None
 
 
@@ -104,7 +111,7 @@ class RunCompanions:
         base: Path,
         config: LlamaConfig,
         chat_template: str | None,
-        trained_ends: Callable[[], Sequence[int]],
+        trained_ends: Sequence[int],
         on_event: OnEvent,
     ) -> None:
         self._base, self._config, self._chat_template, self._on_event = base, config, chat_template, on_event
@@ -125,7 +132,7 @@ class RunCompanions:
         try:
             if self._chat_template is not None:
                 replace_chat_template(directory, self._chat_template)
-            add_stop_tokens(directory, self._trained_ends())
+            add_stop_tokens(directory, self._trained_ends)
             copy_licences(self._base, directory)
         except CheckpointError as fault:
             self._tell(fault)
@@ -142,7 +149,7 @@ class RunCompanions:
                 replace_chat_template(directory, self._chat_template)
             complete_tokenizer(directory, self._base)
             write_generation_config(directory, self._config, self._base)
-            add_stop_tokens(directory, self._trained_ends())
+            add_stop_tokens(directory, self._trained_ends)
             copy_licences(self._base, directory)
         except CheckpointError as fault:
             for path in set(directory.iterdir()) - own:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from llamatune.checkpoints.checkpoint import Checkpoint
+from llamatune.checkpoints.companion_files import copy_papers
 from llamatune.checkpoints.config_json import EMBEDDING, HEAD
 from llamatune.checkpoints.conversion_limits import refuse_what_gguf_lacks, refuse_what_meta_lacks, warn_of_lost_tokens
 from llamatune.checkpoints.fingerprint import fingerprint
@@ -78,7 +79,7 @@ def convert(
         EnvironmentFault: the output is occupied, or the disk is too small.
         Stopped: ``should_stop`` said so; nothing is left behind.
     """
-    with _opened(options.model, on_event) as (source, on_event):
+    with _opened(options, on_event) as (source, on_event):
         _refuse_own_input(options)
         if options.target == "gguf":
             refuse_what_gguf_lacks(source.checkpoint.config, source.checkpoint.path, on_event)
@@ -96,17 +97,20 @@ class _Source:
     digest: str
 
     def vocabulary(self, on_event: OnEvent) -> Entries:
-        """The keys of the tokenizer in a GGUF file; those of such a file as they are."""
+        """The keys of the tokenizer in a GGUF file; of such a file its own, and what it says of the model's origin."""
         if isinstance(self.checkpoint, GgufCheckpoint):
-            return {key: entry for key, entry in self.checkpoint.entries.items() if key.startswith("tokenizer.")}
+            return self.checkpoint.kept_entries()
         config = self.checkpoint.config
         return vocabulary_entries(self.companion, config.vocab_size, config.eos_token_ids, on_event)
 
 
 @contextmanager
-def _opened(path: Path, on_event: OnEvent) -> Iterator[tuple[_Source, OnEvent]]:
-    """The model, and ``on_event`` for what is read of it: notices and errors name ``path``, each notice comes once."""
-    file, told = _gguf_file(path), set[str]()
+def _opened(options: ConvertOptions, on_event: OnEvent) -> Iterator[tuple[_Source, OnEvent]]:
+    """The model, and ``on_event`` for what is read of it: notices and errors name its path, each notice comes once."""
+    path, told = options.model, set[str]()
+    file = _gguf_file(path)
+    if file is not None and options.variant is not None:
+        raise SpecError("--variant is of Hugging Face's directories", None, "a GGUF file has one set of weights")
     with tempfile.TemporaryDirectory(prefix="llamatune-") as made:
         companion = Path(made)
 
@@ -119,7 +123,7 @@ def _opened(path: Path, on_event: OnEvent) -> Iterator[tuple[_Source, OnEvent]]:
             on_event(event)
 
         try:
-            yield _source(path, file, companion, named), named
+            yield _source(options, file, companion, named), named
         except LlamatuneError as fault:
             if made not in str(fault.where):
                 raise
@@ -127,13 +131,14 @@ def _opened(path: Path, on_event: OnEvent) -> Iterator[tuple[_Source, OnEvent]]:
             raise type(fault)(fault.what, where, fault.todo) from None
 
 
-def _source(path: Path, file: Path | None, companion: Path, on_event: OnEvent) -> _Source:
+def _source(options: ConvertOptions, file: Path | None, companion: Path, on_event: OnEvent) -> _Source:
+    path = options.model
     if file is not None:
         gguf = GgufCheckpoint.open(file, on_event)
         metadata = {key: value for key, (_, value) in gguf.entries.items()}
         write_tokenizer(metadata, companion, file)
         return _Source(gguf, companion, digest_bytes(json.dumps(metadata, sort_keys=True).encode()))
-    checkpoint = open_checkpoint(path, on_event)
+    checkpoint = open_checkpoint(path, on_event, options.variant)
     warn_of_missing_head(path, checkpoint.format, checkpoint.config, on_event)
     checkpoint.config = dataclasses.replace(checkpoint.config, tie_word_embeddings=_is_tied(checkpoint))
     checkpoint.shapes = dict(checkpoint.config.parameter_shapes())
@@ -210,6 +215,7 @@ def _written(source: _Source, options: ConvertOptions, on_event: OnEvent, should
             staging.digests[MODEL_FILE] = digest
         else:
             _write_directory(staging, source, tensors, options, on_event)
+        copy_papers(options.model, staging.path)
         before = manifest_if_readable(options.model)
         staging.facts |= {key: before.facts[key] for key in _CARRIED if before is not None and key in before.facts}
         staging.facts["report"] = asdict(report)

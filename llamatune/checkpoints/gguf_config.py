@@ -157,6 +157,9 @@ def read_gguf_config(
     embedding = shapes.get(EMBEDDING)
     if embedding is None or len(embedding) != 2:
         raise CheckpointError(f"no matrix {EMBEDDING}", path, "fetch it again")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) != embedding[0]:
+        raise CheckpointError(f"{len(tokens)} tokens for {embedding[0]} rows of {EMBEDDING}", path, "fetch it again")
     width, heads = facts.integer("embedding_length"), facts.integer("attention.head_count")
     head_dim = facts.integer("attention.key_length", width // max(1, heads))
     for key in ("attention.value_length", "rope.dimension_count"):

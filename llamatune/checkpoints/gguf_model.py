@@ -6,7 +6,7 @@ import dataclasses
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -39,6 +39,7 @@ MODEL_FILE = f"model{SUFFIX}"
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
 """``general.file_type``, which llama.cpp shows; it reads the type of each tensor."""
 _QUANTIZATION_VERSION = 2
+_OF_ONE_FILE = ("architecture", "type", "file_type", "quantization_version", "alignment")
 
 
 class GgufCheckpoint(Checkpoint):
@@ -113,10 +114,15 @@ class GgufCheckpoint(Checkpoint):
 
     def write_copy(self, staging: Staging, weight_of: WeightOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
         types = {n: stored_type(shape, dtype or self.dtype(n), quantize=False) for n, shape in self.shapes.items()}
-        vocabulary = {key: value for key, value in self.entries.items() if key.startswith("tokenizer.")}
+        vocabulary = self.kept_entries()
         with writing(staging.path / MODEL_FILE) as file:
             digest = write_gguf_model(file, self.config, weight_of, types, vocabulary, self.path.stem)
         staging.digests[MODEL_FILE] = digest
+
+    def kept_entries(self) -> dict[str, tuple[str, Any]]:
+        """What another file of the same model says too: the tokenizer, name, licence and origin."""
+        kept = {key: value for key, value in self.entries.items() if key.startswith(("tokenizer.", "general."))}
+        return {key: value for key, value in kept.items() if key.removeprefix("general.") not in _OF_ONE_FILE}
 
     def _dequantized(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows in the order of the file, fp32."""

@@ -33,8 +33,8 @@ from llamatune.tokenizers.copied_files import replace_tokenizer
 from llamatune.tokenizers.loading import load_tokenizer
 
 _OTHER_BASE = (
-    "the adapter was trained on a base in {quantized}, and the weights of {model} are not those: measure with --probe "
-    "what that costs, or fold the update into the weights that training saw with --onto-quantized"
+    "it was trained on a base in {kind}, whose weights are not those that it is merged into: measure with --probe what "
+    "that costs, or merge into the weights that training saw with --onto-quantized"
 )
 
 
@@ -119,24 +119,30 @@ def merge_lora(
     quantized = quantization_of(adapters)
     if options.onto_quantized:
         if quantized is None:
-            what = "no adapter says that it was trained on a quantised base"
+            what = "not every adapter says that it was trained on a base in the same nf4 or float8"
             raise SpecError(what, "--onto-quantized", "leave it out")
         checkpoint, dtype = DequantizedBase(checkpoint, quantized), dtype or torch.bfloat16
-    elif quantized is not None:
-        on_event(Notice(_OTHER_BASE.format(quantized=quantized, model=options.model), "warning"))
+    for part in [] if options.onto_quantized else adapters:
+        if part.base_dtype is not None:
+            on_event(Notice(f"{part.path}: {_OTHER_BASE.format(kind=part.base_dtype)}", "warning"))
     checkpoint = adapter.on(checkpoint)
     needed = sum(
         math.prod(shape) * (dtype or checkpoint.dtype(name)).itemsize for name, shape in checkpoint.shapes.items()
     )
     refuse_small_disk(options.output, needed, "the merged model")
 
+    order: Sequence[str] = list(checkpoint.shapes)
+    if format_ == checkpoint.format == "hf":
+        order = sorted(
+            checkpoint.parts, key=lambda name: (checkpoint.parts[name][0].path, checkpoint.parts[name][0].begin)
+        )
     # Each thread merges a portion alone: portions are too small for torch to split one among all cores.
     threads = min(16, torch.get_num_threads())
     with (
         ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers,
         build_directory(options.output, "merged", inputs, options.overwrite) as staging,
     ):
-        merged = MergedWeights(checkpoint, adapter, dtype, workers, 2 * threads, on_event, should_stop)
+        merged = MergedWeights(checkpoint, adapter, dtype, workers, order, on_event, should_stop)
         if format_ == checkpoint.format:
             checkpoint.write_copy(staging, merged, dtype, on_event)
         else:
@@ -174,16 +180,9 @@ def merge_lora(
 
 
 def quantization_of(adapters: Sequence[Adapter]) -> str | None:
-    """What the base was quantised to that the adapters were trained on, where they say so.
-
-    Raises:
-        CheckpointError: they say different things.
-    """
-    said = {adapter.base_dtype: adapter.path for adapter in adapters}
-    if len(said) > 1 and said.keys() != {None}:
-        what = f"was trained on a base in {adapters[0].base_dtype or '16 or 32 bits'}, others on one in another form"
-        raise CheckpointError(what, adapters[0].path, "merge adapters that were trained on the same base")
-    return adapters[0].base_dtype
+    """What the base was quantised to that all adapters were trained on; None where one does not say so."""
+    said = {adapter.base_dtype for adapter in adapters}
+    return said.pop() if len(said) == 1 else None
 
 
 def _template(

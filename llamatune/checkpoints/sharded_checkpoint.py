@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llamatune.checkpoints.checkpoint import read_into
 from llamatune.checkpoints.tensor_bytes import write_tensors
+from llamatune.durable_writing import sync
 from llamatune.errors import CheckpointError
 from llamatune.formats.manifest import Manifest, Staging, build_directory
 from llamatune.formats.safetensors import TensorLocation, read_header
@@ -36,7 +37,10 @@ def save_sharded_state(path: Path, runs: Mapping[str, Tensor], progress: Mapping
     """
 
     def write(staging: Staging) -> None:
-        write_tensors(staging, f"shard-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors", runs)
+        name = f"shard-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
+        write_tensors(staging, name, runs)
+        staging.finish_digests()
+        sync(staging.path / name)
 
     if not ranks.is_first:
         staging = Staging(Path(ranks.from_first("")))

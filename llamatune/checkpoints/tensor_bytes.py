@@ -30,7 +30,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def write_tensors(staging: Staging, file_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """A new safetensors file, synced, in the order of ``tensors``; one tensor at a time leaves its device."""
+    """A new safetensors file in the order of ``tensors``; one tensor at a time leaves its device."""
     declared = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     stream_tensors(staging, file_name, declared, tensors.values())
 
@@ -38,7 +38,7 @@ def write_tensors(staging: Staging, file_name: str, tensors: Mapping[str, Tensor
 def stream_tensors(
     staging: Staging, file_name: str, declared: Sequence[DeclaredTensor], weights: Iterable[Weight]
 ) -> None:
-    """A new safetensors file, synced; each of ``weights`` is taken when the one before it is written."""
+    """A new safetensors file; each of ``weights`` is taken when the one before it is written."""
 
     def data() -> Iterator[memoryview | FileRange]:
         for weight, (name, dtype, shape) in zip(weights, declared, strict=True):

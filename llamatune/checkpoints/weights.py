@@ -31,7 +31,7 @@ class StoredWeight:
         plain = all(part.strides is None and part.dtype == stored for part in self.parts)
         if not plain or rotated != self.rotated or [part.shape for part in self.parts] != list(shapes):
             return None
-        return [FileRange(part.path, part.begin, part.end) for part in self.parts]
+        return [FileRange(part.path, part.begin, part.end, part.crc) for part in self.parts]
 
 
 Weight = torch.Tensor | StoredWeight | Iterable[torch.Tensor]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llamatune.command_options.inference import DEFAULT_RANK
+from llamatune.command_options.inference import DEFAULT_RANK, WeightsOptions
 from llamatune.command_options.option import Options, option
 from llamatune.errors import SpecError
 from llamatune.units import parse_size
@@ -17,7 +17,7 @@ def _is_file(output: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class ConvertOptions(Options):
+class ConvertOptions(WeightsOptions):
     """What to convert, and how to write it; ``same`` means as the model has it."""
 
     model: Path = option("A model directory, Hugging Face's or Meta's, or a GGUF file.", metavar="PATH")

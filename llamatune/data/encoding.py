@@ -16,7 +16,7 @@ from llamatune.data.prefix_check import PromptCheck
 from llamatune.data.row_files import RawRow, RowError
 from llamatune.data.row_formats import FORMATS, row_of, strip_annotations
 from llamatune.data.row_json import Row, decode_row
-from llamatune.data.segments import Conversation, in_segments
+from llamatune.data.segments import Conversation, Segment, Segments
 from llamatune.data.templates import Template
 from llamatune.tokenizers.tokenizer import Tokenizer
 
@@ -37,6 +37,10 @@ class Recipe:
     @functools.cached_property  # scanning a vocabulary takes longer than encoding a batch of rows
     def prompt_check(self) -> PromptCheck:
         return PromptCheck(self.tokenizer)
+
+    @functools.cached_property
+    def eos(self) -> Segment:
+        return Segment(self.tokenizer.piece(self.tokenizer.eos_id), True, self.tokenizer.eos_id)
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
@@ -62,8 +66,8 @@ class Recipe:
         if misfit := self.template.misfit(row):
             raise RowError("template_misfit", misfit)
         prompt, completion = self.template.prompt_of(row.fields, row.turns), self.template.completion_of(answer)
-        segments = in_segments(self.tokenizer, prompt, completion, trained=not row.trained or row.trained[-1])
-        return Conversation(segments, (len(segments.parts) - 2,))
+        trained = not row.trained or row.trained[-1]
+        return Conversation(Segments((Segment(prompt), Segment(completion, trained), self.eos)), (1,))
 
 
 @dataclass
@@ -130,10 +134,10 @@ def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row, co
         batch.dropped.append((position, "overlong"))
         return
     end = min(len(ids), options.max_seq_length)  # the EOS is cut off too: the completion does not end here
-    if not options.train_on_prompt:
+    if excess > 0 and not options.train_on_prompt:
         targets = [(first, min(last, end)) for first, last in targets if first < end]
-    # Nothing precedes the first token, not even a BOS if the tokenizer has none.
-    targets = [(max(first, 1), last) for first, last in targets if last > 1]
+    if targets and targets[0][0] == 0:  # nothing precedes the first token, not even a BOS if the tokenizer has none
+        targets = [(max(first, 1), last) for first, last in targets if last > 1]
     # If the tokenizer normalised the whole completion away, EOS alone would train an empty answer.
     if all(ids[at] in recipe.special_ids for first, last in targets for at in range(first, last)):
         batch.dropped.append((position, "no_target_tokens"))
@@ -150,7 +154,8 @@ def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row, co
     batch.positions.append(position)
     batch.lengths.append(end)
     batch.span_counts.append(len(targets))
-    for span in targets:
-        batch.targets.extend(span)
+    for first, last in targets:
+        batch.targets.append(first)
+        batch.targets.append(last)
     content = repr((sorted(row.fields.items()), row.turns, row.completion, *([row.trained] if row.trained else ())))
     batch.keys.append(int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little"))

@@ -117,7 +117,7 @@ class Engine:
             "dict": _Dict(),
             "namespace": _Namespace,
         }
-        self._variables = dict(variables)
+        self._variables, self._draws = dict(variables), "random" in source
         self._generation: Any = environment.extensions[_Generation.identifier]
         with _faults():
             self._template = environment.from_string(source)
@@ -134,7 +134,8 @@ class Engine:
     def _render(self, messages: Sequence[Message], prompted: bool) -> tuple[str, list[list[int]]]:
         """The text, and where the generation blocks are in it, if none is within a macro or another block."""
         noted = self._generation.noted = list[str]()
-        random.seed(0)  # for the filter `random`
+        if self._draws:
+            random.seed(0)
         given = {**self._variables, "messages": [dict(message) for message in messages], "tools": None,
                  "documents": None, "add_generation_prompt": prompted}  # fmt: skip
         parts, blocks, length, found = list[str](), list[list[int]](), 0, True

@@ -27,6 +27,7 @@ class PromptCheck:
         self._tokenizer = tokenizer
         self._by_word = _encodes_words_apart(tokenizer)
         self._encode = functools.lru_cache(maxsize=4096)(tokenizer.encode)
+        self._encode_after = functools.lru_cache(maxsize=256)(self._encode_between)  # `assistant\n`, again and again
 
     def are_prefixes(self, conversation: Conversation, ids: Sequence[int]) -> bool:
         """Whether ``ids``, of the conversation, begin with those of each of its prompts.
@@ -34,6 +35,8 @@ class PromptCheck:
         Special tokens keep texts apart, so only the text around a prompt's end has to be encoded again.
         """
         parts = conversation.segments.parts
+        if not conversation.segments.rendered:
+            return self.is_prefix(parts[0].text, parts[1].text, ids)
         specials = [part.special_id for part in parts if part.special_id is not None]
         places = _places(specials, ids)
         for end in conversation.prompt_ends:
@@ -45,7 +48,7 @@ class PromptCheck:
                 continue
             first = places[before - 1] + 1 if before else 0
             last = places[before] if before < len(places) else len(ids)
-            after = parts[begin - 1] if begin and conversation.segments.rendered else None
+            after = parts[begin - 1] if begin else None
             if not self.is_prefix(prompt, rest, [*self._tokenizer.beginning, *ids[first:last]], after):
                 return False
         return True
@@ -67,9 +70,12 @@ class PromptCheck:
         if after is None:
             alone = self._tokenizer.encode(prompt)
         else:
-            mixed, _ = self._tokenizer.encode_mixed([(after.text, after.special_id), (prompt, None)])
-            alone = [*self._tokenizer.beginning, *mixed[1:]]
+            alone = self._encode_after((after.text, after.special_id), prompt)
         return list(ids[: len(alone)]) == alone
+
+    def _encode_between(self, special: tuple[str, int | None], text: str) -> list[int]:
+        """BOS and the ids of ``text`` behind a special token."""
+        return [*self._tokenizer.beginning, *self._tokenizer.encode_mixed([special, (text, None)])[0][1:]]
 
 
 def _places(specials: Sequence[int], ids: Sequence[int]) -> list[int]:

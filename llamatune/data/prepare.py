@@ -35,7 +35,7 @@ from llamatune.data.workers import default_workers, encode_batches
 from llamatune.durable_writing import refuse_occupied
 from llamatune.errors import DataError, EnvironmentFault, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.formats.manifest import Staging, build_directory, finished_product, has_manifest
+from llamatune.formats.manifest import END_OF_TURN, Staging, build_directory, finished_product, has_manifest
 from llamatune.formats.prepared import KIND
 
 _BATCH_ROWS = 256
@@ -123,10 +123,13 @@ class _Job:
                 if spool is not None and not len(spool):
                     raise no_rows_error(counts, files)
             if counts.prompts_not_prefix:
+                remedy = (
+                    ": drop the space at the end of the template or prompt, and begin the template's before_completion "
+                    "with a space or a newline"
+                )
                 self._warn(
                     f"{counts.prompts_not_prefix:,} of {counts.kept:,} rows begin with other tokens than their prompt "
-                    "encoded alone, so generate will not continue it as trained: drop the space at the end of the "
-                    "template or prompt, and begin the template's before_completion with a space or a newline"
+                    "encoded alone, so generate will not continue it as trained" + ("" if self.recipe.chats else remedy)
                 )
             if counts.only_last:
                 self._warn(
@@ -195,6 +198,7 @@ class _Job:
         return {
             "format": recipe.format,
             "template": recipe.template.to_dict(),
+            END_OF_TURN: None if recipe.chats is None else recipe.chats.stop_id,
             "tokenizer": {
                 "fingerprint": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,

@@ -43,7 +43,7 @@ def resolve_options(options: PrepareOptions, on_event: OnEvent) -> tuple[Recipe,
     if row_format.name == "chat" and not is_chat and options.train_on == "all-assistant":
         what = f"template {template.name!r} does not end the assistant's earlier turns, so they cannot be trained"
         raise SpecError(what, None, "choose a chat template, or --train-on last-assistant")
-    if options.train_on is not None and row_format.name != "chat":
+    if options.train_on is not None and row_format.name != "chat" and not is_chat:
         on_event(Notice(f"--train-on has no effect on {row_format.name} rows", "warning"))
     recipe = Recipe(tokenizer, template, row_format.name, options, last_only)
     if recipe.chats is not None and recipe.chats.ends_untrained:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from llamatune.tokenizers.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A text, or a special token with its id. ``trained``: its tokens are targets."""
 
     text: str
@@ -21,12 +19,11 @@ class Segment:
     special_id: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Segments:
+class Segments(NamedTuple):
     """A row or a prompt.
 
-    ``rendered``: by a chat template, so that texts and special tokens are encoded in one call; otherwise each text is
-    encoded for itself, as a beginning.
+    ``rendered``: all that a chat template wrote, BOS included. Otherwise a prompt, and in a row its completion and EOS;
+    BOS precedes it where the tokenizer puts one.
     """
 
     parts: tuple[Segment, ...]
@@ -34,7 +31,7 @@ class Segments:
 
     @property
     def shown(self) -> str:
-        """The text, with the special tokens that a chat template writes, but no BOS that the tokenizer puts."""
+        """The text, with the special tokens that a chat template writes."""
         return "".join(part.text for part in self.parts if self.rendered or part.special_id is None)
 
     def to_json(self) -> list[Any]:
@@ -51,25 +48,13 @@ class Segments:
         if self.rendered:
             ids, offsets = tokenizer.encode_mixed([(part.text, part.special_id) for part in self.parts])
             return ids, _joined(_targets(self.parts, offsets))
-        ids, targets = list[int](), list[tuple[int, int]]()
-        for is_special, group in itertools.groupby(self.parts, key=lambda part: part.special_id is not None):
-            run, start = list(group), len(ids)
-            if is_special:
-                ids += [part.special_id for part in run if part.special_id is not None]
-                targets += [(start + n, start + n + 1) for n, part in enumerate(run) if part.trained]
-            elif len({part.trained for part in run if part.text}) < 2:  # offsets take time
-                ids += tokenizer.encode("".join(part.text for part in run))[len(tokenizer.beginning) :]
-                if any(part.trained and part.text for part in run) and start < len(ids):
-                    targets.append((start, len(ids)))
-            else:
-                found, offsets = tokenizer.encode_with_offsets("".join(part.text for part in run))
-                ids += found
-                targets += [(start + first, start + last) for first, last in _targets(run, offsets)]
-        return ids, _joined(targets)
+        prompt, *answer = self.parts
+        ids, first = tokenizer.encode_pair(prompt.text, answer[0].text if answer else "")
+        ids += [part.special_id for part in answer if part.special_id is not None]
+        return ids, [(first, len(ids))] if answer and answer[0].trained else []
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
+class Conversation(NamedTuple):
     """A row in segments.
 
     Args:
@@ -84,24 +69,10 @@ class Conversation:
     only_last: bool = False
 
 
-def prompt_segments(tokenizer: Tokenizer, prompt: str) -> Segments:
-    """BOS, where one is put, and a prompt."""
-    bos = tokenizer.bos_id
-    begin = () if bos is None else (Segment(tokenizer.piece(bos), False, bos),)
-    return Segments((*begin, Segment(prompt)))
-
-
 def prompt_of_json(value: list[Any]) -> Segments:
     """What ``Segments.to_json`` returned."""
     rendered, parts = value
     return Segments(tuple(Segment(text, False, special_id) for text, special_id in parts), rendered)
-
-
-def in_segments(tokenizer: Tokenizer, prompt: str, completion: str, *, trained: bool = True) -> Segments:
-    """BOS, where one is put, a prompt, its completion and EOS; the last two are ``trained``."""
-    eos = tokenizer.eos_id
-    end = Segment(completion, trained), Segment(tokenizer.piece(eos), trained, eos)
-    return Segments((*prompt_segments(tokenizer, prompt).parts, *end))
 
 
 def _targets(parts: Sequence[Segment], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

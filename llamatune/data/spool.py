@@ -87,6 +87,10 @@ class Spool:
                 check_stop()
             end = begin + 2 * count
             if take:
-                edges = itertools.pairwise((0, *self.targets[begin:end], length))
-                yield b"".join(bytes((side % 2,)) * (last - first) for side, (first, last) in enumerate(edges))
+                parts, at = list[bytes](), 0
+                for place in range(begin, end, 2):
+                    first, last = self.targets[place], self.targets[place + 1]
+                    parts += bytes(first - at), b"\1" * (last - first)
+                    at = last
+                yield b"".join((*parts, bytes(length - at)))
             begin = end

@@ -6,6 +6,8 @@ Of the text that the template makes of marked messages, each mark becomes an exp
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from llamatune.data.templates import Template
 from llamatune.errors import SpecError
@@ -13,6 +15,15 @@ from llamatune.errors import SpecError
 _USER, _SYSTEM, _ANSWER, _LAST = "\ue000", "\ue001", "\ue002", "\ue003"
 _MARKS = {_USER: "user", _SYSTEM: "system", _ANSWER: "message['content']"}
 _ESCAPES = str.maketrans({"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
+
+
+def source_of(stored: Mapping[str, Any], puts_bos: Callable[[], bool]) -> str | None:
+    """The chat template of a template as manifests store it; None as of ``as_jinja``.
+
+    ``CheckpointError`` for what is none.
+    """
+    stated = stored.get("chat_template")
+    return stated if isinstance(stated, str) else as_jinja(Template.from_dict(dict(stored)), puts_bos())
 
 
 def as_jinja(template: Template, puts_bos: bool) -> str | None:

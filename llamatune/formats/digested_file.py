@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from llamatune.durable_writing import start_writeback, writing
 from llamatune.errors import CheckpointError
-from llamatune.formats.manifest import Staging
+from llamatune.formats.manifest import PendingDigest, Staging
 from llamatune.safe_reading import open_regular
 
 _BLOCK_BYTES = 1 << 20
@@ -25,42 +25,46 @@ _COPIED_BYTES = 32 << 20
 """Copied by one call."""
 _FOLLOWED_BYTES = 8 << 20
 """Digested, and sent to the disk, at once: the sync at the end then has little to wait for."""
+_DIGESTS_AT_ONCE = max(2, min(4, os.cpu_count() or 1))
+"""Of so many files; they lag behind the writing, which waits for no digest until then."""
 _NO_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 """Errors of kernels and file systems that cannot copy from one file to another."""
 
 
 @dataclass(frozen=True)
 class FileRange:
-    """Bytes ``begin:end`` of a file."""
+    """Bytes ``begin:end`` of a file, and their CRC-32 where it is known."""
 
     path: Path
     begin: int
     end: int
+    crc: int | None = None
 
 
 @contextlib.contextmanager
 def writing_digested(staging: Staging, file_name: str, size: int) -> Iterator[DigestedFile]:
-    """A new file of about ``size`` bytes in a product; digested and synced when the block ends."""
+    """A new file of about ``size`` bytes in a product, which syncs it at its end; the digest may be ready later."""
     path = staging.path / file_name
-    with writing(path, size) as file, ThreadPoolExecutor(1, "digest") as reader:
-        made = DigestedFile(file, path, reader)
+    staging.finish_digests(but=_DIGESTS_AT_ONCE - 1)
+    with writing(path, size, synced=False) as file:
+        made = DigestedFile(file, path)
         try:
             yield made
+            digest = made.finish()
         except BaseException:
-            reader.shutdown(cancel_futures=True)
+            made.abandon()
             raise
-        staging.digests[file_name] = made.digest()
+    staging.digesting[file_name] = digest
 
 
 class DigestedFile:
     """A new file that is written from its beginning to its end; make it with ``writing_digested``."""
 
-    def __init__(self, file: BinaryIO, path: Path, reader: ThreadPoolExecutor) -> None:
+    def __init__(self, file: BinaryIO, path: Path) -> None:
         self.path, self.position = path, 0
-        self._file, self._descriptor, self._reader = file, file.fileno(), reader
+        self._file, self._descriptor = file, file.fileno()
         self._by_kernel = hasattr(os, "copy_file_range")
-        self._sha256 = hashlib.sha256()
-        self._followed, self._reads = 0, list[Future[None]]()
+        self._followed, self._digest = 0, _FollowingDigest(file)
 
     def append(self, data: bytes | memoryview | FileRange) -> None:
         """Write bytes, or copy those of another file.
@@ -108,28 +112,76 @@ class DigestedFile:
         """Digest what is written so far: it changes no more."""
         if self.position - self._followed >= _FOLLOWED_BYTES:
             self._file.flush()
-            self._reads.append(self._reader.submit(self._update, self._followed, self.position))
+            self._digest.follow(self.position)
             start_writeback(self._descriptor, self._followed, self.position)
             self._followed = self.position
 
-    def digest(self) -> str:
-        """Of the whole file."""
+    def finish(self) -> PendingDigest:
+        """Digest all that is written, a large file behind what follows."""
         self._file.flush()
-        for read in self._reads:
-            read.result()
-        self._update(self._followed, self.position)
+        self._digest.finish(self.position)
+        return self._digest
+
+    def abandon(self) -> None:
+        """Digest no more."""
+        self._digest.abandon()
+
+    def copied(self, begin: int) -> Iterator[memoryview]:
+        """What was copied from ``begin`` on, a MiB at a time; each is valid until the next."""
+        return _blocks(self._descriptor, begin, self.position)
+
+
+class _FollowingDigest:
+    """The SHA-256 of a file, computed behind its writing by a thread; of a small file by the caller, at its end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._descriptor = os.dup(file.fileno())
+        self._sha256, self._done = hashlib.sha256(), 0
+        self._thread: ThreadPoolExecutor | None = None
+        self._last: Future[None] | None = None
+
+    def follow(self, end: int) -> None:
+        """Go on to ``end``."""
+        self._thread = self._thread or ThreadPoolExecutor(1, "digest")
+        self._last = self._thread.submit(self._update, end)
+
+    def finish(self, end: int) -> None:
+        """Go on to the end of the file."""
+        if self._thread is None:
+            self._update(end)
+            self._close()
+        else:
+            self.follow(end)
+            self._thread.submit(self._close)
+            self._thread.shutdown(wait=False)
+
+    def result(self) -> str:
+        if self._last is not None:
+            self._last.result()
         return self._sha256.hexdigest()
 
-    def _update(self, begin: int, end: int) -> None:
-        for block in self.blocks(begin, end):
-            self._sha256.update(block)
+    def abandon(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+        self._close()
 
-    def blocks(self, begin: int, end: int) -> Iterator[memoryview]:
-        """What was copied there, or ``follow`` was told of, a MiB at a time; each is valid until the next."""
-        buffer = memoryview(bytearray(min(_BLOCK_BYTES, end - begin)))
-        while begin < end:
-            count = os.preadv(self._descriptor, [buffer[: end - begin]], begin)
-            if not count:
-                raise OSError(errno.EIO, "what was written cannot be read back")
-            yield buffer[:count]
-            begin += count
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _update(self, end: int) -> None:
+        """After a fault, the next update begins where it was met, so that the last one meets it too."""
+        for block in _blocks(self._descriptor, self._done, end):
+            self._sha256.update(block)
+            self._done += len(block)
+
+
+def _blocks(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(_BLOCK_BYTES, end - begin)))
+    while begin < end:
+        count = os.preadv(descriptor, [buffer[: end - begin]], begin)
+        if not count:
+            raise OSError(errno.EIO, "what was written cannot be read back")
+        yield buffer[:count]
+        begin += count

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from llamatune.durable_writing import staged_directory, sync
 from llamatune.errors import CheckpointError, LlamatuneError, Stopped
@@ -22,6 +22,8 @@ from llamatune.safe_reading import digest_bytes, digest_file, open_regular, read
 from llamatune.strict_json import parse_json_object, write_json
 
 MANIFEST = "llamatune.json"
+END_OF_TURN = "end_of_turn_id"
+"""In the facts of a prepared directory: the special token that ends the assistant's turns, beside the EOS of rows."""
 SCHEMA = 1
 _LARGEST_MANIFEST = 16 << 20
 _BLOCK = 1 << 20
@@ -36,16 +38,33 @@ class OtherVersion(CheckpointError):
         super().__init__(f"written by another version (schema {schema!r})", where, "use the version that wrote it")
 
 
+class PendingDigest(Protocol):
+    """A file's SHA-256 that is being computed."""
+
+    def result(self) -> str: ...
+
+    def abandon(self) -> None: ...
+
+
 @dataclass
 class Staging:
     """A product in the making: write files below ``path``, and what readers should know into ``facts``.
 
     ``digests`` holds the SHA-256 of files that were digested while they were written, by name; others are read again.
+    ``digesting`` holds those that are still being computed.
     """
 
     path: Path
     facts: dict[str, Any] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    digesting: dict[str, PendingDigest] = field(default_factory=dict)
+
+    def finish_digests(self, but: int = 0) -> None:
+        """Wait for digests, the oldest first, until no more than ``but`` are still being computed."""
+        while len(self.digesting) > but:
+            name = next(iter(self.digesting))
+            self.digests[name] = self.digesting[name].result()
+            del self.digesting[name]
 
 
 @contextlib.contextmanager
@@ -57,9 +76,15 @@ def build_directory(path: Path, kind: str, inputs: dict[str, Any], overwrite: bo
     """
     with staged_directory(path, overwrite) as directory:
         product = Staging(directory)
-        yield product
+        try:
+            yield product
+        except BaseException:
+            for pending in product.digesting.values():
+                pending.abandon()
+            raise
         for entry in directory.rglob("*"):
             sync(entry)
+        product.finish_digests()
         written = sorted(file for file in directory.rglob("*") if file.is_file() and file.name != MANIFEST)
         files = {}
         for file in written:
@@ -104,6 +129,11 @@ class Manifest:
     def base_path(self) -> str | None:
         """The base that an adapter was trained on, as the user named it."""
         return self._fact("base_path", self.facts.get("base_path"), str)
+
+    @property
+    def end_of_turn(self) -> int | None:
+        """The special token that ends the turns of prepared chats."""
+        return self._fact(END_OF_TURN, self.facts.get(END_OF_TURN), int)
 
     @property
     def tokenizer_fingerprint(self) -> str | None:

@@ -30,7 +30,7 @@ class TensorLocation:
     """A tensor, or one shard's part of it, as it is stored: its bytes are ``begin:end`` of the file at ``path``.
 
     ``dtype`` is the safetensors name, such as ``BF16``. A view in a PyTorch archive has ``strides``, in elements; None:
-    the elements fill the bytes in order.
+    the elements fill the bytes in order. ``crc`` is the CRC-32 that such an archive states of just these bytes.
     """
 
     path: Path
@@ -39,13 +39,14 @@ class TensorLocation:
     begin: int
     end: int
     strides: tuple[int, ...] | None = None
+    crc: int | None = None
 
     def rows(self, first: int, count: int) -> TensorLocation:
         """Of some of its rows, which must be runs of bytes."""
         width = math.prod(self.shape[1:]) if self.strides is None else self.strides[0]
         step = width * ITEM_BYTES[self.dtype]
         begin = self.begin + first * step
-        return replace(self, shape=(count, *self.shape[1:]), begin=begin, end=begin + count * step)
+        return replace(self, shape=(count, *self.shape[1:]), begin=begin, end=begin + count * step, crc=None)
 
 
 def read_header(
@@ -124,7 +125,7 @@ def write_safetensors(
     data: Iterable[bytes | memoryview | FileRange],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Stream a new file into a product, synced. It is digested on the way, so the manifest needs no second read of it.
+    """Stream a new file into a product. It is digested on the way, so the manifest needs no second read of it.
 
     Args:
         tensors: ``(name, dtype, shape)`` in the order in which the bytes come.

@@ -57,8 +57,8 @@ def read_archive(path: Path) -> dict[str, TensorLocation]:
     return entries
 
 
-def _records(file: BinaryIO, file_bytes: int) -> dict[str, tuple[int, int]]:
-    """``(begin, end)`` of every record; the archive must fill the file and hold nothing compressed."""
+def _records(file: BinaryIO, file_bytes: int) -> dict[str, tuple[int, int, int]]:
+    """``(begin, end, CRC-32)`` of every record; the archive must fill the file and hold nothing compressed."""
     file.seek(max(0, file_bytes - 22))
     if file.read(4) != b"PK\x05\x06":
         raise ValueError(
@@ -68,7 +68,7 @@ def _records(file: BinaryIO, file_bytes: int) -> dict[str, tuple[int, int]]:
         infos = zipfile.ZipFile(file).infolist()
     except zipfile.BadZipFile as fault:
         raise ValueError(str(fault)) from None
-    records: dict[str, tuple[int, int]] = {}
+    records: dict[str, tuple[int, int, int]] = {}
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
             raise RefusedError(
@@ -82,17 +82,17 @@ def _records(file: BinaryIO, file_bytes: int) -> dict[str, tuple[int, int]]:
             raise ValueError(f"record {info.filename!r} has no header of its own")
         name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
         begin = info.header_offset + 30 + name_bytes + extra_bytes
-        records[info.filename] = (begin, begin + info.file_size)
+        records[info.filename] = (begin, begin + info.file_size, info.CRC)
     position = 0
-    for name, (begin, end) in sorted(records.items(), key=lambda item: item[1]):
+    for name, (begin, end, _) in sorted(records.items(), key=lambda item: item[1]):
         if begin < position or end > file_bytes:
             raise RefusedError(f"record {name!r} overlaps another one or ends after the file's {file_bytes:,} bytes")
         position = end
     return records
 
 
-def _bytes_of(file: BinaryIO, record: tuple[int, int], most: int) -> bytes:
-    begin, end = record
+def _bytes_of(file: BinaryIO, record: tuple[int, int, int], most: int) -> bytes:
+    begin, end, _ = record
     if end - begin > most:
         raise RefusedError(f"a record of {end - begin:,} bytes where {most:,} are allowed")
     file.seek(begin)
@@ -111,13 +111,15 @@ def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return reach + 1
 
 
-def _location(path: Path, name: str, value: Any, records: dict[str, tuple[int, int]], prefix: str) -> TensorLocation:
+def _location(
+    path: Path, name: str, value: Any, records: dict[str, tuple[int, int, int]], prefix: str
+) -> TensorLocation:
     if not isinstance(value, PickledTensor):
         raise RefusedError(f"{name!r} is not a tensor")
     storage = value.storage
     if f"{prefix}data/{storage.key}" not in records:
         raise ValueError(f"tensor {name} has no data record")
-    begin, end = records[f"{prefix}data/{storage.key}"]
+    begin, end, crc = records[f"{prefix}data/{storage.key}"]
     item_bytes = ITEM_BYTES[storage.dtype]
     extent = _extent(value.shape, value.stride)
     if value.offset + extent > storage.numel or storage.numel * item_bytes > end - begin:
@@ -129,7 +131,9 @@ def _location(path: Path, name: str, value: Any, records: dict[str, tuple[int, i
     in_order = [step for step, count in zip(value.stride, value.shape, strict=True) if count > 1]
     plain = extent == 0 or (extent == math.prod(value.shape) and in_order == sorted(in_order, reverse=True))
     strides = None if plain else value.stride
-    return TensorLocation(path, storage.dtype, value.shape, first, first + extent * item_bytes, strides)
+    last = first + extent * item_bytes
+    whole = crc if (first, last) == (begin, end) else None
+    return TensorLocation(path, storage.dtype, value.shape, first, last, strides, whole)
 
 
 def _refuse_overlap(entries: dict[str, TensorLocation], path: Path) -> None:

@@ -29,7 +29,7 @@ _DATE = (1980 - 1980) << 9 | 1 << 5 | 1
 def writing_archive(
     staging: Staging, file_name: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]]
 ) -> Iterator[ArchiveWriter]:
-    """A new archive in a product, synced and digested. Its records are filed under its stem, ``consolidated.00``.
+    """A new archive in a product. Its records are filed under its stem, ``consolidated.00``.
 
     ``tensors`` are ``(name, safetensors dtype, shape)`` in the order in which they will be written.
     """
@@ -62,11 +62,14 @@ class ArchiveWriter:
             self._open = self._begin(f"data/{self._written}", self._sizes[self._written])
         begin = self._file.position
         self._file.append(data)
-        for block in self._file.blocks(begin, self._file.position) if isinstance(data, FileRange) else [data]:
-            self._open.crc = zlib.crc32(block, self._open.crc)
+        if isinstance(data, FileRange) and data.crc is not None and data.end - data.begin == self._open.size:
+            self._open.crc = data.crc  # torch's loader checks none; what is copied keeps what its archive states
+        else:
+            for block in self._file.copied(begin) if isinstance(data, FileRange) else [data]:
+                self._open.crc = zlib.crc32(block, self._open.crc)
         if self._file.position >= self._open.begin + self._open.size:
             self._end(self._open)
-            self.last_tensor = FileRange(self._file.path, self._open.begin, self._file.position)
+            self.last_tensor = FileRange(self._file.path, self._open.begin, self._file.position, self._open.crc)
             self._open, self._written = None, self._written + 1
 
     def record(self, name: str, content: bytes) -> None:

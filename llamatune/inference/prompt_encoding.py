@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.row_json import Row
-from llamatune.data.segments import Segments, prompt_segments
+from llamatune.data.segments import Segment, Segments
 from llamatune.data.templates import Template
 from llamatune.errors import DataError
 from llamatune.inference.prompt_files import Prompt, prompt_text
@@ -36,7 +36,7 @@ class PromptEncoder:
         """
         if self._chats is None:
             assert not isinstance(self.template, ChatTemplate)
-            return prompt_segments(self._tokenizer, prompt_text(prompt, self.template, number))
+            return Segments((Segment(prompt_text(prompt, self.template, number)),))
         from llamatune.data.chat_segments import messages_of
 
         fields = {"user": prompt} if isinstance(prompt, str) else prompt

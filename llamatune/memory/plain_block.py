@@ -51,6 +51,15 @@ def _keeps_input(z: Sizes, names: Sequence[str], item_bytes: int) -> bool:
     return z.trains_all or (z.trains_A and not z.dropout and bool(z.targets.intersection(names)))
 
 
+def _of_lora_input(z: Sizes, names: Sequence[str], size: int) -> int:
+    """The gradient of the input of A. With dropout, the mask goes as it comes, and what it left, if A is trained; else
+    that of what it left comes first.
+    """
+    if not z.targets.intersection(names):
+        return 0
+    return size if not z.dropout else 0 if z.trains_A else 2 * size
+
+
 def _weight_gradient(ledger: Ledger, z: Sizes, name: str) -> None:
     """The gradient of a trained matrix: in c, cast, and added to what is there."""
     size = z.count(name) * ((z.c if z.autocast else 0) + (4 if z.accumulates or z.autocast else 0))
@@ -116,8 +125,7 @@ def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
         cast = ledger.make("cast of the gradient", n * D * c if s != c else 0)
         _magnitudes_backward(ledger, z, ("o_proj",), n, of_o)
         do = ledger.make("gradient of o_proj's input", n * z.Q * c)
-        # With dropout, the mask and what it left go as their gradients come.
-        lora = ledger.make("gradient of LoRA's input", n * z.Q * c if "o_proj" in z.targets and not z.dropout else 0)
+        lora = ledger.make("gradient of LoRA's input", _of_lora_input(z, ("o_proj",), n * z.Q * c))
         _weight_gradient(ledger, z, "o_proj")
         ledger.free(cast, lora)
     with ledger.step("attention"):
@@ -171,7 +179,7 @@ def feed_forward(ledger: Ledger, z: Sizes, last: bool) -> Passes:
         cast = ledger.make("cast of the gradient", n * D * c if s != c else 0)
         _magnitudes_backward(ledger, z, ("down_proj",), n, of_down)
         da = ledger.make("gradient of down_proj's input", wide)
-        of_lora = n * z.rank("down_proj") * c + (0 if z.dropout else wide) if "down_proj" in z.targets else 0
+        of_lora = n * z.rank("down_proj") * c + _of_lora_input(z, ("down_proj",), wide)
         lora = ledger.make("gradient of LoRA's input", of_lora)
         _weight_gradient(ledger, z, "down_proj")
         ledger.free(cast, lora, down)

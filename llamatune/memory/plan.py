@@ -88,6 +88,11 @@ def placed(spec: RunSpec, placement: str) -> RunSpec:
     return spec.model_copy(update={"model": spec.model.model_copy(update={"placement": placement})})
 
 
+def with_kernels(spec: RunSpec, kernels: str) -> RunSpec:
+    """The spec with another ``training.kernels``."""
+    return spec.model_copy(update={"training": spec.training.model_copy(update={"kernels": kernels})})
+
+
 def limit_of(spec: RunSpec, free_bytes: int | None) -> int | None:
     """What ``training.memory_limit`` allows: an amount, or nine tenths of what is free, if that is known.
 

@@ -13,9 +13,8 @@ def drawn_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and content of every weight, in fp32: matrices from N(0, std²), norms 1, biases 0.
 
-    It is the same for a seed and a device.
-
-    A CPU draws with one core, 44 s for 7 billion weights. Each kind of GPU draws other numbers.
+    They are the same for a seed and a device. A CPU draws with one core, 44 s for 7 billion weights. Each kind of GPU
+    draws other numbers.
     """
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -39,8 +39,11 @@ def read_chat_templates(directory: Path) -> dict[str, str]:
 
 
 def write_chat_templates(templates: dict[str, str], directory: Path) -> dict[str, Any]:
-    """Write the default one as a file of its own; what ``tokenizer_config.json`` says of them is returned."""
-    if DEFAULT in templates:
+    """Write a single one as a file of its own too; what ``tokenizer_config.json`` says of them is returned.
+
+    With a file of its own transformers forgets all others.
+    """
+    if [*templates] == [DEFAULT]:
         with writing(directory / TEMPLATE_FILE) as file:
             file.write(templates[DEFAULT].encode())
     if not templates:

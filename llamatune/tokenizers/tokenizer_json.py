@@ -7,7 +7,6 @@ import itertools
 import json
 import secrets
 import unicodedata
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,17 +88,16 @@ class JsonTokenizer(Tokenizer):
         ids, offsets = self.encode_with_offsets("".join(names))
         if [i for i in ids if i in self._texts] != [special for _, special in parts if special is not None]:
             raise CheckpointError("a special token of it cannot be put between texts", self.path, "fetch it again")
-        hidden = list(itertools.accumulate(map(len, names), initial=0))
-        shown = list(itertools.accumulate((len(text) for text, _ in parts), initial=0))
-
-        def place(character: int) -> int:
-            part = bisect_right(hidden, character) - 1
-            inside = character - hidden[part]
-            if part == len(parts) or parts[part][1] is None or inside == 0:
-                return shown[part] + inside
-            return shown[part + 1]
-
-        return ids, [(place(begin), place(end)) for begin, end in offsets]
+        longer = (
+            len(name) - len(text) for name, (text, special) in zip(names, parts, strict=True) if special is not None
+        )
+        shown, shift = list[tuple[int, int]](), 0
+        for token, (begin, end) in zip(ids, offsets, strict=True):
+            shown.append((begin - shift, end - shift))
+            if token in self._texts:  # its name in the library is longer than its text
+                shift += next(longer)
+                shown[-1] = shown[-1][0], end - shift
+        return ids, shown
 
     def decode(self, ids: Iterable[int]) -> str:
         plain = [i for i in ids if 0 <= i < self.vocab_size and i not in self._texts]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,10 @@ import yaml
 
 from llamatune.checkpoints.companion_files import RunCompanions
 from llamatune.checkpoints.model_card import ModelCard, code_block, hub_name
-from llamatune.data.chat_template import ChatTemplate
-from llamatune.data.template_as_jinja import as_jinja
-from llamatune.data.template_choice import stored_template
-from llamatune.data.templates import Template
-from llamatune.errors import LlamatuneError
+from llamatune.data.template_as_jinja import source_of
 from llamatune.events import OnEvent
 from llamatune.formats.manifest import Manifest
 from llamatune.spec import RunSpec
-from llamatune.tokenizers.loading import load_tokenizer
 from llamatune.training.inputs import Inputs
 from llamatune.training.spec_changes import MAY_CHANGE
 
@@ -31,33 +25,15 @@ _SECTIONS = ("model", "lora", "training", "evaluation")
 def run_companions(spec: RunSpec, inputs: Inputs, on_event: OnEvent) -> RunCompanions:
     """What the run's products carry of the base, with the chat template that was trained."""
     prepared, base = inputs.prepared.manifest, Path(spec.model.path)
-    ends = functools.cache(lambda: trained_ends(prepared, base))
+    ends = () if prepared.end_of_turn is None else (prepared.end_of_turn,)
     return RunCompanions(base, inputs.config, chat_template_of(prepared), ends, on_event)
 
 
 def chat_template_of(prepared: Manifest) -> str | None:
     """The chat template that makes the prompts of prepared rows; None: no conversation was trained."""
-    stated = (prepared.template or {}).get("chat_template")
-    if isinstance(stated, str):
-        return stated
     tokenizer = prepared.facts.get("tokenizer")
     puts_bos = isinstance(tokenizer, dict) and tokenizer.get("bos_id") is not None
-    try:
-        return None if prepared.template is None else as_jinja(Template.from_dict(prepared.template), puts_bos)
-    except LlamatuneError:
-        return None
-
-
-def trained_ends(prepared: Manifest, base: Path) -> tuple[int, ...]:
-    """The tokens beside the tokenizer's EOS that end what was trained: that of the assistant's turns, if it is one."""
-    if prepared.template is None or "chat_template" not in prepared.template:
-        return ()
-    from llamatune.data.chat_segments import ChatEncoder  # importing Jinja takes 40 ms
-
-    template = stored_template(prepared.template, prepared.path)
-    assert isinstance(template, ChatTemplate), "it holds a chat template"
-    stop = ChatEncoder(template, load_tokenizer(base)).stop_id
-    return () if stop is None else (stop,)
+    return None if prepared.template is None else source_of(prepared.template, lambda: puts_bos)
 
 
 def run_card(spec: RunSpec, inputs: Inputs, peft_base: str | None, results: Mapping[str, Any]) -> ModelCard:

@@ -11,6 +11,7 @@ from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.events import Notice, OnEvent, RunStarted, ShouldStop, ignore_event, never_stop
 from llamatune.formats.state_json import list_checkpoints
 from llamatune.free_memory import held_host_bytes
+from llamatune.memory.plan import with_kernels
 from llamatune.memory.plan_report import plan_report
 from llamatune.memory.remedies import after_running_out
 from llamatune.model.compiled_functions import compiling
@@ -75,7 +76,8 @@ def train(
         needed = _STATE_BYTES * count.trainable_parameters + 4 * written
         if ranks.is_first:
             refuse_small_disk(output, needed, "a checkpoint")
-        stack.enter_context(chosen_kernels(spec.training.kernels, device, on_event))
+        kernels = stack.enter_context(chosen_kernels(spec.training.kernels, device, on_event))
+        planned = with_kernels(spec, kernels)
         report_slower_settings(spec, device, on_event)
         if spec.training.compile:
             check_compiler(device)
@@ -86,16 +88,16 @@ def train(
             return f"{advice}; the last checkpoint is {saved[0]}" if saved else advice
 
         def passes() -> PassRule:
-            return choose_passes(spec, config, rows, device, ranks.size)
+            return choose_passes(planned, config, rows, device, ranks.size)
 
         gpu = gpu_facts(device)
         claim = claim_run_directory(spec, inputs.digests, overwrite, resume, allowed_changes, passes, gpu)
         run = share_run(stack.enter_context(claim) if ranks.is_first else None, spec, ranks)
-        placed = choose_run_placement(spec, config, rows, device, run.passes.tokens, ranks)
+        placed = choose_run_placement(planned, config, rows, device, run.passes.tokens, ranks)
         plan = plan_run_memory(placed, config, rows, device, run.passes.tokens, ranks.size)
         stack.enter_context(memory_faults(device, what_helps))
         stack.enter_context(suitable_threads(config, pass_tokens(spec, rows, run.passes)))
-        report_plan(plan, spec, placed, config, rows, device, on_event)
+        report_plan(plan, planned, placed, config, rows, device, on_event)
         before_bytes = held_host_bytes().get("resident")
         placement = placed.model.placement
         memory_facts = {"placement": placement, **plan.facts(), "memory_before_model_bytes": before_bytes}
@@ -141,8 +143,10 @@ def plan_training(
     with deterministic_kernels(spec.training.deterministic, device):
         if spec.training.compile:
             check_compiler(device)
-    rule = choose_passes(spec, config, rows, device, ranks.size)
-    placed = choose_run_placement(spec, config, rows, device, rule.tokens, ranks)
+        with chosen_kernels(spec.training.kernels, device, on_event) as kernels:
+            planned = with_kernels(spec, kernels)
+    rule = choose_passes(planned, config, rows, device, ranks.size)
+    placed = choose_run_placement(planned, config, rows, device, rule.tokens, ranks)
     memory = plan_run_memory(placed, config, rows, device, rule.tokens, ranks.size)
     return {
         "trainable_parameters": inputs.count.trainable_parameters,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from llamatune.command_options.inference import EvaluateOptions, GenerateOptions
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import ignore_event, never_stop
 from llamatune.inference.model_source import open_model
+from llamatune.tokenizers.loading import load_tokenizer
 
 from .conftest import save_adapter, save_peft, save_tiny
 
@@ -88,10 +90,7 @@ def test_it_is_rounded_once(made, tmp_path):
         A, B = (tensor.double() for tensor in adapter.trained(name))
         exact += weight * adapter.scaling(name) * (B @ A)
     merged = open_checkpoint(tmp_path / "out").tensor(name)
-    half_step = exact.abs() * 2.0**-8
-    assert ((merged.double() - exact).abs() <= half_step * (1 + 1e-4)).all()
-    two_roundings = merge_lora(MergeOptions(base, made / "qv", tmp_path / "one", weights=(0.7,)))
-    assert two_roundings.max_abs_error > 0
+    assert ((merged.double() - exact).abs() <= exact.abs() * 2.0**-8 * (1 + 1e-4)).all()
 
 
 def test_manifest_lists_all_and_a_second_merge_of_one_is_refused(tiny, made, tmp_path):
@@ -144,26 +143,42 @@ def test_weights_and_adapters_are_as_many(made, weights):
         ModelSource(made, weights=(1.0,))
 
 
-def test_templates_that_differ_are_refused_unless_one_is_chosen(tiny, made, tmp_path):
-    adapters = {}
+def test_templates_that_differ_are_refused_unless_one_is_chosen(tiny, made, tiny_tokenizer, tmp_path):
+    base, tokenizer, adapters = tmp_path / "base", load_tokenizer(tiny_tokenizer), {}
+    shutil.copytree(tiny[0], base)
+    shutil.copy(tiny_tokenizer, base)
     for name, template in (("qv", "alpaca"), ("vd", "text"), ("one layer", None)):
         values = template and {"name": template, "prompt": "{prompt}"}
         adapters[name] = tmp_path / "adapters" / name
         save_adapter(adapters[name], dataclasses.replace(load_adapter(made / name), template=values))
     both, out = [adapters["qv"], adapters["vd"]], tmp_path / "out"
     with pytest.raises(CheckpointError, match=r"vd: was trained with another template .*qv: .*--template|--template"):
-        merge_lora(MergeOptions(tiny[0], both, out))
+        merge_lora(MergeOptions(base, both, out))
     assert not out.exists()
-    opened = open_model(ModelSource(tiny[0], both, device="cpu"))
+    opened = open_model(ModelSource(base, both, device="cpu"))
     with pytest.raises(CheckpointError, match="choose one with --template"):
-        opened.template(None)
-    chosen = opened.template("alpaca")
+        opened.template(None, tokenizer, ignore_event)
+    chosen = opened.template("alpaca", tokenizer, ignore_event)
     assert chosen is not None
-    merge_lora(MergeOptions(tiny[0], both, out, template="alpaca"))
-    assert open_model(ModelSource(out, device="cpu")).template(None) == chosen
-    merge_lora(MergeOptions(tiny[0], [adapters["one layer"], adapters["vd"]], tmp_path / "known"))
+    merge_lora(MergeOptions(base, both, out, template="alpaca"))
+    assert open_model(ModelSource(out, device="cpu")).template(None, tokenizer, ignore_event) == chosen
+    merge_lora(MergeOptions(base, [adapters["one layer"], adapters["vd"]], tmp_path / "known"))
     stored = json.loads((tmp_path / "known" / "llamatune.json").read_text())["facts"]["template"]
     assert stored["name"] == "text"
+
+
+def test_the_command_line_takes_adapters_and_their_weights(tiny, made, tmp_path, command):
+    asked = ("--model", tiny[0], "--adapter", made / "qv", "--adapter", made / "vd")
+    done = command("merge-lora", *asked, "--weights", "0.7,0.3", "--output", tmp_path / "out", "--json")
+    assert done.code == 0, done.stderr
+    merge_lora(MergeOptions(tiny[0], [made / "qv", made / "vd"], tmp_path / "judge", weights=(0.7, 0.3)))
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "judge"))
+    assert one == two
+    for verb, more in (("merge-lora", ("--output", tmp_path / "x")), ("generate", ("--prompt", "a"))):
+        for weights, said in (("0.7", "has 1 numbers for 2"), ("a,b", "such as 0.7,0.3"), ("nan,1", "must be finite")):
+            refused = command(verb, *asked, *more, "--weights", weights)
+            assert (refused.code, refused.stdout) == (2, ""), refused.stderr
+            assert said in refused.stderr
 
 
 def test_ranks_lie_side_by_side(tiny, made):

@@ -271,6 +271,28 @@ def test_a_directory_is_a_product_and_is_made_once(bare_base, tmp_path):
     assert open_checkpoint(tmp_path / "of the only GGUF file in it").dtype("model.embed_tokens.weight") == torch.float16
 
 
+def test_licences_and_card_go_along(bare_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bare_base(), base)
+    for name in ("LICENSE.txt", "NOTICE", "README.md"):
+        (base / name).write_text(f"of {name}")
+    for target in ("hf", "meta", "gguf"):
+        converted(base, tmp_path / target, format=target)
+        for name in ("LICENSE.txt", "NOTICE", "README.md"):
+            assert (tmp_path / target / name).read_text() == f"of {name}"
+
+
+def test_a_variant_is_read_where_it_is_asked_for(bare_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bare_base(), base)
+    half = {name: W.half() for name, W in load_file(base / "model.safetensors").items()}
+    save_file(half, base / "model.fp16.safetensors", {"format": "pt"})
+    report, _ = converted(base, tmp_path / "x.gguf", variant="fp16")
+    assert report.dtype == "float16"
+    with pytest.raises(SpecError, match="--variant is of Hugging Face"):
+        converted(tmp_path / "x.gguf", tmp_path / "out", variant="fp16")
+
+
 def test_facts_of_a_merge_are_carried(bare_base, tmp_path):
     base = tmp_path / "merged"
     shutil.copytree(bare_base(), base)
@@ -393,3 +415,18 @@ def test_other_verbs_say_what_to_do_with_a_gguf_file(bare_base, tmp_path, comman
     for path in (tmp_path / "model.gguf", tmp_path):
         done = command("count-params", "--model", path)
         assert (done.code, "llamatune convert" in done.stderr) == (4, True)
+
+
+def test_a_gguf_file_keeps_what_it_says_of_itself(bare_base, tmp_path):
+    converted(bare_base(**WIDE), tmp_path / "model.gguf")
+    header = read_gguf(tmp_path / "model.gguf")
+    told = {"general.license": ("str", "apache-2.0"), "general.tags": ("[str]", ["x"]), "general.name": ("str", "Y")}
+    data = ([(tmp_path / "model.gguf").read_bytes()[part.begin : part.end]] for part in header.tensors.values())
+    with (tmp_path / "told.gguf").open("wb") as file:
+        declared = [(name, part.dtype, part.shape) for name, part in header.tensors.items()]
+        write_gguf(file, {**header.entries, **told}, declared, data)
+    converted(tmp_path / "told.gguf", tmp_path / "q8.gguf", dtype="q8_0")
+    entries = read_gguf(tmp_path / "q8.gguf").entries
+    assert told.items() <= entries.items()
+    assert entries["general.file_type"] == ("u32", 7)
+    assert entries["llama.context_length"] == header.entries["llama.context_length"]

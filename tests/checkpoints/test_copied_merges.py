@@ -78,6 +78,7 @@ def whole_tensors(base, adapter, format_, path):
     else:
         write = write_huggingface if format_ == "hf" else write_meta
         write(staging, checkpoint.config, merged, checkpoint.dtype, base, ignore_event)
+    staging.finish_digests()
     return staging
 
 
@@ -187,5 +188,6 @@ def test_any_mixture_of_bytes_and_copies_is_digested(tmp_path, monkeypatch):
             file.rewrite(at, b"head")
             expected += b"head" + 2 * source[:size]
             file.follow()
+    staging.finish_digests()
     assert Path(tmp_path / "file").read_bytes() == expected
     assert staging.digests == {"file": hashlib.sha256(expected).hexdigest()}

@@ -24,7 +24,7 @@ from llamatune.inference.model_source import open_model
 from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.llama_config import LINEAR_MODULES
 
-from .conftest import save_tiny
+from .conftest import save_meta, save_tiny
 
 IDS = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(5))
 UNSLOTH = (
@@ -79,11 +79,13 @@ def merged(base: Path, adapter: Path, output: Path, format_: str = "same") -> Pr
     return AutoModelForCausalLM.from_pretrained(output).eval()
 
 
-def assert_equal_to_peft(base: Path, adapter: Path, tmp_path: Path, expected: torch.Tensor | None = None) -> None:
+def assert_equal_to_peft(
+    base: Path, adapter: Path, tmp_path: Path, expected: torch.Tensor | None = None, format_: str = "same"
+) -> None:
     expected = logits_of_peft(base, adapter) if expected is None else expected
     torch.testing.assert_close(logits(base, adapter), expected, rtol=0, atol=1e-4)
     with torch.no_grad():
-        found = merged(base, adapter, tmp_path / "merged")(IDS).logits
+        found = merged(base, adapter, tmp_path / "merged", format_)(IDS).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
@@ -193,6 +195,26 @@ def test_a_larger_vocabulary_is_the_models(bases, tmp_path, tied, row):
     with torch.no_grad():
         torch.testing.assert_close(models["base_"](IDS), tuned(base)(IDS).logits, rtol=0, atol=1e-4)
         assert models[""](torch.tensor([[98]])).shape == (1, 1, 99)
+
+
+def test_a_base_in_metas_format(bases, tmp_path):
+    base = save_meta(tmp_path / "meta", tuned(bases[True]))
+    adapter = save(tmp_path / "a", bases[True], modules_to_save=["embed_tokens", "k_proj"])
+    assert_equal_to_peft(base, adapter, tmp_path, logits_of_peft(bases[True], adapter), "hf")
+
+
+def test_a_whole_module_is_quantised_as_the_bases(bases, tmp_path):
+    adapter = save(tmp_path / "a", bases[False], modules_to_save=["mlp"])
+    stored = load_file(adapter / "adapter_model.safetensors")
+    stored = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in stored.items()}
+    save_file(stored, adapter / "adapter_model.safetensors")
+    merged(bases[False], adapter, tmp_path / "merged")
+    model, whole = (
+        open_model(ModelSource(model=path, device="cpu", dtype="nf4", **more)).load(ignore_event, never_stop)
+        for path, more in ((bases[False], {"adapter": adapter}), (tmp_path / "merged", {}))
+    )
+    with torch.no_grad():
+        assert torch.equal(model.by_prefix[""](IDS), whole.by_prefix[""](IDS))
 
 
 def test_merging_is_pefts_merge(bases, tmp_path):

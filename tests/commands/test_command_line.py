@@ -92,8 +92,8 @@ PATHS = [
     for verb, command in VERBS.items()
     for parameter in command.params
     if parameter.name
-    in ("adapter", "data", "directory", "generations", "model", "output", "per_row", "png", "probe", "prompt_file",
-        "rows", "runs", "shots_data", "spec_path", "specs", "tokenizer", "validation")
+    in ("adapter", "base", "data", "directory", "generations", "model", "output", "per_row", "plot", "png", "probe",
+        "prompt_file", "rows", "runs", "shots_data", "spec_path", "specs", "tokenizer", "tuned", "validation")
 ]  # fmt: skip
 
 

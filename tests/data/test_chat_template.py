@@ -365,6 +365,18 @@ def test_a_stored_chat_template_is_what_was_stored_with_its_time(tokenizer: Toke
     assert ChatEncoder(again, tokenizer).prompt(CHAT[:1]).shown == "26 Jul 2024 seven hills"
 
 
+def test_another_day_is_no_reason_to_prepare_again(prepare: Prepare, write_rows: WriteRows, tmp_path: Path) -> None:
+    source = "{{ strftime_now('%H:%M:%S') }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    (tmp_path / "dated.jinja").write_text(source)
+    path = write_rows([{"messages": CHAT[:2]}])
+    assert not prepare(path, template=str(tmp_path / "dated.jinja")).unchanged
+    manifest = read_json(tmp_path / "out" / "llamatune.json")
+    assert "now" in manifest["facts"]["template"]
+    manifest["facts"]["template"]["now"] = "2024-07-26T11:12:13"
+    (tmp_path / "out" / "llamatune.json").write_text(json.dumps(manifest))
+    assert prepare(path, template=str(tmp_path / "dated.jinja")).unchanged
+
+
 def test_workers_render_the_same_and_tell_what_went_wrong(
     prepare: Prepare, write_rows: WriteRows, chat_tokenizers: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from llamatune.data.preview import preview_rows
 from llamatune.data.templates import TEMPLATES
 from llamatune.errors import CheckpointError, DataError, EnvironmentFault, LlamatuneError, SpecError, Stopped
 from llamatune.events import Event, Notice, Progress
+from llamatune.safe_reading import digest_file
 from llamatune.strict_json import read_json
 from llamatune.tokenizers.loading import load_tokenizer
 from llamatune.tokenizers.tokenizer import Tokenizer
@@ -603,3 +604,20 @@ def test_a_chat_with_llamas_tokenizer(
         trained = [i for i, target in zip(ids, mask, strict=True) if target]
         assert tokenizer.decode(trained).split() == ["8", "\U0001f999"]
         assert mask[ids.index(2)] == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokenizer", "digest"),
+    [
+        ("alpaca_data_200.json", "data/llama2_tokenizer.model", "dc19af83cbd986262cf683a239e7b3acc7631658"),
+        ("gsm8k_test.jsonl", "data/llama2_tokenizer.model", "a5d175fbbba69c04eb2cf5c1849c93ba67b18929"),
+        ("alpaca_data_200.json", "stories260K-hf", "8b0c5dc8f4491813cc7d2ca0523957d7a2985935"),
+        ("gsm8k_test.jsonl", "stories260K-hf", "770a9cbadf389c3af0f9f8515d4f9ae2c58fd450"),
+    ],
+)  # fmt: skip
+def test_rows_of_one_turn_give_the_bytes_that_earlier_versions_gave(
+    prepare: Prepare, shared_fixtures: Path, tmp_path: Path, rows: str, tokenizer: str, digest: str
+) -> None:
+    """Before rows were segments: ids and masks are the same, byte for byte."""
+    prepare(shared_fixtures / "data" / rows, tokenizer=shared_fixtures / tokenizer)
+    assert digest_file(tmp_path / "out" / "train.safetensors")[:40] == digest

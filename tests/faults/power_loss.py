@@ -110,7 +110,7 @@ class Recording:
             self._opened(strings[0].decode(), plain, result)
         elif name == "close":
             self._open.pop(descriptor, None)
-        elif name in ("mkdir", "rmdir", "unlink", "rename"):
+        elif name in ("mkdir", "rmdir", "unlink", "rename", "link"):
             self._rename(name, [self._locate(text.decode()) for text in strings], "")
         elif name in ("unlinkat", "renameat2", "renameat"):
             at = [plain[0], plain[2]] if name != "unlinkat" else [plain[0]]
@@ -165,6 +165,9 @@ class Recording:
             self._change((directory, old, None))
         else:
             (other, new), moved = rest[0], self._names[directory][old]
+            if name == "link":
+                self._change((other, new, moved))
+                return
             left = self._names[other][new] if "EXCHANGE" in flags else None
             self._change((directory, old, left), (other, new, moved))
 

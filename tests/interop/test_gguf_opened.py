@@ -21,12 +21,15 @@ from llamatune.tokenizers.loading import load_tokenizer
 pytestmark = pytest.mark.interop
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 """What Q8_0's blocks of 32 fill."""
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-2": ("sentencepiece", {}),
     "llama-3": ("llama3", {"rope_parameters": {**LLAMA_3_ROPE, "original_max_position_embeddings": 16}}),
     "tied": ("smollm", {"tie_word_embeddings": True}),
     "linear": ("sentencepiece", MEMBERS["linear"]),
     "yarn": ("sentencepiece", MEMBERS["yarn"]),
+    "yarn of its own factors": ("sentencepiece", {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
+    "biases": ("smollm", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("sentencepiece", {"model_type": "mistral", "sliding_window": None}),
     "qwen2": ("smollm", {"model_type": "qwen2"}),
     "qwen3": ("thinking", {"model_type": "qwen3", "head_dim": 16}),

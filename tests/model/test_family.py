@@ -67,11 +67,23 @@ def judge(base: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options).eval()
 
 
+def mostly_slow(*always: str) -> Any:
+    """Every shape, those not named in the long sweep alone."""
+    cases = [(changes, () if name in always else pytest.mark.slow, name) for name, changes in SHAPES.items()]
+    return pytest.mark.parametrize("changes", [pytest.param(case, marks=marks, id=name) for case, marks, name in cases])
+
+
 @every_shape
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_are_those_of_transformers(
-    tiny_base: Callable[..., Path], changes: dict[str, Any], stored: torch.dtype
-) -> None:
+def test_logits_are_those_of_transformers(tiny_base: Callable[..., Path], changes: dict[str, Any]) -> None:
+    compare_logits(tiny_base, changes, torch.float32)
+
+
+@mostly_slow("qwen 3, tied, biases, yarn")
+def test_logits_of_16_bits_are_those_of_transformers(tiny_base: Callable[..., Path], changes: dict[str, Any]) -> None:
+    compare_logits(tiny_base, changes, torch.bfloat16)
+
+
+def compare_logits(tiny_base: Callable[..., Path], changes: dict[str, Any], stored: torch.dtype) -> None:
     """Beyond the window, and beyond the context of the pretraining; in batches and alone."""
     base = tiny_base(dtype=stored, **changes)
     ours, theirs = load_model(base, torch.float32), judge(base)
@@ -165,14 +177,7 @@ def moved(trained: dict[str, Tensor], start: dict[str, Tensor]) -> Tensor:
     return torch.cat([(trained[name] - tensor).flatten() for name, tensor in start.items()])
 
 
-ALWAYS_IN_BF16 = ("qwen 2", "qwen 3, tied, biases, yarn")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [pytest.param(changes, id=name, marks=() if name in ALWAYS_IN_BF16 else pytest.mark.slow)
-     for name, changes in SHAPES.items()],
-)  # fmt: skip
+@mostly_slow("qwen 3, tied, biases, yarn")
 @FUSED
 def test_in_bf16_two_training_steps_are_as_near_to_the_truth_as_pefts(
     tiny_base: Callable[..., Path], peft_adapter: Callable[..., Path], changes: dict[str, Any], fused: bool
@@ -201,7 +206,7 @@ IN_METAS_FORMAT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("changes", "params"), IN_METAS_FORMAT.values(), ids=IN_METAS_FORMAT.keys())
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stored", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_from_metas_format(
     tiny_base: Callable[..., Path],
     meta_copy: Callable[..., Path],

@@ -90,10 +90,11 @@ def training_step(job: dict[str, Any], done: Any) -> None:
     from llamatune.shapes.counts import count_parameters
     from llamatune.shapes.llama_config import LlamaConfig
     from llamatune.spec import build_spec
+    from llamatune.training.determinism import deterministic_kernels
     from llamatune.training.inputs import Inputs
     from llamatune.training.model_and_optimizer import build_learner
     from llamatune.training.passes import PassRule
-    from llamatune.training.precision import check_precision
+    from llamatune.training.precision import check_precision, fp32_products
     from llamatune.training.schedule import Schedule
     from llamatune.training.training_step import make_update
 
@@ -105,18 +106,19 @@ def training_step(job: dict[str, Any], done: Any) -> None:
     count = count_parameters(config, spec.adapter)
     no_data: Any = None  # building a learner opens none
     inputs = Inputs(config, None, "", no_data, None, None, {}, count, device)
-    learner = build_learner(spec, inputs, ignore_event, never_stop)
-    done("building")
-    rule = PassRule(lanes=None) if spec.adapter is None else PassRule()
-    schedule = Schedule(spec, split)
-    passes = schedule.passes(0, rule)
-    assert len(passes) == 2
-    for window, part in enumerate(("first window", "window")):
-        update = make_update(learner, passes[: 1 + window], spec.training, window, 1e-3, lanes=rule.lanes)
-        assert update.made
-        done(part)
-    held_out_loss(learner.model, split, len(split), learner.autocast)
-    done("evaluation")
+    with deterministic_kernels(spec.training.deterministic, device), fp32_products(spec.training.precision):
+        learner = build_learner(spec, inputs, ignore_event, never_stop)
+        done("building")
+        rule = PassRule(lanes=None) if spec.adapter is None else PassRule()
+        schedule = Schedule(spec, split)
+        passes = schedule.passes(0, rule)
+        assert len(passes) == 2
+        for window, part in enumerate(("first window", "window")):
+            update = make_update(learner, passes[: 1 + window], spec.training, window, 1e-3, lanes=rule.lanes)
+            assert update.made
+            done(part)
+        held_out_loss(learner.model, split, len(split), learner.autocast)
+        done("evaluation")
 
 
 def generation(job: dict[str, Any], done: Any) -> None:

@@ -149,3 +149,38 @@ def test_the_fingerprint_is_the_files_own_unless_more_determines_ids(beside: Bes
         ])
     ]  # fmt: skip
     assert len({own, *several}) == 5
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_special_tokens_between_texts(tokenizer_models: dict[str, Path], tmp_path: Path, legacy: bool) -> None:
+    """After BOS a text begins anew; after an added token only if the files are legacy. White space may be a token's."""
+    shutil.copy(tokenizer_models["bpe"], tmp_path / "tokenizer.model")
+    size = load_tokenizer(tmp_path).vocab_size
+    flags = {"special": True, "lstrip": False, "rstrip": False}
+    added = {
+        str(size): {**flags, "content": "<|im_end|>"},
+        str(size + 1): {**flags, "content": "<|end|>", "lstrip": True, "rstrip": True},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added, "legacy": legacy}))
+    made = load_tokenizer(tmp_path)
+    parts = [
+        ("<s>", 1),
+        ("seven ", None),
+        ("hills", None),
+        ("<|im_end|>", size),
+        ("stone", None),
+        ("</s>", 2),
+        ("rain", None),
+    ]
+    ids, offsets = made.encode_mixed(parts)
+    text = "".join(part for part, _ in parts)
+    plain = made._processor.encode  # with a dummy prefix
+    later = plain("stone") if legacy else made._later.encode("stone")
+    assert ids == [1, *plain("seven hills"), size, *later, 2, *plain("rain")]
+    assert legacy == (later == plain("stone"))
+    assert "".join(text[begin:end] for begin, end in offsets) == text
+    ids, offsets = made.encode_mixed([("rain  ", None), ("<|end|>", size + 1), ("  falls", None)])
+    assert [token for token in ids if token == size + 1] == [size + 1]
+    assert ids == made.encode_mixed([("rain", None), ("<|end|>", size + 1), ("falls", None)])[0]
+    assert offsets[-1][1] == len("rain  <|end|>  falls")
+    assert made.encode_mixed([]) == ([], [])

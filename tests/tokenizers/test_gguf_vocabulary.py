@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -43,20 +44,11 @@ def assert_same(one, other):
 
 
 @pytest.fixture
-def directory(json_tokenizers, tmp_path):
-    """A copy of Llama 3's kind of tokenizer, made into another kind of the table."""
+def directory(kinds_of_json, tmp_path):
+    """A copy of one of them, to be changed."""
 
     def make(name):
-        path = tmp_path / name
-        shutil.copytree(json_tokenizers["llama_3"], path)
-        facts, known = json.loads((path / "tokenizer.json").read_text()), PRE_TOKENIZERS[name]
-        facts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": known.parts()}
-        facts["normalizer"] = {"type": "NFC"} if known.composes else None
-        facts["model"]["ignore_merges"] = known.whole_words
-        if not known.adds_bos:
-            facts["post_processor"] = None
-        (path / "tokenizer.json").write_text(json.dumps(facts))
-        return path
+        return Path(shutil.copytree(kinds_of_json(name), tmp_path / name))
 
     return make
 
@@ -139,7 +131,13 @@ def test_chat_templates_and_ends_of_a_text_come_back(directory, tmp_path):
     assert facts["tokenizer.ggml.eos_token_id"] == ids["<|eot_id|>"]
     assert facts["tokenizer.ggml.eot_token_id"] == ids["<|end_of_text|>"]
     assert read_chat_templates(made) == {"default": TEMPLATE, "tools": "t"}
-    assert (made / "chat_template.jinja").read_text() == TEMPLATE
+    assert not (made / "chat_template.jinja").exists(), "transformers would forget the other one"
+    del config["chat_template"]
+    (source / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
+    (tmp_path / "single").mkdir()
+    write_tokenizer(metadata_of(source), tmp_path / "single", tmp_path / "model.gguf")
+    assert (tmp_path / "single" / "chat_template.jinja").read_text() == TEMPLATE
+    assert read_chat_templates(tmp_path / "single") == {"default": TEMPLATE}
     (source / "chat_template.jinja").write_text("newer")
     assert read_chat_templates(source)["default"] == "newer", "a file of its own wins, as in transformers"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as Library
 
 from llamatune.tokenizers.byte_level import bytes_of
+from llamatune.tokenizers.gguf_pre_tokenizers import PRE_TOKENIZERS
 from llamatune.tokenizers.loading import load_tokenizer
 from llamatune.tokenizers.sentencepiece import SentencePieceTokenizer
 
@@ -254,3 +257,24 @@ def chat_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
     for kind, template in templates.items():
         _byte_level(directory / kind, _CHATML, ["<think>", "</think>"], template, eos_token="<|im_end|>")
     return {kind: directory / kind for kind in ("llama3", *templates)}
+
+
+@pytest.fixture(scope="session")
+def kinds_of_json(json_tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Llama 3's kind of tokenizer, made into each kind that llama.cpp has a name for."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            path = made[name] = tmp_path_factory.mktemp("kinds") / name
+            shutil.copytree(json_tokenizers["llama_3"], path)
+            facts, known = json.loads((path / "tokenizer.json").read_text()), PRE_TOKENIZERS[name]
+            facts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": known.parts()}
+            facts["normalizer"] = {"type": "NFC"} if known.composes else None
+            facts["model"]["ignore_merges"] = known.whole_words
+            if not known.adds_bos:
+                facts["post_processor"] = None
+            (path / "tokenizer.json").write_text(json.dumps(facts))
+        return made[name]
+
+    return make

@@ -64,15 +64,10 @@ CASES = {
         lambda p: torch.optim.AdamW(p, lr=1, weight_decay=0.0),
         changes={"model_type": "mistral", "sliding_window": 7},
     ),
-    "biases of qwen 2": Case(
+    "biases, norms of heads": Case(
         {"optimizer": "adamw"},
         lambda p: torch.optim.AdamW(p, lr=1, weight_decay=0.0),
-        changes={"model_type": "qwen2"},
-    ),
-    "norms of heads of qwen 3": Case(
-        {"optimizer": "adamw"},
-        lambda p: torch.optim.AdamW(p, lr=1, weight_decay=0.0),
-        changes={"model_type": "qwen3", "head_dim": 14, "tie_word_embeddings": True},
+        changes={"model_type": "qwen3", "head_dim": 14, "attention_bias": True, "tie_word_embeddings": True},
     ),
 }  # fmt: skip
 

@@ -71,6 +71,7 @@ def test_every_kind_of_run_has_the_losses_of_an_uncompiled_one(
     compare(tiny_base(), prepared(), tmp_path, CASES[case])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["fused, blocks recomputed", "plain"])
 @pytest.mark.usefixtures("without_cpp")
 def test_biases_and_norms_of_heads(

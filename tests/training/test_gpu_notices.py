@@ -14,11 +14,11 @@ from listed_gpus import H100, T4, Gpus
 from run_tools import make_spec
 
 from llamatune.events import Notice
-from llamatune.memory.plan import heaviest_rows, plan_memory
+from llamatune.memory.plan import heaviest_rows, plan_memory, with_kernels
 from llamatune.memory.remedies import remedies
 from llamatune.ranks import ALONE
 from llamatune.shapes.presets import preset
-from llamatune.spec import build_spec
+from llamatune.spec import RunSpec, build_spec
 from llamatune.training.run_memory import choose_run_placement, plan_run_memory, report_plan
 from llamatune.training.train import plan_training, train
 
@@ -70,6 +70,39 @@ def test_slower_settings_are_told_once_before_weights_are_loaded(
         lines = [event.message for event in told if isinstance(event, Notice) and "a CPU" not in event.message]
         about = [line for line in lines if line.startswith(("training.precision", "model.dtype"))]
         assert [line[: len(expected or "")] for line in about] == ([] if expected is None else [expected])
+
+
+@pytest.mark.parametrize(
+    ("asked", "fault", "runs"), [("auto", None, "auto"), ("auto", "no C compiler", "plain"), ("plain", None, "plain")]
+)
+def test_memory_is_planned_for_the_kernels_that_run(
+    gpus: Gpus,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_base: Callable[..., Path],
+    prepared: Callable[..., Path],
+    tmp_path: Path,
+    asked: str,
+    fault: str | None,
+    runs: str,
+) -> None:
+    gpus(H100)
+    planned = []
+
+    def load(spec: RunSpec, *args: Any) -> None:
+        planned.append(spec.training.kernels)
+        raise Loading
+
+    monkeypatch.setattr("llamatune.training.train.build_learner", load)
+    monkeypatch.setattr("llamatune.model.kernels.choice.kernel_fault", lambda device: fault)
+    how: dict[str, Any] = {"training__device": "auto", "training__kernels": asked, "training__precision": "bf16"}
+    how |= {"model__dtype": "nf4", "training__optimizer": "adamw_8bit"}
+    spec = make_spec(tiny_base(), prepared(), tmp_path / "run", **how)
+    dry = plan_training(spec)["memory_plan"]["predicted_peak_memory_bytes"]
+    with pytest.raises(Loading):
+        train(spec)
+    assert planned == [runs]
+    plain = with_kernels(spec, "plain")
+    assert (dry == plan_training(plain)["memory_plan"]["predicted_peak_memory_bytes"]) == (runs == "plain")
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from llamatune.errors import CheckpointError
+from llamatune.training.optimizers.adamw_8bit import AdamW8bit
 from llamatune.training.optimizers.optimizer import SGD, AdamW, Optimizer
 from llamatune.training.precision import LossScaler
 
@@ -158,3 +160,24 @@ def test_outside_fp16_the_scale_stays_one() -> None:
     for _ in range(2001):
         scaler.grow()
     assert (scaler.scale, scaler.state()) == (1.0, {})
+
+
+@pytest.mark.parametrize("rule", [AdamW, SGD, AdamW8bit])
+def test_a_ratio_multiplies_the_rate_and_the_decay_of_its_parameters(rule: Any) -> None:
+    """LoRA+: the same bytes as two optimizers, each at a rate of its own."""
+    generator = torch.Generator().manual_seed(8)
+    starts = {name: torch.randn(5000, generator=generator) for name in ("lora_A", "lora_B", "other")}
+    made = {"momentum": 0.9} if rule is SGD else {}
+    ratios = {"lora_B": 16.0}
+    together = {name: torch.nn.Parameter(start.clone()) for name, start in starts.items()}
+    apart = {name: torch.nn.Parameter(start.clone()) for name, start in starts.items()}
+    one = Optimizer(together, rule(weight_decay=0.1, **made), ratios)
+    several = {name: Optimizer({name: apart[name]}, rule(weight_decay=0.1, **made)) for name in starts}
+    for _ in range(3):
+        for name in starts:
+            together[name].grad = torch.randn(5000, generator=generator)
+            apart[name].grad = together[name].grad.clone()
+        one.step(1e-3)
+        for name, optimizer in several.items():
+            optimizer.step(1e-3 * ratios.get(name, 1.0))
+    assert all(torch.equal(together[name], apart[name]) for name in starts)

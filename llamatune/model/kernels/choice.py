@@ -68,15 +68,19 @@ def running_kernels(device_type: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def chosen_kernels(wanted: str, device: torch.device, on_event: OnEvent = ignore_event) -> Iterator[None]:
-    """``auto``: run kernels within the block if the device can, with a warning if Triton alone fails. Or ``plain``."""
+def chosen_kernels(wanted: str, device: torch.device, on_event: OnEvent = ignore_event) -> Iterator[str]:
+    """``auto``: run kernels within the block if the device can, with a warning if Triton alone fails. Or ``plain``.
+
+    Gives the one of the two that describes what runs.
+    """
     able = wanted == "auto" and triton_runs_on(device)
     fault = kernel_fault(device) if able else None
     if fault is not None:
         what = f"Triton's kernels do not run here ({fault})"
         on_event(Notice(f"{what}: plain torch functions take their place, which are slower", "warning"))
-    with running_kernels("cuda" if able and fault is None else None):
-        yield
+    runs = able and fault is None
+    with running_kernels("cuda" if runs else None):
+        yield "auto" if runs else "plain"
 
 
 def triton_runs_on(device: torch.device) -> bool:
