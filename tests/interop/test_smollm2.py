@@ -107,7 +107,7 @@ def test_another_program_computes_the_same(judge, which, answers, computed, note
 @pytest.mark.parametrize("judge", JUDGES)
 def test_another_program_reads_texts_and_chats_the_same(judge, answers, model, merged):
     tokenizer, base = load_tokenizer(merged), AutoTokenizer.from_pretrained(model)
-    # llama.cpp's converter takes the tokenizer for SmolLM's own, which splits " ½" otherwise: of a sample it sees no more.
+    # llama.cpp's converter takes the tokenizer for the published one, which splits " ½" otherwise.
     answer = answers(judge)["base" if judge == "llama.cpp" else "merged"]
     assert [text for text, theirs in zip(TEXTS, answer["texts"], strict=True) if tokenizer.encode(text) != theirs] == []
     assert answer["chats"] == [
