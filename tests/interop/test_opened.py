@@ -20,6 +20,7 @@ _NO_SPACE = "without a tokenizer.json, transformers 5.23 puts no space before a 
 OTHERWISE = {
     "test_logits_are_the_same[mlx: mistral]": _WINDOW,
     "test_greedy_tokens_are_the_same[mlx: mistral]": _WINDOW,
+    "test_greedy_tokens_are_the_same[mlx: dynamic]": "with dynamic scaling mlx-lm continues a text otherwise than it reads one",
     "test_logits_are_the_same[llama.cpp: mistral]": _NO_WINDOW,
     "test_greedy_tokens_are_the_same[llama.cpp: mistral]": _NO_WINDOW,
     "test_texts_have_the_same_ids[transformers5: mistral]": _NO_SPACE,

@@ -35,7 +35,7 @@ PROMPTS = [
 ]
 JUDGES = ["transformers5", "transformers4", "mlx", "llama.cpp"]
 OF_BASE = ["transformers5", "llama.cpp"]
-"""The others misread what transformers 5 wrote, the tokenizer's class and theta; llama.cpp reads `convert`'s file."""
+"""The others misread what transformers 5 wrote: theta, and the tokenizer's class; llama.cpp reads a file of convert."""
 TOLERANCE = {"transformers5": 1e-4, "transformers4": 1e-4, "mlx": 1e-3, "llama.cpp": 1e-3}
 """Of logits that range over 40 in fp32: the last two add in another order."""
 
@@ -107,7 +107,8 @@ def test_another_program_computes_the_same(judge, which, answers, computed, note
 @pytest.mark.parametrize("judge", JUDGES)
 def test_another_program_reads_texts_and_chats_the_same(judge, answers, model, merged):
     tokenizer, base = load_tokenizer(merged), AutoTokenizer.from_pretrained(model)
-    answer = answers(judge)["merged"]
+    # llama.cpp's converter takes the tokenizer for the published one, which splits " ½" otherwise.
+    answer = answers(judge)["base" if judge == "llama.cpp" else "merged"]
     assert [text for text, theirs in zip(TEXTS, answer["texts"], strict=True) if tokenizer.encode(text) != theirs] == []
     assert answer["chats"] == [
         base.apply_chat_template(chat, tokenize=False, add_generation_prompt=chat[-1]["role"] != "assistant")
