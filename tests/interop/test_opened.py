@@ -15,12 +15,13 @@ from llamatune.tokenizers.loading import load_tokenizer
 
 pytestmark = pytest.mark.interop
 _WINDOW = "mlx-lm computes a Mistral without its window"
+_DYNAMIC = "with dynamic scaling mlx-lm continues a text otherwise than it reads one"
 _NO_WINDOW = "llama.cpp computes a Mistral without its window"
 _NO_SPACE = "without a tokenizer.json, transformers 5.23 puts no space before a Mistral's text"
 OTHERWISE = {
     "test_logits_are_the_same[mlx: mistral]": _WINDOW,
     "test_greedy_tokens_are_the_same[mlx: mistral]": _WINDOW,
-    "test_greedy_tokens_are_the_same[mlx: dynamic]": "with dynamic scaling mlx-lm continues a text otherwise than it reads one",
+    "test_greedy_tokens_are_the_same[mlx: dynamic]": _DYNAMIC,
     "test_logits_are_the_same[llama.cpp: mistral]": _NO_WINDOW,
     "test_greedy_tokens_are_the_same[llama.cpp: mistral]": _NO_WINDOW,
     "test_texts_have_the_same_ids[transformers5: mistral]": _NO_SPACE,
