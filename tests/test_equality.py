@@ -140,7 +140,7 @@ def test_a_difference_of_any_other_kind_is_seen_and_named(files: ModuleType, tmp
 def test_the_commands_of_both_sides_run_and_a_changed_constant_ends_in_exit_code_1(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "llamatune", tmp_path / "llamatune", ignore=shutil.ignore_patterns("__pycache__"))
     encoding = tmp_path / "llamatune" / "data" / "encoding.py"
-    encoding.write_text(encoding.read_text().replace("append(tokenizer.eos_id)", "append(tokenizer.bos_id)"))
+    encoding.write_text(encoding.read_text().replace("True, self.tokenizer.eos_id)", "True, self.tokenizer.bos_id)"))
 
     def compare(after: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "benchmarks" / "equality.py"), "--before", str(ROOT), "--after",

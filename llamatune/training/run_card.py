@@ -18,8 +18,8 @@ from llamatune.training.inputs import Inputs
 from llamatune.training.spec_changes import MAY_CHANGE
 
 _LOCAL = ("model.path", "model.quantized_cache", "lora.init_from", "training.device")
-"""Fields that mean nothing on another machine; so do those of data and tracking."""
-_SECTIONS = ("model", "lora", "training", "evaluation")
+"""Fields that mean nothing on another machine; so do those of data and tracking. Patience may be raised later."""
+_SECTIONS = ("model", "lora", "training")
 
 
 def run_companions(spec: RunSpec, inputs: Inputs, on_event: OnEvent) -> RunCompanions:
