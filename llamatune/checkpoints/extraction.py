@@ -26,6 +26,8 @@ _LARGEST_FULL = 1024
 _SPARE_DIRECTIONS, _ITERATIONS = 16, 6
 """Of subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4). A difference of rank r is found exactly."""
 _LISTED = 5
+_LAYOUT = ("num_attention_heads", "num_key_value_heads", "head_dim")
+_SETTINGS = ("rms_norm_eps", "rope_theta", "rope_scaling", "sliding_window")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def extract_lora(
     """
     base, tuned = open_checkpoint(options.base, on_event), open_checkpoint(options.tuned, on_event)
     _refuse_other_shapes(base, tuned)
+    other = _computed_otherwise(base, tuned)
     for option, path in (("--base", options.base), ("--tuned", options.tuned)):
         if options.output.resolve() in (path.resolve(), *path.resolve().parents):
             raise SpecError(f"--output would replace {option}", options.output, "choose another output")
@@ -116,6 +119,9 @@ def extract_lora(
         write_adapter(staging, Adapter(spec, tensors, base_fingerprint, template, str(options.base)))
         staging.facts["report"] = asdict(report)
     found.tell()
+    if other:
+        what = f"the models also differ in {' and '.join(other)}, which an adapter cannot hold"
+        on_event(Notice(f"{tuned.path}: {what}", "warning"))
     return report
 
 
@@ -145,6 +151,23 @@ def _refuse_other_shapes(base: Checkpoint, tuned: Checkpoint) -> None:
         raise CheckpointError(
             f"two shapes of model: {name} is {shapes}{more}", tuned.path, "give the base it came from"
         )
+
+
+def _computed_otherwise(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+    """What differs in the configurations of two models of one shape and decides what they compute.
+
+    Raises:
+        CheckpointError: rows and columns of one mean something else in the other.
+    """
+    differing = {
+        name: f"{name} ({getattr(base.config, name)!r} and {getattr(tuned.config, name)!r})"
+        for name in (*_LAYOUT, *_SETTINGS)
+        if getattr(base.config, name) != getattr(tuned.config, name)
+    }
+    for name in _LAYOUT:
+        if name in differing:
+            raise CheckpointError(f"they differ in {differing[name]}", tuned.path, "give the base it came from")
+    return list(differing.values())
 
 
 @dataclass
