@@ -21,7 +21,7 @@ from llamatune.checkpoints.model_directory import read_config
 from llamatune.checkpoints.row_order import is_rotated, rows_interleaved
 from llamatune.checkpoints.tensor_bytes import tensor_bytes, write_tensors
 from llamatune.command_options.conversion import ConvertAdapterOptions
-from llamatune.durable_writing import output_file, refuse_occupied, write_atomic
+from llamatune.durable_writing import output_file, refuse_occupied, refuse_replacing, write_atomic
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.formats.gguf import is_gguf, write_gguf
@@ -70,8 +70,8 @@ def convert_adapter(
         EnvironmentFault: the output is occupied. Stopped: ``should_stop`` said so.
     """
     adapter = load_adapter(options.adapter)
-    if options.output.resolve() in (options.adapter.resolve(), *options.adapter.resolve().parents):
-        raise SpecError("--output would replace --adapter", options.output, "choose another output")
+    given = [("--adapter", options.adapter), *([("--model", options.model)] if options.model is not None else [])]
+    refuse_replacing(options.output, given)
     if adapter.base_changes:
         what = f"the adapter also changes {', '.join(sorted(adapter.base_changes)[:3])} of the base"
         raise CheckpointError(what, options.adapter, "merge it into the base, and convert that")

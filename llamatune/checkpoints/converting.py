@@ -27,7 +27,14 @@ from llamatune.checkpoints.model_directory import warn_of_missing_head
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.checkpoints.weights import Weight
 from llamatune.command_options.conversion import ConvertOptions
-from llamatune.durable_writing import output_file, refuse_occupied, refuse_small_disk, write_atomic, writing
+from llamatune.durable_writing import (
+    output_file,
+    refuse_occupied,
+    refuse_replacing,
+    refuse_small_disk,
+    write_atomic,
+    writing,
+)
 from llamatune.errors import CheckpointError, LlamatuneError, SpecError, Stopped
 from llamatune.events import Event, Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.gguf import SUFFIX, is_gguf, stored_bytes
@@ -80,7 +87,7 @@ def convert(
         Stopped: ``should_stop`` said so; nothing is left behind.
     """
     with _opened(options, on_event) as (source, on_event):
-        _refuse_own_input(options)
+        refuse_replacing(options.output, [("--model", options.model), ("--model", source.checkpoint.path)])
         if options.target == "gguf":
             refuse_what_gguf_lacks(source.checkpoint.config, source.checkpoint.path, on_event)
         if options.target == "meta":
@@ -287,9 +294,3 @@ def _stored_report(manifest: Manifest, output: Path) -> ConvertReport:
     except (KeyError, TypeError, ValueError):
         raise CheckpointError("its manifest holds no report", output / MANIFEST, "choose another output") from None
     return ConvertReport(**{**known, "output": str(output), "already_done": True})
-
-
-def _refuse_own_input(options: ConvertOptions) -> None:
-    output, model = options.output.resolve(), options.model.resolve()
-    if output == model or output in model.parents:
-        raise SpecError("--output would replace --model", options.output, "choose another output")

@@ -14,7 +14,7 @@ from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.command_options.conversion import ExtractOptions
-from llamatune.durable_writing import refuse_occupied, refuse_small_disk
+from llamatune.durable_writing import refuse_occupied, refuse_replacing, refuse_small_disk
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, build_directory, finished_product, manifest_if_readable
@@ -77,9 +77,7 @@ def extract_lora(
     base, tuned = open_checkpoint(options.base, on_event), open_checkpoint(options.tuned, on_event)
     _refuse_other_shapes(base, tuned)
     other = _computed_otherwise(base, tuned)
-    for option, path in (("--base", options.base), ("--tuned", options.tuned)):
-        if options.output.resolve() in (path.resolve(), *path.resolve().parents):
-            raise SpecError(f"--output would replace {option}", options.output, "choose another output")
+    refuse_replacing(options.output, [("--base", options.base), ("--tuned", options.tuned)])
     wanted = _target_modules(options)
     base_fingerprint = fingerprint(base)
     inputs = {

@@ -242,3 +242,15 @@ def test_a_scaling_that_fp32_cannot_hold_is_refused(base, tmp_path, alpha, outpu
     with pytest.raises(CheckpointError, match=r"too large for fp32|a number is needed"):
         convert_adapter(ConvertAdapterOptions(tmp_path / "adapter", tmp_path / output, target, base))
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_no_input_is_replaced(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    made_adapter(SPECS["plain"], read_config(base), tmp_path / "adapter", base)
+    for output in ("base", "adapter"):
+        options = ConvertAdapterOptions(
+            tmp_path / "adapter", tmp_path / output, "mlx", tmp_path / "base", overwrite=True
+        )
+        with pytest.raises(SpecError, match="would replace"):
+            convert_adapter(options)
+    assert (tmp_path / "base" / "config.json").exists()

@@ -451,3 +451,17 @@ def test_a_weight_beyond_the_scale_of_q8_0_is_refused(bare_base, tmp_path):
             back = converted(output, tmp_path / f"back {hidden}", format="hf", dtype="float32")
             found = load_file(tmp_path / f"back {hidden}" / "model.safetensors")
             assert float(found["model.layers.1.mlp.up_proj.weight"][3, 4]) == pytest.approx(-value, rel=1e-2), back
+
+
+def test_the_files_that_are_read_are_not_replaced(bare_base, tmp_path):
+    """Weights in a directory to which a model's directory links, and the GGUF file of a directory that is given."""
+    shutil.copytree(bare_base(), tmp_path / "blobs")
+    (tmp_path / "model").mkdir()
+    for file in (tmp_path / "blobs").iterdir():
+        (tmp_path / "model" / file.name).symlink_to(file)
+    converted(bare_base(), tmp_path / "gguf", format="gguf")
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    for model, output in ((tmp_path / "model", tmp_path / "blobs"), (tmp_path / "gguf", file)):
+        with pytest.raises(SpecError, match="--output would replace --model"):
+            converted(model, output, overwrite=True)
+    assert (tmp_path / "blobs" / "config.json").exists()
