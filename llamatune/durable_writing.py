@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from llamatune.errors import EnvironmentFault
+from llamatune.errors import EnvironmentFault, SpecError
 from llamatune.safe_reading import digest_bytes
 
 STAGING = ".llamatune-tmp-"
@@ -147,6 +147,16 @@ def output_file(path: Path, overwrite: bool) -> Path:
 def _refuse_existing(target: Path, named: Path) -> None:
     if target.exists():
         raise EnvironmentFault("exists", named, "choose another output, or pass --overwrite")
+
+
+def refuse_replacing(output: Path, inputs: Iterable[tuple[str, Path]]) -> None:
+    """Raise ``SpecError`` where ``output`` is or holds an input, given by its option, or a file that one links to."""
+    made = Path(os.path.realpath(output))
+    for option, given in inputs:
+        links = [entry for entry in given.iterdir() if entry.is_symlink()] if given.is_dir() else []
+        for place in map(os.path.realpath, (given, *links)):
+            if made == Path(place) or made in Path(place).parents:
+                raise SpecError(f"--output would replace {option}", output, "choose another output")
 
 
 def refuse_occupied(path: Path, overwrite: bool) -> None:

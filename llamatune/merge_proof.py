@@ -70,12 +70,13 @@ def _probe(
         return
     digest = digest_file(rows, DataError)
     with tempfile.TemporaryDirectory() as scratch:
-        template = options.template or _stored_template(options, Path(scratch))
+        asked = None if options.template == "none" else options.template  # none is stored, but rows have one
+        template = asked or _stored_template(options, Path(scratch))
         encoded = Path(scratch) / "prepared"
-        asked = PrepareOptions(
+        prepared_as = PrepareOptions(
             [rows], options.model, encoded, template=template, validation_fraction=0, limit=MOST_ROWS
         )
-        prepare_data(asked, on_event, should_stop)
+        prepare_data(prepared_as, on_event, should_stop)
         yield open_prepared(encoded).train, digest
 
 

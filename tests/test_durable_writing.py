@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from llamatune import durable_writing
-from llamatune.durable_writing import refuse_occupied, write_atomic
-from llamatune.errors import EnvironmentFault
+from llamatune.durable_writing import refuse_occupied, refuse_replacing, write_atomic
+from llamatune.errors import EnvironmentFault, SpecError
 from llamatune.formats.manifest import MANIFEST, build_directory
 
 
@@ -94,3 +94,19 @@ def test_what_cannot_be_looked_at_is_left_without_an_error(tmp_path: Path, monke
 
     monkeypatch.setattr(Path, "is_dir", stale)
     durable_writing.remove(tmp_path / "staging")
+
+
+def test_an_output_that_would_replace_what_is_read_is_refused(tmp_path: Path) -> None:
+    """The model itself, what holds it, the file that is read, and files elsewhere to which its directory links."""
+    blobs, model = tmp_path / "blobs", tmp_path / "cache" / "model"
+    blobs.mkdir()
+    model.mkdir(parents=True)
+    (blobs / "0").write_bytes(b"weights")
+    (model / "model.safetensors").symlink_to("../../blobs/0")
+    (model / "config.json").write_text("{}")
+    (tmp_path / "alias").symlink_to(model)
+    for output in (model, model.parent, tmp_path, blobs, tmp_path / "alias", blobs / "0", blobs / ".." / "blobs"):
+        with pytest.raises(SpecError, match="--output would replace"):
+            refuse_replacing(output, [("--adapter", tmp_path.parent / "none"), ("--model", model)])
+    for output in (model / "merged", tmp_path / "other", tmp_path / "blobs-2", blobs / "1"):
+        refuse_replacing(output, [("--model", model)])

@@ -199,6 +199,11 @@ def write_adapter(staging: Staging, adapter: Adapter) -> None:
     write_json(staging.path / CONFIG_FILE, dump_config(adapter.config, adapter.base_path))
     tensors = {f"{PREFIX}{name}": adapter.tensors[name].detach().float() for name in sorted(adapter.tensors)}
     write_tensors(staging, WEIGHTS_FILE, tensors)
+    add_facts(staging, adapter)
+
+
+def add_facts(staging: Staging, adapter: Adapter) -> None:
+    """To the manifest, what it says of the adapter's training and no other file does."""
     staging.facts.update(base_fingerprint=adapter.base_fingerprint, template=adapter.template)
     if adapter.base_dtype is not None:
         staging.facts[_BASE_DTYPE] = adapter.base_dtype

@@ -7,7 +7,6 @@ something else. Here the file's tensors say what is adapted, and what the config
 from __future__ import annotations
 
 import itertools
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
 from llamatune.strict_json import JsonFields
 
 CONFIG_FILE = "adapter_config.json"
+_LARGEST_FP32 = (2 - 2**-23) * 2.0**127
 _PEFT_VERSION = "0.17.0"
 """The oldest release that has every key that we write; readers compare it with their own."""
 _TARGETING = (
@@ -244,7 +244,7 @@ def _are_names(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) in (int, float) and abs(value) <= _LARGEST_FP32
 
 
 def _named(names: Sequence[str], paths: Sequence[str]) -> list[bool]:

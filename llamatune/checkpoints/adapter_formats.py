@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter, write_adapter
+from llamatune.checkpoints.adapter import Adapter, add_facts, check_adapter, load_adapter, write_adapter
 from llamatune.checkpoints.adapter_config import CONFIG_FILE
 from llamatune.checkpoints.gguf_config import architecture_of, gguf_name, is_interleaved
 from llamatune.checkpoints.gguf_model import GgufCheckpoint
@@ -21,7 +21,7 @@ from llamatune.checkpoints.model_directory import read_config
 from llamatune.checkpoints.row_order import is_rotated, rows_interleaved
 from llamatune.checkpoints.tensor_bytes import tensor_bytes, write_tensors
 from llamatune.command_options.conversion import ConvertAdapterOptions
-from llamatune.durable_writing import output_file, refuse_occupied, write_atomic
+from llamatune.durable_writing import output_file, refuse_occupied, refuse_replacing, write_atomic
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.formats.gguf import is_gguf, write_gguf
@@ -70,12 +70,13 @@ def convert_adapter(
         EnvironmentFault: the output is occupied. Stopped: ``should_stop`` said so.
     """
     adapter = load_adapter(options.adapter)
-    if options.output.resolve() in (options.adapter.resolve(), *options.adapter.resolve().parents):
-        raise SpecError("--output would replace --adapter", options.output, "choose another output")
+    given = [("--adapter", options.adapter), *([("--model", options.model)] if options.model is not None else [])]
+    refuse_replacing(options.output, given)
     if adapter.base_changes:
         what = f"the adapter also changes {', '.join(sorted(adapter.base_changes)[:3])} of the base"
         raise CheckpointError(what, options.adapter, "merge it into the base, and convert that")
     updates = list(_updates(adapter))
+    _refuse_too_large(updates, options.adapter)
     config = None if options.target == "peft" and options.model is None else _base_config(options, adapter, on_event)
     if config is not None:
         check_adapter(adapter, config, on_event=on_event)
@@ -119,6 +120,15 @@ def _updates(adapter: Adapter) -> Iterator[_Update]:
             weight = f"{stem}.weight"
             A, B, *magnitude = adapter.trained(weight)
             yield _Update(weight, A, B, adapter.scaling(weight), magnitude[0] if magnitude else None)
+
+
+def _refuse_too_large(updates: list[_Update], path: Path) -> None:
+    """Refuse scalings with which B or alpha, which the layouts multiply by them, would overflow fp32."""
+    for update in updates:
+        largest = max(1.0, float(update.B.abs().max())) * abs(update.scaling) * update.rank
+        if not largest < torch.finfo(torch.float32).max:
+            what = f"the scaling {update.scaling:g} of {update.weight} is too large for fp32"
+            raise CheckpointError(what, path, "no training gives such an alpha: fetch it again")
 
 
 def _common_scaling(updates: list[_Update]) -> float | None:
@@ -196,7 +206,7 @@ def _write_mlx(
         "num_layers": config.num_hidden_layers - first,
     }
     write_json(staging.path / CONFIG_FILE, facts)
-    staging.facts.update(base_fingerprint=adapter.base_fingerprint, template=adapter.template)
+    add_facts(staging, adapter)
 
 
 def _place(weight: str) -> str:

@@ -24,7 +24,7 @@ def load_adapters(paths: Sequence[Path]) -> list[Adapter]:
     """
     adapters = [load_adapter(path) for path in paths]
     for number, adapter in enumerate(adapters):
-        if adapter.digest in [before.digest for before in adapters[:number]]:
+        if (adapter.digest, adapter.facts()) in [(before.digest, before.facts()) for before in adapters[:number]]:
             todo = "give it once, with the sum of its weights"
             raise SpecError("the same adapter is given twice", adapter.path, todo)
     return adapters

@@ -18,7 +18,7 @@ from llamatune.checkpoints.companion_files import copy_papers
 from llamatune.checkpoints.config_json import EMBEDDING, HEAD
 from llamatune.checkpoints.conversion_limits import refuse_what_gguf_lacks, refuse_what_meta_lacks, warn_of_lost_tokens
 from llamatune.checkpoints.fingerprint import fingerprint
-from llamatune.checkpoints.gguf_blocks import Q8_0
+from llamatune.checkpoints.gguf_blocks import Q8_0, holds
 from llamatune.checkpoints.gguf_model import MODEL_FILE, GgufCheckpoint, stored_type, write_gguf_model
 from llamatune.checkpoints.huggingface_weights import write_huggingface
 from llamatune.checkpoints.loading import open_checkpoint
@@ -27,7 +27,14 @@ from llamatune.checkpoints.model_directory import warn_of_missing_head
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.checkpoints.weights import Weight
 from llamatune.command_options.conversion import ConvertOptions
-from llamatune.durable_writing import output_file, refuse_occupied, refuse_small_disk, write_atomic, writing
+from llamatune.durable_writing import (
+    output_file,
+    refuse_occupied,
+    refuse_replacing,
+    refuse_small_disk,
+    write_atomic,
+    writing,
+)
 from llamatune.errors import CheckpointError, LlamatuneError, SpecError, Stopped
 from llamatune.events import Event, Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.gguf import SUFFIX, is_gguf, stored_bytes
@@ -80,7 +87,7 @@ def convert(
         Stopped: ``should_stop`` said so; nothing is left behind.
     """
     with _opened(options, on_event) as (source, on_event):
-        _refuse_own_input(options)
+        refuse_replacing(options.output, [("--model", options.model), ("--model", source.checkpoint.path)])
         if options.target == "gguf":
             refuse_what_gguf_lacks(source.checkpoint.config, source.checkpoint.path, on_event)
         if options.target == "meta":
@@ -173,7 +180,7 @@ def _is_tied(checkpoint: Checkpoint) -> bool:
 def _written(source: _Source, options: ConvertOptions, on_event: OnEvent, should_stop: ShouldStop) -> ConvertReport:
     checkpoint, config, quantize = source.checkpoint, source.checkpoint.config, options.dtype == "q8_0"
     dtype = None if options.dtype in ("same", "q8_0") else TORCH_DTYPES[options.dtype]
-    tensors = _Tensors(checkpoint, dtype, on_event, should_stop)
+    tensors = _Tensors(checkpoint, dtype, quantize, on_event, should_stop)
     types = {n: stored_type(shape, tensors.dtype_of(n), quantize) for n, shape in checkpoint.shapes.items()}
     if options.target == "gguf":
         needed = sum(stored_bytes(types[name], shape) for name, shape in checkpoint.shapes.items())
@@ -242,6 +249,7 @@ class _Tensors:
 
     checkpoint: Checkpoint
     dtype: torch.dtype | None
+    quantize: bool
     on_event: OnEvent
     should_stop: ShouldStop
     done: int = 0
@@ -255,19 +263,20 @@ class _Tensors:
             raise Stopped("stopped while converting", self.checkpoint.path, "run the same command again")
         self.done = min(self.done + 1, len(self.checkpoint.shapes))
         self.on_event(Progress("converting", self.done, len(self.checkpoint.shapes)))
-        if self.checkpoint.is_made(name) or self.dtype_of(name) != self.checkpoint.dtype(name):
+        if self.quantize or self.checkpoint.is_made(name) or self.dtype_of(name) != self.checkpoint.dtype(name):
             return self._cast(name)
         return self.checkpoint.stored(name)
 
     def _cast(self, name: str) -> Iterator[torch.Tensor]:
         """Portions of rows in their new dtype."""
         read, dtype = self.checkpoint.row_reader(name), self.dtype_of(name)
+        kind = stored_type(self.checkpoint.shapes[name], dtype, True) if self.quantize else DTYPE_NAMES[dtype]
         for rows in self.checkpoint.row_portions(name):
             stored = read(rows)
             W = stored.to(dtype)
-            if not is_finite(W):
+            if not is_finite(W) or (kind in (Q8_0, "F16") and not holds(W, kind)):
                 if is_finite(stored):
-                    what = f"{name} holds {float(stored.abs().max()):g}, which {DTYPE_NAMES[dtype]} cannot hold"
+                    what = f"{name} holds {float(stored.abs().max()):g}, which {kind} cannot hold"
                     raise CheckpointError(what, self.checkpoint.path, "choose another --dtype")
                 self.broken = self.broken or name
             yield W
@@ -285,9 +294,3 @@ def _stored_report(manifest: Manifest, output: Path) -> ConvertReport:
     except (KeyError, TypeError, ValueError):
         raise CheckpointError("its manifest holds no report", output / MANIFEST, "choose another output") from None
     return ConvertReport(**{**known, "output": str(output), "already_done": True})
-
-
-def _refuse_own_input(options: ConvertOptions) -> None:
-    output, model = options.output.resolve(), options.model.resolve()
-    if output == model or output in model.parents:
-        raise SpecError("--output would replace --model", options.output, "choose another output")

@@ -14,7 +14,7 @@ from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.command_options.conversion import ExtractOptions
-from llamatune.durable_writing import refuse_occupied, refuse_small_disk
+from llamatune.durable_writing import refuse_occupied, refuse_replacing, refuse_small_disk
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, build_directory, finished_product, manifest_if_readable
@@ -26,6 +26,8 @@ _LARGEST_FULL = 1024
 _SPARE_DIRECTIONS, _ITERATIONS = 16, 6
 """Of subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4). A difference of rank r is found exactly."""
 _LISTED = 5
+_LAYOUT = ("num_attention_heads", "num_key_value_heads", "head_dim")
+_SETTINGS = ("rms_norm_eps", "rope_theta", "rope_scaling", "sliding_window")
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,8 @@ def extract_lora(
     """
     base, tuned = open_checkpoint(options.base, on_event), open_checkpoint(options.tuned, on_event)
     _refuse_other_shapes(base, tuned)
-    for option, path in (("--base", options.base), ("--tuned", options.tuned)):
-        if options.output.resolve() in (path.resolve(), *path.resolve().parents):
-            raise SpecError(f"--output would replace {option}", options.output, "choose another output")
+    other = _computed_otherwise(base, tuned)
+    refuse_replacing(options.output, [("--base", options.base), ("--tuned", options.tuned)])
     wanted = _target_modules(options)
     base_fingerprint = fingerprint(base)
     inputs = {
@@ -116,6 +117,9 @@ def extract_lora(
         write_adapter(staging, Adapter(spec, tensors, base_fingerprint, template, str(options.base)))
         staging.facts["report"] = asdict(report)
     found.tell()
+    if other:
+        what = f"the models also differ in {' and '.join(other)}, which an adapter cannot hold"
+        on_event(Notice(f"{tuned.path}: {what}", "warning"))
     return report
 
 
@@ -145,6 +149,23 @@ def _refuse_other_shapes(base: Checkpoint, tuned: Checkpoint) -> None:
         raise CheckpointError(
             f"two shapes of model: {name} is {shapes}{more}", tuned.path, "give the base it came from"
         )
+
+
+def _computed_otherwise(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+    """What differs in the configurations of two models of one shape and decides what they compute.
+
+    Raises:
+        CheckpointError: rows and columns of one mean something else in the other.
+    """
+    differing = {
+        name: f"{name} ({getattr(base.config, name)!r} and {getattr(tuned.config, name)!r})"
+        for name in (*_LAYOUT, *_SETTINGS)
+        if getattr(base.config, name) != getattr(tuned.config, name)
+    }
+    for name in _LAYOUT:
+        if name in differing:
+            raise CheckpointError(f"they differ in {differing[name]}", tuned.path, "give the base it came from")
+    return list(differing.values())
 
 
 @dataclass

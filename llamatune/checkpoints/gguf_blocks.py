@@ -24,6 +24,12 @@ def quantized(W: Tensor) -> Tensor:
     return torch.cat((scales.half().view(torch.uint8), numbers.view(torch.uint8)), dim=1)
 
 
+def holds(W: Tensor, type_name: str) -> bool:
+    """Whether finite values (R, C) stay finite in a type of at most 16 bits, Q8_0 or F16."""
+    largest = torch.stack(W.aminmax()).float().abs().amax()
+    return bool((largest / 127 if type_name == Q8_0 else largest).half().isfinite())
+
+
 def dequantized(blocks: Tensor, type_name: str, tensor_name: str) -> Tensor:
     """The values of blocks, uint8 (N, bytes of one), as fp32 (N, values of one).
 

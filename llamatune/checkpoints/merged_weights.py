@@ -127,6 +127,7 @@ class MergedWeights:
             error = max(float(rounding.amax()), -float(rounding.amin()))
             if not error < float("inf"):  # infinity, or NaN
                 self._refuse_overflow(name, exact, dtype)
+                self._refuse_broken_merge(name, W, exact)
                 error = 0.0
             # What the adapter leaves as it is, rounding leaves too. Counted in fp32, quicker than booleans are.
             changed = int(exact.ne_(wide).sum())
@@ -135,6 +136,12 @@ class MergedWeights:
                 made.weights, max(made.error, error), made.changed + changed, made.vanished + changed - kept
             )
         return made
+
+    def _refuse_broken_merge(self, name: str, base: torch.Tensor, exact: torch.Tensor) -> None:
+        """Refuse what is not finite only since the adapter, whose tensors are finite, was added."""
+        if is_finite(base) and not is_finite(exact):
+            what = f"{name} would hold NaN or infinity, which the base does not"
+            raise CheckpointError(what, self.adapter.path, "its scaling, or --weights, is too large for fp32")
 
     def _refuse_overflow(self, name: str, exact: torch.Tensor, dtype: torch.dtype) -> None:
         """Refuse finite weights that would become infinite; a base that holds NaN itself is only noted."""

@@ -24,7 +24,7 @@ from llamatune.checkpoints.meta_weights import write_meta
 from llamatune.checkpoints.model_directory import warn_of_missing_head
 from llamatune.command_options.inference import MergeOptions
 from llamatune.data.template_choice import load_template
-from llamatune.durable_writing import refuse_occupied, refuse_small_disk
+from llamatune.durable_writing import refuse_occupied, refuse_replacing, refuse_small_disk
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, Manifest, build_directory, finished_product, manifest_if_readable
@@ -87,7 +87,7 @@ def merge_lora(
     assert options.probe is None or prove is not None, "merge_and_prove measures"
     checkpoint = open_checkpoint(options.model, on_event, options.variant)
     adapters, weights = load_adapters(options.adapters), options.adapter_weights
-    _refuse_own_inputs(options)
+    refuse_replacing(options.output, _files_given(options))
     format_ = checkpoint.format if options.format == "same" else options.format
     dtype = None if options.dtype == "same" else TORCH_DTYPES[options.dtype]
     base_fingerprint = fingerprint(checkpoint)
@@ -208,8 +208,11 @@ def _stored_report(manifest: Manifest, output: Path) -> MergeReport:
     return MergeReport(**{**known, "output": str(output), "already_done": True})
 
 
-def _refuse_own_inputs(options: MergeOptions) -> None:
-    output = options.output.resolve()
-    for option, path in (("--model", options.model), *(("--adapter", path) for path in options.adapters)):
-        if output == path.resolve() or output in path.resolve().parents:
-            raise SpecError(f"--output would replace {option}", options.output, "choose another output")
+def _files_given(options: MergeOptions) -> list[tuple[str, Path]]:
+    """What is read, by its option. A probe and a template may be names."""
+    given = [("--model", options.model), *(("--adapter", path) for path in options.adapters)]
+    if options.probe is not None and options.probe.exists():
+        given.append(("--probe", options.probe))
+    if options.template is not None and Path(options.template).is_file():
+        given.append(("--template", Path(options.template)))
+    return given

@@ -16,6 +16,7 @@ from llamatune.command_options.inference import Sampling
 from llamatune.errors import Stopped
 from llamatune.events import ShouldStop
 from llamatune.inference.completion import Completion, last_logits, new_cache
+from llamatune.inference.sampling import refuse_not_finite
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
 
@@ -40,6 +41,7 @@ def beam_search(
         total = (scores[:, None] + logits.float().log_softmax(-1)).reshape(-1)
         # Enough to fill the unfinished beams even if every EOS takes a place in each.
         best = total.topk(min(max(2, 1 + len(eos_ids)) * beams, len(total)))
+        refuse_not_finite(best.values[:1])
         kept: list[tuple[float, int, int]] = []
         for rank, (score, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
             beam, token = divmod(index, vocabulary)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llamatune.command_options.inference import Sampling
+from llamatune.errors import NumericsError
 
 
 def token_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -30,11 +31,24 @@ def token_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
-    """One token for each row of ``logits`` (B, V); each row draws from its own generator, so rows are independent."""
+    """One token for each row of ``logits`` (B, V); each row draws from its own generator, so rows are independent.
+
+    Raises:
+        NumericsError: the logits hold NaN or infinity.
+    """
+    largest, likeliest = logits.max(-1)
+    refuse_not_finite(largest)
     if sampling.temperature == 0:
-        return logits.argmax(-1).tolist()
+        return likeliest.tolist()
     probabilities = token_distribution(logits, sampling).cpu()
     return [
         int(torch.multinomial(row, 1, generator=generator))
         for row, generator in zip(probabilities, generators, strict=True)
     ]
+
+
+def refuse_not_finite(largest: Tensor) -> None:
+    """Raise ``NumericsError`` unless the largest of each row of logits or scores, NaN where there is one, is finite."""
+    if not bool(torch.isfinite(largest).all()):
+        todo = "check the weights with llamatune verify, or compute in --dtype float32"
+        raise NumericsError("the logits hold NaN or infinity, so there is no next token", None, todo)

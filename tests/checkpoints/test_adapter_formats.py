@@ -216,3 +216,41 @@ def test_an_adapter_that_changes_more_is_refused(base, peft_adapter, tmp_path):
     for name, format_ in (("mlx", "mlx"), ("peft", "peft"), ("a.gguf", "gguf")):
         with pytest.raises(CheckpointError, match=r"also changes lm_head\.weight of the base"):
             convert_adapter(ConvertAdapterOptions(adapter, tmp_path / name, format_, base))
+
+
+@pytest.mark.parametrize("target", ["peft", "mlx"])
+def test_what_training_said_of_the_base_goes_along(base, tmp_path, target):
+    """A merge warns of an adapter trained on nf4 weights, in whichever layout it comes."""
+    spec = SPECS["plain"]
+    tensors = made_adapter(spec, read_config(base)).tensors
+    with build_directory(tmp_path / "adapter", "adapter", {}) as staging:
+        write_adapter(staging, Adapter(spec, tensors, "f" * 64, {"name": "x"}, str(base), base_dtype="nf4"))
+    convert_adapter(ConvertAdapterOptions(tmp_path / "adapter", tmp_path / "made", target, base))
+    before, after = load_adapter(tmp_path / "adapter"), load_adapter(tmp_path / "made")
+    assert after.base_dtype == "nf4"
+    assert (after.base_fingerprint, after.template) == (before.base_fingerprint, before.template)
+
+
+@pytest.mark.parametrize("alpha", [2e38, -2e38, 1e39, 1e300])
+@pytest.mark.parametrize("output", ["out", "out.gguf", "out.mlx"])
+def test_a_scaling_that_fp32_cannot_hold_is_refused(base, tmp_path, alpha, output):
+    made_adapter(AdapterSpec(4, 6.0), read_config(base), tmp_path / "adapter", base)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": alpha, "use_rslora": True}))
+    (tmp_path / "adapter" / "llamatune.json").unlink()
+    target = {"out": "peft", "out.gguf": "gguf", "out.mlx": "mlx"}[output]
+    with pytest.raises(CheckpointError, match=r"too large for fp32|a number is needed"):
+        convert_adapter(ConvertAdapterOptions(tmp_path / "adapter", tmp_path / output, target, base))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_no_input_is_replaced(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    made_adapter(SPECS["plain"], read_config(base), tmp_path / "adapter", base)
+    for output in ("base", "adapter"):
+        options = ConvertAdapterOptions(
+            tmp_path / "adapter", tmp_path / output, "mlx", tmp_path / "base", overwrite=True
+        )
+        with pytest.raises(SpecError, match="would replace"):
+            convert_adapter(options)
+    assert (tmp_path / "base" / "config.json").exists()

@@ -189,3 +189,20 @@ def test_ranks_lie_side_by_side(tiny, made):
     assert shapes["model.layers.1.self_attn.v_proj.lora_A.weight"] == (6, 32)
     assert shapes["model.layers.1.self_attn.v_proj.lora_B.weight"] == (16, 6)
     assert shapes == dict(summed.config.checkpoint_shapes(open_checkpoint(tiny[0]).config))
+
+
+def test_a_sum_beyond_fp32_is_refused_and_not_blamed_on_the_base(tiny, made, tmp_path):
+    for weights in ((1e39, 1.0), (1e40, -1e40)):
+        with pytest.raises(CheckpointError, match=r"would hold NaN or infinity.*--weights"):
+            merge_lora(MergeOptions(tiny[0], [made / "qv", made / "vd"], tmp_path / "out", weights=weights))
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_same_tensors_with_another_scaling_are_another_adapter(made, tmp_path):
+    shutil.copytree(made / "qv", tmp_path / "twice")
+    config = tmp_path / "twice" / "adapter_config.json"
+    with pytest.raises(SpecError, match="given twice"):
+        load_adapters([made / "qv", tmp_path / "twice"])
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 16}))
+    one, other = load_adapters([made / "qv", tmp_path / "twice"])
+    assert one.digest == other.digest

@@ -430,3 +430,38 @@ def test_a_gguf_file_keeps_what_it_says_of_itself(bare_base, tmp_path):
     assert told.items() <= entries.items()
     assert entries["general.file_type"] == ("u32", 7)
     assert entries["llama.context_length"] == header.entries["llama.context_length"]
+
+
+def test_a_weight_beyond_the_scale_of_q8_0_is_refused(bare_base, tmp_path):
+    """Rows of 48 become F16, up to 65,504; rows of 64 Q8_0, whose scale is in fp16 too, up to 127 times as much."""
+    for hidden, fits, beyond in ((48, 6e4, 1e5), (64, 8e6, 1e7)):
+        base = tmp_path / f"base {hidden}"
+        shutil.copytree(bare_base(hidden_size=hidden, num_attention_heads=4), base)
+        for value in (fits, beyond):
+            weights = load_file(base / "model.safetensors")
+            weights["model.layers.1.mlp.up_proj.weight"][3, 4] = -value
+            save_file(weights, base / "model.safetensors", {"format": "pt"})
+            output = tmp_path / f"{hidden} {value:g}.gguf"
+            if value == beyond:
+                with pytest.raises(CheckpointError, match=r"up_proj.* which (F16|Q8_0) cannot hold"):
+                    converted(base, output, dtype="q8_0")
+                assert not output.exists()
+                continue
+            converted(base, output, dtype="q8_0")
+            back = converted(output, tmp_path / f"back {hidden}", format="hf", dtype="float32")
+            found = load_file(tmp_path / f"back {hidden}" / "model.safetensors")
+            assert float(found["model.layers.1.mlp.up_proj.weight"][3, 4]) == pytest.approx(-value, rel=1e-2), back
+
+
+def test_the_files_that_are_read_are_not_replaced(bare_base, tmp_path):
+    """Weights in a directory to which a model's directory links, and the GGUF file of a directory that is given."""
+    shutil.copytree(bare_base(), tmp_path / "blobs")
+    (tmp_path / "model").mkdir()
+    for file in (tmp_path / "blobs").iterdir():
+        (tmp_path / "model" / file.name).symlink_to(file)
+    converted(bare_base(), tmp_path / "gguf", format="gguf")
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    for model, output in ((tmp_path / "model", tmp_path / "blobs"), (tmp_path / "gguf", file)):
+        with pytest.raises(SpecError, match="--output would replace --model"):
+            converted(model, output, overwrite=True)
+    assert (tmp_path / "blobs" / "config.json").exists()

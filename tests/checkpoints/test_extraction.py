@@ -176,3 +176,32 @@ def test_formats_may_differ(pair, meta_copy, tmp_path):
     base, tuned = pair
     report = extract_lora(ExtractOptions(meta_copy(base), tuned, tmp_path / "found", 4))
     assert report.retained_energy > 0.999999
+
+
+def test_what_the_configurations_change_is_told_or_refused(pair, tmp_path):
+    """Rope, window and eps decide what a model computes and are in no tensor; other heads give rows another meaning."""
+    base, tuned = pair
+
+    def stated(name, **changes):
+        shutil.copytree(base, tmp_path / name)
+        config = tmp_path / name / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+        return tmp_path / name
+
+    events = []
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    other = stated("other", rms_norm_eps=1e-3, rope_parameters=linear)
+    extract_lora(ExtractOptions(other, tuned, tmp_path / "found", 4), events.append)
+    said = [event.message for event in events if isinstance(event, Notice) and event.kind == "warning"]
+    assert any("rms_norm_eps" in text and "rope_scaling" in text for text in said)
+    heads = stated("heads", num_attention_heads=3, num_key_value_heads=1, head_dim=16)
+    with pytest.raises(CheckpointError, match=r"num_attention_heads \(3 and 6\)"):
+        extract_lora(ExtractOptions(heads, tuned, tmp_path / "none", 4))
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_plot_cannot_be_the_adapter(pair, tmp_path, command):
+    base, tuned = pair
+    both = tmp_path / "found.png"
+    assert command("extract-lora", "--base", base, "--tuned", tuned, "--output", both, "--plot", both).code == 2
+    assert not both.exists()

@@ -11,7 +11,7 @@ import torch
 
 from llamatune.checkpoints.loading import load_model
 from llamatune.command_options.inference import Sampling
-from llamatune.errors import Stopped
+from llamatune.errors import NumericsError, Stopped
 from llamatune.inference import beam_search, engine
 from llamatune.inference.completion import new_cache
 from llamatune.inference.engine import complete
@@ -177,3 +177,12 @@ def test_a_single_beam_is_not_beam_search(model: Transformer) -> None:
     """One beam samples, or takes the likeliest at temperature 0."""
     greedy = complete(model, [PROMPTS[0]], Sampling(12, 0, num_beams=1), ())[0].ids
     assert complete(model, [PROMPTS[0]], Sampling(12, 1.0, seed=1, num_beams=1), ())[0].ids != greedy
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.0}, {"num_beams": 3, "temperature": 0.0}])
+def test_a_model_with_nan_is_an_error_and_no_text(tiny_base: Callable[..., Path], sampling: dict[str, float]) -> None:
+    broken = load_model(tiny_base()).eval()
+    with torch.no_grad():
+        next(broken.parameters()).mul_(torch.nan)
+    with pytest.raises(NumericsError, match="NaN or infinity"):
+        complete(broken, PROMPTS, Sampling(max_new_tokens=2, **sampling), [2])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamatune.command_options.inference import Sampling
-from llamatune.errors import SpecError
+from llamatune.errors import NumericsError, SpecError
 from llamatune.inference.sampling import next_tokens, token_distribution
 
 # Far enough apart that rounding cannot swap two tokens.
@@ -98,3 +98,12 @@ def test_a_value_out_of_bounds_is_refused_by_its_options_name(values: dict[str, 
     with pytest.raises(SpecError, match=option) as raised:
         Sampling(**values)  # type: ignore[arg-type]
     assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_logits_that_are_not_finite_have_no_next_token(temperature: float, broken: float) -> None:
+    logits = torch.randn(2, 30)
+    logits[1, 7] = broken
+    with pytest.raises(NumericsError, match="NaN or infinity"):
+        next_tokens(logits, Sampling(temperature=temperature), [torch.Generator()] * 2)

@@ -108,6 +108,10 @@ def test_a_file_of_rows_is_encoded_as_the_adapters_rows_were(
     of_prepared = merge_and_prove(MergeOptions(base, trained(), tmp_path / "two", probe=encoded))
     assert of_file.probe_rows == 7
     assert dataclasses.replace(of_file, output="") == dataclasses.replace(of_prepared, output="")
+    with pytest.raises(SpecError, match="--output would replace --probe"):
+        merge_and_prove(MergeOptions(base, trained(), tmp_path, probe=few, overwrite=True))
+    unnamed = merge_and_prove(MergeOptions(base, trained(), tmp_path / "three", probe=few, template="none"))
+    assert dataclasses.replace(unnamed, output="") == dataclasses.replace(of_file, output="")
 
 
 def test_a_merge_that_loses_the_gain_is_refused_and_in_fp32_it_is_not(
