@@ -63,6 +63,8 @@ def read_config_json(
         tied = config.tie_word_embeddings and same_bytes(tensors[HEAD], tensors[EMBEDDING])
         return dataclasses.replace(config, tie_word_embeddings=tied)
     if not config.tie_word_embeddings:
+        if facts.raw.get("architectures") not in (None, [], [family.architecture]):  # such as a classifier
+            facts.refuse("architectures", f"{HEAD} is missing; give a {family.architecture}")
         raise CheckpointError(f"{HEAD} is missing and tie_word_embeddings is false", path, "fetch the weights again")
     return config
 

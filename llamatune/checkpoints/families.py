@@ -59,15 +59,33 @@ _OTHERS = {
     "falcon": "it has LayerNorm and a parallel feed-forward",
     "gpt2": "it has LayerNorm, learned positions and no rotation",
     "gpt_neox": "it has LayerNorm and a parallel feed-forward",
+    "apertus": "it has another activation without a gate and norms of heads",
+    "arcee": "its feed-forward has no gate and uses squared ReLU",
+    "bitnet": "it has ternary weights and norms within each half",
+    "cohere2": "it has LayerNorm, a parallel feed-forward and layers without rotation",
+    "deepseek_v2": "it has latent attention and several experts in each block",
+    "exaone4": "it has norms behind each half, and windows or no rotation in some layers",
+    "glm": "it stores gate, up as one matrix and rotates a part of each head",
+    "glm4": "it has norms behind each half and rotates a part of each head",
+    "gpt_oss": "it has several experts in each block, attention sinks and windows in some layers",
+    "helium": "it rotates neighbours in each head",
+    "hunyuan_v1_dense": "it has norms of heads behind the rotation",
+    "ministral3": "it scales queries by their position",
+    "nemotron": "it has LayerNorm and squared ReLU without a gate, and rotates a part of each head",
+    "olmo": "it has LayerNorm without weights",
+    "olmo3": "it has norms behind each half and windows in some layers",
+    "qwen3_next": "it has linear attention in some layers and several experts in each block",
+    "seed_oss": "it has biases of q, k, v and o under flags of its own",
+    "starcoder2": "it has LayerNorm, and a feed-forward with GELU and without a gate",
 }
+_UNKNOWN = "what it computes is not known here"
 
 
 def family_of(facts: JsonFields) -> Family:
     """The entry of a configuration; any other model is refused with what differs."""
     kind = str(facts.raw.get("model_type"))
     if kind not in FAMILIES:
-        known = f"supported are {', '.join(FAMILIES)}"
-        facts.refuse("model_type", f"{_OTHERS[kind]}; {known}" if kind in _OTHERS else known)
+        facts.refuse("model_type", f"{_OTHERS.get(kind, _UNKNOWN)}; supported are {', '.join(FAMILIES)}")
     _refuse_additions(facts)
     return FAMILIES[kind]
 
@@ -99,8 +117,10 @@ def window_of(facts: JsonFields, family: Family, layers: int) -> int | None:
         key, first = "max_window_layers", facts.integer("max_window_layers", unsaid["max_window_layers"])
         kinds = [_SLIDING if layer >= first else _FULL for layer in range(layers)]
     slides = _SLIDING in kinds
-    if slides and (window is None or _FULL in kinds):
+    if slides and _FULL in kinds:
         facts.refuse(key, "windows in some layers only are not supported")
+    if slides and window is None:
+        facts.refuse(key, "this model has no window; take the key out, or state the window that it was trained with")
     return window if slides or not flagged else None
 
 

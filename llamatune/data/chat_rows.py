@@ -69,7 +69,7 @@ def read_chat(row: Mapping[str, Any], *, as_prompt: bool = False) -> Row:
     if as_prompt and len(turns) % 2:
         turns.append(("assistant", ""))
     if not turns or len(turns) % 2:
-        what = "message" if as_prompt else "assistant message at its end, so there is nothing to train on"
+        what = "message of the user" if as_prompt else "assistant message at its end, so there is nothing to train on"
         raise RowError("bad_messages", f"{name!r} has no {what}")
     beside = optional_text(row, "system")
     if not is_empty(beside):

@@ -174,7 +174,7 @@ class Engine:
     def _beginning(self, whole: str, messages: Sequence[Message], prompted: bool) -> int:
         try:
             text = self.render(messages, prompted)
-        except Refused:
+        except (Refused, Broken):  # a template may look for messages that are only in the whole
             return -1
         return len(text) if whole.startswith(text) else -1
 

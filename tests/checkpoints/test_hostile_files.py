@@ -506,7 +506,20 @@ def test_missing_head_of_an_untied_model(hf):
     weights = load_file(hf / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, hf / "model.safetensors", {"format": "pt"})
-    refused(hf, "lm_head.weight is missing", "tie_word_embeddings is false")
+    refused(hf, "lm_head.weight is missing", "tie_word_embeddings is false", "fetch the weights again")
+
+
+@pytest.mark.parametrize("kind", ["AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_other_models_of_a_family_are_named(tmp_path, kind, family):
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.AutoConfig.for_model(family, **sizes, num_key_value_heads=1, vocab_size=32)
+    model = getattr(transformers, kind).from_config(config)
+    model.save_pretrained(tmp_path)
+    head = {"llama": "Llama", "mistral": "Mistral"}.get(family, family.capitalize()) + "ForCausalLM"
+    refused(tmp_path, f'architectures is ["{type(model).__name__}"]', f"lm_head.weight is missing; give a {head}")
 
 
 def test_quantised_dtypes_are_refused(hf):
@@ -535,7 +548,9 @@ CHANGES = [
     ({"model_type": "gemma"}, "uses GELU; supported are llama"),
     ({"model_type": ["llama"]}, "model_type"),
     ({"model_type": "mistral", "sliding_window": -1}, "sliding_window"),
-    ({"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+    ({"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]}, "in some layers only"),
+    ({"layer_types": ["sliding_attention", "sliding_attention"]}, "this model has no window"),
+    ({"model_type": "qwen2", "layer_types": ["sliding_attention", "sliding_attention"]}, "this model has no window"),
     ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "max_window_layers"),
     ({"use_sliding_window": True}, "use_sliding_window"),
     ({"quantization_config": {"load_in_4bit": True}}, "quantization_config"),

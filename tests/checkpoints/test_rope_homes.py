@@ -123,7 +123,8 @@ def test_what_is_written_is_read_by_every_reader(tmp_path, name):
     ("kind", "words"),
     [
         ("gemma2", "norms behind each half"), ("phi3", "q, k, v and gate, up as one matrix"),
-        ("mixtral", "several experts"), ("a" * 200, "supported are llama, mistral, qwen2, qwen3"),
+        ("mixtral", "several experts"), ("olmo3", "norms behind each half"),
+        ("a" * 200, "what it computes is not known here; supported are llama, mistral, qwen2, qwen3"),
     ],
 )  # fmt: skip
 def test_other_models_are_refused_with_what_differs(tmp_path, kind, words):

@@ -199,6 +199,21 @@ def test_where_earlier_answers_are_written_otherwise_the_last_alone_is_trained_a
     assert prepare(path, tokenizer=directory, train_on="last-assistant", overwrite=True).only_last == 0
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_template_may_need_messages_that_are_only_in_the_whole(
+    chat_tokenizers: dict[str, Path], marked: bool
+) -> None:
+    """Without any answer, it cannot be rendered. Its blocks tell the answers, or else the last one is told."""
+    tokenizer = load_tokenizer(chat_tokenizers["marked"])
+    opening = "{%- set first = (messages | selectattr('role', 'equalto', 'assistant') | list)[0].content -%}"
+    source = opening + (MARKED_CHAT if marked else SMOLLM_CHAT)
+    template = ChatTemplate("mine", source, {})
+    ids, mask = encoded(template, tokenizer, CHAT)
+    assert ids == judge_of(chat_tokenizers["marked"], template).apply_chat_template(CHAT, return_dict=True)["input_ids"]
+    answers = ["green stone<|im_end|>", "rain falls<|im_end|>"]
+    assert trained_texts(tokenizer, ids, mask) == (answers if marked else answers[1:])
+
+
 def test_a_template_that_marks_no_end_gets_an_eos(tokenizer: Tokenizer) -> None:
     source = "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
     source += "{% if add_generation_prompt %}assistant: {% endif %}"
