@@ -162,6 +162,17 @@ def test_the_rate_of_lora_plus_is_not_theirs(spec_of: SpecOf, tmp_path: Path) ->
     assert not [name for name in same if "lora_B" in name]
 
 
+def test_streamed_blocks_and_recomputation_change_no_bit(spec_of: SpecOf, tmp_path: Path) -> None:
+    whole = ["embed_tokens", "lm_head", "norm"]
+    changes: dict[str, dict[str, Any]] = {
+        "device": {}, "host": {"model__placement": "host"}, "block": {"training__activation_checkpointing": "block"},
+    }  # fmt: skip
+    for name, change in changes.items():
+        train(spec_of(whole, name=name, **change))
+    files = {(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in changes}
+    assert len(files) == 1
+
+
 def test_a_checkpoint_holds_them_and_the_optimizer_state(spec_of: SpecOf, tmp_path: Path) -> None:
     spec = spec_of(["embed_tokens", "lm_head"], training__optimizer="adamw_8bit")
     train(spec)

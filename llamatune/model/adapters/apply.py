@@ -66,8 +66,8 @@ def _train_whole(model: Transformer, adapter: AdapterSpec) -> None:
         model.lm_head.weight = model.model.embed_tokens.weight
     for name in adapter.whole:
         module = model.get_submodule(WHOLE_MODULES[name])
-        copied = module.weight.detach().to(torch.float32, copy=True)
-        module.weight = nn.Parameter(copied)
+        weight = module.weight.detach()
+        module.weight = nn.Parameter(weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format))
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
