@@ -102,7 +102,7 @@ class LoraSection(Section):
         if self.init != "kaiming" and self.init_from is not None:
             raise ValueError(f"init_from and init: {self.init} exclude each other: the adapter is where it starts")
         if self.modules_to_save and self.init_from is not None:
-            raise ValueError("init_from and modules_to_save exclude each other: an adapter is no start for whole modules")
+            raise ValueError("init_from and modules_to_save exclude each other: merge the adapter and start from that")
         if self.kind == "lora_fa" and self.lr_ratio != 1:
             raise ValueError("lr_ratio is between the rates of B and A, and kind: lora_fa does not train A")
         return self

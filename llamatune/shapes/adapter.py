@@ -65,8 +65,8 @@ class AdapterSpec:
 
     Each is the name of a module, ``q_proj``, for all blocks, or its path in one, ``layers.3.self_attn.q_proj``.
     ``module_ranks`` and ``module_alphas`` hold what differs from ``r`` and ``alpha``, under such names and paths; that
-    of a path comes before that of a name. ``drawn`` says how A begins: ``kaiming`` or ``gaussian``. ``whole`` are those of
-    ``WHOLE_MODULES`` that are trained too, in fp32, in place of the base's.
+    of a path comes before that of a name. ``drawn`` says how A begins: ``kaiming`` or ``gaussian``. ``whole`` are those
+    of ``WHOLE_MODULES`` that are trained too, in fp32, in place of the base's.
     """
 
     r: int

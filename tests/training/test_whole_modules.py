@@ -1,4 +1,4 @@
-"""``lora.modules_to_save``: embedding, head and final norm trained whole beside LoRA, as PEFT trains and writes them."""
+"""``lora.modules_to_save``: embedding, head and final norm trained whole, as PEFT trains and writes them."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llamatune.errors import SpecError
 from llamatune.model.adapters.adapted_linear import AdaptedLinear
-from llamatune.model.layers import Linear, Trained
+from llamatune.model.layers import Embedding, Linear, RMSNorm, Trained
 from llamatune.model.transformer import Head, Transformer
 from llamatune.shapes.adapter import ADAPTER_KINDS, WHOLE_MODULES, AdapterSpec
 from llamatune.shapes.llama_config import LINEAR_MODULES, linear_path
@@ -66,6 +66,7 @@ def _train_whole(model: Transformer, adapter: AdapterSpec) -> None:
         model.lm_head.weight = model.model.embed_tokens.weight
     for name in adapter.whole:
         module = model.get_submodule(WHOLE_MODULES[name])
+        assert isinstance(module, Embedding | Head | RMSNorm)
         weight = module.weight.detach()
         module.weight = nn.Parameter(weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format))
 
@@ -80,8 +81,10 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             for name, parameter in zip(module.names, module.tensors, strict=True):
                 assert isinstance(parameter, nn.Parameter)
                 yield module.kind.stored_name(path, name), parameter
-        elif path in WHOLE_MODULES.values() and module.weight.requires_grad:
-            yield f"{path}.weight", module.weight
+        elif path in WHOLE_MODULES.values():
+            assert isinstance(module.weight, nn.Parameter)
+            if module.weight.requires_grad:
+                yield f"{path}.weight", module.weight
 
 
 def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
