@@ -83,6 +83,7 @@ class RunSpec(Section):
             tuple(sorted(lora.ranks.items())),
             tuple(sorted(lora.alphas.items())),
             "kaiming" if from_base else lora.init,
+            lora.modules_to_save,
         )
 
     def to_yaml(self) -> str:

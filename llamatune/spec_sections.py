@@ -20,6 +20,7 @@ from llamatune.spec_types import (
     Positive,
     Rank,
     TargetModules,
+    WholeModules,
 )
 
 
@@ -77,11 +78,15 @@ class LoraSection(Section):
         "adapter that is written is plain LoRA of twice the rank",
     )
     lr_ratio: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="LoRA+: the learning rate of B, and of dora's magnitudes, over that of A"
+        1.0, description="LoRA+: the learning rate of B, and of dora's magnitudes, over that of all else"
     )
     dropout: Fraction = Field(0.05, description="on the input of A")
     target_modules: TargetModules = Field(
         ("q_proj", "v_proj"), description="any of the seven linear layers, or all-linear"
+    )
+    modules_to_save: WholeModules = Field(
+        (),
+        description="any of embed_tokens, lm_head and norm (the final one): trained whole, in fp32, beside the update",
     )
     init_from: PathText | None = Field(None, description="an adapter directory to start from")
 
@@ -96,6 +101,8 @@ class LoraSection(Section):
             raise ValueError(f"init: {self.init} is for kind: lora, not {self.kind}; use kaiming or gaussian")
         if self.init != "kaiming" and self.init_from is not None:
             raise ValueError(f"init_from and init: {self.init} exclude each other: the adapter is where it starts")
+        if self.modules_to_save and self.init_from is not None:
+            raise ValueError("init_from and modules_to_save exclude each other: merge the adapter and start from that")
         if self.kind == "lora_fa" and self.lr_ratio != 1:
             raise ValueError("lr_ratio is between the rates of B and A, and kind: lora_fa does not train A")
         return self

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from llamatune.errors import SpecError
 from llamatune.home_directory import expand_home
+from llamatune.shapes.adapter import WHOLE_MODULES
 from llamatune.shapes.llama_config import LINEAR_MODULES
 from llamatune.shapes.recompute_levels import MODES, is_mode
 from llamatune.units import parse_size
@@ -31,6 +32,21 @@ def _expand_targets(value: Any) -> Any:
         if len(set(value)) != len(value) or not value:
             raise ValueError("names no layer" if not value else "names a layer twice")
         return tuple(sorted(value, key=LINEAR_MODULES.index))
+    return value
+
+
+def _check_whole(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",")]
+    if isinstance(value, list):
+        known = list(WHOLE_MODULES)
+        unknown = [name for name in value if name not in known]
+        if unknown:
+            others = f"there are {', '.join(known)}, which is the final norm"
+            raise ValueError(f"{unknown[0]!r} cannot be trained whole; {others}")
+        if len(set(value)) != len(value):
+            raise ValueError("names a module twice")
+        return tuple(sorted(value, key=known.index))
     return value
 
 
@@ -63,5 +79,6 @@ Rank = Annotated[int, Field(ge=1, le=4096)]
 Alpha = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 TargetModules = Annotated[tuple[str, ...], BeforeValidator(_expand_targets)]
+WholeModules = Annotated[tuple[str, ...], BeforeValidator(_check_whole)]
 CheckpointingMode = Annotated[str, BeforeValidator(_checkpointing_mode)]
 MemorySize = Annotated[str, AfterValidator(_memory_size)]

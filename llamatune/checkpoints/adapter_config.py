@@ -43,6 +43,8 @@ _REASONS = {
     "target_parameters": "it adapts the experts of other models",
     "enable_lora": "it means q, k and v in one matrix, which LLaMA does not have",
 }
+_SAVED_AS = {"norm": "model.norm"}
+"""What PEFT calls a module that is trained whole: to it, ``norm`` would be every module whose name ends so."""
 _LARGEST_RANK = 1 << 16
 _SEVEN_OF_BLOCKS = "model.layers."
 
@@ -266,7 +268,7 @@ def dump_config(config: AdapterSpec, base_path: str | None) -> dict[str, Any]:
         "layers_to_transform": None,
         "lora_alpha": _number(config.alpha),
         "lora_dropout": config.dropout,
-        "modules_to_save": None,
+        "modules_to_save": [_SAVED_AS.get(module, module) for module in config.whole] or None,
         "peft_type": "LORA",
         "peft_version": _PEFT_VERSION,
         "r": config.r,

@@ -16,6 +16,7 @@ def frozen_head(ledger: Ledger, z: Sizes) -> Passes:
         wide = ledger.make("x in fp32", wide_bytes)
         h = ledger.make("normed x", x_bytes)
         ledger.use("x squared and x / rms in fp32", 2 * wide_bytes)
+        over_rms = ledger.make("x / rms in fp32", wide_bytes if z.trains_norm else 0)
     with ledger.step("logits, loss"):
         gradient = ledger.make("gradient of the normed x", x_bytes)
         cast = ledger.make("cast of the head's weights", z.V * z.D * z.c if z.casts else 0)
@@ -32,18 +33,18 @@ def frozen_head(ledger: Ledger, z: Sizes) -> Passes:
         ledger.free(gradient)
     with ledger.step("norm"):
         ledger.use("gradients of the norm in fp32", 5 * wide_bytes)
-    ledger.free(wide, scaled)
+    ledger.free(wide, over_rms, scaled)
 
 
 def trained_head(ledger: Ledger, z: Sizes) -> Passes:
     """The loss of all logits at once."""
     x_bytes, narrow_bytes, logits_bytes = z.P * z.D * z.s, z.P * z.D * z.c, z.P * z.V * 4
     with ledger.step("norm"):
-        wide = ledger.make("x in fp32 and x / rms", 2 * z.P * z.D * 4)
+        wide = ledger.make("x in fp32 and x / rms", (2 if z.trains_norm else 1) * z.P * z.D * 4)
         h = ledger.make("normed x", narrow_bytes)
-        uncast = ledger.make("normed x before its cast", x_bytes if z.autocast else 0)
+        uncast = ledger.make("normed x before its cast", x_bytes if z.s != z.c else 0)
     with ledger.step("logits, loss"):
-        weights = ledger.make("cast of the head's weights", z.V * z.D * z.c if z.autocast and z.casts else 0)
+        weights = ledger.make("cast of the head's weights", z.V * z.D * z.c if z.autocast else 0)
         log_softmax = ledger.make("log-softmax of the logits", logits_bytes)
         ledger.use("logits", logits_bytes)
         ledger.free(uncast)

@@ -110,6 +110,8 @@ def _changes(
     if lora and spec.model.placement in ("auto", "device") and (cuda or rows.ranks > 1):
         other, where = ("shard", "slices on all ranks") if rows.ranks > 1 else ("host", "host memory")
         yield f"model.placement={other}", f"the blocks' frozen weights in {where}", None, rows
+    if lora and lora.modules_to_save:
+        yield "lora.modules_to_save=[]", "trains the update alone", None, rows
     if not lora:
         yield f"lora.r={LoraSection().r}", "trains an adapter alone", None, rows
     elif lora.r > 1:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llamatune.shapes.adapter import WHOLE_MODULES
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.capabilities import OLDEST_FOR_TRITON, OLDEST_WITH_BF16, OLDEST_WITH_FP8, Capability
 from llamatune.shapes.counts import count_parameters
@@ -59,6 +60,9 @@ class Sizes:
         kind = self.adapter.kind if self.adapter else None
         self.dora, self.trains_A, self.from_base = kind == "dora", kind != "lora_fa", kind in ("pissa", "olora")
         self.trains_all, self.dropout = self.adapter is None, bool(self.adapter and self.adapter.dropout)
+        whole = self.adapter.whole if self.adapter else tuple(WHOLE_MODULES)
+        self.trains_embedding, self.trains_norm = "embed_tokens" in whole, "norm" in whole
+        self.trains_head = "lm_head" in whole
         self.slices = rows.ranks if self.trains_all else 1  # of weights, gradients and optimizer state
         self.fused = self.adapter is not None and training.fused
         passes, lanes = rows.passes or training.gradient_accumulation_steps, LANES if self.adapter else 1
@@ -91,7 +95,8 @@ class Sizes:
         if self.adapter is None:
             return [math.prod(shape) for _, shape in self.config.parameter_shapes()]
         modules = [self.adapter.trained_shapes(self.config, name) for name in self.adapter.target_modules]
-        return [math.prod(shape) for shapes in modules for shape in shapes.values()] * self.config.num_hidden_layers
+        counts = [math.prod(shape) for shapes in modules for shape in shapes.values()] * self.config.num_hidden_layers
+        return counts + self._whole_counts
 
     @functools.cached_property
     def adapter_count(self) -> int:
@@ -102,10 +107,28 @@ class Sizes:
         return sum(counts) * self.config.num_hidden_layers
 
     @functools.cached_property
+    def _whole_counts(self) -> list[int]:
+        """Elements of what is trained whole beside an adapter."""
+        shapes = self.adapter.whole_shapes(self.config) if self.adapter else {}
+        return list(map(math.prod, shapes.values()))
+
+    @property
+    def trained_bytes(self) -> int:
+        """The adapter's tensors and what is trained whole, in fp32; without an adapter all that is trained is base."""
+        return 4 * (self.adapter_count + sum(self._whole_counts))
+
+    @property
+    def _replaced(self) -> int:
+        """Elements of the base that make room for what is trained whole; one of a tied pair leaves the other there."""
+        unties = self.adapter is not None and self.adapter.unties(self.config)
+        return sum(self._whole_counts) - (self.V * self.D if unties else 0)
+
+    @functools.cached_property
     def weights(self) -> int:
         """The base as it is held on the device: with streamed blocks two rooms, and what lies there of the blocks."""
         layers, placement = self.config.num_hidden_layers, self.spec.model.placement
-        others = (count_parameters(self.config).base_parameters - self.block_parameters * layers) * self.w
+        others = count_parameters(self.config).base_parameters - self.block_parameters * layers - self._replaced
+        others *= self.w
         if self.slices > 1:  # beside the slice, what is gathered: all outside the blocks, and at most three of them
             return -(-(others + self.block * layers) // self.slices) + others + 3 * self.block
         if placement not in ("host", "shard"):

@@ -99,17 +99,19 @@ class Step:
         z = self.z = Sizes(spec, config, rows, cuda)
         self.mode, self.layers = spec.training.activation_checkpointing, config.num_hidden_layers
         self._block = functools.cache(self._block_parts)
-        head_gradients = z.V * z.D * 4 if z.trains_all and not config.tie_word_embeddings else 0
-        self._head = Part.of("head", partial(trained_head if z.trains_all else frozen_head, z=z), head_gradients)
+        own_gradient = z.trains_head and not (z.trains_all and config.tie_word_embeddings)
+        head_gradients = 4 * (z.V * z.D * own_gradient + z.D * z.trains_norm)
+        self._head = Part.of("head", partial(trained_head if z.trains_head else frozen_head, z=z), head_gradients)
+        in_fp32 = z.N * z.D * 4 if z.s < 4 else 0
         self._embedding = Part.moment(
-            "embedding", "gradient", "gradients of the embedding and of x", z.N * z.D * z.s + z.V * z.D * 4
+            "embedding", "gradient", "gradients of the embedding and of x", z.N * z.D * z.s + in_fp32 + z.V * z.D * 4
         )
         self._update = Part.moment("optimizer", "update", "gradients and state in fp32", z.update)
         # The angles of the rotation, token ids, labels and positions; the masks of the sliding window.
         masks = sum(t * -(-t // 8) * 8 * z.c for t in beyond_window(z.lengths, config.sliding_window))
         self._inputs = 2 * z.N * config.head_dim * 4 + 4 * z.N * 8 + masks
         self._trained = 4 * sum(z.trained_counts) // z.slices
-        self._adapter = 0 if z.trains_all else 4 * z.adapter_count + z.window_casts
+        self._adapter = z.trained_bytes + z.window_casts
 
     def highest(self, levels: Levels | None = None) -> StepBytes:
         """The bytes at the peak of a step whose blocks recompute ``levels``, by default the mode's."""
@@ -148,14 +150,14 @@ class Step:
             others -= part.kept_bytes
             place("backward", others, part.backward_peak, below, layer, part)
             gradients += 0 if self.z.accumulates else part.gradients
-        if self.z.trains_all:
+        if self.z.trains_embedding:
             place("backward", others, self._embedding.backward_peak, 0, None, self._embedding)
         gradients = self._trained
         place("update", others, self._update.backward_peak, 0, None, self._update)
         return walk
 
     def _parts_of_blocks(self, levels: Levels | None) -> Iterator[tuple[int, Part]]:
-        special = not (self.z.fused or self.z.trains_all)  # no gradient leads behind the first of frozen plain blocks
+        special = not (self.z.fused or self.z.trains_embedding)  # no gradient leads behind the first plain block
         for layer, level in enumerate(levels or levels_of(self.mode, self.layers)):
             first, last = special and layer == 0, layer == self.layers - 1
             for part in self._block(level, is_whole(self.mode, layer), first, last):

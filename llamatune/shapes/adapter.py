@@ -55,6 +55,9 @@ ADAPTER_KINDS: dict[str, AdapterKind] = {
 }
 """Every kind by name. A new kind is a line here and a file in ``model/adapters``."""
 
+WHOLE_MODULES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head", "norm": "model.norm"}
+"""What may be trained whole beside the updates, with its path. Of norms it is the final one."""
+
 
 @dataclass(frozen=True)
 class AdapterSpec:
@@ -62,7 +65,8 @@ class AdapterSpec:
 
     Each is the name of a module, ``q_proj``, for all blocks, or its path in one, ``layers.3.self_attn.q_proj``.
     ``module_ranks`` and ``module_alphas`` hold what differs from ``r`` and ``alpha``, under such names and paths; that
-    of a path comes before that of a name. ``drawn`` says how A begins: ``kaiming`` or ``gaussian``.
+    of a path comes before that of a name. ``drawn`` says how A begins: ``kaiming`` or ``gaussian``. ``whole`` are those
+    of ``WHOLE_MODULES`` that are trained too, in fp32, in place of the base's.
     """
 
     r: int
@@ -74,6 +78,7 @@ class AdapterSpec:
     module_ranks: tuple[tuple[str, int], ...] = ()
     module_alphas: tuple[tuple[str, float], ...] = ()
     drawn: str = "kaiming"
+    whole: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", tuple(sorted(self.target_modules)))
@@ -100,7 +105,7 @@ class AdapterSpec:
 
     def facts(self) -> dict[str, Any]:
         """As JSON; what plain LoRA does not use is left out."""
-        plain = {"kind": "lora", "module_ranks": (), "module_alphas": (), "drawn": "kaiming"}
+        plain = {"kind": "lora", "module_ranks": (), "module_alphas": (), "drawn": "kaiming", "whole": ()}
         facts = vars(self) | {"target_modules": list(self.target_modules)}
         return {name: value for name, value in facts.items() if name not in plain or value != plain[name]}
 
@@ -155,6 +160,22 @@ class AdapterSpec:
             for module in self.modules:
                 for name, shape in self.tensor_shapes(config, module, layer).items():
                     yield kind.stored_name(f"model.{_path(module, layer)}", name), shape
+        yield from self.whole_shapes(config).items()
+
+    @property
+    def whole_names(self) -> tuple[str, ...]:
+        """The tensors that are trained whole, ``lm_head.weight``."""
+        return tuple(f"{WHOLE_MODULES[module]}.weight" for module in self.whole)
+
+    def whole_shapes(self, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+        """Their shapes; of a tied base the head has a tensor of its own too."""
+        matrix = config.vocab_size, config.hidden_size
+        shapes = {"embed_tokens": matrix, "lm_head": matrix, "norm": matrix[1:]}
+        return {name: shapes[module] for name, module in zip(self.whole_names, self.whole, strict=True)}
+
+    def unties(self, config: LlamaConfig) -> bool:
+        """Whether head and embedding, which the base ties, become different, as in PEFT."""
+        return config.tie_word_embeddings and bool({"embed_tokens", "lm_head"}.intersection(self.whole))
 
 
 def _path(module: str, layer: int | None) -> str:

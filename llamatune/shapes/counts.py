@@ -63,7 +63,8 @@ def count_parameters(
     for module in adapter.modules:
         modules[linear_path(module)]["adapter"] = sum(adapter.parameter_count(config, module, n) for n in layers)
         trained += sum(adapter.trained_count(config, module, n) for n in layers)
-    for path, parameters in others:
+    whole = ((name.removesuffix(".weight"), math.prod(shape)) for name, shape in adapter.whole_shapes(config).items())
+    for path, parameters in (*whole, *others):
         modules.setdefault(_within_block(path), {"base": 0, "adapter": 0})["adapter"] += parameters
         trained += parameters
     return ParameterCount(base, trained, modules)

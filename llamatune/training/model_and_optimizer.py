@@ -127,8 +127,9 @@ def _put_on(
         load_adapter_tensors(model, start.tensors)
     elif ADAPTER_KINDS[adapter.kind].reads_base and ranks.size > 1:  # another processor may round otherwise
         with torch.no_grad():
-            for parameter in parameters.values():
-                parameter.copy_(ranks.all_gather(parameter.detach())[0])
+            for name, parameter in parameters.items():
+                if name not in adapter.whole_names:
+                    parameter.copy_(ranks.all_gather(parameter.detach())[0])
     return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
 
 
@@ -169,8 +170,8 @@ def build_optimizer(
     ranks: Ranks = ALONE,
     lr_ratio: float = 1.0,
 ) -> Optimizer:
-    """The optimizer that a spec names; ``lr_ratio`` is that of LoRA+, for B and what else is no A."""
-    ratios = {name: lr_ratio for name, parameter in parameters.items() if "lora_A" not in name}
+    """The optimizer that a spec names; ``lr_ratio`` is that of LoRA+, for B and magnitudes."""
+    ratios = {name: lr_ratio for name in parameters if ".lora_" in name and ".lora_A." not in name}
     if spec.optimizer == "sgd":
         return Optimizer(parameters, SGD(spec.momentum, spec.nesterov, spec.weight_decay), ratios)
     if sharded is not None and spec.optimizer == "adamw_8bit":

@@ -169,7 +169,9 @@ class RunOutput:
         if adapter is None:
             tensors: Mapping[str, torch.Tensor] = load_file(checkpoint / WEIGHTS)
         else:
-            tensors = restored_tensors(adapter, load_adapter(checkpoint).tensors)
+            stored = load_adapter(checkpoint)
+            whole = {name: one.value for name, one in stored.base_changes.items() if one.value is not None}
+            tensors = restored_tensors(adapter, {**stored.tensors, **whole})
             parameters = dict(adapter_parameters(self.learner.model))
         if parameters.keys() != tensors.keys():
             raise CheckpointError("its tensors are not those that this run trains", checkpoint)

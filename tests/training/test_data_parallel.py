@@ -40,6 +40,9 @@ RARE: dict[str, dict[str, Any]] = {
     "13 micro-batches": {"training__gradient_accumulation_steps": 13, "training__log_layer_grad_norms": True},
     "packed and joined": {"data__packing": True, "data__packed_tokens": 40, "training__tokens_per_pass": 100},
     "dora": {"lora": {"kind": "dora", "r": 4, "dropout": 0.1, "target_modules": "all-linear"}},
+    "pissa, embedding and head whole": {
+        "lora": {"init": "pissa", "r": 4, "modules_to_save": ["embed_tokens", "lm_head"]},
+    },
     "pissa, lora+": {"lora": {"init": "pissa", "r": 4, "lr_ratio": 4.0}},
     "no validation": {"data__validation": None, "evaluation": {}},
     "early stopping": {
@@ -69,7 +72,8 @@ def test_other_techniques_give_the_bytes_of_one_process(trained: Trained, alone:
 
 
 def test_techniques_that_round_give_the_bytes_of_one_process(trained: Trained, alone: Trained) -> None:
-    changes = {**RARE["nf4"], **RARE["bf16"], **RARE["adamw_8bit"], "training__max_steps": 4}
+    lora = {"r": 64, "alpha": 64, "dropout": 0.1, "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
+    changes = {**RARE["nf4"], **RARE["bf16"], **RARE["adamw_8bit"], "lora": lora, "training__max_steps": 4}
     assert_same_outcome(trained(2, changes), alone(changes))
 
 

@@ -64,6 +64,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora_fa from gaussian": {
         **SCHEDULED, "training__max_steps": 3, "lora": {"kind": "lora_fa", "init": "gaussian", "r": 4},
     },
+    "embedding, head and norm whole, 8-bit adamw": {
+        **SCHEDULED, "training__max_steps": 3, "training__optimizer": "adamw_8bit", "training__weight_decay": 0.1,
+        "model__dtype": "bfloat16", "training__precision": "bf16",
+        "lora": {"r": 4, "dropout": 0.1, "modules_to_save": ["embed_tokens", "lm_head", "norm"]},
+    },
     "float8 base in bf16": {
         **SCHEDULED, "model__dtype": "float8", "training__precision": "bf16", "training__max_steps": 5,
     },

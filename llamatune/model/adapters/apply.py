@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from llamatune.errors import SpecError
 from llamatune.model.adapters.adapted_linear import AdaptedLinear
-from llamatune.model.layers import Linear, Trained
-from llamatune.model.transformer import Transformer
-from llamatune.shapes.adapter import ADAPTER_KINDS, AdapterSpec
+from llamatune.model.layers import Embedding, Linear, RMSNorm, Trained
+from llamatune.model.transformer import Head, Transformer
+from llamatune.shapes.adapter import ADAPTER_KINDS, WHOLE_MODULES, AdapterSpec
 from llamatune.shapes.llama_config import LINEAR_MODULES, linear_path
 
 
@@ -27,7 +27,7 @@ def apply_adapter(
     seed: int | None = 0,
     bring_block: Callable[[int], None] | None = None,
 ) -> None:
-    """Freeze ``model`` and replace every target layer by an adapted one.
+    """Freeze ``model``, replace every target layer by an adapted one, and train what is trained whole in fp32.
 
     Args:
         seed: that of the first values; None: they stay zero, others are loaded into them.
@@ -56,15 +56,35 @@ def apply_adapter(
                 if seed is not None:
                     replacement.start(generator)
                 block.set_submodule(linear_path(name), replacement)
+    _train_whole(model, adapter)
+
+
+def _train_whole(model: Transformer, adapter: AdapterSpec) -> None:
+    """A trained copy in fp32 in place of each weight that is trained whole; a head that was tied keeps the base's."""
+    if adapter.unties(model.config):
+        model.lm_head = Head(model.config.hidden_size, model.config.vocab_size)
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for name in adapter.whole:
+        module = model.get_submodule(WHOLE_MODULES[name])
+        assert isinstance(module, Embedding | Head | RMSNorm)
+        weight = module.weight.detach()
+        module.weight = nn.Parameter(weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format))
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every tensor of the adapter under its name, ``model.layers.0.self_attn.q_proj.lora_A.weight``."""
+    """Every tensor of the adapter under its name, ``model.layers.0.self_attn.q_proj.lora_A.weight``.
+
+    Those that are trained whole have the names of the base's.
+    """
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             for name, parameter in zip(module.names, module.tensors, strict=True):
                 assert isinstance(parameter, nn.Parameter)
                 yield module.kind.stored_name(path, name), parameter
+        elif path in WHOLE_MODULES.values():
+            assert isinstance(module.weight, nn.Parameter)
+            if module.weight.requires_grad:
+                yield f"{path}.weight", module.weight
 
 
 def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -94,7 +114,7 @@ def _converted(
 ) -> dict[str, Tensor]:
     old, new = ADAPTER_KINDS[before.kind], ADAPTER_KINDS[after.kind]
     first, *_ = old.tensors
-    converted: dict[str, Tensor] = {}
+    converted = {name: tensors[name] for name in before.whole_names}
     for name in tensors:
         stem = name.removesuffix(old.stored_name("", first))
         if stem != name:
