@@ -24,7 +24,8 @@ DATA = ("all", "lost", "zeroed", "cut")
 Tree = dict[str, bytes | None]
 """Files with their bytes, and directories (None), by path."""
 
-_LINE = re.compile(r"\d+ +(\w+)\((.*)\) += (-?\d+)")
+_LINE = re.compile(r"(\w+)\((.*)\) += (-?\d+)")
+_UNFINISHED, _RESUMED = "<unfinished ...>", re.compile(r"<\.\.\. \w+ resumed>(.*)")
 _ROOT = 0
 
 
@@ -57,6 +58,12 @@ class Said:
 
 
 Operation = Names | Data | Sync | Said
+
+
+def _only_reads(call: str) -> bool:
+    """Whether a call neither changes a file nor says anything, so that it does not matter when another thread makes it."""
+    name = call.strip().partition("(")[0]
+    return name in ("close", "lseek") or (name == "openat" and re.search(r"\bO_(CREAT|WRONLY|RDWR)\b", call) is None)
 
 
 def recording_options() -> list[str]:
@@ -93,12 +100,20 @@ class Recording:
 
     def read(self, log: Path) -> None:
         """Take in strace's log."""
+        begun: dict[str, str] = {}  # by thread, while calls of another come between
         for line in log.read_text().splitlines():
-            match = _LINE.match(line)
+            thread, _, call = line.partition(" ")
+            if call.endswith(_UNFINISHED):
+                begun[thread] = call.removesuffix(_UNFINISHED).strip()
+                continue
+            if resumed := _RESUMED.match(call.strip()):
+                call = f"{begun.pop(thread)}{resumed[1]}"
+            match = _LINE.match(call.strip())
             if match is None:
-                assert "<unfinished" not in line, "two threads at once: the order of what they did is not known"
                 continue
             name, arguments, result = match[1], match[2], int(match[3])
+            at_once = not _only_reads(call) and any(not _only_reads(other) for other in begun.values())
+            assert not at_once, "two threads at once: the order of what they did is not known"
             if result >= 0:
                 strings = [bytes.fromhex(text.replace("\\x", "")) for text in re.findall(r'"([^"]*)"', arguments)]
                 plain = [part.strip() for part in re.sub(r'"[^"]*"', "", arguments).split(",")]
