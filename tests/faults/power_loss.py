@@ -61,7 +61,7 @@ Operation = Names | Data | Sync | Said
 
 
 def _only_reads(call: str) -> bool:
-    """Whether a call neither changes a file nor says anything, so that it does not matter when another thread makes it."""
+    """Whether a call neither changes a file nor says anything: it may come at any moment of another thread's."""
     name = call.strip().partition("(")[0]
     return name in ("close", "lseek") or (name == "openat" and re.search(r"\bO_(CREAT|WRONLY|RDWR)\b", call) is None)
 
