@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llamatune.errors import SpecError
@@ -223,6 +223,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(st.dictionaries(st.sampled_from(["model", "lora", "data", "training", "evaluation", "tracking", "x"]), VALUES))
 def test_any_values_give_a_spec_or_one_line(values: dict[str, Any]) -> None:
     try:
