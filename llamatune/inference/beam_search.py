@@ -7,6 +7,7 @@ once, and a mask says of which tokens a beam consists, so that nothing is copied
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from llamatune.command_options.inference import Sampling
 from llamatune.errors import Stopped
 from llamatune.events import ShouldStop
 from llamatune.inference.completion import Completion, last_logits, new_cache
-from llamatune.inference.sampling import refuse_not_finite
+from llamatune.inference.sampling import not_finite
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
 
@@ -41,9 +42,11 @@ def beam_search(
         total = (scores[:, None] + logits.float().log_softmax(-1)).reshape(-1)
         # Enough to fill the unfinished beams even if every EOS takes a place in each.
         best = total.topk(min(max(2, 1 + len(eos_ids)) * beams, len(total)))
-        refuse_not_finite(best.values[:1])
+        best_scores = best.values.tolist()
+        if not math.isfinite(best_scores[0]):  # NaN comes first
+            raise not_finite()
         kept: list[tuple[float, int, int]] = []
-        for rank, (score, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+        for rank, (score, index) in enumerate(zip(best_scores, best.indices.tolist(), strict=True)):
             beam, token = divmod(index, vocabulary)
             if token in eos_ids:
                 if rank < beams:

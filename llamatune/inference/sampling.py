@@ -36,19 +36,22 @@ def next_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Gener
     Raises:
         NumericsError: the logits hold NaN or infinity.
     """
-    largest, likeliest = logits.max(-1)
-    refuse_not_finite(largest)
     if sampling.temperature == 0:
-        return likeliest.tolist()
+        largest, likeliest = logits.max(-1)  # NaN where there is one
+        chosen: list[int] = likeliest.where(largest.isfinite(), -1).tolist()
+        if -1 in chosen:
+            raise not_finite()
+        return chosen
     probabilities = token_distribution(logits, sampling).cpu()
+    if not bool(probabilities.isfinite().all()):
+        raise not_finite()
     return [
         int(torch.multinomial(row, 1, generator=generator))
         for row, generator in zip(probabilities, generators, strict=True)
     ]
 
 
-def refuse_not_finite(largest: Tensor) -> None:
-    """Raise ``NumericsError`` unless the largest of each row of logits or scores, NaN where there is one, is finite."""
-    if not bool(torch.isfinite(largest).all()):
-        todo = "check the weights with llamatune verify, or compute in --dtype float32"
-        raise NumericsError("the logits hold NaN or infinity, so there is no next token", None, todo)
+def not_finite() -> NumericsError:
+    """The error for logits without a next token."""
+    todo = "check the weights with llamatune verify, or compute in --dtype float32"
+    return NumericsError("the logits hold NaN or infinity, so there is no next token", None, todo)

@@ -135,7 +135,7 @@ class TestWhatIsMeasured:
     @pytest.mark.parametrize("lora", ["on", "off"])
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
     @pytest.mark.parametrize(("batch", "accumulation"), [(1, 1), (8, 1), (1, 8)])
-    @pytest.mark.parametrize("checkpointing", ["none", "every_2", "block"])
+    @pytest.mark.parametrize("checkpointing", ["none", pytest.param("every_2", marks=pytest.mark.slow), "block"])
     def test_the_plan_is_within_a_tenth_of_every_cell_of_the_default_grid(
         self, demo_rows: Path, lora: str, precision: str, batch: int, accumulation: int, checkpointing: str
     ) -> None:

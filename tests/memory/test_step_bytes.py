@@ -63,7 +63,11 @@ LORA = [
 ] + [(SHAPES[1], dtype, "bf16", LINEAR_MODULES, "projections", 0.0) for dtype in ("nf4", "float8")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("shape", "dtype", "precision", "targets", "mode", "dropout"), LORA)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "precision", "targets", "mode", "dropout"),
+    [pytest.param(*case, marks=pytest.mark.slow if place % 2 else ()) for place, case in enumerate(LORA[:-2])]
+    + LORA[-2:],
+)
 def test_fused_lora(
     shape: tuple[LlamaConfig, int, int],
     dtype: str,
