@@ -22,7 +22,7 @@ from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 
 @dataclass(frozen=True)
 class BaseChange:
-    """What becomes of one tensor of the base, in this order.
+    """The changes of one tensor of the base, in the order in which they are applied.
 
     ``value`` stands in its place, for head and embedding alike where ``shared`` and the base ties the two.
     ``token_values`` stand for its rows ``tokens``. ``update`` are the tensors of a low-rank update with this

@@ -60,7 +60,7 @@ def hub_name(path: str) -> str:
 
 
 def code_block(text: str, language: str = "") -> str:
-    """``text`` as it is, whatever it holds."""
+    """``text`` as a code block of Markdown, with a fence that does not occur in it."""
     longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
     fence = "`" * (longest + 1)
     return f"{fence}{language}\n{text.rstrip(chr(10))}\n{fence}"

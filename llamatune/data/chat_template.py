@@ -166,6 +166,6 @@ def fits(name: str, tokenizer: Tokenizer) -> bool:
 
 
 def variables_of(tokenizer: Tokenizer) -> dict[str, str]:
-    """What a template may name, where there is no more to go by than the tokenizer."""
+    """The variables of a template that are known from the tokenizer alone: BOS and EOS."""
     bos = "" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id)
     return {"bos_token": bos, "eos_token": tokenizer.piece(tokenizer.eos_id)}
