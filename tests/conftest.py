@@ -29,6 +29,7 @@ from trained_tokenizers import (  # noqa: F401  (fixtures)
     tokenizer,
     tokenizer_models,
 )
+from worker_count import pytest_xdist_auto_num_workers  # noqa: F401  (a hook)
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slow_cases import slow
 
 from llamatune.demo.run_demo import MATERIAL
 
@@ -27,7 +28,7 @@ def run_benchmark(output: Path, *arguments: str) -> dict[str, Any]:
     return {row["name"]: row for row in table["rows"]}
 
 
-@pytest.mark.parametrize("targets", ["qv", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("targets", ["qv", slow("all")])
 def test_one_epoch_end_to_end_has_the_peers_losses(tmp_path: Path, targets: str) -> None:
     settings = "Trainer, batch 8;Trainer, batch 1 x 8"
     rows = run_benchmark(

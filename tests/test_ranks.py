@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from slow_cases import slow
 
 SCRIPT = Path(__file__).with_name("rank_process.py")
 TIMEOUT_S = 4.0
@@ -56,10 +57,10 @@ def test_all_goes_well(case: str, tmp_path: Path) -> None:
     ("case", "codes", "line"),
     [
         ("error-0", [4, 4, 4], "error: a bad file: here: mend it"),
-        ("error-2", [4, 4, 4], "error: a bad file: here: mend it"),
+        slow("error-2", [4, 4, 4], "error: a bad file: here: mend it"),
         ("everywhere", [6, 6, 6], "error: not finite"),
-        ("memory-1", [5, 5, 5], "error: out of memory"),
-        ("kill-0", [-9, 5, 5], VANISHED),
+        slow("memory-1", [5, 5, 5], "error: out of memory"),
+        slow("kill-0", [-9, 5, 5], VANISHED),
         ("kill-1", [5, -9, 5], VANISHED),
     ],
 )
@@ -71,7 +72,7 @@ def test_one_rank_speaks_and_all_leave_with_its_code(case: str, codes: list[int]
     assert time.monotonic() - started < 45
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, slow(1)])
 def test_a_stopped_rank_is_noticed_within_the_timeout(rank: int, tmp_path: Path) -> None:
     port = free_port()
     processes = [start(number, 3, port, f"stop-{rank}", tmp_path) for number in range(3)]
@@ -85,7 +86,7 @@ def test_a_stopped_rank_is_noticed_within_the_timeout(rank: int, tmp_path: Path)
         processes[rank].communicate()
 
 
-@pytest.mark.parametrize("absent", [0, 1])
+@pytest.mark.parametrize("absent", [slow(0), 1])
 def test_a_rank_that_does_not_start(absent: int, tmp_path: Path) -> None:
     port = free_port()
     codes, lines = ended([start(rank, 3, port, "send", tmp_path) for rank in range(3) if rank != absent])

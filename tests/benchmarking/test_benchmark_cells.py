@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from slow_cases import slow
 
 from llamatune.benchmarking import cell_process as cell_module
 from llamatune.benchmarking import run_benchmark as run_module
@@ -135,7 +136,7 @@ class TestWhatIsMeasured:
     @pytest.mark.parametrize("lora", ["on", "off"])
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
     @pytest.mark.parametrize(("batch", "accumulation"), [(1, 1), (8, 1), (1, 8)])
-    @pytest.mark.parametrize("checkpointing", ["none", pytest.param("every_2", marks=pytest.mark.slow), "block"])
+    @pytest.mark.parametrize("checkpointing", ["none", slow("every_2"), "block"])
     def test_the_plan_is_within_a_tenth_of_every_cell_of_the_default_grid(
         self, demo_rows: Path, lora: str, precision: str, batch: int, accumulation: int, checkpointing: str
     ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import step_meter
 import torch
+from slow_cases import slow
 from step_meter import StepMeter, even_batch, measure_step
 from step_tools import real_step, saved_by_autograd, spec_of
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,8 +36,8 @@ AT_MOST = {
     (QV, 1, 512, "none", "nf4"): (5.4, 96),
     (LINEAR_MODULES, 8, 512, "block", "nf4"): (5.8, 8.1),
 }
-LONG = {setting for setting in AT_MOST if setting[3] == "block"}
-"""Whole blocks are recomputed, which takes up to a minute."""
+QUICK = {setting for setting in AT_MOST if setting[0] == QV and setting[3:] == ("none", "bfloat16")}
+"""The others take up to a minute each."""
 
 
 class TestTheMeter:
@@ -152,7 +153,7 @@ def test_nothing_has_the_square_of_the_length(kv_heads: int) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [pytest.param(setting, marks=[pytest.mark.slow] * (setting in LONG)) for setting in AT_MOST],
+    [setting if setting in QUICK else slow(setting) for setting in AT_MOST],
     ids=lambda it: f"{len(it[0])} targets, {it[1]}x{it[2]}, {it[3]}, {it[4]}",
 )
 def test_llama_2_7b_stays_within_its_bounds(setting: tuple[tuple[str, ...], int, int, str, str]) -> None:

@@ -127,7 +127,7 @@ def test_a_real_process_killed_at_several_times(tiny, tiny_adapter, tiny_rows, t
         arguments = ["--model", tiny[0], "--adapter", tiny_adapter]
     else:
         rows = tmp_path / "rows.jsonl"
-        rows.write_text("".join(json.dumps({"prompt": f"{n}:", "completion": "x" * 200}) + "\n" for n in range(50_000)))
+        rows.write_text("".join(json.dumps({"prompt": f"{n}:", "completion": "x" * 200}) + "\n" for n in range(20_000)))
         arguments = [rows, "--tokenizer", tiny_tokenizer]
     command = [sys.executable, "-m", "llamatune", verb, *map(str, arguments), "--output", str(parent / "out")]
 
@@ -138,7 +138,7 @@ def test_a_real_process_killed_at_several_times(tiny, tiny_adapter, tiny_rows, t
     started = time.monotonic()
     subprocess.run(command, capture_output=True, check=True, timeout=120)
     whole_s, finished = time.monotonic() - started, tree()
-    for share in (0.5, 0.8, 0.95):
+    for share in (0.6, 0.9):
         for path in (parent / "out").iterdir():
             path.unlink()
         (parent / "out").rmdir()

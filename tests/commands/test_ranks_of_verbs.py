@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from launch_variables import COUNT, STEP_OF_TWO
+from slow_cases import slow
 from torch.distributed import PrefixStore, TCPStore
 
 import llamatune
@@ -191,7 +192,7 @@ def test_an_address_that_nobody_knows(world: World) -> None:
 # train, whose work is shared
 
 
-@pytest.mark.parametrize("words", [["--json"], ["--dry-run", "--json"]])
+@pytest.mark.parametrize("words", [["--json"], slow(["--dry-run", "--json"])])
 def test_train_gets_its_ranks(world: World, tmp_path: Path, words: list[str]) -> None:
     world.start_all("train", spec_file(tmp_path), *words, code=TRAINING_STUB)
     codes, out, err = world.ended()
@@ -224,7 +225,7 @@ def test_a_rank_that_waits_for_the_others_to_start_can_be_stopped(
     started = time.monotonic()
     codes, out, err = world.ended()
     assert (codes, out, len(err)) == ([130 if verb == "count-params" else 75], [], 1 - rank), err
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30  # long before it would give up
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from rank_tools import launch, run_ranks, wait_for
+from slow_cases import slow
 from warm import Warm
 
 Case = Callable[[Path], list[str]]
@@ -79,7 +80,7 @@ def test_ranks_share_the_batches_and_come_to_the_same(
         assert max(counts) - min(counts) <= 2
 
 
-@pytest.mark.parametrize("name", ["evaluation", "generation", pytest.param("questions", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["evaluation", "generation", slow("questions")])
 @pytest.mark.parametrize(("placement", "size"), [("host", 1), ("shard", 1), ("host", 2), ("shard", 3)])
 def test_blocks_that_lie_elsewhere_come_to_the_same(
     warm: Warm, request: pytest.FixtureRequest, tmp_path: Path, name: str, placement: str, size: int
@@ -133,7 +134,7 @@ def test_a_stop_of_one_rank_ends_an_evaluation(warm: Warm, evaluation: Case, tmp
     assert not (tmp_path / "out.jsonl").exists()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [slow(0), 1])
 def test_a_killed_rank_ends_an_evaluation(warm: Warm, evaluation: Case, tmp_path: Path, rank: int) -> None:
     scoring = tmp_path / "scoring"
     launched = launch(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import step_meter
 import torch
+from slow_cases import slow
 from step_meter import even_batch
 from step_tools import real_step, spec_of, step_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -65,8 +66,7 @@ LORA = [
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "precision", "targets", "mode", "dropout"),
-    [pytest.param(*case, marks=pytest.mark.slow if place % 2 else ()) for place, case in enumerate(LORA[:-2])]
-    + LORA[-2:],
+    [slow(*case) if place % 4 else case for place, case in enumerate(LORA)],
 )
 def test_fused_lora(
     shape: tuple[LlamaConfig, int, int],
@@ -106,8 +106,7 @@ ALWAYS = {(QWEN_2, HOW[7]), (QWEN_3, HOW[1]), (QWEN_3, HOW[4])}
 
 @pytest.mark.parametrize(
     ("config", "how"),
-    [pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.slow)
-     for case in itertools.product((QWEN_2, QWEN_3), HOW)],
+    [case if case in ALWAYS else slow(*case) for case in itertools.product((QWEN_2, QWEN_3), HOW)],
     ids=lambda value: str(value[1:]) if isinstance(value, tuple) else "qwen 3" if value.head_norms else "qwen 2",
 )  # fmt: skip
 def test_biases_and_norms_of_heads(config: LlamaConfig, how: tuple[tuple[str, ...], str, str, str, bool]) -> None:
@@ -148,7 +147,7 @@ MORE_KINDS: list[tuple[dict[str, Any], str, str, bool, str]] = [
 
 @pytest.mark.parametrize(
     ("lora", "dtype", "precision", "fused", "mode"),
-    [*KINDS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_KINDS)],
+    [*KINDS, *(slow(*case) for case in MORE_KINDS)],
 )
 def test_kinds_of_adapter(lora: dict[str, Any], dtype: str, precision: str, fused: bool, mode: str) -> None:
     spec = spec_of(LINEAR_MODULES, mode, dtype=dtype, precision=precision, fused=fused, lora=lora)
@@ -248,8 +247,10 @@ def test_a_kernel_has_less_in_flight(saved: dict[str, Any]) -> None:
         assert step_bytes(spec, SEVEN, rows, gpu).peak == step_bytes(plain, SEVEN, rows, gpu).peak
 
 
-@pytest.mark.parametrize(("rows", "tokens"), [(1, 300), (3, 200)])
-@pytest.mark.parametrize(("fused", "mode"), [(True, "none"), (True, "projections"), (False, "none"), (True, "block")])
+@pytest.mark.parametrize(("rows", "tokens"), [slow(1, 300), (3, 200)])
+@pytest.mark.parametrize(
+    ("fused", "mode"), [(True, "none"), slow(True, "projections"), (False, "none"), (True, "block")]
+)
 @pytest.mark.parametrize("hidden", [256, 240], ids=["heads of 32", "heads of 30, filled up"])
 def test_a_gpu_that_wants_keys_and_values_repeated(
     monkeypatch: pytest.MonkeyPatch, hidden: int, fused: bool, mode: str, rows: int, tokens: int

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from run_tools import StopAfter, make_spec, metrics, spec_values
+from slow_cases import slow
 
 from llamatune.errors import Stopped
 from llamatune.tracking.trackers import Trackers, scalars
@@ -222,7 +223,7 @@ def test_wandb_online_is_offline_where_the_environment_says_so(
     assert not _accepted(nowhere), "something was sent"
 
 
-@pytest.mark.parametrize("closing_s", [60, 0])
+@pytest.mark.parametrize("closing_s", [slow(60), 0])
 def test_wandb_that_loses_its_service_costs_one_warning(
     spec_file: Callable[..., Path], tmp_path: Path, nowhere: socket.socket, closing_s: int
 ) -> None:

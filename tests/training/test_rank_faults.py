@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from rank_tools import EndOfAll, launch, run_ranks, wait_for
 from run_tools import assert_same_outcome, last_checkpoint, metrics, outcome
+from slow_cases import slow
 from tracing import changing_calls, fault_options, record_options
 from warm import NO_STRACE, Warm, strace
 
@@ -27,10 +28,6 @@ STEPS, SAVE_EVERY, TIMEOUT_S = 26, 5, 4.0
 VANISHED = "another rank ended, or did not answer in time"
 LEFTOVERS = (".llamatune-tmp-", ".trash-")
 Command = list[str]
-
-
-def slow(*values: object) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +265,7 @@ def at_every_call(warm: Warm, command: Command, whole: Path, scratch: Path, faul
 
 
 @pytest.mark.skipif(strace() is None, reason=NO_STRACE)
-@pytest.mark.parametrize("fault", ["kill", "ENOSPC"])
+@pytest.mark.parametrize("fault", ["kill", slow("ENOSPC")])
 def test_a_fault_at_some_calls_of_a_save(
     warm_ranks: Warm, command: Command, whole: Path, tmp_path: Path, fault: str, tell: Callable[[str], None]
 ) -> None:

@@ -16,6 +16,7 @@ import torch
 from rank_tools import launch, run_ranks
 from run_tools import last_checkpoint, metrics
 from safetensors.torch import load_file, save_file
+from slow_cases import slow
 from tracing import changing_calls, fault_options, record_options
 from warm import NO_STRACE, Warm, strace
 
@@ -28,10 +29,6 @@ CLOSE = 1e-5
 Command = list[str]
 RULES = {"adamw": {}, "adamw_8bit": {"training__optimizer": "adamw_8bit"}, "momentum": {
     "training__optimizer": "sgd", "training__momentum": 0.9}}  # fmt: skip
-
-
-def slow(*values: object) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture
@@ -210,7 +207,7 @@ def disturbed(
     return seen
 
 
-@pytest.mark.parametrize("times", [2, slow(30)])
+@pytest.mark.parametrize("times", [1, slow(30)])
 def test_kills_at_random_moments(
     warm_ranks: Warm, command: Callable[..., Command], whole: Callable[..., Path], tmp_path: Path, times: int,
     tell: Callable[[str], None],
@@ -221,7 +218,7 @@ def test_kills_at_random_moments(
 @pytest.mark.skipif(strace() is None, reason=NO_STRACE)
 @pytest.mark.parametrize(
     ("rank", "fault", "step"),
-    [(1, "kill", 19), slow(1, "kill", 1), slow(0, "kill", 1), slow(1, "ENOSPC", 1), slow(0, "ENOSPC", 1)],
+    [(1, "kill", 31), slow(1, "kill", 1), slow(0, "kill", 1), slow(1, "ENOSPC", 1), slow(0, "ENOSPC", 1)],
 )
 def test_a_fault_at_the_calls_of_a_ranks_save(
     warm_ranks: Warm, command: Callable[..., Command], whole: Callable[..., Path], tmp_path: Path, rank: int,

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from run_tools import assert_same_outcome, last_checkpoint, metrics
 from safetensors.torch import load_file
+from slow_cases import slow
 
 Trained = Callable[..., Path]
 CLOSE = 1e-5
@@ -38,10 +39,6 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "two epochs": {"training__max_steps": None, "training__num_epochs": 2, "training__learning_rate": 1e-3},
     "no validation": {"data__validation": None, "evaluation": {}},
 }
-
-
-def slow(*values: object) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def change(**changes: Any) -> dict[str, Any]:
