@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 from llamatune.durable_writing import disk_faults
 from llamatune.errors import CheckpointError, printable
-from llamatune.events import EvalDone, Step, StepSkipped
+from llamatune.events import EarlyStop, EvalDone, Step, StepSkipped
 from llamatune.formats.manifest import OtherVersion
 from llamatune.safe_reading import open_regular
 from llamatune.strict_json import parse_json
@@ -40,9 +40,9 @@ class LayerGradNorms:
     norms: Mapping[str, float]
 
 
-Record = Step | EvalDone | StepSkipped | LayerGradNorms
+Record = Step | EvalDone | StepSkipped | LayerGradNorms | EarlyStop
 _Flat = TypeVar("_Flat", Step, EvalDone, StepSkipped)
-_FIELDS = {kind.event: fields(kind) for kind in (Step, EvalDone, StepSkipped, LayerGradNorms)}
+_FIELDS = {kind.event: fields(kind) for kind in (Step, EvalDone, StepSkipped, LayerGradNorms, EarlyStop)}
 """What a line of each kind holds, in its order."""
 
 
