@@ -100,7 +100,8 @@ class StepSkipped:
 class EvalDone:
     """Token-weighted validation loss after ``step`` updates, on ``rows`` rows; ``seconds`` is how long it took.
 
-    That of step 0, before training, is what later ones are compared with, and is never ``best``. A reader of ``metrics.jsonl`` fills in ``step`` and ``loss`` alone.
+    That of step 0, before training, is never ``best``. A reader of ``metrics.jsonl`` fills in ``step`` and ``loss``
+    alone.
     """
 
     event: ClassVar[str] = "eval"

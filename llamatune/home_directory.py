@@ -13,7 +13,7 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*
 
 
 def expand_home(text: str) -> str:
-    """``$NAME`` and ``${NAME}`` replaced from the environment, then ``~`` and ``~user`` at the front by a home directory.
+    """``$NAME`` and ``${NAME}`` replaced from the environment, then ``~`` and ``~user`` at the front, as a shell does.
 
     The result may be expanded again: it never begins with ``~`` (``./~name``, an entry of that name, is made absolute),
     and holds no variable, unless an entry of that very name exists: then ``$`` has no meaning.

@@ -24,7 +24,6 @@ from llamatune.spec_types import (
     WholeModules,
 )
 
-
 DEFAULT_EPOCHS = 5
 
 
@@ -211,8 +210,8 @@ class EvaluationSection(Section):
     every_steps: Positive | None = Field(None, description="default: every epoch, when there is validation data")
     at_start: bool = Field(
         True,
-        description="when there is validation data, also before the first step, which comes later by that time; it counts "
-        "neither for best/ nor for patience",
+        description="when there is validation data, also before the first step, which comes later by that time; it "
+        "counts neither for best/ nor for patience",
     )
     early_stopping_patience: Positive | None = Field(
         None, description="stop after this many evaluations in a row without a lower loss"

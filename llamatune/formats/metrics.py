@@ -115,6 +115,17 @@ def read_metrics(path: Path) -> Metrics:
     return metrics
 
 
+def loss_at_start(path: Path) -> float | None:
+    """The validation loss before the first step, with which a log begins; None: it was not computed."""
+    for _, _, line in read_lines(path):
+        values = parse_line(line)
+        if values.get("event") == EvalDone.event:
+            evaluation = _checked(EvalDone, values)
+            return None if evaluation.step else evaluation.loss
+        break
+    return None
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """Each line's number from 1, its end in the file, and its bytes; one of more than a MiB comes in pieces.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -121,11 +122,14 @@ def learning_rate_at(spec: TrainingSection, step: int, total_steps: int) -> floa
     return spec.min_learning_rate + (spec.learning_rate - spec.min_learning_rate) * left
 
 
-def rate_jump(spec: TrainingSection, last: Step, total_steps: int) -> str | None:
-    """What the learning rate jumps from and to, where a changed spec gives the ``last`` update another rate than it had.
+def rate_jump(spec: TrainingSection, made: Sequence[Step], total_steps: int) -> str | None:
+    """What the learning rate jumps from and to, if the last update ``made`` had another rate than ``spec`` gives it.
 
-    Its schedule holds from the next update on, as if it had been so from the start.
+    None: it had not, or none is left to make.
     """
+    if not made:
+        return None
+    last = made[-1]
     following = learning_rate_at(spec, last.step, total_steps)
     same = math.isclose(learning_rate_at(spec, last.step - 1, total_steps), last.learning_rate, rel_tol=1e-9)
     if same or last.step >= total_steps:
