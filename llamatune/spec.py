@@ -182,7 +182,9 @@ def _undoing(written: dict[str, Any], values: dict[str, Any], faults: Sequence[s
     by_overrides = found.difference(_parts(_validated(written)[1]))
     for section, fields in written.items():
         kept = values.get(section)
-        for key in fields if by_overrides and isinstance(fields, dict) and isinstance(kept, dict) else ():
+        if not by_overrides or not isinstance(fields, dict) or not isinstance(kept, dict):
+            continue
+        for key in fields:
             if key not in kept or kept[key] != fields[key]:
                 continue  # an override changed it
             without = {**values, section: {name: value for name, value in kept.items() if name != key}}

@@ -109,8 +109,8 @@ class ProgressBars:
                 when = f"step {event.step}" if event.step else f"before training ({duration(event.seconds)})"
                 return f"{when}: validation loss {_losses(event.loss, event.perplexity)}{best}"
             case events.EpochDone():
-                epoch = min(event.epoch, event.num_epochs)
-                return f"epoch {epoch} of {event.num_epochs}: train loss {_losses(event.train_loss, event.train_perplexity)}"
+                epoch, losses = min(event.epoch, event.num_epochs), _losses(event.train_loss, event.train_perplexity)
+                return f"epoch {epoch} of {event.num_epochs}: train loss {losses}"
         return None
 
 

@@ -83,8 +83,12 @@ class MetricsLog:
 
 @dataclass
 class Metrics:
-    """All records of a log; ``torn`` says that its last line is not whole."""
+    """All records of a log; ``torn`` says that its last line is not whole.
 
+    ``at_start`` is the evaluation before the first step, which is none of ``evaluations``.
+    """
+
+    at_start: EvalDone | None = None
     steps: list[Step] = field(default_factory=list)
     evaluations: list[EvalDone] = field(default_factory=list)
     skipped: list[StepSkipped] = field(default_factory=list)
@@ -163,7 +167,12 @@ def _add(metrics: Metrics, values: Mapping[str, Any]) -> None:
             evaluation = _checked(EvalDone, values)
             if evaluation.step != last_step or (metrics.evaluations and metrics.evaluations[-1].step == last_step):
                 raise ValueError(f"no evaluation that can follow step {last_step}")
-            metrics.evaluations.append(evaluation)
+            if evaluation.step:
+                metrics.evaluations.append(evaluation)
+            elif metrics.at_start is not None:
+                raise ValueError("a second evaluation before the first step")
+            else:
+                metrics.at_start = evaluation
         case StepSkipped.event:
             metrics.skipped.append(_checked(StepSkipped, values))
         case LayerGradNorms.event:

@@ -89,7 +89,7 @@ class TrainingLoop:
     def _follow_changes(self, logged: Metrics) -> None:
         """What fields of the spec that changed since the run began make of what was computed before."""
         if LEAST_GAIN in self.run.changed_fields:
-            losses = [done.loss for done in logged.evaluations if done.step]
+            losses = [done.loss for done in logged.evaluations]
             self.progress.recount_patience(losses, self.spec.evaluation.early_stopping_min_delta)
         if jump := rate_jump(self.spec.training, logged.steps, self.schedule.total_steps):
             self._warn(jump)
@@ -230,7 +230,9 @@ class TrainingLoop:
         except Stopped:
             self._stop()
         if not math.isfinite(result.loss):
-            raise self._numerics_fault("the validation loss is not finite")
+            raise self._numerics_fault(
+                f"the validation loss {'' if progress.step else 'before training '}is not finite"
+            )
         done = EvalDone(
             step=progress.step,
             loss=result.loss,

@@ -109,7 +109,8 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run(
     split = prepared(tmp_path / "good.jsonl", validation=[tmp_path / "bad.jsonl"], limit=12)
     run = tmp_path / "run"
     with pytest.raises(NumericsError, match="validation loss is not finite"):
-        train(make_spec(broken_base, split, run, training__max_steps=3, evaluation__every_steps=3))
+        last = {"at_start": False, "every_steps": 3}
+        train(make_spec(broken_base, split, run, training__max_steps=3, evaluation=last))
     assert not (run / "best").exists()
     assert not (run / "adapter").exists()
     assert len(metrics(run, "step")) == 3
