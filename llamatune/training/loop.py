@@ -230,9 +230,7 @@ class TrainingLoop:
         except Stopped:
             self._stop()
         if not math.isfinite(result.loss):
-            raise self._numerics_fault(
-                f"the validation loss {'' if progress.step else 'before training '}is not finite"
-            )
+            raise self._numerics_fault("the validation loss is not finite")
         done = EvalDone(
             step=progress.step,
             loss=result.loss,

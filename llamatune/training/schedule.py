@@ -135,6 +135,4 @@ def rate_jump(spec: TrainingSection, made: Sequence[Step], total_steps: int) -> 
     if same or last.step >= total_steps:
         return None
     rates = f"from {last.learning_rate:.3g} at step {last.step:,} to {following:.3g} at step {last.step + 1:,}"
-    return (
-        f"the learning rate jumps {rates}, as the spec's {spec.lr_scheduler} schedule over {total_steps:,} steps has it"
-    )
+    return f"the learning rate jumps {rates}, as lr_scheduler: {spec.lr_scheduler} over {total_steps:,} steps has it"
