@@ -147,18 +147,12 @@ def build_spec(values: Any, where: object, overrides: Sequence[str] = ()) -> Run
     """
     if not isinstance(values, dict):
         raise SpecError("not a mapping of sections", where, f"sections are {', '.join(RunSpec.model_fields)}")
-    for section in ("evaluation", "tracking"):
-        if values.get(section, ()) is None:
-            del values[section]
     if values.get("lora", ()) is None:
         raise SpecError("lora: empty", where, "write lora: {} for its defaults, or omit it to train every parameter")
     rename_aliases(values, where)
     written = copy.deepcopy(values) if overrides else values
     for assignment in overrides:
         override(values, assignment)
-    for section in RunSpec.model_fields:
-        if values.get(section, ()) is None:
-            del values[section]
     spec, described = _validated(values)
     if spec is not None:
         return spec
@@ -169,9 +163,10 @@ def build_spec(values: Any, where: object, overrides: Sequence[str] = ()) -> Run
 
 
 def _validated(values: dict[str, Any]) -> tuple[RunSpec | None, list[str]]:
-    """The spec, or what is wrong with it."""
+    """The spec, or what is wrong with it; a section that is None is left out."""
+    given = {name: value for name, value in values.items() if value is not None or name not in RunSpec.model_fields}
     try:
-        return RunSpec.model_validate(values), []
+        return RunSpec.model_validate(given), []
     except ValidationError as fault:
         return None, [_describe(error) for error in fault.errors()]
 

@@ -141,7 +141,7 @@ SPEC: dict[str, Any] = {
     "model": {"path": "~/base", "dtype": "nf4", "quantized_cache": "~/cache"},
     "lora": {"init_from": "~/adapter"},
     "data": {"train": "~/data", "validation": "~/other"},
-    "training": {"output_dir": "$RUNS/x"},
+    "training": {"output_dir": "~/runs/x"},
 }
 
 
@@ -154,7 +154,7 @@ def _paths(spec: RunSpec) -> list[Any]:
 def test_every_path_of_the_spec_is_expanded_and_written_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/anna")
     monkeypatch.setenv("RUNS", "~/runs")
-    spec = build_spec(SPEC, "test")
+    spec = build_spec({**SPEC, "training": {"output_dir": "$RUNS/x"}}, "test")
     names = ["base", "cache", "adapter", "data", "other", "runs/x"]
     assert _paths(spec) == [f"/home/anna/{name}" for name in names]
     assert "~" not in spec.to_yaml()
