@@ -70,6 +70,8 @@ def accepted_changes(
             refused.append(f"{field}: {was} -> {now}")
     if refused:
         allowing = " ".join(f"--allow-spec-change {change.partition(':')[0]}" for change in refused)
+        if len(refused) > 3:
+            allowing = "--allow-spec-change FIELD for each"
         raise SpecError(
             "the spec differs from the run's: " + "; ".join(refused),
             path / SPEC,

@@ -117,8 +117,8 @@ def test_an_old_run_goes_on_without_it(spec_with: SpecWith, without: Path, now: 
 
 def test_before_and_after_stand_side_by_side(spec_with: SpecWith) -> None:
     """Training that makes it worse: what was before is neither the best nor the lowest of the report."""
-    worse = {"training__learning_rate": 100.0, "evaluation__early_stopping_patience": 2, "evaluation__every_steps": 1}
-    summary = train(spec_with("worse", **worse))
+    worse = {"training__learning_rate": 1.0, "evaluation__early_stopping_patience": 2, "evaluation__every_steps": 1}
+    summary = train(spec_with("worse", lora=None, **worse))
     run = Path(summary["output_dir"])
     start, *evaluations = metrics(run, "eval")
     lowest = min(line["loss"] for line in evaluations)

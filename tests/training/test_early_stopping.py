@@ -27,6 +27,7 @@ from run_tools import (
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import CheckpointSaved, EpochDone, EvalDone, Notice
 from llamatune.formats.manifest import MANIFEST
+from llamatune.reporting.run_reader import read_run
 from llamatune.safe_reading import digest_file
 from llamatune.spec import RunSpec
 from llamatune.training.early_stopping import out_of_patience
@@ -282,12 +283,22 @@ def test_with_more_patience_it_goes_on_as_if_it_had_had_it_from_the_start(
     told = [event.message for event in events if isinstance(event, Notice) and "stopped early" in event.message]
     assert len(told) == 1
     assert told[0].startswith(f"stopped early after step {stop} of 12: no lower validation loss in 1 evaluations")
+    assert f"the lowest was {before['best_eval_loss']:.4f} at step {before['best_step']}, which is in best/" in told[0]
+    assert "set evaluation.early_stopping_patience above 1, or to null" in told[0]
+    run = Path(before["output_dir"])
+    (logged,) = metrics(run, "early_stop")
+    last = metrics(run, "eval")[-1]
+    assert (logged["step"], logged["loss"]) == (last["step"], last["loss"]) == (stop, last["loss"])
+    assert before["early_stop"] == {key: logged[key] for key in logged if key != "event"} | {"message": told[0]}
+    assert told[0] in read_run(run, "run").notices
     patient = {**RESTLESS, **first, **then}
     again, events = run_and_record(spec_with("parts", **{**RESTLESS, **first}))
     assert again == before
-    assert any(isinstance(event, Notice) and "stopped early: nothing to do" in event.message for event in events)
+    (again_told,) = [event.message for event in events if isinstance(event, Notice) and "nothing" in event.message]
+    assert again_told == f"{run} stopped early: nothing to do ({told[0]})"
     parts = train(spec_with("parts", **patient))
     assert parts["steps"] > stop
+    assert [line["step"] for line in metrics(run, "early_stop")] == [parts["steps"]] * parts["stopped_early"]
     whole = train(spec_with("whole", **patient))
     run, other = Path(whole["output_dir"]), Path(parts["output_dir"])
     assert_same_outcome(other, run)

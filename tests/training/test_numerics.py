@@ -13,6 +13,7 @@ from run_tools import adapter_tensors, files, last_checkpoint, make_spec, metric
 from safetensors.torch import load_file, save_file
 
 from llamatune.errors import NumericsError
+from llamatune.training.numerics_faults import numerics_fault
 from llamatune.training.train import train
 
 
@@ -114,3 +115,23 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run(
     assert not (run / "best").exists()
     assert not (run / "adapter").exists()
     assert len(metrics(run, "step")) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "advice"),
+    [
+        ({}, 3, "lower training.learning_rate"),
+        ({"training__max_grad_norm": None}, 3, "lower training.learning_rate or set training.max_grad_norm: 1.0"),
+        ({"training__precision": "tf32"}, 3, "lower training.learning_rate"),
+        ({"training__precision": "bf16"}, 3, "lower training.learning_rate or set training.precision: fp32"),
+        ({"training__precision": "fp16"}, 0, "set training.precision: fp32"),
+        ({}, 0, "see whether the weights of model.path are broken"),
+        ({"lora__init_from": "a"}, 0, "see whether the weights of model.path and lora.init_from are broken"),
+        ({"lora": None}, 0, "see whether the weights of model.path are broken"),
+    ],
+)
+def test_the_advice_names_nothing_that_the_spec_has(changes: dict[str, Any], steps: int, advice: str) -> None:
+    spec = make_spec(Path("base"), Path("data"), Path("run"), **changes)
+    fault = numerics_fault("the loss is not finite", None, spec, steps, Path("run"), None)
+    assert str(fault).endswith(f": run: nothing was saved; {advice}")
+    assert f"at step {steps + 1} (" in str(fault)
