@@ -42,17 +42,23 @@ class RowScore:
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Token-weighted means over rows: loss in nats, and the share of target tokens that were the likeliest."""
+    """Token-weighted means over rows: loss in nats, and the share of target tokens that were the likeliest.
+
+    ``broken`` are the numbers of the rows whose loss is not finite.
+    """
 
     loss: float
     target_tokens: int
     token_accuracy: float
+    broken: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, rows: Sequence[RowScore]) -> HeldOutLoss:
         """Every target token counts the same, whatever its row."""
         targets, correct = sum(row.target_tokens for row in rows), sum(row.correct_tokens for row in rows)
-        return cls(math.fsum(row.summed_loss for row in rows) / targets, targets, correct / targets)
+        broken = tuple(row.row for row in rows if not math.isfinite(row.summed_loss))
+        loss = math.nan if broken else math.fsum(row.summed_loss for row in rows) / targets
+        return cls(loss, targets, correct / targets, broken)
 
     @property
     def perplexity(self) -> float:

@@ -33,7 +33,7 @@ from llamatune.training.save_and_resume import RunOutput
 from llamatune.training.schedule import Schedule, learning_rate_at, rate_jump
 from llamatune.training.spec_changes import LEAST_GAIN
 from llamatune.training.trainer_state import TrainerState
-from llamatune.training.training_step import make_update
+from llamatune.training.training_step import make_update, name_rows
 
 _SLOW_SAVE_S = 10.0
 
@@ -230,7 +230,7 @@ class TrainingLoop:
         except Stopped:
             self._stop()
         if not math.isfinite(result.loss):
-            raise self._numerics_fault("the validation loss is not finite")
+            raise self._numerics_fault("the validation loss is not finite", f"validation {name_rows(result.broken)}")
         done = EvalDone(
             step=progress.step,
             loss=result.loss,

@@ -109,7 +109,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run(
     (tmp_path / "good.jsonl").write_text("".join(line for n, line in enumerate(lines, 1) if n not in bad))
     split = prepared(tmp_path / "good.jsonl", validation=[tmp_path / "bad.jsonl"], limit=12)
     run = tmp_path / "run"
-    with pytest.raises(NumericsError, match="validation loss is not finite"):
+    with pytest.raises(NumericsError, match="validation loss is not finite at step 4, among validation rows 1, 2"):
         last = {"at_start": False, "every_steps": 3}
         train(make_spec(broken_base, split, run, training__max_steps=3, evaluation=last))
     assert not (run / "best").exists()

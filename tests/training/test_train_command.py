@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_is_exit_code_6(
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     outcome = command("train", spec_file(), f"model.path={broken}", "--json")
     assert (outcome.code, outcome.stdout) == (6, "")
-    assert "the loss is not finite at step 1, among rows" in outcome.stderr.splitlines()[-1]
+    assert "the validation loss is not finite at step 1, among validation rows" in outcome.stderr.splitlines()[-1]
     assert not (tmp_path / "run" / "adapter").exists()
 
 
