@@ -18,15 +18,20 @@ INTRODUCTION = """# The run spec
 Made by `python docs/make_run_spec.py` from `llamatune/spec_sections.py`; a test keeps the two equal.
 
 YAML (or JSON). Unknown keys are refused with the nearest known name, and all errors are reported together. `1e-5` is a
-number, `no` is a word. Any field can be given on the command line as `section.key=value`. Relative paths are relative
-to the working directory. In `lora`, PEFT's `lora_alpha`, `lora_dropout`, `rank_pattern` and `alpha_pattern` stand
-for `alpha`, `dropout`, `ranks` and `alphas`.
+number, `no` is a word. Any field can be given on the command line as `section.key=value`, a whole section as
+`lora={r: 8}`, and `lora=null` leaves it out. Where a value on the command line contradicts one of the file, the error
+says how to undo that one, as `training.num_epochs=null` beside `training.max_steps=100`. In `lora`, PEFT's
+`lora_alpha`, `lora_dropout`, `rank_pattern` and `alpha_pattern` stand for `alpha`, `dropout`, `ranks` and `alphas`.
+
+Relative paths are relative to the working directory. In every path, here and on the command line, `~` and `~user` at
+the front, `$NAME` and `${NAME}` are expanded; a variable that is not set or empty is an error, and so are other forms
+for a shell, such as `$(date)`. What is called so, `$` included, and exists is taken as it is. The `spec.yaml` of the
+run holds the expanded paths.
 
 A run that is started again may raise `training.num_epochs` or `training.max_steps`, raise
 `evaluation.early_stopping_patience` or set it to null, and change keys that alter no result
 (`training.log_every_steps`, `training.log_layer_grad_norms`, `training.profile_steps`, `training.keep_last`, `tracking`
 and others: [reliability.md](reliability.md)). Any other change is refused unless `--allow-spec-change FIELD` names it.
-A path may begin with `~` or `~user`; the `spec.yaml` of the run holds it expanded.
 """
 
 

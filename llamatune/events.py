@@ -26,17 +26,21 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """What will be trained, or continued after ``resumed_step`` updates that took ``elapsed_s``."""
+    """What will be trained, or continued after ``resumed_step`` updates that took ``elapsed_s``.
+
+    ``evaluates_first``: the validation loss comes before the first step, which has to wait for it.
+    """
 
     trainable_parameters: int
     total_parameters: int
     train_rows: int
     validation_rows: int
     total_steps: int
-    num_epochs: int
+    num_epochs: float
     resumed_step: int
     device: str
     elapsed_s: float = 0.0
+    evaluates_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class StepDone(Step):
     """An update that was just made, with what is shown of it beside its record."""
 
     total_steps: int
-    num_epochs: int
+    num_epochs: float
     peak_reserved_bytes: int | None = None
 
 
@@ -96,7 +100,8 @@ class StepSkipped:
 class EvalDone:
     """Token-weighted validation loss after ``step`` updates, on ``rows`` rows; ``seconds`` is how long it took.
 
-    A reader of ``metrics.jsonl`` fills in ``step`` and ``loss`` alone.
+    That of step 0, before training, is never ``best``. A reader of ``metrics.jsonl`` fills in ``step`` and ``loss``
+    alone.
     """
 
     event: ClassVar[str] = "eval"
@@ -108,6 +113,21 @@ class EvalDone:
     rows: int = 0
     target_tokens: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """Patience ended the run after the evaluation of ``step``, whose loss is ``loss``; ``best_step`` had the lowest.
+
+    ``evaluations_without_improvement`` came in a row, this one included.
+    """
+
+    event: ClassVar[str] = "early_stop"
+    step: int
+    loss: float
+    evaluations_without_improvement: int
+    best_step: int
+    best_eval_loss: float
 
 
 @dataclass(frozen=True)
@@ -128,7 +148,7 @@ class EpochDone:
     """
 
     epoch: int
-    num_epochs: int
+    num_epochs: float
     train_loss: float
     train_perplexity: float
     elapsed_s: float

@@ -1,22 +1,30 @@
-"""Expands ``~`` in a path that a user wrote."""
+"""Expands ``~`` and ``$VARIABLE`` in a path that a user wrote."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from llamatune.errors import SpecError
 
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{(])")
+"""``$NAME``, ``${NAME}``, or what begins something else that a shell would replace."""
+
 
 def expand_home(text: str) -> str:
-    """``~`` and ``~user`` at the front replaced by a home directory, as a shell does where it sees a path.
+    """``$NAME`` and ``${NAME}`` replaced from the environment, then ``~`` and ``~user`` at the front, as a shell does.
 
-    The result never begins with ``~``, so it may be expanded again: ``./~name``, an entry of that name, is made
-    absolute.
+    The result may be expanded again: it never begins with ``~`` (``./~name``, an entry of that name, is made absolute),
+    and holds no variable, unless an entry of that very name exists: then ``$`` has no meaning.
 
     Raises:
-        SpecError: no such user, or none that has a home directory.
+        SpecError: no such variable or user, one without a value or a home directory, or another form of ``$``.
     """
+    if _VARIABLE.search(text) and not os.path.lexists(text):
+        text = _VARIABLE.sub(_value, text)
+        if _VARIABLE.search(text):
+            raise SpecError("a variable in it holds another variable", text, "write the path out")
     if text.startswith("~"):
         expanded = os.path.expanduser(text)
         if expanded.startswith("~"):
@@ -25,3 +33,13 @@ def expand_home(text: str) -> str:
             raise SpecError(f"no home directory of {name}", text, todo)
         return expanded
     return os.path.abspath(text) if str(Path(text)).startswith("~") else text
+
+
+def _value(found: re.Match[str]) -> str:
+    name = found[1] or found[2]
+    if name is None:
+        raise SpecError(f"{found[0]} is for a shell", found.string, "only $NAME and ${NAME} are expanded; write it out")
+    if not (value := os.environ.get(name)):
+        fault = "is not set" if value is None else "is empty"
+        raise SpecError(f"the variable {name} {fault}", found.string, "set it, or write the path out")
+    return value

@@ -5,7 +5,9 @@ Errors are reported together.
 
 from __future__ import annotations
 
+import copy
 import difflib
+import shlex
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -106,10 +108,15 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + key, value
 
 
+def _section(name: str) -> type[Section]:
+    kind = RunSpec.model_fields[name].annotation
+    section: type[Section] = (*typing.get_args(kind), kind)[0]
+    return section
+
+
 def _known_keys(section: str | None = None) -> list[str]:
     """The keys of a section, or the sections."""
-    kind = RunSpec if section is None else RunSpec.model_fields[section].annotation
-    return list((*typing.get_args(kind), kind)[0].model_fields)
+    return list((RunSpec if section is None else _section(section)).model_fields)
 
 
 _OF_PEFT = {"lora.use_dora": "kind: dora", "lora.init_lora_weights": "'init'"}
@@ -134,23 +141,59 @@ def _describe(error: Any) -> str:
 
 
 def build_spec(values: Any, where: object, overrides: Sequence[str] = ()) -> RunSpec:
-    """A spec from plain values; each ``section.key=value`` of ``overrides`` replaces one."""
+    """A spec from plain values; each ``section.key=value`` of ``overrides`` replaces one.
+
+    ``section=null`` takes a section out. ``values`` are changed.
+    """
     if not isinstance(values, dict):
         raise SpecError("not a mapping of sections", where, f"sections are {', '.join(RunSpec.model_fields)}")
-    for section in ("evaluation", "tracking"):
-        if values.get(section, ()) is None:
-            del values[section]
     if values.get("lora", ()) is None:
         raise SpecError("lora: empty", where, "write lora: {} for its defaults, or omit it to train every parameter")
     rename_aliases(values, where)
+    written = copy.deepcopy(values) if overrides else values
     for assignment in overrides:
         override(values, assignment)
-    try:
-        return RunSpec.model_validate(values)
-    except ValidationError as fault:
-        described = [_describe(error) for error in fault.errors()]
+    spec, described = _validated(values)
+    if spec is not None:
+        return spec
     count = f"{len(described)} errors: " if len(described) > 1 else ""
-    raise SpecError(count + "; ".join(described), where)
+    undoing = _undoing(written, values, described) if overrides else []
+    todo = f"undo what the file says with {' '.join(undoing)}" if undoing else None
+    raise SpecError(count + "; ".join(described), where, todo)
+
+
+def _validated(values: dict[str, Any]) -> tuple[RunSpec | None, list[str]]:
+    """The spec, or what is wrong with it; a section that is None is left out."""
+    given = {name: value for name, value in values.items() if value is not None or name not in RunSpec.model_fields}
+    try:
+        return RunSpec.model_validate(given), []
+    except ValidationError as fault:
+        return None, [_describe(error) for error in fault.errors()]
+
+
+def _undoing(written: dict[str, Any], values: dict[str, Any], faults: Sequence[str]) -> list[str]:
+    """Overrides that give fields of the file their defaults, where without them an override has fewer faults."""
+    found, undoing = _parts(faults), []
+    by_overrides = found.difference(_parts(_validated(written)[1]))
+    for section, fields in written.items():
+        kept = values.get(section)
+        if not by_overrides or not isinstance(fields, dict) or not isinstance(kept, dict):
+            continue
+        for key in fields:
+            if key not in kept or kept[key] != fields[key]:
+                continue  # an override changed it
+            without = {**values, section: {name: value for name, value in kept.items() if name != key}}
+            if (left := _parts(_validated(without)[1])) < found and by_overrides - left:
+                default = _section(section).model_fields[key].default
+                text = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
+                undoing.append(shlex.quote(f"{section}.{key}={text.splitlines()[0]}"))
+    return undoing
+
+
+def _parts(faults: Sequence[str]) -> set[str]:
+    """Each fault by itself: a section's check reports several in one."""
+    split = (fault.partition(": ") for fault in faults)
+    return {f"{path}: {part}" for path, _, text in split for part in text.split("; ")}
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:

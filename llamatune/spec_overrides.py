@@ -1,4 +1,4 @@
-"""Changes to a run spec as ``section.key=value``, and PEFT's spellings of its keys."""
+"""Changes to a run spec as ``section.key=value`` or ``section=null``, and PEFT's spellings of its keys."""
 
 from __future__ import annotations
 
@@ -24,18 +24,23 @@ def _overridden_field(assignment: str) -> tuple[str, ...]:
 
 
 def override(values: dict[str, Any], assignment: str) -> None:
-    """Set one field of a spec's plain values."""
+    """Set one field of a spec's plain values, or a whole section, which is None or a mapping."""
     *sections, name = _overridden_field(assignment)
-    if "=" not in assignment or not sections or not all((*sections, name)):
-        raise SpecError(f"{assignment!r} is no override", None, "write section.key=value, as in training.seed=1")
+    text = assignment.partition("=")[2]
+    value = parse_yaml(text, assignment) if text.strip() else None
+    is_section = not sections and (value is None or isinstance(value, dict))
+    if "=" not in assignment or not (sections or is_section) or not all((*sections, name)):
+        todo = "write section.key=value, as in training.seed=1, or section=null to leave a section out"
+        raise SpecError(f"{assignment!r} is no override", None, todo)
     for key in sections:
         if values.get(key) is None:
             values[key] = {}
         values = values[key]
         if not isinstance(values, dict):
             raise SpecError(f"{key!r} is not a section", assignment)
-    text = assignment.partition("=")[2]
-    values[name] = parse_yaml(text, assignment) if text.strip() else None
+    values[name] = value
+    if is_section:
+        rename_aliases(values, assignment)
 
 
 def refuse_twice(overrides: Sequence[str]) -> None:

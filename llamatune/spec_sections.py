@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from llamatune.spec_types import (
     Alpha,
     CheckpointingMode,
+    Epochs,
     Fraction,
     FromList,
     MemorySize,
@@ -22,6 +23,8 @@ from llamatune.spec_types import (
     TargetModules,
     WholeModules,
 )
+
+DEFAULT_EPOCHS = 5
 
 
 class Section(BaseModel):
@@ -124,7 +127,11 @@ class TrainingSection(Section):
     """How the weights are trained."""
 
     output_dir: PathText = Field(description="the run directory")
-    num_epochs: Positive | None = Field(None, description="passes over the rows; 5 if max_steps is not given either")
+    num_epochs: Epochs | None = Field(
+        None,
+        description=f"passes over the rows, {DEFAULT_EPOCHS} if max_steps is not given either; 0.5 or 2.5 ends inside "
+        "one, after a whole update",
+    )
     max_steps: Positive | None = Field(None, description="optimizer updates, in place of num_epochs")
     micro_batch_size: Positive = Field(1, description="rows in one forward pass")
     gradient_accumulation_steps: Positive = Field(8, description="micro-batches per update")
@@ -201,6 +208,11 @@ class EvaluationSection(Section):
     """When the validation loss is computed."""
 
     every_steps: Positive | None = Field(None, description="default: every epoch, when there is validation data")
+    at_start: bool = Field(
+        True,
+        description="when there is validation data, also before the first step, which comes later by that time; it "
+        "counts neither for best/ nor for patience",
+    )
     early_stopping_patience: Positive | None = Field(
         None, description="stop after this many evaluations in a row without a lower loss"
     )

@@ -1,11 +1,11 @@
-"""Types of the run spec's fields: paths, counts, fractions, target modules, recompute modes, memory sizes."""
+"""Types of the run spec's fields: paths, counts, epochs, fractions, target modules, recompute modes, memory sizes."""
 
 from __future__ import annotations
 
 import difflib
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 from llamatune.errors import SpecError
 from llamatune.home_directory import expand_home
@@ -65,7 +65,7 @@ def _memory_size(value: str) -> str:
     return value
 
 
-def _home_expanded(value: str) -> str:
+def _expanded(value: str) -> str:
     try:
         return expand_home(value)
     except SpecError as fault:
@@ -73,8 +73,15 @@ def _home_expanded(value: str) -> str:
 
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
-PathText = Annotated[NonEmptyText, AfterValidator(_home_expanded)]
+PathText = Annotated[NonEmptyText, AfterValidator(_expanded)]
 Positive = Annotated[int, Field(ge=1)]
+Epochs = Annotated[
+    float,
+    Field(gt=0),
+    AfterValidator(lambda value: int(value) if float(value).is_integer() else value),
+    PlainSerializer(lambda value: value),  # else a whole number would be written as 3.0
+]
+"""A number of passes over the rows, which may be a fraction; 3.0 is 3."""
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Alpha = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -33,6 +33,18 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
+def perplexity_text(value: float, places: int = 2) -> str:
+    """``12.35``, and ``1.2e+07`` from a million on, where more digits say nothing."""
+    return f"{value:.{places}f}" if value < 1e6 else f"{value:.2g}"
+
+
+def epoch_text(place: float, num_epochs: float) -> str:
+    """The epoch, from 1, at whose end or in which ``place`` lies; of a run that ends inside one ``place``: ``0.25``."""
+    if isinstance(num_epochs, int):
+        return f"{min(int(place - 1e-9) + 1, num_epochs)}"
+    return f"{min(place, num_epochs):.3g}"
+
+
 def parse_size(text: str, where: str) -> int:
     """Bytes of ``40GiB``, ``512 MiB`` or ``24GB``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text)

@@ -70,6 +70,68 @@ def test_every_fault_is_reported_at_once_with_its_key_path() -> None:
         assert part in message
 
 
+@pytest.mark.parametrize(("text", "written"), [("3", "3"), ("3.0", "3"), ("0.5", "0.5"), ("2.5e0", "2.5")])
+def test_a_number_of_epochs_may_be_a_fraction_and_a_whole_one_is_written_as_before(text: str, written: str) -> None:
+    made = spec(f"training.num_epochs={text}")
+    assert f"num_epochs: {written}\n" in made.to_yaml()
+    assert build_spec(yaml.safe_load(made.to_yaml()), "test") == made
+
+
+def test_a_whole_section_is_left_out_or_replaced() -> None:
+    adapter = "lora: {r: 8, dropout: 0.1}"
+    text = MINIMAL.replace("lora: {}", adapter) + "evaluation: {every_steps: 5}\n"
+    assert spec("lora=null", "model.dtype=float32", text=text).lora is None
+    assert spec("lora=", "model.dtype=float32", text=text).lora is None
+    assert spec("evaluation=null", text=text).evaluation.every_steps is None
+    replaced = spec("lora={lora_alpha: 3}", text=text).lora
+    assert replaced is not None
+    assert (replaced.r, replaced.alpha, replaced.dropout) == (16, 3, 0.05)
+    added = spec("lora={}", "model.dtype=float32", text=text.replace(adapter, "")).lora
+    assert added is not None
+    with pytest.raises(SpecError, match="lora is given 2 times"):
+        refuse_twice(["lora=null", "lora.r=8"])
+
+
+FILE = """
+model: {path: base, dtype: nf4, quantized_cache: cache}
+lora: {ranks: {q_proj: 8}, kind: dora, init_from: adapter}
+data: {train: prepared}
+training: {output_dir: runs/a, num_epochs: 3, warmup_steps: 10, optimizer: sgd, momentum: 0.9, nesterov: true,
+  min_learning_rate: 1e-6, learning_rate: 1e-4, fused: false}
+evaluation: {early_stopping_patience: 2, early_stopping_min_delta: 0.1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "undone"),
+    [
+        ("training.max_steps=20", "training.num_epochs=null"),
+        ("training.max_steps=5", "training.num_epochs=null training.warmup_steps=0"),
+        ("training.warmup_ratio=0.1", "training.warmup_steps=0"),
+        ("training.momentum=0.0", "training.nesterov=false"),
+        ("training.learning_rate=1e-7", "training.min_learning_rate=0.0"),
+        ("training.activation_checkpointing=projections", "training.fused=true"),
+        ("lora.target_modules=[v_proj]", "'lora.ranks={}'"),
+        ("lora.init=gaussian", "lora.init_from=null"),
+        ("evaluation.early_stopping_patience=null", "evaluation.early_stopping_min_delta=0.0"),
+        ("model.dtype=bfloat16", "model.quantized_cache=null"),
+    ],
+)
+def test_an_override_against_the_file_says_how_to_undo_what_the_file_says(override: str, undone: str) -> None:
+    message = refusal(override, text=FILE)
+    assert message.endswith(f": run.yaml: undo what the file says with {undone}")
+    spec(override, *undone.replace("'", "").split(), text=FILE)
+
+
+@pytest.mark.parametrize("override", ["training.min_learning_rate=1.0", "lora.r=0", "model.dtype=fp8", "lora=null"])
+def test_what_the_file_is_not_to_blame_for_names_nothing_of_it(override: str) -> None:
+    assert "undo" not in refusal(override, text=FILE)
+
+
+def test_a_file_that_contradicts_itself_is_not_set_against_an_override() -> None:
+    assert "undo" not in refusal("training.seed=1", text=FILE.replace("num_epochs: 3", "num_epochs: 3, max_steps: 9"))
+
+
 def test_pefts_spellings_are_accepted_but_not_beside_ours() -> None:
     made = spec(text=MINIMAL.replace("lora: {}", "lora: {lora_alpha: 8, lora_dropout: 0.2}"))
     assert (made.lora.alpha, made.lora.dropout) == (8, 0.2)  # type: ignore[union-attr]
@@ -103,6 +165,11 @@ def test_pefts_spellings_are_accepted_but_not_beside_ours() -> None:
         ("model.path=", "model.path"),
         ("seed=1", "section.key=value"),
         ("training", "section.key=value"),
+        ("lora=off", "section=null to leave a section out"),
+        ("model=null", "model: missing"),
+        ("seed=null", "seed: unknown key"),
+        ("training.num_epochs=0", "training.num_epochs: should be greater than 0"),
+        ("training.num_epochs=true", "valid number"),
     ],
 )
 def test_what_means_nothing_is_refused(override: str, part: str) -> None:

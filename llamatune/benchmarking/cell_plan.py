@@ -93,7 +93,8 @@ def _open(spec: RunSpec, on_event: OnEvent) -> Inputs | LlamatuneError:
 
 
 def _identity(task: Task, inputs: Inputs) -> str:
-    spec = task.spec.model_dump(mode="json", exclude={"training": {"output_dir"}, "tracking": True})
+    no_part: Any = {"training": {"output_dir"}, "evaluation": {"at_start"}, "tracking": True}
+    spec = task.spec.model_dump(mode="json", exclude=no_part)
     threads = threads_for(inputs.config, pass_tokens(task.spec, inputs.prepared.train))
     decisive: list[Any] = [spec, task.steps, task.seeds, task.memory_limit_bytes, inputs.digests]
     decisive += [__version__, torch.__version__, threads]

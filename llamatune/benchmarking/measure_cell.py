@@ -92,7 +92,7 @@ class Trial:
         """Train for ``steps`` updates (None: to the end of the last epoch), the first window within ``first``."""
         seconds: list[float] = []
         tokens: list[int] = []
-        window, last = 0, self.schedule.num_epochs * self.schedule.windows_per_epoch
+        window, last = 0, self.schedule.total_steps
         loss = float("nan")
         while len(seconds) < steps if steps is not None else window < last:
             started, passes = time.perf_counter(), self.schedule.passes(window, self.rule)

@@ -7,6 +7,7 @@ import time
 
 from llamatune import events
 from llamatune.errors import printable
+from llamatune.units import epoch_text, perplexity_text
 
 _PROGRESS_INTERVAL_S = 10.0
 
@@ -41,7 +42,7 @@ class KeyValueLines:
             case events.StepDone():
                 if event.step % self._log_every_steps and event.step != event.total_steps:
                     return None
-                epoch = f"epoch={min(int(event.epoch - 1e-9) + 1, event.num_epochs)}/{event.num_epochs}"
+                epoch = f"epoch={epoch_text(event.epoch, event.num_epochs)}/{event.num_epochs}"
                 measures = (
                     "loss:.4f learning_rate:.3g grad_norm:.3f tokens_per_second:.0f peak_memory_bytes elapsed_s:.1f"
                 )
@@ -52,15 +53,21 @@ class KeyValueLines:
                 return f"skipped {_fields(event, 'window loss_scale:g')}"
             case events.EvalDone():
                 best = " best=true" if event.best else ""
-                return f"eval {_fields(event, 'step loss:.4f perplexity:.4f')}{best}"
+                place = "" if event.step else " before_training=true"
+                shown = f"perplexity={perplexity_text(event.perplexity, 4)} seconds={event.seconds:.1f}"
+                return f"eval {_fields(event, 'step loss:.4f')} {shown}{best}{place}"
             case events.CheckpointSaved():
                 return f"saved step={event.step} path={printable(event.path)} seconds={event.seconds:.2f}"
             case events.EpochDone():
-                measures = "train_loss:.4f train_perplexity:.4f "
-                if event.validation_loss is not None:
-                    measures += "validation_loss:.4f validation_perplexity:.4f "
-                measures += "epoch_s:.1f tokens_per_second:.0f elapsed_s:.1f"
-                return f"epoch={event.epoch}/{event.num_epochs} {_fields(event, measures)}"
+                losses = {"train": (event.train_loss, event.train_perplexity)}
+                if event.validation_loss is not None and event.validation_perplexity is not None:
+                    losses["validation"] = (event.validation_loss, event.validation_perplexity)
+                shown = " ".join(
+                    f"{name}_loss={loss:.4f} {name}_perplexity={perplexity_text(perplexity, 4)}"
+                    for name, (loss, perplexity) in losses.items()
+                )
+                times = _fields(event, "epoch_s:.1f tokens_per_second:.0f elapsed_s:.1f")
+                return f"epoch={min(event.epoch, event.num_epochs)}/{event.num_epochs} {shown} {times}"
 
 
 def _fields(event: events.Event, names: str) -> str:

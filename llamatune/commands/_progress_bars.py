@@ -21,7 +21,7 @@ from rich.text import Text
 
 from llamatune import events
 from llamatune.errors import printable
-from llamatune.units import duration, gibibytes, perplexity
+from llamatune.units import duration, epoch_text, gibibytes, perplexity, perplexity_text
 
 _REDRAWN_EVERY_S = 0.5
 _LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
@@ -106,11 +106,16 @@ class ProgressBars:
                 return f"[yellow]overflow:[/] window {event.window}, loss scale {event.loss_scale:g}"
             case events.EvalDone():
                 best = "  [green]best so far[/]" if event.best else ""
-                return f"step {event.step}: validation loss {event.loss:.4f}, perplexity {event.perplexity:.2f}{best}"
+                when = f"step {event.step}" if event.step else f"before training ({duration(event.seconds)})"
+                return f"{when}: validation loss {_losses(event.loss, event.perplexity)}{best}"
             case events.EpochDone():
-                losses = f"train loss {event.train_loss:.4f}, perplexity {event.train_perplexity:.2f}"
-                return f"epoch {event.epoch} of {event.num_epochs}: {losses}"
+                epoch, losses = min(event.epoch, event.num_epochs), _losses(event.train_loss, event.train_perplexity)
+                return f"epoch {epoch} of {event.num_epochs}: train loss {losses}"
         return None
+
+
+def _losses(loss: float, perplexity: float) -> str:
+    return f"{loss:.4f}, perplexity {perplexity_text(perplexity)}"
 
 
 class Curve:
@@ -156,6 +161,7 @@ class TrainingPanel:
         self._losses = Curve()
         self._first: events.StepDone | None = None
         self._best: events.EvalDone | None = None
+        self._at_start: float | None = None
         self._step: events.StepDone | None = None
         self._evaluation: events.EvalDone | None = None
         self._saved: events.CheckpointSaved | None = None
@@ -167,6 +173,7 @@ class TrainingPanel:
                 self._losses.add(event.loss)
                 self._first, self._step = self._first or event, event
             case events.EvalDone():
+                self._at_start = self._at_start if event.step else event.loss
                 self._evaluation = event
                 self._best = event if event.best else self._best
             case events.CheckpointSaved():
@@ -187,7 +194,7 @@ class TrainingPanel:
         step, total, epoch = self._started.resumed_step, self._started.total_steps, ""
         if self._step is not None:
             step, epochs = self._step.step, self._started.num_epochs
-            epoch = f", epoch {min(int(self._step.epoch - 1e-9) + 1, epochs)} of {epochs}"
+            epoch = f", epoch {epoch_text(self._step.epoch, epochs)} of {epochs}"
         line = Table.grid(Column(ratio=1), Column(no_wrap=True, justify="right"), padding=(0, 2), expand=True)
         line.add_row(ProgressBar(total, step, complete_style="cyan"), f"step {step:,} of {total:,}{epoch}")
         return line
@@ -213,7 +220,7 @@ class TrainingPanel:
 
     def _loss(self, step: events.StepDone) -> RenderableType:
         line = Table.grid(Column(no_wrap=True), Column(ratio=1), padding=(0, 2), expand=True)
-        line.add_row(f"{step.loss:.4f}, perplexity {perplexity(step.loss):.2f}", self._losses)
+        line.add_row(_losses(step.loss, perplexity(step.loss)), self._losses)
         return line
 
     def _time(self, step: events.StepDone) -> str:
@@ -235,7 +242,12 @@ class TrainingPanel:
         return f"weights {weights}{adapter}, optimizer {gibibytes(memory.optimizer_bytes)}"
 
     def _validation(self, evaluation: events.EvalDone) -> str:
-        losses = f"{evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f} at step {evaluation.step:,}"
+        losses = _losses(evaluation.loss, evaluation.perplexity)
+        if not evaluation.step:
+            return f"{losses} before training"
+        losses = f"{losses} at step {evaluation.step:,}"
         if evaluation.best:
-            return f"{losses}, the best"
-        return f"{losses}; best {self._best.loss:.4f} at step {self._best.step:,}" if self._best else losses
+            losses = f"{losses}, the best"
+        elif self._best:
+            losses = f"{losses}; best {self._best.loss:.4f} at step {self._best.step:,}"
+        return f"{losses}; {self._at_start:.4f} before training" if self._at_start is not None else losses

@@ -1,4 +1,4 @@
-"""A verb as a Typer command: its signature made from an options class, values given once, ``~`` in paths expanded."""
+"""A verb as a Typer command: its signature made from an options class, values given once, ``~`` and ``$`` in paths."""
 
 from __future__ import annotations
 

@@ -52,10 +52,12 @@ def _print_table(out: RichConsole, payload: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from llamatune.units import perplexity_text
+
     percent = "{:.1%}".format
     measures: dict[str, tuple[str, Callable[[Any], str]]] = {
         "loss": ("loss, nats a token", "{:.4f}".format),
-        "perplexity": ("perplexity", "{:.4f}".format),
+        "perplexity": ("perplexity", lambda value: perplexity_text(value, 4)),
         "token_accuracy": ("token accuracy", percent),
         "correct": ("right answers", "{:,}".format),
         "accuracy": ("accuracy", percent),

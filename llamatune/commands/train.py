@@ -25,7 +25,8 @@ def train(options: TrainOptions, console: Console, launch: Launch) -> None:
         from llamatune.training.train import train as run_training
 
         if options.dry_run:
-            plan = plan_training(spec, force_base=options.force_base, on_event=console.on_event, ranks=ranks)
+            how = {"overwrite": options.overwrite, "force_base": options.force_base}
+            plan = plan_training(spec, **how, on_event=console.on_event, ranks=ranks)
             console.result(plan, lambda out: _print_plan(out, plan, spec.to_yaml()))
             return
         trackers = Trackers(spec, console.on_event) if ranks.is_first else None
@@ -57,7 +58,7 @@ def _print_plan(out: RichConsole, plan: dict[str, Any], resolved: str) -> None:
 def _print_summary(out: RichConsole, summary: dict[str, Any]) -> None:
     from rich.table import Column, Table
 
-    from llamatune.units import duration, energy, gibibytes
+    from llamatune.units import duration, energy, gibibytes, perplexity_text
 
     reserved = summary["peak_reserved_bytes"]
     held = "resident" if reserved is None else f"allocated, {gibibytes(reserved)} reserved"
@@ -70,15 +71,17 @@ def _print_summary(out: RichConsole, summary: dict[str, Any]) -> None:
     if summary.get("energy_j") is not None:  # not of earlier versions
         table.add_row("energy", f"{energy(summary['energy_j'])}, {summary['mean_power_w']:,.0f} W on average")
     table.add_row("trainable parameters", f"{summary['trainable_parameters']:,} ({summary['trainable_percent']:.2f} %)")
+    if summary.get("start_eval_loss") is not None:
+        table.add_row("validation loss before training", f"{summary['start_eval_loss']:.4f}")
     if summary["best_eval_loss"] is not None:
         table.add_row("best validation loss", f"{summary['best_eval_loss']:.4f} (step {summary['best_step']})")
     out.print(table)
     measures: dict[str, tuple[str, Callable[[Any], str]]] = {
         "epoch": ("epoch", str),
         "train_loss": ("train\nloss", "{:.4f}".format),
-        "train_perplexity": ("train\nperplexity", "{:.2f}".format),
+        "train_perplexity": ("train\nperplexity", perplexity_text),
         "validation_loss": ("validation\nloss", "{:.4f}".format),
-        "validation_perplexity": ("validation\nperplexity", "{:.2f}".format),
+        "validation_perplexity": ("validation\nperplexity", perplexity_text),
         "epoch_s": ("time", duration),
         "tokens_per_second": ("tokens/s", "{:,.0f}".format),
     }

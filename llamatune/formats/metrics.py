@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 from llamatune.durable_writing import disk_faults
 from llamatune.errors import CheckpointError, printable
-from llamatune.events import EvalDone, Step, StepSkipped
+from llamatune.events import EarlyStop, EvalDone, Step, StepSkipped
 from llamatune.formats.manifest import OtherVersion
 from llamatune.safe_reading import open_regular
 from llamatune.strict_json import parse_json
@@ -40,9 +40,9 @@ class LayerGradNorms:
     norms: Mapping[str, float]
 
 
-Record = Step | EvalDone | StepSkipped | LayerGradNorms
+Record = Step | EvalDone | StepSkipped | LayerGradNorms | EarlyStop
 _Flat = TypeVar("_Flat", Step, EvalDone, StepSkipped)
-_FIELDS = {kind.event: fields(kind) for kind in (Step, EvalDone, StepSkipped, LayerGradNorms)}
+_FIELDS = {kind.event: fields(kind) for kind in (Step, EvalDone, StepSkipped, LayerGradNorms, EarlyStop)}
 """What a line of each kind holds, in its order."""
 
 
@@ -83,8 +83,12 @@ class MetricsLog:
 
 @dataclass
 class Metrics:
-    """All records of a log; ``torn`` says that its last line is not whole."""
+    """All records of a log; ``torn`` says that its last line is not whole.
 
+    ``at_start`` is the evaluation before the first step, which is none of ``evaluations``.
+    """
+
+    at_start: EvalDone | None = None
     steps: list[Step] = field(default_factory=list)
     evaluations: list[EvalDone] = field(default_factory=list)
     skipped: list[StepSkipped] = field(default_factory=list)
@@ -113,6 +117,17 @@ def read_metrics(path: Path) -> Metrics:
             raise CheckpointError(str(reason), f"{path}:{number}", "was it edited?") from None
     metrics.torn = fault is not None
     return metrics
+
+
+def loss_at_start(path: Path) -> float | None:
+    """The validation loss before the first step, with which a log begins; None: it was not computed."""
+    for _, _, line in read_lines(path):
+        values = parse_line(line)
+        if values.get("event") == EvalDone.event:
+            evaluation = _checked(EvalDone, values)
+            return None if evaluation.step else evaluation.loss
+        break
+    return None
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -152,7 +167,12 @@ def _add(metrics: Metrics, values: Mapping[str, Any]) -> None:
             evaluation = _checked(EvalDone, values)
             if evaluation.step != last_step or (metrics.evaluations and metrics.evaluations[-1].step == last_step):
                 raise ValueError(f"no evaluation that can follow step {last_step}")
-            metrics.evaluations.append(evaluation)
+            if evaluation.step:
+                metrics.evaluations.append(evaluation)
+            elif metrics.at_start is not None:
+                raise ValueError("a second evaluation before the first step")
+            else:
+                metrics.at_start = evaluation
         case StepSkipped.event:
             metrics.skipped.append(_checked(StepSkipped, values))
         case LayerGradNorms.event:

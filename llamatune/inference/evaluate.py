@@ -42,17 +42,23 @@ class RowScore:
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Token-weighted means over rows: loss in nats, and the share of target tokens that were the likeliest."""
+    """Token-weighted means over rows: loss in nats, and the share of target tokens that were the likeliest.
+
+    ``broken`` are the numbers of the rows whose loss is not finite.
+    """
 
     loss: float
     target_tokens: int
     token_accuracy: float
+    broken: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, rows: Sequence[RowScore]) -> HeldOutLoss:
         """Every target token counts the same, whatever its row."""
         targets, correct = sum(row.target_tokens for row in rows), sum(row.correct_tokens for row in rows)
-        return cls(math.fsum(row.summed_loss for row in rows) / targets, targets, correct / targets)
+        broken = tuple(row.row for row in rows if not math.isfinite(row.summed_loss))
+        loss = math.nan if broken else math.fsum(row.summed_loss for row in rows) / targets
+        return cls(loss, targets, correct / targets, broken)
 
     @property
     def perplexity(self) -> float:
@@ -102,7 +108,9 @@ def held_out_loss(
     return HeldOutLoss.of(rows)
 
 
-MEMORY_ADVICE = "lower --batch-size, or use a 16-bit --dtype"
+def smaller_batches(batch_size: int) -> list[str]:
+    """Advice for when memory runs out."""
+    return ["lower --batch-size"] if batch_size > 1 else []
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,8 @@ def evaluate_prepared(
     check_tokenizer(prepared, opened.tokenizer_path, options.force_base, on_event)
     total = sum(min(len(part), options.limit or len(part)) for part in chosen.values())
     tokens = sum(sum(part.lengths[: options.limit]) for part in chosen.values())
-    with opened.computing(tokens * min(1.0, options.batch_size / total), MEMORY_ADVICE, on_event):
+    advice = opened.memory_advice(*smaller_batches(options.batch_size))
+    with opened.computing(tokens * min(1.0, options.batch_size / total), advice, on_event):
         loaded = opened.load(on_event, should_stop)
         models = loaded.by_prefix
         names: list[str] = []
@@ -194,7 +203,8 @@ def evaluate_prepared(
                 for row in (RowScore(*values) for values in rows):
                     if not math.isfinite(row.summed_loss):
                         where = f"{options.data}, row {row.row}"
-                        raise NumericsError("the loss is not finite", where, "try --dtype float32")
+                        todo = None if opened.dtype_name == "float32" else "try --dtype float32"
+                        raise NumericsError("the loss is not finite", where, todo)
                     scores[prefix].append(row)
                 if prefix == list(models)[-1]:
                     names += [name] * len(rows)

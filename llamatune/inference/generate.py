@@ -71,7 +71,8 @@ def generate(
     shown = [prompt_of_json(prompt) for prompt in ranks.from_first(asked)]
     ids = opened.encode(tokenizer, shown, sampling.max_new_tokens, on_event)
     beams, config = sampling.num_beams, opened.checkpoint.config
-    advice, rows = "use a 16-bit --dtype, or fewer --max-new-tokens", beams if beams > 1 else min(_BATCH, len(ids))
+    advice = opened.memory_advice("use fewer --max-new-tokens")
+    rows = beams if beams > 1 else min(_BATCH, len(ids))
     with opened.computing(rows, advice, on_event):
         models = opened.load(on_event, should_stop).by_prefix
         eos_ids = encoder.stop_ids(config)

@@ -27,7 +27,7 @@ from llamatune.errors import DataError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.answer_log import AnswerLog, open_answer_log
 from llamatune.inference.engine import complete
-from llamatune.inference.evaluate import MEMORY_ADVICE
+from llamatune.inference.evaluate import smaller_batches
 from llamatune.inference.model_source import OpenedModel, open_model
 from llamatune.inference.prompt_encoding import PromptEncoder
 from llamatune.inference.significance import exact_mcnemar, score_interval
@@ -187,7 +187,8 @@ def evaluate_gsm8k(
         del lines[len(lines) // options.batch_size * options.batch_size :]
         if log is not None:
             log.keep(len(lines))
-        stack.enter_context(opened.computing(min(options.batch_size, len(prompts)), MEMORY_ADVICE, on_event))
+        advice = opened.memory_advice(*smaller_batches(options.batch_size))
+        stack.enter_context(opened.computing(min(options.batch_size, len(prompts)), advice, on_event))
         eos_ids = encoder.stop_ids(opened.checkpoint.config)
         try:
             unanswered = questions[len(lines) :], prompts[len(lines) :]

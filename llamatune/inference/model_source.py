@@ -82,6 +82,16 @@ class OpenedModel:
         """``bfloat16`` or ``nf4``; of a checkpoint that mixes dtypes, that of the embedding, which it computes in."""
         return self.quantized or DTYPE_NAMES[self.dtype or _stored_dtype(self.checkpoint)]
 
+    def memory_advice(self, *others: str) -> str:
+        """What to change when memory runs out: ``others``, or to hold the weights in fewer bits than they are."""
+        in_fewer_bits = {
+            "float32": "use a 16-bit --dtype",
+            "bfloat16": "use --dtype float8 or nf4",
+            "float16": "use --dtype float8 or nf4",
+            "float8": "use --dtype nf4",
+        }
+        return ", or ".join([*others, *filter(None, [in_fewer_bits.get(self.dtype_name)])])
+
     @functools.cached_property
     def _changed(self) -> Checkpoint:
         """The base with what the adapter replaces in it."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llamatune.events import Step
+from llamatune.events import EvalDone, Step
 from llamatune.reporting.averages import Epoch
 from llamatune.reporting.chart_images import PALETTE, Chart
 from llamatune.reporting.run_reader import Run
@@ -44,6 +44,12 @@ class Curve:
     @property
     def steps(self) -> list[Step]:
         return self.run.metrics.steps
+
+    @property
+    def evaluations(self) -> list[EvalDone]:
+        """All of them, the one before the first step included."""
+        at_start = self.run.metrics.at_start
+        return [*([] if at_start is None else [at_start]), *self.run.metrics.evaluations]
 
     @property
     def series(self) -> str:
@@ -102,7 +108,7 @@ def _draw_loss(axes: Axes, curves: Sequence[Curve], value: Callable[[float], flo
         x = [step.step for step in curve.steps]
         _line(axes, curve, x, [value(step.loss) for step in curve.steps], linewidth=0.7, alpha=0.4)
         _line(axes, curve, x, [value(loss) for loss in curve.smoothed])
-        evaluations = curve.run.metrics.evaluations
+        evaluations = curve.evaluations
         evaluated = [evaluation.step for evaluation in evaluations]
         _line(axes, curve, evaluated, [value(evaluation.loss) for evaluation in evaluations], **curve.validation_style)
         peaks, heights = [spike.step for spike in curve.spikes], [value(spike.loss) for spike in curve.spikes]
@@ -209,7 +215,9 @@ def _draw_layers(axes: Axes, curve: Curve) -> None:
 def _describe_loss(curve: Curve) -> str:
     losses = [evaluation.loss for evaluation in curve.run.metrics.evaluations]
     held_out = f", lowest validation loss {min(losses):.4g}, last {losses[-1]:.4g}" if losses else ""
-    return f"smoothed loss from {curve.smoothed[0]:.4g} to {curve.smoothed[-1]:.4g}{held_out}"
+    at_start = curve.run.metrics.at_start
+    before = "" if at_start is None else f", validation loss before training {at_start.loss:.4g}"
+    return f"smoothed loss from {curve.smoothed[0]:.4g} to {curve.smoothed[-1]:.4g}{before}{held_out}"
 
 
 def make_charts(curves: Sequence[Curve]) -> list[Chart]:

@@ -71,7 +71,11 @@ def report_run(run: Run, smoothed: Sequence[float]) -> RunReport:
         figures=_figures(run, epochs, smoothed, count),
         diagnosis=replace(diagnosis, spikes=with_rows(run, diagnosis.spikes)),
         epochs=epochs,
-        evaluations=[{"step": e.step, "loss": e.loss, "perplexity": perplexity(e.loss)} for e in evaluations],
+        evaluations=[
+            {"step": done.step, "loss": done.loss, "perplexity": perplexity(done.loss)}
+            for done in (run.metrics.at_start, *evaluations)
+            if done is not None
+        ],
         parameters={} if count is None else {name: dict(facts) for name, facts in count.modules.items()},
         memory=_memory(run),
         ranks=[dict(_numbers(rank)) for rank in _ranks(run)],
@@ -111,7 +115,7 @@ def _figures(
     """The final figures. Most come from the log, so that unfinished runs can be compared too."""
     steps, evaluations = run.metrics.steps, run.metrics.evaluations
     summary = dict(_numbers(run.summary))
-    best = min(evaluations, key=lambda evaluation: evaluation.loss, default=None)
+    at_start, best = run.metrics.at_start, min(evaluations, key=lambda evaluation: evaluation.loss, default=None)
     last = evaluations[-1].loss if evaluations else None
     trainable = count.trainable_parameters if count else summary.get("trainable_parameters")
     total = count.total_parameters if count else summary.get("total_parameters")
@@ -120,6 +124,7 @@ def _figures(
         "epochs": steps[-1].epoch if steps else 0,
         "train_loss": epochs[-1].train_loss if epochs else None,
         "smoothed_train_loss": smoothed[-1] if smoothed else None,
+        "start_validation_loss": at_start.loss if at_start else None,
         "best_validation_loss": best.loss if best else None,
         "best_validation_step": best.step if best else None,
         "last_validation_loss": last,

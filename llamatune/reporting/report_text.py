@@ -30,6 +30,7 @@ _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "epochs": ("epochs", two_places),
     "train_loss": ("training loss, mean of the last epoch", loss),
     "smoothed_train_loss": ("training loss, smoothed, at the end", loss),
+    "start_validation_loss": ("validation loss before training", loss),
     "best_validation_loss": ("lowest validation loss", loss),
     "best_validation_step": ("  at step", whole),
     "last_validation_loss": ("last validation loss", loss),

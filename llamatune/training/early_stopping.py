@@ -1,6 +1,8 @@
-"""Early stopping: which evaluation is an improvement by more than ``min_delta``, and when patience ends the run."""
+"""Early stopping: an improvement by more than ``min_delta``, when patience ends the run, and how it goes on."""
 
 from __future__ import annotations
+
+from llamatune.events import EarlyStop
 
 
 def count_evaluation(
@@ -19,3 +21,12 @@ def count_evaluation(
 def out_of_patience(without_improvement: int, patience: int | None) -> bool:
     """Whether ``patience`` evaluations in a row were no improvement."""
     return patience is not None and without_improvement >= patience
+
+
+def describe_stop(stop: EarlyStop, min_delta: float, total_steps: int) -> str:
+    """Which evaluation ended the run, where the loss was lowest, and what to change to go on."""
+    count, least = stop.evaluations_without_improvement, f" by more than {min_delta:g}" if min_delta else ""
+    why = f"no lower validation loss in {count} evaluations{least}, the last with {stop.loss:.4f}"
+    lowest = f"the lowest was {stop.best_eval_loss:.4f} at step {stop.best_step:,}, which is in best/"
+    how = f"set evaluation.early_stopping_patience above {count}, or to null, and run the same command again to go on"
+    return f"stopped early after step {stop.step:,} of {total_steps:,}: {why}; {lowest}; {how}"

@@ -5,34 +5,35 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from llamatune.checkpoints.tensor_bytes import is_finite
-from llamatune.devices import gpu_facts
 from llamatune.durable_writing import write_atomic
 from llamatune.errors import CheckpointError, NumericsError, Stopped
 from llamatune.events import CheckpointSaved, EvalDone, Notice, OnEvent, ShouldStop, StepDone, StepSkipped
-from llamatune.formats.metrics import LayerGradNorms, read_metrics
+from llamatune.formats.metrics import LayerGradNorms, Metrics, read_metrics
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.ranks import ALONE, Ranks
 from llamatune.spec import RunSpec
 from llamatune.strict_json import dump_json
-from llamatune.training.early_stopping import out_of_patience
+from llamatune.training.early_stopping import describe_stop, out_of_patience
 from llamatune.training.gpu_meter import GpuMeter
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
+from llamatune.training.numerics_faults import numerics_fault
 from llamatune.training.rank_meter import RankMeter
 from llamatune.training.run_card import run_companions
 from llamatune.training.run_directory import RunDirectory, prune_checkpoints
 from llamatune.training.run_file_names import METRICS, SUMMARY
 from llamatune.training.run_memory import held_memory, peak_memory_bytes, peak_reserved_bytes
+from llamatune.training.run_summary import early_stop_of, summary_of
 from llamatune.training.save_and_resume import RunOutput
-from llamatune.training.schedule import Schedule, learning_rate_at
+from llamatune.training.schedule import Schedule, learning_rate_at, rate_jump
 from llamatune.training.spec_changes import LEAST_GAIN
 from llamatune.training.trainer_state import TrainerState
-from llamatune.training.training_step import make_update
+from llamatune.training.training_step import make_update, name_rows
 
 _SLOW_SAVE_S = 10.0
 
@@ -80,15 +81,30 @@ class TrainingLoop:
             )
         self.output.cut_log(metrics_bytes)
         self.ranks.wait()
-        if LEAST_GAIN in self.run.changed_fields:
-            losses = [evaluation.loss for evaluation in read_metrics(self.run.path / METRICS).evaluations]
-            self.progress.recount_patience(losses, self.spec.evaluation.early_stopping_min_delta)
+        if self.run.changed_fields:
+            self._follow_changes(read_metrics(self.run.path / METRICS))
         self._last_checkpoint = path
         self._prune(path)
+
+    def _follow_changes(self, logged: Metrics) -> None:
+        """What fields of the spec that changed since the run began make of what was computed before."""
+        if LEAST_GAIN in self.run.changed_fields:
+            losses = [done.loss for done in logged.evaluations]
+            self.progress.recount_patience(losses, self.spec.evaluation.early_stopping_min_delta)
+        if jump := rate_jump(self.spec.training, logged.steps, self.schedule.total_steps):
+            self._warn(jump)
+
+    @property
+    def evaluates_first(self) -> bool:
+        """Whether the validation loss comes before the first step; a run that goes on has that behind it."""
+        wanted = self.spec.evaluation.at_start and self.inputs.validation is not None
+        return wanted and self._last_checkpoint is None
 
     def execute(self) -> dict[str, Any]:
         """Train to the end; the summary of the run."""
         self._clock = time.monotonic() - self.progress.elapsed_s
+        if self.evaluates_first:
+            self._evaluate()
         while True:
             self._between_windows()
             if self._finished():
@@ -99,7 +115,7 @@ class TrainingLoop:
         if self.progress.step == 0:
             raise self._numerics_fault("no window made an update: every gradient overflowed fp16")
         self.output.write_final(self.progress)
-        summary = self._summary(time.monotonic() - self._clock)
+        summary = self._summary(self._early_stop())
         if self.ranks.is_first:
             write_atomic(self.run.path / SUMMARY, dump_json(summary))
         self.ranks.wait()
@@ -201,10 +217,10 @@ class TrainingLoop:
     def _out_of_work(self) -> bool:
         if self.spec.training.max_steps is not None:
             return self.progress.step >= self.spec.training.max_steps
-        return self.progress.window >= self.schedule.num_epochs * self.schedule.windows_per_epoch
+        return self.progress.window >= self.schedule.total_steps
 
     def _evaluate(self) -> None:
-        """Compute the validation loss; write ``best/`` if it is the lowest."""
+        """Compute the validation loss; write ``best/`` if it is the lowest of those after a step."""
         progress, validation, started = self.progress, self.inputs.validation, time.monotonic()
         assert validation is not None
         model, autocast, rows = self.learner.model, self.learner.autocast, self.spec.training.micro_batch_size
@@ -214,12 +230,12 @@ class TrainingLoop:
         except Stopped:
             self._stop()
         if not math.isfinite(result.loss):
-            raise self._numerics_fault("the validation loss is not finite")
+            raise self._numerics_fault("the validation loss is not finite", f"validation {name_rows(result.broken)}")
         done = EvalDone(
             step=progress.step,
             loss=result.loss,
             perplexity=result.perplexity,
-            best=progress.best_eval_loss is None or result.loss < progress.best_eval_loss,
+            best=progress.step > 0 and (progress.best_eval_loss is None or result.loss < progress.best_eval_loss),
             epoch=progress.window / self.schedule.windows_per_epoch,
             rows=len(validation),
             target_tokens=result.target_tokens,
@@ -258,42 +274,27 @@ class TrainingLoop:
         self.on_event(Notice(line, "warning"))
 
     def _numerics_fault(self, what: str, rows: object = None) -> NumericsError:
-        among = f", among {rows}" if rows else ""
-        training, step = self.spec.training, self.progress.step + 1
-        last = f"the last good checkpoint is {self._last_checkpoint}" if self._last_checkpoint else "nothing was saved"
-        return NumericsError(
-            f"{what} at step {step}{among} ({self.spec.model.dtype} weights, {training.precision})",
-            self.run.path,
-            f"{last}; lower training.learning_rate or set training.precision: fp32",
-        )
+        return numerics_fault(what, rows, self.spec, self.progress.step, self.run.path, self._last_checkpoint)
 
-    def _summary(self, runtime_s: float) -> dict[str, Any]:
-        progress, count, device = self.progress, self.inputs.count, self.learner.device
-        if stopped_early := not self._out_of_work():
-            steps = f"step {progress.step} of {self.schedule.total_steps}"
-            why = f"no lower validation loss in {progress.evaluations_without_improvement} evaluations"
-            lowest = f"the lowest was {progress.best_eval_loss:.4f} at step {progress.best_step}"
-            remedy = "with a larger evaluation.early_stopping_patience the same command goes on"
-            self.on_event(Notice(f"stopped early after {steps}: {why}, {lowest}; {remedy}"))
+    def _early_stop(self) -> dict[str, Any] | None:
+        """Log and report that patience ended the run, and how it goes on; what the summary has of it."""
+        if self._out_of_work():
+            return None
+        stop, least = early_stop_of(self.progress), self.spec.evaluation.early_stopping_min_delta
+        message = describe_stop(stop, least, self.schedule.total_steps)
+        self.output.log_durably(stop)
+        self.on_event(Notice(message))
+        return {**asdict(stop), "message": message}
+
+    def _summary(self, early_stop: dict[str, Any] | None) -> dict[str, Any]:
         return {
-            "steps": progress.step,
-            "train_loss": progress.epochs[-1]["train_loss"] if progress.epochs else None,
-            "best_eval_loss": progress.best_eval_loss,
-            "best_step": progress.best_step,
-            "trainable_parameters": count.trainable_parameters,
-            "total_parameters": count.total_parameters,
-            "trainable_percent": round(count.trainable_percent, 4),
-            "peak_memory_bytes": peak_memory_bytes(device),
-            "peak_reserved_bytes": peak_reserved_bytes(device),
-            "device": str(device),
-            "gpu": gpu_facts(device),
+            **summary_of(self.progress, self.inputs, self.learner.device),
             **self.gpu_meter.facts(self.ranks),
-            "runtime_s": runtime_s,
-            "tokens_per_second": progress.tokens / max(progress.training_s, 1e-9),
-            "epochs": progress.epochs,
-            "skipped_windows": progress.skipped_windows,
-            "stopped_early": stopped_early,
+            "start_eval_loss": self.output.loss_at_start(),
+            "runtime_s": time.monotonic() - self._clock,
+            "stopped_early": early_stop is not None,
+            "early_stop": early_stop,
             "output_dir": str(self.run.path),
-            **self._meter.facts(self.ranks, device),
+            **self._meter.facts(self.ranks, self.learner.device),
             **self.memory_facts,
         }

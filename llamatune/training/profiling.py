@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from llamatune.durable_writing import write_atomic
-from llamatune.events import Event, Notice, OnEvent, RunStarted, StepDone, StepSkipped
+from llamatune.events import EvalDone, Event, Notice, OnEvent, RunStarted, StepDone, StepSkipped
 
 
 @contextlib.contextmanager
@@ -28,11 +28,15 @@ def profiled(steps: int | None, device: torch.device, run: Path, on_event: OnEve
     windows = itertools.count(1)
     with contextlib.ExitStack() as tracing:
 
+        def begin(step: int) -> None:
+            tracing.enter_context(_traced(run / f"trace-from-step-{step:06d}.json", device, on_event))
+
         def observe(event: Event) -> None:
             on_event(event)
-            if isinstance(event, RunStarted):
-                trace = run / f"trace-from-step-{event.resumed_step + 1:06d}.json"
-                tracing.enter_context(_traced(trace, device, on_event))
+            if isinstance(event, RunStarted) and not event.evaluates_first:
+                begin(event.resumed_step + 1)
+            elif isinstance(event, EvalDone) and not event.step:
+                begin(1)
             elif isinstance(event, StepDone | StepSkipped) and next(windows) == steps:
                 tracing.close()
 

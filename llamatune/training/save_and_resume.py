@@ -22,7 +22,7 @@ from llamatune.devices import gpu_facts
 from llamatune.errors import CheckpointError
 from llamatune.events import EvalDone, ignore_event
 from llamatune.formats.manifest import Staging, build_directory
-from llamatune.formats.metrics import Record
+from llamatune.formats.metrics import Record, loss_at_start
 from llamatune.formats.state_json import checkpoint_path
 from llamatune.model.adapters.apply import adapter_parameters, restored_tensors, stored_tensors
 from llamatune.model.kernels.choice import kernels_in_use
@@ -35,7 +35,7 @@ from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.run_card import run_card
 from llamatune.training.run_directory import RunDirectory
-from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, MODEL
+from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL
 from llamatune.training.sharded_tensors import owned_runs, restore_runs
 from llamatune.training.trainer_state import TrainerState
 
@@ -67,6 +67,16 @@ class RunOutput:
         """Append a line to ``metrics.jsonl``."""
         if self.run.log is not None:
             self.run.log.append(record)
+
+    def log_durably(self, record: Record) -> None:
+        """Append a line that no checkpoint will sync."""
+        if self.run.log is not None:
+            self.run.log.append(record)
+            self.run.log.sync()
+
+    def loss_at_start(self) -> float | None:
+        """The validation loss before the first step, also where another process computed it; None: it was not."""
+        return self.ranks.from_first(loss_at_start(self.run.path / METRICS) if self.ranks.is_first else None)
 
     def cut_log(self, length: int) -> None:
         if self.run.log is not None:

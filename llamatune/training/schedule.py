@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 from llamatune.data.batches import Batch, Split
 from llamatune.data.packing import epoch_rows
 from llamatune.errors import SpecError
+from llamatune.events import Step
 from llamatune.shapes.gradient_lanes import count_lanes, deal_passes, own_lanes
 from llamatune.spec import RunSpec
-from llamatune.spec_sections import TrainingSection
+from llamatune.spec_sections import DEFAULT_EPOCHS, TrainingSection
 from llamatune.training.passes import SINGLE_MICRO_BATCHES, PassRule, join_micro_batches
 
 _WINDOWS_COUNTED = 1000
@@ -22,7 +25,8 @@ class Schedule:
     """How many accumulation windows an epoch has, which samples each of them trains on, and where the run ends.
 
     A row is one sample, or several packed ones. A window is a function of (seed, its number); the last one of an epoch
-    may be partial. ``SpecError`` if the warm-up is longer than the run.
+    may be partial. ``num_epochs`` is the spec's, or with ``max_steps`` the number of epochs begun; its last part is
+    rounded up to whole windows. ``SpecError`` if the warm-up is longer than the run.
     """
 
     def __init__(self, spec: RunSpec, train: Split) -> None:
@@ -33,10 +37,12 @@ class Schedule:
         self._rows_per_window = training.micro_batch_size * training.gradient_accumulation_steps
         self.windows_per_epoch = -(-self.rows // self._rows_per_window)
         if training.max_steps is not None:
-            self.num_epochs, self.total_steps = -(-training.max_steps // self.windows_per_epoch), training.max_steps
+            self.num_epochs: float = -(-training.max_steps // self.windows_per_epoch)
+            self.total_steps = training.max_steps
         else:
-            self.num_epochs = training.num_epochs or 5
-            self.total_steps = self.num_epochs * self.windows_per_epoch
+            self.num_epochs = training.num_epochs or DEFAULT_EPOCHS
+            # The decimal as it is written: the float 0.1 is above a tenth, and of 10 windows would take a second one.
+            self.total_steps = math.ceil(Fraction(str(self.num_epochs)) * self.windows_per_epoch)
         warmup_steps(training, self.total_steps)
 
     def _rows_of(self, epoch: int) -> list[list[int]]:
@@ -114,3 +120,19 @@ def learning_rate_at(spec: TrainingSection, step: int, total_steps: int) -> floa
     share = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     left = 1 - share if spec.lr_scheduler == "linear" else (1 + math.cos(math.pi * share)) / 2
     return spec.min_learning_rate + (spec.learning_rate - spec.min_learning_rate) * left
+
+
+def rate_jump(spec: TrainingSection, made: Sequence[Step], total_steps: int) -> str | None:
+    """What the learning rate jumps from and to, if the last update ``made`` had another rate than ``spec`` gives it.
+
+    None: it had not, or none is left to make.
+    """
+    if not made:
+        return None
+    last = made[-1]
+    following = learning_rate_at(spec, last.step, total_steps)
+    same = math.isclose(learning_rate_at(spec, last.step - 1, total_steps), last.learning_rate, rel_tol=1e-9)
+    if same or last.step >= total_steps:
+        return None
+    rates = f"from {last.learning_rate:.3g} at step {last.step:,} to {following:.3g} at step {last.step + 1:,}"
+    return f"the learning rate jumps {rates}, as lr_scheduler: {spec.lr_scheduler} over {total_steps:,} steps has it"

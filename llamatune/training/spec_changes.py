@@ -8,7 +8,7 @@ from typing import Any
 
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.spec import RunSpec, load_spec
-from llamatune.spec_sections import TrackingSection
+from llamatune.spec_sections import DEFAULT_EPOCHS, TrackingSection
 from llamatune.strict_json import read_json
 from llamatune.training.run_file_names import ORIGIN, SPEC
 
@@ -22,11 +22,13 @@ MAY_CHANGE = (
     "training.activation_checkpointing",
     "training.memory_limit",
     "training.rank_timeout_s",
+    "evaluation.at_start",  # which a run that goes on has behind it
     "model.memory_map",
     "model.placement",
     *(f"tracking.{name}" for name in TrackingSection.model_fields),
 )
-MAY_GROW = ("training.num_epochs", "training.max_steps")
+EPOCHS, STEPS = "training.num_epochs", "training.max_steps"
+MAY_GROW = (EPOCHS, STEPS)
 PATIENCE = "evaluation.early_stopping_patience"
 LEAST_GAIN = "evaluation.early_stopping_min_delta"
 
@@ -40,6 +42,14 @@ def _is_growth(field: str, was: Any, now: Any, after: Mapping[str, Any]) -> bool
     return field == LEAST_GAIN and after[PATIENCE] is None  # without patience it has no effect
 
 
+def _flat(spec: RunSpec) -> dict[str, Any]:
+    """Every value by its key path, the default number of epochs written out."""
+    values = spec.flat()
+    if values[EPOCHS] is None and values[STEPS] is None:
+        values[EPOCHS] = DEFAULT_EPOCHS
+    return values
+
+
 def accepted_changes(
     path: Path, spec: RunSpec, inputs: Mapping[str, Any], allowed: tuple[str, ...]
 ) -> list[dict[str, Any]]:
@@ -48,7 +58,7 @@ def accepted_changes(
     Raises:
         SpecError: other fields of the spec changed. CheckpointError: the base or the data did.
     """
-    before, after = load_spec(path / SPEC).flat(), spec.flat()
+    before, after = _flat(load_spec(path / SPEC)), _flat(spec)
     refused, accepted = [], []
     for field in sorted(before.keys() | after.keys()):
         was, now = before.get(field), after.get(field)
@@ -59,10 +69,13 @@ def accepted_changes(
         else:
             refused.append(f"{field}: {was} -> {now}")
     if refused:
+        allowing = " ".join(f"--allow-spec-change {change.partition(':')[0]}" for change in refused)
+        if len(refused) > 3:
+            allowing = "--allow-spec-change FIELD for each"
         raise SpecError(
             "the spec differs from the run's: " + "; ".join(refused),
             path / SPEC,
-            "restore it, choose another training.output_dir, or pass --allow-spec-change FIELD",
+            f"restore it, choose another training.output_dir, or pass {allowing}",
         )
     origin = read_json(path / ORIGIN)
     if changed := [f"{key}: {origin.get(key)} -> {inputs[key]}" for key in inputs if origin.get(key) != inputs[key]]:

@@ -33,7 +33,6 @@ from llamatune.training.run_directory import claim_run_directory, finished_summa
 from llamatune.training.run_file_names import CHECKPOINTS, ORIGIN
 from llamatune.training.run_memory import choose_passes, choose_run_placement, plan_run_memory, report_plan
 from llamatune.training.schedule import Schedule, pass_tokens
-from llamatune.training.trainer_state import TrainerState
 
 _STATE_BYTES = 8
 """Per trained parameter, at most: AdamW's two fp32 moments."""
@@ -66,7 +65,9 @@ def train(
             summary = ranks.from_first(summary)
             if summary is not None:
                 how = "stopped early" if summary.get("stopped_early") else "is finished"
-                on_event(Notice(f"{spec.training.output_dir} {how}: nothing to do"))
+                told = (summary.get("early_stop") or {}).get("message")
+                more = f" ({told})" if isinstance(told, str) else ""
+                on_event(Notice(f"{spec.training.output_dir} {how}: nothing to do{more}"))
                 return summary
         config, rows, device = inputs.config, inputs.prepared.train, inputs.device
         stack.enter_context(deterministic_kernels(spec.training.deterministic, device))
@@ -110,13 +111,13 @@ def train(
             compile_ahead(spec, learner, rows, on_event)
         loop = TrainingLoop(spec, inputs, schedule, learner, run, on_event, should_stop, memory_facts, meter, ranks)
         loop.resume()
-        _report_start(spec, inputs, schedule, loop.progress, on_event)
+        _report_start(spec, inputs, schedule, loop, on_event)
         return loop.execute()
 
 
-def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, progress: TrainerState, on_event: OnEvent) -> None:
+def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, loop: TrainingLoop, on_event: OnEvent) -> None:
     """Report what will be trained, and from which step on."""
-    samples, validation, count = len(inputs.prepared.train), inputs.validation, inputs.count
+    samples, validation, count, progress = len(inputs.prepared.train), inputs.validation, inputs.count, loop.progress
     if spec.data.packing:
         per_step, limit = samples / schedule.windows_per_epoch, spec.data.packed_tokens
         message = f"packing: {samples:,} samples in {schedule.rows:,} rows of at most {limit:,} tokens"
@@ -125,19 +126,25 @@ def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, progress: T
         RunStarted(
             count.trainable_parameters, count.total_parameters, samples, 0 if validation is None else len(validation),
             schedule.total_steps, schedule.num_epochs, progress.step, str(inputs.device), progress.elapsed_s,
+            loop.evaluates_first,
         )
     )  # fmt: skip
 
 
 def plan_training(
-    spec: RunSpec, *, force_base: bool = False, on_event: OnEvent = ignore_event, ranks: Ranks = ALONE
+    spec: RunSpec,
+    *,
+    overwrite: bool = False,
+    force_base: bool = False,
+    on_event: OnEvent = ignore_event,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Check everything that a run needs and count what it would do; nothing is loaded, trained or written."""
     inputs = open_inputs(spec, force_base, on_event, ranks)
     schedule = Schedule(spec, inputs.prepared.train)
     output = Path(spec.training.output_dir)
     if not (output / ORIGIN).is_file():
-        refuse_occupied(output, overwrite=False)
+        refuse_occupied(output, overwrite)
     config, rows, device = inputs.config, inputs.prepared.train, inputs.device
     report_slower_settings(spec, device, on_event)
     with deterministic_kernels(spec.training.deterministic, device):

@@ -94,13 +94,15 @@ class TrainerState:
         epoch.training_s += seconds
 
     def note_evaluation(self, done: EvalDone, min_delta: float) -> None:
-        """Count an evaluation: the lowest loss so far, and early stopping's patience."""
+        """Count an evaluation: the lowest loss so far, and early stopping's patience; before step 1 only its time."""
+        self.open_epoch.evaluation_s += done.seconds
+        if not done.step:
+            return
         if done.best:
             self.best_eval_loss, self.best_step = done.loss, done.step
         self._note_patience(done.loss, min_delta)
         self.evaluated_step = done.step
         self.open_epoch.validation_loss = done.loss
-        self.open_epoch.evaluation_s += done.seconds
 
     def _note_patience(self, loss: float, min_delta: float) -> None:
         counted = self.patience_loss, self.evaluations_without_improvement
@@ -112,7 +114,7 @@ class TrainerState:
         for loss in losses:
             self._note_patience(loss, min_delta)
 
-    def close_epoch(self, num_epochs: int, elapsed_s: float) -> EpochDone | None:
+    def close_epoch(self, num_epochs: float, elapsed_s: float) -> EpochDone | None:
         """End the current epoch; None if none of its windows made an update."""
         epoch, self.open_epoch = self.open_epoch, OpenEpoch(began_s=elapsed_s)
         self.closed_epochs += 1

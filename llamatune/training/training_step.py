@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,7 +105,12 @@ def make_update(
 
 def _rows_of(batches: Sequence[Batch]) -> str:
     """The first row numbers of a few passes, for a message."""
-    rows = sorted(row for batch in batches for row in batch.rows)
+    return name_rows([row for batch in batches for row in batch.rows])
+
+
+def name_rows(numbers: Iterable[int]) -> str:
+    """``rows 3, 5``, the first eight."""
+    rows = sorted(numbers)
     return f"rows {', '.join(map(str, rows[:8]))}" + (" ..." if len(rows) > 8 else "")
 
 

@@ -1,4 +1,4 @@
-"""What holds for every option of every verb: one value is given once, and a path may begin with ``~``."""
+"""What holds for every option of every verb: one value is given once, and paths hold ``~`` and variables."""
 
 from __future__ import annotations
 
@@ -112,12 +112,17 @@ def test_every_path_of_every_verb_is_expanded(
     verb: str, parameter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PLACE", "/scratch")
     for text, expected in (("~/x", tmp_path / "home/x"), ("~", tmp_path / "home"), ("a~/x", Path("a~/x")),
-                           ("./~/x", Path.cwd() / "~/x")):  # fmt: skip
+                           ("./~/x", Path.cwd() / "~/x"), ("$PLACE/x", Path("/scratch/x"))):  # fmt: skip
         given = _given(verb, parameter, text)
         assert given in (expected, [expected])
-    with pytest.raises(SpecError, match="no home directory of ~nobody-at-all"):
-        _given(verb, parameter, "~nobody-at-all/x")
+    for text, fault in (
+        ("~nobody-at-all/x", "no home directory of ~nobody-at-all"),
+        ("$ABSENT/x", "ABSENT is not set"),
+    ):
+        with pytest.raises(SpecError, match=fault):
+            _given(verb, parameter, text)
 
 
 def test_no_path_of_a_verb_is_forgotten_above() -> None:
@@ -148,12 +153,14 @@ def _paths(spec: RunSpec) -> list[Any]:
 
 def test_every_path_of_the_spec_is_expanded_and_written_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/anna")
-    spec = build_spec(SPEC, "test")
+    monkeypatch.setenv("RUNS", "~/runs")
+    spec = build_spec({**SPEC, "training": {"output_dir": "$RUNS/x"}}, "test")
     names = ["base", "cache", "adapter", "data", "other", "runs/x"]
     assert _paths(spec) == [f"/home/anna/{name}" for name in names]
     assert "~" not in spec.to_yaml()
     (tmp_path / "spec.yaml").write_text(spec.to_yaml())
     monkeypatch.setenv("HOME", "/elsewhere")
+    monkeypatch.delenv("RUNS")
     assert load_spec(tmp_path / "spec.yaml") == spec
     changed = load_spec(tmp_path / "spec.yaml", ["training.output_dir=~/y"])
     assert changed.training.output_dir == "/elsewhere/y"
@@ -172,9 +179,36 @@ def test_an_unknown_home_in_the_spec_is_one_line_with_its_key() -> None:
 
 def test_what_is_expanded_may_be_expanded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/anna")
-    for text in ("~", "~/x", "./~/x", ".//~x", "x", "/~/x", "x/~"):
+    monkeypatch.setenv("S", "/scratch")
+    for text in ("~", "~/x", "./~/x", ".//~x", "x", "/~/x", "x/~", "$S/x", "a/${S}", "$", "a$", "$1", "a$-b", "$$"):
         assert expand_home(expand_home(text)) == expand_home(text)
         assert not str(Path(expand_home(text))).startswith("~")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("$ABSENT/x", "the variable ABSENT is not set"),
+        ("x/${ABSENT}", "the variable ABSENT is not set"),
+        ("$EMPTY/x", "the variable EMPTY is empty"),
+        ("$NESTED/x", "a variable in it holds another variable"),
+        ("${ABSENT:-/tmp}/x", r"\$\{ is for a shell"),
+        ("run-$(date)", r"\$\( is for a shell"),
+    ],
+)
+def test_what_only_a_shell_can_expand_is_refused_with_the_reason(
+    text: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a spec and on the command line; but an entry that is called so can be named."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.setenv("NESTED", "a$EMPTY")
+    with pytest.raises(SpecError, match=f"^{fault}"):
+        expand_home(text)
+    with pytest.raises(SpecError, match=rf"training\.output_dir: {fault}"):
+        build_spec({**SPEC, "training": {"output_dir": text}}, "test")
+    (tmp_path / text).mkdir(parents=True)
+    assert expand_home(text) == text
 
 
 # Files that are there already.

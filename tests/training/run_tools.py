@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from llamatune.events import Event, Progress, StepDone, StepSkipped
+from llamatune.events import EvalDone, Event, Progress, RunStarted, StepDone, StepSkipped
 from llamatune.spec import RunSpec, build_spec
 from llamatune.training.train import train
 
@@ -111,14 +111,21 @@ def assert_same_outcome(found: Path, expected: Path, *, cards: bool = True) -> N
 
 
 class StopAfter:
-    """Asks for a stop once so many windows and validation batches have passed."""
+    """Asks for a stop once so many windows and validation batches have passed, without those before the first step."""
 
     def __init__(self, count: int) -> None:
-        self.left = count
+        self.left, self._begun = count, False
 
     def on_event(self, event: Event) -> None:
-        if isinstance(event, StepDone | StepSkipped) or (isinstance(event, Progress) and event.task == "evaluating"):
-            self.left -= 1
+        match event:
+            case RunStarted():
+                self._begun = not event.evaluates_first
+            case EvalDone():
+                self._begun = True
+            case StepDone() | StepSkipped():
+                self.left -= 1
+            case Progress("evaluating"):
+                self.left -= self._begun
 
     def should_stop(self) -> bool:
         return self.left <= 0

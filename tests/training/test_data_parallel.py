@@ -28,7 +28,7 @@ COMMON: dict[str, dict[str, Any]] = {
     "micro-batches": {},
     "joined passes": {"training__tokens_per_pass": 60},
     "packed": {
-        "data__packing": True, "data__packed_tokens": 40, "training__max_grad_norm": 0.5, "training__num_epochs": 3,
+        "data__packing": True, "data__packed_tokens": 40, "training__max_grad_norm": 0.5, "training__num_epochs": 2.5,
         "training__gradient_accumulation_steps": 3,
     },
 }  # fmt: skip

@@ -27,6 +27,7 @@ from run_tools import (
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import CheckpointSaved, EpochDone, EvalDone, Notice
 from llamatune.formats.manifest import MANIFEST
+from llamatune.reporting.run_reader import read_run
 from llamatune.safe_reading import digest_file
 from llamatune.spec import RunSpec
 from llamatune.training.early_stopping import out_of_patience
@@ -98,7 +99,7 @@ def test_a_run_without_enough_progress_stops_and_its_best_is_still_the_lowest(sp
     calm = train(spec_with("calm", **often))
     assert (eager["steps"], eager["stopped_early"]) == (4, True)
     assert calm["steps"] > 4
-    evaluations = metrics(Path(eager["output_dir"]), "eval")
+    evaluations = metrics(Path(eager["output_dir"]), "eval")[1:]  # the first is that before training
     best = min(evaluations, key=lambda line: line["loss"])
     assert best["step"] > 1, "or the lowest and what patience watches are the same"
     assert (eager["best_step"], eager["best_eval_loss"]) == (best["step"], best["loss"])
@@ -155,6 +156,7 @@ def test_an_epoch_is_kept_as_its_lines_add_up(spec_with: SpecWith, changes: dict
         inside = range(3 * epoch["epoch"] - 2, 3 * epoch["epoch"] + 1)
         lines = [line for line in steps if line["step"] in inside]
         held_out = [line for line in evaluations if line["step"] in inside]
+        timed = held_out if epoch["epoch"] > 1 else [evaluations[0], *held_out]  # with that before training
         tokens = sum(line["target_tokens"] for line in lines)
         mean = sum(line["loss"] * line["target_tokens"] for line in lines) / tokens
         assert epoch["target_tokens"] == tokens
@@ -162,7 +164,7 @@ def test_an_epoch_is_kept_as_its_lines_add_up(spec_with: SpecWith, changes: dict
         assert epoch["train_perplexity"] == pytest.approx(math.exp(mean))
         last = held_out[-1] if held_out else {"loss": None, "perplexity": None}
         assert (epoch["validation_loss"], epoch["validation_perplexity"]) == (last["loss"], last["perplexity"])
-        assert epoch["evaluation_s"] == pytest.approx(sum(line["seconds"] for line in held_out))
+        assert epoch["evaluation_s"] == pytest.approx(sum(line["seconds"] for line in timed))
         assert epoch["checkpoint_s"] == pytest.approx(sum(event.seconds for event in saves if event.step in inside))
         assert epoch["epoch_s"] > epoch["evaluation_s"] + epoch["checkpoint_s"]
         slowest, fastest = (pick(line["tokens_per_second"] for line in lines) for pick in (min, max))
@@ -281,12 +283,22 @@ def test_with_more_patience_it_goes_on_as_if_it_had_had_it_from_the_start(
     told = [event.message for event in events if isinstance(event, Notice) and "stopped early" in event.message]
     assert len(told) == 1
     assert told[0].startswith(f"stopped early after step {stop} of 12: no lower validation loss in 1 evaluations")
+    assert f"the lowest was {before['best_eval_loss']:.4f} at step {before['best_step']}, which is in best/" in told[0]
+    assert "set evaluation.early_stopping_patience above 1, or to null" in told[0]
+    run = Path(before["output_dir"])
+    (logged,) = metrics(run, "early_stop")
+    last = metrics(run, "eval")[-1]
+    assert (logged["step"], logged["loss"]) == (last["step"], last["loss"]) == (stop, last["loss"])
+    assert before["early_stop"] == {key: logged[key] for key in logged if key != "event"} | {"message": told[0]}
+    assert told[0] in read_run(run, "run").notices
     patient = {**RESTLESS, **first, **then}
     again, events = run_and_record(spec_with("parts", **{**RESTLESS, **first}))
     assert again == before
-    assert any(isinstance(event, Notice) and "stopped early: nothing to do" in event.message for event in events)
+    (again_told,) = [event.message for event in events if isinstance(event, Notice) and "nothing" in event.message]
+    assert again_told == f"{run} stopped early: nothing to do ({told[0]})"
     parts = train(spec_with("parts", **patient))
     assert parts["steps"] > stop
+    assert [line["step"] for line in metrics(run, "early_stop")] == [parts["steps"]] * parts["stopped_early"]
     whole = train(spec_with("whole", **patient))
     run, other = Path(whole["output_dir"]), Path(parts["output_dir"])
     assert_same_outcome(other, run)

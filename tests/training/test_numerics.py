@@ -13,6 +13,7 @@ from run_tools import adapter_tensors, files, last_checkpoint, make_spec, metric
 from safetensors.torch import load_file, save_file
 
 from llamatune.errors import NumericsError
+from llamatune.training.numerics_faults import numerics_fault
 from llamatune.training.train import train
 
 
@@ -108,8 +109,29 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run(
     (tmp_path / "good.jsonl").write_text("".join(line for n, line in enumerate(lines, 1) if n not in bad))
     split = prepared(tmp_path / "good.jsonl", validation=[tmp_path / "bad.jsonl"], limit=12)
     run = tmp_path / "run"
-    with pytest.raises(NumericsError, match="validation loss is not finite"):
-        train(make_spec(broken_base, split, run, training__max_steps=3, evaluation__every_steps=3))
+    with pytest.raises(NumericsError, match="validation loss is not finite at step 4, among validation rows 1, 2"):
+        last = {"at_start": False, "every_steps": 3}
+        train(make_spec(broken_base, split, run, training__max_steps=3, evaluation=last))
     assert not (run / "best").exists()
     assert not (run / "adapter").exists()
     assert len(metrics(run, "step")) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "advice"),
+    [
+        ({}, 3, "lower training.learning_rate"),
+        ({"training__max_grad_norm": None}, 3, "lower training.learning_rate or set training.max_grad_norm: 1.0"),
+        ({"training__precision": "tf32"}, 3, "lower training.learning_rate"),
+        ({"training__precision": "bf16"}, 3, "lower training.learning_rate or set training.precision: fp32"),
+        ({"training__precision": "fp16"}, 0, "set training.precision: fp32"),
+        ({}, 0, "see whether the weights of model.path are broken"),
+        ({"lora__init_from": "a"}, 0, "see whether the weights of model.path and lora.init_from are broken"),
+        ({"lora": None}, 0, "see whether the weights of model.path are broken"),
+    ],
+)
+def test_the_advice_names_nothing_that_the_spec_has(changes: dict[str, Any], steps: int, advice: str) -> None:
+    spec = make_spec(Path("base"), Path("data"), Path("run"), **changes)
+    fault = numerics_fault("the loss is not finite", None, spec, steps, Path("run"), None)
+    assert str(fault).endswith(f": run: nothing was saved; {advice}")
+    assert f"at step {steps + 1} (" in str(fault)

@@ -54,6 +54,7 @@ def test_a_changed_field_is_refused_and_shown(
     with pytest.raises(SpecError, match="the spec differs") as raised:
         train(spec_with(**change))
     assert shown in str(raised.value)
+    assert str(raised.value).endswith(f"or pass --allow-spec-change {shown.partition(':')[0]}")
     assert raised.value.exit_code == 2
     assert files(stopped) == before
 

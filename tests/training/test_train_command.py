@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_is_exit_code_6(
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     outcome = command("train", spec_file(), f"model.path={broken}", "--json")
     assert (outcome.code, outcome.stdout) == (6, "")
-    assert "the loss is not finite at step 1, among rows" in outcome.stderr.splitlines()[-1]
+    assert "the validation loss is not finite at step 1, among validation rows" in outcome.stderr.splitlines()[-1]
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -154,7 +154,7 @@ def test_a_log_that_is_no_terminal_has_one_line_a_report(command: Command, spec_
         f"epoch={epoch}/2 step={3 * (epoch - 1) + step}/6" for epoch in (1, 2) for step in (1, 2, 3)
     ]
     assert "\x1b" not in outcome.stderr
-    assert sum(line.startswith("eval step=") for line in outcome.stderr.splitlines()) == 2
+    assert sum(line.startswith("eval step=") for line in outcome.stderr.splitlines()) == 3
 
 
 def test_a_dry_run_trains_nothing(command: Command, spec_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -162,6 +162,12 @@ def test_a_dry_run_trains_nothing(command: Command, spec_file: Callable[..., Pat
     assert outcome.code == 0
     assert json.loads(outcome.stdout)["total_steps"] == 3
     assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").touch()
+    refused = command("train", spec_file(), "--dry-run")
+    assert (refused.code, "pass --overwrite" in refused.stderr) == (5, True)
+    assert command("train", spec_file(), "--dry-run", "--overwrite").code == 0
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
 
 
 def test_the_table_at_the_end_tells_what_was_trained(command: Command, spec_file: Callable[..., Path]) -> None:

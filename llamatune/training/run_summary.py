@@ -1,0 +1,47 @@
+"""The summary of a run, and how patience ended it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from llamatune.devices import gpu_facts
+from llamatune.events import EarlyStop
+from llamatune.training.inputs import Inputs
+from llamatune.training.run_memory import peak_memory_bytes, peak_reserved_bytes
+from llamatune.training.trainer_state import TrainerState
+
+
+def early_stop_of(progress: TrainerState) -> EarlyStop:
+    """The evaluation at which patience ended the run; its epoch is closed."""
+    assert progress.best_step is not None
+    assert progress.best_eval_loss is not None
+    return EarlyStop(
+        step=progress.evaluated_step,
+        loss=progress.epochs[-1]["validation_loss"],
+        evaluations_without_improvement=progress.evaluations_without_improvement,
+        best_step=progress.best_step,
+        best_eval_loss=progress.best_eval_loss,
+    )
+
+
+def summary_of(progress: TrainerState, inputs: Inputs, device: torch.device) -> dict[str, Any]:
+    """What the summary has of the trainer's state, the inputs and the device."""
+    count = inputs.count
+    return {
+        "steps": progress.step,
+        "train_loss": progress.epochs[-1]["train_loss"] if progress.epochs else None,
+        "best_eval_loss": progress.best_eval_loss,
+        "best_step": progress.best_step,
+        "trainable_parameters": count.trainable_parameters,
+        "total_parameters": count.total_parameters,
+        "trainable_percent": round(count.trainable_percent, 4),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_reserved_bytes": peak_reserved_bytes(device),
+        "device": str(device),
+        "gpu": gpu_facts(device),
+        "tokens_per_second": progress.tokens / max(progress.training_s, 1e-9),
+        "epochs": progress.epochs,
+        "skipped_windows": progress.skipped_windows,
+    }
