@@ -149,7 +149,9 @@ def _check_windows(options: PrepareOptions, formats: Mapping[Path, Format], toke
     for path, row_format in formats.items():
         if row_format.name != "text":
             what = f"--overlong split is for text rows, and these are {row_format.name} rows"
-            raise SpecError(what, path, "choose truncate, drop or error, or prepare text rows alone (data.train takes both)")
+            raise SpecError(
+                what, path, "choose truncate, drop or error, or prepare text rows alone (data.train takes both)"
+            )
     room = options.max_seq_length - len(tokenizer.beginning)
     if room < 2:
         raise SpecError("--max-seq-length has no room for windows", None, f"raise it above {options.max_seq_length}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from llamatune.data.batches import Prepared, Split
 from llamatune.events import Notice, OnEvent
 from llamatune.tokenizers.loading import load_tokenizer, tokenizer_file
 
+_ASCII_BYTE = re.compile(r"<0x([0-7][0-9A-F])>")
 _TAIL_TOKENS, _TAIL_CHARACTERS = 16, 12
 
 
@@ -63,6 +65,9 @@ def count_shared_rows(train: Split, validation: Split, pieces: Sequence[str]) ->
 
 
 def _plain(piece: str) -> str:
+    """A piece without white space and case; an ASCII character that is spelled as its byte is that character."""
+    if (byte := _ASCII_BYTE.fullmatch(piece)) is not None:
+        piece = chr(int(byte[1], 16))
     return "".join(piece.replace("▁", " ").split()).casefold()
 
 

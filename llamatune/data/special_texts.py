@@ -7,7 +7,8 @@ from collections.abc import Iterable
 _KNOWN = (
     "<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>",
     "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|endoftext|>", "<|user|>",
-    "<|assistant|>", "<|system|>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "[BOS]", "[EOS]",
+    "<|assistant|>", "<|system|>", "<bos>", "<eos>", "<unk>", "<pad>", "<start_of_turn>", "<end_of_turn>", "[BOS]",
+    "[EOS]",
 )  # fmt: skip
 """Of the templates that rows are often found in, whatever the tokenizer."""
 _SHORTEST = 3

@@ -54,6 +54,7 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent, ranks: Ranks
     check_precision(spec, device, on_event)
     prepared = open_prepared(*spec.data.train_paths)
     other = open_prepared(*spec.data.validation_paths) if spec.data.validation_paths else None
+    refuse_disagreement([*prepared.manifests, *(other.manifests if other else ())])
     validation = other.train if other else prepared.validation
     base = Path(spec.model.path)
     if spec.model.init == "random":
@@ -73,7 +74,6 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent, ranks: Ranks
     if validation is not None:
         directories = spec.data.validation_paths or spec.data.train_paths
         check_rows(validation, config, f"{_listed(directories)} against {base}", on_event)
-    refuse_disagreement([*prepared.manifests, *(other.manifests if other else ())])
     check_tokenizer(prepared, base, force_base, on_event)
     _report_templates(prepared, on_event)
     if ranks.is_first:
