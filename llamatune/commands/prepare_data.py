@@ -65,7 +65,7 @@ def _print_report(out: RichConsole, report: Mapping[str, Any]) -> None:
         return "" if not counts else " (" + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()) + ")"
 
     title = f"{report['format']} rows, template {printable(report['template']['name'])}"
-    if report["format"] == "chat" and report["train_on"]:
+    if "chat" in report["format"].split(", ") and report["train_on"]:
         title += f", targets: {report['train_on']}"
     table = Table(Column(style="bold"), "", title=title, title_justify="left", show_header=False)
 

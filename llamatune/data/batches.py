@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
@@ -78,12 +80,12 @@ class Split:
     def lengths(self) -> list[int]:
         return [end - start for file in self._files for start, end in itertools.pairwise(file.starts)]
 
-    def rows_of_ids(self) -> Iterator[list[int]]:
-        """The token ids of each row."""
+    def rows_of_ids(self) -> Iterator[NDArray[np.int32]]:
+        """The token ids of each row, in mapped memory."""
         for file in self._files:
             ids = file.ids.numpy()
             for start, end in itertools.pairwise(file.starts):
-                yield ids[start:end].tolist()
+                yield ids[start:end]
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The rows at ``indices``, in that order."""

@@ -184,7 +184,7 @@ def _keep(batch: EncodedBatch, recipe: Recipe, position: int, row: Row, windows:
     if special := recipe.special_texts.first_in(texts):
         batch.special_texts.append((position, special))
     for ids, targets, _ in windows:
-        batch.ids.extend(ids)
+        batch.ids.fromlist(ids)  # faster than extend, which takes any iterable
         batch.positions.append(position)
         batch.lengths.append(len(ids))
         batch.span_counts.append(len(targets))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -49,14 +50,16 @@ def copies_of(rows: Sequence[int], weight: float, seed: int, file: int) -> array
     windows of a document, are together.
     """
     whole = math.floor(weight)
-    numbers = sorted(set(rows))
-    count = round((weight - whole) * len(numbers))
+    ranks = array("Q", (_rank(number, seed, file) for number, _ in itertools.groupby(rows)))
+    count = round((weight - whole) * len(ranks))
     if not whole and not count:
-        count = min(1, len(numbers))
-    chosen = sorted(numbers, key=lambda number: _rank(number, seed, file))[:count]
-    extra = set(chosen)
-    return array("H", (whole + (number in extra) for number in rows))
+        count = min(1, len(ranks))
+    if not count:
+        return array("H", [whole]) * len(rows)
+    highest = sorted(ranks)[count - 1]
+    return array("H", (whole + (_rank(number, seed, file) <= highest) for number in rows))
 
 
-def _rank(number: int, seed: int, file: int) -> bytes:
-    return hashlib.blake2b(f"{file}:{number}".encode(), key=str(seed).encode(), digest_size=8).digest()
+def _rank(number: int, seed: int, file: int) -> int:
+    digest = hashlib.blake2b(f"{file}:{number}".encode(), key=str(seed).encode(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")

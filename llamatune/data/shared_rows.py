@@ -7,6 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llamatune.data.batches import Prepared, Split
 from llamatune.events import Notice, OnEvent
 from llamatune.tokenizers.loading import load_tokenizer, tokenizer_file
@@ -46,22 +49,24 @@ def count_shared_rows(train: Split, validation: Split, pieces: Sequence[str]) ->
     largest = max(train.largest_id, validation.largest_id)
     plain = [_plain(piece) for piece in pieces] + [f"<{number}>" for number in range(len(pieces), largest + 1)]
 
-    def text(ids: Sequence[int]) -> str:
-        return "".join([plain[token] for token in ids])
+    def text(ids: NDArray[np.int32]) -> str:
+        return "".join([plain[token] for token in ids.tolist()])
 
-    def tail(ids: Sequence[int]) -> str:
+    def tail(ids: NDArray[np.int32]) -> str:
         """The last characters: of most rows these suffice to tell that they differ."""
         last = text(ids[-_TAIL_TOKENS:])
         return (last if len(last) >= _TAIL_CHARACTERS else text(ids))[-_TAIL_CHARACTERS:]
 
-    held = list(validation.rows_of_ids())
-    tails = set(map(tail, held))
+    tails, held = set[str](), list[tuple[bytes, bytes]]()
+    for ids in validation.rows_of_ids():
+        tails.add(tail(ids))
+        held.append((_digest(ids.tobytes()), _digest(text(ids).encode(errors="surrogatepass"))))
     exact, near = set[bytes](), set[bytes]()
     for ids in train.rows_of_ids():
         if tail(ids) in tails:
-            exact.add(_digest(repr(ids)))
-            near.add(_digest(text(ids)))
-    return sum(_digest(repr(ids)) in exact for ids in held), sum(_digest(text(ids)) in near for ids in held)
+            exact.add(_digest(ids.tobytes()))
+            near.add(_digest(text(ids).encode(errors="surrogatepass")))
+    return sum(digest in exact for digest, _ in held), sum(digest in near for _, digest in held)
 
 
 def _plain(piece: str) -> str:
@@ -71,5 +76,5 @@ def _plain(piece: str) -> str:
     return "".join(piece.replace("▁", " ").split()).casefold()
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=8).digest()

@@ -19,13 +19,19 @@ class SpecialTexts:
 
     def __init__(self, special_tokens: Iterable[str]) -> None:
         texts = [text for text in dict.fromkeys((*special_tokens, *_KNOWN)) if len(text) >= _SHORTEST]
-        # Two characters tell of most rows that they have none: one search of a text for `<|` in place of 256.
+        # One character tells of most rows that they have none, two of most others: one search for `<|` in place of 256.
+        self._first_characters = {text[0] for text in texts}
         self._by_beginning: dict[str, list[str]] = {}
         for text in texts:
             self._by_beginning.setdefault(text[:2], []).append(text)
 
     def first_in(self, text: str) -> str | None:
         """The special text that comes first in ``text``; None: it has none."""
+        for character in self._first_characters:
+            if character in text:
+                break
+        else:
+            return None
         found = [
             special
             for beginning, specials in self._by_beginning.items()

@@ -152,7 +152,7 @@ def test_several_directories_are_read_as_one(prepare: Prepare, write_rows: Write
     assert len(split) == 15
     assert split.lengths == [len(ids) for ids, _, _ in rows]
     assert split.target_counts == [sum(mask) for _, mask, _ in rows]
-    assert list(split.rows_of_ids()) == [ids for ids, _, _ in rows]
+    assert [ids.tolist() for ids in split.rows_of_ids()] == [ids for ids, _, _ in rows]
     assert split.largest_id == max(max(ids) for ids, _, _ in rows)
     order = list(range(15))
     random.Random(2).shuffle(order)
