@@ -61,38 +61,41 @@ def _probe(
     options: MergeOptions, probe: Path, on_event: OnEvent, should_stop: ShouldStop
 ) -> Iterator[tuple[Split, str]]:
     """The rows of the probe, and their digest."""
-    rows = _rows_of_run(options) if probe == RUN and not probe.exists() else probe
-    if rows.is_dir():
-        prepared = open_prepared(rows)
+    of_run = probe == RUN and not probe.exists()
+    directories = _rows_of_run(options) if of_run else (probe,)
+    if of_run or probe.is_dir():
+        prepared = open_prepared(*directories)
         check_tokenizer(prepared, options.model, options.force_base, on_event)
         validation = prepared.validation if prepared.validation is not None and len(prepared.validation) else None
-        yield validation or prepared.train, prepared.manifest.digest
+        digest = prepared.digest
+        yield validation or prepared.train, digest if isinstance(digest, str) else " ".join(digest)
         return
-    digest = digest_file(rows, DataError)
+    digest = digest_file(probe, DataError)
     with tempfile.TemporaryDirectory() as scratch:
         asked = None if options.template == "none" else options.template  # none is stored, but rows have one
         template = asked or _stored_template(options, Path(scratch))
         encoded = Path(scratch) / "prepared"
         prepared_as = PrepareOptions(
-            [rows], options.model, encoded, template=template, validation_fraction=0, limit=MOST_ROWS
+            [probe], options.model, encoded, template=template, validation_fraction=0, limit=MOST_ROWS
         )
         prepare_data(prepared_as, on_event, should_stop)
         yield open_prepared(encoded).train, digest
 
 
-def _rows_of_run(options: MergeOptions) -> Path:
-    """The prepared directory that the run of the first adapter validated on."""
+def _rows_of_run(options: MergeOptions) -> tuple[Path, ...]:
+    """The prepared directories that the run of the first adapter validated on."""
     adapter, todo = options.adapters[0].resolve(), "give rows with --probe: a prepared directory, or a file"
     run = next((place for place in adapter.parents[:2] if (place / SPEC).is_file()), None)
     if run is None:
         raise SpecError("the adapter is in no run directory", adapter, todo)
     data = load_spec(run / SPEC).data
-    rows = Path(data.validation or data.train)
-    if not rows.is_dir():
-        raise SpecError(f"the rows of the run are not at {rows}", run / SPEC, todo)
-    if data.validation is None and not open_prepared(rows).validation:
-        raise SpecError("the run had no validation rows", rows, todo)
-    return rows
+    directories = data.validation_paths or data.train_paths
+    for directory in directories:
+        if not directory.is_dir():
+            raise SpecError(f"the rows of the run are not at {directory}", run / SPEC, todo)
+    if data.validation is None and not open_prepared(*directories).validation:
+        raise SpecError("the run had no validation rows", directories[0], todo)
+    return directories
 
 
 def _stored_template(options: MergeOptions, scratch: Path) -> str | None:

@@ -5,6 +5,7 @@ A field owns its name, default, bounds and description; docs/run-spec.md is made
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from llamatune.spec_types import (
     Alpha,
     CheckpointingMode,
+    Directories,
     Epochs,
     Fraction,
     FromList,
@@ -114,13 +116,31 @@ class LoraSection(Section):
 class DataSection(Section):
     """Which prepared rows."""
 
-    train: PathText = Field(description="a directory written by prepare-data")
-    validation: PathText | None = Field(None, description="another one; by default the split inside train")
+    train: Directories = Field(
+        description="a directory written by prepare-data, or a list of them, whose rows are joined in that order"
+    )
+    validation: Directories | None = Field(
+        None, description="another one, or a list; by default the validation splits inside train"
+    )
     packing: bool = Field(
         False, description="several samples in one row, attention within each sample; micro_batch_size counts rows"
     )
     packed_tokens: Positive = Field(2048, description="the most tokens in a packed row; a longer sample is a row alone")
     shuffle: bool = Field(True, description="a permutation of (seed, epoch); false keeps the file's order")
+
+    @property
+    def train_paths(self) -> tuple[Path, ...]:
+        """The directories of ``train``."""
+        return _paths(self.train)
+
+    @property
+    def validation_paths(self) -> tuple[Path, ...]:
+        """The directories of ``validation``; none where the splits inside ``train`` are used."""
+        return () if self.validation is None else _paths(self.validation)
+
+
+def _paths(named: str | tuple[str, ...]) -> tuple[Path, ...]:
+    return tuple(map(Path, (named,) if isinstance(named, str) else named))
 
 
 class TrainingSection(Section):

@@ -13,7 +13,11 @@ from llamatune.errors import SpecError
 class PrepareOptions(Options):
     """What ``prepare-data`` reads, how it encodes it, and where it writes."""
 
-    rows: Sequence[Path] = option("JSON Lines files or JSON lists of rows.", argument=True, metavar="ROWS...")
+    rows: Sequence[Path] = option(
+        "JSON Lines files or JSON lists of rows; with a weight, as FILE:0.5, a share of them, or repeated rows.",
+        argument=True,
+        metavar="ROWS...",
+    )
     tokenizer: Path = option("A tokenizer.model or tokenizer.json, or a directory that holds one.")
     output: Path = option("The directory to make.")
     format: str = option("auto, alpaca, gsm8k, chat, completion or text.", "auto", metavar="NAME")
@@ -25,15 +29,22 @@ class PrepareOptions(Options):
         shown_default="the format's own",
     )
     max_seq_length: int = option("Tokens of a row at most, BOS and EOS included.", 512, at_least=2, at_most=1 << 30)
-    overlong: Literal["truncate", "drop", "error"] = option(
-        "Rows beyond that: truncate, drop or error.", "truncate", metavar="POLICY"
+    overlong: Literal["truncate", "drop", "error", "split"] = option(
+        "Rows beyond that: truncate, drop, error, or split text rows into windows.", "truncate", metavar="POLICY"
+    )
+    stride: int = option(
+        "Of --overlong split: tokens that a window repeats of the one before, as context.",
+        0,
+        metavar="N",
+        at_least=0,
+        at_most=1 << 30,
     )
     validation_fraction: float | None = option(
         "Hold out about this share of the rows; 0: none.", None, metavar="F", at_least=0, below=1
     )
     validation: Sequence[Path] = option("A file of validation rows. Repeatable.", (), metavar="ROWS")
     limit: int | None = option("Read only the first N rows.", None, metavar="N", at_least=1, at_most=1 << 62)
-    seed: int = option("Decides which rows are held out.", 0, at_least=0, below=1 << 63)
+    seed: int = option("Decides which rows are held out, and which ones a weight takes.", 0, at_least=0, below=1 << 63)
     train_on: Literal["all-assistant", "last-assistant"] | None = option(
         "Of a chat: every answer, or the last one, is learned.",
         None,
@@ -57,5 +68,7 @@ class PrepareOptions(Options):
         super().__post_init__()
         if not self.rows:
             raise SpecError("no row files", None, "give at least one JSON or JSONL file")
+        if self.stride and self.overlong != "split":
+            raise SpecError("--stride is for --overlong split", None, "add it, or leave --stride out")
         if self.validation_fraction and self.validation:
             raise SpecError("--validation-fraction and --validation exclude each other", None, "give one of them")

@@ -71,11 +71,12 @@ def _lengths(
 ) -> tuple[Sequence[int], Sequence[int]]:
     """Lengths and target tokens of the rows: of the prepared data if there is any, else of rows of equal length."""
     from llamatune.events import Notice
-    from llamatune.formats.prepared import read_lengths
+    from llamatune.formats.prepared import read_lengths, split_path
 
-    prepared = Path(spec.data.train)
-    if options.max_seq_length is None and options.preset is None and (prepared / "train.safetensors").is_file():
-        return read_lengths(prepared)
+    prepared = spec.data.train_paths
+    made = all(split_path(path, "train").is_file() for path in prepared)
+    if options.max_seq_length is None and options.preset is None and made:
+        return read_lengths(*prepared)
     tokens = options.max_seq_length or min(512, config.max_position_embeddings)
     console.on_event(Notice(f"planned for rows of {tokens} tokens, all of them targets"))
     training = spec.training

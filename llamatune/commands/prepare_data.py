@@ -65,7 +65,7 @@ def _print_report(out: RichConsole, report: Mapping[str, Any]) -> None:
         return "" if not counts else " (" + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()) + ")"
 
     title = f"{report['format']} rows, template {printable(report['template']['name'])}"
-    if report["format"] == "chat" and report["train_on"]:
+    if "chat" in report["format"].split(", ") and report["train_on"]:
         title += f", targets: {report['train_on']}"
     table = Table(Column(style="bold"), "", title=title, title_justify="left", show_header=False)
 
@@ -76,15 +76,30 @@ def _print_report(out: RichConsole, report: Mapping[str, Any]) -> None:
     add("kept", f"{report['kept']:,}")
     truncated = f"{report['truncated']:,} rows, {report['truncated_tokens']:,} tokens"
     add("truncated", f"{truncated} (at {report['max_seq_length']:,})")
+    if count := report["split_rows"]:
+        windows, repeated = report["split_windows"], report["repeated_tokens"]
+        add("split", f"{count:,} rows into {windows:,} windows, {repeated:,} tokens repeated as context")
     add("dropped", f"{report['dropped']:,}{reasons(report['dropped_reasons'])}")
     add("refused", f"{report['refused']:,}{reasons(report['refused_reasons'])}")
-    add("duplicates", f"{report['duplicates']:,}")
+    loose = report["loose_duplicates"]
+    more = f" ({loose:,} without regard to white space and case)" if loose != report["duplicates"] and loose else ""
+    add("duplicates", f"{report['duplicates']:,}{more}")
+    if texts := report["special_texts"]:
+        add("special tokens as text", ", ".join(f"{text} ({n:,} rows)" for text, n in texts.items()))
     if count := report["prompts_not_prefix"]:
         add("prompts not a prefix", f"{count:,} (encoded alone they have other tokens than in their row)")
     if count := report["only_last"]:
         add("last answer alone", f"{count:,} (the template writes earlier answers in another way)")
     if report["ignored_keys"]:
         add("ignored keys", ", ".join(f"{key} ({n:,})" for key, n in report["ignored_keys"].items()))
+    if len(files := report["files"] or []) > 1 or any(file["weight"] not in (1, None) for file in files):
+        for file in files:
+            weight = "" if file["weight"] in (1, None) else f", weight {file['weight']:g}"
+            written = f"{file['train_rows']:,} in train, {file['validation_rows']:,} in validation"
+            add(
+                f"{file['format']} file",
+                f"{file['file']}: {file['kept']:,} of {file['rows_in']:,} rows{weight}, {written}",
+            )
     for name, split in report["splits"].items():
         tokens, targets = split["tokens"], split["target_tokens"]
         shown = f"{split['rows']:,} rows, {tokens:,} tokens, {targets:,} of them targets"

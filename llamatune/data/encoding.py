@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -13,11 +12,14 @@ from typing import TYPE_CHECKING
 from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.prefix_check import PromptCheck
+from llamatune.data.row_digests import exact_digest, loose_digest, texts_of
 from llamatune.data.row_files import RawRow, RowError
 from llamatune.data.row_formats import FORMATS, row_of, strip_annotations
 from llamatune.data.row_json import Row, decode_row
 from llamatune.data.segments import Conversation, Segment, Segments
+from llamatune.data.special_texts import SpecialTexts
 from llamatune.data.templates import Template
+from llamatune.data.windows import Window, split_windows
 from llamatune.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -45,6 +47,10 @@ class Recipe:
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         return frozenset(self.tokenizer.special_ids.values())
+
+    @functools.cached_property
+    def special_texts(self) -> SpecialTexts:
+        return SpecialTexts(self.tokenizer.special_ids)
 
     @functools.cached_property
     def chats(self) -> ChatEncoder | None:
@@ -76,13 +82,17 @@ class EncodedBatch:
 
     Args:
         ids: the tokens of all kept rows in order, BOS and EOS included.
-        positions: of the kept rows.
+        positions: of the kept rows; of a split row once for each of its windows.
         lengths: tokens of each kept row.
         targets: (first, last + 1) of each kept row's spans of target tokens (loss mask 1), one after the other.
         span_counts: of each kept row, the number of its spans.
         keys: a digest of each kept row's content: equal rows have equal keys.
+        loose_keys: the same without regard to white space and case.
         full_lengths: (position, tokens before truncation) of every row that was encoded.
         truncated: number of truncated rows; ``truncated_tokens`` is how many tokens they lost.
+        split_rows: number of rows that were split; ``split_windows`` is how many rows they became, ``repeated_tokens``
+            how many of their tokens are in one window more, as context.
+        special_texts: (position, text) of kept rows that hold the text of a special token.
         prompts_not_prefix: kept rows whose tokens do not begin with those of a prompt of theirs alone.
         only_last: kept chats of which the template lets only the last answer be trained, though earlier ones should be.
         dropped: (position, reason).
@@ -96,9 +106,14 @@ class EncodedBatch:
     targets: array[int] = field(default_factory=lambda: array("i"))
     span_counts: array[int] = field(default_factory=lambda: array("i"))
     keys: array[int] = field(default_factory=lambda: array("Q"))
+    loose_keys: array[int] = field(default_factory=lambda: array("Q"))
     full_lengths: list[tuple[int, int]] = field(default_factory=list)
     truncated: int = 0
     truncated_tokens: int = 0
+    split_rows: int = 0
+    split_windows: int = 0
+    repeated_tokens: int = 0
+    special_texts: list[tuple[int, str]] = field(default_factory=list)
     prompts_not_prefix: int = 0
     only_last: int = 0
     dropped: list[tuple[int, str]] = field(default_factory=list)
@@ -130,10 +145,12 @@ def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row, co
     ids, targets = conversation.segments.encode(tokenizer)
     batch.full_lengths.append((position, len(ids)))
     excess = len(ids) - options.max_seq_length
-    if excess > 0 and options.overlong != "truncate":
+    split = excess > 0 and options.overlong == "split"
+    if excess > 0 and options.overlong not in ("truncate", "split"):
         batch.dropped.append((position, "overlong"))
         return
-    end = min(len(ids), options.max_seq_length)  # the EOS is cut off too: the completion does not end here
+    # Truncation cuts off the EOS too: the completion does not end here.
+    end = len(ids) if split else min(len(ids), options.max_seq_length)
     if excess > 0 and not options.train_on_prompt:
         targets = [(first, min(last, end)) for first, last in targets if first < end]
     if targets and targets[0][0] == 0:  # nothing precedes the first token, not even a BOS if the tokenizer has none
@@ -142,7 +159,7 @@ def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row, co
     if all(ids[at] in recipe.special_ids for first, last in targets for at in range(first, last)):
         batch.dropped.append((position, "no_target_tokens"))
         return
-    if excess > 0:
+    if end < len(ids):
         batch.truncated += 1
         batch.truncated_tokens += excess
     is_prompted = conversation.is_prompted and recipe.prompt_check.are_prefixes(conversation, ids)
@@ -150,12 +167,29 @@ def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row, co
     batch.only_last += conversation.only_last
     if options.train_on_prompt:
         targets = [(1, end)]
-    batch.ids.extend(ids[:end] if excess > 0 else ids)
-    batch.positions.append(position)
-    batch.lengths.append(end)
-    batch.span_counts.append(len(targets))
-    for first, last in targets:
-        batch.targets.append(first)
-        batch.targets.append(last)
-    content = repr((sorted(row.fields.items()), row.turns, row.completion, *([row.trained] if row.trained else ())))
-    batch.keys.append(int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little"))
+    if not split:
+        _keep(batch, recipe, position, row, [Window(ids[:end] if excess > 0 else ids, targets, 0)])
+        return
+    windows = split_windows(ids, targets, len(tokenizer.beginning), options.max_seq_length, options.stride)
+    batch.split_rows += 1
+    batch.split_windows += len(windows)
+    batch.repeated_tokens += sum(window.repeated for window in windows)
+    _keep(batch, recipe, position, row, windows)
+
+
+def _keep(batch: EncodedBatch, recipe: Recipe, position: int, row: Row, windows: Sequence[Window]) -> None:
+    """Add a row, in one window or several."""
+    texts, key = texts_of(row), exact_digest(row)
+    loose_key = loose_digest(texts)
+    if special := recipe.special_texts.first_in(texts):
+        batch.special_texts.append((position, special))
+    for ids, targets, _ in windows:
+        batch.ids.fromlist(ids)  # faster than extend, which takes any iterable
+        batch.positions.append(position)
+        batch.lengths.append(len(ids))
+        batch.span_counts.append(len(targets))
+        for first, last in targets:
+            batch.targets.append(first)
+            batch.targets.append(last)
+        batch.keys.append(key)
+        batch.loose_keys.append(loose_key)

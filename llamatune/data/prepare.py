@@ -17,20 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.command_options.preparation import PrepareOptions
-from llamatune.data.encoding import Recipe
+from llamatune.data.division import divide
+from llamatune.data.encoding import EncodedBatch
 from llamatune.data.prepare_report import (
     Counts,
+    FileCounts,
     bad_rows_error,
     no_rows_error,
     overlong_error,
     report_of,
     row_facts,
     shown_path,
+    warnings_of,
 )
-from llamatune.data.resolve_options import check_options, input_files, resolve_options, train_on
+from llamatune.data.resolve_options import Plan, Source, check_options, input_files, resolve_options, train_on
 from llamatune.data.row_files import RawRow, read_raw_rows
 from llamatune.data.spool import Spool
-from llamatune.data.validation_split import held_out_rows
 from llamatune.data.workers import default_workers, encode_batches
 from llamatune.durable_writing import refuse_occupied
 from llamatune.errors import DataError, EnvironmentFault, Stopped
@@ -65,17 +67,17 @@ def prepare_data(
     if not has_manifest(options.output):
         refuse_occupied(options.output, options.overwrite)
     state = [_file_state(path) for path in input_files(options)]
-    recipe, inputs = resolve_options(options, on_event)
-    if not options.overwrite and (manifest := finished_product(options.output, KIND, inputs)):
+    plan = resolve_options(options, on_event)
+    if not options.overwrite and (manifest := finished_product(options.output, KIND, plan.inputs)):
         with contextlib.suppress(KeyError):  # an earlier version wrote fewer facts
             report = report_of(options.output, manifest.facts, unchanged=True)
             if report["refused"] <= options.skip_bad_rows:
                 return report
-    with build_directory(options.output, KIND, inputs, options.overwrite) as staging:
+    with build_directory(options.output, KIND, plan.inputs, options.overwrite) as staging:
         total_bytes = sum(path.stat().st_size for path in input_files(options))
         if workers is None:
             workers = default_workers(total_bytes)
-        _Job(recipe, staging, on_event, should_stop, workers, total_bytes).run()
+        _Job(plan, staging, on_event, should_stop, workers, total_bytes).run()
         if [_file_state(path) for path in input_files(options)] != state:
             raise DataError("a row file was changed while it was read", None, "run the same command again")
     return report_of(options.output, staging.facts, unchanged=False)
@@ -95,7 +97,7 @@ def _file_state(path: Path) -> tuple[int, int, int]:
 class _Job:
     """One preparation: from reading the first row to the files in the staging directory."""
 
-    recipe: Recipe
+    plan: Plan
     staging: Staging
     on_event: OnEvent
     should_stop: ShouldStop
@@ -104,86 +106,88 @@ class _Job:
     done_bytes: int = 0
     reported_at: float = field(default_factory=time.monotonic)
     counts: Counts = field(default_factory=Counts)
+    files: list[FileCounts] = field(default_factory=list)
     first_refused: str = ""
 
     def run(self) -> None:
-        options, path = self.recipe.options, self.staging.path
+        plan, options, path = self.plan, self.plan.options, self.staging.path
         with contextlib.ExitStack() as stack:
             refused = stack.enter_context((path / "refused.jsonl").open("x", encoding="utf-8"))
             train = stack.enter_context(contextlib.closing(Spool(path / "train.spool")))
-            self._encode(options.rows, options.limit, train, refused.write)
+            self._encode(plan.train, options.limit, train, refused.write)
             validation = None
-            if options.validation:
+            if plan.validation:
                 validation = stack.enter_context(contextlib.closing(Spool(path / "validation.spool")))
-                self._encode(options.validation, None, validation, refused.write)
+                self._encode(plan.validation, None, validation, refused.write)
             counts = self.counts
             if counts.refused > options.skip_bad_rows:
                 raise bad_rows_error(counts, self.first_refused)
-            for spool, files in ((train, options.rows), (validation, options.validation)):
+            for spool, sources in ((train, plan.train), (validation, plan.validation)):
                 if spool is not None and not len(spool):
-                    raise no_rows_error(counts, files)
-            if counts.prompts_not_prefix:
-                remedy = (
-                    ": drop the space at the end of the template or prompt, and begin the template's before_completion "
-                    "with a space or a newline"
-                )
-                self._warn(
-                    f"{counts.prompts_not_prefix:,} of {counts.kept:,} rows begin with other tokens than their prompt "
-                    "encoded alone, so generate will not continue it as trained" + ("" if self.recipe.chats else remedy)
-                )
-            if counts.only_last:
-                self._warn(
-                    f"{counts.only_last:,} of {counts.kept:,} chats train their last answer alone, since the template "
-                    "writes earlier answers in another way than the last one"
-                )
+                    raise no_rows_error(counts, [source.path for source in sources])
+            for warning in warnings_of(counts, has_chats=plan.recipe.chats is not None):
+                self._warn(warning)
             splits = self._write(train, validation)
         if not counts.refused:
             (path / "refused.jsonl").unlink()
         self.staging.facts.update(self._facts(splits))
 
-    def _encode(self, files: Sequence[Path], limit: int | None, spool: Spool, refuse: Callable[[str], object]) -> None:
-        """Read, encode, count and spool the rows of ``files``; ``refuse`` writes a line of ``refused.jsonl``."""
-        options = self.recipe.options
-        batches, read = itertools.tee(_batches(files, limit))
-        encoded = encode_batches(self.recipe, (rows for _, _, rows in read), self.workers, self._check_stop)
-        with contextlib.closing(encoded):
-            for batch, (path, first_row, rows) in zip(encoded, batches, strict=True):
-                self.counts.add(batch, path, rows)
-                for position, _, message in batch.refused:
-                    self.first_refused = self.first_refused or f"{rows[position].place(shown_path(path))}: {message}"
-                    line = {**row_facts(rows[position], path), "reason": message}
-                    refuse(json.dumps(line, ensure_ascii=True) + "\n")
-                overlong = next((position for position, reason in batch.dropped if reason == "overlong"), None)
-                if options.overlong == "error" and overlong is not None:
-                    raise overlong_error(batch, overlong, path, rows[overlong], options.max_seq_length)
-                spool.add(batch, first_row)
-                self.done_bytes += sum(len(row.data) for row in rows)
-                now = time.monotonic()
-                if now - self.reported_at >= _PROGRESS_EVERY_S:
-                    self.reported_at, done = now, min(self.done_bytes, self.total_bytes)
-                    self.on_event(Progress("bytes of rows encoded", done, self.total_bytes))
+    def _encode(
+        self, sources: Sequence[Source], limit: int | None, spool: Spool, refuse: Callable[[str], object]
+    ) -> None:
+        """Read, encode, count and spool the rows of ``sources``; ``refuse`` writes a line of ``refused.jsonl``."""
+        number = 1
+        for recipe, alike in itertools.groupby(sources, key=lambda source: source.recipe):
+            batches, read = itertools.tee(_batches(list(alike), number, limit))
+            encoded = encode_batches(recipe, (rows for _, _, rows in read if rows), self.workers, self._check_stop)
+            with contextlib.closing(encoded):
+                for source, first_row, rows in batches:
+                    if not rows:
+                        self._begin_file(source, spool)
+                        continue
+                    self._add(next(encoded), source.path, first_row, rows, spool, refuse)
+                    number = first_row + len(rows)
+
+    def _begin_file(self, source: Source, spool: Spool) -> None:
+        recipe, weight = source.recipe, None if spool.path.stem == "validation" else source.weight
+        self.files.append(FileCounts(shown_path(source.path), recipe.format, recipe.template.name, weight))
+        spool.begin_file()
+
+    def _add(
+        self,
+        batch: EncodedBatch,
+        path: Path,
+        first_row: int,
+        rows: list[RawRow],
+        spool: Spool,
+        refuse: Callable[[str], object],
+    ) -> None:
+        options = self.plan.options
+        self.counts.add(batch, path, rows, self.files[-1])
+        for position, _, message in batch.refused:
+            self.first_refused = self.first_refused or f"{rows[position].place(shown_path(path))}: {message}"
+            line = {**row_facts(rows[position], path), "reason": message}
+            refuse(json.dumps(line, ensure_ascii=True) + "\n")
+        overlong = next((position for position, reason in batch.dropped if reason == "overlong"), None)
+        if options.overlong == "error" and overlong is not None:
+            raise overlong_error(batch, overlong, path, rows[overlong], options.max_seq_length)
+        spool.add(batch, first_row)
+        self.done_bytes += sum(len(row.data) for row in rows)
+        now = time.monotonic()
+        if now - self.reported_at >= _PROGRESS_EVERY_S:
+            self.reported_at, done = now, min(self.done_bytes, self.total_bytes)
+            self.on_event(Progress("bytes of rows encoded", done, self.total_bytes))
 
     def _write(self, train: Spool, validation: Spool | None) -> dict[str, dict[str, int]]:
-        fraction, seed = self.recipe.options.validation_fraction, self.recipe.options.seed
-        train_keys = set(train.keys)
-        self.counts.duplicates = len(train) - len(train_keys)
-        parts: dict[str, tuple[Spool, Sequence[int]]] = {"train": (train, b"\1" * len(train))}
-        if validation is not None:
-            both = sum(key in train_keys for key in validation.keys)
-            self.counts.duplicates += len(validation) - len(set(validation.keys))
-            self.counts.validation_rows_in_train = both
-            if both:
-                self._warn(f"{both} validation rows are training rows too")
-            parts["validation"] = validation, b"\1" * len(validation)
-        elif fraction:
-            held_out = held_out_rows(train.keys, fraction, seed)
-            if any(held_out):
-                parts = {"train": (train, bytes(1 - held for held in held_out)), "validation": (train, held_out)}
-            else:
-                self._warn("all rows are equal, so none was held out for validation")
+        plan = self.plan
+        parts = divide(train, validation, plan, self.counts, self._warn)
+        for split, part in parts.items():
+            of_spool = self.files[: len(plan.train)] if part.spool is train else self.files[len(plan.train) :]
+            for totals, (begin, end) in zip(of_spool, part.spool.file_spans(), strict=True):
+                setattr(totals, f"{split}_rows", sum(part.copies[begin:end]))
         return {
-            split: spool.write_split(self.staging, split, wanted, self._check_stop)
-            for split, (spool, wanted) in parts.items()
+            split: part.spool.write_split(self.staging, split, part.copies, self._check_stop)
+            for split, part in parts.items()
         }
 
     def _check_stop(self) -> None:
@@ -194,11 +198,13 @@ class _Job:
         self.on_event(Notice(message, "warning"))
 
     def _facts(self, splits: dict[str, dict[str, int]]) -> dict[str, Any]:
-        options, recipe, tokenizer = self.recipe.options, self.recipe, self.recipe.tokenizer
+        plan, options, recipe = self.plan, self.plan.options, self.plan.recipe
+        tokenizer, of_chats = recipe.tokenizer, [found for found in plan.recipes if found.chats is not None]
+        stop_ids = [found.chats.stop_id for found in of_chats if found.chats is not None]
         return {
-            "format": recipe.format,
+            "format": ", ".join(found.format for found in plan.recipes),
             "template": recipe.template.to_dict(),
-            END_OF_TURN: None if recipe.chats is None else recipe.chats.stop_id,
+            END_OF_TURN: stop_ids[0] if stop_ids else None,
             "tokenizer": {
                 "fingerprint": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,
@@ -208,10 +214,11 @@ class _Job:
             "max_seq_length": options.max_seq_length,
             "overlong": options.overlong,
             "train_on_prompt": options.train_on_prompt,
-            "train_on": train_on(recipe),
-            "row_files": list(map(shown_path, options.rows)),
+            "train_on": train_on(of_chats[0] if of_chats else recipe),
+            "row_files": [shown_path(source.path) for source in plan.train],
             "validation_files": list(map(shown_path, options.validation)),
             **self.counts.facts(),
+            "files": list(map(vars, self.files)),
             "train_rows": splits["train"]["rows"],
             "validation_rows": splits.get("validation", {"rows": 0})["rows"],
             "tokens": sum(split["tokens"] for split in splits.values()),
@@ -220,20 +227,23 @@ class _Job:
         }
 
 
-def _batches(files: Sequence[Path], limit: int | None) -> Iterator[tuple[Path, int, list[RawRow]]]:
-    """Batches of rows, each of one file, with the file and the number of the batch's first row, counted from 1."""
-    number = 1
-    for path in files:
+def _batches(sources: Sequence[Source], number: int, limit: int | None) -> Iterator[tuple[Source, int, list[RawRow]]]:
+    """Batches of rows, each of one file, with the file and the number of the batch's first row, from ``number`` on.
+
+    A batch without rows comes before those of each file.
+    """
+    for source in sources:
+        yield source, number, []
         rows, row_bytes = list[RawRow](), 0
-        for raw in read_raw_rows(path):
+        for raw in read_raw_rows(source.path):
             if limit is not None and number + len(rows) > limit:
                 break
             rows.append(raw)
             row_bytes += len(raw.data)
             if len(rows) == _BATCH_ROWS or row_bytes >= _BATCH_BYTES:
-                yield path, number, rows
+                yield source, number, rows
                 number += len(rows)
                 rows, row_bytes = [], 0
         if rows:
-            yield path, number, rows
+            yield source, number, rows
             number += len(rows)

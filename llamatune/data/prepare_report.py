@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.data.encoding import EncodedBatch
-from llamatune.data.row_files import RawRow
+from llamatune.data.row_files import RawRow, shown_place
 from llamatune.errors import DataError
 
 _LONGEST_SHOWN = 5
@@ -29,13 +29,36 @@ def row_facts(row: RawRow, path: Path) -> dict[str, Any]:
 
 
 @dataclass
+class FileCounts:
+    """The running totals of one input file. ``weight``: None for validation files."""
+
+    file: str
+    format: str
+    template: str
+    weight: float | None
+    rows_in: int = 0
+    kept: int = 0
+    dropped: int = 0
+    refused: int = 0
+    train_rows: int = 0
+    validation_rows: int = 0
+
+
+@dataclass
 class Counts:
-    """The running totals of one preparation; ``rows_in`` is ``kept + dropped + refused``."""
+    """The running totals of one preparation; ``rows_in`` is ``kept + dropped + refused``.
+
+    ``duplicates`` and ``validation_rows_in_train`` count equal rows; ``loose_duplicates`` and
+    ``validation_rows_near_train`` also those that differ in white space and case alone.
+    """
 
     rows_in: int = 0
     kept: int = 0
     truncated: int = 0
     truncated_tokens: int = 0
+    split_rows: int = 0
+    split_windows: int = 0
+    repeated_tokens: int = 0
     prompts_not_prefix: int = 0
     only_last: int = 0
     dropped: int = 0
@@ -43,21 +66,33 @@ class Counts:
     refused: int = 0
     refused_reasons: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
+    loose_duplicates: int = 0
     validation_rows_in_train: int = 0
+    validation_rows_near_train: int = 0
+    special_texts: Counter[str] = field(default_factory=Counter)
+    first_special_text: dict[str, Any] | None = None
     ignored_keys: Counter[str] = field(default_factory=Counter)
     longest_rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, batch: EncodedBatch, path: Path, rows: list[RawRow]) -> None:
-        """Count one batch of rows of ``path``."""
-        self.rows_in += len(rows)
-        self.kept += len(batch.positions)
+    def add(self, batch: EncodedBatch, path: Path, rows: list[RawRow], of_file: FileCounts) -> None:
+        """Count one batch of rows of ``path``, also in the totals of its file."""
+        for totals in (self, of_file):
+            totals.rows_in += len(rows)
+            totals.kept += len(rows) - len(batch.dropped) - len(batch.refused)
+            totals.dropped += len(batch.dropped)
+            totals.refused += len(batch.refused)
         self.truncated += batch.truncated
         self.truncated_tokens += batch.truncated_tokens
+        self.split_rows += batch.split_rows
+        self.split_windows += batch.split_windows
+        self.repeated_tokens += batch.repeated_tokens
+        self.special_texts.update(text for _, text in batch.special_texts)
+        if batch.special_texts and self.first_special_text is None:
+            position, text = batch.special_texts[0]
+            self.first_special_text = {"text": text, **row_facts(rows[position], path)}
         self.prompts_not_prefix += batch.prompts_not_prefix
         self.only_last += batch.only_last
-        self.dropped += len(batch.dropped)
         self.dropped_reasons.update(reason for _, reason in batch.dropped)
-        self.refused += len(batch.refused)
         self.refused_reasons.update(kind for _, kind, _ in batch.refused)
         for key, count in batch.ignored_keys.items():
             known = key in self.ignored_keys or len(self.ignored_keys) < _MOST_KEYS
@@ -77,17 +112,50 @@ _REPORTED = (
     "target_tokens", "splits", "format", "template", "max_seq_length",
 )  # fmt: skip
 
+_REPORTED_LATER = (
+    "prompts_not_prefix", "only_last", "train_on", "files", "split_rows", "split_windows", "repeated_tokens",
+    "loose_duplicates", "validation_rows_near_train", "special_texts", "first_special_text",
+)  # fmt: skip
+"""Facts that earlier versions did not write."""
+
 
 def report_of(output: Path, facts: Mapping[str, Any], unchanged: bool) -> dict[str, Any]:
     """The report in a manifest's facts; ``KeyError`` if one is missing. ``unchanged``: ``output`` was already there.
 
     ``longest_rows`` are the longest rows before truncation; ``splits`` has the rows, tokens, target tokens and longest
     row of each split as written. ``prompts_not_prefix`` counts the kept rows whose tokens do not begin with those
-    of the prompt alone, ``only_last`` the chats of which the template lets only the last answer be trained; None: an
-    earlier version wrote the directory and did not count them. So it is with ``train_on``, the rule of ``--train-on``.
+    of the prompt alone, ``only_last`` the chats of which the template lets only the last answer be trained,
+    ``special_texts`` the rows that hold a special token's text. What is None was not counted by the earlier version
+    that wrote the directory.
     """
     report = {"output": shown_path(output), "unchanged": unchanged, **{name: facts[name] for name in _REPORTED}}
-    return {**report, **{name: facts.get(name) for name in ("prompts_not_prefix", "only_last", "train_on")}}
+    return {**report, **{name: facts.get(name) for name in _REPORTED_LATER}}
+
+
+def warnings_of(counts: Counts, has_chats: bool) -> list[str]:
+    """What the rows have that may spoil a run."""
+    found, of = list[str](), f"of {counts.kept:,}"
+    if counts.prompts_not_prefix:
+        remedy = (
+            ": drop the space at the end of the template or prompt, and begin the template's before_completion "
+            "with a space or a newline"
+        )
+        found.append(
+            f"{counts.prompts_not_prefix:,} {of} rows begin with other tokens than their prompt encoded alone, so "
+            "generate will not continue it as trained" + ("" if has_chats else remedy)
+        )
+    if counts.only_last:
+        found.append(
+            f"{counts.only_last:,} {of} chats train their last answer alone, since the template writes earlier answers "
+            "in another way than the last one"
+        )
+    if first := counts.first_special_text:
+        place = shown_place(first["file"], first["line"], first.get("row"))
+        found.append(
+            f"{counts.special_texts.total():,} {of} rows contain a special token's text, the first {first['text']} in "
+            f"{place}: it is encoded as plain text; take it out if a template left it there"
+        )
+    return found
 
 
 def bad_rows_error(counts: Counts, first: str) -> DataError:

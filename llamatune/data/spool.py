@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
@@ -16,16 +17,36 @@ _PORTION = 1 << 20
 
 
 class Spool:
-    """Kept rows in file order: 24 bytes a row in memory and 8 for each answer, tokens in the file ``path``."""
+    """Kept rows in file order: 32 bytes a row in memory and 8 for each answer, tokens in the file ``path``.
+
+    A row that was split has an entry for each window; these follow each other and have one row number.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lengths, self.span_counts, self.targets = array("i"), array("i"), array("i")
-        self.keys, self.rows = array("Q"), array("q")
+        self.keys, self.loose_keys, self.rows = array("Q"), array("Q"), array("q")
+        self._file_starts = list[int]()
         self._file = path.open("xb")
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def begin_file(self) -> None:
+        """What is added from here on is of the next file."""
+        self._file_starts.append(len(self))
+
+    def file_spans(self) -> list[tuple[int, int]]:
+        """(first, last + 1) of each file's entries."""
+        return list(itertools.pairwise([*self._file_starts, len(self)]))
+
+    def digests(self, copies: Sequence[int] | None = None, loose: bool = False) -> Iterator[int]:
+        """A digest of each row, those without ``copies`` left out; a split row has one."""
+        keys, before = self.loose_keys if loose else self.keys, itertools.chain((0,), self.rows)
+        wanted = map(operator.ne, self.rows, before)
+        if copies is not None:
+            wanted = map(operator.and_, wanted, map(bool, copies))
+        return itertools.compress(keys, wanted)
 
     def add(self, batch: EncodedBatch, first_row: int) -> None:
         """Append the kept rows of ``batch``, whose first row has the number ``first_row``."""
@@ -33,6 +54,7 @@ class Spool:
         self.span_counts.extend(batch.span_counts)
         self.targets.extend(batch.targets)
         self.keys.extend(batch.keys)
+        self.loose_keys.extend(batch.loose_keys)
         self.rows.extend(array("q", (first_row + position for position in batch.positions)))
         self._file.write(memoryview(batch.ids).cast("B"))
 
@@ -42,21 +64,27 @@ class Spool:
         self.path.unlink(missing_ok=True)
 
     def write_split(
-        self, staging: Staging, split: str, wanted: Sequence[int], check_stop: Callable[[], None]
+        self, staging: Staging, split: str, copies: Sequence[int], check_stop: Callable[[], None]
     ) -> dict[str, int]:
-        """Write the rows that are ``wanted``, 1 or 0 for each, as one split of a prepared directory, and count them."""
+        """Write each row ``copies`` times as one split of a prepared directory, and count what was written.
+
+        Every row that is written comes once before any comes again.
+        """
         self._file.flush()
-        lengths = array("i", itertools.compress(self.lengths, wanted))
-        rows = array("q", itertools.compress(self.rows, wanted))
-        trained = 0
+        lengths, rows, trained = array("i"), array("q"), 0
+        for wanted in _passes(copies):
+            lengths.extend(itertools.compress(self.lengths, wanted))
+            rows.extend(itertools.compress(self.rows, wanted))
 
         def masks() -> Iterator[bytes]:
             nonlocal trained
-            for mask in self._masks(wanted, check_stop):
-                trained += mask.count(1)
-                yield mask
+            for wanted in _passes(copies):
+                for mask in self._masks(wanted, check_stop):
+                    trained += mask.count(1)
+                    yield mask
 
-        write_split(staging, split, lengths, rows, self._tokens(wanted, check_stop), masks())
+        tokens = (portion for wanted in _passes(copies) for portion in self._tokens(wanted, check_stop))
+        write_split(staging, split, lengths, rows, tokens, masks())
         return {
             "rows": len(rows),
             "tokens": sum(lengths),
@@ -94,3 +122,13 @@ class Spool:
                     at = last
                 yield b"".join((*parts, bytes(length - at)))
             begin = end
+
+
+def _passes(copies: Sequence[int]) -> Iterator[Sequence[int]]:
+    """For each time that rows are written, 1 or 0 for each row."""
+    most = max(copies, default=0)
+    if most <= 1:
+        yield copies
+        return
+    for number in range(most):
+        yield bytes(count > number for count in copies)

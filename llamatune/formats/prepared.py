@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from llamatune.errors import DataError
 from llamatune.formats import manifest
@@ -89,11 +90,20 @@ class SplitFile:
         return starts
 
 
-def read_lengths(directory: Path) -> tuple[list[int], list[int]]:
+def read_lengths(*directories: Path) -> tuple[list[int], list[int]]:
     """Tokens and target tokens of each training row."""
-    split = SplitFile(split_path(directory, "train"))
-    rows, mask = list(itertools.pairwise(split.row_starts())), split.column("loss_mask").tobytes()
-    return [end - begin for begin, end in rows], [mask.count(1, begin, end) for begin, end in rows]
+    lengths, targets = list[int](), list[int]()
+    for directory in directories:
+        split = SplitFile(split_path(directory, "train"))
+        rows, mask = list(itertools.pairwise(split.row_starts())), split.column("loss_mask").tobytes()
+        lengths += [end - begin for begin, end in rows]
+        targets += [mask.count(1, begin, end) for begin, end in rows]
+    return lengths, targets
+
+
+def has_prompts(template: Mapping[str, Any] | None) -> bool:
+    """Whether a stored template makes prompts; that of text rows is empty."""
+    return template is not None and bool(template.get("prompt") or "chat_template" in template)
 
 
 def read_prepared_manifest(directory: Path) -> Manifest:

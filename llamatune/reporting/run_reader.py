@@ -24,6 +24,7 @@ _DATA_NAMES = ("format", "template")
 _DATA_COUNTS = (
     "max_seq_length", "rows_in", "kept", "truncated", "truncated_tokens", "dropped", "refused", "duplicates"
 )  # fmt: skip
+_LENGTHS = ("max_seq_length", "longest_row_tokens")
 _SPLIT_COUNTS = ("rows", "tokens", "target_tokens", "longest_row_tokens")
 
 
@@ -106,36 +107,51 @@ def _early_stop(summary: Mapping[str, Any]) -> str:
     return printable(message) if isinstance(message, str) else ""
 
 
-def _prepared_facts(directory: Path, digest: object) -> dict[str, Any]:
-    """The facts of a prepared directory; ``ValueError`` if it is gone or not the one that the run read."""
-    try:
-        manifest = read_prepared_manifest(directory)
-    except LlamatuneError:
-        raise ValueError(f"the prepared data is not there any more: {printable(str(directory))}") from None
-    if manifest.digest != digest or not isinstance(manifest.facts.get("splits"), dict):
-        raise ValueError(f"other data than the run's is there now: {printable(str(directory))}")
-    return manifest.facts
+def _prepared_facts(directories: Sequence[Path], recorded: object) -> list[dict[str, Any]]:
+    """The facts of prepared directories; ``ValueError`` if one is gone or not the one that the run read.
+
+    ``recorded``: a run's digest of them, a list if there are several.
+    """
+    digests = recorded if isinstance(recorded, list) else [recorded]
+    found = list[dict[str, Any]]()
+    for number, directory in enumerate(directories):
+        try:
+            manifest = read_prepared_manifest(directory)
+        except LlamatuneError:
+            raise ValueError(f"the prepared data is not there any more: {printable(str(directory))}") from None
+        if [manifest.digest] != digests[number : number + 1] or not isinstance(manifest.facts.get("splits"), dict):
+            raise ValueError(f"other data than the run's is there now: {printable(str(directory))}")
+        found.append(manifest.facts)
+    return found
 
 
 def _prepared_counts(spec: RunSpec, origin: Mapping[str, Any]) -> tuple[dict[str, int | str], str]:
     """Counts of the prepared data (``train_rows`` and so on), or none and a notice why."""
     try:
-        facts = _prepared_facts(Path(spec.data.train), origin.get("train"))
-        splits = facts["splits"]
+        facts = _prepared_facts(spec.data.train_paths, origin.get("train"))
+        splits = {name: [found["splits"].get(name) for found in facts] for name in ("train", "validation")}
         if spec.data.validation is not None:
-            other = _prepared_facts(Path(spec.data.validation), origin.get("validation"))
-            splits = {"train": splits.get("train"), "validation": other["splits"].get("train")}
+            others = _prepared_facts(spec.data.validation_paths, origin.get("validation"))
+            splits["validation"] = [found["splits"].get("train") for found in others]
     except ValueError as fault:
         return {}, str(fault)
-    template = facts.get("template")
-    named = {**facts, "template": template.get("name") if isinstance(template, dict) else None}
-    counts: dict[str, int | str]
-    counts = {key: printable(value) for key in _DATA_NAMES if isinstance(value := named.get(key), str)}
-    counts |= {key: value for key in _DATA_COUNTS if isinstance(value := facts.get(key), int)}
-    for name in ("train", "validation"):
-        if isinstance(split := splits.get(name), dict):
-            counts |= {f"{name}_{key}": value for key in _SPLIT_COUNTS if isinstance(value := split.get(key), int)}
+    templates = [template for found in facts if isinstance(template := found.get("template"), dict)]
+    named = {"format": [found.get("format") for found in facts], "template": [found.get("name") for found in templates]}
+    counts: dict[str, int | str] = {}
+    for key in _DATA_NAMES:
+        if names := list(dict.fromkeys(name for name in named[key] if isinstance(name, str))):
+            counts[key] = printable(", ".join(names))
+    counts |= _summed(facts, _DATA_COUNTS)
+    for name, parts in splits.items():
+        found = _summed([part for part in parts if isinstance(part, dict)], _SPLIT_COUNTS)
+        counts |= {f"{name}_{key}": value for key, value in found.items()}
     return counts, ""
+
+
+def _summed(parts: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, int]:
+    """The numbers of several directories as one: their sums, and of lengths the largest."""
+    values = {key: [part[key] for part in parts if isinstance(part.get(key), int)] for key in keys}
+    return {key: (max if key in _LENGTHS else sum)(found) for key, found in values.items() if found}
 
 
 def _spec_changes(origin: Mapping[str, Any]) -> Iterator[str]:

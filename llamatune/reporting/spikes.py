@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 
 from llamatune.errors import LlamatuneError
@@ -100,7 +99,7 @@ def with_rows(run: Run, spikes: list[Spike]) -> list[Spike]:
     from llamatune.training.schedule import Schedule
 
     try:
-        schedule = Schedule(run.spec, open_prepared(Path(run.spec.data.train)).train)
+        schedule = Schedule(run.spec, open_prepared(*run.spec.data.train_paths).train)
     except LlamatuneError:
         return spikes
     batches = (schedule.passes(spike.window - 1) for spike in spikes)  # the log counts windows from 1

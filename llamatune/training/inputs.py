@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.checkpoints.model_directory import read_config
-from llamatune.data.batches import Prepared, Split, open_prepared
+from llamatune.data.batches import Prepared, Split, open_prepared, refuse_disagreement
 from llamatune.data.model_compatibility import check_rows, check_tokenizer
+from llamatune.data.shared_rows import warn_of_shared_rows
 from llamatune.devices import choose_device
 from llamatune.errors import CheckpointError, SpecError
-from llamatune.events import OnEvent
+from llamatune.events import Notice, OnEvent
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shapes.counts import ParameterCount, count_parameters
 from llamatune.shapes.llama_config import LlamaConfig
@@ -50,8 +52,9 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent, ranks: Ranks
     """
     device = choose_device(spec.training.device, on_event, None if ranks.size == 1 else ranks.local_rank)
     check_precision(spec, device, on_event)
-    prepared = open_prepared(Path(spec.data.train))
-    other = None if spec.data.validation is None else open_prepared(Path(spec.data.validation))
+    prepared = open_prepared(*spec.data.train_paths)
+    other = open_prepared(*spec.data.validation_paths) if spec.data.validation_paths else None
+    refuse_disagreement([*prepared.manifests, *(other.manifests if other else ())])
     validation = other.train if other else prepared.validation
     base = Path(spec.model.path)
     if spec.model.init == "random":
@@ -67,16 +70,34 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent, ranks: Ranks
             "evaluation",
             "prepare it with --validation-fraction, name it in data.validation, or drop the section",
         )
-    check_rows(prepared.train, config, f"{spec.data.train} against {base}", on_event)
+    check_rows(prepared.train, config, f"{_listed(spec.data.train_paths)} against {base}", on_event)
     if validation is not None:
-        check_rows(validation, config, f"{spec.data.validation or spec.data.train} against {base}", on_event)
+        directories = spec.data.validation_paths or spec.data.train_paths
+        check_rows(validation, config, f"{_listed(directories)} against {base}", on_event)
     check_tokenizer(prepared, base, force_base, on_event)
+    _report_templates(prepared, on_event)
+    if ranks.is_first:
+        warn_of_shared_rows(prepared, other, base, on_event)
     starting_adapter = _starting_adapter(spec, config, base_fingerprint, force_base, on_event)
     count = count_parameters(config, spec.adapter)
-    validation_digest = other.manifest.digest if other else None
-    digests = {"base": base_fingerprint, "train": prepared.manifest.digest, "validation": validation_digest}
+    validation_digest = other.digest if other else None
+    digests = {"base": base_fingerprint, "train": prepared.digest, "validation": validation_digest}
     refuse_differences({"spec": spec.flat(), "torch": torch.__version__, "llamatune": __version__, **digests}, ranks)
     return Inputs(config, checkpoint, base_fingerprint, prepared, validation, starting_adapter, digests, count, device)
+
+
+def _listed(directories: Sequence[Path]) -> str:
+    return ", ".join(map(str, directories))
+
+
+def _report_templates(prepared: Prepared, on_event: OnEvent) -> None:
+    """Say which template generate will use, if the rows of several directories were put in different ones."""
+    made = [found.template or {} for found in prepared.manifests]
+    names = list(dict.fromkeys(str(template.get("name")) for template in made))
+    if any(template != made[0] for template in made):
+        chosen = (prepared.manifest.template or {}).get("name")
+        what = f"data.train: rows in different templates ({', '.join(names)})"
+        on_event(Notice(f"{what}; generate uses {chosen!r} by default"))
 
 
 def _starting_adapter(

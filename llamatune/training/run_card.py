@@ -25,7 +25,7 @@ _SECTIONS = ("model", "lora", "training")
 def run_companions(spec: RunSpec, inputs: Inputs, on_event: OnEvent) -> RunCompanions:
     """What the run's products carry of the base, with the chat template that was trained."""
     prepared, base = inputs.prepared.manifest, Path(spec.model.path)
-    ends = () if prepared.end_of_turn is None else (prepared.end_of_turn,)
+    ends = tuple({end: None for found in inputs.prepared.manifests if (end := found.end_of_turn) is not None})
     return RunCompanions(base, inputs.config, chat_template_of(prepared), ends, on_event)
 
 

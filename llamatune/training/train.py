@@ -131,6 +131,23 @@ def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, loop: Train
     )  # fmt: skip
 
 
+def _report_capacity(spec: RunSpec, inputs: Inputs, on_event: OnEvent) -> None:
+    """Compare what there is to learn with what learns it.
+
+    LoRA does well as long as it has at least as many parameters as there are target tokens (the LoRA primer of Tinker,
+    by the authors of "LoRA Without Regret", Schulman et al. 2025).
+    """
+    if spec.lora is None:
+        return
+    targets, parameters = sum(inputs.prepared.train.target_counts), inputs.count.trainable_parameters
+    what = f"{targets:,} target tokens an epoch, {parameters:,} trained parameters"
+    if targets > parameters:
+        todo = "with fewer parameters than target tokens LoRA may learn less than full fine-tuning"
+        on_event(Notice(f"{what}: {todo}; raise lora.r, or set target_modules: all-linear", "warning"))
+    else:
+        on_event(Notice(f"{what}: the adapter is large enough for these rows"))
+
+
 def plan_training(
     spec: RunSpec,
     *,
@@ -147,6 +164,7 @@ def plan_training(
         refuse_occupied(output, overwrite)
     config, rows, device = inputs.config, inputs.prepared.train, inputs.device
     report_slower_settings(spec, device, on_event)
+    _report_capacity(spec, inputs, on_event)
     with deterministic_kernels(spec.training.deterministic, device):
         if spec.training.compile:
             check_compiler(device)
@@ -161,7 +179,8 @@ def plan_training(
         "trainable_percent": round(inputs.count.trainable_percent, 4),
         "train_rows": len(inputs.prepared.train),
         "validation_rows": 0 if inputs.validation is None else len(inputs.validation),
-        "tokens_per_epoch": inputs.prepared.manifest.facts.get("tokens"),
+        "tokens_per_epoch": sum(inputs.prepared.train.lengths),
+        "target_tokens_per_epoch": sum(inputs.prepared.train.target_counts),
         "windows_per_epoch": schedule.windows_per_epoch,
         "num_epochs": schedule.num_epochs,
         "total_steps": schedule.total_steps,

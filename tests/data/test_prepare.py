@@ -511,7 +511,7 @@ def test_progress_is_reported(prepare: Prepare, write_rows: WriteRows, monkeypat
         ({"seed": -1}, "--seed is -1"),
         ({"skip_bad_rows": -1}, "--skip-bad-rows is -1"),
         ({"format": "csv"}, "known: auto, alpaca, gsm8k, chat, completion, text"),
-        ({"overlong": "wrap"}, "it must be truncate, drop or error"),
+        ({"overlong": "wrap"}, "it must be truncate, drop, error or split"),
         ({"template": "gsm8k"}, "template 'gsm8k' needs {question}, which alpaca rows lack"),
         ({"template": "nope"}, "no template 'nope'"),
     ],
@@ -523,10 +523,7 @@ def test_options_that_make_no_sense(
     assert SpecError.exit_code == 2
 
 
-def test_formats_are_not_mixed_or_guessed(prepare: Prepare, write_rows: WriteRows) -> None:
-    first = write_rows([alpaca(1)])
-    second = write_rows([{"question": "q", "answer": "a"}], "second.jsonl")
-    assert "gsm8k rows, but" in _refused(prepare, [first, second])
+def test_formats_are_not_guessed(prepare: Prepare, write_rows: WriteRows) -> None:
     assert "rows of no known format, with 'title'" in _refused(prepare, write_rows([{"title": "x"}], "third.jsonl"))
 
 
