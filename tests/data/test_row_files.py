@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamatune.data import row_files
+from llamatune.data import json_elements
 from llamatune.data.row_files import LARGEST_ROW_BYTES, RawRow, RowError, read_raw_rows
 from llamatune.data.row_formats import detect_format
 from llamatune.data.row_json import decode_row
@@ -56,7 +56,7 @@ def test_a_json_list_and_json_lines_give_the_same_rows(
     listed = json.dumps(rows, indent=indent, ensure_ascii=ascii_only).encode()
     lines = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_files, "_PORTION", portion)
+        patch.setattr(json_elements, "_PORTION", portion)
         assert _values(path, listed) == rows
     assert _values(path, lines) == rows
 
