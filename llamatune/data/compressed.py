@@ -45,21 +45,23 @@ class Decompressed(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
-        self._last = b""
+        self._last, self.fault = b"", ""
         return int(self._stream.seek(offset, whence))
 
     def tell(self) -> int:
         return int(self._stream.tell())
 
     def readinto(self, buffer: Any, /) -> int:
+        if self.fault:
+            return 0
         try:
-            count = int(self._stream.readinto(buffer))
+            portion = self._stream.read1(len(buffer))
         except self._errors as fault:
             self.fault = _told(fault)
             return 0
-        if count:
-            self._last = bytes(memoryview(buffer)[count - 1 : count])
-        return count
+        buffer[: len(portion)] = portion
+        self._last = portion[-1:] or self._last
+        return len(portion)
 
     def whole(self, rows: Iterator[RawRow], path: Path) -> Iterator[RawRow]:
         """``rows``, which are read from this; but no row that the end of a damaged file cut off.
@@ -73,12 +75,11 @@ class Decompressed(io.RawIOBase):
                 yield held
             held = raw
         if self.fault:
-            last = 0
+            last = 0  # in a damaged file these may be the ruins of rows: a checksum does not tell where the damage is
             if held is not None and held.row is not None:
                 is_whole = held.error is None and (held.in_list or self._last == b"\n")
                 last = held.row if is_whole else held.row - 1
-            what = f"{self.fault}; the last whole row is row {last}" if last else f"{self.fault} before the first row"
-            raise DataError(what, path, "fetch or make it again")
+            raise DataError(f"{self.fault}; the last whole row before that is row {last}", path, "fetch or make it again")
         if held is not None:
             yield held
 

@@ -12,7 +12,7 @@ _UNPACK = "unpack it, and give the files in it"
 _NO_ROWS = "give a file of rows"
 _TEXTS = (
     (b"%PDF-", "a PDF document", "write its text: pdftotext FILE rows.txt"),
-    (b"version https://git-lfs", "a git-lfs pointer, not the file itself", "fetch the file itself: git lfs pull"),
+    (b"version https://git-lfs", "a git-lfs pointer", "fetch the file itself: git lfs pull"),
     (b"{\\rtf", "an RTF document", _AS_TEXT),
     (b"<?xml", "XML", "convert it to JSON Lines"),
 )
@@ -23,10 +23,10 @@ _BINARIES = (
         "write a table: sqlite3 -csv -header FILE 'select * from T' > rows.csv",
     ),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Office file of an old kind (.xls, .doc)", f"{_AS_CSV}, or as text"),
-    (b"BZh", "compressed by bzip2", "decompress it: bunzip2 FILE"),
-    (b"\xfd7zXZ\0", "compressed by xz", "decompress it: xz -d FILE"),
-    (b"\x04\x22\x4d\x18", "compressed by lz4", "decompress it: lz4 -d FILE"),
-    (b"\x1f\x9d", "compressed by compress", "decompress it: gzip -d FILE"),
+    (b"BZh", "a file compressed by bzip2", "decompress it: bunzip2 FILE"),
+    (b"\xfd7zXZ\0", "a file compressed by xz", "decompress it: xz -d FILE"),
+    (b"\x04\x22\x4d\x18", "a file compressed by lz4", "decompress it: lz4 -d FILE"),
+    (b"\x1f\x9d", "a file compressed by compress", "decompress it: gzip -d FILE"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (b"Rar!", "a RAR archive", _UNPACK),
     (b"\x89PNG", "an image (PNG)", _NO_ROWS),
@@ -72,7 +72,7 @@ def _by_structure(head: bytes, suffix: str) -> tuple[str, str] | None:
         found = next((kind for kind in _IN_ZIP if kind[0] in head), None) or _ZIP_SUFFIXES.get(suffix)
         return found[1:] if found else ("a zip archive", f"{_UNPACK}: unzip FILE")
     if _PICKLE.match(head):
-        return "a Python pickle, which can run code and is not opened", _AS_LINES
+        return "a Python pickle (it can run code, so it is not opened)", _AS_LINES
     if head[257:262] == b"ustar":
         return "a tar archive", f"{_UNPACK}: tar -xf FILE"
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 1 << 27:

@@ -34,10 +34,10 @@ def json_rows(file: BinaryIO, start: int, note: Callable[[str], None]) -> Iterat
         yield from elements.rest()
         return
     if first == b"{" and not _is_json_lines(file, start):
-        for rows in (_rows_in_object(file, start, note), _objects(file, start)):
-            if rows is not None:
-                yield from rows
-                return
+        rows = _rows_in_object(file, start, note) or _objects(file, start)
+        if rows is not None:
+            yield from rows
+            return
     file.seek(start)
     yield from _lines(file, start)
 

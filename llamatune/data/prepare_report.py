@@ -24,9 +24,8 @@ def shown_path(path: Path) -> str:
 
 
 def row_facts(row: RawRow, path: Path) -> dict[str, Any]:
-    """A row's place as JSON values: ``file``, ``line`` where it tells something, and ``row``, from 1 in its file."""
-    line = {} if row.told_line is None else {"line": row.told_line}
-    return {"file": shown_path(path), **line, "row": row.row}
+    """A row's place as JSON values: ``file``, ``line`` if the file has lines, and ``row``, from 1 in its file."""
+    return {"file": shown_path(path), **({} if row.line is None else {"line": row.line}), "row": row.row}
 
 
 def row_content(row: RawRow) -> dict[str, Any]:

@@ -36,19 +36,14 @@ class RawRow:
     row: int | None = None
     in_list: bool = False
 
-    @property
-    def told_line(self) -> int | None:
-        """The line, where it helps to find the row."""
-        return None if self.in_list and self.line == 1 else self.line
-
     def place(self, path: object) -> str:
         """The row's place in the file ``path``, for messages."""
-        return shown_place(path, self.told_line, self.row)
+        return shown_place(path, None if self.in_list and self.line == 1 else self.line, self.row)
 
 
 def shown_place(path: object, line: int | None, row: int | None) -> str:
     """``path:line: row N``; ``path:line`` if both numbers are equal, ``path: row N`` where a line tells nothing."""
-    if line is None:
+    if line is None or (row is not None and row > line == 1):
         return f"{path}: row {row}"
     return f"{path}:{line}" if row in (None, line) else f"{path}:{line}: row {row}"
 

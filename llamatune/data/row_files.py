@@ -33,7 +33,8 @@ _BOM = b"\xef\xbb\xbf"
 _HEAD = 4096
 _BY_SUFFIX: dict[str, Kind] = {".csv": "table", ".tsv": "table", ".tab": "table", ".txt": "text"}
 _COLUMNAR_SUFFIXES = (".parquet", ".arrow", ".feather")
-_BEGINS_AS_JSON = re.compile(rb'[ \t\r\n]*(?:\{[ \t\r\n]*"|\[[ \t\r\n]*\{)')
+_BEGINS_AS_JSON = re.compile(rb"""\s*(?:\{\s*["']|\[\s*(?:\{\s*["']|["']))""")
+"""Of rows, or a list of prompts; ``[INST] Hi`` and ``{name} is`` begin otherwise."""
 
 
 def _ignore(_: str) -> None:
@@ -109,10 +110,10 @@ def _opened(path: Path) -> Iterator[_Opened]:
 
 def _kind(head: bytes, suffix: str, path: Path) -> Kind:
     """The kind of a file that begins with ``head``; ``DataError`` if it holds no rows that are read."""
-    _refuse_other_encodings(head, path)
     if foreign := foreign_kind(head, suffix):
         what, todo = foreign
         raise DataError(f"{what}, not a file of rows", path, todo)
+    _refuse_other_encodings(head, path)
     if is_columnar(head):
         return "columnar"
     if suffix in _COLUMNAR_SUFFIXES:

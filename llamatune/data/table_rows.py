@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from llamatune.errors import DataError
 
 _BY_NAME = {".tsv": "\t", ".tab": "\t"}
 _OTHERS = (";", "\t", "|")
+_EXCELS_SEPARATOR = re.compile('"?sep=(.)"?')
 
 
 def table_rows(file: BinaryIO, path: Path, suffix: str) -> Iterator[RawRow]:
@@ -27,8 +29,16 @@ def table_rows(file: BinaryIO, path: Path, suffix: str) -> Iterator[RawRow]:
     header_line = next(lines, "")
     while header_line and not header_line.strip():
         header_line = next(lines, "")
-    separator = _separator(header_line, _BY_NAME.get(suffix, ","))
-    names = _header(header_line, separator, f"{path}:{lines.number}")
+    if not header_line:
+        return
+    separator = _BY_NAME.get(suffix, ",")
+    if named := _EXCELS_SEPARATOR.fullmatch(header_line.strip()):
+        separator, header_line = named[1], next(lines, "")
+    where = f"{path}:{lines.number}"
+    if "\r" in header_line.rstrip("\r\n"):
+        raise DataError("its lines end in carriage returns alone", where, "convert it: tr '\\r' '\\n'")
+    separator = _separator(header_line, separator)
+    names = _header(header_line, separator, where)
     reader = csv.reader(lines, delimiter=separator, strict=True)
     row = 0
     while True:
@@ -82,7 +92,7 @@ def _header(line: str, separator: str, where: str) -> list[str]:
     except csv.Error as fault:
         raise DataError(f"the header cannot be read: {_reason(fault)}", where) from None
     if not names:
-        raise DataError("no header: the file has no rows", where, "its first line names the columns")
+        raise DataError("no header", where, "the first line names the columns")
     if "" in names:
         todo = "name it, or leave it out (pandas: to_csv(..., index=False))"
         raise DataError(f"column {names.index('') + 1} has no name in the header", where, todo)
@@ -107,7 +117,8 @@ def _misfit(names: Sequence[str], cells: Sequence[str], is_cut: bool) -> RowErro
     if is_cut:
         return RowError("too_large", f"the row has more than {LARGEST_ROW_BYTES:,} bytes")
     if len(cells) != len(names):
-        return RowError("columns", f"{len(cells)} fields where the header names {len(names)}")
+        fields = f"{len(cells)} field" + "s" * (len(cells) != 1)
+        return RowError("columns", f"{fields} where the header names {len(names)}")
     return None
 
 
