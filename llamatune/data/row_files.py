@@ -113,6 +113,8 @@ def _kind(head: bytes, suffix: str, path: Path) -> Kind:
     if foreign := foreign_kind(head, suffix):
         what, todo = foreign
         raise DataError(f"{what}, not a file of rows", path, todo)
+    if is_compressed(head):
+        raise DataError("compressed twice", path, "decompress it once")
     _refuse_other_encodings(head, path)
     if is_columnar(head):
         return "columnar"
