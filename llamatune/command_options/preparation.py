@@ -14,7 +14,8 @@ class PrepareOptions(Options):
     """What ``prepare-data`` reads, how it encodes it, and where it writes."""
 
     rows: Sequence[Path] = option(
-        "JSON Lines files or JSON lists of rows; with a weight, as FILE:0.5, a share of them, or repeated rows.",
+        "Files of rows: JSON, JSON Lines, CSV, Parquet, text, or compressed; a directory of save_to_disk; - for "
+        "standard input. With a weight, as FILE:0.5, a share of them, or repeated rows.",
         argument=True,
         metavar="ROWS...",
     )
@@ -67,7 +68,7 @@ class PrepareOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.rows:
-            raise SpecError("no row files", None, "give at least one JSON or JSONL file")
+            raise SpecError("no row files", None, "give at least one file, or - for standard input")
         if self.stride and self.overlong != "split":
             raise SpecError("--stride is for --overlong split", None, "add it, or leave --stride out")
         if self.validation_fraction and self.validation:

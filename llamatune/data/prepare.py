@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,18 @@ from llamatune.data.prepare_report import (
     no_rows_error,
     overlong_error,
     report_of,
+    row_content,
     row_facts,
     shown_path,
     warnings_of,
 )
 from llamatune.data.resolve_options import Plan, Source, check_options, input_files, resolve_options, train_on
 from llamatune.data.row_files import RawRow, read_raw_rows
+from llamatune.data.row_sources import pipes_kept, source_bytes, source_state
 from llamatune.data.spool import Spool
 from llamatune.data.workers import default_workers, encode_batches
 from llamatune.durable_writing import refuse_occupied
-from llamatune.errors import DataError, EnvironmentFault, Stopped
+from llamatune.errors import DataError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import END_OF_TURN, Staging, build_directory, finished_product, has_manifest
 from llamatune.formats.prepared import KIND
@@ -66,7 +68,19 @@ def prepare_data(
     check_options(options)
     if not has_manifest(options.output):
         refuse_occupied(options.output, options.overwrite)
-    state = [_file_state(path) for path in input_files(options)]
+
+    def check_stop() -> None:
+        if should_stop():
+            raise Stopped("stopped before the rows were read", None, "run the same command again")
+
+    with pipes_kept(input_files(options), check_stop):
+        return _prepare(options, on_event, should_stop, workers)
+
+
+def _prepare(
+    options: PrepareOptions, on_event: OnEvent, should_stop: ShouldStop, workers: int | None
+) -> dict[str, Any]:
+    state = [source_state(path) for path in input_files(options)]
     plan = resolve_options(options, on_event)
     if not options.overwrite and (manifest := finished_product(options.output, KIND, plan.inputs)):
         with contextlib.suppress(KeyError):  # an earlier version wrote fewer facts
@@ -74,23 +88,13 @@ def prepare_data(
             if report["refused"] <= options.skip_bad_rows:
                 return report
     with build_directory(options.output, KIND, plan.inputs, options.overwrite) as staging:
-        total_bytes = sum(path.stat().st_size for path in input_files(options))
+        total_bytes = sum(source_bytes(path) for path in input_files(options))
         if workers is None:
             workers = default_workers(total_bytes)
         _Job(plan, staging, on_event, should_stop, workers, total_bytes).run()
-        if [_file_state(path) for path in input_files(options)] != state:
+        if [source_state(path) for path in input_files(options)] != state:
             raise DataError("a row file was changed while it was read", None, "run the same command again")
     return report_of(options.output, staging.facts, unchanged=False)
-
-
-def _file_state(path: Path) -> tuple[int, int, int]:
-    try:
-        status = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError) as fault:
-        raise DataError(f"cannot read: {fault.strerror}", path) from None
-    except OSError as fault:
-        raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass
@@ -138,7 +142,7 @@ class _Job:
         """Read, encode, count and spool the rows of ``sources``; ``refuse`` writes a line of ``refused.jsonl``."""
         number = 1
         for recipe, alike in itertools.groupby(sources, key=lambda source: source.recipe):
-            batches, read = itertools.tee(_batches(list(alike), number, limit))
+            batches, read = itertools.tee(_batches(list(alike), number, limit, self._note))
             encoded = encode_batches(recipe, (rows for _, _, rows in read if rows), self.workers, self._check_stop)
             with contextlib.closing(encoded):
                 for source, first_row, rows in batches:
@@ -166,8 +170,9 @@ class _Job:
         self.counts.add(batch, path, rows, self.files[-1])
         for position, _, message in batch.refused:
             self.first_refused = self.first_refused or f"{rows[position].place(shown_path(path))}: {message}"
-            line = {**row_facts(rows[position], path), "reason": message}
-            refuse(json.dumps(line, ensure_ascii=True) + "\n")
+            if self.counts.refused <= options.skip_bad_rows:  # else nothing is kept, and it may be every row
+                line = {**row_facts(rows[position], path), "reason": message, **row_content(rows[position])}
+                refuse(json.dumps(line, ensure_ascii=True) + "\n")
         overlong = next((position for position, reason in batch.dropped if reason == "overlong"), None)
         if options.overlong == "error" and overlong is not None:
             raise overlong_error(batch, overlong, path, rows[overlong], options.max_seq_length)
@@ -193,6 +198,9 @@ class _Job:
     def _check_stop(self) -> None:
         if self.should_stop():
             raise Stopped("stopped before the rows were prepared", None, "run the same command again")
+
+    def _note(self, path: Path, message: str) -> None:
+        self.on_event(Notice(f"{shown_path(path)}: {message}"))
 
     def _warn(self, message: str) -> None:
         self.on_event(Notice(message, "warning"))
@@ -227,7 +235,9 @@ class _Job:
         }
 
 
-def _batches(sources: Sequence[Source], number: int, limit: int | None) -> Iterator[tuple[Source, int, list[RawRow]]]:
+def _batches(
+    sources: Sequence[Source], number: int, limit: int | None, note: Callable[[Path, str], None]
+) -> Iterator[tuple[Source, int, list[RawRow]]]:
     """Batches of rows, each of one file, with the file and the number of the batch's first row, from ``number`` on.
 
     A batch without rows comes before those of each file.
@@ -235,7 +245,7 @@ def _batches(sources: Sequence[Source], number: int, limit: int | None) -> Itera
     for source in sources:
         yield source, number, []
         rows, row_bytes = list[RawRow](), 0
-        for raw in read_raw_rows(source.path):
+        for raw in read_raw_rows(source.path, partial(note, source.path)):
             if limit is not None and number + len(rows) > limit:
                 break
             rows.append(raw)

@@ -17,12 +17,12 @@ from llamatune.data.row_files import RowError, read_raw_rows
 from llamatune.data.row_formats import FORMATS, ROWS_TRIED, Format, detect_format
 from llamatune.data.row_inputs import row_input
 from llamatune.data.row_json import decode_row
+from llamatune.data.row_sources import source_digest
 from llamatune.data.template_choice import default_template, load_template
 from llamatune.data.templates import Template
 from llamatune.errors import DataError, SpecError
 from llamatune.events import Notice, OnEvent
 from llamatune.formats.prepared import has_prompts
-from llamatune.safe_reading import digest_file
 from llamatune.tokenizers.loading import load_tokenizer
 from llamatune.tokenizers.tokenizer import Tokenizer
 
@@ -96,8 +96,8 @@ def _determining(options: PrepareOptions, train: Sequence[Source], validation: S
     chats = [found for found in recipes.values() if found.chats is not None]
     inputs: dict[str, Any] = {
         "revision": max(_revision_of(found.template) for found in recipes.values()),
-        "rows": [digest_file(source.path, DataError) for source in train],
-        "validation": [digest_file(source.path, DataError) for source in validation],
+        "rows": [source_digest(source.path) for source in train],
+        "validation": [source_digest(source.path) for source in validation],
         "tokenizer": recipe.tokenizer.fingerprint,
         "format": names[0] if len(names) == 1 else names,
         "template": _without_day(recipe.template) if len(names) == 1 else None,
