@@ -15,7 +15,7 @@ class PrepareOptions(Options):
 
     rows: Sequence[Path] = option("JSON Lines files or JSON lists of rows.", argument=True, metavar="ROWS...")
     tokenizer: Path = option("A tokenizer.model or tokenizer.json, or a directory that holds one.")
-    output: Path = option("The directory to make.")
+    output: Path = option("The directory to make.", writes="product")
     format: str = option("auto, alpaca, gsm8k, chat, completion or text.", "auto", metavar="NAME")
     template: str | None = option(
         "alpaca, gsm8k, completion, text; for chats llama2-chat, llama3-chat, chatml or model (the one beside the "

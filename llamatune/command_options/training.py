@@ -73,7 +73,7 @@ class BenchmarkOptions(Options):
         parse=parse_size,
     )
     layout: Literal["flat", "nested"] = option("flat: a line a cell; nested: OFF and ON in lines and columns.", "flat")
-    output: Path = option("Where results are written.", Path("benchmark-output"))
+    output: Path = option("Where results are written.", Path("benchmark-output"), writes="run")
     overwrite: bool = option("Move what is in the way aside.", False)
 
 
@@ -110,9 +110,11 @@ class ReportOptions(Options):
     Each run's base and trained weights answer the prompts; ``generations`` are answers from a file.
     """
 
-    runs: Sequence[Path] = option("Run directories; several are compared.", argument=True, metavar="RUN...")
-    output: Path = option("The page, one HTML file that needs nothing else.")
-    png: Path | None = option("The charts as a picture too.", None, metavar="FILE")
+    runs: Sequence[Path] = option(
+        "Run directories; several are compared.", argument=True, metavar="RUN...", holds_outputs=True
+    )
+    output: Path = option("The page, one HTML file that needs nothing else.", writes="file")
+    png: Path | None = option("The charts as a picture too.", None, metavar="FILE", writes="file")
     smoothing: float = option("Decay of the moving average; 0 draws none.", 0.95, at_least=0, below=1)
     prompt: Sequence[str] = option("Show each run's answer before and after tuning. Repeatable.", ())
     prompt_file: Path | None = option("One prompt a line, or rows in JSON or JSON Lines.", None)
@@ -131,4 +133,4 @@ class ReportOptions(Options):
 class DemoOptions(Options):
     """Where the demo writes."""
 
-    output: Path = option("Where everything is written.", Path("demo-output"))
+    output: Path = option("Where everything is written.", Path("demo-output"), writes="run")
