@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from llamatune.errors import EnvironmentFault, SpecError
+from llamatune.errors import EnvironmentFault
 from llamatune.safe_reading import digest_bytes
 
 STAGING = ".llamatune-tmp-"

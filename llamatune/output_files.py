@@ -81,7 +81,7 @@ def descriptor_of(path: Path) -> int | None:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether what is written to ``path`` goes through it: an open file's descriptor, a pipe, a terminal, a null device."""
+    """Whether ``path`` is written through: the descriptor of an open file, a pipe, a terminal, a null device."""
     if descriptor_of(path) is not None:
         return True
     try:
@@ -93,16 +93,20 @@ def is_stream(path: Path) -> bool:
 
 @contextlib.contextmanager
 def open_stream(path: Path) -> Iterator[BinaryIO]:
-    """A stream, to write to within ``stream_faults``."""
+    """A stream, to write to and to flush within ``stream_faults``."""
     descriptor = descriptor_of(path)
     if descriptor == 1:
         sys.stdout.flush()
         yield sys.stdout.buffer
         return
     with stream_faults(path):
-        file = open(path if descriptor is None else os.dup(descriptor), "wb")
-    with file:
+        number = os.open(path, os.O_WRONLY) if descriptor is None else os.dup(descriptor)
+    file = os.fdopen(number, "wb")
+    try:
         yield file
+    finally:
+        with contextlib.suppress(OSError):  # the writer flushed, and was told
+            file.close()
 
 
 @contextlib.contextmanager

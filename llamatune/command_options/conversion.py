@@ -113,5 +113,3 @@ class ExtractOptions(Options):
         super().__post_init__()
         if self.plot is not None and self.plot.suffix != ".png":
             raise SpecError("a plot is a .png file", self.plot, "name it so")
-        if self.plot is not None and self.plot.resolve() == self.output.resolve():
-            raise SpecError("--plot and --output are the same", self.plot, "give each a name of its own")

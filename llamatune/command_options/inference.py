@@ -107,12 +107,19 @@ class Sampling(Options):
     seed: int = option("The same seed draws the same text.", 0, at_least=0, below=1 << 63)
 
 
+def prompt_format_option() -> Any:
+    """``--format`` of a verb with ``--prompt-file``."""
+    help = "Of --prompt-file: auto, alpaca, gsm8k, chat, completion or text."
+    return option(help, "auto", metavar="NAME")
+
+
 @dataclass(frozen=True)
 class PromptOptions(Options):
     """Prompts, and the template that they are put in; None: the one stored with the adapter or merged model."""
 
     prompt: Sequence[str] = option("A prompt; may be repeated. Without one, standard input is the prompt.", ())
-    prompt_file: Path | None = option("One prompt a line, or rows in JSON or JSON Lines.", None)
+    prompt_file: Path | None = option("Rows as prepare-data reads them, or one prompt a line.", None)
+    format: str = prompt_format_option()
     template: str | None = option("A template's name or file, or none; default: the one stored with the model.", None)
 
 

@@ -52,8 +52,9 @@ def check_outputs(options: Options) -> bool:
     overwrite = getattr(options, "overwrite", False)
     outputs = outputs_of(options)
     for one, other in itertools.combinations(outputs, 2):
-        if descriptor_of(one.path) is not None and descriptor_of(one.path) == descriptor_of(other.path):
-            raise SpecError(f"{one.flag} and {other.flag} are the same", one.path, "give each a name of its own")
+        if _are_one(one.path, other.path):
+            what = f"{one.flag} and {other.flag} name the same file"
+            raise SpecError(what, one.path, "give each a name of its own")
         refuse_inside(one.path, [(other.flag, other.path)], one.flag)
         refuse_inside(other.path, [(one.flag, one.path)], other.flag)
         refuse_replacing(one.path, [(other.flag, other.path)], one.flag)
@@ -65,6 +66,12 @@ def check_outputs(options: Options) -> bool:
         refuse_inside(output.path, closed, output.flag)
         _check(output, overwrite)
     return any(descriptor_of(output.path) == 1 for output in outputs)
+
+
+def _are_one(path: Path, other: Path) -> bool:
+    if is_stream(path):
+        return descriptor_of(path) is not None and descriptor_of(path) == descriptor_of(other)
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _inputs_of(option: Option, options: Options) -> Iterator[tuple[str, Path]]:

@@ -26,7 +26,8 @@ class Console:
     """Prints for one verb and, for the length of a ``with`` block, handles signals.
 
     A signal only sets a flag, which ``should_stop`` returns; the work ends at its next safe point. Of several ranks,
-    only the first has a console that ``prints``. It prints a result if it ``has_stdout``, which an output file may have instead.
+    only the first has a console that ``prints``. Without ``has_stdout``, which an output file has instead, there is no
+    result.
     """
 
     def __init__(self, json_mode: bool, prints: bool = True, has_stdout: bool = True) -> None:

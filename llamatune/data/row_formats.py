@@ -65,12 +65,12 @@ def row_of(row: Mapping[str, Any], row_format: Format) -> Row:
     return replace(parsed, ignored_keys=unknown + parsed.ignored_keys) if unknown else parsed
 
 
-def prompt_row_of(row: Mapping[str, Any]) -> Row:
-    """``row`` as a prompt, in the format of its keys; the completion may be absent.
+def prompt_row_of(row: Mapping[str, Any], given: Format | None = None) -> Row:
+    """``row`` as a prompt, in the ``given`` format or that of its keys; the completion may be absent.
 
     Its fields are all its strings, since a template may use any of them; other values are listed as ignored.
     """
-    row_format = next((known for known in FORMATS.values() if known.has_key_in(row)), None)
+    row_format = given or next((known for known in FORMATS.values() if known.has_key_in(row)), None)
     prompt_fields: tuple[str, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
     if row_format is not None:
@@ -83,7 +83,11 @@ def prompt_row_of(row: Mapping[str, Any]) -> Row:
     optional = {name: optional_text(row, name) for name in prompt_fields if name in _OPTIONAL}
     required = set(prompt_fields) - optional.keys()
     texts = {key: checked_text(text, key) for key, text in row.items() if isinstance(text, str) or key in required}
-    return Row({**texts, **optional}, "", turns, ignored_keys=tuple(key for key in row if key not in texts))
+    if given is not None:
+        for name in required or given.keys:
+            text_field(row, name)
+    completion = texts.get(row_format.keys[-1], "") if row_format is not None and prompt_fields else ""
+    return Row({**texts, **optional}, completion, turns, ignored_keys=tuple(key for key in row if key not in texts))
 
 
 def _unknown_keys(row: Mapping[str, Any], row_format: Format, names: Iterable[str]) -> tuple[str, ...]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from llamatune.data.row_files import RawRow, RowError, read_raw_rows
-from llamatune.data.row_formats import prompt_row_of
-from llamatune.data.row_json import Row, decode_row, decode_value, kind_of
+from llamatune.data.row_formats import FORMATS, Format, prompt_row_of
+from llamatune.data.row_json import Row, decode_value, kind_of
 from llamatune.data.templates import Template
 from llamatune.errors import DataError, SpecError
 from llamatune.safe_reading import read_bytes
@@ -22,15 +23,40 @@ _LARGEST_PIPED_PROMPT = 16 << 20
 _ROWS_BEGIN = re.compile(rb"""\s*(?:\{\s*["']|\[\s*(?:\{\s*["']|["']))""")
 """How a file of rows or a list of prompts begins; ``[INST] Hi`` and ``{name} is`` begin otherwise."""
 
-Prompt = str | Mapping[str, str] | Row
-"""A user's message, or a row: its fields by name, or one of a file."""
+
+@dataclass(frozen=True, slots=True)
+class FilePrompt:
+    """A prompt of a file.
+
+    Args:
+        asked: a user's message, or a row.
+        row: its number in the file, from 1.
+        where: its place, for errors.
+        reference: the answer that the row has.
+    """
+
+    asked: str | Row
+    row: int
+    where: str
+    reference: str | None = None
+
+    def labelled(self, answer: Mapping[str, Any]) -> dict[str, Any]:
+        """A line of output for the answer: with the row's number, and its own answer if it has one."""
+        reference = {} if self.reference is None else {"reference": self.reference}
+        return {"row": self.row, **answer, **reference}
 
 
-def given_prompts(texts: Sequence[str], file: Path | None) -> list[Prompt]:
+Prompt = str | Mapping[str, str] | Row | FilePrompt
+"""A user's message, a row (its fields by name), or one of these from a file."""
+
+
+def given_prompts(texts: Sequence[str], file: Path | None, format: str = "auto") -> list[Prompt]:
     """What ``--prompt`` or ``--prompt-file`` hold; both together are refused, neither is no prompt."""
     if texts and file is not None:
         raise SpecError("--prompt and --prompt-file exclude each other")
-    return list(texts) if file is None else read_prompts(file)
+    if file is None and format != "auto":
+        raise SpecError("it needs --prompt-file", "--format")
+    return list(texts) if file is None else read_prompts(file, format)
 
 
 def piped_prompt(stdin: BinaryIO) -> str:
@@ -50,9 +76,12 @@ def piped_prompt(stdin: BinaryIO) -> str:
 
 def prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
     """The prompt as the model sees it; ``number`` counts prompts from 1, for errors."""
+    where = f"prompt {number}"
+    if isinstance(prompt, FilePrompt):
+        where, prompt = prompt.where, prompt.asked
     if isinstance(prompt, str):
         return prompt if template is None else template.instruction_prompt(prompt)
-    row, where = prompt if isinstance(prompt, Row) else Row(dict(prompt), ""), f"prompt {number}"
+    row = prompt if isinstance(prompt, Row) else Row(dict(prompt), "")
     if template is None or not template.placeholders:
         text = row.fields.get("prompt", row.fields.get("text"))
         if text is None:
@@ -69,63 +98,79 @@ def prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
     return template.prompt_of({**optional, **row.fields}, row.turns)
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path, format: str = "auto") -> list[Prompt]:
     """Prompts from a file: rows as ``prepare-data`` reads them, or plain text, one prompt a line; blank lines skipped.
 
-    A file holds rows if its name ends in .json, .jsonl or .ndjson, or if it begins as JSON does. A list may hold texts.
+    A file whose name does not say that it holds rows is text if none of its lines is JSON, or if ``format`` is text.
+    The completion of a row may be absent, and a row of JSON may be a text.
 
     Raises:
+        SpecError: no such format.
         DataError: no prompts, not UTF-8, a row that cannot be used (with its place), or rows between plain lines.
     """
-    content = read_bytes(path, DataError, _LARGEST_PROMPT_FILE)
-    if path.suffix.lower() in (".json", ".jsonl", ".ndjson") or _begins_as_rows(content):
-        prompts = [_row_prompt(raw, path) for raw in read_raw_rows(path)]
+    if format not in (known := ("auto", *FORMATS)):
+        raise SpecError(f"--format is {format!r}", None, f"known: {', '.join(known)}")
+    row_format = FORMATS.get(format)
+    if _names_rows(path) or format not in ("auto", "text"):
+        lines = None
     else:
-        prompts = list(_plain_prompts(content, path))
+        content = read_bytes(path, DataError, _LARGEST_PROMPT_FILE)
+        lines = None if format == "auto" and _holds_rows(content, path) else _text_of(content, path).split("\n")
+    if lines is None:
+        prompts = [_row_prompt(raw, number, path, row_format) for number, raw in enumerate(read_raw_rows(path), 1)]
+    else:
+        texts = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+        prompts = [FilePrompt(text, row, f"{path}:{line}") for row, (line, text) in enumerate(texts, 1)]
     if not prompts:
         raise DataError("no prompts", path)
-    return prompts
+    return list(prompts)
 
 
-def _begins_as_rows(content: bytes) -> bool:
-    content = content.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if _ROWS_BEGIN.match(content) or (content.startswith(b"{") and _is_object(content.split(b"\n", 1)[0])):
+def _names_rows(path: Path) -> bool:
+    return path.suffix.lower() in (".json", ".jsonl", ".ndjson")
+
+
+def _holds_rows(content: bytes, path: Path) -> bool:
+    """Whether a file holds rows rather than text; ``DataError`` if some of its lines are rows, and some are not."""
+    begin = content.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if _ROWS_BEGIN.match(begin):
         return True
-    try:
-        return content.startswith(b"[") and isinstance(parse_json(content), list)
-    except ValueError:
-        return False
+    if begin.startswith(b"["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return isinstance(parse_json(begin), list)
+    lines = [(number, line) for number, line in enumerate(_text_of(content, path).split("\n"), 1) if line.strip()]
+    rows = [number for number, line in lines if _is_row(line)]
+    if rows and len(rows) < len(lines):
+        todo = "let every line be a row, or none, or give --format text"
+        raise DataError("a line of JSON in a file of plain text", f"{path}:{rows[0]}", todo)
+    return bool(rows)
 
 
-def _is_object(line: bytes) -> bool:
+def _is_row(line: str) -> bool:
+    """Whether a line is an object, a list or a text of JSON; a number or a word may be a prompt."""
     with contextlib.suppress(RowError):
-        decode_row(RawRow(1, 0, line.strip()))
-        return True
+        return line.lstrip()[:1] in ("{", "[", '"') and decode_value(RawRow(1, 0, line.encode())) is not None
     return False
 
 
-def _plain_prompts(content: bytes, path: Path) -> Iterator[str]:
+def _text_of(content: bytes, path: Path) -> str:
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
         raise DataError(f"not UTF-8 at byte {fault.start}", path) from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.lstrip().startswith("{") and _is_object(line.encode()):
-            what = "a JSON row in a file that begins as plain text"
-            raise DataError(what, f"{path}:{number}", "let every line be a row, or none")
-        if line.strip():
-            yield line.rstrip("\r")
 
 
-def _row_prompt(raw: RawRow, path: Path) -> Prompt:
+def _row_prompt(raw: RawRow, number: int, path: Path, row_format: Format | None) -> FilePrompt:
+    place = raw.place(path)
     try:
         value = decode_value(raw)
         if isinstance(value, str) and value.strip():
-            return value
+            return FilePrompt(value, number, place)
         if not isinstance(value, dict):
             what = "an empty text" if isinstance(value, str) else kind_of(value)
             raise RowError("not_an_object", f"{what} where a row or a prompt is expected")
-        return prompt_row_of(value)
+        row = prompt_row_of(value, row_format)
     except RowError as fault:
-        todo = "correct it, or give plain prompts one a line in a .txt file that does not begin as JSON does"
-        raise DataError(fault.message, raw.place(path), todo) from None
+        todo = "correct it, or give plain prompts, one a line, with --format text in a file of another name"
+        raise DataError(fault.message, place, todo) from None
+    return FilePrompt(row, number, place, row.completion or None)

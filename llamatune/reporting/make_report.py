@@ -18,7 +18,6 @@ from llamatune.reporting.run_reader import name_runs, read_run
 from llamatune.reporting.sample_answers import generate_samples, read_generations
 from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
 
-
 _OF_A_RUN = (SPEC, METRICS, SUMMARY, ORIGIN, CHECKPOINTS, BEST, ADAPTER, MODEL)
 
 
@@ -31,7 +30,7 @@ def make_report(
         SpecError: an option is out of bounds, or a run is given twice. CheckpointError: not a run directory.
         EnvironmentFault: matplotlib is missing, or an output exists already.
     """
-    prompts = given_prompts(options.prompt, options.prompt_file)
+    prompts = given_prompts(options.prompt, options.prompt_file, options.format)
     require_matplotlib()
     output = output_file(options.output, options.overwrite)
     picture = None if options.png is None else output_file(options.png, options.overwrite)
