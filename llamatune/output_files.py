@@ -135,12 +135,12 @@ def _refuse_closed(path: Path) -> None:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Raise if no directory can be made at ``path``, as far as can be told without making one."""
+    """Raise if nothing can be made in the directory ``path``, or it cannot be made, as far as a look can tell."""
     place = next(place for place in (path, *Path(os.path.abspath(path)).parents) if place.exists())
     if not place.is_dir():
         raise EnvironmentFault("exists and is not a directory", place, _ANOTHER)
     if not os.access(place, os.W_OK | os.X_OK):
-        raise EnvironmentFault("cannot write", place, _ANOTHER)
+        raise EnvironmentFault("cannot write: Permission denied", place, _ANOTHER)
 
 
 def refuse_replacing(

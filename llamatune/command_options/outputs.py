@@ -88,7 +88,7 @@ def _check(output: Output, overwrite: bool) -> None:
     if output.kind in ("file", "answers"):
         output_file(output.path, overwrite or output.kind == "answers")
         return
-    refuse_unwritable(output.path)
+    refuse_unwritable(Path(os.path.realpath(output.path)).parent if output.kind == "product" else output.path)
     if output.kind == "product":
         if not has_manifest(output.path):
             refuse_occupied(output.path, overwrite)
