@@ -25,9 +25,11 @@ def evaluate(options: EvaluateOptions, console: Console, launch: Launch) -> None
                 write_output(options.per_row, dump_json_lines(report.per_row()), options.overwrite)
             payload = report.to_dict()
         else:
+            from llamatune.data.row_sources import pipes_kept
             from llamatune.inference.gsm8k import evaluate_gsm8k
 
-            payload = evaluate_gsm8k(options, console.on_event, console.should_stop, ranks)
+            with pipes_kept([path for path in (options.data, options.shots_data) if path is not None], lambda: None):
+                payload = evaluate_gsm8k(options, console.on_event, console.should_stop, ranks)
         console.result(
             payload, lambda out: _print_table(out, payload) if out.is_terminal else _print_lines(out, payload)
         )

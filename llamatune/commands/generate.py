@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 def generate(options: GenerateOptions, console: Console, launch: Launch) -> None:
     """Complete prompts."""
-    prompts = _prompts(options) if launch.world_size == 1 else []  # at once, before torch is imported
+    prompts = _prompts(options, console) if launch.world_size == 1 else []  # at once, before torch is imported
     with connect(launch, options.device) as ranks:
         if launch.world_size > 1:
-            prompts = wait_for_first(ranks, lambda: _prompts(options)) or []
+            prompts = wait_for_first(ranks, lambda: _prompts(options, console)) or []
         with console:
             from llamatune.inference.generate import generate as run_generation
             from llamatune.inference.prompt_files import FilePrompt
@@ -47,10 +47,11 @@ def generate(options: GenerateOptions, console: Console, launch: Launch) -> None
             console.result(payload, lambda out: _print(out, generations, options.compare))
 
 
-def _prompts(options: GenerateOptions) -> list[Prompt]:
+def _prompts(options: GenerateOptions, console: Console) -> list[Prompt]:
     from llamatune.inference.prompt_files import given_prompts, piped_prompt
 
-    return given_prompts(options.prompt, options.prompt_file, options.format) or [piped_prompt(sys.stdin.buffer)]
+    given = given_prompts(options.prompt, options.prompt_file, options.format, console.on_event)
+    return given or [piped_prompt(sys.stdin.buffer)]
 
 
 def _print(out: RichConsole, generations: Generations, compare: bool) -> None:

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamatune.data.row_files import RawRow, RowError, read_raw_rows
+from llamatune.data.row_files import (
+    BEGINS_AS_JSON,
+    RawRow,
+    RowError,
+    file_kind,
+    read_raw_rows,
+    read_text,
+    row_suffix,
+)
 from llamatune.data.row_formats import FORMATS, Format, prompt_row_of
 from llamatune.data.row_json import Row, decode_value, kind_of
+from llamatune.data.row_sources import pipes_kept
 from llamatune.data.templates import Template
 from llamatune.errors import DataError, SpecError
-from llamatune.safe_reading import read_bytes
+from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.strict_json import parse_json
 
-_LARGEST_PROMPT_FILE = 256 << 20
+_LARGEST_TEXT = 256 << 20
 _LARGEST_PIPED_PROMPT = 16 << 20
-
-_ROWS_BEGIN = re.compile(rb"""\s*(?:\{\s*["']|\[\s*(?:\{\s*["']|["']))""")
-"""How a file of rows or a list of prompts begins; ``[INST] Hi`` and ``{name} is`` begin otherwise."""
+_OF_JSON = (".json", ".jsonl", ".ndjson")
+"""Endings of names that say that a file holds rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +58,15 @@ Prompt = str | Mapping[str, str] | Row | FilePrompt
 """A user's message, a row (its fields by name), or one of these from a file."""
 
 
-def given_prompts(texts: Sequence[str], file: Path | None, format: str = "auto") -> list[Prompt]:
+def given_prompts(
+    texts: Sequence[str], file: Path | None, format: str = "auto", on_event: OnEvent = ignore_event
+) -> list[Prompt]:
     """What ``--prompt`` or ``--prompt-file`` hold; both together are refused, neither is no prompt."""
     if texts and file is not None:
         raise SpecError("--prompt and --prompt-file exclude each other")
     if file is None and format != "auto":
         raise SpecError("it needs --prompt-file", "--format")
-    return list(texts) if file is None else read_prompts(file, format)
+    return list(texts) if file is None else read_prompts(file, format, on_event)
 
 
 def piped_prompt(stdin: BinaryIO) -> str:
@@ -98,11 +108,11 @@ def prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
     return template.prompt_of({**optional, **row.fields}, row.turns)
 
 
-def read_prompts(path: Path, format: str = "auto") -> list[Prompt]:
+def read_prompts(path: Path, format: str = "auto", on_event: OnEvent = ignore_event) -> list[Prompt]:
     """Prompts from a file: rows as ``prepare-data`` reads them, or plain text, one prompt a line; blank lines skipped.
 
-    A file whose name does not say that it holds rows is text if none of its lines is JSON, or if ``format`` is text.
-    The completion of a row may be absent, and a row of JSON may be a text.
+    Where neither its kind nor its name says that it holds rows, a file is text if none of its lines is JSON or if
+    ``format`` is text. The completion of a row may be absent, and a row of JSON may be a text.
 
     Raises:
         SpecError: no such format.
@@ -110,40 +120,48 @@ def read_prompts(path: Path, format: str = "auto") -> list[Prompt]:
     """
     if format not in (known := ("auto", *FORMATS)):
         raise SpecError(f"--format is {format!r}", None, f"known: {', '.join(known)}")
-    row_format = FORMATS.get(format)
-    if _names_rows(path) or format not in ("auto", "text"):
-        lines = None
-    else:
-        content = read_bytes(path, DataError, _LARGEST_PROMPT_FILE)
-        lines = None if format == "auto" and _holds_rows(content, path) else _text_of(content, path).split("\n")
-    if lines is None:
-        prompts = [_row_prompt(raw, number, path, row_format) for number, raw in enumerate(read_raw_rows(path), 1)]
-    else:
-        texts = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
-        prompts = [FilePrompt(text, row, f"{path}:{line}") for row, (line, text) in enumerate(texts, 1)]
+
+    def note(message: str) -> None:
+        on_event(Notice(f"{path}: {message}"))
+
+    with pipes_kept([path], lambda: None):
+        is_named = file_kind(path) in ("table", "columnar") or row_suffix(path) in _OF_JSON
+        content = None if is_named or format not in ("auto", "text") else read_text(path, _LARGEST_TEXT)
+        if content is None or (format == "auto" and BEGINS_AS_JSON.match(content)):
+            rows: Iterable[RawRow] | None = read_raw_rows(path, note)
+        else:
+            rows = None if format == "text" else _json_rows(content, path)
+        if rows is not None:
+            prompts = [_row_prompt(raw, number, path, FORMATS.get(format)) for number, raw in enumerate(rows, 1)]
+        else:
+            lines = enumerate(_lines(content or b"", path), 1)
+            prompts = [FilePrompt(text.rstrip("\r"), row, f"{path}:{line}") for row, (line, text) in lines]
     if not prompts:
         raise DataError("no prompts", path)
     return list(prompts)
 
 
-def _names_rows(path: Path) -> bool:
-    return path.suffix.lower() in (".json", ".jsonl", ".ndjson")
+def _lines(content: bytes, path: Path) -> list[tuple[int, str]]:
+    """The lines of a text that are not blank, with their numbers."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as fault:
+        raise DataError(f"not UTF-8 at byte {fault.start}", path) from None
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _holds_rows(content: bytes, path: Path) -> bool:
-    """Whether a file holds rows rather than text; ``DataError`` if some of its lines are rows, and some are not."""
-    begin = content.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if _ROWS_BEGIN.match(begin):
-        return True
-    if begin.startswith(b"["):
+def _json_rows(content: bytes, path: Path) -> list[RawRow] | None:
+    """The rows of a file that does not begin as rows do, if it is a JSON list or each of its lines is JSON."""
+    if content.lstrip().startswith(b"["):
         with contextlib.suppress(ValueError, RecursionError):
-            return isinstance(parse_json(begin), list)
-    lines = [(number, line) for number, line in enumerate(_text_of(content, path).split("\n"), 1) if line.strip()]
-    rows = [number for number, line in lines if _is_row(line)]
+            values = parse_json(content)
+            return [RawRow(1, 0, json.dumps(value).encode(), None, row, True) for row, value in enumerate(values, 1)]
+    lines = _lines(content, path)
+    rows = [RawRow(number, 0, line.encode(), None, row) for row, (number, line) in enumerate(lines, 1) if _is_row(line)]
     if rows and len(rows) < len(lines):
         todo = "let every line be a row, or none, or give --format text"
-        raise DataError("a line of JSON in a file of plain text", f"{path}:{rows[0]}", todo)
-    return bool(rows)
+        raise DataError("a line of JSON in a file of plain text", f"{path}:{rows[0].line}", todo)
+    return rows or None
 
 
 def _is_row(line: str) -> bool:
@@ -151,13 +169,6 @@ def _is_row(line: str) -> bool:
     with contextlib.suppress(RowError):
         return line.lstrip()[:1] in ("{", "[", '"') and decode_value(RawRow(1, 0, line.encode())) is not None
     return False
-
-
-def _text_of(content: bytes, path: Path) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as fault:
-        raise DataError(f"not UTF-8 at byte {fault.start}", path) from None
 
 
 def _row_prompt(raw: RawRow, number: int, path: Path, row_format: Format | None) -> FilePrompt:
