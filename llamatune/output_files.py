@@ -111,13 +111,12 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def stream_faults(path: Path) -> Iterator[None]:
-    """As ``disk_faults``; but that the reader of stdout has left is no fault."""
+    """As ``disk_faults``; but that the reader of stdout has left is no fault, and ends the block."""
     try:
         yield
     except OSError as fault:
-        if descriptor_of(path) == 1 and isinstance(fault, BrokenPipeError):
-            raise
-        raise disk_fault(fault, path) from fault
+        if descriptor_of(path) != 1 or not isinstance(fault, BrokenPipeError):
+            raise disk_fault(fault, path) from fault
 
 
 def _refuse_closed(path: Path) -> None:
@@ -154,6 +153,7 @@ def refuse_replacing(
     if is_stream(output):
         return
     made = Path(os.path.realpath(output))
+    _refuse_standard(output, option)
     for name, given in inputs:
         place = Path(os.path.realpath(given))
         links = [entry for entry in given.iterdir() if entry.is_symlink()] if given.is_dir() else []
@@ -162,6 +162,14 @@ def refuse_replacing(
                 raise SpecError(f"{option} would replace {name}", output, _ANOTHER)
         if _is_linked(made, place):
             raise SpecError(f"{option} is another name of a file of {name}", output, _ANOTHER)
+
+
+def _refuse_standard(output: Path, option: str) -> None:
+    """Raise where stdin comes from the file ``output``, or stdout or stderr go there."""
+    for number, name in enumerate(("standard input comes from", "standard output goes to", "standard error goes to")):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(output), os.fstat(number)):
+                raise SpecError(f"{option} is the file that {name}", output, "choose another output, or - for stdout")
 
 
 def refuse_inside(output: Path, inputs: Iterable[tuple[str, Path]], option: str = "--output") -> None:

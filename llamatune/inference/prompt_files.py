@@ -143,6 +143,8 @@ def read_prompts(path: Path, format: str = "auto", on_event: OnEvent = ignore_ev
 
 def _lines(content: bytes, path: Path) -> list[tuple[int, str]]:
     """The lines of a text that are not blank, with their numbers."""
+    if b"\0" in content:
+        raise DataError(f"no text: a NUL byte at byte {content.index(0)}", path)
     try:
         text = content.decode()
     except UnicodeDecodeError as fault:
