@@ -28,11 +28,13 @@ class Decompressed(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         file.seek(0)
-        is_gzip = file.read(len(_GZIP)) == _GZIP
-        file.seek(0)
-        zstd = None if is_gzip else _zstd(path)
-        self._stream: Any = gzip.GzipFile(fileobj=file) if zstd is None else zstd.ZstdFile(file)
-        self._errors = (EOFError, zlib.error, gzip.BadGzipFile, *([] if zstd is None else [zstd.ZstdError]))
+        self._file, self._zstd = file, None if file.read(len(_GZIP)) == _GZIP else _zstd(path)
+        self._errors = (EOFError, zlib.error, gzip.BadGzipFile, *([self._zstd.ZstdError] if self._zstd else []))
+        self._begin()
+
+    def _begin(self) -> None:
+        self._file.seek(0)
+        self._stream: Any = self._zstd.ZstdFile(self._file) if self._zstd else gzip.GzipFile(fileobj=self._file)
         self._last, self.fault = b"", ""
 
     def buffered(self) -> BinaryIO:
@@ -45,8 +47,11 @@ class Decompressed(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
-        self._last, self.fault = b"", ""
-        return int(self._stream.seek(offset, whence))
+        assert whence == io.SEEK_SET
+        self._begin()  # the libraries' own streams cannot go back behind a fault
+        while offset > self.tell() and self.readinto(bytearray(min(_PORTION, offset - self.tell()))):
+            pass
+        return self.tell()
 
     def tell(self) -> int:
         return int(self._stream.tell())

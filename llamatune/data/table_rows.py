@@ -53,7 +53,9 @@ def table_rows(file: BinaryIO, path: Path, suffix: str) -> Iterator[RawRow]:
         if not any(cells) and error is None:
             continue  # a blank line, or an empty one of a sheet
         row += 1
-        yield _row(names, cells, error or _misfit(names, cells, lines.is_cut), line, begin, row)
+        if lines.is_cut:
+            error = RowError("too_large", f"the row has more than {LARGEST_ROW_BYTES:,} bytes")
+        yield _row(names, cells, error or _misfit(names, cells), line, begin, row)
 
 
 class _Lines:
@@ -113,9 +115,7 @@ def _reason(fault: csv.Error) -> str:
     return f"not valid CSV: {text} (a quote within a field is written twice)"
 
 
-def _misfit(names: Sequence[str], cells: Sequence[str], is_cut: bool) -> RowError | None:
-    if is_cut:
-        return RowError("too_large", f"the row has more than {LARGEST_ROW_BYTES:,} bytes")
+def _misfit(names: Sequence[str], cells: Sequence[str]) -> RowError | None:
     if len(cells) != len(names):
         fields = f"{len(cells)} field" + "s" * (len(cells) != 1)
         return RowError("columns", f"{fields} where the header names {len(names)}")
