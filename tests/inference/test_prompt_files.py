@@ -80,7 +80,7 @@ def test_plain_text_stays_one_prompt_a_line(texts: Callable[..., list[str]], lin
         ([{"instruction": "a", "tools": ["f"]}], "field 'tools' would be lost"),
         ([{"messages": []}], "'messages' has no message of the user"),
         ([{"messages": [{"role": "system", "content": "s"}]}], "'messages' has no message of the user"),
-        ([{"messages": [{"role": "user", "content": ["u"]}]}], "field 'content' of message 1 of 'messages' is a list"),
+        ([{"messages": [{"role": "user", "content": 7}]}], "field 'content' of message 1 of 'messages' is a number"),
         ([{"instruction": "a", "system": "s"}], "no place for a system message"),
         ([{"instruction": "a", "history": [["u", "a"]]}], "no place for earlier turns"),
         ([{"messages": SAID}], "no field 'instruction' for the template 'alpaca'"),
