@@ -109,8 +109,13 @@ class Sampling(Options):
 
 def prompt_format_option() -> Any:
     """``--format`` of a verb with ``--prompt-file``."""
-    help = "Of --prompt-file: auto, alpaca, gsm8k, chat, completion or text."
-    return option(help, "auto", metavar="NAME")
+    return option("Of --prompt-file: auto, alpaca, gsm8k, chat, completion or text.", "auto", metavar="NAME")
+
+
+def prompt_map_option() -> Any:
+    """``--map`` of a verb with ``--prompt-file``."""
+    help = "Columns of --prompt-file that are read as fields, or a preset, as of prepare-data."
+    return option(help, None, metavar="FIELD=COLUMN,...|PRESET", flag="--map")
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class PromptOptions(Options):
     prompt: Sequence[str] = option("A prompt; may be repeated. Without one, standard input is the prompt.", ())
     prompt_file: Path | None = option("Rows as prepare-data reads them, or one prompt a line.", None)
     format: str = prompt_format_option()
+    column_map: str | None = prompt_map_option()
     template: str | None = option("A template's name or file, or none; default: the one stored with the model.", None)
 
 

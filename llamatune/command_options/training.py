@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llamatune.command_options.inference import Sampling, prompt_format_option
+from llamatune.command_options.inference import Sampling, prompt_format_option, prompt_map_option
 from llamatune.command_options.option import Options, option
 from llamatune.errors import SpecError
 from llamatune.units import parse_size
@@ -119,6 +119,7 @@ class ReportOptions(Options):
     prompt: Sequence[str] = option("Show each run's answer before and after tuning. Repeatable.", ())
     prompt_file: Path | None = option("Rows as prepare-data reads them, or one prompt a line.", None)
     format: str = prompt_format_option()
+    column_map: str | None = prompt_map_option()
     generations: Path | None = option("Show what generate --compare --output wrote.", None)
     max_new_tokens: int = option("The most that is generated.", Sampling.max_new_tokens, at_least=1, at_most=1 << 20)
     device: str = option("What generates: auto, cpu, cuda or cuda:N.", "auto")

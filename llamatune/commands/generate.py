@@ -50,8 +50,7 @@ def generate(options: GenerateOptions, console: Console, launch: Launch) -> None
 def _prompts(options: GenerateOptions, console: Console) -> list[Prompt]:
     from llamatune.inference.prompt_files import given_prompts, piped_prompt
 
-    given = given_prompts(options.prompt, options.prompt_file, options.format, console.on_event)
-    return given or [piped_prompt(sys.stdin.buffer)]
+    return given_prompts(options, console.on_event) or [piped_prompt(sys.stdin.buffer)]
 
 
 def _print(out: RichConsole, generations: Generations, compare: bool) -> None:

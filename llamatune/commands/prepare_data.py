@@ -78,6 +78,8 @@ def _print_report(out: RichConsole, report: Mapping[str, Any]) -> None:
     add("truncated", f"{truncated} (at {report['max_seq_length']:,})")
     add("dropped", f"{report['dropped']:,}{reasons(report['dropped_reasons'])}")
     add("refused", f"{report['refused']:,}{reasons(report['refused_reasons'])}")
+    if report["adjusted"]:
+        add("adjusted", ", ".join(f"{n:,} {kind}" for kind, n in report["adjusted"].items()))
     add("duplicates", f"{report['duplicates']:,}")
     if count := report["prompts_not_prefix"]:
         add("prompts not a prefix", f"{count:,} (encoded alone they have other tokens than in their row)")

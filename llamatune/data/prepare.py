@@ -20,6 +20,7 @@ from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.encoding import Recipe
 from llamatune.data.prepare_report import (
     Counts,
+    adjustments_told,
     bad_rows_error,
     no_rows_error,
     overlong_error,
@@ -126,6 +127,8 @@ class _Job:
             for spool, files in ((train, options.rows), (validation, options.validation)):
                 if spool is not None and not len(spool):
                     raise no_rows_error(counts, files)
+            for told in adjustments_told(counts):
+                self.on_event(Notice(told))
             if counts.prompts_not_prefix:
                 remedy = (
                     ": drop the space at the end of the template or prompt, and begin the template's before_completion "

@@ -10,6 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from llamatune.data.column_maps import PRESETS
 from llamatune.data.encoding import EncodedBatch
 from llamatune.data.row_files import RawRow
 from llamatune.errors import DataError
@@ -50,6 +51,7 @@ class Counts:
     duplicates: int = 0
     validation_rows_in_train: int = 0
     ignored_keys: Counter[str] = field(default_factory=Counter)
+    adjusted: Counter[str] = field(default_factory=Counter)
     longest_rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, batch: EncodedBatch, path: Path, rows: list[RawRow]) -> None:
@@ -64,6 +66,7 @@ class Counts:
         self.dropped_reasons.update(reason for _, reason in batch.dropped)
         self.refused += len(batch.refused)
         self.refused_reasons.update(kind for _, kind, _ in batch.refused)
+        self.adjusted.update(batch.adjusted)
         for key, count in batch.ignored_keys.items():
             known = key in self.ignored_keys or len(self.ignored_keys) < _MOST_KEYS
             self.ignored_keys[key if known else "..."] += count
@@ -89,10 +92,39 @@ def report_of(output: Path, facts: Mapping[str, Any], unchanged: bool) -> dict[s
     ``longest_rows`` are the longest rows before truncation; ``splits`` has the rows, tokens, target tokens and longest
     row of each split as written. ``prompts_not_prefix`` counts the kept rows whose tokens do not begin with those
     of the prompt alone, ``only_last`` the chats of which the template lets only the last answer be trained; None: an
-    earlier version wrote the directory and did not count them. So it is with ``train_on``, the rule of ``--train-on``.
+    earlier version wrote the directory and did not count them. So it is with ``train_on``, the rule of ``--train-on``,
+    and with ``adjusted``, the rows that were read though they had not the usual form, by kind.
     """
     report = {"output": shown_path(output), "unchanged": unchanged, **{name: facts[name] for name in _REPORTED}}
-    return {**report, **{name: facts.get(name) for name in ("prompts_not_prefix", "only_last", "train_on")}}
+    return {**report, **{name: facts.get(name) for name in ("prompts_not_prefix", "only_last", "train_on", "adjusted")}}
+
+
+ADJUSTMENTS = {
+    "role_alias": "roles by other names",
+    "text_parts": "messages in parts, whose texts are put together",
+    "json_in_text": "lists or objects as JSON in a text",
+    "turns_without_roles": "texts without roles, taken as the user's and the assistant's in turn",
+    "turns_joined": "messages of one role in a row, joined by an empty line",
+    "trailing_turns": "messages after the assistant's last one, left out",
+    "empty_system": "an empty system message, taken as none",
+    "leading_assistant": "a message of the assistant before the user's first, not trained",
+    "later_system": "a system message after the first turn",
+    "tools": "tools, whose turns are not trained",
+    "function_call": "a function_call, taken as tool_calls",
+    "list_of_one": "a list of one text, taken as the text",
+    "no_column": "without the column that --map names for an optional field",
+}
+"""What rows were read as though they had not the usual form; beside these ``preset_NAME``."""
+
+
+def adjustments_told(counts: Counts) -> list[str]:
+    """A sentence for each kind of adjustment."""
+    told = []
+    for kind, count in sorted(counts.adjusted.items()):
+        preset = PRESETS.get(kind.removeprefix("preset_"))
+        what = ADJUSTMENTS[kind] if preset is None else f"columns as --map {preset.name} reads them ({preset.shown})"
+        told.append(f"{count:,} of {counts.rows_in - counts.refused:,} rows: {what}")
+    return told
 
 
 def bad_rows_error(counts: Counts, first: str) -> DataError:

@@ -10,6 +10,7 @@ from typing import Any
 
 from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.chat_template import ChatTemplate
+from llamatune.data.column_maps import advice_for, parse_map
 from llamatune.data.encoding import Recipe
 from llamatune.data.row_files import RowError, read_raw_rows
 from llamatune.data.row_formats import FORMATS, ROWS_TRIED, Format, detect_format
@@ -68,6 +69,8 @@ def resolve_options(options: PrepareOptions, on_event: OnEvent) -> tuple[Recipe,
     }
     if is_chat:
         inputs["train_on"] = train_on(recipe)
+    if recipe.columns is not None:
+        inputs["map"] = recipe.columns.shown
     return recipe, inputs
 
 
@@ -87,6 +90,8 @@ def check_options(options: PrepareOptions) -> None:
     known = ("auto", *FORMATS)
     if options.format not in known:
         raise SpecError(f"--format is {options.format!r}", None, f"known: {', '.join(known)}")
+    if options.column_map is not None:
+        parse_map(options.column_map)
     output = Path(os.path.realpath(options.output))
     for path in [*input_files(options), options.tokenizer]:
         if Path(os.path.realpath(path)).is_relative_to(output):
@@ -101,7 +106,8 @@ def input_files(options: PrepareOptions) -> list[Path]:
 def _format_of(options: PrepareOptions) -> Format:
     if options.format != "auto":
         return FORMATS[options.format]
-    detected = {path: detect_format(read_raw_rows(path)) for path in input_files(options)}
+    columns = None if options.column_map is None else parse_map(options.column_map)
+    detected = {path: detect_format(read_raw_rows(path), path, columns) for path in input_files(options)}
     known = [(path, row_format) for path, row_format in detected.items() if row_format is not None]
     for (earlier, first), (path, other) in itertools.pairwise(known):
         if other is not first:
@@ -112,7 +118,9 @@ def _format_of(options: PrepareOptions) -> Format:
     for path in detected:
         if keys := _keys_of_first_object(path):
             shown = ", ".join(map(repr, keys[:10]))
-            raise DataError(f"rows of no known format, with {shown}", path, f"known: {', '.join(FORMATS)} (--format)")
+            todo = advice_for(keys) or "name the columns, such as --map instruction=COLUMN,output=COLUMN"
+            todo += f"; known: {', '.join(FORMATS)} (--format)"
+            raise DataError(f"rows of no known format, with {shown}", path, todo)
     return FORMATS["text"]  # no row, or none that can be read: reading will report each
 
 

@@ -50,7 +50,10 @@ class PromptEncoder:
             texts = ", ".join(map(repr, row.fields)) or "none"
             what = f"no field for the user's turn of the template {self._chats.template.name!r}"
             raise DataError(what, where, f"its text fields are {texts}") from None
-        return self._chats.prompt(messages, where)
+        if misfit := self._chats.template.misfit(row):
+            raise DataError(f"the chat template refuses the prompt: {misfit}", where)
+        tools = () if row.irregular is None else row.irregular.tools
+        return self._chats.prompt(messages, where, tools, row.irregular is not None)
 
     def stop_ids(self, config: LlamaConfig) -> set[int]:
         """The tokens that end a completion: the model's and the tokenizer's EOS, and the end of a template's turn."""

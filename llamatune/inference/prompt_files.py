@@ -7,8 +7,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
+from llamatune.data.column_maps import ColumnMap, parse_map
 from llamatune.data.row_files import (
     BEGINS_AS_JSON,
     RawRow,
@@ -58,15 +59,29 @@ Prompt = str | Mapping[str, str] | Row | FilePrompt
 """A user's message, a row (its fields by name), or one of these from a file."""
 
 
-def given_prompts(
-    texts: Sequence[str], file: Path | None, format: str = "auto", on_event: OnEvent = ignore_event
-) -> list[Prompt]:
+class PromptSource(Protocol):
+    """Options that say what is asked."""
+
+    @property
+    def prompt(self) -> Sequence[str]: ...
+    @property
+    def prompt_file(self) -> Path | None: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def column_map(self) -> str | None: ...
+
+
+def given_prompts(source: PromptSource, on_event: OnEvent = ignore_event) -> list[Prompt]:
     """What ``--prompt`` or ``--prompt-file`` hold; both together are refused, neither is no prompt."""
-    if texts and file is not None:
-        raise SpecError("--prompt and --prompt-file exclude each other")
-    if file is None and format != "auto":
-        raise SpecError("it needs --prompt-file", "--format")
-    return list(texts) if file is None else read_prompts(file, format, on_event)
+    if source.prompt_file is not None:
+        if source.prompt:
+            raise SpecError("--prompt and --prompt-file exclude each other")
+        return read_prompts(source.prompt_file, source.format, source.column_map, on_event)
+    for flag, is_given in (("--format", source.format != "auto"), ("--map", source.column_map is not None)):
+        if is_given:
+            raise SpecError("it needs --prompt-file", flag)
+    return list(source.prompt)
 
 
 def piped_prompt(stdin: BinaryIO) -> str:
@@ -108,31 +123,37 @@ def prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
     return template.prompt_of({**optional, **row.fields}, row.turns)
 
 
-def read_prompts(path: Path, format: str = "auto", on_event: OnEvent = ignore_event) -> list[Prompt]:
+def read_prompts(
+    path: Path, format: str = "auto", column_map: str | None = None, on_event: OnEvent = ignore_event
+) -> list[Prompt]:
     """Prompts from a file: rows as ``prepare-data`` reads them, or plain text, one prompt a line; blank lines skipped.
 
     Where neither its kind nor its name says that it holds rows, a file is text if none of its lines is JSON or if
-    ``format`` is text. The completion of a row may be absent, and a row of JSON may be a text.
+    ``format`` is text. The completion of a row may be absent, and a row of JSON may be a text. ``column_map`` is that
+    of ``prepare-data``.
 
     Raises:
-        SpecError: no such format.
+        SpecError: no such format, or no such map.
         DataError: no prompts, not UTF-8, a row that cannot be used (with its place), or rows between plain lines.
     """
     if format not in (known := ("auto", *FORMATS)):
         raise SpecError(f"--format is {format!r}", None, f"known: {', '.join(known)}")
+    columns = None if column_map is None else parse_map(column_map)
 
     def note(message: str) -> None:
         on_event(Notice(f"{path}: {message}"))
 
     with pipes_kept([path], lambda: None):
-        is_named = file_kind(path) in ("table", "columnar") or row_suffix(path) in _OF_JSON
+        is_named = file_kind(path) in ("table", "columnar") or row_suffix(path) in _OF_JSON or columns is not None
         content = None if is_named or format not in ("auto", "text") else read_text(path, _LARGEST_TEXT)
         if content is None or (format == "auto" and BEGINS_AS_JSON.match(content)):
             rows: Iterable[RawRow] | None = read_raw_rows(path, note)
         else:
             rows = None if format == "text" else _json_rows(content, path)
         if rows is not None:
-            prompts = [_row_prompt(raw, number, path, FORMATS.get(format)) for number, raw in enumerate(rows, 1)]
+            prompts = [
+                _row_prompt(raw, number, path, FORMATS.get(format), columns) for number, raw in enumerate(rows, 1)
+            ]
         else:
             lines = enumerate(_lines(content or b"", path), 1)
             prompts = [FilePrompt(text.rstrip("\r"), row, f"{path}:{line}") for row, (line, text) in lines]
@@ -173,7 +194,9 @@ def _is_row(line: str) -> bool:
     return False
 
 
-def _row_prompt(raw: RawRow, number: int, path: Path, row_format: Format | None) -> FilePrompt:
+def _row_prompt(
+    raw: RawRow, number: int, path: Path, row_format: Format | None, columns: ColumnMap | None
+) -> FilePrompt:
     place = raw.place(path)
     try:
         value = decode_value(raw)
@@ -182,7 +205,7 @@ def _row_prompt(raw: RawRow, number: int, path: Path, row_format: Format | None)
         if not isinstance(value, dict):
             what = "an empty text" if isinstance(value, str) else kind_of(value)
             raise RowError("not_an_object", f"{what} where a row or a prompt is expected")
-        row = prompt_row_of(value, row_format)
+        row = prompt_row_of(value, row_format, columns)
     except RowError as fault:
         todo = "correct it, or give plain prompts, one a line, with --format text in a file of another name"
         raise DataError(fault.message, place, todo) from None

@@ -79,12 +79,12 @@ def test_plain_text_stays_one_prompt_a_line(texts: Callable[..., list[str]], lin
         ("[]", "no prompts"),
         ("\n \n", "no prompts"),
         ([{"instruction": "a", "input": 7}], "field 'input' of the row is a number, not a string"),
-        ([{"instruction": ["a"]}], "field 'instruction' of the row is a list, not a string"),
+        ([{"instruction": ["a", "b"]}], "field 'instruction' of the row is a list, not a string"),
         ([{"instruction": "a", "inputs": "b"}], "unknown field 'inputs', did you mean 'input'?"),
         ([{"instruction": "a", "tools": ["f"]}], "field 'tools' would be lost"),
         ([{"messages": []}], "'messages' has no message of the user"),
         ([{"messages": [{"role": "system", "content": "s"}]}], "'messages' has no message of the user"),
-        ([{"messages": [{"role": "user", "content": ["u"]}]}], "field 'content' of message 1 of 'messages' is a list"),
+        ([{"messages": [{"role": "user", "content": 7}]}], "field 'content' of message 1 of 'messages' is a number"),
         ([{"instruction": "a", "system": "s"}], "no place for a system message"),
         ([{"instruction": "a", "history": [["u", "a"]]}], "no place for earlier turns"),
         ([{"messages": SAID}], "no field 'instruction' for the template 'alpaca'"),
@@ -225,6 +225,41 @@ def test_text_is_text_where_no_line_is_json_or_where_it_is_called_so(
         assert [prompt_text(prompt, template, 1) for prompt in read_prompts(path, format)] == expected
 
 
+@pytest.mark.parametrize(
+    ("row", "format", "column_map", "expected"),
+    [
+        ({"query": "q", "reply": "r"}, "auto", "instruction=query,output=reply", ("q", "r")),
+        ({"query": "q"}, "auto", "instruction=query,output=reply", ("q", None)),
+        ({"query": "q", "reply": None}, "alpaca", "instruction=query,output=reply", ("q", None)),
+        ({"instruction": "q", "context": "c", "response": "r"}, "auto", "dolly", ("q\n\nc", "r")),
+        ({"instruction": "q", "context": "c", "response": "r"}, "auto", None, ("q\n\nc", "r")),
+        ({"instruction": "q", "context": "c"}, "auto", "dolly", ("q\n\nc", None)),
+        ({"ask": "q", "say": "r"}, "auto", "user=ask,assistant=say", ("q", "r")),
+        ({"ask": "q"}, "auto", "user=ask,assistant=say", ("q", None)),
+        ({"system_prompt": "", "question": "q", "response": "r"}, "auto", "openorca", ("q", "r")),
+        ({"reply": "r"}, "auto", "instruction=query,output=reply", "no column 'query' (instruction=query of --map)"),
+        ({"prompt": "p", "question": "q", "answer": "a", "completion": "c"}, "auto", None, "choose with --format gsm8k"),
+        ({"prompt": "p", "question": "q", "answer": "a", "completion": "c"}, "gsm8k", None, ("q", "a")),
+        ({"query": "q"}, "auto", "instruction:query", "is neither FIELD=COLUMN nor a preset"),
+    ],
+)  # fmt: skip
+def test_columns_are_named_as_for_prepare_data(
+    row: Any, format: str, column_map: str | None, expected: tuple[str, str | None] | str, tokenizer: Tokenizer,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    (tmp_path / "rows").write_text(json.dumps(row))
+    if isinstance(expected, str):
+        with pytest.raises(LlamatuneError) as caught:
+            read_prompts(tmp_path / "rows", format, column_map)
+        assert expected in str(caught.value)
+        return
+    (prompt,) = read_prompts(tmp_path / "rows", format, column_map)
+    assert isinstance(prompt, FilePrompt)
+    encoder = PromptEncoder(tokenizer, built_in_chat_template("llama2-chat", tokenizer))
+    assert encoder.segments(prompt, 1).shown == f"<s>[INST] {expected[0]} [/INST]"
+    assert prompt.reference == expected[1]
+
+
 def test_questions_and_probes_are_read_by_the_same_code(tiny_tokenizer: Path, tmp_path: Path) -> None:
     from llamatune.inference.gsm8k import read_questions
     from llamatune.merge_proof import _probe
@@ -257,6 +292,7 @@ def test_generate_numbers_its_answers_and_shows_those_of_the_rows(
     assert (refused.code, f"{tmp_path / 'chats.jsonl'}:1: " in refused.stderr) == (3, True)
     assert command(*words, "--format", "alpaca").code == 3
     assert command(*words[:3], "--prompt", "x", "--format", "chat").code == 2
+    assert command(*words[:3], "--prompt", "x", "--map", "dolly").code == 2
     assert command("report", "run", "--output", tmp_path / "x", "--prompt", "x", "--format", "chat").code == 2
 
 
