@@ -99,6 +99,6 @@ def _check(output: Output, overwrite: bool) -> None:
 def _refuse_losing(output: Output) -> None:
     """Raise where ``--overwrite`` would remove a directory that nobody means."""
     made = Path(os.path.realpath(output.path))
-    for name, place in (("the current directory", Path.cwd()), ("your home directory", Path.home())):
+    for name, place in (("the current directory", "."), ("your home directory", os.path.expanduser("~"))):
         if made == (real := Path(os.path.realpath(place))) or made in real.parents:
             raise EnvironmentFault(f"--overwrite would remove {name}", output.path, "choose another output")

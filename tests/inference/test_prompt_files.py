@@ -238,7 +238,7 @@ def test_text_is_text_where_no_line_is_json_or_where_it_is_called_so(
         ({"ask": "q"}, "auto", "user=ask,assistant=say", ("q", None)),
         ({"system_prompt": "", "question": "q", "response": "r"}, "auto", "openorca", ("q", "r")),
         ({"reply": "r"}, "auto", "instruction=query,output=reply", "no column 'query' (instruction=query of --map)"),
-        ({"prompt": "p", "question": "q", "answer": "a", "completion": "c"}, "auto", None, "choose with --format gsm8k"),
+        ({"prompt": "p", "question": "q", "answer": "a", "completion": "c"}, "auto", None, "with --format gsm8k"),
         ({"prompt": "p", "question": "q", "answer": "a", "completion": "c"}, "gsm8k", None, ("q", "a")),
         ({"query": "q"}, "auto", "instruction:query", "is neither FIELD=COLUMN nor a preset"),
     ],
