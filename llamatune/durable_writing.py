@@ -1,7 +1,8 @@
 """Durable, atomic writes of files and directories, and checks of the disk before the work.
 
 A reader sees the old state or the new one, never a part: ``write_atomic`` replaces one file, ``staged_directory`` a
-directory. Before either, ``output_file``, ``refuse_occupied`` and ``refuse_small_disk`` refuse what cannot be written.
+directory. Before either, ``refuse_occupied`` and ``refuse_small_disk`` refuse what cannot be written; what a verb's
+options name is checked by ``output_files``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from llamatune.errors import EnvironmentFault, SpecError
+from llamatune.errors import EnvironmentFault
 from llamatune.safe_reading import digest_bytes
 
 STAGING = ".llamatune-tmp-"
@@ -120,43 +121,38 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None], overwr
                     file.write(content)
                 else:
                     content(file)
-            if not overwrite:
-                _refuse_existing(path, path)
-            os.replace(temporary, path)
+            if overwrite:
+                os.replace(temporary, path)
+            else:
+                _name(temporary, path)
             sync(path.parent)
     finally:
         remove(temporary)
 
 
-def output_file(path: Path, overwrite: bool) -> Path:
-    """The path of an output file, links resolved; raises before any work if it cannot be written.
-
-    Every option that names an output file is checked here, with the verb's ``--overwrite``.
-    """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise EnvironmentFault("exists and is not a regular file", path, "choose another output")
-    if not overwrite:
-        _refuse_existing(target, path)
-    if not target.parent.is_dir():
-        raise EnvironmentFault("no such directory", target.parent, "make it first")
-    probe_writable(target.parent)
-    return target
-
-
-def _refuse_existing(target: Path, named: Path) -> None:
-    if target.exists():
-        raise EnvironmentFault("exists", named, "choose another output, or pass --overwrite")
+def _name(temporary: Path, path: Path) -> None:
+    """Rename a file in one step, unless the name is taken by now."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise _taken(path) from None
+    except OSError:  # a file system without hard links: an empty file takes the name
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            raise _taken(path) from None
+        os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)
 
 
-def refuse_replacing(output: Path, inputs: Iterable[tuple[str, Path]]) -> None:
-    """Raise ``SpecError`` where ``output`` is or holds an input, given by its option, or a file that one links to."""
-    made = Path(os.path.realpath(output))
-    for option, given in inputs:
-        links = [entry for entry in given.iterdir() if entry.is_symlink()] if given.is_dir() else []
-        for place in map(os.path.realpath, (given, *links)):
-            if made == Path(place) or made in Path(place).parents:
-                raise SpecError(f"--output would replace {option}", output, "choose another output")
+def refuse_existing(target: Path, named: Path) -> None:
+    """Raise if there is anything at ``target``, which the user called ``named``."""
+    if os.path.lexists(target):
+        raise _taken(named)
+
+
+def _taken(path: Path) -> EnvironmentFault:
+    return EnvironmentFault("exists", path, "choose another output, or pass --overwrite")
 
 
 def refuse_occupied(path: Path, overwrite: bool) -> None:
@@ -253,9 +249,22 @@ def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
             staging.mkdir()
             yield staging
             sync(staging)
-            _swap_in(staging, path)
+            if overwrite:
+                _swap_in(staging, path)
+            else:
+                _move_in(staging, path)
     finally:
         remove(staging)
+
+
+def _move_in(staging: Path, path: Path) -> None:
+    """Rename ``staging`` to ``path`` in one step, where nothing or an empty directory stands."""
+    try:
+        os.rename(staging, path)
+    except OSError:
+        refuse_occupied(path, overwrite=False)
+        raise
+    sync(path.parent)
 
 
 def _swap_in(staging: Path, path: Path) -> None:

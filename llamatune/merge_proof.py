@@ -24,12 +24,13 @@ from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.batches import Split, open_prepared
 from llamatune.data.model_compatibility import check_rows, check_tokenizer
 from llamatune.data.prepare import prepare_data
+from llamatune.data.row_sources import pipes_kept, source_digest
+from llamatune.data.saved_dataset import is_saved_dataset
 from llamatune.data.templates import TEMPLATES
-from llamatune.errors import CheckpointError, DataError, NumericsError, SpecError, Stopped
+from llamatune.errors import CheckpointError, NumericsError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.inference.evaluate import HeldOutLoss, RowScore, score_batch
 from llamatune.inference.model_source import open_model
-from llamatune.safe_reading import digest_file
 from llamatune.spec import load_spec
 from llamatune.training.run_file_names import SPEC
 
@@ -63,15 +64,15 @@ def _probe(
     """The rows of the probe, and their digest."""
     of_run = probe == RUN and not probe.exists()
     directories = _rows_of_run(options) if of_run else (probe,)
-    if of_run or probe.is_dir():
+    if of_run or (probe.is_dir() and not is_saved_dataset(probe)):
         prepared = open_prepared(*directories)
         check_tokenizer(prepared, options.model, options.force_base, on_event)
         validation = prepared.validation if prepared.validation is not None and len(prepared.validation) else None
         digest = prepared.digest
         yield validation or prepared.train, digest if isinstance(digest, str) else " ".join(digest)
         return
-    digest = digest_file(probe, DataError)
-    with tempfile.TemporaryDirectory() as scratch:
+    with pipes_kept([probe], lambda: None), tempfile.TemporaryDirectory() as scratch:
+        digest = source_digest(probe)
         asked = None if options.template == "none" else options.template  # none is stored, but rows have one
         template = asked or _stored_template(options, Path(scratch))
         encoded = Path(scratch) / "prepared"

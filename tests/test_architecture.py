@@ -39,6 +39,7 @@ FLOORS = [
     {"free_memory", "nvml", "process_group", "strict_json"},
     {"ranks", "rendezvous"},
     {"launch_variables"},
+    {"output_files"},
     {"durable_writing", "safe_reading", "home_directory"},
     {"shapes"},
     {"errors", "events", "stop_signals"},

@@ -1,16 +1,20 @@
 """Durable writes of files and directories."""
 
+import contextlib
 import errno
 import os
+import shutil
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from llamatune import durable_writing
-from llamatune.durable_writing import refuse_occupied, refuse_replacing, write_atomic
+from llamatune.durable_writing import refuse_occupied, write_atomic
 from llamatune.errors import EnvironmentFault, SpecError
 from llamatune.formats.manifest import MANIFEST, build_directory
+from llamatune.output_files import refuse_replacing, write_output
 
 
 def test_write_atomic_replaces_whole_files_with_the_umasks_mode(tmp_path: Path) -> None:
@@ -110,3 +114,43 @@ def test_an_output_that_would_replace_what_is_read_is_refused(tmp_path: Path) ->
             refuse_replacing(output, [("--adapter", tmp_path.parent / "none"), ("--model", model)])
     for output in (model / "merged", tmp_path / "other", tmp_path / "blobs-2", blobs / "1"):
         refuse_replacing(output, [("--model", model)])
+
+
+def test_what_appears_meanwhile_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are no hard links, and for a directory."""
+    target = tmp_path / "out"
+
+    def meanwhile(file: BinaryIO) -> None:
+        target.write_bytes(b"mine")
+
+    def no_links(source: Path, path: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    for _ in range(2):
+        with pytest.raises(EnvironmentFault, match=r"exists: .*out: choose another output, or pass --overwrite"):
+            write_output(target, meanwhile, overwrite=False)
+        assert target.read_bytes() == b"mine"
+        target.unlink()
+        write_output(target, b"made", overwrite=False)
+        write_output(target, b"anew", overwrite=True)
+        assert (target.read_bytes(), [path.name for path in tmp_path.iterdir()]) == (b"anew", ["out"])
+        target.unlink()
+        monkeypatch.setattr(os, "link", no_links)
+    for name in ("mine", None):
+        with contextlib.suppress(EnvironmentFault), build_directory(target, "thing", {}) as staging:
+            (staging.path / "made").write_text("x")
+            target.mkdir()
+            if name:
+                (target / name).write_text("precious")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert sorted(path.name for path in target.iterdir()) == (["mine"] if name else sorted(["made", MANIFEST]))
+        shutil.rmtree(target)
+    with pytest.raises(EnvironmentFault, match="exists and is not a directory"), build_directory(target, "thing", {}):
+        target.write_text("mine")
+    assert target.read_text() == "mine"
+
+
+def test_a_leftover_of_a_killed_write_is_removed_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".llamatune-tmp-999999999-out").write_text("half")
+    write_output(tmp_path / "out", b"made", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

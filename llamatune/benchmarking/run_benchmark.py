@@ -22,10 +22,10 @@ from llamatune.durable_writing import probe_writable, refuse_occupied, write_ato
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.strict_json import dump_json, read_json
-from llamatune.training.run_directory import is_ours, move_aside, write_if_changed
-from llamatune.training.run_lock import run_lock
+from llamatune.training.run_directory import is_ours, move_aside, refuse_inputs, write_if_changed
+from llamatune.training.run_file_names import CELLS
+from llamatune.training.run_lock import LOCK, run_lock
 
-_CELLS = "cells"
 _FINAL = ("measured", "oom", "refused")
 """A cell with one of these outcomes is not measured again."""
 
@@ -58,13 +58,18 @@ def run_benchmark(
         LlamatuneError: no cell can be measured, or the output directory cannot be used.
         Stopped: ``should_stop`` returned True; measured cells are kept, and the same call continues.
     """
-    grid, planned = plan_benchmark(options, on_event)
     output = Path(os.path.realpath(options.output))
+    if not options.overwrite:
+        _refuse_other(output)
+    grid, planned = plan_benchmark(options, on_event)
+    for plan in planned:
+        if plan.cell.spec is not None:
+            refuse_inputs(plan.cell.spec, "--output", options.overwrite)
     _claim(output, options.overwrite)
     with run_lock(output):
         for stale in output.glob(f"{SCRATCH}*"):  # of a process that was killed
             shutil.rmtree(stale, ignore_errors=True)
-        (output / _CELLS).mkdir(exist_ok=True)
+        (output / CELLS).mkdir(exist_ok=True)
         results: list[Result] = []
         for number, plan in enumerate(planned, 1):
             on_event(Progress("cells", number - 1, len(planned)))
@@ -83,21 +88,29 @@ def run_benchmark(
 
 def _claim(output: Path, overwrite: bool) -> None:
     """Accept an empty directory or one of an earlier benchmark, of any grid; else refuse it or move it aside."""
-    others = output.is_dir() and any(not is_ours(entry) for entry in output.iterdir())
-    if others and overwrite:
+    if overwrite and _is_occupied(output):
         with run_lock(output):
             pass
         move_aside(output)
-    elif others and not (output / _CELLS).is_dir():
-        refuse_occupied(output, overwrite=False)
+    else:
+        _refuse_other(output)
     probe_writable(output)
+
+
+def _refuse_other(output: Path) -> None:
+    if _is_occupied(output) and not ((output / LOCK).is_file() and (output / CELLS).is_dir()):
+        refuse_occupied(output, overwrite=False)
+
+
+def _is_occupied(output: Path) -> bool:
+    return output.is_dir() and any(not is_ours(entry) for entry in output.iterdir())
 
 
 def _outcome(plan: PlannedCell, output: Path, should_stop: ShouldStop) -> dict[str, Any]:
     """The cell's outcome from the directory, or by measuring it."""
     if plan.task is None:
         return {"status": "refused", "reason": plan.cell.refusal}
-    path = output / _CELLS / f"{plan.identity}.json"
+    path = output / CELLS / f"{plan.identity}.json"
     if path.is_file() and (earlier := read_json(path))["status"] in _FINAL:
         del earlier["values"]
         return earlier

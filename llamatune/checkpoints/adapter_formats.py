@@ -21,11 +21,12 @@ from llamatune.checkpoints.model_directory import read_config
 from llamatune.checkpoints.row_order import is_rotated, rows_interleaved
 from llamatune.checkpoints.tensor_bytes import tensor_bytes, write_tensors
 from llamatune.command_options.conversion import ConvertAdapterOptions
-from llamatune.durable_writing import output_file, refuse_occupied, refuse_replacing, write_atomic
+from llamatune.durable_writing import refuse_occupied
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.formats.gguf import is_gguf, write_gguf
 from llamatune.formats.manifest import Staging, build_directory, finished_product
+from llamatune.output_files import output_file, refuse_replacing, write_output
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.strict_json import write_json
 
@@ -166,7 +167,7 @@ def _write_gguf(options: ConvertAdapterOptions, adapter: Adapter, updates: list[
     }
     target, digests = output_file(options.output, options.overwrite), list[str]()
     portions = ([tensor_bytes(tensor)] for tensor in data)
-    write_atomic(target, lambda file: digests.append(write_gguf(file, metadata, declared, portions)), options.overwrite)
+    write_output(target, lambda file: digests.append(write_gguf(file, metadata, declared, portions)), options.overwrite)
     return digests[0]
 
 

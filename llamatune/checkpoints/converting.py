@@ -27,14 +27,7 @@ from llamatune.checkpoints.model_directory import warn_of_missing_head
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.checkpoints.weights import Weight
 from llamatune.command_options.conversion import ConvertOptions
-from llamatune.durable_writing import (
-    output_file,
-    refuse_occupied,
-    refuse_replacing,
-    refuse_small_disk,
-    write_atomic,
-    writing,
-)
+from llamatune.durable_writing import refuse_occupied, refuse_small_disk, writing
 from llamatune.errors import CheckpointError, LlamatuneError, SpecError, Stopped
 from llamatune.events import Event, Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.gguf import SUFFIX, is_gguf, stored_bytes
@@ -47,6 +40,7 @@ from llamatune.formats.manifest import (
     manifest_if_readable,
 )
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
+from llamatune.output_files import is_stream, output_file, refuse_replacing, write_output
 from llamatune.safe_reading import digest_bytes, digest_file
 from llamatune.tokenizers.copied_files import copy_huggingface_tokenizer
 from llamatune.tokenizers.gguf_rebuilt import write_tokenizer
@@ -192,9 +186,10 @@ def _written(source: _Source, options: ConvertOptions, on_event: OnEvent, should
     name = checkpoint.path.resolve().name.removesuffix(SUFFIX)
     if options.writes_file:
         target = output_file(options.output, options.overwrite)
-        refuse_small_disk(target, needed, "the converted model")
+        if not is_stream(target):
+            refuse_small_disk(target, needed, "the converted model")
         vocabulary, digests = source.vocabulary(on_event), list[str]()
-        write_atomic(
+        write_output(
             target,
             lambda file: digests.append(write_gguf_model(file, config, tensors, types, vocabulary, name)),
             options.overwrite,

@@ -14,10 +14,11 @@ from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.command_options.conversion import ExtractOptions
-from llamatune.durable_writing import refuse_occupied, refuse_replacing, refuse_small_disk
+from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, build_directory, finished_product, manifest_if_readable
+from llamatune.output_files import refuse_replacing
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.llama_config import LINEAR_MODULES, linear_path
 

@@ -24,11 +24,12 @@ from llamatune.checkpoints.meta_weights import write_meta
 from llamatune.checkpoints.model_directory import warn_of_missing_head
 from llamatune.command_options.inference import MergeOptions
 from llamatune.data.template_choice import load_template
-from llamatune.durable_writing import refuse_occupied, refuse_replacing, refuse_small_disk
+from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, Manifest, build_directory, finished_product, manifest_if_readable
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
+from llamatune.output_files import refuse_replacing
 from llamatune.tokenizers.copied_files import replace_tokenizer
 from llamatune.tokenizers.loading import load_tokenizer
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from llamatune.command_options.inference import DEFAULT_RANK, WeightsOptions
-from llamatune.command_options.option import Options, option
+from llamatune.command_options.option import Options, Writes, option
 from llamatune.errors import SpecError
 from llamatune.units import parse_size
 
@@ -16,12 +16,16 @@ def _is_file(output: Path) -> bool:
     return output.suffix.lower() == _GGUF
 
 
+def _written(output: Path) -> Writes:
+    return "file" if _is_file(output) else "product"
+
+
 @dataclass(frozen=True)
 class ConvertOptions(WeightsOptions):
     """What to convert, and how to write it; ``same`` means as the model has it."""
 
     model: Path = option("A model directory, Hugging Face's or Meta's, or a GGUF file.", metavar="PATH")
-    output: Path = option("The model directory, or the .gguf file, to make.", metavar="PATH")
+    output: Path = option("The model directory, or the .gguf file, to make.", metavar="PATH", writes=_written)
     format: Literal["hf", "meta", "gguf"] | None = option(
         "hf, meta or gguf.", None, metavar="FORMAT", shown_default="gguf for a .gguf file, else hf"
     )
@@ -68,7 +72,7 @@ class ConvertAdapterOptions(Options):
     """An adapter, and the layout that it is written in."""
 
     adapter: Path = option("The adapter directory, PEFT's, llamatune's or mlx-lm's.", metavar="DIR")
-    output: Path = option("The adapter directory, or the .gguf file, to make.", metavar="PATH")
+    output: Path = option("The adapter directory, or the .gguf file, to make.", metavar="PATH", writes=_written)
     format: Literal["peft", "mlx", "gguf"] | None = option(
         "peft, mlx or gguf.", None, metavar="FORMAT", shown_default="gguf for a .gguf file, else peft"
     )
@@ -95,17 +99,17 @@ class ExtractOptions(Options):
 
     base: Path = option("The model that tuning began with.", metavar="DIR")
     tuned: Path = option("The tuned model.", metavar="DIR")
-    output: Path = option("The adapter directory to make.", metavar="DIR")
+    output: Path = option("The adapter directory to make.", metavar="DIR", writes="product")
     r: int = option("Rank of the adapter.", DEFAULT_RANK, metavar="R", at_least=1, at_most=1 << 16)
     target_modules: str | None = option(
         "A comma list of linear layers.", None, metavar="NAMES", shown_default="those that differ"
     )
-    plot: Path | None = option("Draw the retained energy by layer and rank, a PNG.", None, metavar="FILE")
+    plot: Path | None = option(
+        "Draw the retained energy by layer and rank, a PNG.", None, metavar="FILE", writes="file"
+    )
     overwrite: bool = option("Replace what stands at --output and --plot.", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.plot is not None and self.plot.suffix != ".png":
             raise SpecError("a plot is a .png file", self.plot, "name it so")
-        if self.plot is not None and self.plot.resolve() == self.output.resolve():
-            raise SpecError("--plot and --output are the same", self.plot, "give each a name of its own")

@@ -107,12 +107,25 @@ class Sampling(Options):
     seed: int = option("The same seed draws the same text.", 0, at_least=0, below=1 << 63)
 
 
+def prompt_format_option() -> Any:
+    """``--format`` of a verb with ``--prompt-file``."""
+    return option("Of --prompt-file: auto, alpaca, gsm8k, chat, completion or text.", "auto", metavar="NAME")
+
+
+def prompt_map_option() -> Any:
+    """``--map`` of a verb with ``--prompt-file``."""
+    help = "Columns of --prompt-file that are read as fields, or a preset, as of prepare-data."
+    return option(help, None, metavar="FIELD=COLUMN,...|PRESET", flag="--map")
+
+
 @dataclass(frozen=True)
 class PromptOptions(Options):
     """Prompts, and the template that they are put in; None: the one stored with the adapter or merged model."""
 
     prompt: Sequence[str] = option("A prompt; may be repeated. Without one, standard input is the prompt.", ())
-    prompt_file: Path | None = option("One prompt a line, or rows in JSON or JSON Lines.", None)
+    prompt_file: Path | None = option("Rows as prepare-data reads them, or one prompt a line.", None)
+    format: str = prompt_format_option()
+    column_map: str | None = prompt_map_option()
     template: str | None = option("A template's name or file, or none; default: the one stored with the model.", None)
 
 
@@ -120,7 +133,7 @@ class PromptOptions(Options):
 class GenerateOptions(Sampling, PromptOptions, ModelSource):
     """A model, prompts and how to sample. The options of the last base are listed first, as in every dataclass."""
 
-    output: Path | None = option("Also write the results to this JSONL file.", None)
+    output: Path | None = option("Also write the results to this JSONL file; - is stdout.", None, writes="file")
     overwrite: bool = option("Replace what stands at --output.", False)
 
 
@@ -138,7 +151,7 @@ class EvaluateOptions(ModelSource):
     split: Literal["train", "validation", "all"] | None = option(
         "Of prepared data: train, validation or all.", None, shown_default="validation, else train"
     )
-    per_row: Path | None = option("Also write each prepared row's loss to this JSONL file.", None)
+    per_row: Path | None = option("Also write each prepared row's loss to this JSONL file.", None, writes="file")
     template: str | None = option(
         "Of zero-shot questions: a template's name or file, or none.",
         None,
@@ -148,7 +161,9 @@ class EvaluateOptions(ModelSource):
     shots_data: Path | None = option("The file of rows that examples are chosen from.", None)
     seed: int | None = option("Decides which examples are shown.", None, shown_default=str(Sampling.seed))
     max_new_tokens: int | None = option("The most of one answer.", None, shown_default=str(_GSM8K_NEW_TOKENS))
-    output: Path | None = option("Keep each answer in this JSONL file; the same command continues it.", None)
+    output: Path | None = option(
+        "Keep each answer in this JSONL file; the same command continues it.", None, writes="answers"
+    )
     overwrite: bool = option("Replace what stands at --per-row or --output.", False)
     limit: int | None = option("Only the first N rows.", None, at_least=1)
     batch_size: int = option("Rows that are computed together.", 16, at_least=1)
@@ -191,7 +206,7 @@ class MergeOptions(_Adapters, WeightsOptions):
     adapter: Path | Sequence[Path] = option(
         "The adapter, a PEFT directory; of several, the sum.", kind=Sequence[Path], metavar="DIR"
     )
-    output: Path = option("The model directory to make.", metavar="DIR")
+    output: Path = option("The model directory to make.", metavar="DIR", writes="product")
     format: Literal["same", "hf", "meta"] = option(
         "same, hf or meta: the layout of the files.", "same", metavar="FORMAT"
     )

@@ -7,10 +7,12 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from llamatune.errors import SpecError
 
+Writes = Literal["file", "product", "answers", "run"]
 _BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -26,6 +28,9 @@ class Option:
         parse: makes the value from its text and the flag.
         argument: given by its place on the command line, without a flag.
         last: listed after the options of a verb that are not.
+        writes: what the verb writes at this path, or a function of the path that says it. A ``file`` or a ``product``
+            (a directory) is made at once; ``answers`` (a file) and a ``run`` (a directory) are continued.
+        holds_outputs: a directory that is read, and that outputs may be inside of.
         at_least, above, at_most, below: bounds.
     """
 
@@ -40,6 +45,8 @@ class Option:
     parse: Callable[[str, str], Any] | None = None
     argument: bool = False
     last: bool = False
+    writes: Writes | Callable[[Path], Writes] | None = None
+    holds_outputs: bool = False
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None

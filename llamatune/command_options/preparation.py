@@ -20,8 +20,15 @@ class PrepareOptions(Options):
         metavar="ROWS...",
     )
     tokenizer: Path = option("A tokenizer.model or tokenizer.json, or a directory that holds one.")
-    output: Path = option("The directory to make.")
+    output: Path = option("The directory to make.", writes="product")
     format: str = option("auto, alpaca, gsm8k, chat, completion or text.", "auto", metavar="NAME")
+    column_map: str | None = option(
+        "Columns that are read as fields, such as instruction=query,output=response; or a preset: dolly, openorca and "
+        "others that docs/data.md lists.",
+        None,
+        metavar="FIELD=COLUMN,...|PRESET",
+        flag="--map",
+    )
     template: str | None = option(
         "alpaca, gsm8k, completion, text; for chats llama2-chat, llama3-chat, chatml or model (the one beside the "
         "tokenizer); or a YAML file with `prompt`, or a .jinja file.",

@@ -32,7 +32,7 @@ class SlurmOptions(Options):
     time: str = option("The time limit, as Slurm writes it: 90 (minutes), 4:00:00, 1-12 (days-hours).", "04:00:00")
     partition: str | None = option("The partition.", None, metavar="NAME", shown_default="Slurm's own")
     array: bool = option("A job array: each SPEC is a task of its own.", False)
-    output: Path | None = option("The script to write.", None, shown_default="stdout")
+    output: Path | None = option("The script to write.", None, shown_default="stdout", writes="file")
     overwrite: bool = option("Replace what stands at --output.", False)
 
     def __post_init__(self) -> None:

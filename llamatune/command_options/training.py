@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llamatune.command_options.inference import Sampling
+from llamatune.command_options.inference import Sampling, prompt_format_option, prompt_map_option
 from llamatune.command_options.option import Options, option
 from llamatune.errors import SpecError
 from llamatune.units import parse_size
@@ -73,7 +73,7 @@ class BenchmarkOptions(Options):
         parse=parse_size,
     )
     layout: Literal["flat", "nested"] = option("flat: a line a cell; nested: OFF and ON in lines and columns.", "flat")
-    output: Path = option("Where results are written.", Path("benchmark-output"))
+    output: Path = option("Where results are written.", Path("benchmark-output"), writes="run")
     overwrite: bool = option("Move what is in the way aside.", False)
 
 
@@ -110,25 +110,24 @@ class ReportOptions(Options):
     Each run's base and trained weights answer the prompts; ``generations`` are answers from a file.
     """
 
-    runs: Sequence[Path] = option("Run directories; several are compared.", argument=True, metavar="RUN...")
-    output: Path = option("The page, one HTML file that needs nothing else.")
-    png: Path | None = option("The charts as a picture too.", None, metavar="FILE")
+    runs: Sequence[Path] = option(
+        "Run directories; several are compared.", argument=True, metavar="RUN...", holds_outputs=True
+    )
+    output: Path = option("The page, one HTML file that needs nothing else.", writes="file")
+    png: Path | None = option("The charts as a picture too.", None, metavar="FILE", writes="file")
     smoothing: float = option("Decay of the moving average; 0 draws none.", 0.95, at_least=0, below=1)
     prompt: Sequence[str] = option("Show each run's answer before and after tuning. Repeatable.", ())
-    prompt_file: Path | None = option("One prompt a line, or rows in JSON or JSON Lines.", None)
+    prompt_file: Path | None = option("Rows as prepare-data reads them, or one prompt a line.", None)
+    format: str = prompt_format_option()
+    column_map: str | None = prompt_map_option()
     generations: Path | None = option("Show what generate --compare --output wrote.", None)
     max_new_tokens: int = option("The most that is generated.", Sampling.max_new_tokens, at_least=1, at_most=1 << 20)
     device: str = option("What generates: auto, cpu, cuda or cuda:N.", "auto")
     overwrite: bool = option("Replace what stands at --output and --png.", False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.png is not None and self.png.resolve() == self.output.resolve():
-            raise SpecError("--png and --output are the same file", self.output)
 
 
 @dataclass(frozen=True)
 class DemoOptions(Options):
     """Where the demo writes."""
 
-    output: Path = option("Where everything is written.", Path("demo-output"))
+    output: Path = option("Where everything is written.", Path("demo-output"), writes="run")

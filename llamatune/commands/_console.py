@@ -26,12 +26,13 @@ class Console:
     """Prints for one verb and, for the length of a ``with`` block, handles signals.
 
     A signal only sets a flag, which ``should_stop`` returns; the work ends at its next safe point. Of several ranks,
-    only the first has a console that ``prints``.
+    only the first has a console that ``prints``. Without ``has_stdout``, which an output file has instead, there is no
+    result.
     """
 
-    def __init__(self, json_mode: bool, prints: bool = True) -> None:
+    def __init__(self, json_mode: bool, prints: bool = True, has_stdout: bool = True) -> None:
         self.log_every_steps = 1
-        self._prints = prints
+        self._prints, self._has_stdout = prints, has_stdout
         self._json_mode = json_mode
         self._stop = False
         self._signals = stop_signals(self._note_signal)
@@ -76,6 +77,8 @@ class Console:
         if not self._prints:
             return
         self._close_drawing()
+        if not self._has_stdout:
+            return
         with contextlib.suppress(BrokenPipeError):  # the reader closed the pipe
             if self._json_mode:
                 sys.stdout.write(json.dumps(payload, ensure_ascii=False, allow_nan=False) + "\n")

@@ -15,11 +15,13 @@ import typer
 from typer.core import TyperCommand
 
 from llamatune.command_options.option import Option, Options, option_fields
+from llamatune.command_options.outputs import check_outputs
 from llamatune.commands._console import Console
 from llamatune.commands._several_ranks import run_on_first
 from llamatune.errors import SpecError
 from llamatune.home_directory import expand_home
 from llamatune.launch_variables import read_launch
+from llamatune.output_files import STDOUT
 
 _JSON = typer.Option(False, "--json", help="Print the result as one JSON object.")
 
@@ -39,7 +41,10 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
         launch = read_launch()
         given = {option.name: _parsed(option, values[option.name]) for option in declared}
         request = options(**{name: value for name, value in given.items() if value is not None})
-        console = Console(json_mode, launch.rank == 0)
+        to_stdout = launch.rank == 0 and check_outputs(request)
+        if to_stdout and json_mode:
+            raise SpecError("--json and an output that is stdout exclude each other", None, "leave one of them out")
+        console = Console(json_mode, launch.rank == 0, not to_stdout)
         if "launch" in hints:
             verb(request, console, launch)
         elif launch.world_size == 1:
@@ -60,6 +65,11 @@ def _parsed(option: Option, value: Any) -> Any:
     return value if value is None or option.parse is None else option.parse(value, option.flag)
 
 
+def _output_path(text: str) -> Path:
+    """The path of an output file; ``-`` is stdout, and ``./-`` a file."""
+    return STDOUT if text == "-" else _path(text)
+
+
 def _path(text: str) -> Path:
     """A path from its text, in which ``./~name`` still differs from ``~name``."""
     return Path(expand_home(str(text)))
@@ -77,7 +87,8 @@ def _parameter(option: Option) -> Parameter:
     kind, default = option.kind, None if option.default == () else option.default
     shown: dict[str, Any] = {"help": option.help, "metavar": option.metavar}
     if kind in (Path, Sequence[Path]):
-        shown |= {"parser": _path, "metavar": option.metavar or "<path>"}
+        parser = _output_path if option.writes in ("file", "answers") else _path
+        shown |= {"parser": parser, "metavar": option.metavar or "<path>"}
     shown["show_default"] = option.shown_default or not (option.required or default is None)
     given = ... if option.required else default
     info = typer.Argument(given, **shown) if option.argument else typer.Option(given, option.flag, **shown)

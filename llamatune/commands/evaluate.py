@@ -16,20 +16,20 @@ def evaluate(options: EvaluateOptions, console: Console, launch: Launch) -> None
     """Measure loss and perplexity, or GSM8K accuracy."""
     with console, connect(launch, options.device, should_stop=console.should_stop) as ranks:
         if options.task is None:
-            from llamatune.durable_writing import output_file, write_atomic
             from llamatune.inference.evaluate import evaluate_prepared
+            from llamatune.output_files import write_output
             from llamatune.strict_json import dump_json_lines
 
-            per_row = options.per_row if ranks.is_first else None
-            rows_file = None if per_row is None else output_file(per_row, options.overwrite)
             report = evaluate_prepared(options, console.on_event, console.should_stop, ranks)
-            if rows_file is not None:
-                write_atomic(rows_file, dump_json_lines(report.per_row()), options.overwrite)
+            if ranks.is_first and options.per_row is not None:
+                write_output(options.per_row, dump_json_lines(report.per_row()), options.overwrite)
             payload = report.to_dict()
         else:
+            from llamatune.data.row_sources import pipes_kept
             from llamatune.inference.gsm8k import evaluate_gsm8k
 
-            payload = evaluate_gsm8k(options, console.on_event, console.should_stop, ranks)
+            with pipes_kept([path for path in (options.data, options.shots_data) if path is not None], lambda: None):
+                payload = evaluate_gsm8k(options, console.on_event, console.should_stop, ranks)
         console.result(
             payload, lambda out: _print_table(out, payload) if out.is_terminal else _print_lines(out, payload)
         )

@@ -18,21 +18,19 @@ def extract_lora(options: ExtractOptions, console: Console) -> None:
     """Make an adapter of two models: what tuning changed."""
     with console:  # signals are handled from here on, also while torch is imported
         from llamatune.checkpoints.extraction import extract_lora as run_extraction
-        from llamatune.durable_writing import output_file, write_atomic
+        from llamatune.output_files import write_output
 
-        picture = None
         if options.plot is not None:
             from llamatune.reporting.chart_images import require_matplotlib
 
             require_matplotlib()
-            picture = output_file(options.plot, options.overwrite)
         if console.should_stop():
             raise Stopped("stopped before extracting", options.output, "run the same command again")
         report = run_extraction(options, console.on_event, console.should_stop)
-        if picture is not None:
+        if options.plot is not None:
             from llamatune.reporting.energy_charts import energy_png
 
-            write_atomic(picture, energy_png(report), options.overwrite)
+            write_output(options.plot, energy_png(report), options.overwrite)
         payload = asdict(report) | {"plot": None if options.plot is None else str(options.plot)}
         console.result(payload, lambda out: _print(out, report))
 

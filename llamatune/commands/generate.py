@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llamatune.command_options.inference import GenerateOptions
@@ -20,13 +19,14 @@ if TYPE_CHECKING:
 
 def generate(options: GenerateOptions, console: Console, launch: Launch) -> None:
     """Complete prompts."""
-    prompts, output = _opened(options) if launch.world_size == 1 else ([], None)  # at once, before torch is imported
+    prompts = _prompts(options, console) if launch.world_size == 1 else []  # at once, before torch is imported
     with connect(launch, options.device) as ranks:
         if launch.world_size > 1:
-            prompts, output = wait_for_first(ranks, lambda: _opened(options)) or ([], None)
+            prompts = wait_for_first(ranks, lambda: _prompts(options, console)) or []
         with console:
-            from llamatune.durable_writing import write_atomic
             from llamatune.inference.generate import generate as run_generation
+            from llamatune.inference.prompt_files import FilePrompt
+            from llamatune.output_files import write_output
             from llamatune.strict_json import dump_json_lines
 
             generations = run_generation(
@@ -36,19 +36,21 @@ def generate(options: GenerateOptions, console: Console, launch: Launch) -> None
             if not options.compare:
                 for result in results:
                     del result["base_completion"]
-            if output is not None:
-                write_atomic(output, dump_json_lines(results), options.overwrite)
+            if ranks.is_first:  # which alone has the prompts
+                results = [
+                    prompt.labelled(result) if isinstance(prompt, FilePrompt) else result
+                    for prompt, result in zip(prompts, results, strict=True)
+                ]
+            if ranks.is_first and options.output is not None:
+                write_output(options.output, dump_json_lines(results), options.overwrite)
             payload = {"results": results, "tokens_per_second": generations.tokens_per_second}
             console.result(payload, lambda out: _print(out, generations, options.compare))
 
 
-def _opened(options: GenerateOptions) -> tuple[list[Prompt], Path | None]:
-    """The prompts, and the file to write if there is one, which may be written."""
-    from llamatune.durable_writing import output_file
+def _prompts(options: GenerateOptions, console: Console) -> list[Prompt]:
     from llamatune.inference.prompt_files import given_prompts, piped_prompt
 
-    prompts = given_prompts(options.prompt, options.prompt_file) or [piped_prompt(sys.stdin.buffer)]
-    return prompts, None if options.output is None else output_file(options.output, options.overwrite)
+    return given_prompts(options, console.on_event) or [piped_prompt(sys.stdin.buffer)]
 
 
 def _print(out: RichConsole, generations: Generations, compare: bool) -> None:

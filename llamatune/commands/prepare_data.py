@@ -81,6 +81,8 @@ def _print_report(out: RichConsole, report: Mapping[str, Any]) -> None:
         add("split", f"{count:,} rows into {windows:,} windows, {repeated:,} tokens repeated as context")
     add("dropped", f"{report['dropped']:,}{reasons(report['dropped_reasons'])}")
     add("refused", f"{report['refused']:,}{reasons(report['refused_reasons'])}")
+    if report["adjusted"]:
+        add("adjusted", ", ".join(f"{n:,} {kind}" for kind, n in report["adjusted"].items()))
     loose = report["loose_duplicates"]
     more = f" ({loose:,} without regard to white space and case)" if loose != report["duplicates"] and loose else ""
     add("duplicates", f"{report['duplicates']:,}{more}")

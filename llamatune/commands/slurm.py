@@ -10,16 +10,15 @@ def slurm(options: SlurmOptions, console: Console) -> None:
     """Write a Slurm script that trains, saves at the time limit and goes on."""
     import shlex
 
-    from llamatune.durable_writing import output_file, write_atomic
+    from llamatune.output_files import write_output
     from llamatune.slurm_script import slurm_script
 
     with console:
-        output = None if options.output is None else output_file(options.output, options.overwrite)
         script = slurm_script(options)
-        payload = {"output": None if output is None else str(options.output), "script": script}
-        if output is None:
+        payload = {"output": None if options.output is None else str(options.output), "script": script}
+        if options.output is None:
             console.result(payload, lambda out: out.out(script, end="", highlight=False))
         else:
-            write_atomic(output, script.encode(), options.overwrite)
+            write_output(options.output, script.encode(), options.overwrite)
             submit = f"written: sbatch {shlex.quote(str(options.output))}"
             console.result(payload, lambda out: out.print(submit, markup=False))

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llamatune.data.chat_contents import left_out, texts_in, with_texts
 from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.jinja_engine import Broken, Message, Refused
 from llamatune.data.jinja_process import Stuck
@@ -44,23 +45,25 @@ class ChatEncoder:
                 cannot be told.
             LlamatuneError: rendering is beyond the limits of a template.
         """
-        messages, marker = self._hidden([*messages_of(row), {"role": "assistant", "content": completion}])
+        given = () if row.irregular is None else row.irregular.tools
+        messages, tools, marker = self._hidden([*messages_of(row), _answer(row, completion)], given)
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = [not last_only or turn == turns[-1] for turn in turns]
         if row.trained:
             wanted = [both and trained for both, trained in zip(wanted, row.trained, strict=True)]
         asked = [turn for turn, is_wanted in zip(turns, wanted, strict=True) if is_wanted]
         try:
-            reply = self._reply({"messages": messages, "turns": asked})
+            if misfit := self.template.misfit(row):
+                raise Refused(misfit)
+            reply = self._reply({"messages": messages, "tools": tools, "turns": asked})
         except Refused as fault:
             raise RowError("template_misfit", f"the chat template refuses the row: {fault}") from None
         except Broken as fault:
             raise RowError("template_misfit", f"the chat template cannot be filled with the row: {fault}") from None
         text = reply["text"]
-        for number, message in enumerate(messages, start=1):
-            if message["role"] != "assistant" and message["content"].strip() not in text:
-                what = f"the chat template leaves out the {message['role']}'s text of message {number}"
-                raise RowError("template_misfit", what)
+        if lost := left_out(messages, tools, text, self._try, row.irregular is not None):
+            what = f"the chat template leaves out the {lost}; choose another --template, or take them out of the row"
+            raise RowError("template_misfit", what)
         ends, only_last = False, False
         if reply["blocks"]:
             targets = _block_targets(reply["blocks"], wanted)
@@ -79,15 +82,22 @@ class ChatEncoder:
             parts.append(Segment(self._tokenizer.piece(eos), True, eos))
         return Conversation(Segments(tuple(parts), True), tuple(cuts), len(cuts) == len(prompts), only_last)
 
-    def prompt(self, messages: Sequence[Message], where: object = None) -> Segments:
-        """What the assistant's next turn continues; ``DataError`` if the template refuses it."""
-        hidden, marker = self._hidden(messages)
+    def prompt(
+        self, messages: Sequence[Message], where: object = None, tools: Sequence[Any] = (), odd: bool = False
+    ) -> Segments:
+        """What the assistant's next turn continues; ``odd``: the messages are more than turns of user and assistant.
+
+        ``DataError`` if the template refuses them or leaves a part out.
+        """
+        hidden, hidden_tools, marker = self._hidden(messages, tools)
         try:
-            text = self._reply({"messages": hidden, "prompt": True})["text"]
+            text = self._reply({"messages": hidden, "tools": hidden_tools, "prompt": True})["text"]
         except Refused as fault:
             raise DataError(f"the chat template refuses the prompt: {fault}", where) from None
         except Broken as fault:
             raise self.template.unusable(fault) from None
+        if lost := left_out(hidden, hidden_tools, text, functools.partial(self._try, prompt=True), odd):
+            raise DataError(f"the chat template leaves out the {lost}", where)
         return Segments(tuple(self._parts(text, [], [], marker)[0]), True)
 
     @functools.cached_property
@@ -136,13 +146,23 @@ class ChatEncoder:
             raise Broken("it writes a NUL character")
         return {"blocks": [], "before": [], "through": [], **reply}
 
-    def _hidden(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
-        """The messages with a marker in every special token's text, and the marker."""
-        if not any(self._hideable.search(message["content"]) for message in messages):
-            return list(messages), ""
-        taken = {*"".join(self._tokenizer.special_ids), *"".join(message["content"] for message in messages)}
+    def _try(self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool = False) -> str | None:
+        """The text of messages; None: the template does not render them."""
+        try:
+            text: str = self._reply({"messages": messages, "tools": tools, "prompt": prompt})["text"]
+        except (Refused, Broken):
+            return None
+        return text
+
+    def _hidden(self, messages: Sequence[Message], tools: Sequence[Any]) -> tuple[list[Message], list[Any], str]:
+        """The messages and tools with a marker in every special token's text, and the marker."""
+        texts = [*texts_in([*messages, *tools])]
+        if not any(map(self._hideable.search, texts)):
+            return [*messages], [*tools], ""
+        taken = {*"".join(self._tokenizer.special_ids), *"".join(texts)}
         marker = next(chr(code) for code in range(0xF0000, 0xFFFFD) if chr(code) not in taken)
-        return [{**message, "content": self._marked(message["content"], marker)} for message in messages], marker
+        hidden = with_texts([[*messages], [*tools]], lambda text: self._marked(text, marker))
+        return hidden[0], hidden[1], marker
 
     def _marked(self, text: str, marker: str) -> str:
         while self._hideable.search(text):  # again, since special tokens may overlap
@@ -188,6 +208,8 @@ class ChatEncoder:
 
 def messages_of(row: Row) -> list[Message]:
     """The messages before the completion; of a row that is no chat one. ``KeyError`` if no field is the user's."""
+    if row.irregular is not None:
+        return [*row.irregular.messages]
     user = next((row.fields[name] for name in _USER_FIELDS if name in row.fields), None)
     if user is None:
         raise KeyError(_USER_FIELDS[0])
@@ -197,6 +219,12 @@ def messages_of(row: Row) -> list[Message]:
     for asked, answer in row.turns:
         said += ("user", asked), ("assistant", answer)
     return [{"role": role, "content": text} for role, text in (*said, ("user", user))]
+
+
+def _answer(row: Row, completion: str) -> Message:
+    """The assistant's last message. One that only calls tools has no content."""
+    more = {} if row.irregular is None else row.irregular.answer
+    return {"role": "assistant", **({"content": completion} if completion or not more else {}), **more}
 
 
 def _block_targets(blocks: Sequence[Span], wanted: Sequence[bool]) -> list[Span]:

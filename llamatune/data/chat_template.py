@@ -15,6 +15,7 @@ from llamatune.required_versions import require_version
 if TYPE_CHECKING:
     from llamatune.data.jinja_engine import Engine
     from llamatune.data.jinja_process import JinjaProcess
+    from llamatune.data.row_json import Row
     from llamatune.tokenizers.tokenizer import Tokenizer
 
 LARGEST_SOURCE = 256 << 10
@@ -104,6 +105,12 @@ class ChatTemplate:
     @property
     def is_built_in(self) -> bool:
         return self.source in _OURS
+
+    def misfit(self, row: Row) -> str | None:
+        """Which part of ``row`` a built-in template has no place for, as an error message; other templates refuse."""
+        if row.irregular is None or self.source != _LLAMA_2:
+            return None
+        return f"Llama 2's has no place for {row.irregular.what}; choose another --template, or take them out"
 
     @functools.cached_property
     def engine(self) -> Engine | JinjaProcess:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.chat_template import ChatTemplate
+from llamatune.data.column_maps import ColumnMap, parse_map
 from llamatune.data.prefix_check import PromptCheck
 from llamatune.data.row_digests import exact_digest, loose_digest, texts_of
 from llamatune.data.row_files import RawRow, RowError
@@ -39,6 +40,10 @@ class Recipe:
     @functools.cached_property  # scanning a vocabulary takes longer than encoding a batch of rows
     def prompt_check(self) -> PromptCheck:
         return PromptCheck(self.tokenizer)
+
+    @functools.cached_property
+    def columns(self) -> ColumnMap | None:
+        return None if self.options.column_map is None else parse_map(self.options.column_map)
 
     @functools.cached_property
     def eos(self) -> Segment:
@@ -98,6 +103,7 @@ class EncodedBatch:
         dropped: (position, reason).
         refused: (position, kind, message).
         ignored_keys: number of rows with each key that is not read or that the template does not use.
+        adjusted: number of rows with each kind of what was read though it was not in the usual form.
     """
 
     ids: array[int] = field(default_factory=lambda: array("i"))
@@ -119,6 +125,7 @@ class EncodedBatch:
     dropped: list[tuple[int, str]] = field(default_factory=list)
     refused: list[tuple[int, str, str]] = field(default_factory=list)
     ignored_keys: Counter[str] = field(default_factory=Counter)
+    adjusted: Counter[str] = field(default_factory=Counter)
 
 
 def encode_batch(recipe: Recipe, rows: Sequence[RawRow]) -> EncodedBatch:
@@ -129,13 +136,14 @@ def encode_batch(recipe: Recipe, rows: Sequence[RawRow]) -> EncodedBatch:
     batch = EncodedBatch()
     for position, raw in enumerate(rows):
         try:
-            row = row_of(decode_row(raw), FORMATS[recipe.format])
+            row = row_of(decode_row(raw), FORMATS[recipe.format], recipe.columns)
             conversation = recipe.segments_of(row)
         except RowError as fault:
             batch.refused.append((position, fault.kind, fault.message))
             continue
         unused = recipe.template.unused_fields(row) if isinstance(recipe.template, Template) else ()
         batch.ignored_keys.update(row.ignored_keys + unused)
+        batch.adjusted.update(row.adjusted)
         _encode_row(batch, recipe, position, row, conversation)
     return batch
 

@@ -31,7 +31,7 @@ _LONGEST_FAULT = 300
 
 _WARMING = r"""{{ 'é\n' | tojson(indent=1) }}{{ strftime_now('%d') }}{{ 'x' | wordwrap }}{{ 1 / 0 }}"""
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 class Refused(Exception):
@@ -122,21 +122,25 @@ class Engine:
         with _faults():
             self._template = environment.from_string(source)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+    ) -> str:
         """The text of a conversation.
 
         Raises:
             Refused: the template raised an exception of its own.
             Broken: it cannot be rendered, or its text is too long.
         """
-        return self._render(messages, add_generation_prompt)[0]
+        return self._render(messages, add_generation_prompt, tools)[0]
 
-    def _render(self, messages: Sequence[Message], prompted: bool) -> tuple[str, list[list[int]]]:
+    def _render(
+        self, messages: Sequence[Message], prompted: bool, tools: Sequence[Any] | None
+    ) -> tuple[str, list[list[int]]]:
         """The text, and where the generation blocks are in it, if none is within a macro or another block."""
         noted = self._generation.noted = list[str]()
         if self._draws:
             random.seed(0)
-        given = {**self._variables, "messages": [dict(message) for message in messages], "tools": None,
+        given = {**self._variables, "messages": [dict(message) for message in messages], "tools": tools,
                  "documents": None, "add_generation_prompt": prompted}  # fmt: skip
         parts, blocks, length, found = list[str](), list[list[int]](), 0, True
         with _faults():
@@ -152,28 +156,29 @@ class Engine:
         return "".join(parts), blocks if found else []
 
     def reply(self, request: dict[str, Any]) -> dict[str, Any]:
-        """``text`` of the ``messages`` of a request, as a prompt if ``prompt`` is true.
+        """``text`` of the ``messages`` of a request and its ``tools``, as a prompt if ``prompt`` is true.
 
         With ``turns``, indices of messages: ``blocks``, the generation blocks; and for each turn the length of the text
         that precedes it with a generation prompt (``before``) and of the text that ends with it (``through``); -1 if
         that text is none that the whole text begins with.
         """
         messages: list[Message] = request["messages"]
-        text, blocks = self._render(messages, bool(request.get("prompt")))
+        tools: list[Any] | None = request.get("tools") or None
+        text, blocks = self._render(messages, bool(request.get("prompt")), tools)
         reply: dict[str, Any] = {"text": text}
         if "turns" in request:
             turns = request["turns"]
             reply["blocks"] = blocks
-            reply["before"] = [self._beginning(text, messages[:turn], True) for turn in turns]
+            reply["before"] = [self._beginning(text, messages[:turn], True, tools) for turn in turns]
             reply["through"] = [
-                len(text) if turn + 1 == len(messages) else self._beginning(text, messages[: turn + 1], False)
+                len(text) if turn + 1 == len(messages) else self._beginning(text, messages[: turn + 1], False, tools)
                 for turn in turns
             ]
         return reply
 
-    def _beginning(self, whole: str, messages: Sequence[Message], prompted: bool) -> int:
+    def _beginning(self, whole: str, messages: Sequence[Message], prompted: bool, tools: Sequence[Any] | None) -> int:
         try:
-            text = self.render(messages, prompted)
+            text = self.render(messages, prompted, tools)
         except (Refused, Broken):  # a template may look for messages that are only in the whole
             return -1
         return len(text) if whole.startswith(text) else -1
@@ -218,9 +223,11 @@ class _TimedEngine(Engine):
         with _timer():
             super().__init__(*arguments)
 
-    def _render(self, messages: Sequence[Message], prompted: bool) -> tuple[str, list[list[int]]]:
+    def _render(
+        self, messages: Sequence[Message], prompted: bool, tools: Sequence[Any] | None
+    ) -> tuple[str, list[list[int]]]:
         with _timer():
-            return super()._render(messages, prompted)
+            return super()._render(messages, prompted, tools)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from llamatune.data.encoding import EncodedBatch
 from llamatune.data.prepare_report import (
     Counts,
     FileCounts,
+    adjustments_told,
     bad_rows_error,
     no_rows_error,
     overlong_error,
@@ -129,6 +130,8 @@ class _Job:
             for spool, sources in ((train, plan.train), (validation, plan.validation)):
                 if spool is not None and not len(spool):
                     raise no_rows_error(counts, [source.path for source in sources])
+            for told in adjustments_told(counts):
+                self.on_event(Notice(told))
             for warning in warnings_of(counts, has_chats=plan.recipe.chats is not None):
                 self._warn(warning)
             splits = self._write(train, validation)

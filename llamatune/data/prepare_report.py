@@ -10,6 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from llamatune.data.column_maps import PRESETS
 from llamatune.data.encoding import EncodedBatch
 from llamatune.data.row_files import RawRow, shown_place
 from llamatune.errors import DataError
@@ -77,6 +78,7 @@ class Counts:
     special_texts: Counter[str] = field(default_factory=Counter)
     first_special_text: dict[str, Any] | None = None
     ignored_keys: Counter[str] = field(default_factory=Counter)
+    adjusted: Counter[str] = field(default_factory=Counter)
     longest_rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, batch: EncodedBatch, path: Path, rows: list[RawRow], of_file: FileCounts) -> None:
@@ -99,6 +101,7 @@ class Counts:
         self.only_last += batch.only_last
         self.dropped_reasons.update(reason for _, reason in batch.dropped)
         self.refused_reasons.update(kind for _, kind, _ in batch.refused)
+        self.adjusted.update(batch.adjusted)
         for key, count in batch.ignored_keys.items():
             known = key in self.ignored_keys or len(self.ignored_keys) < _MOST_KEYS
             self.ignored_keys[key if known else "..."] += count
@@ -119,7 +122,7 @@ _REPORTED = (
 
 _REPORTED_LATER = (
     "prompts_not_prefix", "only_last", "train_on", "files", "split_rows", "split_windows", "repeated_tokens",
-    "loose_duplicates", "validation_rows_near_train", "special_texts", "first_special_text",
+    "loose_duplicates", "validation_rows_near_train", "special_texts", "first_special_text", "adjusted",
 )  # fmt: skip
 """Facts that earlier versions did not write."""
 
@@ -130,8 +133,8 @@ def report_of(output: Path, facts: Mapping[str, Any], unchanged: bool) -> dict[s
     ``longest_rows`` are the longest rows before truncation; ``splits`` has the rows, tokens, target tokens and longest
     row of each split as written. ``prompts_not_prefix`` counts the kept rows whose tokens do not begin with those
     of the prompt alone, ``only_last`` the chats of which the template lets only the last answer be trained,
-    ``special_texts`` the rows that hold a special token's text. What is None was not counted by the earlier version
-    that wrote the directory.
+    ``special_texts`` the rows that hold a special token's text, ``adjusted`` the rows that were read though they had
+    not the usual form, by kind. What is None was not counted by the earlier version that wrote the directory.
     """
     report = {"output": shown_path(output), "unchanged": unchanged, **{name: facts[name] for name in _REPORTED}}
     return {**report, **{name: facts.get(name) for name in _REPORTED_LATER}}
@@ -161,6 +164,34 @@ def warnings_of(counts: Counts, has_chats: bool) -> list[str]:
             f"{place}: it is encoded as plain text; take it out if a template left it there"
         )
     return found
+
+
+ADJUSTMENTS = {
+    "role_alias": "roles by other names",
+    "text_parts": "messages in parts, whose texts are put together",
+    "json_in_text": "lists or objects as JSON in a text",
+    "turns_without_roles": "texts without roles, taken as the user's and the assistant's in turn",
+    "turns_joined": "messages of one role in a row, joined by an empty line",
+    "trailing_turns": "messages after the assistant's last one, left out",
+    "empty_system": "an empty system message, taken as none",
+    "leading_assistant": "a message of the assistant before the user's first, not trained",
+    "later_system": "a system message after the first turn",
+    "tools": "tools, whose turns are not trained",
+    "function_call": "a function_call, taken as tool_calls",
+    "list_of_one": "a list of one text, taken as the text",
+    "no_column": "without the column that --map names for an optional field",
+}
+"""What rows were read as though they had not the usual form; beside these ``preset_NAME``."""
+
+
+def adjustments_told(counts: Counts) -> list[str]:
+    """A sentence for each kind of adjustment."""
+    told = []
+    for kind, count in sorted(counts.adjusted.items()):
+        preset = PRESETS.get(kind.removeprefix("preset_"))
+        what = ADJUSTMENTS[kind] if preset is None else f"columns as --map {preset.name} reads them ({preset.shown})"
+        told.append(f"{count:,} of {counts.rows_in - counts.refused:,} rows: {what}")
+    return told
 
 
 def bad_rows_error(counts: Counts, first: str) -> DataError:

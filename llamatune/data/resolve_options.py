@@ -12,6 +12,7 @@ from typing import Any
 
 from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.chat_template import ChatTemplate
+from llamatune.data.column_maps import advice_for, parse_map
 from llamatune.data.encoding import Recipe
 from llamatune.data.row_files import RowError, read_raw_rows
 from llamatune.data.row_formats import FORMATS, ROWS_TRIED, Format, detect_format
@@ -115,6 +116,8 @@ def _determining(options: PrepareOptions, train: Sequence[Source], validation: S
         inputs["formats"] = [source.recipe.format for source in (*train, *validation)]
     if chats:
         inputs["train_on"] = train_on(chats[0])
+    if recipe.columns is not None:
+        inputs["map"] = recipe.columns.shown
     if any(weight != 1 for weight in weights):
         inputs["weights"] = weights
     if options.overlong == "split":
@@ -176,6 +179,8 @@ def check_options(options: PrepareOptions) -> None:
     known = ("auto", *FORMATS)
     if options.format not in known:
         raise SpecError(f"--format is {options.format!r}", None, f"known: {', '.join(known)}")
+    if options.column_map is not None:
+        parse_map(options.column_map)
     output = Path(os.path.realpath(options.output))
     for path in options.validation:
         if row_input(path).path != path:
@@ -195,14 +200,16 @@ def _formats_of(options: PrepareOptions) -> dict[Path, Format]:
     paths = input_files(options)
     if options.format != "auto":
         return dict.fromkeys(paths, FORMATS[options.format])
-    detected = {path: detect_format(read_raw_rows(path)) for path in paths}
+    columns = None if options.column_map is None else parse_map(options.column_map)
+    detected = {path: detect_format(read_raw_rows(path), path, columns) for path in paths}
     known = next((row_format for row_format in detected.values() if row_format is not None), None)
     if known is None:
         for path in detected:
             if keys := _keys_of_first_object(path):
                 shown = ", ".join(map(repr, keys[:10]))
-                known_names = f"known: {', '.join(FORMATS)} (--format)"
-                raise DataError(f"rows of no known format, with {shown}", path, known_names)
+                todo = advice_for(keys) or "name the columns, such as --map instruction=COLUMN,output=COLUMN"
+                todo += f"; known: {', '.join(FORMATS)} (--format)"
+                raise DataError(f"rows of no known format, with {shown}", path, todo)
         known = FORMATS["text"]  # no row, or none that can be read: reading will report each
     return {path: row_format or known for path, row_format in detected.items()}
 

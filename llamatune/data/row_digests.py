@@ -23,7 +23,8 @@ def texts_of(row: Row) -> str:
 
 def exact_digest(row: Row) -> int:
     """Of all that a row says, and of what may be trained."""
-    content = repr((sorted(row.fields.items()), row.turns, row.completion, *([row.trained] if row.trained else ())))
+    further = [part for part in (row.trained, row.irregular) if part]
+    content = repr((sorted(row.fields.items()), row.turns, row.completion, *further))
     return _digest(content.encode())
 
 

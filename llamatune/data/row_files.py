@@ -25,7 +25,10 @@ from llamatune.data.text_rows import text_rows
 from llamatune.errors import DataError
 from llamatune.safe_reading import open_regular, read_faults
 
-__all__ = ["LARGEST_ROW_BYTES", "RawRow", "RowError", "file_kind", "read_raw_rows", "shown_place"]
+__all__ = [
+    "BEGINS_AS_JSON", "LARGEST_ROW_BYTES", "RawRow", "RowError", "file_kind", "read_raw_rows", "read_text",
+    "row_suffix", "shown_place",
+]  # fmt: skip
 
 Kind = Literal["json", "table", "text", "columnar"]
 
@@ -33,7 +36,7 @@ _BOM = b"\xef\xbb\xbf"
 _HEAD = 4096
 _BY_SUFFIX: dict[str, Kind] = {".csv": "table", ".tsv": "table", ".tab": "table", ".txt": "text"}
 _COLUMNAR_SUFFIXES = (".parquet", ".arrow", ".feather")
-_BEGINS_AS_JSON = re.compile(rb"""\s*(?:\{\s*["']|\[\s*(?:\{\s*["']|["']))""")
+BEGINS_AS_JSON = re.compile(rb"""\s*(?:\{\s*["']|\[\s*(?:\{\s*["']|["']))""")
 """Of rows, or a list of prompts; ``[INST] Hi`` and ``{name} is`` begin otherwise."""
 
 
@@ -62,12 +65,32 @@ def read_raw_rows(path: Path, note: Callable[[str], None] = _ignore) -> Iterator
         yield from rows if opened.compressed is None else opened.compressed.whole(rows, path)
 
 
+def row_suffix(path: Path) -> str:
+    """The ending of a file's name, without that of compression."""
+    name = path.name.lower()
+    for ending in SUFFIXES:
+        name = name.removesuffix(ending)
+    return Path(name).suffix
+
+
 def file_kind(path: Path) -> Kind:
     """How a file is read: as JSON, a table, plain text, or by columns; raises as ``read_raw_rows`` does."""
     if is_directory(path):
         return "columnar"
     with _opened(path) as opened:
         return opened.kind
+
+
+def read_text(path: Path, most: int) -> bytes:
+    """The bytes of a file that is text, decompressed and without a byte order mark; ``DataError`` beyond ``most``."""
+    with _opened(path) as opened, read_faults(path):
+        opened.file.seek(opened.start)
+        content = opened.file.read(most + 1)
+        if opened.compressed is not None and opened.compressed.fault:
+            raise DataError(opened.compressed.fault, path, "fetch or make it again")
+    if len(content) > most:
+        raise DataError(f"more than {most:,} bytes of text", path, "give fewer lines, or rows in JSON Lines")
+    return content
 
 
 @dataclass(frozen=True)
@@ -100,10 +123,7 @@ def _opened(path: Path) -> Iterator[_Opened]:
                 compressed = Decompressed(file, path)
                 file = stack.enter_context(compressed.buffered())
                 head = file.read(_HEAD)
-        name = path.name.lower()
-        for ending in SUFFIXES:
-            name = name.removesuffix(ending)
-        suffix = Path(name).suffix
+        suffix = row_suffix(path)
         kind = _kind(head, suffix, path)
         yield _Opened(file, path, suffix, kind, len(_BOM) if head.startswith(_BOM) else 0, compressed)
 
@@ -121,7 +141,7 @@ def _kind(head: bytes, suffix: str, path: Path) -> Kind:
     if suffix in _COLUMNAR_SUFFIXES:
         what = "empty" if not head else f"not what {suffix} files hold"
         raise DataError(f"the file is {what}", path, "fetch or make it again")
-    if _BEGINS_AS_JSON.match(head.removeprefix(_BOM)):
+    if BEGINS_AS_JSON.match(head.removeprefix(_BOM)):
         return "json"
     return _BY_SUFFIX.get(suffix, "json")
 

@@ -11,11 +11,13 @@ completion   ``prompt``, ``completion``                                  ``compl
 text         ``text``                                                    all of it
 ===========  ==========================================================  ==================
 
-An Alpaca row may also have a ``system`` message and a ``history`` of [user, assistant] pairs, a chat row a ``system``.
+An Alpaca row may also have a ``system`` message and a ``history`` of [user, assistant] pairs, a chat row a ``system``
+and ``tools``.
 
 Rows are checked strictly, because a silently skipped or misread row spoils a training run: fields must be non-empty
 strings; a key that looks like a misspelling of an absent field is an error, and so is a key with content for which the
-format has no place. Other extra keys are ignored and counted.
+format has no place. Other extra keys are ignored and counted. A null value counts as absent. Rows of no format are read
+by the preset of ``column_maps`` that alone fits them.
 """
 
 from __future__ import annotations
@@ -24,13 +26,15 @@ import contextlib
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llamatune.data.chat_rows import read_chat
+from llamatune.data.chat_rows import EARLIER, read_chat, read_history
+from llamatune.data.column_maps import ColumnMap, advice_for, preset_of
 from llamatune.data.row_files import RawRow, RowError
 from llamatune.data.row_json import Row, checked_text, decode_row, is_empty, optional_text, quote, text_field
+from llamatune.errors import DataError
 
 _CHATS = ("messages", "conversations")
 
@@ -45,6 +49,7 @@ class Format:
         prompt_fields: the placeholders that its rows can fill.
         context: optional keys of what precedes the prompt.
         distinctive_keys: a row with one of them is likely of this format.
+        required: the keys that all its rows have; of a chat one of them.
     """
 
     name: str
@@ -53,37 +58,96 @@ class Format:
     read: Callable[[Mapping[str, Any]], Row]
     context: tuple[str, ...]
     distinctive_keys: tuple[str, ...]
+    required: tuple[str, ...]
 
     def has_key_in(self, row: Mapping[str, Any]) -> bool:
+        """Whether ``row``, without null values, has a distinctive key."""
         return any(key in row for key in self.distinctive_keys)
 
+    def is_satisfied_by(self, row: Mapping[str, Any]) -> bool:
+        """Whether ``row``, without null values, has what the format requires, of about the right kind."""
+        if self.name == "chat":
+            return any(row.get(key) for key in _CHATS)
+        return all(key in row and not isinstance(row[key], (list, dict)) for key in self.required)
 
-def row_of(row: Mapping[str, Any], row_format: Format) -> Row:
-    """The ``Row`` of a JSON object; ``RowError`` if it is not of this format or has a NUL character."""
-    unknown = _unknown_keys(row, row_format, row_format.keys + row_format.context)
-    parsed = row_format.read(row)
-    return replace(parsed, ignored_keys=unknown + parsed.ignored_keys) if unknown else parsed
+
+def row_of(row: Mapping[str, Any], row_format: Format, columns: ColumnMap | None = None) -> Row:
+    """The ``Row`` of a JSON object; ``RowError`` if it is not of this format or has a NUL character.
+
+    ``columns``: its columns that stand for fields.
+    """
+    meant, lost, adjusted = _meant(row, row_format, columns)
+    try:
+        unknown = _unknown_keys(meant, row_format, row_format.keys + row_format.context)
+        parsed = row_format.read(meant)
+    except RowError as fault:
+        if fault.kind != "missing_field":
+            raise
+        nulls = ", ".join(quote(key) for key, value in row.items() if value is None)
+        advice = None if columns else advice_for(meant)
+        shown = f"{fault.message} (null: {nulls})" if nulls else fault.message
+        raise RowError(fault.kind, f"{shown}; {advice}" if advice else shown) from None
+    if not (unknown or lost or adjusted):
+        return parsed
+    ignored = (*unknown, *lost, *parsed.ignored_keys)
+    return replace(parsed, ignored_keys=ignored, adjusted=(*parsed.adjusted, *adjusted))
 
 
-def prompt_row_of(row: Mapping[str, Any]) -> Row:
-    """``row`` as a prompt, in the format of its keys; the completion may be absent.
+def _meant(
+    row: Mapping[str, Any], row_format: Format, columns: ColumnMap | None
+) -> tuple[Mapping[str, Any], list[str], list[str]]:
+    """``row`` without null values, its columns named as fields; the keys lost by that; and kinds of adjustment."""
+    lost, adjusted = list[str](), list[str]()
+    if columns is not None:
+        if columns.lacking(row):
+            adjusted.append("no_column")
+        row, lost = columns.apply(row)
+    if None in row.values():
+        row = {key: value for key, value in row.items() if value is not None}
+    if row_format.is_satisfied_by(row):
+        return row, lost, adjusted
+    preset = preset_of(row) if columns is None else None
+    if preset is not None and preset.format == row_format.name:
+        made, displaced = preset.apply(row)
+        return made, displaced, [f"preset_{preset.name}"]
+    singles = [key for key in row_format.required if _is_single(row.get(key)) and row_format.name != "chat"]
+    return {**row, **{key: row[key][0] for key in singles}}, lost, [*adjusted, *["list_of_one"] * bool(singles)]
+
+
+def _is_single(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
+
+
+def prompt_row_of(row: Mapping[str, Any], given: Format | None = None, columns: ColumnMap | None = None) -> Row:
+    """``row`` as a prompt, in the ``given`` format or that of its keys; the completion may be absent.
 
     Its fields are all its strings, since a template may use any of them; other values are listed as ignored.
     """
-    row_format = next((known for known in FORMATS.values() if known.has_key_in(row)), None)
+    row = row if columns is None else columns.applied_to_prompt(row)
+    row = {key: value for key, value in row.items() if value is not None}
+    satisfied = _satisfied(row) if given is None else [given]
+    if len(satisfied) > 1:
+        names = " or ".join(f"--format {known.name}" for known in satisfied)
+        raise RowError("two_formats", f"{_two(satisfied)}; choose with {names}")
+    if not satisfied and columns is None and (preset := preset_of(row)) is not None:
+        satisfied = [FORMATS[preset.format]]
+    row_format = next(iter(satisfied or [known for known in FORMATS.values() if known.has_key_in(row)]), None)
     prompt_fields: tuple[str, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
     if row_format is not None:
+        row = row if columns is not None else _meant(row, row_format, None)[0]
         prompt_fields = row_format.prompt_fields
         _unknown_keys(row, row_format, prompt_fields)
         if row_format.name == "chat":
             return read_chat(row, as_prompt=True)
-        if row_format.name == "alpaca":
-            turns = _history(row)
+        turns = read_history(row, set(), set()) if row_format.name == "alpaca" else ()
     optional = {name: optional_text(row, name) for name in prompt_fields if name in _OPTIONAL}
     required = set(prompt_fields) - optional.keys()
     texts = {key: checked_text(text, key) for key, text in row.items() if isinstance(text, str) or key in required}
-    return Row({**texts, **optional}, "", turns, ignored_keys=tuple(key for key in row if key not in texts))
+    for name in (required or given.keys) if given is not None else ():
+        text_field(row, name)
+    completion = texts.get(row_format.keys[-1], "") if row_format is not None and prompt_fields else ""
+    return Row({**texts, **optional}, completion, turns, ignored_keys=tuple(key for key in row if key not in texts))
 
 
 def _unknown_keys(row: Mapping[str, Any], row_format: Format, names: Iterable[str]) -> tuple[str, ...]:
@@ -93,14 +157,19 @@ def _unknown_keys(row: Mapping[str, Any], row_format: Format, names: Iterable[st
         names = row_format.context  # one of its two keys is there, so the other is not missing
     for key in unknown:
         if key in _CONTENT and row_format.prompt_fields and not is_empty(row[key]):
-            raise RowError(
-                "unread_field",
-                f"field {key!r} would be lost: {row_format.name} rows have no place for it; take it out if it may be",
-            )
+            what = f"field {key!r} would be lost: {row_format.name} rows have no place for it"
+            todo, meant = "take it out if it may be", _PLACES.get(key)
+            if meant in row_format.keys + row_format.context:
+                todo += f", or read it as the field {meant!r}: --map {meant}={key}"
+            elif key == "context" and row_format.name == "gsm8k":
+                todo += ", or read it as an input: --map "
+                todo += "squad" if "answers" in row else "instruction=question,input=context,output=answer"
+            raise RowError("unread_field", f"{what}; {todo}")
         for name in names:
             # Of a key that may be absent only a near misspelling counts.
             if name not in row and within_edits(key.lower(), name, 1 if name in row_format.context else 2):
-                raise RowError("unknown_field", f"unknown field {quote(key)}, did you mean {name!r}?")
+                what = f"unknown field {quote(key)}, did you mean {name!r}?"
+                raise RowError("unknown_field", f"{what} (--map {name}={key})")
     return unknown
 
 
@@ -109,20 +178,11 @@ def _read_alpaca(row: Mapping[str, Any]) -> Row:
     system = optional_text(row, "system")
     if not is_empty(system):
         fields["system"] = system
-    return Row(fields, text_field(row, "output"), _history(row))
-
-
-def _history(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    history = row.get("history")
-    if is_empty(history):
-        return ()
-    pairs_of_texts = isinstance(history, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text.strip() for text in pair)
-        for pair in history
-    )
-    if not pairs_of_texts:
-        raise RowError("wrong_type", "field 'history' of the row is not a list of [user, assistant] pairs of texts")
-    return tuple((checked_text(user, "history"), checked_text(answer, "history")) for user, answer in history or ())
+    adjusted, ignored = set[str](), set[str]()
+    made = Row(fields, text_field(row, "output"), read_history(row, adjusted, ignored))
+    if not adjusted and not ignored:
+        return made
+    return replace(made, ignored_keys=tuple(sorted(ignored)), adjusted=tuple(sorted(adjusted)))
 
 
 def _plain_format(name: str, *keys: str) -> Format:
@@ -131,7 +191,7 @@ def _plain_format(name: str, *keys: str) -> Format:
     def read(row: Mapping[str, Any]) -> Row:
         return Row({key: text_field(row, key) for key in keys[:-1]}, text_field(row, keys[-1]))
 
-    return Format(name, keys, keys[:-1], read, (), keys)
+    return Format(name, keys, keys[:-1], read, (), keys, keys)
 
 
 FORMATS = {
@@ -144,9 +204,18 @@ FORMATS = {
             _read_alpaca,
             context=("system", "history"),
             distinctive_keys=("instruction",),
+            required=("instruction", "output"),
         ),
         replace(_plain_format("gsm8k", "question", "answer"), distinctive_keys=("question",)),
-        Format("chat", _CHATS, ("user", "system"), read_chat, context=("system",), distinctive_keys=_CHATS),
+        Format(
+            "chat",
+            (*_CHATS, EARLIER),
+            ("user", "system"),
+            read_chat,
+            context=("system", "tools"),
+            distinctive_keys=_CHATS,
+            required=_CHATS,
+        ),
         _plain_format("completion", "prompt", "completion"),
         _plain_format("text", "text"),
     )
@@ -155,25 +224,57 @@ FORMATS = {
 
 _OPTIONAL = ("input", "system")
 _CONTENT = {
-    "system", "system_prompt", "history", "tools", "functions", "tool_calls", "function_call", "image", "images",
-    "video", "videos", "audio", "audios",
+    "system", "system_prompt", "system_message", "history", "tools", "functions", "tool_calls", "function_call",
+    "image", "images", "video", "videos", "audio", "audios", "context", "documents",
 }  # fmt: skip
 """Keys under which data sets keep a part of the conversation, in any format but ``text``."""
+_PLACES = {"system_prompt": "system", "system_message": "system", "context": "input"}
+"""The fields as which some of them may be meant."""
+_TREE = {"role", "parent_id"}
+"""Keys of a message of a tree of messages (Open Assistant), which has a ``text``."""
 ROWS_TRIED = 1000
 
 
-def detect_format(rows: Iterable[RawRow]) -> Format | None:
-    """The format of the first usable row, else of the first row with a distinctive key of a format, else None."""
+def detect_format(rows: Iterable[RawRow], path: object = None, columns: ColumnMap | None = None) -> Format | None:
+    """The format of the first usable row, else of the first row with a distinctive key of a format, else None.
+
+    ``DataError`` if that row satisfies two formats.
+    """
     likely: Format | None = None
     for raw in itertools.islice(rows, ROWS_TRIED):
         with contextlib.suppress(RowError):
             row = decode_row(raw)
-            candidate = next((known for known in FORMATS.values() if known.has_key_in(row)), None)
+            candidate = _format_of(row, raw, path, columns)
             likely = likely or candidate
             if candidate is not None:
-                row_of(row, candidate)
+                row_of(row, candidate, columns)
                 return candidate
     return likely
+
+
+def _format_of(row: Mapping[str, Any], raw: RawRow, path: object, columns: ColumnMap | None) -> Format | None:
+    if columns is not None:
+        row, _ = columns.apply(row)
+    keys, row = row.keys(), {key: value for key, value in row.items() if value is not None}
+    satisfied = _satisfied(row)
+    if len(satisfied) > 1:
+        todo = f"choose with {' or '.join(f'--format {known.name}' for known in satisfied)}"
+        raise DataError(_two(satisfied), raw.place(path), todo)
+    if satisfied and not (satisfied[0].name == "text" and keys >= _TREE):
+        return satisfied[0]
+    if columns is None and not satisfied and (preset := preset_of(row)) is not None:
+        return FORMATS[preset.format]
+    return None if satisfied else next((known for known in FORMATS.values() if known.has_key_in(row)), None)
+
+
+def _satisfied(row: Mapping[str, Any]) -> list[Format]:
+    """The formats that a row satisfies. The published Alpaca rows also have all of themselves as ``text``."""
+    satisfied = [known for known in FORMATS.values() if known.is_satisfied_by(row)]
+    return satisfied[:1] if [known.name for known in satisfied] == ["alpaca", "text"] else satisfied
+
+
+def _two(satisfied: Sequence[Format]) -> str:
+    return f"the row has the fields of {' and of '.join(f'{known.name} rows' for known in satisfied)}"
 
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")

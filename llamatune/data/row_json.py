@@ -15,6 +15,23 @@ _DEEPEST = 100
 
 
 @dataclass(frozen=True, slots=True)
+class Irregular:
+    """What of a chat is more than turns of user and assistant, so that only a chat template has a place for it.
+
+    Args:
+        what: its name, for errors.
+        messages: all that precede the completion.
+        answer: further keys of the assistant's last message, such as ``tool_calls``.
+        tools: the tools that it may call.
+    """
+
+    what: str
+    messages: tuple[dict[str, Any], ...]
+    answer: Mapping[str, Any]
+    tools: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One usable row.
 
@@ -24,6 +41,8 @@ class Row:
         turns: earlier (user, assistant) turns of a chat, oldest first.
         trained: whether each text of the assistant may be a target, the completion last; empty: all may.
         ignored_keys: keys of the row that its format does not read.
+        irregular: a chat that is more than turns; it has no ``turns`` then.
+        adjusted: kinds of what was read though it was not in the usual form.
     """
 
     fields: dict[str, str]
@@ -31,6 +50,8 @@ class Row:
     turns: tuple[tuple[str, str], ...] = ()
     trained: tuple[bool, ...] = ()
     ignored_keys: tuple[str, ...] = field(default=(), compare=False)
+    irregular: Irregular | None = None
+    adjusted: tuple[str, ...] = field(default=(), compare=False)
 
 
 def decode_row(raw: RawRow) -> dict[str, Any]:
@@ -71,6 +92,18 @@ def decode_value(raw: RawRow) -> Any:
     return value
 
 
+def json_in(text: str, name: str, where: str = "the row") -> Any:
+    """The JSON value in the text of field ``name``; raises ``RowError``."""
+    try:
+        value = parse_json(text)
+    except (ValueError, RecursionError) as fault:
+        what = f"field {name!r} of {where} is a string, but not of JSON: {fault}"
+        raise RowError("wrong_type", what[: 4 * _LONGEST_QUOTE]) from None
+    if _deeper_than(value, _DEEPEST):
+        raise RowError("not_json", f"field {name!r} of {where} is nested too deeply")
+    return value
+
+
 def _deeper_than(value: object, depth: int) -> bool:
     if not isinstance(value, (dict, list)):
         return False
@@ -104,16 +137,20 @@ def field_of(row: Mapping[str, Any], name: str, where: str = "the row") -> Any:
 
 def text_field(row: Mapping[str, Any], name: str, where: str = "the row") -> str:
     """The text of field ``name``; ``RowError`` if it is absent, not a text, or blank."""
-    text = checked_text(field_of(row, name, where), name, where)
+    value = field_of(row, name, where)
+    if isinstance(value, list) and where == "the row":
+        what = f"field {name!r} of the row is a list, not a string"
+        raise RowError("wrong_type", f"{what}; one of it can be taken, with --map {name}={name}[0]")
+    text = checked_text(value, name, where)
     if not text or text.isspace():
         raise RowError("empty_field", f"field {name!r} of {where} is empty")
     return text
 
 
 def optional_text(row: Mapping[str, Any], name: str) -> str:
-    """The text of field ``name``; empty if it is absent or null (pandas writes null)."""
+    """The text of field ``name``; empty if it is absent, null (pandas writes it), or an empty list or object."""
     value = row.get(name)
-    return "" if value is None else checked_text(value, name)
+    return "" if value is None or value == [] or value == {} else checked_text(value, name)
 
 
 def checked_text(value: Any, name: str, where: str = "the row") -> str:

@@ -11,6 +11,11 @@ _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _MOST_NAMED = 5
 
 
+def is_saved_dataset(directory: Path) -> bool:
+    """Whether a directory is a data set, or one of several splits."""
+    return any((directory / name).is_file() for name in (_STATE, _SPLITS))
+
+
 def data_files(directory: Path) -> list[Path]:
     """The Arrow files of a data set, in order; of several splits those of ``train``.
 

@@ -115,6 +115,9 @@ class Template:
 
     def misfit(self, row: Row) -> str | None:
         """Which part of ``row`` the template has no place for, as an error message; None: it has a place for all."""
+        if row.irregular is not None:
+            what, todo = row.irregular.what, "choose a chat template with --template, or take them out of the row"
+            return f"the template {self.name!r} has no place for {what}: {todo}"
         if row.turns and self.turn is None:
             return (
                 f"the template {self.name!r} has no place for earlier turns (of 'messages', 'conversations' or "

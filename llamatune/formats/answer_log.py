@@ -13,21 +13,24 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamatune.durable_writing import disk_faults, output_file, write_atomic
+from llamatune.durable_writing import disk_faults, write_atomic
 from llamatune.errors import EnvironmentFault
+from llamatune.output_files import is_stream, open_stream, output_file, stream_faults
 from llamatune.strict_json import dump_json, dump_json_lines, parse_json, read_json
 
 _REMEDY = "choose another output, or pass --overwrite"
 
 
 class AnswerLog:
-    """A locked file of JSON lines; make it with ``open_answer_log``."""
+    """A locked file of JSON lines, or a stream of them; make it with ``open_answer_log``."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        self._file, self._path = file, path
+        self._file, self._path, self._is_stream = file, path, is_stream(path)
 
     def entries(self) -> Iterator[Any]:
-        """The values of the lines, up to the first that is cut short or not JSON."""
+        """The values of the lines, up to the first that is cut short or not JSON; of a stream none."""
+        if self._is_stream:
+            return
         self._file.seek(0)
         for line in self._file:
             if not line.endswith(b"\n"):
@@ -39,6 +42,8 @@ class AnswerLog:
             yield entry
 
     def keep(self, count: int) -> None:
+        if self._is_stream:
+            return
         self._file.seek(0)
         for _ in range(count):
             self._file.readline()
@@ -47,10 +52,11 @@ class AnswerLog:
     def append(self, entries: Iterable[Any]) -> None:
         """Add a line for each entry, durably."""
         lines = dump_json_lines(entries)
-        with disk_faults(self._path, len(lines)):
+        with stream_faults(self._path) if self._is_stream else disk_faults(self._path, len(lines)):
             self._file.write(lines)
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if not self._is_stream:
+                os.fsync(self._file.fileno())
 
 
 @contextlib.contextmanager
@@ -61,6 +67,10 @@ def open_answer_log(path: Path, settings: dict[str, Any], overwrite: bool = Fals
         EnvironmentFault: without ``overwrite``, lines of other settings (named) or of none; in use; not writable.
     """
     target = output_file(path, overwrite=True)  # existing lines are checked below
+    if is_stream(path):
+        with open_stream(path) as stream:
+            yield AnswerLog(stream, path)
+        return
     beside = target.with_name(f"{target.name}.settings.json")
     # A job stopped before its first line may leave its settings; any other file of that name is the user's.
     lineless = not (target.exists() and target.stat().st_size)

@@ -22,6 +22,7 @@ from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.row_files import RowError, read_raw_rows
 from llamatune.data.row_formats import FORMATS, row_of
 from llamatune.data.row_json import decode_row
+from llamatune.data.row_sources import source_digest
 from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import DataError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
@@ -32,7 +33,6 @@ from llamatune.inference.model_source import OpenedModel, open_model
 from llamatune.inference.prompt_encoding import PromptEncoder
 from llamatune.inference.significance import exact_mcnemar, score_interval
 from llamatune.ranks import ALONE, Ranks
-from llamatune.safe_reading import digest_file
 from llamatune.seeds import derived_seed
 from llamatune.shared_work import map_generating, refuse_differences
 from llamatune.tokenizers.tokenizer import Tokenizer
@@ -253,7 +253,7 @@ def _settings(
         "compare": options.compare,
         "dtype": opened.dtype_name,
         "tokenizer": tokenizer.fingerprint,
-        "data": digest_file(options.data, DataError),
+        "data": source_digest(options.data),
         "template": None if template is None or examples else template.to_dict(),
         "shots": [asdict(example) for example in examples],
         "max_new_tokens": options.sampling.max_new_tokens,

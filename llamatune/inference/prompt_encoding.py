@@ -10,7 +10,7 @@ from llamatune.data.row_json import Row
 from llamatune.data.segments import Segment, Segments
 from llamatune.data.templates import Template
 from llamatune.errors import DataError
-from llamatune.inference.prompt_files import Prompt, prompt_text
+from llamatune.inference.prompt_files import FilePrompt, Prompt, prompt_text
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.tokenizers.tokenizer import Tokenizer
 
@@ -39,6 +39,9 @@ class PromptEncoder:
             return Segments((Segment(prompt_text(prompt, self.template, number)),))
         from llamatune.data.chat_segments import messages_of
 
+        where = f"prompt {number}"
+        if isinstance(prompt, FilePrompt):
+            where, prompt = prompt.where, prompt.asked
         fields = {"user": prompt} if isinstance(prompt, str) else prompt
         row = Row(dict(fields), "") if isinstance(fields, Mapping) else fields
         try:
@@ -46,8 +49,11 @@ class PromptEncoder:
         except KeyError:
             texts = ", ".join(map(repr, row.fields)) or "none"
             what = f"no field for the user's turn of the template {self._chats.template.name!r}"
-            raise DataError(what, f"prompt {number}", f"its text fields are {texts}") from None
-        return self._chats.prompt(messages, f"prompt {number}")
+            raise DataError(what, where, f"its text fields are {texts}") from None
+        if misfit := self._chats.template.misfit(row):
+            raise DataError(f"the chat template refuses the prompt: {misfit}", where)
+        tools = () if row.irregular is None else row.irregular.tools
+        return self._chats.prompt(messages, where, tools, row.irregular is not None)
 
     def stop_ids(self, config: LlamaConfig) -> set[int]:
         """The tokens that end a completion: the model's and the tokenizer's EOS, and the end of a template's turn."""
@@ -57,4 +63,5 @@ class PromptEncoder:
 
 def is_chat(prompt: Prompt) -> bool:
     """Whether a prompt is a row of a chat."""
-    return isinstance(prompt, Row) and "user" in prompt.fields
+    asked = prompt.asked if isinstance(prompt, FilePrompt) else prompt
+    return isinstance(asked, Row) and "user" in asked.fields

@@ -3,34 +3,85 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 
-from llamatune.data.row_files import RawRow, RowError, read_raw_rows
-from llamatune.data.row_formats import prompt_row_of
-from llamatune.data.row_json import Row, decode_row, decode_value, kind_of
+from llamatune.data.column_maps import ColumnMap, parse_map
+from llamatune.data.row_files import (
+    BEGINS_AS_JSON,
+    RawRow,
+    RowError,
+    file_kind,
+    read_raw_rows,
+    read_text,
+    row_suffix,
+)
+from llamatune.data.row_formats import FORMATS, Format, prompt_row_of
+from llamatune.data.row_json import Row, decode_value, kind_of
+from llamatune.data.row_sources import pipes_kept
 from llamatune.data.templates import Template
 from llamatune.errors import DataError, SpecError
-from llamatune.safe_reading import read_bytes
+from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.strict_json import parse_json
 
-_LARGEST_PROMPT_FILE = 256 << 20
+_LARGEST_TEXT = 256 << 20
 _LARGEST_PIPED_PROMPT = 16 << 20
-
-_ROWS_BEGIN = re.compile(rb"""\s*(?:\{\s*["']|\[\s*(?:\{\s*["']|["']))""")
-"""How a file of rows or a list of prompts begins; ``[INST] Hi`` and ``{name} is`` begin otherwise."""
-
-Prompt = str | Mapping[str, str] | Row
-"""A user's message, or a row: its fields by name, or one of a file."""
+_OF_JSON = (".json", ".jsonl", ".ndjson")
+"""Endings of names that say that a file holds rows."""
 
 
-def given_prompts(texts: Sequence[str], file: Path | None) -> list[Prompt]:
+@dataclass(frozen=True, slots=True)
+class FilePrompt:
+    """A prompt of a file.
+
+    Args:
+        asked: a user's message, or a row.
+        row: its number in the file, from 1.
+        where: its place, for errors.
+        reference: the answer that the row has.
+    """
+
+    asked: str | Row
+    row: int
+    where: str
+    reference: str | None = None
+
+    def labelled(self, answer: Mapping[str, Any]) -> dict[str, Any]:
+        """A line of output for the answer: with the row's number, and its own answer if it has one."""
+        reference = {} if self.reference is None else {"reference": self.reference}
+        return {"row": self.row, **answer, **reference}
+
+
+Prompt = str | Mapping[str, str] | Row | FilePrompt
+"""A user's message, a row (its fields by name), or one of these from a file."""
+
+
+class PromptSource(Protocol):
+    """Options that say what is asked."""
+
+    @property
+    def prompt(self) -> Sequence[str]: ...
+    @property
+    def prompt_file(self) -> Path | None: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def column_map(self) -> str | None: ...
+
+
+def given_prompts(source: PromptSource, on_event: OnEvent = ignore_event) -> list[Prompt]:
     """What ``--prompt`` or ``--prompt-file`` hold; both together are refused, neither is no prompt."""
-    if texts and file is not None:
-        raise SpecError("--prompt and --prompt-file exclude each other")
-    return list(texts) if file is None else read_prompts(file)
+    if source.prompt_file is not None:
+        if source.prompt:
+            raise SpecError("--prompt and --prompt-file exclude each other")
+        return read_prompts(source.prompt_file, source.format, source.column_map, on_event)
+    for flag, is_given in (("--format", source.format != "auto"), ("--map", source.column_map is not None)):
+        if is_given:
+            raise SpecError("it needs --prompt-file", flag)
+    return list(source.prompt)
 
 
 def piped_prompt(stdin: BinaryIO) -> str:
@@ -50,9 +101,12 @@ def piped_prompt(stdin: BinaryIO) -> str:
 
 def prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
     """The prompt as the model sees it; ``number`` counts prompts from 1, for errors."""
+    where = f"prompt {number}"
+    if isinstance(prompt, FilePrompt):
+        where, prompt = prompt.where, prompt.asked
     if isinstance(prompt, str):
         return prompt if template is None else template.instruction_prompt(prompt)
-    row, where = prompt if isinstance(prompt, Row) else Row(dict(prompt), ""), f"prompt {number}"
+    row = prompt if isinstance(prompt, Row) else Row(dict(prompt), "")
     if template is None or not template.placeholders:
         text = row.fields.get("prompt", row.fields.get("text"))
         if text is None:
@@ -69,63 +123,90 @@ def prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
     return template.prompt_of({**optional, **row.fields}, row.turns)
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(
+    path: Path, format: str = "auto", column_map: str | None = None, on_event: OnEvent = ignore_event
+) -> list[Prompt]:
     """Prompts from a file: rows as ``prepare-data`` reads them, or plain text, one prompt a line; blank lines skipped.
 
-    A file holds rows if its name ends in .json, .jsonl or .ndjson, or if it begins as JSON does. A list may hold texts.
+    Where neither its kind nor its name says that it holds rows, a file is text if none of its lines is JSON or if
+    ``format`` is text. The completion of a row may be absent, and a row of JSON may be a text. ``column_map`` is that
+    of ``prepare-data``.
 
     Raises:
+        SpecError: no such format, or no such map.
         DataError: no prompts, not UTF-8, a row that cannot be used (with its place), or rows between plain lines.
     """
-    content = read_bytes(path, DataError, _LARGEST_PROMPT_FILE)
-    if path.suffix.lower() in (".json", ".jsonl", ".ndjson") or _begins_as_rows(content):
-        prompts = [_row_prompt(raw, path) for raw in read_raw_rows(path)]
-    else:
-        prompts = list(_plain_prompts(content, path))
+    if format not in (known := ("auto", *FORMATS)):
+        raise SpecError(f"--format is {format!r}", None, f"known: {', '.join(known)}")
+    columns = None if column_map is None else parse_map(column_map)
+
+    def note(message: str) -> None:
+        on_event(Notice(f"{path}: {message}"))
+
+    with pipes_kept([path], lambda: None):
+        is_named = file_kind(path) in ("table", "columnar") or row_suffix(path) in _OF_JSON or columns is not None
+        content = None if is_named or format not in ("auto", "text") else read_text(path, _LARGEST_TEXT)
+        if content is None or (format == "auto" and BEGINS_AS_JSON.match(content)):
+            rows: Iterable[RawRow] | None = read_raw_rows(path, note)
+        else:
+            rows = None if format == "text" else _json_rows(content, path)
+        if rows is not None:
+            prompts = [
+                _row_prompt(raw, number, path, FORMATS.get(format), columns) for number, raw in enumerate(rows, 1)
+            ]
+        else:
+            lines = enumerate(_lines(content or b"", path), 1)
+            prompts = [FilePrompt(text.rstrip("\r"), row, f"{path}:{line}") for row, (line, text) in lines]
     if not prompts:
         raise DataError("no prompts", path)
-    return prompts
+    return list(prompts)
 
 
-def _begins_as_rows(content: bytes) -> bool:
-    content = content.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if _ROWS_BEGIN.match(content) or (content.startswith(b"{") and _is_object(content.split(b"\n", 1)[0])):
-        return True
+def _lines(content: bytes, path: Path) -> list[tuple[int, str]]:
+    """The lines of a text that are not blank, with their numbers."""
+    if b"\0" in content:
+        raise DataError(f"no text: a NUL byte at byte {content.index(0)}", path)
     try:
-        return content.startswith(b"[") and isinstance(parse_json(content), list)
-    except ValueError:
-        return False
+        text = content.decode()
+    except UnicodeDecodeError as fault:
+        raise DataError(f"not UTF-8 at byte {fault.start}", path) from None
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _is_object(line: bytes) -> bool:
+def _json_rows(content: bytes, path: Path) -> list[RawRow] | None:
+    """The rows of a file that does not begin as rows do, if it is a JSON list or each of its lines is JSON."""
+    if content.lstrip().startswith(b"["):
+        with contextlib.suppress(ValueError, RecursionError):
+            values = parse_json(content)
+            return [RawRow(1, 0, json.dumps(value).encode(), None, row, True) for row, value in enumerate(values, 1)]
+    lines = _lines(content, path)
+    rows = [RawRow(number, 0, line.encode(), None, row) for row, (number, line) in enumerate(lines, 1) if _is_row(line)]
+    if rows and len(rows) < len(lines):
+        todo = "let every line be a row, or none, or give --format text"
+        raise DataError("a line of JSON in a file of plain text", f"{path}:{rows[0].line}", todo)
+    return rows or None
+
+
+def _is_row(line: str) -> bool:
+    """Whether a line is an object, a list or a text of JSON; a number or a word may be a prompt."""
     with contextlib.suppress(RowError):
-        decode_row(RawRow(1, 0, line.strip()))
-        return True
+        return line.lstrip()[:1] in ("{", "[", '"') and decode_value(RawRow(1, 0, line.encode())) is not None
     return False
 
 
-def _plain_prompts(content: bytes, path: Path) -> Iterator[str]:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as fault:
-        raise DataError(f"not UTF-8 at byte {fault.start}", path) from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.lstrip().startswith("{") and _is_object(line.encode()):
-            what = "a JSON row in a file that begins as plain text"
-            raise DataError(what, f"{path}:{number}", "let every line be a row, or none")
-        if line.strip():
-            yield line.rstrip("\r")
-
-
-def _row_prompt(raw: RawRow, path: Path) -> Prompt:
+def _row_prompt(
+    raw: RawRow, number: int, path: Path, row_format: Format | None, columns: ColumnMap | None
+) -> FilePrompt:
+    place = raw.place(path)
     try:
         value = decode_value(raw)
         if isinstance(value, str) and value.strip():
-            return value
+            return FilePrompt(value, number, place)
         if not isinstance(value, dict):
             what = "an empty text" if isinstance(value, str) else kind_of(value)
             raise RowError("not_an_object", f"{what} where a row or a prompt is expected")
-        return prompt_row_of(value)
+        row = prompt_row_of(value, row_format, columns)
     except RowError as fault:
-        todo = "correct it, or give plain prompts one a line in a .txt file that does not begin as JSON does"
-        raise DataError(fault.message, raw.place(path), todo) from None
+        todo = "correct it, or give plain prompts, one a line, with --format text in a file of another name"
+        raise DataError(fault.message, place, todo) from None
+    return FilePrompt(row, number, place, row.completion or None)

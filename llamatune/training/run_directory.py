@@ -23,12 +23,13 @@ from llamatune.durable_writing import (
 from llamatune.errors import EnvironmentFault
 from llamatune.formats.metrics import MetricsLog
 from llamatune.formats.state_json import list_checkpoints
+from llamatune.output_files import refuse_inside, refuse_replacing
 from llamatune.ranks import Ranks
 from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec
 from llamatune.strict_json import dump_json, read_json
 from llamatune.training.passes import PassRule
-from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
+from llamatune.training.run_file_names import ADAPTER, BEST, CELLS, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK, run_lock
 from llamatune.training.spec_changes import LEAST_GAIN, MAY_GROW, PATIENCE, accepted_changes
 
@@ -95,12 +96,9 @@ def claim_run_directory(
         EnvironmentFault: the directory is no run, or in use.
     """
     path = Path(os.path.realpath(spec.training.output_dir))
-    own = (path / LOCK).is_file()  # the first file that a run makes, so this is right whenever it was killed
-    occupied = path.exists() and (not path.is_dir() or any(not is_ours(entry) for entry in path.iterdir()))
-    if occupied and not overwrite and not own:
-        raise EnvironmentFault(
-            "the directory is not empty and is no run", path, "choose another training.output_dir, or pass --overwrite"
-        )
+    own, occupied = _is_run(path), _is_occupied(path)
+    if not overwrite:
+        _refuse_other(path)
     if occupied and not overwrite and not resume:
         raise EnvironmentFault("holds a run, and --resume is never", path, "pass --overwrite, or choose another one")
     probe_writable(path.parent if occupied and overwrite else path)
@@ -132,6 +130,49 @@ def claim_run_directory(
             write_if_changed(path / ORIGIN, dump_json({**inputs, "passes": asdict(passes), **began_on}))
             write_if_changed(path / SPEC, spec.to_yaml().encode())
             yield RunDirectory(path, log, changed_fields, passes)
+
+
+def refuse_output(spec: RunSpec, overwrite: bool) -> None:
+    """Raise before any work if the run may not write to ``training.output_dir``.
+
+    Raises:
+        SpecError: it is something that the run reads, or is inside of it, or would be moved together with it.
+        EnvironmentFault: without ``overwrite``, it holds something else than a run.
+    """
+    refuse_inputs(spec, "training.output_dir", overwrite)
+    if not overwrite:
+        _refuse_other(Path(spec.training.output_dir))
+
+
+def refuse_inputs(spec: RunSpec, name: str, overwrite: bool) -> None:
+    """Raise ``SpecError`` where ``training.output_dir``, given as ``name``, is something that the run reads.
+
+    Also if it is inside of that or, with ``overwrite``, would be moved aside together with it.
+    """
+    path = Path(spec.training.output_dir)
+    inputs = [("model.path", Path(spec.model.path))]
+    inputs += [("data.train", directory) for directory in spec.data.train_paths]
+    inputs += [("data.validation", directory) for directory in spec.data.validation_paths]
+    if spec.lora is not None and spec.lora.init_from is not None:
+        inputs.append(("lora.init_from", Path(spec.lora.init_from)))
+    refuse_replacing(path, inputs, name, keeps=not overwrite)
+    refuse_inside(path, inputs, name)
+
+
+def _refuse_other(path: Path) -> None:
+    if _is_occupied(path) and not _is_run(path):
+        raise EnvironmentFault(
+            "the directory is not empty and is no run", path, "choose another training.output_dir, or pass --overwrite"
+        )
+
+
+def _is_run(path: Path) -> bool:
+    # The lock is the first file that a run makes, so this is right whenever it was killed.
+    return (path / LOCK).is_file() and not (path / CELLS).exists()
+
+
+def _is_occupied(path: Path) -> bool:
+    return path.exists() and (not path.is_dir() or any(not is_ours(entry) for entry in path.iterdir()))
 
 
 def share_run(run: RunDirectory | None, spec: RunSpec, ranks: Ranks) -> RunDirectory:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.devices import capability_of, gpu_facts
-from llamatune.durable_writing import refuse_occupied, refuse_small_disk
+from llamatune.durable_writing import refuse_small_disk
 from llamatune.events import Notice, OnEvent, RunStarted, ShouldStop, ignore_event, never_stop
 from llamatune.formats.state_json import list_checkpoints
 from llamatune.free_memory import held_host_bytes
@@ -29,8 +29,8 @@ from llamatune.training.model_and_optimizer import build_learner
 from llamatune.training.passes import PassRule
 from llamatune.training.precision import fp32_products, report_slower_settings
 from llamatune.training.profiling import profiled
-from llamatune.training.run_directory import claim_run_directory, finished_summary, share_run
-from llamatune.training.run_file_names import CHECKPOINTS, ORIGIN
+from llamatune.training.run_directory import claim_run_directory, finished_summary, refuse_output, share_run
+from llamatune.training.run_file_names import CHECKPOINTS
 from llamatune.training.run_memory import choose_passes, choose_run_placement, plan_run_memory, report_plan
 from llamatune.training.schedule import Schedule, pass_tokens
 
@@ -57,6 +57,8 @@ def train(
     """
     on_event = on_event if ranks.is_first else ignore_event
     with contextlib.ExitStack() as stack:
+        if ranks.is_first:
+            refuse_output(spec, overwrite)
         stack.enter_context(cublas_workspace(spec.training.deterministic))
         inputs = open_inputs(spec, force_base, on_event, ranks)
         schedule = Schedule(spec, inputs.prepared.train)
@@ -157,11 +159,10 @@ def plan_training(
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Check everything that a run needs and count what it would do; nothing is loaded, trained or written."""
+    refuse_output(spec, overwrite)
     inputs = open_inputs(spec, force_base, on_event, ranks)
     schedule = Schedule(spec, inputs.prepared.train)
     output = Path(spec.training.output_dir)
-    if not (output / ORIGIN).is_file():
-        refuse_occupied(output, overwrite)
     config, rows, device = inputs.config, inputs.prepared.train, inputs.device
     report_slower_settings(spec, device, on_event)
     _report_capacity(spec, inputs, on_event)

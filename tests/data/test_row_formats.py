@@ -11,6 +11,9 @@ from llamatune.data.row_files import RawRow, RowError
 from llamatune.data.row_formats import FORMATS, detect_format, row_of, strip_annotations, within_edits
 from llamatune.data.row_json import decode_row
 
+SAID = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+TURNS = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
+
 
 def _raw(row: Any) -> RawRow:
     return RawRow(1, 0, json.dumps(row).encode())
@@ -75,7 +78,7 @@ def test_earlier_turns_of_a_chat() -> None:
             "wrong_type",
             "field 'output' of the row is a number, not a string",
         ),
-        ("alpaca", {"instruction": "a", "output": None}, "wrong_type", "is null, not a string"),
+        ("alpaca", {"instruction": "a", "output": None}, "missing_field", "no field 'output'"),
         (
             "alpaca",
             {"instruction": "a", "input": ["x"], "output": "b"},
@@ -91,7 +94,8 @@ def test_earlier_turns_of_a_chat() -> None:
         ("alpaca", {"instruction": "a", "Output": "b"}, "unknown_field", "did you mean 'output'?"),
         ("alpaca", {"instruction": "a\0", "output": "b"}, "bad_characters", "a NUL character in field 'instruction'"),
         ("gsm8k", {"question": "a", "answers": "b"}, "unknown_field", "did you mean 'answer'?"),
-        ("chat", {"messages": "hi"}, "wrong_type", "field 'messages' of the row is a string, not a list"),
+        ("chat", {"messages": "hi"}, "wrong_type", "field 'messages' of the row is a string, but not of JSON: "),
+        ("chat", {"messages": {"role": "user"}}, "wrong_type", "field 'messages' of the row is an object, not a list"),
         ("chat", {"messages": []}, "bad_messages", "no assistant message at its end"),
         ("chat", {"messages": [{"role": "user", "content": "u"}]}, "bad_messages", "no assistant message at its end"),
         (
@@ -104,15 +108,15 @@ def test_earlier_turns_of_a_chat() -> None:
             "chat",
             {"messages": [{"role": "tool", "content": "x"}]},
             "bad_messages",
-            "message 1 of 'messages' has the role 'tool'",
+            "no assistant message at its end",
         ),
         (
             "chat",
             {"messages": [{"role": "assistant", "content": "x"}]},
             "bad_messages",
-            "the assistant's where the user's is",
+            "no message of the user before the assistant's",
         ),
-        ("chat", {"messages": [], "conversations": []}, "bad_messages", "both 'messages' and 'conversations'"),
+        ("chat", {"messages": SAID, "conversations": TURNS}, "bad_messages", "both 'messages' and 'conversations'"),
         ("text", {"txt": "b"}, "unknown_field", "did you mean 'text'?"),
     ],
 )
@@ -135,10 +139,6 @@ def test_detection_looks_past_unusable_rows_and_prefers_alpaca_to_its_text_key()
     assert detect_format(rows[:3]) is FORMATS["gsm8k"]
     assert detect_format(rows[:2]) is None
     assert detect_format([_raw({"name": "x"})]) is None
-
-
-SAID = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
-TURNS = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
 
 
 @pytest.mark.parametrize(
@@ -196,14 +196,16 @@ def test_a_system_field_and_a_history_are_read() -> None:
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        ("chat", {"tools": '[{"name": "f"}]', "messages": SAID}, "field 'tools' would be lost: chat rows"),
+        ("chat", {"tools": "f", "messages": SAID}, "field 'tools' of the row is a string, but not of JSON"),
+        ("chat", {"tools": ["f"], "messages": SAID}, "field 'tools' of the row is a list, not a list of objects"),
         ("chat", {"functions": [{"name": "f"}], "messages": SAID}, "field 'functions' would be lost"),
         ("chat", {"history": [["u", "a"]], "messages": SAID}, "field 'history' would be lost"),
         ("chat", {"images": ["a.png"], "conversations": TURNS}, "field 'images' would be lost"),
         ("chat", {"system": 7, "messages": SAID}, "field 'system' of the row is a number, not a string"),
         ("chat", {"weight": 0, "messages": SAID}, "the row has a 'weight' other than 1"),
-        ("alpaca", {"instruction": "i", "output": "o", "history": "u"}, "field 'history' of the row is not a list of"),
-        ("alpaca", {"instruction": "i", "output": "o", "history": [["u", ""]]}, "a list of [user, assistant] pairs"),
+        ("alpaca", {"instruction": "i", "output": "o", "history": "u"}, "'history' of the row is a string, but not of"),
+        ("alpaca", {"instruction": "i", "output": "o", "history": [["u", ""]]}, "message 2 of 'history' is empty"),
+        ("alpaca", {"instruction": "i", "output": "o", "history": [["u"]]}, "a list of [user, assistant] pairs"),
         ("alpaca", {"instruction": "i", "output": "o", "tools": ["f"]}, "field 'tools' would be lost: alpaca rows"),
         ("gsm8k", {"question": "q", "answer": "a", "system": "s"}, "field 'system' would be lost: gsm8k rows"),
         ("completion", {"prompt": "p", "completion": "c", "system": "s"}, "field 'system' would be lost: completion"),
@@ -219,7 +221,7 @@ def test_content_that_would_be_lost_is_refused_by_name(name: str, row: dict[str,
     "extra",
     [
         {"weight": 2}, {"weight": 0.5}, {"train": "no"}, {"loss": [0]}, {"tool_calls": [{"id": "1"}]},
-        {"function_call": {"name": "f"}}, {"reasoning_content": "hm"}, {"images": ["a.png"]}, {"mask": True},
+        {"function_call": {"arguments": "{}"}}, {"reasoning_content": "hm"}, {"images": ["a.png"]}, {"mask": True},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("key", ["messages", "conversations"])
@@ -249,7 +251,7 @@ def test_empty_keys_metadata_and_default_weights_may_pass() -> None:
     row = {"messages": [SAID[0], {**SAID[1], **extra}], "tools": "[]", "system": "", "history": [], "weight": 1.0}
     made = row_of(row, FORMATS["chat"])
     assert (made.fields, made.completion) == ({"user": "u", "system": ""}, "a")
-    assert made.ignored_keys == ("tools", "history", "weight", "messages[].message_id", "messages[].name")
+    assert made.ignored_keys == ("history", "weight", "messages[].message_id", "messages[].name")
 
 
 @given(st.text(max_size=8), st.text(max_size=8))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +179,28 @@ def test_a_file_that_stands_where_the_settings_go_is_left_alone(
     assert (refused.code, beside.read_text()) == (5, '{"mine": true}')
     assert not (tmp_path / "out.jsonl").exists()
     assert command(*words, "--max-new-tokens", 5, "--overwrite").code == 0
+
+
+def test_lines_may_go_to_stdout_a_pipe_or_nowhere(
+    command: Command, base: Path, questions: Path, prepared: Callable[..., Path], tmp_path: Path
+) -> None:
+    answering = ("evaluate", "--model", base, "--task", "gsm8k", "--data", questions, "--max-new-tokens", 5, "--output")
+    assert command(*answering, tmp_path / "out.jsonl").code == 0
+    scoring = ("evaluate", "--model", base, "--data", prepared(), "--per-row")
+    assert command(*scoring, tmp_path / "rows.jsonl").code == 0
+    os.mkfifo(tmp_path / "pipe")
+    for words, name in ((answering, "out.jsonl"), (scoring, "rows.jsonl")):
+        lines = (tmp_path / name).read_text()
+        done = command(*words, "-")
+        assert (done.code, done.stdout) == (0, lines), done.stderr
+        assert command(*words, "/dev/null").code == 0
+        received: list[str] = []
+        reader = threading.Thread(target=lambda received=received: received.append((tmp_path / "pipe").read_text()))
+        reader.start()
+        assert command(*words, tmp_path / "pipe").code == 0
+        reader.join()
+        assert received == [lines]
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.settings.json", "rows.jsonl", "pipe"}
 
 
 def test_questions_that_may_pass_the_context_are_warned_of(command: Command, base: Path, questions: Path) -> None:
