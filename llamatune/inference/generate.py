@@ -14,7 +14,7 @@ from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event
 from llamatune.inference.completion import Completion
 from llamatune.inference.engine import complete
 from llamatune.inference.model_source import open_model
-from llamatune.inference.prompt_encoding import PromptEncoder, is_chat
+from llamatune.inference.prompt_encoding import PromptEncoder, is_chat, shown_answer
 from llamatune.inference.prompt_files import Prompt
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shared_work import map_generating
@@ -90,11 +90,13 @@ def generate(
 
         base_texts: Sequence[str | None] = [None] * len(ids)
         if source.compare:
-            pairs = zip(ids, run("base_", "generating with the base")[0], strict=True)
-            base_texts = [tokenizer.continuation(prompt, made.ids) for prompt, made in pairs]
+            answers = zip(shown, ids, run("base_", "generating with the base")[0], strict=True)
+            base_texts = [shown_answer(tokenizer, asked, prompt, made.ids) for asked, prompt, made in answers]
         completions, speed = run("", "generating")
     results = [
-        Generation(segments.shown, tokenizer.continuation(prompt, made.ids), made.ids, made.finish_reason, base_text)
+        Generation(
+            segments.shown, shown_answer(tokenizer, segments, prompt, made.ids), made.ids, made.finish_reason, base_text
+        )
         for segments, prompt, made, base_text in zip(shown, ids, completions, base_texts, strict=True)
     ]
     return Generations(results, speed)

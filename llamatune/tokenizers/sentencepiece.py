@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -60,10 +61,18 @@ class SentencePieceTokenizer(Tokenizer):
             return [*self.beginning, *self.encode_with_offsets(text)[0]]
         return [*self.beginning, *self._processor.encode(text)]
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        return self._encode_run(text, begins=True)
+    def encode_continuation(self, text: str) -> list[int]:
+        refuse_surrogates(text)
+        if self.matches_words:
+            return self.encode_with_offsets(text, begins=False)[0]
+        return list(self._continuing.encode(text))
 
-    def encode_mixed(self, parts: Sequence[tuple[str, int | None]]) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_with_offsets(self, text: str, begins: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        return self._encode_run(text, self._processor if begins else self._continuing)
+
+    def encode_mixed(
+        self, parts: Sequence[tuple[str, int | None]], begins: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """A text after BOS or EOS gets a dummy prefix, as Meta encodes the turns of a chat."""
         ids, offsets, begin, before = list[int](), list[tuple[int, int]](), 0, None
         runs = [list(run) for _, run in itertools.groupby(parts, key=lambda part: part[1] is None)]
@@ -72,7 +81,10 @@ class SentencePieceTokenizer(Tokenizer):
                 text = "".join(part for part, _ in run)
                 kept = text.rstrip() if following and self._strips(following[0][1], "lstrip") else text
                 start = len(kept) - len(kept.lstrip()) if self._strips(before, "rstrip") else 0
-                found, spans = self._encode_run(kept[start:], begins=before not in self._added)
+                processor = self._later if before in self._added else self._processor
+                if before is None and not begins:
+                    processor = self._continuing
+                found, spans = self._encode_run(kept[start:], processor)
                 ids += found
                 offsets += [(begin + start + first, begin + start + last) for first, last in spans]
                 begin += len(text)
@@ -87,16 +99,22 @@ class SentencePieceTokenizer(Tokenizer):
         """Whether white space on this side of a special token belongs to it."""
         return special in self._added and bool(getattr(self._added[special], side))
 
-    def _encode_run(self, text: str, begins: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """``begins``: at the beginning of a text, not behind an added token."""
+    @functools.cached_property
+    def _continuing(self) -> sentencepiece.SentencePieceProcessor:
+        """For text behind other text."""
+        return _without_dummy_prefix(self._model) if self._later is self._processor else self._later
+
+    def _encode_run(
+        self, text: str, processor: sentencepiece.SentencePieceProcessor
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """``processor``: for what precedes the text's first added word."""
         refuse_surrogates(text)
-        processor = self._processor if begins else self._later
         if not self.matches_words:
             encoded = processor.encode(text, return_type="offset_mapping")
             return encoded["ids"], encoded["offsets"]
         ids, offsets, begin = list[int](), list[tuple[int, int]](), 0
         # The dummy prefix of a text, with no text behind it.
-        if begins and not self._additions.legacy and self._words.match(text):
+        if processor is self._processor and not self._additions.legacy and self._words.match(text):
             ids, offsets = [self._processor.piece_to_id("▁")], [(0, 0)]
         for match in itertools.chain(self._words.finditer(text), [None]):
             end = len(text) if match is None else match.start()
