@@ -8,8 +8,10 @@ from time import monotonic
 from typing import Any
 
 from llamatune.command_options.inference import ModelSource, Sampling
+from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.chat_template_files import own_chat_template
 from llamatune.data.segments import prompt_of_json
+from llamatune.data.templates import Template
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.inference.completion import Completion
 from llamatune.inference.engine import complete
@@ -45,12 +47,12 @@ def generate(
     source: ModelSource,
     prompts: Sequence[Prompt],
     sampling: Sampling,
-    template: str | None = None,
+    template: str | Template | ChatTemplate | None = None,
     on_event: OnEvent = ignore_event,
     should_stop: ShouldStop = never_stop,
     ranks: Ranks = ALONE,
 ) -> Generations:
-    """Load, generate, decode. ``template`` None is the one stored with the adapter or merged model.
+    """Load, generate, decode. ``template``, or its name or file; None is the one stored with the adapter or model.
 
     Several ranks share batches of prompts, which the first gives; each has all completions. Ranks that hold slices of
     the weights compute every batch together.

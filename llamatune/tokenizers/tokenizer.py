@@ -101,17 +101,19 @@ class Tokenizer(Protocol):
     def encode_apart(self, prompt: str, completion: str) -> tuple[list[int], int]:
         """BOS, the ids of ``prompt`` alone and those of ``completion`` behind it, and the index of the first of these.
 
-        As ``encode_pair`` where ``prompt`` has no token, and where the two cannot be encoded apart (``splits``).
+        As ``encode_pair`` where ``prompt`` has no token, and where the text would become another.
         """
         ids = self.encode(prompt)
         first = len(ids)
-        if first == len(self.beginning) or not self.splits:
-            return self.encode_pair(prompt, completion)
-        return [*ids, *self.encode_continuation(completion)], first
+        if first > len(self.beginning):
+            ids += self.encode_continuation(completion)
+            if self.splits or self.decode(ids) == self.decode(self.encode(prompt + completion)):
+                return ids, first
+        return self.encode_pair(prompt, completion)
 
     @functools.cached_property
     def splits(self) -> bool:
-        """Whether the ids of a text's two parts are those of the text: decoded together they give it."""
+        """Whether any text can be encoded in two parts, whose ids together are decoded to the same text."""
         return all(
             self.decode([*self.encode(begin), *self.encode_continuation(end)]) == self.decode(self.encode(begin + end))
             for begin, end in _HALVES
