@@ -34,7 +34,8 @@ class Boundaries:
 
     def _differs(self, last: str, first: str) -> bool:
         encode = self._tokenizer.encode_continuation
-        return encode(last + first) != [*encode(last), *encode(first)]
+        ids = encode(last, ())
+        return encode(last + first, ()) != [*ids, *encode(first, ids)]
 
 
 def _last_word(text: str) -> str:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llamatune.command_options.preparation import PrepareOptions
-from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.boundaries import Boundaries, begin_with_prompts
+from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.row_files import RawRow, RowError
 from llamatune.data.row_formats import FORMATS, row_of, strip_annotations
 from llamatune.data.row_json import Row, decode_row

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from llamatune.tokenizers.tokenizer import Tokenizer
+from llamatune.tokenizers.tokenizer import Encoded, Tokenizer
 
 
 class Segment(NamedTuple):
@@ -58,7 +58,7 @@ class Segments(NamedTuple):
         ids += [part.special_id for part in answer if part.special_id is not None]
         return ids, [(first, len(ids))] if answer and answer[0].trained else []
 
-    def _encode_rendered(self, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encode_rendered(self, tokenizer: Tokenizer) -> Encoded:
         parts = [(part.text, part.special_id) for part in self.parts]
         stretches = _stretches(self.parts, self.cuts)
         if len(stretches) < 2 or not tokenizer.splits:
@@ -67,7 +67,7 @@ class Segments(NamedTuple):
         for begin, end, begins in stretches:
             # With the special token that follows, since white space before it may belong to it.
             after = [part for part in parts[end : end + 1] if not begins and part[1] is not None]
-            found, spans = tokenizer.encode_mixed(parts[begin:end] + after, begins)
+            found, spans = tokenizer.encode_mixed(parts[begin:end] + after, None if begins else ids)
             kept = len(found) - len(after)
             ids += found[:kept]
             offsets += [(characters + first, characters + last) for first, last in spans[:kept]]

@@ -12,6 +12,8 @@ from typing import Protocol
 from llamatune.errors import CheckpointError, DataError
 
 SENTENCEPIECE_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
+Encoded = tuple[list[int], list[tuple[int, int]]]
+"""Ids, and the characters (begin, end) that each stands for."""
 _STREAM_CONTEXT = 16
 """Tokens of the prompt that a stream decodes with: more than the tokens of one character (4 bytes)."""
 _HALVES = (("a", "b"), ("a", " b"), ("a", "  b"), ("a:", "\nb"), ("a ", "b"), ("a\n", "b"))
@@ -41,18 +43,16 @@ class Tokenizer(Protocol):
     special_ids: Mapping[str, int]
     matches_words: bool
 
-    def encode_with_offsets(self, text: str, begins: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_with_offsets(self, text: str, before: Sequence[int] | None = None) -> Encoded:
         """Ids of ``text`` without BOS, and the characters (begin, end) that each stands for; ends never decrease.
 
-        ``begins``: at the beginning of a text. Otherwise other text precedes it, and it gets no dummy prefix.
+        ``before``: the ids of the text that it continues, so that it gets no dummy prefix; None: it is the beginning.
 
         Several tokens of one character (its UTF-8 bytes, or its normalised form) each have that character, or all but
         the last are empty at its beginning.
         """
 
-    def encode_mixed(
-        self, parts: Sequence[tuple[str, int | None]], begins: bool = True
-    ) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_mixed(self, parts: Sequence[tuple[str, int | None]], before: Sequence[int] | None = None) -> Encoded:
         """Ids and offsets of texts and special tokens in turn, as transformers encodes them in one text; no BOS is put.
 
         A part is (text, None) or (the special token's text, its id); offsets count the characters of all parts. White
@@ -62,8 +62,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """BOS, where one is put, and the ids of ``text``; no EOS. ``</s>`` and the like in ``text`` are plain text."""
 
-    def encode_continuation(self, text: str) -> list[int]:
-        """The ids of ``text`` behind other text: neither BOS nor dummy prefix."""
+    def encode_continuation(self, text: str, before: Sequence[int]) -> list[int]:
+        """The ids of ``text`` behind the text of the ids ``before``: neither BOS nor dummy prefix."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``, without BOS, EOS, other special tokens, and ids beyond the vocabulary (padded heads)."""
@@ -106,7 +106,7 @@ class Tokenizer(Protocol):
         ids = self.encode(prompt)
         first = len(ids)
         if first > len(self.beginning):
-            ids += self.encode_continuation(completion)
+            ids += self.encode_continuation(completion, ids)
             if self.splits or self.decode(ids) == self.decode(self.encode(prompt + completion)):
                 return ids, first
         return self.encode_pair(prompt, completion)
@@ -114,10 +114,11 @@ class Tokenizer(Protocol):
     @functools.cached_property
     def splits(self) -> bool:
         """Whether any text can be encoded in two parts, whose ids together are decoded to the same text."""
-        return all(
-            self.decode([*self.encode(begin), *self.encode_continuation(end)]) == self.decode(self.encode(begin + end))
-            for begin, end in _HALVES
-        )
+        for begin, end in _HALVES:
+            ids = self.encode(begin)
+            if self.decode([*ids, *self.encode_continuation(end, ids)]) != self.decode(self.encode(begin + end)):
+                return False
+        return True
 
     def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """The text that ``ids`` add to ``prompt``. Decoded alone they would lose a space at their start."""

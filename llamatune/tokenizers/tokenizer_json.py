@@ -34,7 +34,7 @@ from llamatune.tokenizers.byte_level import CHARACTERS, UTF8_BYTES, readable, sp
 from llamatune.tokenizers.json_definition import check_definition, kinds_of, templates_of
 from llamatune.tokenizers.library_definition import HIDDEN, library_definition, prefixes, without_prefix
 from llamatune.tokenizers.tiktoken_file import config_of, definition_of, read_ranks
-from llamatune.tokenizers.tokenizer import JSON_FILE, Tokenizer, refuse_surrogates
+from llamatune.tokenizers.tokenizer import JSON_FILE, Encoded, Tokenizer, refuse_surrogates
 
 _COMPOSING = {"NFC", "NFKC"}
 
@@ -79,31 +79,35 @@ class JsonTokenizer(Tokenizer):
         with _library_faults(self.path):
             return [*self.beginning, *self._library.encode(text, add_special_tokens=False).ids]
 
-    def encode_continuation(self, text: str) -> list[int]:
-        refuse_surrogates(text)
-        with _library_faults(self.path):
-            return list(self._continuing.encode(text, add_special_tokens=False).ids)
+    def encode_continuation(self, text: str, before: Sequence[int]) -> list[int]:
+        if self._facts.prefixes:
+            return self.encode_with_offsets(text, before)[0]
+        return self.encode(text)[len(self.beginning) :]
 
     @functools.cached_property
     def _continuing(self) -> Library:
-        """For text behind other text."""
-        if not self._facts.prefixes:
-            return self._library
         with _library_faults(self.path):
             return Library.from_str(without_prefix(self._definition))
 
-    def encode_with_offsets(self, text: str, begins: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+    @functools.cached_property
+    def _words(self) -> dict[int, str]:
+        added = self._library.get_added_tokens_decoder()
+        return {token_id: token.content for token_id, token in added.items() if token_id not in self._texts}
+
+    def encode_with_offsets(self, text: str, before: Sequence[int] | None = None) -> Encoded:
         refuse_surrogates(text)
+        begins = before is None or not self._facts.prefixes
+        if not begins and before and (word := self._words.get(before[-1])):  # text behind it gets a space as well
+            ids, offsets = self.encode_with_offsets(word + text)
+            return ids[1:], [(begin - len(word), end - len(word)) for begin, end in offsets[1:]]
         with _library_faults(self.path):
             encoded = (self._library if begins else self._continuing).encode(text, add_special_tokens=False)
             ids, offsets = encoded.ids, encoded.offsets
         return ids, _with_marks(text, offsets) if self._facts.composes else offsets
 
-    def encode_mixed(
-        self, parts: Sequence[tuple[str, int | None]], begins: bool = True
-    ) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_mixed(self, parts: Sequence[tuple[str, int | None]], before: Sequence[int] | None = None) -> Encoded:
         names = [text if special is None else str(self._library.id_to_token(special)) for text, special in parts]
-        ids, offsets = self.encode_with_offsets("".join(names), begins)
+        ids, offsets = self.encode_with_offsets("".join(names), before)
         if [i for i in ids if i in self._texts] != [special for _, special in parts if special is not None]:
             raise CheckpointError("a special token of it cannot be put between texts", self.path, "fetch it again")
         longer = (
