@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llamatune.command_options.preparation import PrepareOptions
+from llamatune.data.boundaries import Boundaries, begin_with_prompts
 from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.column_maps import ColumnMap, parse_map
-from llamatune.data.prefix_check import PromptCheck
 from llamatune.data.row_digests import exact_digest, loose_digest, texts_of
 from llamatune.data.row_files import RawRow, RowError
 from llamatune.data.row_formats import FORMATS, row_of, strip_annotations
@@ -37,9 +37,9 @@ class Recipe:
     options: PrepareOptions
     last_only: bool = False
 
-    @functools.cached_property  # scanning a vocabulary takes longer than encoding a batch of rows
-    def prompt_check(self) -> PromptCheck:
-        return PromptCheck(self.tokenizer)
+    @functools.cached_property
+    def boundaries(self) -> Boundaries:
+        return Boundaries(self.tokenizer)
 
     @functools.cached_property
     def columns(self) -> ColumnMap | None:
@@ -76,9 +76,9 @@ class Recipe:
         assert isinstance(self.template, Template)
         if misfit := self.template.misfit(row):
             raise RowError("template_misfit", misfit)
-        prompt, completion = self.template.prompt_of(row.fields, row.turns), self.template.completion_of(answer)
-        trained = not row.trained or row.trained[-1]
-        return Conversation(Segments((Segment(prompt), Segment(completion, trained), self.eos)), (1,))
+        prompt, moved = self.template.split_prompt(self.template.prompt_of(row.fields, row.turns))
+        completion = Segment(moved + self.template.completion_of(answer), not row.trained or row.trained[-1])
+        return Conversation(Segments((Segment(prompt), completion, self.eos), moved=moved))
 
 
 @dataclass
@@ -98,6 +98,8 @@ class EncodedBatch:
         split_rows: number of rows that were split; ``split_windows`` is how many rows they became, ``repeated_tokens``
             how many of their tokens are in one window more, as context.
         special_texts: (position, text) of kept rows that hold the text of a special token.
+        moved_spaces: kept rows of which white space at the prompt's end is encoded with the completion.
+        forced_boundaries: kept rows that would have other tokens at a prompt's end if they were encoded as a whole.
         prompts_not_prefix: kept rows whose tokens do not begin with those of a prompt of theirs alone.
         only_last: kept chats of which the template lets only the last answer be trained, though earlier ones should be.
         dropped: (position, reason).
@@ -120,6 +122,8 @@ class EncodedBatch:
     split_windows: int = 0
     repeated_tokens: int = 0
     special_texts: list[tuple[int, str]] = field(default_factory=list)
+    moved_spaces: int = 0
+    forced_boundaries: int = 0
     prompts_not_prefix: int = 0
     only_last: int = 0
     dropped: list[tuple[int, str]] = field(default_factory=list)
@@ -150,7 +154,8 @@ def encode_batch(recipe: Recipe, rows: Sequence[RawRow]) -> EncodedBatch:
 
 def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row, conversation: Conversation) -> None:
     tokenizer, options = recipe.tokenizer, recipe.options
-    ids, targets = conversation.segments.encode(tokenizer)
+    segments = conversation.segments
+    ids, targets = segments.encode(tokenizer)
     batch.full_lengths.append((position, len(ids)))
     excess = len(ids) - options.max_seq_length
     split = excess > 0 and options.overlong == "split"
@@ -170,8 +175,10 @@ def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row, co
     if end < len(ids):
         batch.truncated += 1
         batch.truncated_tokens += excess
-    is_prompted = conversation.is_prompted and recipe.prompt_check.are_prefixes(conversation, ids)
+    is_prompted = conversation.is_prompted and (tokenizer.splits or begin_with_prompts(segments, ids, tokenizer))
     batch.prompts_not_prefix += not is_prompted
+    batch.moved_spaces += bool(segments.moved)
+    batch.forced_boundaries += tokenizer.splits and recipe.boundaries.are_forced(segments)
     batch.only_last += conversation.only_last
     if options.train_on_prompt:
         targets = [(1, end)]

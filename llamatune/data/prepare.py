@@ -132,7 +132,7 @@ class _Job:
                     raise no_rows_error(counts, [source.path for source in sources])
             for told in adjustments_told(counts):
                 self.on_event(Notice(told))
-            for warning in warnings_of(counts, has_chats=plan.recipe.chats is not None):
+            for warning in warnings_of(counts, plan.recipe.tokenizer.splits):
                 self._warn(warning)
             splits = self._write(train, validation)
         if not counts.refused:

@@ -65,6 +65,8 @@ class Counts:
     split_rows: int = 0
     split_windows: int = 0
     repeated_tokens: int = 0
+    moved_spaces: int = 0
+    forced_boundaries: int = 0
     prompts_not_prefix: int = 0
     only_last: int = 0
     dropped: int = 0
@@ -97,6 +99,8 @@ class Counts:
         if batch.special_texts and self.first_special_text is None:
             position, text = batch.special_texts[0]
             self.first_special_text = {"text": text, **row_facts(rows[position], path)}
+        self.moved_spaces += batch.moved_spaces
+        self.forced_boundaries += batch.forced_boundaries
         self.prompts_not_prefix += batch.prompts_not_prefix
         self.only_last += batch.only_last
         self.dropped_reasons.update(reason for _, reason in batch.dropped)
@@ -121,8 +125,9 @@ _REPORTED = (
 )  # fmt: skip
 
 _REPORTED_LATER = (
-    "prompts_not_prefix", "only_last", "train_on", "files", "split_rows", "split_windows", "repeated_tokens",
-    "loose_duplicates", "validation_rows_near_train", "special_texts", "first_special_text", "adjusted",
+    "moved_spaces", "forced_boundaries", "prompts_not_prefix", "only_last", "train_on", "files", "split_rows",
+    "split_windows", "repeated_tokens", "loose_duplicates", "validation_rows_near_train", "special_texts",
+    "first_special_text", "adjusted",
 )  # fmt: skip
 """Facts that earlier versions did not write."""
 
@@ -140,17 +145,14 @@ def report_of(output: Path, facts: Mapping[str, Any], unchanged: bool) -> dict[s
     return {**report, **{name: facts.get(name) for name in _REPORTED_LATER}}
 
 
-def warnings_of(counts: Counts, has_chats: bool) -> list[str]:
+def warnings_of(counts: Counts, splits: bool) -> list[str]:
     """What the rows have that may spoil a run."""
     found, of = list[str](), f"of {counts.kept:,}"
     if counts.prompts_not_prefix:
-        remedy = (
-            ": drop the space at the end of the template or prompt, and begin the template's before_completion "
-            "with a space or a newline"
-        )
+        why = "" if splits else ": this tokenizer changes white space within a text"
         found.append(
             f"{counts.prompts_not_prefix:,} {of} rows begin with other tokens than their prompt encoded alone, so "
-            "generate will not continue it as trained" + ("" if has_chats else remedy)
+            f"generate will not continue it as trained{why}"
         )
     if counts.only_last:
         found.append(
