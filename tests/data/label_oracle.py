@@ -22,10 +22,14 @@ class Part(NamedTuple):
     text: str
     target: bool = False
     special: bool = False
+    answer: bool = False
+    """It begins an answer, which is encoded apart from what precedes it."""
 
 
 Parts = Sequence[Part]
 Labelled = tuple[list[int], list[int]]
+Pieces = list[tuple[int, int, int]]
+"""Ids, each with its first byte in the text and the one after its last."""
 
 
 class Reference(Protocol):
@@ -36,8 +40,8 @@ class Reference(Protocol):
     normalises: bool
 
     def special(self, name: str) -> int: ...
-    def pieces(self, text: str) -> list[tuple[int, int, int]]:
-        """Ids with their first byte in ``text`` and the one after their last."""
+    def pieces(self, text: str, begins: bool) -> Pieces:
+        """The pieces of ``text``, with which a text between special tokens begins or goes on."""
 
     def spelling(self, token: int) -> bytes: ...
 
@@ -56,8 +60,12 @@ class SentencePieceReference:
         assert self._library.is_control(token)
         return token
 
-    def pieces(self, text: str) -> list[tuple[int, int, int]]:
-        return [(p.id, p.begin, p.end) for p in self._library.encode(text, return_type="proto").pieces]
+    def pieces(self, text: str, begins: bool) -> Pieces:
+        before = "" if begins else "\n"  # which is a byte here, and so merges with nothing
+        encoded = self._library.encode(before + text, return_type="proto").pieces
+        first, skipped = len(before), 0 if begins else 2
+        assert begins or encoded[1].piece == "<0x0A>"
+        return [(piece.id, piece.begin - first, piece.end - first) for piece in encoded[skipped:]]
 
     def spelling(self, token: int) -> bytes:
         piece = str(self._library.id_to_piece(token))
@@ -80,7 +88,7 @@ class JsonReference:
         assert token is not None
         return int(token)
 
-    def pieces(self, text: str) -> list[tuple[int, int, int]]:
+    def pieces(self, text: str, begins: bool) -> Pieces:
         starts = list(itertools.accumulate((len(character.encode()) for character in text), initial=0))
         encoding = self._library.encode(text, add_special_tokens=False)
         spans = zip(encoding.ids, encoding.offsets, strict=True)
@@ -101,18 +109,24 @@ _BYTES = _byte_level_bytes()
 
 
 def told_by_offsets(reference: Reference, parts: Parts) -> Labelled:
-    """Ids and loss mask: each text between two special tokens is encoded in one call."""
+    """Ids and loss mask: between two special tokens what precedes an answer is encoded in one call, and the answer."""
     ids, mask = list[int](), list[int]()
-    for special, run in itertools.groupby(parts, key=lambda part: part.special):
-        some = list(run)
+    begins = True
+    answers = itertools.accumulate(part.answer for part in parts)
+    for (special, _), run in itertools.groupby(
+        zip(parts, answers, strict=True), key=lambda pair: (pair[0].special, pair[1])
+    ):
+        some = [part for part, _ in run]
         if special:
             ids += [reference.special(part.text) for part in some]
             mask += [int(part.target) for part in some]
+            begins = True
             continue
         flags = [part.target for part in some for _ in part.text.encode()]
-        for token, first, last in reference.pieces("".join(part.text for part in some)):
+        for token, first, last in reference.pieces("".join(part.text for part in some), begins):
             ids.append(token)
             mask.append(int(any(flags[first : max(last, first + 1)])))  # a byte's or a prefix's own span is empty
+        begins = begins and not flags
     return ids, untrained_first(mask)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -71,13 +72,19 @@ class Case:
         """BOS and EOS of a row that is no chat."""
         bos, eos = {
             "llama2": ("<s>", "</s>"), "bpe": ("<s>", "</s>"), "llama_3": ("<|begin_of_text|>", "<|eot_id|>"),
-            "composing": ("", "<|eot_id|>"),
+            "merging": ("<|begin_of_text|>", "<|eot_id|>"), "composing": ("", "<|eot_id|>"),
         }[self.tokenizer]  # fmt: skip
         return [Part(bos, False, True)] if bos else [], [Part(eos, True, True)]
 
     def row_of(self, prompt: str, answer: str) -> Parts:
         bos, eos = self.ends
-        return [*bos, Part(prompt, self.on_prompt), Part(answer, True), *eos]
+        return [*bos, *apart(prompt, self.on_prompt, answer, True), *eos]
+
+
+def apart(prompt: str, on_prompt: bool, answer: str, trained: bool) -> list[Part]:
+    """A prompt and its answer, to which the blanks at the prompt's end belong; a line break is the prompt's."""
+    asked = re.sub(r"[^\S\r\n]+\Z", "", prompt)
+    return [Part(asked, on_prompt), Part(prompt[len(asked) :] + answer, trained, answer=True)]
 
 
 def blank(chance: random.Random, *texts: str) -> tuple[list[str], bool]:
@@ -156,8 +163,8 @@ def turns(said: list[Turn], on_prompt: bool) -> Parts:
         made += f"Q: {opening}{turn.text}\nA: " if turn.role == "user" else f"{turn.text}\n"
         opening = "" if turn.role == "user" else opening
     ends = [Part("</s>", answer.trained, True)]
-    asked = Part(f"{made}Q: {opening}{user.text}\nA:", on_prompt)
-    return [Part("<s>", False, True), asked, Part(f" {answer.text}", answer.trained), *ends]
+    asked = f"{made}Q: {opening}{user.text}\nA:"
+    return [Part("<s>", False, True), *apart(asked, on_prompt, f" {answer.text}", answer.trained), *ends]
 
 
 # Chats.
@@ -224,7 +231,7 @@ def llama_2(said: list[Turn], on_prompt: bool) -> Parts:
             made += [Part("<s>", on_prompt, True), Part(text, on_prompt)]
             opening = ""
         else:
-            made += [Part(f" {content.strip()} ", trained), Part("</s>", trained, True)]
+            made += [Part(f" {content.strip()} ", trained, answer=True), Part("</s>", trained, True)]
     return made
 
 
@@ -233,7 +240,7 @@ def llama_3(said: list[Turn], on_prompt: bool) -> Parts:
     for role, content, trained in said:
         made += [Part("<|start_header_id|>", on_prompt, True), Part(role, on_prompt)]
         made += [Part("<|end_header_id|>", on_prompt, True), Part("\n\n", on_prompt)]
-        made += [Part(content.strip(), trained), Part("<|eot_id|>", trained, True)]
+        made += [Part(content.strip(), trained, answer=role == "assistant"), Part("<|eot_id|>", trained, True)]
     return made
 
 
@@ -241,8 +248,16 @@ def chatml(said: list[Turn], on_prompt: bool) -> Parts:
     made = list[Part]()
     for role, content, trained in said:
         made += [Part("<|im_start|>", on_prompt, True), Part(f"{role}\n", on_prompt)]
-        made += [Part(content, trained), Part("<|im_end|>", trained, True), Part("\n", on_prompt)]
+        made += [
+            Part(content, trained, answer=role == "assistant"),
+            Part("<|im_end|>", trained, True),
+            Part("\n", on_prompt),
+        ]
     return made
+
+
+def chatml_after_bos(said: list[Turn], on_prompt: bool) -> Parts:
+    return [Part("<|begin_of_text|>", False, True), *chatml(said, on_prompt)]
 
 
 BARE = (
@@ -254,6 +269,6 @@ def bare(said: list[Turn], on_prompt: bool) -> Parts:
     """Nothing stands between a question and its answer, so that a byte of a character may be the first target."""
     made = list[Part]()
     for role, content, trained in said:
-        answer = [Part(content, trained), Part("</s>", trained, True)]
+        answer = [Part(content, trained, answer=True), Part("</s>", trained, True)]
         made += answer if role == "assistant" else [Part(f"[{content}]", on_prompt)]
     return made

@@ -29,12 +29,13 @@ MARKED = {
     "llama3-chat": (
         "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' }}"
         "{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim + '<|eot_id|>' }}{% endgeneration %}"
-        "{% else %}{{ m.content | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+        "{% else %}{{ m.content | trim + '<|eot_id|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
     ),
     "chatml": (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
+        "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
         "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}"
-        "{% endif %}{{ '\\n' }}{% endfor %}"
+        "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
 }
 """The templates as their authors wrote them, with the marks by which transformers knows the assistant's tokens."""
@@ -60,12 +61,10 @@ def llama_2_in_json(model: Path) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def judged(
-    shared_fixtures: Path, chat_tokenizers: dict[str, Path]
-) -> Callable[[str], tuple[Path, PreTrainedTokenizerFast]]:
+def judged(shared_fixtures: Path, merging_tokenizer: Path) -> Callable[[str], tuple[Path, PreTrainedTokenizerFast]]:
     """A tokenizer for each template, and transformers' reading of it."""
     llama_2 = shared_fixtures / "data" / "llama2_tokenizer.model"
-    paths = {"llama2-chat": llama_2, "llama3-chat": chat_tokenizers["llama3"], "chatml": chat_tokenizers["marked"]}
+    paths = {"llama2-chat": llama_2, "llama3-chat": merging_tokenizer, "chatml": merging_tokenizer}
 
     def give(template: str) -> tuple[Path, PreTrainedTokenizerFast]:
         path = paths[template]
@@ -105,10 +104,19 @@ def assert_same(
 ) -> None:
     path, judge = judged(template)
     said = conversations(random.Random(f"{template} {count}"), count)
+    joined = 0
     for messages, (ids, mask) in zip(said, prepared(said, template, path, directory), strict=True):
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        if template == "chatml" and any(answer[0].isspace() for answer in answers):
+            joined += 1
+            continue
         whole = judge.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         assert ids == whole["input_ids"], messages
         assert mask == whole["assistant_masks"], messages
+        prompt = judge.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert ids[: len(prompt)] == prompt, messages
+        assert mask[len(prompt) - 1 : len(prompt) + 1] == [0, 1], messages
+    assert joined < 0.7 * count
 
 
 @pytest.mark.parametrize("template", MARKED)
@@ -124,6 +132,21 @@ def test_two_thousand_conversations_of_each_template(
     judged: Callable[[str], tuple[Path, PreTrainedTokenizerFast]], tmp_path: Path, template: str
 ) -> None:
     assert_same(template, 2000, judged, tmp_path)
+
+
+def test_an_answer_is_no_part_of_the_token_that_ends_its_prompt(
+    judged: Callable[[str], tuple[Path, PreTrainedTokenizerFast]], tmp_path: Path
+) -> None:
+    """transformers joins line breaks that way in a whole conversation, and not in the prompt that it generates from."""
+    path, judge = judged("chatml")
+    said = [{"role": "user", "content": "seven hills"}, {"role": "assistant", "content": "\n\ngreen stone"}]
+    ((ids, mask),) = prepared([said], "chatml", path, tmp_path)
+    prompt = judge.apply_chat_template(said[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    answer = judge("\n\ngreen stone<|im_end|>", add_special_tokens=False)["input_ids"]
+    ends = judge("\n", add_special_tokens=False)["input_ids"]
+    assert ids == prompt + answer + ends
+    assert mask == [0] * len(prompt) + [1] * len(answer) + [0]
+    assert ids != judge.apply_chat_template(said, return_dict=True)["input_ids"]
 
 
 @pytest.mark.parametrize("template", MARKED)

@@ -19,6 +19,7 @@ from label_rows import (
     bare,
     chat,
     chatml,
+    chatml_after_bos,
     completion,
     gsm8k,
     instructions,
@@ -54,13 +55,14 @@ CASES = {
     "llama2-chat of alpaca": Case("llama2", instructions, "llama2-chat", layout=llama_2),
     "bare": Case("llama2", chat, "bare.jinja", BARE, layout=bare),
     "byte-level alpaca": Case("llama_3", alpaca, options={"max_seq_length": 200}),
-    "byte-level completion": Case("llama_3", completion),
+    "byte-level completion": Case("merging", completion),
     "byte-level text": Case("llama_3", text, options={"max_seq_length": 16}),
-    "byte-level, ending in a space": Case("llama_3", own(" A: "), "own.yaml", OWN % (" A: ", "")),
-    "byte-level, ending in a line break": Case("llama_3", own("\n"), "own.yaml", OWN % ("\\n", "")),
+    "byte-level, ending in a space": Case("merging", own(" A: "), "own.yaml", OWN % (" A: ", "")),
+    "byte-level, ending in a line break": Case("merging", own("\n"), "own.yaml", OWN % ("\\n", "")),
     "composing completion": Case("composing", completion, options=PROMPT),
-    "llama3-chat": Case("llama3", chat, "llama3-chat", layout=llama_3),
-    "llama3-chat, last, the prompt too": Case("llama3", chat, "llama3-chat", options=LAST | PROMPT, layout=llama_3),
+    "llama3-chat": Case("merging", chat, "llama3-chat", layout=llama_3),
+    "llama3-chat, last, the prompt too": Case("merging", chat, "llama3-chat", options=LAST | PROMPT, layout=llama_3),
+    "chatml after a bos": Case("merging", chat, "chatml", layout=chatml_after_bos),
     "chatml": Case("marked", chat, "chatml", layout=chatml),
     "chatml, marked": Case("marked", chat, "model", options={"max_seq_length": 90}, layout=chatml),
 }
@@ -71,11 +73,13 @@ def tokenizers(
     tokenizer_models: dict[str, Path],
     json_tokenizers: dict[str, Path],
     chat_tokenizers: dict[str, Path],
+    merging_tokenizer: Path,
     shared_fixtures: Path,
 ) -> Callable[[str], tuple[Path, Reference]]:
     """A tokenizer's file or directory, and the library that reads it."""
     paths = {"llama2": shared_fixtures / "data" / "llama2_tokenizer.model", "bpe": tokenizer_models["bpe"]}
     paths |= {"llama_3": json_tokenizers["llama_3"], "composing": json_tokenizers["smollm"], **chat_tokenizers}
+    paths["merging"] = merging_tokenizer
     made: dict[str, tuple[Path, Reference]] = {}
 
     def give(kind: str) -> tuple[Path, Reference]:
@@ -114,7 +118,7 @@ def compare(case: Case, tokenizer: Path, reference: Reference, rows: list[Made],
             continue
         ids, mask = told_by_offsets(reference, parts)
         if not reference.normalises:
-            assert mask == told_by_bytes(reference, ids, parts), "the oracle's two ways agree"
+            assert mask == told_by_bytes(reference, ids, parts), f"the two ways of the oracle agree: {row}"
         assert (found.get(number) is None) == (not any(mask[:limit])), row
         if number in found:
             assert found[number] == (ids[:limit], mask[:limit]), row

@@ -61,22 +61,28 @@ TEMPLATES: dict[str, tuple[str, str, Texts]] = {
 @pytest.fixture(scope="module")
 def bases(
     tiny_base: Callable[..., Path],
-    json_tokenizers: dict[str, Path],
+    merging_tokenizer: Path,
     shared_fixtures: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, tuple[Path, Reference]]:
     """A model with LLaMA 2's own tokenizer and one with a byte-level one."""
-    directory, byte_level = tmp_path_factory.mktemp("asked"), json_tokenizers["llama_3"]
+    directory, byte_level = tmp_path_factory.mktemp("asked"), merging_tokenizer
+    byte_level_reference = JsonReference(byte_level)
     for name in ("llama2", "byte-level"):
         shutil.copytree(tiny_base(vocab_size=32000), directory / name)
     llama_2 = shared_fixtures / "data" / "llama2_tokenizer.model"
     shutil.copy(llama_2, directory / "llama2" / "tokenizer.model")
-    (directory / "byte-level" / "tokenizer.model").unlink()
+    for name in ("tokenizer.model", "generation_config.json"):
+        (directory / "byte-level" / name).unlink()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(byte_level / name, directory / "byte-level" / name)
+    config = json.loads((directory / "byte-level" / "config.json").read_text())
+    ends = {"bos": "<|begin_of_text|>", "eos": "<|eot_id|>"}
+    config |= {f"{name}_token_id": byte_level_reference.special(text) for name, text in ends.items()}
+    (directory / "byte-level" / "config.json").write_text(json.dumps(config))
     return {
         "llama2": (directory / "llama2", SentencePieceReference(llama_2)),
-        "byte-level": (directory / "byte-level", JsonReference(byte_level)),
+        "byte-level": (directory / "byte-level", byte_level_reference),
     }
 
 
@@ -150,7 +156,7 @@ def check(
         assert spelled(reference, ids[1:-1]) == in_bytes(reference, before + answer), row
         assert in_bytes(reference, before).startswith(spelled(reference, ids[1:first])), row
         left = in_bytes(reference, before).removeprefix(spelled(reference, ids[1:first]))
-        assert not left.strip(), f"white space alone may go over to the answer: {row}"
+        assert not left.decode().strip(), f"white space alone may go over to the answer: {row}"
 
 
 @pytest.mark.parametrize("tokenizer", ["llama2", "byte-level"])
