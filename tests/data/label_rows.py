@@ -272,3 +272,21 @@ def bare(said: list[Turn], on_prompt: bool) -> Parts:
         answer = [Part(content, trained, answer=True), Part("</s>", trained, True)]
         made += answer if role == "assistant" else [Part(f"[{content}]", on_prompt)]
     return made
+
+
+SPACED = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[Q] ' + m.content + ' [A]: ' }}"
+    "{% else %}{{ m.content + (eos_token if m.role == 'assistant' else '') }}{% endif %}{% endfor %}"
+)
+
+
+def spaced(said: list[Turn], on_prompt: bool) -> Parts:
+    """The prompt ends in a blank, which is part of it as it is in what others generate from."""
+    made, before = list[Part](), ""
+    for role, content, trained in said:
+        if role == "assistant":
+            made += [Part(before, on_prompt), Part(content, trained, answer=True), Part("</s>", trained, True)]
+            before = ""
+        else:
+            before += content if role == "system" else f"[Q] {content} [A]: "
+    return made

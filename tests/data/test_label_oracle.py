@@ -12,6 +12,7 @@ from label_oracle import JsonReference, Reference, SentencePieceReference, told_
 from label_rows import (
     BARE,
     OWN,
+    SPACED,
     TURNS,
     Case,
     Made,
@@ -26,6 +27,7 @@ from label_rows import (
     llama_2,
     llama_3,
     own,
+    spaced,
     text,
     turns,
 )
@@ -54,6 +56,7 @@ CASES = {
     "llama2-chat, the prompt too": Case("llama2", chat, "llama2-chat", options=PROMPT, layout=llama_2),
     "llama2-chat of alpaca": Case("llama2", instructions, "llama2-chat", layout=llama_2),
     "bare": Case("llama2", chat, "bare.jinja", BARE, layout=bare),
+    "spaced": Case("llama2", chat, "spaced.jinja", SPACED, layout=spaced),
     "byte-level alpaca": Case("llama_3", alpaca, options={"max_seq_length": 200}),
     "byte-level completion": Case("merging", completion),
     "byte-level text": Case("llama_3", text, options={"max_seq_length": 16}),
