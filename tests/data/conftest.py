@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from merging_tokenizer import train_merging_tokenizer
 
 from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.prepare import prepare_data
@@ -40,3 +41,9 @@ def prepare(tmp_path: Path, tokenizer_models: dict[str, Path]) -> Callable[..., 
         return SimpleNamespace(**prepare_data(PrepareOptions(rows=files, **options), workers=workers, **extra))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def merging_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a byte-level tokenizer whose tokens span prompt and answer wherever they can."""
+    return train_merging_tokenizer(tmp_path_factory.mktemp("merging") / "tokenizer")

@@ -1,150 +1,152 @@
-"""The label oracle: targets told from the bytes of the tokens alone, for random rows and conversations.
-
-A row is written by hand here, as texts and special tokens; the bytes of its tokens, one after the other, must be the
-bytes of these texts, and a token is a target if one of its bytes is an answer's.
-"""
+"""Random rows and conversations are prepared, and ids and targets compared with the label oracle's."""
 
 from __future__ import annotations
 
+import json
 import random
-import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from chat_tools import PARTS, conversation, encoded, random_text
-
-from llamatune.data.chat_template import ChatTemplate, built_in_chat_template
-from llamatune.data.segments import Segment, Segments
-from llamatune.tokenizers.byte_level import bytes_of
-from llamatune.tokenizers.loading import load_tokenizer
-from llamatune.tokenizers.tokenizer import Tokenizer
-from llamatune.tokenizers.tokenizer_json import JsonTokenizer
-
-Layout = list[tuple[str, bool]]
-_PLAIN = [part for part in PARTS if part != "▁"]  # which SentencePiece takes for a space
-
-
-def said_text(chance: random.Random) -> str:
-    return random_text(chance, _PLAIN)
-
-
-def bytes_of_token(tokenizer: Tokenizer, token: int) -> bytes:
-    if isinstance(tokenizer, JsonTokenizer):
-        return bytes_of(str(tokenizer._library.id_to_token(token)))
-    piece = tokenizer.piece(token)
-    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
-    return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
-
-
-def told(tokenizer: Tokenizer, ids: list[int], layout: Layout) -> list[int]:
-    """The loss mask of ``ids``, whose texts and special tokens are ``layout``, each trained or not."""
-    prefix = b"" if isinstance(tokenizer, JsonTokenizer) else b" "
-    mask, left = list[int](), list(ids)
-    while layout:
-        if layout[0][0] in tokenizer.special_ids:
-            assert left.pop(0) == tokenizer.special_ids[layout[0][0]]
-            mask.append(int(layout.pop(0)[1]))
-            continue
-        run: Layout = []
-        while layout and layout[0][0] not in tokenizer.special_ids:
-            run.append(layout.pop(0))
-        content = [(byte, trained) for text, trained in run for byte in text.encode()]
-        if content:
-            content = [(byte, content[0][1]) for byte in prefix] + content  # it stands where the first character does
-        at = 0
-        while at < len(content):
-            token = bytes_of_token(tokenizer, left.pop(0))
-            assert token == bytes(byte for byte, _ in content[at : at + len(token)])
-            own = content[at : at + len(token)]
-            own = own[1:] if at == 0 and prefix and len(own) > 1 else own
-            mask.append(int(any(trained for _, trained in own)))
-            at += len(token)
-    assert not left
-    return [0, *mask[1:]]  # nothing precedes the first token
-
-
-def llama_2(said: list[tuple[str, str]]) -> Layout:
-    made, opening = Layout(), ""
-    for role, text in said:
-        if role == "system":
-            opening = f"<<SYS>>\n{text}\n<</SYS>>\n\n"
-        elif role == "user":
-            made += [("<s>", False), (f"[INST] {(opening + text).strip()} [/INST]", False)]
-            opening = ""
-        else:
-            made += [(f" {text.strip()} ", True), ("</s>", True)]
-    return made
-
-
-def llama_3(said: list[tuple[str, str]]) -> Layout:
-    made: Layout = [("<|begin_of_text|>", False)]
-    for role, text in said:
-        made += [("<|start_header_id|>", False), (role, False), ("<|end_header_id|>", False), ("\n\n", False)]
-        made += [(text.strip(), role == "assistant"), ("<|eot_id|>", role == "assistant")]
-    return made
-
-
-def chatml(said: list[tuple[str, str]]) -> Layout:
-    made: Layout = []
-    for role, text in said:
-        made += [("<|im_start|>", False), (f"{role}\n", False), (text, role == "assistant")]
-        made += [("<|im_end|>", role == "assistant"), ("\n", False)]
-    return made
-
-
-BARE = (
-    "{% for m in messages %}{{ '[' + m.content + ']' if m.role != 'assistant' else m.content + eos_token }}{% endfor %}"
+from label_oracle import JsonReference, Reference, SentencePieceReference, told_by_bytes, told_by_offsets
+from label_rows import (
+    BARE,
+    OWN,
+    SPACED,
+    TURNS,
+    Case,
+    Made,
+    alpaca,
+    bare,
+    chat,
+    chatml,
+    chatml_after_bos,
+    completion,
+    gsm8k,
+    instructions,
+    llama_2,
+    llama_3,
+    own,
+    spaced,
+    text,
+    turns,
 )
+from prepared_rows import read_split
+
+from llamatune.command_options.preparation import PrepareOptions
+from llamatune.data.prepare import prepare_data
+
+PROMPT = {"train_on_prompt": True}
+LAST = {"train_on": "last-assistant"}
+
+CASES = {
+    "alpaca": Case("llama2", alpaca),
+    "alpaca, its prompt too": Case("bpe", alpaca, options=PROMPT),
+    "gsm8k": Case("llama2", gsm8k, options={"max_seq_length": 40}),
+    "completion": Case("llama2", completion),
+    "completion, cut": Case("bpe", completion, options={"max_seq_length": 30}),
+    "text": Case("llama2", text, options={"max_seq_length": 12}),
+    "own, ending in a space": Case("llama2", own(" A: "), "own.yaml", OWN % (" A: ", "")),
+    "own, ending in a line break": Case("bpe", own("\n"), "own.yaml", OWN % ("\\n", "")),
+    "own, with a text before": Case("llama2", own("\nA:", " \n"), "own.yaml", OWN % ("\\nA:", " \\n")),
+    "turns": Case("llama2", chat, "turns.yaml", TURNS, LAST, turns),
+    "llama2-chat": Case("llama2", chat, "llama2-chat", layout=llama_2),
+    "llama2-chat, last": Case("llama2", chat, "llama2-chat", options=LAST, layout=llama_2),
+    "llama2-chat, cut": Case("bpe", chat, "llama2-chat", options={"max_seq_length": 60}, layout=llama_2),
+    "llama2-chat, the prompt too": Case("llama2", chat, "llama2-chat", options=PROMPT, layout=llama_2),
+    "llama2-chat of alpaca": Case("llama2", instructions, "llama2-chat", layout=llama_2),
+    "bare": Case("llama2", chat, "bare.jinja", BARE, layout=bare),
+    "spaced": Case("llama2", chat, "spaced.jinja", SPACED, layout=spaced),
+    "byte-level alpaca": Case("llama_3", alpaca, options={"max_seq_length": 200}),
+    "byte-level completion": Case("merging", completion),
+    "byte-level text": Case("llama_3", text, options={"max_seq_length": 16}),
+    "byte-level, ending in a space": Case("merging", own(" A: "), "own.yaml", OWN % (" A: ", "")),
+    "byte-level, ending in a line break": Case("merging", own("\n"), "own.yaml", OWN % ("\\n", "")),
+    "composing completion": Case("composing", completion, options=PROMPT),
+    "llama3-chat": Case("merging", chat, "llama3-chat", layout=llama_3),
+    "llama3-chat, last, the prompt too": Case("merging", chat, "llama3-chat", options=LAST | PROMPT, layout=llama_3),
+    "chatml after a bos": Case("merging", chat, "chatml", layout=chatml_after_bos),
+    "chatml": Case("marked", chat, "chatml", layout=chatml),
+    "chatml, marked": Case("marked", chat, "model", options={"max_seq_length": 90}, layout=chatml),
+}
 
 
-def bare(said: list[tuple[str, str]]) -> Layout:
-    """Nothing stands between a prompt and its answer, so that a byte of a character may be the first target."""
-    made: Layout = []
-    for role, text in said:
-        made += [(text, True), ("</s>", True)] if role == "assistant" else [(f"[{text}]", False)]
-    return made
+@pytest.fixture(scope="module")
+def tokenizers(
+    tokenizer_models: dict[str, Path],
+    json_tokenizers: dict[str, Path],
+    chat_tokenizers: dict[str, Path],
+    merging_tokenizer: Path,
+    shared_fixtures: Path,
+) -> Callable[[str], tuple[Path, Reference]]:
+    """A tokenizer's file or directory, and the library that reads it."""
+    paths = {"llama2": shared_fixtures / "data" / "llama2_tokenizer.model", "bpe": tokenizer_models["bpe"]}
+    paths |= {"llama_3": json_tokenizers["llama_3"], "composing": json_tokenizers["smollm"], **chat_tokenizers}
+    paths["merging"] = merging_tokenizer
+    made: dict[str, tuple[Path, Reference]] = {}
+
+    def give(kind: str) -> tuple[Path, Reference]:
+        if kind not in made:
+            path = paths[kind]
+            made[kind] = path, SentencePieceReference(path) if path.is_file() else JsonReference(path)
+        return made[kind]
+
+    return give
 
 
-LAYOUTS = {"llama2-chat": llama_2, "llama3-chat": llama_3, "chatml": chatml, "bare": bare}
+def compare(case: Case, tokenizer: Path, reference: Reference, rows: list[Made], directory: Path) -> None:
+    """Prepare ``rows`` and compare every id, every target, and what was left out."""
+    lines = [json.dumps(row, ensure_ascii=number % 2 == 0) + "\n" for number, (row, _) in enumerate(rows)]
+    (directory / "rows.jsonl").write_bytes("".join(lines).encode())
+    template = case.template
+    if case.file:
+        template = str(directory / str(case.template))
+        Path(template).write_text(case.file)
+    refused = sum(parts is None for _, parts in rows)
+    options = PrepareOptions(
+        rows=[directory / "rows.jsonl"],
+        tokenizer=tokenizer,
+        output=directory / "out",
+        template=template,
+        overwrite=True,
+        skip_bad_rows=refused,
+        **case.options,
+    )
+    report = prepare_data(options, workers=0)
+    found = {row: (ids, mask) for ids, mask, row in read_split(directory / "out")}
+    targets, limit = 0, options.max_seq_length
+    for number, (row, parts) in enumerate(rows, 1):
+        if parts is None:
+            assert number not in found, row
+            continue
+        ids, mask = told_by_offsets(reference, parts)
+        if not reference.normalises:
+            assert mask == told_by_bytes(reference, ids, parts), f"the two ways of the oracle agree: {row}"
+        assert (found.get(number) is None) == (not any(mask[:limit])), row
+        if number in found:
+            assert found[number] == (ids[:limit], mask[:limit]), row
+            targets += sum(mask[:limit])
+    assert (report["rows_in"], report["refused"], report["kept"]) == (len(rows), refused, len(found))
+    assert report["dropped"] == len(rows) - refused - len(found)
+    assert report["target_tokens"] == targets
 
 
-def plain_row(tokenizer: Tokenizer, prompt: str, answer: str) -> Segments:
-    eos = Segment(tokenizer.piece(tokenizer.eos_id), True, tokenizer.eos_id)
-    return Segments((Segment(prompt), Segment(answer, True), eos))
+def compare_random(name: str, count: int, tokenizers: Callable[[str], tuple[Path, Reference]], directory: Path) -> None:
+    case, chance = CASES[name], random.Random(f"{name} {count}")
+    compare(case, *tokenizers(case.tokenizer), [case.make(chance, case) for _ in range(count)], directory)
 
 
-def compare(tokenizer: Tokenizer, name: str, count: int, seed: int) -> None:
-    own = ChatTemplate("bare", BARE, {"eos_token": "</s>"})
-    chance, template = random.Random(seed), own if name == "bare" else built_in_chat_template(name, tokenizer)
-    for _ in range(count):
-        said = conversation(chance, said_text)
-        ids, mask = encoded(template, tokenizer, said)
-        assert told(tokenizer, ids, LAYOUTS[name]([(m["role"], m["content"]) for m in said])) == [0, *mask[1:]], said
-        prompt, answer = ("" if chance.random() < 0.1 else said_text(chance)), said_text(chance)
-        ids, spans = plain_row(tokenizer, prompt, answer).encode(tokenizer)
-        bos = [] if tokenizer.bos_id is None else [(tokenizer.piece(tokenizer.bos_id), False)]
-        layout = [*bos, (prompt, False), (answer, True), (tokenizer.piece(tokenizer.eos_id), True)]
-        mask = [int(any(first <= n < last for first, last in spans)) for n in range(len(ids))]
-        assert told(tokenizer, ids, layout) == [0, *mask[1:]], (prompt, answer)
-
-
-@pytest.mark.parametrize(("name", "kind"), [("llama3-chat", "llama3"), ("chatml", "thinking")])
-def test_targets_of_byte_level_tokens(chat_tokenizers: dict[str, Path], name: str, kind: str) -> None:
-    compare(load_tokenizer(chat_tokenizers[kind]), name, 50, 11)
-
-
-def test_targets_of_sentencepieces_tokens(tokenizer: Tokenizer) -> None:
-    compare(tokenizer, "llama2-chat", 50, 12)
-    compare(tokenizer, "bare", 50, 13)
+@pytest.mark.parametrize("name", CASES)
+def test_three_hundred_rows(tokenizers: Callable[[str], tuple[Path, Reference]], tmp_path: Path, name: str) -> None:
+    assert 12 * len(CASES) >= 300
+    compare_random(name, 12, tokenizers, tmp_path)
 
 
 @pytest.mark.slow
-def test_three_thousand_rows_and_conversations(
-    tokenizer: Tokenizer, chat_tokenizers: dict[str, Path], shared_fixtures: Path
+@pytest.mark.parametrize("count", [116, 1154])
+@pytest.mark.parametrize("name", CASES)
+def test_three_thousand_and_thirty_thousand_rows(
+    tokenizers: Callable[[str], tuple[Path, Reference]], tmp_path: Path, name: str, count: int
 ) -> None:
-    real = load_tokenizer(shared_fixtures / "data" / "llama2_tokenizer.model")
-    cases = [(tokenizer, "llama2-chat"), (real, "llama2-chat"), (real, "bare")]
-    cases += [(load_tokenizer(chat_tokenizers["llama3"]), "llama3-chat")]
-    cases += [(load_tokenizer(chat_tokenizers["marked"]), "chatml")]
-    for seed, (made, name) in enumerate(cases):
-        compare(made, name, 600, 100 + seed)
+    assert count * len(CASES) >= {116: 3000, 1154: 30000}[count]
+    compare_random(name, count, tokenizers, tmp_path)
