@@ -68,16 +68,17 @@ def disk_faults(path: Path, needed: int | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(path: Path, size: int = 0, synced: bool = True) -> Iterator[BinaryIO]:
+def writing(path: Path, size: int = 0, synced: bool = True, begun: bool = False) -> Iterator[BinaryIO]:
     """A new file at ``path`` with the umask's mode, to be read too. Not atomic: for staging directories.
 
     Args:
         size: its expected number of bytes, for the error when the disk is full.
         synced: before the block ends; else the caller syncs it.
+        begun: it is there already.
     """
     written = 0
     try:
-        with path.open("x+b") as file:
+        with path.open("r+b" if begun else "x+b") as file:
             try:
                 yield file
             finally:

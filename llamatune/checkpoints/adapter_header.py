@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -170,7 +170,7 @@ def read_adapter_header(path: Path) -> AdapterHeader:
     return AdapterHeader(directory, file, config, _renamed(file, _peft_names(entries)))
 
 
-def adapted_modules(tensors: dict[str, TensorLocation]) -> list[str]:
+def adapted_modules(tensors: Iterable[str]) -> list[str]:
     """The paths of the modules with a low-rank update."""
     return sorted({name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name})
 

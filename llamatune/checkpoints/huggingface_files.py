@@ -5,6 +5,7 @@ No torch. Of weights, only headers are read.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,6 +59,17 @@ def locate_huggingface(
         raise _no_variant(directory, variant, sources) if sources else _no_weights(directory)
     read = _read_index if source.is_index else _read_tensors
     return _plain_names(read(source.path), source.path, on_event)
+
+
+def files_of(tensors: Mapping[str, TensorLocation]) -> list[list[tuple[str, TensorLocation]]]:
+    """The tensors of each file, in the order in which they lie in it."""
+    in_order = sorted(tensors.items(), key=lambda item: (item[1].path, item[1].begin))
+    return [list(file) for _, file in itertools.groupby(in_order, key=lambda item: item[1].path)]
+
+
+def shard_names(count: int) -> list[str]:
+    """Of the files that are written: ``model.safetensors``, or numbered ones."""
+    return [SINGLE_FILE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
 
 
 def has_huggingface_weights(directory: Path) -> bool:

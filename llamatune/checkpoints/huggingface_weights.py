@@ -10,7 +10,7 @@ import torch
 
 from llamatune.checkpoints.checkpoint import WIDE, Checkpoint, refuse_unfit, warn_of_wide_weights
 from llamatune.checkpoints.config_json import EMBEDDING, HEAD, copy_config_json, read_config_json, write_config_json
-from llamatune.checkpoints.huggingface_files import INDEX_FILE, SINGLE_FILE, locate_huggingface
+from llamatune.checkpoints.huggingface_files import INDEX_FILE, files_of, locate_huggingface, shard_names
 from llamatune.checkpoints.model_directory import Format
 from llamatune.checkpoints.tensor_bytes import DeclaredTensor, stream_tensors
 from llamatune.checkpoints.weights import DtypeOf, WeightOf
@@ -48,10 +48,10 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def write_copy(self, staging: Staging, weight_of: WeightOf, dtype: torch.dtype | None, on_event: OnEvent) -> None:
         locations = {name: part for name, [part] in self.parts.items()}
-        shards: dict[Path, list[DeclaredTensor]] = {path: [] for path in sorted({p.path for p in locations.values()})}
-        for name, part in sorted(locations.items(), key=lambda item: item[1].begin):
-            shards[part.path].append((name, dtype or self.dtype(name), part.shape))
-        _write_shards(staging, list(shards.values()), weight_of)
+        shards = [
+            [(name, dtype or self.dtype(name), part.shape) for name, part in file] for file in files_of(locations)
+        ]
+        _write_shards(staging, shards, weight_of)
         if dtype is None and (self.variant is not None or any(part.dtype == WIDE for part in locations.values())):
             dtype = self.dtype(EMBEDDING)  # which is another than the configuration's
         copy_config_json(self.path, self.config, staging.path, None if dtype is None else DTYPE_NAMES[dtype])
@@ -117,14 +117,12 @@ def _plan_shards(
 
 def _write_shards(staging: Staging, shards: Sequence[Sequence[DeclaredTensor]], weight_of: WeightOf) -> None:
     """``model.safetensors``, or numbered shards with their index; one tensor at a time is in memory."""
-    if len(shards) == 1:
-        stream_tensors(staging, SINGLE_FILE, shards[0], (weight_of(name) for name, _, _ in shards[0]))
-        return
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for file_name, shard in zip(shard_names(len(shards)), shards, strict=True):
         stream_tensors(staging, file_name, shard, (weight_of(name) for name, _, _ in shard))
         weight_map |= {name: file_name for name, _, _ in shard}
+    if len(shards) == 1:
+        return
     total = sum(math.prod(shape) * dtype.itemsize for shard in shards for _, dtype, shape in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(staging.path / INDEX_FILE, index)

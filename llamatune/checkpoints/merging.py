@@ -17,6 +17,7 @@ from llamatune.checkpoints.companion_files import complete_merged
 from llamatune.checkpoints.config_json import EMBEDDING
 from llamatune.checkpoints.dequantized_base import DequantizedBase
 from llamatune.checkpoints.fingerprint import fingerprint
+from llamatune.checkpoints.huggingface_files import files_of
 from llamatune.checkpoints.huggingface_weights import write_huggingface
 from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.checkpoints.merged_weights import MergedWeights
@@ -27,6 +28,7 @@ from llamatune.data.template_choice import load_template
 from llamatune.durable_writing import refuse_occupied, refuse_small_disk
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.formats.begun_files import BegunFile
 from llamatune.formats.manifest import MANIFEST, Manifest, build_directory, finished_product, manifest_if_readable
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from llamatune.output_files import refuse_replacing
@@ -73,12 +75,14 @@ def merge_lora(
     should_stop: ShouldStop = never_stop,
     prove: Prove | None = None,
     probe: str | None = None,
+    begun: Mapping[str, BegunFile] | None = None,
 ) -> MergeReport:
     """Write the base with the adapters merged into it, as a model directory, all at once or not at all.
 
     Args:
         prove: asked before the directory gets its name.
         probe: the digest of what is measured then.
+        begun: files of weights that are partly copied already.
 
     Raises:
         CheckpointError: the adapter does not belong to the base, or is already in it; a weight overflows the dtype.
@@ -135,15 +139,15 @@ def merge_lora(
 
     order: Sequence[str] = list(checkpoint.shapes)
     if format_ == checkpoint.format == "hf":
-        order = sorted(
-            checkpoint.parts, key=lambda name: (checkpoint.parts[name][0].path, checkpoint.parts[name][0].begin)
-        )
+        parts = {name: part for name, [part] in checkpoint.parts.items()}
+        order = [name for file in files_of(parts) for name, _ in file]
     # Each thread merges a portion alone: portions are too small for torch to split one among all cores.
     threads = min(16, torch.get_num_threads())
     with (
         ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers,
         build_directory(options.output, "merged", inputs, options.overwrite) as staging,
     ):
+        staging.begun = begun or {}
         merged = MergedWeights(checkpoint, adapter, dtype, workers, order, on_event, should_stop)
         if format_ == checkpoint.format:
             checkpoint.write_copy(staging, merged, dtype, on_event)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from llamatune.checkpoints.weights import StoredWeight, Weight, portions_of
-from llamatune.formats.digested_file import FileRange
+from llamatune.formats.file_range import FileRange
 from llamatune.formats.manifest import Staging
-from llamatune.formats.safetensors import write_safetensors
+from llamatune.formats.safetensors import METADATA, write_safetensors
 from llamatune.model.torch_dtypes import STORED_NAMES
 
 DeclaredTensor = tuple[str, torch.dtype, tuple[int, ...]]
@@ -52,7 +52,7 @@ def stream_tensors(
             assert not left, f"{name} has not the shape {shape}"
 
     stored = [(name, STORED_NAMES[dtype], shape) for name, dtype, shape in declared]
-    write_safetensors(staging, file_name, stored, data(), {"format": "pt"})
+    write_safetensors(staging, file_name, stored, data(), METADATA)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llamatune.formats.digested_file import FileRange
+from llamatune.formats.file_range import FileRange
 from llamatune.formats.safetensors import TensorLocation
 from llamatune.model.torch_dtypes import STORED_NAMES
 

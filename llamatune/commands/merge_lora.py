@@ -11,13 +11,15 @@ from llamatune.errors import Stopped, printable
 
 def merge_lora(options: MergeOptions, console: Console) -> None:
     """Fold adapters into their base: in fp32, rounded once."""
-    with console:  # signals are handled from here on, also while torch is imported
+    from llamatune.checkpoints.copies_ahead import copying_ahead_of_merge
+
+    with console, copying_ahead_of_merge(options) as begun:  # signals are handled from here on
         from llamatune.checkpoints.merging import merge_lora as run_merge
 
         if console.should_stop():
             raise Stopped("stopped before merging", options.output, "run the same command again")
         if options.probe is None:
-            report = run_merge(options, console.on_event, console.should_stop)
+            report = run_merge(options, console.on_event, console.should_stop, begun=begun)
         else:
             from llamatune.merge_proof import merge_and_prove
 

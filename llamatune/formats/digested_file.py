@@ -11,12 +11,13 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from llamatune.durable_writing import start_writeback, writing
 from llamatune.errors import CheckpointError
+from llamatune.formats.begun_files import BegunFile
+from llamatune.formats.file_range import FileRange
 from llamatune.formats.manifest import PendingDigest, Staging
 from llamatune.safe_reading import open_regular
 
@@ -31,23 +32,15 @@ _NO_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPE
 """Errors of kernels and file systems that cannot copy from one file to another."""
 
 
-@dataclass(frozen=True)
-class FileRange:
-    """Bytes ``begin:end`` of a file, and their CRC-32 where it is known."""
-
-    path: Path
-    begin: int
-    end: int
-    crc: int | None = None
-
-
 @contextlib.contextmanager
 def writing_digested(staging: Staging, file_name: str, size: int) -> Iterator[DigestedFile]:
     """A new file of about ``size`` bytes in a product, which syncs it at its end; the digest may be ready later."""
-    path = staging.path / file_name
+    path, begun = staging.path / file_name, staging.begun.get(file_name)
     staging.finish_digests(but=_DIGESTS_AT_ONCE - 1)
-    with writing(path, size, synced=False) as file:
-        made = DigestedFile(file, path)
+    if begun is not None and not begun.take_name(path):
+        begun = None
+    with writing(path, size, synced=False, begun=begun is not None) as file:
+        made = DigestedFile(file, path, begun)
         try:
             yield made
             digest = made.finish()
@@ -60,8 +53,8 @@ def writing_digested(staging: Staging, file_name: str, size: int) -> Iterator[Di
 class DigestedFile:
     """A new file that is written from its beginning to its end; make it with ``writing_digested``."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        self.path, self.position = path, 0
+    def __init__(self, file: BinaryIO, path: Path, begun: BegunFile | None = None) -> None:
+        self.path, self.position, self._begun = path, 0, begun
         self._file, self._descriptor = file, file.fileno()
         self._by_kernel = hasattr(os, "copy_file_range")
         self._followed, self._digest = 0, _FollowingDigest(file)
@@ -87,6 +80,10 @@ class DigestedFile:
     def _copy(self, source: FileRange) -> None:
         self._file.flush()
         begin = source.begin
+        if self._begun is not None and self._begun.holds(self.position, source):
+            self.position += source.end - begin
+            self._file.seek(self.position)
+            return
         with open_regular(source.path) as file:
             while begin < source.end:
                 count = self._copy_some(file.fileno(), begin, min(_COPIED_BYTES, source.end - begin))
@@ -119,6 +116,8 @@ class DigestedFile:
     def finish(self) -> PendingDigest:
         """Digest all that is written, a large file behind what follows."""
         self._file.flush()
+        if self._begun is not None:  # with what it was not to hold
+            self._file.truncate(self.position)
         self._digest.finish(self.position)
         return self._digest
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar
@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 from llamatune.durable_writing import staged_directory, sync
 from llamatune.errors import CheckpointError, LlamatuneError, Stopped
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.formats.begun_files import BegunFile
 from llamatune.safe_reading import digest_bytes, digest_file, open_regular, read_bytes, read_faults
 from llamatune.strict_json import parse_json_object, write_json
 
@@ -51,13 +52,14 @@ class Staging:
     """A product in the making: write files below ``path``, and what readers should know into ``facts``.
 
     ``digests`` holds the SHA-256 of files that were digested while they were written, by name; others are read again.
-    ``digesting`` holds those that are still being computed.
+    ``digesting`` holds those that are still being computed, ``begun`` files that are partly written already.
     """
 
     path: Path
     facts: dict[str, Any] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     digesting: dict[str, PendingDigest] = field(default_factory=dict)
+    begun: Mapping[str, BegunFile] = field(default_factory=dict)
 
     def finish_digests(self, but: int = 0) -> None:
         """Wait for digests, the oldest first, until no more than ``but`` are still being computed."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llamatune.errors import CheckpointError, LlamatuneError
-from llamatune.formats.digested_file import FileRange, writing_digested
+from llamatune.formats.digested_file import writing_digested
+from llamatune.formats.file_range import FileRange
 from llamatune.formats.manifest import Staging
 from llamatune.safe_reading import open_regular, stand_in
 from llamatune.shapes.dtypes import ITEM_BYTES
@@ -118,20 +119,15 @@ def same_bytes(one: TensorLocation, other: TensorLocation) -> bool:
         return all(left.read(count) == right.read(count) for count in portions)
 
 
-def write_safetensors(
-    staging: Staging,
-    file_name: str,
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
-    data: Iterable[bytes | memoryview | FileRange],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Stream a new file into a product. It is digested on the way, so the manifest needs no second read of it.
+METADATA = {"format": "pt"}
+"""Of a file of torch's tensors: transformers asks for it."""
 
-    Args:
-        tensors: ``(name, dtype, shape)`` in the order in which the bytes come.
-        data: the bytes of all tensors, in any portions.
-        metadata: the strings of ``__metadata__``.
-    """
+DeclaredBytes = tuple[str, str, tuple[int, ...]]
+"""A tensor to be written: name, dtype and shape."""
+
+
+def header_of(tensors: Iterable[DeclaredBytes], metadata: Mapping[str, str] | None = None) -> tuple[bytes, int]:
+    """What stands before the tensors' bytes in a file, and how many bytes they are."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     size = 0
     for name, dtype, shape in tensors:
@@ -140,8 +136,26 @@ def write_safetensors(
         size = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, size
+
+
+def write_safetensors(
+    staging: Staging,
+    file_name: str,
+    tensors: Iterable[DeclaredBytes],
+    data: Iterable[bytes | memoryview | FileRange],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Stream a new file into a product. It is digested on the way, so the manifest needs no second read of it.
+
+    Args:
+        tensors: in the order in which the bytes come.
+        data: the bytes of all tensors, in any portions.
+        metadata: the strings of ``__metadata__``.
+    """
+    header, size = header_of(tensors, metadata)
     with writing_digested(staging, file_name, size) as file:
-        for portion in itertools.chain([struct.pack("<Q", len(text)) + text], data):
+        for portion in itertools.chain([header], data):
             file.append(portion)
             file.follow()
-        assert file.position == 8 + len(text) + size, "not the bytes that the header declares"
+        assert file.position == len(header) + size, "not the bytes that the header declares"

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamatune.formats.digested_file import DigestedFile, FileRange, writing_digested
+from llamatune.formats.digested_file import DigestedFile, writing_digested
+from llamatune.formats.file_range import FileRange
 from llamatune.formats.manifest import Staging
 from llamatune.formats.torch_pickle import STORAGE_CLASSES
 from llamatune.shapes.dtypes import ITEM_BYTES

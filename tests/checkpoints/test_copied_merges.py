@@ -24,7 +24,8 @@ from llamatune.checkpoints.meta_weights import write_meta
 from llamatune.command_options.inference import MergeOptions
 from llamatune.errors import CheckpointError, EnvironmentFault
 from llamatune.events import ignore_event
-from llamatune.formats.digested_file import FileRange, writing_digested
+from llamatune.formats.digested_file import writing_digested
+from llamatune.formats.file_range import FileRange
 from llamatune.formats.manifest import Staging
 
 from .conftest import save_meta, save_peft, save_tiny
