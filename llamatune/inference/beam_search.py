@@ -73,7 +73,7 @@ class _BeamTree:
     """
 
     def __init__(self, model: Transformer, capacity: int) -> None:
-        self._model, self._cache, self._length = model, new_cache(model, 1, capacity), 0
+        self._model, self._cache, self._length = model, new_cache(model, capacity), 0
         self._visible = torch.empty((1, 0), dtype=torch.bool, device=model.device)
         self._positions = torch.empty(0, dtype=torch.int64, device=model.device)
 
