@@ -20,7 +20,7 @@ from llamatune.errors import Stopped
 from llamatune.events import ShouldStop, never_stop
 from llamatune.inference.beam_search import beam_search
 from llamatune.inference.completion import Completion, last_logits, new_rows
-from llamatune.inference.sampling import next_tokens
+from llamatune.inference.sampling import next_tokens, penalised
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
 from llamatune.seeds import derived_seed
@@ -35,12 +35,13 @@ IsEnough = Callable[[Sequence[int]], bool]
 
 @dataclass
 class _Sequence:
-    """A prompt that is being completed."""
+    """A prompt that is being completed; ``seen`` (V,): the tokens in it and after it, where they are penalised."""
 
     number: int
     prompt: Sequence[int]
     generator: torch.Generator
     chosen: list[int] = field(default_factory=list)
+    seen: Tensor | None = None
 
 
 class Engine:
@@ -135,7 +136,11 @@ class Engine:
     def _take(self, logits: Tensor, first: int) -> list[tuple[int, Completion]]:
         """Draw a token from ``logits`` (rows, V) for each row from ``first`` on."""
         running = self._running[first:]
-        tokens = next_tokens(logits.float(), self._sampling, [sequence.generator for sequence in running])
+        logits = logits.float()
+        if self._sampling.repetition_penalty != 1:
+            seen = torch.stack([self._seen(sequence, logits) for sequence in running])
+            logits = penalised(logits, seen, self._sampling.repetition_penalty)
+        tokens = next_tokens(logits, self._sampling, [sequence.generator for sequence in running])
         ended: list[tuple[int, Completion]] = []
         rows: list[int] = []
         for row, (sequence, token) in enumerate(zip(running, tokens, strict=True), first):
@@ -145,6 +150,14 @@ class Engine:
         if rows:
             self._running = [self._running[row] for row in self._cache.drop(rows)]
         return ended
+
+    def _seen(self, sequence: _Sequence, logits: Tensor) -> Tensor:
+        if sequence.seen is None:
+            sequence.seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            sequence.seen[torch.tensor(sequence.prompt, device=logits.device)] = True
+        else:
+            sequence.seen[sequence.chosen[-1]] = True
+        return sequence.seen
 
     def _end(self, sequence: _Sequence, token: int) -> str:
         """Why a completion ends with ``token``, which is added to it unless it is an EOS; "" if it goes on."""

@@ -166,7 +166,40 @@ def test_decoding_asks_whether_to_stop(model: Transformer) -> None:
         complete(model, PROMPTS, Sampling(20, 0, num_beams=2), (), lambda: True)
 
 
+@pytest.mark.parametrize("penalty", [0.8, 1.3])
+def test_penalised_repetitions_are_those_of_transformers(
+    model: Transformer, reference: torch.nn.Module, penalty: float
+) -> None:
+    sampling = Sampling(max_new_tokens=30, temperature=0, repetition_penalty=penalty)
+    found = completions(model, PROMPTS, sampling, (), rows=2)
+    for prompt, one in zip(PROMPTS, found, strict=True):
+        expected = _transformers_ids(reference, prompt, None, max_new_tokens=30, repetition_penalty=penalty)
+        assert one.ids == expected
+
+
 # Beam search.
+
+
+PENALTIES: list[dict[str, float]] = [
+    {"length_penalty": 0.3},
+    {"length_penalty": 3.0},
+    {"length_penalty": -1.0},
+    {"repetition_penalty": 1.4},
+    {"repetition_penalty": 0.9, "length_penalty": 2.0},
+]
+
+
+@pytest.mark.parametrize("how", PENALTIES)
+def test_beams_are_compared_and_penalised_as_by_transformers(
+    model: Transformer, reference: torch.nn.Module, how: dict[str, float]
+) -> None:
+    chance = random.Random(6)
+    for _ in range(8):
+        prompt = [1, *(chance.randrange(3, 131) for _ in range(chance.randrange(1, 9)))]
+        eos = sorted(chance.sample(range(3, 131), 12))
+        expected = _transformers_ids(reference, prompt, eos, max_new_tokens=12, num_beams=3, **how)
+        found = complete(model, [prompt], Sampling(max_new_tokens=12, num_beams=3, **how), set(eos))[0]
+        assert found.ids == expected, (prompt, eos)
 
 
 @pytest.mark.parametrize("length", [1, 5, 16])
