@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from llamatune.errors import EnvironmentFault, Stopped
@@ -15,6 +15,9 @@ R = TypeVar("R")
 
 _ITEMS_IN_A_ROUND = 8
 """Of each rank between two exchanges: items differ in size, and a round takes as long as its slowest rank."""
+
+_TURNS_IN_A_ROUND = 4
+"""Of each place of a rank that generates side by side: a place that is free waits for the others at the round's end."""
 
 
 def refuse_differences(own: Mapping[str, Any], ranks: Ranks) -> None:
@@ -58,27 +61,33 @@ def shared_map(
             yield answers[place % ranks.size][1][place // ranks.size]
 
 
-def map_generating(
-    items: Iterable[T], work: Callable[[T, ShouldStop], R], should_stop: ShouldStop, ranks: Ranks, in_slices: bool
+def share_generating(
+    items: Sequence[T],
+    work: Callable[[Sequence[T], ShouldStop], Iterator[R]],
+    at_once: int,
+    should_stop: ShouldStop,
+    ranks: Ranks,
+    in_slices: bool,
 ) -> Iterator[R]:
-    """``work`` of each item, which generates tokens until the ``should_stop`` that it gets asks for its end.
+    """A result of each item, in order, from ``work``, which generates tokens until what it gets asks for its end.
 
-    Ranks share the items, and results must be JSON. Where they hold the weights ``in_slices``, each computes all items,
-    since each token takes all of the weights, and they agree on a stop at each token.
+    Ranks share the items, and results must be JSON; a rank works on ``at_once`` items side by side. Where ranks hold
+    the weights ``in_slices``, each computes all items, since each token takes all of the weights, and they agree on a
+    stop at each token.
 
     Raises:
         Stopped: ``should_stop`` asked for it, on any rank.
     """
-    if not in_slices:
-        yield from shared_map(items, lambda item: work(item, should_stop), should_stop, ranks, items_in_a_round=1)
+    if in_slices or ranks.size == 1:
+        yield from work(items, (lambda: ranks.any(should_stop())) if in_slices else should_stop)
         return
-
-    def agreed() -> bool:
-        return ranks.any(should_stop())
-
-    for item in items:
-        _check(agreed())
-        yield work(item, agreed)
+    rounds = -(-len(items) // (ranks.size * at_once * _TURNS_IN_A_ROUND))
+    together = max(1, -(-len(items) // (ranks.size * max(1, rounds))))
+    parts = [items[first : first + together] for first in range(0, len(items), together)]
+    for results in shared_map(
+        parts, lambda part: list(work(part, should_stop)), should_stop, ranks, items_in_a_round=1
+    ):
+        yield from results
 
 
 def _check(asked: bool) -> None:

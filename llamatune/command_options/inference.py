@@ -103,7 +103,16 @@ class Sampling(Options):
     temperature: float = option("0 is greedy.", 0.6, at_least=0, below=float("inf"))
     top_k: int | None = option("Draw from the K likeliest tokens.", None, at_least=1)
     top_p: float = option("Draw from the likeliest tokens that reach this probability.", 0.9, above=0, at_most=1)
+    min_p: float = option(
+        "Draw from tokens of at least this share of the likeliest's probability.", 0.0, at_least=0, at_most=1
+    )
+    repetition_penalty: float = option(
+        "Above 1, tokens of the prompt and the completion become less likely.", 1.0, above=0, below=float("inf")
+    )
     num_beams: int = option("Beam search over so many beams.", 1, at_least=1, at_most=64)
+    length_penalty: float = option(
+        "Beams are compared by log-probability / length ** this.", 1.0, at_least=-100, at_most=100
+    )
     seed: int = option("The same seed draws the same text.", 0, at_least=0, below=1 << 63)
 
 

@@ -17,7 +17,7 @@ from llamatune.command_options.inference import Sampling
 from llamatune.errors import Stopped
 from llamatune.events import ShouldStop
 from llamatune.inference.completion import Completion, last_logits, new_cache
-from llamatune.inference.sampling import not_finite
+from llamatune.inference.sampling import not_finite, penalised
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
 
@@ -25,7 +25,7 @@ from llamatune.model.transformer import Transformer
 def beam_search(
     model: Transformer, prompt: Sequence[int], sampling: Sampling, eos_ids: Collection[int], should_stop: ShouldStop
 ) -> Completion:
-    """The likeliest completion of ``num_beams`` beams, by mean log-probability per new token.
+    """The likeliest completion of ``num_beams`` beams, by log-probability / new tokens ** ``length_penalty``.
 
     The search ends when no unfinished beam can still beat the worst of ``num_beams`` finished ones.
     """
@@ -38,8 +38,15 @@ def beam_search(
     for count in range(1, sampling.max_new_tokens + 1):
         if should_stop():
             raise Stopped("stopped while generating")
+        length = count**sampling.length_penalty
         logits = tree.begin(tokens) if count == 1 else tree.extend(sources, tokens)  # (unfinished beams, V)
-        total = (scores[:, None] + logits.float().log_softmax(-1)).reshape(-1)
+        steps = logits.float().log_softmax(-1)
+        if sampling.repetition_penalty != 1:
+            seen = torch.zeros_like(steps, dtype=torch.bool)
+            for row, ids in zip(seen, unfinished, strict=True):
+                row[torch.tensor([*prompt, *ids], device=seen.device)] = True
+            steps = penalised(steps, seen, sampling.repetition_penalty)
+        total = (scores[:, None] + steps).reshape(-1)
         # Enough to fill the unfinished beams even if every EOS takes a place in each.
         best = total.topk(min(max(2, 1 + len(eos_ids)) * beams, len(total)))
         best_scores = best.values.tolist()
@@ -50,17 +57,17 @@ def beam_search(
             beam, token = divmod(index, vocabulary)
             if token in eos_ids:
                 if rank < beams:
-                    finished.append((score / count, unfinished[beam]))
+                    finished.append((score / length, unfinished[beam]))
             elif len(kept) < beams:
                 kept.append((score, beam, token))
         finished = sorted(finished, key=lambda beam: -beam[0])[:beams]
         unfinished = [[*unfinished[beam], token] for _, beam, token in kept]
-        if not kept or (len(finished) == beams and kept[0][0] / count <= finished[-1][0]):
+        if not kept or (len(finished) == beams and kept[0][0] / length <= finished[-1][0]):
             break
         scores = torch.tensor([score for score, _, _ in kept], device=model.device)
         sources, tokens = [beam for _, beam, _ in kept], [token for _, _, token in kept]
     else:
-        finished += [(score / count, ids) for (score, _, _), ids in zip(kept, unfinished, strict=True)]
+        finished += [(score / length, ids) for (score, _, _), ids in zip(kept, unfinished, strict=True)]
     ids = max(finished, key=lambda beam: beam[0])[1]
     return Completion(ids, "length" if len(ids) == sampling.max_new_tokens else "eos")
 
@@ -73,7 +80,7 @@ class _BeamTree:
     """
 
     def __init__(self, model: Transformer, capacity: int) -> None:
-        self._model, self._cache, self._length = model, new_cache(model, 1, capacity), 0
+        self._model, self._cache, self._length = model, new_cache(model, capacity), 0
         self._visible = torch.empty((1, 0), dtype=torch.bool, device=model.device)
         self._positions = torch.empty(0, dtype=torch.int64, device=model.device)
 

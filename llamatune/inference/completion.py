@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from llamatune.model.kv_cache import KVCache
+from llamatune.model.kv_cache import KVCache, RowCache
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
 
@@ -19,10 +20,18 @@ class Completion:
     finish_reason: str
 
 
-def new_cache(model: Transformer, batch: int, capacity: int) -> KVCache:
-    """An empty cache in the dtype that the model computes in; ``capacity`` in tokens."""
-    dtype = model.activation_dtype or model.model.embed_tokens.weight.dtype
-    return KVCache(model.config, batch, capacity, dtype, model.device)
+def new_cache(model: Transformer, capacity: int) -> KVCache:
+    """An empty cache of one row in the dtype that the model computes in; ``capacity`` in tokens."""
+    return KVCache(model.config, capacity, _dtype(model), model.device)
+
+
+def new_rows(model: Transformer, rows: int) -> RowCache:
+    """An empty cache of so many rows in the dtype that the model computes in."""
+    return RowCache(model.config, rows, _dtype(model), model.device)
+
+
+def _dtype(model: Transformer) -> torch.dtype:
+    return model.activation_dtype or model.model.embed_tokens.weight.dtype
 
 
 def last_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:

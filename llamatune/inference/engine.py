@@ -1,94 +1,233 @@
-"""Decoding engine: batched token generation with a KV cache, and beam search."""
+"""Decoding engine: many prompts share the rows of a batch, and a row that ends is given to the next prompt.
+
+Prompts are read in ragged passes without padding, then each step gives every row a token (continuous batching, Yu et
+al. 2022). A prompt is completed as it would be alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llamatune.command_options.inference import Sampling
 from llamatune.errors import Stopped
 from llamatune.events import ShouldStop, never_stop
 from llamatune.inference.beam_search import beam_search
-from llamatune.inference.completion import Completion, last_logits, new_cache
-from llamatune.inference.sampling import next_tokens
-from llamatune.model.attention import windowed
+from llamatune.inference.completion import Completion, last_logits, new_rows
+from llamatune.inference.sampling import next_tokens, penalised
+from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
 from llamatune.seeds import derived_seed
+from llamatune.shapes.recurring_sizes import filled_up
+from llamatune.shapes.rope_scaling import DynamicScaling
+
+_TOKENS_IN_A_PASS = 2048
+"""Of prompts that are read together; a longer prompt is read in several passes."""
+
+IsEnough = Callable[[Sequence[int]], bool]
 
 
-def _visible(padding: Tensor, first: int, last: int) -> Tensor:
-    """Attention mask (B, 1, last - first, last) for queries ``first : last``.
+@dataclass
+class _Sequence:
+    """A prompt that is being completed; ``seen`` (V,): the tokens in it and after it, where they are penalised."""
 
-    A padding position attends to itself alone: a row of the mask with no entry would give NaN.
-    """
-    queries = torch.arange(first, last, device=padding.device)[:, None]
-    keys = torch.arange(last, device=padding.device)[None]
-    real = keys >= padding[:, None, None]  # (B, 1, last)
-    return ((real & (keys <= queries)) | (keys == queries))[:, None]
+    number: int
+    prompt: Sequence[int]
+    generator: torch.Generator
+    chosen: list[int] = field(default_factory=list)
+    seen: Tensor | None = None
 
 
-@torch.inference_mode()
-def complete(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    eos_ids: Collection[int],
-    should_stop: ShouldStop = never_stop,
-    is_enough: Callable[[Sequence[int]], bool] | None = None,
-) -> list[Completion]:
-    """Continue every prompt (ids, BOS included) as it would be continued alone.
+class Engine:
+    """Completes the prompts that are added, at most ``rows`` at a time.
 
     Args:
-        is_enough: whether a completion, given its ids so far, needs no more; not for beam search.
+        is_enough: whether a completion, given its ids so far, needs no more.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        sampling: Sampling,
+        eos_ids: Collection[int],
+        rows: int,
+        is_enough: IsEnough | None = None,
+    ) -> None:
+        self._model, self._sampling, self._eos_ids = model, sampling, frozenset(eos_ids)
+        self._rows, self._is_enough = rows, is_enough
+        self._cache = new_rows(model, rows)
+        self._running: list[_Sequence] = []  # by their rows of the cache
+        self._waiting: deque[_Sequence] = deque()
+        self._added = 0
+
+    def add(self, prompt: Sequence[int]) -> int:
+        """Take a prompt (ids, BOS included); its number, which counts from 0."""
+        generator = torch.Generator().manual_seed(derived_seed(self._sampling.seed, "sampling"))
+        self._waiting.append(_Sequence(self._added, prompt, generator))
+        self._cache.capacity = max(self._cache.capacity, len(prompt) + self._sampling.max_new_tokens)
+        self._added += 1
+        return self._added - 1
+
+    @property
+    def waiting(self) -> int:
+        """Prompts that have no row yet."""
+        return len(self._waiting)
+
+    @property
+    def is_done(self) -> bool:
+        return not self._running and not self._waiting
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, Completion]]:
+        """Give every running prompt a token, or read waiting ones if enough rows are free; those that ended by it."""
+        free = self._rows - len(self._running)
+        # A pass over prompts makes the others wait, so several rows are given away together.
+        if self._waiting and (not self._running or free >= max(1, self._rows // 8)):
+            return self._read(free)
+        inputs = torch.tensor([[sequence.chosen[-1]] for sequence in self._running], device=self._model.device)
+        layers, mask = self._cache.next_token(), self._cache.visible()
+        positions = torch.tensor(self._cache.lengths, device=self._model.device)[:, None] - 1
+        logits = self._model(inputs, positions, mask, layers, read=last_logits)
+        return self._take(logits, 0)
+
+    def _read(self, free: int) -> list[tuple[int, Completion]]:
+        """Read the next prompts, as many as one pass takes, and draw the first token of each."""
+        new = [self._waiting.popleft()]
+        tokens = len(new[0].prompt)
+        while self._waiting and len(new) < free and tokens + len(self._waiting[0].prompt) <= _TOKENS_IN_A_PASS:
+            new.append(self._waiting.popleft())
+            tokens += len(new[-1].prompt)
+        first = len(self._running)
+        self._running += new
+        # The angles of dynamic scaling depend on the length of the whole prompt.
+        if tokens > _TOKENS_IN_A_PASS and not isinstance(self._model.config.rope_scaling, DynamicScaling):
+            return self._take(self._read_long(new[0].prompt), first)
+        device = self._model.device
+        lengths = tuple(len(sequence.prompt) for sequence in new)
+        ids = torch.tensor([[token for sequence in new for token in sequence.prompt]], device=device)
+        element_bytes = torch.finfo(self._model.product_dtype).bits // 8
+        filling = filled_up(tokens, device.type, element_bytes) - tokens
+        samples = (*lengths, filling) if filling else lengths
+        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
+        layers = self._cache.begin(lengths)
+        logits = self._model(
+            F.pad(ids, (0, filling)), cache=layers, lengths=samples, rows=ends, read=_logits_of_the_row
+        )
+        return self._take(logits, first)
+
+    def _read_long(self, prompt: Sequence[int]) -> Tensor:
+        """Logits (1, V) behind a prompt of several passes."""
+        logits = None
+        for begin in range(0, len(prompt), _TOKENS_IN_A_PASS):
+            part = prompt[begin : begin + _TOKENS_IN_A_PASS]
+            ids = torch.tensor([part], device=self._model.device)
+            layers = self._cache.begin([len(part)]) if begin == 0 else self._cache.continue_last(len(part))
+            mask = None if begin == 0 else _causal(begin, len(part), self._model)
+            logits = self._model(ids, mask=mask, cache=layers, read=last_logits)
+        assert logits is not None
+        return logits  # type: ignore[no-any-return]
+
+    def _take(self, logits: Tensor, first: int) -> list[tuple[int, Completion]]:
+        """Draw a token from ``logits`` (rows, V) for each row from ``first`` on."""
+        running = self._running[first:]
+        logits = logits.float()
+        if self._sampling.repetition_penalty != 1:
+            seen = torch.stack([self._seen(sequence, logits) for sequence in running])
+            logits = penalised(logits, seen, self._sampling.repetition_penalty)
+        tokens = next_tokens(logits, self._sampling, [sequence.generator for sequence in running])
+        ended: list[tuple[int, Completion]] = []
+        rows: list[int] = []
+        for row, (sequence, token) in enumerate(zip(running, tokens, strict=True), first):
+            if reason := self._end(sequence, token):
+                ended.append((sequence.number, Completion(sequence.chosen, reason)))
+                rows.append(row)
+        if rows:
+            self._running = [self._running[row] for row in self._cache.drop(rows)]
+        return ended
+
+    def _seen(self, sequence: _Sequence, logits: Tensor) -> Tensor:
+        if sequence.seen is None:
+            sequence.seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            sequence.seen[torch.tensor(sequence.prompt, device=logits.device)] = True
+        else:
+            sequence.seen[sequence.chosen[-1]] = True
+        return sequence.seen
+
+    def _end(self, sequence: _Sequence, token: int) -> str:
+        """Why a completion ends with ``token``, which is added to it unless it is an EOS; "" if it goes on."""
+        if token in self._eos_ids:
+            return "eos"
+        sequence.chosen.append(token)
+        if self._is_enough is not None and self._is_enough(sequence.chosen):
+            return "stop"
+        return "length" if len(sequence.chosen) == self._sampling.max_new_tokens else ""
+
+
+def completions(
+    model: Transformer,
+    prompts: Iterable[Sequence[int]],
+    sampling: Sampling,
+    eos_ids: Collection[int],
+    rows: int,
+    should_stop: ShouldStop = never_stop,
+    is_enough: IsEnough | None = None,
+) -> Iterator[Completion]:
+    """The completion of every prompt (ids, BOS included), in their order, at most ``rows`` computed at a time.
+
+    Args:
+        is_enough: as ``Engine`` has it; not for beam search.
 
     Raises:
         Stopped: ``should_stop`` said so, between two tokens.
     """
     if sampling.num_beams > 1:
         assert is_enough is None, "a beam is known to be the best only at its end"
-        return [beam_search(model, prompt, sampling, eos_ids, should_stop) for prompt in prompts]
-    width, device = max(map(len, prompts)), model.device
-    # Prompts are padded on the left to one width.
-    missing = [width - len(prompt) for prompt in prompts]
-    padding = torch.tensor(missing, device=device)  # (B,)
-    input_ids = torch.tensor([[0] * (width - len(prompt)) + [*prompt] for prompt in prompts], device=device)
-    cache = new_cache(model, len(prompts), width + sampling.max_new_tokens)
-    generators = [torch.Generator().manual_seed(derived_seed(sampling.seed, "sampling")) for _ in prompts]
-    chosen: list[list[int]] = [[] for _ in prompts]
-    finished = [""] * len(prompts)  # the reason of each finished prompt
-    rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
+        for prompt in prompts:
+            yield beam_search(model, prompt, sampling, eos_ids, should_stop)
+        return
+    engine = Engine(model, sampling, eos_ids, rows, is_enough)
+    coming, ended, due = iter(prompts), dict[int, Completion](), 0
     while True:
+        for prompt in itertools.islice(coming, rows - engine.waiting):
+            engine.add(prompt)
+        if engine.is_done:
+            return
         if should_stop():
             raise Stopped("stopped while generating")
-        start, end = cache.length, cache.length + input_ids.shape[1]
-        positions = (torch.arange(start, end, device=device)[None] - padding[:, None]).clamp(min=0)
-        mask = None  # the causal mask is enough
-        if any(missing):
-            mask = windowed(_visible(padding, start, end), model.config.sliding_window, start, end - start, device)
-        logits = model(input_ids, positions, mask, cache, read=last_logits)  # (B, V)
-        tokens = next_tokens(logits.float(), sampling, generators)
-        for row, token in zip(rows, tokens, strict=True):
-            if finished[row]:
-                continue
-            if token in eos_ids:
-                finished[row] = "eos"
-                continue
-            chosen[row].append(token)
-            if is_enough is not None and is_enough(chosen[row]):
-                finished[row] = "stop"
-            elif len(chosen[row]) == sampling.max_new_tokens:
-                finished[row] = "length"
-        going_on = [place for place, row in enumerate(rows) if not finished[row]]
-        if not going_on:
-            return list(map(Completion, chosen, finished))
-        if 2 * len(going_on) <= len(rows):
-            # A finished row costs as much as another. The batch halves, so all copies together are less than one of it.
-            first = min(missing[place] for place in going_on)
-            cache.keep_rows(going_on, first)
-            missing = [missing[place] - first for place in going_on]
-            padding = torch.tensor(missing, device=device)
-            rows, tokens = [rows[place] for place in going_on], [tokens[place] for place in going_on]
-            generators = [generators[place] for place in going_on]
-        input_ids = torch.tensor(tokens, device=device)[:, None]
+        ended.update(engine.step())
+        while due in ended:
+            yield ended.pop(due)
+            due += 1
+
+
+def complete(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    eos_ids: Collection[int],
+    should_stop: ShouldStop = never_stop,
+    is_enough: IsEnough | None = None,
+) -> list[Completion]:
+    """``completions`` of all prompts at once."""
+    return list(completions(model, prompts, sampling, eos_ids, max(1, len(prompts)), should_stop, is_enough))
+
+
+def _causal(start: int, queries: int, model: Transformer) -> Tensor:
+    """Mask (1, 1, queries, start + queries): each query sees what precedes it, within the sliding window."""
+    keys = torch.arange(start + queries, device=model.device)
+    places = keys[start:, None]
+    seen = keys <= places
+    if (window := model.config.sliding_window) is not None:
+        seen &= keys > places - window
+    return seen[None, None]
+
+
+def _logits_of_the_row(hidden: Tensor, head_weight: Tensor) -> Tensor:
+    """(1, rows, D) -> (rows, V)."""
+    return linear(hidden[0], head_weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from time import monotonic
 from typing import Any
@@ -14,14 +14,14 @@ from llamatune.data.segments import prompt_of_json
 from llamatune.data.templates import Template
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.inference.completion import Completion
-from llamatune.inference.engine import complete
+from llamatune.inference.engine import completions
 from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_encoding import PromptEncoder, is_chat, shown_answer
 from llamatune.inference.prompt_files import Prompt
 from llamatune.ranks import ALONE, Ranks
-from llamatune.shared_work import map_generating
+from llamatune.shared_work import share_generating
 
-_BATCH = 16
+_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -74,32 +74,32 @@ def generate(
     ids = opened.encode(tokenizer, shown, sampling.max_new_tokens, on_event)
     beams, config = sampling.num_beams, opened.checkpoint.config
     advice = opened.memory_advice("use fewer --max-new-tokens")
-    rows = beams if beams > 1 else min(_BATCH, len(ids))
+    rows = beams if beams > 1 else min(_ROWS, len(ids))
     with opened.computing(rows, advice, on_event):
         models = opened.load(on_event, should_stop).by_prefix
         eos_ids = encoder.stop_ids(config)
 
         def run(name: str, task: str) -> tuple[list[Completion], float]:
-            started, done, starts = monotonic(), list[Completion](), range(0, len(ids), _BATCH)
+            started, done = monotonic(), list[Completion]()
 
-            def complete_batch(first: int, should_stop: ShouldStop) -> list[tuple[Any, ...]]:
-                batch = ids[first : first + _BATCH]
-                return [astuple(made) for made in complete(models[name], batch, sampling, eos_ids, should_stop)]
+            def completed(part: Sequence[list[int]], should_stop: ShouldStop) -> Iterator[tuple[Any, ...]]:
+                return map(astuple, completions(models[name], part, sampling, eos_ids, _ROWS, should_stop))
 
-            for batch in map_generating(starts, complete_batch, should_stop, ranks, source.placement == "shard"):
-                done += [Completion(*values) for values in batch]
+            in_slices = source.placement == "shard"
+            for values in share_generating(ids, completed, _ROWS, should_stop, ranks, in_slices):
+                done.append(Completion(*values))
                 on_event(Progress(task, len(done), len(ids)))
             return done, sum(len(completion.ids) for completion in done) / max(monotonic() - started, 1e-9)
 
         base_texts: Sequence[str | None] = [None] * len(ids)
         if source.compare:
-            answers = zip(shown, ids, run("base_", "generating with the base")[0], strict=True)
-            base_texts = [shown_answer(tokenizer, asked, prompt, made.ids) for asked, prompt, made in answers]
-        completions, speed = run("", "generating")
+            of_base = zip(shown, ids, run("base_", "generating with the base")[0], strict=True)
+            base_texts = [shown_answer(tokenizer, asked, prompt, made.ids) for asked, prompt, made in of_base]
+        answers, speed = run("", "generating")
     results = [
         Generation(
             segments.shown, shown_answer(tokenizer, segments, prompt, made.ids), made.ids, made.finish_reason, base_text
         )
-        for segments, prompt, made, base_text in zip(shown, ids, completions, base_texts, strict=True)
+        for segments, prompt, made, base_text in zip(shown, ids, answers, base_texts, strict=True)
     ]
     return Generations(results, speed)

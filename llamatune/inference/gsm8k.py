@@ -28,14 +28,14 @@ from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import DataError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.answer_log import AnswerLog, open_answer_log
-from llamatune.inference.engine import complete
+from llamatune.inference.engine import completions
 from llamatune.inference.evaluate import smaller_batches
 from llamatune.inference.model_source import OpenedModel, open_model
 from llamatune.inference.prompt_encoding import PromptEncoder, shown_answer
 from llamatune.inference.significance import exact_mcnemar, score_interval
 from llamatune.ranks import ALONE, Ranks
 from llamatune.seeds import derived_seed
-from llamatune.shared_work import map_generating, refuse_differences
+from llamatune.shared_work import refuse_differences, share_generating
 from llamatune.tokenizers.tokenizer import Tokenizer
 
 _REVISION = 1  # raise it when the same settings come to give other answers
@@ -184,23 +184,25 @@ def evaluate_gsm8k(
         lines = ranks.from_first(lines)
         if len(lines) == len(questions):
             return report(lines)
-        # Whole batches only, so that the rows of a batch do not depend on where the evaluation was stopped.
-        del lines[len(lines) // options.batch_size * options.batch_size :]
         if log is not None:
             log.keep(len(lines))
         advice = opened.memory_advice(*smaller_batches(options.batch_size))
         stack.enter_context(opened.computing(min(options.batch_size, len(prompts)), advice, on_event))
         eos_ids = encoder.stop_ids(opened.checkpoint.config)
+        unanswered, kept = (questions[len(lines) :], shown[len(lines) :], prompts[len(lines) :]), len(lines)
         try:
-            unanswered = questions[len(lines) :], shown[len(lines) :], prompts[len(lines) :]
-            for batch in _answer(options, opened, tokenizer, eos_ids, *unanswered, on_event, should_stop):
-                if log is not None:
-                    log.append(batch)
-                lines += batch
+            for line in _answer(options, opened, tokenizer, eos_ids, *unanswered, on_event, should_stop):
+                lines.append(line)
+                if log is not None and len(lines) - kept == options.batch_size:
+                    log.append(lines[kept:])
+                    kept = len(lines)
                 on_event(Progress("answering", len(lines), len(questions)))
         except Stopped:
             what, todo = f"stopped after {len(lines)} of {len(questions)} questions", "run the same command again"
             raise Stopped(what, options.output, todo if options.output else None) from None
+        finally:
+            if log is not None:
+                log.append(lines[kept:])
     return report(lines)
 
 
@@ -214,24 +216,28 @@ def _answer(
     prompts: list[list[int]],
     on_event: OnEvent,
     should_stop: ShouldStop,
-) -> Iterator[list[dict[str, Any]]]:
-    """The lines of each batch of questions: greedy, and ended once no further text can change the score."""
+) -> Iterator[dict[str, Any]]:
+    """The line of each question, in order: greedy, and ended once no further text can change the score."""
     models = opened.load(on_event, should_stop).by_prefix
 
     def is_enough(ids: Sequence[int]) -> bool:
         return is_answered(tokenizer.decode(ids), bool(options.shots))
 
-    def answer(first: int, should_stop: ShouldStop) -> list[dict[str, Any]]:
-        batch, asked = prompts[first : first + options.batch_size], shown[first : first + options.batch_size]
-        replies: list[dict[str, tuple[str, str]]] = [{} for _ in batch]
-        for prefix, model in models.items():
-            completions = complete(model, batch, options.sampling, eos_ids, should_stop, is_enough)
-            for reply, segments, prompt, made in zip(replies, asked, batch, completions, strict=True):
-                reply[prefix] = shown_answer(tokenizer, segments, prompt, made.ids), made.finish_reason
-        return list(map(scored_line, questions[first : first + options.batch_size], replies))
+    def answered(places: Sequence[int], should_stop: ShouldStop) -> Iterator[dict[str, Any]]:
+        asked = [prompts[place] for place in places]
+        replies = [
+            completions(model, asked, options.sampling, eos_ids, options.batch_size, should_stop, is_enough)
+            for model in models.values()
+        ]
+        for place, *of_models in zip(places, *replies, strict=True):
+            texts = [
+                (shown_answer(tokenizer, shown[place], prompts[place], reply.ids), reply.finish_reason)
+                for reply in of_models
+            ]
+            yield scored_line(questions[place], dict(zip(models, texts, strict=True)))
 
-    starts, in_slices = range(0, len(prompts), options.batch_size), options.placement == "shard"
-    yield from map_generating(starts, answer, should_stop, opened.ranks, in_slices)
+    places, in_slices = range(len(prompts)), options.placement == "shard"
+    yield from share_generating(places, answered, options.batch_size, should_stop, opened.ranks, in_slices)
 
 
 def _settings(

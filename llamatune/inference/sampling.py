@@ -1,4 +1,4 @@
-"""Sampling: the next token from logits, by temperature, top-k and top-p."""
+"""Sampling: the next token from logits, by repetition penalty, temperature, top-k, top-p and min-p."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from llamatune.errors import NumericsError
 
 
 def token_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (B, V) in fp32 from logits (B, V): temperature, then the ``top_k`` likeliest, then the nucleus.
+    """Probabilities (B, V) in fp32 from logits (B, V): temperature, ``top_k`` likeliest, nucleus, ``min_p``, in turn.
 
     The nucleus is the smallest set of the likeliest tokens whose probabilities reach ``top_p`` (Holtzman et al. 2020).
+    ``min_p`` leaves tokens of at least that share of the likeliest's probability (Nguyen et al. 2024).
     """
     # Relative to the likeliest, so that a tiny temperature divides to -inf and not to inf - inf.
     logits = logits.float()
@@ -27,7 +28,19 @@ def token_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         ordered = ordered.masked_fill(outside, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, indices, ordered)
         probabilities /= probabilities.sum(-1, keepdim=True)
+    if sampling.min_p > 0:
+        least = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+        probabilities /= probabilities.sum(-1, keepdim=True)
     return probabilities
+
+
+def penalised(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """``scores`` (B, V), logits or log-probabilities, those of the tokens ``seen`` (B, V) made less likely.
+
+    They are divided by ``penalty`` (Keskar et al. 2019, section 4.1), or multiplied by it where they are negative.
+    """
+    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:

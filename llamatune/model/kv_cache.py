@@ -1,8 +1,9 @@
-"""The key-value cache of generation."""
+"""Key-value caches of generation: of many sequences of their own lengths, and of one that grows by any tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,18 +13,148 @@ from llamatune.shapes.llama_config import LlamaConfig
 _FIRST_ROOM_TOKENS = 256
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, for inference only.
+class LayerCache(Protocol):
+    """What attention asks of a cache: ``update`` takes a layer's new keys and values (B, K, T, E) and returns all that
+    the queries may see, (B, K, S, E). ``length``: the tokens before the new ones, of each row alike."""
 
-    ``update`` of a layer appends (B, K, T, E) and returns all of it, (B, K, S, E); ``length`` grows with the last one.
+    length: int
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class RowCache:
+    """Keys and values of up to ``rows`` sequences; those in use are the first ones, without a gap.
+
+    Room grows for all rows, doubling, as the longest needs it, up to ``capacity`` tokens, which may be raised; a layer
+    at a time, so that little is held twice.
+    """
+
+    def __init__(self, config: LlamaConfig, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._layers, self._window = config.num_hidden_layers, config.sliding_window
+        shape = (2, rows, config.num_key_value_heads, 0, config.head_dim)
+        self._stored = [torch.empty(shape, dtype=dtype, device=device) for _ in range(self._layers)]
+        self.lengths: list[int] = []
+        self.capacity = 0
+
+    def begin(self, lengths: Sequence[int]) -> LayerCache:
+        """For one pass over as many new sequences, which stand one after another in one row of the batch.
+
+        What follows them in that row is not kept.
+        """
+        first = len(self.lengths)
+        self.lengths += lengths
+        return _NewRows(self, first)
+
+    def continue_last(self, tokens: int) -> LayerCache:
+        """For one pass over so many further tokens of the last sequence, which is the only row of the batch."""
+        self.lengths[-1] += tokens
+        return _LastRow(self, tokens)
+
+    def next_token(self) -> LayerCache:
+        """For one pass over a further token of every sequence."""
+        self.lengths = [length + 1 for length in self.lengths]
+        return _EveryRow(self)
+
+    def visible(self) -> Tensor | None:
+        """Mask (rows, 1, 1, S) of ``next_token``'s pass, True at the keys that a row sees; None: all of them."""
+        longest, device = max(self.lengths), self._stored[0].device
+        outside = self._window is not None and longest > self._window
+        if min(self.lengths) == longest and not outside:
+            return None
+        places, ends = torch.arange(longest, device=device), torch.tensor(self.lengths, device=device)[:, None]
+        seen = places < ends
+        if outside:
+            seen &= places >= ends - (self._window or 0)
+        return seen[:, None, None]
+
+    def drop(self, rows: Sequence[int]) -> list[int]:
+        """Give up ``rows``; the last rows that stay take their places. Returns where each row that stays came from."""
+        gone = set(rows)
+        count = len(self.lengths) - len(gone)
+        moving = [row for row in range(count, len(self.lengths)) if row not in gone]
+        origin = [moving.pop() if row in gone else row for row in range(count)]
+        for place, row in enumerate(origin):
+            if place != row:
+                for stored in self._stored:
+                    stored[:, place, :, : self.lengths[row]] = stored[:, row, :, : self.lengths[row]]
+        self.lengths = [self.lengths[row] for row in origin]
+        return origin
+
+    def layer(self, layer: int, held: int) -> Tensor:
+        """(2, rows, K, room, E) with room for all lengths; ``held``: the longest that is kept if it has to grow."""
+        stored, longest = self._stored[layer], max(self.lengths)
+        if longest > stored.shape[3]:
+            room = max(longest, min(self.capacity, max(2 * stored.shape[3], _FIRST_ROOM_TOKENS)))
+            # Zeros, since what a mask hides still takes part, with a weight of 0, which must not meet NaN.
+            grown = stored.new_zeros((*stored.shape[:3], room, stored.shape[4]))
+            grown[:, :, :, :held] = stored[:, :, :, :held]
+            self._stored[layer] = stored = grown
+        return stored
+
+
+class _NewRows:
+    """New sequences from row ``first`` on, one after another in the pass."""
+
+    def __init__(self, cache: RowCache, first: int) -> None:
+        self._cache, self._first, self.length = cache, first, 0
+        self._held = max(cache.lengths[:first], default=0)
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._cache.layer(layer, self._held)
+        begin = 0
+        for row, length in enumerate(self._cache.lengths[self._first :], self._first):
+            keys[row, :, :length] = key[0, :, begin : begin + length]
+            values[row, :, :length] = value[0, :, begin : begin + length]
+            begin += length
+        return key, value
+
+
+class _LastRow:
+    """The last sequence goes on by several tokens."""
+
+    def __init__(self, cache: RowCache, tokens: int) -> None:
+        self._cache, self.length = cache, cache.lengths[-1] - tokens
+        self._held = max([*cache.lengths[:-1], self.length])
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        row, end = len(self._cache.lengths) - 1, self._cache.lengths[-1]
+        keys, values = self._cache.layer(layer, self._held)[:, row : row + 1, :, :end]
+        keys[:, :, self.length :] = key
+        values[:, :, self.length :] = value
+        return keys, values
+
+
+class _EveryRow:
+    """Every sequence goes on by a token."""
+
+    def __init__(self, cache: RowCache) -> None:
+        device = cache.layer(0, max(cache.lengths) - 1).device
+        self._cache, self.length = cache, max(cache.lengths) - 1
+        self._alike = min(cache.lengths) > self.length
+        self._rows = torch.arange(len(cache.lengths), device=device)
+        self._places = torch.tensor(cache.lengths, device=device) - 1
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._cache.layer(layer, self.length)[:, : len(self._rows), :, : self.length + 1]
+        if self._alike:
+            keys[:, :, self.length] = key[:, :, 0]
+            values[:, :, self.length] = value[:, :, 0]
+        else:
+            keys[self._rows, :, self._places] = key[:, :, 0]
+            values[self._rows, :, self._places] = value[:, :, 0]
+        return keys, values
+
+
+class KVCache:
+    """Keys and values of the tokens in one row, in which several beams stand (a ``LayerCache``).
+
+    ``update`` of a layer appends (1, K, T, E) and returns all of it, (1, K, S, E); ``length`` grows with the last one.
     Room doubles as it is used up, up to ``capacity`` tokens, and a layer at a time, so that little is held twice.
     """
 
-    def __init__(
-        self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: LlamaConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self._capacity, self._layers = capacity, config.num_hidden_layers
-        shape = (2, batch, config.num_key_value_heads, 0, config.head_dim)
+        shape = (2, 1, config.num_key_value_heads, 0, config.head_dim)
         self._stored = [torch.empty(shape, dtype=dtype, device=device) for _ in range(self._layers)]
         self.length = 0
 
@@ -48,15 +179,8 @@ class KVCache:
         """Whether so many more tokens fit without growth."""
         return self.length + tokens <= self._stored[-1].shape[3]
 
-    def keep_rows(self, rows: Sequence[int], first: int = 0) -> None:
-        """Keep only these rows of the batch, and of them the tokens from place ``first`` on."""
-        kept = torch.tensor(rows, device=self._stored[0].device)
-        for layer, stored in enumerate(self._stored):
-            self._stored[layer] = stored[:, kept, :, first : self.length]
-        self.length -= first
-
     def keep_places(self, places: Tensor) -> None:
-        """Keep only the tokens at ``places`` (N,), in every row and in this order."""
+        """Keep only the tokens at ``places`` (N,), in this order."""
         for layer, stored in enumerate(self._stored):
             self._stored[layer] = stored[:, :, :, places]
         self.length = len(places)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llamatune.model.attention import Documents, attend, windowed
-from llamatune.model.kv_cache import KVCache
+from llamatune.model.kv_cache import LayerCache
 from llamatune.model.layers import Embedding, Linear, RMSNorm, linear, product_dtype, swiglu
 from llamatune.model.rope import Rotation, rotary_angles, rotate
 from llamatune.shapes.llama_config import LlamaConfig
@@ -31,7 +31,7 @@ class Context:
 
     rotation: Rotation
     mask: Tensor | None = None
-    cache: KVCache | None = None
+    cache: LayerCache | None = None
     documents: Documents | None = None
 
 
@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         input_ids: Tensor,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: LayerCache | None = None,
         lengths: tuple[int, ...] | None = None,
         rows: Tensor | None = None,
         read: Callable[[Tensor, Tensor], Any] = linear,

@@ -134,7 +134,7 @@ def log_inference() -> None:
         return both
 
     evaluate.score_batch = logged(evaluate.score_batch)
-    generate.complete, gsm8k.complete = logged(generate.complete), logged(gsm8k.complete)
+    generate.completions, gsm8k.completions = logged(generate.completions), logged(gsm8k.completions)
 
 
 # Faults of one rank

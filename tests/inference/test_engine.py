@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from llamatune.checkpoints.loading import load_model
 from llamatune.command_options.inference import Sampling
 from llamatune.errors import NumericsError, Stopped
 from llamatune.inference import beam_search, engine
-from llamatune.inference.completion import new_cache
-from llamatune.inference.engine import complete
-from llamatune.model.kv_cache import KVCache
+from llamatune.inference.completion import new_cache, new_rows
+from llamatune.inference.engine import complete, completions
+from llamatune.model.kv_cache import KVCache, RowCache
 from llamatune.model.transformer import Transformer
 
 _chance = random.Random(4)
@@ -54,12 +55,8 @@ def test_greedy_ids_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_prompt_in_a_batch_is_completed_as_alone(
-    tiny_base: Callable[..., Path], dtype: torch.dtype, temperature: float
-) -> None:
+def test_a_prompt_in_a_batch_is_completed_as_alone(model: Transformer, temperature: float) -> None:
     """Ragged prompts; EOS ends some of them early."""
-    model = load_model(tiny_base(), dtype).eval()
     sampling = Sampling(max_new_tokens=20, temperature=temperature, seed=3)
     first = complete(model, PROMPTS, sampling, ())
     eos = {first[0].ids[9], first[2].ids[4]}
@@ -67,6 +64,68 @@ def test_a_prompt_in_a_batch_is_completed_as_alone(
     assert complete(model, PROMPTS, sampling, eos) == alone
     assert complete(model, PROMPTS[::-1], sampling, eos) == alone[::-1]
     assert {found.finish_reason for found in alone} == {"eos", "length"}
+
+
+MANY = [[1, *(_chance.randrange(3, 131) for _ in range(_chance.randrange(40)))] for _ in range(25)]
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "sliding window": {"model_type": "mistral", "sliding_window": 9},
+    "llama 3's angles": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+    "dynamic angles": {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "temperature"), [*((shape, 0.0) for shape in SHAPES), ("llama", 1.0)])
+def test_prompts_that_share_rows_are_completed_as_alone(
+    tiny_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, shape: str, temperature: float
+) -> None:
+    """More prompts than rows, some ended after few tokens; passes of few tokens, so that long prompts take several."""
+    model = load_model(tiny_base(**SHAPES[shape])).eval()
+    sampling = Sampling(max_new_tokens=24, temperature=temperature, seed=5)
+    eos = set(range(3, 11))
+    alone = [complete(model, [prompt], sampling, eos)[0] for prompt in MANY]
+    assert {found.finish_reason for found in alone} == {"eos", "length"}
+    monkeypatch.setattr(engine, "_TOKENS_IN_A_PASS", 24)
+    for rows in (3, 16, 64):
+        assert list(completions(model, iter(MANY), sampling, eos, rows)) == alone
+    assert list(completions(model, MANY[::-1], sampling, eos, 5)) == alone[::-1]
+
+
+def test_rows_that_end_are_filled_at_once(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of 25 prompts on 8 rows: no more than the tokens need, but for the last rows and the prompts' passes."""
+    sampling, eos = Sampling(max_new_tokens=60, temperature=1.0, seed=5), set(range(3, 11))
+    passes: list[int] = []
+    forward = Transformer.forward
+    monkeypatch.setattr(
+        Transformer,
+        "forward",
+        lambda self, ids, *more, **how: passes.append(ids.shape[0]) or forward(self, ids, *more, **how),
+    )
+    found = list(completions(model, MANY, sampling, eos, 8))
+    drawn = sum(len(one.ids) + (one.finish_reason == "eos") for one in found)
+    longest = max(len(one.ids) for one in found)
+    assert len(passes) <= (drawn - len(MANY)) / 8 + len(MANY) + longest
+    batches = -(-len(MANY) // 8)
+    assert len(passes) < sum(max(len(one.ids) for one in found[8 * at : 8 * at + 8]) for at in range(batches))
+
+
+def test_the_first_answers_come_before_the_last_prompts_are_asked_for(model: Transformer) -> None:
+    asked = []
+    prompts = (asked.append(prompt) or prompt for prompt in MANY)
+    next(completions(model, prompts, Sampling(4, 0), (), rows=4))
+    assert len(asked) <= 12 < len(MANY)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_choose_what_is_nearly_the_likeliest(tiny_base: Callable[..., Path], dtype: torch.dtype) -> None:
+    """In a batch and alone, products are rounded in other ways, so that near ties may fall otherwise."""
+    model = load_model(tiny_base(), dtype).eval()
+    for prompt, found in zip(MANY, completions(model, MANY, Sampling(12, 0), (), rows=7), strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *found.ids]]))[0, len(prompt) - 1 : -1].float()
+        chosen = logits.gather(1, torch.tensor(found.ids)[:, None])[:, 0]
+        assert bool((logits.amax(1) - chosen <= 0.02 * logits.abs().amax(1)).all())
 
 
 def test_sampling_is_a_function_of_the_seed(model: Transformer) -> None:
@@ -107,7 +166,40 @@ def test_decoding_asks_whether_to_stop(model: Transformer) -> None:
         complete(model, PROMPTS, Sampling(20, 0, num_beams=2), (), lambda: True)
 
 
+@pytest.mark.parametrize("penalty", [0.8, 1.3])
+def test_penalised_repetitions_are_those_of_transformers(
+    model: Transformer, reference: torch.nn.Module, penalty: float
+) -> None:
+    sampling = Sampling(max_new_tokens=30, temperature=0, repetition_penalty=penalty)
+    found = completions(model, PROMPTS, sampling, (), rows=2)
+    for prompt, one in zip(PROMPTS, found, strict=True):
+        expected = _transformers_ids(reference, prompt, None, max_new_tokens=30, repetition_penalty=penalty)
+        assert one.ids == expected
+
+
 # Beam search.
+
+
+PENALTIES: list[dict[str, float]] = [
+    {"length_penalty": 0.3},
+    {"length_penalty": 3.0},
+    {"length_penalty": -1.0},
+    {"repetition_penalty": 1.4},
+    {"repetition_penalty": 0.9, "length_penalty": 2.0},
+]
+
+
+@pytest.mark.parametrize("how", PENALTIES)
+def test_beams_are_compared_and_penalised_as_by_transformers(
+    model: Transformer, reference: torch.nn.Module, how: dict[str, float]
+) -> None:
+    chance = random.Random(6)
+    for _ in range(8):
+        prompt = [1, *(chance.randrange(3, 131) for _ in range(chance.randrange(1, 9)))]
+        eos = sorted(chance.sample(range(3, 131), 12))
+        expected = _transformers_ids(reference, prompt, eos, max_new_tokens=12, num_beams=3, **how)
+        found = complete(model, [prompt], Sampling(max_new_tokens=12, num_beams=3, **how), set(eos))[0]
+        assert found.ids == expected, (prompt, eos)
 
 
 @pytest.mark.parametrize("length", [1, 5, 16])
@@ -155,9 +247,9 @@ def test_the_cache_takes_room_for_what_is_used_of_the_length(
     model: Transformer, beams: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eos = {complete(model, [PROMPTS[2]], Sampling(30, 0, num_beams=beams), ())[0].ids[-1]}
-    caches: list[KVCache] = []
-    for module in (engine, beam_search):
-        monkeypatch.setattr(module, "new_cache", lambda *given: caches.append(new_cache(*given)) or caches[-1])
+    caches: list[KVCache | RowCache] = []
+    for module, name, new in ((engine, "new_rows", new_rows), (beam_search, "new_cache", new_cache)):
+        monkeypatch.setattr(module, name, lambda *given, new=new: caches.append(new(*given)) or caches[-1])
     short, long = (
         complete(model, [PROMPTS[2]], Sampling(length, 0, num_beams=beams), eos)[0] for length in (40, 1 << 20)
     )

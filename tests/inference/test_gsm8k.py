@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.prepare import prepare_data
 from llamatune.data.templates import TEMPLATES
 from llamatune.errors import DataError, EnvironmentFault, LlamatuneError, SpecError, Stopped
+from llamatune.inference import engine
 from llamatune.inference import gsm8k as module
 from llamatune.inference.gsm8k import (
     Question,
@@ -276,14 +278,14 @@ def test_few_shot_prompts_are_what_the_model_is_given_and_end_where_the_next_que
 ) -> None:
     shots = write_rows(tmp_path / "shots.jsonl", [*lines(school / "rows.jsonl"), GOOD, {**GOOD, "question": "So?"}])
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(school / "tokenizer.model"))
-    complete, prompts, ends = module.complete, [], []
+    completions, prompts, ends = module.completions, [], []
 
     def watched(model: Any, batch: list[list[int]], *given: Any) -> Any:
         prompts.extend(tokenizer.decode(ids[1:]) for ids in batch)
         ends.append(given[-1](tokenizer.encode("no\n\nQuestion:")))
-        return complete(model, batch, *given)
+        return completions(model, batch, *given)
 
-    monkeypatch.setattr(module, "complete", watched)
+    monkeypatch.setattr(module, "completions", watched)
     few = evaluation(school, shots=2, shots_data=shots, seed=1, output=tmp_path / "few.jsonl", limit=3, compare=False)
     assert evaluate_gsm8k(few)["shots"] == 2
     examples = json.loads((tmp_path / "few.jsonl.settings.json").read_text())["shots"]
@@ -367,41 +369,30 @@ def test_killed_between_two_batches_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_a_signal_stops_it_within_a_batch(
+def test_a_signal_stops_it_between_two_tokens_and_keeps_what_is_answered(
     school: Path, tmp_path: Path, finished: tuple[bytes, bytes], command: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch, kept: bool,
 ) -> None:  # fmt: skip
     output = tmp_path / "out.jsonl"
-    complete, calls = module.complete, iter(range(99))
+    step, calls = engine.Engine.step, itertools.count()
 
-    def interrupted(*given: Any) -> Any:
-        if next(calls) == 3:  # the second batch of the base
+    def interrupted(self: engine.Engine) -> Any:
+        if next(calls) == 60:
             os.kill(os.getpid(), signal.SIGTERM)
-        return complete(*given)
+        return step(self)
 
-    monkeypatch.setattr(module, "complete", interrupted)
+    monkeypatch.setattr(engine.Engine, "step", interrupted)
     outcome = command(*arguments(school, output if kept else None))
     assert (outcome.code, outcome.stdout) == (75 if kept else 130, "")
-    assert outcome.stderr.splitlines()[-1].startswith("error: stopped after 3 of 10 questions")
+    told = re.match("error: stopped after ([0-9]+) of 10 questions", outcome.stderr.splitlines()[-1])
+    assert told is not None
+    assert 0 < int(told[1]) < 10
+    assert next(calls) == 61, "no further token"
     monkeypatch.undo()
     if kept:
-        assert len(lines(output)) == 3
+        assert len(lines(output)) == int(told[1])
         assert command(*arguments(school, output)).code == 0
         assert output.read_bytes() == finished[0]
-
-
-def test_it_goes_on_with_whole_batches(school: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is computed beside whom does not depend on where it was stopped: in 16 bits it can decide an answer."""
-    complete, sizes = module.complete, []
-
-    def watched(model: Any, batch: list[list[int]], *given: Any) -> Any:
-        sizes.append(len(batch))
-        return complete(model, batch, *given)
-
-    evaluate_gsm8k(evaluation(school, output=tmp_path / "out.jsonl", compare=False, limit=5))
-    monkeypatch.setattr(module, "complete", watched)
-    evaluate_gsm8k(evaluation(school, output=tmp_path / "out.jsonl", compare=False))
-    assert sizes == [3, 3, 1]
 
 
 def test_a_finished_output_is_scored_without_loading_the_model(

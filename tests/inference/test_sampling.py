@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llamatune.command_options.inference import Sampling
 from llamatune.errors import NumericsError, SpecError
-from llamatune.inference.sampling import next_tokens, token_distribution
+from llamatune.inference.sampling import next_tokens, penalised, token_distribution
 
 # Far enough apart that rounding cannot swap two tokens.
 LOGITS = st.lists(st.integers(-40, 40), min_size=2, max_size=12, unique=True).map(lambda found: [v / 8 for v in found])
@@ -46,6 +46,30 @@ def test_the_distribution_is_the_one_by_hand(
     found = token_distribution(torch.tensor([logits]), sampling)[0].tolist()
     expected = by_hand(logits, temperature, top_k, top_p)
     assert found == pytest.approx([expected.get(token, 0.0) for token in range(len(logits))], abs=1e-5)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(0, 1 << 30), st.floats(0.2, 3), st.none() | st.integers(1, 60), st.floats(0.05, 1), st.floats(0, 1),
+    st.floats(0.5, 2),
+)  # fmt: skip
+def test_the_distribution_is_that_of_transformers(
+    seed: int, temperature: float, top_k: int | None, top_p: float, min_p: float, penalty: float
+) -> None:
+    from transformers.generation import logits_process as theirs
+
+    generator = torch.Generator().manual_seed(seed)
+    logits, ids = torch.randn(3, 50, generator=generator) * 3, torch.randint(50, (3, 12), generator=generator)
+    steps = [theirs.RepetitionPenaltyLogitsProcessor(penalty), theirs.TemperatureLogitsWarper(temperature)]
+    steps += [theirs.TopKLogitsWarper(top_k)] if top_k else []
+    steps += [theirs.TopPLogitsWarper(top_p), theirs.MinPLogitsWarper(min_p)]
+    expected = logits
+    for step in steps:
+        expected = step(ids, expected)
+    seen = torch.zeros(3, 50, dtype=torch.bool).scatter_(1, ids, True)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    found = token_distribution(penalised(logits, seen, penalty), sampling)
+    torch.testing.assert_close(found, expected.softmax(-1), atol=1e-6, rtol=1e-5)
 
 
 def test_rows_do_not_meet() -> None:

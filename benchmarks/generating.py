@@ -1,0 +1,152 @@
+"""Compares generation with transformers' ``generate`` and its continuous batching, alternating; reports ratios.
+
+``python benchmarks/generating.py --shape 15m --rounds 3``: one prompt, then many prompts of ragged lengths with answers
+of ragged lengths, greedy, from the same random weights. Answers end at random tokens, which are told to all sides as
+EOS, so that all of them compute the same. A ratio above 1 means that llamatune needs less. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from material import DTYPES, make_base
+from torch import Tensor
+
+from llamatune.checkpoints.loading import load_model
+from llamatune.command_options.inference import Sampling
+from llamatune.inference.engine import completions
+from llamatune.shapes.llama_config import LlamaConfig
+from llamatune.threads import suitable_threads
+
+SHAPES = {
+    "15m": LlamaConfig(288, 768, 6, 6, 6, 32000, max_position_embeddings=2048),
+    "0.5b": LlamaConfig(1024, 4096, 24, 16, 8, 32000, max_position_embeddings=2048),
+}
+Ids = list[int]
+Side = Callable[[list[Ids], int, list[int]], list[Ids]]
+"""New ids, without the EOS, of prompts, at most so many new tokens, ended by so many EOS ids."""
+
+
+def say(line: str) -> None:
+    """At once, so that a long comparison can be followed."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def ours(model: Any, rows: int) -> Side:
+    """llamatune's engine."""
+
+    def side(prompts: list[Ids], tokens: int, eos: list[int]) -> list[Ids]:
+        sampling = Sampling(tokens, temperature=0)
+        with suitable_threads(model.config, min(rows, len(prompts))):
+            return [one.ids for one in completions(model, prompts, sampling, eos, rows)]
+
+    return side
+
+
+def _ended(ids: Ids, eos: list[int]) -> Ids:
+    return next((ids[:place] for place, token in enumerate(ids) if token in eos), ids)
+
+
+def batches(model: Any, rows: int) -> Side:
+    """``generate`` in batches, padded on the left."""
+
+    def side(prompts: list[Ids], tokens: int, eos: list[int]) -> list[Ids]:
+        found: list[Ids] = []
+        for first in range(0, len(prompts), rows):
+            batch = prompts[first : first + rows]
+            width = max(map(len, batch))
+            ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+            model.generation_config.eos_token_id = eos or None
+            with torch.inference_mode():
+                made: Tensor = model.generate(
+                    ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, pad_token_id=0
+                )
+            found += [_ended(row[width:].tolist(), eos) for row in made]
+        return found
+
+    return side
+
+
+def continuous(model: Any) -> Side:
+    """``generate_batch``, transformers' continuous batching, with its defaults."""
+    from transformers import GenerationConfig
+
+    def side(prompts: list[Ids], tokens: int, eos: list[int]) -> list[Ids]:
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=tokens, eos_token_id=eos or -1, pad_token_id=0, use_cuda_graph=False
+        )
+        made = model.generate_batch(prompts, generation_config=config)
+        by_number = sorted(made.values(), key=lambda output: int(output.request_id.rsplit("_", 1)[-1]))
+        return [_ended(list(output.generated_tokens), eos) for output in by_number]
+
+    return side
+
+
+def compare(name: str, sides: dict[str, Side], work: tuple[list[Ids], int, list[int]], rounds: int) -> None:
+    """Print tokens/s of each side, and the ratios of each round to ours."""
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    tokens: dict[str, int] = {}
+    expected: list[Ids] | None = None
+    for number in range(rounds + 1):  # the first warms up
+        for side, generate in sides.items():
+            started = time.perf_counter()
+            found = generate(*work)
+            taken = time.perf_counter() - started
+            expected = expected or found
+            tokens[side] = sum(map(len, found))
+            same = sum(one == other for one, other in zip(found, expected, strict=True))
+            if number == 0:
+                say(f"{name}: {side}: {same} of {len(found)} answers as llamatune's, {tokens[side]} tokens")
+            else:
+                seconds[side].append(taken / tokens[side])
+    for side, times in seconds.items():
+        ratios = [other / own for own, other in zip(seconds["llamatune"], times, strict=True)]
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        say(f"| {name} | {side} | {1 / statistics.median(times):.0f} tokens/s | {ratio} |")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="15m")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=16, help="computed together")
+    parser.add_argument("--tokens", type=int, default=128, help="the most of an answer")
+    parser.add_argument("--only", choices=["single", "many"])
+    arguments = parser.parse_args()
+    from transformers import AutoModelForCausalLM
+
+    config, dtype = SHAPES[arguments.shape], DTYPES[arguments.dtype][1]
+    chance = random.Random(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        base = make_base(Path(scratch) / "base", config, dtype)
+        model = load_model(base).eval()
+        theirs = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+    prompts = [[1, *(chance.randrange(3, config.vocab_size) for _ in range(chance.randrange(4, 120)))]
+               for _ in range(arguments.prompts)]  # fmt: skip
+    eos = chance.sample(range(3, config.vocab_size), config.vocab_size // 30)
+    if arguments.only != "many":
+        sides = {"llamatune": ours(model, 1), "generate": batches(theirs, 1)}
+        compare("one prompt", sides, (prompts[:1], arguments.tokens, []), arguments.rounds)
+        compare("its first token", sides, ([prompts[0] * 4], 1, []), arguments.rounds * 4)
+    if arguments.only != "single":
+        sides = {"llamatune": ours(model, arguments.rows), "generate": batches(theirs, arguments.rows),
+                 "continuous batching": continuous(theirs)}  # fmt: skip
+        compare(f"{arguments.prompts} prompts", sides, (prompts, arguments.tokens, eos), arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
