@@ -191,7 +191,7 @@ def compare_completions(prepare: Prepare, path: Path, tokenizer: Tokenizer, dire
     """How many characters each prompt gave to its completion."""
     report, moved = prepare(path, tokenizer=tokenizer.path), list[int]()
     for prompt, (ids, mask, _) in zip(read_prompts(path), read_split(directory / "out"), strict=True):
-        text = str(prompt.fields["prompt"])  # type: ignore[union-attr]
+        text = str(prompt.asked.fields["prompt"])  # type: ignore[union-attr]
         kept, rest = TEMPLATES["completion"].split_prompt(text)
         first = mask.index(1)
         assert ids[:first] == tokenizer.encode(kept)

@@ -63,7 +63,7 @@ def test_special_tokens_as_text_are_told_with_the_first_row(
         assert (report.special_texts, report.first_special_text, said) == ({}, None, [])
         return
     assert report.special_texts == {text: 2}
-    assert report.first_special_text == {"text": text, "file": str(path), "line": 2}
+    assert report.first_special_text == {"text": text, "file": str(path), "line": 2, "row": 2}
     (message,) = [line for line in said if "special" in line]
     assert message.startswith(f"2 of 4 rows contain a special token's text, the first {text} in {path}:2: ")
 
