@@ -120,13 +120,12 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def loss_at_start(path: Path) -> float | None:
-    """The validation loss before the first step, with which a log begins; None: it was not computed."""
-    for _, _, line in read_lines(path):
+    """The validation loss before the first step, with which a log begins; None: it begins with something else."""
+    with contextlib.suppress(ValueError):
+        _, _, line = next(read_lines(path), (0, 0, b""))
         values = parse_line(line)
-        if values.get("event") == EvalDone.event:
-            evaluation = _checked(EvalDone, values)
-            return None if evaluation.step else evaluation.loss
-        break
+        if values.get("event") == EvalDone.event and values.get("step") == 0:
+            return _checked(EvalDone, values).loss
     return None
 
 

@@ -17,6 +17,7 @@ from llamatune.formats.state_json import list_checkpoints, read_progress
 from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec, load_spec
 from llamatune.strict_json import parse_json, read_json
+from llamatune.training.early_stopping import told_stop
 from llamatune.training.run_file_names import CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK
 
@@ -69,7 +70,7 @@ def read_run(path: Path, name: str) -> Run:
     notices = [
         "the last line of metrics.jsonl is not whole and was left out" if metrics.torn else "",
         "no step is logged yet" if not metrics.steps else "",
-        _early_stop(summary),
+        printable(told_stop(summary)),
         data_notice,
     ]
     return Run(
@@ -97,13 +98,6 @@ def _status(path: Path, summary: Mapping[str, Any]) -> str:
         return "running" if elsewhere or Path(f"/proc/{int(note['pid'])}").exists() else "unfinished"
     except (LlamatuneError, ValueError, KeyError, TypeError):
         return "unfinished"
-
-
-def _early_stop(summary: Mapping[str, Any]) -> str:
-    """What the run said of an early stop."""
-    stop = summary.get("early_stop")
-    message = stop.get("message") if isinstance(stop, dict) else None
-    return printable(message) if isinstance(message, str) else ""
 
 
 def _prepared_facts(directory: Path, digest: object) -> dict[str, Any]:
