@@ -361,6 +361,9 @@ def test_whatever_files_say_is_shown_as_text(tmp_path: Path) -> None:
 
 STATES: dict[str, Callable[[Path], Path]] = {
     "no step yet": lambda path: write_run(path, []),
+    "the loss before training alone": lambda path: write_run(
+        path, [], tail='{"event": "eval", "step": 0, "loss": 2.5}\n'
+    ),
     "a single step": lambda path: write_run(path, [2.5], training__max_steps=1),
     "one step and its evaluation": lambda path: write_run(path, [2.5], [EvalDone(1, 2.0)]),
     "fp16 with skipped windows": lambda path: write_run(
