@@ -95,6 +95,10 @@ class Metrics:
     layer_grad_norms: dict[int, dict[str, float]] = field(default_factory=dict)
     torn: bool = False
 
+    @property
+    def all_evaluations(self) -> list[EvalDone]:
+        return self.evaluations if self.at_start is None else [self.at_start, *self.evaluations]
+
 
 def read_metrics(path: Path) -> Metrics:
     """Every record of a log. A last line that is not whole is left out: a run may be writing it, or was killed.

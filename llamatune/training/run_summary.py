@@ -14,12 +14,14 @@ from llamatune.training.trainer_state import TrainerState
 
 
 def early_stop_of(progress: TrainerState) -> EarlyStop:
-    """The evaluation at which patience ended the run; its epoch is closed."""
+    """The last evaluation, at which patience ended the run; its epoch is closed."""
     assert progress.best_step is not None
     assert progress.best_eval_loss is not None
     return EarlyStop(
         step=progress.evaluated_step,
-        loss=progress.epochs[-1]["validation_loss"],
+        loss=next(
+            (loss for epoch in reversed(progress.epochs) if (loss := epoch["validation_loss"]) is not None), None
+        ),
         evaluations_without_improvement=progress.evaluations_without_improvement,
         best_step=progress.best_step,
         best_eval_loss=progress.best_eval_loss,
