@@ -30,7 +30,7 @@ from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event
 from llamatune.inference.evaluate import HeldOutLoss, RowScore, score_batch
 from llamatune.inference.model_source import open_model
 from llamatune.safe_reading import digest_file
-from llamatune.spec import load_spec
+from llamatune.spec import load_stored_spec
 from llamatune.training.run_file_names import SPEC
 
 RUN = Path("run")
@@ -86,7 +86,7 @@ def _rows_of_run(options: MergeOptions) -> Path:
     run = next((place for place in adapter.parents[:2] if (place / SPEC).is_file()), None)
     if run is None:
         raise SpecError("the adapter is in no run directory", adapter, todo)
-    data = load_spec(run / SPEC).data
+    data = load_stored_spec(run / SPEC).data
     rows = Path(data.validation or data.train)
     if not rows.is_dir():
         raise SpecError(f"the rows of the run are not at {rows}", run / SPEC, todo)

@@ -15,7 +15,7 @@ from llamatune.formats.metrics import Metrics, read_metrics
 from llamatune.formats.prepared import read_prepared_manifest
 from llamatune.formats.state_json import list_checkpoints, read_progress
 from llamatune.safe_reading import read_bytes
-from llamatune.spec import RunSpec, load_spec
+from llamatune.spec import RunSpec, load_stored_spec
 from llamatune.strict_json import parse_json, read_json
 from llamatune.training.early_stopping import told_stop
 from llamatune.training.run_file_names import CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
@@ -60,7 +60,7 @@ def read_run(path: Path, name: str) -> Run:
         what = "not a run directory" if path.exists() else "no such directory"
         raise CheckpointError(what, path, "name a training.output_dir of llamatune train")
     try:
-        spec = load_spec(path / SPEC)
+        spec = load_stored_spec(path / SPEC)
     except SpecError as fault:
         raise CheckpointError("not a spec that this version reads", path / SPEC, fault.what) from None
     metrics = read_metrics(path / METRICS)

@@ -102,7 +102,7 @@ def test_figures_are_those_of_the_summary_the_base_and_the_data(finished: Path, 
     }
     assert (run["data"]["train_rows"], run["data"]["validation_rows"]) == (17, 6)
     assert run["versions"]["torch"] == torch.__version__
-    assert [evaluation["step"] for evaluation in run["evaluations"]] == [3, 6, 9]
+    assert [evaluation["step"] for evaluation in run["evaluations"]] == [0, 3, 6, 9]
 
 
 def test_each_rank_has_its_row(tmp_path: Path) -> None:
