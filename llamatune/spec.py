@@ -137,7 +137,9 @@ def _describe(error: Any) -> str:
             return f"{path}: missing"
         case "value_error":
             return f"{path}: {error['ctx']['error']}"
-    shown = f" (it is {given!r})" if isinstance(given, str | int | float | None) else ""
+    shown = f" (it is {given!r})" if isinstance(given, str | int | float) else ""
+    if given is None:
+        shown = " (it is null, as ~ alone is in YAML)" if error["type"] == "string_type" else " (it is null)"
     return f"{path}: {error['msg'].replace('Input should be', 'should be')}{shown}"
 
 
