@@ -117,14 +117,15 @@ class EvalDone:
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """Patience ended the run after the evaluation of ``step``, whose loss is ``loss``; ``best_step`` had the lowest.
+    """Patience ended the run after the evaluation of ``step``; that of ``best_step`` was the lowest.
 
-    ``evaluations_without_improvement`` came in a row, this one included.
+    ``loss`` is None where an earlier version computed it. ``evaluations_without_improvement`` came in a row, this one
+    included.
     """
 
     event: ClassVar[str] = "early_stop"
     step: int
-    loss: float
+    loss: float | None
     evaluations_without_improvement: int
     best_step: int
     best_eval_loss: float

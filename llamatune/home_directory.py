@@ -12,16 +12,17 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*
 """``$NAME``, ``${NAME}``, or what begins something else that a shell would replace."""
 
 
-def expand_home(text: str) -> str:
+def expand_home(text: str, variables: bool = True) -> str:
     """``$NAME`` and ``${NAME}`` replaced from the environment, then ``~`` and ``~user`` at the front, as a shell does.
 
     The result may be expanded again: it never begins with ``~`` (``./~name``, an entry of that name, is made absolute),
-    and holds no variable, unless an entry of that very name exists: then ``$`` has no meaning.
+    and holds no variable, unless an entry of that very name exists: then ``$`` has no meaning. Without ``variables`` it
+    never has one.
 
     Raises:
         SpecError: no such variable or user, one without a value or a home directory, or another form of ``$``.
     """
-    if _VARIABLE.search(text) and not os.path.lexists(text):
+    if variables and _VARIABLE.search(text) and not os.path.lexists(text):
         text = _VARIABLE.sub(_value, text)
         if _VARIABLE.search(text):
             raise SpecError("a variable in it holds another variable", text, "write the path out")

@@ -31,7 +31,7 @@ from llamatune.errors import CheckpointError, NumericsError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.inference.evaluate import HeldOutLoss, RowScore, score_batch
 from llamatune.inference.model_source import open_model
-from llamatune.spec import load_spec
+from llamatune.spec import load_stored_spec
 from llamatune.training.run_file_names import SPEC
 
 RUN = Path("run")
@@ -89,7 +89,7 @@ def _rows_of_run(options: MergeOptions) -> tuple[Path, ...]:
     run = next((place for place in adapter.parents[:2] if (place / SPEC).is_file()), None)
     if run is None:
         raise SpecError("the adapter is in no run directory", adapter, todo)
-    data = load_spec(run / SPEC).data
+    data = load_stored_spec(run / SPEC).data
     directories = data.validation_paths or data.train_paths
     for directory in directories:
         if not directory.is_dir():

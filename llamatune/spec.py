@@ -29,6 +29,7 @@ from llamatune.spec_sections import (
     TrackingSection,
     TrainingSection,
 )
+from llamatune.spec_types import STORED
 from llamatune.strict_yaml import read_yaml
 
 
@@ -136,14 +137,17 @@ def _describe(error: Any) -> str:
             return f"{path}: missing"
         case "value_error":
             return f"{path}: {error['ctx']['error']}"
-    shown = f" (it is {given!r})" if isinstance(given, str | int | float | None) else ""
+    shown = f" (it is {given!r})" if isinstance(given, str | int | float) else ""
+    if given is None:
+        shown = " (it is null, as ~ alone is in YAML)" if error["type"] == "string_type" else " (it is null)"
     return f"{path}: {error['msg'].replace('Input should be', 'should be')}{shown}"
 
 
-def build_spec(values: Any, where: object, overrides: Sequence[str] = ()) -> RunSpec:
+def build_spec(values: Any, where: object, overrides: Sequence[str] = (), stored: bool = False) -> RunSpec:
     """A spec from plain values; each ``section.key=value`` of ``overrides`` replaces one.
 
-    ``section=null`` takes a section out. ``values`` are changed.
+    ``section=null`` takes a section out. ``values`` are changed. ``stored``: they are a run's own, and a ``$`` in a
+    path is part of its name.
     """
     if not isinstance(values, dict):
         raise SpecError("not a mapping of sections", where, f"sections are {', '.join(RunSpec.model_fields)}")
@@ -153,7 +157,7 @@ def build_spec(values: Any, where: object, overrides: Sequence[str] = ()) -> Run
     written = copy.deepcopy(values) if overrides else values
     for assignment in overrides:
         override(values, assignment)
-    spec, described = _validated(values)
+    spec, described = _validated(values, stored)
     if spec is not None:
         return spec
     count = f"{len(described)} errors: " if len(described) > 1 else ""
@@ -162,11 +166,11 @@ def build_spec(values: Any, where: object, overrides: Sequence[str] = ()) -> Run
     raise SpecError(count + "; ".join(described), where, todo)
 
 
-def _validated(values: dict[str, Any]) -> tuple[RunSpec | None, list[str]]:
+def _validated(values: dict[str, Any], stored: bool = False) -> tuple[RunSpec | None, list[str]]:
     """The spec, or what is wrong with it; a section that is None is left out."""
     given = {name: value for name, value in values.items() if value is not None or name not in RunSpec.model_fields}
     try:
-        return RunSpec.model_validate(given), []
+        return RunSpec.model_validate(given, context={STORED: stored}), []
     except ValidationError as fault:
         return None, [_describe(error) for error in fault.errors()]
 
@@ -200,3 +204,8 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     """Read a run spec from a file; no two ``overrides`` may set the same field."""
     refuse_twice(overrides)
     return build_spec(read_yaml(path), path, overrides)
+
+
+def load_stored_spec(path: Path) -> RunSpec:
+    """Read the spec that a run wrote into its directory."""
+    return build_spec(read_yaml(path), path, stored=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationInfo
 
 from llamatune.errors import SpecError
 from llamatune.home_directory import expand_home
@@ -13,6 +13,9 @@ from llamatune.shapes.adapter import WHOLE_MODULES
 from llamatune.shapes.llama_config import LINEAR_MODULES
 from llamatune.shapes.recompute_levels import MODES, is_mode
 from llamatune.units import parse_size
+
+STORED = "stored"
+"""In the context of a validation: the spec is a run's own, whose paths were expanded when the run began."""
 
 FromList = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 """For a tuple: YAML has lists. A set, which pydantic would take too, has no order."""
@@ -65,9 +68,9 @@ def _memory_size(value: str) -> str:
     return value
 
 
-def _expanded(value: str) -> str:
+def _expanded(value: str, info: ValidationInfo) -> str:
     try:
-        return expand_home(value)
+        return expand_home(value, variables=not (info.context or {}).get(STORED))
     except SpecError as fault:
         raise ValueError(f"{fault.what}; {fault.todo}") from None
 

@@ -23,7 +23,7 @@ from llamatune.formats.metrics import LONGEST_LINE, parse_line, read_lines
 from llamatune.formats.safetensors import read_header
 from llamatune.formats.state_json import STATE, list_checkpoints, read_progress
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
-from llamatune.spec import load_spec
+from llamatune.spec import load_stored_spec
 from llamatune.strict_json import read_json
 from llamatune.training.run_file_names import BEST, CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK
@@ -121,7 +121,7 @@ def _verify_structure(path: Path, variant: str | None, on_event: OnEvent) -> Ver
 
 
 def _verify_run(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verified:
-    spec = load_spec(path / SPEC)
+    spec = load_stored_spec(path / SPEC)
     read_json(path / ORIGIN)
     summary = read_json(path / SUMMARY) if os.path.lexists(path / SUMMARY) else None
     checkpoints = list_checkpoints(path / CHECKPOINTS)

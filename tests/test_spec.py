@@ -165,6 +165,8 @@ def test_pefts_spellings_are_accepted_but_not_beside_ours() -> None:
         ("model.path=", "model.path"),
         ("seed=1", "section.key=value"),
         ("training", "section.key=value"),
+        ("training.output_dir=~", "should be a valid string (it is null, as ~ alone is in YAML)"),
+        ("lora.r=null", "valid integer (it is null)"),
         ("lora=off", "section=null to leave a section out"),
         ("model=null", "model: missing"),
         ("seed=null", "seed: unknown key"),

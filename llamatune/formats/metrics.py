@@ -95,6 +95,10 @@ class Metrics:
     layer_grad_norms: dict[int, dict[str, float]] = field(default_factory=dict)
     torn: bool = False
 
+    @property
+    def all_evaluations(self) -> list[EvalDone]:
+        return self.evaluations if self.at_start is None else [self.at_start, *self.evaluations]
+
 
 def read_metrics(path: Path) -> Metrics:
     """Every record of a log. A last line that is not whole is left out: a run may be writing it, or was killed.
@@ -120,13 +124,12 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def loss_at_start(path: Path) -> float | None:
-    """The validation loss before the first step, with which a log begins; None: it was not computed."""
-    for _, _, line in read_lines(path):
+    """The validation loss before the first step, with which a log begins; None: it begins with something else."""
+    with contextlib.suppress(ValueError):
+        _, _, line = next(read_lines(path), (0, 0, b""))
         values = parse_line(line)
-        if values.get("event") == EvalDone.event:
-            evaluation = _checked(EvalDone, values)
-            return None if evaluation.step else evaluation.loss
-        break
+        if values.get("event") == EvalDone.event and values.get("step") == 0:
+            return _checked(EvalDone, values).loss
     return None
 
 

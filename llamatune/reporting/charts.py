@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llamatune.events import EvalDone, Step
+from llamatune.events import Step
 from llamatune.reporting.averages import Epoch
 from llamatune.reporting.chart_images import PALETTE, Chart
 from llamatune.reporting.run_reader import Run
@@ -44,12 +44,6 @@ class Curve:
     @property
     def steps(self) -> list[Step]:
         return self.run.metrics.steps
-
-    @property
-    def evaluations(self) -> list[EvalDone]:
-        """All of them, the one before the first step included."""
-        at_start = self.run.metrics.at_start
-        return [*([] if at_start is None else [at_start]), *self.run.metrics.evaluations]
 
     @property
     def series(self) -> str:
@@ -108,7 +102,7 @@ def _draw_loss(axes: Axes, curves: Sequence[Curve], value: Callable[[float], flo
         x = [step.step for step in curve.steps]
         _line(axes, curve, x, [value(step.loss) for step in curve.steps], linewidth=0.7, alpha=0.4)
         _line(axes, curve, x, [value(loss) for loss in curve.smoothed])
-        evaluations = curve.evaluations
+        evaluations = curve.run.metrics.all_evaluations
         evaluated = [evaluation.step for evaluation in evaluations]
         _line(axes, curve, evaluated, [value(evaluation.loss) for evaluation in evaluations], **curve.validation_style)
         peaks, heights = [spike.step for spike in curve.spikes], [value(spike.loss) for spike in curve.spikes]

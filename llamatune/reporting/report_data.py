@@ -72,9 +72,7 @@ def report_run(run: Run, smoothed: Sequence[float]) -> RunReport:
         diagnosis=replace(diagnosis, spikes=with_rows(run, diagnosis.spikes)),
         epochs=epochs,
         evaluations=[
-            {"step": done.step, "loss": done.loss, "perplexity": perplexity(done.loss)}
-            for done in (run.metrics.at_start, *evaluations)
-            if done is not None
+            {"step": e.step, "loss": e.loss, "perplexity": perplexity(e.loss)} for e in run.metrics.all_evaluations
         ],
         parameters={} if count is None else {name: dict(facts) for name, facts in count.modules.items()},
         memory=_memory(run),

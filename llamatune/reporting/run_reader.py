@@ -15,8 +15,9 @@ from llamatune.formats.metrics import Metrics, read_metrics
 from llamatune.formats.prepared import read_prepared_manifest
 from llamatune.formats.state_json import list_checkpoints, read_progress
 from llamatune.safe_reading import read_bytes
-from llamatune.spec import RunSpec, load_spec
+from llamatune.spec import RunSpec, load_stored_spec
 from llamatune.strict_json import parse_json, read_json
+from llamatune.training.early_stopping import told_stop
 from llamatune.training.run_file_names import CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK
 
@@ -60,7 +61,7 @@ def read_run(path: Path, name: str) -> Run:
         what = "not a run directory" if path.exists() else "no such directory"
         raise CheckpointError(what, path, "name a training.output_dir of llamatune train")
     try:
-        spec = load_spec(path / SPEC)
+        spec = load_stored_spec(path / SPEC)
     except SpecError as fault:
         raise CheckpointError("not a spec that this version reads", path / SPEC, fault.what) from None
     metrics = read_metrics(path / METRICS)
@@ -70,7 +71,7 @@ def read_run(path: Path, name: str) -> Run:
     notices = [
         "the last line of metrics.jsonl is not whole and was left out" if metrics.torn else "",
         "no step is logged yet" if not metrics.steps else "",
-        _early_stop(summary),
+        printable(told_stop(summary)),
         data_notice,
     ]
     return Run(
@@ -98,13 +99,6 @@ def _status(path: Path, summary: Mapping[str, Any]) -> str:
         return "running" if elsewhere or Path(f"/proc/{int(note['pid'])}").exists() else "unfinished"
     except (LlamatuneError, ValueError, KeyError, TypeError):
         return "unfinished"
-
-
-def _early_stop(summary: Mapping[str, Any]) -> str:
-    """What the run said of an early stop."""
-    stop = summary.get("early_stop")
-    message = stop.get("message") if isinstance(stop, dict) else None
-    return printable(message) if isinstance(message, str) else ""
 
 
 def _prepared_facts(directories: Sequence[Path], recorded: object) -> list[dict[str, Any]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from llamatune.events import EarlyStop
 
 
@@ -26,7 +29,15 @@ def out_of_patience(without_improvement: int, patience: int | None) -> bool:
 def describe_stop(stop: EarlyStop, min_delta: float, total_steps: int) -> str:
     """Which evaluation ended the run, where the loss was lowest, and what to change to go on."""
     count, least = stop.evaluations_without_improvement, f" by more than {min_delta:g}" if min_delta else ""
-    why = f"no lower validation loss in {count} evaluations{least}, the last with {stop.loss:.4f}"
+    last = "" if stop.loss is None else f", the last with {stop.loss:.4f}"
+    why = f"no lower validation loss in {count} evaluations{least}{last}"
     lowest = f"the lowest was {stop.best_eval_loss:.4f} at step {stop.best_step:,}, which is in best/"
     how = f"set evaluation.early_stopping_patience above {count}, or to null, and run the same command again to go on"
     return f"stopped early after step {stop.step:,} of {total_steps:,}: {why}; {lowest}; {how}"
+
+
+def told_stop(summary: Mapping[str, Any]) -> str:
+    """What the summary of a run says of an early stop; nothing without one, or of an earlier version."""
+    stop = summary.get("early_stop")
+    message = stop.get("message") if isinstance(stop, Mapping) else None
+    return message if isinstance(message, str) else ""

@@ -287,14 +287,13 @@ class TrainingLoop:
         return {**asdict(stop), "message": message}
 
     def _summary(self, early_stop: dict[str, Any] | None) -> dict[str, Any]:
+        device, runtime_s = self.learner.device, time.monotonic() - self._clock
+        use, at_start = self.gpu_meter.facts(self.ranks), self.output.loss_at_start()
         return {
-            **summary_of(self.progress, self.inputs, self.learner.device),
-            **self.gpu_meter.facts(self.ranks),
-            "start_eval_loss": self.output.loss_at_start(),
-            "runtime_s": time.monotonic() - self._clock,
+            **summary_of(self.progress, self.inputs, device, use, at_start, runtime_s),
             "stopped_early": early_stop is not None,
             "early_stop": early_stop,
             "output_dir": str(self.run.path),
-            **self._meter.facts(self.ranks, self.learner.device),
+            **self._meter.facts(self.ranks, device),
             **self.memory_facts,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,26 +15,35 @@ from llamatune.training.trainer_state import TrainerState
 
 
 def early_stop_of(progress: TrainerState) -> EarlyStop:
-    """The evaluation at which patience ended the run; its epoch is closed."""
+    """The last evaluation, at which patience ended the run; its epoch is closed."""
     assert progress.best_step is not None
     assert progress.best_eval_loss is not None
+    losses = [epoch["validation_loss"] for epoch in progress.epochs if epoch["validation_loss"] is not None]
     return EarlyStop(
         step=progress.evaluated_step,
-        loss=progress.epochs[-1]["validation_loss"],
+        loss=losses[-1] if losses else None,
         evaluations_without_improvement=progress.evaluations_without_improvement,
         best_step=progress.best_step,
         best_eval_loss=progress.best_eval_loss,
     )
 
 
-def summary_of(progress: TrainerState, inputs: Inputs, device: torch.device) -> dict[str, Any]:
-    """What the summary has of the trainer's state, the inputs and the device."""
+def summary_of(
+    progress: TrainerState,
+    inputs: Inputs,
+    device: torch.device,
+    gpu_use: Mapping[str, Any],
+    loss_at_start: float | None,
+    runtime_s: float,
+) -> dict[str, Any]:
+    """The summary but for how the run ended and what its ranks and its memory plan were."""
     count = inputs.count
     return {
         "steps": progress.step,
         "train_loss": progress.epochs[-1]["train_loss"] if progress.epochs else None,
         "best_eval_loss": progress.best_eval_loss,
         "best_step": progress.best_step,
+        "start_eval_loss": loss_at_start,
         "trainable_parameters": count.trainable_parameters,
         "total_parameters": count.total_parameters,
         "trainable_percent": round(count.trainable_percent, 4),
@@ -41,6 +51,8 @@ def summary_of(progress: TrainerState, inputs: Inputs, device: torch.device) -> 
         "peak_reserved_bytes": peak_reserved_bytes(device),
         "device": str(device),
         "gpu": gpu_facts(device),
+        **gpu_use,
+        "runtime_s": runtime_s,
         "tokens_per_second": progress.tokens / max(progress.training_s, 1e-9),
         "epochs": progress.epochs,
         "skipped_windows": progress.skipped_windows,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.errors import CheckpointError, SpecError
-from llamatune.spec import RunSpec, load_spec
+from llamatune.spec import RunSpec, load_stored_spec
 from llamatune.spec_sections import DEFAULT_EPOCHS, TrackingSection
 from llamatune.strict_json import read_json
 from llamatune.training.run_file_names import ORIGIN, SPEC
@@ -58,7 +58,7 @@ def accepted_changes(
     Raises:
         SpecError: other fields of the spec changed. CheckpointError: the base or the data did.
     """
-    before, after = _flat(load_spec(path / SPEC)), _flat(spec)
+    before, after = _flat(load_stored_spec(path / SPEC)), _flat(spec)
     refused, accepted = [], []
     for field in sorted(before.keys() | after.keys()):
         was, now = before.get(field), after.get(field)

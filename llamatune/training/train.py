@@ -22,6 +22,7 @@ from llamatune.spec import RunSpec
 from llamatune.threads import suitable_threads
 from llamatune.training.compile_ahead import check_compiler, compile_ahead
 from llamatune.training.determinism import cublas_workspace, deterministic_kernels
+from llamatune.training.early_stopping import told_stop
 from llamatune.training.gpu_meter import metered_gpu
 from llamatune.training.inputs import Inputs, open_inputs
 from llamatune.training.loop import TrainingLoop
@@ -67,9 +68,8 @@ def train(
             summary = ranks.from_first(summary)
             if summary is not None:
                 how = "stopped early" if summary.get("stopped_early") else "is finished"
-                told = (summary.get("early_stop") or {}).get("message")
-                more = f" ({told})" if isinstance(told, str) else ""
-                on_event(Notice(f"{spec.training.output_dir} {how}: nothing to do{more}"))
+                why = told_stop(summary)
+                on_event(Notice(f"{spec.training.output_dir} {how}: nothing to do" + (f" ({why})" if why else "")))
                 return summary
         config, rows, device = inputs.config, inputs.prepared.train, inputs.device
         stack.enter_context(deterministic_kernels(spec.training.deterministic, device))

@@ -207,6 +207,8 @@ def test_what_only_a_shell_can_expand_is_refused_with_the_reason(
         expand_home(text)
     with pytest.raises(SpecError, match=rf"training\.output_dir: {fault}"):
         build_spec({**SPEC, "training": {"output_dir": text}}, "test")
+    stored = build_spec({**SPEC, "training": {"output_dir": text}}, "test", stored=True)  # by an earlier version
+    assert stored.training.output_dir == text
     (tmp_path / text).mkdir(parents=True)
     assert expand_home(text) == text
 

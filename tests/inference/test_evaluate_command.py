@@ -140,7 +140,7 @@ def test_the_loss_is_the_one_that_training_reported(
         "evaluation": {"every_steps": 3},
     }, "test"))  # fmt: skip
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    (reported,) = [event["loss"] for event in events if event["event"] == "eval"]
+    (reported,) = [event["loss"] for event in events if event["event"] == "eval" and event["step"]]
     merge_lora(MergeOptions(base, tmp_path / "run" / "adapter", tmp_path / "merged"))
     for model in (("--model", base, "--adapter", tmp_path / "run" / "adapter"), ("--model", tmp_path / "merged")):
         told = json.loads(command("evaluate", *model, "--data", data, "--json").stdout)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from llamatune.inference.evaluate import smaller_batches
+from llamatune.inference.model_source import OpenedModel
 from llamatune.memory.plan import plan_memory
 from llamatune.memory.remedies import after_running_out, remedies
 from llamatune.memory.sizes import Rows
@@ -55,6 +60,21 @@ def test_no_remedy_names_what_the_spec_has(overrides: list[str], cuda: Gpu, rank
     for remedy in remedies(spec, SHAPE, plan, cuda):
         assert not _already(spec, remedy.change), remedy.change
     assert not _already(spec, after_running_out(spec, SHAPE, plan, cuda))
+
+
+@pytest.mark.parametrize(
+    ("held", "batch_size", "advice"),
+    [
+        ("float32", 16, "lower --batch-size, or use a 16-bit --dtype"),
+        ("bfloat16", 16, "lower --batch-size, or use --dtype float8 or nf4"),
+        ("float16", 1, "use --dtype float8 or nf4"),
+        ("float8", 1, "use --dtype nf4"),
+        ("nf4", 1, ""),
+    ],
+)
+def test_no_option_is_advised_that_was_given(held: str, batch_size: int, advice: str) -> None:
+    opened: Any = SimpleNamespace(dtype_name=held)
+    assert OpenedModel.memory_advice(opened, *smaller_batches(batch_size)) == advice
 
 
 def test_the_check_above_finds_what_is_there_already() -> None:

@@ -65,7 +65,7 @@ def write_run(
 ) -> Path:
     """A run directory; ``extra`` holds more lines by the step that they come after, ``tail`` ends the log."""
     path.mkdir(parents=True)
-    (path / "spec.yaml").write_text(build_spec(spec_values(**spec), "test").to_yaml(), encoding="utf-8")
+    (path / "spec.yaml").write_text(build_spec(spec_values(**spec), "test", stored=True).to_yaml(), encoding="utf-8")
     held_out = {found.step: found.loss for found in evaluations}
     with (path / "metrics.jsonl").open("w", encoding="utf-8") as log:
         for step in make_steps(losses):

@@ -102,7 +102,7 @@ def test_figures_are_those_of_the_summary_the_base_and_the_data(finished: Path, 
     }
     assert (run["data"]["train_rows"], run["data"]["validation_rows"]) == (17, 6)
     assert run["versions"]["torch"] == torch.__version__
-    assert [evaluation["step"] for evaluation in run["evaluations"]] == [3, 6, 9]
+    assert [evaluation["step"] for evaluation in run["evaluations"]] == [0, 3, 6, 9]
 
 
 def test_each_rank_has_its_row(tmp_path: Path) -> None:
@@ -361,6 +361,9 @@ def test_whatever_files_say_is_shown_as_text(tmp_path: Path) -> None:
 
 STATES: dict[str, Callable[[Path], Path]] = {
     "no step yet": lambda path: write_run(path, []),
+    "the loss before training alone": lambda path: write_run(
+        path, [], tail='{"event": "eval", "step": 0, "loss": 2.5}\n'
+    ),
     "a single step": lambda path: write_run(path, [2.5], training__max_steps=1),
     "one step and its evaluation": lambda path: write_run(path, [2.5], [EvalDone(1, 2.0)]),
     "fp16 with skipped windows": lambda path: write_run(

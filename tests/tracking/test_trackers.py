@@ -88,9 +88,9 @@ def test_a_chart_has_the_lines_of_the_log_under_the_names_of_the_field(
     (chart,) = Chart.charts
     assert _warnings(events) == []
     assert chart.points == _expected(tmp_path / "run")
-    assert [step for step, _ in chart.points] == [1, 2, 3, 3, 4, 5, 6, 6]
-    step, evaluation = (metrics(tmp_path / "run", kind)[0] for kind in ("step", "eval"))
-    first, third = chart.points[0][1], chart.points[3][1]
+    assert [step for step, _ in chart.points] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+    step, evaluation = metrics(tmp_path / "run", "step")[0], metrics(tmp_path / "run", "eval")[1]
+    first, third = chart.points[1][1], chart.points[4][1]
     assert first == pytest.approx({
         "train/loss": step["loss"], "train/perplexity": 2.718281828459045 ** step["loss"],
         "train/learning_rate": step["learning_rate"], "train/grad_norm": step["grad_norm"],

@@ -349,3 +349,15 @@ def test_a_run_that_had_all_its_steps_is_finished_whatever_the_patience(spec_wit
     assert [event.message for event in events if isinstance(event, Notice)] == [
         f"{before['output_dir']} is finished: nothing to do"
     ]
+
+
+def test_patience_that_was_lowered_ends_the_run_in_an_epoch_without_an_evaluation(spec_with: SpecWith) -> None:
+    """The loss of the evaluation that counts is that of an earlier epoch."""
+    calm = {**RESTLESS, "training__learning_rate": 0.01, "evaluation__early_stopping_patience": 9}
+    calm |= {"evaluation__early_stopping_min_delta": 100.0, "evaluation__every_steps": 3}
+    _stop(spec_with(**calm), 7 + 2 * 2)
+    run = spec_with(**{**calm, "evaluation__early_stopping_patience": 1})
+    summary = train(run, allowed_changes=("evaluation.early_stopping_patience",))
+    evaluations = metrics(Path(summary["output_dir"]), "eval")
+    assert (summary["steps"], evaluations[-1]["step"]) == (7, 6)
+    assert (summary["early_stop"]["step"], summary["early_stop"]["loss"]) == (6, evaluations[-1]["loss"])

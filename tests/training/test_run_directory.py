@@ -249,7 +249,7 @@ def test_best_is_kept_though_it_is_long_past(
     data, run = prepared(validation_fraction=0.25, seed=3), tmp_path / "run"
     high = {"training__learning_rate": 3.0, "evaluation__every_steps": 1, "training__save_every_steps": 1}
     summary = train(make_spec(tiny_base(), data, run, training__max_steps=8, training__keep_last=9, **high))
-    evaluations = metrics(run, "eval")
+    _, *evaluations = metrics(run, "eval")
     best = min(evaluations, key=lambda line: line["loss"])
     assert (summary["best_step"], summary["best_eval_loss"]) == (best["step"], best["loss"])
     assert best["step"] < 8

@@ -234,9 +234,9 @@ def test_a_log_that_is_torn_or_tells_of_other_steps_is_not_in_order(
     made: dict[str, Path], tmp_path: Path, damage: str
 ) -> None:
     copy = copied(made["run"], tmp_path)
-    lines = (copy / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    before_training, *lines = (copy / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     assert len(lines) == 4
-    (copy / "metrics.jsonl").write_bytes(b"".join(LOGS[damage](lines)))
+    (copy / "metrics.jsonl").write_bytes(before_training + b"".join(LOGS[damage](lines)))
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl"):
         verify(copy)
 
