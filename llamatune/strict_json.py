@@ -19,24 +19,31 @@ _LONGEST_VALUE = 1000
 """Of one that a message quotes: the message's end, which says why, still fits."""
 
 
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} appears twice")
+    return made
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object_of, parse_constant=_refuse)
+"""Made once: of a short row, making it takes as long as decoding."""
+
+
 def parse_json(text: str | bytes) -> Any:
     """Strict JSON: ``ValueError`` on NaN, duplicate keys, lone surrogates, endless nesting or endless digits."""
-
-    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {twice!r} appears twice")
-        return made
-
-    def refuse(constant: str) -> float:
-        raise ValueError(f"{constant} is not JSON")
-
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
+    if text.startswith("\ufeff"):
+        raise json.JSONDecodeError("a byte order mark within the text", text, 0)
     try:
-        value = json.loads(text, object_pairs_hook=object_of, parse_constant=refuse)
+        value = _DECODER.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if "\\u" in text:

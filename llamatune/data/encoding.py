@@ -169,7 +169,9 @@ def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row, co
     if targets and targets[0][0] == 0:  # nothing precedes the first token, not even a BOS if the tokenizer has none
         targets = [(max(first, 1), last) for first, last in targets if last > 1]
     # If the tokenizer normalised the whole completion away, EOS alone would train an empty answer.
-    if all(ids[at] in recipe.special_ids for first, last in targets for at in range(first, last)):
+    special = recipe.special_ids
+    begins_special = not targets or ids[targets[0][0]] in special  # of most rows it settles the matter
+    if begins_special and all(ids[at] in special for first, last in targets for at in range(first, last)):
         batch.dropped.append((position, "no_target_tokens"))
         return
     if end < len(ids):

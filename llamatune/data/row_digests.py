@@ -15,10 +15,10 @@ _PARTS = 64
 
 def texts_of(row: Row) -> str:
     """All texts of a row that are not empty, with a NUL, which no row has, between two."""
-    texts = [text for _, text in sorted(row.fields.items())]
+    texts = [text for _, text in sorted(row.fields.items()) if text]
     for turn in row.turns:
-        texts += turn
-    return "\0".join(filter(None, (*texts, row.completion)))
+        texts += filter(None, turn)
+    return "\0".join([*texts, row.completion] if row.completion else texts)
 
 
 def exact_digest(row: Row) -> int:

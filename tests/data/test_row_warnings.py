@@ -125,9 +125,11 @@ def test_shared_rows_of_prepared_directories(
 ) -> None:
     """Found by tokens alone, whatever the lengths; short rows and blanks included."""
     chance = random.Random(4)
-    words = ["Green", "green", "GREEN", "hills", "a  b", "a b", "x\ny", "1" * 40]
+    said = [chance.choices(["green", "hills", "seven", "1" * 40, "q"], k=chance.randint(1, 12)) for _ in range(120)]
+    written = [str, str.upper, str.title, "{} ".format, " {}".format, "{}\n".format, "   {}   ".format]
     texts = [
-        "".join(chance.choices(words, k=chance.randint(1, 4))) + " " * chance.choice([0, 0, 30]) for _ in range(300)
+        " ".join(word if chance.random() < 0.9 else chance.choice(written)(word) for word in words)
+        for words in chance.choices(said, k=300)
     ]
     for name, some in (("train", texts[:200]), ("held", texts[200:])):
         prepare(write_rows([{"text": text} for text in some], f"{name}.jsonl"), output=tmp_path / name)

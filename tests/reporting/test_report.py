@@ -155,7 +155,7 @@ def test_rows_named_for_a_spike_are_those_that_were_trained_on(
 
     def recording(self: Split, indices: Any) -> Any:
         found = batch(self, indices)
-        if self._rows is split_rows:
+        if self is opened.train:
             trained.append(found.rows)
         return found
 
@@ -166,7 +166,6 @@ def test_rows_named_for_a_spike_are_those_that_were_trained_on(
     from llamatune.training import inputs
 
     opened = inputs.open_prepared(Path(spec.data.train))
-    split_rows = opened.train._rows
     monkeypatch.setattr(inputs, "open_prepared", lambda path: opened)
     monkeypatch.setattr(Split, "batch", recording)
     train(spec)
