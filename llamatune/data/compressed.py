@@ -84,9 +84,8 @@ class Decompressed(io.RawIOBase):
             if held is not None and held.row is not None:
                 is_whole = held.error is None and (held.in_list or self._last == b"\n")
                 last = held.row if is_whole else held.row - 1
-            raise DataError(
-                f"{self.fault}; the last whole row before that is row {last}", path, "fetch or make it again"
-            )
+            what = f"{self.fault}; the last whole row before that is row {last}"
+            raise DataError(what, path, "fetch or make it again")
         if held is not None:
             yield held
 
@@ -106,4 +105,4 @@ def _zstd(path: Path) -> Any:
         except ImportError:
             continue
     what = "zstd is read by Python 3.14 or later, or through the package backports.zstd, which is not installed"
-    raise EnvironmentFault(what, path, "pip install 'llamatune[data]', or decompress it: zstd -d FILE")
+    raise EnvironmentFault(what, path, "pip install backports.zstd (of the extra 'data'), or zstd -d FILE")

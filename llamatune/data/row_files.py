@@ -18,7 +18,7 @@ from llamatune.data.compressed import SUFFIXES, Decompressed, is_compressed
 from llamatune.data.foreign_files import foreign_kind
 from llamatune.data.json_rows import json_rows
 from llamatune.data.raw_row import LARGEST_ROW_BYTES, RawRow, RowError, shown_place
-from llamatune.data.row_sources import open_source, source_files
+from llamatune.data.row_sources import is_directory, open_source, source_files
 from llamatune.data.saved_dataset import split_note
 from llamatune.data.table_rows import table_rows
 from llamatune.data.text_rows import text_rows
@@ -53,7 +53,7 @@ def read_raw_rows(path: Path, note: Callable[[str], None] = _ignore) -> Iterator
         DataError: no such file, one that is damaged, or one of another kind, by name.
         EnvironmentFault: the file cannot be read, or a package for it is missing.
     """
-    if path.is_dir():
+    if is_directory(path):
         with contextlib.ExitStack() as stack, read_faults(path):
             files = [(stack.enter_context(open_regular(file, DataError)), file) for file in source_files(path)]
             yield from columnar_rows(files)
@@ -75,7 +75,7 @@ def row_suffix(path: Path) -> str:
 
 def file_kind(path: Path) -> Kind:
     """How a file is read: as JSON, a table, plain text, or by columns; raises as ``read_raw_rows`` does."""
-    if path.is_dir():
+    if is_directory(path):
         return "columnar"
     with _opened(path) as opened:
         return opened.kind
@@ -133,6 +133,8 @@ def _kind(head: bytes, suffix: str, path: Path) -> Kind:
     if foreign := foreign_kind(head, suffix):
         what, todo = foreign
         raise DataError(f"{what}, not a file of rows", path, todo)
+    if is_compressed(head):
+        raise DataError("compressed twice", path, "decompress it once")
     _refuse_other_encodings(head, path)
     if is_columnar(head):
         return "columnar"

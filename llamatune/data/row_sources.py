@@ -33,10 +33,17 @@ _kept: dict[Path, BinaryIO] = {}
 
 def is_pipe(path: Path) -> bool:
     """Whether ``path`` is a pipe or standard input, which can be read only once."""
-    if path == STANDARD_INPUT:
-        return True
+    return path == STANDARD_INPUT or path in _kept or _is(stat.S_ISFIFO, path)
+
+
+def is_directory(path: Path) -> bool:
+    """Whether ``path`` is a directory; not what cannot be looked at, which opening it tells."""
+    return path != STANDARD_INPUT and _is(stat.S_ISDIR, path)
+
+
+def _is(kind: Callable[[int], bool], path: Path) -> bool:
     with contextlib.suppress(OSError):
-        return stat.S_ISFIFO(os.stat(path).st_mode)
+        return kind(os.stat(path).st_mode)
     return False
 
 
@@ -63,7 +70,10 @@ def open_source(path: Path) -> BinaryIO:
 
 def source_files(path: Path) -> list[Path]:
     """The regular files that ``path`` stands for; none for a pipe."""
-    return [] if is_pipe(path) else data_files(path) if path.is_dir() else [path]
+    if is_pipe(path):
+        return []
+    with read_faults(path):
+        return data_files(path) if is_directory(path) else [path]
 
 
 def source_state(path: Path) -> list[tuple[int, int, int]]:
@@ -85,7 +95,7 @@ def source_digest(path: Path) -> str:
     if is_pipe(path):
         with open_source(path) as file:
             return hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
-    if not path.is_dir():
+    if not is_directory(path):
         return digest_file(path, DataError)
     return digest_bytes("\n".join(digest_file(file, DataError) for file in source_files(path)).encode())
 

@@ -93,6 +93,8 @@ def _header(line: str, separator: str, where: str) -> list[str]:
         names = [name.strip() for name in next(csv.reader([line], delimiter=separator, strict=True), [])]
     except csv.Error as fault:
         raise DataError(f"the header cannot be read: {_reason(fault)}", where) from None
+    if any("\ud800" <= sign <= "\udfff" for sign in line):
+        raise DataError("the header is not UTF-8", where, "convert it: iconv -f LATIN1 -t UTF-8")
     if not names:
         raise DataError("no header", where, "the first line names the columns")
     if "" in names:

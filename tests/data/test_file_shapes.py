@@ -144,6 +144,7 @@ def test_a_document_of_a_text_ends_at_a_blank_line(tmp_path: Path) -> None:
         (b"a,b,a\n1,2,3\n", ":1: rename or leave out one of them"),
         (b",a,b\n0,1,2\n", "column 1 has no name in the header"),
         (b'\n"a,b\n', "the header cannot be read"),
+        ("é,b\n1,2\n".encode("latin-1"), "the header is not UTF-8"),
         (b"a,b\rc,d\r", "its lines end in carriage returns alone"),
         ("a,b\ncafé,d\n".encode("utf-16"), "UTF-16 text"),
     ],
@@ -178,6 +179,7 @@ NAMED: list[tuple[str, Callable[[], bytes], str]] = [
     ("model.pt", lambda: zip_of("archive/data.pkl"), "a PyTorch file"),
     ("rows.xls", lambda: b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 9, "an Office file of an old kind"),
     ("rows.db", sqlite_table, "an SQLite database"),
+    ("rows.jsonl.gz", lambda: gzip.compress(gzip.compress(LINES)), "compressed twice"),
     ("rows.pdf", lambda: b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF document"),
     ("rows.jsonl", lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
     ("rows.json", lambda: b"\n<!DOCTYPE html>\n<html>", "an HTML page"),
@@ -254,9 +256,8 @@ def test_a_missing_package_is_named_with_the_extra(tmp_path: Path, monkeypatch: 
     (tmp_path / "a.zst").write_bytes(b"\x28\xb5\x2f\xfd....")
     for name in ("pyarrow", "compression.zstd", "backports.zstd"):
         monkeypatch.setitem(importlib.import_module("sys").modules, name, None)
-    assert "pyarrow, which is not installed" in refusal(tmp_path / "a.parquet", EnvironmentFault)
-    for name in ("a.parquet", "a.zst"):
-        assert "pip install 'llamatune[data]'" in refusal(tmp_path / name, EnvironmentFault)
+    for name, package in (("a.parquet", "pyarrow"), ("a.zst", "backports.zstd")):
+        assert f"pip install {package} (of the extra 'data')" in refusal(tmp_path / name, EnvironmentFault)
 
 
 def test_values_that_json_does_not_have(tmp_path: Path) -> None:
