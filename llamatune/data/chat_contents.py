@@ -34,14 +34,23 @@ def with_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def left_out(
-    messages: Sequence[Message], tools: Sequence[Any], text: str, render: Callable[..., str | None], odd: bool
+    messages: Sequence[Message],
+    tools: Sequence[Any],
+    text: str,
+    render: Callable[..., str | None],
+    marker: str,
+    *,
+    odd: bool,
 ) -> str | None:
     """Which part of a conversation its rendering ``text`` lacks; None: none.
 
     The assistant's turns behind the user's first are not looked for, unless they call tools: a template may write
     them in another way. ``odd``: the conversation is more than turns of user and assistant. It is then rendered again
-    by ``render(messages, tools)``, each part with a mark; None: the template refuses that.
+    by ``render(messages, tools)``, each part with a mark; None: the template refuses that. ``marker`` is a character
+    that stands within special tokens' texts, if there are any.
     """
+    if marker and _escaped(marker) in text:
+        return "text of a special token as it is"
     for number, message in enumerate(messages, start=1):
         if message["role"] != "assistant" and not _is_in(message.get("content", ""), text):
             return f"{message['role']}'s text of message {number}"

@@ -174,11 +174,12 @@ def _read_alpaca(row: Mapping[str, Any]) -> Row:
     system = optional_text(row, "system")
     if not is_empty(system):
         fields["system"] = system
-    adjusted, ignored = set[str](), set[str]()
-    made = Row(fields, text_field(row, "output"), read_history(row, adjusted, ignored))
-    if not adjusted and not ignored:
+    made = Row(fields, text_field(row, "output"))
+    if is_empty(row.get("history")):
         return made
-    return replace(made, ignored_keys=tuple(sorted(ignored)), adjusted=tuple(sorted(adjusted)))
+    adjusted, ignored = set[str](), set[str]()
+    turns = read_history(row, adjusted, ignored)
+    return replace(made, turns=turns, ignored_keys=tuple(sorted(ignored)), adjusted=tuple(sorted(adjusted)))
 
 
 def _plain_format(name: str, *keys: str) -> Format:

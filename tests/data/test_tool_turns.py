@@ -114,7 +114,7 @@ def test_ids_with_tools_are_those_of_transformers_and_the_answers_are_the_target
     assert '{"hill": ' in targets[0] or '"hill": ' in targets[0]
     assert targets[0].endswith(end)
     assert targets[1] == f"It rains.{end}"
-    prompt = encoder.prompt(WHOLE[:-1], None, tools or ()).encode(tokenizer)[0]
+    prompt = encoder.prompt(WHOLE[:-1], None, tools or (), odd=True).encode(tokenizer)[0]
     given = judge.apply_chat_template(WHOLE[:-1], tools=tools, add_generation_prompt=True, return_dict=True)[
         "input_ids"
     ]
