@@ -130,7 +130,9 @@ def prompt_row_of(row: Mapping[str, Any]) -> Row:
     if not satisfied and (preset := preset_of(row)) is not None:
         row, _ = preset.apply(row)
         satisfied = [FORMATS[preset.format]]
-    row_format = next(iter(satisfied or [known for known in FORMATS.values() if known.has_key_in(row)]), None)
+    if satisfied in ([], [FORMATS["text"]]):  # a completion may be absent
+        satisfied = [known for known in FORMATS.values() if known.has_key_in(row)]
+    row_format = next(iter(satisfied), None)
     prompt_fields: tuple[str, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
     if row_format is not None:
@@ -265,9 +267,9 @@ def _format_of(row: Mapping[str, Any], raw: RawRow, path: object, columns: Colum
 
 
 def _satisfied(row: Mapping[str, Any]) -> list[Format]:
-    """The formats that a row satisfies. The published Alpaca rows also have all of themselves as ``text``."""
+    """The formats that a row satisfies, but not text if it has an instruction: published Alpaca rows have both."""
     satisfied = [known for known in FORMATS.values() if known.is_satisfied_by(row)]
-    return satisfied[:1] if [known.name for known in satisfied] == ["alpaca", "text"] else satisfied
+    return [known for known in satisfied if known.name != "text" or "instruction" not in row]
 
 
 def _two(satisfied: Sequence[Format]) -> str:

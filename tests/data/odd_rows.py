@@ -161,6 +161,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "the row has the fields of alpaca rows and of gsm8k rows: ",
     ),
     "chat and completion": ({**PLAIN, "prompt": "p", "completion": "c"}, "of chat rows and of completion rows"),
+    "Alpaca without an output but a text": (
+        {"instruction": "a", "output": None, "text": "t"},
+        "no field 'output'; the row has 'instruction', 'text' (null: 'output')",
+    ),
     "both kinds of chat": ({"messages": [U, A], "conversations": [U, A]}, "both 'messages' and 'conversations'"),
     "unknown role": (
         chat("user: a", "judge: b"),

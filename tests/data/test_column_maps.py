@@ -11,6 +11,10 @@ import pytest
 from odd_rows import LONG, PLAIN, SYSTEM, TEXTS, qa
 from prepared_rows import read_split
 
+from llamatune.data.chat_messages import CALLER, ROLES
+from llamatune.data.column_maps import MAPPABLE, PRESETS
+from llamatune.data.prepare_report import ADJUSTMENTS
+from llamatune.data.row_formats import FORMATS
 from llamatune.errors import DataError, SpecError
 from llamatune.strict_json import read_json
 
@@ -78,3 +82,15 @@ def test_a_map_that_is_none_is_refused(prepare: Prepare, write_rows: WriteRows, 
     with pytest.raises(SpecError) as caught:
         prepare(write_rows([qa()]), column_map=given)
     assert message in str(caught.value)
+
+
+def test_the_docs_name_every_alias_preset_and_kind() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    aliases = {alias for role, names in ROLES.items() if role != CALLER for alias in names}
+    missing = [name for name in (*aliases, *PRESETS, *ADJUSTMENTS) if f"`{name}`" not in page]
+    assert not missing
+
+
+def test_every_field_of_a_format_can_be_mapped() -> None:
+    fields = {field for known in FORMATS.values() for field in known.keys + known.context}
+    assert fields - {"earlier messages"} == set(MAPPABLE) - {"user", "assistant"}
