@@ -181,7 +181,7 @@ def _part(part: object, number: int, where: str) -> str:
     if not isinstance(part, dict):
         raise RowError("wrong_type", f"part {number} of {where} is {kind_of(part)}, not a text or an object")
     kind = part.get("type")
-    others = [key for key in part if key not in ("type", "text", "annotations") and not is_empty(part[key])]
+    others = [key for key in part if key not in ("type", "text") and not is_empty(part[key])]
     if kind not in (None, "text", "input_text", "output_text") or others:
         shown = quote(kind) if isinstance(kind, str) and kind != "text" else quote(others[0] if others else "type")
         what = f"part {number} of {where} is no text but has {shown}, which would be lost"
@@ -196,6 +196,8 @@ def _tool_keys(message: Mapping[str, Any], role: str, where: str, adjusted: set[
     calls, single = message.get("tool_calls"), message.get("function_call")
     if role != "assistant" or (is_empty(calls) and is_empty(single)):
         return {}
+    if not is_empty(calls) and not is_empty(single):
+        raise RowError("unread_field", f"{where} has both 'tool_calls' and 'function_call'; take one of them out")
     if is_empty(calls):
         adjusted.add("function_call")
         return {"tool_calls": _calls(single, where, adjusted, CALLER)}

@@ -96,7 +96,8 @@ class ChatEncoder:
             raise DataError(f"the chat template refuses the prompt: {fault}", where) from None
         except Broken as fault:
             raise self.template.unusable(fault) from None
-        if lost := left_out(hidden, hidden_tools, text, functools.partial(self._try, prompt=True), marker, odd=odd):
+        render = functools.partial(self._try, prompt=True)
+        if len(hidden) > 1 and (lost := left_out(hidden, hidden_tools, text, render, marker, odd=odd)):
             raise DataError(f"the chat template leaves out the {lost}", where)
         return Segments(tuple(self._parts(text, [], [], marker)[0]), True)
 

@@ -58,8 +58,9 @@ def test_columns_are_read_as_fields(
     prepare(write_rows([plain], "plain.jsonl"), output=tmp_path / "plain")
     assert read_split(tmp_path / "out") == read_split(tmp_path / "plain")
     assert "map" in read_json(tmp_path / "out" / "llamatune.json")["inputs"]
-    with pytest.raises(DataError, match=r"no column .* \(.*=.* of --map\); the row has 'other'"):
-        prepare(write_rows([{"other": 1}]), column_map=given, overwrite=True, format=report.format)
+    for name in (report.format, "auto"):
+        with pytest.raises(DataError, match=r"no column .* \(.*=.* of --map\); the row has 'other'"):
+            prepare(write_rows([{"other": 1}]), column_map=given, overwrite=True, format=name)
 
 
 def test_a_column_for_an_optional_field_may_lack_and_is_counted(prepare: Prepare, write_rows: WriteRows) -> None:
