@@ -45,8 +45,8 @@ class ChatEncoder:
                 cannot be told.
             LlamatuneError: rendering is beyond the limits of a template.
         """
-        given = () if row.irregular is None else row.irregular.tools
-        messages, tools, marker = self._hidden([*messages_of(row), _answer(row, completion)], given)
+        given, odd = () if row.irregular is None else row.irregular.tools, row.irregular is not None
+        messages, tools, marker = self._hidden([*messages_of(row), _answer(row, completion)], given, odd)
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = [not last_only or turn == turns[-1] for turn in turns]
         if row.trained:
@@ -61,7 +61,7 @@ class ChatEncoder:
         except Broken as fault:
             raise RowError("template_misfit", f"the chat template cannot be filled with the row: {fault}") from None
         text = reply["text"]
-        if lost := left_out(messages, tools, text, self._try, row.irregular is not None):
+        if lost := left_out(messages, tools, text, self._try, marker, odd=odd):
             what = f"the chat template leaves out the {lost}; choose another --template, or take them out of the row"
             raise RowError("template_misfit", what)
         ends, only_last = False, False
@@ -89,14 +89,15 @@ class ChatEncoder:
 
         ``DataError`` if the template refuses them or leaves a part out.
         """
-        hidden, hidden_tools, marker = self._hidden(messages, tools)
+        hidden, hidden_tools, marker = self._hidden(messages, tools, odd)
         try:
             text = self._reply({"messages": hidden, "tools": hidden_tools, "prompt": True})["text"]
         except Refused as fault:
             raise DataError(f"the chat template refuses the prompt: {fault}", where) from None
         except Broken as fault:
             raise self.template.unusable(fault) from None
-        if lost := left_out(hidden, hidden_tools, text, functools.partial(self._try, prompt=True), odd):
+        render = functools.partial(self._try, prompt=True)
+        if len(hidden) > 1 and (lost := left_out(hidden, hidden_tools, text, render, marker, odd=odd)):
             raise DataError(f"the chat template leaves out the {lost}", where)
         return Segments(tuple(self._parts(text, [], [], marker)[0]), True)
 
@@ -154,9 +155,11 @@ class ChatEncoder:
             return None
         return text
 
-    def _hidden(self, messages: Sequence[Message], tools: Sequence[Any]) -> tuple[list[Message], list[Any], str]:
+    def _hidden(
+        self, messages: Sequence[Message], tools: Sequence[Any], odd: bool
+    ) -> tuple[list[Message], list[Any], str]:
         """The messages and tools with a marker in every special token's text, and the marker."""
-        texts = [*texts_in([*messages, *tools])]
+        texts = [*texts_in([*messages, *tools])] if odd else [message["content"] for message in messages]
         if not any(map(self._hideable.search, texts)):
             return [*messages], [*tools], ""
         taken = {*"".join(self._tokenizer.special_ids), *"".join(texts)}

@@ -51,7 +51,7 @@ class ColumnMap:
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether rows are recognised as this preset's by ``row``, which has no null values."""
         needed = [row.get(column) for field, column in self.columns if field not in self.optional]
-        return self.holds is not None and all(value and isinstance(value, self.holds) for value in needed)
+        return self.holds is not None and all(isinstance(value, self.holds) for value in needed)
 
     def apply(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """``row`` with its columns under the names of fields, and the keys with a value that are lost by that.

@@ -131,7 +131,9 @@ def prompt_row_of(row: Mapping[str, Any], given: Format | None = None, columns: 
         raise RowError("two_formats", f"{_two(satisfied)}; choose with {names}")
     if not satisfied and columns is None and (preset := preset_of(row)) is not None:
         satisfied = [FORMATS[preset.format]]
-    row_format = next(iter(satisfied or [known for known in FORMATS.values() if known.has_key_in(row)]), None)
+    if satisfied in ([], [FORMATS["text"]]):  # a completion may be absent
+        satisfied = [known for known in FORMATS.values() if known.has_key_in(row)]
+    row_format = next(iter(satisfied), None)
     prompt_fields: tuple[str, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
     if row_format is not None:
@@ -178,11 +180,12 @@ def _read_alpaca(row: Mapping[str, Any]) -> Row:
     system = optional_text(row, "system")
     if not is_empty(system):
         fields["system"] = system
-    adjusted, ignored = set[str](), set[str]()
-    made = Row(fields, text_field(row, "output"), read_history(row, adjusted, ignored))
-    if not adjusted and not ignored:
+    made = Row(fields, text_field(row, "output"))
+    if is_empty(row.get("history")):
         return made
-    return replace(made, ignored_keys=tuple(sorted(ignored)), adjusted=tuple(sorted(adjusted)))
+    adjusted, ignored = set[str](), set[str]()
+    turns = read_history(row, adjusted, ignored)
+    return replace(made, turns=turns, ignored_keys=tuple(sorted(ignored)), adjusted=tuple(sorted(adjusted)))
 
 
 def _plain_format(name: str, *keys: str) -> Format:
@@ -268,9 +271,9 @@ def _format_of(row: Mapping[str, Any], raw: RawRow, path: object, columns: Colum
 
 
 def _satisfied(row: Mapping[str, Any]) -> list[Format]:
-    """The formats that a row satisfies. The published Alpaca rows also have all of themselves as ``text``."""
+    """The formats that a row satisfies, but not text if it has an instruction: published Alpaca rows have both."""
     satisfied = [known for known in FORMATS.values() if known.is_satisfied_by(row)]
-    return satisfied[:1] if [known.name for known in satisfied] == ["alpaca", "text"] else satisfied
+    return [known for known in satisfied if known.name != "text" or "instruction" not in row]
 
 
 def _two(satisfied: Sequence[Format]) -> str:

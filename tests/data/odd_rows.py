@@ -161,6 +161,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "the row has the fields of alpaca rows and of gsm8k rows: ",
     ),
     "chat and completion": ({**PLAIN, "prompt": "p", "completion": "c"}, "of chat rows and of completion rows"),
+    "Alpaca without an output but a text": (
+        {"instruction": "a", "output": None, "text": "t"},
+        "no field 'output'; the row has 'instruction', 'text' (null: 'output')",
+    ),
     "both kinds of chat": ({"messages": [U, A], "conversations": [U, A]}, "both 'messages' and 'conversations'"),
     "unknown role": (
         chat("user: a", "judge: b"),
@@ -214,6 +218,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"messages": [{**U, "mood": "x"}, A]},
         "message 1 of 'messages' has 'mood', which would be lost",
     ),
+    "calls in two ways": (
+        {"messages": [U, {**A, "tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}, A]},
+        "message 2 of 'messages' has both 'tool_calls' and 'function_call'",
+    ),
+    "an empty response of a preset": ({"prompt": "p", "response": ""}, "field 'output' of the row is empty"),
     "images": ({**PLAIN, "images": ["x"]}, "field 'images' would be lost: chat rows have no place for it"),
     "two systems that differ": ({**SYSTEM, "system": "other"}, "both a field 'system' and a system message"),
     "a chat's system_prompt": ({**PLAIN, "system_prompt": "s"}, "--map system=system_prompt"),
