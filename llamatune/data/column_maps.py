@@ -72,11 +72,11 @@ class ColumnMap:
         return _with_messages(made) if "user" in found else made, lost
 
     def applied_to_prompt(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """As ``apply``, but the column of the completion may be absent."""
+        """As ``apply``, but without null values, and the column of the completion may be absent."""
         made, _ = replace(self, optional=(*self.optional, *_COMPLETIONS)).apply(row)
         if "user" in dict(self.columns):  # of the answer that is absent there is no message
             made["messages"] = [said for said in made["messages"] if said["content"] is not None]
-        return made
+        return {key: value for key, value in made.items() if value is not None}
 
     def lacking(self, row: Mapping[str, Any]) -> bool:
         """Whether ``row`` has no column, not even null, for an optional field that the user named."""

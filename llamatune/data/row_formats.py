@@ -123,26 +123,23 @@ def prompt_row_of(row: Mapping[str, Any], given: Format | None = None, columns: 
 
     Its fields are all its strings, since a template may use any of them; other values are listed as ignored.
     """
-    row = row if columns is None else columns.applied_to_prompt(row)
-    row = {key: value for key, value in row.items() if value is not None}
+    row = columns.applied_to_prompt(row) if columns else {key: value for key, value in row.items() if value is not None}
     satisfied = _satisfied(row) if given is None else [given]
     if len(satisfied) > 1:
         names = " or ".join(f"--format {known.name}" for known in satisfied)
         raise RowError("two_formats", f"{_two(satisfied)}; choose with {names}")
     if not satisfied and columns is None and (preset := preset_of(row)) is not None:
         satisfied = [FORMATS[preset.format]]
-    if satisfied in ([], [FORMATS["text"]]):  # a completion may be absent
+    if given is None and satisfied in ([], [FORMATS["text"]]):  # a completion may be absent
         satisfied = [known for known in FORMATS.values() if known.has_key_in(row)]
     row_format = next(iter(satisfied), None)
-    prompt_fields: tuple[str, ...] = ()
-    turns: tuple[tuple[str, str], ...] = ()
     if row_format is not None:
-        row = row if columns is not None else _meant(row, row_format, None)[0]
-        prompt_fields = row_format.prompt_fields
-        _unknown_keys(row, row_format, prompt_fields)
+        row = row if columns else _meant(row, row_format, None)[0]
+        _unknown_keys(row, row_format, row_format.prompt_fields)
         if row_format.name == "chat":
             return read_chat(row, as_prompt=True)
-        turns = read_history(row, set(), set()) if row_format.name == "alpaca" else ()
+    prompt_fields = () if row_format is None else row_format.prompt_fields
+    turns = read_history(row, set(), set()) if row_format is FORMATS["alpaca"] else ()
     optional = {name: optional_text(row, name) for name in prompt_fields if name in _OPTIONAL}
     required = set(prompt_fields) - optional.keys()
     texts = {key: checked_text(text, key) for key, text in row.items() if isinstance(text, str) or key in required}
