@@ -263,7 +263,9 @@ def test_a_file_may_be_called_minus(command: Command, script: str) -> None:
     assert Path("-").read_text() == script
 
 
-def test_null_pipes_and_open_files_are_written_through(command: Command, script: str) -> None:
+def test_null_pipes_and_open_files_are_written_through(
+    command: Command, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert _script(command, "/dev/null").code == 0
     os.mkfifo("pipe")
     received: list[str] = []
@@ -273,6 +275,9 @@ def test_null_pipes_and_open_files_are_written_through(command: Command, script:
     reader.join(10)
     assert received == [script]
     assert Path("pipe").is_fifo()
+    monkeypatch.setattr("llamatune.output_files.WAIT_FOR_READER_S", 0)
+    done = _script(command, "pipe")
+    assert (done.code, "a pipe that no program reads" in done.stderr) == (5, True)
     with open("log", "w+") as file:  # as a shell opens it for 5> log
         file.write("before\n")
         file.flush()
