@@ -150,9 +150,10 @@ def refuse_inputs(spec: RunSpec, name: str, overwrite: bool) -> None:
     Also if it is inside of that or, with ``overwrite``, would be moved aside together with it.
     """
     path = Path(spec.training.output_dir)
-    read = {"model.path": spec.model.path, "data.train": spec.data.train, "data.validation": spec.data.validation}
-    read["lora.init_from"] = None if spec.lora is None else spec.lora.init_from
-    inputs = [(key, Path(value)) for key, value in read.items() if value is not None]
+    read: dict[str, Any] = {"model.path": spec.model.path, "lora.init_from": spec.lora and spec.lora.init_from}
+    read |= {"data.train": spec.data.train, "data.validation": spec.data.validation}
+    paths = {key: [value] if isinstance(value, str) else value or () for key, value in read.items()}
+    inputs = [(key, Path(path)) for key, values in paths.items() for path in values]
     refuse_replacing(path, inputs, name, keeps=not overwrite)
     refuse_inside(path, inputs, name)
 
