@@ -153,9 +153,20 @@ def refuse_inputs(spec: RunSpec, name: str, overwrite: bool) -> None:
     read: dict[str, Any] = {"model.path": spec.model.path, "lora.init_from": spec.lora and spec.lora.init_from}
     read |= {"data.train": spec.data.train, "data.validation": spec.data.validation}
     paths = {key: [value] if isinstance(value, str) else value or () for key, value in read.items()}
-    inputs = [(key, Path(path)) for key, values in paths.items() for path in values]
+    inputs = [(key, Path(path)) for key, values in paths.items() for path in values if _is_name(path)]
+    if not _is_name(str(path)):
+        raise EnvironmentFault("the locale has no such characters in names", path, "set LC_ALL=C.UTF-8")
     refuse_replacing(path, inputs, name, keeps=not overwrite)
     refuse_inside(path, inputs, name)
+
+
+def _is_name(path: str) -> bool:
+    """Whether a file can have this name in the locale: in C it is ASCII."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse_other(path: Path) -> None:
