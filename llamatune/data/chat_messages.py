@@ -27,7 +27,7 @@ _PLAIN = {
 }  # fmt: skip
 """What the key of the role has in the two usual forms; another name counts as an alias."""
 _USUAL_FORMS = {"role": "content", "from": "value"}
-_TEXT_KEYS = ("content", "value", "text")
+_TEXT_KEYS = ("content", "value", "text", "parts")
 
 _METADATA = {
     "id", "uuid", "name", "index", "idx", "turn", "turn_identifier", "timestamp", "created", "created_at", "updated_at",
