@@ -55,8 +55,8 @@ class Turn(NamedTuple):
 
     @property
     def message(self) -> dict[str, Any]:
-        """As a chat template is given it. A turn that only calls tools has no content."""
-        return {"role": self.role, **({"content": self.text} if self.text or not self.more else {}), **self.more}
+        """As a chat template is given it. A turn that only calls tools has an empty content, since some need one."""
+        return {"role": self.role, "content": self.text, **self.more}
 
 
 def read_turns(value: object, name: str, adjusted: set[str], ignored: set[str]) -> list[Turn]:

@@ -225,9 +225,7 @@ def messages_of(row: Row) -> list[Message]:
 
 
 def _answer(row: Row, completion: str) -> Message:
-    """The assistant's last message. One that only calls tools has no content."""
-    more = {} if row.irregular is None else row.irregular.answer
-    return {"role": "assistant", **({"content": completion} if completion or not more else {}), **more}
+    return {"role": "assistant", "content": completion, **({} if row.irregular is None else row.irregular.answer)}
 
 
 def _block_targets(blocks: Sequence[Span], wanted: Sequence[bool]) -> list[Span]:

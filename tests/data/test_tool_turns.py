@@ -177,6 +177,16 @@ def test_tool_turns_in_every_form(smollm: Tokenizer, row: dict[str, Any], adjust
     assert set(row_of(row, FORMATS["chat"]).adjusted) == adjusted
 
 
+def test_a_turn_that_only_calls_has_an_empty_content_which_some_templates_need(smollm: Tokenizer) -> None:
+    source = CALLING.replace(
+        "{%- if message.content %}{{- message.content }}{%- endif %}", "{{- message.content.strip() }}"
+    )
+    assert source != CALLING
+    for calls in (CALLS, {**CALLS, "content": None}, {**CALLS, "content": ""}):
+        row = {"messages": [ASKED, calls, TOLD, ANSWER]}
+        assert made(encoder_of(source, smollm), smollm, row) == made(encoder_of(CALLING, smollm), smollm, row)
+
+
 def test_a_call_may_be_the_answer(smollm: Tokenizer) -> None:
     encoder = encoder_of(CALLING, smollm)
     _, targets = made(encoder, smollm, {"messages": WHOLE[:3], "tools": TOOLS})
@@ -239,6 +249,15 @@ def test_turns_beyond_user_and_assistant_are_context(smollm: Tokenizer) -> None:
 
 def _parts(text: str) -> list[str]:
     return [part for part in re.split(r"(<\|im_(?:start|end)\|>)", text) if part]
+
+
+def test_built_in_templates_have_no_place_for_calls(smollm: Tokenizer) -> None:
+    encoder = ChatEncoder(built_in_chat_template("chatml", smollm), smollm)
+    for row in ({"messages": WHOLE}, {"messages": [ASKED, ANSWER], "tools": TOOLS}, {"messages": [ASKED, CALLS]}):
+        with pytest.raises(
+            RowError, match="'chatml' has no place for tools and their turns; choose another --template"
+        ):
+            made(encoder, smollm, row)
 
 
 @pytest.mark.parametrize(
