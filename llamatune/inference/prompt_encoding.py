@@ -48,7 +48,7 @@ class PromptEncoder:
             what = f"no field for the user's turn of the template {self._chats.template.name!r}"
             raise DataError(what, f"prompt {number}", f"its text fields are {texts}") from None
         if misfit := self._chats.template.misfit(row):
-            raise DataError(f"the chat template refuses the prompt: {misfit}", f"prompt {number}")
+            raise DataError(misfit, f"prompt {number}")
         tools = () if row.irregular is None else row.irregular.tools
         return self._chats.prompt(messages, f"prompt {number}", tools, row.irregular is not None)
 

@@ -270,9 +270,7 @@ def test_a_template_without_a_place_refuses_them_by_name(tokenizer: Tokenizer, m
     assert row.irregular is not None
     assert row.irregular.what in (own.misfit(row) or "")
     llama_2 = built_in_chat_template("llama2-chat", tokenizer)
-    with pytest.raises(
-        RowError, match=f"the chat template refuses the row: 'llama2-chat' has {named}.*; choose another"
-    ):
+    with pytest.raises(RowError, match=f"the template 'llama2-chat' has {named}.*; choose another"):
         ChatEncoder(llama_2, tokenizer).row(row, row.completion, last_only=False)
     for template in (own, llama_2):
         with pytest.raises(DataError, match=f"{named}.*prompt 1"):
