@@ -26,8 +26,7 @@ _PLAIN = {
              "system": "system", "tool": "tool", "observation": "tool", CALLER: CALLER},
 }  # fmt: skip
 """What the key of the role has in the two usual forms; another name counts as an alias."""
-_USUAL_FORMS = {"role": "content", "from": "value"}
-_TEXT_KEYS = ("content", "value", "text")
+_TEXT_KEYS = ("content", "value", "text", "parts")
 
 _METADATA = {
     "id", "uuid", "name", "index", "idx", "turn", "turn_identifier", "timestamp", "created", "created_at", "updated_at",
@@ -55,8 +54,8 @@ class Turn(NamedTuple):
 
     @property
     def message(self) -> dict[str, Any]:
-        """As a chat template is given it. A turn that only calls tools has no content."""
-        return {"role": self.role, **({"content": self.text} if self.text or not self.more else {}), **self.more}
+        """As a chat template is given it. A turn that only calls tools has an empty content, since some need one."""
+        return {"role": self.role, "content": self.text, **self.more}
 
 
 def read_turns(value: object, name: str, adjusted: set[str], ignored: set[str]) -> list[Turn]:
@@ -92,8 +91,9 @@ def _usual_turn(message: object) -> Turn | None:
     """The turn of a message of role and text in the usual form; None: it is another one. Most are, so this is quick."""
     if type(message) is not dict or len(message) != 2:
         return None
-    (role_key, role), (text_key, text) = message.items()
-    if _USUAL_FORMS.get(role_key) != text_key or type(role) is not str or type(text) is not str:
+    role_key, text_key = ("role", "content") if "role" in message else ("from", "value")
+    role, text = message.get(role_key), message.get(text_key)
+    if type(role) is not str or type(text) is not str:
         return None
     known = _PLAIN[role_key].get(role)
     if known is None or known == CALLER or not text or text.isspace() or "\0" in text:

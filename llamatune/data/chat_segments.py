@@ -45,23 +45,24 @@ class ChatEncoder:
                 cannot be told.
             LlamatuneError: rendering is beyond the limits of a template.
         """
-        given, odd = () if row.irregular is None else row.irregular.tools, row.irregular is not None
-        messages, tools, marker = self._hidden([*messages_of(row), _answer(row, completion)], given, odd)
+        odd = row.irregular
+        given = [*messages_of(row), _answer(row, completion)]
+        messages, tools, marker = self._hidden(given, () if odd is None else odd.tools, odd is not None)
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = [not last_only or turn == turns[-1] for turn in turns]
         if row.trained:
             wanted = [both and trained for both, trained in zip(wanted, row.trained, strict=True)]
         asked = [turn for turn, is_wanted in zip(turns, wanted, strict=True) if is_wanted]
+        if misfit := self.template.misfit(row):
+            raise RowError("template_misfit", misfit)
         try:
-            if misfit := self.template.misfit(row):
-                raise Refused(misfit)
             reply = self._reply({"messages": messages, "tools": tools, "turns": asked})
-        except Refused as fault:
-            raise RowError("template_misfit", f"the chat template refuses the row: {fault}") from None
-        except Broken as fault:
-            raise RowError("template_misfit", f"the chat template cannot be filled with the row: {fault}") from None
+        except (Refused, Broken) as fault:
+            what = "refuses" if isinstance(fault, Refused) else "cannot be filled with"
+            todo = f"; it has {odd.what}: choose another --template, or take them out" if odd else ""
+            raise RowError("template_misfit", f"the chat template {what} the row: {fault}{todo}") from None
         text = reply["text"]
-        if lost := left_out(messages, tools, text, self._try, marker, odd=odd):
+        if lost := left_out(messages, tools, text, self._try, marker, odd=odd is not None):
             what = f"the chat template leaves out the {lost}; choose another --template, or take them out of the row"
             raise RowError("template_misfit", what)
         ends, only_last = False, False
@@ -225,9 +226,7 @@ def messages_of(row: Row) -> list[Message]:
 
 
 def _answer(row: Row, completion: str) -> Message:
-    """The assistant's last message. One that only calls tools has no content."""
-    more = {} if row.irregular is None else row.irregular.answer
-    return {"role": "assistant", **({"content": completion} if completion or not more else {}), **more}
+    return {"role": "assistant", "content": completion, **({} if row.irregular is None else row.irregular.answer)}
 
 
 def _block_targets(blocks: Sequence[Span], wanted: Sequence[bool]) -> list[Span]:

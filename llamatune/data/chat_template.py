@@ -117,7 +117,7 @@ class ChatTemplate:
             and not any("tool_calls" in said for said in (*odd.messages, odd.answer))
         ):
             return None
-        return f"{self.name!r} has no place for {odd.what}; choose another --template, or take them out"
+        return f"the template {self.name!r} has no place for {odd.what}; choose another --template, or take them out"
 
     @functools.cached_property
     def engine(self) -> Engine | JinjaProcess:

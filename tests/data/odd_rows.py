@@ -135,6 +135,14 @@ ACCEPTED: dict[str, tuple[Any, Any, list[str]]] = {
     "input and output": ({"input": TEXTS[0], "output": TEXTS[1]}, qa(), ["preset_input-output"]),
     "query and response": ({"query": TEXTS[0], "response": TEXTS[1]}, qa(), ["preset_query-response"]),
     "problem and solution": ({"problem": TEXTS[0], "solution": TEXTS[1]}, qa(), ["preset_problem-solution"]),
+    "inputs and targets": ({"inputs": TEXTS[0], "targets": TEXTS[1]}, qa(), ["preset_inputs-targets"]),
+    "user and assistant": (
+        {"user": TEXTS[0], "assistant": TEXTS[1], "system": "stone"},
+        SYSTEM,
+        ["preset_user-assistant"],
+    ),
+    "human and assistant": ({"human": TEXTS[0], "assistant": TEXTS[1]}, PLAIN, ["preset_human-assistant"]),
+    "parts": ({"messages": [{"role": "user", "parts": [{"text": TEXTS[0]}]}, A]}, PLAIN, ["text_parts"]),
     "text beside a short column": ({"text": "two apples", "sex": "F"}, {"text": "two apples"}, []),
 }
 
@@ -153,6 +161,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "UltraChat": ({"id": "0", "data": TEXTS}, "rows.jsonl: --map ultrachat; known: alpaca, gsm8k"),
     "capital keys": ({"Instruction": "a", "Output": "b"}, "--map instruction=Instruction,output=Output"),
+    "capital keys of a preset": ({"Query": "a", "Response": "b"}, "--map instruction=Query,output=Response"),
     "a format that is unknown": ({"content": "x"}, "name the columns, such as --map instruction=COLUMN,output=COLUMN"),
     "two presets": ({"prompt": "p", "question": "q", "response": "r"}, "--map prompt-response or --map openorca"),
     "chat and text": ({**PLAIN, "text": "t"}, "rows.jsonl:1: choose with --format chat or --format text"),

@@ -177,6 +177,16 @@ def test_tool_turns_in_every_form(smollm: Tokenizer, row: dict[str, Any], adjust
     assert set(row_of(row, FORMATS["chat"]).adjusted) == adjusted
 
 
+def test_a_turn_that_only_calls_has_an_empty_content_which_some_templates_need(smollm: Tokenizer) -> None:
+    source = CALLING.replace(
+        "{%- if message.content %}{{- message.content }}{%- endif %}", "{{- message.content.strip() }}"
+    )
+    assert source != CALLING
+    for calls in (CALLS, {**CALLS, "content": None}, {**CALLS, "content": ""}):
+        row = {"messages": [ASKED, calls, TOLD, ANSWER]}
+        assert made(encoder_of(source, smollm), smollm, row) == made(encoder_of(CALLING, smollm), smollm, row)
+
+
 def test_a_call_may_be_the_answer(smollm: Tokenizer) -> None:
     encoder = encoder_of(CALLING, smollm)
     _, targets = made(encoder, smollm, {"messages": WHOLE[:3], "tools": TOOLS})
@@ -241,6 +251,15 @@ def _parts(text: str) -> list[str]:
     return [part for part in re.split(r"(<\|im_(?:start|end)\|>)", text) if part]
 
 
+def test_built_in_templates_have_no_place_for_calls(smollm: Tokenizer) -> None:
+    encoder = ChatEncoder(built_in_chat_template("chatml", smollm), smollm)
+    for row in ({"messages": WHOLE}, {"messages": [ASKED, ANSWER], "tools": TOOLS}, {"messages": [ASKED, CALLS]}):
+        with pytest.raises(
+            RowError, match="'chatml' has no place for tools and their turns; choose another --template"
+        ):
+            made(encoder, smollm, row)
+
+
 @pytest.mark.parametrize(
     "messages", [WHOLE, [ANSWER, ASKED, ANSWER], [ASKED, {"role": "system", "content": "s"}, ANSWER]]
 )
@@ -251,9 +270,7 @@ def test_a_template_without_a_place_refuses_them_by_name(tokenizer: Tokenizer, m
     assert row.irregular is not None
     assert row.irregular.what in (own.misfit(row) or "")
     llama_2 = built_in_chat_template("llama2-chat", tokenizer)
-    with pytest.raises(
-        RowError, match=f"the chat template refuses the row: 'llama2-chat' has {named}.*; choose another"
-    ):
+    with pytest.raises(RowError, match=f"the template 'llama2-chat' has {named}.*; choose another"):
         ChatEncoder(llama_2, tokenizer).row(row, row.completion, last_only=False)
     for template in (own, llama_2):
         with pytest.raises(DataError, match=f"{named}.*prompt 1"):
