@@ -20,6 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from llamatune.data.row_files import read_raw_rows
+from llamatune.data.row_json import decode_row
+
 OURS = """
 import sys
 from pathlib import Path
@@ -58,7 +61,7 @@ data.map(row_of, remove_columns=data.column_names, num_proc=int(workers)).save_t
 
 def write_rows(path: Path, source: Path, count: int) -> None:
     """``count`` rows of ``source`` over and over, each with its number."""
-    given = json.loads(source.read_text(encoding="utf-8"))
+    given = [decode_row(raw) for raw in read_raw_rows(source)]
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             row = given[number % len(given)]
@@ -113,7 +116,7 @@ def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--source", type=Path, required=True, help="a JSON list of Alpaca rows")
+    parser.add_argument("--source", type=Path, required=True, help="a file of Alpaca rows")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="1: in the process itself")

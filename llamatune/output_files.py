@@ -11,11 +11,13 @@ All of it is checked before any work. A name that something else took meanwhile 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -30,6 +32,10 @@ from llamatune.durable_writing import (
 from llamatune.errors import EnvironmentFault, SpecError
 
 STDOUT = Path("/dev/stdout")
+WAIT_FOR_READER_S = 2.0
+"""For the reader of a pipe to open it."""
+_pipes: dict[Path, int] = {}
+"""Pipes that were checked, and the descriptors that keep them open."""
 _ANOTHER = "choose another output"
 _DESCRIPTOR = re.compile(r"/dev/(?:(stdout)|(stderr)|fd/([0-9]+))|/proc/self/fd/([0-9]+)")
 
@@ -38,6 +44,8 @@ def output_file(path: Path, overwrite: bool) -> Path:
     """The path of an output file, links resolved; raises before any work if it cannot be written."""
     if is_stream(path):
         _refuse_closed(path)
+        if _is_pipe(path):
+            _hold_pipe(path)
         return path
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
@@ -100,7 +108,11 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         return
     with stream_faults(path):
-        number = os.open(path, os.O_WRONLY) if descriptor is None else os.dup(descriptor)
+        if descriptor is not None:
+            number = os.dup(descriptor)
+        else:
+            number = _pipes.pop(path, -1)
+            number = os.open(path, os.O_WRONLY) if number < 0 else number
     file = os.fdopen(number, "wb")
     try:
         yield file
@@ -117,6 +129,25 @@ def stream_faults(path: Path) -> Iterator[None]:
     except OSError as fault:
         if descriptor_of(path) != 1 or not isinstance(fault, BrokenPipeError):
             raise disk_fault(fault, path) from fault
+
+
+def _is_pipe(path: Path) -> bool:
+    return descriptor_of(path) is None and path.is_fifo()
+
+
+def _hold_pipe(path: Path) -> None:
+    """Open a pipe until it is written to: closed before, it would end for its reader."""
+    limit = time.monotonic() + WAIT_FOR_READER_S
+    while path not in _pipes:
+        try:
+            _pipes[path] = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.set_blocking(_pipes[path], True)
+        except OSError as fault:
+            if fault.errno != errno.ENXIO:
+                raise disk_fault(fault, path) from fault
+            if time.monotonic() > limit:
+                raise EnvironmentFault("a pipe that no program reads", path, "start its reader first") from None
+            time.sleep(0.05)
 
 
 def _refuse_closed(path: Path) -> None:

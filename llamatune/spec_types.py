@@ -75,14 +75,14 @@ def _expanded(value: str, info: ValidationInfo) -> str:
         raise ValueError(f"{fault.what}; {fault.todo}") from None
 
 
-def _directories(value: Any) -> Any:
+def _directories(value: Any, info: ValidationInfo) -> Any:
     """A directory as its path; several as a tuple of paths. A list of one is that one."""
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list | tuple) or not all(isinstance(path, str) for path in paths):
         raise ValueError(f"should be a directory, or a list of directories (it is {value!r})")
     if not all(paths) or not paths:
         raise ValueError("names no directory")
-    expanded = tuple(map(_expanded, paths))
+    expanded = tuple(_expanded(path, info) for path in paths)
     if len(set(expanded)) != len(expanded):
         raise ValueError("names a directory twice; rows are repeated by a weight of prepare-data, as in rows.jsonl:2")
     return expanded[0] if len(expanded) == 1 else expanded

@@ -80,7 +80,12 @@ def _inputs_of(option: Option, options: Options) -> Iterator[tuple[str, Path]]:
     if option.name == "template" and value is not None:
         value = Path(value)
     for path in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(path, Path) and not option.writes and path.exists() and not is_stream(path):
+        if not isinstance(path, Path) or option.writes:
+            continue
+        name, _, _ = str(path).rpartition(":")
+        if name and not path.exists():  # a file of rows may have a weight: rows.jsonl:0.5
+            path = Path(name)
+        if path.exists() and not is_stream(path):
             yield option.metavar if option.argument and option.metavar else option.flag, path
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,14 +36,23 @@ def with_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def left_out(
-    messages: Sequence[Message], tools: Sequence[Any], text: str, render: Callable[..., str | None], odd: bool
+    messages: Sequence[Message],
+    tools: Sequence[Any],
+    text: str,
+    render: Callable[..., str | None],
+    marker: str,
+    *,
+    odd: bool,
 ) -> str | None:
     """Which part of a conversation its rendering ``text`` lacks; None: none.
 
     The assistant's turns behind the user's first are not looked for, unless they call tools: a template may write
     them in another way. ``odd``: the conversation is more than turns of user and assistant. It is then rendered again
-    by ``render(messages, tools)``, each part with a mark; None: the template refuses that.
+    by ``render(messages, tools)``, each part with a mark; None: the template refuses that. ``marker`` is a character
+    that stands within special tokens' texts, if there are any.
     """
+    if marker and _escaped(marker) in text:
+        return "text of a special token as it is"
     for number, message in enumerate(messages, start=1):
         if message["role"] != "assistant" and not _is_in(message.get("content", ""), text):
             return f"{message['role']}'s text of message {number}"
@@ -50,51 +61,52 @@ def left_out(
     marks = _Marks(text)
     marked = [marks.message(message, number) for number, message in enumerate(messages, start=1)]
     shown = render(marked, [marks.tool(tool) for tool in tools])
-    if shown is None:
-        return None
-    return next((name for mark, name in marks.names.items() if mark not in shown and _escaped(mark) not in shown), None)
+    return None if shown is None else marks.missing(shown)
 
 
 class _Marks:
-    """Marks behind the texts of a conversation, characters that ``text`` has not; ``names`` of what each is behind."""
+    """Marks behind the texts of a conversation: for each of its parts a character that ``text`` has not."""
 
     def __init__(self, text: str) -> None:
-        self.names = dict[str, str]()
         self._unused = (chr(code) for code in range(0x100000, 0x10FFFE) if chr(code) not in text)
-        self._asked = False
+        self._marks, self._uses, self._asked = dict[str, str](), Counter[str](), False
+
+    def missing(self, shown: str) -> str | None:
+        """The first part of which a text is not in ``shown``; None: all are."""
+        for name, mark in self._marks.items():
+            if mark and shown.count(mark) + shown.count(_escaped(mark)) < self._uses[name]:
+                return name
+        return None
 
     def message(self, message: Message, number: int) -> Message:
         self._asked = self._asked or message["role"] == "user"
         marked = dict(message)
         if message.get("content") and (message["role"] != "assistant" or not self._asked or "tool_calls" in message):
-            marked["content"] += self._mark(f"{message['role']}'s text of message {number}")
+            marked["content"] = self._marked(f"{message['role']}'s text of message {number}", message["content"])
         if "tool_calls" in message:
-            name = f"tool calls of message {number}"
             marked["tool_calls"] = [
-                self._function(call, lambda function: {
-                    **function,
-                    "name": function["name"] + self._mark(name),
-                    "arguments": with_texts(function.get("arguments"), lambda text: text + self._mark(name)),
-                })
+                self._in_function(f"tool calls of message {number}", call, ("name", "arguments"))
                 for call in message["tool_calls"]
-            ]  # fmt: skip
+            ]
         return marked
 
-    def tool(self, tool: Any) -> Any:
-        def marked(function: dict[str, Any]) -> dict[str, Any]:
-            told = {key: function[key] for key in ("name", "description") if isinstance(function.get(key), str)}
-            return {**function, **{key: text + self._mark("tools of the row") for key, text in told.items()}}
+    def tool(self, tool: dict[str, Any]) -> dict[str, Any]:
+        return self._in_function("tools of the row", tool, ("name", "description"))
 
-        return self._function(tool, marked)
+    def _in_function(self, name: str, holder: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+        function = holder.get("function", holder)
+        if not isinstance(function, dict):
+            return holder
+        changed = {
+            key: with_texts(function[key], functools.partial(self._marked, name)) for key in keys if key in function
+        }
+        return {**holder, "function": {**function, **changed}} if "function" in holder else {**holder, **changed}
 
-    def _function(self, holder: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-        function = holder.get("function")
-        return {**holder, "function": change(function)} if isinstance(function, dict) else change(holder)
-
-    def _mark(self, name: str) -> str:
-        mark = next(self._unused)
-        self.names[mark] = name
-        return mark
+    def _marked(self, name: str, text: str) -> str:
+        if name not in self._marks:
+            self._marks[name] = next(self._unused, "")
+        self._uses[name] += 1
+        return text + self._marks[name]
 
 
 def _is_in(part: str, text: str) -> bool:

@@ -26,7 +26,7 @@ _PLAIN = {
              "system": "system", "tool": "tool", "observation": "tool", CALLER: CALLER},
 }  # fmt: skip
 """What the key of the role has in the two usual forms; another name counts as an alias."""
-_TEXT_KEYS = ("content", "value", "text")
+_TEXT_KEYS = ("content", "value", "text", "parts")
 
 _METADATA = {
     "id", "uuid", "name", "index", "idx", "turn", "turn_identifier", "timestamp", "created", "created_at", "updated_at",
@@ -54,8 +54,8 @@ class Turn(NamedTuple):
 
     @property
     def message(self) -> dict[str, Any]:
-        """As a chat template is given it. A turn that only calls tools has no content."""
-        return {"role": self.role, **({"content": self.text} if self.text or not self.more else {}), **self.more}
+        """As a chat template is given it. A turn that only calls tools has an empty content, since some need one."""
+        return {"role": self.role, "content": self.text, **self.more}
 
 
 def read_turns(value: object, name: str, adjusted: set[str], ignored: set[str]) -> list[Turn]:
@@ -74,6 +74,9 @@ def read_turns(value: object, name: str, adjusted: set[str], ignored: set[str]) 
         return [_turn_of_text(text, number, name) for number, text in enumerate(value)]
     turns = list[Turn]()
     for number, message in enumerate(value, start=1):
+        if (usual := _usual_turn(message)) is not None:
+            turns.append(usual)
+            continue
         where = f"message {number} of {name!r}"
         if not isinstance(message, dict):
             raise RowError("wrong_type", f"{where} is {kind_of(message)}, not an object")
@@ -82,6 +85,20 @@ def read_turns(value: object, name: str, adjusted: set[str], ignored: set[str]) 
         made = _turns_by_role(message, where, adjusted) or [_turn(message, name, where, adjusted, ignored)]
         turns += [turn for turn in made if turn.role != "system" or turn.text]
     return turns
+
+
+def _usual_turn(message: object) -> Turn | None:
+    """The turn of a message of role and text in the usual form; None: it is another one. Most are, so this is quick."""
+    if type(message) is not dict or len(message) != 2:
+        return None
+    role_key, text_key = ("role", "content") if "role" in message else ("from", "value")
+    role, text = message.get(role_key), message.get(text_key)
+    if type(role) is not str or type(text) is not str:
+        return None
+    known = _PLAIN[role_key].get(role)
+    if known is None or known == CALLER or not text or text.isspace() or "\0" in text:
+        return None
+    return Turn(known, text)
 
 
 def _turn_of_text(text: str, number: int, name: str) -> Turn:
@@ -164,7 +181,7 @@ def _part(part: object, number: int, where: str) -> str:
     if not isinstance(part, dict):
         raise RowError("wrong_type", f"part {number} of {where} is {kind_of(part)}, not a text or an object")
     kind = part.get("type")
-    others = [key for key in part if key not in ("type", "text", "annotations") and not is_empty(part[key])]
+    others = [key for key in part if key not in ("type", "text") and not is_empty(part[key])]
     if kind not in (None, "text", "input_text", "output_text") or others:
         shown = quote(kind) if isinstance(kind, str) and kind != "text" else quote(others[0] if others else "type")
         what = f"part {number} of {where} is no text but has {shown}, which would be lost"
@@ -179,6 +196,8 @@ def _tool_keys(message: Mapping[str, Any], role: str, where: str, adjusted: set[
     calls, single = message.get("tool_calls"), message.get("function_call")
     if role != "assistant" or (is_empty(calls) and is_empty(single)):
         return {}
+    if not is_empty(calls) and not is_empty(single):
+        raise RowError("unread_field", f"{where} has both 'tool_calls' and 'function_call'; take one of them out")
     if is_empty(calls):
         adjusted.add("function_call")
         return {"tool_calls": _calls(single, where, adjusted, CALLER)}

@@ -33,17 +33,17 @@ def read_chat(row: Mapping[str, Any], *, as_prompt: bool = False) -> Row:
         context = read_turns(earlier, "prompt", adjusted, ignored)
         turns = [*(turn._replace(is_trained=False) for turn in context), *turns]
     tools = _tools(row, adjusted)
-    turns = _until_answer(_joined(turns, name, adjusted), name, as_prompt, adjusted)
+    if as_prompt or not _is_regular(turns):
+        turns = _until_answer(_joined(turns, name, adjusted), name, as_prompt, adjusted)
     turns = _with_system(turns, optional_text(row, "system"), name)
-    user = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
-    if user is None:
-        raise RowError("bad_messages", f"{name!r} has no message of the user before the assistant's")
-    turns = [turn._replace(is_trained=False) if n < user else turn for n, turn in enumerate(turns)]
-    if odd := _irregularity(turns, tools):
-        made = _irregular_row(turns, tools, odd)
-        adjusted.update(_kinds(turns, tools))
-    else:
+    if not tools and _is_regular(turns):
         made = _regular_row(turns)
+    else:
+        user = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+        if user is None:
+            raise RowError("bad_messages", f"{name!r} has no message of the user before the assistant's")
+        turns = [turn._replace(is_trained=False) if n < user else turn for n, turn in enumerate(turns)]
+        made = _irregular_row(turns, tools, adjusted)
     if not adjusted and not ignored:
         return made
     return replace(made, ignored_keys=tuple(sorted(ignored)), adjusted=tuple(sorted(adjusted)))
@@ -133,28 +133,17 @@ def _with_system(turns: list[Turn], beside: str, name: str) -> list[Turn]:
     return turns
 
 
-def _irregularity(turns: Sequence[Turn], tools: Sequence[Any]) -> str:
-    """What of a conversation a prompt template has no place for; empty if it is turns of user and assistant."""
-    if tools or any(turn.more or turn.role == "tool" for turn in turns):
-        return "tools and their turns"
-    said = turns[1:] if turns[0].role == "system" else turns
-    if said[0].role == "assistant":
-        return "a turn of the assistant before the user's first"
-    if any(turn.role == "system" for turn in said):
-        return "a system message after the first turn"
-    assert all(turn.role == ("user", "assistant")[n % 2] for n, turn in enumerate(said)), "turns of one role are joined"
-    return ""
+def _is_regular(turns: Sequence[Turn]) -> bool:
+    """Whether they are an optional system message, then turns of user and assistant, without anything more."""
+    said = turns[1:] if turns and turns[0].role == "system" else turns
+    return (
+        bool(said)
+        and len(said) % 2 == 0
+        and all(turn.role == _TAKING_TURNS[n % 2] and not turn.more for n, turn in enumerate(said))
+    )
 
 
-def _kinds(turns: Sequence[Turn], tools: Sequence[Any]) -> list[str]:
-    """The kinds of irregularity that the report counts."""
-    said = turns[1:] if turns[0].role == "system" else turns
-    found = {
-        "tools": bool(tools) or any(turn.more or turn.role == "tool" for turn in turns),
-        "leading_assistant": said[0].role == "assistant",
-        "later_system": any(turn.role == "system" for turn in said),
-    }
-    return [kind for kind, is_found in found.items() if is_found]
+_TAKING_TURNS = ("user", "assistant")
 
 
 def _regular_row(turns: Sequence[Turn]) -> Row:
@@ -164,13 +153,29 @@ def _regular_row(turns: Sequence[Turn]) -> Row:
     return Row({"user": user, "system": system}, answer, tuple(earlier), _flags(said))
 
 
-def _irregular_row(turns: Sequence[Turn], tools: list[Any], odd: str) -> Row:
+def _irregular_row(turns: Sequence[Turn], tools: list[Any], adjusted: set[str]) -> Row:
     *before, answer = turns
+    said = turns[1:] if turns[0].role == "system" else turns
+    found = {
+        "tools": bool(tools) or any(turn.more or turn.role == "tool" for turn in turns),
+        "leading_assistant": said[0].role == "assistant",
+        "later_system": any(turn.role == "system" for turn in said),
+    }
+    adjusted.update(kind for kind, is_found in found.items() if is_found)
+    what = " and ".join(_IRREGULAR[kind] for kind, is_found in found.items() if is_found)
     user = next(turn.text for turn in reversed(before) if turn.role == "user")
     system = before[0].text if before[0].role == "system" else ""
     more = {key: value for key, value in answer.message.items() if key not in ("role", "content")}
-    irregular = Irregular(odd, tuple(turn.message for turn in before), more, tuple(tools))
+    irregular = Irregular(what, tuple(turn.message for turn in before), more, tuple(tools))
     return Row({"user": user, "system": system}, answer.text, (), _flags(turns), irregular=irregular)
+
+
+_IRREGULAR = {
+    "tools": "tools and their turns",
+    "leading_assistant": "a turn of the assistant before the user's first",
+    "later_system": "a system message after the first turn",
+}
+"""What a prompt template has no place for."""
 
 
 def _flags(turns: Sequence[Turn]) -> tuple[bool, ...]:

@@ -45,22 +45,23 @@ class ChatEncoder:
                 cannot be told.
             LlamatuneError: rendering is beyond the limits of a template.
         """
-        given = () if row.irregular is None else row.irregular.tools
-        messages, tools, marker = self._hidden([*messages_of(row), _answer(row, completion)], given)
+        odd = row.irregular
+        given = [*messages_of(row), _answer(row, completion)]
+        messages, tools, marker = self._hidden(given, () if odd is None else odd.tools, odd is not None)
         turns = _answers(messages)
         wanted = [not last_only or turn == turns[-1] for turn in turns]
         if row.trained:
             wanted = [both and trained for both, trained in zip(wanted, row.trained, strict=True)]
+        if misfit := self.template.misfit(row):
+            raise RowError("template_misfit", misfit)
         try:
-            if misfit := self.template.misfit(row):
-                raise Refused(misfit)
             reply = self._reply({"messages": messages, "tools": tools, "turns": turns, "wanted": wanted})
-        except Refused as fault:
-            raise RowError("template_misfit", f"the chat template refuses the row: {fault}") from None
-        except Broken as fault:
-            raise RowError("template_misfit", f"the chat template cannot be filled with the row: {fault}") from None
+        except (Refused, Broken) as fault:
+            what = "refuses" if isinstance(fault, Refused) else "cannot be filled with"
+            todo = f"; it has {odd.what}: choose another --template, or take them out" if odd else ""
+            raise RowError("template_misfit", f"the chat template {what} the row: {fault}{todo}") from None
         text = reply["text"]
-        if lost := left_out(messages, tools, text, self._try, row.irregular is not None):
+        if lost := left_out(messages, tools, text, self._try, marker, odd=odd is not None):
             what = f"the chat template leaves out the {lost}; choose another --template, or take them out of the row"
             raise RowError("template_misfit", what)
         ends, only_last = False, False
@@ -88,7 +89,7 @@ class ChatEncoder:
 
         ``DataError`` if the template refuses them or leaves a part out.
         """
-        hidden, hidden_tools, marker = self._hidden(messages, tools)
+        hidden, hidden_tools, marker = self._hidden(messages, tools, odd)
         try:
             asked = {"messages": hidden, "tools": hidden_tools, "prompt": True}
             reply = self._reply({**asked, "turns": _answers(hidden), "wanted": []})
@@ -96,7 +97,8 @@ class ChatEncoder:
             raise DataError(f"the chat template refuses the prompt: {fault}", where) from None
         except Broken as fault:
             raise self.template.unusable(fault) from None
-        if lost := left_out(hidden, hidden_tools, reply["text"], functools.partial(self._try, prompt=True), odd):
+        render = functools.partial(self._try, prompt=True)
+        if len(hidden) > 1 and (lost := left_out(hidden, hidden_tools, reply["text"], render, marker, odd=odd)):
             raise DataError(f"the chat template leaves out the {lost}", where)
         parts, cuts = self._parts(reply["text"], [], self._known(reply), marker)
         return Segments(tuple(parts), True, tuple(cuts))
@@ -159,9 +161,11 @@ class ChatEncoder:
             return None
         return text
 
-    def _hidden(self, messages: Sequence[Message], tools: Sequence[Any]) -> tuple[list[Message], list[Any], str]:
+    def _hidden(
+        self, messages: Sequence[Message], tools: Sequence[Any], odd: bool
+    ) -> tuple[list[Message], list[Any], str]:
         """The messages and tools with a marker in every special token's text, and the marker."""
-        texts = [*texts_in([*messages, *tools])]
+        texts = [*texts_in([*messages, *tools])] if odd else [message["content"] for message in messages]
         if not any(map(self._hideable.search, texts)):
             return [*messages], [*tools], ""
         taken = {*"".join(self._tokenizer.special_ids), *"".join(texts)}
@@ -227,9 +231,7 @@ def messages_of(row: Row) -> list[Message]:
 
 
 def _answer(row: Row, completion: str) -> Message:
-    """The assistant's last message. One that only calls tools has no content."""
-    more = {} if row.irregular is None else row.irregular.answer
-    return {"role": "assistant", **({"content": completion} if completion or not more else {}), **more}
+    return {"role": "assistant", "content": completion, **({} if row.irregular is None else row.irregular.answer)}
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:

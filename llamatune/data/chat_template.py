@@ -118,9 +118,16 @@ class ChatTemplate:
 
     def misfit(self, row: Row) -> str | None:
         """Which part of ``row`` a built-in template has no place for, as an error message; other templates refuse."""
-        if row.irregular is None or self.source != _LLAMA_2:
+        odd = row.irregular
+        if odd is None or not self.is_built_in:
             return None
-        return f"Llama 2's has no place for {row.irregular.what}; choose another --template, or take them out"
+        if (
+            self.source != _LLAMA_2
+            and not odd.tools
+            and not any("tool_calls" in said for said in (*odd.messages, odd.answer))
+        ):
+            return None
+        return f"the template {self.name!r} has no place for {odd.what}; choose another --template, or take them out"
 
     @functools.cached_property
     def engine(self) -> Engine | JinjaProcess:

@@ -48,10 +48,26 @@ class ColumnMap:
         """Its fields and columns, as ``--map`` takes them."""
         return ",".join(f"{field}={column}" for field, column in self.columns)
 
+    @property
+    def fields(self) -> set[str]:
+        return {field for field, _ in self.columns}
+
+    @property
+    def needs(self) -> set[str]:
+        """The keys that rows must have."""
+        return {column.split(".")[0] for field, column in self.columns if field not in self.optional}
+
+    def with_keys(self, named: Mapping[str, str]) -> str:
+        """What to give ``--map`` for rows with keys ``named``, by their lower case: the name if they are as needed."""
+        found = {field: named[key] for field, key in self.columns if key in named}
+        if found.items() <= set(self.columns):
+            return self.name
+        return ",".join(f"{field}={key}" for field, key in found.items())
+
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether rows are recognised as this preset's by ``row``, which has no null values."""
         needed = [row.get(column) for field, column in self.columns if field not in self.optional]
-        return self.holds is not None and all(value and isinstance(value, self.holds) for value in needed)
+        return self.holds is not None and all(isinstance(value, self.holds) for value in needed)
 
     def apply(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """``row`` with its columns under the names of fields, and the keys with a value that are lost by that.
@@ -72,11 +88,11 @@ class ColumnMap:
         return _with_messages(made) if "user" in found else made, lost
 
     def applied_to_prompt(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """As ``apply``, but the column of the completion may be absent."""
+        """As ``apply``, but without null values, and the column of the completion may be absent."""
         made, _ = replace(self, optional=(*self.optional, *_COMPLETIONS)).apply(row)
         if "user" in dict(self.columns):  # of the answer that is absent there is no message
             made["messages"] = [said for said in made["messages"] if said["content"] is not None]
-        return made
+        return {key: value for key, value in made.items() if value is not None}
 
     def lacking(self, row: Mapping[str, Any]) -> bool:
         """Whether ``row`` has no column, not even null, for an optional field that the user named."""
@@ -125,6 +141,7 @@ PRESETS = {
         _texts("dolly", "instruction", "response", ("input", "context")),
         _texts("prompt-response", "prompt", "response"),
         _texts("input-output", "input", "output"),
+        _texts("inputs-targets", "inputs", "targets"),
         _texts("query-response", "query", "response"),
         _texts("problem-solution", "problem", "solution"),
         ColumnMap(
@@ -134,6 +151,8 @@ PRESETS = {
         ColumnMap((("user", "question"), ("assistant", "answer")), (), "question-answer-lists", "chat", list),
         ColumnMap((("user", "questions"), ("assistant", "answers")), (), "questions-answers-lists", "chat", list),
         ColumnMap(((EARLIER, "prompt"), ("messages", "completion")), (), "prompt-completion-messages", "chat", list),
+        ColumnMap((("user", "user"), ("assistant", "assistant")), (), "user-assistant", "chat"),
+        ColumnMap((("user", "human"), ("assistant", "assistant")), (), "human-assistant", "chat"),
         ColumnMap((("messages", "conversation"),), (), "conversation", "chat", list),
         ColumnMap((("messages", "dialogue"),), (), "dialogue", "chat", list),
         ColumnMap((("messages", "dialog"),), (), "dialog", "chat", list),
@@ -193,9 +212,5 @@ def advice_for(keys: Iterable[str]) -> str | None:
         if named.keys() >= set(fields) and any(named[field] != field for field in fields):
             more = [field for field in ("input", "system") if field in named and fields[0] == "instruction"]
             return "--map " + ",".join(f"{field}={named[field]}" for field in (*fields, *more))
-    fitting = [
-        preset.name
-        for preset in PRESETS.values()
-        if named.keys() >= {column.split(".")[0] for field, column in preset.columns if field not in preset.optional}
-    ]
-    return " or ".join(f"--map {name}" for name in fitting) or None
+    fitting = [preset for preset in PRESETS.values() if preset.needs <= named.keys() and EARLIER not in preset.fields]
+    return " or ".join(f"--map {preset.with_keys(named)}" for preset in fitting) or None

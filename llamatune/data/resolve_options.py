@@ -12,7 +12,7 @@ from typing import Any
 
 from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.chat_template import ChatTemplate
-from llamatune.data.column_maps import advice_for, parse_map
+from llamatune.data.column_maps import ColumnMap, advice_for, parse_map
 from llamatune.data.encoding import Recipe
 from llamatune.data.row_files import RowError, read_raw_rows
 from llamatune.data.row_formats import FORMATS, ROWS_TRIED, Format, detect_format
@@ -205,7 +205,10 @@ def _formats_of(options: PrepareOptions) -> dict[Path, Format]:
     known = next((row_format for row_format in detected.values() if row_format is not None), None)
     if known is None:
         for path in detected:
-            if keys := _keys_of_first_object(path):
+            if row := _first_object(path):
+                if columns is not None:
+                    _check_columns(columns, row, path)
+                keys = list(row)
                 shown = ", ".join(map(repr, keys[:10]))
                 todo = advice_for(keys) or "name the columns, such as --map instruction=COLUMN,output=COLUMN"
                 todo += f"; known: {', '.join(FORMATS)} (--format)"
@@ -214,11 +217,18 @@ def _formats_of(options: PrepareOptions) -> dict[Path, Format]:
     return {path: row_format or known for path, row_format in detected.items()}
 
 
-def _keys_of_first_object(path: Path) -> list[str]:
+def _first_object(path: Path) -> dict[str, Any]:
     for raw in itertools.islice(read_raw_rows(path), ROWS_TRIED):
         with contextlib.suppress(RowError):
-            return list(decode_row(raw)) or ["no keys"]
-    return []
+            return decode_row(raw) or {"no keys": None}
+    return {}
+
+
+def _check_columns(columns: ColumnMap, row: dict[str, Any], path: Path) -> None:
+    try:
+        columns.apply(row)
+    except RowError as fault:
+        raise DataError(fault.message, path) from None
 
 
 def _template_for(

@@ -56,9 +56,9 @@ def read_raw_rows(path: Path, note: Callable[[str], None] = _ignore) -> Iterator
     if is_directory(path):
         with contextlib.ExitStack() as stack, read_faults(path):
             files = [(stack.enter_context(open_regular(file, DataError)), file) for file in source_files(path)]
+            if text := split_note(path):
+                note(text)
             yield from columnar_rows(files)
-        if text := split_note(path):
-            note(text)
         return
     with _opened(path) as opened, read_faults(path):
         rows = opened.rows(note)

@@ -123,24 +123,23 @@ def prompt_row_of(row: Mapping[str, Any], given: Format | None = None, columns: 
 
     Its fields are all its strings, since a template may use any of them; other values are listed as ignored.
     """
-    row = row if columns is None else columns.applied_to_prompt(row)
-    row = {key: value for key, value in row.items() if value is not None}
+    row = columns.applied_to_prompt(row) if columns else {key: value for key, value in row.items() if value is not None}
     satisfied = _satisfied(row) if given is None else [given]
     if len(satisfied) > 1:
         names = " or ".join(f"--format {known.name}" for known in satisfied)
         raise RowError("two_formats", f"{_two(satisfied)}; choose with {names}")
     if not satisfied and columns is None and (preset := preset_of(row)) is not None:
         satisfied = [FORMATS[preset.format]]
-    row_format = next(iter(satisfied or [known for known in FORMATS.values() if known.has_key_in(row)]), None)
-    prompt_fields: tuple[str, ...] = ()
-    turns: tuple[tuple[str, str], ...] = ()
+    if given is None and satisfied in ([], [FORMATS["text"]]):  # a completion may be absent
+        satisfied = [known for known in FORMATS.values() if known.has_key_in(row)]
+    row_format = next(iter(satisfied), None)
     if row_format is not None:
-        row = row if columns is not None else _meant(row, row_format, None)[0]
-        prompt_fields = row_format.prompt_fields
-        _unknown_keys(row, row_format, prompt_fields)
+        row = row if columns else _meant(row, row_format, None)[0]
+        _unknown_keys(row, row_format, row_format.prompt_fields)
         if row_format.name == "chat":
             return read_chat(row, as_prompt=True)
-        turns = read_history(row, set(), set()) if row_format.name == "alpaca" else ()
+    prompt_fields = () if row_format is None else row_format.prompt_fields
+    turns = read_history(row, set(), set()) if row_format is FORMATS["alpaca"] else ()
     optional = {name: optional_text(row, name) for name in prompt_fields if name in _OPTIONAL}
     required = set(prompt_fields) - optional.keys()
     texts = {key: checked_text(text, key) for key, text in row.items() if isinstance(text, str) or key in required}
@@ -178,11 +177,12 @@ def _read_alpaca(row: Mapping[str, Any]) -> Row:
     system = optional_text(row, "system")
     if not is_empty(system):
         fields["system"] = system
-    adjusted, ignored = set[str](), set[str]()
-    made = Row(fields, text_field(row, "output"), read_history(row, adjusted, ignored))
-    if not adjusted and not ignored:
+    made = Row(fields, text_field(row, "output"))
+    if is_empty(row.get("history")):
         return made
-    return replace(made, ignored_keys=tuple(sorted(ignored)), adjusted=tuple(sorted(adjusted)))
+    adjusted, ignored = set[str](), set[str]()
+    turns = read_history(row, adjusted, ignored)
+    return replace(made, turns=turns, ignored_keys=tuple(sorted(ignored)), adjusted=tuple(sorted(adjusted)))
 
 
 def _plain_format(name: str, *keys: str) -> Format:
@@ -268,9 +268,9 @@ def _format_of(row: Mapping[str, Any], raw: RawRow, path: object, columns: Colum
 
 
 def _satisfied(row: Mapping[str, Any]) -> list[Format]:
-    """The formats that a row satisfies. The published Alpaca rows also have all of themselves as ``text``."""
+    """The formats that a row satisfies, but not text if it has an instruction: published Alpaca rows have both."""
     satisfied = [known for known in FORMATS.values() if known.is_satisfied_by(row)]
-    return satisfied[:1] if [known.name for known in satisfied] == ["alpaca", "text"] else satisfied
+    return [known for known in satisfied if known.name != "text" or "instruction" not in row]
 
 
 def _two(satisfied: Sequence[Format]) -> str:

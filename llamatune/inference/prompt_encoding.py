@@ -55,7 +55,7 @@ class PromptEncoder:
             what = f"no field for the user's turn of the template {self._chats.template.name!r}"
             raise DataError(what, where, f"its text fields are {texts}") from None
         if misfit := self._chats.template.misfit(row):
-            raise DataError(f"the chat template refuses the prompt: {misfit}", where)
+            raise DataError(misfit, where)
         tools = () if row.irregular is None else row.irregular.tools
         return self._chats.prompt(messages, where, tools, row.irregular is not None)
 

@@ -155,8 +155,20 @@ def refuse_inputs(spec: RunSpec, name: str, overwrite: bool) -> None:
     inputs += [("data.validation", directory) for directory in spec.data.validation_paths]
     if spec.lora is not None and spec.lora.init_from is not None:
         inputs.append(("lora.init_from", Path(spec.lora.init_from)))
+    inputs = [(key, given) for key, given in inputs if _is_name(str(given))]
+    if not _is_name(str(path)):
+        raise EnvironmentFault("the locale has no such characters in names", path, "set LC_ALL=C.UTF-8")
     refuse_replacing(path, inputs, name, keeps=not overwrite)
     refuse_inside(path, inputs, name)
+
+
+def _is_name(path: str) -> bool:
+    """Whether a file can have this name in the locale: in C it is ASCII."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse_other(path: Path) -> None:

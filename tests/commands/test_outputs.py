@@ -207,6 +207,11 @@ def test_overwrite_removes_neither_the_current_directory_nor_home(
         assert (done.code, "--overwrite would remove " in done.stderr, name in done.stderr) == (5, True, True)
 
 
+def test_a_file_of_rows_with_a_weight_is_an_input(command: Command, inputs: Path) -> None:
+    done = command("prepare-data", f"{inputs / 'file'}:0.5", "--tokenizer", "absent", "--output", inputs, "--overwrite")
+    assert (done.code, "--output would replace ROWS" in done.stderr) == (2, True), done.stderr
+
+
 def test_two_outputs_are_two_files(command: Command, inputs: Path) -> None:
     words = ("report", inputs / "run")
     Path("page.html").write_text("mine")
@@ -263,7 +268,9 @@ def test_a_file_may_be_called_minus(command: Command, script: str) -> None:
     assert Path("-").read_text() == script
 
 
-def test_null_pipes_and_open_files_are_written_through(command: Command, script: str) -> None:
+def test_null_pipes_and_open_files_are_written_through(
+    command: Command, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert _script(command, "/dev/null").code == 0
     os.mkfifo("pipe")
     received: list[str] = []
@@ -273,6 +280,9 @@ def test_null_pipes_and_open_files_are_written_through(command: Command, script:
     reader.join(10)
     assert received == [script]
     assert Path("pipe").is_fifo()
+    monkeypatch.setattr("llamatune.output_files.WAIT_FOR_READER_S", 0)
+    done = _script(command, "pipe")
+    assert (done.code, "a pipe that no program reads" in done.stderr) == (5, True)
     with open("log", "w+") as file:  # as a shell opens it for 5> log
         file.write("before\n")
         file.flush()

@@ -135,6 +135,14 @@ ACCEPTED: dict[str, tuple[Any, Any, list[str]]] = {
     "input and output": ({"input": TEXTS[0], "output": TEXTS[1]}, qa(), ["preset_input-output"]),
     "query and response": ({"query": TEXTS[0], "response": TEXTS[1]}, qa(), ["preset_query-response"]),
     "problem and solution": ({"problem": TEXTS[0], "solution": TEXTS[1]}, qa(), ["preset_problem-solution"]),
+    "inputs and targets": ({"inputs": TEXTS[0], "targets": TEXTS[1]}, qa(), ["preset_inputs-targets"]),
+    "user and assistant": (
+        {"user": TEXTS[0], "assistant": TEXTS[1], "system": "stone"},
+        SYSTEM,
+        ["preset_user-assistant"],
+    ),
+    "human and assistant": ({"human": TEXTS[0], "assistant": TEXTS[1]}, PLAIN, ["preset_human-assistant"]),
+    "parts": ({"messages": [{"role": "user", "parts": [{"text": TEXTS[0]}]}, A]}, PLAIN, ["text_parts"]),
     "text beside a short column": ({"text": "two apples", "sex": "F"}, {"text": "two apples"}, []),
 }
 
@@ -153,6 +161,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "UltraChat": ({"id": "0", "data": TEXTS}, "rows.jsonl: --map ultrachat; known: alpaca, gsm8k"),
     "capital keys": ({"Instruction": "a", "Output": "b"}, "--map instruction=Instruction,output=Output"),
+    "capital keys of a preset": ({"Query": "a", "Response": "b"}, "--map instruction=Query,output=Response"),
     "a format that is unknown": ({"content": "x"}, "name the columns, such as --map instruction=COLUMN,output=COLUMN"),
     "two presets": ({"prompt": "p", "question": "q", "response": "r"}, "--map prompt-response or --map openorca"),
     "chat and text": ({**PLAIN, "text": "t"}, "rows.jsonl:1: choose with --format chat or --format text"),
@@ -161,6 +170,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "the row has the fields of alpaca rows and of gsm8k rows: ",
     ),
     "chat and completion": ({**PLAIN, "prompt": "p", "completion": "c"}, "of chat rows and of completion rows"),
+    "Alpaca without an output but a text": (
+        {"instruction": "a", "output": None, "text": "t"},
+        "no field 'output'; the row has 'instruction', 'text' (null: 'output')",
+    ),
     "both kinds of chat": ({"messages": [U, A], "conversations": [U, A]}, "both 'messages' and 'conversations'"),
     "unknown role": (
         chat("user: a", "judge: b"),
@@ -214,6 +227,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"messages": [{**U, "mood": "x"}, A]},
         "message 1 of 'messages' has 'mood', which would be lost",
     ),
+    "calls in two ways": (
+        {"messages": [U, {**A, "tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}, A]},
+        "message 2 of 'messages' has both 'tool_calls' and 'function_call'",
+    ),
+    "an empty response of a preset": ({"prompt": "p", "response": ""}, "field 'output' of the row is empty"),
     "images": ({**PLAIN, "images": ["x"]}, "field 'images' would be lost: chat rows have no place for it"),
     "two systems that differ": ({**SYSTEM, "system": "other"}, "both a field 'system' and a system message"),
     "a chat's system_prompt": ({**PLAIN, "system_prompt": "s"}, "--map system=system_prompt"),

@@ -11,6 +11,10 @@ import pytest
 from odd_rows import LONG, PLAIN, SYSTEM, TEXTS, qa
 from prepared_rows import read_split
 
+from llamatune.data.chat_messages import CALLER, ROLES
+from llamatune.data.column_maps import MAPPABLE, PRESETS
+from llamatune.data.prepare_report import ADJUSTMENTS
+from llamatune.data.row_formats import FORMATS
 from llamatune.errors import DataError, SpecError
 from llamatune.strict_json import read_json
 
@@ -54,8 +58,9 @@ def test_columns_are_read_as_fields(
     prepare(write_rows([plain], "plain.jsonl"), output=tmp_path / "plain")
     assert read_split(tmp_path / "out") == read_split(tmp_path / "plain")
     assert "map" in read_json(tmp_path / "out" / "llamatune.json")["inputs"]
-    with pytest.raises(DataError, match=r"no column .* \(.*=.* of --map\); the row has 'other'"):
-        prepare(write_rows([{"other": 1}]), column_map=given, overwrite=True, format=report.format)
+    for name in (report.format, "auto"):
+        with pytest.raises(DataError, match=r"no column .* \(.*=.* of --map\); the row has 'other'"):
+            prepare(write_rows([{"other": 1}]), column_map=given, overwrite=True, format=name)
 
 
 def test_a_column_for_an_optional_field_may_lack_and_is_counted(prepare: Prepare, write_rows: WriteRows) -> None:
@@ -78,3 +83,15 @@ def test_a_map_that_is_none_is_refused(prepare: Prepare, write_rows: WriteRows, 
     with pytest.raises(SpecError) as caught:
         prepare(write_rows([qa()]), column_map=given)
     assert message in str(caught.value)
+
+
+def test_the_docs_name_every_alias_preset_and_kind() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    aliases = {alias for role, names in ROLES.items() if role != CALLER for alias in names}
+    missing = [name for name in (*aliases, *PRESETS, *ADJUSTMENTS) if f"`{name}`" not in page]
+    assert not missing
+
+
+def test_every_field_of_a_format_can_be_mapped() -> None:
+    fields = {field for known in FORMATS.values() for field in known.keys + known.context}
+    assert fields - {"earlier messages"} == set(MAPPABLE) - {"user", "assistant"}

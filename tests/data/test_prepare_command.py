@@ -84,6 +84,17 @@ def test_json_is_one_object_with_the_promised_keys(
     assert payload["preview"][0]["tokens"][0] == {"id": 1, "piece": "<s>", "trained": False, "special": True}
 
 
+def test_columns_are_mapped_on_the_command_line(
+    write_rows: Callable[..., Path], tokenizer_models: dict[str, Path], tmp_path: Path
+) -> None:
+    path = write_rows([{"query": "three apples", "gold": "seven", "User": "x"}])
+    arguments = (path, "--tokenizer", tokenizer_models["bpe"], "--output", tmp_path / "out", "--json")
+    assert json.loads(_run(*arguments, "--map", "instruction=query,output=gold").stdout)["adjusted"] == {}
+    done = _run(*arguments, "--map", "instruction=query,outptu=gold", "--overwrite")
+    assert done.returncode == 2
+    assert "there is no field 'outptu': --map: fields: instruction, input, output" in done.stderr
+
+
 def test_an_error_is_one_line_and_stdout_stays_empty(
     rows: Path, tokenizer_models: dict[str, Path], tmp_path: Path
 ) -> None:

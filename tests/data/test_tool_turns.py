@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_tools import random_text
 from transformers import PreTrainedTokenizerFast
 
 from llamatune.data.chat_segments import ChatEncoder
@@ -114,11 +116,36 @@ def test_ids_with_tools_are_those_of_transformers_and_the_answers_are_the_target
     assert '{"hill": ' in targets[0] or '"hill": ' in targets[0]
     assert targets[0].endswith(end)
     assert targets[1] == f"It rains.{end}"
-    prompt = encoder.prompt(WHOLE[:-1], None, tools or ()).encode(tokenizer)[0]
+    prompt = encoder.prompt(WHOLE[:-1], None, tools or (), odd=True).encode(tokenizer)[0]
     given = judge.apply_chat_template(WHOLE[:-1], tools=tools, add_generation_prompt=True, return_dict=True)[
         "input_ids"
     ]
     assert prompt == given == ids[: len(given)]
+
+
+def test_ids_of_random_conversations_with_tools_are_those_of_transformers(
+    chat_tokenizers: dict[str, Path], smollm: Tokenizer
+) -> None:
+    judge, chance = PreTrainedTokenizerFast.from_pretrained(chat_tokenizers["smollm"]), random.Random(14)
+    judge.chat_template, encoder = CALLING, encoder_of(CALLING, smollm)
+    for _ in range(40):
+        said = [{"role": "assistant", "content": random_text(chance)}] * chance.randint(0, 1)
+        for _ in range(chance.randint(1, 3)):
+            said.append({"role": "user", "content": random_text(chance)})
+            for _ in range(chance.randint(0, 2)):
+                arguments = {random_text(chance): random_text(chance), "n": chance.randint(0, 99)}
+                call = {"type": "function", "function": {"name": "rain", "arguments": arguments}}
+                said.append({"role": "assistant", "tool_calls": [call] * chance.randint(1, 2)})
+                said += [{"role": "tool", "content": random_text(chance)}] * chance.randint(1, 2)
+            said.append({"role": "assistant", "content": random_text(chance)})
+            said += [{"role": "system", "content": random_text(chance)}] * chance.randint(0, 1)
+        while said[-1]["role"] == "system":
+            said.pop()
+        tools = TOOLS * chance.randint(0, 2)
+        ids, targets = made(encoder, smollm, {"messages": said, "tools": tools})
+        assert ids == judge.apply_chat_template(said, tools=tools or None, return_dict=True)["input_ids"]
+        answers = said[1:] if said[0]["role"] == "assistant" else said
+        assert len(targets) == sum(message["role"] == "assistant" for message in answers)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +175,16 @@ def test_tool_turns_in_every_form(smollm: Tokenizer, row: dict[str, Any], adjust
     encoder = encoder_of(CALLING, smollm)
     assert made(encoder, smollm, row) == made(encoder, smollm, {"messages": WHOLE, "tools": TOOLS})
     assert set(row_of(row, FORMATS["chat"]).adjusted) == adjusted
+
+
+def test_a_turn_that_only_calls_has_an_empty_content_which_some_templates_need(smollm: Tokenizer) -> None:
+    source = CALLING.replace(
+        "{%- if message.content %}{{- message.content }}{%- endif %}", "{{- message.content.strip() }}"
+    )
+    assert source != CALLING
+    for calls in (CALLS, {**CALLS, "content": None}, {**CALLS, "content": ""}):
+        row = {"messages": [ASKED, calls, TOLD, ANSWER]}
+        assert made(encoder_of(source, smollm), smollm, row) == made(encoder_of(CALLING, smollm), smollm, row)
 
 
 def test_a_call_may_be_the_answer(smollm: Tokenizer) -> None:
@@ -214,6 +251,15 @@ def _parts(text: str) -> list[str]:
     return [part for part in re.split(r"(<\|im_(?:start|end)\|>)", text) if part]
 
 
+def test_built_in_templates_have_no_place_for_calls(smollm: Tokenizer) -> None:
+    encoder = ChatEncoder(built_in_chat_template("chatml", smollm), smollm)
+    for row in ({"messages": WHOLE}, {"messages": [ASKED, ANSWER], "tools": TOOLS}, {"messages": [ASKED, CALLS]}):
+        with pytest.raises(
+            RowError, match="'chatml' has no place for tools and their turns; choose another --template"
+        ):
+            made(encoder, smollm, row)
+
+
 @pytest.mark.parametrize(
     "messages", [WHOLE, [ANSWER, ASKED, ANSWER], [ASKED, {"role": "system", "content": "s"}, ANSWER]]
 )
@@ -224,7 +270,7 @@ def test_a_template_without_a_place_refuses_them_by_name(tokenizer: Tokenizer, m
     assert row.irregular is not None
     assert row.irregular.what in (own.misfit(row) or "")
     llama_2 = built_in_chat_template("llama2-chat", tokenizer)
-    with pytest.raises(RowError, match=f"the chat template refuses the row: Llama 2's has {named}.*; choose another"):
+    with pytest.raises(RowError, match=f"the template 'llama2-chat' has {named}.*; choose another"):
         ChatEncoder(llama_2, tokenizer).row(row, row.completion, last_only=False)
     for template in (own, llama_2):
         with pytest.raises(DataError, match=f"{named}.*prompt 1"):

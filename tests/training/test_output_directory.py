@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from llamatune.errors import EnvironmentFault
+from llamatune.spec import load_spec
+from llamatune.training.run_directory import refuse_output
 from llamatune.training.run_file_names import CELLS, METRICS
 from llamatune.training.run_lock import LOCK
 
@@ -101,3 +104,13 @@ def test_a_benchmark_may_not_write_over_what_it_reads(
         "benchmark", "spec.yaml", *words, "--output", prepared().parent, "--overwrite", "--grid", "lora.r=2,4"
     )
     assert (done.code, "--output would replace data.train" in done.stderr) == (2, True), done.stderr
+
+
+def test_a_name_that_the_locale_cannot_hold_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ascii_alone(name: str) -> bytes:
+        return name.encode("ascii")
+
+    spec = load_spec(Path("run.yaml"), ["training.output_dir=\u00e9"])
+    monkeypatch.setattr("llamatune.training.run_directory.os.fsencode", ascii_alone)
+    with pytest.raises(EnvironmentFault, match=r"set LC_ALL=C\.UTF-8"):
+        refuse_output(spec, overwrite=False)
