@@ -134,7 +134,7 @@ def test_a_document_of_a_text_ends_at_a_blank_line(tmp_path: Path) -> None:
     assert [text.split(": ", 2)[-1] for text in told(path)] == [
         "f:1", "a JSON row in a file that begins as plain text (is it JSON Lines? then every line is a row)",
         "byte 0xe9 of the document is not UTF-8 (Latin-1 text? iconv converts it)",
-        "the row has more than 2,097,152 bytes"
+        "the document has more than 2,097,152 bytes without a blank line"
     ]  # fmt: skip
 
 
