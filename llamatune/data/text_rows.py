@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from llamatune.data.raw_row import BLANK, LARGEST_ROW_BYTES, RawRow, RowError, beginning, too_large
+from llamatune.data.raw_row import BLANK, LARGEST_ROW_BYTES, RawRow, RowError, beginning
 from llamatune.strict_json import parse_json
 
 
@@ -34,7 +34,8 @@ def text_rows(file: BinaryIO) -> Iterator[RawRow]:
 
 def _document(data: bytes, size: int, line: int, begin: int, row: int) -> RawRow:
     if size > LARGEST_ROW_BYTES:
-        return RawRow(line, begin, beginning(data), too_large(data, begin), row)
+        what = f"the document has more than {LARGEST_ROW_BYTES:,} bytes without a blank line"
+        return RawRow(line, begin, beginning(data), RowError("too_large", what), row)
     data = data.replace(b"\r\n", b"\n").strip(b"\r\n")
     try:
         text = data.decode()

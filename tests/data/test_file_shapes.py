@@ -134,7 +134,7 @@ def test_a_document_of_a_text_ends_at_a_blank_line(tmp_path: Path) -> None:
     assert [text.split(": ", 2)[-1] for text in told(path)] == [
         "f:1", "a JSON row in a file that begins as plain text (is it JSON Lines? then every line is a row)",
         "byte 0xe9 of the document is not UTF-8 (Latin-1 text? iconv converts it)",
-        "the row has more than 2,097,152 bytes"
+        "the document has more than 2,097,152 bytes without a blank line"
     ]  # fmt: skip
 
 
@@ -267,6 +267,16 @@ def test_values_that_json_does_not_have(tmp_path: Path) -> None:
     assert values(tmp_path / "a.parquet") == [
         {"text": "a", "score": None, "at": "2026-01-02", "image": {"bytes": "3 bytes"}, "deep": [{"x": [1.5, None]}]}
     ]
+
+
+def test_times_of_any_resolution_are_texts(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (the extra data)")
+    path, write = tmp_path / "a.parquet", importlib.import_module("pyarrow.parquet").write_table
+    moment = pyarrow.array([1_700_000_000_123_456_789], pyarrow.timestamp("ns"))
+    write(pyarrow.table({"at": moment, "on": pyarrow.array([-1_000_000], pyarrow.date32())}), path)
+    assert values(path) == [{"at": "2023-11-14 22:13:20.123456789", "on": "-0768-02-04"}]
+    write(pyarrow.table({"deep": pyarrow.StructArray.from_arrays([moment], ["at"])}), path)
+    assert "a value cannot be read, behind row 0 (Nanosecond" in refusal(path)
 
 
 def test_a_directory_that_is_no_data_set(tmp_path: Path) -> None:
