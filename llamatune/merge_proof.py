@@ -107,7 +107,7 @@ def _stored_template(options: MergeOptions, scratch: Path) -> str | None:
         file = scratch / "template.jinja"
         file.write_text(str(stored["chat_template"]), encoding="utf-8")
         return str(file)
-    texts = {name: text for name, text in stored.items() if name not in ("name", "strip")}
+    texts = {name: text for name, text in stored.items() if name not in ("name", "strip", "boundary")}
     file = scratch / "template.yaml"
     file.write_text(json.dumps(texts), encoding="utf-8")
     return str(file)

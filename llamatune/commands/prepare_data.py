@@ -79,6 +79,10 @@ def _print_report(out: RichConsole, report: Mapping[str, Any]) -> None:
     add("dropped", f"{report['dropped']:,}{reasons(report['dropped_reasons'])}")
     add("refused", f"{report['refused']:,}{reasons(report['refused_reasons'])}")
     add("duplicates", f"{report['duplicates']:,}")
+    if count := report["moved_spaces"]:
+        add("white space moved", f"{count:,} (from the end of the prompt to the beginning of the answer)")
+    if count := report["forced_boundaries"]:
+        add("boundaries set", f"{count:,} (encoded as a whole they have other tokens where an answer begins)")
     if count := report["prompts_not_prefix"]:
         add("prompts not a prefix", f"{count:,} (encoded alone they have other tokens than in their row)")
     if count := report["only_last"]:

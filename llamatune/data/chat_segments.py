@@ -45,13 +45,12 @@ class ChatEncoder:
             LlamatuneError: rendering is beyond the limits of a template.
         """
         messages, marker = self._hidden([*messages_of(row), {"role": "assistant", "content": completion}])
-        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = _answers(messages)
         wanted = [not last_only or turn == turns[-1] for turn in turns]
         if row.trained:
             wanted = [both and trained for both, trained in zip(wanted, row.trained, strict=True)]
-        asked = [turn for turn, is_wanted in zip(turns, wanted, strict=True) if is_wanted]
         try:
-            reply = self._reply({"messages": messages, "turns": asked})
+            reply = self._reply({"messages": messages, "turns": turns, "wanted": wanted})
         except Refused as fault:
             raise RowError("template_misfit", f"the chat template refuses the row: {fault}") from None
         except Broken as fault:
@@ -65,30 +64,35 @@ class ChatEncoder:
         if reply["blocks"]:
             targets = _block_targets(reply["blocks"], wanted)
         else:
-            spans = list(zip(reply["before"], reply["through"], strict=True))
+            spans = list(itertools.compress(zip(reply["before"], reply["through"], strict=True), wanted))
             only_last = not all(0 <= before <= through for before, through in spans)
             if only_last and (not wanted[-1] or spans[-1][0] < 0):
                 raise RowError(
                     "template_misfit", "the assistant's turns cannot be told in what the chat template writes"
                 )
             targets, ends = self._turn_targets(text, spans[-1:] if only_last else spans)
-        prompts = [before for before in reply["before"][-1:] if only_last] or reply["before"]
-        parts, cuts = self._parts(text, targets, [before for before in prompts if before >= 0], marker)
+        prompts = [*itertools.compress(reply["before"], wanted)][-1 if only_last else 0 :]
+        parts, cuts = self._parts(text, targets, self._known(reply), marker)
         if ends:
             eos = self._tokenizer.eos_id
             parts.append(Segment(self._tokenizer.piece(eos), True, eos))
-        return Conversation(Segments(tuple(parts), True), tuple(cuts), len(cuts) == len(prompts), only_last)
+        return Conversation(Segments(tuple(parts), True, tuple(cuts)), min(prompts, default=0) >= 0, only_last)
 
     def prompt(self, messages: Sequence[Message], where: object = None) -> Segments:
         """What the assistant's next turn continues; ``DataError`` if the template refuses it."""
         hidden, marker = self._hidden(messages)
         try:
-            text = self._reply({"messages": hidden, "prompt": True})["text"]
+            reply = self._reply({"messages": hidden, "prompt": True, "turns": _answers(hidden), "wanted": []})
         except Refused as fault:
             raise DataError(f"the chat template refuses the prompt: {fault}", where) from None
         except Broken as fault:
             raise self.template.unusable(fault) from None
-        return Segments(tuple(self._parts(text, [], [], marker)[0]), True)
+        parts, cuts = self._parts(reply["text"], [], self._known(reply), marker)
+        return Segments(tuple(parts), True, tuple(cuts))
+
+    def _known(self, reply: Mapping[str, Any]) -> list[int]:
+        """Where the prompts of a text end, as far as that can be told."""
+        return [before for before in reply["before"] if before >= 0 and self.template.boundary is not None]
 
     @functools.cached_property
     def stop_id(self) -> int | None:
@@ -113,7 +117,7 @@ class ChatEncoder:
         """The reply for a small conversation; None: the template refuses it. Its ``error`` if it cannot be rendered."""
         messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), _PROBE, strict=True)]
         try:
-            return self._reply({"messages": messages, "turns": [1]})
+            return self._reply({"messages": messages, "turns": [1], "wanted": [True]})
         except Refused:
             return None
         except Broken as fault:
@@ -197,6 +201,11 @@ def messages_of(row: Row) -> list[Message]:
     for asked, answer in row.turns:
         said += ("user", asked), ("assistant", answer)
     return [{"role": role, "content": text} for role, text in (*said, ("user", user))]
+
+
+def _answers(messages: Sequence[Message]) -> list[int]:
+    """The numbers of the assistant's messages, from 0."""
+    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def _block_targets(blocks: Sequence[Span], wanted: Sequence[bool]) -> list[Span]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llamatune.data.templates import BOUNDARY
 from llamatune.errors import CheckpointError, LlamatuneError, SpecError
 from llamatune.required_versions import require_version
 
@@ -65,6 +66,7 @@ class ChatTemplate:
         variables: texts that it may name, such as ``bos_token``.
         now: what ``strftime_now`` takes for the present, where it is named; so a prompt stays what was trained.
         where: the file it was read from, for errors, of which ``error`` is the kind.
+        boundary: ``templates.BOUNDARY``, or None for the older rule.
     """
 
     name: str
@@ -73,6 +75,7 @@ class ChatTemplate:
     now: str | None = None
     where: object = field(default=None, compare=False)
     error: type[LlamatuneError] = field(default=CheckpointError, compare=False)
+    boundary: str | None = BOUNDARY
 
     def __post_init__(self) -> None:
         """Check the sizes; the source itself is checked by whoever renders it."""
@@ -81,25 +84,32 @@ class ChatTemplate:
             raise self.error(what, self.where)
 
     def __reduce__(self) -> tuple[type[ChatTemplate], tuple[Any, ...]]:
-        return ChatTemplate, (self.name, self.source, self.variables, self.now, self.where, self.error)
+        return ChatTemplate, (
+            self.name, self.source, self.variables, self.now, self.where, self.error, self.boundary,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """The template as JSON values; ``from_dict`` reads them back."""
         made = {"name": self.name, "chat_template": self.source, "variables": dict(self.variables)}
-        return made if self.now is None else {**made, "now": self.now}
+        others = {"now": self.now, "boundary": self.boundary}
+        return made | {name: value for name, value in others.items() if value is not None}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: object = None) -> ChatTemplate:
         """The template of values that ``to_dict`` returned; anything else raises ``CheckpointError``."""
         name, source, variables = (data.get(key) for key in ("name", "chat_template", "variables"))
-        now, unknown = data.get("now"), data.keys() - {"name", "chat_template", "variables", "now"}
+        now, boundary = data.get("now"), data.get("boundary")
+        unknown = data.keys() - {"name", "chat_template", "variables", "now", "boundary"}
         texts = isinstance(name, str) and len(name) <= _LARGEST_NAME and isinstance(source, str)
         if not texts or not _are_variables(variables) or unknown:
             what = "a stored chat template is its name, its chat_template and its variables, each a text"
             raise CheckpointError(what, where, "fetch or make it again")
         if now is not None and not (isinstance(now, str) and _MOMENT.fullmatch(now)):
             raise CheckpointError("'now' of a stored chat template is no time", where, "fetch or make it again")
-        return cls(str(name), str(source), dict(variables or {}), now, where)
+        if boundary not in (None, BOUNDARY):
+            what = f"'boundary' of a stored chat template is {boundary!r}"
+            raise CheckpointError(what, where, f"known: {BOUNDARY}")
+        return cls(str(name), str(source), dict(variables or {}), now, where, boundary=boundary)
 
     @property
     def is_built_in(self) -> bool:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llamatune.command_options.preparation import PrepareOptions
+from llamatune.data.boundaries import Boundaries, begin_with_prompts
 from llamatune.data.chat_template import ChatTemplate
-from llamatune.data.prefix_check import PromptCheck
 from llamatune.data.row_files import RawRow, RowError
 from llamatune.data.row_formats import FORMATS, row_of, strip_annotations
 from llamatune.data.row_json import Row, decode_row
@@ -34,9 +34,9 @@ class Recipe:
     options: PrepareOptions
     last_only: bool = False
 
-    @functools.cached_property  # scanning a vocabulary takes longer than encoding a batch of rows
-    def prompt_check(self) -> PromptCheck:
-        return PromptCheck(self.tokenizer)
+    @functools.cached_property
+    def boundaries(self) -> Boundaries:
+        return Boundaries(self.tokenizer)
 
     @functools.cached_property
     def eos(self) -> Segment:
@@ -65,9 +65,9 @@ class Recipe:
         assert isinstance(self.template, Template)
         if misfit := self.template.misfit(row):
             raise RowError("template_misfit", misfit)
-        prompt, completion = self.template.prompt_of(row.fields, row.turns), self.template.completion_of(answer)
-        trained = not row.trained or row.trained[-1]
-        return Conversation(Segments((Segment(prompt), Segment(completion, trained), self.eos)), (1,))
+        prompt, moved = self.template.split_prompt(self.template.prompt_of(row.fields, row.turns))
+        completion = Segment(moved + self.template.completion_of(answer), not row.trained or row.trained[-1])
+        return Conversation(Segments((Segment(prompt), completion, self.eos), moved=moved))
 
 
 @dataclass
@@ -83,6 +83,8 @@ class EncodedBatch:
         keys: a digest of each kept row's content: equal rows have equal keys.
         full_lengths: (position, tokens before truncation) of every row that was encoded.
         truncated: number of truncated rows; ``truncated_tokens`` is how many tokens they lost.
+        moved_spaces: kept rows of which white space at the prompt's end is encoded with the completion.
+        forced_boundaries: kept rows that would have other tokens at a prompt's end if they were encoded as a whole.
         prompts_not_prefix: kept rows whose tokens do not begin with those of a prompt of theirs alone.
         only_last: kept chats of which the template lets only the last answer be trained, though earlier ones should be.
         dropped: (position, reason).
@@ -99,6 +101,8 @@ class EncodedBatch:
     full_lengths: list[tuple[int, int]] = field(default_factory=list)
     truncated: int = 0
     truncated_tokens: int = 0
+    moved_spaces: int = 0
+    forced_boundaries: int = 0
     prompts_not_prefix: int = 0
     only_last: int = 0
     dropped: list[tuple[int, str]] = field(default_factory=list)
@@ -127,7 +131,8 @@ def encode_batch(recipe: Recipe, rows: Sequence[RawRow]) -> EncodedBatch:
 
 def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row, conversation: Conversation) -> None:
     tokenizer, options = recipe.tokenizer, recipe.options
-    ids, targets = conversation.segments.encode(tokenizer)
+    segments = conversation.segments
+    ids, targets = segments.encode(tokenizer)
     batch.full_lengths.append((position, len(ids)))
     excess = len(ids) - options.max_seq_length
     if excess > 0 and options.overlong != "truncate":
@@ -145,8 +150,10 @@ def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row, co
     if excess > 0:
         batch.truncated += 1
         batch.truncated_tokens += excess
-    is_prompted = conversation.is_prompted and recipe.prompt_check.are_prefixes(conversation, ids)
+    is_prompted = conversation.is_prompted and (tokenizer.splits or begin_with_prompts(segments, ids, tokenizer))
     batch.prompts_not_prefix += not is_prompted
+    batch.moved_spaces += bool(segments.moved)
+    batch.forced_boundaries += tokenizer.splits and recipe.boundaries.are_forced(segments)
     batch.only_last += conversation.only_last
     if options.train_on_prompt:
         targets = [(1, end)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import random
@@ -156,19 +157,21 @@ class Engine:
 
         With ``turns``, indices of messages: ``blocks``, the generation blocks; and for each turn the length of the text
         that precedes it with a generation prompt (``before``) and of the text that ends with it (``through``); -1 if
-        that text is none that the whole text begins with.
+        that text is none that the whole text begins with, or the turn is not ``wanted``.
         """
         messages: list[Message] = request["messages"]
         text, blocks = self._render(messages, bool(request.get("prompt")))
         reply: dict[str, Any] = {"text": text}
         if "turns" in request:
-            turns = request["turns"]
+            turns, wanted = request["turns"], request["wanted"]
             reply["blocks"] = blocks
             reply["before"] = [self._beginning(text, messages[:turn], True) for turn in turns]
             reply["through"] = [
-                len(text) if turn + 1 == len(messages) else self._beginning(text, messages[: turn + 1], False)
-                for turn in turns
-            ]
+                -1 if not is_wanted
+                else len(text) if turn + 1 == len(messages)
+                else self._beginning(text, messages[: turn + 1], False)
+                for turn, is_wanted in itertools.zip_longest(turns, wanted)
+            ]  # fmt: skip
         return reply
 
     def _beginning(self, whole: str, messages: Sequence[Message], prompted: bool) -> int:

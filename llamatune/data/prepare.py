@@ -123,13 +123,10 @@ class _Job:
                 if spool is not None and not len(spool):
                     raise no_rows_error(counts, files)
             if counts.prompts_not_prefix:
-                remedy = (
-                    ": drop the space at the end of the template or prompt, and begin the template's before_completion "
-                    "with a space or a newline"
-                )
+                why = "" if self.recipe.tokenizer.splits else ": this tokenizer changes white space within a text"
                 self._warn(
                     f"{counts.prompts_not_prefix:,} of {counts.kept:,} rows begin with other tokens than their prompt "
-                    "encoded alone, so generate will not continue it as trained" + ("" if self.recipe.chats else remedy)
+                    f"encoded alone, so generate will not continue it as trained{why}"
                 )
             if counts.only_last:
                 self._warn(

@@ -36,6 +36,8 @@ class Counts:
     kept: int = 0
     truncated: int = 0
     truncated_tokens: int = 0
+    moved_spaces: int = 0
+    forced_boundaries: int = 0
     prompts_not_prefix: int = 0
     only_last: int = 0
     dropped: int = 0
@@ -53,6 +55,8 @@ class Counts:
         self.kept += len(batch.positions)
         self.truncated += batch.truncated
         self.truncated_tokens += batch.truncated_tokens
+        self.moved_spaces += batch.moved_spaces
+        self.forced_boundaries += batch.forced_boundaries
         self.prompts_not_prefix += batch.prompts_not_prefix
         self.only_last += batch.only_last
         self.dropped += len(batch.dropped)
@@ -76,18 +80,18 @@ _REPORTED = (
     "duplicates", "validation_rows_in_train", "ignored_keys", "longest_rows", "train_rows", "validation_rows", "tokens",
     "target_tokens", "splits", "format", "template", "max_seq_length",
 )  # fmt: skip
+_LATER = ("moved_spaces", "forced_boundaries", "prompts_not_prefix", "only_last", "train_on")
 
 
 def report_of(output: Path, facts: Mapping[str, Any], unchanged: bool) -> dict[str, Any]:
     """The report in a manifest's facts; ``KeyError`` if one is missing. ``unchanged``: ``output`` was already there.
 
     ``longest_rows`` are the longest rows before truncation; ``splits`` has the rows, tokens, target tokens and longest
-    row of each split as written. ``prompts_not_prefix`` counts the kept rows whose tokens do not begin with those
-    of the prompt alone, ``only_last`` the chats of which the template lets only the last answer be trained; None: an
-    earlier version wrote the directory and did not count them. So it is with ``train_on``, the rule of ``--train-on``.
+    row of each split as written. The counts of kept rows in ``_LATER`` are as in ``EncodedBatch``, and ``train_on`` is
+    the rule of ``--train-on``; None: an earlier version wrote the directory and did not note them.
     """
     report = {"output": shown_path(output), "unchanged": unchanged, **{name: facts[name] for name in _REPORTED}}
-    return {**report, **{name: facts.get(name) for name in ("prompts_not_prefix", "only_last", "train_on")}}
+    return {**report, **{name: facts.get(name) for name in _LATER}}
 
 
 def bad_rows_error(counts: Counts, first: str) -> DataError:

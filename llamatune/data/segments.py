@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from llamatune.tokenizers.tokenizer import Tokenizer
+from llamatune.tokenizers.tokenizer import Encoded, Tokenizer
 
 
 class Segment(NamedTuple):
@@ -22,57 +22,90 @@ class Segment(NamedTuple):
 class Segments(NamedTuple):
     """A row or a prompt.
 
-    ``rendered``: all that a chat template wrote, BOS included. Otherwise a prompt, and in a row its completion and EOS;
-    BOS precedes it where the tokenizer puts one.
+    Args:
+        rendered: all that a chat template wrote, BOS included. Otherwise a prompt, and in a row its completion and EOS;
+            BOS precedes it where the tokenizer puts one.
+        cuts: of a rendered text the parts at which an answer begins: no token spans their beginning, so that the ids
+            before it are those of the prompt alone. In other rows it is the completion's.
+        moved: the white space at a prompt's end that is encoded with its completion.
     """
 
     parts: tuple[Segment, ...]
     rendered: bool = False
+    cuts: tuple[int, ...] = ()
+    moved: str = ""
 
     @property
     def shown(self) -> str:
-        """The text, with the special tokens that a chat template writes."""
-        return "".join(part.text for part in self.parts if self.rendered or part.special_id is None)
+        """The text of a prompt, with the special tokens that a chat template writes."""
+        return "".join(part.text for part in self.parts if self.rendered or part.special_id is None) + self.moved
 
     def to_json(self) -> list[Any]:
         """A prompt as JSON values; ``prompt_of_json`` reads them back."""
-        return [self.rendered, [(part.text, part.special_id) for part in self.parts]]
+        return [self.rendered, [(part.text, part.special_id) for part in self.parts], self.cuts, self.moved]
 
     def encode(self, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids, and the targets among them as (first, last + 1); no two of them touch.
 
         A token is a target if it holds any character of a trained text. Several tokens of one character are where the
-        character is. Text before the first target is encoded with it, so its tokens may differ from those that it has
-        alone.
+        character is.
         """
         if self.rendered:
-            ids, offsets = tokenizer.encode_mixed([(part.text, part.special_id) for part in self.parts])
+            ids, offsets = self._encode_rendered(tokenizer)
             return ids, _joined(_targets(self.parts, offsets))
         prompt, *answer = self.parts
-        ids, first = tokenizer.encode_pair(prompt.text, answer[0].text if answer else "")
+        ids, first = tokenizer.encode_apart(prompt.text, answer[0].text if answer else "")
         ids += [part.special_id for part in answer if part.special_id is not None]
         return ids, [(first, len(ids))] if answer and answer[0].trained else []
+
+    def _encode_rendered(self, tokenizer: Tokenizer) -> Encoded:
+        parts = [(part.text, part.special_id) for part in self.parts]
+        stretches = _stretches(self.parts, self.cuts)
+        if len(stretches) < 2 or not tokenizer.splits:
+            return tokenizer.encode_mixed(parts)
+        ids, offsets, characters = list[int](), list[tuple[int, int]](), 0
+        for begin, end, begins in stretches:
+            # With the special token that follows, since white space before it may belong to it.
+            after = [part for part in parts[end : end + 1] if not begins and part[1] is not None]
+            found, spans = tokenizer.encode_mixed(parts[begin:end] + after, None if begins else ids)
+            kept = len(found) - len(after)
+            ids += found[:kept]
+            offsets += [(characters + first, characters + last) for first, last in spans[:kept]]
+            characters += sum(len(text) for text, _ in parts[begin:end])
+        return ids, offsets
 
 
 class Conversation(NamedTuple):
     """A row in segments.
 
     Args:
-        prompt_ends: the parts before each of these are what ``generate`` is given for one of the trained turns.
-        is_prompted: there is such a prompt for every trained turn.
+        is_prompted: what precedes each trained turn is a prompt that ``generate`` can be given.
         only_last: earlier turns should be trained too, but the template does not let them be told.
     """
 
     segments: Segments
-    prompt_ends: tuple[int, ...]
     is_prompted: bool = True
     only_last: bool = False
 
 
 def prompt_of_json(value: list[Any]) -> Segments:
     """What ``Segments.to_json`` returned."""
-    rendered, parts = value
-    return Segments(tuple(Segment(text, False, special_id) for text, special_id in parts), rendered)
+    rendered, parts, cuts, moved = value
+    return Segments(tuple(Segment(text, False, special_id) for text, special_id in parts), rendered, tuple(cuts), moved)
+
+
+def _stretches(parts: Sequence[Segment], cuts: Sequence[int]) -> list[tuple[int, int, bool]]:
+    """The parts in stretches (first, last + 1, begins) that are encoded one by one; all of them where nothing is cut.
+
+    A stretch that does not begin continues the text of the one before, up to the next special token or cut.
+    """
+    edges = {0: True, len(parts): True}
+    for cut in cuts:
+        if 0 < cut < len(parts) and parts[cut - 1].special_id is None:
+            following = next((n for n in range(cut, len(parts)) if parts[n].special_id is not None), len(parts))
+            edges |= {following: True, cut: cut == following}
+    ordered = sorted(edges.items())
+    return [(begin, end, begins) for (begin, begins), (end, _) in itertools.pairwise(ordered)]
 
 
 def _targets(parts: Sequence[Segment], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -30,8 +30,8 @@ def as_jinja(template: Template, puts_bos: bool) -> str | None:
     """The chat template; None: prompts of this template are not made of messages, or hold the marks themselves.
 
     A conversation is an optional system message, then user and assistant in turn; anything else raises an exception in
-    it. Unlike rows, whose BOS and EOS are put in by their ids, it holds them: ``puts_bos`` says whether the tokenizer
-    puts a BOS.
+    it. White space at the end of the template's prompt is the answer's, as in rows. Unlike rows, whose BOS and EOS are
+    put in by their ids, it holds them: ``puts_bos`` says whether the tokenizer puts a BOS.
     """
     texts = (template.prompt, template.prompt_without_input, template.system, template.turn, template.before_completion)
     try:
@@ -40,9 +40,10 @@ def as_jinja(template: Template, puts_bos: bool) -> str | None:
         return None
     if prompt == _USER or any(mark in (text or "") for text in texts for mark in (*_MARKS, _LAST)):
         return None
+    prompt, moved = template.split_prompt(prompt)
     turn = _turn(template, {}) if template.turn is not None else None
     if template.system is not None:
-        begun = template.prompt_of({"user": _USER, "system": _SYSTEM})
+        begun = template.prompt_of({"user": _USER, "system": _SYSTEM}).removesuffix(moved)
         begun_turn = None if turn is None else _turn(template, {"system": _SYSTEM})
         prompt_text, turn_text = _either(begun, prompt), None if turn is None else _either(begun_turn or "", turn)
         refuse_system = ""
@@ -50,7 +51,7 @@ def as_jinja(template: Template, puts_bos: bool) -> str | None:
         prompt_text, turn_text = _expression(prompt), None if turn is None else _expression(turn)
         refuse_system = _refusal("system", "this template has no place for a system message")
     content = "message['content']|trim" if template.strip else "message['content']"
-    answer = f"{_quoted(template.before_completion)} ~ ({content}) ~ eos_token"
+    answer = f"{_quoted(moved + template.before_completion)} ~ ({content}) ~ eos_token"
     later = (
         _refusal("not loop.last", "this template has no place for earlier messages")
         if turn_text is None

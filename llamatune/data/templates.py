@@ -21,6 +21,13 @@ from llamatune.strict_yaml import read_yaml
 _LARGEST_TEXT = 100_000
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
 _PROMPT_FIELDS = ("instruction", "question", "user", "prompt")
+BOUNDARY = "prompt"
+"""The rule by which prompts and answers are encoded: apart from each other, so that a row begins with its prompt's ids.
+
+Directories and adapters without a rule are older: there the whole was encoded, and so was a prompt with all its spaces.
+"""
+_MOVED = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\r\n")
+"""White space that a tokenizer joins to the word behind it; line breaks stay with the text before them."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Template:
         turn: an earlier turn of a chat (``{user}``, ``{assistant}``); turns precede the prompt, oldest first.
         before_completion: text between prompt and completion, trained as part of the completion.
         strip: white space at both ends of a chat's messages is removed.
+        boundary: ``BOUNDARY``, or None for the older rule.
     """
 
     name: str
@@ -44,6 +52,7 @@ class Template:
     turn: str | None = None
     before_completion: str = ""
     strip: bool = False
+    boundary: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The template as JSON values, without unset ones; ``from_dict`` reads them back."""
@@ -61,6 +70,8 @@ class Template:
             expected, shown = (bool, "true or false") if name == "strip" else (str, "a text")
             if type(value) is not expected and not (value is None and name not in ("name", "prompt", "strip")):
                 raise error(f"{name!r} of a template must be {shown}", where)
+            if name == "boundary" and value not in (None, BOUNDARY):
+                raise error(f"'boundary' of a template is {value!r}", where, f"known: {BOUNDARY}")
             if isinstance(value, str):
                 _check_text(name, value, where, error)
         for name in ("name", "prompt"):
@@ -96,6 +107,11 @@ class Template:
 
     def completion_of(self, completion: str) -> str:
         return self.before_completion + (completion.strip() if self.strip else completion)
+
+    def split_prompt(self, prompt: str) -> tuple[str, str]:
+        """A prompt as it is encoded, and the white space at its end, which its completion begins with instead."""
+        kept = prompt.rstrip(_MOVED) if self.boundary is not None else prompt
+        return (kept, prompt[len(kept) :]) if kept else (prompt, "")
 
     def instruction_prompt(self, text: str) -> str:
         """The prompt of a single user message: ``text`` fills {instruction}, {question}, {user} or {prompt}.
@@ -144,9 +160,10 @@ TEMPLATES: dict[str, Template] = {
             prompt_without_input="Below is an instruction that describes a task. "
             "Write a response that appropriately completes the request.\n\n"
             "### Instruction:\n{instruction}\n\n### Response:",
+            boundary=BOUNDARY,
         ),
-        Template("gsm8k", "Question: {question}\nAnswer:"),
-        Template("completion", "{prompt}"),
+        Template("gsm8k", "Question: {question}\nAnswer:", boundary=BOUNDARY),
+        Template("completion", "{prompt}", boundary=BOUNDARY),
         Template("text", ""),
     )
 }
@@ -158,10 +175,10 @@ def read_template(path: Path) -> Template:
     texts = read_yaml(path, scalars_are_texts=True) or {}
     if not isinstance(texts, dict):
         raise SpecError("a template file is a map of names to texts (prompt: ...)", path)
-    for name in ("name", "strip"):
+    for name in ("name", "strip", "boundary"):
         if name in texts:
             raise SpecError(f"a template file has no {name!r}", path, "write prompt and optionally other texts")
-    return Template.from_dict({"name": path.stem, **texts}, path, SpecError)
+    return Template.from_dict({"name": path.stem, **texts, "boundary": BOUNDARY}, path, SpecError)
 
 
 def _check_text(name: str, text: str, where: object, error: type[LlamatuneError]) -> None:
@@ -169,7 +186,7 @@ def _check_text(name: str, text: str, where: object, error: type[LlamatuneError]
         raise error(f"{name!r} of the template has {len(text):,} characters, more than {_LARGEST_TEXT:,}", where)
     if "\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text):
         raise error(f"{name!r} of the template holds a NUL or a lone surrogate", where)
-    if name in ("name", "before_completion"):
+    if name in ("name", "before_completion", "boundary"):
         return
     try:
         placeholders = {part for literal, part in _parts(text) if not literal}

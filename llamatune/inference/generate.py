@@ -8,13 +8,15 @@ from time import monotonic
 from typing import Any
 
 from llamatune.command_options.inference import ModelSource, Sampling
+from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.chat_template_files import own_chat_template
 from llamatune.data.segments import prompt_of_json
+from llamatune.data.templates import Template
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.inference.completion import Completion
 from llamatune.inference.engine import complete
 from llamatune.inference.model_source import open_model
-from llamatune.inference.prompt_encoding import PromptEncoder, is_chat
+from llamatune.inference.prompt_encoding import PromptEncoder, is_chat, shown_answer
 from llamatune.inference.prompt_files import Prompt
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shared_work import map_generating
@@ -45,12 +47,12 @@ def generate(
     source: ModelSource,
     prompts: Sequence[Prompt],
     sampling: Sampling,
-    template: str | None = None,
+    template: str | Template | ChatTemplate | None = None,
     on_event: OnEvent = ignore_event,
     should_stop: ShouldStop = never_stop,
     ranks: Ranks = ALONE,
 ) -> Generations:
-    """Load, generate, decode. ``template`` None is the one stored with the adapter or merged model.
+    """Load, generate, decode. ``template``, or its name or file; None is the one stored with the adapter or model.
 
     Several ranks share batches of prompts, which the first gives; each has all completions. Ranks that hold slices of
     the weights compute every batch together.
@@ -90,11 +92,13 @@ def generate(
 
         base_texts: Sequence[str | None] = [None] * len(ids)
         if source.compare:
-            pairs = zip(ids, run("base_", "generating with the base")[0], strict=True)
-            base_texts = [tokenizer.continuation(prompt, made.ids) for prompt, made in pairs]
+            answers = zip(shown, ids, run("base_", "generating with the base")[0], strict=True)
+            base_texts = [shown_answer(tokenizer, asked, prompt, made.ids) for asked, prompt, made in answers]
         completions, speed = run("", "generating")
     results = [
-        Generation(segments.shown, tokenizer.continuation(prompt, made.ids), made.ids, made.finish_reason, base_text)
+        Generation(
+            segments.shown, shown_answer(tokenizer, segments, prompt, made.ids), made.ids, made.finish_reason, base_text
+        )
         for segments, prompt, made, base_text in zip(shown, ids, completions, base_texts, strict=True)
     ]
     return Generations(results, speed)

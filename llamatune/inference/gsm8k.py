@@ -22,6 +22,7 @@ from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.row_files import RowError, read_raw_rows
 from llamatune.data.row_formats import FORMATS, row_of
 from llamatune.data.row_json import decode_row
+from llamatune.data.segments import Segments
 from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import DataError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
@@ -29,7 +30,7 @@ from llamatune.formats.answer_log import AnswerLog, open_answer_log
 from llamatune.inference.engine import complete
 from llamatune.inference.evaluate import MEMORY_ADVICE
 from llamatune.inference.model_source import OpenedModel, open_model
-from llamatune.inference.prompt_encoding import PromptEncoder
+from llamatune.inference.prompt_encoding import PromptEncoder, shown_answer
 from llamatune.inference.significance import exact_mcnemar, score_interval
 from llamatune.ranks import ALONE, Ranks
 from llamatune.safe_reading import digest_file
@@ -190,7 +191,7 @@ def evaluate_gsm8k(
         stack.enter_context(opened.computing(min(options.batch_size, len(prompts)), MEMORY_ADVICE, on_event))
         eos_ids = encoder.stop_ids(opened.checkpoint.config)
         try:
-            unanswered = questions[len(lines) :], prompts[len(lines) :]
+            unanswered = questions[len(lines) :], shown[len(lines) :], prompts[len(lines) :]
             for batch in _answer(options, opened, tokenizer, eos_ids, *unanswered, on_event, should_stop):
                 if log is not None:
                     log.append(batch)
@@ -208,6 +209,7 @@ def _answer(
     tokenizer: Tokenizer,
     eos_ids: set[int],
     questions: list[Question],
+    shown: list[Segments],
     prompts: list[list[int]],
     on_event: OnEvent,
     should_stop: ShouldStop,
@@ -219,12 +221,12 @@ def _answer(
         return is_answered(tokenizer.decode(ids), bool(options.shots))
 
     def answer(first: int, should_stop: ShouldStop) -> list[dict[str, Any]]:
-        batch = prompts[first : first + options.batch_size]
+        batch, asked = prompts[first : first + options.batch_size], shown[first : first + options.batch_size]
         replies: list[dict[str, tuple[str, str]]] = [{} for _ in batch]
         for prefix, model in models.items():
             completions = complete(model, batch, options.sampling, eos_ids, should_stop, is_enough)
-            for reply, prompt, completion in zip(replies, batch, completions, strict=True):
-                reply[prefix] = tokenizer.continuation(prompt, completion.ids), completion.finish_reason
+            for reply, segments, prompt, made in zip(replies, asked, batch, completions, strict=True):
+                reply[prefix] = shown_answer(tokenizer, segments, prompt, made.ids), made.finish_reason
         return list(map(scored_line, questions[first : first + options.batch_size], replies))
 
     starts, in_slices = range(0, len(prompts), options.batch_size), options.placement == "shard"

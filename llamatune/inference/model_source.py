@@ -107,10 +107,14 @@ class OpenedModel:
         check_vocabulary(tokenizer, self.config.vocab_size, self.tokenizer_path)
         return tokenizer
 
-    def template(self, name: str | None, tokenizer: Tokenizer, on_event: OnEvent) -> Template | ChatTemplate | None:
-        """The template of that name or file; for None the one stored with the adapter or merged model, if any."""
-        if name is not None:
-            return None if name == "none" else load_template(name, tokenizer, on_event)
+    def template(
+        self, chosen: str | Template | ChatTemplate | None, tokenizer: Tokenizer, on_event: OnEvent
+    ) -> Template | ChatTemplate | None:
+        """The template of a name or file; for None the one stored with the adapter or merged model, if any."""
+        if isinstance(chosen, str):
+            return None if chosen == "none" else load_template(chosen, tokenizer, on_event)
+        if chosen is not None:
+            return chosen
         holder = template_holder(self.adapters) if self.adapters else find_manifest(self.path)
         if holder is None or holder.template is None:
             return None

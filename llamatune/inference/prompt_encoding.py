@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llamatune.data.chat_template import ChatTemplate
@@ -36,7 +37,10 @@ class PromptEncoder:
         """
         if self._chats is None:
             assert not isinstance(self.template, ChatTemplate)
-            return Segments((Segment(prompt_text(prompt, self.template, number)),))
+            text, moved = prompt_text(prompt, self.template, number), ""
+            if self.template is not None:
+                text, moved = self.template.split_prompt(text)
+            return Segments((Segment(text),), moved=moved)
         from llamatune.data.chat_segments import messages_of
 
         fields = {"user": prompt} if isinstance(prompt, str) else prompt
@@ -53,6 +57,13 @@ class PromptEncoder:
         """The tokens that end a completion: the model's and the tokenizer's EOS, and the end of a template's turn."""
         stop = None if self._chats is None else self._chats.stop_id
         return {*config.eos_token_ids, self._tokenizer.eos_id, *([] if stop is None else [stop])}
+
+
+def shown_answer(tokenizer: Tokenizer, segments: Segments, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of a completion, without the white space that its prompt, whose ids are ``prompt``, ends in."""
+    text = tokenizer.continuation(prompt, ids)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(segments.moved, text, strict=False))
+    return text[sum(1 for _ in same) :]
 
 
 def is_chat(prompt: Prompt) -> bool:

@@ -11,12 +11,15 @@ from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.command_options.training import ReportOptions
 from llamatune.errors import CheckpointError, DataError, SpecError, printable
 from llamatune.events import OnEvent, ShouldStop
+from llamatune.formats.manifest import find_manifest
 from llamatune.reporting.run_reader import Run
 from llamatune.safe_reading import read_bytes
 from llamatune.strict_json import parse_json
 from llamatune.training.run_file_names import ADAPTER, MODEL
 
 if TYPE_CHECKING:
+    from llamatune.data.chat_template import ChatTemplate
+    from llamatune.data.templates import Template
     from llamatune.inference.generate import Generation
     from llamatune.inference.prompt_files import Prompt
 
@@ -69,6 +72,7 @@ def generate_samples(
     Raises:
         SpecError: the run did not train the base on disk. CheckpointError: no weights yet, or they do not load.
     """
+    from llamatune.data.template_choice import stored_template
     from llamatune.inference.generate import generate
 
     spec, sampling = run.spec, Sampling(options.max_new_tokens, temperature=0)
@@ -76,15 +80,17 @@ def generate_samples(
         raise SpecError("its base is not the model on the disk", run.path, "leave --prompt out, or pass --generations")
     base = ModelSource(Path(spec.model.path), device=options.device, variant=spec.model.variant)
 
-    def ask(source: ModelSource, prompts: Sequence[Prompt], template: str | None = None) -> list[Generation]:
+    def ask(source: ModelSource, template: str | Template | ChatTemplate | None = None) -> list[Generation]:
         return generate(source, prompts, sampling, template, on_event, should_stop).results
 
     if (run.path / ADAPTER).is_dir():
-        both = ask(replace(base, adapter=run.path / ADAPTER, compare=True), prompts)
+        both = ask(replace(base, adapter=run.path / ADAPTER, compare=True))
         return Samples(run.name, [Sample(answer.prompt, answer.base_completion, answer.completion) for answer in both])
     if not (run.path / MODEL).is_dir():
         raise CheckpointError("no trained weights yet", run.path, "leave --prompt out, or let the run finish")
-    tuned = ask(replace(base, model=run.path / MODEL, variant=None), prompts)
-    before = ask(base, [answer.prompt for answer in tuned], template="none")
+    tuned = ask(replace(base, model=run.path / MODEL, variant=None))
+    manifest = find_manifest(run.path / MODEL)
+    trained = None if manifest is None else manifest.template
+    before = ask(base, "none" if trained is None else stored_template(trained, run.path / MODEL))
     pairs = zip(before, tuned, strict=True)
     return Samples(run.name, [Sample(new.prompt, old.completion, new.completion) for old, new in pairs])

@@ -12,6 +12,7 @@ from typing import Any
 
 from llamatune.errors import CheckpointError
 from llamatune.tokenizers.added_tokens import AddedToken
+from llamatune.tokenizers.json_definition import parts_of
 
 HIDDEN = "\ue000llamatune special token "
 """What special tokens are called in the library, before their id; a random number follows, so that no text has it."""
@@ -50,6 +51,40 @@ def library_definition(raw: dict[str, Any], added: list[AddedToken], specials: M
         "model": model,
     }
     return json.dumps(definition, ensure_ascii=False, separators=(",", ":"))
+
+
+def prefixes(raw: dict[str, Any]) -> bool:
+    """Whether a checked definition puts a space before a text."""
+    kinds = [*parts_of(raw, "normalizer"), *parts_of(raw, "pre_tokenizer")]
+    return any(kind == "Prepend" or _adds_space(part) for kind, part in kinds)
+
+
+def without_prefix(definition: str) -> str:
+    """A definition for the library, changed so that it puts no space before a text."""
+    facts = json.loads(definition)
+    for key in ("normalizer", "pre_tokenizer"):
+        facts[key] = _without_prefix(facts[key])
+    return json.dumps(facts, ensure_ascii=False, separators=(",", ":"))
+
+
+def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    if part is None or part["type"] == "Prepend":
+        return None
+    for members in ("normalizers", "pretokenizers"):
+        if members in part:
+            kept = [changed for member in part[members] if (changed := _without_prefix(member)) is not None]
+            return {**part, members: kept}
+    if not _adds_space(part):
+        return part
+    never = {"prepend_scheme": "never"} if part["type"] == "Metaspace" else {}
+    return {**part, "add_prefix_space": False, **never}
+
+
+def _adds_space(part: dict[str, Any]) -> bool:
+    """Of a pre-tokenizer; what is not said is ``true`` or ``always`` to the library."""
+    if part["type"] == "Metaspace":
+        return part.get("prepend_scheme", "always") != "never" and part.get("add_prefix_space", True) is not False
+    return part["type"] == "ByteLevel" and part.get("add_prefix_space", True) is not False
 
 
 def _merges(given: list[Any], without: Mapping[str, int], path: Path) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from llamatune.safe_reading import digest_bytes
 from llamatune.tokenizers.added_tokens import AddedToken
 from llamatune.tokenizers.agreement import Additions, read_additions
 from llamatune.tokenizers.sentencepiece_check import read_checked
-from llamatune.tokenizers.tokenizer import Tokenizer, refuse_surrogates
+from llamatune.tokenizers.tokenizer import Encoded, Tokenizer, refuse_surrogates
 
 _NO_DUMMY_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
 """``normalizer_spec { add_dummy_prefix: false }`` as a field of the model's protocol buffer."""
@@ -60,19 +61,28 @@ class SentencePieceTokenizer(Tokenizer):
             return [*self.beginning, *self.encode_with_offsets(text)[0]]
         return [*self.beginning, *self._processor.encode(text)]
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        return self._encode_run(text, begins=True)
+    def encode_continuation(self, text: str, before: Sequence[int]) -> list[int]:
+        refuse_surrogates(text)
+        if self.matches_words:
+            return self.encode_with_offsets(text, before)[0]
+        return list(self._continuing.encode(text))
 
-    def encode_mixed(self, parts: Sequence[tuple[str, int | None]]) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_with_offsets(self, text: str, before: Sequence[int] | None = None) -> Encoded:
+        return self._encode_run(text, self._processor_behind(before))
+
+    def encode_mixed(self, parts: Sequence[tuple[str, int | None]], before: Sequence[int] | None = None) -> Encoded:
         """A text after BOS or EOS gets a dummy prefix, as Meta encodes the turns of a chat."""
-        ids, offsets, begin, before = list[int](), list[tuple[int, int]](), 0, None
+        ids, offsets, begin, special_before = list[int](), list[tuple[int, int]](), 0, None
         runs = [list(run) for _, run in itertools.groupby(parts, key=lambda part: part[1] is None)]
         for run, following in itertools.zip_longest(runs, runs[1:]):
             if run[0][1] is None:
                 text = "".join(part for part, _ in run)
                 kept = text.rstrip() if following and self._strips(following[0][1], "lstrip") else text
-                start = len(kept) - len(kept.lstrip()) if self._strips(before, "rstrip") else 0
-                found, spans = self._encode_run(kept[start:], begins=before not in self._added)
+                start = len(kept) - len(kept.lstrip()) if self._strips(special_before, "rstrip") else 0
+                processor = self._later if special_before in self._added else self._processor
+                if special_before is None:
+                    processor = self._processor_behind(before)
+                found, spans = self._encode_run(kept[start:], processor)
                 ids += found
                 offsets += [(begin + start + first, begin + start + last) for first, last in spans]
                 begin += len(text)
@@ -80,23 +90,32 @@ class SentencePieceTokenizer(Tokenizer):
                 if special is not None:
                     ids.append(special)
                     offsets.append((begin, begin + len(text)))
-                    begin, before = begin + len(text), special
+                    begin, special_before = begin + len(text), special
         return ids, offsets
 
     def _strips(self, special: int | None, side: str) -> bool:
         """Whether white space on this side of a special token belongs to it."""
         return special in self._added and bool(getattr(self._added[special], side))
 
-    def _encode_run(self, text: str, begins: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """``begins``: at the beginning of a text, not behind an added token."""
+    def _processor_behind(self, before: Sequence[int] | None) -> sentencepiece.SentencePieceProcessor:
+        if before is None:
+            return self._processor
+        return self._later if before[-1:] and before[-1] in self._added else self._continuing
+
+    @functools.cached_property
+    def _continuing(self) -> sentencepiece.SentencePieceProcessor:
+        """For text behind other text."""
+        return _without_dummy_prefix(self._model) if self._later is self._processor else self._later
+
+    def _encode_run(self, text: str, processor: sentencepiece.SentencePieceProcessor) -> Encoded:
+        """``processor``: for what precedes the text's first added word."""
         refuse_surrogates(text)
-        processor = self._processor if begins else self._later
         if not self.matches_words:
             encoded = processor.encode(text, return_type="offset_mapping")
             return encoded["ids"], encoded["offsets"]
         ids, offsets, begin = list[int](), list[tuple[int, int]](), 0
         # The dummy prefix of a text, with no text behind it.
-        if begins and not self._additions.legacy and self._words.match(text):
+        if processor is self._processor and not self._additions.legacy and self._words.match(text):
             ids, offsets = [self._processor.piece_to_id("▁")], [(0, 0)]
         for match in itertools.chain(self._words.finditer(text), [None]):
             end = len(text) if match is None else match.start()

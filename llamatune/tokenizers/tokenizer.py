@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
@@ -11,8 +12,12 @@ from typing import Protocol
 from llamatune.errors import CheckpointError, DataError
 
 SENTENCEPIECE_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
+Encoded = tuple[list[int], list[tuple[int, int]]]
+"""Ids, and the characters (begin, end) that each stands for."""
 _STREAM_CONTEXT = 16
 """Tokens of the prompt that a stream decodes with: more than the tokens of one character (4 bytes)."""
+_HALVES = (("a", "b"), ("a", " b"), ("a", "  b"), ("a:", "\nb"), ("a ", "b"), ("a\n", "b"))
+"""Texts in two parts, of which a tokenizer that changes white space loses some."""
 
 
 class Tokenizer(Protocol):
@@ -38,14 +43,16 @@ class Tokenizer(Protocol):
     special_ids: Mapping[str, int]
     matches_words: bool
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_with_offsets(self, text: str, before: Sequence[int] | None = None) -> Encoded:
         """Ids of ``text`` without BOS, and the characters (begin, end) that each stands for; ends never decrease.
+
+        ``before``: the ids of the text that it continues, so that it gets no dummy prefix; None: it is the beginning.
 
         Several tokens of one character (its UTF-8 bytes, or its normalised form) each have that character, or all but
         the last are empty at its beginning.
         """
 
-    def encode_mixed(self, parts: Sequence[tuple[str, int | None]]) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_mixed(self, parts: Sequence[tuple[str, int | None]], before: Sequence[int] | None = None) -> Encoded:
         """Ids and offsets of texts and special tokens in turn, as transformers encodes them in one text; no BOS is put.
 
         A part is (text, None) or (the special token's text, its id); offsets count the characters of all parts. White
@@ -54,6 +61,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """BOS, where one is put, and the ids of ``text``; no EOS. ``</s>`` and the like in ``text`` are plain text."""
+
+    def encode_continuation(self, text: str, before: Sequence[int]) -> list[int]:
+        """The ids of ``text`` behind the text of the ids ``before``: neither BOS nor dummy prefix."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``, without BOS, EOS, other special tokens, and ids beyond the vocabulary (padded heads)."""
@@ -87,6 +97,28 @@ class Tokenizer(Protocol):
         while first > 0 and offsets[first - 1] == (boundary, boundary):
             first -= 1
         return [*beginning, *ids], len(beginning) + first
+
+    def encode_apart(self, prompt: str, completion: str) -> tuple[list[int], int]:
+        """BOS, the ids of ``prompt`` alone and those of ``completion`` behind it, and the index of the first of these.
+
+        As ``encode_pair`` where ``prompt`` has no token, and where the text would become another.
+        """
+        ids = self.encode(prompt)
+        first = len(ids)
+        if first > len(self.beginning):
+            ids += self.encode_continuation(completion, ids)
+            if self.splits or self.decode(ids) == self.decode(self.encode(prompt + completion)):
+                return ids, first
+        return self.encode_pair(prompt, completion)
+
+    @functools.cached_property
+    def splits(self) -> bool:
+        """Whether any text can be encoded in two parts, whose ids together are decoded to the same text."""
+        for begin, end in _HALVES:
+            ids = self.encode(begin)
+            if self.decode([*ids, *self.encode_continuation(end, ids)]) != self.decode(self.encode(begin + end)):
+                return False
+        return True
 
     def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """The text that ``ids`` add to ``prompt``. Decoded alone they would lose a space at their start."""

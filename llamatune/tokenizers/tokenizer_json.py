@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import secrets
@@ -31,9 +32,9 @@ from llamatune.tokenizers.added_tokens import (
 from llamatune.tokenizers.agreement import added_beyond, check_model_id
 from llamatune.tokenizers.byte_level import CHARACTERS, UTF8_BYTES, readable, spelled
 from llamatune.tokenizers.json_definition import check_definition, kinds_of, templates_of
-from llamatune.tokenizers.library_definition import HIDDEN, library_definition
+from llamatune.tokenizers.library_definition import HIDDEN, library_definition, prefixes, without_prefix
 from llamatune.tokenizers.tiktoken_file import config_of, definition_of, read_ranks
-from llamatune.tokenizers.tokenizer import JSON_FILE, Tokenizer, refuse_surrogates
+from llamatune.tokenizers.tokenizer import JSON_FILE, Encoded, Tokenizer, refuse_surrogates
 
 _COMPOSING = {"NFC", "NFKC"}
 
@@ -42,7 +43,8 @@ _COMPOSING = {"NFC", "NFKC"}
 class JsonFacts:
     """What ``JsonTokenizer`` knows beside the library's definition; names as in ``Tokenizer``.
 
-    ``byte_level``: its pieces spell bytes. ``composes``: it joins marks to the character before them.
+    ``byte_level``: its pieces spell bytes. ``composes``: it joins marks to the character before them. ``prefixes``: it
+    puts a space before a text.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class JsonFacts:
     matches_words: bool
     byte_level: bool
     composes: bool
+    prefixes: bool
 
 
 class JsonTokenizer(Tokenizer):
@@ -76,16 +79,32 @@ class JsonTokenizer(Tokenizer):
         with _library_faults(self.path):
             return [*self.beginning, *self._library.encode(text, add_special_tokens=False).ids]
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        refuse_surrogates(text)
+    def encode_continuation(self, text: str, before: Sequence[int]) -> list[int]:
+        if self._facts.prefixes:
+            return self.encode_with_offsets(text, before)[0]
+        return self.encode(text)[len(self.beginning) :]
+
+    @functools.cached_property
+    def _continuing(self) -> Library:
         with _library_faults(self.path):
-            encoded = self._library.encode(text, add_special_tokens=False)
+            return Library.from_str(without_prefix(self._definition))
+
+    @functools.cached_property
+    def splits(self) -> bool:
+        """Not where text behind an added word gets a space as well, which only encoding the whole puts there."""
+        return not (self._facts.prefixes and self.matches_words) and super().splits
+
+    def encode_with_offsets(self, text: str, before: Sequence[int] | None = None) -> Encoded:
+        refuse_surrogates(text)
+        library = self._library if before is None or not self._facts.prefixes else self._continuing
+        with _library_faults(self.path):
+            encoded = library.encode(text, add_special_tokens=False)
             ids, offsets = encoded.ids, encoded.offsets
         return ids, _with_marks(text, offsets) if self._facts.composes else offsets
 
-    def encode_mixed(self, parts: Sequence[tuple[str, int | None]]) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_mixed(self, parts: Sequence[tuple[str, int | None]], before: Sequence[int] | None = None) -> Encoded:
         names = [text if special is None else str(self._library.id_to_token(special)) for text, special in parts]
-        ids, offsets = self.encode_with_offsets("".join(names))
+        ids, offsets = self.encode_with_offsets("".join(names), before)
         if [i for i in ids if i in self._texts] != [special for _, special in parts if special is not None]:
             raise CheckpointError("a special token of it cannot be put between texts", self.path, "fetch it again")
         longer = (
@@ -186,6 +205,7 @@ def tokenizer_of(
         any(token.text not in specials for token in [*own, *added]),
         byte_level,
         composes=not _COMPOSING.isdisjoint(kinds_of(raw, "normalizer")),
+        prefixes=prefixes(raw),
     )
     tokenizer = JsonTokenizer(text.replace(HIDDEN, f"{HIDDEN}{secrets.token_hex(16)} "), facts)
     misplaced = [(token.text, token.id) for token in [*own, *added] if not tokenizer.has(token.text, token.id)]

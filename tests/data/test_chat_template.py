@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 from llamatune.data.chat_segments import ChatEncoder
 from llamatune.data.chat_template import ChatTemplate, built_in_chat_template
 from llamatune.data.chat_template_files import own_chat_template
-from llamatune.data.prefix_check import PromptCheck
 from llamatune.data.row_formats import FORMATS, row_of
 from llamatune.data.template_choice import load_template, stored_template
 from llamatune.errors import CheckpointError, DataError, SpecError
@@ -248,25 +247,21 @@ def test_rows_that_a_template_does_not_fit_are_refused_by_name(
 def test_the_prompt_of_a_row_is_the_beginning_of_its_tokens(
     tokenizer: Tokenizer, chat_tokenizers: dict[str, Path], json_tokenizers: dict[str, Path]
 ) -> None:
-    """What ``generate`` encodes for every turn of a row; where the tokens differ, that is counted."""
+    """What ``generate`` encodes for every turn of a row, also where an answer begins with white space."""
     cases = [(load_tokenizer(chat_tokenizers[kind]), "model") for kind in ("llama3", "smollm", "marked")]
     cases += [(tokenizer, "llama2-chat"), (load_tokenizer(json_tokenizers["llama_2"]), "llama2-chat")]
     for made, name in cases:
-        template, chance, fits = load_template(name, made), random.Random(8), 0
+        template, chance = load_template(name, made), random.Random(8)
         assert isinstance(template, ChatTemplate)
-        encoder, check = ChatEncoder(template, made), PromptCheck(made)
+        encoder = ChatEncoder(template, made)
         for _ in range(25):
             said = conversation(chance)
             row = row_of({"messages": said}, FORMATS["chat"])
             whole = encoder.row(row, row.completion, last_only=False)
             ids, targets = whole.segments.encode(made)
             prompts = [encoder.prompt(said[:n]).encode(made)[0] for n, m in enumerate(said) if m["role"] == "assistant"]
-            same = all(ids[: len(prompt)] == prompt for prompt in prompts)
-            assert check.are_prefixes(whole, ids) == same
-            if same:
-                fits += 1
-                assert [first for first, _ in targets] == [len(prompt) for prompt in prompts]
-        assert fits > 8
+            assert all(ids[: len(prompt)] == prompt for prompt in prompts)
+            assert [first for first, _ in targets] == [len(prompt) for prompt in prompts]
 
 
 def test_rows_that_are_no_chats_are_one_turn(
