@@ -97,7 +97,6 @@ def compare(prepare: Prepare, tokenizer: Path, rows: Path, template: str, out: P
     assert made.boundary == BOUNDARY
     encoder, prompts, forced = PromptEncoder(own, made), read_prompts(rows), 0
     texts = [row_of(decode_row(raw), FORMATS[report.format]).completion for raw in read_raw_rows(rows)]
-    cut = report.max_seq_length
     for ids, mask, number in read_split(out):
         asked = encoder.segments(prompts[number - 1], number)
         prompt, _ = asked.encode(own)
@@ -108,10 +107,7 @@ def compare(prepare: Prepare, tokenizer: Path, rows: Path, template: str, out: P
         if ids[-1] == own.eos_id:
             assert own.decode(ids) == own.decode(whole)
             assert shown_answer(own, asked, prompt, ids[len(prompt) : -1]) == own.decode(whole)[len(asked.shown) :]
-        joined = whole[: len(prompt)] != prompt
-        forced += joined
-        if not joined:
-            assert ids == [*whole, own.eos_id][:cut], "a row that began with its prompt's tokens has the same tokens"
+        forced += ids != [*whole, own.eos_id][: report.max_seq_length]
     assert report.prompts_not_prefix == 0
     assert report.forced_boundaries == forced
     assert report.moved_spaces == (report.kept if template.endswith(("space.yaml", "tab.yaml")) else 0)

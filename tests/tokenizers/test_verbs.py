@@ -58,10 +58,13 @@ def test_from_rows_to_a_merged_model(
     tokens = report["preview"][0]["tokens"]
     judge = AutoTokenizer.from_pretrained(model)
     row = json.loads(tiny_rows.read_text().splitlines()[0])
-    expected = judge.encode(row["prompt"] + row["completion"], split_special_tokens=True)
-    assert [token["id"] for token in tokens] == [*expected, judge.eos_token_id]
+    texts = row["prompt"], row["prompt"] + row["completion"]
+    prompt, whole = (judge.encode(text, split_special_tokens=True) for text in texts)
+    found = [token["id"] for token in tokens]
     first = next(number for number, token in enumerate(tokens) if token["trained"])
-    assert judge.decode(expected[first:]).endswith(row["completion"].strip())
+    assert (found[:first], found[-1]) == (prompt, judge.eos_token_id)
+    assert judge.decode(found[:-1]) == judge.decode(whole)
+    assert judge.decode(found[first:-1]).endswith(row["completion"].strip())
     manifest = json.loads((data / "llamatune.json").read_text())
     assert manifest["facts"]["tokenizer"]["fingerprint"] == tokenizer.fingerprint
     adapter = _trained(command, model, data, tmp_path)
