@@ -83,3 +83,13 @@ def test_a_merge_is_timed_beside_a_copy(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert [line.split("  ")[1].strip() for line in lines[1:]] == ["cp and sync", "llamatune", "starting it"]
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_preparation_is_timed_with_every_number_of_workers() -> None:
+    rows, tokenizer = MATERIAL / "instructions.jsonl", MATERIAL / "base" / "tokenizer.model"
+    command = [sys.executable, str(ROOT / "benchmarks" / "preparing.py"), "--tokenizer", str(tokenizer), "--source",
+               str(rows), "--rows", "20", "--rounds", "1", "--workers", "1", "--peer", "false"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "datasets is not installed: llamatune alone\n20 rows, " in done.stdout
+    assert "1 llamatune    1 workers: " in done.stdout

@@ -13,7 +13,12 @@ from llamatune.errors import SpecError
 class PrepareOptions(Options):
     """What ``prepare-data`` reads, how it encodes it, and where it writes."""
 
-    rows: Sequence[Path] = option("JSON Lines files or JSON lists of rows.", argument=True, metavar="ROWS...")
+    rows: Sequence[Path] = option(
+        "Files of rows: JSON, JSON Lines, CSV, Parquet, text, or compressed; a directory of save_to_disk; - for "
+        "standard input.",
+        argument=True,
+        metavar="ROWS...",
+    )
     tokenizer: Path = option("A tokenizer.model or tokenizer.json, or a directory that holds one.")
     output: Path = option("The directory to make.")
     format: str = option("auto, alpaca, gsm8k, chat, completion or text.", "auto", metavar="NAME")
@@ -56,6 +61,6 @@ class PrepareOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.rows:
-            raise SpecError("no row files", None, "give at least one JSON or JSONL file")
+            raise SpecError("no row files", None, "give at least one file, or - for standard input")
         if self.validation_fraction and self.validation:
             raise SpecError("--validation-fraction and --validation exclude each other", None, "give one of them")

@@ -93,7 +93,9 @@ def _print_report(out: RichConsole, report: Mapping[str, Any]) -> None:
         tokens, targets = split["tokens"], split["target_tokens"]
         shown = f"{split['rows']:,} rows, {tokens:,} tokens, {targets:,} of them targets"
         add(name, f"{shown} ({targets / max(1, tokens):.0%}), longest row {split['longest_row_tokens']:,}")
-    longest = [(row["tokens"], shown_place(row["file"], row["line"], row.get("row"))) for row in report["longest_rows"]]
+    longest = [
+        (row["tokens"], shown_place(row["file"], row.get("line"), row.get("row"))) for row in report["longest_rows"]
+    ]
     add("longest before truncation", ", ".join(f"{tokens:,} ({place})" for tokens, place in longest[:3]))
     out.print(table)
     note = "already prepared, left as it is: " if report["unchanged"] else "written to "

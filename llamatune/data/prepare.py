@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,18 @@ from llamatune.data.prepare_report import (
     no_rows_error,
     overlong_error,
     report_of,
+    row_content,
     row_facts,
     shown_path,
 )
 from llamatune.data.resolve_options import check_options, input_files, resolve_options, train_on
 from llamatune.data.row_files import RawRow, read_raw_rows
+from llamatune.data.row_sources import pipes_kept, source_bytes, source_state
 from llamatune.data.spool import Spool
 from llamatune.data.validation_split import held_out_rows
 from llamatune.data.workers import default_workers, encode_batches
 from llamatune.durable_writing import refuse_occupied
-from llamatune.errors import DataError, EnvironmentFault, Stopped
+from llamatune.errors import DataError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.manifest import END_OF_TURN, Staging, build_directory, finished_product, has_manifest
 from llamatune.formats.prepared import KIND
@@ -64,7 +66,19 @@ def prepare_data(
     check_options(options)
     if not has_manifest(options.output):
         refuse_occupied(options.output, options.overwrite)
-    state = [_file_state(path) for path in input_files(options)]
+
+    def check_stop() -> None:
+        if should_stop():
+            raise Stopped("stopped before the rows were read", None, "run the same command again")
+
+    with pipes_kept(input_files(options), check_stop):
+        return _prepare(options, on_event, should_stop, workers)
+
+
+def _prepare(
+    options: PrepareOptions, on_event: OnEvent, should_stop: ShouldStop, workers: int | None
+) -> dict[str, Any]:
+    state = [source_state(path) for path in input_files(options)]
     recipe, inputs = resolve_options(options, on_event)
     if not options.overwrite and (manifest := finished_product(options.output, KIND, inputs)):
         with contextlib.suppress(KeyError):  # an earlier version wrote fewer facts
@@ -72,23 +86,13 @@ def prepare_data(
             if report["refused"] <= options.skip_bad_rows:
                 return report
     with build_directory(options.output, KIND, inputs, options.overwrite) as staging:
-        total_bytes = sum(path.stat().st_size for path in input_files(options))
+        total_bytes = sum(source_bytes(path) for path in input_files(options))
         if workers is None:
             workers = default_workers(total_bytes)
         _Job(recipe, staging, on_event, should_stop, workers, total_bytes).run()
-        if [_file_state(path) for path in input_files(options)] != state:
+        if [source_state(path) for path in input_files(options)] != state:
             raise DataError("a row file was changed while it was read", None, "run the same command again")
     return report_of(options.output, staging.facts, unchanged=False)
-
-
-def _file_state(path: Path) -> tuple[int, int, int]:
-    try:
-        status = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError) as fault:
-        raise DataError(f"cannot read: {fault.strerror}", path) from None
-    except OSError as fault:
-        raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass
@@ -141,15 +145,16 @@ class _Job:
     def _encode(self, files: Sequence[Path], limit: int | None, spool: Spool, refuse: Callable[[str], object]) -> None:
         """Read, encode, count and spool the rows of ``files``; ``refuse`` writes a line of ``refused.jsonl``."""
         options = self.recipe.options
-        batches, read = itertools.tee(_batches(files, limit))
+        batches, read = itertools.tee(_batches(files, limit, self._note))
         encoded = encode_batches(self.recipe, (rows for _, _, rows in read), self.workers, self._check_stop)
         with contextlib.closing(encoded):
             for batch, (path, first_row, rows) in zip(encoded, batches, strict=True):
                 self.counts.add(batch, path, rows)
                 for position, _, message in batch.refused:
                     self.first_refused = self.first_refused or f"{rows[position].place(shown_path(path))}: {message}"
-                    line = {**row_facts(rows[position], path), "reason": message}
-                    refuse(json.dumps(line, ensure_ascii=True) + "\n")
+                    if self.counts.refused <= options.skip_bad_rows:  # else nothing is kept, and it may be every row
+                        line = {**row_facts(rows[position], path), "reason": message, **row_content(rows[position])}
+                        refuse(json.dumps(line, ensure_ascii=True) + "\n")
                 overlong = next((position for position, reason in batch.dropped if reason == "overlong"), None)
                 if options.overlong == "error" and overlong is not None:
                     raise overlong_error(batch, overlong, path, rows[overlong], options.max_seq_length)
@@ -187,6 +192,9 @@ class _Job:
         if self.should_stop():
             raise Stopped("stopped before the rows were prepared", None, "run the same command again")
 
+    def _note(self, path: Path, message: str) -> None:
+        self.on_event(Notice(f"{shown_path(path)}: {message}"))
+
     def _warn(self, message: str) -> None:
         self.on_event(Notice(message, "warning"))
 
@@ -217,12 +225,14 @@ class _Job:
         }
 
 
-def _batches(files: Sequence[Path], limit: int | None) -> Iterator[tuple[Path, int, list[RawRow]]]:
+def _batches(
+    files: Sequence[Path], limit: int | None, note: Callable[[Path, str], None]
+) -> Iterator[tuple[Path, int, list[RawRow]]]:
     """Batches of rows, each of one file, with the file and the number of the batch's first row, counted from 1."""
     number = 1
     for path in files:
         rows, row_bytes = list[RawRow](), 0
-        for raw in read_raw_rows(path):
+        for raw in read_raw_rows(path, partial(note, path)):
             if limit is not None and number + len(rows) > limit:
                 break
             rows.append(raw)

@@ -24,8 +24,13 @@ def shown_path(path: Path) -> str:
 
 
 def row_facts(row: RawRow, path: Path) -> dict[str, Any]:
-    """A row's place as JSON values: ``file``, ``line`` and, in a JSON list, ``row``."""
-    return {"file": shown_path(path), "line": row.line, **({} if row.row is None else {"row": row.row})}
+    """A row's place as JSON values: ``file``, ``line`` if the file has lines, and ``row``, from 1 in its file."""
+    return {"file": shown_path(path), **({} if row.line is None else {"line": row.line}), "row": row.row}
+
+
+def row_content(row: RawRow) -> dict[str, Any]:
+    """What a refused row holds, as text: ``content``. Of a larger row than is read it is only the beginning."""
+    return {"content": row.data.decode(errors="backslashreplace")}
 
 
 @dataclass

@@ -14,11 +14,11 @@ from llamatune.data.encoding import Recipe
 from llamatune.data.row_files import RowError, read_raw_rows
 from llamatune.data.row_formats import FORMATS, ROWS_TRIED, Format, detect_format
 from llamatune.data.row_json import decode_row
+from llamatune.data.row_sources import source_digest
 from llamatune.data.template_choice import default_template, load_template
 from llamatune.data.templates import Template
 from llamatune.errors import DataError, SpecError
 from llamatune.events import Notice, OnEvent
-from llamatune.safe_reading import digest_file
 from llamatune.tokenizers.loading import load_tokenizer
 from llamatune.tokenizers.tokenizer import Tokenizer
 
@@ -52,8 +52,8 @@ def resolve_options(options: PrepareOptions, on_event: OnEvent) -> tuple[Recipe,
     # Paths and --skip-bad-rows are left out: they do not change the output.
     inputs = {
         "revision": _revision_of(template),
-        "rows": [digest_file(path, DataError) for path in options.rows],
-        "validation": [digest_file(path, DataError) for path in options.validation],
+        "rows": [source_digest(path) for path in options.rows],
+        "validation": [source_digest(path) for path in options.validation],
         "tokenizer": tokenizer.fingerprint,
         "format": row_format.name,
         # Another day is no reason to prepare the same rows again.

@@ -1,96 +1,129 @@
-"""Files of rows, in UTF-8: the raw bytes of each row of a JSON Lines file or a JSON list.
+"""Files of rows: what kind a file is, by its content and name, and the raw bytes of each of its rows.
 
-Rows are separated before they are decoded: a line ends at ``\\n`` alone (U+2028 and U+0085 are text), an element of a
-list at the comma or bracket behind it. An unreadable row becomes a ``RowError`` and reading continues with the next;
-at most ``LARGEST_ROW_BYTES`` of a row are kept. ijson would not do: it stops at the first syntax error and gives no
-lines or bytes.
+Compressed and columnar files are known by their first bytes. Of the others those that begin as JSON are JSON whatever
+their name; a ``.csv`` or ``.tsv`` is a table, a ``.txt`` text, and the rest JSON. Each is read in bounded memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
-from llamatune.errors import DataError, EnvironmentFault
-from llamatune.safe_reading import open_regular
+from llamatune.data.columnar_rows import columnar_rows, is_columnar
+from llamatune.data.compressed import SUFFIXES, Decompressed, is_compressed
+from llamatune.data.foreign_files import foreign_kind
+from llamatune.data.json_rows import json_rows
+from llamatune.data.raw_row import LARGEST_ROW_BYTES, RawRow, RowError, shown_place
+from llamatune.data.row_sources import is_directory, open_source, source_files
+from llamatune.data.saved_dataset import split_note
+from llamatune.data.table_rows import table_rows
+from llamatune.data.text_rows import text_rows
+from llamatune.errors import DataError
+from llamatune.safe_reading import open_regular, read_faults
 
-LARGEST_ROW_BYTES = 2 << 20
-"""Longer rows are refused: 2 MiB is half a million tokens, far beyond LLaMA's context, and encoding it takes a few
-hundred MB (up to 365 bytes a token for SentencePiece's offsets)."""
+__all__ = ["LARGEST_ROW_BYTES", "RawRow", "RowError", "file_kind", "read_raw_rows", "shown_place"]
 
-_PORTION = 1 << 20
-_BLANK = b" \t\r\n"
+Kind = Literal["json", "table", "text", "columnar"]
+
 _BOM = b"\xef\xbb\xbf"
-# Each matches up to the next structural byte. Possessive quantifiers (++, *+) exclude backtracking; a string that is
-# not closed in the buffer ends the match before its quote.
-_STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
-_STRING = rb'"' + _STRING_REST.pattern + rb'"'
-_INSIDE = re.compile(rb'(?:[^"{}\[\]]++|' + _STRING + rb")*+", re.DOTALL)
-_OUTSIDE = re.compile(rb'(?:[^"{}\[\],]++|' + _STRING + rb")*+", re.DOTALL)
-_NOT_BLANK = re.compile(rb"[^ \t\r\n]")
-_DEPTH_CHANGE = {b'"': 0, b"{": 1, b"[": 1, b"}": -1, b"]": -1}
+_HEAD = 4096
+_BY_SUFFIX: dict[str, Kind] = {".csv": "table", ".tsv": "table", ".tab": "table", ".txt": "text"}
+_COLUMNAR_SUFFIXES = (".parquet", ".arrow", ".feather")
+_BEGINS_AS_JSON = re.compile(rb"""\s*(?:\{\s*["']|\[\s*(?:\{\s*["']|["']))""")
+"""Of rows, or a list of prompts; ``[INST] Hi`` and ``{name} is`` begin otherwise."""
 
 
-class RowError(Exception):
-    """An unusable row: ``kind`` is its name in the report's counts, ``message`` the reason."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(kind, message)
-        self.kind, self.message = kind, message
+def _ignore(_: str) -> None:
+    pass
 
 
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """The bytes of one row, or the error, and where it begins: 1-based line, 0-based byte of the file.
+def read_raw_rows(path: Path, note: Callable[[str], None] = _ignore) -> Iterator[RawRow]:
+    """Every row of a file, a pipe, or a directory of ``save_to_disk``, numbered from 1; blank lines are no rows.
 
-    ``row`` is its 1-based number in a JSON list; None in JSON Lines, where the line identifies the row.
-    """
-
-    line: int
-    offset: int
-    data: bytes
-    error: RowError | None = None
-    row: int | None = None
-
-    def place(self, path: object) -> str:
-        """The row's place in the file ``path``, for messages."""
-        return shown_place(path, self.line, self.row)
-
-
-def shown_place(path: object, line: int, row: int | None) -> str:
-    """``path:line``; for a JSON list ``path: row N``, with the line unless it is the first."""
-    if row is None:
-        return f"{path}:{line}"
-    return f"{path}: row {row}" if line == 1 else f"{path}:{line}: row {row}"
-
-
-def read_raw_rows(path: Path) -> Iterator[RawRow]:
-    """Every row of a JSON Lines file or JSON list, in bounded memory; blank lines and a BOM are skipped.
+    ``note`` is told what else the file or directory holds that is not read.
 
     Raises:
-        DataError: no such file, not a regular file, or not UTF-8 but UTF-16 or UTF-32.
-        EnvironmentFault: the file cannot be read.
+        DataError: no such file, one that is damaged, or one of another kind, by name.
+        EnvironmentFault: the file cannot be read, or a package for it is missing.
     """
-    with open_regular(path, DataError) as file:
-        try:
-            head = file.read(4096)
-            _refuse_other_encodings(head, path)
-            start = len(_BOM) if head.startswith(_BOM) else 0
-            while len(head) < _PORTION and not head[start:].strip(_BLANK):
-                more = file.read(4096)
-                if not more:
-                    return
-                head += more
-            file.seek(start)
-            if head[start:].lstrip(_BLANK).startswith(b"["):
-                yield from _ListReader(file, start).rows()
-            else:
-                yield from _lines(file, start)
-        except OSError as fault:
-            raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
+    if is_directory(path):
+        with contextlib.ExitStack() as stack, read_faults(path):
+            files = [(stack.enter_context(open_regular(file, DataError)), file) for file in source_files(path)]
+            if text := split_note(path):
+                note(text)
+            yield from columnar_rows(files)
+        return
+    with _opened(path) as opened, read_faults(path):
+        rows = opened.rows(note)
+        yield from rows if opened.compressed is None else opened.compressed.whole(rows, path)
+
+
+def file_kind(path: Path) -> Kind:
+    """How a file is read: as JSON, a table, plain text, or by columns; raises as ``read_raw_rows`` does."""
+    if is_directory(path):
+        return "columnar"
+    with _opened(path) as opened:
+        return opened.kind
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A file of rows that is known to be one. It stands at its beginning, or behind the byte order mark."""
+
+    file: BinaryIO
+    path: Path
+    suffix: str
+    kind: Kind
+    start: int
+    compressed: Decompressed | None
+
+    def rows(self, note: Callable[[str], None]) -> Iterator[RawRow]:
+        self.file.seek(self.start)
+        if self.kind == "json":
+            return json_rows(self.file, self.start, note)
+        if self.kind == "table":
+            return table_rows(self.file, self.path, self.suffix)
+        return text_rows(self.file) if self.kind == "text" else columnar_rows([(self.file, self.path)])
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[_Opened]:
+    with contextlib.ExitStack() as stack:
+        with read_faults(path):
+            file, compressed = stack.enter_context(open_source(path)), None
+            head = file.read(_HEAD)
+            if is_compressed(head):
+                compressed = Decompressed(file, path)
+                file = stack.enter_context(compressed.buffered())
+                head = file.read(_HEAD)
+        name = path.name.lower()
+        for ending in SUFFIXES:
+            name = name.removesuffix(ending)
+        suffix = Path(name).suffix
+        kind = _kind(head, suffix, path)
+        yield _Opened(file, path, suffix, kind, len(_BOM) if head.startswith(_BOM) else 0, compressed)
+
+
+def _kind(head: bytes, suffix: str, path: Path) -> Kind:
+    """The kind of a file that begins with ``head``; ``DataError`` if it holds no rows that are read."""
+    if foreign := foreign_kind(head, suffix):
+        what, todo = foreign
+        raise DataError(f"{what}, not a file of rows", path, todo)
+    if is_compressed(head):
+        raise DataError("compressed twice", path, "decompress it once")
+    _refuse_other_encodings(head, path)
+    if is_columnar(head):
+        return "columnar"
+    if suffix in _COLUMNAR_SUFFIXES:
+        what = "empty" if not head else f"not what {suffix} files hold"
+        raise DataError(f"the file is {what}", path, "fetch or make it again")
+    if _BEGINS_AS_JSON.match(head.removeprefix(_BOM)):
+        return "json"
+    return _BY_SUFFIX.get(suffix, "json")
 
 
 def _refuse_other_encodings(head: bytes, path: Path) -> None:
@@ -101,118 +134,3 @@ def _refuse_other_encodings(head: bytes, path: Path) -> None:
         name = "UTF-16 or UTF-32 without a byte order mark"
     if name:
         raise DataError(f"{name} text (at byte 0), not UTF-8", f"{path}:1", "convert it: iconv -f UTF-16 -t UTF-8")
-
-
-def _too_large(data: bytes, offset: int) -> RowError:
-    if not data.strip(b"\0" + _BLANK):
-        return RowError("nul_bytes", f"NUL bytes from byte {offset} of the file on (a write that was cut off?)")
-    return RowError("too_large", f"the row has more than {LARGEST_ROW_BYTES:,} bytes")
-
-
-def _lines(file: BinaryIO, offset: int) -> Iterator[RawRow]:
-    line = 0
-    while data := file.readline(LARGEST_ROW_BYTES + 1):
-        line += 1
-        begin, offset = offset, offset + len(data)
-        if len(data) > LARGEST_ROW_BYTES and not data.endswith(b"\n"):
-            yield RawRow(line, begin, b"", _too_large(data, begin))
-            while not data.endswith(b"\n") and (data := file.readline(_PORTION)):
-                offset += len(data)
-        elif row := data.strip(_BLANK):
-            yield RawRow(line, begin + len(data) - len(data.lstrip(_BLANK)), row)
-
-
-class _ListReader:
-    """Splits one JSON list into its elements. Bytes of ``_buffer`` before ``_at`` are consumed."""
-
-    def __init__(self, file: BinaryIO, offset: int) -> None:
-        self._file, self._buffer, self._at = file, b"", 0
-        self._line, self._offset, self._row, self._ended = 1, offset, 0, False
-
-    def rows(self) -> Iterator[RawRow]:
-        self._take()
-        separator = self._take() if self._next_byte() == b"]" else b","
-        while separator == b",":
-            byte = self._next_byte()
-            if byte in (b",", b"]"):
-                yield self._fault("not_json", f"a row is missing before {byte.decode()!r}")
-            elif byte:
-                yield self._element()
-                if self._ended:
-                    return
-            separator = self._take()
-        if not separator:
-            yield self._fault("not_json", "the list is not closed: the file was cut short")
-        elif self._next_byte() == b"\0":
-            yield self._fault("nul_bytes", f"NUL bytes from byte {self._offset} of the file on")
-        elif self._next_byte():
-            yield self._fault("not_json", f"text after the end of the list, at byte {self._offset}")
-
-    def _element(self) -> RawRow:
-        """Consume the element at ``_at`` up to the comma or bracket that ends it."""
-        self._row += 1
-        line, offset, scan, depth, in_string = self._line, self._offset, self._at, 0, False
-        error: RowError | None = None
-        while True:
-            pattern = _STRING_REST if in_string else _INSIDE if depth else _OUTSIDE
-            match = pattern.match(self._buffer, scan)
-            assert match is not None, "the patterns match the empty string too"
-            scan = match.end()
-            byte = self._buffer[scan : scan + 1]
-            if depth == 0 and not in_string and byte in (b",", b"]"):
-                break
-            if byte in _DEPTH_CHANGE:
-                in_string ^= byte == b'"'
-                depth = max(0, depth + _DEPTH_CHANGE[byte])
-                scan += 1
-                continue
-            if error is None and scan - self._at > LARGEST_ROW_BYTES:
-                error = _too_large(self._buffer[self._at : scan], offset)
-            if error is not None:  # search for its end, but keep nothing of it
-                self._consume(scan - self._at)
-            scan -= self._at
-            if not self._read_on():
-                self._ended = True
-                return RawRow(line, offset, b"", error or self._unclosed(offset), self._row)
-        data = self._buffer[self._at : scan]
-        self._consume(len(data))
-        if error is None and len(data) > LARGEST_ROW_BYTES:
-            error = _too_large(data, offset)
-        return RawRow(line, offset, b"" if error else data.strip(_BLANK), error, self._row)
-
-    def _unclosed(self, offset: int) -> RowError:
-        nul = self._buffer.find(b"\0", self._at)
-        if nul >= 0:
-            return RowError("nul_bytes", f"NUL bytes from byte {offset + nul - self._at} of the file on")
-        return RowError("not_json", "the row does not end: a quote or bracket is not closed, or the file was cut short")
-
-    def _take(self) -> bytes:
-        """Consume the next byte that is not blank; empty at the end of the file."""
-        byte = self._next_byte()
-        self._consume(len(byte))
-        return byte
-
-    def _next_byte(self) -> bytes:
-        """The next byte that is not blank, unconsumed; empty at the end of the file."""
-        while True:
-            match = _NOT_BLANK.search(self._buffer, self._at)
-            self._consume((match.start() if match else len(self._buffer)) - self._at)
-            if match:
-                return match.group()
-            if not self._read_on():
-                return b""
-
-    def _read_on(self) -> bool:
-        more = self._file.read(_PORTION)
-        self._buffer = self._buffer[self._at :] + more
-        self._at = 0
-        return bool(more)
-
-    def _consume(self, count: int) -> None:
-        self._line += self._buffer.count(b"\n", self._at, self._at + count)
-        self._offset += count
-        self._at += count
-
-    def _fault(self, kind: str, message: str) -> RawRow:
-        self._row += 1
-        return RawRow(self._line, self._offset, b"", RowError(kind, message), self._row)

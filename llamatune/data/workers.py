@@ -46,11 +46,14 @@ def encode_batches(
             worker.send(recipe)
         idle, busy = deque(pool), deque[_Worker]()
         for batch in batches:
+            encoded = None
             if not idle:
                 idle.append(busy.popleft())
-                yield idle[-1].result(check_stop)
+                encoded = idle[-1].result(check_stop)
             busy.append(idle.popleft())
-            busy[-1].send(batch)
+            busy[-1].send(batch)  # before the result is used, so that the worker does not wait for that
+            if encoded is not None:
+                yield encoded
         for worker in busy:
             yield worker.result(check_stop)
 

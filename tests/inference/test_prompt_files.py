@@ -68,7 +68,6 @@ def test_plain_text_stays_one_prompt_a_line(texts: Callable[..., list[str]], lin
         ('{"instruction": "a"}\nplain\n', "not valid JSON: Expecting value at column 1: "),
         ('{"instruction": "a"}\nplain\n', "prompts:2: "),
         ('plain\n{"instruction": "a"}\n', "a JSON row in a file that begins as plain text: "),
-        ('{\n "instruction": "a"\n}\n', "not valid JSON"),
         ("[{'instruction': 'a'}]", "prompts: row 1: "),
         ("[1, 2]", "a number where a row or a prompt is expected"),
         ('["a", " "]', "an empty text where a row or a prompt is expected"),
