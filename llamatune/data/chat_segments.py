@@ -37,12 +37,15 @@ class ChatEncoder:
         self._special = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
         self._hideable = re.compile("|".join(re.escape(text) for text in texts if len(text) > 1) or r"(?!)")
 
-    def row(self, row: Row, completion: str, *, last_only: bool) -> Conversation:
-        """The segments of a row; ``last_only``: of the assistant's turns the last alone is trained.
+    def row(self, row: Row, completion: str, *, last_only: bool, on_prompt: bool = False) -> Conversation:
+        """The segments of a row.
+
+        ``last_only``: of the assistant's turns the last alone is trained; ``on_prompt``: so is all that is not the
+        assistant's.
 
         Raises:
-            RowError: the template cannot be rendered with the row, or leaves out a part of it, or the trained turns
-                cannot be told.
+            RowError: the template cannot be rendered with the row, or leaves out a part of it, or the turns that are
+                trained (with ``on_prompt`` those that are not) cannot be told.
             LlamatuneError: rendering is beyond the limits of a template.
         """
         odd = row.irregular
@@ -55,7 +58,8 @@ class ChatEncoder:
         if misfit := self.template.misfit(row):
             raise RowError("template_misfit", misfit)
         try:
-            reply = self._reply({"messages": messages, "tools": tools, "turns": turns, "wanted": wanted})
+            told = [is_wanted or on_prompt for is_wanted in wanted]
+            reply = self._reply({"messages": messages, "tools": tools, "turns": turns, "wanted": told})
         except (Refused, Broken) as fault:
             what = "refuses" if isinstance(fault, Refused) else "cannot be filled with"
             todo = f"; it has {odd.what}: choose another --template, or take them out" if odd else ""
@@ -75,6 +79,8 @@ class ChatEncoder:
                     "template_misfit", "the assistant's turns cannot be told in what the chat template writes"
                 )
             targets, ends = self._turn_targets(text, spans[-1:] if only_last else spans)
+        if on_prompt:
+            targets = _around(self._untrained(reply, wanted), len(text))
         prompts = [*itertools.compress(reply["before"], wanted)][-1 if only_last else 0 :]
         parts, cuts = self._parts(text, targets, self._known(reply), marker)
         if ends:
@@ -178,6 +184,17 @@ class ChatEncoder:
             text = self._hideable.sub(lambda found: found[0][0] + marker + found[0][1:], text)
         return text
 
+    def _untrained(self, reply: Mapping[str, Any], wanted: Sequence[bool]) -> list[Span]:
+        """The assistant's turns that are not ``wanted``."""
+        unwanted = [not is_wanted for is_wanted in wanted]
+        if reply["blocks"]:
+            return _block_targets(reply["blocks"], unwanted) if any(unwanted) else []
+        spans = [*itertools.compress(zip(reply["before"], reply["through"], strict=True), unwanted)]
+        if not all(0 <= before <= through for before, through in spans):
+            what = "the assistant's turns that are not trained cannot be told in what the chat template writes"
+            raise RowError("template_misfit", what)
+        return self._turn_targets(reply["text"], spans)[0]
+
     def _turn_targets(self, text: str, spans: Sequence[Span]) -> tuple[list[Span], bool]:
         """Turns up to the special token that ends each; and whether the last, at the text's end, has none."""
         targets, ends = [], False
@@ -247,6 +264,12 @@ def _block_targets(blocks: Sequence[Span], wanted: Sequence[bool]) -> list[Span]
         what = f"the chat template has {len(blocks)} generation blocks for {len(wanted)} turns of the assistant"
         raise RowError("template_misfit", what)
     return [(begin, end) for (begin, end), is_wanted in zip(blocks, wanted, strict=True) if is_wanted]
+
+
+def _around(spans: Sequence[Span], length: int) -> list[Span]:
+    """What is outside of ``spans`` in a text of ``length`` characters."""
+    edges = [0, *itertools.chain.from_iterable(spans), length]
+    return [(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True) if begin < end]
 
 
 def _are_places(reply: Mapping[str, Any], length: int, turns: int) -> bool:

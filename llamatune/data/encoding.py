@@ -72,13 +72,17 @@ class Recipe:
         if self.format == "gsm8k" and self.options.gsm8k_annotations == "strip":
             answer = strip_annotations(answer)
         if self.chats is not None:
-            return self.chats.row(row, answer, last_only=self.last_only)
+            return self.chats.row(row, answer, last_only=self.last_only, on_prompt=self.options.train_on_prompt)
         assert isinstance(self.template, Template)
         if misfit := self.template.misfit(row):
             raise RowError("template_misfit", misfit)
+        if self.options.train_on_prompt and not all(row.trained[:-1]):
+            what = "--train-on-prompt trains earlier turns with the prompt, and one of them is not to be trained"
+            raise RowError("template_misfit", what)
         prompt, moved = self.template.split_prompt(self.template.prompt_of(row.fields, row.turns))
         completion = Segment(moved + self.template.completion_of(answer), not row.trained or row.trained[-1])
-        return Conversation(Segments((Segment(prompt), completion, self.eos), moved=moved))
+        asked = Segment(prompt, self.options.train_on_prompt)
+        return Conversation(Segments((asked, completion, self.eos), moved=moved))
 
 
 @dataclass
@@ -164,7 +168,7 @@ def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row, co
         return
     # Truncation cuts off the EOS too: the completion does not end here.
     end = len(ids) if split else min(len(ids), options.max_seq_length)
-    if excess > 0 and not options.train_on_prompt:
+    if excess > 0:
         targets = [(first, min(last, end)) for first, last in targets if first < end]
     if targets and targets[0][0] == 0:  # nothing precedes the first token, not even a BOS if the tokenizer has none
         targets = [(max(first, 1), last) for first, last in targets if last > 1]
@@ -182,8 +186,6 @@ def _encode_row(batch: EncodedBatch, recipe: Recipe, position: int, row: Row, co
     batch.moved_spaces += bool(segments.moved)
     batch.forced_boundaries += tokenizer.splits and recipe.boundaries.are_forced(segments)
     batch.only_last += conversation.only_last
-    if options.train_on_prompt:
-        targets = [(1, end)]
     if not split:
         _keep(batch, recipe, position, row, [Window(ids[:end] if excess > 0 else ids, targets, 0)])
         return

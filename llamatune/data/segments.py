@@ -57,7 +57,8 @@ class Segments(NamedTuple):
         prompt, *answer = self.parts
         ids, first = tokenizer.encode_apart(prompt.text, answer[0].text if answer else "")
         ids += [part.special_id for part in answer if part.special_id is not None]
-        return ids, [(first, len(ids))] if answer and answer[0].trained else []
+        end = len(ids) if answer and answer[0].trained else first
+        return ids, _joined([(0 if prompt.trained else first, end)])
 
 
 class Conversation(NamedTuple):

@@ -52,6 +52,16 @@ class Rows:
             lambda: 10**30, lambda: -0.0, lambda: [None], lambda: [{"from": "human", "value": text()}],
         ])()  # fmt: skip
 
+    def chat(self, weights: bool) -> list[Row]:
+        """Well-made messages, some of which say whether they are trained."""
+        said: list[Row] = [
+            {"role": role, "content": self.text()} for role in ["user", "assistant"] * self.chance.randint(1, 3)
+        ]
+        for message in said[1::2]:
+            if weights and self.chance.random() < 0.5:
+                message["weight"] = self.chance.choice([0, 1])
+        return said
+
     def messages(self, sharegpt: bool) -> list[Row]:
         chance = self.chance
         said = ["system"] * (chance.random() < 0.4) + ["user", "assistant"] * chance.randint(1, 3)

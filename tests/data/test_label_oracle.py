@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from label_rows import (
     TURNS,
     Case,
     Made,
+    Turn,
     alpaca,
     bare,
     chat,
@@ -150,3 +152,15 @@ def test_three_thousand_and_thirty_thousand_rows(
 ) -> None:
     assert count * len(CASES) >= {116: 3000, 1154: 30000}[count]
     compare_random(name, count, tokenizers, tmp_path)
+
+
+def test_a_turn_of_weight_0_is_not_trained_as_part_of_a_prompt(
+    tokenizers: Callable[[str], tuple[Path, Reference]], tmp_path: Path
+) -> None:
+    case, (path, reference) = CASES["turns"], tokenizers("llama2")
+    case = replace(case, options={**case.options, **PROMPT})
+    said = [Turn(("user", "assistant")[n % 2], text, True) for n, text in enumerate(("a", "seven", "b", "hills"))]
+    messages = [{"role": role, "content": content} for role, content, _ in said]
+    weighted = [messages[0], {**messages[1], "weight": 0}, *messages[2:]]
+    rows: list[Made] = [({"messages": messages}, turns(said, True)), ({"messages": weighted}, None)]
+    compare(case, path, reference, rows, tmp_path)
