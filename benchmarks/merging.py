@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from material import ALPHA, TARGETS, R, write_config
 
-from llamatune.checkpoints import huggingface_weights
+from llamatune.checkpoints import huggingface_files
 from llamatune.checkpoints.adapter import Adapter, write_adapter
 from llamatune.checkpoints.huggingface_weights import write_huggingface
 from llamatune.checkpoints.meta_weights import write_meta
@@ -54,7 +54,7 @@ def make_base(directory: Path, config: LlamaConfig, format_: str, shards: int) -
     write = write_huggingface if format_ == "hf" else write_meta
     shard_bytes = 2 * sum(torch.Size(shape).numel() for shape in shapes.values()) // shards + (1 << 20)
     with (
-        mock.patch.object(huggingface_weights, "_SHARD_BYTES", shard_bytes),
+        mock.patch.object(huggingface_files, "_SHARD_BYTES", shard_bytes),
         tempfile.TemporaryDirectory() as source,
         build_directory(directory, "model", {}) as staging,
     ):

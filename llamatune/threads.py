@@ -49,8 +49,15 @@ def threads_for(config: LlamaConfig, tokens: float) -> int:
 @contextlib.contextmanager
 def suitable_threads(config: LlamaConfig, tokens: float) -> Iterator[None]:
     """Use ``threads_for`` threads within the block, and the number from before after it."""
+    with using_threads(threads_for(config, tokens)):
+        yield
+
+
+@contextlib.contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Use so many threads within the block, as ``suitable_threads`` does."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads_for(config, tokens))
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -6,9 +6,9 @@ import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from llamatune.command_options.conversion import ConvertOptions
 from llamatune.durable_writing import refuse_occupied, refuse_small_disk, writing
 from llamatune.errors import CheckpointError, LlamatuneError, SpecError, Stopped
 from llamatune.events import Event, Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.formats.begun_files import BegunFile
 from llamatune.formats.gguf import SUFFIX, is_gguf, stored_bytes
 from llamatune.formats.manifest import (
     MANIFEST,
@@ -71,9 +72,12 @@ class ConvertReport:
 
 
 def convert(
-    options: ConvertOptions, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop
+    options: ConvertOptions,
+    on_event: OnEvent = ignore_event,
+    should_stop: ShouldStop = never_stop,
+    begun: Mapping[str, BegunFile] | None = None,
 ) -> ConvertReport:
-    """Write a model in another format, all at once or not at all.
+    """Write a model in another format, all at once or not at all. ``begun`` are files that are partly copied already.
 
     Raises:
         CheckpointError: the format cannot hold the model, or the dtype a weight of it; a broken or unsafe file.
@@ -86,7 +90,7 @@ def convert(
             refuse_what_gguf_lacks(source.checkpoint.config, source.checkpoint.path, on_event)
         if options.target == "meta":
             refuse_what_meta_lacks(source.checkpoint.config)
-        return _written(source, options, on_event, should_stop)
+        return _written(dataclasses.replace(source, begun=begun or {}), options, on_event, should_stop)
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class _Source:
     checkpoint: Checkpoint
     companion: Path
     digest: str
+    begun: Mapping[str, BegunFile] = field(default_factory=dict)
 
     def vocabulary(self, on_event: OnEvent) -> Entries:
         """The keys of the tokenizer in a GGUF file; of such a file its own, and what it says of the model's origin."""
@@ -204,8 +209,7 @@ def _written(source: _Source, options: ConvertOptions, on_event: OnEvent, should
         "shards": options.shards,
         "shard_bytes": options.shard_bytes,
     }
-    finished = finished_product(options.output, KIND, inputs)
-    if finished is not None:
+    if (finished := finished_product(options.output, KIND, inputs)) is not None:
         return _stored_report(finished, options.output)
     refuse_occupied(options.output, options.overwrite)
     refuse_small_disk(options.output, needed, "the converted model")
@@ -216,6 +220,7 @@ def _written(source: _Source, options: ConvertOptions, on_event: OnEvent, should
                 digest = write_gguf_model(file, config, tensors, types, vocabulary, name)
             staging.digests[MODEL_FILE] = digest
         else:
+            staging.begun = source.begun
             _write_directory(staging, source, tensors, options, on_event)
         copy_papers(options.model, staging.path)
         before = manifest_if_readable(options.model)
@@ -228,8 +233,7 @@ def _written(source: _Source, options: ConvertOptions, on_event: OnEvent, should
 def _write_directory(
     staging: Staging, source: _Source, tensors: _Tensors, options: ConvertOptions, on_event: OnEvent
 ) -> None:
-    config = source.checkpoint.config
-    dtype_of, companion, shards = tensors.dtype_of, source.companion, options.shards
+    config, companion, dtype_of, shards = source.checkpoint.config, source.companion, tensors.dtype_of, options.shards
     if options.target == "hf":
         write_huggingface(staging, config, tensors, dtype_of, companion, on_event, shards, options.shard_bytes)
         return

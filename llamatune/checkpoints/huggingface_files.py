@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from llamatune.errors import CheckpointError
+from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.formats.safetensors import TensorLocation, read_header
 from llamatune.formats.torch_archive import read_archive
@@ -21,6 +21,7 @@ from llamatune.strict_json import read_json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _LARGEST_INDEX = 16 << 20
+_SHARD_BYTES = 5_000_000_000
 _SHARD_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)*[A-Za-z0-9][\w.-]*", re.ASCII)
 _VARIANT = re.compile(r"(?:pytorch_)?model(?:\.(\w+))?\.(?:safetensors|bin)(?:\.index(?:\.(\w+))?\.json)?", re.ASCII)
 _WITHOUT_VARIANT = (SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -70,6 +71,27 @@ def files_of(tensors: Mapping[str, TensorLocation]) -> list[list[tuple[str, Tens
 def shard_names(count: int) -> list[str]:
     """Of the files that are written: ``model.safetensors``, or numbered ones."""
     return [SINGLE_FILE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+
+
+def plan_shards(sizes: Mapping[str, int], count: int | None = None, shard_bytes: int | None = None) -> list[list[str]]:
+    """The tensors of each file, in their order: ``count`` files of about one size, or such as fit."""
+    most, total = shard_bytes or _SHARD_BYTES, sum(sizes.values())
+    if count is not None and count > len(sizes):
+        raise SpecError(f"--shards {count} for {len(sizes)} tensors", None, "ask for fewer")
+    shards: list[list[str]] = [[]]
+    size = done = 0
+    for left, (name, tensor_size) in zip(range(len(sizes), 0, -1), sizes.items(), strict=True):
+        if count is None:
+            full = size + tensor_size > most
+        else:
+            missing = count - len(shards)
+            full = missing > 0 and (left == missing or (done + tensor_size / 2) * count > total * len(shards))
+        if shards[-1] and full:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, done = size + tensor_size, done + tensor_size
+    return shards
 
 
 def has_huggingface_weights(directory: Path) -> bool:

@@ -10,19 +10,16 @@ import torch
 
 from llamatune.checkpoints.checkpoint import WIDE, Checkpoint, refuse_unfit, warn_of_wide_weights
 from llamatune.checkpoints.config_json import EMBEDDING, HEAD, copy_config_json, read_config_json, write_config_json
-from llamatune.checkpoints.huggingface_files import INDEX_FILE, files_of, locate_huggingface, shard_names
+from llamatune.checkpoints.huggingface_files import INDEX_FILE, files_of, locate_huggingface, plan_shards, shard_names
 from llamatune.checkpoints.model_directory import Format
 from llamatune.checkpoints.tensor_bytes import DeclaredTensor, stream_tensors
 from llamatune.checkpoints.weights import DtypeOf, WeightOf
-from llamatune.errors import SpecError
 from llamatune.events import OnEvent, ignore_event
 from llamatune.formats.manifest import Staging
 from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.strict_json import write_json
 from llamatune.tokenizers.copied_files import copy_huggingface_tokenizer
-
-_SHARD_BYTES = 5_000_000_000
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -93,26 +90,10 @@ def write_changed_copy(
 def _plan_shards(
     config: LlamaConfig, dtype_of: DtypeOf, count: int | None = None, shard_bytes: int | None = None
 ) -> list[list[DeclaredTensor]]:
-    """The tensors of each file, in the model's order: ``count`` files of about one size, or such as fit."""
-    declared = [(name, dtype_of(name), shape) for name, shape in config.parameter_shapes()]
-    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in declared]
-    most = shard_bytes or _SHARD_BYTES
-    if count is not None and count > len(declared):
-        raise SpecError(f"--shards {count} for {len(declared)} tensors", None, "ask for fewer")
-    shards: list[list[DeclaredTensor]] = [[]]
-    size = done = 0
-    for left, tensor, tensor_size in zip(range(len(declared), 0, -1), declared, sizes, strict=True):
-        if count is None:
-            full = size + tensor_size > most
-        else:
-            missing = count - len(shards)
-            full = missing > 0 and (left == missing or (done + tensor_size / 2) * count > sum(sizes) * len(shards))
-        if shards[-1] and full:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size, done = size + tensor_size, done + tensor_size
-    return shards
+    """The tensors of each file, in the model's order."""
+    declared = {name: (name, dtype_of(name), shape) for name, shape in config.parameter_shapes()}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, dtype, shape in declared.values()}
+    return [[declared[name] for name in file] for file in plan_shards(sizes, count, shard_bytes)]
 
 
 def _write_shards(staging: Staging, shards: Sequence[Sequence[DeclaredTensor]], weight_of: WeightOf) -> None:

@@ -117,13 +117,15 @@ class MergedWeights:
         base = read(rows)
         made = _Portion(torch.empty(base.shape, dtype=dtype))
         step = max(1, _FOLDED_WEIGHTS // math.prod(base.shape[1:]))
+        scratch = torch.empty(3, min(step, len(base)), *base.shape[1:])  # the same memory for each part
         for first in range(0, len(base), step):
             part = slice(first, min(first + step, len(base)))
             W = base[part]
-            wide = W.float()
-            exact = self.adapter.merged(name, W, slice(rows.start + part.start, rows.start + part.stop))
-            rounded = made.weights[part].copy_(exact).to(torch.float32, copy=True)
-            rounding = exact - rounded
+            wide, rounded, rounding = scratch[:, : len(W)]
+            wide.copy_(W)
+            exact = self.adapter.merged(name, wide, slice(rows.start + part.start, rows.start + part.stop))
+            rounded.copy_(made.weights[part].copy_(exact))
+            torch.sub(exact, rounded, out=rounding)
             error = max(float(rounding.amax()), -float(rounding.amin()))
             if not error < float("inf"):  # infinity, or NaN
                 self._refuse_overflow(name, exact, dtype)

@@ -32,6 +32,7 @@ from llamatune.formats.begun_files import BegunFile
 from llamatune.formats.manifest import MANIFEST, Manifest, build_directory, finished_product, manifest_if_readable
 from llamatune.model.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from llamatune.output_files import refuse_replacing
+from llamatune.threads import using_threads
 from llamatune.tokenizers.copied_files import replace_tokenizer
 from llamatune.tokenizers.loading import load_tokenizer
 
@@ -91,11 +92,12 @@ def merge_lora(
     """
     assert options.probe is None or prove is not None, "merge_and_prove measures"
     checkpoint = open_checkpoint(options.model, on_event, options.variant)
-    adapters, weights = load_adapters(options.adapters), options.adapter_weights
-    refuse_replacing(options.output, _files_given(options))
+    with using_threads(1):  # a second one for tensors this small waits in a busy loop, while files are copied
+        adapters, weights = load_adapters(options.adapters), options.adapter_weights
+        refuse_replacing(options.output, _files_given(options))
+        base_fingerprint = fingerprint(checkpoint)
     format_ = checkpoint.format if options.format == "same" else options.format
     dtype = None if options.dtype == "same" else TORCH_DTYPES[options.dtype]
-    base_fingerprint = fingerprint(checkpoint)
     adapter = weighted_sum(adapters, weights)
     alone = {"adapter_sha256": adapter.digest, "adapter_config": adapter.facts()}
     inputs: dict[str, Any] = {

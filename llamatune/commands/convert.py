@@ -11,12 +11,14 @@ from llamatune.errors import Stopped, printable
 
 def convert(options: ConvertOptions, console: Console) -> None:
     """Change a model's format: Hugging Face's, Meta's, GGUF."""
-    with console:  # signals are handled from here on, also while torch is imported
+    from llamatune.checkpoints.copies_ahead import copying_while_importing
+
+    with console, copying_while_importing(options) as begun:  # signals are handled from here on
         from llamatune.checkpoints.converting import convert as run_conversion
 
         if console.should_stop():
             raise Stopped("stopped before converting", options.output, "run the same command again")
-        report = run_conversion(options, console.on_event, console.should_stop)
+        report = run_conversion(options, console.on_event, console.should_stop, begun)
 
         def human(out: RichConsole) -> None:
             note = "already converted, left as it is: " if report.already_done else "written to "

@@ -11,9 +11,9 @@ from llamatune.errors import Stopped, printable
 
 def merge_lora(options: MergeOptions, console: Console) -> None:
     """Fold adapters into their base: in fp32, rounded once."""
-    from llamatune.checkpoints.copies_ahead import copying_ahead_of_merge
+    from llamatune.checkpoints.copies_ahead import copying_while_importing
 
-    with console, copying_ahead_of_merge(options) as begun:  # signals are handled from here on
+    with console, copying_while_importing(options) as begun:  # signals are handled from here on
         from llamatune.checkpoints.merging import merge_lora as run_merge
 
         if console.should_stop():

@@ -26,7 +26,7 @@ _COPIED_BYTES = 32 << 20
 """Copied by one call."""
 _FOLLOWED_BYTES = 8 << 20
 """Digested, and sent to the disk, at once: the sync at the end then has little to wait for."""
-_DIGESTS_AT_ONCE = max(2, min(4, os.cpu_count() or 1))
+_DIGESTS_AT_ONCE = 4
 """Of so many files; they lag behind the writing, which waits for no digest until then."""
 _NO_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 """Errors of kernels and file systems that cannot copy from one file to another."""

@@ -11,10 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llamatune import durable_writing
 from llamatune.checkpoints import copies_ahead
-from llamatune.checkpoints.copies_ahead import copying_ahead_of_merge
+from llamatune.checkpoints.converting import convert
+from llamatune.checkpoints.copies_ahead import copying_while_importing
 from llamatune.checkpoints.merging import merge_lora
 from llamatune.cli import main
+from llamatune.command_options.conversion import ConvertOptions
 from llamatune.command_options.inference import MergeOptions
 from llamatune.errors import CheckpointError
 from llamatune.formats.begun_files import copying_ahead
@@ -79,7 +82,7 @@ def wait_for(begun):
 @pytest.mark.parametrize("layout", ["shards", "one file", "tied", "bin"])
 def test_a_merge_takes_over_what_was_copied_ahead(bases, tmp_path, cold, copiers, layout):
     options = options_of(bases, layout, tmp_path / "out")
-    with copying_ahead_of_merge(options) as begun:
+    with copying_while_importing(options) as begun:
         assert begun
         wait_for(begun)
         assert list(tmp_path.iterdir()) == [], "a begun file has no name"
@@ -94,18 +97,17 @@ def test_a_merge_takes_over_what_was_copied_ahead(bases, tmp_path, cold, copiers
     [("fp64", {}), ("one file", {"format": "meta"}), ("one file", {"dtype": "float32"}), ("absent", {})],
 )
 def test_what_is_written_otherwise_is_not_copied_ahead(bases, tmp_path, cold, layout, changes):
-    with copying_ahead_of_merge(options_of(bases, layout, tmp_path / "out", **changes)) as begun:
+    with copying_while_importing(options_of(bases, layout, tmp_path / "out", **changes)) as begun:
         assert not begun
 
 
-def test_the_verb_copies_while_it_imports(bases, tmp_path, cold, copiers):
-    words = ["merge-lora", "--model", str(bases / "shards"), "--adapter", str(bases / "adapter of one file")]
+@pytest.mark.parametrize("verb", ["merge-lora", "convert"])
+def test_the_verbs_copy_while_they_import(bases, tmp_path, cold, copiers, verb):
+    words = [verb, "--model", str(bases / "shards"), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ended:
-        main([*words, "--output", str(tmp_path / "out")])
+        main([*words, *(["--adapter", str(bases / "adapter of one file")] if verb == "merge-lora" else [])])
     assert not ended.value.code
     assert "copying ahead" in copiers
-    merge_lora(options_of(bases, "shards", tmp_path / "judge"))
-    assert files_in(tmp_path / "out") == files_in(tmp_path / "judge")
 
 
 @pytest.mark.parametrize("call", ["open", "link"])
@@ -119,18 +121,48 @@ def test_disks_without_unnamed_files_change_nothing(bases, tmp_path, cold, monke
 
     monkeypatch.setattr(os, call, refused)
     options = options_of(bases, "shards", tmp_path / "out")
-    with copying_ahead_of_merge(options) as begun:
+    with copying_while_importing(options) as begun:
         assert bool(begun) == (call == "link")
         merge_lora(options, begun=begun)
     merge_lora(options_of(bases, "shards", tmp_path / "judge"))
     assert files_in(tmp_path / "out") == files_in(tmp_path / "judge")
 
 
+@pytest.mark.parametrize("layout", ["shards", "one file", "bin"])
+@pytest.mark.parametrize("cut", [{}, {"shards": 3}, {"shard_bytes": 30_000}])
+def test_a_conversion_takes_over_what_was_copied_ahead(bases, tmp_path, cold, copiers, layout, cut):
+    options = ConvertOptions(model=bases / layout, output=tmp_path / "out", **cut)
+    with copying_while_importing(options) as begun:
+        assert begun
+        wait_for(begun)
+        convert(options, begun=begun)
+    assert set(copiers) == {"copying ahead"}
+    convert(ConvertOptions(model=bases / layout, output=tmp_path / "judge", **cut))
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "judge")
+
+
+@pytest.mark.parametrize("changes", [{"format": "meta"}, {"dtype": "float32"}])
+def test_what_a_conversion_changes_is_not_copied_ahead(bases, tmp_path, cold, changes):
+    with copying_while_importing(ConvertOptions(model=bases / "shards", output=tmp_path / "out", **changes)) as begun:
+        assert not begun
+
+
+def test_on_a_small_disk_nothing_is_taken_from_the_room_that_is_checked(bases, tmp_path, cold, monkeypatch):
+    size = (bases / "one file" / "model.safetensors").stat().st_size
+    free = (2 << 20) + size
+    monkeypatch.setattr(durable_writing.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with copying_while_importing(options_of(bases, "one file", tmp_path / "out")) as begun:
+        assert begun
+    free = (1 << 20) + size
+    with copying_while_importing(options_of(bases, "one file", tmp_path / "out")) as begun:
+        assert not begun
+
+
 def test_a_merge_that_is_refused_leaves_nothing(bases, tmp_path, cold):
     save_tiny(tmp_path / "other", hidden_size=64, intermediate_size=32)
     options = MergeOptions(tmp_path / "other", bases / "adapter of one file", tmp_path / "place" / "out")
     (tmp_path / "place").mkdir()
-    with copying_ahead_of_merge(options) as begun, pytest.raises(CheckpointError):
+    with copying_while_importing(options) as begun, pytest.raises(CheckpointError):
         assert begun
         merge_lora(options, begun=begun)
     assert list((tmp_path / "place").iterdir()) == []

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llamatune.checkpoints import huggingface_weights
+from llamatune.checkpoints import huggingface_files, huggingface_weights
 from llamatune.checkpoints.adapter import load_adapter
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
@@ -320,7 +320,7 @@ def test_meta_cannot_express_a_head_dimension_of_its_own(tmp_path):
 
 
 def test_live_model_written_in_shards_opens_in_transformers(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_weights, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(huggingface_files, "_SHARD_BYTES", 20_000)
     model = load_model(tiny[0])
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     for number, given in enumerate((model.state_dict().__getitem__, model.get_parameter)):

@@ -66,5 +66,13 @@ def changing_calls(log: Path, directory: Path) -> list[Call]:
 
 
 def injected(log: Path) -> list[str]:
-    """The calls that strace let fail."""
-    return [line for line in log.read_text(errors="replace").splitlines() if "(INJECTED)" in line]
+    """The calls that strace let fail; of one that it wrote in two lines, as another thread made a call, both in one."""
+    begun: dict[str, str] = {}
+    found = []
+    for line in log.read_text(errors="replace").splitlines():
+        thread = line.partition(" ")[0]
+        if "<unfinished ...>" in line:
+            begun[thread] = line
+        elif "(INJECTED)" in line:
+            found.append(begun.get(thread, "") + line if " resumed>" in line else line)
+    return found
