@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from llamatune.data.row_json import Row
 
@@ -18,7 +19,20 @@ def texts_of(row: Row) -> str:
     texts = [text for _, text in sorted(row.fields.items()) if text]
     for turn in row.turns:
         texts += filter(None, turn)
+    if row.irregular is not None:
+        texts += filter(None, _texts_in([row.irregular.messages, row.irregular.answer, row.irregular.tools]))
     return "\0".join([*texts, row.completion] if row.completion else texts)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """All values in a JSON value, as text."""
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif isinstance(value, str) or not isinstance(value, list | tuple):
+        yield str(value)
+        return
+    for part in value:
+        yield from _texts_in(part)
 
 
 def exact_digest(row: Row) -> int:

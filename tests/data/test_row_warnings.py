@@ -14,6 +14,7 @@ from prepared_rows import alpaca, read_split
 
 from llamatune.data import row_digests
 from llamatune.data.batches import open_prepared
+from llamatune.data.row_formats import FORMATS, row_of
 from llamatune.data.shared_rows import count_shared_rows
 from llamatune.data.special_texts import SpecialTexts
 from llamatune.events import Event, Notice
@@ -110,6 +111,19 @@ def test_equal_rows_against_a_count_by_hand(
         expected.insert(0, f"{in_train} validation rows are training rows too")
     assert bool(in_train) == (held_out == "file"), "a fraction keeps equal rows together"
     assert said == expected
+
+
+def test_chats_that_are_more_than_turns_have_digests_of_their_own() -> None:
+    def texts(first: str, **more: Any) -> str:
+        said = [{"role": "assistant", "content": first, **more}, {"role": "user", "content": "a"}]
+        row = row_of({"messages": [*said, {"role": "assistant", "content": "b"}]}, FORMATS["chat"])
+        assert row.irregular is not None
+        return row_digests.texts_of(row)
+
+    digests = [row_digests.loose_digest(texts(first)) for first in ("one", "two", " TWO")]
+    assert len(set(digests)) == 2
+    assert digests[1] == digests[2]
+    assert SpecialTexts([]).first_in(texts("c<|eot_id|>")) == "<|eot_id|>"
 
 
 def test_digests_are_counted_in_parts() -> None:
