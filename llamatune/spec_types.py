@@ -68,7 +68,7 @@ def _memory_size(value: str) -> str:
     return value
 
 
-def _expanded(value: str, info: ValidationInfo) -> str:
+def _home_expanded(value: str, info: ValidationInfo) -> str:
     try:
         return expand_home(value, variables=not (info.context or {}).get(STORED))
     except SpecError as fault:
@@ -76,7 +76,7 @@ def _expanded(value: str, info: ValidationInfo) -> str:
 
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
-PathText = Annotated[NonEmptyText, AfterValidator(_expanded)]
+PathText = Annotated[NonEmptyText, AfterValidator(_home_expanded)]
 Positive = Annotated[int, Field(ge=1)]
 Epochs = Annotated[
     float,
