@@ -68,7 +68,7 @@ def _memory_size(value: str) -> str:
     return value
 
 
-def _expanded(value: str, info: ValidationInfo) -> str:
+def _home_expanded(value: str, info: ValidationInfo) -> str:
     try:
         return expand_home(value, variables=not (info.context or {}).get(STORED))
     except SpecError as fault:
@@ -82,14 +82,14 @@ def _directories(value: Any, info: ValidationInfo) -> Any:
         raise ValueError(f"should be a directory, or a list of directories (it is {value!r})")
     if not all(paths) or not paths:
         raise ValueError("names no directory")
-    expanded = tuple(_expanded(path, info) for path in paths)
+    expanded = tuple(_home_expanded(path, info) for path in paths)
     if len(set(expanded)) != len(expanded):
         raise ValueError("names a directory twice; rows are repeated by a weight of prepare-data, as in rows.jsonl:2")
     return expanded[0] if len(expanded) == 1 else expanded
 
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
-PathText = Annotated[NonEmptyText, AfterValidator(_expanded)]
+PathText = Annotated[NonEmptyText, AfterValidator(_home_expanded)]
 Directories = Annotated[str | tuple[str, ...], BeforeValidator(_directories)]
 Positive = Annotated[int, Field(ge=1)]
 Epochs = Annotated[
