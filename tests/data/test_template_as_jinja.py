@@ -8,7 +8,7 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llamatune.data.template_as_jinja import as_jinja
-from llamatune.data.templates import TEMPLATES, Template
+from llamatune.data.templates import BOUNDARY, TEMPLATES, Template
 
 TURNS = Template(
     "turns",
@@ -69,3 +69,14 @@ def test_a_template_of_one_turn_takes_one(name: str) -> None:
                                       Template("m", "\ue000 {user}")], ids=lambda template: template.name)  # fmt: skip
 def test_prompts_that_are_no_messages_have_no_chat_template(template: Template) -> None:
     assert as_jinja(template, puts_bos=True) is None
+
+
+def test_white_space_at_the_end_of_a_prompt_is_written_with_the_answer() -> None:
+    """As rows are encoded, so that other programs ask what was trained; under the older rule it is the prompt's."""
+    source = as_jinja(Template("spaced", "Q: {user} A: ", boundary=BOUNDARY), puts_bos=False)
+    assert source is not None
+    assert rendered(source, chat("red?")) == "Q: red? A:"
+    assert rendered(source, chat("red?", "a llama")) == "Q: red? A: a llama</s>"
+    older = as_jinja(Template("spaced", "Q: {user} A: "), puts_bos=False)
+    assert older is not None
+    assert rendered(older, chat("red?")) == "Q: red? A: "
