@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from llamatune.tokenizers.tokenizer import Encoded, Tokenizer
+from llamatune.tokenizers.tokenizer import Tokenizer
 
 
 class Segment(NamedTuple):
@@ -51,29 +51,14 @@ class Segments(NamedTuple):
         character is.
         """
         if self.rendered:
-            ids, offsets = self._encode_rendered(tokenizer)
+            parts = [(part.text, part.special_id) for part in self.parts]
+            ids, offsets = tokenizer.encode_cut(parts, self.cuts) if tokenizer.splits else tokenizer.encode_mixed(parts)
             return ids, _joined(_targets(self.parts, offsets))
         prompt, *answer = self.parts
         ids, first = tokenizer.encode_apart(prompt.text, answer[0].text if answer else "")
         ids += [part.special_id for part in answer if part.special_id is not None]
         end = len(ids) if answer and answer[0].trained else first
         return ids, _joined([(0 if prompt.trained else first, end)])
-
-    def _encode_rendered(self, tokenizer: Tokenizer) -> Encoded:
-        parts = [(part.text, part.special_id) for part in self.parts]
-        stretches = _stretches(self.parts, self.cuts)
-        if len(stretches) < 2 or not tokenizer.splits:
-            return tokenizer.encode_mixed(parts)
-        ids, offsets, characters = list[int](), list[tuple[int, int]](), 0
-        for begin, end, begins in stretches:
-            # With the special token that follows, since white space before it may belong to it.
-            after = [part for part in parts[end : end + 1] if not begins and part[1] is not None]
-            found, spans = tokenizer.encode_mixed(parts[begin:end] + after, None if begins else ids)
-            kept = len(found) - len(after)
-            ids += found[:kept]
-            offsets += [(characters + first, characters + last) for first, last in spans[:kept]]
-            characters += sum(len(text) for text, _ in parts[begin:end])
-        return ids, offsets
 
 
 class Conversation(NamedTuple):
@@ -93,20 +78,6 @@ def prompt_of_json(value: list[Any]) -> Segments:
     """What ``Segments.to_json`` returned."""
     rendered, parts, cuts, moved = value
     return Segments(tuple(Segment(text, False, special_id) for text, special_id in parts), rendered, tuple(cuts), moved)
-
-
-def _stretches(parts: Sequence[Segment], cuts: Sequence[int]) -> list[tuple[int, int, bool]]:
-    """The parts in stretches (first, last + 1, begins) that are encoded one by one; all of them where nothing is cut.
-
-    A stretch that does not begin continues the text of the one before, up to the next special token or cut.
-    """
-    edges = {0: True, len(parts): True}
-    for cut in cuts:
-        if 0 < cut < len(parts) and parts[cut - 1].special_id is None:
-            following = next((n for n in range(cut, len(parts)) if parts[n].special_id is not None), len(parts))
-            edges |= {following: True, cut: cut == following}
-    ordered = sorted(edges.items())
-    return [(begin, end, begins) for (begin, begins), (end, _) in itertools.pairwise(ordered)]
 
 
 def _targets(parts: Sequence[Segment], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

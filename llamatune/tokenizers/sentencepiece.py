@@ -16,8 +16,10 @@ from llamatune.safe_reading import digest_bytes
 from llamatune.tokenizers.added_tokens import AddedToken
 from llamatune.tokenizers.agreement import Additions, read_additions
 from llamatune.tokenizers.sentencepiece_check import read_checked
-from llamatune.tokenizers.tokenizer import Encoded, Tokenizer, refuse_surrogates
+from llamatune.tokenizers.tokenizer import Encoded, Tokenizer, effective_cuts, refuse_surrogates
 
+_CUT = -1
+"""In the place of a special token: no token spans it."""
 _NO_DUMMY_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
 """``normalizer_spec { add_dummy_prefix: false }`` as a field of the model's protocol buffer."""
 
@@ -80,18 +82,26 @@ class SentencePieceTokenizer(Tokenizer):
                 kept = text.rstrip() if following and self._strips(following[0][1], "lstrip") else text
                 start = len(kept) - len(kept.lstrip()) if self._strips(special_before, "rstrip") else 0
                 processor = self._later if special_before in self._added else self._processor
-                if special_before is None:
-                    processor = self._processor_behind(before)
+                if special_before in (None, _CUT):
+                    processor = self._processor_behind(before if special_before is None else ids)
                 found, spans = self._encode_run(kept[start:], processor)
                 ids += found
                 offsets += [(begin + start + first, begin + start + last) for first, last in spans]
                 begin += len(text)
             for text, special in run:
-                if special is not None:
+                if special == _CUT:
+                    special_before = _CUT
+                elif special is not None:
                     ids.append(special)
                     offsets.append((begin, begin + len(text)))
                     begin, special_before = begin + len(text), special
         return ids, offsets
+
+    def encode_cut(self, parts: Sequence[tuple[str, int | None]], cuts: Sequence[int]) -> Encoded:
+        marked = list(parts)
+        for cut in reversed(effective_cuts(parts, cuts)):
+            marked.insert(cut, ("", _CUT))
+        return self.encode_mixed(marked)
 
     def _strips(self, special: int | None, side: str) -> bool:
         """Whether white space on this side of a special token belongs to it."""

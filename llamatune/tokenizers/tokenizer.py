@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
@@ -61,6 +62,28 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """BOS, where one is put, and the ids of ``text``; no EOS. ``</s>`` and the like in ``text`` are plain text."""
+
+    def encode_cut(self, parts: Sequence[tuple[str, int | None]], cuts: Sequence[int]) -> Encoded:
+        """As ``encode_mixed``, but what precedes a part in ``cuts`` is encoded alone, and no token spans the two.
+
+        The text behind a cut, up to the next special token or cut, continues the text before it.
+        """
+        edges = {0: True, len(parts): True}
+        for cut in effective_cuts(parts, cuts):
+            following = next((n for n in range(cut, len(parts)) if parts[n][1] is not None), len(parts))
+            edges |= {following: True, cut: cut == following}
+        if len(edges) == 2:
+            return self.encode_mixed(parts)
+        ids, offsets, characters, ordered = list[int](), list[tuple[int, int]](), 0, sorted(edges.items())
+        for (begin, begins), (end, _) in itertools.pairwise(ordered):
+            # With the special token that follows, since white space before it may belong to it.
+            after = [part for part in parts[end : end + 1] if not begins and part[1] is not None]
+            found, spans = self.encode_mixed([*parts[begin:end], *after], None if begins else ids)
+            kept = len(found) - len(after)
+            ids += found[:kept]
+            offsets += [(characters + first, characters + last) for first, last in spans[:kept]]
+            characters += sum(len(text) for text, _ in parts[begin:end])
+        return ids, offsets
 
     def encode_continuation(self, text: str, before: Sequence[int]) -> list[int]:
         """The ids of ``text`` behind the text of the ids ``before``: neither BOS nor dummy prefix."""
@@ -152,6 +175,11 @@ class TextStream:
     def finish(self) -> str:
         """What was still waiting; of an unfinished character a replacement character."""
         return self._tokenizer.decode(self._ids)[len(self._shown) :]
+
+
+def effective_cuts(parts: Sequence[tuple[str, int | None]], cuts: Sequence[int]) -> list[int]:
+    """The cuts of ``encode_cut`` before which there is text; a special token is one token in any case."""
+    return [cut for cut in cuts if 0 < cut < len(parts) and parts[cut - 1][1] is None]
 
 
 def refuse_surrogates(text: str) -> None:
