@@ -35,10 +35,10 @@ def columnar_rows(files: Sequence[tuple[BinaryIO, Path]]) -> Iterator[RawRow]:
         pyarrow = _pyarrow(path)
         try:
             for batch in _batches(pyarrow, file, path):
-                for values in batch.to_pylist():
+                for values in _dated(pyarrow, batch).to_pylist():
                     row += 1
                     yield _row(values, row)
-        except (pyarrow.ArrowException, UnicodeDecodeError) as fault:
+        except (pyarrow.ArrowException, ValueError, OverflowError) as fault:
             raise _damaged(fault, path, row) from None
         except OSError as fault:
             if fault.errno is not None:
@@ -47,9 +47,11 @@ def columnar_rows(files: Sequence[tuple[BinaryIO, Path]]) -> Iterator[RawRow]:
 
 
 def _damaged(fault: Exception, path: Path, row: int) -> DataError:
+    is_value = type(fault) in (ValueError, OverflowError)  # of pyarrow's conversion, such as nanoseconds in a struct
+    what = "a value cannot be read" if is_value else "the file is damaged or was cut off"
     reason = str(fault).split("\n", 1)[0][:200]
-    what = f"the file is damaged or was cut off, behind row {row}" if row else "the file is damaged or was cut off"
-    return DataError(f"{what} ({reason})", path, "fetch or make it again")
+    todo = "leave its column out" if is_value else "fetch or make it again"
+    return DataError(f"{what}, behind row {row} ({reason})", path, todo)
 
 
 def _pyarrow(path: Path) -> Any:
@@ -82,6 +84,14 @@ def _batches(pyarrow: Any, file: BinaryIO, path: Path) -> Iterator[Any]:
         for part in parts:
             for begin in range(0, part.num_rows, _BATCH_ROWS):
                 yield part.slice(begin, _BATCH_ROWS)
+
+
+def _dated(pyarrow: Any, batch: Any) -> Any:
+    """``batch`` with times as texts: Python has no nanoseconds, which pandas writes, and few years."""
+    for number, column in enumerate(batch.schema):
+        if pyarrow.types.is_timestamp(column.type) or pyarrow.types.is_date(column.type):
+            batch = batch.set_column(number, column.name, batch.column(number).cast(pyarrow.string()))
+    return batch
 
 
 def _check_names(names: Sequence[str], path: Path) -> None:

@@ -269,6 +269,16 @@ def test_values_that_json_does_not_have(tmp_path: Path) -> None:
     ]
 
 
+def test_times_of_any_resolution_are_texts(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (the extra data)")
+    path, write = tmp_path / "a.parquet", importlib.import_module("pyarrow.parquet").write_table
+    moment = pyarrow.array([1_700_000_000_123_456_789], pyarrow.timestamp("ns"))
+    write(pyarrow.table({"at": moment, "on": pyarrow.array([-1_000_000], pyarrow.date32())}), path)
+    assert values(path) == [{"at": "2023-11-14 22:13:20.123456789", "on": "-0768-02-04"}]
+    write(pyarrow.table({"deep": pyarrow.StructArray.from_arrays([moment], ["at"])}), path)
+    assert "a value cannot be read, behind row 0 (Nanosecond" in refusal(path)
+
+
 def test_a_directory_that_is_no_data_set(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(LINES)
     assert "a directory where a file, or a data set of save_to_disk, is expected" in refusal(tmp_path)
