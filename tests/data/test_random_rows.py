@@ -80,8 +80,8 @@ def lost_texts(report: Any, rows: list[bytes], tokenizer: Path, directory: Path)
 
 
 def test_random_files(command: Command, tokenizer_models: dict[str, Path], tmp_path: Path) -> None:
-    ends = Counter(attack(command, tokenizer_models["bpe"], tmp_path, seed) for seed in range(60))
-    assert min(ends["kept"], ends["refused"]) > 10
+    ends = Counter(attack(command, tokenizer_models["bpe"], tmp_path, seed) for seed in range(40))
+    assert min(ends["kept"], ends["refused"]) > 5
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def compare(command: Command, tokenizer: Path, directory: Path, seed: int) -> in
 def test_random_rows_are_the_same_in_every_kind_of_file(
     command: Command, tokenizer_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    assert sum(compare(command, tokenizer_models["bpe"], tmp_path, seed) for seed in range(3)) > 100
+    assert compare(command, tokenizer_models["bpe"], tmp_path, 0) > 50
 
 
 @pytest.mark.slow
