@@ -139,10 +139,10 @@ def open_prepared(*paths: Path) -> Prepared:
 
     Row numbers count on from one directory to the next, by the rows that were read for each.
     """
+    manifests = tuple(map(read_prepared_manifest, paths))
     places = list(map(os.path.realpath, paths))
     if twice := next((path for path, place in zip(paths, places, strict=True) if places.count(place) > 1), None):
         raise DataError("the same directory is given twice", twice, "name each directory once")
-    manifests = tuple(map(read_prepared_manifest, paths))
     refuse_disagreement(manifests)
     read = [_rows_read(manifest) for manifest in manifests]
     before = [sum(read[:number]) for number in range(len(read))]

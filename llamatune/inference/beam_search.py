@@ -22,6 +22,7 @@ from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
 
 
+@torch.inference_mode()
 def beam_search(
     model: Transformer, prompt: Sequence[int], sampling: Sampling, eos_ids: Collection[int], should_stop: ShouldStop
 ) -> Completion:

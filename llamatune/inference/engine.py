@@ -90,10 +90,10 @@ class Engine:
         # A pass over prompts makes the others wait, so several rows are given away together.
         if self._waiting and (not self._running or free >= max(1, self._rows // 8)):
             return self._read(free)
-        inputs = torch.tensor([[sequence.chosen[-1]] for sequence in self._running], device=self._model.device)
-        layers, mask = self._cache.next_token(), self._cache.visible()
-        positions = torch.tensor(self._cache.lengths, device=self._model.device)[:, None] - 1
-        logits = self._model(inputs, positions, mask, layers, read=last_logits)
+        last = [sequence.chosen[-1] for sequence in self._running]
+        tokens, places = torch.tensor([last, self._cache.lengths], device=self._model.device)  # (rows,) each
+        layers, mask = self._cache.next_token(places)
+        logits = self._model(tokens[:, None], places[:, None], mask, layers, read=last_logits)
         return self._take(logits, 0)
 
     def _read(self, free: int) -> list[tuple[int, Completion]]:
@@ -110,14 +110,15 @@ class Engine:
             return self._take(self._read_long(new[0].prompt), first)
         device = self._model.device
         lengths = tuple(len(sequence.prompt) for sequence in new)
-        ids = torch.tensor([[token for sequence in new for token in sequence.prompt]], device=device)
+        ends = [end - 1 for end in itertools.accumulate(lengths)]
+        both = torch.tensor([*(token for sequence in new for token in sequence.prompt), *ends], device=device)
+        ids, rows = both.split((tokens, len(ends)))
         element_bytes = torch.finfo(self._model.product_dtype).bits // 8
         filling = filled_up(tokens, device.type, element_bytes) - tokens
         samples = (*lengths, filling) if filling else lengths
-        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
         layers = self._cache.begin(lengths)
         logits = self._model(
-            F.pad(ids, (0, filling)), cache=layers, lengths=samples, rows=ends, read=_logits_of_the_row
+            F.pad(ids, (0, filling))[None], cache=layers, lengths=samples, rows=rows, read=_logits_of_the_row
         )
         return self._take(logits, first)
 

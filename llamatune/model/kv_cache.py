@@ -50,22 +50,21 @@ class RowCache:
         self.lengths[-1] += tokens
         return _LastRow(self, tokens)
 
-    def next_token(self) -> LayerCache:
-        """For one pass over a further token of every sequence."""
-        self.lengths = [length + 1 for length in self.lengths]
-        return _EveryRow(self)
+    def next_token(self, places: Tensor) -> tuple[LayerCache, Tensor | None]:
+        """For one pass over a further token of every sequence, and its mask (rows, 1, 1, S); None: all is seen.
 
-    def visible(self) -> Tensor | None:
-        """Mask (rows, 1, 1, S) of ``next_token``'s pass, True at the keys that a row sees; None: all of them."""
-        longest, device = max(self.lengths), self._stored[0].device
+        ``places`` (rows,): the lengths so far, on the device.
+        """
+        self.lengths = [length + 1 for length in self.lengths]
+        longest = max(self.lengths)
         outside = self._window is not None and longest > self._window
         if min(self.lengths) == longest and not outside:
-            return None
-        places, ends = torch.arange(longest, device=device), torch.tensor(self.lengths, device=device)[:, None]
-        seen = places < ends
+            return _EveryRow(self, None), None
+        keys = torch.arange(longest, device=places.device)
+        seen = keys <= places[:, None]
         if outside:
-            seen &= places >= ends - (self._window or 0)
-        return seen[:, None, None]
+            seen &= keys > places[:, None] - (self._window or 0)
+        return _EveryRow(self, places), seen[:, None, None]
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Give up ``rows``; the last rows that stay take their places. Returns where each row that stays came from."""
@@ -125,18 +124,16 @@ class _LastRow:
 
 
 class _EveryRow:
-    """Every sequence goes on by a token."""
+    """Every sequence goes on by a token, at ``places`` (rows,); None: all have one length."""
 
-    def __init__(self, cache: RowCache) -> None:
-        device = cache.layer(0, max(cache.lengths) - 1).device
-        self._cache, self.length = cache, max(cache.lengths) - 1
-        self._alike = min(cache.lengths) > self.length
-        self._rows = torch.arange(len(cache.lengths), device=device)
-        self._places = torch.tensor(cache.lengths, device=device) - 1
+    def __init__(self, cache: RowCache, places: Tensor | None) -> None:
+        self._cache, self._places, self.length = cache, places, max(cache.lengths) - 1
+        self._count = len(cache.lengths)
+        self._rows = None if places is None else torch.arange(self._count, device=places.device)
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._cache.layer(layer, self.length)[:, : len(self._rows), :, : self.length + 1]
-        if self._alike:
+        keys, values = self._cache.layer(layer, self.length)[:, : self._count, :, : self.length + 1]
+        if self._places is None:
             keys[:, :, self.length] = key[:, :, 0]
             values[:, :, self.length] = value[:, :, 0]
         else:

@@ -15,7 +15,7 @@ from llamatune.command_options.inference import Sampling
 from llamatune.inference.engine import complete
 from llamatune.model import kv_cache as cache_module
 from llamatune.model.initialise import drawn_weights, initialise
-from llamatune.model.kv_cache import KVCache
+from llamatune.model.kv_cache import KVCache, RowCache
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.llama_config import LlamaConfig
 
@@ -66,26 +66,56 @@ def test_right_padding_changes_no_real_position(tiny_base: Callable[..., Path]) 
 def test_cached_decoding_is_full_decoding(tiny_base: Callable[..., Path], changes: dict[str, object]) -> None:
     """Seven tokens at once, then one at a time."""
     model = load_model(tiny_base(**changes))
-    cache = KVCache(model.config, 2, IDS.shape[1], torch.float32, model.device)
+    for ids in IDS.split(1):
+        cache = KVCache(model.config, ids.shape[1], torch.float32, model.device)
+        with torch.no_grad():
+            parts = [model(ids[:, :7], cache=cache)]
+            parts += [model(ids[:, t : t + 1], cache=cache) for t in range(7, ids.shape[1])]
+            torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), atol=1e-5, rtol=0)
+        assert cache.length == ids.shape[1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"model_type": "mistral", "sliding_window": 5}], ids=["llama", "window"])
+def test_rows_of_their_own_lengths_are_decoded_as_alone(
+    tiny_base: Callable[..., Path], changes: dict[str, object]
+) -> None:
+    """Two sequences are read in one pass, go on by a token each, and one gives its row to a third."""
+    model, chance = load_model(tiny_base(**changes)), torch.Generator().manual_seed(1)
+    first, second, third = (torch.randint(131, (1, length), generator=chance) for length in (9, 20, 14))
+    cache = RowCache(model.config, 2, torch.float32, model.device)
+
+    def next_logits(*columns: torch.Tensor) -> torch.Tensor:
+        places = torch.tensor(cache.lengths)
+        layers, mask = cache.next_token(places)
+        logits: torch.Tensor = model(torch.cat(columns), places[:, None], mask, layers)
+        return logits[:, 0]
+
     with torch.no_grad():
-        parts = [model(IDS[:, :7], cache=cache)]
-        parts += [model(IDS[:, t : t + 1], cache=cache) for t in range(7, IDS.shape[1])]
-        torch.testing.assert_close(torch.cat(parts, dim=1), model(IDS), atol=1e-5, rtol=0)
-    assert cache.length == IDS.shape[1]
+        read = model(torch.cat((first[:, :4], second[:, :13]), dim=1), cache=cache.begin([4, 13]), lengths=(4, 13))
+        alone = [model(ids)[0] for ids in (first, second, third)]
+        torch.testing.assert_close(read[0], torch.cat((alone[0][:4], alone[1][:13])), atol=1e-5, rtol=0)
+        for step in range(5):
+            logits = next_logits(first[:, 4 + step :][:, :1], second[:, 13 + step :][:, :1])
+            expected = torch.stack((alone[0][4 + step], alone[1][13 + step]))
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+        assert cache.drop([0]) == [1], "the second sequence takes the first row"
+        model(third[:, :10], cache=cache.begin([10]), lengths=(10,))
+        for step in range(2):
+            logits = next_logits(second[:, 18 + step :][:, :1], third[:, 10 + step :][:, :1])
+            expected = torch.stack((alone[1][18 + step], alone[2][10 + step]))
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
 def test_a_cache_takes_the_room_that_is_used(tiny_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """And gives, grown and cut, what one that was made large enough at once gives, bit by bit."""
     model, chance = load_model(tiny_base()), torch.Generator().manual_seed(1)
-    ids = torch.randint(131, (3, 90), generator=chance)
+    ids = torch.randint(131, (1, 90), generator=chance)
 
     def decode(capacity: int) -> torch.Tensor:
-        cache = KVCache(model.config, 3, capacity, torch.float32, model.device)
+        cache = KVCache(model.config, capacity, torch.float32, model.device)
         parts = [model(ids[:, :7], cache=cache)]
         for t in range(7, 90):
             parts.append(model(ids[:, t : t + 1], cache=cache))
-            if t == 19:
-                cache.keep_rows([0, 1, 2])
             if t == 61:
                 cache.keep_places(torch.arange(t + 1))
         assert cache.length == 90

@@ -17,7 +17,7 @@ from run_tools import StopAfter, last_checkpoint, make_spec, run_and_record
 from llamatune.errors import Stopped
 from llamatune.events import Notice
 from llamatune.ranks import ALONE, Ranks
-from llamatune.training import gpu_meter, loop, save_and_resume
+from llamatune.training import gpu_meter, run_summary, save_and_resume
 from llamatune.training import train as train_module
 from llamatune.training.gpu_meter import GpuMeter, metered_gpu
 from llamatune.training.train import train
@@ -147,7 +147,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Take the CPU that a run computes on for a GPU, in what is recorded."""
 
     def install(facts: dict[str, Any] | None, *readings: Any) -> None:
-        for module in (train_module, loop, save_and_resume):
+        for module in (train_module, run_summary, save_and_resume):
             monkeypatch.setattr(module, "gpu_facts", lambda device: facts)
         gpu = Gpu(*readings) if readings else None
         monkeypatch.setattr(gpu_meter, "nvml_gpu", lambda device: gpu)
