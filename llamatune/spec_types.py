@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationInfo
 
 from llamatune.errors import SpecError
-from llamatune.home_directory import expand_home
+from llamatune.path_expansion import expand_path
 from llamatune.shapes.adapter import WHOLE_MODULES
 from llamatune.shapes.llama_config import LINEAR_MODULES
 from llamatune.shapes.recompute_levels import MODES, is_mode
@@ -68,9 +68,9 @@ def _memory_size(value: str) -> str:
     return value
 
 
-def _home_expanded(value: str, info: ValidationInfo) -> str:
+def _expanded(value: str, info: ValidationInfo) -> str:
     try:
-        return expand_home(value, variables=not (info.context or {}).get(STORED))
+        return expand_path(value, variables=not (info.context or {}).get(STORED))
     except SpecError as fault:
         raise ValueError(f"{fault.what}; {fault.todo}") from None
 
@@ -82,14 +82,14 @@ def _directories(value: Any, info: ValidationInfo) -> Any:
         raise ValueError(f"should be a directory, or a list of directories (it is {value!r})")
     if not all(paths) or not paths:
         raise ValueError("names no directory")
-    expanded = tuple(_home_expanded(path, info) for path in paths)
+    expanded = tuple(_expanded(path, info) for path in paths)
     if len(set(expanded)) != len(expanded):
         raise ValueError("names a directory twice; rows are repeated by a weight of prepare-data, as in rows.jsonl:2")
     return expanded[0] if len(expanded) == 1 else expanded
 
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
-PathText = Annotated[NonEmptyText, AfterValidator(_home_expanded)]
+PathText = Annotated[NonEmptyText, AfterValidator(_expanded)]
 Directories = Annotated[str | tuple[str, ...], BeforeValidator(_directories)]
 Positive = Annotated[int, Field(ge=1)]
 Epochs = Annotated[

@@ -40,7 +40,7 @@ FLOORS = [
     {"ranks", "rendezvous"},
     {"launch_variables"},
     {"output_files"},
-    {"durable_writing", "safe_reading", "home_directory"},
+    {"durable_writing", "safe_reading", "path_expansion"},
     {"shapes"},
     {"errors", "events", "stop_signals"},
 ]

@@ -19,9 +19,9 @@ from llamatune.command_options.outputs import check_outputs
 from llamatune.commands._console import Console
 from llamatune.commands._several_ranks import run_on_first
 from llamatune.errors import SpecError
-from llamatune.home_directory import expand_home
 from llamatune.launch_variables import read_launch
 from llamatune.output_files import STDOUT
+from llamatune.path_expansion import expand_path
 
 _JSON = typer.Option(False, "--json", help="Print the result as one JSON object.")
 
@@ -72,7 +72,7 @@ def _output_path(text: str) -> Path:
 
 def _path(text: str) -> Path:
     """A path from its text, in which ``./~name`` still differs from ``~name``."""
-    return Path(expand_home(str(text)))
+    return Path(expand_path(str(text)))
 
 
 def _as_utf8(text: str, where: str) -> str:

@@ -19,10 +19,10 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
     with console:
         from llamatune.checkpoints.model_directory import read_config
         from llamatune.errors import SpecError
-        from llamatune.home_directory import expand_home
         from llamatune.memory import plan as planning
         from llamatune.memory.plan_report import explain as explain_plan
         from llamatune.memory.plan_report import plan_report
+        from llamatune.path_expansion import expand_path
         from llamatune.shapes.presets import preset
         from llamatune.spec import build_spec, load_spec
         from llamatune.spec_overrides import refuse_twice
@@ -40,7 +40,7 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
             values = {"model": {"path": options.preset}, "lora": {}, "data": {"train": "none"}}
             spec = build_spec(values | {"training": {"output_dir": "none"}}, "--preset", given + changes)
         elif given:
-            spec = load_spec(Path(expand_home(given[0])), given[1:] + changes)
+            spec = load_spec(Path(expand_path(given[0])), given[1:] + changes)
             config = read_config(Path(spec.model.path), variant=spec.model.variant)
         else:
             raise SpecError("neither a spec nor --preset", todo="for example --preset llama-2-7b")

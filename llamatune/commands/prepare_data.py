@@ -59,7 +59,7 @@ def _print_report(out: RichConsole, report: Mapping[str, Any]) -> None:
     from rich.table import Column, Table
     from rich.text import Text
 
-    from llamatune.data.row_files import shown_place
+    from llamatune.data.raw_row import shown_place
 
     def reasons(counts: dict[str, int]) -> str:
         return "" if not counts else " (" + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()) + ")"

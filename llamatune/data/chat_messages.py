@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llamatune.data.row_files import RowError
+from llamatune.data.raw_row import RowError
 from llamatune.data.row_json import checked_text, field_of, is_empty, json_in, kind_of, quote, text_field
 
 CALLER = "function_call"

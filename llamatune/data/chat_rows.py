@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from llamatune.data.chat_messages import TRAINING, Turn, is_trained, read_turns
-from llamatune.data.row_files import RowError
+from llamatune.data.raw_row import RowError
 from llamatune.data.row_json import Irregular, Row, field_of, is_empty, json_in, kind_of, optional_text
 
 EARLIER = "earlier messages"

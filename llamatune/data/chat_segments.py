@@ -13,7 +13,7 @@ from llamatune.data.chat_contents import left_out, texts_in, with_texts
 from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.jinja_engine import Broken, Message, Refused
 from llamatune.data.jinja_process import Stuck
-from llamatune.data.row_files import RowError
+from llamatune.data.raw_row import RowError
 from llamatune.data.row_json import Row
 from llamatune.data.segments import Conversation, Segment, Segments
 from llamatune.errors import DataError

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llamatune.data.chat_rows import EARLIER
-from llamatune.data.row_files import RowError
+from llamatune.data.raw_row import RowError
 from llamatune.data.row_json import kind_of, quote
 from llamatune.errors import SpecError
 

@@ -13,8 +13,8 @@ from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.boundaries import Boundaries, begin_with_prompts
 from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.column_maps import ColumnMap, parse_map
+from llamatune.data.raw_row import RawRow, RowError
 from llamatune.data.row_digests import exact_digest, loose_digest, texts_of
-from llamatune.data.row_files import RawRow, RowError
 from llamatune.data.row_formats import FORMATS, row_of, strip_annotations
 from llamatune.data.row_json import Row, decode_row
 from llamatune.data.segments import Conversation, Segment, Segments

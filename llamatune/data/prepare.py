@@ -32,8 +32,9 @@ from llamatune.data.prepare_report import (
     shown_path,
     warnings_of,
 )
+from llamatune.data.raw_row import RawRow
 from llamatune.data.resolve_options import Plan, Source, check_options, input_files, resolve_options, train_on
-from llamatune.data.row_files import RawRow, read_raw_rows
+from llamatune.data.row_files import read_raw_rows
 from llamatune.data.row_sources import pipes_kept, source_bytes, source_state
 from llamatune.data.spool import Spool
 from llamatune.data.workers import default_workers, encode_batches

@@ -12,7 +12,7 @@ from typing import Any
 
 from llamatune.data.column_maps import PRESETS
 from llamatune.data.encoding import EncodedBatch
-from llamatune.data.row_files import RawRow, shown_place
+from llamatune.data.raw_row import RawRow, shown_place
 from llamatune.errors import DataError
 
 _LONGEST_SHOWN = 5

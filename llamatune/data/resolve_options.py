@@ -14,7 +14,8 @@ from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.column_maps import ColumnMap, advice_for, parse_map
 from llamatune.data.encoding import Recipe
-from llamatune.data.row_files import RowError, read_raw_rows
+from llamatune.data.raw_row import RowError
+from llamatune.data.row_files import read_raw_rows
 from llamatune.data.row_formats import FORMATS, ROWS_TRIED, Format, detect_format
 from llamatune.data.row_inputs import row_input
 from llamatune.data.row_json import decode_row

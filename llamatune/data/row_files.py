@@ -17,18 +17,13 @@ from llamatune.data.columnar_rows import columnar_rows, is_columnar
 from llamatune.data.compressed import SUFFIXES, Decompressed, is_compressed
 from llamatune.data.foreign_files import foreign_kind
 from llamatune.data.json_rows import json_rows
-from llamatune.data.raw_row import LARGEST_ROW_BYTES, RawRow, RowError, shown_place
+from llamatune.data.raw_row import RawRow
 from llamatune.data.row_sources import is_directory, open_source, source_files
 from llamatune.data.saved_dataset import split_note
 from llamatune.data.table_rows import table_rows
 from llamatune.data.text_rows import text_rows
 from llamatune.errors import DataError
 from llamatune.safe_reading import open_regular, read_faults
-
-__all__ = [
-    "BEGINS_AS_JSON", "LARGEST_ROW_BYTES", "RawRow", "RowError", "file_kind", "read_raw_rows", "read_text",
-    "row_suffix", "shown_place",
-]  # fmt: skip
 
 Kind = Literal["json", "table", "text", "columnar"]
 

@@ -32,7 +32,7 @@ from typing import Any
 
 from llamatune.data.chat_rows import EARLIER, read_chat, read_history
 from llamatune.data.column_maps import ColumnMap, advice_for, preset_of
-from llamatune.data.row_files import RawRow, RowError
+from llamatune.data.raw_row import RawRow, RowError
 from llamatune.data.row_json import Row, checked_text, decode_row, is_empty, optional_text, quote, text_field
 from llamatune.errors import DataError
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llamatune.data.row_files import RawRow, RowError
+from llamatune.data.raw_row import RawRow, RowError
 from llamatune.strict_json import parse_json
 
 _LONGEST_QUOTE = 80

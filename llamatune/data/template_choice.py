@@ -11,7 +11,7 @@ from llamatune.data.chat_template_files import OWN, made_chat_template, own_chat
 from llamatune.data.templates import TEMPLATES, Template, read_template
 from llamatune.errors import SpecError
 from llamatune.events import OnEvent, ignore_event
-from llamatune.home_directory import expand_home
+from llamatune.path_expansion import expand_path
 from llamatune.tokenizers.chat_templates import read_template_source
 from llamatune.tokenizers.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ def load_template(name_or_file: str, tokenizer: Tokenizer, on_event: OnEvent = i
             todo = f"give one of: {', '.join(CHAT_TEMPLATES)}"
             raise SpecError("there is no chat template beside the tokenizer", tokenizer.path, todo)
         return own
-    path = Path(expand_home(name_or_file))
+    path = Path(expand_path(name_or_file))
     if not path.exists():
         todo = f"give a YAML file, a .jinja file or one of: {', '.join(TEMPLATE_NAMES)}"
         raise SpecError(f"no template {name_or_file!r}", None, todo)

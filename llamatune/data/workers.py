@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 
 from llamatune.data.child_process import start_child
 from llamatune.data.encoding import EncodedBatch, Recipe, encode_batch
-from llamatune.data.row_files import RawRow
+from llamatune.data.raw_row import RawRow
 from llamatune.errors import EnvironmentFault, LlamatuneError
 
 _POLL_S = 0.2

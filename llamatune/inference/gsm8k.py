@@ -19,7 +19,8 @@ from llamatune.checkpoints.adapter_sum import facts_of
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.command_options.inference import EvaluateOptions
 from llamatune.data.chat_template import ChatTemplate
-from llamatune.data.row_files import RowError, read_raw_rows
+from llamatune.data.raw_row import RowError
+from llamatune.data.row_files import read_raw_rows
 from llamatune.data.row_formats import FORMATS, row_of
 from llamatune.data.row_json import decode_row
 from llamatune.data.row_sources import source_digest

@@ -10,15 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from llamatune.data.column_maps import ColumnMap, parse_map
-from llamatune.data.row_files import (
-    BEGINS_AS_JSON,
-    RawRow,
-    RowError,
-    file_kind,
-    read_raw_rows,
-    read_text,
-    row_suffix,
-)
+from llamatune.data.raw_row import RawRow, RowError
+from llamatune.data.row_files import BEGINS_AS_JSON, file_kind, read_raw_rows, read_text, row_suffix
 from llamatune.data.row_formats import FORMATS, Format, prompt_row_of
 from llamatune.data.row_json import Row, decode_value, kind_of
 from llamatune.data.row_sources import pipes_kept

@@ -12,7 +12,7 @@ import typer
 from llamatune.cli import build_app
 from llamatune.commands._typer_options import StrictCommand
 from llamatune.errors import SpecError
-from llamatune.home_directory import expand_home
+from llamatune.path_expansion import expand_path
 from llamatune.spec import RunSpec, build_spec, load_spec
 
 Command = Callable[..., Any]
@@ -181,8 +181,8 @@ def test_what_is_expanded_may_be_expanded_again(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HOME", "/home/anna")
     monkeypatch.setenv("S", "/scratch")
     for text in ("~", "~/x", "./~/x", ".//~x", "x", "/~/x", "x/~", "$S/x", "a/${S}", "$", "a$", "$1", "a$-b", "$$"):
-        assert expand_home(expand_home(text)) == expand_home(text)
-        assert not str(Path(expand_home(text))).startswith("~")
+        assert expand_path(expand_path(text)) == expand_path(text)
+        assert not str(Path(expand_path(text))).startswith("~")
 
 
 @pytest.mark.parametrize(
@@ -204,13 +204,13 @@ def test_what_only_a_shell_can_expand_is_refused_with_the_reason(
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.setenv("NESTED", "a$EMPTY")
     with pytest.raises(SpecError, match=f"^{fault}"):
-        expand_home(text)
+        expand_path(text)
     with pytest.raises(SpecError, match=rf"training\.output_dir: {fault}"):
         build_spec({**SPEC, "training": {"output_dir": text}}, "test")
     stored = build_spec({**SPEC, "training": {"output_dir": text}}, "test", stored=True)  # by an earlier version
     assert stored.training.output_dir == text
     (tmp_path / text).mkdir(parents=True)
-    assert expand_home(text) == text
+    assert expand_path(text) == text
 
 
 # Files that are there already.

@@ -31,8 +31,8 @@ from shaped_files import (
     zstd_compress,
 )
 
-from llamatune.data.raw_row import LARGEST_ROW_BYTES
-from llamatune.data.row_files import RawRow, RowError, read_raw_rows
+from llamatune.data.raw_row import LARGEST_ROW_BYTES, RawRow, RowError
+from llamatune.data.row_files import read_raw_rows
 from llamatune.data.row_json import decode_row
 from llamatune.errors import DataError, EnvironmentFault
 

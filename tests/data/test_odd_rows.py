@@ -16,7 +16,7 @@ from llamatune.data.chat_template import built_in_chat_template
 from llamatune.data.column_maps import PRESETS
 from llamatune.data.encoding import EncodedBatch, Recipe, encode_batch
 from llamatune.data.prepare_report import ADJUSTMENTS
-from llamatune.data.row_files import RawRow
+from llamatune.data.raw_row import RawRow
 from llamatune.data.row_formats import detect_format
 from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import DataError

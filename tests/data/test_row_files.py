@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamatune.data import json_elements
-from llamatune.data.row_files import LARGEST_ROW_BYTES, RawRow, RowError, read_raw_rows
+from llamatune.data.raw_row import LARGEST_ROW_BYTES, RawRow, RowError
+from llamatune.data.row_files import read_raw_rows
 from llamatune.data.row_formats import detect_format
 from llamatune.data.row_json import decode_row
 from llamatune.errors import DataError, LlamatuneError

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamatune.data.row_files import RawRow, RowError
+from llamatune.data.raw_row import RawRow, RowError
 from llamatune.data.row_formats import FORMATS, detect_format, row_of, strip_annotations, within_edits
 from llamatune.data.row_json import decode_row
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from llamatune.data.chat_segments import ChatEncoder
 from llamatune.data.chat_template import ChatTemplate, built_in_chat_template, variables_of
 from llamatune.data.jinja_engine import Engine
-from llamatune.data.row_files import RowError
+from llamatune.data.raw_row import RowError
 from llamatune.data.row_formats import FORMATS, prompt_row_of, row_of
 from llamatune.data.templates import Template
 from llamatune.errors import DataError

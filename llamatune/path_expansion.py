@@ -12,7 +12,7 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*
 """``$NAME``, ``${NAME}``, or what begins something else that a shell would replace."""
 
 
-def expand_home(text: str, variables: bool = True) -> str:
+def expand_path(text: str, variables: bool = True) -> str:
     """``$NAME`` and ``${NAME}`` replaced from the environment, then ``~`` and ``~user`` at the front, as a shell does.
 
     The result may be expanded again: it never begins with ``~`` (``./~name``, an entry of that name, is made absolute),
