@@ -26,7 +26,7 @@ from llamatune.data.model_compatibility import check_rows, check_tokenizer
 from llamatune.data.prepare import prepare_data
 from llamatune.data.row_sources import pipes_kept, source_digest
 from llamatune.data.saved_dataset import is_saved_dataset
-from llamatune.data.templates import TEMPLATES
+from llamatune.data.templates import NOT_IN_FILES, TEMPLATES
 from llamatune.errors import CheckpointError, NumericsError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.inference.evaluate import HeldOutLoss, RowScore, score_batch
@@ -111,7 +111,7 @@ def _stored_template(options: MergeOptions, scratch: Path) -> str | None:
         file = scratch / "template.jinja"
         file.write_text(str(stored["chat_template"]), encoding="utf-8")
         return str(file)
-    texts = {name: text for name, text in stored.items() if name not in ("name", "strip", "boundary")}
+    texts = {name: text for name, text in stored.items() if name not in NOT_IN_FILES}
     file = scratch / "template.yaml"
     file.write_text(json.dumps(texts), encoding="utf-8")
     return str(file)

@@ -22,7 +22,7 @@ from llamatune.durable_writing import probe_writable, refuse_occupied, write_ato
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.strict_json import dump_json, read_json
-from llamatune.training.run_directory import is_ours, move_aside, refuse_inputs, write_if_changed
+from llamatune.training.run_directory import is_occupied, move_aside, refuse_inputs, write_if_changed
 from llamatune.training.run_file_names import CELLS
 from llamatune.training.run_lock import LOCK, run_lock
 
@@ -88,7 +88,7 @@ def run_benchmark(
 
 def _claim(output: Path, overwrite: bool) -> None:
     """Accept an empty directory or one of an earlier benchmark, of any grid; else refuse it or move it aside."""
-    if overwrite and _is_occupied(output):
+    if overwrite and is_occupied(output):
         with run_lock(output):
             pass
         move_aside(output)
@@ -98,12 +98,8 @@ def _claim(output: Path, overwrite: bool) -> None:
 
 
 def _refuse_other(output: Path) -> None:
-    if _is_occupied(output) and not ((output / LOCK).is_file() and (output / CELLS).is_dir()):
+    if is_occupied(output) and not ((output / LOCK).is_file() and (output / CELLS).is_dir()):
         refuse_occupied(output, overwrite=False)
-
-
-def _is_occupied(output: Path) -> bool:
-    return output.is_dir() and any(not is_ours(entry) for entry in output.iterdir())
 
 
 def _outcome(plan: PlannedCell, output: Path, should_stop: ShouldStop) -> dict[str, Any]:

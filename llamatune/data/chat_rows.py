@@ -10,6 +10,7 @@ from llamatune.data.chat_messages import TRAINING, Turn, is_trained, read_turns
 from llamatune.data.raw_row import RowError
 from llamatune.data.row_json import Irregular, Row, field_of, is_empty, json_in, kind_of, optional_text
 
+_TAKING_TURNS = ("user", "assistant")
 EARLIER = "earlier messages"
 """Not a field of a file: messages before those of ``messages``, none of them a target."""
 
@@ -67,7 +68,7 @@ def read_history(row: Mapping[str, Any], adjusted: set[str], ignored: set[str]) 
             turns = read_turns(texts, "history", set(), ignored)
     elif isinstance(history, list) and not any(isinstance(pair, list) for pair in history):
         turns = read_turns(history, "history", adjusted, ignored)
-    plain = all(turn.role == ("user", "assistant")[n % 2] and not turn.more for n, turn in enumerate(turns))
+    plain = all(turn.role == _TAKING_TURNS[n % 2] and not turn.more for n, turn in enumerate(turns))
     if not turns or len(turns) % 2 or not plain:
         raise RowError("wrong_type", "field 'history' of the row is not a list of [user, assistant] pairs of texts")
     said = [turn.text for turn in turns]
@@ -141,9 +142,6 @@ def _is_regular(turns: Sequence[Turn]) -> bool:
         and len(said) % 2 == 0
         and all(turn.role == _TAKING_TURNS[n % 2] and not turn.more for n, turn in enumerate(said))
     )
-
-
-_TAKING_TURNS = ("user", "assistant")
 
 
 def _regular_row(turns: Sequence[Turn]) -> Row:

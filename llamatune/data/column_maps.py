@@ -19,6 +19,7 @@ MAPPABLE = (
 """Fields that a column can be read as. ``user`` and ``assistant`` make a chat of one turn, or of as many as the lists
 that the columns hold."""
 
+_OPTIONAL = ("input", "system", "history", "tools")
 _COMPLETIONS = ("output", "answer", "completion", "assistant")
 
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d{1,9})\]")
@@ -192,9 +193,6 @@ def parse_map(text: str, where: str = "--map") -> ColumnMap:
     if ("user" in columns) != ("assistant" in columns):
         raise SpecError("'user' and 'assistant' make a chat together", where, "give a column for both")
     return ColumnMap(tuple(columns.items()), _OPTIONAL)
-
-
-_OPTIONAL = ("input", "system", "history", "tools")
 
 
 def advice_for(keys: Iterable[str]) -> str | None:

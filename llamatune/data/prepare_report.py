@@ -160,8 +160,7 @@ def warnings_of(counts: Counts, splits: bool) -> list[str]:
             "in another way than the last one"
         )
     if first := counts.first_special_text:
-        line: Any = first.get("line")
-        place = shown_place(first["file"], line, first.get("row"))
+        place = shown_place(first["file"], first.get("line"), first.get("row"))
         found.append(
             f"{counts.special_texts.total():,} {of} rows contain a special token's text, the first {first['text']} in "
             f"{place}: it is encoded as plain text; take it out if a template left it there"

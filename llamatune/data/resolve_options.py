@@ -16,7 +16,7 @@ from llamatune.data.column_maps import ColumnMap, advice_for, parse_map
 from llamatune.data.encoding import Recipe
 from llamatune.data.raw_row import RowError
 from llamatune.data.row_files import read_raw_rows
-from llamatune.data.row_formats import FORMATS, ROWS_TRIED, Format, detect_format
+from llamatune.data.row_formats import FORMATS, ROWS_TRIED, Format, check_format, detect_format
 from llamatune.data.row_inputs import row_input
 from llamatune.data.row_json import decode_row
 from llamatune.data.row_sources import source_digest
@@ -177,9 +177,7 @@ def _revision_of(template: Template | ChatTemplate) -> int:
 
 def check_options(options: PrepareOptions) -> None:
     """Raise ``SpecError`` for an unknown format, and for an output that would replace an input."""
-    known = ("auto", *FORMATS)
-    if options.format not in known:
-        raise SpecError(f"--format is {options.format!r}", None, f"known: {', '.join(known)}")
+    check_format(options.format)
     if options.column_map is not None:
         parse_map(options.column_map)
     output = Path(os.path.realpath(options.output))

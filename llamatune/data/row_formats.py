@@ -23,7 +23,6 @@ by the preset of ``column_maps`` that alone fits them.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,9 +31,10 @@ from typing import Any
 
 from llamatune.data.chat_rows import EARLIER, read_chat, read_history
 from llamatune.data.column_maps import ColumnMap, advice_for, preset_of
+from llamatune.data.misspellings import within_edits
 from llamatune.data.raw_row import RawRow, RowError
 from llamatune.data.row_json import Row, checked_text, decode_row, is_empty, optional_text, quote, text_field
-from llamatune.errors import DataError
+from llamatune.errors import DataError, SpecError
 
 _CHATS = ("messages", "conversations")
 
@@ -235,6 +235,13 @@ _TREE = {"role", "parent_id"}
 ROWS_TRIED = 1000
 
 
+def check_format(name: str) -> None:
+    """Raise ``SpecError`` unless ``name`` is a format's or ``auto``."""
+    known = ("auto", *FORMATS)
+    if name not in known:
+        raise SpecError(f"--format is {name!r}", None, f"known: {', '.join(known)}")
+
+
 def detect_format(rows: Iterable[RawRow], path: object = None, columns: ColumnMap | None = None) -> Format | None:
     """The format of the first usable row, else of the first row with a distinctive key of a format, else None.
 
@@ -283,18 +290,3 @@ _ANNOTATION = re.compile(r"<<[^<>]*>>")
 def strip_annotations(answer: str) -> str:
     """A GSM8K answer without its calculator annotations: ``48/2 = <<48/2=24>>24`` becomes ``48/2 = 24``."""
     return _ANNOTATION.sub("", answer)
-
-
-@functools.lru_cache(maxsize=4096)
-def within_edits(left: str, right: str, most: int) -> bool:
-    """Whether ``most`` insertions, deletions, substitutions or swaps of neighbours suffice (Damerau-Levenshtein)."""
-    if abs(len(left) - len(right)) > most:
-        return False
-    if left[:1] == right[:1]:
-        return not left or within_edits(left[1:], right[1:], most)
-    return most > 0 and (
-        within_edits(left[1:], right, most - 1)
-        or within_edits(left, right[1:], most - 1)
-        or within_edits(left[1:], right[1:], most - 1)
-        or (left[:2] == right[1::-1] and within_edits(left[2:], right[2:], most - 1))
-    )

@@ -26,6 +26,8 @@ BOUNDARY = "prompt"
 
 Directories and adapters without a rule are older: there the whole was encoded, and so was a prompt with all its spaces.
 """
+NOT_IN_FILES = ("name", "strip", "boundary")
+"""What a stored template has and a template file has not."""
 _MOVED = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\r\n")
 """White space that a tokenizer joins to the word behind it; line breaks stay with the text before them."""
 
@@ -178,7 +180,7 @@ def read_template(path: Path) -> Template:
     texts = read_yaml(path, scalars_are_texts=True) or {}
     if not isinstance(texts, dict):
         raise SpecError("a template file is a map of names to texts (prompt: ...)", path)
-    for name in ("name", "strip", "boundary"):
+    for name in NOT_IN_FILES:
         if name in texts:
             raise SpecError(f"a template file has no {name!r}", path, "write prompt and optionally other texts")
     return Template.from_dict({"name": path.stem, **texts, "boundary": BOUNDARY}, path, SpecError)

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol
 from llamatune.data.column_maps import ColumnMap, parse_map
 from llamatune.data.raw_row import RawRow, RowError
 from llamatune.data.row_files import BEGINS_AS_JSON, file_kind, read_raw_rows, read_text, row_suffix
-from llamatune.data.row_formats import FORMATS, Format, prompt_row_of
+from llamatune.data.row_formats import FORMATS, Format, check_format, prompt_row_of
 from llamatune.data.row_json import Row, decode_value, kind_of
 from llamatune.data.row_sources import pipes_kept
 from llamatune.data.templates import Template
@@ -129,8 +129,7 @@ def read_prompts(
         SpecError: no such format, or no such map.
         DataError: no prompts, not UTF-8, a row that cannot be used (with its place), or rows between plain lines.
     """
-    if format not in (known := ("auto", *FORMATS)):
-        raise SpecError(f"--format is {format!r}", None, f"known: {', '.join(known)}")
+    check_format(format)
     columns = None if column_map is None else parse_map(column_map)
 
     def note(message: str) -> None:

@@ -96,7 +96,7 @@ def claim_run_directory(
         EnvironmentFault: the directory is no run, or in use.
     """
     path = Path(os.path.realpath(spec.training.output_dir))
-    own, occupied = _is_run(path), _is_occupied(path)
+    own, occupied = _is_run(path), is_occupied(path)
     if not overwrite:
         _refuse_other(path)
     if occupied and not overwrite and not resume:
@@ -172,7 +172,7 @@ def _is_name(path: str) -> bool:
 
 
 def _refuse_other(path: Path) -> None:
-    if _is_occupied(path) and not _is_run(path):
+    if is_occupied(path) and not _is_run(path):
         raise EnvironmentFault(
             "the directory is not empty and is no run", path, "choose another training.output_dir, or pass --overwrite"
         )
@@ -183,7 +183,8 @@ def _is_run(path: Path) -> bool:
     return (path / LOCK).is_file() and not (path / CELLS).exists()
 
 
-def _is_occupied(path: Path) -> bool:
+def is_occupied(path: Path) -> bool:
+    """Whether something other than the lock and what it leaves stands at ``path``."""
     return path.exists() and (not path.is_dir() or any(not is_ours(entry) for entry in path.iterdir()))
 
 
