@@ -10,6 +10,10 @@ import pytest
 from readme_job import README, ROOT, blocks, commands, make_workplace, run_quietly
 
 from llamatune.checkpoints.model_directory import read_config
+from llamatune.command_options.inference import Sampling
+from llamatune.command_options.option import option_fields
+from llamatune.data.column_maps import PRESETS
+from llamatune.data.prepare_report import ADJUSTMENTS
 from llamatune.shapes.counts import count_parameters
 from llamatune.spec import build_spec, load_spec
 from llamatune.strict_yaml import parse_yaml
@@ -76,6 +80,22 @@ def test_the_spec_page_is_made_from_the_spec() -> None:
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     assert (ROOT / "docs" / "run-spec.md").read_text(encoding="utf-8") == module.page()
+
+
+def test_the_data_page_lists_what_is_read_in_other_forms_and_every_preset() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    kinds = set(re.findall(r"^\| `(\w+)` \|", page.partition("## Rows in other forms")[2], re.MULTILINE))
+    assert kinds >= {*ADJUSTMENTS, "preset_NAME"}
+    table = page.partition("| preset | fields |")[2].partition("\n\n")[0]
+    named = {name for row in table.splitlines() for name in re.findall(r"`([\w-]+)`", row[2:].partition(" |")[0])}
+    assert named == set(PRESETS)
+
+
+def test_the_generation_page_has_every_way_of_sampling_with_its_default() -> None:
+    page = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    for option in option_fields(Sampling):
+        default = "all" if option.default is None else f"{option.default:g}"
+        assert f"| `{option.flag}` | {default} |" in page, option.flag
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *map(str, Path("docs").glob("*.md"))])
