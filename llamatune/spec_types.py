@@ -79,7 +79,8 @@ def _directories(value: Any, info: ValidationInfo) -> Any:
     """A directory as its path; several as a tuple of paths. A list of one is that one."""
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list | tuple) or not all(isinstance(path, str) for path in paths):
-        raise ValueError(f"should be a directory, or a list of directories (it is {value!r})")
+        shown = "null" if value is None else repr(value)
+        raise ValueError(f"should be a directory, or a list of directories (it is {shown})")
     if not all(paths) or not paths:
         raise ValueError("names no directory")
     expanded = tuple(_expanded(path, info) for path in paths)

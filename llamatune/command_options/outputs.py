@@ -86,7 +86,7 @@ def _inputs_of(option: Option, options: Options) -> Iterator[tuple[str, Path]]:
         if name and not path.exists():  # a file of rows may have a weight: rows.jsonl:0.5
             path = Path(name)
         if path.exists() and not is_stream(path):
-            yield option.metavar if option.argument and option.metavar else option.flag, path
+            yield option.metavar.rstrip(".") if option.argument and option.metavar else option.flag, path
 
 
 def _check(output: Output, overwrite: bool) -> None:

@@ -14,8 +14,8 @@ class PrepareOptions(Options):
     """What ``prepare-data`` reads, how it encodes it, and where it writes."""
 
     rows: Sequence[Path] = option(
-        "Files of rows: JSON, JSON Lines, CSV, Parquet, text, or compressed; a directory of save_to_disk; - is standard "
-        "input. FILE:0.5 takes half of a file's rows, FILE:2 each of them twice.",
+        "Files of rows: JSON, JSON Lines, CSV, Parquet, text, or compressed; a directory of save_to_disk; - is "
+        "standard input. FILE:0.5 takes half of a file's rows, FILE:2 each of them twice.",
         argument=True,
         metavar="ROWS...",
     )

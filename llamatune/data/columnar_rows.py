@@ -51,7 +51,8 @@ def _damaged(fault: Exception, path: Path, row: int) -> DataError:
     what = "a value cannot be read" if is_value else "the file is damaged or was cut off"
     reason = str(fault).split("\n", 1)[0][:200]
     todo = "leave its column out" if is_value else "fetch or make it again"
-    return DataError(f"{what}, behind row {row} ({reason})", path, todo)
+    where = f", behind row {row}" if row else ""
+    return DataError(f"{what}{where} ({reason})", path, todo)
 
 
 def _pyarrow(path: Path) -> Any:

@@ -209,7 +209,7 @@ def test_overwrite_removes_neither_the_current_directory_nor_home(
 
 def test_a_file_of_rows_with_a_weight_is_an_input(command: Command, inputs: Path) -> None:
     done = command("prepare-data", f"{inputs / 'file'}:0.5", "--tokenizer", "absent", "--output", inputs, "--overwrite")
-    assert (done.code, "--output would replace ROWS" in done.stderr) == (2, True), done.stderr
+    assert (done.code, "--output would replace ROWS: " in done.stderr) == (2, True), done.stderr
 
 
 def test_two_outputs_are_two_files(command: Command, inputs: Path) -> None:

@@ -123,6 +123,7 @@ def test_verbs_know_several_directories(
     [
         ([], "names no directory"), ([""], "names no directory"), ("", "names no directory"),
         (5, "should be a directory, or a list of directories"), ([1], "should be a directory, or a list"),
+        (None, "should be a directory, or a list of directories (it is null)"),
         (["a", "a"], "names a directory twice"), ({"a": 1}, "should be a directory, or a list"),
     ],
 )  # fmt: skip
