@@ -30,6 +30,7 @@ class Option:
         last: listed after the options of a verb that are not.
         writes: what the verb writes at this path, or a function of the path that says it. A ``file`` or a ``product``
             (a directory) is made at once; ``answers`` (a file) and a ``run`` (a directory) are continued.
+        weighted: files of rows, each of which may have a weight (``row_input``).
         holds_outputs: a directory that is read, and that outputs may be inside of.
         at_least, above, at_most, below: bounds.
     """
@@ -46,6 +47,7 @@ class Option:
     argument: bool = False
     last: bool = False
     writes: Writes | Callable[[Path], Writes] | None = None
+    weighted: bool = False
     holds_outputs: bool = False
     at_least: float | None = None
     above: float | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamatune.command_options.option import Option, Options, option_fields
+from llamatune.command_options.row_input import row_input
 from llamatune.durable_writing import refuse_occupied
 from llamatune.errors import EnvironmentFault, SpecError
 from llamatune.formats.manifest import has_manifest
@@ -82,9 +83,8 @@ def _inputs_of(option: Option, options: Options) -> Iterator[tuple[str, Path]]:
     for path in value if isinstance(value, (list, tuple)) else [value]:
         if not isinstance(path, Path) or option.writes:
             continue
-        name, _, _ = str(path).rpartition(":")
-        if name and not path.exists():  # a file of rows may have a weight: rows.jsonl:0.5
-            path = Path(name)
+        if option.weighted:
+            path = row_input(path).path
         if path.exists() and not is_stream(path):
             yield option.metavar.rstrip(".") if option.argument and option.metavar else option.flag, path
 

@@ -18,6 +18,7 @@ class PrepareOptions(Options):
         "standard input. FILE:0.5 takes half of a file's rows, FILE:2 each of them twice.",
         argument=True,
         metavar="ROWS...",
+        weighted=True,
     )
     tokenizer: Path = option("A tokenizer.model or tokenizer.json, or a directory that holds one.")
     output: Path = option("The directory to make.", writes="product")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from llamatune.data.prepare_report import Counts
 from llamatune.data.resolve_options import Plan, Source
 from llamatune.data.row_digests import count_distinct, count_shared
-from llamatune.data.row_inputs import copies_of
+from llamatune.data.row_weights import copies_of
 from llamatune.data.spool import Spool
 from llamatune.data.validation_split import held_out_rows
 

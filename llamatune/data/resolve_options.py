@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.command_options.preparation import PrepareOptions
+from llamatune.command_options.row_input import row_input
 from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.column_maps import ColumnMap, advice_for, parse_map
 from llamatune.data.encoding import Recipe
 from llamatune.data.raw_row import RowError
 from llamatune.data.row_files import read_raw_rows
 from llamatune.data.row_formats import FORMATS, ROWS_TRIED, Format, check_format, detect_format
-from llamatune.data.row_inputs import row_input
 from llamatune.data.row_json import decode_row
 from llamatune.data.row_sources import source_digest
 from llamatune.data.template_choice import default_template, load_template

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from prepared_rows import alpaca, read_split
 
-from llamatune.data.row_inputs import RowInput, row_input
+from llamatune.command_options.row_input import RowInput, row_input
 from llamatune.errors import DataError, SpecError
 from llamatune.events import Event, Notice
 
