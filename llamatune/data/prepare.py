@@ -157,7 +157,8 @@ class _Job:
                     number = first_row + len(rows)
 
     def _begin_file(self, source: Source, spool: Spool) -> None:
-        recipe, weight = source.recipe, None if spool.path.stem == "validation" else source.weight
+        recipe = source.recipe
+        weight = source.weight if len(self.files) < len(self.plan.train) else None  # validation files come last
         self.files.append(FileCounts(shown_path(source.path), recipe.format, recipe.template.name, weight))
         spool.begin_file()
 

@@ -41,6 +41,15 @@ def _tree(place: Path) -> list[str]:
     return sorted(str(path) for path in place.rglob("*"))
 
 
+def _with_files(place: Path, output: str, names: list[str]) -> list[str]:
+    """What stands in ``place`` after files of these names were made in the directory ``output``."""
+    for name in names:
+        path = place / output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    return _tree(place)
+
+
 @pytest.mark.parametrize(
     ("output", "more", "told"),
     [
@@ -68,11 +77,7 @@ def test_a_run_may_not_write_over_what_it_reads(
 @pytest.mark.parametrize("names", [["mine"], [LOCK, f"{CELLS}/1.json"], ["origin.json"], [METRICS]])
 def test_a_directory_of_something_else_is_no_run(command: Command, place: Path, names: list[str]) -> None:
     """Also not that of a benchmark, or one that only looks like a run's."""
-    for name in names:
-        path = place / "run" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
-    before = _tree(place)
+    before = _with_files(place, "run", names)
     for mode in ([], ["--dry-run"]):
         done = command("train", "run.yaml", *mode)
         assert (done.code, "the directory is not empty and is no run" in done.stderr) == (5, True), done.stderr
@@ -81,11 +86,7 @@ def test_a_directory_of_something_else_is_no_run(command: Command, place: Path, 
 
 @pytest.mark.parametrize("names", [[f"{CELLS}/mine"], [LOCK, METRICS]])
 def test_a_directory_of_something_else_is_no_benchmark(command: Command, place: Path, names: list[str]) -> None:
-    for name in names:
-        path = place / "out" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
-    before = _tree(place)
+    before = _with_files(place, "out", names)
     done = command("benchmark", "run.yaml", "--output", "out")
     assert (done.code, "is not empty and holds something else" in done.stderr) == (5, True), done.stderr
     assert _tree(place) == before
