@@ -1,6 +1,7 @@
 """Prose that is not run goes stale: the README's commands are run, and pages made from code are compared with it."""
 
 import importlib.util
+import itertools
 import json
 import re
 import sys
@@ -12,6 +13,7 @@ from readme_job import README, ROOT, blocks, commands, make_workplace, run_quiet
 from llamatune.checkpoints.model_directory import read_config
 from llamatune.command_options.inference import Sampling
 from llamatune.command_options.option import option_fields
+from llamatune.data.chat_messages import ROLES, TRAINING
 from llamatune.data.column_maps import PRESETS
 from llamatune.data.prepare_report import ADJUSTMENTS
 from llamatune.shapes.counts import count_parameters
@@ -89,6 +91,8 @@ def test_the_data_page_lists_what_is_read_in_other_forms_and_every_preset() -> N
     table = page.partition("| preset | fields |")[2].partition("\n\n")[0]
     named = {name for row in table.splitlines() for name in re.findall(r"`([\w-]+)`", row[2:].partition(" |")[0])}
     assert named == set(PRESETS)
+    for name in itertools.chain(TRAINING, *ROLES.values()):
+        assert f"`{name}`" in page or f"`{name}: " in page, name
 
 
 def test_the_generation_page_has_every_way_of_sampling_with_its_default() -> None:
