@@ -118,7 +118,7 @@ main(["train", "run.yaml", "--json"])
 """
 
 
-def _start(spec: Path, step: int = 0, patience_s: float = 20, closing_s: float = 60) -> subprocess.Popen[str]:
+def _start(spec: Path, step: int = -1, patience_s: float = 20, closing_s: float = 60) -> subprocess.Popen[str]:
     """A run that goes no further than ``step`` until there is a file called gate."""
     code = _CHILD.format(step=step, patience_s=patience_s, closing_s=closing_s)
     return subprocess.Popen(
