@@ -112,7 +112,7 @@ class Engine:
         lengths = tuple(len(sequence.prompt) for sequence in new)
         ends = [end - 1 for end in itertools.accumulate(lengths)]
         both = torch.tensor([*(token for sequence in new for token in sequence.prompt), *ends], device=device)
-        ids, rows = both.split((tokens, len(ends)))
+        ids, rows = both[:tokens], both[tokens:]
         element_bytes = torch.finfo(self._model.product_dtype).bits // 8
         filling = filled_up(tokens, device.type, element_bytes) - tokens
         samples = (*lengths, filling) if filling else lengths
