@@ -16,16 +16,14 @@ def expand_path(text: str, variables: bool = True) -> str:
     """``$NAME`` and ``${NAME}`` replaced from the environment, then ``~`` and ``~user`` at the front, as a shell does.
 
     The result may be expanded again: it never begins with ``~`` (``./~name``, an entry of that name, is made absolute),
-    and holds no variable, unless an entry of that very name exists: then ``$`` has no meaning. Without ``variables`` it
-    never has one.
+    and holds no variable, unless an entry of that very name exists, or a directory whose name no variable could be:
+    then ``$`` has no meaning. Without ``variables`` it never has one.
 
     Raises:
         SpecError: no such variable or user, one without a value or a home directory, or another form of ``$``.
     """
-    if variables and _VARIABLE.search(text) and not os.path.lexists(text):
-        text = _VARIABLE.sub(_value, text)
-        if _VARIABLE.search(text):
-            raise SpecError("a variable in it holds another variable", text, "write the path out")
+    if variables and _VARIABLE.search(text) and not _exists(text):
+        text = _with_variables(text)
     if text.startswith("~"):
         expanded = os.path.expanduser(text)
         if expanded.startswith("~"):
@@ -36,11 +34,28 @@ def expand_path(text: str, variables: bool = True) -> str:
     return os.path.abspath(text) if str(Path(text)).startswith("~") else text
 
 
-def _value(found: re.Match[str]) -> str:
+def _with_variables(text: str) -> str:
+    parts = text.split("/")
+    for number, part in enumerate(parts):
+        try:
+            parts[number] = _VARIABLE.sub(lambda found: _value(found, text), part)
+        except SpecError:
+            if not _exists("/".join(parts[: number + 1])):
+                raise
+    return "/".join(parts)
+
+
+def _value(found: re.Match[str], text: str) -> str:
     name = found[1] or found[2]
     if name is None:
-        raise SpecError(f"{found[0]} is for a shell", found.string, "only $NAME and ${NAME} are expanded; write it out")
+        raise SpecError(f"{found[0]} is for a shell", text, "only $NAME and ${NAME} are expanded; write it out")
     if not (value := os.environ.get(name)):
         fault = "is not set" if value is None else "is empty"
-        raise SpecError(f"the variable {name} {fault}", found.string, "set it, or write the path out")
+        raise SpecError(f"the variable {name} {fault}", text, "set it, or write the path out")
+    if _VARIABLE.search(value):
+        raise SpecError("a variable in it holds another variable", text, "write the path out")
     return value
+
+
+def _exists(text: str) -> bool:
+    return os.path.lexists(os.path.expanduser(text))

@@ -30,7 +30,7 @@ def describe_stop(stop: EarlyStop, min_delta: float, total_steps: int) -> str:
     """Which evaluation ended the run, where the loss was lowest, and what to change to go on."""
     count, least = stop.evaluations_without_improvement, f" by more than {min_delta:g}" if min_delta else ""
     last = "" if stop.loss is None else f", the last with {stop.loss:.4f}"
-    why = f"no lower validation loss in {count} evaluations{least}{last}"
+    why = f"no lower validation loss in {count} evaluation{'s' * (count != 1)}{least}{last}"
     lowest = f"the lowest was {stop.best_eval_loss:.4f} at step {stop.best_step:,}, which is in best/"
     how = f"set evaluation.early_stopping_patience above {count}, or to null, and run the same command again to go on"
     return f"stopped early after step {stop.step:,} of {total_steps:,}: {why}; {lowest}; {how}"

@@ -211,6 +211,23 @@ def test_what_only_a_shell_can_expand_is_refused_with_the_reason(
     assert stored.training.output_dir == text
     (tmp_path / text).mkdir(parents=True)
     assert expand_path(text) == text
+    assert expand_path(f"{text}/new/run") == f"{text}/new/run"
+
+
+def test_what_is_in_a_directory_with_a_dollar_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also below the home directory, and behind a variable; but a variable that is set has its value."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ROOT", str(tmp_path))
+    for name in ("a$b", "$ROOT"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("b", raising=False)
+    assert expand_path("~/a$b") == expand_path("$ROOT/a$b") == f"{tmp_path}/a$b"
+    assert expand_path("~/a$b/run") == expand_path("${ROOT}/a$b/run") == f"{tmp_path}/a$b/run"
+    assert expand_path("$ROOT/run") == f"{tmp_path}/run"
+    assert expand_path("$ROOT") == "$ROOT"
+    with pytest.raises(SpecError, match="the variable b is not set"):
+        expand_path("~/new/a$b")
 
 
 # Files that are there already.
