@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llamatune.command_options.inference import DEFAULT_RANK, WeightsOptions
+from llamatune.command_options.inference import WeightsOptions
+from llamatune.command_options.inspection import DEFAULT_RANK
 from llamatune.command_options.option import Options, Writes, option
 from llamatune.errors import SpecError
 from llamatune.units import parse_size

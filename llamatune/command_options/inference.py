@@ -1,4 +1,4 @@
-"""Options of the verbs that read a model: ``generate``, ``evaluate``, ``merge-lora``, ``count-params``, ``verify``."""
+"""Options of the verbs that compute with a model: ``generate``, ``evaluate`` and ``merge-lora``."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,6 @@ from typing import Any, Literal
 from llamatune.command_options.option import Options, option
 from llamatune.errors import SpecError
 
-DEFAULT_RANK = 16
-DEFAULT_TARGET_MODULES = "q_proj,v_proj"
 LEAST_KEPT = 0.9
 _GSM8K_NEW_TOKENS = 512
 
@@ -97,7 +95,10 @@ class ModelSource(_Adapters, WeightsOptions):
 
 @dataclass(frozen=True)
 class Sampling(Options):
-    """How completions are drawn: ``temperature`` 0 is greedy, ``num_beams`` above 1 is beam search, drawing nothing."""
+    """How completions are drawn: ``temperature`` 0 is greedy, ``num_beams`` above 1 is beam search, drawing nothing.
+
+    ``num_return_sequences`` completions are made of each prompt: so many draws, or the best beams.
+    """
 
     max_new_tokens: int = option("The most that is generated.", 128, at_least=1, at_most=1 << 20)
     temperature: float = option("0 is greedy.", 0.6, at_least=0, below=float("inf"))
@@ -113,7 +114,19 @@ class Sampling(Options):
     length_penalty: float = option(
         "Beams are compared by log-probability / length ** this.", 1.0, at_least=-100, at_most=100
     )
+    num_return_sequences: int = option(
+        "Completions of each prompt: draws, or the best beams.", 1, at_least=1, at_most=1024
+    )
     seed: int = option("The same seed draws the same text.", 0, at_least=0, below=1 << 63)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        several, flag = self.num_return_sequences, "--num-return-sequences"
+        if self.num_beams > 1 and several > self.num_beams:
+            raise SpecError(f"{flag} is {several} of {self.num_beams} beams", None, "raise --num-beams")
+        if self.num_beams == 1 and several > 1 and self.temperature == 0:
+            todo = "raise --temperature, or give --num-beams"
+            raise SpecError(f"{flag} is {several}, and a greedy completion is always the same", None, todo)
 
 
 def prompt_format_option() -> Any:
@@ -142,8 +155,16 @@ class PromptOptions(Options):
 class GenerateOptions(Sampling, PromptOptions, ModelSource):
     """A model, prompts and how to sample. The options of the last base are listed first, as in every dataclass."""
 
+    stop: Sequence[str] = option("End a completion before this text; may be repeated.", (), metavar="TEXT")
     output: Path | None = option("Also write the results to this JSONL file; - is stdout.", None, writes="file")
     overwrite: bool = option("Replace what stands at --output.", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "" in self.stop:
+            raise SpecError("an empty text", "--stop", "give a text that ends a completion")
+        if self.stop and self.num_beams > 1:
+            raise SpecError("--stop and --num-beams exclude each other", None, "leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,38 +273,3 @@ class MergeOptions(_Adapters, WeightsOptions):
         for name in ("least_kept", "device"):
             if self.probe is None and getattr(self, name) is not None:
                 raise SpecError("it needs --probe", f"--{name.replace('_', '-')}")
-
-
-@dataclass(frozen=True)
-class CountOptions(WeightsOptions):
-    """A model or a published shape, and the adapter that is counted with it."""
-
-    model: Path | None = option("A model directory.", None, metavar="DIR")
-    preset: str | None = option("A published shape, such as llama-2-7b.", None, metavar="NAME")
-    r: int | None = option(
-        "Rank of the adapter.", None, metavar="R", shown_default=str(DEFAULT_RANK), at_least=1, at_most=1 << 16
-    )
-    target_modules: str | None = option(
-        "A comma list, or all-linear.", None, metavar="NAMES", shown_default=DEFAULT_TARGET_MODULES
-    )
-    adapter: Path | None = option("Take rank and modules from an adapter.", None, metavar="DIR")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.model is None) == (self.preset is None):
-            raise SpecError("give one of --model and --preset", todo="for example --preset llama-2-7b")
-        if self.adapter is not None and (self.r is not None or self.target_modules is not None):
-            raise SpecError("--adapter says the rank and the modules", todo="leave out --r and --target-modules")
-        if self.preset is not None and self.variant is not None:
-            raise SpecError("--variant needs --model", todo="a preset has no weights")
-
-
-@dataclass(frozen=True)
-class VerifyOptions(WeightsOptions):
-    """What is checked."""
-
-    directory: Path = option(
-        "A run, checkpoint, adapter, model or prepared directory, or a cache of quantised weights.",
-        argument=True,
-        metavar="DIR",
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llamatune.command_options.inference import DEFAULT_RANK, DEFAULT_TARGET_MODULES, CountOptions
+from llamatune.command_options.inspection import DEFAULT_RANK, DEFAULT_TARGET_MODULES, CountOptions
 from llamatune.commands._console import Console, RichConsole
 
 if TYPE_CHECKING:

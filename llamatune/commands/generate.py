@@ -30,16 +30,20 @@ def generate(options: GenerateOptions, console: Console, launch: Launch) -> None
             from llamatune.strict_json import dump_json_lines
 
             generations = run_generation(
-                options, prompts, options, options.template, console.on_event, console.should_stop, ranks
+                options, prompts, options, options.template, console.on_event, console.should_stop, ranks, options.stop
             )
+            several = options.num_return_sequences
+            left_out = [] if options.compare else ["base_completion"]
+            left_out += ["sequence"] if several == 1 else []
             results = [asdict(generation) for generation in generations.results]
-            if not options.compare:
-                for result in results:
-                    del result["base_completion"]
+            for result in results:
+                for key in left_out:
+                    del result[key]
             if ranks.is_first:  # which alone has the prompts
+                asked = (prompt for prompt in prompts for _ in range(several))
                 results = [
                     prompt.labelled(result) if isinstance(prompt, FilePrompt) else result
-                    for prompt, result in zip(prompts, results, strict=True)
+                    for prompt, result in zip(asked, results, strict=True)
                 ]
             if ranks.is_first and options.output is not None:
                 write_output(options.output, dump_json_lines(results), options.overwrite)
@@ -65,10 +69,13 @@ def _print(out: RichConsole, generations: Generations, compare: bool) -> None:
             table.add_row(*(Text(_shown(text or "")) for text in texts))
         out.print(table)
     else:
-        for result in generations.results:
-            out.print(Text(_shown(result.prompt)))
+        for place, result in enumerate(generations.results):
+            if result.sequence == 1:
+                if place:
+                    out.print("=====")
+                out.print(Text(_shown(result.prompt)))
             out.print(Text(f"> {_shown(result.completion)}"))
-            out.print()
+        out.print()
     out.print(Text(f"{generations.tokens_per_second:,.1f} tokens/s", style="dim"))
 
 

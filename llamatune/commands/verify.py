@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from llamatune.command_options.inference import VerifyOptions
+from llamatune.command_options.inspection import VerifyOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.errors import Stopped, printable
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llamatune.command_options.inference import Sampling
-from llamatune.errors import Stopped
+from llamatune.errors import SpecError, Stopped
 from llamatune.events import ShouldStop
 from llamatune.inference.completion import Completion, last_logits, new_cache
 from llamatune.inference.sampling import not_finite, penalised
@@ -25,8 +25,10 @@ from llamatune.model.transformer import Transformer
 @torch.inference_mode()
 def beam_search(
     model: Transformer, prompt: Sequence[int], sampling: Sampling, eos_ids: Collection[int], should_stop: ShouldStop
-) -> Completion:
-    """The likeliest completion of ``num_beams`` beams, by log-probability / new tokens ** ``length_penalty``.
+) -> list[Completion]:
+    """The likeliest completions of ``num_beams`` beams, by log-probability / new tokens ** ``length_penalty``.
+
+    There are ``num_return_sequences``, the best first.
 
     The search ends when no unfinished beam can still beat the worst of ``num_beams`` finished ones.
     """
@@ -54,6 +56,7 @@ def beam_search(
         if not math.isfinite(best_scores[0]):  # NaN comes first
             raise not_finite()
         kept: list[tuple[float, int, int]] = []
+        likeliest = 0  # of ``kept``, those among the likeliest ``beams`` with the finished ones
         for rank, (score, index) in enumerate(zip(best_scores, best.indices.tolist(), strict=True)):
             beam, token = divmod(index, vocabulary)
             if token in eos_ids:
@@ -61,6 +64,7 @@ def beam_search(
                     finished.append((score / length, unfinished[beam]))
             elif len(kept) < beams:
                 kept.append((score, beam, token))
+                likeliest += rank < beams
         finished = sorted(finished, key=lambda beam: -beam[0])[:beams]
         unfinished = [[*unfinished[beam], token] for _, beam, token in kept]
         if not kept or (len(finished) == beams and kept[0][0] / length <= finished[-1][0]):
@@ -68,9 +72,11 @@ def beam_search(
         scores = torch.tensor([score for score, _, _ in kept], device=model.device)
         sources, tokens = [beam for _, beam, _ in kept], [token for _, _, token in kept]
     else:
-        finished += [(score / length, ids) for (score, _, _), ids in zip(kept, unfinished, strict=True)]
-    ids = max(finished, key=lambda beam: beam[0])[1]
-    return Completion(ids, "length" if len(ids) == sampling.max_new_tokens else "eos")
+        finished += [(kept[beam][0] / length, unfinished[beam]) for beam in range(likeliest)]
+    returned = sorted(finished, key=lambda beam: -beam[0])[: sampling.num_return_sequences]
+    if len(returned) < sampling.num_return_sequences:
+        raise SpecError(f"the model has only {len(returned)} completions of this length", "--num-return-sequences")
+    return [Completion(ids, "length" if len(ids) == sampling.max_new_tokens else "eos") for _, ids in returned]
 
 
 class _BeamTree:

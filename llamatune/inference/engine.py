@@ -30,7 +30,8 @@ from llamatune.shapes.rope_scaling import DynamicScaling
 _TOKENS_IN_A_PASS = 2048
 """Of prompts that are read together; a longer prompt is read in several passes."""
 
-IsEnough = Callable[[Sequence[int]], bool]
+IsEnough = Callable[[Sequence[int], Sequence[int]], bool]
+"""Whether a completion needs no more, given its prompt and its ids so far; it is asked after each id."""
 
 
 @dataclass
@@ -45,11 +46,7 @@ class _Sequence:
 
 
 class Engine:
-    """Completes the prompts that are added, at most ``rows`` at a time.
-
-    Args:
-        is_enough: whether a completion, given its ids so far, needs no more.
-    """
+    """Completes the prompts that are added, at most ``rows`` at a time."""
 
     def __init__(
         self,
@@ -66,9 +63,10 @@ class Engine:
         self._waiting: deque[_Sequence] = deque()
         self._added = 0
 
-    def add(self, prompt: Sequence[int]) -> int:
-        """Take a prompt (ids, BOS included); its number, which counts from 0."""
-        generator = torch.Generator().manual_seed(derived_seed(self._sampling.seed, "sampling"))
+    def add(self, prompt: Sequence[int], draw: int = 0) -> int:
+        """Take a prompt (ids, BOS included); its number, which counts from 0. Each ``draw`` of a prompt is another."""
+        purpose = ("sampling", draw) if draw else ("sampling",)
+        generator = torch.Generator().manual_seed(derived_seed(self._sampling.seed, *purpose))
         self._waiting.append(_Sequence(self._added, prompt, generator))
         self._cache.capacity = max(self._cache.capacity, len(prompt) + self._sampling.max_new_tokens)
         self._added += 1
@@ -165,7 +163,7 @@ class Engine:
         if token in self._eos_ids:
             return "eos"
         sequence.chosen.append(token)
-        if self._is_enough is not None and self._is_enough(sequence.chosen):
+        if self._is_enough is not None and self._is_enough(sequence.prompt, sequence.chosen):
             return "stop"
         return "length" if len(sequence.chosen) == self._sampling.max_new_tokens else ""
 
@@ -179,10 +177,9 @@ def completions(
     should_stop: ShouldStop = never_stop,
     is_enough: IsEnough | None = None,
 ) -> Iterator[Completion]:
-    """The completion of every prompt (ids, BOS included), in their order, at most ``rows`` computed at a time.
+    """The completions of every prompt (ids, BOS included), in their order, at most ``rows`` computed at a time.
 
-    Args:
-        is_enough: as ``Engine`` has it; not for beam search.
+    Each prompt has ``num_return_sequences``, one after the other. ``is_enough`` is not for beam search.
 
     Raises:
         Stopped: ``should_stop`` said so, between two tokens.
@@ -190,13 +187,15 @@ def completions(
     if sampling.num_beams > 1:
         assert is_enough is None, "a beam is known to be the best only at its end"
         for prompt in prompts:
-            yield beam_search(model, prompt, sampling, eos_ids, should_stop)
+            yield from beam_search(model, prompt, sampling, eos_ids, should_stop)
         return
     engine = Engine(model, sampling, eos_ids, rows, is_enough)
-    coming, ended, due = iter(prompts), dict[int, Completion](), 0
+    draws = range(sampling.num_return_sequences)
+    coming = ((prompt, draw) for prompt in prompts for draw in draws)
+    ended, due = dict[int, Completion](), 0
     while True:
-        for prompt in itertools.islice(coming, rows - engine.waiting):
-            engine.add(prompt)
+        for prompt, draw in itertools.islice(coming, rows - engine.waiting):
+            engine.add(prompt, draw)
         if engine.is_done:
             return
         if should_stop():

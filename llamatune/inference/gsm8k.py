@@ -1,14 +1,11 @@
 """GSM8K (Cobbe et al. 2021): zero-shot or few-shot accuracy of a model, alone or beside its base.
 
-Reference answers end in ``#### 18``. The rule of scoring is the data set's own (``grade_school_math/dataset.py`` of its
-repository): the first match of ``ANSWER`` without its commas, compared as text. So ``18.0`` is not ``18``, and an
-answer without the mark is wrong.
+``gsm8k_answers`` has the rule of scoring.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,6 +28,7 @@ from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event
 from llamatune.formats.answer_log import AnswerLog, open_answer_log
 from llamatune.inference.engine import completions
 from llamatune.inference.evaluate import smaller_batches
+from llamatune.inference.gsm8k_answers import AnswerEnds, extract_answer
 from llamatune.inference.model_source import OpenedModel, open_model
 from llamatune.inference.prompt_encoding import PromptEncoder, shown_answer
 from llamatune.inference.significance import exact_mcnemar, score_interval
@@ -40,20 +38,7 @@ from llamatune.shared_work import refuse_differences, share_generating
 from llamatune.tokenizers.tokenizer import Tokenizer
 
 _REVISION = 1  # raise it when the same settings come to give other answers
-ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FEW_SHOT = TEMPLATES["gsm8k"]
-
-
-def extract_answer(text: str) -> str | None:
-    """The final number of an answer, as text without commas; None: none is marked."""
-    match = ANSWER.search(text)
-    return None if match is None else match.group(1).replace(",", "")
-
-
-def is_answered(text: str, few_shot: bool) -> bool:
-    """Whether no more text can change the score: the marked number or, few-shot, the whole answer has ended."""
-    match = ANSWER.search(text)
-    return (match is not None and match.end() < len(text)) or (few_shot and "Question:" in text)
 
 
 @dataclass(frozen=True)
@@ -220,9 +205,7 @@ def _answer(
 ) -> Iterator[dict[str, Any]]:
     """The line of each question, in order: greedy, and ended once no further text can change the score."""
     models = opened.load(on_event, should_stop).by_prefix
-
-    def is_enough(ids: Sequence[int]) -> bool:
-        return is_answered(tokenizer.decode(ids), bool(options.shots))
+    is_enough = AnswerEnds(tokenizer, bool(options.shots)).is_enough
 
     def answered(places: Sequence[int], should_stop: ShouldStop) -> Iterator[dict[str, Any]]:
         asked = [prompts[place] for place in places]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
@@ -17,6 +18,7 @@ Encoded = tuple[list[int], list[tuple[int, int]]]
 """Ids, and the characters (begin, end) that each stands for."""
 _STREAM_CONTEXT = 16
 """Tokens of the prompt that a stream decodes with: more than the tokens of one character (4 bytes)."""
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _HALVES = (("a", "b"), ("a", " b"), ("a", "  b"), ("a:", "\nb"), ("a ", "b"), ("a\n", "b"))
 """Texts in two parts, of which a tokenizer that changes white space loses some."""
 
@@ -96,6 +98,16 @@ class Tokenizer(Protocol):
 
     def piece(self, token_id: int) -> str:
         """One entry of ``pieces``."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 that a token adds to a text, perhaps a part of a character; of a special token, that of its name.
+
+        Of an id without a token a byte that no text has.
+        """
+        piece = self.piece(token_id) if 0 <= token_id < self.vocab_size else ""
+        if _BYTE.fullmatch(piece):
+            return bytes.fromhex(piece[3:5])
+        return piece.replace("▁", " ").encode() or b"\xff"
 
     @property
     def beginning(self) -> list[int]:

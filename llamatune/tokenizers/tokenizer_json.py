@@ -30,7 +30,7 @@ from llamatune.tokenizers.added_tokens import (
     vocabulary_of,
 )
 from llamatune.tokenizers.agreement import added_beyond, check_model_id
-from llamatune.tokenizers.byte_level import CHARACTERS, UTF8_BYTES, readable, spelled
+from llamatune.tokenizers.byte_level import CHARACTERS, UTF8_BYTES, bytes_of, readable, spelled
 from llamatune.tokenizers.json_definition import check_definition, kinds_of, templates_of
 from llamatune.tokenizers.library_definition import HIDDEN, library_definition, prefixes, without_prefix
 from llamatune.tokenizers.tiktoken_file import config_of, definition_of, read_ranks
@@ -138,6 +138,10 @@ class JsonTokenizer(Tokenizer):
             return self._texts[token_id]
         text = self._library.id_to_token(token_id) or ""
         return readable(text) if self._facts.byte_level else text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        text = "" if token_id in self._texts else self._library.id_to_token(token_id) or ""
+        return bytes_of(text) if text and self._facts.byte_level else super().token_bytes(token_id)
 
 
 def load_json(path: Path, on_event: OnEvent = ignore_event) -> JsonTokenizer:

@@ -151,7 +151,7 @@ def test_eos_stops_and_is_left_out(model: Transformer) -> None:
 def test_what_is_enough_ends_one_prompt_and_not_its_neighbours(model: Transformer) -> None:
     free = [found.ids for found in complete(model, PROMPTS, Sampling(20, 0), ())]
     wanted = free[2][7]
-    found = complete(model, PROMPTS, Sampling(20, 0), (), is_enough=lambda ids: ids[-1] == wanted)
+    found = complete(model, PROMPTS, Sampling(20, 0), (), is_enough=lambda _, ids: ids[-1] == wanted)
     for ids, one in zip(free, found, strict=True):
         cut = ids.index(wanted) + 1 if wanted in ids else len(ids)
         assert (one.ids, one.finish_reason) == (ids[:cut], "stop" if wanted in ids else "length")

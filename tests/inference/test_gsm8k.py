@@ -32,13 +32,12 @@ from llamatune.inference.gsm8k import (
     Question,
     choose_examples,
     evaluate_gsm8k,
-    extract_answer,
     few_shot_prompt,
     gsm8k_report,
-    is_answered,
     read_questions,
     scored_line,
 )
+from llamatune.inference.gsm8k_answers import extract_answer, is_answered
 from llamatune.inference.prompt_files import prompt_text
 from llamatune.spec import build_spec
 from llamatune.training.train import train

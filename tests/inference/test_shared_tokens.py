@@ -99,7 +99,7 @@ def test_rows_that_have_ended_are_no_longer_computed(
         batches.append(len(ids))
         return forward(self, ids, *given, **named)
 
-    def is_enough(ids: Any) -> bool:
+    def is_enough(prompt: Any, ids: Any) -> bool:
         return any(list(ids) == free[prompt][:end] for prompt, end in ends.items())
 
     monkeypatch.setattr(Transformer, "forward", counted)
