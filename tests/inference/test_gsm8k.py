@@ -281,7 +281,7 @@ def test_few_shot_prompts_are_what_the_model_is_given_and_end_where_the_next_que
 
     def watched(model: Any, batch: list[list[int]], *given: Any) -> Any:
         prompts.extend(tokenizer.decode(ids[1:]) for ids in batch)
-        ends.append(given[-1](tokenizer.encode("no\n\nQuestion:")))
+        ends.append(given[-1]([], tokenizer.encode("no\n\nQuestion:")))
         return completions(model, batch, *given)
 
     monkeypatch.setattr(module, "completions", watched)
