@@ -46,6 +46,7 @@ def test_which_options_may_be_repeated() -> None:
         "prepare-data --validation",
         "train --allow-spec-change",
         "generate --prompt",
+        "generate --stop",
         "generate --adapter",
         "evaluate --adapter",
         "merge-lora --adapter",
