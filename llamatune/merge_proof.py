@@ -71,7 +71,7 @@ def _probe(
         digest = prepared.digest
         yield validation or prepared.train, digest if isinstance(digest, str) else " ".join(digest)
         return
-    with pipes_kept([probe], lambda: None), tempfile.TemporaryDirectory() as scratch:
+    with pipes_kept([probe], should_stop), tempfile.TemporaryDirectory() as scratch:
         digest = source_digest(probe)
         asked = None if options.template == "none" else options.template  # none is stored, but rows have one
         template = asked or _stored_template(options, Path(scratch))

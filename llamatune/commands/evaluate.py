@@ -28,7 +28,8 @@ def evaluate(options: EvaluateOptions, console: Console, launch: Launch) -> None
             from llamatune.data.row_sources import pipes_kept
             from llamatune.inference.gsm8k import evaluate_gsm8k
 
-            with pipes_kept([path for path in (options.data, options.shots_data) if path is not None], lambda: None):
+            files = [path for path in (options.data, options.shots_data) if path is not None]
+            with pipes_kept(files, console.should_stop):
                 payload = evaluate_gsm8k(options, console.on_event, console.should_stop, ranks)
         console.result(
             payload, lambda out: _print_table(out, payload) if out.is_terminal else _print_lines(out, payload)

@@ -83,6 +83,7 @@ def _batches(pyarrow: Any, file: BinaryIO, path: Path) -> Iterator[Any]:
         _check_names(reader.schema.names, path)
         parts = map(reader.get_batch, range(reader.num_record_batches)) if magic == _ARROW_FILE else reader
         for part in parts:
+            part.validate(full=True)  # pyarrow trusts the offsets in a file: damaged ones end the process
             for begin in range(0, part.num_rows, _BATCH_ROWS):
                 yield part.slice(begin, _BATCH_ROWS)
 

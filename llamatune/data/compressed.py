@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Any, BinaryIO, cast
 from llamatune.data.raw_row import RawRow
 from llamatune.errors import DataError, EnvironmentFault
 
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_GZIP, _ZSTD = b"\x1f\x8b", re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # pzstd begins with the second
 SUFFIXES = (".gz", ".gzip", ".zst", ".zstd")
 _PORTION = 1 << 18
 
 
 def is_compressed(head: bytes) -> bool:
     """Whether a file that begins with ``head`` is compressed in a way that is read."""
-    return head.startswith((_GZIP, _ZSTD))
+    return head.startswith(_GZIP) or _ZSTD.match(head) is not None
 
 
 class Decompressed(io.RawIOBase):

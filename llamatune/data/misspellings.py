@@ -8,8 +8,8 @@ import functools
 @functools.lru_cache(maxsize=4096)
 def within_edits(left: str, right: str, most: int) -> bool:
     """Whether ``most`` insertions, deletions, substitutions or swaps of neighbours suffice (Damerau-Levenshtein)."""
-    if abs(len(left) - len(right)) > most:
-        return False
+    if abs(len(left) - len(right)) > most or len({*right} - {*left}) > most:
+        return False  # the letters tell most pairs at once
     if left[:1] == right[:1]:
         return not left or within_edits(left[1:], right[1:], most)
     return most > 0 and (

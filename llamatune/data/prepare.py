@@ -71,11 +71,7 @@ def prepare_data(
     if not has_manifest(options.output):
         refuse_occupied(options.output, options.overwrite)
 
-    def check_stop() -> None:
-        if should_stop():
-            raise Stopped("stopped before the rows were read", None, "run the same command again")
-
-    with pipes_kept(input_files(options), check_stop):
+    with pipes_kept(input_files(options), should_stop):
         return _prepare(options, on_event, should_stop, workers)
 
 

@@ -50,7 +50,7 @@ def shown_place(path: object, line: int | None, row: int | None) -> str:
 
 def too_large(data: bytes, offset: int) -> RowError:
     """The error for a row of which ``data``, its first bytes, exceed ``LARGEST_ROW_BYTES``."""
-    if not data.strip(b"\0" + BLANK):
+    if b"\0" in data and not data.strip(b"\0" + BLANK):
         return RowError("nul_bytes", f"NUL bytes from byte {offset} of the file on (a write that was cut off?)")
     return RowError("too_large", f"the row has more than {LARGEST_ROW_BYTES:,} bytes")
 

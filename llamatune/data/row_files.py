@@ -18,7 +18,7 @@ from llamatune.data.compressed import SUFFIXES, Decompressed, is_compressed
 from llamatune.data.foreign_files import foreign_kind
 from llamatune.data.json_rows import json_rows
 from llamatune.data.raw_row import RawRow
-from llamatune.data.row_sources import is_directory, open_source, source_files
+from llamatune.data.row_sources import is_directory, open_source, source_files, temporary_copy
 from llamatune.data.saved_dataset import split_note
 from llamatune.data.table_rows import table_rows
 from llamatune.data.text_rows import text_rows
@@ -29,6 +29,7 @@ Kind = Literal["json", "table", "text", "columnar"]
 
 _BOM = b"\xef\xbb\xbf"
 _HEAD = 4096
+_PORTION = 1 << 20
 _BY_SUFFIX: dict[str, Kind] = {".csv": "table", ".tsv": "table", ".tab": "table", ".txt": "text"}
 _COLUMNAR_SUFFIXES = (".parquet", ".arrow", ".feather")
 BEGINS_AS_JSON = re.compile(rb"""\s*(?:\{\s*["']|\[\s*(?:\{\s*["']|["']))""")
@@ -105,7 +106,22 @@ class _Opened:
             return json_rows(self.file, self.start, note)
         if self.kind == "table":
             return table_rows(self.file, self.path, self.suffix)
-        return text_rows(self.file) if self.kind == "text" else columnar_rows([(self.file, self.path)])
+        return text_rows(self.file) if self.kind == "text" else self._columnar_rows()
+
+    def _columnar_rows(self) -> Iterator[RawRow]:
+        if self.compressed is None:
+            yield from columnar_rows([(self.file, self.path)])
+            return
+        # These files are read from their end on, which a compressed one does not allow.
+        with temporary_copy(self._portions(), self.path) as file:
+            if self.compressed.fault:
+                raise DataError(self.compressed.fault, self.path, "fetch or make it again")
+            yield from columnar_rows([(file, self.path)])
+
+    def _portions(self) -> Iterator[bytes]:
+        with read_faults(self.path):
+            while portion := self.file.read(_PORTION):
+                yield portion
 
 
 @contextlib.contextmanager

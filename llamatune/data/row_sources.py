@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from llamatune.data.saved_dataset import data_files
-from llamatune.errors import DataError, EnvironmentFault
+from llamatune.errors import DataError, EnvironmentFault, Stopped
+from llamatune.events import ShouldStop, never_stop
 from llamatune.safe_reading import digest_bytes, digest_file, open_regular, read_faults
 
 STANDARD_INPUT = Path("-")
@@ -48,12 +49,12 @@ def _is(kind: Callable[[int], bool], path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def pipes_kept(paths: Iterable[Path], check_stop: Callable[[], None]) -> Iterator[None]:
-    """Read the pipes among ``paths`` to their end; ``check_stop`` raises to stop."""
+def pipes_kept(paths: Iterable[Path], should_stop: ShouldStop = never_stop) -> Iterator[None]:
+    """Read the pipes among ``paths`` to their end; ``Stopped`` if ``should_stop`` says so meanwhile."""
     with contextlib.ExitStack() as stack:
         for path in paths:
             if is_pipe(path) and path not in _kept:
-                _kept[path] = stack.enter_context(_spooled(path, check_stop))
+                _kept[path] = stack.enter_context(temporary_copy(_portions(path, should_stop), path))
                 stack.callback(_kept.pop, path)
         yield
 
@@ -65,7 +66,9 @@ def open_source(path: Path) -> BinaryIO:
         again = os.fdopen(os.open(f"/dev/fd/{_kept[path].fileno()}", os.O_RDONLY | os.O_CLOEXEC), "rb")
         again.seek(0)
         return again
-    return _spooled(path, lambda: None) if is_pipe(path) else open_regular(path, DataError)
+    if is_pipe(path):
+        return temporary_copy(_portions(path), path)
+    return open_regular(path, DataError)
 
 
 def source_files(path: Path) -> list[Path]:
@@ -109,30 +112,31 @@ def _status(path: Path) -> os.stat_result:
         raise EnvironmentFault(f"cannot read: {fault.strerror}", path) from None
 
 
-def _spooled(path: Path, check_stop: Callable[[], None]) -> BinaryIO:
-    """The content of a pipe in a temporary file without a name, at its beginning."""
+def temporary_copy(portions: Iterable[bytes], path: Path) -> BinaryIO:
+    """The content of ``path``, given in ``portions``, in a temporary file without a name, at its beginning."""
     with contextlib.ExitStack() as stack:
         try:
             copy = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
             stack.callback(copy.close)
-            for portion in _portions(path, check_stop):
+            for portion in portions:
                 copy.write(portion)
             copy.seek(0)
         except OSError as fault:
-            what = f"cannot keep a pipe's content in {tempfile.gettempdir()}: {fault.strerror}"
+            what = f"cannot keep its content in {tempfile.gettempdir()}: {fault.strerror}"
             raise EnvironmentFault(what, path, "set TMPDIR to a directory with room for it") from None
         stack.pop_all()
         return cast(BinaryIO, copy)
 
 
-def _portions(path: Path, check_stop: Callable[[], None]) -> Iterator[bytes]:
+def _portions(path: Path, should_stop: ShouldStop = never_stop) -> Iterator[bytes]:
     """The content of a pipe; ``DataError`` if nobody opens it for writing."""
     with _opened(path) as descriptor, read_faults(path):
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
         waits, limit = path != STANDARD_INPUT, time.monotonic() + WAIT_FOR_WRITER_S
         while True:
-            check_stop()
+            if should_stop():
+                raise Stopped("stopped before the rows were read", None, "run the same command again")
             ready = bool(poll.poll(_POLL_MS))
             if not ready and not waits:
                 continue

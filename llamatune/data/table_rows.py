@@ -35,6 +35,8 @@ def table_rows(file: BinaryIO, path: Path, suffix: str) -> Iterator[RawRow]:
     if named := _EXCELS_SEPARATOR.fullmatch(header_line.strip()):
         separator, header_line = named[1], next(lines, "")
     where = f"{path}:{lines.number}"
+    if lines.is_cut:
+        raise DataError(f"a header of more than {LARGEST_ROW_BYTES:,} bytes", where, "is it one line?")
     if "\r" in header_line.rstrip("\r\n"):
         raise DataError("its lines end in carriage returns alone", where, "convert it: tr '\\r' '\\n'")
     separator = _separator(header_line, separator)

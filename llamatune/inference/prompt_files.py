@@ -17,7 +17,7 @@ from llamatune.data.row_json import Row, decode_value, kind_of
 from llamatune.data.row_sources import pipes_kept
 from llamatune.data.templates import Template
 from llamatune.errors import DataError, SpecError
-from llamatune.events import Notice, OnEvent, ignore_event
+from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.strict_json import parse_json
 
 _LARGEST_TEXT = 256 << 20
@@ -65,12 +65,14 @@ class PromptSource(Protocol):
     def column_map(self) -> str | None: ...
 
 
-def given_prompts(source: PromptSource, on_event: OnEvent = ignore_event) -> list[Prompt]:
+def given_prompts(
+    source: PromptSource, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop
+) -> list[Prompt]:
     """What ``--prompt`` or ``--prompt-file`` hold; both together are refused, neither is no prompt."""
     if source.prompt_file is not None:
         if source.prompt:
             raise SpecError("--prompt and --prompt-file exclude each other")
-        return read_prompts(source.prompt_file, source.format, source.column_map, on_event)
+        return read_prompts(source.prompt_file, source.format, source.column_map, on_event, should_stop)
     for flag, is_given in (("--format", source.format != "auto"), ("--map", source.column_map is not None)):
         if is_given:
             raise SpecError("it needs --prompt-file", flag)
@@ -117,7 +119,11 @@ def prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
 
 
 def read_prompts(
-    path: Path, format: str = "auto", column_map: str | None = None, on_event: OnEvent = ignore_event
+    path: Path,
+    format: str = "auto",
+    column_map: str | None = None,
+    on_event: OnEvent = ignore_event,
+    should_stop: ShouldStop = never_stop,
 ) -> list[Prompt]:
     """Prompts from a file: rows as ``prepare-data`` reads them, or plain text, one prompt a line; blank lines skipped.
 
@@ -128,6 +134,7 @@ def read_prompts(
     Raises:
         SpecError: no such format, or no such map.
         DataError: no prompts, not UTF-8, a row that cannot be used (with its place), or rows between plain lines.
+        Stopped: ``should_stop`` said so while a pipe was read.
     """
     check_format(format)
     columns = None if column_map is None else parse_map(column_map)
@@ -135,7 +142,7 @@ def read_prompts(
     def note(message: str) -> None:
         on_event(Notice(f"{path}: {message}"))
 
-    with pipes_kept([path], lambda: None):
+    with pipes_kept([path], should_stop):
         is_named = file_kind(path) in ("table", "columnar") or row_suffix(path) in _OF_JSON or columns is not None
         content = None if is_named or format not in ("auto", "text") else read_text(path, _LARGEST_TEXT)
         if content is None or (format == "auto" and BEGINS_AS_JSON.match(content)):

@@ -30,7 +30,7 @@ def make_report(
         SpecError: an option is out of bounds, or a run is given twice. CheckpointError: not a run directory.
         EnvironmentFault: matplotlib is missing, or an output exists already.
     """
-    prompts = given_prompts(options, on_event)
+    prompts = given_prompts(options, on_event, should_stop)
     require_matplotlib()
     output = output_file(options.output, options.overwrite)
     picture = None if options.png is None else output_file(options.png, options.overwrite)

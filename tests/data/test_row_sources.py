@@ -16,11 +16,17 @@ import pytest
 from prepared_rows import alpaca, read_split
 from shaped_files import LINES, columnar, save_dataset
 
+from llamatune.command_options.inference import EvaluateOptions, MergeOptions
+from llamatune.commands._console import Console
+from llamatune.commands.evaluate import evaluate
 from llamatune.data import prepare as preparation
 from llamatune.data import row_sources
 from llamatune.data.row_files import read_raw_rows
 from llamatune.errors import DataError, EnvironmentFault, Stopped
-from llamatune.events import Event, Notice
+from llamatune.events import Event, Notice, ShouldStop
+from llamatune.inference.prompt_files import read_prompts
+from llamatune.launch_variables import Launch
+from llamatune.merge_proof import merge_and_prove
 
 Prepare = Callable[..., SimpleNamespace]
 
@@ -152,3 +158,30 @@ def test_a_data_set_that_changes_meanwhile_is_an_error(
     monkeypatch.setattr(preparation, "encode_batches", changing)
     with pytest.raises(DataError, match="a row file was changed while it was read"):
         prepare(tmp_path / "rows")
+
+
+def _evaluate(pipe: Path, should_stop: ShouldStop) -> None:
+    console = Console(json_mode=True)
+    console.should_stop = should_stop  # type: ignore[method-assign]
+    evaluate(EvaluateOptions(Path("model"), data=pipe, task="gsm8k"), console, Launch())
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda pipe, should_stop: read_prompts(pipe, should_stop=should_stop),
+        lambda pipe, should_stop: merge_and_prove(
+            MergeOptions(Path("model"), [Path("adapter")], output=Path("merged"), probe=pipe), should_stop=should_stop
+        ),
+        _evaluate,
+    ],
+    ids=["prompts", "probe", "evaluate"],
+)
+def test_a_signal_ends_every_verb_that_waits_for_a_pipe(fifo: Path, read: Callable[[Path, ShouldStop], object]) -> None:
+    opened, asked = os.open(fifo, os.O_RDWR), list[bool]()  # a writer that writes nothing
+    end = threading.Timer(2, os.close, (opened,))
+    end.start()
+    with pytest.raises(Stopped):
+        read(fifo, lambda: asked.append(True) or len(asked) > 2)
+    end.cancel()
+    os.close(opened)

@@ -1,0 +1,69 @@
+"""Files that are damaged, compressed, or larger in some part than is read: each is read, or named in one line."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shaped_files import ROWS, columnar, zstd_compress
+
+from llamatune.data.raw_row import LARGEST_ROW_BYTES
+from llamatune.data.row_files import read_raw_rows
+from llamatune.data.row_json import decode_row
+from llamatune.errors import DataError
+
+
+def values(path: Path) -> list[dict[str, Any]]:
+    return [decode_row(raw) for raw in read_raw_rows(path)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
+@pytest.mark.parametrize("compress", [gzip.compress, zstd_compress])
+def test_columnar_files_are_read_compressed(tmp_path: Path, kind: str, compress: Callable[[bytes], bytes]) -> None:
+    path, packed = tmp_path / "rows", compress(columnar(kind))
+    path.write_bytes(packed)
+    assert values(path) == ROWS
+    path.write_bytes(packed[:-9])
+    with pytest.raises(DataError, match="the compressed file was cut off"):
+        values(path)
+
+
+def test_zstd_may_begin_with_a_frame_of_no_content(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.zst"  # as pzstd writes it
+    path.write_bytes(b"\x50\x2a\x4d\x18\x04\0\0\0size" + zstd_compress(b'{"text": "a"}\n'))
+    assert values(path) == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_damaged_offsets_in_arrow_do_not_end_the_process(tmp_path: Path, kind: str) -> None:
+    content, path, refused = columnar(kind, [{"text": f"some text {n}"} for n in range(9)]), tmp_path / "a.arrow", 0
+    begin = content.index(b"some text 0")
+    for place in range(begin - 64, begin, 4):  # the offsets of the first three texts are there
+        damaged = bytearray(content)
+        damaged[place + 3] ^= 0x80  # a negative offset
+        path.write_bytes(damaged)
+        try:
+            values(path)
+        except DataError as fault:
+            assert "the file is damaged or was cut off, behind row 0" in str(fault)
+            refused += 1
+    assert refused >= 3
+
+
+@pytest.mark.parametrize("header", [b"text," + b"x" * LARGEST_ROW_BYTES, b"c," * (1 << 20) + b"text"])
+def test_a_header_that_is_too_long_is_called_so(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(header + b"\na,b\n")
+    with pytest.raises(DataError, match=f"a header of more than 2,097,152 bytes: {path}:1: "):
+        values(path)
+
+
+def test_a_line_of_blanks_is_no_nul_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b" " * (LARGEST_ROW_BYTES + 2) + b"\n")
+    (raw,) = read_raw_rows(path)
+    assert raw.error is not None
+    assert raw.error.message == "the row has more than 2,097,152 bytes"
