@@ -48,7 +48,7 @@ def test_damaged_offsets_in_arrow_do_not_end_the_process(tmp_path: Path, kind: s
         try:
             values(path)
         except DataError as fault:
-            assert "the file is damaged or was cut off, behind row 0" in str(fault)
+            assert "the file is damaged or was cut off" in str(fault)
             refused += 1
     assert refused >= 3
 
