@@ -47,6 +47,7 @@ def test_which_options_may_be_repeated() -> None:
         "train --allow-spec-change",
         "generate --prompt",
         "generate --adapter",
+        "generate --stop",
         "evaluate --adapter",
         "merge-lora --adapter",
         "report --prompt",
