@@ -72,7 +72,7 @@ def _print(out: RichConsole, generations: Generations, compare: bool) -> None:
         for place, result in enumerate(generations.results):
             if result.sequence == 1:
                 if place:
-                    out.print("=====")
+                    out.print(Text("====="))
                 out.print(Text(_shown(result.prompt)))
             out.print(Text(f"> {_shown(result.completion)}"))
         out.print()

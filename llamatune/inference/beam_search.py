@@ -56,7 +56,6 @@ def beam_search(
         if not math.isfinite(best_scores[0]):  # NaN comes first
             raise not_finite()
         kept: list[tuple[float, int, int]] = []
-        likeliest = 0  # of ``kept``, those among the likeliest ``beams`` with the finished ones
         for rank, (score, index) in enumerate(zip(best_scores, best.indices.tolist(), strict=True)):
             beam, token = divmod(index, vocabulary)
             if token in eos_ids:
@@ -64,7 +63,6 @@ def beam_search(
                     finished.append((score / length, unfinished[beam]))
             elif len(kept) < beams:
                 kept.append((score, beam, token))
-                likeliest += rank < beams
         finished = sorted(finished, key=lambda beam: -beam[0])[:beams]
         unfinished = [[*unfinished[beam], token] for _, beam, token in kept]
         if not kept or (len(finished) == beams and kept[0][0] / length <= finished[-1][0]):
@@ -72,7 +70,7 @@ def beam_search(
         scores = torch.tensor([score for score, _, _ in kept], device=model.device)
         sources, tokens = [beam for _, beam, _ in kept], [token for _, _, token in kept]
     else:
-        finished += [(kept[beam][0] / length, unfinished[beam]) for beam in range(likeliest)]
+        finished += [(score / length, ids) for (score, _, _), ids in zip(kept, unfinished, strict=True)]
     returned = sorted(finished, key=lambda beam: -beam[0])[: sampling.num_return_sequences]
     if len(returned) < sampling.num_return_sequences:
         raise SpecError(f"the model has only {len(returned)} completions of this length", "--num-return-sequences")

@@ -33,7 +33,8 @@ def evaluation(model: list[str], prepared: Callable[..., Path]) -> Case:
 def generation(model: list[str], tmp_path_factory: pytest.TempPathFactory) -> Case:
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("".join(f"{number} llamas\n" for number in range(40)))
-    words = ["generate", *model, "--prompt-file", str(prompts), "--max-new-tokens", "5", "--temperature", "1", "--json"]
+    words = ["generate", *model, "--prompt-file", str(prompts), "--max-new-tokens", "5", "--json"]
+    words += ["--temperature", "1", "--num-return-sequences", "2", "--stop", "a"]
     return lambda place: [*words, "--output", str(place / "out.jsonl")]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from llamatune.checkpoints.loading import load_model
 from llamatune.command_options.inference import Sampling
 from llamatune.errors import SpecError
 from llamatune.inference.engine import complete, completions
+from llamatune.inference.sampling import token_distribution
 from llamatune.model.transformer import Transformer
+from llamatune.seeds import derived_seed
 
 Command = Callable[..., Any]
 _chance = random.Random(9)
@@ -53,6 +56,18 @@ def test_draws_differ_and_depend_on_the_seed_and_their_number_alone(model: Trans
     fewer = Sampling(16, 1.0, seed=3, num_return_sequences=2)
     assert complete(model, PROMPTS[:1], fewer, eos) == found[:2]
     assert complete(model, PROMPTS[:1], Sampling(16, 1.0, seed=4, num_return_sequences=4), eos)[1] != found[1]
+
+
+def test_the_first_draw_is_that_of_versions_without_others(model: Transformer) -> None:
+    sampling = Sampling(1, 1.0, seed=3, num_return_sequences=2)
+    with torch.inference_mode():
+        distribution = token_distribution(model(torch.tensor([PROMPTS[2]]))[:, -1], sampling)
+    firsts = {}
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(derived_seed(seed, "sampling"))
+        firsts[seed] = [int(torch.multinomial(distribution[0], 1, generator=generator))]
+    found = {seed: complete(model, PROMPTS[2:3], replace(sampling, seed=seed), ())[0].ids for seed in firsts}
+    assert found == firsts
 
 
 @pytest.mark.parametrize(("beams", "count"), [(2, 2), (4, 3), (5, 5)])
