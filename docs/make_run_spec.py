@@ -25,8 +25,8 @@ says how to undo that one, as `training.num_epochs=null` beside `training.max_st
 
 Relative paths are relative to the working directory. In every path, here and on the command line, `~` and `~user` at
 the front, `$NAME` and `${NAME}` are expanded; a variable that is not set or empty is an error, and so are other forms
-for a shell, such as `$(date)`. What is called so, `$` included, and exists is taken as it is. The `spec.yaml` of the
-run holds the expanded paths.
+for a shell, such as `$(date)`. What is called so, `$` included, and exists is taken as it is; so is a directory in
+place of such an error, for what lies in it. The `spec.yaml` of the run holds the expanded paths.
 
 A run that is started again may raise `training.num_epochs` or `training.max_steps`, raise
 `evaluation.early_stopping_patience` or set it to null, and change keys that alter no result

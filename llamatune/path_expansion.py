@@ -38,7 +38,10 @@ def _with_variables(text: str) -> str:
     parts = text.split("/")
     for number, part in enumerate(parts):
         try:
-            parts[number] = _VARIABLE.sub(lambda found: _value(found, text), part)
+            expanded = _VARIABLE.sub(lambda found: _value(found, text), part)
+            if _VARIABLE.search(expanded):
+                raise SpecError("a variable in it holds another variable", text, "write the path out")
+            parts[number] = expanded
         except SpecError:
             if not _exists("/".join(parts[: number + 1])):
                 raise
@@ -52,8 +55,6 @@ def _value(found: re.Match[str], text: str) -> str:
     if not (value := os.environ.get(name)):
         fault = "is not set" if value is None else "is empty"
         raise SpecError(f"the variable {name} {fault}", text, "set it, or write the path out")
-    if _VARIABLE.search(value):
-        raise SpecError("a variable in it holds another variable", text, "write the path out")
     return value
 
 

@@ -151,7 +151,8 @@ def build_spec(values: Any, where: object, overrides: Sequence[str] = (), stored
     """
     if not isinstance(values, dict):
         raise SpecError("not a mapping of sections", where, f"sections are {', '.join(RunSpec.model_fields)}")
-    if values.get("lora", ()) is None:
+    given = {assignment.partition("=")[0].partition(".")[0] for assignment in overrides}
+    if values.get("lora", ()) is None and "lora" not in given:
         raise SpecError("lora: empty", where, "write lora: {} for its defaults, or omit it to train every parameter")
     rename_aliases(values, where)
     written = copy.deepcopy(values) if overrides else values

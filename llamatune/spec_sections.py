@@ -22,6 +22,7 @@ from llamatune.spec_types import (
     PathText,
     Positive,
     Rank,
+    Steps,
     TargetModules,
     WholeModules,
 )
@@ -152,7 +153,7 @@ class TrainingSection(Section):
         description=f"passes over the rows, {DEFAULT_EPOCHS} if max_steps is not given either; 0.5 or 2.5 ends inside "
         "one, after a whole update",
     )
-    max_steps: Positive | None = Field(None, description="optimizer updates, in place of num_epochs")
+    max_steps: Steps | None = Field(None, description="optimizer updates, in place of num_epochs")
     micro_batch_size: Positive = Field(1, description="rows in one forward pass")
     gradient_accumulation_steps: Positive = Field(8, description="micro-batches per update")
     tokens_per_pass: Positive | Literal["auto"] | None = Field(

@@ -93,9 +93,10 @@ NonEmptyText = Annotated[str, Field(min_length=1)]
 PathText = Annotated[NonEmptyText, AfterValidator(_expanded)]
 Directories = Annotated[str | tuple[str, ...], BeforeValidator(_directories)]
 Positive = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=1, lt=1 << 63)]
 Epochs = Annotated[
     float,
-    Field(gt=0),
+    Field(gt=0, le=1e9),
     AfterValidator(lambda value: int(value) if float(value).is_integer() else value),
     PlainSerializer(lambda value: value),  # else a whole number would be written as 3.0
 ]

@@ -88,6 +88,11 @@ def test_a_whole_section_is_left_out_or_replaced() -> None:
     assert (replaced.r, replaced.alpha, replaced.dropout) == (16, 3, 0.05)
     added = spec("lora={}", "model.dtype=float32", text=text.replace(adapter, "")).lora
     assert added is not None
+    empty = text.replace(adapter, "lora:")
+    assert "lora: empty" in refusal("model.dtype=float32", text=empty)
+    assert spec("lora=null", "model.dtype=float32", text=empty).lora is None
+    assert (found := spec("lora.r=3", text=empty).lora) is not None
+    assert found.r == 3
     with pytest.raises(SpecError, match="lora is given 2 times"):
         refuse_twice(["lora=null", "lora.r=8"])
 
@@ -172,6 +177,8 @@ def test_pefts_spellings_are_accepted_but_not_beside_ours() -> None:
         ("seed=null", "seed: unknown key"),
         ("training.num_epochs=0", "training.num_epochs: should be greater than 0"),
         ("training.num_epochs=true", "valid number"),
+        ("training.num_epochs=1e308", "training.num_epochs: should be less than or equal to 1000000000"),
+        (f"training.max_steps=1{'0' * 400}", "training.max_steps: should be less than"),
     ],
 )
 def test_what_means_nothing_is_refused(override: str, part: str) -> None:

@@ -194,6 +194,7 @@ def test_what_is_expanded_may_be_expanded_again(monkeypatch: pytest.MonkeyPatch)
         ("x/${ABSENT}", "the variable ABSENT is not set"),
         ("$EMPTY/x", "the variable EMPTY is empty"),
         ("$NESTED/x", "a variable in it holds another variable"),
+        ("${DOLLAR}x/y", "a variable in it holds another variable"),
         ("${ABSENT:-/tmp}/x", r"\$\{ is for a shell"),
         ("run-$(date)", r"\$\( is for a shell"),
     ],
@@ -205,6 +206,7 @@ def test_what_only_a_shell_can_expand_is_refused_with_the_reason(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.setenv("NESTED", "a$EMPTY")
+    monkeypatch.setenv("DOLLAR", "$")
     with pytest.raises(SpecError, match=f"^{fault}"):
         expand_path(text)
     with pytest.raises(SpecError, match=rf"training\.output_dir: {fault}"):

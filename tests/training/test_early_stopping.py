@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,7 +283,7 @@ def test_with_more_patience_it_goes_on_as_if_it_had_had_it_from_the_start(
     stop = before["steps"]
     told = [event.message for event in events if isinstance(event, Notice) and "stopped early" in event.message]
     assert len(told) == 1
-    assert told[0].startswith(f"stopped early after step {stop} of 12: no lower validation loss in 1 evaluations")
+    assert re.match(rf"stopped early after step {stop} of 12: no lower validation loss in 1 evaluation\b", told[0])
     assert f"the lowest was {before['best_eval_loss']:.4f} at step {before['best_step']}, which is in best/" in told[0]
     assert "set evaluation.early_stopping_patience above 1, or to null" in told[0]
     run = Path(before["output_dir"])
