@@ -1,5 +1,7 @@
 """Strict JSON."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,11 @@ def test_a_json_file_must_hold_an_object(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(CheckpointError, match="not a JSON object"):
         read_json(tmp_path / "list.json")
+
+
+def test_a_key_that_comes_twice_is_found_at_once_among_many() -> None:
+    text = json.dumps({f"{n}{'x' * 90}": n for n in range(30_000)})
+    begin = time.process_time()
+    with pytest.raises(ValueError, match=f"the key '29999{'x' * 75}' appears twice"):
+        parse_json(text[:-1] + f', "29999{"x" * 90}": 1}}')
+    assert time.process_time() - begin < 2

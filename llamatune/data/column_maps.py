@@ -124,11 +124,15 @@ def _with_messages(row: dict[str, Any]) -> dict[str, Any]:
     said = {role: row.pop(role, None) for role in ("user", "assistant")}
     lists = {role: [*text] if isinstance(text, list) else [text] for role, text in said.items()}
     if len(lists["user"]) != len(lists["assistant"]) or len({type(text) is list for text in said.values()}) > 1:
-        shown = " and ".join(f"{role} is {kind_of(text)}" for role, text in said.items())
+        shown = " and ".join(f"{role} is {_kind_and_length(text)}" for role, text in said.items())
         raise RowError("wrong_type", f"a chat is made of two texts, or of two lists of as many texts; {shown}")
     turns = zip(lists["user"], lists["assistant"], strict=True)
     return {**row, "messages": [{"role": role, "content": text}
                                 for pair in turns for role, text in zip(said, pair, strict=True)]}  # fmt: skip
+
+
+def _kind_and_length(value: object) -> str:
+    return f"{kind_of(value)} of {len(value)}" if isinstance(value, list) else kind_of(value)
 
 
 def _texts(name: str, first: str, second: str, *more: tuple[str, str]) -> ColumnMap:

@@ -18,6 +18,7 @@ LISTS = ("data", "train", "rows", "examples", "instances", "records", "items", "
 
 _PORTION = 1 << 20
 _MOST_NAMED = 5
+_LONGEST_NAME = 80
 
 
 def json_rows(file: BinaryIO, start: int, note: Callable[[str], None]) -> Iterator[RawRow]:
@@ -72,7 +73,7 @@ def _rows_in_object(file: BinaryIO, start: int, note: Callable[[str], None]) -> 
         if key in LISTS and elements.begins_rows():
             return _wrapped(elements, key, others, note)
         elements.skip_value()
-        others.append(key)
+        others.append(key[:_LONGEST_NAME])
         del others[_MOST_NAMED + 1 :]
     return None
 
@@ -81,7 +82,7 @@ def _wrapped(elements: JsonElements, name: str, others: list[str], note: Callabl
     yield from elements.of_list()
     while elements.next_byte() == b"," and (key := elements.next_key()) is not None:
         elements.skip_value()
-        others.append(key)
+        others.append(key[:_LONGEST_NAME])
         del others[_MOST_NAMED + 1 :]
     if not elements.ended and elements.take() != b"}":
         yield elements.fault("not_json", "the object around the list is not closed: the file was cut short")

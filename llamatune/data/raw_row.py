@@ -13,11 +13,14 @@ _BYTES_OF_LARGER_ROWS = 1000
 
 
 class RowError(Exception):
-    """An unusable row: ``kind`` is its name in the report's counts, ``message`` the reason."""
+    """An unusable row: ``kind`` is its name in the report's counts, ``what`` the reason.
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(kind, message)
-        self.kind, self.message = kind, message
+    ``message`` has the reason and, behind it, advice that only a verb with ``--map`` can give.
+    """
+
+    def __init__(self, kind: str, what: str, advice: str = "") -> None:
+        super().__init__(kind, what, advice)
+        self.kind, self.what, self.message = kind, what, what + advice
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ def row_of(row: Mapping[str, Any], row_format: Format, columns: ColumnMap | None
         nulls = ", ".join(quote(key) for key, value in row.items() if value is None)
         advice = None if columns else advice_for(meant)
         shown = f"{fault.message} (null: {nulls})" if nulls else fault.message
-        raise RowError(fault.kind, f"{shown}; {advice}" if advice else shown) from None
+        raise RowError(fault.kind, shown, f"; {advice}" if advice else "") from None
     if not (unknown or lost or adjusted):
         return parsed
     ignored = (*unknown, *lost, *parsed.ignored_keys)
@@ -156,19 +156,19 @@ def _unknown_keys(row: Mapping[str, Any], row_format: Format, names: Iterable[st
         names = row_format.context  # one of its two keys is there, so the other is not missing
     for key in unknown:
         if key in _CONTENT and row_format.prompt_fields and not is_empty(row[key]):
-            what = f"field {key!r} would be lost: {row_format.name} rows have no place for it"
-            todo, meant = "take it out if it may be", _PLACES.get(key)
+            what = f"field {key!r} would be lost: {row_format.name} rows have no place for it; take it out if it may be"
+            advice, meant = "", _PLACES.get(key)
             if meant in row_format.keys + row_format.context:
-                todo += f", or read it as the field {meant!r}: --map {meant}={key}"
+                advice = f", or read it as the field {meant!r}: --map {meant}={key}"
             elif key == "context" and row_format.name == "gsm8k":
-                todo += ", or read it as an input: --map "
-                todo += "squad" if "answers" in row else "instruction=question,input=context,output=answer"
-            raise RowError("unread_field", f"{what}; {todo}")
+                advice = ", or read it as an input: --map "
+                advice += "squad" if "answers" in row else "instruction=question,input=context,output=answer"
+            raise RowError("unread_field", what, advice)
         for name in names:
             # Of a key that may be absent only a near misspelling counts.
             if name not in row and within_edits(key.lower(), name, 1 if name in row_format.context else 2):
                 what = f"unknown field {quote(key)}, did you mean {name!r}?"
-                raise RowError("unknown_field", f"{what} (--map {name}={key})")
+                raise RowError("unknown_field", what, f" (--map {name}={key})")
     return unknown
 
 

@@ -140,7 +140,7 @@ def text_field(row: Mapping[str, Any], name: str, where: str = "the row") -> str
     value = field_of(row, name, where)
     if isinstance(value, list) and where == "the row":
         what = f"field {name!r} of the row is a list, not a string"
-        raise RowError("wrong_type", f"{what}; one of it can be taken, with --map {name}={name}[0]")
+        raise RowError("wrong_type", what, f"; one of it can be taken, with --map {name}={name}[0]")
     text = checked_text(value, name, where)
     if not text or text.isspace():
         raise RowError("empty_field", f"field {name!r} of {where} is empty")

@@ -39,12 +39,13 @@ def table_rows(file: BinaryIO, path: Path, suffix: str) -> Iterator[RawRow]:
         raise DataError(f"a header of more than {LARGEST_ROW_BYTES:,} bytes", where, "is it one line?")
     if "\r" in header_line.rstrip("\r\n"):
         raise DataError("its lines end in carriage returns alone", where, "convert it: tr '\\r' '\\n'")
-    separator = _separator(header_line, separator)
+    lines.separator = separator = _separator(header_line, separator)
     names = _header(header_line, separator, where)
     reader = csv.reader(lines, delimiter=separator, strict=True)
     row = 0
     while True:
-        line, begin, lines.is_cut = lines.number + 1, lines.offset, False
+        lines.begin_row()
+        line, begin = lines.number + 1, lines.offset
         cells, error = list[str](), None
         try:
             cells = next(reader)
@@ -61,10 +62,17 @@ def table_rows(file: BinaryIO, path: Path, suffix: str) -> Iterator[RawRow]:
 
 
 class _Lines:
-    """The lines of ``file`` for ``csv.reader``: bytes that are no UTF-8 as lone surrogates, too long lines cut."""
+    """The lines of ``file`` for ``csv.reader``: bytes that are no UTF-8 as lone surrogates, too long lines cut.
+
+    A line that is cut leaves a quote open if the whole line does, so that the rows behind it are read.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self.number, self.offset, self.is_cut = file, 0, file.tell(), False
+        self._file, self.number, self.offset, self.separator = file, 0, file.tell(), ","
+        self.begin_row()
+
+    def begin_row(self) -> None:
+        self.is_cut = self._in_quotes = False
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -75,12 +83,20 @@ class _Lines:
             raise StopIteration
         self.number += 1
         self.offset += len(data)
-        rest = data
-        while len(rest) > LARGEST_ROW_BYTES and not rest.endswith(b"\n"):
-            self.is_cut = True
+        self._in_quotes ^= bool(data.count(b'"') % 2)
+        text = data.decode(errors="surrogateescape")
+        return text if len(data) <= LARGEST_ROW_BYTES or data.endswith(b"\n") else text + self._end_of_cut()
+
+    def _end_of_cut(self) -> str:
+        """What stands for the rest of a line that is too long."""
+        self.is_cut, was_in_quotes, rest = True, self._in_quotes, b"."
+        while rest and not rest.endswith(b"\n"):
             rest = self._file.readline(LARGEST_ROW_BYTES + 1)
             self.offset += len(rest)
-        return data.decode(errors="surrogateescape")
+            self._in_quotes ^= bool(rest.count(b'"') % 2)
+        if was_in_quotes == self._in_quotes:
+            return "\n"
+        return '"\n' if was_in_quotes else f'{self.separator}"\n'
 
 
 def _separator(header: str, expected: str) -> str:

@@ -51,18 +51,22 @@ class Question:
     expected: str
 
 
-def read_questions(path: Path) -> list[Question]:
-    """The rows of a GSM8K file.
+def read_questions(path: Path, on_event: OnEvent = ignore_event) -> list[Question]:
+    """The rows of a GSM8K file; ``on_event`` is told what else it holds.
 
     Raises:
         DataError: no rows; a row (``path:line``) without question or answer, or an answer without ``#### number``.
     """
     questions = []
-    for number, raw in enumerate(read_raw_rows(path), start=1):
+
+    def note(message: str) -> None:
+        on_event(Notice(f"{path}: {message}"))
+
+    for number, raw in enumerate(read_raw_rows(path, note), start=1):
         try:
             row = row_of(decode_row(raw), FORMATS["gsm8k"])
         except RowError as fault:
-            raise DataError(fault.message, raw.place(path)) from None
+            raise DataError(fault.what, raw.place(path), "GSM8K rows have 'question' and 'answer'") from None
         expected = extract_answer(row.completion)
         if expected is None:
             raise DataError("the answer has no '#### number' to compare with", raw.place(path))
@@ -144,7 +148,7 @@ def evaluate_gsm8k(
     template = opened.template(options.template, tokenizer, on_event)
     if template is None and options.template is None:
         template = TEMPLATES["gsm8k"]
-    asked, examples = read_questions(options.data), []
+    asked, examples = read_questions(options.data, on_event), []
     if options.shots_data is not None:
         examples = choose_examples(options.shots_data, options.shots or 0, options.sampling.seed, asked)
     questions = asked[: options.limit]

@@ -67,3 +67,15 @@ def test_a_line_of_blanks_is_no_nul_bytes(tmp_path: Path) -> None:
     (raw,) = read_raw_rows(path)
     assert raw.error is not None
     assert raw.error.message == "the row has more than 2,097,152 bytes"
+
+
+@pytest.mark.parametrize("field", [b"x", b'"x"', b'"x, ""y""\nz"', b'""""'])
+@pytest.mark.parametrize("cut", range(-4, 5))
+def test_rows_behind_a_row_of_a_table_that_is_too_long_are_read(tmp_path: Path, field: bytes, cut: int) -> None:
+    path, size = tmp_path / "a.csv", LARGEST_ROW_BYTES - LARGEST_ROW_BYTES // 2 - len(field) + cut
+    large = b'"' + b"y" * (LARGEST_ROW_BYTES // 2) + b'",' + b"z" * size + b"," + field + b',"last ""one"""'
+    path.write_bytes(b"a,b,c,d\n" + large + b"\n1,2,3,4\n5,6,7,8\n")
+    first, *others = read_raw_rows(path)
+    assert first.error is not None
+    assert first.error.kind == "too_large"
+    assert [decode_row(raw)["a"] for raw in others] == ["1", "5"]

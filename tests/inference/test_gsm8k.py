@@ -150,6 +150,10 @@ GOOD = {"question": "How many?", "answer": "Two.\n#### 2"}
         ({"question": "How many?", "answer": ""}, "field 'answer' of the row is empty"),
         ({"question": "How many?", "answer": "Two."}, "no '#### number'"),
         ({"answer": "#### 2"}, "no field 'question'"),
+        ({"instruction": "How many?", "output": "#### 2"}, "the row has 'instruction', 'output'"),
+        ({"quesstion": "How many?", "answer": "#### 2"}, "did you mean 'question'?"),
+        ({"question": ["How many?", "Two?"], "answer": "#### 2"}, "is a list, not a string"),
+        ({"question": "How many?", "answer": "#### 2", "context": "Two."}, "would be lost"),
     ],
 )
 def test_a_row_without_an_answer_is_an_error_with_its_line(tmp_path: Path, bad: dict[str, Any], part: str) -> None:
@@ -158,6 +162,16 @@ def test_a_row_without_an_answer_is_an_error_with_its_line(tmp_path: Path, bad: 
         read_questions(path)
     assert f"{path}:3" in str(fault.value)
     assert part in str(fault.value)
+    assert "--map" not in str(fault.value)  # which evaluate does not have
+
+
+def test_what_a_file_of_questions_holds_beside_them_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps({"data": [GOOD], "version": 1}))
+    events = list[Any]()
+    assert len(read_questions(tmp_path / "rows.json", events.append)) == 1
+    assert [event.message.split(": ", 1)[1] for event in events] == [
+        "the rows are those of 'data'; left out beside it: 'version'"
+    ]
 
 
 def test_examples_are_a_function_of_the_seed_and_never_a_question_that_is_asked(tmp_path: Path) -> None:
