@@ -48,7 +48,6 @@ def test_which_options_may_be_repeated() -> None:
         "generate --prompt",
         "generate --stop",
         "generate --adapter",
-        "generate --stop",
         "evaluate --adapter",
         "merge-lora --adapter",
         "report --prompt",
