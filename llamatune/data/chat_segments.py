@@ -20,6 +20,8 @@ from llamatune.errors import DataError
 from llamatune.tokenizers.tokenizer import Tokenizer
 
 _USER_FIELDS = ("user", "instruction", "question", "prompt")
+_MOST_MESSAGES = 2000
+"""Of a chat: each answer takes renderings of all that is before it, some seconds in all for so many."""
 _PROBE = ("Good morning.", "Good evening.")
 Span = tuple[int, int]
 
@@ -50,6 +52,8 @@ class ChatEncoder:
         """
         odd = row.irregular
         given = [*messages_of(row), _answer(row, completion)]
+        if len(given) > _MOST_MESSAGES:
+            raise RowError("too_large", f"a chat of {len(given):,} messages; {_MOST_MESSAGES:,} are the most of a row")
         messages, tools, marker = self._hidden(given, () if odd is None else odd.tools, odd is not None)
         turns = _answers(messages)
         wanted = [not last_only or turn == turns[-1] for turn in turns]

@@ -185,3 +185,11 @@ def test_a_signal_ends_every_verb_that_waits_for_a_pipe(fifo: Path, read: Callab
         read(fifo, lambda: asked.append(True) or len(asked) > 2)
     end.cancel()
     os.close(opened)
+
+
+def test_a_chat_of_more_messages_than_can_be_rendered_is_refused(prepare: Prepare, tmp_path: Path) -> None:
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    rows = [json.dumps({"messages": turns * count}) for count in (1, 1001)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    with pytest.raises(DataError, match="a chat of 2,002 messages; 2,000 are the most of a row"):
+        prepare(tmp_path / "rows.jsonl", template="llama2-chat")
