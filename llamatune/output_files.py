@@ -1,6 +1,6 @@
 """The rule of what a verb may write to, the same for every output file and directory.
 
-- What exists is replaced with ``--overwrite`` alone. A verb that goes on with what it began (a run, a benchmark,
+- What exists is replaced with ``--overwrite`` alone. A verb that continues earlier work (a run, a benchmark,
   answers) and one that finds what it would make replace nothing.
 - An output is no input, by whatever name; it does not hold one, and is not inside of an input directory.
 - What is no regular file (``/dev/stdout``, a pipe, ``/dev/null``) is written through.

@@ -1,4 +1,4 @@
-"""The models that share LLaMA's computation, by ``model_type``: what each leaves unsaid and adds. No torch."""
+"""The models that share LLaMA's computation, by ``model_type``: defaults and differences of each. No torch."""
 
 from __future__ import annotations
 

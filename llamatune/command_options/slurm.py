@@ -50,4 +50,6 @@ class SlurmOptions(Options):
         days, _, clock = self.time.rpartition("-")
         numbers = [int(number) for number in clock.split(":")]
         units = (3600, 60, 1) if days or len(numbers) == 3 else (60, 1)
-        return 86_400 * int(days or 0) + sum(number * unit for number, unit in zip(numbers, units, strict=False))
+        return 86_400 * int(days or 0) + sum(
+            number * unit for number, unit in zip(numbers, units[: len(numbers)], strict=True)
+        )

@@ -43,7 +43,7 @@ def _ignore(_: str) -> None:
 def read_raw_rows(path: Path, note: Callable[[str], None] = _ignore) -> Iterator[RawRow]:
     """Every row of a file, a pipe, or a directory of ``save_to_disk``, numbered from 1; blank lines are no rows.
 
-    ``note`` is told what else the file or directory holds that is not read.
+    ``note`` is called with a message about content of the file or directory that is not read.
 
     Raises:
         DataError: no such file, one that is damaged, or one of another kind, by name.

@@ -19,7 +19,7 @@ class SpecialTexts:
 
     def __init__(self, special_tokens: Iterable[str]) -> None:
         texts = [text for text in dict.fromkeys((*special_tokens, *_KNOWN)) if len(text) >= _SHORTEST]
-        # One character tells of most rows that they have none, two of most others: one search for `<|` in place of 256.
+        # Searching for one character, then for `<|`, rules out most rows; a search for each of 256 texts is slow.
         self._first_characters = {text[0] for text in texts}
         self._by_beginning: dict[str, list[str]] = {}
         for text in texts:

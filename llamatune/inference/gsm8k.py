@@ -52,7 +52,7 @@ class Question:
 
 
 def read_questions(path: Path, on_event: OnEvent = ignore_event) -> list[Question]:
-    """The rows of a GSM8K file; ``on_event`` is told what else it holds.
+    """The rows of a GSM8K file; a notice names what is beside them.
 
     Raises:
         DataError: no rows; a row (``path:line``) without question or answer, or an answer without ``#### number``.
@@ -259,7 +259,7 @@ def _settings(
 def _kept_lines(log: AnswerLog, questions: list[Question], compare: bool) -> Iterator[dict[str, Any]]:
     """The lines already in the output, up to the first that this evaluation would not have written."""
     prefixes = ("", "base_") if compare else ("",)
-    for question, line in zip(questions, log.entries(), strict=False):  # a stopped one has fewer lines
+    for question, line in zip(questions, log.entries(), strict=False):  # a stop leaves fewer, a larger --limit more
         try:
             replies = {p: (line[f"{p}completion"], line[f"{p}finish_reason"]) for p in prefixes}
             if scored_line(question, replies) != line:

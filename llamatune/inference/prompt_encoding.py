@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -68,8 +67,10 @@ class PromptEncoder:
 def shown_answer(tokenizer: Tokenizer, segments: Segments, prompt: Sequence[int], ids: Sequence[int]) -> str:
     """The text of a completion, without the white space that its prompt, whose ids are ``prompt``, ends in."""
     text = tokenizer.continuation(prompt, ids)
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(segments.moved, text, strict=False))
-    return text[sum(1 for _ in same) :]
+    moved = segments.moved
+    while not text.startswith(moved):  # the model may have written only the beginning of it
+        moved = moved[:-1]
+    return text.removeprefix(moved)
 
 
 def is_chat(prompt: Prompt) -> bool:

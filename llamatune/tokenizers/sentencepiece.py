@@ -19,7 +19,7 @@ from llamatune.tokenizers.sentencepiece_check import read_checked
 from llamatune.tokenizers.tokenizer import Encoded, Tokenizer, effective_cuts, refuse_surrogates
 
 _CUT = -1
-"""In the place of a special token: no token spans it."""
+"""Stands for a special token in the text that is encoded; no token spans it."""
 _NO_DUMMY_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
 """``normalizer_spec { add_dummy_prefix: false }`` as a field of the model's protocol buffer."""
 

@@ -68,6 +68,7 @@ def window_gradients(
     parameters, reached = list(learner.parameters.values()), [False] * len(learner.parameters)
     done, count, started = 0, sum(map(len, groups)), time.monotonic()
     with _casts(learner):
+        # Without lanes the passes of all of them are one group.
         for lane, group in zip(own, groups, strict=False):
             for index in group:
                 if done and ranks.size == 1 and should_stop():
