@@ -22,7 +22,7 @@ _LONGEST_NAME = 80
 
 
 def json_rows(file: BinaryIO, start: int, note: Callable[[str], None]) -> Iterator[RawRow]:
-    """The rows of ``file``, read from byte ``start``; ``note`` is called with what an object around them holds beside."""
+    """The rows of ``file``, from byte ``start`` on; ``note`` is called with what an object around them holds."""
     file.seek(start)
     portion = file.read(_PORTION)
     while portion and not portion.strip(BLANK):
