@@ -29,7 +29,8 @@ VERBS = {
     "Formats": ("convert", "convert-adapter", "extract-lora"),
 }
 _WRITERS = ("prepare-data", "train", "merge-lora", "benchmark", "demo", "report", *VERBS["Formats"])
-"""Verbs that write files, as ``evaluate --output`` does: a stop of them is exit 75, of the others 130."""
+_CONTINUED = {"evaluate": ("--output",), "generate": ("--output", "--prompt-file")}
+"""Verbs that write files, always or where all of these options are given: a stop is exit 75, of the others 130."""
 
 
 def _load_verb(name: str) -> Callable[..., None]:
@@ -116,7 +117,8 @@ def _silence_closed_streams() -> None:
 
 def _exit_code(words: list[str]) -> int:
     verb = next((word for word in words if not word.startswith("-")), "")
-    writes = verb in _WRITERS or (verb == "evaluate" and any(word.startswith("--output") for word in words))
+    given = {flag for word in words for flag in _CONTINUED.get(verb, ()) if word.startswith(flag)}
+    writes = verb in _WRITERS or (verb in _CONTINUED and given == {*_CONTINUED[verb]})
     stopped = Stopped.exit_code if writes else 130
     try:
         known = words[:1] == [verb] and any(verb in names for names in VERBS.values())

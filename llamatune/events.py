@@ -17,11 +17,12 @@ class Notice:
 
 @dataclass(frozen=True)
 class Progress:
-    """``done`` of ``total`` units of ``task`` (total None: unknown)."""
+    """``done`` of ``total`` units of ``task`` (total None: unknown); ``tokens_per_second`` of one that generates."""
 
     task: str
     done: int
     total: int | None = None
+    tokens_per_second: float | None = None
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,11 @@ class GenerateOptions(Sampling, PromptOptions, ModelSource):
     """A model, prompts and how to sample. The options of the last base are listed first, as in every dataclass."""
 
     stop: Sequence[str] = option("End a completion before this text; may be repeated.", (), metavar="TEXT")
-    output: Path | None = option("Also write the results to this JSONL file; - is stdout.", None, writes="file")
+    output: Path | None = option(
+        "Also write the results to this JSONL file; - is stdout. With --prompt-file the same command continues it.",
+        None,
+        writes="answers",
+    )
     overwrite: bool = option("Replace what stands at --output.", False)
 
     def __post_init__(self) -> None:

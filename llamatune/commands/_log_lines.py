@@ -35,7 +35,8 @@ class KeyValueLines:
                     return None
                 self._last_progress = now
                 total = "" if event.total is None else f"/{event.total}"
-                return f"{event.task.replace(' ', '_')}={event.done}{total}"
+                speed = "" if event.tokens_per_second is None else f" {_fields(event, 'tokens_per_second:.0f')}"
+                return f"{event.task.replace(' ', '_')}={event.done}{total}{speed}"
             case events.RunStarted():
                 counts = "trainable_parameters total_parameters train_rows validation_rows total_steps resumed_step"
                 return f"device={event.device} {_fields(event, counts)}"

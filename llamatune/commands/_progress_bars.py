@@ -58,8 +58,8 @@ class ProgressBars:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bars = Bars(*columns, console=console)
+        counts = (BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[speed]}"))
+        self._bars = Bars(TextColumn("{task.description}"), *counts, console=console)
         self._tasks: dict[str, TaskID] = {}
         self._panel: TrainingPanel | None = None
         self._drawn = 0.0
@@ -87,8 +87,9 @@ class ProgressBars:
 
     def _count(self, event: events.Progress) -> None:
         if event.task not in self._tasks:
-            self._tasks[event.task] = self._bars.add_task(event.task, total=event.total)
-        self._bars.update(self._tasks[event.task], completed=event.done, total=event.total)
+            self._tasks[event.task] = self._bars.add_task(event.task, total=event.total, speed="")
+        speed = "" if event.tokens_per_second is None else f"{event.tokens_per_second:,.0f} tokens/s"
+        self._bars.update(self._tasks[event.task], completed=event.done, total=event.total, speed=speed)
         if event.total is not None and event.done >= event.total:
             self._bars.remove_task(self._tasks.pop(event.task))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from llamatune.command_options.inference import GenerateOptions
@@ -11,6 +10,7 @@ from llamatune.commands._console import Console, RichConsole
 from llamatune.commands._several_ranks import connect, wait_for_first
 from llamatune.errors import printable
 from llamatune.launch_variables import Launch
+from llamatune.output_files import output_file, write_output
 
 if TYPE_CHECKING:
     from llamatune.inference.generate import Generations
@@ -19,33 +19,38 @@ if TYPE_CHECKING:
 
 def generate(options: GenerateOptions, console: Console, launch: Launch) -> None:
     """Complete prompts."""
+    if options.output is not None and options.prompt_file is None and launch.rank == 0:
+        output_file(options.output, options.overwrite)
     prompts = _prompts(options, console) if launch.world_size == 1 else []  # at once, before torch is imported
     with connect(launch, options.device) as ranks:
         if launch.world_size > 1:
             prompts = wait_for_first(ranks, lambda: _prompts(options, console)) or []
         with console:
             from llamatune.inference.generate import generate as run_generation
-            from llamatune.inference.prompt_files import FilePrompt
-            from llamatune.output_files import write_output
+            from llamatune.inference.generate import result_line
             from llamatune.strict_json import dump_json_lines
 
+            is_continued = options.prompt_file is not None
             generations = run_generation(
-                options, prompts, options, options.template, console.on_event, console.should_stop, ranks, options.stop
+                options,
+                prompts,
+                options,
+                options.template,
+                console.on_event,
+                console.should_stop,
+                ranks,
+                options.stop,
+                options.output if is_continued else None,
+                options.overwrite,
             )
+            if not ranks.is_first:  # which alone has the prompts
+                return
             several = options.num_return_sequences
-            left_out = [] if options.compare else ["base_completion"]
-            left_out += ["sequence"] if several == 1 else []
-            results = [asdict(generation) for generation in generations.results]
-            for result in results:
-                for key in left_out:
-                    del result[key]
-            if ranks.is_first:  # which alone has the prompts
-                asked = (prompt for prompt in prompts for _ in range(several))
-                results = [
-                    prompt.labelled(result) if isinstance(prompt, FilePrompt) else result
-                    for prompt, result in zip(asked, results, strict=True)
-                ]
-            if ranks.is_first and options.output is not None:
+            results = [
+                result_line(made, prompts[place // several], several, options.compare)
+                for place, made in enumerate(generations.results)
+            ]
+            if options.output is not None and not is_continued:
                 write_output(options.output, dump_json_lines(results), options.overwrite)
             payload = {"results": results, "tokens_per_second": generations.tokens_per_second}
             console.result(payload, lambda out: _print(out, generations, options.compare))

@@ -1,4 +1,4 @@
-"""Answer log of ``evaluate``: JSON Lines, one answer each, appended as they come and continued after a stop.
+"""Answer log of ``evaluate`` and ``generate``: an answer a line, appended as they come, continued after a stop.
 
 ``FILE.settings.json`` beside ``FILE`` holds the settings that decide the lines. Only a job of equal settings continues
 them, so a later schema of the lines needs no more than a ``schema`` among the settings; today's have none.

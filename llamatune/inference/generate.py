@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.chat_template_files import own_chat_template
-from llamatune.data.segments import Segments, prompt_of_json
+from llamatune.data.segments import prompt_of_json
 from llamatune.data.templates import Template
+from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.formats.answer_log import open_answer_log
+from llamatune.inference.answer_settings import generation_settings, model_settings
 from llamatune.inference.completion import Completion
 from llamatune.inference.engine import completions
 from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_encoding import PromptEncoder, is_chat, shown_answer
-from llamatune.inference.prompt_files import Prompt
+from llamatune.inference.prompt_files import FilePrompt, Prompt
 from llamatune.inference.stop_texts import StopTexts
+from llamatune.output_files import is_stream
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shared_work import share_generating
 
@@ -42,7 +49,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class Generations:
-    """All completions, in the order of the prompts and their sequences, and the speed of the (tuned) model."""
+    """All completions, in the order of the prompts and their sequences, and the speed.
+
+    That is of what this call computed, with both models where they are compared.
+    """
 
     results: list[Generation]
     tokens_per_second: float
@@ -57,6 +67,8 @@ def generate(
     should_stop: ShouldStop = never_stop,
     ranks: Ranks = ALONE,
     stop: Sequence[str] = (),
+    output: Path | None = None,
+    overwrite: bool = False,
 ) -> Generations:
     """Load, generate, decode. ``template``, or its name or file; None is the one stored with the adapter or model.
 
@@ -65,9 +77,13 @@ def generate(
     Several ranks share batches of prompts, which the first gives; each has all completions. Ranks that hold slices of
     the weights compute every batch together.
 
+    Results are added to ``output`` in order as they come. Where it has the first of them, the others are computed.
+
     Raises:
         SpecError: a template that has no place for a prompt.
         CheckpointError: model, tokenizer or adapter cannot be used or do not belong together.
+        EnvironmentFault: the output is of other prompts or settings, or cannot be written.
+        Stopped: ``should_stop`` said so; with an output the same call goes on.
     """
     opened = open_model(source, on_event, ranks)
     tokenizer = opened.tokenizer()
@@ -80,40 +96,96 @@ def generate(
     asked = [encoder.segments(prompt, number).to_json() for number, prompt in enumerate(prompts, 1)]
     shown = [prompt_of_json(prompt) for prompt in ranks.from_first(asked)]
     ids = opened.encode(tokenizer, shown, sampling.max_new_tokens, on_event)
-    beams, config, several = sampling.num_beams, opened.checkpoint.config, sampling.num_return_sequences
-    total, stops = len(ids) * several, StopTexts(tokenizer, stop) if stop else None
-    advice = opened.memory_advice("use fewer --max-new-tokens")
-    rows = beams if beams > 1 else min(_ROWS, total)
-    with opened.computing(rows, advice, on_event):
-        models = opened.load(on_event, should_stop).by_prefix
-        eos_ids = encoder.stop_ids(config)
+    several, compare = sampling.num_return_sequences, source.compare
+    stops = StopTexts(tokenizer, stop) if stop else None
+    total, is_enough = len(ids) * several, None if stops is None else stops.is_enough
 
-        def run(name: str, task: str) -> tuple[list[Completion], float]:
-            started, done = monotonic(), list[Completion]()
+    def text(place: int, made: Completion) -> str:
+        asked = shown[place // several], ids[place // several]
+        if stops is not None and made.finish_reason == "stop":
+            return stops.shown_answer(*asked, made.ids)
+        return shown_answer(tokenizer, *asked, made.ids)
 
-            def completed(part: Sequence[list[int]], should_stop: ShouldStop) -> Iterator[tuple[Any, ...]]:
-                is_enough = None if stops is None else stops.is_enough
-                return map(astuple, completions(models[name], part, sampling, eos_ids, _ROWS, should_stop, is_enough))
+    def result(place: int, made: Completion, base_text: str | None) -> Generation:
+        prompt, sequence = shown[place // several].shown, place % several + 1
+        return Generation(prompt, text(place, made), made.ids, made.finish_reason, base_text, sequence)
 
-            in_slices = source.placement == "shard"
-            for values in share_generating(ids, completed, _ROWS, should_stop, ranks, in_slices):
-                done.append(Completion(*values))
-                on_event(Progress(task, len(done), total))
-            return done, sum(len(completion.ids) for completion in done) / max(monotonic() - started, 1e-9)
+    def line(place: int, made: Generation) -> dict[str, Any]:
+        return result_line(made, prompts[place // several], several, compare)
 
-        asked_of = [(prompt, own) for prompt, own in zip(shown, ids, strict=True) for _ in range(several)]
+    results, tokens, speed = list[Generation](), 0, 0.0
+    with contextlib.ExitStack() as stack:
+        log = None
+        if output is not None and ranks.is_first:
+            of_model = model_settings(source, opened, tokenizer)
+            settings = generation_settings(of_model, prompts, chosen, sampling, stop)
+            log = stack.enter_context(open_answer_log(output, settings, overwrite))
+            results += _kept(log.entries(), total, result, line, compare)
+            del results[len(results) // several * several :]  # a prompt is completed as a whole
+            log.keep(len(results))
+            if results:
+                on_event(Notice(f"{output} holds {len(results)} of {total} answers already"))
+        results = [Generation(**values) for values in ranks.from_first(list(map(asdict, results)))]
+        if len(results) == total:
+            return Generations(results, speed)
+        written, rows = len(results), sampling.num_beams if sampling.num_beams > 1 else min(_ROWS, total)
+        advice = opened.memory_advice("use fewer --max-new-tokens")
+        stack.enter_context(opened.computing(rows, advice, on_event))
+        try:
+            models = opened.load(on_event, should_stop).by_prefix
+            eos_ids = encoder.stop_ids(opened.checkpoint.config)
 
-        def text(asked: tuple[Segments, list[int]], made: Completion) -> str:
-            if stops is not None and made.finish_reason == "stop":
-                return stops.shown_answer(*asked, made.ids)
-            return shown_answer(tokenizer, *asked, made.ids)
+            def completed(part: Sequence[list[int]], should_stop: ShouldStop) -> Iterator[list[tuple[Any, ...]]]:
+                made = [
+                    completions(model, part, sampling, eos_ids, _ROWS, should_stop, is_enough)
+                    for model in models.values()
+                ]
+                for of_models in zip(*made, strict=True):
+                    yield list(map(astuple, of_models))
 
-        base_texts: Sequence[str | None] = [None] * total
-        if source.compare:
-            base_texts = list(map(text, asked_of, run("base_", "generating with the base")[0]))
-        answers, speed = run("", "generating")
-    results = [
-        Generation(asked[0].shown, text(asked, made), made.ids, made.finish_reason, base_text, place % several + 1)
-        for place, (asked, made, base_text) in enumerate(zip(asked_of, answers, base_texts, strict=True))
-    ]
+            started, in_slices, todo = monotonic(), source.placement == "shard", ids[written // several :]
+            for values in share_generating(todo, completed, _ROWS, should_stop, ranks, in_slices):
+                made = {name: Completion(*each) for name, each in zip(models, values, strict=True)}
+                base_text = text(len(results), made["base_"]) if compare else None
+                results.append(result(len(results), made[""], base_text))
+                tokens += sum(len(each.ids) for each in made.values())
+                speed = tokens / max(monotonic() - started, 1e-9)
+                if log is not None and len(results) - written == _ROWS:
+                    log.append(itertools.starmap(line, enumerate(results[written:], written)))
+                    written = len(results)
+                on_event(Progress("generating", len(results) // several, len(ids), speed))
+        except Stopped:
+            if output is None:
+                raise
+            what, advice = f"stopped after {len(results)} of {total} answers", "run the same command again"
+            raise Stopped(what, output, None if is_stream(output) else advice) from None
+        finally:
+            if log is not None:
+                log.append(itertools.starmap(line, enumerate(results[written:], written)))
     return Generations(results, speed)
+
+
+def result_line(made: Generation, prompt: Prompt, several: int, compare: bool) -> dict[str, Any]:
+    """A result as a line of output; ``several``: how many there are of a prompt."""
+    left_out = [*([] if compare else ["base_completion"]), *(["sequence"] if several == 1 else [])]
+    values = {name: value for name, value in asdict(made).items() if name not in left_out}
+    return prompt.labelled(values) if isinstance(prompt, FilePrompt) else values
+
+
+def _kept(
+    entries: Iterable[Any],
+    total: int,
+    result: Callable[[int, Completion, str | None], Generation],
+    line: Callable[[int, Generation], dict[str, Any]],
+    compare: bool,
+) -> Iterator[Generation]:
+    """The results in lines of an output, up to the first that would not have been written."""
+    for place, entry in zip(range(total), entries, strict=False):
+        try:
+            made = Completion(entry["completion_ids"], entry["finish_reason"])
+            kept = result(place, made, str(entry["base_completion"]) if compare else None)
+            if line(place, kept) != entry:
+                return
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError):
+            return
+        yield kept

@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llamatune.checkpoints.adapter_sum import facts_of
-from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.command_options.inference import EvaluateOptions
 from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.raw_row import RowError
@@ -26,6 +24,7 @@ from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import DataError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.answer_log import AnswerLog, open_answer_log
+from llamatune.inference.answer_settings import model_settings
 from llamatune.inference.engine import completions
 from llamatune.inference.evaluate import smaller_batches
 from llamatune.inference.gsm8k_answers import AnswerEnds, extract_answer
@@ -236,19 +235,10 @@ def _settings(
     examples: list[Question],
 ) -> dict[str, Any]:
     """Everything that decides an answer. The number of questions and the batch size may change between calls."""
-    adapter: Any = None
-    if opened.adapter is not None:
-        alone = opened.adapter is opened.adapters[0]
-        adapter = {"sha256": opened.adapter.digest, "scaling": opened.adapter.config.scaling()}
-        adapter = adapter if alone else facts_of(opened.adapters, options.adapter_weights)
     return {
         "task": "gsm8k",
         "revision": _REVISION,
-        "model": fingerprint(opened.checkpoint),
-        "adapter": adapter,
-        "compare": options.compare,
-        "dtype": opened.dtype_name,
-        "tokenizer": tokenizer.fingerprint,
+        **model_settings(options, opened, tokenizer),
         "data": source_digest(options.data),
         "template": None if template is None or examples else template.to_dict(),
         "shots": [asdict(example) for example in examples],

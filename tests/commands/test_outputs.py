@@ -37,7 +37,7 @@ READS: dict[str, tuple[tuple[str, str], ...]] = {
 WRITES = {
     ("prepare-data", "--output"): "product",
     ("merge-lora", "--output"): "product",
-    ("generate", "--output"): "file",
+    ("generate", "--output"): "answers",
     ("evaluate", "--per-row"): "file",
     ("evaluate", "--output"): "answers",
     ("benchmark", "--output"): "run",
