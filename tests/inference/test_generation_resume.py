@@ -52,9 +52,9 @@ def words(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -
 def _cuts(content: bytes) -> Iterator[bytes]:
     """What a kill, a full disk or a power cut may leave."""
     ends = [place + 1 for place, byte in enumerate(content) if byte == ord("\n")]
-    for count in (1, 4, 17):
-        yield content[: ends[count]]
+    for count in (4, 17):
         yield content[: ends[count] + 9]
+        yield content[: ends[count]]
     yield content[: ends[2]] + b"\0" * 99
     yield content[: ends[2]] + b"{}\n" + content[ends[2] :]
     yield content.replace(b'"row": 7', b'"row": 9')
@@ -80,7 +80,7 @@ def test_whatever_is_left_of_an_output_it_ends_in_the_same_bytes(
     assert [json.loads(line) for line in content.splitlines()] == results
     assert json.loads(command(*words(*more), "--json").stdout)["results"] == results, "as without an output"
     several = len(results) // PROMPTS
-    for left in _cuts(content):
+    for left in itertools.islice(_cuts(content), 3 if "--num-beams" in more else None):
         output.write_bytes(left)
         again = command(*words(*more), "--json", "--output", output)
         assert (again.code, output.read_bytes()) == (0, content), left
