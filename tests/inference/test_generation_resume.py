@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.commands._log_lines import KeyValueLines
 from llamatune.commands._progress_bars import ProgressBars, open_console
 from llamatune.events import Progress
@@ -214,9 +215,24 @@ def test_killed_it_goes_on(command: Command, words: Callable[..., list[str]], tm
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_progress_counts_prompts_and_shows_the_speed(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_counts_prompts(base: Path) -> None:
+    told = list[Any]()
+    sampling = Sampling(3, temperature=1, num_return_sequences=2)
+    generate.generate(ModelSource(base, device="cpu"), ["a", "nine"], sampling, on_event=told.append)
+    found = [event for event in told if isinstance(event, Progress) and event.task == "generating"]
+    assert [(event.done, event.total) for event in found] == [(0, 2), (1, 2), (1, 2), (2, 2)]
+    assert all(event.tokens_per_second for event in found)
+
+
+def test_results_of_prompts_on_the_command_line_are_a_new_file(command: Command, base: Path, tmp_path: Path) -> None:
+    words = ("generate", "--prompt", "a", "--max-new-tokens", 2, "--output", tmp_path / "out.jsonl", "--model")
+    assert command(*words, base).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    refused = command(*words, "absent")
+    assert (refused.code, refused.stderr.startswith("error: exists: ")) == (5, True), "before the model is opened"
+
+
+def test_progress_shows_the_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     lines = KeyValueLines(1)
     lines._last_progress -= 60
     lines.draw(Progress("generating", 3, 10, 1234.5))
