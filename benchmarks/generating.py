@@ -3,6 +3,7 @@
 ``python benchmarks/generating.py --shape 15m --rounds 3``: one prompt, then many prompts of ragged lengths with answers
 of ragged lengths, greedy, from the same random weights. Answers end at random tokens, which are told to all sides as
 EOS, so that all of them compute the same. A ratio above 1 means that llamatune needs less. Nothing is downloaded.
+With ``--held int8`` llamatune's weights are quantised, and answers differ; seconds are compared for each token.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ import torch
 from material import DTYPES, make_base
 from torch import Tensor
 
-from llamatune.checkpoints.loading import load_model
+from llamatune.checkpoints.loading import load_model, open_checkpoint
+from llamatune.checkpoints.quantized_base import QuantizedBase
 from llamatune.command_options.inference import Sampling
+from llamatune.events import ignore_event, never_stop
 from llamatune.inference.engine import completions
+from llamatune.model.transformer import Transformer
+from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.threads import suitable_threads
 
@@ -116,11 +121,21 @@ def compare(name: str, sides: dict[str, Side], work: tuple[list[Ids], int, list[
         say(f"| {name} | {side} | {1 / statistics.median(times):.0f} tokens/s | {ratio} |")
 
 
+def held_in(base: Path, dtype: torch.dtype, kind: str | None) -> Transformer:
+    """A model whose blocks are quantised, or not, and the rest in ``dtype``."""
+    checkpoint = open_checkpoint(base)
+    source = None
+    if kind is not None:
+        source = QuantizedBase(kind, checkpoint, checkpoint.config, torch.device("cpu"), ignore_event, never_stop)
+    return load_model(checkpoint, dtype, quantized=source).eval()
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="15m")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--held", choices=QUANTIZED_DTYPES, help="what llamatune's weights are quantised to")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--rows", type=int, default=16, help="computed together")
@@ -133,7 +148,7 @@ def main() -> None:
     chance = random.Random(1)
     with tempfile.TemporaryDirectory() as scratch:
         base = make_base(Path(scratch) / "base", config, dtype)
-        model = load_model(base).eval()
+        model = held_in(base, dtype, arguments.held)
         theirs = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
     prompts = [[1, *(chance.randrange(3, config.vocab_size) for _ in range(chance.randrange(4, 120)))]
                for _ in range(arguments.prompts)]  # fmt: skip

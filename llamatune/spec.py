@@ -53,7 +53,7 @@ class RunSpec(Section):
             fault = f"model.placement: {model.placement} is for frozen weights; add a lora section, or set it to device"
             raise ValueError(fault)
         if model.quantized_cache is not None and (model.dtype not in QUANTIZED_DTYPES or model.init == "random"):
-            fault = "model.quantized_cache is for model.dtype: nf4 or float8, and pretrained weights"
+            fault = "model.quantized_cache is for model.dtype: nf4, float8 or int8, and pretrained weights"
             raise ValueError(f"{fault}; leave it out")
         if lora is None and model.dtype != "float32":
             raise ValueError(

@@ -43,11 +43,11 @@ class ModelSection(Section):
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="random reads only the configuration and draws the weights from training.seed"
     )
-    dtype: Literal["float32", "bfloat16", "float16", "nf4", "float8"] = Field(
-        "bfloat16", description="how frozen weights are held; nf4 (QLoRA) and float8 need a lora section"
+    dtype: Literal["float32", "bfloat16", "float16", "nf4", "float8", "int8"] = Field(
+        "bfloat16", description="how frozen weights are held; nf4 (QLoRA), float8 and int8 need a lora section"
     )
     quantized_cache: PathText | None = Field(
-        None, description="of nf4 and float8: a directory that keeps the weights of each base, made at the first run"
+        None, description="of quantised dtypes: a directory that keeps the weights of each base, made at the first run"
     )
     placement: Literal["auto", "device", "host", "shard"] = Field(
         "auto",

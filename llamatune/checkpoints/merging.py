@@ -127,7 +127,7 @@ def merge_lora(
     quantized = quantization_of(adapters)
     if options.onto_quantized:
         if quantized is None:
-            what = "not every adapter says that it was trained on a base in the same nf4 or float8"
+            what = "not every adapter says that it was trained on a base in the same nf4, float8 or int8"
             raise SpecError(what, "--onto-quantized", "leave it out")
         checkpoint, dtype = DequantizedBase(checkpoint, quantized), dtype or torch.bfloat16
     for part in [] if options.onto_quantized else adapters:

@@ -13,7 +13,7 @@ LEAST_KEPT = 0.9
 _GSM8K_NEW_TOKENS = 512
 
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
-HeldDtype = Literal["same", "float32", "bfloat16", "float16", "nf4", "float8"]
+HeldDtype = Literal["same", "float32", "bfloat16", "float16", "nf4", "float8", "int8"]
 Placement = Literal["device", "host", "shard"]
 
 
@@ -71,8 +71,8 @@ class _Adapters:
 class ModelSource(_Adapters, WeightsOptions):
     """A model to compute with: the base, adapters on it, and whether the base alone is computed beside.
 
-    ``dtype`` is what the weights are held in; ``same``: as they are stored; ``nf4`` and ``float8``: the matrices of the
-    blocks in it, the rest in 16 bits. ``placement`` is where those of the blocks lie between their uses.
+    ``dtype`` is what the weights are held in; ``same``: as they are stored; ``nf4``, ``float8`` and ``int8``: the
+    matrices of the blocks in it, the rest in 16 bits. ``placement`` is where those of the blocks lie between uses.
     """
 
     model: Path = option("A model directory, Meta's or Hugging Face's.")
@@ -81,7 +81,7 @@ class ModelSource(_Adapters, WeightsOptions):
     )
     compare: bool = option("Show the base's answer beside the tuned one.", False)
     force_base: bool = option("Accept an adapter of another base.", False, last=True)
-    dtype: HeldDtype = option("same, float32, bfloat16, float16, nf4 or float8.", "same", last=True)
+    dtype: HeldDtype = option("same, float32, bfloat16, float16, nf4, float8 or int8.", "same", last=True)
     device: str = option("auto, cpu, cuda or cuda:N.", "auto", last=True)
     placement: Placement = option("Of the blocks: device, host, or shard: slices on all ranks.", "device", last=True)
     weights: tuple[float, ...] | None = _weights_option()

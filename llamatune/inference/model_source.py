@@ -89,6 +89,7 @@ class OpenedModel:
             "bfloat16": "use --dtype float8 or nf4",
             "float16": "use --dtype float8 or nf4",
             "float8": "use --dtype nf4",
+            "int8": "use --dtype nf4",
         }
         return ", or ".join([*others, *filter(None, [in_fewer_bits.get(self.dtype_name)])])
 

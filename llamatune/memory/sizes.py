@@ -162,7 +162,7 @@ class Sizes:
         """The frozen tensors of a block."""
         if not self.quantized:
             return self.block_parameters * self.w
-        held = {"nf4": _nf4_bytes, "float8": _float8_bytes}[self.spec.model.dtype]
+        held = {"nf4": _nf4_bytes, "float8": _float8_bytes, "int8": _int8_bytes}[self.spec.model.dtype]
         return sum(held(self.config.linear_shape(name)) for name in LINEAR_MODULES) + self._vectors * self.w
 
     @property
@@ -261,6 +261,10 @@ def _capability(gpu: Gpu, computed: str, held: str) -> Capability | None:
 
 def _float8_bytes(shape: tuple[int, ...]) -> int:
     return math.prod(shape) + 4 * shape[0]
+
+
+def _int8_bytes(shape: tuple[int, ...]) -> int:
+    return math.prod(shape) + 2 * shape[0]
 
 
 def _nf4_bytes(shape: tuple[int, ...]) -> int:

@@ -121,6 +121,8 @@ class PackedWeight(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) W^T in autocast's dtype, or in x's own outside autocast."""
         wanted = x.to(product_dtype(x))
+        if not torch.is_grad_enabled():
+            return self.product(wanted)  # at once: autograd's function takes time in every step of decoding
         return FrozenProduct.apply(wanted, self.product, self.product_back)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -24,7 +24,7 @@ DTYPES = tuple(
 )  # fmt: skip
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 """What weights may be stored and held in."""
-QUANTIZED_DTYPES = ("nf4", "float8")
+QUANTIZED_DTYPES = ("nf4", "float8", "int8")
 """What the matrices of the blocks may be quantised to, while the rest is held in 16 bits."""
 ITEM_BYTES = {dtype.stored: dtype.item_bytes for dtype in DTYPES}
 """Bytes an element by safetensors' names."""

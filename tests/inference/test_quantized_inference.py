@@ -1,4 +1,4 @@
-"""``generate`` and ``evaluate`` with ``--dtype nf4`` and ``float8``."""
+"""``generate`` and ``evaluate`` with ``--dtype nf4``, ``float8`` and ``int8``."""
 
 from __future__ import annotations
 
@@ -95,3 +95,34 @@ def test_the_command_line_generates(
     refused = command("merge-lora", "--model", base, "--adapter", "x", "--output", "y", "--dtype", kind)
     assert refused.code == 2
     assert "--dtype" in refused.stderr
+
+
+def test_int8_logits_are_near_those_of_the_model_and_decoding_uses_the_kernel(
+    tiny_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(hidden_size=96, intermediate_size=128)  # whole vectors of columns
+    (model,) = loaded(ModelSource(base, dtype="int8", device="cpu")).values()
+    (plain,) = loaded(ModelSource(base, dtype="bfloat16", device="cpu")).values()
+    asked, kernel = [], torch._weight_int8pack_mm
+
+    def counted(*arguments: torch.Tensor) -> torch.Tensor:
+        asked.append(arguments)
+        return kernel(*arguments)
+
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", counted)
+    for ids, uses in ((torch.randint(3, 131, (1, 4)), True), (torch.randint(3, 131, (2, 9)), False)):
+        asked.clear()
+        with torch.inference_mode():
+            found, expected = model(ids).double(), plain(ids).double()
+        assert bool(asked) is uses
+        assert 0 < float((found - expected).norm() / expected.norm()) < 0.05
+
+
+def test_quantised_dtypes_that_are_unknown_are_refused_in_one_line(
+    command: Callable[..., Any], tiny_base: Callable[..., Path]
+) -> None:
+    for verb in (("generate", "--prompt", "a"), ("evaluate", "--data", "x")):
+        refused = command(*verb, "--model", tiny_base(), "--dtype", "int4")
+        assert refused.code == 2
+        assert "int8" in refused.stderr
+        assert "Traceback" not in refused.stderr

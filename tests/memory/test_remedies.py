@@ -69,6 +69,7 @@ def test_no_remedy_names_what_the_spec_has(overrides: list[str], cuda: Gpu, rank
         ("bfloat16", 16, "lower --batch-size, or use --dtype float8 or nf4"),
         ("float16", 1, "use --dtype float8 or nf4"),
         ("float8", 1, "use --dtype nf4"),
+        ("int8", 1, "use --dtype nf4"),
         ("nf4", 1, ""),
     ],
 )

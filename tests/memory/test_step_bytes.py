@@ -116,7 +116,7 @@ def test_biases_and_norms_of_heads(config: LlamaConfig, how: tuple[tuple[str, ..
 
 
 @pytest.mark.parametrize("config", [QWEN_2, QWEN_3], ids=["qwen 2", "qwen 3"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "nf4", "float8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "nf4", "float8", "int8"])
 def test_the_base_is_counted_to_the_last_bias(config: LlamaConfig, dtype: str) -> None:
     spec = spec_of(QV, dtype=dtype, precision="fp32" if dtype == "float32" else "bf16")
     with FakeTensorMode(allow_non_fake_inputs=True):

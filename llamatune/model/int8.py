@@ -1,0 +1,87 @@
+"""Int8 of frozen weights with a scale for each row, an output channel: one byte a weight.
+
+The codes are from -127 to 127, and a weight is off by half a scale at most. A scale is the least bf16 with which the
+row's largest magnitude fits into 127. torch's kernel on a CPU takes scales in bf16, so it computes with the numbers of
+the unpacked matrix.
+
+The kernel, ``torch._weight_int8pack_mm``, reads the codes and nothing else. It is quicker than a product in bf16 for a
+few rows, as in decoding one prompt, and slower than unpacking for more. In fp32 it is always slower than unpacking.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from llamatune.model.packed_weight import PackedWeight, Scratch
+from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
+
+LARGEST = 127
+_LEAST_SCALE = 2.0**-126
+"""The least normal number; of rows of zeros."""
+_MOST_ROWS = 8
+"""Of x, that the kernel is quicker for than unpacking; it takes time for each, and torch's product hardly."""
+_COLUMNS = 32
+"""The kernel reads beyond the end of rows that are not in whole vectors."""
+
+
+class Int8Weight(PackedWeight):
+    """A frozen matrix (out, in) in int8."""
+
+    codes: Tensor
+    scales: Tensor
+
+    @staticmethod
+    def storage(shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {"codes": (torch.int8, shape), "scales": (torch.bfloat16, shape[:1])}
+
+    @classmethod
+    @torch.no_grad()
+    def quantize(cls, W: Tensor, scratch: Scratch) -> Self:
+        low, high = W.aminmax(dim=1)
+        scales = _bf16_above(torch.maximum(high, -low).float() / LARGEST)
+        codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
+        step = _rows_at_once(W)
+        for rows, scale, into in zip(*_pieces(step, W, scales.float(), codes), strict=True):
+            into.copy_((rows.float() / scale[:, None]).round_())
+        return cls(tuple(W.shape), {"codes": codes, "scales": scales}, scratch)
+
+    def unpack_into(self, flat: Tensor) -> None:
+        W, step = flat.view(self.shape), _rows_at_once(self.codes)
+        scales = self.scales if W.dtype == torch.bfloat16 else self.scales.float()  # fp16 has no numbers so small
+        for codes, scale, into in zip(*_pieces(step, self.codes, scales, W), strict=True):
+            into.copy_(codes).mul_(scale[:, None])
+
+    def product(self, x: Tensor, out: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+        if not self.multiplies_codes(x):
+            return super().product(x, out, added)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y = torch._weight_int8pack_mm(rows, self.codes, self.scales)
+        if x.dim() != 2:  # autograd refuses to add a bias to a view that a function returns
+            y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], self.shape[0]))
+        if added is not None:
+            y.add_(added)
+        return y if out is None else out.copy_(y)
+
+    def multiplies_codes(self, x: Tensor) -> bool:
+        """Whether the product with ``x`` is the kernel's."""
+        is_few = 0 < x.numel() <= _MOST_ROWS * self.shape[1] and self.shape[1] % _COLUMNS == 0
+        return is_few and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
+def _bf16_above(x: Tensor) -> Tensor:
+    """The least bf16 that is not below x (fp32, not negative), and a normal number."""
+    bits = x.clamp_min(_LEAST_SCALE).view(torch.int32)
+    return (bits + 0xFFFF).bitwise_and_(-0x10000).view(torch.float32).to(torch.bfloat16)
+
+
+def _pieces(step: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """So many rows at a time of each."""
+    return [torch.split(tensor, step) for tensor in tensors]
+
+
+def _rows_at_once(W: Tensor) -> int:
+    """Rows that are packed or unpacked in one piece."""
+    return max(1, WEIGHTS_AT_ONCE[W.device.type] // max(1, W.shape[1]))

@@ -1,0 +1,97 @@
+"""Int8 weights: codes and scales against a slow reading, and products against those of the same numbers in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llamatune.model.int8 import Int8Weight
+from llamatune.model.packed_weight import Scratch
+from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
+
+SHAPES = [(64, 64), (37, 53), (1, 1), (3, 5), (1, 200), (130, 129), (48, 112)]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+
+
+def matrix(shape: tuple[int, ...], std: float = 0.02, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std
+
+
+def held(weight: Int8Weight) -> Tensor:
+    return weight.codes.double() * weight.scales.double()[:, None]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@DTYPES
+def test_a_weight_comes_back_within_half_a_step(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    W = matrix(shape).to(dtype)
+    W[0] *= 30
+    weight = Int8Weight.quantize(W, Scratch())
+    largest, scales = W.double().abs().amax(1), weight.scales.double()
+    assert bool((scales * 127 >= largest * (1 - 1e-6)).all())
+    assert bool((scales * 127 <= largest * (1 + 2**-7)).all()), "no larger than the next bf16"
+    assert bool((weight.codes.abs().amax(1) >= 126).all())
+    assert bool(((held(weight) - W.double()).abs() <= scales[:, None] * (0.5 + 1e-4)).all())
+    assert torch.equal(weight.unpacked(torch.float32).double(), held(weight))
+
+
+@pytest.mark.parametrize("value", [0.0, 3.5, -2.0, 1e-44, 3e38, -448.0])
+def test_constant_rows_and_rows_of_zeros_come_back(value: float) -> None:
+    W = torch.full((5, 70), value)
+    W[2] = 0.0
+    found = Int8Weight.quantize(W, Scratch()).unpacked(torch.float32)
+    torch.testing.assert_close(found, W, rtol=1 / 252, atol=2.0**-126)
+    assert not found[2].any()
+
+
+@DTYPES
+def test_unpacking_is_the_same_in_pieces_and_rounds_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = Int8Weight.quantize(matrix((200, 130)), Scratch())
+    whole = weight.unpacked(dtype).clone()
+    assert torch.equal(whole, held(weight).float().to(dtype))
+    monkeypatch.setitem(WEIGHTS_AT_ONCE, "cpu", 256)
+    again = Int8Weight.quantize(matrix((200, 130)), Scratch())
+    assert torch.equal(again.unpacked(dtype), whole)
+    assert sum(buffer.nbytes for buffer in again.buffers()) == 200 * 130 + 2 * 200
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (37, 96), (7, 53), (16, 176), (5, 1)], ids=str)
+@pytest.mark.parametrize("leading", [(1,), (8,), (9,), (1, 1), (2, 4), (2, 9), (0,), (1, 0)], ids=str)
+@DTYPES
+def test_products_are_those_of_the_held_numbers(
+    shape: tuple[int, int], leading: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Few rows and many, whole vectors of columns and others, whichever way they are computed."""
+    weight = Int8Weight.quantize(matrix(shape) * torch.logspace(-2, 2, shape[0])[:, None], Scratch())
+    x, grad = matrix((*leading, shape[1]), 2.0, 1).to(dtype), matrix((*leading, shape[0]), 1.0, 2).to(dtype)
+    eps = torch.finfo(dtype).eps
+    bound = (x.double().abs() @ held(weight).abs().T) * eps * 8 + 1e-9
+    found = weight.product(x)
+    assert (found.shape, found.dtype) == ((*leading, shape[0]), dtype)
+    assert bool(((found.double() - x.double() @ held(weight).T).abs() <= bound).all())
+    back = weight.product_back(grad)
+    assert (back.shape, back.dtype) == ((*leading, shape[1]), dtype)
+    bound = (grad.double().abs() @ held(weight).abs()) * eps * 8 + 1e-9
+    assert bool(((back.double() - grad.double() @ held(weight)).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_a_product_is_added_and_written_where_it_is_asked_for(rows: int) -> None:
+    weight = Int8Weight.quantize(matrix((48, 64)), Scratch())
+    x, added, out = matrix((rows, 64), 2.0).bfloat16(), matrix((rows, 48), 1.0, 5).bfloat16(), torch.empty(rows, 48)
+    expected, kept = weight.product(x).double() + added.double(), added.clone()
+    found = weight.product(x, room := out.bfloat16(), added)
+    assert found.data_ptr() == room.data_ptr()
+    torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7)
+    assert torch.equal(added, kept)
+    across = x.t().contiguous().t()  # rows that are not contiguous
+    assert torch.equal(weight.product(across), weight.product(x))
+
+
+def test_the_kernel_is_for_few_rows_of_bf16_in_whole_vectors() -> None:
+    weight, odd = (Int8Weight.quantize(matrix((16, columns)), Scratch()) for columns in (64, 80))
+    few, many = torch.zeros(8, 64, dtype=torch.bfloat16), torch.zeros(9, 64, dtype=torch.bfloat16)
+    assert weight.multiplies_codes(few)
+    assert not any(weight.multiplies_codes(x) for x in (many, few.float(), few.half(), few[:0], few.to("meta")))
+    assert not odd.multiplies_codes(torch.zeros(1, 80, dtype=torch.bfloat16))
