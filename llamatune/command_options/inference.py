@@ -158,6 +158,9 @@ class GenerateOptions(Sampling, PromptOptions, ModelSource):
     stop: Sequence[str] = option("End a completion before this text; may be repeated.", (), metavar="TEXT")
     output: Path | None = option("Also write the results to this JSONL file; - is stdout.", None, writes="file")
     overwrite: bool = option("Replace what stands at --output.", False)
+    lookup: Literal["auto", "off"] = option(
+        "auto: draft tokens from the text so far where one completion runs and it is faster.", "auto", last=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,8 +30,9 @@ def generate(options: GenerateOptions, console: Console, launch: Launch) -> None
             from llamatune.strict_json import dump_json_lines
 
             generations = run_generation(
-                options, prompts, options, options.template, console.on_event, console.should_stop, ranks, options.stop
-            )
+                options, prompts, options, options.template, console.on_event, console.should_stop, ranks, options.stop,
+                options.lookup == "auto",
+            )  # fmt: skip
             several = options.num_return_sequences
             left_out = [] if options.compare else ["base_completion"]
             left_out += ["sequence"] if several == 1 else []

@@ -18,6 +18,7 @@ from llamatune.inference.engine import completions
 from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_encoding import PromptEncoder, is_chat, shown_answer
 from llamatune.inference.prompt_files import Prompt
+from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.inference.stop_texts import StopTexts
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shared_work import share_generating
@@ -57,10 +58,12 @@ def generate(
     should_stop: ShouldStop = never_stop,
     ranks: Ranks = ALONE,
     stop: Sequence[str] = (),
+    lookup: bool = False,
 ) -> Generations:
     """Load, generate, decode. ``template``, or its name or file; None is the one stored with the adapter or model.
 
     A completion ends where one of the texts ``stop`` appears, and is shown up to there; not for beam search.
+    ``lookup``: tokens are drafted from the text so far where a single completion runs and it is faster.
 
     Several ranks share batches of prompts, which the first gives; each has all completions. Ranks that hold slices of
     the weights compute every batch together.
@@ -93,9 +96,11 @@ def generate(
 
             def completed(part: Sequence[list[int]], should_stop: ShouldStop) -> Iterator[tuple[Any, ...]]:
                 is_enough = None if stops is None else stops.is_enough
-                return map(astuple, completions(models[name], part, sampling, eos_ids, _ROWS, should_stop, is_enough))
+                model, drafts = models[name], PromptLookup() if lookup and not in_slices else None
+                made = completions(model, part, sampling, eos_ids, _ROWS, should_stop, is_enough, drafts)
+                return map(astuple, made)
 
-            in_slices = source.placement == "shard"
+            in_slices = source.placement == "shard"  # whose ranks must compute the same passes, whatever the time
             for values in share_generating(ids, completed, _ROWS, should_stop, ranks, in_slices):
                 done.append(Completion(*values))
                 on_event(Progress(task, len(done), total))

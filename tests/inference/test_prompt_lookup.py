@@ -1,0 +1,209 @@
+"""Drafts from the text so far: the same tokens as without them, and only where they pay."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llamatune.checkpoints.loading import load_model
+from llamatune.command_options.inference import Sampling
+from llamatune.inference import generate as generate_module
+from llamatune.inference.completion import Completion
+from llamatune.inference.engine import completions
+from llamatune.inference.prompt_lookup import Continuations, PromptLookup
+from llamatune.model.transformer import Transformer
+
+Command = Callable[..., Any]
+_chance = random.Random(4)
+PROMPTS = [[1, *(_chance.randrange(3, 131) for _ in range(length))] for length in (7, 0, 23, 12)]
+PROMPTS += [prompt * 3 for prompt in PROMPTS]
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "sliding window": {"model_type": "mistral", "sliding_window": 9},
+    "llama 3's angles": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+}  # fmt: skip
+
+
+class Always(PromptLookup):
+    """Drafts whenever there is one, and counts what the model has right."""
+
+    def __init__(self, clock: Callable[[], float] = itertools.count().__next__) -> None:
+        super().__init__(clock)
+        self.given: list[tuple[int, int]] = []  # tokens drafted, tokens taken
+
+    def _pays(self) -> bool:
+        return True
+
+    def took(self, tokens: int) -> None:
+        self.given.append((len(self._drafts), tokens))
+        super().took(tokens)
+
+    def draft(self, number: int, prompt: Sequence[int], chosen: Sequence[int], most: int) -> list[int]:
+        self._drafts = super().draft(number, prompt, chosen, most)
+        return self._drafts
+
+
+class Measured(Always):
+    """As ``PromptLookup``, counting."""
+
+    def _pays(self) -> bool:
+        return PromptLookup._pays(self)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base: Callable[..., Path]) -> Transformer:
+    return load_model(tiny_base()).eval()
+
+
+def both(
+    model: Transformer, sampling: Sampling, eos: set[int], rows: int = 1, is_enough: Any = None
+) -> tuple[list[Completion], Always]:
+    """The completions with every draft, which must be those without; and what was drafted."""
+    lookup = Always()
+    found = list(completions(model, PROMPTS, sampling, eos, rows, is_enough=is_enough, lookup=lookup))
+    assert found == list(completions(model, PROMPTS, sampling, eos, rows, is_enough=is_enough))
+    return found, lookup
+
+
+@pytest.mark.parametrize("how", [{}, {"repetition_penalty": 0.8}, {"repetition_penalty": 1.02}], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_tokens_are_those_without_drafts(
+    tiny_base: Callable[..., Path], shape: str, how: dict[str, float]
+) -> None:
+    _, lookup = both(load_model(tiny_base(**SHAPES[shape])).eval(), Sampling(60, 0, **how), set())
+    drafted = [taken for size, taken in lookup.given if size]
+    assert {1, 9} < set(drafted), "some drafts are wrong, some are right in part, some as a whole"
+    assert len(lookup.given) < 59 * len(PROMPTS) / 1.5
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.4])
+def test_draws_are_those_without_drafts(model: Transformer, temperature: float) -> None:
+    _, lookup = both(model, Sampling(60, temperature, seed=3), {5})
+    assert any(taken > 1 for _, taken in lookup.given)
+
+
+def test_a_completion_ends_within_a_draft(model: Transformer) -> None:
+    """At each of its places: by one of several EOS ids, by a stop, and by the number of tokens."""
+    plain = list(completions(model, PROMPTS, Sampling(40, 0), (), 1))
+    within = dict.fromkeys(("eos", "stop", "length"), 0)
+    for length in range(1, 40, 3):
+        eos = {plain[0].ids[length - 1], 7, plain[3].ids[-1]}
+        ends = (
+            both(model, Sampling(40, 0), eos),
+            both(model, Sampling(40, 0), set(), is_enough=lambda _, ids, at=length: len(ids) == at),
+            both(model, Sampling(length, 0), set()),
+        )
+        for reason, (found, lookup) in zip(within, ends, strict=True):
+            assert reason in {made.finish_reason for made in found}
+            within[reason] += sum(1 < taken < size + 1 for size, taken in lookup.given)
+    assert all(within.values())
+
+
+def test_stop_texts_end_a_completion_within_a_draft(
+    run_cli: Command, tiny_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lookups: list[Always] = []
+    monkeypatch.setattr(generate_module, "PromptLookup", lambda: lookups.append(Always()) or lookups[-1])
+    asked = ["generate", "--model", str(tiny_base()), "--prompt", "to be or not to be", "--template", "none", "--json",
+             "--temperature", "0", "--max-new-tokens", "60"]  # fmt: skip
+    whole = run_cli(*asked, "--lookup", "off").json["results"][0]
+    assert not lookups
+    assert run_cli(*asked).json["results"] == [whole]
+    assert any(taken > 1 for _, taken in lookups[0].given)
+    for begin in range(0, len(whole["completion"]) - 2, 9):
+        stop = ["--stop", whole["completion"][begin : begin + 2]]
+        with_drafts, without = (run_cli(*asked, *stop, *off).json["results"] for off in ((), ("--lookup", "off")))
+        assert with_drafts == without
+
+
+def test_drafts_are_made_where_one_sequence_runs(model: Transformer) -> None:
+    """In a batch that is when the others have ended; beams make none."""
+    eos = set(range(3, 11))
+    _, alone = both(model, Sampling(60, 0), eos)
+    found, shared = both(model, Sampling(60, 0), eos, rows=4)
+    assert 0 < len(shared.given) < len(alone.given)
+    assert {made.finish_reason for made in found} == {"eos", "length"}
+    assert not both(model, Sampling(4, 0, num_beams=2), eos)[1].given
+
+
+def test_none_are_made_where_tokens_could_differ(tiny_base: Callable[..., Path]) -> None:
+    """By the length of a pass with dynamic angles; by rounding where 16 bits are drawn from."""
+    dynamic = {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    assert not both(load_model(tiny_base(**dynamic)).eval(), Sampling(30, 0), set())[1].given
+    short = load_model(tiny_base(), torch.bfloat16).eval()
+    assert not both(short, Sampling(30, 0.5), set())[1].given
+    lookup = Always()
+    list(completions(short, PROMPTS, Sampling(30, 0), set(), 1, lookup=lookup))
+    assert lookup.given
+
+
+def test_drafts_are_what_followed_the_last_tokens_where_they_stood_last() -> None:
+    for letters in (1, 2, 3, 6):
+        text, ids = Continuations(), list[int]()
+        for _ in range(120):
+            ids.append(_chance.randrange(letters))
+            text.add(ids[-1])
+            assert text.draft(5) == _searched(ids, 5)
+
+
+def _searched(ids: list[int], tokens: int) -> list[int]:
+    for size in (3, 2):
+        for end in range(len(ids) - 1, size - 1, -1):
+            if ids[end - size : end] == ids[-size:]:
+                going_on = list(ids)
+                for place in range(tokens):
+                    going_on.append(going_on[end + place])
+                return going_on[len(ids) :]
+    return []
+
+
+def _follow(lookup: PromptLookup, text: Sequence[int], seconds: Callable[[int], float], clock: list[float]) -> int:
+    """Give ``text`` to a lookup as a model would, a step with so many drafted tokens in ``seconds``; its steps."""
+    steps, done = 0, 1
+    while done < len(text):
+        draft = lookup.draft(0, [], text[:done], len(text) - done - 1)
+        right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft, text[done:], strict=False)))
+        clock[0] += seconds(len(draft))
+        lookup.took(right + 1)
+        done, steps = done + right + 1, steps + 1
+    return steps
+
+
+REPEATING = list(range(20)) * 30
+VARIED = [_chance.randrange(40) for _ in range(600)]
+
+
+@pytest.mark.parametrize(
+    ("text", "cost", "least", "most"),
+    [
+        (REPEATING, 1.5, 0.0, 0.35),
+        (REPEATING, 20.0, 1.0, 1.16),  # tried, and tried again ever more seldom
+        (VARIED, 1.5, 0.99, 1.01),
+        (VARIED, 20.0, 0.99, 1.03),
+        (REPEATING + VARIED, 1.5, 0.5, 0.7),
+        (VARIED + REPEATING, 1.5, 0.5, 0.7),
+    ],
+)
+def test_drafts_are_made_where_they_pay(text: list[int], cost: float, least: float, most: float) -> None:
+    """The seconds of all steps to those of steps without drafts, when a step with a draft takes ``cost``."""
+    clock = [0.0]
+    lookup = Measured(lambda: clock[0])
+    _follow(lookup, text, lambda drafted: cost if drafted else 1.0, clock)
+    assert least <= clock[0] / (len(text) - 1) <= most
+    if text is VARIED:
+        assert sum(size > 0 for size, _ in lookup.given) <= 2
+
+
+def test_drafts_are_made_again_after_a_busy_time() -> None:
+    clock, slow = [0.0], [True]
+    lookup = Measured(lambda: clock[0])
+    _follow(lookup, REPEATING[:300], lambda drafted: 50.0 if drafted and slow[0] else 1.0, clock)
+    slow[0] = False
+    assert _follow(lookup, [*REPEATING, *REPEATING], lambda drafted: 1.0, clock) < 800
