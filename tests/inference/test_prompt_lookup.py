@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,14 +16,16 @@ from llamatune.checkpoints.loading import load_model
 from llamatune.command_options.inference import Sampling
 from llamatune.inference import generate as generate_module
 from llamatune.inference.completion import Completion
-from llamatune.inference.engine import completions
+from llamatune.inference.engine import IsEnough, completions
 from llamatune.inference.prompt_lookup import Continuations, PromptLookup
+from llamatune.inference.stop_texts import StopTexts
 from llamatune.model.transformer import Transformer
+from llamatune.tokenizers.loading import load_tokenizer
 
 Command = Callable[..., Any]
 _chance = random.Random(4)
-PROMPTS = [[1, *(_chance.randrange(3, 131) for _ in range(length))] for length in (7, 0, 23, 12)]
-PROMPTS += [prompt * 3 for prompt in PROMPTS]
+PROMPTS = [[1, *(_chance.randrange(3, 131) for _ in range(length))] for length in (7, 23, 12)]
+PROMPTS.append(PROMPTS[0] * 3)
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {},
     "sliding window": {"model_type": "mistral", "sliding_window": 9},
@@ -34,8 +37,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 class Always(PromptLookup):
     """Drafts whenever there is one, and counts what the model has right."""
 
-    def __init__(self, clock: Callable[[], float] = itertools.count().__next__) -> None:
-        super().__init__(clock)
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        super().__init__(clock or itertools.count().__next__)
         self.given: list[tuple[int, int]] = []  # tokens drafted, tokens taken
 
     def _pays(self) -> bool:
@@ -63,12 +66,17 @@ def model(tiny_base: Callable[..., Path]) -> Transformer:
 
 
 def both(
-    model: Transformer, sampling: Sampling, eos: set[int], rows: int = 1, is_enough: Any = None
+    model: Transformer,
+    sampling: Sampling,
+    eos: set[int],
+    rows: int = 1,
+    is_enough: IsEnough | None = None,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
 ) -> tuple[list[Completion], Always]:
     """The completions with every draft, which must be those without; and what was drafted."""
     lookup = Always()
-    found = list(completions(model, PROMPTS, sampling, eos, rows, is_enough=is_enough, lookup=lookup))
-    assert found == list(completions(model, PROMPTS, sampling, eos, rows, is_enough=is_enough))
+    found = list(completions(model, prompts, sampling, eos, rows, is_enough=is_enough, lookup=lookup))
+    assert found == list(completions(model, prompts, sampling, eos, rows, is_enough=is_enough))
     return found, lookup
 
 
@@ -77,10 +85,9 @@ def both(
 def test_greedy_tokens_are_those_without_drafts(
     tiny_base: Callable[..., Path], shape: str, how: dict[str, float]
 ) -> None:
-    _, lookup = both(load_model(tiny_base(**SHAPES[shape])).eval(), Sampling(60, 0, **how), set())
+    _, lookup = both(load_model(tiny_base(**SHAPES[shape])).eval(), Sampling(50, 0, **how), set())
     drafted = [taken for size, taken in lookup.given if size]
     assert {1, 9} < set(drafted), "some drafts are wrong, some are right in part, some as a whole"
-    assert len(lookup.given) < 59 * len(PROMPTS) / 1.5
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.4])
@@ -89,38 +96,60 @@ def test_draws_are_those_without_drafts(model: Transformer, temperature: float) 
     assert any(taken > 1 for _, taken in lookup.given)
 
 
-def test_a_completion_ends_within_a_draft(model: Transformer) -> None:
-    """At each of its places: by one of several EOS ids, by a stop, and by the number of tokens."""
-    plain = list(completions(model, PROMPTS, Sampling(40, 0), (), 1))
-    within = dict.fromkeys(("eos", "stop", "length"), 0)
-    for length in range(1, 40, 3):
-        eos = {plain[0].ids[length - 1], 7, plain[3].ids[-1]}
-        ends = (
-            both(model, Sampling(40, 0), eos),
-            both(model, Sampling(40, 0), set(), is_enough=lambda _, ids, at=length: len(ids) == at),
-            both(model, Sampling(length, 0), set()),
-        )
-        for reason, (found, lookup) in zip(within, ends, strict=True):
-            assert reason in {made.finish_reason for made in found}
-            within[reason] += sum(1 < taken < size + 1 for size, taken in lookup.given)
-    assert all(within.values())
+def _copying(base: Path) -> tuple[Transformer, list[int]]:
+    """A model that goes around a cycle of tokens, and the cycle; its blocks add nothing."""
+    model, cycle = load_model(base).eval(), list(range(40, 60))
+    assert model.lm_head is not None
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        model.model.norm.weight.fill_(1.0)
+        embedded = torch.nn.functional.normalize(model.model.embed_tokens.weight)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[cycle] = embedded[[cycle[-1], *cycle[:-1]]]
+    return model, cycle
 
 
-def test_stop_texts_end_a_completion_within_a_draft(
-    run_cli: Command, tiny_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+def test_a_completion_ends_within_a_draft(tiny_base: Callable[..., Path]) -> None:
+    """At each of its places: by one of several EOS ids, by a stop text, and by the number of tokens."""
+    base = tiny_base()
+    tokenizer, (model, cycle) = load_tokenizer(base), _copying(base)
+    prompt = [1, *cycle, *cycle]
+    for right in range(1, 9):  # the first token is that of the prompt's pass
+        end = cycle[right + 1]
+        before, text = (tokenizer.token_bytes(token).decode() for token in cycle[right : right + 2])
+        stops = StopTexts(tokenizer, ["<none>", before[-1:] + text]).is_enough
+        for reason, tokens, eos, is_enough, ids in (
+            ("eos", 40, {end, 2, 200}, None, cycle[: right + 1]),
+            ("stop", 40, {2}, stops, cycle[: right + 2]),
+            ("length", right + 1, {2}, None, cycle[: right + 1]),
+        ):
+            (made,), lookup = both(model, Sampling(tokens, 0), eos, is_enough=is_enough, prompts=[prompt])
+            assert made == Completion(ids, reason)
+            size = right - 1 if reason == "length" else 8
+            assert lookup.given == [(size, len(ids) - 1)]
+
+
+def test_the_option_changes_no_result(
+    command: Command, tiny_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lookups: list[Always] = []
     monkeypatch.setattr(generate_module, "PromptLookup", lambda: lookups.append(Always()) or lookups[-1])
-    asked = ["generate", "--model", str(tiny_base()), "--prompt", "to be or not to be", "--template", "none", "--json",
-             "--temperature", "0", "--max-new-tokens", "60"]  # fmt: skip
-    whole = run_cli(*asked, "--lookup", "off").json["results"][0]
+    base = tiny_base()
+
+    def result(*more: str) -> Any:
+        asked = ("--prompt", "to be or not to be", "--temperature", "0", "--max-new-tokens", "60", "--json")
+        outcome = command("generate", "--model", base, *asked, *more)
+        assert outcome.code == 0, outcome.stderr
+        return json.loads(outcome.stdout)["results"]
+
+    whole = result("--lookup", "off")
     assert not lookups
-    assert run_cli(*asked).json["results"] == [whole]
+    assert result() == whole
     assert any(taken > 1 for _, taken in lookups[0].given)
-    for begin in range(0, len(whole["completion"]) - 2, 9):
-        stop = ["--stop", whole["completion"][begin : begin + 2]]
-        with_drafts, without = (run_cli(*asked, *stop, *off).json["results"] for off in ((), ("--lookup", "off")))
-        assert with_drafts == without
+    stop = ("--stop", whole[0]["completion"][30:32])
+    assert result(*stop) == result(*stop, "--lookup", "off") != whole
 
 
 def test_drafts_are_made_where_one_sequence_runs(model: Transformer) -> None:
@@ -164,16 +193,16 @@ def _searched(ids: list[int], tokens: int) -> list[int]:
     return []
 
 
-def _follow(lookup: PromptLookup, text: Sequence[int], seconds: Callable[[int], float], clock: list[float]) -> int:
-    """Give ``text`` to a lookup as a model would, a step with so many drafted tokens in ``seconds``; its steps."""
-    steps, done = 0, 1
+def _follow(lookup: PromptLookup, text: Sequence[int], cost: float, clock: list[float], number: int = 0) -> float:
+    """Give ``text`` to a lookup as a model would; the seconds of all steps, ``cost`` with a draft and 1 without."""
+    began, done = clock[0], 1
     while done < len(text):
-        draft = lookup.draft(0, [], text[:done], len(text) - done - 1)
-        right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft, text[done:], strict=False)))
-        clock[0] += seconds(len(draft))
+        draft = lookup.draft(number, [], text[:done], len(text) - done - 1)
+        right = sum(itertools.accumulate((a == b for a, b in zip(draft, text[done:], strict=False)), min))
+        clock[0] += cost if draft else 1.0
         lookup.took(right + 1)
-        done, steps = done + right + 1, steps + 1
-    return steps
+        done += right + 1
+    return clock[0] - began
 
 
 REPEATING = list(range(20)) * 30
@@ -195,15 +224,13 @@ def test_drafts_are_made_where_they_pay(text: list[int], cost: float, least: flo
     """The seconds of all steps to those of steps without drafts, when a step with a draft takes ``cost``."""
     clock = [0.0]
     lookup = Measured(lambda: clock[0])
-    _follow(lookup, text, lambda drafted: cost if drafted else 1.0, clock)
-    assert least <= clock[0] / (len(text) - 1) <= most
+    assert least <= _follow(lookup, text, cost, clock) / (len(text) - 1) <= most
     if text is VARIED:
         assert sum(size > 0 for size, _ in lookup.given) <= 2
 
 
 def test_drafts_are_made_again_after_a_busy_time() -> None:
-    clock, slow = [0.0], [True]
+    clock = [0.0]
     lookup = Measured(lambda: clock[0])
-    _follow(lookup, REPEATING[:300], lambda drafted: 50.0 if drafted and slow[0] else 1.0, clock)
-    slow[0] = False
-    assert _follow(lookup, [*REPEATING, *REPEATING], lambda drafted: 1.0, clock) < 800
+    _follow(lookup, REPEATING[:200], 50.0, clock)
+    assert _follow(lookup, REPEATING, 1.0, clock, number=1) < len(REPEATING) / 2
