@@ -4,6 +4,9 @@
 of ragged lengths, greedy, from the same random weights. Answers end at random tokens, which are told to all sides as
 EOS, so that all of them compute the same. A ratio above 1 means that llamatune needs less. Nothing is downloaded.
 With ``--held int8`` llamatune's weights are quantised, and answers differ; seconds are compared for each token.
+
+``--only lookup``: with drafts and without, of a model that copies its prompt, that never repeats itself, and that never
+goes on as the prompt does where the same tokens stand.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from llamatune.checkpoints.quantized_base import QuantizedBase
 from llamatune.command_options.inference import Sampling
 from llamatune.events import ignore_event, never_stop
 from llamatune.inference.engine import completions
+from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.shapes.llama_config import LlamaConfig
@@ -47,13 +51,14 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def ours(model: Any, rows: int) -> Side:
-    """llamatune's engine."""
+def ours(model: Any, rows: int, lookup: bool = True) -> Side:
+    """llamatune's engine, as ``generate`` uses it with ``--lookup auto`` or ``off``."""
 
     def side(prompts: list[Ids], tokens: int, eos: list[int]) -> list[Ids]:
         sampling = Sampling(tokens, temperature=0)
         with suitable_threads(model.config, min(rows, len(prompts))):
-            return [one.ids for one in completions(model, prompts, sampling, eos, rows)]
+            drafts = PromptLookup(in_16_bits=True) if lookup else None
+            return [one.ids for one in completions(model, prompts, sampling, eos, rows, lookup=drafts)]
 
     return side
 
@@ -130,6 +135,29 @@ def held_in(base: Path, dtype: torch.dtype, kind: str | None) -> Transformer:
     return load_model(checkpoint, dtype, quantized=source).eval()
 
 
+def compare_lookup(model: Any, tokens: int, rounds: int) -> None:
+    """One prompt with drafts and without; ``model`` is made to go around two cycles of tokens, whatever its blocks add.
+
+    The blocks are computed as before, but add zeros, and the head's row of a token is what comes before it embedded.
+    """
+    period, vocabulary = 60, model.config.vocab_size
+    order = list(range(3, vocabulary))
+    random.Random(2).shuffle(order)
+    short, long = order[:period], order[period:]
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        embedded = model.model.embed_tokens.weight
+        for cycle in (short, long):
+            model.lm_head.weight[cycle] = embedded[[cycle[-1], *cycle[:-1]]]
+    misled = [id for place in range(tokens) for id in (long[place], long[place + 1], 1)]
+    prompts = {"copying": short, "not repeating": long[:period], "misled": [*misled, long[0]]}
+    sides = {"llamatune": ours(model, 1), "without drafts": ours(model, 1, lookup=False)}
+    for name, prompt in prompts.items():
+        compare(name, sides, ([prompt], tokens, []), rounds)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,7 +168,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--rows", type=int, default=16, help="computed together")
     parser.add_argument("--tokens", type=int, default=128, help="the most of an answer")
-    parser.add_argument("--only", choices=["single", "many"])
+    parser.add_argument("--only", choices=["single", "many", "lookup"])
     arguments = parser.parse_args()
     from transformers import AutoModelForCausalLM
 
@@ -153,14 +181,16 @@ def main() -> None:
     prompts = [[1, *(chance.randrange(3, config.vocab_size) for _ in range(chance.randrange(4, 120)))]
                for _ in range(arguments.prompts)]  # fmt: skip
     eos = chance.sample(range(3, config.vocab_size), config.vocab_size // 30)
-    if arguments.only != "many":
+    if arguments.only in (None, "single"):
         sides = {"llamatune": ours(model, 1), "generate": batches(theirs, 1)}
         compare("one prompt", sides, (prompts[:1], arguments.tokens, []), arguments.rounds)
         compare("its first token", sides, ([prompts[0] * 4], 1, []), arguments.rounds * 4)
-    if arguments.only != "single":
+    if arguments.only in (None, "many"):
         sides = {"llamatune": ours(model, arguments.rows), "generate": batches(theirs, arguments.rows),
                  "continuous batching": continuous(theirs)}  # fmt: skip
         compare(f"{arguments.prompts} prompts", sides, (prompts, arguments.tokens, eos), arguments.rounds)
+    if arguments.only in (None, "lookup"):
+        compare_lookup(model, arguments.tokens, arguments.rounds * 4)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ _GSM8K_NEW_TOKENS = 512
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
 HeldDtype = Literal["same", "float32", "bfloat16", "float16", "nf4", "float8", "int8"]
 Placement = Literal["device", "host", "shard"]
+Lookup = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +163,11 @@ class GenerateOptions(Sampling, PromptOptions, ModelSource):
         writes="answers",
     )
     overwrite: bool = option("Replace what stands at --output.", False)
+    lookup: Lookup = option(
+        "Draft tokens from the text so far where one completion runs and it is faster: auto, on: in 16 bits too, or off.",
+        "auto",
+        last=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

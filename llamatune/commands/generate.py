@@ -42,6 +42,7 @@ def generate(options: GenerateOptions, console: Console, launch: Launch) -> None
                 options.stop,
                 options.output if is_continued else None,
                 options.overwrite,
+                options.lookup,
             )
             if not ranks.is_first:  # which alone has the prompts
                 return

@@ -20,6 +20,7 @@ from llamatune.errors import Stopped
 from llamatune.events import ShouldStop, never_stop
 from llamatune.inference.beam_search import beam_search
 from llamatune.inference.completion import Completion, last_logits, new_rows
+from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.inference.sampling import next_tokens, penalised
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
@@ -46,7 +47,7 @@ class _Sequence:
 
 
 class Engine:
-    """Completes the prompts that are added, at most ``rows`` at a time."""
+    """Completes the prompts that are added, at most ``rows`` at a time; with ``lookup``, a single one by drafts."""
 
     def __init__(
         self,
@@ -55,9 +56,11 @@ class Engine:
         eos_ids: Collection[int],
         rows: int,
         is_enough: IsEnough | None = None,
+        lookup: PromptLookup | None = None,
     ) -> None:
         self._model, self._sampling, self._eos_ids = model, sampling, frozenset(eos_ids)
         self._rows, self._is_enough = rows, is_enough
+        self._lookup = lookup if lookup is not None and _may_draft(model, sampling, lookup.in_16_bits) else None
         self._cache = new_rows(model, rows)
         self._running: list[_Sequence] = []  # by their rows of the cache
         self._waiting: deque[_Sequence] = deque()
@@ -88,11 +91,37 @@ class Engine:
         # A pass over prompts makes the others wait, so several rows are given away together.
         if self._waiting and (not self._running or free >= max(1, self._rows // 8)):
             return self._read(free)
+        if self._lookup is None or len(self._running) > 1:
+            return self._next_tokens()
+        (sequence,) = self._running
+        before = len(sequence.chosen)
+        most = self._sampling.max_new_tokens - before - 1
+        draft = self._lookup.draft(sequence.number, sequence.prompt, sequence.chosen, most)
+        ended = self._check(sequence, draft) if draft else self._next_tokens()
+        self._lookup.took(len(sequence.chosen) - before)
+        return ended
+
+    def _next_tokens(self) -> list[tuple[int, Completion]]:
         last = [sequence.chosen[-1] for sequence in self._running]
         tokens, places = torch.tensor([last, self._cache.lengths], device=self._model.device)  # (rows,) each
         layers, mask = self._cache.next_token(places)
         logits = self._model(tokens[:, None], places[:, None], mask, layers, read=last_logits)
         return self._take(logits, 0)
+
+    def _check(self, sequence: _Sequence, draft: Sequence[int]) -> list[tuple[int, Completion]]:
+        """Give the only sequence what ``draft`` has right, and the token behind it, by one pass over all of them."""
+        ids = torch.tensor([[sequence.chosen[-1], *draft]], device=self._model.device)
+        mask = _causal(self._cache.lengths[-1], ids.shape[1], self._model)
+        layers = self._cache.continue_last(ids.shape[1])
+        logits = self._model(ids, mask=mask, cache=layers, read=_logits_of_the_row)
+        for place, drafted in enumerate([*draft, None]):
+            ended = self._take(logits[place : place + 1], 0)
+            if ended:
+                return ended
+            if sequence.chosen[-1] != drafted:
+                self._cache.shorten_last(len(draft) - place)
+                break
+        return []
 
     def _read(self, free: int) -> list[tuple[int, Completion]]:
         """Read the next prompts, as many as one pass takes, and draw the first token of each."""
@@ -176,10 +205,12 @@ def completions(
     rows: int,
     should_stop: ShouldStop = never_stop,
     is_enough: IsEnough | None = None,
+    lookup: PromptLookup | None = None,
 ) -> Iterator[Completion]:
     """The completions of every prompt (ids, BOS included), in their order, at most ``rows`` computed at a time.
 
-    Each prompt has ``num_return_sequences``, one after the other. ``is_enough`` is not for beam search.
+    Each prompt has ``num_return_sequences``, one after the other. ``is_enough`` is not for beam search, which makes no
+    drafts by ``lookup`` either.
 
     Raises:
         Stopped: ``should_stop`` said so, between two tokens.
@@ -189,7 +220,7 @@ def completions(
         for prompt in prompts:
             yield from beam_search(model, prompt, sampling, eos_ids, should_stop)
         return
-    engine = Engine(model, sampling, eos_ids, rows, is_enough)
+    engine = Engine(model, sampling, eos_ids, rows, is_enough, lookup)
     draws = range(sampling.num_return_sequences)
     coming = ((prompt, draw) for prompt in prompts for draw in draws)
     ended, due = dict[int, Completion](), 0
@@ -216,6 +247,16 @@ def complete(
 ) -> list[Completion]:
     """``completions`` of all prompts at once."""
     return list(completions(model, prompts, sampling, eos_ids, max(1, len(prompts)), should_stop, is_enough))
+
+
+def _may_draft(model: Transformer, sampling: Sampling, in_16_bits: bool) -> bool:
+    """Whether a pass over several tokens draws what passes over each would, but for near ties ``in_16_bits``.
+
+    There its logits are rounded otherwise, which may change any draw. The angles of dynamic scaling depend on the
+    length of a pass.
+    """
+    is_exact = model.product_dtype == torch.float32 or (in_16_bits and sampling.temperature == 0)
+    return is_exact and not isinstance(model.config.rope_scaling, DynamicScaling)
 
 
 def _causal(start: int, queries: int, model: Transformer) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from llamatune.command_options.inference import ModelSource, Sampling
+from llamatune.command_options.inference import Lookup, ModelSource, Sampling
 from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.chat_template_files import own_chat_template
 from llamatune.data.segments import prompt_of_json
@@ -24,6 +24,7 @@ from llamatune.inference.engine import completions
 from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_encoding import PromptEncoder, is_chat, shown_answer
 from llamatune.inference.prompt_files import FilePrompt, Prompt
+from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.inference.stop_texts import StopTexts
 from llamatune.output_files import is_stream
 from llamatune.ranks import ALONE, Ranks
@@ -69,10 +70,12 @@ def generate(
     stop: Sequence[str] = (),
     output: Path | None = None,
     overwrite: bool = False,
+    lookup: Lookup = "off",
 ) -> Generations:
     """Load, generate, decode. ``template``, or its name or file; None is the one stored with the adapter or model.
 
     A completion ends where one of the texts ``stop`` appears, and is shown up to there; not for beam search.
+    ``lookup``: tokens are drafted from the text so far where a single completion runs and it is faster.
 
     Several ranks share batches of prompts, which the first gives; each has all completions. Ranks that hold slices of
     the weights compute every batch together.
@@ -136,10 +139,14 @@ def generate(
             eos_ids = encoder.stop_ids(opened.checkpoint.config)
 
             def completed(part: Sequence[list[int]], should_stop: ShouldStop) -> Iterator[list[tuple[Any, ...]]]:
+                has_lookup = lookup != "off" and not in_slices  # whose ranks make the same passes, whatever the time
                 made = [
-                    completions(model, part, sampling, eos_ids, _ROWS, should_stop, is_enough)
+                    completions(
+                        model, part, sampling, eos_ids, _ROWS, should_stop, is_enough,
+                        PromptLookup(lookup == "on") if has_lookup else None,
+                    )
                     for model in models.values()
-                ]
+                ]  # fmt: skip
                 for of_models in zip(*made, strict=True):
                     yield list(map(astuple, of_models))
 

@@ -50,6 +50,10 @@ class RowCache:
         self.lengths[-1] += tokens
         return _LastRow(self, tokens)
 
+    def shorten_last(self, tokens: int) -> None:
+        """Forget the last tokens of the last sequence, so many."""
+        self.lengths[-1] -= tokens
+
     def next_token(self, places: Tensor) -> tuple[LayerCache, Tensor | None]:
         """For one pass over a further token of every sequence, and its mask (rows, 1, 1, S); None: all is seen.
 
