@@ -1,6 +1,7 @@
 """Options of ``chat``, and those of them that the conversation may change."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llamatune.command_options.inference import Drawing, ModelSource, Sampling
 from llamatune.command_options.option import option, option_fields
@@ -31,7 +32,7 @@ def shown_parameters(sampling: Sampling) -> str:
 
 def with_parameters(sampling: Sampling, text: str) -> Sampling:
     """``sampling`` with what ``text`` says, such as ``temperature=0.2 max_new_tokens=64``; ``SpecError`` otherwise."""
-    changed = dict[str, int | float | None]()
+    changed = dict[str, Any]()
     for word in text.split():
         name, equals, value = word.partition("=")
         declared = _CHANGEABLE.get(name)

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llamatune.command_options.chat import ChatOptions, shown_parameters, with_parameters
 from llamatune.commands._console import Console
@@ -198,19 +198,21 @@ class _Talk:
             raise Stopped("stopped by a signal")
         if self._stop:
             self._interrupts = 1
-        kept = False
+        kept, why = False, ""
         try:
             if answer is not None:
                 self._chat.conversation.add(message, answer.text)
                 kept = True
         except DataError as fault:
-            self._say(f"warning: the message and this answer are no part of the conversation: {fault.what}")
-        if self._is_terminal and (answer is None or self._stop):
+            why = fault.what
+        if self._stop:
             self._say(f"stopped; {'what there is of the answer stays' if kept else 'the message is taken back'}")
+        elif not kept:
+            self._say(f"warning: the message and this answer are no part of the conversation: {why}")
         elif self._is_terminal and answer is not None and answer.finish_reason == "length":
             self._say(f"cut after {len(answer.ids)} tokens; /params max_new_tokens=N allows more")
         if self._as_json and answer is not None:
-            result = {"message": message, "prompt": answer.prompt, "completion": answer.text}
+            result: dict[str, Any] = {"message": message, "prompt": answer.prompt, "completion": answer.text}
             result |= {"completion_ids": answer.ids, "finish_reason": answer.finish_reason, "kept": kept}
             result |= {} if base is None else {"base_completion": base.text}
             self._print(json.dumps(result, ensure_ascii=False) + "\n")
