@@ -132,14 +132,10 @@ def test_a_template_without_turns_answers_each_message_alone(command: Command, m
         ("/compare\n", 2, "/compare needs two models: give the tuned one with --adapter"),
         ("/params num_beams=2\n", 2, "no parameter is set by 'num_beams=2'"),
         ("/params temperature=-1\n", 2, "--temperature is -1.0"),
-        ("/params seed=x\n", 2, "seed is 'x': /params: it must be a whole number"),
-        ("/reset all\n", 2, "nothing may follow it"),
-        ("/save there.json\n", 2, "nothing was said yet"),
         ("hi\n/save there.json\n", 5, "exists: there.json"),
         ("hi\n/save model/rows.json\n", 2, "inside of --model"),
         ('"""\nhi\n', 3, 'within a message that """ opened'),
         ("\udce9\n", 3, "not UTF-8 at byte 0"),
-        ("hi \0 there\n", 3, "a NUL character"),
     ],
 )
 def test_a_fault_over_a_pipe_ends_it_in_one_line(
