@@ -95,11 +95,8 @@ class ModelSource(_Adapters, WeightsOptions):
 
 
 @dataclass(frozen=True)
-class Sampling(Options):
-    """How completions are drawn: ``temperature`` 0 is greedy, ``num_beams`` above 1 is beam search, drawing nothing.
-
-    ``num_return_sequences`` completions are made of each prompt: so many draws, or the best beams.
-    """
+class Drawing(Options):
+    """How one completion is drawn, a token at a time: ``temperature`` 0 is greedy."""
 
     max_new_tokens: int = option("The most that is generated.", 128, at_least=1, at_most=1 << 20)
     temperature: float = option("0 is greedy.", 0.6, at_least=0, below=float("inf"))
@@ -111,6 +108,16 @@ class Sampling(Options):
     repetition_penalty: float = option(
         "Above 1, tokens of the prompt and the completion become less likely.", 1.0, above=0, below=float("inf")
     )
+    seed: int = option("The same seed draws the same text.", 0, at_least=0, below=1 << 63)
+
+
+@dataclass(frozen=True)
+class Sampling(Drawing):
+    """How completions are made: ``num_beams`` above 1 is beam search, drawing nothing.
+
+    ``num_return_sequences`` completions are made of each prompt: so many draws, or the best beams.
+    """
+
     num_beams: int = option("Beam search over so many beams.", 1, at_least=1, at_most=64)
     length_penalty: float = option(
         "Beams are compared by log-probability / length ** this.", 1.0, at_least=-100, at_most=100
@@ -118,7 +125,6 @@ class Sampling(Options):
     num_return_sequences: int = option(
         "Completions of each prompt: draws, or the best beams.", 1, at_least=1, at_most=1024
     )
-    seed: int = option("The same seed draws the same text.", 0, at_least=0, below=1 << 63)
 
     def __post_init__(self) -> None:
         super().__post_init__()

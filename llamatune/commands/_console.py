@@ -50,6 +50,10 @@ class Console:
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
 
+    @property
+    def prints_json(self) -> bool:
+        return self._json_mode
+
     def should_stop(self) -> bool:
         return self._stop
 

@@ -72,19 +72,19 @@ def _print(out: RichConsole, generations: Generations, compare: bool) -> None:
         table = Table(*(Column(heading, overflow="fold", ratio=1) for heading in headings), show_lines=True)
         for result in generations.results:
             texts = (result.prompt, result.base_completion, result.completion)
-            table.add_row(*(Text(_shown(text or "")) for text in texts))
+            table.add_row(*(Text(shown(text or "")) for text in texts))
         out.print(table)
     else:
         for place, result in enumerate(generations.results):
             if result.sequence == 1:
                 if place:
                     out.print(Text("====="))
-                out.print(Text(_shown(result.prompt)))
-            out.print(Text(f"> {_shown(result.completion)}"))
+                out.print(Text(shown(result.prompt)))
+            out.print(Text(f"> {shown(result.completion)}"))
         out.print()
     out.print(Text(f"{generations.tokens_per_second:,.1f} tokens/s", style="dim"))
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Text for a terminal: line breaks and tabs stay, other control characters are escaped."""
     return "".join(c if c in "\n\t" else printable(c) for c in text)

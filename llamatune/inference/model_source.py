@@ -99,6 +99,11 @@ class OpenedModel:
         return self.checkpoint if self.adapter is None else self.adapter.on(self.checkpoint)
 
     @property
+    def shares_base(self) -> bool:
+        """Whether the base can be computed beside the model with the adapter without further weights."""
+        return self.adapter is not None and self._changed is self.checkpoint
+
+    @property
     def config(self) -> LlamaConfig:
         """The model's with the adapter, which may have a larger vocabulary than the base."""
         return self._changed.config

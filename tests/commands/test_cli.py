@@ -13,7 +13,7 @@ from llamatune.cli import main
 from llamatune.errors import Stopped
 
 CORE = ["prepare-data", "train", "merge-lora", "generate", "count-params"]
-OTHERS = ["evaluate", "benchmark", "plan-memory", "report", "verify", "demo", "env"]
+OTHERS = ["evaluate", "chat", "benchmark", "plan-memory", "report", "verify", "demo", "env"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -210,6 +210,7 @@ def test_completion_knows_the_verbs() -> None:
         (["evaluate", "--output=answers.jsonl"], 75),
         (["evaluate", "--json"], 130),
         (["generate", "--json"], 130),
+        (["chat"], 130),
         (["--", "generate"], 130),
     ],
 )

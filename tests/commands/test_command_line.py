@@ -48,6 +48,7 @@ def test_which_options_may_be_repeated() -> None:
         "generate --prompt",
         "generate --stop",
         "generate --adapter",
+        "chat --adapter",
         "evaluate --adapter",
         "merge-lora --adapter",
         "report --prompt",
