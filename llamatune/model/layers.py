@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from llamatune.model.compiled_functions import compilable
 from llamatune.model.kernels.choice import by_kernel
-from llamatune.model.products import at_once, product, product_back
+from llamatune.model.products import at_once, few_rows_linear, product, product_back, suits_few_rows
 from llamatune.shapes.llama_config import LlamaConfig
 
 Trained = tuple[Tensor, ...]
@@ -59,7 +59,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias; outside autocast the input's dtype decides in which precision the product is computed."""
     bias = None if bias is None else bias.to(x.dtype)
     if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, weight, bias)
+        return few_rows_linear(x, weight, bias) if suits_few_rows(x, weight) else F.linear(x, weight, bias)
     y: Tensor = FrozenProduct.apply(  # type: ignore[no-untyped-call]
         x, lambda x: F.linear(x, weight.to(x.dtype)), lambda grad: grad @ weight.to(grad.dtype)
     )

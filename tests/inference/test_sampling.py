@@ -131,3 +131,18 @@ def test_logits_that_are_not_finite_have_no_next_token(temperature: float, broke
     logits[1, 7] = broken
     with pytest.raises(NumericsError, match="NaN or infinity"):
         next_tokens(logits, Sampling(temperature=temperature), [torch.Generator()] * 2)
+
+
+@pytest.mark.parametrize("vocabulary", [64, 320, 32000, 257])
+def test_the_greedy_token_is_the_first_of_the_largest(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randint(9, (50, vocabulary), generator=generator).float()  # with many equals
+    greedy = Sampling(temperature=0)
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert next_tokens(logits, greedy, []) == expected
+    for place in (0, vocabulary // 2, vocabulary - 1):
+        for bad in (torch.nan, torch.inf):
+            broken = logits.clone()
+            broken[7, place] = bad
+            with pytest.raises(NumericsError):
+                next_tokens(broken, greedy, [])
