@@ -170,7 +170,7 @@ class GenerateOptions(Sampling, PromptOptions, ModelSource):
     )
     overwrite: bool = option("Replace what stands at --output.", False)
     lookup: Lookup = option(
-        "Draft tokens from the text so far where one completion runs and it is faster: auto, on: in 16 bits too, or off.",
+        "Draft tokens from the text so far where it is faster: auto, on (in 16 bits too) or off.",
         "auto",
         last=True,
     )

@@ -46,8 +46,8 @@ def scaled_product(a: Tensor, b: Tensor, scale: float = 1.0, dtype: torch.dtype 
 def suits_few_rows(x: Tensor, W: Tensor) -> bool:
     """Whether ``few_rows_linear`` is faster than ``F.linear``: for bf16 products of generation on a CPU.
 
-    oneDNN reads a large W faster where it is the left factor (``benchmarks/few_rows.py``). Training does not
-    use it: the bits of a step do not depend on whether a pass is for gradients.
+    oneDNN reads a large W faster where it is the left factor (``benchmarks/few_rows.py``). Training does not use it:
+    the bits of a step do not depend on whether a pass is for gradients.
     """
     if x.dtype != torch.bfloat16 or W.dtype != x.dtype or x.device.type != "cpu":
         return False

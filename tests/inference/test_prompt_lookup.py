@@ -223,7 +223,7 @@ VARIED = [_chance.randrange(40) for _ in range(600)]
 def test_drafts_are_made_where_they_pay(text: list[int], cost: float, least: float, most: float) -> None:
     """The seconds of all steps to those of steps without drafts, when a step with a draft takes ``cost``."""
     clock = [0.0]
-    lookup = Measured(lambda: clock[0])
+    lookup = Measured(clock=lambda: clock[0])
     assert least <= _follow(lookup, text, cost, clock) / (len(text) - 1) <= most
     if text is VARIED:
         assert sum(size > 0 for size, _ in lookup.given) <= 2
@@ -231,6 +231,6 @@ def test_drafts_are_made_where_they_pay(text: list[int], cost: float, least: flo
 
 def test_drafts_are_made_again_after_a_busy_time() -> None:
     clock = [0.0]
-    lookup = Measured(lambda: clock[0])
+    lookup = Measured(clock=lambda: clock[0])
     _follow(lookup, REPEATING[:200], 50.0, clock)
     assert _follow(lookup, REPEATING, 1.0, clock, number=1) < len(REPEATING) / 2

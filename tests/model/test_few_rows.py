@@ -25,16 +25,17 @@ def test_few_rows_equal_the_product_in_float64(shape: tuple[int, ...], biased: b
 
 
 def test_only_generation_in_bf16_uses_it() -> None:
-    x, W = torch.randn(1, 96).bfloat16(), torch.randn(40, 96).bfloat16()
+    x, W = torch.randn(1, 1024).bfloat16(), torch.randn(1024, 1024).bfloat16()
     assert not suits_few_rows(x, W)
     with torch.no_grad():  # activation checkpointing computes so
         assert not suits_few_rows(x, W)
     with torch.inference_mode():
         assert suits_few_rows(x, W)
+        assert suits_few_rows(x.expand(8, 1024), W)
+        assert torch.equal(linear(x, W), few_rows_linear(x, W))
+        assert not suits_few_rows(x.expand(9, 1024), W)
+        assert not suits_few_rows(x, W[:1023])
         assert not suits_few_rows(x.float(), W.float())
         assert not suits_few_rows(x.half(), W.half())
-        assert not suits_few_rows(torch.zeros(33, 96).bfloat16(), torch.zeros(1 << 14, 96).bfloat16())
-        assert suits_few_rows(torch.zeros(2, 96).bfloat16(), torch.zeros(1 << 14, 96).bfloat16())
-        assert torch.equal(linear(x, W), few_rows_linear(x, W))
         with torch.autocast("cpu", torch.bfloat16):
             assert not suits_few_rows(x, W)
