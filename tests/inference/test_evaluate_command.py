@@ -236,7 +236,7 @@ def test_data_of_another_tokenizer_is_refused_unless_forced(
         (("--task", "gsm8k", "--per-row", "rows.jsonl"), "--per-row"),
         (("--task", "gsm8k", "--shots", 3), "--shots-data"),
         (("--compare",), "--compare needs two models"),
-        (("--dtype", "int8"), "--dtype"),
+        (("--dtype", "int4"), "--dtype"),
         (("--batch-size", 0), "--batch-size"),
         (("--limit", 0), "--limit"),
     ],
