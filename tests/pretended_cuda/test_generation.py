@@ -22,7 +22,7 @@ LOADING = {
 SAMPLING = {
     ("inference/sampling.py:next_tokens", TO_HOST): TOKENS,  # the likeliest tokens, or the probabilities to draw from
     ("inference/engine.py:Engine._read", TO_DEVICE): 1,  # prompts and their ends
-    ("inference/engine.py:Engine.step", TO_DEVICE): TOKENS - 1,  # tokens and their places: nothing is queued
+    ("inference/engine.py:Engine._next_tokens", TO_DEVICE): TOKENS - 1,  # tokens and their places: nothing is queued
 }
 BEAM_SEARCH = {
     (BEAMS, TO_HOST): 2 * TOKENS,  # scores and places of the best: nothing is queued before the second
