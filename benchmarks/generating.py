@@ -51,8 +51,8 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def ours(model: Any, rows: int, lookup: bool = True) -> Side:
-    """llamatune's engine, as ``generate`` uses it with ``--lookup auto`` or ``off``."""
+def ours(model: Any, rows: int, lookup: bool = False) -> Side:
+    """llamatune's engine, with drafts as ``generate --lookup on`` makes them, or without."""
 
     def side(prompts: list[Ids], tokens: int, eos: list[int]) -> list[Ids]:
         sampling = Sampling(tokens, temperature=0)
@@ -153,7 +153,7 @@ def compare_lookup(model: Any, tokens: int, rounds: int) -> None:
             model.lm_head.weight[cycle] = embedded[[cycle[-1], *cycle[:-1]]]
     misled = [id for place in range(tokens) for id in (long[place], long[place + 1], 1)]
     prompts = {"copying": short, "not repeating": long[:period], "misled": [*misled, long[0]]}
-    sides = {"llamatune": ours(model, 1), "without drafts": ours(model, 1, lookup=False)}
+    sides = {"llamatune": ours(model, 1, lookup=True), "without drafts": ours(model, 1)}
     for name, prompt in prompts.items():
         compare(name, sides, ([prompt], tokens, []), rounds)
 
