@@ -1,7 +1,8 @@
 """Compares two ways of a bf16 product of few rows on a CPU: ``python benchmarks/few_rows.py``.
 
-x W^T as torch computes it, and W x^T with its transposition, alternating; a ratio above 1: the second is faster. The
-matrices of a shape are used in turn, so that they are read from memory as in decoding.
+x W^T as torch computes it, and as ``few_rows_linear`` does (W x^T with its transposition, or without oneDNN),
+alternating; a ratio above 1: the second is faster. The matrices of a shape are used in turn, so that they are read from
+memory as in decoding.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llamatune.model.products import few_rows_linear
+from llamatune.model.products import few_rows_linear, suits_few_rows
 
 SHAPES = ((288, 288), (768, 288), (1024, 1024), (4096, 1024), (32000, 1024))
-ROWS = (1, 2, 8, 16, 32)
+ROWS = (1, 2, 8, 16, 32, 64)
 BYTES = 256 << 20
 """Of all matrices of a shape."""
 ROUNDS = 7
@@ -41,6 +42,8 @@ def main() -> None:
             matrices = [torch.randn(out_features, in_features).bfloat16() for _ in range(min(64, BYTES // size))]
             for rows in ROWS:
                 x = torch.randn(rows, in_features).bfloat16()
+                if not suits_few_rows(x, matrices[0]):
+                    continue
                 times = [(seconds(F.linear, x, matrices), seconds(few_rows_linear, x, matrices)) for _ in range(ROUNDS)]
                 ratios = [one / other for one, other in times[1:]]
                 speed = len(matrices) * size / statistics.median(one for one, _ in times[1:]) / 1e9

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-_FEW_ROWS = 8
+_FEW_ROWS = 64
 _LEAST_ELEMENTS = 1 << 20
-"""Of a matrix; a smaller one stays in the caches, and gains nothing."""
+"""Of a matrix from which on it is read from memory; a smaller one stays in the caches."""
 
 
 def at_once(x: Tensor) -> bool:
@@ -46,19 +47,34 @@ def scaled_product(a: Tensor, b: Tensor, scale: float = 1.0, dtype: torch.dtype 
 def suits_few_rows(x: Tensor, W: Tensor) -> bool:
     """Whether ``few_rows_linear`` is faster than ``F.linear``: for bf16 products of generation on a CPU.
 
-    oneDNN reads a large W faster where it is the left factor (``benchmarks/few_rows.py``). Training does not use it:
-    the bits of a step do not depend on whether a pass is for gradients.
+    Training does not use it: the bits of a step do not depend on whether a pass is for gradients.
     """
     if x.dtype != torch.bfloat16 or W.dtype != x.dtype or x.device.type != "cpu":
         return False
     rows = x.numel() // x.shape[-1]
-    fits = rows <= _FEW_ROWS and W.numel() >= _LEAST_ELEMENTS
+    fits = rows == 1 or (rows <= _FEW_ROWS and W.numel() >= _LEAST_ELEMENTS)
     return fits and torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def few_rows_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias, (..., in) -> (..., out), as (W x^T)^T."""
+    """x W^T + bias, (..., in) -> (..., out).
+
+    As (W x^T)^T where W is large, which oneDNN reads faster as the left factor. A small W is multiplied without oneDNN,
+    whose calls take longer than the product. ``benchmarks/few_rows.py`` measures both.
+    """
+    if W.numel() < _LEAST_ELEMENTS:
+        return _without_onednn(x, W, bias)
     rows = x.reshape(-1, x.shape[-1])
     y = torch.mv(W, rows[0]) if len(rows) == 1 else torch.mm(W, rows.T).T.contiguous()
     y = y.view(*x.shape[:-1], len(W))
     return y if bias is None else y + bias
+
+
+def _without_onednn(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` by torch's own kernel."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return F.linear(x, W, bias)
+    finally:
+        torch._C._set_mkldnn_enabled(before)

@@ -1,4 +1,4 @@
-"""Products of few rows in bf16 on a CPU: equal to ``F.linear``, and used in generation only."""
+"""Products of few rows in bf16 on a CPU: equal to ``F.linear``, used in generation only; layers in inference mode."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llamatune.model.layers import linear
+from llamatune.model.layers import linear, rms_norm, swiglu
 from llamatune.model.products import few_rows_linear, suits_few_rows
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 7), (32, 1), (3,)])
+@pytest.mark.parametrize("out_features", [40, 11_000])
 @pytest.mark.parametrize("biased", [False, True])
-def test_few_rows_equal_the_product_in_float64(shape: tuple[int, ...], biased: bool) -> None:
+def test_few_rows_equal_the_product_in_float64(shape: tuple[int, ...], out_features: int, biased: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(*shape, 96, generator=generator).bfloat16()
-    W = torch.randn(40, 96, generator=generator).bfloat16()
-    bias = torch.randn(40, generator=generator).bfloat16() if biased else None
+    W = torch.randn(out_features, 96, generator=generator).bfloat16()
+    bias = torch.randn(out_features, generator=generator).bfloat16() if biased else None
     exact = F.linear(x.double(), W.double(), None if bias is None else bias.double())
     found = few_rows_linear(x, W, bias)
     assert found.shape == exact.shape
@@ -33,9 +34,38 @@ def test_only_generation_in_bf16_uses_it() -> None:
         assert suits_few_rows(x, W)
         assert suits_few_rows(x.expand(8, 1024), W)
         assert torch.equal(linear(x, W), few_rows_linear(x, W))
-        assert not suits_few_rows(x.expand(9, 1024), W)
-        assert not suits_few_rows(x, W[:1023])
+        assert not suits_few_rows(x.expand(65, 1024), W)
+        assert suits_few_rows(x, W[:1023])
+        assert not suits_few_rows(x.expand(2, 1024), W[:1023])
         assert not suits_few_rows(x.float(), W.float())
         assert not suits_few_rows(x.half(), W.half())
         with torch.autocast("cpu", torch.bfloat16):
             assert not suits_few_rows(x, W)
+
+
+def test_a_product_without_onednn_leaves_its_switch_as_it_was() -> None:
+    x, W = torch.randn(1, 8).bfloat16(), torch.randn(8, 8).bfloat16()
+    before = torch._C._get_mkldnn_enabled()
+    try:
+        for chosen in (False, True):
+            torch._C._set_mkldnn_enabled(chosen)
+            few_rows_linear(x, W)
+            assert torch._C._get_mkldnn_enabled() == chosen
+            with pytest.raises(RuntimeError):
+                few_rows_linear(x, W[:, :7])
+            assert torch._C._get_mkldnn_enabled() == chosen
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_gives_the_bits_of_training(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, gate, up = (torch.randn(3, 65, generator=generator).to(dtype) for _ in range(3))
+    weight = torch.rand(65, generator=generator).to(dtype)
+    before = x.clone()
+    expected = rms_norm(x, weight, 1e-5), swiglu(gate, up)
+    with torch.inference_mode():
+        assert torch.equal(rms_norm(x, weight, 1e-5), expected[0])
+        assert torch.equal(swiglu(gate.clone(), up), expected[1])
+    assert torch.equal(x, before)
