@@ -146,8 +146,8 @@ class Chat:
             chosen.append(so_far[-1])
             return False
 
-        engine = Engine(self._models["base_" if of_base else ""], sampling, self._eos_ids, 1, note)
-        engine.add(ids)
+        engine = Engine(self._models["base_" if of_base else ""], self._eos_ids, 1, note)
+        engine.add(ids, sampling)
         stream, moved, text, reason = TextStream(self._tokenizer, ids), segments.moved, "", "stopped"
         while not engine.is_done and not should_stop():
             for _, completion in engine.step():

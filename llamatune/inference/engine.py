@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llamatune.command_options.inference import Sampling
+from llamatune.command_options.inference import Drawing, Sampling
 from llamatune.errors import Stopped
 from llamatune.events import ShouldStop, never_stop
 from llamatune.inference.beam_search import beam_search
@@ -41,6 +41,7 @@ class _Sequence:
 
     number: int
     prompt: Sequence[int]
+    sampling: Drawing
     generator: torch.Generator
     chosen: list[int] = field(default_factory=list)
     seen: Tensor | None = None
@@ -52,26 +53,24 @@ class Engine:
     def __init__(
         self,
         model: Transformer,
-        sampling: Sampling,
         eos_ids: Collection[int],
         rows: int,
         is_enough: IsEnough | None = None,
         lookup: PromptLookup | None = None,
     ) -> None:
-        self._model, self._sampling, self._eos_ids = model, sampling, frozenset(eos_ids)
-        self._rows, self._is_enough = rows, is_enough
-        self._lookup = lookup if lookup is not None and _may_draft(model, sampling, lookup.in_16_bits) else None
+        self._model, self._eos_ids, self._rows = model, frozenset(eos_ids), rows
+        self._is_enough, self._lookup = is_enough, lookup
         self._cache = new_rows(model, rows)
         self._running: list[_Sequence] = []  # by their rows of the cache
         self._waiting: deque[_Sequence] = deque()
         self._added = 0
 
-    def add(self, prompt: Sequence[int], draw: int = 0) -> int:
+    def add(self, prompt: Sequence[int], sampling: Drawing, draw: int = 0) -> int:
         """Take a prompt (ids, BOS included); its number, which counts from 0. Each ``draw`` of a prompt is another."""
         purpose = ("sampling", draw) if draw else ("sampling",)
-        generator = torch.Generator().manual_seed(derived_seed(self._sampling.seed, *purpose))
-        self._waiting.append(_Sequence(self._added, prompt, generator))
-        self._cache.capacity = max(self._cache.capacity, len(prompt) + self._sampling.max_new_tokens)
+        generator = torch.Generator().manual_seed(derived_seed(sampling.seed, *purpose))
+        self._waiting.append(_Sequence(self._added, prompt, sampling, generator))
+        self._cache.capacity = max(self._cache.capacity, len(prompt) + sampling.max_new_tokens)
         self._added += 1
         return self._added - 1
 
@@ -94,8 +93,10 @@ class Engine:
         if self._lookup is None or len(self._running) > 1:
             return self._next_tokens()
         (sequence,) = self._running
+        if not _may_draft(self._model, sequence.sampling, self._lookup.in_16_bits):
+            return self._next_tokens()
         before = len(sequence.chosen)
-        most = self._sampling.max_new_tokens - before - 1
+        most = sequence.sampling.max_new_tokens - before - 1
         draft = self._lookup.draft(sequence.number, sequence.prompt, sequence.chosen, most)
         ended = self._check(sequence, draft) if draft else self._next_tokens()
         self._lookup.took(len(sequence.chosen) - before)
@@ -164,11 +165,7 @@ class Engine:
     def _take(self, logits: Tensor, first: int) -> list[tuple[int, Completion]]:
         """Draw a token from ``logits`` (rows, V) for each row from ``first`` on."""
         running = self._running[first:]
-        logits = logits.float()
-        if self._sampling.repetition_penalty != 1:
-            seen = torch.stack([self._seen(sequence, logits) for sequence in running])
-            logits = penalised(logits, seen, self._sampling.repetition_penalty)
-        tokens = next_tokens(logits, self._sampling, [sequence.generator for sequence in running])
+        tokens = self._draw(logits.float(), running)
         ended: list[tuple[int, Completion]] = []
         rows: list[int] = []
         for row, (sequence, token) in enumerate(zip(running, tokens, strict=True), first):
@@ -178,6 +175,16 @@ class Engine:
         if rows:
             self._running = [self._running[row] for row in self._cache.drop(rows)]
         return ended
+
+    def _draw(self, logits: Tensor, running: Sequence[_Sequence]) -> list[int]:
+        """A token for each row of ``logits`` (rows, V); rows whose sampling is the same are drawn together."""
+        sampling = running[0].sampling
+        if any(other.sampling is not sampling and other.sampling != sampling for other in running):
+            return [self._draw(logits[row : row + 1], [sequence])[0] for row, sequence in enumerate(running)]
+        if sampling.repetition_penalty != 1:
+            seen = torch.stack([self._seen(sequence, logits) for sequence in running])
+            logits = penalised(logits, seen, sampling.repetition_penalty)
+        return next_tokens(logits, sampling, [sequence.generator for sequence in running])
 
     def _seen(self, sequence: _Sequence, logits: Tensor) -> Tensor:
         if sequence.seen is None:
@@ -194,7 +201,7 @@ class Engine:
         sequence.chosen.append(token)
         if self._is_enough is not None and self._is_enough(sequence.prompt, sequence.chosen):
             return "stop"
-        return "length" if len(sequence.chosen) == self._sampling.max_new_tokens else ""
+        return "length" if len(sequence.chosen) == sequence.sampling.max_new_tokens else ""
 
 
 def completions(
@@ -220,13 +227,13 @@ def completions(
         for prompt in prompts:
             yield from beam_search(model, prompt, sampling, eos_ids, should_stop)
         return
-    engine = Engine(model, sampling, eos_ids, rows, is_enough, lookup)
+    engine = Engine(model, eos_ids, rows, is_enough, lookup)
     draws = range(sampling.num_return_sequences)
     coming = ((prompt, draw) for prompt in prompts for draw in draws)
     ended, due = dict[int, Completion](), 0
     while True:
         for prompt, draw in itertools.islice(coming, rows - engine.waiting):
-            engine.add(prompt, draw)
+            engine.add(prompt, sampling, draw)
         if engine.is_done:
             return
         if should_stop():
@@ -249,7 +256,7 @@ def complete(
     return list(completions(model, prompts, sampling, eos_ids, max(1, len(prompts)), should_stop, is_enough))
 
 
-def _may_draft(model: Transformer, sampling: Sampling, in_16_bits: bool) -> bool:
+def _may_draft(model: Transformer, sampling: Drawing, in_16_bits: bool) -> bool:
     """Whether a pass over several tokens draws what passes over each would, but for near ties ``in_16_bits``.
 
     There its logits are rounded otherwise, which may change any draw. The angles of dynamic scaling depend on the

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llamatune.command_options.inference import Sampling
+from llamatune.command_options.inference import Drawing
 from llamatune.errors import NumericsError
 
 _BLOCK = 64
 """Of logits, whose number is a multiple of it with nearly every tokenizer."""
 
 
-def token_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+def token_distribution(logits: Tensor, sampling: Drawing) -> Tensor:
     """Probabilities (B, V) in fp32 from logits (B, V): temperature, ``top_k`` likeliest, nucleus, ``min_p``, in turn.
 
     The nucleus is the smallest set of the likeliest tokens whose probabilities reach ``top_p`` (Holtzman et al. 2020).
@@ -46,7 +46,7 @@ def penalised(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def next_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
+def next_tokens(logits: Tensor, sampling: Drawing, generators: list[torch.Generator]) -> list[int]:
     """One token for each row of ``logits`` (B, V); each row draws from its own generator, so rows are independent.
 
     Raises:

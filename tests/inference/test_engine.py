@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ from llamatune.checkpoints.loading import load_model
 from llamatune.command_options.inference import Sampling
 from llamatune.errors import NumericsError, Stopped
 from llamatune.inference import beam_search, engine
-from llamatune.inference.completion import new_cache, new_rows
-from llamatune.inference.engine import complete, completions
+from llamatune.inference.completion import Completion, new_cache, new_rows
+from llamatune.inference.engine import Engine, complete, completions
+from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.model.kv_cache import KVCache, RowCache
 from llamatune.model.transformer import Transformer
 
@@ -90,6 +92,23 @@ def test_prompts_that_share_rows_are_completed_as_alone(
     for rows in (3, 16, 64):
         assert list(completions(model, iter(MANY), sampling, eos, rows)) == alone
     assert list(completions(model, MANY[::-1], sampling, eos, 5)) == alone[::-1]
+
+
+def test_each_prompt_has_its_own_sampling(model: Transformer) -> None:
+    """Four ways in one batch, of lengths, seeds, temperatures and penalties, and drafts where a prompt is alone."""
+    ways = [Sampling(9, 0), Sampling(24, 1.0, seed=3), Sampling(16, 0.7, top_k=5, seed=4),
+            Sampling(20, 0, repetition_penalty=1.3)]  # fmt: skip
+    eos = set(range(3, 11))
+    asked = list(zip(MANY, itertools.cycle(ways), strict=False))
+    alone = [complete(model, [prompt], sampling, eos)[0] for prompt, sampling in asked]
+    for rows, lookup in ((1, PromptLookup()), (7, None), (64, None)):
+        shared = Engine(model, eos, rows, lookup=lookup)
+        for prompt, sampling in asked:
+            shared.add(prompt, sampling)
+        found: dict[int, Completion] = {}
+        while not shared.is_done:
+            found.update(shared.step())
+        assert [found[number] for number in range(len(asked))] == alone
 
 
 def test_rows_that_end_are_filled_at_once(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
