@@ -133,20 +133,21 @@ class Engine:
             tokens += len(new[-1].prompt)
         first = len(self._running)
         self._running += new
-        # The angles of dynamic scaling depend on the length of the whole prompt.
-        if tokens > _TOKENS_IN_A_PASS and not isinstance(self._model.config.rope_scaling, DynamicScaling):
+        depends_on_length = isinstance(self._model.config.rope_scaling, DynamicScaling)
+        if tokens > _TOKENS_IN_A_PASS and not depends_on_length:
             return self._take(self._read_long(new[0].prompt), first)
         device = self._model.device
-        lengths = tuple(len(sequence.prompt) for sequence in new)
+        lengths = [len(sequence.prompt) for sequence in new]
         ends = [end - 1 for end in itertools.accumulate(lengths)]
         both = torch.tensor([*(token for sequence in new for token in sequence.prompt), *ends], device=device)
         ids, rows = both[:tokens], both[tokens:]
-        element_bytes = torch.finfo(self._model.product_dtype).bits // 8
-        filling = filled_up(tokens, device.type, element_bytes) - tokens
-        samples = (*lengths, filling) if filling else lengths
         layers = self._cache.begin(lengths)
+        element_bytes = torch.finfo(self._model.product_dtype).bits // 8
+        if filling := filled_up(tokens, device.type, element_bytes) - tokens:
+            # Of the last prompt, which does not see what follows it; as a sample of its own if that changed its angles.
+            lengths = [*lengths, filling] if depends_on_length else [*lengths[:-1], lengths[-1] + filling]
         logits = self._model(
-            F.pad(ids, (0, filling))[None], cache=layers, lengths=samples, rows=rows, read=_logits_of_the_row
+            F.pad(ids, (0, filling))[None], cache=layers, lengths=tuple(lengths), rows=rows, read=_logits_of_the_row
         )
         return self._take(logits, first)
 

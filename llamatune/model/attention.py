@@ -17,6 +17,7 @@ from llamatune.devices import capability_of
 from llamatune.model.attention_in_fp32 import attend_in_fp32
 from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.shapes.attention_kernels import Kernel, beyond_window, choose_kernel, head_room
+from llamatune.shapes.recurring_sizes import filled_up
 
 
 class Documents:
@@ -104,7 +105,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "causal", mask: Tensor 
     """One call for a batch whose rows are one sample each; ``kind`` of mask as ``choose_kernel`` has it."""
     _, _, T, E = q.shape
     capability, dtype = capability_of(q.device), DTYPE_NAMES[q.dtype]
-    kernel = choose_kernel(capability, dtype, E, T, 1, kind)
+    # Generation fills prompts up; a training step takes the same kernel whether its pass is for gradients or not.
+    recurs = torch.is_inference_mode_enabled() and filled_up(T, q.device.type, q.element_size()) == T
+    kernel = choose_kernel(capability, dtype, E, T, 1, kind, recurs)
     causal = kind == "causal" and T > 1
     if kernel is Kernel.FP32:
         return attend_in_fp32(q, k, v)

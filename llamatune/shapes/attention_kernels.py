@@ -26,7 +26,13 @@ class Kernel(Enum):
 
 
 def choose_kernel(
-    capability: Capability | None, dtype: str, head_dim: int, tokens: int, samples: int = 1, mask: str = "causal"
+    capability: Capability | None,
+    dtype: str,
+    head_dim: int,
+    tokens: int,
+    samples: int = 1,
+    mask: str = "causal",
+    recurs: bool = False,
 ) -> Kernel:
     """The kernel for ``samples`` in one row, the one in question of ``tokens``.
 
@@ -37,9 +43,10 @@ def choose_kernel(
         capability: None is a CPU.
         dtype: ``float64``, ``float32``, ``bfloat16`` or ``float16``.
         mask: ``causal``; ``given`` as a tensor; ``none``: queries follow all keys, as in decoding.
+        recurs: code for this number of tokens is likely to have been compiled.
     """
     if capability is None:
-        short = dtype == "bfloat16" and mask == "causal" and tokens <= SHORT_TOKENS
+        short = dtype == "bfloat16" and mask == "causal" and tokens <= SHORT_TOKENS and not recurs
         return Kernel.FP32 if short else Kernel.SDPA
     if mask == "given" or not _flash_runs(capability, dtype, head_dim):
         return Kernel.EFFICIENT
