@@ -1,9 +1,13 @@
-"""Compares generation with transformers' ``generate`` and its continuous batching, alternating; reports ratios.
+"""Compares generation with transformers' ``generate`` and continuous batching, and llama.cpp; reports ratios.
 
 ``python benchmarks/generating.py --shape 15m --rounds 3``: one prompt, then many prompts of ragged lengths with answers
-of ragged lengths, greedy, from the same random weights. Answers end at random tokens, which are told to all sides as
-EOS, so that all of them compute the same. A ratio above 1 means that llamatune needs less. Nothing is downloaded.
-With ``--held int8`` llamatune's weights are quantised, and answers differ; seconds are compared for each token.
+of ragged lengths, greedy, from the same random weights, alternating. The length of each answer is drawn from an
+exponential distribution whose mean is a quarter of the longest; ``generate`` computes a batch until its longest answer
+ends. Seconds are compared for each token that is asked for; a ratio above 1 means that llamatune needs less. Nothing is
+downloaded. With ``--held int8`` llamatune's weights are quantised, and answers differ.
+
+``--tokenizer tokenizer.model``: beside llama.cpp, too, which needs llama-cpp-python. It reads the same weights in the same
+dtype, or in Q8_0 for ``--held int8``, from a GGUF file, which a tokenizer belongs to.
 
 ``--only lookup``: with drafts and without, of a model that copies its prompt, that never repeats itself, and that never
 goes on as the prompt does where the same tokens stand.
@@ -12,6 +16,7 @@ goes on as the prompt does where the same tokens stand.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import sys
@@ -25,11 +30,14 @@ import torch
 from material import DTYPES, make_base
 from torch import Tensor
 
+from llamatune.checkpoints.converting import convert
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.quantized_base import QuantizedBase
+from llamatune.command_options.conversion import ConvertOptions
 from llamatune.command_options.inference import Sampling
 from llamatune.events import ignore_event, never_stop
-from llamatune.inference.engine import completions
+from llamatune.inference.completion import Completion
+from llamatune.inference.engine import Engine
 from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
@@ -41,8 +49,8 @@ SHAPES = {
     "0.5b": LlamaConfig(1024, 4096, 24, 16, 8, 32000, max_position_embeddings=2048),
 }
 Ids = list[int]
-Side = Callable[[list[Ids], int, list[int]], list[Ids]]
-"""New ids, without the EOS, of prompts, at most so many new tokens, ended by so many EOS ids."""
+Side = Callable[[list[Ids], list[int]], list[Ids]]
+"""New ids of prompts, as many of each as is said."""
 
 
 def say(line: str) -> None:
@@ -54,59 +62,89 @@ def say(line: str) -> None:
 def ours(model: Any, rows: int, lookup: bool = False) -> Side:
     """llamatune's engine, with drafts as ``generate --lookup on`` makes them, or without."""
 
-    def side(prompts: list[Ids], tokens: int, eos: list[int]) -> list[Ids]:
-        sampling = Sampling(tokens, temperature=0)
+    def side(prompts: list[Ids], lengths: list[int]) -> list[Ids]:
         with suitable_threads(model.config, min(rows, len(prompts))):
             drafts = PromptLookup(in_16_bits=True) if lookup else None
-            return [one.ids for one in completions(model, prompts, sampling, eos, rows, lookup=drafts)]
+            engine = Engine(model, (), rows, lookup=drafts)
+            for prompt, length in zip(prompts, lengths, strict=True):
+                engine.add(prompt, Sampling(length, temperature=0))
+            ended: dict[int, Completion] = {}
+            while not engine.is_done:
+                ended.update(engine.step())
+            return [ended[number].ids for number in range(len(prompts))]
 
     return side
-
-
-def _ended(ids: Ids, eos: list[int]) -> Ids:
-    return next((ids[:place] for place, token in enumerate(ids) if token in eos), ids)
 
 
 def batches(model: Any, rows: int) -> Side:
     """``generate`` in batches, padded on the left."""
 
-    def side(prompts: list[Ids], tokens: int, eos: list[int]) -> list[Ids]:
+    def side(prompts: list[Ids], lengths: list[int]) -> list[Ids]:
         found: list[Ids] = []
         for first in range(0, len(prompts), rows):
-            batch = prompts[first : first + rows]
+            batch, asked = prompts[first : first + rows], lengths[first : first + rows]
             width = max(map(len, batch))
             ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
-            model.generation_config.eos_token_id = eos or None
+            model.generation_config.eos_token_id = None
             with torch.inference_mode():
                 made: Tensor = model.generate(
-                    ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, pad_token_id=0
+                    ids, attention_mask=mask, do_sample=False, max_new_tokens=max(asked), pad_token_id=0
                 )
-            found += [_ended(row[width:].tolist(), eos) for row in made]
+            found += [row[width : width + length].tolist() for row, length in zip(made, asked, strict=True)]
         return found
 
     return side
 
 
 def continuous(model: Any) -> Side:
-    """``generate_batch``, transformers' continuous batching, with its defaults."""
+    """transformers' continuous batching, with its defaults."""
     from transformers import GenerationConfig
+    from transformers.generation.continuous_batching.utils import WorkloadHints
 
-    def side(prompts: list[Ids], tokens: int, eos: list[int]) -> list[Ids]:
+    def side(prompts: list[Ids], lengths: list[int]) -> list[Ids]:
         config = GenerationConfig(
-            do_sample=False, max_new_tokens=tokens, eos_token_id=eos or -1, pad_token_id=0, use_cuda_graph=False
+            do_sample=False, max_new_tokens=max(lengths), eos_token_id=-1, pad_token_id=0, use_cuda_graph=False
         )
-        made = model.generate_batch(prompts, generation_config=config)
-        by_number = sorted(made.values(), key=lambda output: int(output.request_id.rsplit("_", 1)[-1]))
-        return [_ended(list(output.generated_tokens), eos) for output in by_number]
+        hints = WorkloadHints(max(map(len, prompts)), max(lengths), len(prompts))
+        made: dict[str, Ids] = {}
+        with model.continuous_batching_context_manager(
+            generation_config=config, block=True, timeout=5, workload_hints=hints
+        ) as manager:
+            asked = [
+                manager.add_request(prompt, max_new_tokens=length)
+                for prompt, length in zip(prompts, lengths, strict=True)
+            ]
+            while len(made) < len(asked):
+                output = manager.get_result(timeout=1)
+                if output is not None and output.is_finished():
+                    made[output.request_id] = list(output.generated_tokens)
+        return [made[request] for request in asked]
 
     return side
 
 
-def compare(name: str, sides: dict[str, Side], work: tuple[list[Ids], int, list[int]], rounds: int) -> None:
+def llama_cpp(file: Path) -> Side:
+    """llama.cpp of one prompt at a time, on torch's number of threads."""
+    from llama_cpp import Llama
+
+    threads = torch.get_num_threads()
+    model = Llama(str(file), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def side(prompts: list[Ids], lengths: list[int]) -> list[Ids]:
+        found = []
+        for prompt, length in zip(prompts, lengths, strict=True):
+            model.reset()
+            found.append(list(itertools.islice(model.generate(prompt, temp=0.0, repeat_penalty=1.0), length)))
+        return found
+
+    return side
+
+
+def compare(name: str, sides: dict[str, Side], work: tuple[list[Ids], list[int]], rounds: int) -> None:
     """Print tokens/s of each side, and the ratios of each round to ours."""
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    tokens: dict[str, int] = {}
+    tokens = sum(work[1])
     expected: list[Ids] | None = None
     for number in range(rounds + 1):  # the first warms up
         for side, generate in sides.items():
@@ -114,12 +152,12 @@ def compare(name: str, sides: dict[str, Side], work: tuple[list[Ids], int, list[
             found = generate(*work)
             taken = time.perf_counter() - started
             expected = expected or found
-            tokens[side] = sum(map(len, found))
+            assert list(map(len, found)) == work[1], side
             same = sum(one == other for one, other in zip(found, expected, strict=True))
             if number == 0:
-                say(f"{name}: {side}: {same} of {len(found)} answers as llamatune's, {tokens[side]} tokens")
+                say(f"{name}: {side}: {same} of {len(found)} answers as llamatune's, {tokens} tokens")
             else:
-                seconds[side].append(taken / tokens[side])
+                seconds[side].append(taken / tokens)
     for side, times in seconds.items():
         ratios = [other / own for own, other in zip(seconds["llamatune"], times, strict=True)]
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
@@ -155,7 +193,7 @@ def compare_lookup(model: Any, tokens: int, rounds: int) -> None:
     prompts = {"copying": short, "not repeating": long[:period], "misled": [*misled, long[0]]}
     sides = {"llamatune": ours(model, 1, lookup=True), "without drafts": ours(model, 1)}
     for name, prompt in prompts.items():
-        compare(name, sides, ([prompt], tokens, []), rounds)
+        compare(name, sides, ([prompt], [tokens]), rounds)
 
 
 def main() -> None:
@@ -168,27 +206,33 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--rows", type=int, default=16, help="computed together")
     parser.add_argument("--tokens", type=int, default=128, help="the most of an answer")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model of 32,000 pieces, for llama.cpp")
     parser.add_argument("--only", choices=["single", "many", "lookup"])
     arguments = parser.parse_args()
     from transformers import AutoModelForCausalLM
 
     config, dtype = SHAPES[arguments.shape], DTYPES[arguments.dtype][1]
     chance = random.Random(1)
+    others: dict[str, Side] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        base = make_base(Path(scratch) / "base", config, dtype)
+        base = make_base(Path(scratch) / "base", config, dtype, arguments.tokenizer)
         model = held_in(base, dtype, arguments.held)
         theirs = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+        if arguments.tokenizer is not None:
+            file = Path(scratch) / "base.gguf"
+            convert(ConvertOptions(base, file, dtype="q8_0" if arguments.held == "int8" else "same"))
+            others["llama.cpp"] = llama_cpp(file)
     prompts = [[1, *(chance.randrange(3, config.vocab_size) for _ in range(chance.randrange(4, 120)))]
                for _ in range(arguments.prompts)]  # fmt: skip
-    eos = chance.sample(range(3, config.vocab_size), config.vocab_size // 30)
+    lengths = [min(arguments.tokens, 1 + int(chance.expovariate(4 / arguments.tokens))) for _ in prompts]
     if arguments.only in (None, "single"):
-        sides = {"llamatune": ours(model, 1), "generate": batches(theirs, 1)}
-        compare("one prompt", sides, (prompts[:1], arguments.tokens, []), arguments.rounds)
-        compare("its first token", sides, ([prompts[0] * 4], 1, []), arguments.rounds * 4)
+        sides = {"llamatune": ours(model, 1), "generate": batches(theirs, 1), **others}
+        compare("one prompt", sides, (prompts[:1], [arguments.tokens]), arguments.rounds)
+        compare("its first token", sides, ([prompts[0] * 4], [1]), arguments.rounds * 4)
     if arguments.only in (None, "many"):
         sides = {"llamatune": ours(model, arguments.rows), "generate": batches(theirs, arguments.rows),
                  "continuous batching": continuous(theirs)}  # fmt: skip
-        compare(f"{arguments.prompts} prompts", sides, (prompts, arguments.tokens, eos), arguments.rounds)
+        compare(f"{arguments.prompts} prompts", sides, (prompts, lengths), arguments.rounds)
     if arguments.only in (None, "lookup"):
         compare_lookup(model, arguments.tokens, arguments.rounds * 4)
 

@@ -88,7 +88,7 @@ class Engine:
         """Give every running prompt a token, or read waiting ones if enough rows are free; those that ended by it."""
         free = self._rows - len(self._running)
         # A pass over prompts makes the others wait, so several rows are given away together.
-        if self._waiting and (not self._running or free >= max(1, self._rows // 8)):
+        if self._waiting and (not self._running or free >= min(len(self._waiting), max(1, self._rows // 8))):
             return self._read(free)
         if self._lookup is None or len(self._running) > 1:
             return self._next_tokens()

@@ -111,6 +111,18 @@ def test_each_prompt_has_its_own_sampling(model: Transformer) -> None:
         assert [found[number] for number in range(len(asked))] == alone
 
 
+def test_no_prompt_waits_while_all_can_have_rows(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that take a pass each: the last is read before any other goes on."""
+    monkeypatch.setattr(engine, "_TOKENS_IN_A_PASS", 20)
+    shared = Engine(model, (), 16)
+    for _ in range(16):
+        shared.add(list(range(3, 18)), Sampling(4, 0))
+    for _ in range(16):
+        assert shared.waiting
+        shared.step()
+    assert not shared.waiting
+
+
 def test_rows_that_end_are_filled_at_once(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of 25 prompts on 8 rows: no more than the tokens need, but for the last rows and the prompts' passes."""
     sampling, eos = Sampling(max_new_tokens=60, temperature=1.0, seed=5), set(range(3, 11))
