@@ -24,7 +24,7 @@ from llamatune.command_options.inference import ModelSource
 from llamatune.command_options.training import BenchmarkOptions
 from llamatune.errors import CheckpointError, OutOfMemory, SpecError, Stopped
 from llamatune.events import ignore_event, never_stop
-from llamatune.inference import engine as engine_module
+from llamatune.inference.completion import Completion
 from llamatune.inference.engine import Engine
 from llamatune.inference.model_source import open_model
 from llamatune.model.transformer import Transformer
@@ -52,6 +52,21 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[GenerationTask]:
 
     monkeypatch.setattr(cell_runs, "run_cell", run)
     return asked
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Completion]:
+    """What engines complete."""
+    completed: list[Completion] = []
+    step = Engine.step
+
+    def stepping(engine: Engine) -> list[tuple[int, Completion]]:
+        ended = step(engine)
+        completed.extend(completion for _, completion in ended)
+        return ended
+
+    monkeypatch.setattr(Engine, "step", stepping)
+    return completed
 
 
 def task(model: Path, rows: int = 3, prompt: int = 7, new: int = 5, **source: Any) -> GenerationTask:
@@ -90,40 +105,29 @@ class TestACell:
 
     @pytest.mark.parametrize("rows", [1, 3, 16])
     def test_the_time_of_reading_prompts_is_prefill_and_all_else_is_decoding(
-        self, tiny_base: Make, monkeypatch: pytest.MonkeyPatch, rows: int
+        self, tiny_base: Make, monkeypatch: pytest.MonkeyPatch, made: list[Completion], rows: int
     ) -> None:
-        """By a clock that counts passes: one that reads takes 100 s, one that decodes 1 s."""
-        now, made = [0.0], list[Any]()
-        read, decode = Engine._read, Engine._next_tokens
+        """By a clock that counts passes: one that reads prompts takes 100 s, one that decodes 1 s."""
+        now, forward = [0.0], Transformer.forward
 
-        def counted(act: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-            def counting(*arguments: Any) -> Any:
-                now[0] += seconds
-                ended = act(*arguments)
-                made.extend(ended)
-                return ended
+        def counting(*arguments: Any, **more: Any) -> Any:
+            now[0] += 1 if more.get("lengths") is None else 100
+            return forward(*arguments, **more)
 
-            return counting
-
-        monkeypatch.setattr(Engine, "_read", counted(read, 100))
-        monkeypatch.setattr(Engine, "_next_tokens", counted(decode, 1))
-        monkeypatch.setattr(engine_module, "_TOKENS_IN_A_PASS", 32)
+        monkeypatch.setattr(Transformer, "forward", counting)
         monkeypatch.setattr("llamatune.benchmarking.measure_generation.clock", lambda device: now[0])
-        prompts = random_prompts(131, rows, 8)
-        found = time_batch(loaded(tiny_base()), prompts, 6)
-        passes = -(-rows // 4)
+        found = time_batch(loaded(tiny_base()), random_prompts(131, rows, 512), 6)
+        passes = -(-rows * 512 // 2048)
         assert (found.prefill, found.decode) == (100 * passes, 5)
         assert found.first_token == sum(100 * (1 + row // 4) for row in range(rows)) / rows
-        assert sorted(number for number, _ in made) == list(range(rows))
-        assert {(len(completion.ids), completion.finish_reason) for _, completion in made} == {(6, "length")}
+        assert [(len(completion.ids), completion.finish_reason) for completion in made] == [(6, "length")] * rows
 
-    def test_no_token_ends_a_row(self, tiny_base: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(engine_module, "next_tokens", lambda logits, *rest: [2] * len(logits))  # the EOS
-        steps: list[int] = []
-        step = Engine.step
-        monkeypatch.setattr(Engine, "step", lambda engine: (steps.append(1), step(engine))[1])
-        time_batch(loaded(tiny_base()), [[1, 5, 9]], 6)
-        assert len(steps) == 6
+    def test_no_token_ends_a_row(self, tiny_base: Make, made: list[Completion]) -> None:
+        model = loaded(tiny_base(eos_token_id=0))
+        with torch.no_grad():
+            model.lm_head.weight.zero_()  # the first of equal logits is the largest
+        time_batch(model, [[1, 5, 9]], 6)
+        assert [completion.ids for completion in made] == [[0] * 6]
 
     def test_memory_holds_weights_and_cache_and_little_more(self, tiny_base: Make) -> None:
         found = measured(task(tiny_base(), rows=8, prompt=200, new=56, dtype="float32"))
@@ -152,7 +156,7 @@ class TestACell:
             raise MemoryError
 
         asked = task(tiny_base())
-        monkeypatch.setattr(Engine, "_read", full)
+        monkeypatch.setattr(Engine, "step", full)
         found = answer(json.loads(json.dumps(asked.request())))
         assert (found["status"], found["exit_code"]) == ("oom", OutOfMemory.exit_code)
         assert "use fewer --rows" in found["reason"]
@@ -182,7 +186,7 @@ class TestBytesOfAStep:
 
     def test_the_bandwidth_is_that_of_the_fastest_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """By a clock on which each way takes its time: the copy moves twice as much in as long as the others."""
-        times = iter([0.0, 2.0] * 3 * bandwidth._TRIES + [0.0, 2.0] * bandwidth._TRIES)
+        times = iter([0.0, 2.0] * 3 * bandwidth._TRIES)
         monkeypatch.setattr(bandwidth, "clock", lambda device: next(times))
         assert memory_bandwidth(torch.device("cpu")) == 2 * BUFFER / 2
         assert next(times, None) is None
