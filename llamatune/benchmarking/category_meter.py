@@ -39,10 +39,20 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if torch.is_inference_mode_enabled():  # where composite operations come here whole
+            with self:
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             self._follow(tensor.untyped_storage())
         return result
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that exist already."""
+        for tensor in tensors:
+            self._follow(tensor.untyped_storage())
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()

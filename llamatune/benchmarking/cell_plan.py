@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from llamatune import __version__
+from llamatune.benchmarking.cell_runs import PlannedCell
 from llamatune.benchmarking.grid import Cell, Grid, expand, parse_axis, preset_grid
 from llamatune.benchmarking.measure_cell import Task
 from llamatune.command_options.training import BenchmarkOptions
 from llamatune.devices import find_device
-from llamatune.errors import LlamatuneError
+from llamatune.errors import LlamatuneError, SpecError
 from llamatune.events import Notice, OnEvent
 from llamatune.safe_reading import digest_bytes
 from llamatune.spec import RunSpec, load_spec
@@ -24,21 +25,14 @@ from llamatune.training.inputs import Inputs, open_inputs
 from llamatune.training.schedule import pass_tokens
 
 
-@dataclass(frozen=True)
-class PlannedCell:
-    """A cell and its task, None if it is refused; ``identity`` digests all that decides the outcome."""
-
-    cell: Cell
-    task: Task | None = None
-    identity: str = ""
-
-
 def plan_benchmark(options: BenchmarkOptions, on_event: OnEvent) -> tuple[Grid, list[PlannedCell]]:
     """Make every cell's spec and open its inputs, on the CPU: the GPU is left to the cells' processes.
 
     Raises:
         LlamatuneError: the spec is invalid, or no cell has a valid spec and inputs that can be opened.
     """
+    if options.spec_path is None:
+        raise SpecError("no run spec", None, "give one, or --generate with --model")
     base = load_spec(options.spec_path, list(options.overrides))
     refuse_twice([*options.overrides, *options.grid])
     axes = [parse_axis(text) for text in options.grid]
@@ -74,9 +68,8 @@ def _planned(cells: list[Cell], options: BenchmarkOptions, on_event: OnEvent) ->
         if isinstance(inputs := opened[key], LlamatuneError):
             planned.append(PlannedCell(replace(cell, refusal=str(inputs))))
             continue
-        steps = options.steps if options.epochs is None else None
         seeds = options.seeds or (cell.spec.training.seed,)
-        task = Task(cell.spec, steps, seeds, options.memory_limit_bytes)
+        task = Task(cell.spec, options.updates, seeds, options.memory_limit_bytes)
         planned.append(PlannedCell(cell, task, _identity(task, inputs)))
     faults = [fault for fault in opened.values() if isinstance(fault, LlamatuneError)]
     if len(faults) == len(opened):

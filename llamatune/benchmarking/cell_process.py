@@ -7,32 +7,35 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from llamatune.durable_writing import write_atomic
 from llamatune.errors import LlamatuneError, OutOfMemory, Stopped
 from llamatune.events import ShouldStop, ignore_event
-from llamatune.spec import build_spec
 from llamatune.stop_signals import STOP_SIGNALS
 from llamatune.strict_json import dump_json, parse_json, read_json
-from llamatune.strict_yaml import parse_yaml
-
-if TYPE_CHECKING:
-    from llamatune.benchmarking.measure_cell import Task
 
 _POLL_S = 0.1
 SCRATCH = ".llamatune-cell-"
 """Prefix of the cells' temporary directories."""
 
 
-def run_cell(task: Task, directory: Path, should_stop: ShouldStop) -> dict[str, Any]:
+class CellTask(Protocol):
+    """What a cell measures; ``request``: as JSON, with its ``kind``."""
+
+    def request(self) -> dict[str, Any]: ...
+
+
+def run_cell(task: CellTask, directory: Path, should_stop: ShouldStop) -> dict[str, Any]:
     """Measure ``task`` in a child process, with a temporary directory inside ``directory``.
 
     The result has a ``status``: measured, oom, refused (its inputs cannot be opened), failed (with ``reason`` and
@@ -41,7 +44,6 @@ def run_cell(task: Task, directory: Path, should_stop: ShouldStop) -> dict[str, 
     Raises:
         Stopped: ``should_stop`` returned True; the child has ended.
     """
-    request = {**vars(task), "spec": task.spec.to_yaml()}
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=directory) as scratch:
         result, errors = Path(scratch) / "result.json", Path(scratch) / "stderr"
         with errors.open("wb") as stderr:
@@ -55,7 +57,7 @@ def run_cell(task: Task, directory: Path, should_stop: ShouldStop) -> dict[str, 
             try:
                 assert child.stdin is not None
                 with contextlib.suppress(BrokenPipeError), child.stdin:
-                    child.stdin.write(json.dumps(request).encode())
+                    child.stdin.write(json.dumps(task.request()).encode())
                 while not should_stop():
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         child.wait(_POLL_S)
@@ -75,21 +77,33 @@ def run_cell(task: Task, directory: Path, should_stop: ShouldStop) -> dict[str, 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Measure the cell of ``request`` in this process; a ``LlamatuneError`` becomes a result, too."""
-    from llamatune.benchmarking.measure_cell import Task, measure
-    from llamatune.training.inputs import open_inputs
-
-    spec = build_spec(parse_yaml(request["spec"], "the cell's spec"), "the cell's spec")
-    task = Task(**{**request, "spec": spec, "seeds": tuple(request["seeds"])})
+    opened = {"steps": _open_steps, "generation": _open_generation}[request["kind"]]
     try:
-        inputs = open_inputs(task.spec, False, ignore_event)
+        measure = opened(request)
     except LlamatuneError as fault:
         return {"status": "refused", "reason": str(fault), "exit_code": fault.exit_code}
     try:
-        return {"status": "measured", **measure(task, inputs)}
+        return {"status": "measured", **measure()}
     except OutOfMemory as fault:
         return {"status": "oom", "reason": str(fault), "exit_code": fault.exit_code}
     except LlamatuneError as fault:
         return {"status": "failed", "reason": str(fault), "exit_code": fault.exit_code}
+
+
+def _open_steps(request: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    from llamatune.benchmarking.measure_cell import Task, measure
+    from llamatune.training.inputs import open_inputs
+
+    task = Task.of_request(request)
+    return functools.partial(measure, task, open_inputs(task.spec, False, ignore_event))
+
+
+def _open_generation(request: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    from llamatune.benchmarking.measure_generation import GenerationTask, measure_generation
+    from llamatune.inference.model_source import open_model
+
+    task = GenerationTask.of_request(request)
+    return functools.partial(measure_generation, task, open_model(task.source))
 
 
 def main() -> None:

@@ -28,6 +28,8 @@ _SHORT = {
     "training.activation_checkpointing": "checkpointing",
     "training.gradient_accumulation_steps": "accumulation",
     "training.micro_batch_size": "micro-batch",
+    "prompt_tokens": "prompt tokens",
+    "new_tokens": "new tokens",
 }
 _COMMA = re.compile(r",(?![^\[{]*[\]}])")
 _BATCH_VALUE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
@@ -72,10 +74,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination: the value of each axis by its key, and the spec, or why there is none."""
+    """One combination: the value of each axis by its key, and the spec of its run, or why it has none.
+
+    A cell of generation has no run.
+    """
 
     values: Mapping[str, str]
-    spec: RunSpec | None
+    spec: RunSpec | None = None
     refusal: str | None = None
 
     @property

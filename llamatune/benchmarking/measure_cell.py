@@ -24,7 +24,8 @@ from llamatune.model.compiled_functions import compiling
 from llamatune.model.kernels.choice import chosen_kernels
 from llamatune.out_of_memory import memory_faults
 from llamatune.shapes.gradient_lanes import LANES
-from llamatune.spec import RunSpec
+from llamatune.spec import RunSpec, build_spec
+from llamatune.strict_yaml import parse_yaml
 from llamatune.threads import suitable_threads
 from llamatune.training.compile_ahead import check_compiler, compile_ahead
 from llamatune.training.determinism import deterministic_kernels
@@ -50,6 +51,16 @@ class Task:
     steps: int | None
     seeds: tuple[int, ...]
     memory_limit_bytes: int | None
+
+    def request(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"kind": "steps", **vars(self), "spec": self.spec.to_yaml()}
+
+    @classmethod
+    def of_request(cls, request: dict[str, Any]) -> Task:
+        """What ``request`` made."""
+        spec = build_spec(parse_yaml(request["spec"], "the cell's spec"), "the cell's spec")
+        return cls(spec, request["steps"], tuple(request["seeds"]), request["memory_limit_bytes"])
 
 
 @dataclass(frozen=True)

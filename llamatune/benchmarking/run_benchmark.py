@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import os
-import platform
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llamatune import __version__
 from llamatune.benchmarking.bar_chart import draw_chart
-from llamatune.benchmarking.cell_plan import PlannedCell, plan_benchmark
-from llamatune.benchmarking.cell_process import SCRATCH, run_cell
+from llamatune.benchmarking.cell_plan import plan_benchmark
+from llamatune.benchmarking.cell_runs import claimed, facts_in_lines, machine_facts, measure_cells, refuse_other
 from llamatune.benchmarking.effects import Effect, effects
 from llamatune.benchmarking.grid import Axis
-from llamatune.benchmarking.results import Result, memory_unit, results_csv, status_word
+from llamatune.benchmarking.results import Result, memory_unit, results_csv
 from llamatune.benchmarking.tables import effects_table, flat_table, nested_tables
 from llamatune.command_options.training import BenchmarkOptions
-from llamatune.durable_writing import probe_writable, refuse_occupied, write_atomic
-from llamatune.errors import Stopped
-from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.strict_json import dump_json, read_json
-from llamatune.training.run_directory import is_occupied, move_aside, refuse_inputs, write_if_changed
-from llamatune.training.run_file_names import CELLS
-from llamatune.training.run_lock import LOCK, run_lock
-
-_FINAL = ("measured", "oom", "refused")
-"""A cell with one of these outcomes is not measured again."""
+from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.strict_json import dump_json
+from llamatune.training.run_directory import refuse_inputs, write_if_changed
 
 
 @dataclass(frozen=True)
@@ -59,65 +49,19 @@ def run_benchmark(
         Stopped: ``should_stop`` returned True; measured cells are kept, and the same call continues.
     """
     output = Path(os.path.realpath(options.output))
-    if not options.overwrite:
-        _refuse_other(output)
+    refuse_other(output, options.overwrite)
     grid, planned = plan_benchmark(options, on_event)
     for plan in planned:
         if plan.cell.spec is not None:
             refuse_inputs(plan.cell.spec, "--output", options.overwrite)
-    _claim(output, options.overwrite)
-    with run_lock(output):
-        for stale in output.glob(f"{SCRATCH}*"):  # of a process that was killed
-            shutil.rmtree(stale, ignore_errors=True)
-        (output / CELLS).mkdir(exist_ok=True)
-        results: list[Result] = []
-        for number, plan in enumerate(planned, 1):
-            on_event(Progress("cells", number - 1, len(planned)))
-            try:
-                facts = _outcome(plan, output, should_stop)
-            except Stopped:
-                done = f"stopped by a signal after {number - 1} of {len(planned)} cells"
-                raise Stopped(done, output, "run the same command again to continue") from None
-            results.append({"values": dict(plan.cell.values), **facts})
-            on_event(Notice(f"cell {number} of {len(planned)}: {plan.cell.label}: {_summary(facts)}"))
-        on_event(Progress("cells", len(planned), len(planned)))
+    with claimed(output, options.overwrite):
+        results = measure_cells(planned, output, _summary, on_event, should_stop)
         benchmark = Benchmark(grid.axes, results, effects(grid.axes, results), _facts(options, grid.fixed))
         _write(output, benchmark, on_event)
     return benchmark
 
 
-def _claim(output: Path, overwrite: bool) -> None:
-    """Accept an empty directory or one of an earlier benchmark, of any grid; else refuse it or move it aside."""
-    if overwrite and is_occupied(output):
-        with run_lock(output):
-            pass
-        move_aside(output)
-    else:
-        _refuse_other(output)
-    probe_writable(output)
-
-
-def _refuse_other(output: Path) -> None:
-    if is_occupied(output) and not ((output / LOCK).is_file() and (output / CELLS).is_dir()):
-        refuse_occupied(output, overwrite=False)
-
-
-def _outcome(plan: PlannedCell, output: Path, should_stop: ShouldStop) -> dict[str, Any]:
-    """The cell's outcome from the directory, or by measuring it."""
-    if plan.task is None:
-        return {"status": "refused", "reason": plan.cell.refusal}
-    path = output / CELLS / f"{plan.identity}.json"
-    if path.is_file() and (earlier := read_json(path))["status"] in _FINAL:
-        del earlier["values"]
-        return earlier
-    facts = run_cell(plan.task, output, should_stop)
-    write_atomic(path, dump_json({"values": plan.cell.values, **facts}))
-    return facts
-
-
-def _summary(facts: dict[str, Any]) -> str:
-    if facts["status"] != "measured":
-        return f"{status_word(facts)}: {facts['reason']}"
+def _summary(facts: Result) -> str:
     unit, size = memory_unit([facts])
     return (
         f"peak {facts['allocated_bytes'] / size:,.1f} {unit}, {facts['step_s']:.3f} s a step, "
@@ -127,36 +71,23 @@ def _summary(facts: dict[str, Any]) -> str:
 
 def _facts(options: BenchmarkOptions, fixed: tuple[str, ...]) -> dict[str, Any]:
     return {
-        "llamatune": __version__,
-        "machine": processor_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        **machine_facts(),
         "spec": str(options.spec_path),
         "overrides": [*fixed, *options.overrides],
-        "steps": options.steps if options.epochs is None else None,
+        "steps": options.updates,
         "epochs": options.epochs,
         "seeds": options.seeds,
         "memory_limit_bytes": options.memory_limit_bytes,
     }
 
 
-def processor_name() -> str:
-    """The processor's model, from ``/proc/cpuinfo`` on Linux."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def markdown(benchmark: Benchmark) -> str:
     """The content of ``benchmark.md``: the facts, then every table."""
-    known = {name: value for name, value in benchmark.facts.items() if value not in (None, [])}
-    texts = {name: ", ".join(map(str, x)) if isinstance(x, list | tuple) else x for name, x in known.items()}
-    facts = "\n".join(f"- {name}: {text}" for name, text in texts.items())
     tables = [flat_table(benchmark.axes, benchmark.results)]
     if benchmark.effects:
         tables.append(effects_table(benchmark.effects))
     tables += nested_tables(benchmark.axes, benchmark.results)
-    return f"# Benchmark\n\n{facts}\n\n" + "\n".join(table.markdown() for table in tables)
+    return f"# Benchmark\n\n{facts_in_lines(benchmark.facts)}\n\n" + "\n".join(table.markdown() for table in tables)
 
 
 def _write(output: Path, benchmark: Benchmark, on_event: OnEvent) -> None:

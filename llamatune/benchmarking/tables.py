@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import operator
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llamatune.benchmarking.effects import HELD_OUT, Effect
@@ -63,6 +63,19 @@ def flat_table(axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[
         },
     }
     shown = {name: show for part in parts for name, show in columns[part].items()}
+    titles = {MEMORY: f"memory ({unit.name})", SPEED: "speed and loss"}
+    notes = [*_notes(results), *outcome_notes(results)]
+    return line_a_cell(", ".join(titles[part] for part in parts), axes, results, shown, notes)
+
+
+def line_a_cell(
+    title: str,
+    axes: Sequence[Axis],
+    results: Sequence[Result],
+    shown: Mapping[str, Callable[[Result], str]],
+    notes: Sequence[str],
+) -> Table:
+    """A table of what is ``shown`` of each cell by heading, without columns that are empty in every cell."""
     rows = []
     for result in results:
         texts = [status_word(result), *[""] * (len(shown) - 1)]
@@ -71,10 +84,8 @@ def flat_table(axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[
         rows.append((*result["values"].values(), *texts))
     header = (*(axis.name for axis in axes), *shown)
     used = [place for place in range(len(header)) if place <= len(axes) or any(row[place] for row in rows)]
-    titles = {MEMORY: f"memory ({unit.name})", SPEED: "speed and loss"}
-    title = ", ".join(titles[part] for part in parts)
     head, *body = (tuple(line[place] for place in used) for line in (header, *rows))
-    return Table(title[0].upper() + title[1:], head, tuple(body), len(axes), tuple(_notes(results)))
+    return Table(title[0].upper() + title[1:], head, tuple(body), len(axes), tuple(notes))
 
 
 def _notes(results: Sequence[Result]) -> list[str]:
@@ -90,6 +101,12 @@ def _notes(results: Sequence[Result]) -> list[str]:
             f"'planned' is what plan-memory says of the heaviest rows of the data: at most {max(errors):.1%} from the "
             f"peak, median {statistics.median(errors):.1%}."
         )
+    return notes
+
+
+def outcome_notes(results: Sequence[Result]) -> list[str]:
+    """Why cells were not measured, a note for each reason."""
+    notes = []
     reasons: dict[str, list[str]] = {}
     for result in results:
         if result["status"] != "measured":

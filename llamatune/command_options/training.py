@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llamatune.command_options.generation_grid import GenerationGridOptions
 from llamatune.command_options.inference import Sampling, prompt_format_option, prompt_map_option
 from llamatune.command_options.option import Options, option
 from llamatune.errors import SpecError
@@ -35,14 +36,17 @@ def _parse_seeds(text: str, flag: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+_BENCHMARK_STEPS = 20
+
+
 @dataclass(frozen=True)
-class BenchmarkOptions(Options):
-    """What is measured.
+class BenchmarkOptions(GenerationGridOptions):
+    """What is measured: training steps of a run spec, or with ``generate`` generation, which other options say.
 
     ``preset_grid`` None: ``techniques`` where ``grid`` has no axes, else those axes alone.
     """
 
-    spec_path: Path = option("The run spec.", argument=True, metavar="SPEC.yaml")
+    spec_path: Path | None = option("The run spec; none with --generate.", None, argument=True, metavar="SPEC.yaml")
     overrides: Sequence[str] = option(
         "Changes to it in every cell; several values are an axis.", (), argument=True, metavar="[KEY=VALUE ...]"
     )
@@ -58,8 +62,12 @@ class BenchmarkOptions(Options):
         None,
         metavar="NAME",
     )
-    steps: int = option(
-        "Updates in each cell; the first are warm-up and not timed.", 20, metavar="<int range> [x>=1]", at_least=1
+    steps: int | None = option(
+        "Updates in each cell; the first are warm-up and not timed.",
+        None,
+        metavar="<int range> [x>=1]",
+        shown_default=str(_BENCHMARK_STEPS),
+        at_least=1,
     )
     epochs: int | None = option("Whole epochs in place of --steps.", None, metavar="<int range> [x>=1]", at_least=1)
     seeds: tuple[int, ...] | None = option(
@@ -75,6 +83,23 @@ class BenchmarkOptions(Options):
     layout: Literal["flat", "nested"] = option("flat: a line a cell; nested: OFF and ON in lines and columns.", "flat")
     output: Path = option("Where results are written.", Path("benchmark-output"), writes="run")
     overwrite: bool = option("Move what is in the way aside.", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.generate:
+            self.refuse_generation()
+            return
+        of_steps = ("spec_path", "overrides", "grid", "preset_grid", "steps", "epochs", "seeds", "memory_limit_bytes")
+        named = {"spec_path": "SPEC.yaml", "overrides": "KEY=VALUE", "memory_limit_bytes": "--memory-limit"}
+        given = [name for name in of_steps if getattr(self, name)] + ["layout"] * (self.layout == "nested")
+        if given:
+            flag = named.get(given[0], f"--{given[0].replace('_', '-')}")
+            raise SpecError(f"{flag} is of training steps, and --generate measures none", None, "leave one of them out")
+
+    @property
+    def updates(self) -> int | None:
+        """Of each cell; None: as many as the epochs have."""
+        return None if self.epochs is not None else self.steps or _BENCHMARK_STEPS
 
 
 @dataclass(frozen=True)

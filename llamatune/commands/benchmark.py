@@ -1,4 +1,4 @@
-"""``llamatune benchmark``: memory, speed and loss of each technique, measured in a grid of small runs."""
+"""``llamatune benchmark``: memory, speed and loss of each technique, or of generation, measured in a grid of cells."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ from llamatune.commands._console import Console, RichConsole
 
 if TYPE_CHECKING:
     from llamatune.benchmarking.run_benchmark import Benchmark
+    from llamatune.benchmarking.run_generation import GenerationBenchmark
     from llamatune.benchmarking.tables import Table
 
 
 def benchmark(options: BenchmarkOptions, console: Console) -> None:
-    """Measure memory, speed and loss of every combination of techniques."""
+    """Measure memory, speed and loss of every combination of techniques, or the speed of generation."""
     with console:
+        if options.generate:
+            from llamatune.benchmarking.run_generation import run_generation_benchmark
+
+            generation = run_generation_benchmark(options, console.on_event, console.should_stop)
+            payload = {**generation.payload(), "output": str(options.output)}
+            console.result(payload, lambda out: _print_generation(out, generation, options))
+            return
         from llamatune.benchmarking.grid import is_axis
         from llamatune.benchmarking.run_benchmark import run_benchmark
 
@@ -42,6 +50,17 @@ def _print(out: RichConsole, measured: Benchmark, options: BenchmarkOptions) -> 
         _draw(out, table)
         _print_notes(out, table.notes)
     out.print(f"tables and chart are in {options.output}", markup=False)
+
+
+def _print_generation(out: RichConsole, measured: GenerationBenchmark, options: BenchmarkOptions) -> None:
+    from llamatune.benchmarking.generation_tables import generation_table
+    from llamatune.benchmarking.tables import MEMORY, SPEED
+
+    parts = [generation_table(measured.axes, measured.results, [part]) for part in (SPEED, MEMORY)]
+    for table in parts:
+        _draw(out, table)
+    _print_notes(out, parts[0].notes)
+    out.print(f"the table is in {options.output}", markup=False)
 
 
 def _draw(out: RichConsole, table: Table) -> None:

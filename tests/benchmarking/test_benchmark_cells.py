@@ -15,7 +15,7 @@ import pytest
 from slow_cases import slow
 
 from llamatune.benchmarking import cell_process as cell_module
-from llamatune.benchmarking import run_benchmark as run_module
+from llamatune.benchmarking import cell_runs as run_module
 from llamatune.benchmarking.cell_process import answer, run_cell
 from llamatune.benchmarking.measure_cell import Task, Trial, heaviest_windows, resident_peak_bytes
 from llamatune.benchmarking.run_benchmark import Benchmark, run_benchmark
@@ -89,7 +89,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
 
 
 def request(task: Task) -> dict[str, Any]:
-    return json.loads(json.dumps({**vars(task), "spec": task.spec.to_yaml()}))
+    return json.loads(json.dumps(task.request()))
 
 
 def task(spec: RunSpec, steps: int | None = 4, seeds: tuple[int, ...] = (0,), limit: int | None = None) -> Task:

@@ -49,7 +49,9 @@ def run(job: dict[str, Any]) -> Found:
             device.waits.clear()
 
         try:
-            {"step": training_step, "generation": generation}[job["kind"]](job, done)
+            {"step": training_step, "generation": generation, "generation cell": generation_cell}[job["kind"]](
+                job, done
+            )
         except Exception as fault:
             error = f"{type(fault).__name__}: {fault}"
             traceback.print_exc()
@@ -143,6 +145,19 @@ def generation(job: dict[str, Any], done: Any) -> None:
     made = complete(model, prompts, Sampling(max_new_tokens=job["tokens"], **job["sampling"]), eos_ids=[2])
     assert len(made) == len(prompts)
     done("generation")
+
+
+def generation_cell(job: dict[str, Any], done: Any) -> None:
+    """Measure a cell of ``benchmark --generate`` of the model ``base``: ``rows``, ``tokens`` and ``repetitions``."""
+    from llamatune.benchmarking.measure_generation import GenerationTask, measure_generation
+    from llamatune.command_options.inference import ModelSource
+    from llamatune.inference.model_source import open_model
+
+    source = ModelSource(Path(job["base"]), dtype=job["dtype"], device="cuda")
+    task = GenerationTask(source, job["rows"], 5, job["tokens"], job["repetitions"])
+    found = measure_generation(task, open_model(source))
+    assert found["device_name"] == "a pretended GPU"
+    done("cell")
 
 
 if __name__ == "__main__":

@@ -68,3 +68,17 @@ def test_a_token_is_read_once(
     assert waits["generation"] == (BEAM_SEARCH if "num_beams" in sampling else SAMPLING)
     assert found["kernels"]
     assert not {"cudnn", "math"} & set(found["kernels"])
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(1, "bfloat16"), (3, "float32")])
+def test_a_cell_of_the_benchmark_reads_no_more_than_its_batches(
+    gpu: Gpu, small_base: Path, rows: int, dtype: str
+) -> None:
+    job = {"dtype": dtype, "rows": rows, "tokens": TOKENS, "repetitions": 2}
+    found = gpu.run(kind="generation cell", capability=H100, base=str(small_base), **job)
+    assert found["error"] is None
+    waits = {(place, kind): count for place, kind, count in found["waits"]["cell"]}
+    batches = 3  # one of warm-up
+    assert {wait: count for wait, count in waits.items() if wait not in LOADING} == {
+        wait: batches * count for wait, count in SAMPLING.items()
+    }

@@ -1,0 +1,119 @@
+"""The cells of a benchmark's directory: each is measured in a process of its own, unless its result is there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamatune import __version__
+from llamatune.benchmarking.cell_process import SCRATCH, CellTask, run_cell
+from llamatune.benchmarking.grid import Cell
+from llamatune.benchmarking.results import Result, status_word
+from llamatune.durable_writing import probe_writable, refuse_occupied, write_atomic
+from llamatune.errors import Stopped
+from llamatune.events import Notice, OnEvent, Progress, ShouldStop
+from llamatune.strict_json import dump_json, read_json
+from llamatune.training.run_directory import is_occupied, move_aside
+from llamatune.training.run_file_names import CELLS
+from llamatune.training.run_lock import LOCK, run_lock
+
+_FINAL = ("measured", "oom", "refused")
+"""A cell with one of these outcomes is not measured again."""
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell and its task, None if it is refused; ``identity`` digests all that decides the outcome."""
+
+    cell: Cell
+    task: CellTask | None = None
+    identity: str = ""
+
+
+def refuse_other(output: Path, overwrite: bool) -> None:
+    """Raise unless ``output`` is empty or an earlier benchmark's, of any grid, or may be moved aside."""
+    if not overwrite and is_occupied(output) and not ((output / LOCK).is_file() and (output / CELLS).is_dir()):
+        refuse_occupied(output, overwrite=False)
+
+
+@contextlib.contextmanager
+def claimed(output: Path, overwrite: bool) -> Iterator[None]:
+    """Hold the directory of a benchmark, which is made, or with ``overwrite`` made anew."""
+    if overwrite and is_occupied(output):
+        with run_lock(output):
+            pass
+        move_aside(output)
+    else:
+        refuse_other(output, overwrite)
+    probe_writable(output)
+    with run_lock(output):
+        for stale in output.glob(f"{SCRATCH}*"):  # of a process that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        (output / CELLS).mkdir(exist_ok=True)
+        yield
+
+
+def measure_cells(
+    planned: Sequence[PlannedCell],
+    output: Path,
+    summary: Callable[[Result], str],
+    on_event: OnEvent,
+    should_stop: ShouldStop,
+) -> list[Result]:
+    """The results in the order of the cells; ``summary`` tells one that was measured in a line.
+
+    Raises:
+        Stopped: ``should_stop`` returned True; measured cells are kept.
+    """
+    results: list[Result] = []
+    for number, plan in enumerate(planned, 1):
+        on_event(Progress("cells", number - 1, len(planned)))
+        try:
+            facts = _outcome(plan, output, should_stop)
+        except Stopped:
+            done = f"stopped by a signal after {number - 1} of {len(planned)} cells"
+            raise Stopped(done, output, "run the same command again to continue") from None
+        results.append({"values": dict(plan.cell.values), **facts})
+        told = summary(facts) if facts["status"] == "measured" else f"{status_word(facts)}: {facts['reason']}"
+        on_event(Notice(f"cell {number} of {len(planned)}: {plan.cell.label}: {told}"))
+    on_event(Progress("cells", len(planned), len(planned)))
+    return results
+
+
+def _outcome(plan: PlannedCell, output: Path, should_stop: ShouldStop) -> dict[str, Any]:
+    """The cell's outcome from the directory, or by measuring it."""
+    if plan.task is None:
+        return {"status": "refused", "reason": plan.cell.refusal}
+    path = output / CELLS / f"{plan.identity}.json"
+    if path.is_file() and (earlier := read_json(path))["status"] in _FINAL:
+        del earlier["values"]
+        return earlier
+    facts = run_cell(plan.task, output, should_stop)
+    write_atomic(path, dump_json({"values": plan.cell.values, **facts}))
+    return facts
+
+
+def machine_facts() -> dict[str, Any]:
+    """The version and the machine, as every benchmark's facts begin."""
+    return {"llamatune": __version__, "machine": processor_name(), "cores": len(os.sched_getaffinity(0))}
+
+
+def processor_name() -> str:
+    """The processor's model, from ``/proc/cpuinfo`` on Linux."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def facts_in_lines(facts: dict[str, Any]) -> str:
+    """The facts that are known, a Markdown item each."""
+    known = {name: value for name, value in facts.items() if value not in (None, [])}
+    texts = {name: ", ".join(map(str, x)) if isinstance(x, list | tuple) else x for name, x in known.items()}
+    return "\n".join(f"- {name}: {text}" for name, text in texts.items())
