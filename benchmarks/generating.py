@@ -6,8 +6,8 @@ exponential distribution whose mean is a quarter of the longest; ``generate`` co
 ends. Seconds are compared for each token that is asked for; a ratio above 1 means that llamatune needs less. Nothing is
 downloaded. With ``--held int8`` llamatune's weights are quantised, and answers differ.
 
-``--tokenizer tokenizer.model``: beside llama.cpp, too, which needs llama-cpp-python. It reads the same weights in the same
-dtype, or in Q8_0 for ``--held int8``, from a GGUF file, which a tokenizer belongs to.
+``--tokenizer tokenizer.model``: beside llama.cpp, too, which needs llama-cpp-python. It reads the same weights in the
+same dtype, or in Q8_0 for ``--held int8``, from a GGUF file, which a tokenizer belongs to.
 
 ``--only lookup``: with drafts and without, of a model that copies its prompt, that never repeats itself, and that never
 goes on as the prompt does where the same tokens stand.
