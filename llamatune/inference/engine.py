@@ -25,11 +25,9 @@ from llamatune.inference.sampling import next_tokens, penalised
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
 from llamatune.seeds import derived_seed
+from llamatune.shapes.generation_sizes import TOKENS_IN_A_PASS
 from llamatune.shapes.recurring_sizes import filled_up
 from llamatune.shapes.rope_scaling import DynamicScaling
-
-_TOKENS_IN_A_PASS = 2048
-"""Of prompts that are read together; a longer prompt is read in several passes."""
 
 IsEnough = Callable[[Sequence[int], Sequence[int]], bool]
 """Whether a completion needs no more, given its prompt and its ids so far; it is asked after each id."""
@@ -127,13 +125,13 @@ class Engine:
         """Read the next prompts, as many as one pass takes, and draw the first token of each."""
         new = [self._waiting.popleft()]
         tokens = len(new[0].prompt)
-        while self._waiting and len(new) < free and tokens + len(self._waiting[0].prompt) <= _TOKENS_IN_A_PASS:
+        while self._waiting and len(new) < free and tokens + len(self._waiting[0].prompt) <= TOKENS_IN_A_PASS:
             new.append(self._waiting.popleft())
             tokens += len(new[-1].prompt)
         first = len(self._running)
         self._running += new
         # The angles of dynamic scaling depend on the length of the whole prompt.
-        if tokens > _TOKENS_IN_A_PASS and not isinstance(self._model.config.rope_scaling, DynamicScaling):
+        if tokens > TOKENS_IN_A_PASS and not isinstance(self._model.config.rope_scaling, DynamicScaling):
             return self._take(self._read_long(new[0].prompt), first)
         device = self._model.device
         lengths = tuple(len(sequence.prompt) for sequence in new)
@@ -152,8 +150,8 @@ class Engine:
     def _read_long(self, prompt: Sequence[int]) -> Tensor:
         """Logits (1, V) behind a prompt of several passes."""
         logits = None
-        for begin in range(0, len(prompt), _TOKENS_IN_A_PASS):
-            part = prompt[begin : begin + _TOKENS_IN_A_PASS]
+        for begin in range(0, len(prompt), TOKENS_IN_A_PASS):
+            part = prompt[begin : begin + TOKENS_IN_A_PASS]
             ids = torch.tensor([part], device=self._model.device)
             layers = self._cache.begin([len(part)]) if begin == 0 else self._cache.continue_last(len(part))
             mask = None if begin == 0 else _causal(begin, len(part), self._model)
@@ -220,9 +218,11 @@ def completions(
         for prompt in prompts:
             yield from beam_search(model, prompt, sampling, eos_ids, should_stop)
         return
-    engine = Engine(model, sampling, eos_ids, rows, is_enough, lookup)
     draws = range(sampling.num_return_sequences)
-    coming = ((prompt, draw) for prompt in prompts for draw in draws)
+    asked = ((prompt, draw) for prompt in prompts for draw in draws)
+    first = list(itertools.islice(asked, rows))
+    coming = itertools.chain(first, asked)
+    engine = Engine(model, sampling, eos_ids, len(first), is_enough, lookup)  # a row takes memory, used or not
     ended, due = dict[int, Completion](), 0
     while True:
         for prompt, draw in itertools.islice(coming, rows - engine.waiting):
