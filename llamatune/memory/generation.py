@@ -43,17 +43,27 @@ class HeldModel:
 class Work:
     """What is generated: completions of up to ``new_tokens``, at most ``rows`` at once, of prompts of one length.
 
-    ``is_more``: there are more prompts than rows, so some are read while the cache is full. ``draws``: from a nucleus,
-    else greedily. ``compare``: the base's completions beside those with the adapter.
+    ``prompts``: how many there are; None: more than rows. ``draws``: from a nucleus, else greedily. ``compare``: the
+    base's completions beside those with the adapter.
     """
 
     prompt_tokens: int
     new_tokens: int
     rows: int = ROWS_AT_ONCE
-    is_more: bool = True
+    prompts: int | None = None
     beams: int = 1
     draws: bool = True
     compare: bool = False
+
+    @property
+    def at_once(self) -> int:
+        """The rows of the cache."""
+        return self.rows if self.prompts is None else min(self.rows, self.prompts)
+
+    @property
+    def is_more(self) -> bool:
+        """Whether some prompts are read while the cache is full, since there are more than rows."""
+        return self.prompts is None or self.prompts > self.rows
 
 
 @dataclass(frozen=True)
@@ -175,7 +185,7 @@ def _cache(z: ModelSizes, work: Work, rooms: _Rooms, before: int, after: int) ->
     """With room for so many tokens in each row, and that of the model that is compared with at its largest."""
 
     def layer(tokens: int) -> int:
-        return 2 * (work.rows if work.beams == 1 else 1) * z.K * tokens * z.c
+        return 2 * (work.at_once if work.beams == 1 else 1) * z.K * tokens * z.c
 
     beside = z.config.num_hidden_layers * layer(rooms.last) if work.compare else 0
     return Cache(layer(before), layer(after), beside)
@@ -184,11 +194,11 @@ def _cache(z: ModelSizes, work: Work, rooms: _Rooms, before: int, after: int) ->
 def _reading(z: ModelSizes, work: Work, rooms: _Rooms) -> Iterator[Pass]:
     """The first prompts, and those for which there is room already: the cache is full if some were decoded before."""
     is_drawn = work.beams == 1
-    together = min(work.rows, max(1, TOKENS_IN_A_PASS // work.prompt_tokens)) if is_drawn else 1
+    together = min(work.at_once, max(1, TOKENS_IN_A_PASS // work.prompt_tokens)) if is_drawn else 1
     full = rooms.last if work.is_more else rooms.read[-1].after
     for part in rooms.read:
         caches = [_cache(z, work, rooms, part.before, part.after)]
-        if is_drawn and (work.is_more or work.rows > together):
+        if is_drawn and (work.is_more or work.at_once > together):
             caches.append(_cache(z, work, rooms, full, full))
         lengths = (part.tokens,) * together
         filling = filled_up(sum(lengths), z.device, z.c) - sum(lengths)
@@ -204,7 +214,7 @@ def _reading(z: ModelSizes, work: Work, rooms: _Rooms) -> Iterator[Pass]:
 
 def _decoding(z: ModelSizes, work: Work, rooms: _Rooms) -> Iterator[Pass]:
     """Steps that need more room, and the last one."""
-    tokens, rows, left = (work.rows, work.rows, 0) if work.beams == 1 else (work.beams, 1, work.beams)
+    tokens, rows, left = (work.at_once, work.at_once, 0) if work.beams == 1 else (work.beams, 1, work.beams)
     for keys, before, after in (*rooms.decoded, (rooms.keys, rooms.last, rooms.last)):
         cache = _cache(z, work, rooms, before, after)
         yield Pass(tokens, tokens, cache, _draw(work), rows=rows, keys=keys, left=left)

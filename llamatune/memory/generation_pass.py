@@ -51,8 +51,9 @@ def walk(ledger: Ledger, z: ModelSizes, p: Pass) -> None:
     """The pass and what follows it; of layers that are alike, the last ones, where the cache is largest."""
     layers, N, E = z.config.num_hidden_layers, p.tokens, z.config.head_dim
     before = min(layers, 2)
-    caches = [ledger.make(CACHE, p.cache.beside + (layers - before) * p.cache.grown)]
+    caches = [ledger.make(CACHE, p.cache.beside)]
     waiting = [ledger.make(CACHE, p.cache.held) for _ in range(before)]
+    earlier = ledger.make(CACHE, (layers - before) * p.cache.held)
     with ledger.step("embedding"):
         before_it = ledger.make("logits of the step before", p.left * z.V * z.c)
         scores = ledger.make("scores of the step before", p.left * z.V * 8)
@@ -60,6 +61,8 @@ def walk(ledger: Ledger, z: ModelSizes, p: Pass) -> None:
         x = ledger.make("x", N * z.D * z.c)
         ledger.use("angles of the rotation", 5 * N * E * 4)
         shared.append(ledger.make("rotation", 2 * N * E * 4))
+    ledger.free(earlier)
+    caches.append(ledger.make(CACHE, (layers - before) * p.cache.grown))
     for layer in range(layers - before, layers):
         after, grown = _block(ledger, z, p, waiting.pop(0), layer == layers - 1)
         caches.append(grown)
