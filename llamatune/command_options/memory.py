@@ -13,8 +13,8 @@ from llamatune.units import parse_size
 
 ASSUMED_PROMPT_TOKENS = 512
 _OF_TRAINING = ("micro_batch_size", "max_seq_length", "explain")
-_OF_GENERATION = ("prompt_tokens", "max_new_tokens", "prompts", "rows", "num_beams", "temperature", "dtype", "adapter",
-                  "compare")  # fmt: skip
+_OF_GENERATION = ("prompt_tokens", "max_new_tokens", "prompts", "batch_size", "num_beams", "temperature", "dtype",
+                  "adapter", "compare")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class PlanMemoryOptions(Options):
     )  # fmt: skip
     prompts: int | None = option(
         "How many there are; each of several sequences counts as one.", None, metavar="N", at_least=1,
-        shown_default="more than rows",
+        shown_default="more than at once",
     )  # fmt: skip
-    rows: int | None = option(
-        "Completions at once, as evaluate --batch-size.", None, metavar="N", at_least=1, at_most=1 << 16,
+    batch_size: int | None = option(
+        "Completions at once, as of evaluate.", None, metavar="N", at_least=1, at_most=1 << 16,
         shown_default=str(ROWS_AT_ONCE),
     )  # fmt: skip
     num_beams: int | None = option("As of generate.", None, metavar="N", at_least=1, at_most=64, shown_default="1")
@@ -88,9 +88,9 @@ class PlanMemoryOptions(Options):
         if given:
             what = "it is about training, not about --generate" if self.generate else "it needs --generate"
             raise SpecError(what, f"--{given[0].replace('_', '-')}")
-        if (self.num_beams or 1) > 1 and (self.rows or self.prompts):
+        if (self.num_beams or 1) > 1 and (self.batch_size or self.prompts):
             raise SpecError(
-                "with --num-beams prompts are completed one at a time", "--rows, --prompts", "leave them out"
+                "with --num-beams prompts are completed one at a time", "--batch-size, --prompts", "leave them out"
             )
         if self.adapter is not None and (self.r is not None or self.target_modules is not None):
             raise SpecError("--adapter says the rank and the modules", todo="leave out --r and --target-modules")

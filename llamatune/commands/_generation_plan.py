@@ -105,7 +105,7 @@ def _work(options: PlanMemoryOptions, model: HeldModel, console: Console) -> Wor
     return Work(
         prompt_tokens=tokens,
         new_tokens=options.max_new_tokens or Sampling.max_new_tokens,
-        rows=options.rows or ROWS_AT_ONCE,
+        rows=options.batch_size or ROWS_AT_ONCE,
         prompts=options.prompts,
         beams=options.num_beams or 1,
         draws=options.temperature != 0,

@@ -77,8 +77,8 @@ def _changes(model: HeldModel, work: Work, most: dict[str, int]) -> Iterator[tup
     """The change, its effect, and what is planned with it; first those that change no text."""
     _, sixteen = sixteen_bits(model.cuda)
     if work.beams == 1 and (rows := max(1, most["rows"])) < work.at_once:
-        effect = "so many prompts in a call of generate, or evaluate --batch-size"
-        yield f"--rows {rows}", effect, model, replace(work, rows=rows)
+        effect = "of evaluate; of generate so many prompts in a call"
+        yield f"--batch-size {rows}", effect, model, replace(work, rows=rows)
     if work.compare:
         yield "without --compare", "one model's keys and values", model, replace(work, compare=False)
     if model.others == "float32":

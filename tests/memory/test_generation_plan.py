@@ -215,7 +215,7 @@ def test_what_is_converted_is_held_twice_while_it_is_read(tiny_base: Callable[..
     "words",
     [
         ("--preset", "llama-2-7b", "--memory", "16GiB"),
-        ("--preset", "llama-2-7b", "--memory", "14GiB", "--dtype", "int8", "--prompt-tokens", 2000, "--rows", 32),
+        ("--preset", "llama-2-7b", "--memory", "14GiB", "--dtype", "int8", "--prompt-tokens", 2000, "--batch-size", 32),
         ("--preset", "llama-2-7b", "--memory", "17GiB", "--r", 16, "--compare", "--prompts", 12),
         ("--preset", "llama-3-8b", "--memory", "17.5GiB", "--num-beams", 32, "--max-new-tokens", 200),
         ("--preset", "llama-2-7b", "--memory", "20GiB", "--dtype", "float32", "--device", "cpu"),
@@ -244,7 +244,7 @@ def test_remedies_fit_when_they_are_followed(command: Any, words: tuple[object, 
 
 @pytest.mark.parametrize(
     ("name", "flag"),
-    [("rows", "--rows"), ("max_new_tokens", "--max-new-tokens"), ("prompt_tokens", "--prompt-tokens")],
+    [("rows", "--batch-size"), ("max_new_tokens", "--max-new-tokens"), ("prompt_tokens", "--prompt-tokens")],
 )
 def test_the_largest_fits_and_one_more_does_not(command: Any, name: str, flag: str) -> None:
     words = ("--preset", "llama-2-7b", "--memory", "20GiB", "--prompt-tokens", 400)
@@ -291,14 +291,18 @@ def test_a_spec_a_directory_and_a_preset_are_planned(
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (("--preset", "llama-2-7b", "--rows", "4"), 2, "it needs --generate: --rows"),
+        (("--preset", "llama-2-7b", "--batch-size", "4"), 2, "it needs --generate: --batch-size"),
         (("--preset", "llama-2-7b", "--compare"), 2, "it needs --generate: --compare"),
         (("--preset", "llama-2-7b", "--generate", "--explain"), 2, "not about --generate: --explain"),
         (("--preset", "llama-2-7b", "--generate", "--ranks", "2"), 2, "not about --generate: --ranks"),
         (("--preset", "llama-2-7b", "--generate", "--compare"), 2, "--compare needs two models"),
         (("--preset", "llama-2-7b", "--generate", "lora.r=4"), 2, "changes a run spec"),
         (("--preset", "llama-2-7b", "--generate", "--max-new-tokens", "0"), 2, "at least 1"),
-        (("--preset", "llama-2-7b", "--generate", "--num-beams", "2", "--rows", "2"), 2, "completed one at a time"),
+        (
+            ("--preset", "llama-2-7b", "--generate", "--num-beams", "2", "--batch-size", "2"),
+            2,
+            "completed one at a time",
+        ),
         (("--generate",), 2, "neither a model directory"),
         ((".", "--generate"), 4, "neither config.json"),
         (("none.yaml", "--generate"), 2, "none.yaml"),
