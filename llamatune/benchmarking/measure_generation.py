@@ -134,9 +134,9 @@ def time_batch(model: Transformer, prompts: Sequence[Sequence[int]], new_tokens:
 
     Passes that read prompts are prefill, and give each row its first token. The rest is decoding.
     """
-    engine, device = Engine(model, Sampling(new_tokens, temperature=0), (), len(prompts)), model.device
+    engine, device = Engine(model, (), len(prompts)), model.device
     for prompt in prompts:
-        engine.add(prompt)
+        engine.add(prompt, Sampling(new_tokens, temperature=0))
     started = now = clock(device)
     prefill = until_first = 0.0
     while engine.waiting:

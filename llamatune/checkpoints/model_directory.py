@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from llamatune.checkpoints.config_json import read_config_json
+from llamatune.checkpoints.config_json import EMBEDDING, read_config_json
 from llamatune.checkpoints.huggingface_files import has_huggingface_weights, locate_huggingface
 from llamatune.checkpoints.params_json import HEAD, read_params_json
 from llamatune.errors import CheckpointError, EnvironmentFault
@@ -19,6 +19,7 @@ from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.formats.gguf import SUFFIX
 from llamatune.formats.safetensors import TensorLocation
 from llamatune.formats.torch_archive import read_archive
+from llamatune.shapes.dtypes import DTYPES, WEIGHT_DTYPES
 from llamatune.shapes.llama_config import LlamaConfig
 
 Format = Literal["hf", "meta", "gguf"]
@@ -77,6 +78,19 @@ def read_config(path: Path, on_event: OnEvent = ignore_event, variant: str | Non
         return read_config_json(path, tensors, on_event)
     refuse_variant(path, variant)
     return read_params_json(path, locate_meta(path) if has_weights(path, "meta") else None)
+
+
+def stored_dtype(path: Path, variant: str | None = None) -> str | None:
+    """What the embedding is stored in, by our names (fp32 if in fp64); None: there are no weights."""
+    format_ = detect_format(path)
+    if not has_weights(path, format_):
+        return None
+    if format_ == "hf":
+        stored = locate_huggingface(path, ignore_event, variant)[EMBEDDING].dtype
+    else:
+        stored = locate_meta(path)[0]["tok_embeddings.weight"].dtype
+    named = {dtype.stored: dtype.name for dtype in DTYPES if dtype.name in WEIGHT_DTYPES}
+    return named.get(stored, "float32")
 
 
 def warn_of_missing_head(path: Path, format_: Format, config: LlamaConfig, on_event: OnEvent) -> None:

@@ -1,4 +1,4 @@
-"""Options of the verbs about runs: ``train``, ``benchmark``, ``plan-memory``, ``report`` and ``demo``."""
+"""Options of the verbs about runs: ``train``, ``benchmark``, ``report`` and ``demo``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,32 +100,6 @@ class BenchmarkOptions(GenerationGridOptions):
     def updates(self) -> int | None:
         """Of each cell; None: as many as the epochs have."""
         return None if self.epochs is not None else self.steps or _BENCHMARK_STEPS
-
-
-@dataclass(frozen=True)
-class PlanMemoryOptions(Options):
-    """A run spec or a published shape, changes to it, and the memory that there is."""
-
-    arguments: Sequence[str] = option(
-        "A run spec (not with --preset) and changes to it.", (), argument=True, metavar="[SPEC.yaml] [KEY=VALUE ...]"
-    )
-    preset: str | None = option("A published shape, such as llama-2-7b.", None, metavar="NAME")
-    memory_bytes: int | None = option(
-        "The device's memory, such as 40GiB; 90 % of it is used.",
-        None,
-        flag="--memory",
-        metavar="SIZE",
-        parse=parse_size,
-    )
-    device: Literal["cuda", "cpu"] = option("cuda, or cpu, where other attention kernels run.", "cuda")
-    ranks: int = option("Processes, each with a device.", 1, metavar="N", at_least=1, at_most=1 << 16)
-    micro_batch_size: int | None = option("Rows in one forward pass.", None, metavar="N")
-    max_seq_length: int | None = option(
-        "Tokens of a row, in place of the prepared data's.", None, metavar="N", at_least=1, at_most=1 << 20
-    )
-    r: int | None = option("Rank of the adapter.", None, metavar="R")
-    target_modules: str | None = option("A comma list, or all-linear.", None, metavar="NAMES")
-    explain: bool = option("Show the moments of the step, and what is alive at its peak.", False)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamatune.command_options.training import PlanMemoryOptions
+from llamatune.command_options.memory import PlanMemoryOptions
 from llamatune.commands._console import Console, RichConsole
+from llamatune.commands._generation_plan import plan_generation_memory, print_remedies
 
 if TYPE_CHECKING:
     from llamatune.shapes.llama_config import LlamaConfig
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
-    """Predict the peak memory of a run, what else would fit, and what would lower the peak."""
+    """Predict the peak memory of a run or of generation, what else would fit, and what would lower the peak."""
+    if options.generate:
+        plan_generation_memory(options, console)
+        return
     with console:
         from llamatune.checkpoints.model_directory import read_config
         from llamatune.errors import SpecError
@@ -114,14 +118,7 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
     out.print(f"{verdict} into {gibibytes(facts['memory_limit_bytes'])}")
     batch, tokens = facts["largest_micro_batch_size"], facts["largest_row_tokens"]
     out.print(f"largest that fit: micro_batch_size {batch:,}, or rows of {tokens:,} tokens")
-    if facts["remedies"]:
-        out.print("what helps, the cheapest first:", markup=False)
-    for remedy in facts["remedies"]:
-        more = remedy["more_compute"]
-        cost = f", {100 * more:.0f} % more computation" if more else ""
-        end = "fits" if remedy["fits"] else "not enough alone"
-        line = f"  {remedy['change']}: {gibibytes(remedy['peak_bytes'])}, {end} ({remedy['effect']}{cost})"
-        out.print(line, markup=False, soft_wrap=True)
+    print_remedies(out, facts["remedies"])
 
 
 def _print_moments(out: RichConsole, moments: list[dict[str, Any]]) -> None:

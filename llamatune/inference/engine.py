@@ -25,11 +25,9 @@ from llamatune.inference.sampling import next_tokens, penalised
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
 from llamatune.seeds import derived_seed
+from llamatune.shapes.generation_sizes import tokens_in_a_pass
 from llamatune.shapes.recurring_sizes import filled_up
 from llamatune.shapes.rope_scaling import DynamicScaling
-
-_TOKENS_IN_A_PASS = 2048
-"""Of prompts that are read together; a longer prompt is read in several passes."""
 
 IsEnough = Callable[[Sequence[int], Sequence[int]], bool]
 """Whether a completion needs no more, given its prompt and its ids so far; it is asked after each id."""
@@ -60,6 +58,8 @@ class Engine:
     ) -> None:
         self._model, self._eos_ids, self._rows = model, frozenset(eos_ids), rows
         self._is_enough, self._lookup = is_enough, lookup
+        self._element_bytes = torch.finfo(model.product_dtype).bits // 8
+        self._tokens_in_a_pass = tokens_in_a_pass(model.config, self._element_bytes)
         self._cache = new_rows(model, rows)
         self._running: list[_Sequence] = []  # by their rows of the cache
         self._waiting: deque[_Sequence] = deque()
@@ -128,13 +128,13 @@ class Engine:
         """Read the next prompts, as many as one pass takes, and draw the first token of each."""
         new = [self._waiting.popleft()]
         tokens = len(new[0].prompt)
-        while self._waiting and len(new) < free and tokens + len(self._waiting[0].prompt) <= _TOKENS_IN_A_PASS:
+        while self._waiting and len(new) < free and tokens + len(self._waiting[0].prompt) <= self._tokens_in_a_pass:
             new.append(self._waiting.popleft())
             tokens += len(new[-1].prompt)
         first = len(self._running)
         self._running += new
-        depends_on_length = isinstance(self._model.config.rope_scaling, DynamicScaling)
-        if tokens > _TOKENS_IN_A_PASS and not depends_on_length:
+        depends_on_length = isinstance(self._model.config.rope_scaling, DynamicScaling)  # its angles
+        if tokens > self._tokens_in_a_pass and not depends_on_length:
             return self._take(self._read_long(new[0].prompt), first)
         device = self._model.device
         lengths = [len(sequence.prompt) for sequence in new]
@@ -142,8 +142,7 @@ class Engine:
         both = torch.tensor([*(token for sequence in new for token in sequence.prompt), *ends], device=device)
         ids, rows = both[:tokens], both[tokens:]
         layers = self._cache.begin(lengths)
-        element_bytes = torch.finfo(self._model.product_dtype).bits // 8
-        if filling := filled_up(tokens, device.type, element_bytes) - tokens:
+        if filling := filled_up(tokens, device.type, self._element_bytes) - tokens:
             # Of the last prompt, which does not see what follows it; as a sample of its own if that changed its angles.
             lengths = [*lengths, filling] if depends_on_length else [*lengths[:-1], lengths[-1] + filling]
         logits = self._model(
@@ -154,8 +153,8 @@ class Engine:
     def _read_long(self, prompt: Sequence[int]) -> Tensor:
         """Logits (1, V) behind a prompt of several passes."""
         logits = None
-        for begin in range(0, len(prompt), _TOKENS_IN_A_PASS):
-            part = prompt[begin : begin + _TOKENS_IN_A_PASS]
+        for begin in range(0, len(prompt), self._tokens_in_a_pass):
+            part = prompt[begin : begin + self._tokens_in_a_pass]
             ids = torch.tensor([part], device=self._model.device)
             layers = self._cache.begin([len(part)]) if begin == 0 else self._cache.continue_last(len(part))
             mask = None if begin == 0 else _causal(begin, len(part), self._model)
@@ -228,9 +227,11 @@ def completions(
         for prompt in prompts:
             yield from beam_search(model, prompt, sampling, eos_ids, should_stop)
         return
-    engine = Engine(model, eos_ids, rows, is_enough, lookup)
     draws = range(sampling.num_return_sequences)
-    coming = ((prompt, draw) for prompt in prompts for draw in draws)
+    asked = ((prompt, draw) for prompt in prompts for draw in draws)
+    first = list(itertools.islice(asked, rows))
+    coming = itertools.chain(first, asked)
+    engine = Engine(model, eos_ids, len(first), is_enough, lookup)  # a row takes memory, used or not
     ended, due = dict[int, Completion](), 0
     while True:
         for prompt, draw in itertools.islice(coming, rows - engine.waiting):

@@ -28,9 +28,8 @@ from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.inference.stop_texts import StopTexts
 from llamatune.output_files import is_stream
 from llamatune.ranks import ALONE, Ranks
+from llamatune.shapes.generation_sizes import ROWS_AT_ONCE
 from llamatune.shared_work import share_generating
-
-_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def generate(
         results = [Generation(**values) for values in ranks.from_first(list(map(asdict, results)))]
         if len(results) == total:
             return Generations(results, speed)
-        written, rows = len(results), sampling.num_beams if sampling.num_beams > 1 else min(_ROWS, total)
+        written, rows = len(results), sampling.num_beams if sampling.num_beams > 1 else min(ROWS_AT_ONCE, total)
         advice = opened.memory_advice("use fewer --max-new-tokens")
         stack.enter_context(opened.computing(rows, advice, on_event))
         try:
@@ -142,7 +141,7 @@ def generate(
                 has_lookup = lookup != "off" and not in_slices  # whose ranks make the same passes, whatever the time
                 made = [
                     completions(
-                        model, part, sampling, eos_ids, _ROWS, should_stop, is_enough,
+                        model, part, sampling, eos_ids, ROWS_AT_ONCE, should_stop, is_enough,
                         PromptLookup(lookup == "on") if has_lookup else None,
                     )
                     for model in models.values()
@@ -151,13 +150,13 @@ def generate(
                     yield list(map(astuple, of_models))
 
             started, in_slices, todo = monotonic(), source.placement == "shard", ids[written // several :]
-            for values in share_generating(todo, completed, _ROWS, should_stop, ranks, in_slices):
+            for values in share_generating(todo, completed, ROWS_AT_ONCE, should_stop, ranks, in_slices):
                 made = {name: Completion(*each) for name, each in zip(models, values, strict=True)}
                 base_text = text(len(results), made["base_"]) if compare else None
                 results.append(result(len(results), made[""], base_text))
                 tokens += sum(len(each.ids) for each in made.values())
                 speed = tokens / max(monotonic() - started, 1e-9)
-                if log is not None and len(results) - written == _ROWS:
+                if log is not None and len(results) - written == ROWS_AT_ONCE:
                     log.append(itertools.starmap(line, enumerate(results[written:], written)))
                     written = len(results)
                 on_event(Progress("generating", len(results) // several, len(ids), speed))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llamatune.memory.ledger import Ledger, Tensor
-from llamatune.memory.sizes import Sizes
+from llamatune.memory.model_sizes import ModelSizes
 from llamatune.shapes.attention_kernels import Kernel, beyond_window, choose_kernel, head_room
 
 
@@ -15,8 +17,8 @@ class AttentionBytes:
     copies in fp32 that are in flight, ``widened_gradients`` those of the backward pass.
     """
 
-    def __init__(self, z: Sizes) -> None:
-        c, N, lengths, H = z.c, z.N, z.lengths, z.config.num_attention_heads
+    def __init__(self, z: ModelSizes, lengths: Sequence[int]) -> None:
+        c, N, H = z.c, sum(lengths), z.config.num_attention_heads
         head = z.config.head_dim
         cut = beyond_window(lengths, z.config.sliding_window)
         samples = 1 if cut else len(lengths)

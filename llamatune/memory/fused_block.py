@@ -56,7 +56,7 @@ def _head_norms(ledger: Ledger, z: Sizes, back: bool = False) -> None:
 
 def attention(ledger: Ledger, z: Sizes, last: bool, recompute: bool) -> Passes:
     """Norm, q, k, v, rotation, attention, o and the residual addition; the last block continues with P rows."""
-    n, made = z.P if last else z.N, AttentionBytes(z)
+    n, made = z.P if last else z.N, AttentionBytes(z, z.lengths)
     x = ledger.keep("x", z.N * z.D * z.s)
     qkv = _attention_inputs(ledger, z)
     with ledger.step("attention"):

@@ -91,7 +91,7 @@ def cached_casts(z: Sizes, names: Sequence[str]) -> int:
 
 def attention(ledger: Ledger, z: Sizes, first: bool, last: bool) -> Passes:
     """Norm, q, k, v, rotation, attention, o and the residual addition; the last block continues with P rows."""
-    n, made, leads_back = z.P if last else z.N, AttentionBytes(z), z.trains_all or not first
+    n, made, leads_back = z.P if last else z.N, AttentionBytes(z, z.lengths), z.trains_all or not first
     N, D, c, s = z.N, z.D, z.c, z.s
     x, norm = _norm(ledger, z, N, leads_back)
     with ledger.step("q, k, v"):

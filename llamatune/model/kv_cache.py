@@ -8,9 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llamatune.shapes.generation_sizes import grown_room
 from llamatune.shapes.llama_config import LlamaConfig
-
-_FIRST_ROOM_TOKENS = 256
 
 
 class LayerCache(Protocol):
@@ -87,7 +86,7 @@ class RowCache:
         """(2, rows, K, room, E) with room for all lengths; ``held``: the longest that is kept if it has to grow."""
         stored, longest = self._stored[layer], max(self.lengths)
         if longest > stored.shape[3]:
-            room = max(longest, min(self.capacity, max(2 * stored.shape[3], _FIRST_ROOM_TOKENS)))
+            room = grown_room(longest, 2 * stored.shape[3], self.capacity)
             # Zeros, since what a mask hides still takes part, with a weight of 0, which must not meet NaN.
             grown = stored.new_zeros((*stored.shape[:3], room, stored.shape[4]))
             grown[:, :, :, :held] = stored[:, :, :, :held]
@@ -171,7 +170,7 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def _with_room(self, stored: Tensor, tokens: int) -> Tensor:
-        room = max(tokens, min(self._capacity, max(2 * tokens, _FIRST_ROOM_TOKENS)))
+        room = grown_room(tokens, 2 * tokens, self._capacity)
         grown = stored.new_empty((*stored.shape[:3], room, stored.shape[4]))
         grown[:, :, :, : self.length] = stored[:, :, :, : self.length]
         return grown

@@ -88,7 +88,7 @@ def test_prompts_that_share_rows_are_completed_as_alone(
     eos = set(range(3, 11))
     alone = [complete(model, [prompt], sampling, eos)[0] for prompt in MANY]
     assert {found.finish_reason for found in alone} == {"eos", "length"}
-    monkeypatch.setattr(engine, "_TOKENS_IN_A_PASS", 24)
+    monkeypatch.setattr(engine, "TOKENS_IN_A_PASS", 24)
     for rows in (3, 16, 64):
         assert list(completions(model, iter(MANY), sampling, eos, rows)) == alone
     assert list(completions(model, MANY[::-1], sampling, eos, 5)) == alone[::-1]
@@ -113,7 +113,7 @@ def test_each_prompt_has_its_own_sampling(model: Transformer) -> None:
 
 def test_no_prompt_waits_while_all_can_have_rows(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts that take a pass each: the last is read before any other goes on."""
-    monkeypatch.setattr(engine, "_TOKENS_IN_A_PASS", 20)
+    monkeypatch.setattr(engine, "tokens_in_a_pass", lambda *_: 20)
     shared = Engine(model, (), 16)
     for _ in range(16):
         shared.add(list(range(3, 18)), Sampling(4, 0))

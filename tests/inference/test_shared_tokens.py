@@ -15,9 +15,9 @@ from llamatune.command_options.inference import Sampling
 from llamatune.inference import beam_search
 from llamatune.inference.completion import new_cache
 from llamatune.inference.engine import complete
-from llamatune.model import kv_cache
 from llamatune.model.kv_cache import KVCache
 from llamatune.model.transformer import Transformer
+from llamatune.shapes import generation_sizes
 
 DYNAMIC = {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
 WINDOW = {"model_type": "mistral", "sliding_window": 9}
@@ -28,7 +28,7 @@ PROMPTS = [[1, *(_chance.randrange(3, 131) for _ in range(length))] for length i
 @pytest.fixture
 def caches(monkeypatch: pytest.MonkeyPatch) -> list[KVCache]:
     """Those that are made, which grow from the first token on."""
-    monkeypatch.setattr(kv_cache, "_FIRST_ROOM_TOKENS", 1)
+    monkeypatch.setattr(generation_sizes, "FIRST_ROOM_TOKENS", 1)
     made: list[KVCache] = []
     monkeypatch.setattr(beam_search, "new_cache", lambda *given: made.append(new_cache(*given)) or made[-1])
     return made

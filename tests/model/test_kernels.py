@@ -183,7 +183,7 @@ def test_the_plan_follows_the_kernel(precision: str, gpu: Capability | bool, ker
     config = LlamaConfig(64, 160, 2, 4, 1, 96)  # one key head for four query heads
     values = {"model": {"path": "x", "dtype": "float32"}, "lora": {}, "data": {"train": "x"}}
     spec = build_spec({**values, "training": {"output_dir": "x", "precision": precision}}, "test")
-    made = AttentionBytes(Sizes(spec, config, Rows((50,), 50), gpu))
+    made = AttentionBytes(Sizes(spec, config, Rows((50,), 50), gpu), (50,))
     assert made.inputs == kernel_inputs * 50 * 64 * (4 if precision == "fp32" else 2)
 
 
@@ -192,7 +192,7 @@ def test_the_plan_of_heads_that_are_filled_up() -> None:
     values = {"model": {"path": "x", "dtype": "float16"}, "lora": {}, "data": {"train": "x"}}
     spec = build_spec({**values, "training": {"output_dir": "x", "precision": "fp16"}}, "test")
     for gpu in (T4, H100):
-        made = AttentionBytes(Sizes(spec, config, Rows((50,), 50), gpu))
+        made = AttentionBytes(Sizes(spec, config, Rows((50,), 50), gpu), (50,))
         assert made.inputs == 3 * 50 * 4 * 16 * 2
         assert made.flat == 50 * 48 * 2
     assert choose_kernel(H100, "float16", 12, 50, 2) is Kernel.SDPA

@@ -13,10 +13,10 @@ from model_judges import IDS, reference_logits
 from llamatune.checkpoints.loading import load_model
 from llamatune.command_options.inference import Sampling
 from llamatune.inference.engine import complete
-from llamatune.model import kv_cache as cache_module
 from llamatune.model.initialise import drawn_weights, initialise
 from llamatune.model.kv_cache import KVCache, RowCache
 from llamatune.model.transformer import Transformer
+from llamatune.shapes import generation_sizes
 from llamatune.shapes.llama_config import LlamaConfig
 
 SHAPES = {
@@ -120,12 +120,12 @@ def test_a_cache_takes_the_room_that_is_used(tiny_base: Callable[..., Path], mon
                 cache.keep_places(torch.arange(t + 1))
         assert cache.length == 90
         held = sum(stored.shape[3] for stored in cache._stored) / len(cache._stored)
-        assert held <= min(capacity, 2 * max(90, cache_module._FIRST_ROOM_TOKENS))
+        assert held <= min(capacity, 2 * max(90, generation_sizes.FIRST_ROOM_TOKENS))
         return torch.cat(parts, dim=1)
 
     with torch.no_grad():
         at_once = decode(90)
-        monkeypatch.setattr(cache_module, "_FIRST_ROOM_TOKENS", 1)
+        monkeypatch.setattr(generation_sizes, "FIRST_ROOM_TOKENS", 1)
         for capacity in (90, 91, 1 << 40):  # the last would be more than any machine has
             assert torch.equal(decode(capacity), at_once)
 

@@ -1,0 +1,212 @@
+"""The bytes of a pass of generation: a walk through ``model.transformer``, which keeps nothing, and sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from llamatune.memory.attention import AttentionBytes
+from llamatune.memory.ledger import Ledger, Tensor
+from llamatune.memory.model_sizes import ModelSizes
+from llamatune.shapes.attention_kernels import Kernel, beyond_window, choose_kernel, head_room
+from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES
+
+CACHE = "keys and values"
+
+
+Choice = Callable[[Ledger, ModelSizes, int], None]
+"""What chooses tokens by the logits of so many rows, which are alive."""
+
+
+class Cache(NamedTuple):
+    """Bytes of a layer's keys and values before and after a pass, and ``beside`` of all those of another model."""
+
+    held: int
+    grown: int
+    beside: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass over ``tokens`` in all, ``read`` of which give logits.
+
+    Either they are samples of ``lengths``, those that fill up the pass included, or ``rows`` that go on, and their mask
+    is over ``keys`` of each. ``selects``: the last block computes nothing else but what is read. ``left``: rows whose
+    logits, log-probabilities and sums are there from the pass before.
+    """
+
+    tokens: int
+    read: int
+    cache: Cache
+    choice: Choice
+    lengths: tuple[int, ...] = ()
+    rows: int = 1
+    keys: int = 0
+    selects: bool = False
+    left: int = 0
+
+
+def walk(ledger: Ledger, z: ModelSizes, p: Pass) -> None:
+    """The pass and what follows it; of layers that are alike, the last ones, where the cache is largest."""
+    layers, N, E = z.config.num_hidden_layers, p.tokens, z.config.head_dim
+    before = min(layers, 2)
+    caches = [ledger.make(CACHE, p.cache.beside)]
+    waiting = [ledger.make(CACHE, p.cache.held) for _ in range(before)]
+    earlier = ledger.make(CACHE, (layers - before) * p.cache.held)
+    with ledger.step("embedding"):
+        before_it = ledger.make("logits of the step before", p.left * z.V * z.c)
+        scores = ledger.make("scores of the step before", p.left * z.V * 8)
+        shared = [ledger.make("ids, positions", 3 * 8 * N), *_mask(ledger, z, p)]
+        x = ledger.make("x", N * z.D * z.c)
+        ledger.use("angles of the rotation", 5 * N * E * 4)
+        shared.append(ledger.make("rotation", 2 * N * E * 4))
+    ledger.free(earlier)
+    caches.append(ledger.make(CACHE, (layers - before) * p.cache.grown))
+    for layer in range(layers - before, layers):
+        after, grown = _block(ledger, z, p, waiting.pop(0), layer == layers - 1)
+        caches.append(grown)
+        if layer < layers - 1:
+            ledger.free(x)
+            x = after
+    with ledger.step("head"):
+        width = z.D * (p.read if p.selects else N)
+        hidden = _normed(ledger, z, width)
+        ledger.free(after)
+        logits = ledger.make("logits", p.read * z.V * z.c)
+    ledger.free(hidden, x, before_it, *shared)
+    with ledger.step("choice of tokens"):
+        p.choice(ledger, z, p.read)
+    ledger.free(logits, scores, *caches)
+
+
+def sample(ledger: Ledger, z: ModelSizes, rows: int) -> None:
+    """``inference.sampling`` with a nucleus: the distribution, sorted, its sums and what is left of it, and the last
+    one's place again.
+    """
+    count = rows * z.V
+    wide = ledger.make("logits in fp32", 4 * count if z.c < 4 else 0)
+    ledger.use("distribution sorted and summed", (4 * 4 + 8 + 1 + 4) * count)
+    ledger.free(wide)
+
+
+def take_likeliest(ledger: Ledger, z: ModelSizes, rows: int) -> None:
+    """The largest logit of each row."""
+    ledger.use("logits in fp32", 4 * rows * z.V if z.c < 4 else 0)
+
+
+def choose_beams(ledger: Ledger, z: ModelSizes, rows: int) -> None:
+    """Log-probabilities and sums of a step of beam search."""
+    ledger.use("log-probabilities and sums", 8 * rows * z.V)
+
+
+def _block(ledger: Ledger, z: ModelSizes, p: Pass, held: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    """From x, which is the caller's, to the block's output and the layer's keys and values."""
+    N, n = p.tokens, p.read if last and p.selects else p.tokens
+    D, c = z.D, z.c
+    with ledger.step("attention"):
+        h = _normed(ledger, z, N * D)
+        q, k, v = (_heads(ledger, z, name, N) for name in QKV_MODULES)
+        turned = [_turned(ledger, z, N, width) for width in (z.Q, z.K)]
+        ledger.free(q, k)
+        cache = ledger.make(CACHE, p.cache.grown) if p.cache.grown > p.cache.held else held
+        if cache != held:
+            ledger.free(held)
+        if p.lengths:
+            AttentionBytes(z, p.lengths).forward(ledger)
+        else:
+            ledger.use("mask, keys and values for the kernel", _to_keys(z, p))
+        o = ledger.make("output of attention", N * z.Q * c)
+        chosen = ledger.make("rows that are read of it", n * z.Q * c if n < N else 0)
+        y = _product(ledger, z, "o_proj", n)
+        ledger.free(h, *turned, v, o, chosen)
+        chosen = ledger.make("rows that are read of x", n * D * c if n < N else 0)
+        middle = ledger.make("x after attention", n * D * c)
+        ledger.free(y, chosen)
+    with ledger.step("feed-forward"):
+        h = _normed(ledger, z, n * D)
+        gate_up = [_product(ledger, z, name, n) for name in GATE_UP_MODULES]
+        activated = ledger.make("silu(gate) up", n * z.F * c) if z.kernels else gate_up.pop(0)
+        ledger.free(*gate_up)
+        y = _product(ledger, z, "down_proj", n)
+        ledger.free(activated, h)
+        after = ledger.make("x after the block", n * D * c)
+        ledger.free(y, middle)
+    return after, cache
+
+
+def _normed(ledger: Ledger, z: ModelSizes, count: int) -> Tensor:
+    """So many numbers through a norm, which computes in fp32."""
+    made = ledger.make("normed", count * z.c)
+    ledger.use("x and its square in fp32", 0 if z.kernels else count * 4 * (1 if z.c == 4 else 2))
+    return made
+
+
+def _product(ledger: Ledger, z: ModelSizes, name: str, rows: int) -> Tensor:
+    """The output of a linear layer, and LoRA's, in fp32, beside it."""
+    out, in_ = z.config.linear_shape(name)
+    y = ledger.make(f"output of {name}", rows * out * z.c)
+    ledger.use("unpacked weights, x in float8", z.beside_product(name, rows, back=False))
+    if name in z.targets:
+        wide = in_ * (4 if z.c < 4 else 0) + 4 * z.rank(name) + out * (16 if z.dora else 8 + z.c)
+        ledger.use(f"{name}: rows whose norms DoRA takes", z.normed_at_once(name))
+        ledger.use(f"{name}: x, A x and B A x in fp32, scaled and added", rows * wide)
+    return y
+
+
+def _heads(ledger: Ledger, z: ModelSizes, name: str, N: int) -> Tensor:
+    """q, k or v, whose heads may have norms."""
+    x = _product(ledger, z, name, N)
+    if z.normed and name != "v_proj":
+        normed = _normed(ledger, z, N * z.config.linear_shape(name)[0])
+        ledger.free(x)
+        return normed
+    return x
+
+
+def _turned(ledger: Ledger, z: ModelSizes, N: int, width: int) -> Tensor:
+    """The rotation of q or k, its parts, and the casts of the angles."""
+    casts = 2 * N * z.config.head_dim * z.c if z.c < 4 else 0
+    ledger.use("parts of the rotation", 0 if z.kernels else casts + 3 * N * width * z.c)
+    return ledger.make("q or k turned", N * width * z.c)
+
+
+def _mask(ledger: Ledger, z: ModelSizes, p: Pass) -> list[Tensor]:
+    """Of rows that go on, and of samples that are longer than the sliding window."""
+    made = []
+    for length in beyond_window(p.lengths, z.config.sliding_window):
+        made.append(ledger.make("mask of the window", length * -(-length // 8) * 8 * z.c))
+        ledger.use("what is inside of the window", 3 * length * length)
+    cells = p.tokens * p.keys
+    ledger.use("parts of the mask", 2 * cells)
+    return [*made, ledger.make("mask", cells)]
+
+
+def _to_keys(z: ModelSizes, p: Pass) -> int:
+    """Beside q, k and v of rows that go on: the mask in the dtype of scores, and on a GPU what its kernel wants."""
+    kernel = choose_kernel(z.capability, z.computed, z.config.head_dim, p.tokens // p.rows, 1, "given")
+    mask = p.tokens * p.keys * z.c
+    if kernel is not Kernel.EFFICIENT:
+        return mask
+    room = head_room(kernel, z.capability, z.computed, z.config.head_dim)
+    heads, keys = z.config.num_attention_heads, p.rows * p.keys
+    if p.tokens == p.rows:  # one query of each row: heads of keys are not repeated
+        filled = (2 * keys * z.config.num_key_value_heads + p.tokens * heads) * room * z.c
+        return mask + (filled if room > z.config.head_dim else 0)
+    repeated = 2 * keys * z.Q * z.c if z.Q != z.K else 0
+    filled = (2 * keys + p.tokens) * heads * room * z.c if room > z.config.head_dim else 0
+    return mask + repeated + filled
+
+
+def highest(z: ModelSizes, passes: Sequence[Pass]) -> tuple[int, int]:
+    """Keys and values, and temporaries, at the highest moment of some passes."""
+    return max((_highest(z, p) for p in passes), key=sum)
+
+
+def _highest(z: ModelSizes, p: Pass) -> tuple[int, int]:
+    ledger = Ledger()
+    walk(ledger, z, p)
+    assert not ledger.live_bytes, f"still alive after the pass: {ledger.alive()}"
+    top = max(ledger.take_moments(), key=lambda moment: moment.bytes)
+    cached = sum(size for name, size in top.tensors if name == CACHE)
+    return cached, top.bytes - cached

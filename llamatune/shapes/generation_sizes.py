@@ -1,0 +1,38 @@
+"""How generation divides its work: rows at once, tokens of a pass over prompts, the room of a cache. No torch.
+
+The engine and the caches work by these, and the memory plan counts by them.
+"""
+
+from __future__ import annotations
+
+import math
+
+from llamatune.shapes.llama_config import LlamaConfig
+
+ROWS_AT_ONCE = 16
+"""Completions that ``generate`` computes together."""
+
+_MOST_TOKENS, _FEWEST_TOKENS = 2048, 256
+_SHARE = 0.08
+"""Of the weights' bytes, what a pass over prompts may have in flight beside them."""
+
+FIRST_ROOM_TOKENS = 256
+
+
+def grown_room(needed: int, doubled: int, capacity: int) -> int:
+    """Tokens that a cache makes room for which has too little for ``needed``.
+
+    ``doubled`` is twice what it goes by, its room or its tokens; ``capacity`` the most that will be needed.
+    """
+    return max(needed, min(capacity, max(doubled, FIRST_ROOM_TOKENS)))
+
+
+def tokens_in_a_pass(config: LlamaConfig, element_bytes: int) -> int:
+    """Tokens of prompts that are read together, computed in numbers of so many bytes; a longer prompt takes several.
+
+    So many that what a block has in flight is little beside the weights, between 256 and 2,048 in whole sixteens.
+    """
+    weights = element_bytes * sum(math.prod(shape) for _, shape in config.parameter_shapes())
+    states, fed_forward = config.hidden_size, config.intermediate_size
+    of_a_token = element_bytes * (6 * states + 2 * fed_forward) + 12 * states
+    return max(_FEWEST_TOKENS, min(_MOST_TOKENS, int(_SHARE * weights / of_a_token) // 16 * 16))
