@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llamatune.command_options.inference import Drawing
 from llamatune.errors import NumericsError
+from llamatune.shapes.tile_sizes import drawn_rows
 
 _BLOCK = 64
 """Of logits, whose number is a multiple of it with nearly every tokenizer."""
@@ -58,12 +59,19 @@ def next_tokens(logits: Tensor, sampling: Drawing, generators: list[torch.Genera
         if -1 in chosen:
             raise not_finite()
         return chosen
+    tokens: list[int] = []
+    for part in torch.split(logits, drawn_rows(logits.shape[-1], logits.device.type)):
+        tokens += _drawn(part, sampling, generators[len(tokens) :])
+    return tokens
+
+
+def _drawn(logits: Tensor, sampling: Drawing, generators: list[torch.Generator]) -> list[int]:
     probabilities = token_distribution(logits, sampling).cpu()
     if not bool(probabilities.isfinite().all()):
         raise not_finite()
     return [
         int(torch.multinomial(row, 1, generator=generator))
-        for row, generator in zip(probabilities, generators, strict=True)
+        for row, generator in zip(probabilities, generators, strict=False)
     ]
 
 

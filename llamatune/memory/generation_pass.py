@@ -11,6 +11,7 @@ from llamatune.memory.ledger import Ledger, Tensor
 from llamatune.memory.model_sizes import ModelSizes
 from llamatune.shapes.attention_kernels import Kernel, beyond_window, choose_kernel, head_room
 from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES
+from llamatune.shapes.tile_sizes import drawn_rows
 
 CACHE = "keys and values"
 
@@ -84,9 +85,9 @@ def sample(ledger: Ledger, z: ModelSizes, rows: int) -> None:
     """``inference.sampling`` with a nucleus: the distribution, sorted, its sums and what is left of it, and the last
     one's place again.
     """
-    count = rows * z.V
-    wide = ledger.make("logits in fp32", 4 * count if z.c < 4 else 0)
-    ledger.use("distribution sorted and summed", (4 * 4 + 8 + 1 + 4) * count)
+    wide = ledger.make("logits in fp32", 4 * rows * z.V if z.c < 4 else 0)
+    at_once = min(rows, drawn_rows(z.V, z.device))
+    ledger.use("distribution sorted and summed", (4 * 4 + 8 + 1 + 4) * at_once * z.V)
     ledger.free(wide)
 
 

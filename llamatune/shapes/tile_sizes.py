@@ -24,6 +24,14 @@ def wide_logit_rows(vocabulary: int, device: str) -> int:
     return max(1, WIDE_LOGITS_AT_ONCE[device] // vocabulary)
 
 
+_DRAWN_LOGITS_AT_ONCE = {"cuda": 1 << 25, "cpu": 1 << 17}
+
+
+def drawn_rows(vocabulary: int, device: str) -> int:
+    """Rows of logits whose distribution is made at once: sorting it takes some 30 bytes a logit."""
+    return max(1, _DRAWN_LOGITS_AT_ONCE[device] // vocabulary)
+
+
 WEIGHTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 19}
 """NF4 weights that are unpacked in one piece: what stays in a core's cache, and on a GPU 64 MiB of indices."""
 

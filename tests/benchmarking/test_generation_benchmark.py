@@ -116,6 +116,7 @@ class TestACell:
 
         monkeypatch.setattr(Transformer, "forward", counting)
         monkeypatch.setattr("llamatune.benchmarking.measure_generation.clock", lambda device: now[0])
+        monkeypatch.setattr("llamatune.inference.engine.tokens_in_a_pass", lambda *_: 2048)
         found = time_batch(loaded(tiny_base()), random_prompts(131, rows, 512), 6)
         passes = -(-rows * 512 // 2048)
         assert (found.prefill, found.decode) == (100 * passes, 5)

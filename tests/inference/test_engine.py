@@ -88,7 +88,7 @@ def test_prompts_that_share_rows_are_completed_as_alone(
     eos = set(range(3, 11))
     alone = [complete(model, [prompt], sampling, eos)[0] for prompt in MANY]
     assert {found.finish_reason for found in alone} == {"eos", "length"}
-    monkeypatch.setattr(engine, "TOKENS_IN_A_PASS", 24)
+    monkeypatch.setattr(engine, "tokens_in_a_pass", lambda *_: 24)
     for rows in (3, 16, 64):
         assert list(completions(model, iter(MANY), sampling, eos, rows)) == alone
     assert list(completions(model, MANY[::-1], sampling, eos, 5)) == alone[::-1]
