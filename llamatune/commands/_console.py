@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
-from llamatune.stop_signals import stop_signals
+from llamatune.stop_signals import handle_stop_signals
 from llamatune.strict_json import json_line
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ else:
 
 
 class Console:
-    """Prints for one verb and, for the length of a ``with`` block, handles signals.
+    """Prints for one verb and, from the begin of a ``with`` block on, handles signals: after it they change nothing.
 
     A signal only sets a flag, which ``should_stop`` returns; the work ends at its next safe point. Of several ranks,
     only the first has a console that ``prints``. Without ``has_stdout``, which an output file has instead, there is no
@@ -35,17 +35,15 @@ class Console:
         self._prints, self._has_stdout = prints, has_stdout
         self._json_mode = json_mode
         self._stop = False
-        self._signals = stop_signals(self._note_signal)
         self._draw: Callable[[Event], None] | None = None
         self._close_drawing: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
-        self._signals.__enter__()
+        handle_stop_signals(self._note_signal)
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._close_drawing()
-        self._signals.__exit__(*exception)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
