@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
+from llamatune.errors import EnvironmentFault
 from llamatune.stop_signals import handle_stop_signals
 from llamatune.strict_json import json_line
 
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
     RichConsole = rich.console.Console
 else:
     RichConsole = Any  # rich is loaded when something is printed
+
+
+@contextlib.contextmanager
+def disk_faults_of_stdout() -> Iterator[None]:
+    """Name standard output in the error of a write to it, as of a full disk that it was redirected to."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as fault:
+        raise EnvironmentFault(
+            f"cannot write: {fault.strerror or fault}", "standard output", "free some space"
+        ) from fault
 
 
 class Console:
@@ -81,7 +95,7 @@ class Console:
         self._close_drawing()
         if not self._has_stdout:
             return
-        with contextlib.suppress(BrokenPipeError):  # the reader closed the pipe
+        with contextlib.suppress(BrokenPipeError), disk_faults_of_stdout():  # the reader may close a pipe
             if self._json_mode:
                 sys.stdout.write(json_line(payload))
             else:

@@ -160,3 +160,10 @@ def test_a_wrong_variable_of_a_library_is_no_traceback(variable: str, code: int,
     done = shell(f"{variable} {command}", tmp_path)
     assert "Traceback" not in done.stderr
     assert done.returncode == code, done.stderr
+
+
+@pytest.mark.parametrize("flags", ["", "--json"])
+def test_a_full_disk_under_the_result_names_standard_output(flags: str, tmp_path: Path) -> None:
+    done = shell(f"{LLAMATUNE} count-params --preset llama-2-7b {flags} >/dev/full", tmp_path)
+    assert done.returncode == 5
+    assert done.stderr == "error: cannot write: No space left on device: standard output: free some space\n"
