@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -167,3 +169,12 @@ def test_a_full_disk_under_the_result_names_standard_output(flags: str, tmp_path
     done = shell(f"{LLAMATUNE} count-params --preset llama-2-7b {flags} >/dev/full", tmp_path)
     assert done.returncode == 5
     assert done.stderr == "error: cannot write: No space left on device: standard output: free some space\n"
+
+
+@pytest.mark.parametrize("key", ["model.path", "data.train", "training.output_dir", "lora.init_from"])
+def test_a_nul_in_a_path_of_the_spec_is_refused(key: str, tmp_path: Path, command: Callable[..., Any]) -> None:
+    (tmp_path / "run.yaml").write_text("model: {path: x}\nlora: {}\ndata: {train: p}\ntraining: {output_dir: r}\n")
+    done = command("train", tmp_path / "run.yaml", f'{key}="a\\0b"')
+    assert (done.code, done.stderr.count("\n")) == (2, 1)
+    assert "a path holds no NUL character" in done.stderr
+    assert key in done.stderr
