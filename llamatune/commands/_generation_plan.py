@@ -131,7 +131,7 @@ def print_generation_plan(out: RichConsole, facts: dict[str, Any]) -> None:
     table.add_row("all", *(gibibytes(moment["bytes"]) for moment in moments))
     out.print(table)
     each = "the beams' row" if facts["num_beams"] > 1 else "each row"
-    out.print(f"the cache has room for {facts['room_tokens']:,} tokens in {each}", markup=False)
+    out.print(f"the cache has room for {facts['room_tokens']:,} tokens in {each}")
     if facts["memory_limit_bytes"] is None:
         return
     verdict = "fits" if facts["fits"] else "does not fit"
@@ -142,7 +142,7 @@ def print_generation_plan(out: RichConsole, facts: dict[str, Any]) -> None:
         "tokens in a prompt": facts["largest_prompt_tokens"],
     }
     shown = [f"{size:,} {name}" for name, size in largest.items() if size]
-    out.print(f"largest that fit, each by itself: {', '.join(shown) or 'none'}", markup=False)
+    out.print(f"largest that fit, each by itself: {', '.join(shown) or 'none'}")
     print_remedies(out, facts["remedies"])
 
 
@@ -151,10 +151,10 @@ def print_remedies(out: RichConsole, remedies: list[dict[str, Any]]) -> None:
     from llamatune.units import gibibytes
 
     if remedies:
-        out.print("what helps, the cheapest first:", markup=False)
+        out.print("what helps, the cheapest first:")
     for remedy in remedies:
         more = remedy["more_compute"]
         cost = f", {100 * more:.0f} % more computation" if more else ""
         end = "fits" if remedy["fits"] else "not enough alone"
         line = f"  {remedy['change']}: {gibibytes(remedy['peak_bytes'])}, {end} ({remedy['effect']}{cost})"
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)

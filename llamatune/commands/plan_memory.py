@@ -107,7 +107,7 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
     layers = facts["recomputed_layers"]
     if layers is not None and any(count for name, count in layers.items() if name != "nothing"):
         shown = ", ".join(f"{name} in {count}" for name, count in layers.items() if count)
-        out.print(f"layers recompute {shown}", markup=False)
+        out.print(f"layers recompute {shown}")
     if "tokens_that_hide_it" in facts:
         brought, tokens = gibibytes(facts["bytes_brought_per_pass"]), facts["tokens_that_hide_it"]
         rates = "at 25 GB/s and 400 TFLOP/s"
