@@ -8,7 +8,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from llamatune.formats.file_schema import FileSchema, JsonValue, Name, parse_values, read_schema
+from llamatune.errors import SpecError
+from llamatune.formats.file_schema import LARGEST_FILE, FileSchema, JsonValue, Name, parse_values, read_schema
 from llamatune.formats.state_json import Gpu
 from llamatune.strict_json import dump_json
 
@@ -81,5 +82,9 @@ def read_origin(path: Path) -> Origin:
 
 
 def dump_origin(path: Path, values: Mapping[str, Any]) -> bytes:
-    """The content of the file that is to stand at ``path``."""
-    return dump_json(parse_values(Origin, values, path).model_dump(exclude_unset=True))
+    """The content of the file that is to stand at ``path``; ``SpecError`` where it would be too long to be read."""
+    content = dump_json(parse_values(Origin, values, path).model_dump(exclude_unset=True))
+    if len(content) > LARGEST_FILE:
+        what = f"the spec was changed so often that {len(content):,} bytes would be recorded"
+        raise SpecError(what, path, "choose another training.output_dir")
+    return content

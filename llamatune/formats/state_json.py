@@ -54,6 +54,13 @@ class GpuUse(FileSchema):
     peak_device_memory_bytes: Count | None = None
 
 
+class FileDigest(FileSchema):
+    """A file of the base, as a manifest has it."""
+
+    bytes: Count
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class Scaler(FileSchema):
     """The loss scaler of fp16, under the names of torch's GradScaler; empty in other precisions."""
 
@@ -176,6 +183,7 @@ class SavedState(FileSchema):
     gpu: Gpu | None = None
     kernels: Name | None = None
     gpu_use: GpuUse | None = None
+    base_files: dict[Name, FileDigest] | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

@@ -20,7 +20,7 @@ from llamatune.durable_writing import (
     sync,
     write_atomic,
 )
-from llamatune.errors import EnvironmentFault
+from llamatune.errors import EnvironmentFault, SpecError
 from llamatune.formats.metrics import MetricsLog
 from llamatune.formats.origin_json import dump_origin, read_origin
 from llamatune.formats.state_json import list_checkpoints
@@ -29,6 +29,7 @@ from llamatune.output_files import refuse_inside, refuse_replacing
 from llamatune.ranks import Ranks
 from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec
+from llamatune.strict_yaml import LARGEST_YAML
 from llamatune.training.passes import PassRule
 from llamatune.training.run_file_names import ADAPTER, BEST, CELLS, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK, run_lock
@@ -142,6 +143,9 @@ def refuse_output(spec: RunSpec, overwrite: bool) -> None:
         EnvironmentFault: without ``overwrite``, it holds something else than a run.
     """
     refuse_inputs(spec, "training.output_dir", overwrite)
+    if (size := len(spec.to_yaml().encode())) > LARGEST_YAML:
+        what = f"written out it has {size:,} bytes, more than the {LARGEST_YAML:,} that a spec may have"
+        raise SpecError(what, "data", "name fewer directories")
     if not overwrite:
         _refuse_other(Path(spec.training.output_dir))
 

@@ -183,7 +183,7 @@ def test_a_tracker_that_fails_costs_one_warning(
     (warning,) = _warnings(_tracked(spec_with()))
     assert warning.startswith(f"no longer tracking with TensorBoard: {type(fault).__name__}: ")
     assert str(fault) in warning
-    assert metrics(tmp_path / "run")[-1]["step"] == 6
+    assert metrics(tmp_path / "run", "step")[-1]["step"] == 6
     assert (tmp_path / "run" / "summary.json").exists()
 
 
