@@ -19,6 +19,10 @@ _ABSURD = 1e4
 """A magnitude that no weight of a trained model has."""
 
 
+class BrokenTensor(NumericsError):
+    """A fault with the tensor that explains it."""
+
+
 def find_broken(checkpoint: Checkpoint, adapters: Sequence[Adapter] = ()) -> tuple[str, Path] | None:
     """What is wrong with which tensor, and its file; None if all are finite and of usual magnitude.
 
@@ -51,11 +55,11 @@ def find_broken(checkpoint: Checkpoint, adapters: Sequence[Adapter] = ()) -> tup
 
 def with_broken_tensor(fault: NumericsError, checkpoint: Checkpoint, adapters: Sequence[Adapter] = ()) -> NumericsError:
     """``fault`` with the tensor that explains it, if one does."""
-    found = find_broken(checkpoint, adapters)
+    found = None if isinstance(fault, BrokenTensor) else find_broken(checkpoint, adapters)
     if found is None:
         return fault
     what, file = found
-    return NumericsError(f"{fault.what}: {what} in {file}", fault.where, fault.todo)
+    return BrokenTensor(f"{fault.what}: {what} in {file}", fault.where, fault.todo)
 
 
 def _magnitude(tensor: torch.Tensor) -> float:

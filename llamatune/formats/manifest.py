@@ -175,13 +175,14 @@ def find_manifest(directory: Path, error: type[LlamatuneError] = CheckpointError
     if not path.exists():
         return None
     # Here, since the command line is built from modules that import this one, and pydantic is slow to load.
-    from llamatune.formats.file_schema import parse_values
+    from llamatune.formats.file_schema import LARGEST_WHOLE, parse_values
     from llamatune.formats.manifest_schema import FACTS, Facts, ProductManifest
 
     content = read_bytes(path, error, _LARGEST_MANIFEST)
     raw = parse_json_object(content, path, error)
     schema = raw.get("schema")
-    if schema is None or isinstance(schema, bool | float):
+    known = len(schema) <= 80 if isinstance(schema, str) else type(schema) is int and 0 < schema < LARGEST_WHOLE
+    if not known:
         raise error("not the manifest of a product", path, "fetch or make it again")
     if schema == SCHEMA:
         parse_values(ProductManifest, raw, path, error)
