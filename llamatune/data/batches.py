@@ -63,7 +63,7 @@ class _SplitInMemory(SplitFile):
             self._refuse(f"holds the token id {least}")
         if len(self.mask) and (most := int(self.mask.max())) > 1:
             self._refuse(f"its loss_mask holds {most}, where only 0 and 1 can be")
-        if len(self.source_rows) and not 1 <= min(self.source_rows) <= max(self.source_rows) < LARGEST_WHOLE:
+        if len(self.source_rows) and not 0 <= min(self.source_rows) <= max(self.source_rows) < LARGEST_WHOLE:
             self._refuse("its source_rows hold a number that counts no row")
 
     def _refuse(self, what: str) -> None:
