@@ -18,10 +18,18 @@ from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.durable_writing import STAGING
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError, Stopped
 from llamatune.events import Notice, OnEvent, ShouldStop, Step, ignore_event, never_stop
-from llamatune.formats.manifest import MANIFEST, has_manifest, unlisted_files, verify_product
+from llamatune.formats.manifest import (
+    MANIFEST,
+    file_entries,
+    has_manifest,
+    refuse_altered_manifest,
+    unlisted_files,
+    verify_files,
+    verify_product,
+)
 from llamatune.formats.metrics import LONGEST_LINE, parse_line, read_lines
 from llamatune.formats.safetensors import read_header
-from llamatune.formats.state_json import STATE, list_checkpoints, read_progress
+from llamatune.formats.state_json import BASE_FILES, STATE, list_checkpoints, read_progress
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.spec import load_stored_spec
 from llamatune.strict_json import read_json
@@ -39,7 +47,7 @@ class Verified:
     """A directory without faults. ``checked`` is ``content`` where there was a manifest, else ``structure``.
 
     ``unlisted`` are files that are not in the manifest and that no reader of ours opens. A run or a cache has
-    ``parts``; ``steps`` counts the steps in a run's log.
+    ``parts``; ``steps`` counts the steps in a run's log. ``base`` is what a run was trained on, if that was recorded.
     """
 
     path: str
@@ -51,6 +59,7 @@ class Verified:
     parts: list[Verified] = field(default_factory=list)
     steps: int | None = None
     finished: bool | None = None
+    base: Verified | None = None
     ok: bool = True
 
 
@@ -93,6 +102,7 @@ def _whole(path: Path, kind: str, parts: list[Verified], **more: Any) -> Verifie
 
 def _verify_content(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verified:
     manifest = verify_product(path, on_event, should_stop)
+    refuse_altered_manifest(path)
     for name in manifest.files:
         if name.endswith(".safetensors"):
             read_header(path / name)
@@ -140,7 +150,25 @@ def _verify_run(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verif
                 raise  # else the run, which is still going on, has pruned it
     if summary is None:
         on_event(Notice(f"{path}: not finished; the command that started it continues it"))
-    return _whole(path, "run", parts, steps=steps, finished=summary is not None)
+    base = _verify_base(Path(spec.model.path), last, on_event, should_stop)
+    return _whole(path, "run", parts, steps=steps, finished=summary is not None, base=base)
+
+
+def _verify_base(
+    base: Path, last: dict[str, Any] | None, on_event: OnEvent, should_stop: ShouldStop
+) -> Verified | None:
+    """The base as the run's last checkpoint recorded it; None where nothing is recorded, or the base is elsewhere."""
+    recorded = (last or {}).get(BASE_FILES)
+    if recorded is None:
+        return None
+    if not isinstance(recorded, dict):
+        raise CheckpointError(f"{BASE_FILES} is {str(recorded)[:80]!r}", STATE)
+    if not base.is_dir():
+        on_event(Notice(f"{base}: the run's base is not there, so it is not compared", "warning"))
+        return None
+    files = file_entries(recorded, base)
+    verify_files(base, files, on_event, should_stop, "the run", "restore the file, or train on another base anew")
+    return Verified(str(base), "base", "content", len(files), sum(size for size, _ in files.values()))
 
 
 def _verify_log(path: Path, last: dict[str, Any] | None, summary: dict[str, Any] | None) -> int:

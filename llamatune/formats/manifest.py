@@ -15,17 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar
 
-from llamatune.durable_writing import staged_directory, sync
+from llamatune.durable_writing import staged_directory, sync, writing
 from llamatune.errors import CheckpointError, LlamatuneError, Stopped
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.begun_files import BegunFile
+from llamatune.formats.own_digest import dump_with_digest, refuse_altered
 from llamatune.safe_reading import digest_bytes, digest_file, open_regular, read_bytes, read_faults
-from llamatune.strict_json import parse_json_object, write_json
+from llamatune.strict_json import parse_json_object
 
 MANIFEST = "llamatune.json"
 END_OF_TURN = "end_of_turn_id"
 """In the facts of a prepared directory: the special token that ends the assistant's turns, beside the EOS of rows."""
 SCHEMA = 1
+_KEYS = ("kind", "schema", "inputs", "facts", "files")
 _LARGEST_MANIFEST = 16 << 20
 _BLOCK = 1 << 20
 T = TypeVar("T")
@@ -93,8 +95,9 @@ def build_directory(path: Path, kind: str, inputs: dict[str, Any], overwrite: bo
             name = file.relative_to(directory).as_posix()
             digest = product.digests.get(name) or digest_file(file)
             files[name] = {"bytes": file.stat().st_size, "sha256": digest}
-        manifest = {"kind": kind, "schema": SCHEMA, "inputs": inputs, "facts": product.facts, "files": files}
-        write_json(directory / MANIFEST, manifest)
+        values = (kind, SCHEMA, inputs, product.facts, files)
+        with writing(directory / MANIFEST) as manifest:
+            manifest.write(dump_with_digest(dict(zip(_KEYS, values, strict=True))))
 
 
 @dataclass(frozen=True)
@@ -178,13 +181,12 @@ def find_manifest(directory: Path, error: type[LlamatuneError] = CheckpointError
         return None
     content = read_bytes(path, error, _LARGEST_MANIFEST)
     raw = parse_json_object(content, path, error)
-    schema, kind, inputs, facts, files = (raw.get(key) for key in ("schema", "kind", "inputs", "facts", "files"))
+    kind, schema, inputs, facts, files = map(raw.get, _KEYS)
     if schema != SCHEMA:
         facts, files = facts if isinstance(facts, dict) else {}, {}
     elif not isinstance(kind, str) or not isinstance(facts, dict) or not isinstance(files, dict) or not files:
         raise error("not the manifest of a product", path, "fetch or make it again")
-    entries = {name: _file_entry(name, entry, path, error) for name, entry in files.items()}
-    return Manifest(path, digest_bytes(content), schema, kind, inputs, facts, entries)
+    return Manifest(path, digest_bytes(content), schema, kind, inputs, facts, file_entries(files, path, error))
 
 
 def manifest_if_readable(directory: Path) -> Manifest | None:
@@ -192,6 +194,13 @@ def manifest_if_readable(directory: Path) -> Manifest | None:
     with contextlib.suppress(LlamatuneError):
         return find_manifest(directory)
     return None
+
+
+def file_entries(
+    files: Mapping[str, Any], where: Path, error: type[LlamatuneError] = CheckpointError
+) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file, out of JSON; ``error`` names ``where`` if one is unsafe or malformed."""
+    return {name: _file_entry(name, entry, where, error) for name, entry in files.items()}
 
 
 def _file_entry(name: str, entry: Any, where: Path, error: type[LlamatuneError]) -> tuple[int, str]:
@@ -212,7 +221,11 @@ def finished_product(path: Path, kind: str, inputs: dict[str, Any]) -> Manifest 
     """
     wanted = (SCHEMA, kind, json.loads(json.dumps(inputs)))
     manifest = manifest_if_readable(path)
-    if manifest is None or (manifest.schema, manifest.kind, manifest.inputs) != wanted or _misfits(path, manifest):
+    if (
+        manifest is None
+        or (manifest.schema, manifest.kind, manifest.inputs) != wanted
+        or _misfits(path, manifest.files)
+    ):
         return None
     return manifest
 
@@ -230,17 +243,39 @@ def verify_product(directory: Path, on_event: OnEvent = ignore_event, should_sto
         raise CheckpointError("no such file", directory / MANIFEST)
     if manifest.schema != SCHEMA:
         raise OtherVersion(manifest.schema, manifest.path)
-    faults = _misfits(directory, manifest)
-    done = 0
-    for name, (size, digest) in manifest.files.items():
-        if name not in faults and _digest(directory / name, done, manifest.bytes, on_event, should_stop) != digest:
-            faults[name] = "its content does not match the manifest's SHA-256"
+    verify_files(directory, manifest.files, on_event, should_stop)
+    return manifest
+
+
+def verify_files(
+    directory: Path,
+    files: Mapping[str, tuple[int, str]],
+    on_event: OnEvent = ignore_event,
+    should_stop: ShouldStop = never_stop,
+    recorded: str = "the manifest",
+    todo: str = "fetch or make it again",
+) -> None:
+    """Compare every byte of ``files`` below ``directory`` with the size and SHA-256 of each, which are ``recorded``.
+
+    Raises:
+        CheckpointError: files that are missing, or of another size or content; the first is named, all are counted.
+        Stopped: ``should_stop`` said so.
+    """
+    faults = _misfits(directory, files, recorded)
+    done, total = 0, sum(size for size, _ in files.values())
+    for name, (size, digest) in files.items():
+        if name not in faults and _digest(directory / name, done, total, on_event, should_stop) != digest:
+            faults[name] = f"its content does not match {recorded}'s SHA-256"
         done += size
     if faults:
         name, what = next(iter(faults.items()))
         more = f" (and {len(faults) - 1} more: {', '.join([*faults][1:4])})" if len(faults) > 1 else ""
-        raise CheckpointError(what + more, directory / name, "fetch or make it again")
-    return manifest
+        raise CheckpointError(what + more, directory / name, todo)
+
+
+def refuse_altered_manifest(directory: Path) -> None:
+    """Raise ``CheckpointError`` if the manifest is not as it was written; those of earlier versions cannot tell."""
+    refuse_altered(directory / MANIFEST, _KEYS, _LARGEST_MANIFEST)
 
 
 def unlisted_files(directory: Path, manifest: Manifest) -> list[str]:
@@ -249,17 +284,17 @@ def unlisted_files(directory: Path, manifest: Manifest) -> list[str]:
     return [name for name in names if name != MANIFEST and name not in manifest.files]
 
 
-def _misfits(directory: Path, manifest: Manifest) -> dict[str, str]:
+def _misfits(directory: Path, files: Mapping[str, tuple[int, str]], recorded: str = "the manifest") -> dict[str, str]:
     """The files that are missing or of another size, each with what is wrong."""
     faults = {}
-    for name, (size, _) in manifest.files.items():
+    for name, (size, _) in files.items():
         path = directory / name
         if not path.exists():
             faults[name] = "missing"
         elif not path.is_file():
             faults[name] = "not a regular file"
         elif (found := path.stat().st_size) != size:
-            faults[name] = f"{found:,} bytes where the manifest says {size:,}"
+            faults[name] = f"{found:,} bytes where {recorded} says {size:,}"
     return faults
 
 

@@ -16,6 +16,8 @@ from llamatune.formats.manifest import OtherVersion
 from llamatune.strict_json import read_json, write_json
 
 STATE, SCHEMA = "state.json", 2
+BASE_FILES = "base_files"
+"""Size and SHA-256 of the base's files by name, as a manifest has them, as far as they were known; it may be absent."""
 _READ = (1, SCHEMA)  # 1: by versions that compute each micro-batch by itself and cannot continue a later run
 _NAME = re.compile(r"step-(\d{6,})")
 _KINDS = {"step": int, "metrics_bytes": int, "position": dict, "scaler": dict}

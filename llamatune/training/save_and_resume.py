@@ -19,23 +19,25 @@ from llamatune.checkpoints.sharded_checkpoint import save_sharded_state
 from llamatune.checkpoints.tensor_bytes import write_tensors
 from llamatune.checkpoints.training_checkpoint import WEIGHTS, newest_run_state, read_run_state, save_run_state
 from llamatune.devices import gpu_facts
+from llamatune.durable_writing import write_atomic
 from llamatune.errors import CheckpointError
 from llamatune.events import EvalDone, ignore_event
 from llamatune.formats.manifest import Staging, build_directory
 from llamatune.formats.metrics import Record, loss_at_start
-from llamatune.formats.state_json import checkpoint_path
+from llamatune.formats.state_json import BASE_FILES, checkpoint_path
 from llamatune.model.adapters.apply import adapter_parameters, restored_tensors, stored_tensors
 from llamatune.model.kernels.choice import kernels_in_use
 from llamatune.ranks import Ranks
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.spec import RunSpec
-from llamatune.strict_json import write_json
+from llamatune.strict_json import dump_json, write_json
 from llamatune.training.gpu_meter import GpuMeter
+from llamatune.training.input_digests import InputDigests
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.run_card import run_card
 from llamatune.training.run_directory import RunDirectory
-from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL
+from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL, SUMMARY
 from llamatune.training.sharded_tensors import owned_runs, restore_runs
 from llamatune.training.trainer_state import TrainerState
 
@@ -61,6 +63,7 @@ class RunOutput:
     run: RunDirectory
     ranks: Ranks
     gpu_meter: GpuMeter
+    input_digests: InputDigests
     companions: RunCompanions
 
     def log(self, record: Record) -> None:
@@ -94,6 +97,7 @@ class RunOutput:
     def _write_checkpoint(
         self, path: Path, progress: TrainerState, metrics_bytes: int, gpu_use: dict[str, Any] | None
     ) -> None:
+        base_files = self.input_digests.state()
         state = {
             "step": progress.step,
             "position": asdict(progress),
@@ -102,6 +106,7 @@ class RunOutput:
             "llamatune": __version__,
             **_machine(self.learner.device),
             **({} if gpu_use is None else {GPU_USE: gpu_use}),
+            **({} if base_files is None else {BASE_FILES: base_files}),
         }
         if self.learner.sharded is not None:
             save_sharded_state(path, owned_runs(self.learner), state, self.ranks)
@@ -131,6 +136,7 @@ class RunOutput:
         except (KeyError, TypeError) as fault:
             raise CheckpointError(f"its position cannot be read: {fault}", checkpoint.path) from None
         self.gpu_meter.restore(state.get(GPU_USE))
+        self.input_digests.restore(state.get(BASE_FILES), checkpoint.path)
         if changed := _changes(state, _machine(self.learner.device)):
             warn(f"not bit-exact on another machine than before: {', '.join(changed)}")
         return checkpoint.path, progress, state["metrics_bytes"]
@@ -161,6 +167,12 @@ class RunOutput:
                 self._write_companions(staging, final, {"step": progress.step, **shown})
         elif self.learner.sharded is not None:
             self.learner.sharded.serve()
+        self.ranks.wait()
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``, which says that the run is finished."""
+        if self.ranks.is_first:
+            write_atomic(self.run.path / SUMMARY, dump_json(summary))
         self.ranks.wait()
 
     def write_weights(self, staging: Staging) -> None:
