@@ -24,10 +24,10 @@ from llamatune.formats.manifest import (
     has_manifest,
     refuse_altered_manifest,
     unlisted_files,
-    verify_files,
     verify_product,
 )
 from llamatune.formats.metrics import LONGEST_LINE, parse_line, read_lines
+from llamatune.formats.recorded_files import verify_files
 from llamatune.formats.safetensors import read_header
 from llamatune.formats.state_json import BASE_FILES, STATE, list_checkpoints, read_progress
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES

@@ -6,7 +6,6 @@ Every directory that a verb makes is a product: a prepared directory, checkpoint
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -16,11 +15,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar
 
 from llamatune.durable_writing import staged_directory, sync, writing
-from llamatune.errors import CheckpointError, LlamatuneError, Stopped
-from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.errors import CheckpointError, LlamatuneError
+from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.formats.begun_files import BegunFile
 from llamatune.formats.own_digest import dump_with_digest, refuse_altered
-from llamatune.safe_reading import digest_bytes, digest_file, open_regular, read_bytes, read_faults
+from llamatune.formats.recorded_files import misfits, verify_files
+from llamatune.safe_reading import digest_bytes, digest_file, read_bytes
 from llamatune.strict_json import parse_json_object
 
 MANIFEST = "llamatune.json"
@@ -29,7 +29,6 @@ END_OF_TURN = "end_of_turn_id"
 SCHEMA = 1
 _KEYS = ("kind", "schema", "inputs", "facts", "files")
 _LARGEST_MANIFEST = 16 << 20
-_BLOCK = 1 << 20
 T = TypeVar("T")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -221,11 +220,7 @@ def finished_product(path: Path, kind: str, inputs: dict[str, Any]) -> Manifest 
     """
     wanted = (SCHEMA, kind, json.loads(json.dumps(inputs)))
     manifest = manifest_if_readable(path)
-    if (
-        manifest is None
-        or (manifest.schema, manifest.kind, manifest.inputs) != wanted
-        or _misfits(path, manifest.files)
-    ):
+    if manifest is None or (manifest.schema, manifest.kind, manifest.inputs) != wanted or misfits(path, manifest.files):
         return None
     return manifest
 
@@ -247,32 +242,6 @@ def verify_product(directory: Path, on_event: OnEvent = ignore_event, should_sto
     return manifest
 
 
-def verify_files(
-    directory: Path,
-    files: Mapping[str, tuple[int, str]],
-    on_event: OnEvent = ignore_event,
-    should_stop: ShouldStop = never_stop,
-    recorded: str = "the manifest",
-    todo: str = "fetch or make it again",
-) -> None:
-    """Compare every byte of ``files`` below ``directory`` with the size and SHA-256 of each, which are ``recorded``.
-
-    Raises:
-        CheckpointError: files that are missing, or of another size or content; the first is named, all are counted.
-        Stopped: ``should_stop`` said so.
-    """
-    faults = _misfits(directory, files, recorded)
-    done, total = 0, sum(size for size, _ in files.values())
-    for name, (size, digest) in files.items():
-        if name not in faults and _digest(directory / name, done, total, on_event, should_stop) != digest:
-            faults[name] = f"its content does not match {recorded}'s SHA-256"
-        done += size
-    if faults:
-        name, what = next(iter(faults.items()))
-        more = f" (and {len(faults) - 1} more: {', '.join([*faults][1:4])})" if len(faults) > 1 else ""
-        raise CheckpointError(what + more, directory / name, todo)
-
-
 def refuse_altered_manifest(directory: Path) -> None:
     """Raise ``CheckpointError`` if the manifest is not as it was written; those of earlier versions cannot tell."""
     refuse_altered(directory / MANIFEST, _KEYS, _LARGEST_MANIFEST)
@@ -282,29 +251,3 @@ def unlisted_files(directory: Path, manifest: Manifest) -> list[str]:
     """The files in a product's directory that its manifest does not list."""
     names = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if not path.is_dir())
     return [name for name in names if name != MANIFEST and name not in manifest.files]
-
-
-def _misfits(directory: Path, files: Mapping[str, tuple[int, str]], recorded: str = "the manifest") -> dict[str, str]:
-    """The files that are missing or of another size, each with what is wrong."""
-    faults = {}
-    for name, (size, _) in files.items():
-        path = directory / name
-        if not path.exists():
-            faults[name] = "missing"
-        elif not path.is_file():
-            faults[name] = "not a regular file"
-        elif (found := path.stat().st_size) != size:
-            faults[name] = f"{found:,} bytes where {recorded} says {size:,}"
-    return faults
-
-
-def _digest(path: Path, done: int, total: int, on_event: OnEvent, should_stop: ShouldStop) -> str:
-    digest = hashlib.sha256()
-    with read_faults(path), open_regular(path) as file:
-        while block := file.read(_BLOCK):
-            if should_stop():
-                raise Stopped("stopped while verifying", path, "run the same command again")
-            digest.update(block)
-            done += len(block)
-            on_event(Progress("bytes verified", done, total))
-    return digest.hexdigest()
