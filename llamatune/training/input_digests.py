@@ -13,7 +13,7 @@ from typing import Any
 
 from llamatune.checkpoints.base_files import base_files
 from llamatune.errors import CheckpointError
-from llamatune.events import Notice, OnEvent, ShouldStop, never_stop
+from llamatune.events import Notice, OnEvent, ShouldStop
 from llamatune.formats.background_digests import BackgroundDigests
 from llamatune.formats.manifest import MANIFEST, file_entries, find_manifest
 from llamatune.formats.prepared import AT_ONCE_BYTES
@@ -23,7 +23,7 @@ from llamatune.spec import RunSpec
 from llamatune.training.inputs import Inputs
 
 _PATIENCE_S = 1.0
-"""How long a checkpoint waits for digests: a base of about 1 GB is known before the first."""
+"""How long a checkpoint waits for digests that it only records: a base of about 1 GB is known before the first."""
 _OF_MANIFEST = "its content does not match the manifest's SHA-256"
 _EDITED = f"fetch it again, or remove {MANIFEST} if you changed it yourself"
 _RESTORE = "restore the file, or choose another training.output_dir"
@@ -104,17 +104,22 @@ class InputDigests:
                 raise CheckpointError("its content is not what it was when the run began", path, _RESTORE)
         self._compared += len(found)
 
-    def settle(self, wholly: bool = False, should_stop: ShouldStop = never_stop) -> bool:
-        """Wait a second for the digests, or ``wholly``; whether all ranks have all of them, and none disagrees.
+    def settle(self, wholly: bool, should_stop: ShouldStop) -> bool:
+        """Wait for the digests; whether all ranks have all of them, and none disagrees.
 
-        All ranks call it at the same time. ``should_stop`` may end a longer wait.
+        All ranks call it at the same time, before anything is written. Where there is nothing to compare with, it waits
+        no longer than a second, unless ``wholly``; ``should_stop`` may end a longer wait.
 
         Raises:
             CheckpointError: a file is not what is recorded of it, or not the same on every node.
         """
         if self._settled:
             return True
-        done = self._digests.wait(_PATIENCE_S) or (wholly and self._digests.wait(None, should_stop))
+        wholly = wholly or bool(self._recorded or self._expected)
+        done = self._digests.wait(_PATIENCE_S)
+        if wholly and not done and not should_stop():
+            self._on_event(Notice(f"{self._where}: waiting for the SHA-256 of what the run reads"))
+            done = self._digests.wait(None, should_stop)
         self.check()
         own: list[Any] = [done, self._digests.found]
         answers = self._ranks.gather(own)

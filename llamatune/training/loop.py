@@ -112,7 +112,7 @@ class TrainingLoop:
             self._update()
         if self.progress.step == 0:
             raise self._numerics_fault("no window made an update: every gradient overflowed fp16")
-        if not self.input_digests.settle(wholly=True, should_stop=self.should_stop):
+        if not self.input_digests.settle(True, self.should_stop):
             self._stop()
         self.output.write_final(self.progress)
         summary = self._summary(self._early_stop())
@@ -241,13 +241,13 @@ class TrainingLoop:
         )
         self.output.log(done)
         if done.best:
-            self.input_digests.settle()
+            self.input_digests.settle(False, self.should_stop)
             self.output.write_best(done)
         progress.note_evaluation(done, self.spec.evaluation.early_stopping_min_delta)
         self.on_event(done)
 
-    def _save(self) -> None:
-        self.input_digests.settle(self._finished(), self.should_stop)
+    def _save(self, in_haste: bool = False) -> None:
+        self.input_digests.settle(self._finished(), lambda: in_haste or self.should_stop())
         progress, started = self.progress, time.monotonic()
         progress.saved_window, progress.saved_step = progress.window, progress.step
         progress.elapsed_s = started - self._clock
@@ -266,7 +266,7 @@ class TrainingLoop:
 
     def _stop(self) -> NoReturn:
         if self.progress.saved_window < self.progress.window:
-            self._save()
+            self._save(in_haste=True)
         where = f"step {self.progress.step} of {self.schedule.total_steps}"
         raise Stopped(f"stopped by a signal after {where}", self.run.path, "run the same command again to continue")
 

@@ -133,9 +133,35 @@ def test_a_stop_before_the_digests_are_known_is_told_when_the_run_goes_on(
         told = stopped(run_of(), 4)
     assert "base_files" not in json.loads((last_checkpoint(tmp_path / "run") / "state.json").read_text())
     assert not (tmp_path / "run" / "summary.json").exists()  # nor is it called finished without them
-    assert not notices(told, "SHA-256")
+    assert not notices(told, "no SHA-256")
     _, events = run_and_record(run_of())
     assert len(notices(events, "no SHA-256 of config.json and ")) == 1
+
+
+def test_a_slow_disk_lets_no_checkpoint_be_written_on_a_changed_base(
+    run_of: Callable[..., RunSpec], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is digested on the side, and no time is given: what is compared is waited for, unless a signal came."""
+    stopped(run_of())
+    before = files(tmp_path / "run" / "checkpoints")
+    flip_unsampled(base / WEIGHTS)
+    monkeypatch.setattr(BackgroundDigests, "start", lambda self: None)
+    monkeypatch.setattr(background_digests, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(input_digests, "_PATIENCE_S", -1.0)
+    told: list[Event] = []
+    with pytest.raises(CheckpointError, match=WEIGHTS):
+        train(run_of(), on_event=told.append)
+    assert notices(told, "waiting for the SHA-256")
+    assert files(tmp_path / "run" / "checkpoints") == before
+    stop = StopAfter(1)
+    changes = ("training.save_every_steps",)
+    with pytest.raises(Stopped):
+        spec = run_of(training__save_every_steps=3)
+        train(spec, allowed_changes=changes, on_event=stop.on_event, should_stop=stop.should_stop)
+    assert last_checkpoint(tmp_path / "run").name == "step-000003"
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=WEIGHTS):
+        train(run_of(training__save_every_steps=3))
 
 
 def test_a_file_of_the_base_that_is_gone_is_named(run_of: Callable[..., RunSpec], base: Path) -> None:
@@ -221,7 +247,7 @@ def test_nodes_that_read_other_bytes_are_told(run_of: Callable[..., RunSpec], ba
                 (path.replace(str(other), str(base)), file) for path, file in digests._digests._left
             )
             digests.start()
-            return digests.settle(wholly=True)
+            return digests.settle(True, lambda: False)
 
     with pytest.raises(LlamatuneError, match=f"rank 1 reads another content than rank 0: {base / WEIGHTS}"):
         in_threads(2, settle)
