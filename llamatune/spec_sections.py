@@ -63,6 +63,11 @@ class ModelSection(Section):
         description="on a CPU: frozen weights are memory-mapped; false reads them into memory, for file systems on "
         "which a file may change or vanish during the run",
     )
+    verify: Literal["full", "sample"] = Field(
+        "full",
+        description="full: the SHA-256 of the base's files is taken behind the first steps and compared when the run "
+        "goes on, and by verify; sample: only a few rows of each tensor are compared",
+    )
 
 
 class LoraSection(Section):

@@ -18,10 +18,18 @@ from llamatune.checkpoints.loading import open_checkpoint
 from llamatune.durable_writing import STAGING
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError, Stopped
 from llamatune.events import Notice, OnEvent, ShouldStop, Step, ignore_event, never_stop
-from llamatune.formats.manifest import MANIFEST, has_manifest, unlisted_files, verify_product
+from llamatune.formats.manifest import (
+    MANIFEST,
+    file_entries,
+    has_manifest,
+    refuse_altered_manifest,
+    unlisted_files,
+    verify_product,
+)
 from llamatune.formats.metrics import LONGEST_LINE, read_lines
 from llamatune.formats.metrics_lines import check_line, parse_line
 from llamatune.formats.origin_json import read_origin
+from llamatune.formats.recorded_files import verify_files
 from llamatune.formats.safetensors import read_header
 from llamatune.formats.state_json import STATE, SavedState, list_checkpoints, read_progress
 from llamatune.formats.summary_json import read_summary
@@ -41,7 +49,7 @@ class Verified:
     """A directory without faults. ``checked`` is ``content`` where there was a manifest, else ``structure``.
 
     ``unlisted`` are files that are not in the manifest and that no reader of ours opens. A run or a cache has
-    ``parts``; ``steps`` counts the steps in a run's log.
+    ``parts``; ``steps`` counts the steps in a run's log. ``base`` is what a run was trained on, if that was recorded.
     """
 
     path: str
@@ -53,6 +61,7 @@ class Verified:
     parts: list[Verified] = field(default_factory=list)
     steps: int | None = None
     finished: bool | None = None
+    base: Verified | None = None
     ok: bool = True
 
 
@@ -95,6 +104,7 @@ def _whole(path: Path, kind: str, parts: list[Verified], **more: Any) -> Verifie
 
 def _verify_content(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verified:
     manifest = verify_product(path, on_event, should_stop)
+    refuse_altered_manifest(path)
     for name in manifest.files:
         if name.endswith(".safetensors"):
             read_header(path / name)
@@ -142,7 +152,20 @@ def _verify_run(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verif
                 raise  # else the run, which is still going on, has pruned it
     if summary is None:
         on_event(Notice(f"{path}: not finished; the command that started it continues it"))
-    return _whole(path, "run", parts, steps=steps, finished=summary is not None)
+    base = _verify_base(Path(spec.model.path), last, on_event, should_stop)
+    return _whole(path, "run", parts, steps=steps, finished=summary is not None, base=base)
+
+
+def _verify_base(base: Path, last: SavedState | None, on_event: OnEvent, should_stop: ShouldStop) -> Verified | None:
+    """The base as the run's last checkpoint recorded it; None where nothing is recorded, or the base is elsewhere."""
+    if last is None or last.base_files is None:
+        return None
+    if not base.is_dir():
+        on_event(Notice(f"{base}: the run's base is not there, so it is not compared", "warning"))
+        return None
+    files = file_entries(last.recorded_base, base)
+    verify_files(base, files, on_event, should_stop, "the run", "restore the file, or train on another base anew")
+    return Verified(str(base), "base", "content", len(files), sum(size for size, _ in files.values()))
 
 
 def _verify_log(path: Path, last: SavedState | None, summary: dict[str, Any] | None) -> int:

@@ -28,7 +28,7 @@ def _print_report(out: RichConsole, report: Verified, indent: str = "") -> None:
     what = {"content": "every byte is", "structure": "headers and tensors are"}[report.checked]
     line = f"{indent}{printable(report.path)}: {report.kind}, {report.files:,} files, {report.bytes:,} bytes"
     out.print(line if indent else f"{line}: {what} in order")
-    for part in report.parts:
+    for part in [*report.parts, *([] if report.base is None else [report.base])]:
         _print_report(out, part, indent + "  ")
     if report.steps is not None:
         out.print(f"{report.steps:,} steps, {'finished' if report.finished else 'not finished'}")

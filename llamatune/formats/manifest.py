@@ -6,7 +6,6 @@ Every directory that a verb makes is a product: a prepared directory, checkpoint
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -14,19 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar
 
-from llamatune.durable_writing import staged_directory, sync
-from llamatune.errors import CheckpointError, LlamatuneError, Stopped
-from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.durable_writing import staged_directory, sync, writing
+from llamatune.errors import CheckpointError, LlamatuneError
+from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.formats.begun_files import BegunFile
-from llamatune.safe_reading import digest_bytes, digest_file, open_regular, read_bytes, read_faults
-from llamatune.strict_json import parse_json_object, write_json
+from llamatune.formats.own_digest import dump_with_digest, refuse_altered
+from llamatune.formats.recorded_files import misfits, verify_files
+from llamatune.safe_reading import digest_bytes, digest_file, read_bytes
+from llamatune.strict_json import parse_json_object
 
 MANIFEST = "llamatune.json"
 END_OF_TURN = "end_of_turn_id"
 """In the facts of a prepared directory: the special token that ends the assistant's turns, beside the EOS of rows."""
 SCHEMA = 1
+_KEYS = ("kind", "schema", "inputs", "facts", "files")
 _LARGEST_MANIFEST = 16 << 20
-_BLOCK = 1 << 20
 T = TypeVar("T")
 
 
@@ -91,8 +92,9 @@ def build_directory(path: Path, kind: str, inputs: dict[str, Any], overwrite: bo
             name = file.relative_to(directory).as_posix()
             digest = product.digests.get(name) or digest_file(file)
             files[name] = {"bytes": file.stat().st_size, "sha256": digest}
-        manifest = {"kind": kind, "schema": SCHEMA, "inputs": inputs, "facts": product.facts, "files": files}
-        write_json(directory / MANIFEST, manifest)
+        values = (kind, SCHEMA, inputs, product.facts, files)
+        with writing(directory / MANIFEST) as manifest:
+            manifest.write(dump_with_digest(dict(zip(_KEYS, values, strict=True))))
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def find_manifest(directory: Path, error: type[LlamatuneError] = CheckpointError
     if schema == SCHEMA:
         parse_values(ProductManifest, raw, path, error)
         parse_values(FACTS.get(raw["kind"], Facts), raw["facts"], f"{path}, facts", error)
-        entries = {name: _file_entry(name, entry, path, error) for name, entry in raw["files"].items()}
+        entries = file_entries(raw["files"], path, error)
         return Manifest(path, digest_bytes(content), schema, raw["kind"], raw["inputs"], raw["facts"], entries)
     facts = raw["facts"] if isinstance(raw.get("facts"), dict) else {}
     parse_values(Facts, facts, f"{path}, facts", error)
@@ -201,7 +203,14 @@ def manifest_if_readable(directory: Path) -> Manifest | None:
     return None
 
 
-def _file_entry(name: str, entry: dict[str, Any], where: Path, error: type[LlamatuneError]) -> tuple[int, str]:
+def file_entries(
+    files: Mapping[str, Any], where: Path, error: type[LlamatuneError] = CheckpointError
+) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file, out of JSON; ``error`` names ``where`` if one is unsafe or malformed."""
+    return {name: _file_entry(name, entry, where, error) for name, entry in files.items()}
+
+
+def _file_entry(name: str, entry: Any, where: Path, error: type[LlamatuneError]) -> tuple[int, str]:
     parts = PurePosixPath(name).parts
     plain = parts and name == "/".join(parts) and ".." not in parts and "\0" not in name and name != MANIFEST
     if not plain or len(name) > 1000 or any(len(part.encode()) > 255 for part in parts):
@@ -216,7 +225,7 @@ def finished_product(path: Path, kind: str, inputs: dict[str, Any]) -> Manifest 
     """
     wanted = (SCHEMA, kind, json.loads(json.dumps(inputs)))
     manifest = manifest_if_readable(path)
-    if manifest is None or (manifest.schema, manifest.kind, manifest.inputs) != wanted or _misfits(path, manifest):
+    if manifest is None or (manifest.schema, manifest.kind, manifest.inputs) != wanted or misfits(path, manifest.files):
         return None
     return manifest
 
@@ -234,46 +243,16 @@ def verify_product(directory: Path, on_event: OnEvent = ignore_event, should_sto
         raise CheckpointError("no such file", directory / MANIFEST)
     if manifest.schema != SCHEMA:
         raise OtherVersion(manifest.schema, manifest.path)
-    faults = _misfits(directory, manifest)
-    done = 0
-    for name, (size, digest) in manifest.files.items():
-        if name not in faults and _digest(directory / name, done, manifest.bytes, on_event, should_stop) != digest:
-            faults[name] = "its content does not match the manifest's SHA-256"
-        done += size
-    if faults:
-        name, what = next(iter(faults.items()))
-        more = f" (and {len(faults) - 1} more: {', '.join([*faults][1:4])})" if len(faults) > 1 else ""
-        raise CheckpointError(what + more, directory / name, "fetch or make it again")
+    verify_files(directory, manifest.files, on_event, should_stop)
     return manifest
+
+
+def refuse_altered_manifest(directory: Path) -> None:
+    """Raise ``CheckpointError`` if the manifest is not as it was written; those of earlier versions cannot tell."""
+    refuse_altered(directory / MANIFEST, _KEYS, _LARGEST_MANIFEST)
 
 
 def unlisted_files(directory: Path, manifest: Manifest) -> list[str]:
     """The files in a product's directory that its manifest does not list."""
     names = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if not path.is_dir())
     return [name for name in names if name != MANIFEST and name not in manifest.files]
-
-
-def _misfits(directory: Path, manifest: Manifest) -> dict[str, str]:
-    """The files that are missing or of another size, each with what is wrong."""
-    faults = {}
-    for name, (size, _) in manifest.files.items():
-        path = directory / name
-        if not path.exists():
-            faults[name] = "missing"
-        elif not path.is_file():
-            faults[name] = "not a regular file"
-        elif (found := path.stat().st_size) != size:
-            faults[name] = f"{found:,} bytes where the manifest says {size:,}"
-    return faults
-
-
-def _digest(path: Path, done: int, total: int, on_event: OnEvent, should_stop: ShouldStop) -> str:
-    digest = hashlib.sha256()
-    with read_faults(path), open_regular(path) as file:
-        while block := file.read(_BLOCK):
-            if should_stop():
-                raise Stopped("stopped while verifying", path, "run the same command again")
-            digest.update(block)
-            done += len(block)
-            on_event(Progress("bytes verified", done, total))
-    return digest.hexdigest()

@@ -63,6 +63,8 @@ class ProductManifest(FileSchema):
     inputs: Bounded
     facts: Bounded
     files: Annotated[dict[str, FileEntry], Field(min_length=1)]
+    sha256: Digest | None = None
+    """Of the file itself, as ``own_digest`` has it; earlier versions wrote none."""
 
 
 class Facts(FileSchema, extra="allow"):

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.errors import DataError
+from llamatune.events import ShouldStop, never_stop
 from llamatune.formats import manifest
-from llamatune.formats.manifest import Manifest, Staging, find_manifest
+from llamatune.formats.manifest import Manifest, Staging, find_manifest, refuse_altered_manifest, verify_product
 from llamatune.formats.safetensors import read_header, write_safetensors
 from llamatune.safe_reading import open_regular
 
@@ -24,6 +25,10 @@ SCHEMA = "1"
 """Of a split, in the metadata of its file; a file without it, as they are written today, is of schema 1."""
 COLUMNS = {"offsets": ("I64", "q"), "source_rows": ("I64", "q"), "input_ids": ("I32", "i"), "loss_mask": ("U8", "B")}
 """Each tensor's dtype and its code for ``array``, in the order in the file: the widest first, so each is aligned."""
+
+
+AT_ONCE_BYTES = 64 << 20
+"""Rows up to this size (some 50 ms) are compared with their digests before they are used, larger ones meanwhile."""
 
 
 def split_path(directory: Path, split: str) -> Path:
@@ -117,3 +122,17 @@ def read_prepared_manifest(directory: Path) -> Manifest:
     if found.schema != manifest.SCHEMA:
         raise DataError(f"written by another version (schema {found.schema})", directory, "prepare the data again")
     return found
+
+
+def verify_rows(*directories: Path, at_most_bytes: int | None = None, should_stop: ShouldStop = never_stop) -> None:
+    """Compare every byte of prepared directories with their manifests, of those up to ``at_most_bytes``.
+
+    Raises:
+        DataError: not a prepared directory. CheckpointError: a file is not what the manifest says.
+        Stopped: ``should_stop`` said so.
+    """
+    for directory in directories:
+        size = read_prepared_manifest(directory).bytes
+        if at_most_bytes is None or size <= at_most_bytes:
+            verify_product(directory, should_stop=should_stop)
+            refuse_altered_manifest(directory)

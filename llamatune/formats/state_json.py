@@ -185,6 +185,11 @@ class SavedState(FileSchema):
     gpu_use: GpuUse | None = None
     base_files: dict[Name, FileDigest] | None = None
 
+    @property
+    def recorded_base(self) -> dict[str, Any]:
+        """Size and SHA-256 of the base's files by name, as in a manifest, as far as they were known."""
+        return {name: digest.model_dump() for name, digest in (self.base_files or {}).items()}
+
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if self.step != self.position.step:

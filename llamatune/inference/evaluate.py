@@ -16,6 +16,7 @@ from llamatune.data.batches import Batch, Prepared, Split, open_prepared
 from llamatune.data.model_compatibility import check_rows, check_tokenizer
 from llamatune.errors import DataError, NumericsError, SpecError, Stopped
 from llamatune.events import OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.formats.prepared import verify_rows
 from llamatune.inference.model_source import open_model
 from llamatune.inference.significance import ratio_interval
 from llamatune.model.loss import IGNORED, target_losses
@@ -167,11 +168,14 @@ def evaluate_prepared(
 
     Raises:
         SpecError: the data has no such split.
-        DataError: no prepared directory. CheckpointError: a model that cannot be used, or not with this data.
+        DataError: no prepared directory. CheckpointError: a file of it is not what its manifest says; a model that
+            cannot be used, or not with this data.
         NumericsError: a row's loss is not finite.
         Stopped: ``should_stop`` said so.
     """
     opened = open_model(options, on_event, ranks)
+    if ranks.is_first:
+        verify_rows(options.data, should_stop=should_stop)
     prepared = open_prepared(options.data)
     refuse_differences({"data": prepared.manifest.digest}, ranks)
     split, chosen = _choose(prepared, options.split, options.data)

@@ -26,7 +26,7 @@ from llamatune.tokenizers.loading import is_tiktoken, load_tokenizer
 from llamatune.tokenizers.tiktoken_file import config_of, definition_of, ranks_of, read_ranks, written
 from llamatune.tokenizers.tokenizer import JSON_FILE, SENTENCEPIECE_FILE
 
-_FILES = (SENTENCEPIECE_FILE, JSON_FILE, CONFIG, ROLES, ADDED, TEMPLATE_FILE, OLD_TEMPLATE_FILE)
+TOKENIZER_FILES = (SENTENCEPIECE_FILE, JSON_FILE, CONFIG, ROLES, ADDED, TEMPLATE_FILE, OLD_TEMPLATE_FILE)
 _LARGEST = 256 << 20
 _V5_CLASS, _V4_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 
@@ -42,7 +42,7 @@ def copy_huggingface_tokenizer(source: Path, directory: Path, on_event: OnEvent 
 
     A chat template is written to both of its homes, since some readers know only one.
     """
-    present = [name for name in _FILES if (source / name).exists()]
+    present = [name for name in TOKENIZER_FILES if (source / name).exists()]
     if present == [SENTENCEPIECE_FILE] and (source / "params.json").exists():
         _write_from_meta(source / SENTENCEPIECE_FILE, directory, on_event)
         return
@@ -193,6 +193,6 @@ def copy_meta_tokenizer(source: Path, directory: Path, on_event: OnEvent = ignor
 
 def replace_tokenizer(source: Path, directory: Path, meta: bool, on_event: OnEvent = ignore_event) -> None:
     """Another tokenizer than the one that was copied to ``directory``. Not atomic: for staging directories."""
-    for name in (*_FILES, TEMPLATE_FOLDER):
+    for name in (*TOKENIZER_FILES, TEMPLATE_FOLDER):
         remove(directory / name)
     (copy_meta_tokenizer if meta else copy_huggingface_tokenizer)(source, directory, on_event)

@@ -22,6 +22,8 @@ from llamatune.data.shared_rows import warn_of_shared_rows
 from llamatune.devices import choose_device
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import Notice, OnEvent
+from llamatune.formats.manifest import Manifest
+from llamatune.formats.prepared import AT_ONCE_BYTES, verify_rows
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shapes.counts import ParameterCount, count_parameters
 from llamatune.shapes.llama_config import LlamaConfig
@@ -43,6 +45,7 @@ class Inputs:
     digests: dict[str, Any]
     count: ParameterCount
     device: torch.device
+    row_manifests: tuple[Manifest, ...] = ()
 
 
 def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent, ranks: Ranks = ALONE) -> Inputs:
@@ -52,9 +55,12 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent, ranks: Ranks
     """
     device = choose_device(spec.training.device, on_event, None if ranks.size == 1 else ranks.local_rank)
     check_precision(spec, device, on_event)
+    if ranks.is_first or ranks.local_rank == 0:
+        verify_rows(*spec.data.train_paths, *spec.data.validation_paths, at_most_bytes=AT_ONCE_BYTES)
     prepared = open_prepared(*spec.data.train_paths)
     other = open_prepared(*spec.data.validation_paths) if spec.data.validation_paths else None
-    refuse_disagreement([*prepared.manifests, *(other.manifests if other else ())])
+    row_manifests = (*prepared.manifests, *(other.manifests if other else ()))
+    refuse_disagreement(row_manifests)
     validation = other.train if other else prepared.validation
     base = Path(spec.model.path)
     if spec.model.init == "random":
@@ -83,7 +89,10 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent, ranks: Ranks
     validation_digest = other.digest if other else None
     digests = {"base": base_fingerprint, "train": prepared.digest, "validation": validation_digest}
     refuse_differences({"spec": spec.flat(), "torch": torch.__version__, "llamatune": __version__, **digests}, ranks)
-    return Inputs(config, checkpoint, base_fingerprint, prepared, validation, starting_adapter, digests, count, device)
+    rows = (prepared, validation)
+    return Inputs(
+        config, checkpoint, base_fingerprint, *rows, starting_adapter, digests, count, device, row_manifests
+    )  # fmt: skip
 
 
 def _listed(directories: Sequence[Path]) -> str:

@@ -13,19 +13,19 @@ from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import CheckpointError, NumericsError, Stopped
 from llamatune.events import CheckpointSaved, EpochDone, EvalDone, Notice, OnEvent, ShouldStop, StepDone, StepSkipped
 from llamatune.formats.metrics import LayerGradNorms, Metrics, read_metrics
-from llamatune.formats.summary_json import write_summary
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.ranks import ALONE, Ranks
 from llamatune.spec import RunSpec
 from llamatune.training.early_stopping import describe_stop, out_of_patience
 from llamatune.training.gpu_meter import GpuMeter
+from llamatune.training.input_digests import InputDigests
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.numerics_faults import numerics_fault
 from llamatune.training.rank_meter import RankMeter
 from llamatune.training.run_card import run_companions
 from llamatune.training.run_directory import RunDirectory, prune_checkpoints
-from llamatune.training.run_file_names import METRICS, SUMMARY
+from llamatune.training.run_file_names import METRICS
 from llamatune.training.run_memory import held_memory, peak_memory_bytes, peak_reserved_bytes
 from llamatune.training.run_summary import early_stop_of, summary_of
 from llamatune.training.save_and_resume import RunOutput
@@ -55,15 +55,16 @@ class TrainingLoop:
     should_stop: ShouldStop
     memory_facts: Mapping[str, Any]
     gpu_meter: GpuMeter
+    input_digests: InputDigests
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         companions = run_companions(self.spec, self.inputs, self.on_event)
-        self.output = RunOutput(self.spec, self.inputs, self.learner, self.run, self.ranks, self.gpu_meter, companions)
-        self._stop_agreed, self._meter = False, RankMeter()
+        ours = (self.learner, self.run, self.ranks, self.gpu_meter, self.input_digests)
+        self.output = RunOutput(self.spec, self.inputs, *ours, companions)
+        self._stop_agreed, self._first_update, self._meter = False, True, RankMeter()
         self.progress = TrainerState()
         self._last_checkpoint: Path | None = None
-        self._first_update = True  # of this process
 
     def resume(self) -> None:
         """Continue from the newest checkpoint that verifies, if there is one."""
@@ -104,6 +105,7 @@ class TrainingLoop:
         if self.evaluates_first:
             self._evaluate()
         while True:
+            self.input_digests.check()
             self._between_windows()
             if self._finished():
                 break
@@ -112,11 +114,11 @@ class TrainingLoop:
             self._update()
         if self.progress.step == 0:
             raise self._numerics_fault("no window made an update: every gradient overflowed fp16")
+        if not self.input_digests.settle(True, self.should_stop):
+            self._stop()
         self.output.write_final(self.progress)
         summary = self._summary(self._early_stop())
-        if self.ranks.is_first:
-            write_summary(self.run.path / SUMMARY, summary)
-        self.ranks.wait()
+        self.output.write_summary(summary)
         return summary
 
     def _update(self) -> None:
@@ -241,11 +243,13 @@ class TrainingLoop:
         )
         self.output.log(done)
         if done.best:
+            self.input_digests.settle(False, self.should_stop)
             self.output.write_best(done)
         progress.note_evaluation(done, self.spec.evaluation.early_stopping_min_delta)
         self.on_event(done)
 
-    def _save(self) -> None:
+    def _save(self, in_haste: bool = False) -> None:
+        self.input_digests.settle(self._finished(), lambda: in_haste or self.should_stop())
         progress, started = self.progress, time.monotonic()
         progress.saved_window, progress.saved_step = progress.window, progress.step
         progress.elapsed_s = started - self._clock
@@ -264,7 +268,7 @@ class TrainingLoop:
 
     def _stop(self) -> NoReturn:
         if self.progress.saved_window < self.progress.window:
-            self._save()
+            self._save(in_haste=True)
         where = f"step {self.progress.step} of {self.schedule.total_steps}"
         raise Stopped(f"stopped by a signal after {where}", self.run.path, "run the same command again to continue")
 

@@ -25,6 +25,7 @@ from llamatune.events import EpochDone, EpochMeans, EvalDone, ignore_event
 from llamatune.formats.manifest import Staging, build_directory
 from llamatune.formats.metrics import KEPT_EPOCHS, Record, logged_at, loss_at_start
 from llamatune.formats.state_json import STATE, SavedState, checkpoint_path
+from llamatune.formats.summary_json import write_summary
 from llamatune.model.adapters.apply import adapter_parameters, restored_tensors, stored_tensors
 from llamatune.model.kernels.choice import kernels_in_use
 from llamatune.ranks import Ranks
@@ -32,11 +33,12 @@ from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.spec import RunSpec
 from llamatune.strict_json import write_json
 from llamatune.training.gpu_meter import GpuMeter
+from llamatune.training.input_digests import InputDigests
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.run_card import run_card
 from llamatune.training.run_directory import RunDirectory
-from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL
+from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL, SUMMARY
 from llamatune.training.sharded_tensors import owned_runs, restore_runs
 from llamatune.training.trainer_state import TrainerState
 
@@ -60,6 +62,7 @@ class RunOutput:
     run: RunDirectory
     ranks: Ranks
     gpu_meter: GpuMeter
+    input_digests: InputDigests
     companions: RunCompanions
     epochs: deque[EpochMeans] = field(default_factory=lambda: deque(maxlen=KEPT_EPOCHS))
     """The last ones that are closed."""
@@ -109,6 +112,7 @@ class RunOutput:
     def _write_checkpoint(
         self, path: Path, progress: TrainerState, metrics_bytes: int, gpu_use: dict[str, Any] | None
     ) -> None:
+        base_files = self.input_digests.state()
         state = SavedState.model_validate({
             "step": progress.step,
             "position": asdict(progress),
@@ -117,6 +121,7 @@ class RunOutput:
             "llamatune": __version__,
             **_machine(self.learner.device),
             **({} if gpu_use is None else {"gpu_use": gpu_use}),
+            **({} if base_files is None else {"base_files": base_files}),
         })  # fmt: skip
         if self.learner.sharded is not None:
             save_sharded_state(path, owned_runs(self.learner), state, self.ranks)
@@ -146,6 +151,7 @@ class RunOutput:
             self.learner.optimizer.restore(checkpoint.optimizer, checkpoint.path)
         scaler.restore(state.scaler)
         self.gpu_meter.restore(None if state.gpu_use is None else state.gpu_use.model_dump())
+        self.input_digests.restore(state.recorded_base, checkpoint.path)
         if changed := _changes(state.model_dump(exclude_unset=True), _machine(self.learner.device)):
             warn(f"not bit-exact on another machine than before: {', '.join(changed)}")
         return checkpoint.path, TrainerState.restored(state.position), state
@@ -178,6 +184,12 @@ class RunOutput:
                 self._write_companions(staging, final, {"step": progress.step, **shown})
         elif self.learner.sharded is not None:
             self.learner.sharded.serve()
+        self.ranks.wait()
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``, which says that the run is finished."""
+        if self.ranks.is_first:
+            write_summary(self.run.path / SUMMARY, summary)
         self.ranks.wait()
 
     def write_weights(self, staging: Staging) -> None:

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "training.rank_timeout_s",
     "evaluation.at_start",  # which a run that goes on has behind it
     "model.memory_map",
+    "model.verify",
     "model.placement",
     *(f"tracking.{name}" for name in TrackingSection.model_fields),
 )

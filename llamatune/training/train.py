@@ -26,6 +26,7 @@ from llamatune.training.compile_ahead import check_compiler, compile_ahead
 from llamatune.training.determinism import cublas_workspace, deterministic_kernels
 from llamatune.training.early_stopping import told_stop
 from llamatune.training.gpu_meter import metered_gpu
+from llamatune.training.input_digests import digesting
 from llamatune.training.inputs import Inputs, open_inputs
 from llamatune.training.loop import TrainingLoop
 from llamatune.training.model_and_optimizer import build_learner
@@ -115,14 +116,17 @@ def train(
         placement = placed.model.placement
         memory_facts = {"placement": placement, **plan.facts(), "memory_before_model_bytes": before_bytes}
         meter = stack.enter_context(metered_gpu(device))
+        digests = stack.enter_context(digesting(spec, inputs, ranks, on_event))
         learner = build_learner(placed, inputs, on_event, should_stop, plan.levels, ranks)
         profiled_steps = spec.training.profile_steps if ranks.is_first else None
         on_event = stack.enter_context(profiled(profiled_steps, device, run.path, on_event))
         stack.enter_context(compiling(spec.training.compile))
         if spec.training.compile:
             compile_ahead(spec, learner, rows, on_event)
-        loop = TrainingLoop(spec, inputs, schedule, learner, run, on_event, should_stop, memory_facts, meter, ranks)
+        asked = (on_event, should_stop)
+        loop = TrainingLoop(spec, inputs, schedule, learner, run, *asked, memory_facts, meter, digests, ranks)
         loop.resume()
+        digests.start()
         _report_start(spec, inputs, schedule, loop, on_event)
         try:
             return loop.execute()

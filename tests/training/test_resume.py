@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from llamatune.checkpoints import training_checkpoint
 from llamatune.errors import CheckpointError, EnvironmentFault, Stopped
 from llamatune.events import Event, Notice, RunStarted, StepDone
-from llamatune.formats import manifest as manifests
+from llamatune.formats import recorded_files
 from llamatune.formats.manifest import MANIFEST
 from llamatune.safe_reading import digest_file
 from llamatune.spec import RunSpec
@@ -177,7 +177,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_notice(run_of: Callable[.
     assert len(list((run / "checkpoints").iterdir())) == 2
     damaged = run_tools.last_checkpoint(run) / victim
     content = bytearray(damaged.read_bytes())
-    content[-5] ^= 0x10
+    content[-120 if victim == "llamatune.json" else -5] ^= 0x10  # of a manifest, what it says of the last file
     damaged.write_bytes(content)
     _, events = run_and_record(parts)
     notices = [event.message for event in events if isinstance(event, Notice) and event.kind == "warning"]
@@ -225,14 +225,14 @@ def test_a_checkpoint_that_cannot_be_read_is_no_reason_to_start_over(
     """Unless an older one can be read; what is damaged is passed over, what a disk does not give now may come back."""
     spec = run_of("run", "adamw, epochs, validation")
     run = _stopped_after(spec, 2, 1)
-    opened = manifests.open_regular
+    opened = recorded_files.open_regular
 
     def failing(path: Path) -> Any:
         if path.is_relative_to(run / "checkpoints" / "step-000003") or not older:
             raise EnvironmentFault("cannot read: Input/output error", path)
         return opened(path)
 
-    monkeypatch.setattr(manifests, "open_regular", failing)
+    monkeypatch.setattr(recorded_files, "open_regular", failing)
     older = False
     with pytest.raises(EnvironmentFault, match="Input/output error"):
         train(spec)

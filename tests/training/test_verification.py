@@ -266,15 +266,15 @@ def test_progress_is_told_and_a_signal_ends_it_with_130(
     with pytest.raises(Stopped):
         verify(made["merged"], should_stop=lambda: bool(told))
 
-    from llamatune.formats import manifest as manifests
+    from llamatune.formats import recorded_files
 
-    opened = manifests.open_regular
+    opened = recorded_files.open_regular
 
     def interrupted(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return opened(*arguments)
 
-    monkeypatch.setattr(manifests, "open_regular", interrupted)
+    monkeypatch.setattr(recorded_files, "open_regular", interrupted)
     outcome = command("verify", made["merged"], "--json")
     assert (outcome.code, outcome.stdout) == (130, "")
 
@@ -282,7 +282,7 @@ def test_progress_is_told_and_a_signal_ends_it_with_130(
 def test_a_file_that_cannot_be_read_is_exit_code_5(
     made: dict[str, Path], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llamatune.formats import manifest as manifests
+    from llamatune.formats import recorded_files
 
     class Failing:
         def __enter__(self) -> Failing:
@@ -294,7 +294,7 @@ def test_a_file_that_cannot_be_read_is_exit_code_5(
         def read(self, size: int) -> bytes:
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(manifests, "open_regular", lambda path: Failing())
+    monkeypatch.setattr(recorded_files, "open_regular", lambda path: Failing())
     outcome = command("verify", made["merged"])
     assert outcome.code == 5
     assert str(made["merged"]) in outcome.stderr
