@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from llamatune.command_options.inference import GenerateOptions
+from llamatune.command_options.generation import GenerateOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.commands._several_ranks import connect, wait_for_first
 from llamatune.errors import printable

@@ -10,7 +10,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from llamatune.command_options.inference import Lookup, ModelSource, Sampling
+from llamatune.command_options.generation import Lookup
+from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.chat_template_files import own_chat_template
 from llamatune.data.segments import prompt_of_json

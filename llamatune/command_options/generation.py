@@ -1,0 +1,37 @@
+"""Options of ``generate``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llamatune.command_options.inference import ModelSource, PromptOptions, Sampling
+from llamatune.command_options.option import option
+from llamatune.errors import SpecError
+
+Lookup = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(Sampling, PromptOptions, ModelSource):
+    """A model, prompts and how to sample. The options of the last base are listed first, as in every dataclass."""
+
+    stop: Sequence[str] = option("End a completion before this text; may be repeated.", (), metavar="TEXT")
+    output: Path | None = option(
+        "Also write the results to this JSONL file; - is stdout. With --prompt-file the same command continues it.",
+        None,
+        writes="answers",
+    )
+    overwrite: bool = option("Replace what stands at --output.", False)
+    lookup: Lookup = option(
+        "Draft tokens from the text so far where it is faster: auto, on (in 16 bits too) or off.",
+        "auto",
+        last=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "" in self.stop:
+            raise SpecError("an empty text", "--stop", "give a text that ends a completion")
+        if self.stop and self.num_beams > 1:
+            raise SpecError("--stop and --num-beams exclude each other", None, "leave one of them out")
