@@ -22,6 +22,7 @@ from llamatune.inference.beam_search import beam_search
 from llamatune.inference.completion import Completion, last_logits, new_rows
 from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.inference.sampling import next_tokens, penalised
+from llamatune.model.adapters.adapter_switch import AdapterSwitch
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
 from llamatune.seeds import derived_seed
@@ -42,12 +43,16 @@ class _Sequence:
     number: int
     prompt: Sequence[int]
     generator: torch.Generator
+    adapted: bool
     chosen: list[int] = field(default_factory=list)
     seen: Tensor | None = None
 
 
 class Engine:
-    """Completes the prompts that are added, at most ``rows`` at a time; with ``lookup``, a single one by drafts."""
+    """Completes the prompts that are added, at most ``rows`` at a time; with ``lookup``, a single one by drafts.
+
+    ``switch``: the model's, where it completes some of them without its adapter.
+    """
 
     def __init__(
         self,
@@ -57,20 +62,24 @@ class Engine:
         rows: int,
         is_enough: IsEnough | None = None,
         lookup: PromptLookup | None = None,
+        switch: AdapterSwitch | None = None,
     ) -> None:
         self._model, self._sampling, self._eos_ids = model, sampling, frozenset(eos_ids)
-        self._rows, self._is_enough = rows, is_enough
+        self._rows, self._is_enough, self._switch = rows, is_enough, switch or AdapterSwitch()
         self._lookup = lookup if lookup is not None and _may_draft(model, sampling, lookup.in_16_bits) else None
         self._cache = new_rows(model, rows)
         self._running: list[_Sequence] = []  # by their rows of the cache
         self._waiting: deque[_Sequence] = deque()
         self._added = 0
 
-    def add(self, prompt: Sequence[int], draw: int = 0) -> int:
-        """Take a prompt (ids, BOS included); its number, which counts from 0. Each ``draw`` of a prompt is another."""
+    def add(self, prompt: Sequence[int], draw: int = 0, adapted: bool = True) -> int:
+        """Take a prompt (ids, BOS included); its number, which counts from 0. Each ``draw`` of a prompt is another.
+
+        Not ``adapted``: it is completed without the adapter, by the switch.
+        """
         purpose = ("sampling", draw) if draw else ("sampling",)
         generator = torch.Generator().manual_seed(derived_seed(self._sampling.seed, *purpose))
-        self._waiting.append(_Sequence(self._added, prompt, generator))
+        self._waiting.append(_Sequence(self._added, prompt, generator, adapted))
         self._cache.capacity = max(self._cache.capacity, len(prompt) + self._sampling.max_new_tokens)
         self._added += 1
         return self._added - 1
@@ -105,6 +114,7 @@ class Engine:
         last = [sequence.chosen[-1] for sequence in self._running]
         tokens, places = torch.tensor([last, self._cache.lengths], device=self._model.device)  # (rows,) each
         layers, mask = self._cache.next_token(places)
+        self._switch.set([one.adapted for one in self._running], [1] * len(last), self._model.device)
         logits = self._model(tokens[:, None], places[:, None], mask, layers, read=last_logits)
         return self._take(logits, 0)
 
@@ -113,6 +123,7 @@ class Engine:
         ids = torch.tensor([[sequence.chosen[-1], *draft]], device=self._model.device)
         mask = _causal(self._cache.lengths[-1], ids.shape[1], self._model)
         layers = self._cache.continue_last(ids.shape[1])
+        self._switch.set([sequence.adapted], [ids.shape[1]], self._model.device)
         logits = self._model(ids, mask=mask, cache=layers, read=_logits_of_the_row)
         for place, drafted in enumerate([*draft, None]):
             ended = self._take(logits[place : place + 1], 0)
@@ -134,7 +145,7 @@ class Engine:
         self._running += new
         # The angles of dynamic scaling depend on the length of the whole prompt.
         if tokens > _TOKENS_IN_A_PASS and not isinstance(self._model.config.rope_scaling, DynamicScaling):
-            return self._take(self._read_long(new[0].prompt), first)
+            return self._take(self._read_long(new[0]), first)
         device = self._model.device
         lengths = tuple(len(sequence.prompt) for sequence in new)
         ends = [end - 1 for end in itertools.accumulate(lengths)]
@@ -144,19 +155,21 @@ class Engine:
         filling = filled_up(tokens, device.type, element_bytes) - tokens
         samples = (*lengths, filling) if filling else lengths
         layers = self._cache.begin(lengths)
+        self._switch.set([sequence.adapted for sequence in new], lengths, device, filling)
         logits = self._model(
             F.pad(ids, (0, filling))[None], cache=layers, lengths=samples, rows=rows, read=_logits_of_the_row
         )
         return self._take(logits, first)
 
-    def _read_long(self, prompt: Sequence[int]) -> Tensor:
+    def _read_long(self, sequence: _Sequence) -> Tensor:
         """Logits (1, V) behind a prompt of several passes."""
-        logits = None
+        prompt, logits = sequence.prompt, None
         for begin in range(0, len(prompt), _TOKENS_IN_A_PASS):
             part = prompt[begin : begin + _TOKENS_IN_A_PASS]
             ids = torch.tensor([part], device=self._model.device)
             layers = self._cache.begin([len(part)]) if begin == 0 else self._cache.continue_last(len(part))
             mask = None if begin == 0 else _causal(begin, len(part), self._model)
+            self._switch.set([sequence.adapted], [len(part)], self._model.device)
             logits = self._model(ids, mask=mask, cache=layers, read=last_logits)
         assert logits is not None
         return logits  # type: ignore[no-any-return]
@@ -206,27 +219,29 @@ def completions(
     should_stop: ShouldStop = never_stop,
     is_enough: IsEnough | None = None,
     lookup: PromptLookup | None = None,
+    switch: AdapterSwitch | None = None,
 ) -> Iterator[Completion]:
     """The completions of every prompt (ids, BOS included), in their order, at most ``rows`` computed at a time.
 
-    Each prompt has ``num_return_sequences``, one after the other. ``is_enough`` is not for beam search, which makes no
-    drafts by ``lookup`` either.
+    Each prompt has ``num_return_sequences``, one after the other, and each is followed by that without the adapter if
+    there is a ``switch``, the model's. Neither it nor ``is_enough`` is for beam search, which makes no drafts either.
 
     Raises:
         Stopped: ``should_stop`` said so, between two tokens.
     """
     if sampling.num_beams > 1:
         assert is_enough is None, "a beam is known to be the best only at its end"
+        assert switch is None, "beams have the adapter"
         for prompt in prompts:
             yield from beam_search(model, prompt, sampling, eos_ids, should_stop)
         return
-    engine = Engine(model, sampling, eos_ids, rows, is_enough, lookup)
-    draws = range(sampling.num_return_sequences)
-    coming = ((prompt, draw) for prompt in prompts for draw in draws)
+    engine = Engine(model, sampling, eos_ids, rows, is_enough, lookup, switch)
+    draws, kinds = range(sampling.num_return_sequences), (True,) if switch is None else (True, False)
+    coming = ((prompt, draw, adapted) for prompt in prompts for draw in draws for adapted in kinds)
     ended, due = dict[int, Completion](), 0
     while True:
-        for prompt, draw in itertools.islice(coming, rows - engine.waiting):
-            engine.add(prompt, draw)
+        for asked in itertools.islice(coming, rows - engine.waiting):
+            engine.add(*asked)
         if engine.is_done:
             return
         if should_stop():

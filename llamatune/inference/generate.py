@@ -21,7 +21,7 @@ from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event
 from llamatune.formats.answer_log import open_answer_log
 from llamatune.inference.answer_settings import generation_settings, model_settings
 from llamatune.inference.completion import Completion
-from llamatune.inference.engine import completions
+from llamatune.inference.model_completions import completions_by_model
 from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_encoding import PromptEncoder, is_chat, shown_answer
 from llamatune.inference.prompt_files import FilePrompt, Prompt
@@ -136,24 +136,20 @@ def generate(
         advice = opened.memory_advice("use fewer --max-new-tokens")
         stack.enter_context(opened.computing(rows, advice, on_event))
         try:
-            models = opened.load(on_event, should_stop).by_prefix
+            loaded = opened.load(on_event, should_stop)
             eos_ids = encoder.stop_ids(opened.checkpoint.config)
 
             def completed(part: Sequence[list[int]], should_stop: ShouldStop) -> Iterator[list[tuple[Any, ...]]]:
                 has_lookup = lookup != "off" and not in_slices  # whose ranks make the same passes, whatever the time
-                made = [
-                    completions(
-                        model, part, sampling, eos_ids, _ROWS, should_stop, is_enough,
-                        PromptLookup(lookup == "on") if has_lookup else None,
-                    )
-                    for model in models.values()
-                ]  # fmt: skip
-                for of_models in zip(*made, strict=True):
+                for of_models in completions_by_model(
+                    loaded, part, sampling, eos_ids, _ROWS, should_stop, is_enough,
+                    lambda: PromptLookup(lookup == "on") if has_lookup else None,
+                ):  # fmt: skip
                     yield list(map(astuple, of_models))
 
             started, in_slices, todo = monotonic(), source.placement == "shard", ids[written // several :]
             for values in share_generating(todo, completed, _ROWS, should_stop, ranks, in_slices):
-                made = {name: Completion(*each) for name, each in zip(models, values, strict=True)}
+                made = {name: Completion(*each) for name, each in zip(loaded.by_prefix, values, strict=True)}
                 base_text = text(len(results), made["base_"]) if compare else None
                 results.append(result(len(results), made[""], base_text))
                 tokens += sum(len(each.ids) for each in made.values())

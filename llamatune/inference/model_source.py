@@ -29,7 +29,8 @@ from llamatune.devices import choose_device, lacks_bf16
 from llamatune.errors import DataError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.formats.manifest import find_manifest
-from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
+from llamatune.model.adapters.adapter_switch import AdapterSwitch
+from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors, switch_of
 from llamatune.model.kernels.choice import chosen_kernels
 from llamatune.model.packed_weight import PackedWeight
 from llamatune.model.quantization import QUANTIZATIONS
@@ -51,11 +52,13 @@ class LoadedModels:
     """The model, with its adapter, as ``""``; the base as ``base_`` where the two are compared. Ready to compute.
 
     The keys are the prefixes of result names. The two models share the frozen weights. ``idle``: what a rank that has
-    nothing to compute does while the others compute one forward pass; None: nothing.
+    nothing to compute does while the others compute one forward pass; None: nothing. ``switch``: makes the model with
+    the adapter compute the base too; None: they are not compared, or the base has weights of its own.
     """
 
     by_prefix: dict[str, Transformer]
     idle: Callable[[], None] | None
+    switch: AdapterSwitch | None = None
 
 
 @dataclass(frozen=True)
@@ -172,9 +175,12 @@ class OpenedModel:
         """Read the weights."""
         model, idle = self._load(self._changed, on_event, should_stop)
         models = {"": model if self.adapter is None else _with_adapter(model, self.adapter)}
-        if self.compare and self._changed is not self.checkpoint:
-            model, _ = self._load(self.checkpoint, on_event, should_stop)
-        return LoadedModels({**models, "base_": model} if self.compare else models, idle)
+        if not self.compare:
+            return LoadedModels(models, idle)
+        if self.shares_base:
+            return LoadedModels({**models, "base_": model}, idle, switch_of(models[""]))
+        model, _ = self._load(self.checkpoint, on_event, should_stop)
+        return LoadedModels({**models, "base_": model}, idle)
 
     def _load(
         self, checkpoint: Checkpoint, on_event: OnEvent, should_stop: ShouldStop

@@ -61,10 +61,22 @@ def test_a_token_is_read_once(
     adapter: bool,
 ) -> None:
     job = {"dtype": dtype, "sampling": sampling, "lengths": prompts, "tokens": TOKENS, "adapter": adapter}
-    found = gpu.run(kind="generation", capability=capability, base=str(small_base), **job)
+    found = gpu.run(kind="generation", capability=capability, base=str(small_base), compare=False, **job)
     assert found["error"] is None
     waits = {part: {(place, kind): count for place, kind, count in found["waits"][part]} for part in found["waits"]}
     assert waits["loading"].keys() <= LOADING
     assert waits["generation"] == (BEAM_SEARCH if "num_beams" in sampling else SAMPLING)
     assert found["kernels"]
     assert not {"cudnn", "math"} & set(found["kernels"])
+
+
+@pytest.mark.parametrize(("prompts", "sampling"), [([6], GREEDY), ([3, 7, 1], DRAWN)])
+def test_base_and_tuned_model_share_a_pass_and_its_reads(
+    gpu: Gpu, small_base: Path, prompts: list[int], sampling: dict[str, Any]
+) -> None:
+    """Beside them, the switch is copied to the device when it changes: after the prompts, and never among tokens."""
+    job = {"dtype": "bfloat16", "sampling": sampling, "lengths": prompts, "tokens": TOKENS, "adapter": True}
+    found = gpu.run(kind="generation", capability=H100, base=str(small_base), compare=True, **job)
+    assert found["error"] is None
+    waits = {(place, kind): count for place, kind, count in found["waits"]["generation"]}
+    assert waits == {**SAMPLING, ("model/adapters/adapter_switch.py:AdapterSwitch.set", TO_DEVICE): 2}
