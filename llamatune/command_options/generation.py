@@ -8,8 +8,10 @@ from typing import Literal
 from llamatune.command_options.inference import ModelSource, PromptOptions, Sampling
 from llamatune.command_options.option import option
 from llamatune.errors import SpecError
+from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 
 Lookup = Literal["auto", "on", "off"]
+Merge = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +31,26 @@ class GenerateOptions(Sampling, PromptOptions, ModelSource):
         last=True,
     )
 
+    merge: Merge = option(
+        "Compute with the adapter merged into the weights, in memory alone: auto (on a GPU), on or off.",
+        "auto",
+        last=True,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_merge()
         if "" in self.stop:
             raise SpecError("an empty text", "--stop", "give a text that ends a completion")
         if self.stop and self.num_beams > 1:
             raise SpecError("--stop and --num-beams exclude each other", None, "leave one of them out")
+
+    def _check_merge(self) -> None:
+        if self.merge != "on":
+            return
+        if not self.adapters:
+            raise SpecError("--merge on needs an adapter", None, "give one with --adapter")
+        others = (("--compare", self.compare), (f"--placement {self.placement}", self.placement != "device"))
+        for flag, is_given in (*others, (f"--dtype {self.dtype}", self.dtype in QUANTIZED_DTYPES)):
+            if is_given:
+                raise SpecError(f"--merge on and {flag} exclude each other", None, "leave one of them out")

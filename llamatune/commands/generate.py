@@ -43,6 +43,7 @@ def generate(options: GenerateOptions, console: Console, launch: Launch) -> None
                 options.output if is_continued else None,
                 options.overwrite,
                 options.lookup,
+                options.merge,
             )
             if not ranks.is_first:  # which alone has the prompts
                 return

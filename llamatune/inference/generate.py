@@ -10,7 +10,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from llamatune.command_options.generation import Lookup
+from llamatune.command_options.generation import Lookup, Merge
 from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.chat_template_files import own_chat_template
@@ -72,11 +72,13 @@ def generate(
     output: Path | None = None,
     overwrite: bool = False,
     lookup: Lookup = "off",
+    merge: Merge = "off",
 ) -> Generations:
     """Load, generate, decode. ``template``, or its name or file; None is the one stored with the adapter or model.
 
     A completion ends where one of the texts ``stop`` appears, and is shown up to there; not for beam search.
-    ``lookup``: tokens are drafted from the text so far where a single completion runs and it is faster.
+    ``lookup``: tokens are drafted from the text so far where a single completion runs and it is faster. ``merge``:
+    ``OpenedModel.merges``.
 
     Several ranks share batches of prompts, which the first gives; each has all completions. Ranks that hold slices of
     the weights compute every batch together.
@@ -89,7 +91,7 @@ def generate(
         EnvironmentFault: the output is of other prompts or settings, or cannot be written.
         Stopped: ``should_stop`` said so; with an output the same call goes on.
     """
-    opened = open_model(source, on_event, ranks)
+    opened = open_model(source, on_event, ranks, merge)
     tokenizer = opened.tokenizer()
     chosen = opened.template(template, tokenizer, on_event)
     if chosen is None and template is None and ranks.from_first(any(map(is_chat, prompts))):
