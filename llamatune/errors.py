@@ -25,6 +25,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def shown(text: str) -> str:
+    """``text`` for a terminal or a page: line breaks and tabs stay, other control characters are escaped."""
+    return "".join(c if c in "\n\t" else printable(c) for c in text)
+
+
 class LlamatuneError(Exception):
     """One line: what is wrong, where, and what to do about it.
 

@@ -1,6 +1,7 @@
 """Options of ``generate``."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,17 +15,40 @@ Lookup = Literal["auto", "on", "off"]
 Merge = Literal["auto", "on", "off"]
 
 
+_PART = re.compile(r"(train|validation):([1-9][0-9]{0,6})", re.ASCII)
+
+
+def parse_rows(text: str, flag: str) -> dict[str, int]:
+    """``train:4,validation:4`` as numbers of rows by split."""
+    parts = [_PART.fullmatch(part) for part in text.split(",")]
+    counts = {part[1]: int(part[2]) for part in parts if part is not None}
+    if len(counts) < len(parts):
+        todo = "give each split once, with its number of rows, such as train:4,validation:4"
+        raise SpecError(f"{flag} is {text[:80]!r}", None, todo)
+    return counts
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(Sampling, PromptOptions, ModelSource):
     """A model, prompts and how to sample. The options of the last base are listed first, as in every dataclass."""
 
+    from_data: Path | None = option("A prepared directory that rows are drawn from, by --seed.", None)
+    rows: Mapping[str, int] | None = option(
+        "Of --from-data, such as train:4,validation:4.",
+        None,
+        parse=parse_rows,
+        shown_default="4 of each split",
+        metavar="SPLIT:NUMBER,...",
+    )
     stop: Sequence[str] = option("End a completion before this text; may be repeated.", (), metavar="TEXT")
     output: Path | None = option(
-        "Also write the results to this JSONL file; - is stdout. With --prompt-file the same command continues it.",
+        "Also write the results to this JSONL file; - is stdout. With --prompt-file or --from-data the same command "
+        "continues it.",
         None,
         writes="answers",
     )
-    overwrite: bool = option("Replace what stands at --output.", False)
+    markdown: Path | None = option("Also write them to this Markdown file, answers side by side.", None, writes="file")
+    overwrite: bool = option("Replace what stands at --output and --markdown.", False)
     lookup: Lookup = option(
         "Draft tokens from the text so far where it is faster: auto, on (in 16 bits too) or off.",
         "auto",
@@ -40,6 +64,12 @@ class GenerateOptions(Sampling, PromptOptions, ModelSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_merge()
+        if self.rows is not None and self.from_data is None:
+            raise SpecError("it needs --from-data", "--rows")
+        others = {"--prompt": self.prompt, "--prompt-file": self.prompt_file, "--template": self.template}
+        for flag, given in others.items():
+            if self.from_data is not None and given:
+                raise SpecError(f"--from-data and {flag} exclude each other", None, "leave one of them out")
         if "" in self.stop:
             raise SpecError("an empty text", "--stop", "give a text that ends a completion")
         if self.stop and self.num_beams > 1:

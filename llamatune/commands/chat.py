@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamatune.command_options.chat import ChatOptions, shown_parameters, with_parameters
 from llamatune.commands._console import Console
-from llamatune.commands.generate import shown
-from llamatune.errors import DataError, LlamatuneError, SpecError, Stopped, printable
+from llamatune.errors import DataError, LlamatuneError, SpecError, Stopped, printable, shown
 from llamatune.events import Event, Notice
 from llamatune.output_files import STDOUT, output_file, refuse_inside, write_output
 from llamatune.path_expansion import expand_path
