@@ -61,7 +61,7 @@ def test_a_token_is_read_once(
     adapter: bool,
 ) -> None:
     job = {"dtype": dtype, "sampling": sampling, "lengths": prompts, "tokens": TOKENS, "adapter": adapter}
-    found = gpu.run(kind="generation", capability=capability, base=str(small_base), compare=False, **job)
+    found = gpu.run(kind="generation", capability=capability, base=str(small_base), compare=False, merge=False, **job)
     assert found["error"] is None
     waits = {part: {(place, kind): count for place, kind, count in found["waits"][part]} for part in found["waits"]}
     assert waits["loading"].keys() <= LOADING
@@ -76,7 +76,17 @@ def test_base_and_tuned_model_share_a_pass_and_its_reads(
 ) -> None:
     """Beside them, the switch is copied to the device when it changes: after the prompts, and never among tokens."""
     job = {"dtype": "bfloat16", "sampling": sampling, "lengths": prompts, "tokens": TOKENS, "adapter": True}
-    found = gpu.run(kind="generation", capability=H100, base=str(small_base), compare=True, **job)
+    found = gpu.run(kind="generation", capability=H100, base=str(small_base), compare=True, merge=False, **job)
     assert found["error"] is None
     waits = {(place, kind): count for place, kind, count in found["waits"]["generation"]}
     assert waits == {**SAMPLING, ("model/adapters/adapter_switch.py:AdapterSwitch.set", TO_DEVICE): 2}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merging_is_done_on_the_device_and_read_once_for_each_layer(gpu: Gpu, small_base: Path, dtype: str) -> None:
+    job = {"dtype": dtype, "sampling": GREEDY, "lengths": [6], "tokens": TOKENS, "adapter": True}
+    found = gpu.run(kind="generation", capability=H100, base=str(small_base), compare=False, merge=True, **job)
+    assert found["error"] is None
+    waits = {(place, kind): count for place, kind, count in found["waits"]["loading"]}
+    merging = {(place, kind): count for (place, kind), count in waits.items() if "merged_layer" in place}
+    assert merging == {("model/adapters/merged_layer.py:merged_layer", TO_HOST): 4}  # two layers of two blocks
