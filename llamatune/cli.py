@@ -30,8 +30,8 @@ VERBS = {
     "Formats": ("convert", "convert-adapter", "extract-lora"),
 }
 _WRITERS = ("prepare-data", "train", "merge-lora", "benchmark", "demo", "report", *VERBS["Formats"])
-_CONTINUED = {"evaluate": ("--output",), "generate": ("--output", "--prompt-file")}
-"""Verbs that write files, always or where all of these options are given: a stop is exit 75, of the others 130."""
+_CONTINUED = {"evaluate": (("--output",),), "generate": (("--output",), ("--prompt-file", "--from-data"))}
+"""Verbs that write files, always or where one of each of these options is given: a stop is exit 75, of others 130."""
 
 
 def _load_verb(name: str) -> Callable[..., None]:
@@ -120,8 +120,8 @@ def _silence_closed_streams() -> None:
 
 def _exit_code(words: list[str], stopped_before: ShouldStop) -> int:
     verb = next((word for word in words if not word.startswith("-")), "")
-    given = {flag for word in words for flag in _CONTINUED.get(verb, ()) if word.startswith(flag)}
-    writes = verb in _WRITERS or (verb in _CONTINUED and given == {*_CONTINUED[verb]})
+    is_continued = verb in _CONTINUED and all(any(word.startswith(of) for word in words) for of in _CONTINUED[verb])
+    writes = verb in _WRITERS or is_continued
     stopped = Stopped.exit_code if writes else 130
     try:
         known = words[:1] == [verb] and any(verb in names for names in VERBS.values())

@@ -11,7 +11,7 @@ import pytest
 from readme_job import README, ROOT, blocks, commands, make_workplace, run_quietly
 
 from llamatune.checkpoints.model_directory import read_config
-from llamatune.command_options.inference import GenerateOptions
+from llamatune.command_options.generation import GenerateOptions
 from llamatune.command_options.option import option_fields
 from llamatune.data.chat_messages import ROLES, TRAINING
 from llamatune.data.column_maps import PRESETS

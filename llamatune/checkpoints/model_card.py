@@ -12,10 +12,10 @@ import yaml
 
 from llamatune import __version__
 from llamatune.durable_writing import writing
+from llamatune.formats.markdown import one_line
 
 CARD = "README.md"
 _IN_HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
-_OF_MARKDOWN = re.compile(r"([\\`*_\[\]<>|#])")
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class ModelCard:
         metadata |= {"pipeline_tag": "text-generation", "tags": list(self.tags)}
         stated = {name: value for name, value in metadata.items() if value is not None}
         header = yaml.safe_dump(stated, sort_keys=False, allow_unicode=True)
-        rows = [f"| {name} | {_plain(str(value))} |" for name, value in self.facts.items() if value is not None]
+        rows = [f"| {name} | {one_line(str(value))} |" for name, value in self.facts.items() if value is not None]
         table = "\n".join(("| | |", "|---|---|", *rows))
         made = f"Made by llamatune {__version__}."
-        return "\n\n".join((f"---\n{header}---", f"# {_plain(self.title)}", made, table, *self.notes)) + "\n"
+        return "\n\n".join((f"---\n{header}---", f"# {one_line(self.title)}", made, table, *self.notes)) + "\n"
 
 
 def write_card(directory: Path, card: ModelCard) -> None:
@@ -57,15 +57,3 @@ def hub_name(path: str) -> str:
     """``meta-llama/Llama-2-7b-hf`` for a path in the Hub's cache; any other is its own name."""
     found = next((match for part in Path(path).parts if (match := _IN_HUB_CACHE.fullmatch(part))), None)
     return path if found is None else f"{found[1]}/{found[2]}"
-
-
-def code_block(text: str, language: str = "") -> str:
-    """``text`` as a code block of Markdown, with a fence that does not occur in it."""
-    longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
-    fence = "`" * (longest + 1)
-    return f"{fence}{language}\n{text.rstrip(chr(10))}\n{fence}"
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return _OF_MARKDOWN.sub(r"\\\1", " ".join(text.split()))

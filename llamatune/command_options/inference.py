@@ -1,4 +1,4 @@
-"""Options of the verbs that compute with a model: ``generate``, ``evaluate`` and ``merge-lora``."""
+"""Options of the verbs that compute with a model: what they share, ``evaluate`` and ``merge-lora``."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ _GSM8K_NEW_TOKENS = 512
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
 HeldDtype = Literal["same", "float32", "bfloat16", "float16", "nf4", "float8", "int8"]
 Placement = Literal["device", "host", "shard"]
-Lookup = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,31 +155,6 @@ class PromptOptions(Options):
     format: str = prompt_format_option()
     column_map: str | None = prompt_map_option()
     template: str | None = option("A template's name or file, or none; default: the one stored with the model.", None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateOptions(Sampling, PromptOptions, ModelSource):
-    """A model, prompts and how to sample. The options of the last base are listed first, as in every dataclass."""
-
-    stop: Sequence[str] = option("End a completion before this text; may be repeated.", (), metavar="TEXT")
-    output: Path | None = option(
-        "Also write the results to this JSONL file; - is stdout. With --prompt-file the same command continues it.",
-        None,
-        writes="answers",
-    )
-    overwrite: bool = option("Replace what stands at --output.", False)
-    lookup: Lookup = option(
-        "Draft tokens from the text so far where it is faster: auto, on (in 16 bits too) or off.",
-        "auto",
-        last=True,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if "" in self.stop:
-            raise SpecError("an empty text", "--stop", "give a text that ends a completion")
-        if self.stop and self.num_beams > 1:
-            raise SpecError("--stop and --num-beams exclude each other", None, "leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from llamatune.command_options.inference import GenerateOptions
+from llamatune.command_options.generation import GenerateOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.commands._several_ranks import connect, wait_for_first
 from llamatune.launch_variables import Launch
 from llamatune.output_files import output_file, write_output
 
 if TYPE_CHECKING:
-    from llamatune.inference.generate import Generations
+    from llamatune.inference.prepared_prompts import PreparedRows
     from llamatune.inference.prompt_files import Prompt
 
 
 def generate(options: GenerateOptions, console: Console, launch: Launch) -> None:
     """Complete prompts."""
-    if options.output is not None and options.prompt_file is None and launch.rank == 0:
+    is_continued = options.prompt_file is not None or options.from_data is not None
+    if options.output is not None and not is_continued and launch.rank == 0:
         output_file(options.output, options.overwrite)
     prompts = _prompts(options, console) if launch.world_size == 1 else []  # at once, before torch is imported
     with connect(launch, options.device) as ranks:
@@ -26,13 +28,11 @@ def generate(options: GenerateOptions, console: Console, launch: Launch) -> None
             prompts = wait_for_first(ranks, lambda: _prompts(options, console)) or []
         with console:
             from llamatune.inference.generate import generate as run_generation
-            from llamatune.inference.generate import result_line
             from llamatune.strict_json import dump_json_lines
 
-            is_continued = options.prompt_file is not None
             generations = run_generation(
                 options,
-                prompts,
+                _rows(options) or prompts,
                 options,
                 options.template,
                 console.on_event,
@@ -42,43 +42,79 @@ def generate(options: GenerateOptions, console: Console, launch: Launch) -> None
                 options.output if is_continued else None,
                 options.overwrite,
                 options.lookup,
+                options.merge,
             )
             if not ranks.is_first:  # which alone has the prompts
                 return
-            several = options.num_return_sequences
-            results = [
-                result_line(made, prompts[place // several], several, options.compare)
-                for place, made in enumerate(generations.results)
-            ]
+            lines, speed = generations.lines, generations.tokens_per_second
             if options.output is not None and not is_continued:
-                write_output(options.output, dump_json_lines(results), options.overwrite)
-            payload = {"results": results, "tokens_per_second": generations.tokens_per_second}
-            console.result(payload, lambda out: _print(out, generations, options.compare))
+                write_output(options.output, dump_json_lines(lines), options.overwrite)
+            if options.markdown is not None:
+                from llamatune.inference.answers_page import answers_page
+
+                page = answers_page(lines, _facts(options))
+                write_output(options.markdown, page.encode(), options.overwrite)
+            payload = {"results": lines, "tokens_per_second": speed}
+            console.result(payload, lambda out: _print(out, lines, speed, options.compare))
+
+
+def _rows(options: GenerateOptions) -> PreparedRows | None:
+    from llamatune.inference.prepared_prompts import PreparedRows
+
+    return None if options.from_data is None else PreparedRows(options.from_data, options.rows)
 
 
 def _prompts(options: GenerateOptions, console: Console) -> list[Prompt]:
     from llamatune.inference.prompt_files import given_prompts, piped_prompt
 
-    return given_prompts(options, console.on_event) or [piped_prompt(sys.stdin.buffer)]
+    given = given_prompts(options, console.on_event)
+    return given or ([] if options.from_data is not None else [piped_prompt(sys.stdin.buffer)])
 
 
-def _print(out: RichConsole, generations: Generations, compare: bool) -> None:
-    from rich.table import Column, Table
+def _facts(options: GenerateOptions) -> dict[str, object]:
+    """What decided the answers, as a page of them says it."""
+    drawn = "greedy" if options.temperature == 0 else f"temperature {options.temperature:g}, top-p {options.top_p:g}"
+    return {
+        "model": options.model,
+        "adapter": ", ".join(map(str, options.adapters)) or None,
+        "rows": options.from_data or options.prompt_file,
+        "drawn": f"{options.num_beams} beams" if options.num_beams > 1 else drawn,
+        "seed": options.seed,
+        "at most": f"{options.max_new_tokens} new tokens",
+    }
+
+
+def _print(out: RichConsole, lines: Sequence[Mapping[str, Any]], speed: float, compare: bool) -> None:
     from rich.text import Text
 
-    if compare:
-        headings = ("prompt", "base", "tuned")
-        table = Table(*(Column(heading, overflow="fold", ratio=1) for heading in headings), show_lines=True)
-        for result in generations.results:
-            texts = (result.prompt, result.base_completion, result.completion)
-            table.add_row(*(text or "" for text in texts))
-        out.print(table)
-    else:
-        for place, result in enumerate(generations.results):
-            if result.sequence == 1:
-                if place:
-                    out.print("=====")
-                out.print(result.prompt)
-            out.print(f"> {result.completion}")
-        out.print()
-    out.print(Text(f"{generations.tokens_per_second:,.1f} tokens/s", style="dim"))
+    from llamatune.inference.answers_page import sections
+
+    for number, (heading, part) in enumerate(sections(lines)):
+        if heading is not None:
+            out.print(Text("\n" * (number > 0) + heading, style="bold"))
+        (_print_compared if compare else _print_completions)(out, part)
+    out.print(Text(f"{speed:,.1f} tokens/s", style="dim"))
+
+
+def _print_compared(out: RichConsole, lines: Sequence[Mapping[str, Any]]) -> None:
+    from rich.table import Column, Table
+
+    keys = {"prompt": "prompt", "reference": "reference", "base_completion": "base", "completion": "tuned"}
+    if "split" not in lines[0]:
+        del keys["reference"]
+    table = Table(*(Column(heading, overflow="fold", ratio=1) for heading in keys.values()), show_lines=True)
+    for line in lines:
+        table.add_row(*(line[key] or "" for key in keys))
+    out.print(table)
+
+
+def _print_completions(out: RichConsole, lines: Sequence[Mapping[str, Any]]) -> None:
+    for place, line in enumerate(lines):
+        if line.get("sequence", 1) == 1:
+            if place:
+                out.print("=====")
+            out.print(line["prompt"])
+            if "split" in line:
+                out.print(f"reference: {line['reference']}")
+        out.print(f"> {line['completion']}")
+    out.print()

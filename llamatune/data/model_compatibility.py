@@ -23,11 +23,16 @@ def check_rows(split: Split, config: LlamaConfig, where: str, on_event: OnEvent)
 
 def check_tokenizer(prepared: Prepared, model: Path, force_base: bool, on_event: OnEvent) -> None:
     """Raise ``CheckpointError`` if the rows were encoded with another tokenizer than the model directory's."""
+    check_fingerprint(prepared.manifest.tokenizer_fingerprint, model, force_base, on_event)
+
+
+def check_fingerprint(fingerprint: str | None, model: Path, force_base: bool, on_event: OnEvent) -> None:
+    """``check_tokenizer`` of rows whose tokenizer has this fingerprint."""
     file = tokenizer_file(model)
     if file is None:
         on_event(Notice(f"{model} has no tokenizer to compare the data's tokenizer with", "warning"))
         return
-    if load_tokenizer(model).fingerprint == prepared.manifest.tokenizer_fingerprint:
+    if load_tokenizer(model).fingerprint == fingerprint:
         return
     what = "the data was prepared with another tokenizer than the model's"
     if not force_base:

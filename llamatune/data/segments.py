@@ -28,12 +28,14 @@ class Segments(NamedTuple):
         cuts: of a rendered text the parts at which an answer begins: no token spans their beginning, so that the ids
             before it are those of the prompt alone. In other rows it is the completion's.
         moved: the white space at a prompt's end that is encoded with its completion.
+        known: the ids of a prompt, where they are given and its text is only shown.
     """
 
     parts: tuple[Segment, ...]
     rendered: bool = False
     cuts: tuple[int, ...] = ()
     moved: str = ""
+    known: tuple[int, ...] | None = None
 
     @property
     def shown(self) -> str:
@@ -42,7 +44,8 @@ class Segments(NamedTuple):
 
     def to_json(self) -> list[Any]:
         """A prompt as JSON values; ``prompt_of_json`` reads them back."""
-        return [self.rendered, [(part.text, part.special_id) for part in self.parts], self.cuts, self.moved]
+        parts = [(part.text, part.special_id) for part in self.parts]
+        return [self.rendered, parts, self.cuts, self.moved, self.known]
 
     def encode(self, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids, and the targets among them as (first, last + 1); no two of them touch.
@@ -50,6 +53,8 @@ class Segments(NamedTuple):
         A token is a target if it holds any character of a trained text. Several tokens of one character are where the
         character is.
         """
+        if self.known is not None:
+            return list(self.known), []
         if self.rendered:
             parts = [(part.text, part.special_id) for part in self.parts]
             ids, offsets = tokenizer.encode_cut(parts, self.cuts) if tokenizer.splits else tokenizer.encode_mixed(parts)
@@ -76,8 +81,9 @@ class Conversation(NamedTuple):
 
 def prompt_of_json(value: list[Any]) -> Segments:
     """What ``Segments.to_json`` returned."""
-    rendered, parts, cuts, moved = value
-    return Segments(tuple(Segment(text, False, special_id) for text, special_id in parts), rendered, tuple(cuts), moved)
+    rendered, parts, cuts, moved, known = value
+    segments = tuple(Segment(text, False, special_id) for text, special_id in parts)
+    return Segments(segments, rendered, tuple(cuts), moved, None if known is None else tuple(known))
 
 
 def _targets(parts: Sequence[Segment], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -26,9 +26,11 @@ def model_settings(source: ModelSource, opened: OpenedModel, tokenizer: Tokenize
         alone = opened.adapter is opened.adapters[0]
         adapter = {"sha256": opened.adapter.digest, "scaling": opened.adapter.config.scaling()}
         adapter = adapter if alone else facts_of(opened.adapters, source.adapter_weights)
+    merged = {"merged": True} if opened.merges else {}  # which is rounded otherwise
     return {
         "model": fingerprint(opened.checkpoint),
         "adapter": adapter,
+        **merged,
         "compare": opened.compare,
         "dtype": opened.dtype_name,
         "tokenizer": tokenizer.fingerprint,

@@ -22,6 +22,7 @@ from llamatune.inference.beam_search import beam_search
 from llamatune.inference.completion import Completion, last_logits, new_rows
 from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.inference.sampling import next_tokens, penalised
+from llamatune.model.adapters.adapter_switch import AdapterSwitch
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
 from llamatune.seeds import derived_seed
@@ -41,12 +42,16 @@ class _Sequence:
     prompt: Sequence[int]
     sampling: Drawing
     generator: torch.Generator
+    adapted: bool
     chosen: list[int] = field(default_factory=list)
     seen: Tensor | None = None
 
 
 class Engine:
-    """Completes the prompts that are added, at most ``rows`` at a time; with ``lookup``, a single one by drafts."""
+    """Completes the prompts that are added, at most ``rows`` at a time; with ``lookup``, a single one by drafts.
+
+    ``switch``: the model's, where it completes some of them without its adapter.
+    """
 
     def __init__(
         self,
@@ -55,9 +60,10 @@ class Engine:
         rows: int,
         is_enough: IsEnough | None = None,
         lookup: PromptLookup | None = None,
+        switch: AdapterSwitch | None = None,
     ) -> None:
         self._model, self._eos_ids, self._rows = model, frozenset(eos_ids), rows
-        self._is_enough, self._lookup = is_enough, lookup
+        self._is_enough, self._lookup, self._switch = is_enough, lookup, switch or AdapterSwitch()
         self._element_bytes = torch.finfo(model.product_dtype).bits // 8
         self._tokens_in_a_pass = tokens_in_a_pass(model.config, self._element_bytes)
         self._cache = new_rows(model, rows)
@@ -65,11 +71,14 @@ class Engine:
         self._waiting: deque[_Sequence] = deque()
         self._added = 0
 
-    def add(self, prompt: Sequence[int], sampling: Drawing, draw: int = 0) -> int:
-        """Take a prompt (ids, BOS included); its number, which counts from 0. Each ``draw`` of a prompt is another."""
+    def add(self, prompt: Sequence[int], sampling: Drawing, draw: int = 0, adapted: bool = True) -> int:
+        """Take a prompt (ids, BOS included); its number, which counts from 0. Each ``draw`` of a prompt is another.
+
+        Not ``adapted``: it is completed without the adapter, by the switch.
+        """
         purpose = ("sampling", draw) if draw else ("sampling",)
         generator = torch.Generator().manual_seed(derived_seed(sampling.seed, *purpose))
-        self._waiting.append(_Sequence(self._added, prompt, sampling, generator))
+        self._waiting.append(_Sequence(self._added, prompt, sampling, generator, adapted))
         self._cache.capacity = max(self._cache.capacity, len(prompt) + sampling.max_new_tokens)
         self._added += 1
         return self._added - 1
@@ -106,6 +115,7 @@ class Engine:
         last = [sequence.chosen[-1] for sequence in self._running]
         tokens, places = torch.tensor([last, self._cache.lengths], device=self._model.device)  # (rows,) each
         layers, mask = self._cache.next_token(places)
+        self._switch.set([one.adapted for one in self._running], [1] * len(last), self._model.device)
         logits = self._model(tokens[:, None], places[:, None], mask, layers, read=last_logits)
         return self._take(logits, 0)
 
@@ -114,6 +124,7 @@ class Engine:
         ids = torch.tensor([[sequence.chosen[-1], *draft]], device=self._model.device)
         mask = _causal(self._cache.lengths[-1], ids.shape[1], self._model)
         layers = self._cache.continue_last(ids.shape[1])
+        self._switch.set([sequence.adapted], [ids.shape[1]], self._model.device)
         logits = self._model(ids, mask=mask, cache=layers, read=_logits_of_the_row)
         for place, drafted in enumerate([*draft, None]):
             ended = self._take(logits[place : place + 1], 0)
@@ -135,14 +146,16 @@ class Engine:
         self._running += new
         depends_on_length = isinstance(self._model.config.rope_scaling, DynamicScaling)  # its angles
         if tokens > self._tokens_in_a_pass and not depends_on_length:
-            return self._take(self._read_long(new[0].prompt), first)
+            return self._take(self._read_long(new[0]), first)
         device = self._model.device
         lengths = [len(sequence.prompt) for sequence in new]
         ends = [end - 1 for end in itertools.accumulate(lengths)]
         both = torch.tensor([*(token for sequence in new for token in sequence.prompt), *ends], device=device)
         ids, rows = both[:tokens], both[tokens:]
         layers = self._cache.begin(lengths)
-        if filling := filled_up(tokens, device.type, self._element_bytes) - tokens:
+        filling = filled_up(tokens, device.type, self._element_bytes) - tokens
+        self._switch.set([sequence.adapted for sequence in new], lengths, device, filling)
+        if filling:
             # Of the last prompt, which does not see what follows it; as a sample of its own if that changed its angles.
             lengths = [*lengths, filling] if depends_on_length else [*lengths[:-1], lengths[-1] + filling]
         logits = self._model(
@@ -150,14 +163,15 @@ class Engine:
         )
         return self._take(logits, first)
 
-    def _read_long(self, prompt: Sequence[int]) -> Tensor:
+    def _read_long(self, sequence: _Sequence) -> Tensor:
         """Logits (1, V) behind a prompt of several passes."""
-        logits = None
+        prompt, logits = sequence.prompt, None
         for begin in range(0, len(prompt), self._tokens_in_a_pass):
             part = prompt[begin : begin + self._tokens_in_a_pass]
             ids = torch.tensor([part], device=self._model.device)
             layers = self._cache.begin([len(part)]) if begin == 0 else self._cache.continue_last(len(part))
             mask = None if begin == 0 else _causal(begin, len(part), self._model)
+            self._switch.set([sequence.adapted], [len(part)], self._model.device)
             logits = self._model(ids, mask=mask, cache=layers, read=last_logits)
         assert logits is not None
         return logits  # type: ignore[no-any-return]
@@ -213,29 +227,31 @@ def completions(
     should_stop: ShouldStop = never_stop,
     is_enough: IsEnough | None = None,
     lookup: PromptLookup | None = None,
+    switch: AdapterSwitch | None = None,
 ) -> Iterator[Completion]:
     """The completions of every prompt (ids, BOS included), in their order, at most ``rows`` computed at a time.
 
-    Each prompt has ``num_return_sequences``, one after the other. ``is_enough`` is not for beam search, which makes no
-    drafts by ``lookup`` either.
+    Each prompt has ``num_return_sequences``, one after the other, and each is followed by that without the adapter if
+    there is a ``switch``, the model's. Neither it nor ``is_enough`` is for beam search, which makes no drafts either.
 
     Raises:
         Stopped: ``should_stop`` said so, between two tokens.
     """
     if sampling.num_beams > 1:
         assert is_enough is None, "a beam is known to be the best only at its end"
+        assert switch is None, "beams have the adapter"
         for prompt in prompts:
             yield from beam_search(model, prompt, sampling, eos_ids, should_stop)
         return
-    draws = range(sampling.num_return_sequences)
-    asked = ((prompt, draw) for prompt in prompts for draw in draws)
+    draws, kinds = range(sampling.num_return_sequences), (True,) if switch is None else (True, False)
+    asked = ((prompt, draw, adapted) for prompt in prompts for draw in draws for adapted in kinds)
     first = list(itertools.islice(asked, rows))
     coming = itertools.chain(first, asked)
-    engine = Engine(model, eos_ids, len(first), is_enough, lookup)  # a row takes memory, used or not
+    engine = Engine(model, eos_ids, len(first), is_enough, lookup, switch)  # a row takes memory, used or not
     ended, due = dict[int, Completion](), 0
     while True:
-        for prompt, draw in itertools.islice(coming, rows - engine.waiting):
-            engine.add(prompt, sampling, draw)
+        for prompt, draw, adapted in itertools.islice(coming, rows - engine.waiting):
+            engine.add(prompt, sampling, draw, adapted)
         if engine.is_done:
             return
         if should_stop():

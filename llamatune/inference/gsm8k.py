@@ -25,9 +25,9 @@ from llamatune.errors import DataError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.formats.answer_log import AnswerLog, open_answer_log
 from llamatune.inference.answer_settings import model_settings
-from llamatune.inference.engine import completions
 from llamatune.inference.evaluate import smaller_batches
 from llamatune.inference.gsm8k_answers import AnswerEnds, extract_answer
+from llamatune.inference.model_completions import completions_by_model
 from llamatune.inference.model_source import OpenedModel, open_model
 from llamatune.inference.prompt_encoding import PromptEncoder, shown_answer
 from llamatune.inference.significance import exact_mcnemar, score_interval
@@ -207,21 +207,20 @@ def _answer(
     should_stop: ShouldStop,
 ) -> Iterator[dict[str, Any]]:
     """The line of each question, in order: greedy, and ended once no further text can change the score."""
-    models = opened.load(on_event, should_stop).by_prefix
+    loaded = opened.load(on_event, should_stop)
     is_enough = AnswerEnds(tokenizer, bool(options.shots)).is_enough
 
     def answered(places: Sequence[int], should_stop: ShouldStop) -> Iterator[dict[str, Any]]:
         asked = [prompts[place] for place in places]
-        replies = [
-            completions(model, asked, options.sampling, eos_ids, options.batch_size, should_stop, is_enough)
-            for model in models.values()
-        ]
-        for place, *of_models in zip(places, *replies, strict=True):
+        replies = completions_by_model(
+            loaded, asked, options.sampling, eos_ids, options.batch_size, should_stop, is_enough
+        )
+        for place, of_models in zip(places, replies, strict=True):
             texts = [
                 (shown_answer(tokenizer, shown[place], prompts[place], reply.ids), reply.finish_reason)
                 for reply in of_models
             ]
-            yield scored_line(questions[place], dict(zip(models, texts, strict=True)))
+            yield scored_line(questions[place], dict(zip(loaded.by_prefix, texts, strict=True)))
 
     places, in_slices = range(len(prompts)), options.placement == "shard"
     yield from share_generating(places, answered, options.batch_size, should_stop, opened.ranks, in_slices)

@@ -21,6 +21,7 @@ from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.quantized_base import QuantizedBase
+from llamatune.command_options.generation import Merge
 from llamatune.command_options.inference import ModelSource, Placement
 from llamatune.data.chat_template import ChatTemplate
 from llamatune.data.segments import Segments
@@ -30,7 +31,9 @@ from llamatune.devices import choose_device, lacks_bf16
 from llamatune.errors import DataError, NumericsError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.formats.manifest import find_manifest
-from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
+from llamatune.inference.merging_in_memory import merge_in_memory
+from llamatune.model.adapters.adapter_switch import AdapterSwitch
+from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors, switch_of
 from llamatune.model.kernels.choice import chosen_kernels
 from llamatune.model.packed_weight import PackedWeight
 from llamatune.model.quantization import QUANTIZATIONS
@@ -52,19 +55,22 @@ class LoadedModels:
     """The model, with its adapter, as ``""``; the base as ``base_`` where the two are compared. Ready to compute.
 
     The keys are the prefixes of result names. The two models share the frozen weights. ``idle``: what a rank that has
-    nothing to compute does while the others compute one forward pass; None: nothing.
+    nothing to compute does while the others compute one forward pass; None: nothing. ``switch``: makes the model with
+    the adapter compute the base too; None: they are not compared, or the base has weights of its own.
     """
 
     by_prefix: dict[str, Transformer]
     idle: Callable[[], None] | None
+    switch: AdapterSwitch | None = None
 
 
 @dataclass(frozen=True)
 class OpenedModel:
     """A model directory and the adapter that belongs to it; make it with ``open_model``.
 
-    ``adapter`` is the weighted sum of ``adapters``. ``dtype`` is what the weights will be held in, None: as they are
-    stored. ``quantized`` names what those of the blocks are quantised to; None: they are not.
+    ``adapter`` is the weighted sum of ``adapters``; ``merge`` says whether it is merged into the weights. ``dtype`` is
+    what the weights will be held in, None: as they are stored. ``quantized`` names what those of the blocks are
+    quantised to; None: they are not.
     """
 
     path: Path
@@ -77,6 +83,7 @@ class OpenedModel:
     ranks: Ranks = ALONE
     quantized: str | None = None
     adapters: tuple[Adapter, ...] = ()
+    merge: Merge = "off"
 
     @property
     def dtype_name(self) -> str:
@@ -103,6 +110,16 @@ class OpenedModel:
     def shares_base(self) -> bool:
         """Whether the base can be computed beside the model with the adapter without further weights."""
         return self.adapter is not None and self._changed is self.checkpoint
+
+    @property
+    def merges(self) -> bool:
+        """Whether the model's weights hold the adapter's update, without a layer beside them.
+
+        With ``auto`` that is on a GPU, which is as slow with many small kernels as with few; a CPU gains too little.
+        """
+        has_own = self.adapter is not None and not self.compare  # weights, which no other model computes with
+        may = has_own and self.quantized is None and self.placement == "device"
+        return may and (self.merge == "on" or (self.merge == "auto" and self.device.type == "cuda"))
 
     @property
     def config(self) -> LlamaConfig:
@@ -179,9 +196,15 @@ class OpenedModel:
         """Read the weights."""
         model, idle = self._load(self._changed, on_event, should_stop)
         models = {"": model if self.adapter is None else _with_adapter(model, self.adapter)}
-        if self.compare and self._changed is not self.checkpoint:
-            model, _ = self._load(self.checkpoint, on_event, should_stop)
-        return LoadedModels({**models, "base_": model} if self.compare else models, idle)
+        if not self.compare:
+            del model  # its weights are freed as they are merged
+            if self.merges:
+                merge_in_memory(models[""], self.merge == "on", self.adapters[0].path, on_event, should_stop)
+            return LoadedModels(models, idle)
+        if self.shares_base:
+            return LoadedModels({**models, "base_": model}, idle, switch_of(models[""]))
+        model, _ = self._load(self.checkpoint, on_event, should_stop)
+        return LoadedModels({**models, "base_": model}, idle)
 
     def _load(
         self, checkpoint: Checkpoint, on_event: OnEvent, should_stop: ShouldStop
@@ -210,8 +233,12 @@ class OpenedModel:
         return model, None if streamed is None else functools.partial(streamed.idle, backward=False)
 
 
-def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ranks = ALONE) -> OpenedModel:
+def open_model(
+    source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ranks = ALONE, merge: Merge = "off"
+) -> OpenedModel:
     """Open a model directory and, if there is one, the adapter. Several ranks must have the same, and one request.
+
+    ``merge``: whether the adapter is merged into the weights when they are loaded.
 
     Raises:
         EnvironmentFault: the device is absent, or torch has no kernels for it; the ranks differ.
@@ -237,7 +264,8 @@ def open_model(source: ModelSource, on_event: OnEvent = ignore_event, ranks: Ran
         on_event(Notice(f"{name} has no bf16 and is slow with it; --dtype float16 is quick"))
     where = device, source.placement, ranks
     summed = weighted_sum(adapters, source.adapter_weights) if adapters else None
-    return OpenedModel(source.model, checkpoint, summed, source.compare, dtype, *where, quantized, tuple(adapters))
+    how = source.compare, dtype, *where, quantized
+    return OpenedModel(source.model, checkpoint, summed, *how, tuple(adapters), merge)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

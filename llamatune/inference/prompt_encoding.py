@@ -10,6 +10,7 @@ from llamatune.data.row_json import Row
 from llamatune.data.segments import Segment, Segments
 from llamatune.data.templates import Template
 from llamatune.errors import DataError
+from llamatune.inference.prepared_prompts import PreparedPrompt
 from llamatune.inference.prompt_files import FilePrompt, Prompt, prompt_text
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.tokenizers.tokenizer import Tokenizer
@@ -34,6 +35,8 @@ class PromptEncoder:
 
         ``DataError`` if the template cannot be filled with it.
         """
+        if isinstance(prompt, PreparedPrompt):
+            return prompt.segments
         if self._chats is None:
             assert not isinstance(self.template, ChatTemplate)
             text, moved = prompt_text(prompt, self.template, number), ""

@@ -18,6 +18,7 @@ from llamatune.data.row_sources import pipes_kept
 from llamatune.data.templates import Template
 from llamatune.errors import DataError, SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.inference.prepared_prompts import PreparedPrompt
 from llamatune.strict_json import parse_json
 
 _LARGEST_TEXT = 256 << 20
@@ -48,8 +49,8 @@ class FilePrompt:
         return {"row": self.row, **answer, **reference}
 
 
-Prompt = str | Mapping[str, str] | Row | FilePrompt
-"""A user's message, a row (its fields by name), or one of these from a file."""
+Prompt = str | Mapping[str, str] | Row | FilePrompt | PreparedPrompt
+"""A user's message, a row (its fields by name), one of these from a file, or what was prepared."""
 
 
 class PromptSource(Protocol):
@@ -99,6 +100,7 @@ def prompt_text(prompt: Prompt, template: Template | None, number: int) -> str:
     where = f"prompt {number}"
     if isinstance(prompt, FilePrompt):
         where, prompt = prompt.where, prompt.asked
+    assert not isinstance(prompt, PreparedPrompt), "it is encoded already"
     if isinstance(prompt, str):
         return prompt if template is None else template.instruction_prompt(prompt)
     row = prompt if isinstance(prompt, Row) else Row(dict(prompt), "")

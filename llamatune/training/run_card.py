@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 
 from llamatune.checkpoints.companion_files import RunCompanions
-from llamatune.checkpoints.model_card import ModelCard, code_block, hub_name
+from llamatune.checkpoints.model_card import ModelCard, hub_name
 from llamatune.data.template_as_jinja import source_of
 from llamatune.events import OnEvent
 from llamatune.formats.manifest import Manifest
+from llamatune.formats.markdown import code_block
 from llamatune.spec import RunSpec
 from llamatune.training.inputs import Inputs
 from llamatune.training.spec_changes import MAY_CHANGE

@@ -15,7 +15,8 @@ from llamatune.checkpoints.adapter import load_adapter
 from llamatune.checkpoints.adapter_sum import load_adapters, weighted_sum
 from llamatune.checkpoints.loading import load_model, open_checkpoint
 from llamatune.checkpoints.merging import merge_lora
-from llamatune.command_options.inference import EvaluateOptions, GenerateOptions, MergeOptions, ModelSource
+from llamatune.command_options.generation import GenerateOptions
+from llamatune.command_options.inference import EvaluateOptions, MergeOptions, ModelSource
 from llamatune.errors import CheckpointError, SpecError
 from llamatune.events import ignore_event, never_stop
 from llamatune.inference.model_source import open_model

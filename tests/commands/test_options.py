@@ -13,7 +13,8 @@ import pytest
 import typer
 
 from llamatune.cli import VERBS, build_app
-from llamatune.command_options.inference import EvaluateOptions, GenerateOptions, ModelSource, Sampling
+from llamatune.command_options.generation import GenerateOptions
+from llamatune.command_options.inference import EvaluateOptions, ModelSource, Sampling
 from llamatune.command_options.option import Option, option_fields
 from llamatune.commands._console import Console
 from llamatune.commands._typer_options import with_options

@@ -38,6 +38,7 @@ WRITES = {
     ("prepare-data", "--output"): "product",
     ("merge-lora", "--output"): "product",
     ("generate", "--output"): "answers",
+    ("generate", "--markdown"): "file",
     ("evaluate", "--per-row"): "file",
     ("evaluate", "--output"): "answers",
     ("benchmark", "--output"): "run",
@@ -106,8 +107,8 @@ def test_every_output_of_every_verb_is_in_the_table() -> None:
                 paths[verb, option.flag] = option
     assert found == WRITES
     assert {flag for _, flag in paths} == {
-        "--tokenizer", "--model", "--adapter", "--probe", "--prompt-file", "--generations", "--data", "--shots-data",
-        "--base", "--tuned", "--spec-path", "--directory",
+        "--tokenizer", "--model", "--adapter", "--probe", "--prompt-file", "--from-data", "--generations", "--data",
+        "--shots-data", "--base", "--tuned", "--spec-path", "--directory",
     }  # fmt: skip
 
 

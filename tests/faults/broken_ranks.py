@@ -121,7 +121,7 @@ def log_rows() -> None:
 
 def log_inference() -> None:
     """Append the size of each batch that this rank scores or completes to the file LOG_ROWS, with its rank."""
-    from llamatune.inference import evaluate, generate, gsm8k
+    from llamatune.inference import evaluate, model_completions
 
     log = Path(os.environ["LOG_ROWS"]).with_suffix(f".{_RANK}")
 
@@ -134,7 +134,7 @@ def log_inference() -> None:
         return both
 
     evaluate.score_batch = logged(evaluate.score_batch)
-    generate.completions, gsm8k.completions = logged(generate.completions), logged(gsm8k.completions)
+    model_completions.completions = logged(model_completions.completions)
 
 
 # Faults of one rank

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llamatune.command_options.inference import GenerateOptions
+from llamatune.command_options.generation import GenerateOptions
 from llamatune.command_options.option import option_fields
 
 ROOT = Path(__file__).parents[2]

@@ -111,13 +111,13 @@ def test_an_output_that_appears_while_it_works_is_left_alone(
 ) -> None:
     from llamatune.inference import generate
 
-    file, completions = tmp_path / "out.jsonl", generate.completions
+    file, completions = tmp_path / "out.jsonl", generate.completions_by_model
 
     def meanwhile(*given: Any) -> Any:
         file.write_text("mine")
         return completions(*given)
 
-    monkeypatch.setattr(generate, "completions", meanwhile)
+    monkeypatch.setattr(generate, "completions_by_model", meanwhile)
     refused = command("generate", "--model", base, "--prompt", "red", *GREEDY, "--output", file)
     assert (refused.code, file.read_text()) == (5, "mine")
     assert list(tmp_path.iterdir()) == [file]

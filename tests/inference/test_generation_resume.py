@@ -134,7 +134,7 @@ def test_a_finished_output_is_read_without_loading_the_model(
     command: Command, words: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = command(*words(*DRAWN), "--json", "--output", tmp_path / "out.jsonl")
-    monkeypatch.setattr(generate, "completions", None)
+    monkeypatch.setattr(generate, "completions_by_model", None)
     again = command(*words(*DRAWN), "--json", "--output", tmp_path / "out.jsonl")
     assert json.loads(again.stdout) == {**json.loads(whole.stdout), "tokens_per_second": 0}
 

@@ -26,8 +26,7 @@ from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.prepare import prepare_data
 from llamatune.data.templates import TEMPLATES
 from llamatune.errors import DataError, EnvironmentFault, LlamatuneError, SpecError, Stopped
-from llamatune.inference import engine
-from llamatune.inference import gsm8k as module
+from llamatune.inference import engine, gsm8k, model_completions
 from llamatune.inference.gsm8k import (
     Question,
     choose_examples,
@@ -291,14 +290,14 @@ def test_few_shot_prompts_are_what_the_model_is_given_and_end_where_the_next_que
 ) -> None:
     shots = write_rows(tmp_path / "shots.jsonl", [*lines(school / "rows.jsonl"), GOOD, {**GOOD, "question": "So?"}])
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(school / "tokenizer.model"))
-    completions, prompts, ends = module.completions, [], []
+    completions, prompts, ends = model_completions.completions, [], []
 
     def watched(model: Any, batch: list[list[int]], *given: Any) -> Any:
         prompts.extend(tokenizer.decode(ids[1:]) for ids in batch)
-        ends.append(given[-1]([], tokenizer.encode("no\n\nQuestion:")))
+        ends.append(given[4]([], tokenizer.encode("no\n\nQuestion:")))
         return completions(model, batch, *given)
 
-    monkeypatch.setattr(module, "completions", watched)
+    monkeypatch.setattr(model_completions, "completions", watched)
     few = evaluation(school, shots=2, shots_data=shots, seed=1, output=tmp_path / "few.jsonl", limit=3, compare=False)
     assert evaluate_gsm8k(few)["shots"] == 2
     examples = json.loads((tmp_path / "few.jsonl.settings.json").read_text())["shots"]
@@ -416,7 +415,7 @@ def test_a_finished_output_is_scored_without_loading_the_model(
     assert len(lines(output)) == 4
     whole = evaluate_gsm8k(evaluation(school, output=output))
     before = output.read_bytes()
-    monkeypatch.setattr(module, "_answer", None)
+    monkeypatch.setattr(gsm8k, "_answer", None)
     assert evaluate_gsm8k(evaluation(school, output=output)) == whole
     assert evaluate_gsm8k(evaluation(school, output=output, limit=4)) == first
     assert output.read_bytes() == before

@@ -126,13 +126,15 @@ def training_step(job: dict[str, Any], done: Any) -> None:
 def generation(job: dict[str, Any], done: Any) -> None:
     """Load the model ``base``, put an adapter on it if ``adapter``, and continue prompts of ``lengths``.
 
-    The job also: ``dtype``, the number of ``tokens``, and fields of ``Sampling`` in ``sampling``.
+    The job also: ``dtype``, the number of ``tokens``, fields of ``Sampling`` in ``sampling``; ``compare``: each
+    prompt is continued without the adapter too; ``merge``: the adapter is merged where it survives rounding.
     """
     from llamatune.command_options.inference import ModelSource, Sampling
     from llamatune.events import ignore_event, never_stop
-    from llamatune.inference.engine import complete
+    from llamatune.inference.engine import completions
+    from llamatune.inference.merging_in_memory import merge_in_memory
     from llamatune.inference.model_source import open_model
-    from llamatune.model.adapters.apply import apply_adapter
+    from llamatune.model.adapters.apply import apply_adapter, switch_of
     from llamatune.shapes.adapter import AdapterSpec
 
     opened = open_model(ModelSource(Path(job["base"]), dtype=job["dtype"], device="cuda"))
@@ -140,10 +142,13 @@ def generation(job: dict[str, Any], done: Any) -> None:
     if job["adapter"]:
         apply_adapter(model, AdapterSpec(4, 8.0, 0.0, ("q_proj", "down_proj")))
         model.eval()
+    if job["merge"]:
+        merge_in_memory(model, False, "the adapter", ignore_event, never_stop)
     done("loading")
     prompts = [[1] * length for length in job["lengths"]]
-    made = complete(model, prompts, Sampling(max_new_tokens=job["tokens"], **job["sampling"]), eos_ids=[2])
-    assert len(made) == len(prompts)
+    sampling, compare = Sampling(max_new_tokens=job["tokens"], **job["sampling"]), job["compare"]
+    switch, rows = switch_of(model) if compare else None, len(prompts) * (1 + compare)
+    assert len(list(completions(model, prompts, sampling, [2], rows, switch=switch))) == rows
     done("generation")
 
 

@@ -20,7 +20,7 @@ LOADING = {
     ("model/adapters/lora.py:LoRALinear.start", TO_DEVICE),
 }
 SAMPLING = {
-    ("inference/sampling.py:next_tokens", TO_HOST): TOKENS,  # the likeliest tokens, or the probabilities to draw from
+    ("inference/sampling.py:next_tokens", TO_HOST): TOKENS,  # the likeliest tokens
     ("inference/engine.py:Engine._read", TO_DEVICE): 1,  # prompts and their ends
     ("inference/engine.py:Engine._next_tokens", TO_DEVICE): TOKENS - 1,  # tokens and their places: nothing is queued
 }
@@ -32,8 +32,9 @@ BEAM_SEARCH = {
 }
 """Where the host waits, and how often: of ``TOKENS`` tokens."""
 
-GREEDY: dict[str, Any] = {}
+GREEDY: dict[str, Any] = {"temperature": 0}
 DRAWN = {"temperature": 0.8, "top_k": 5, "top_p": 0.9}
+DRAWING = {(place.replace(":next_tokens", ":_drawn"), kind): count for (place, kind), count in SAMPLING.items()}
 H100, A100, T4 = (9, 0), (8, 0), (7, 5)
 
 
@@ -61,11 +62,13 @@ def test_a_token_is_read_once(
     adapter: bool,
 ) -> None:
     job = {"dtype": dtype, "sampling": sampling, "lengths": prompts, "tokens": TOKENS, "adapter": adapter}
-    found = gpu.run(kind="generation", capability=capability, base=str(small_base), **job)
+    found = gpu.run(kind="generation", capability=capability, base=str(small_base), compare=False, merge=False, **job)
     assert found["error"] is None
     waits = {part: {(place, kind): count for place, kind, count in found["waits"][part]} for part in found["waits"]}
     assert waits["loading"].keys() <= LOADING
-    assert waits["generation"] == (BEAM_SEARCH if "num_beams" in sampling else SAMPLING)
+    assert waits["generation"] == (
+        BEAM_SEARCH if "num_beams" in sampling else DRAWING if sampling == DRAWN else SAMPLING
+    )
     assert found["kernels"]
     assert not {"cudnn", "math"} & set(found["kernels"])
 
@@ -82,3 +85,26 @@ def test_a_cell_of_the_benchmark_reads_no_more_than_its_batches(
     assert {wait: count for wait, count in waits.items() if wait not in LOADING} == {
         wait: batches * count for wait, count in SAMPLING.items()
     }
+
+
+@pytest.mark.parametrize(("prompts", "sampling"), [([6], GREEDY), ([3, 7, 1], DRAWN)])
+def test_base_and_tuned_model_share_a_pass_and_its_reads(
+    gpu: Gpu, small_base: Path, prompts: list[int], sampling: dict[str, Any]
+) -> None:
+    """Beside them, the switch is copied to the device when it changes: after the prompts, and never among tokens."""
+    job = {"dtype": "bfloat16", "sampling": sampling, "lengths": prompts, "tokens": TOKENS, "adapter": True}
+    found = gpu.run(kind="generation", capability=H100, base=str(small_base), compare=True, merge=False, **job)
+    assert found["error"] is None
+    waits = {(place, kind): count for place, kind, count in found["waits"]["generation"]}
+    of_tokens = DRAWING if sampling == DRAWN else SAMPLING
+    assert waits == {**of_tokens, ("model/adapters/adapter_switch.py:AdapterSwitch.set", TO_DEVICE): 2}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merging_is_done_on_the_device_and_read_once_for_each_layer(gpu: Gpu, small_base: Path, dtype: str) -> None:
+    job = {"dtype": dtype, "sampling": GREEDY, "lengths": [6], "tokens": TOKENS, "adapter": True}
+    found = gpu.run(kind="generation", capability=H100, base=str(small_base), compare=False, merge=True, **job)
+    assert found["error"] is None
+    waits = {(place, kind): count for place, kind, count in found["waits"]["loading"]}
+    merging = {(place, kind): count for (place, kind), count in waits.items() if "merged_layer" in place}
+    assert merging == {("model/adapters/merged_layer.py:merged_layer", TO_HOST): 4}  # two layers of two blocks

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from llamatune.model.adapters.adapter_switch import AdapterSwitch
 from llamatune.model.layers import Dropout, Linear, Trained
 from llamatune.shapes.adapter import AdapterKind
 
@@ -29,6 +30,8 @@ class AdaptedLinear(Linear):
     """Whether products use the tensors as they are cast; a kind that derives others from them keeps those."""
     casts: Trained = ()
     """The tensors in another dtype, while ``window_casts`` keeps them."""
+    switch: AdapterSwitch | None = None
+    """Where the base is computed beside the adapted model; None: nowhere."""
     window: dict[Hashable, Any] | None = None
     """What is derived from the tensors, in a window, where they do not change; None: outside of one."""
 
@@ -75,6 +78,10 @@ class AdaptedLinear(Linear):
         if key not in kept:
             kept[key] = make()
         return kept[key]  # type: ignore[no-any-return]
+
+    def switched(self, adapted: Tensor, base: Tensor) -> Tensor:
+        """``adapted``, but ``base`` where the switch has the adapter off."""
+        return adapted if self.switch is None else self.switch.choose(adapted, base)
 
     def forget(self) -> None:
         """The tensors have changed."""

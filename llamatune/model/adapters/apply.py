@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llamatune.errors import SpecError
 from llamatune.model.adapters.adapted_linear import AdaptedLinear
+from llamatune.model.adapters.adapter_switch import AdapterSwitch
 from llamatune.model.layers import Embedding, Linear, RMSNorm, Trained
 from llamatune.model.transformer import Head, Transformer
 from llamatune.shapes.adapter import ADAPTER_KINDS, WHOLE_MODULES, AdapterSpec
@@ -85,6 +86,15 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             assert isinstance(module.weight, nn.Parameter)
             if module.weight.requires_grad:
                 yield f"{path}.weight", module.weight
+
+
+def switch_of(model: nn.Module) -> AdapterSwitch:
+    """A switch for all adapted layers of a model."""
+    switch = AdapterSwitch()
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.switch = switch
+    return switch
 
 
 def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -65,7 +65,7 @@ class DoRALinear(LoRALinear):
             dropped = dropped.to(self.lora_A.dtype)
         update = F.linear(F.linear(dropped, self.lora_A), self.lora_B)  # (..., R) -> (..., out)
         g = self.lora_magnitude_vector / self._norms(product_dtype(x))
-        return y + ((g - 1) * base + (g * self.scaling) * update).to(y.dtype)
+        return self.switched(y + ((g - 1) * base + (g * self.scaling) * update).to(y.dtype), y)
 
     def gradients(
         self,

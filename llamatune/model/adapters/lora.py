@@ -48,7 +48,7 @@ class LoRALinear(AdaptedLinear):
         if not torch.is_autocast_enabled(x.device.type):
             dropped = dropped.to(self.lora_A.dtype)
         update = F.linear(F.linear(dropped, self.lora_A), self.lora_B)  # (..., R) -> (..., out)
-        return y + (update * self.scaling).to(y.dtype)
+        return self.switched(y + (update * self.scaling).to(y.dtype), y)
 
     def gradients(
         self,
