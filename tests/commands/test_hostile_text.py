@@ -172,6 +172,7 @@ def redigest(directory: Path, name: str) -> None:
     if name != MANIFEST and path.exists():
         content, manifest = (directory / name).read_bytes(), json.loads(path.read_text())
         manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest.pop("sha256", None)
         path.write_text(json.dumps(manifest))
 
 

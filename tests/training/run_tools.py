@@ -89,6 +89,7 @@ def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], None], name: st
     values, facts = json.loads(file.read_text()), json.loads(manifest.read_text())
     change(values)
     file.write_text(json.dumps(values))
+    facts.pop("sha256", None)  # of the manifest itself
     facts["files"][name] = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     manifest.write_text(json.dumps(facts))
 
