@@ -118,7 +118,7 @@ def _silence_closed_streams() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _exit_code(words: list[str], stopped_before: ShouldStop) -> int:
+def _exit_code(words: list[str], stopped_before: ShouldStop = never_stop) -> int:
     verb = next((word for word in words if not word.startswith("-")), "")
     is_continued = verb in _CONTINUED and all(any(word.startswith(of) for word in words) for of in _CONTINUED[verb])
     writes = verb in _WRITERS or is_continued

@@ -95,8 +95,8 @@ PATHS = [
     for parameter in command.params
     if parameter.name
     in ("adapter", "base", "data", "directory", "generations", "model", "output", "per_row", "plot", "png", "probe",
-        "from_data", "markdown", "prompt_file", "rows", "runs", "shots_data", "spec_path", "specs", "tokenizer", "tuned",
-        "validation")
+        "from_data", "markdown", "prompt_file", "rows", "runs", "shots_data", "spec_path", "specs", "tokenizer",
+        "tuned", "validation")
     and (verb, parameter.name) not in (("benchmark", "rows"), ("generate", "rows"))  # which are numbers
 ]  # fmt: skip
 
