@@ -163,7 +163,7 @@ def generate(
                 has_lookup = lookup != "off" and not in_slices  # whose ranks make the same passes, whatever the time
                 for of_models in completions_by_model(
                     loaded, part, sampling, eos_ids, ROWS_AT_ONCE, should_stop, is_enough,
-                    lambda: PromptLookup(lookup == "on") if has_lookup else None,
+                    lambda: PromptLookup(lookup == "on") if has_lookup else None, on_event,
                 ):  # fmt: skip
                     yield list(map(astuple, of_models))
 

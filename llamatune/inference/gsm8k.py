@@ -213,7 +213,7 @@ def _answer(
     def answered(places: Sequence[int], should_stop: ShouldStop) -> Iterator[dict[str, Any]]:
         asked = [prompts[place] for place in places]
         replies = completions_by_model(
-            loaded, asked, options.sampling, eos_ids, options.batch_size, should_stop, is_enough
+            loaded, asked, options.sampling, eos_ids, options.batch_size, should_stop, is_enough, on_event=on_event
         )
         for place, of_models in zip(places, replies, strict=True):
             texts = [

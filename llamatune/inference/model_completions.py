@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from llamatune.command_options.inference import Sampling
-from llamatune.events import ShouldStop, never_stop
+from llamatune.devices import free_memory_bytes
+from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.completion import Completion
 from llamatune.inference.engine import IsEnough, completions
 from llamatune.inference.model_source import LoadedModels
@@ -21,12 +22,21 @@ def completions_by_model(
     should_stop: ShouldStop = never_stop,
     is_enough: IsEnough | None = None,
     make_lookup: Callable[[], PromptLookup | None] = lambda: None,
+    on_event: OnEvent = ignore_event,
 ) -> Iterator[tuple[Completion, ...]]:
     """As ``engine.completions``, of each model in the order of ``loaded.by_prefix``; ``rows`` of each at a time.
 
-    Base and tuned model that share their weights share passes. With beams, each has its own.
+    There are fewer, with a notice, where keys and values of so many would not fit into free memory. Base and tuned
+    model that share their weights share passes. With beams, each has its own.
     """
     models = list(loaded.by_prefix.values())
+    if loaded.idle is None and sampling.num_beams == 1 and prompts:  # else all ranks make the same passes
+        fitting = _rows_that_fit(loaded, prompts, sampling, rows)
+        if fitting < rows:
+            on_event(
+                Notice(f"{fitting} completions at once, since keys and values of {rows} would not fit into memory")
+            )
+            rows = fitting
     if loaded.switch is None or sampling.num_beams > 1:
         of_models = [
             completions(model, prompts, sampling, eos_ids, rows, should_stop, is_enough, make_lookup())
@@ -41,3 +51,12 @@ def completions_by_model(
         yield from zip(made, made, strict=True)
     finally:
         loaded.switch.reset()  # the tuned model is computed alone again
+
+
+def _rows_that_fit(loaded: LoadedModels, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: int) -> int:
+    """At most ``rows``, whose keys and values at their longest take four fifths of the free memory; at least one."""
+    (model, *_), count = loaded.by_prefix.values(), len(loaded.by_prefix)
+    config, element_bytes = model.config, model.product_dtype.itemsize
+    tokens = max(map(len, prompts)) + sampling.max_new_tokens
+    of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element_bytes
+    return max(1, min(rows, int(0.8 * free_memory_bytes(model.device)) // (count * tokens * of_a_token)))

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from llamatune.command_options.inference import ModelSource, Sampling
-from llamatune.events import ignore_event, never_stop
-from llamatune.inference import engine
+from llamatune.events import Event, ignore_event, never_stop
+from llamatune.inference import engine, model_completions
 from llamatune.inference.engine import completions
 from llamatune.inference.model_completions import completions_by_model
 from llamatune.inference.model_source import LoadedModels, open_model
@@ -149,3 +149,25 @@ def test_quantised_weights_are_shared_too(
     assert torch.equal(mixed[0], both[""][0])
     assert torch.equal(mixed[1], both["base_"][1])
     assert not torch.equal(both[""], both["base_"])
+
+
+def test_there_are_as_many_rows_as_keys_and_values_fit_into_free_memory(
+    tiny_base: Callable[..., Path], peft_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base()
+    models, config = loaded(base, peft_adapter(base)), open_model(ModelSource(base)).config
+    tokens = max(map(len, PROMPTS)) + 20
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * tokens
+    expected, told, made = pairs(models, HOW["greedy"], 16), list[Event](), list[int]()
+    begin = engine.Engine.__init__
+
+    def noted(self: engine.Engine, model: Transformer, eos: set[int], rows: int, *more: Any) -> None:
+        made.append(rows)
+        begin(self, model, eos, rows, *more)
+
+    monkeypatch.setattr(engine.Engine, "__init__", noted)
+    for free, rows in ((10 * row, 4), (0, 1), (1 << 40, 16)):
+        monkeypatch.setattr(model_completions, "free_memory_bytes", lambda device, free=free: free)
+        assert pairs(models, HOW["greedy"], 16, on_event=told.append) == expected
+        assert made.pop() == min(2 * rows, 2 * len(PROMPTS))
+    assert [event.message.partition(" completions")[0] for event in told] == ["4", "1"]
