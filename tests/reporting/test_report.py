@@ -319,7 +319,7 @@ HOSTILE = "</td></pre><script>alert(1)</script><img src=x onerror=alert(2)>&amp;
 
 def hostile_runs(folder: Path) -> list[Path]:
     """Two runs and a file of generations with markup wherever text can stand."""
-    values = {"model__path": HOSTILE.replace("/", "|"), "data__train": "<svg onload=alert(3)>\0"}
+    values = {"model__path": HOSTILE.replace("/", "|"), "data__train": "<svg onload=alert(3)>\x1b"}
     norms = [{"event": "layer_grad_norms", "step": 1, "norms": {"</text><script>": 1.0, "$\\frac": 2.0}}]
     one = write_run(folder / "<script>alert(4)<|script>", falling(30), extra={1: norms}, **values)
     two = write_run(

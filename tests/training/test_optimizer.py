@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llamatune.errors import CheckpointError
+from llamatune.formats.state_json import Scaler
 from llamatune.training.optimizers.adamw_8bit import AdamW8bit
 from llamatune.training.optimizers.optimizer import SGD, AdamW, Optimizer
 from llamatune.training.precision import LossScaler
@@ -150,7 +151,7 @@ def test_the_loss_scale_is_torchs_after_every_update_and_overflow() -> None:
         optimizer.zero_grad()
         assert scaler.state() == judge.state_dict()
         again = LossScaler(True)
-        again.restore(judge.state_dict())
+        again.restore(Scaler.model_validate(judge.state_dict()))
         assert again.state() == scaler.state()
     assert LossScaler(True).state() == torch.amp.GradScaler("cpu").state_dict()
 
