@@ -33,7 +33,7 @@ os.environ |= {
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
-from fuzz_child import Outcome, Workplace, measured  # noqa: E402
+from fuzz_child import Outcome, Workplace, measured, without_pictures  # noqa: E402
 from fuzzed_files import Fuzzed, Verb, fuzzed_files  # noqa: E402
 from materials import build_materials  # noqa: E402
 from mutations import mutation  # noqa: E402
@@ -42,6 +42,8 @@ import llamatune  # noqa: E402
 
 LONGEST_VERB_S = 20.0
 _BATCH = 20
+_DRAWN_ONE_IN = 8
+"""Mutations for one of which charts are drawn into pictures."""
 _SHOWN = 3
 """Cases of one kind of fault that are told of."""
 
@@ -134,6 +136,7 @@ class Fuzzer:
         from llamatune.benchmarking import run_benchmark
 
         run_benchmark.run_cell = measured(self._cell)
+        draw = without_pictures()
         try:
             workplace = Workplace(self._materials, place, tuple(sorted(os.listdir(self._materials))))
             for case in cases:
@@ -141,6 +144,7 @@ class Fuzzer:
                 sound = file.sound or (self._materials / file.path).read_bytes()
                 made = mutation(file.path, file.kind, sound, case.number, self._options.seed)
                 workplace.damage(file, made)
+                draw(case.number % _DRAWN_ONE_IN == 0)
                 if self._options.keep and len(cases) == 1:
                     shutil.copytree(Path.cwd(), self._options.keep, symlinks=True, dirs_exist_ok=True)
                 for number in case.verbs:
