@@ -1,6 +1,6 @@
 """Fuzzer of every file that a verb reads: ``python tests/fuzz/fuzz.py``, or ``make test-fuzz``.
 
-Each mutation of each file is read by every verb of ``fuzzed_files.py``, in processes that are forked from this one,
+Mutations of a file are read by its verbs of ``fuzzed_files.py`` in turn, in processes that are forked from this one,
 which has imported everything. Mutations are numbered, and are functions of the seed: ``--only FILE --number N`` repeats
 one. A fault is tried again by itself in a new process before it counts. The exit code is 1 if there are any.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import pkgutil
@@ -34,7 +35,7 @@ sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
 from fuzz_child import Outcome, Workplace, measured, without_pictures  # noqa: E402
-from fuzzed_files import Fuzzed, Verb, fuzzed_files  # noqa: E402
+from fuzzed_files import Fuzzed, fuzzed_files  # noqa: E402
 from materials import build_materials  # noqa: E402
 from mutations import mutation  # noqa: E402
 
@@ -100,7 +101,7 @@ class Fuzzer:
                 if self._proofs:
                     self._start([self._proofs.popleft()], proves=True)
                     continue
-                batch = [] if time.monotonic() > self._ends else [case for _, case in zip(range(_BATCH), cases)]
+                batch = [] if time.monotonic() > self._ends else list(itertools.islice(cases, _BATCH))
                 if exhausted := not batch:
                     break
                 self._start(batch, proves=False)
@@ -218,10 +219,14 @@ class Fuzzer:
             self.unproved[kind] -= 1
             if len(found.examples) < _SHOWN:
                 found.examples.append((case, verb, seen))
+            if found.count == 1:
+                sys.stderr.write(f"{kind}: {self._files[case.file].path}, mutation {case.number}: {seen}\n")
 
     def table(self) -> Iterator[str]:
         """Files, verbs, mutations and exit codes."""
         for number, file in enumerate(self._files):
+            if not self.mutations[number]:
+                continue
             for name in dict.fromkeys(verb.name for verb in file.verbs):
                 codes = self.codes.get((number, name), Counter())
                 shown = "  ".join(f"{code}: {count:,}" for code, count in sorted(codes.items()))
@@ -265,7 +270,7 @@ def _cases(options: argparse.Namespace, files: Sequence[Fuzzed]) -> Iterator[Cas
             verbs: tuple[int, ...] = tuple(range(len(files[file].verbs)))
             if options.verb is not None:
                 verbs = (options.verb,)
-            elif options.in_turn:
+            elif not options.every_verb:
                 verbs = (number % len(verbs),)
             yield Case(file, number, verbs)
 
@@ -280,7 +285,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", action="append", help="a file, or a pattern of files")
     parser.add_argument("--number", type=int, action="append", help="this mutation alone")
     parser.add_argument("--verb", type=int, help="this verb of the file's alone, by number")
-    parser.add_argument("--in-turn", action="store_true", help="each mutation is read by one of the verbs, in turn")
+    parser.add_argument("--every-verb", action="store_true", help="that reads a file reads each mutation, not in turn")
     parser.add_argument("--materials", type=Path, help="where sound files are, or are made and stay")
     parser.add_argument("--keep", type=Path, help="with --number: a copy of the damaged directory")
     options = parser.parse_args()

@@ -81,6 +81,7 @@ class Workplace:
         _remove(path)
         mutation.put.write(path)
         os.chdir(self._place)
+        self._linked = os.path.realpath(path) if path.is_symlink() else ""
         product = next((parent for parent in path.parents if (parent / "llamatune.json").is_file()), None)
         if mutation.redigested and mutation.put.content is not None and product and path.name != "llamatune.json":
             redigest(product, path.relative_to(product).as_posix(), mutation.put.content)
@@ -159,9 +160,10 @@ class Workplace:
             if not self._may_name_files:
                 self._seen.append(("written outside", ascii(path)))
             raise PermissionError(13, "Permission denied", path)
-        if Path(place).name == Path(BAIT).name or not (inside or _is_below(place, _READABLE)):
-            if not self._may_name_files and place != os.devnull:
-                self._seen.append(("opened outside", ascii(path)))
+        is_bait = Path(place).name == Path(BAIT).name
+        known = inside or _is_below(place, _READABLE) or place == self._linked  # links are legal
+        if not self._may_name_files and (is_bait or not known):
+            self._seen.append(("opened outside", ascii(path)))
 
 
 _CHANGING = {"os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "os.truncate": 1, "os.chmod": 1}
@@ -210,9 +212,9 @@ def _streams(stdin: bytes) -> Iterator[list[bytes]]:
     for number, descriptor in enumerate(made):
         os.dup2(descriptor, number)
     objects = sys.stdin, sys.stdout, sys.stderr
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
     try:
         yield said
     finally:

@@ -127,12 +127,12 @@ _PREPARED = (
 _REPORT = "report {} --output out.html"
 _BENCHMARK = _verb("benchmark run.yaml --grid training.micro_batch_size=1,2 --steps 2 --output bench", "bench")
 _GSM8K = _verb(
-    f"evaluate --model hf --adapter run/adapter --task gsm8k --data rows/gsm8k.jsonl --max-new-tokens 2 --device cpu "
-    f"--output answers.jsonl", "answers.jsonl answers.jsonl.settings.json",
+    "evaluate --model hf --adapter run/adapter --task gsm8k --data rows/gsm8k.jsonl --max-new-tokens 2 --device cpu "
+    "--output answers.jsonl", "answers.jsonl answers.jsonl.settings.json",
 )  # fmt: skip
 _COMPLETE = _verb(
     f"generate --model hf --adapter run/adapter {_GREEDY} --prompt-file rows/prompts.txt --output completions.jsonl "
-    f"--compare", "completions.jsonl completions.jsonl.settings.json",
+    "--compare", "completions.jsonl completions.jsonl.settings.json",
 )  # fmt: skip
 
 

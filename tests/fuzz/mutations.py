@@ -32,8 +32,10 @@ _RAW = {
 """What ``json.dumps`` cannot write: placeholders, and the tokens that stand for them in the file."""
 _NUMBERS = (0, -1, 1, 2, 3, 7, 255, 1 << 31, (1 << 53) - 1, 1 << 53, 1 << 63, 1 << 64, -(1 << 63), 10**30, 10**400)
 _FRACTIONS = (0.5, -0.0, 1e-320, 1e308, -1e308, 1.0, 3.0, 1e100, -2.5)
-_TEXTS = ("", "a", "NaN", "1", "true", "..", "/", BAIT, "../../etc/passwd", "/dev/zero", "x" * 70_000, "é" * 300,
-          "float16", "q_proj", "F32", "llama", "auto", "(a+)+$", "model.safetensors", "con\\x", "~", "$HOME")  # fmt: skip
+_TEXTS = (
+    "", "a", "NaN", "1", "true", "..", "/", BAIT, "../../etc/passwd", "/dev/zero", "x" * 70_000, "é" * 300, "float16",
+    "q_proj", "F32", "llama", "auto", "(a+)+$", "model.safetensors", "con\\x", "~", "$HOME",
+)  # fmt: skip
 
 
 class Put:
@@ -44,13 +46,22 @@ class Put:
 
 
 def put_bytes(told: str, content: bytes) -> Put:
-    return Put(told, lambda path: path.write_bytes(content) and None, content)
+
+    def write(path: Path) -> None:
+        path.write_bytes(content)
+
+    return Put(told, write, content)
 
 
 def _socket(path: Path) -> None:
     os.chdir(path.parent)  # the name of a socket is short
     with socket.socket(socket.AF_UNIX) as made:
         made.bind(path.name)
+
+
+def _full_directory(path: Path) -> None:
+    path.mkdir()
+    (path / "x").write_text("x")
 
 
 def _link(target: str) -> Callable[[Path], None]:
@@ -61,7 +72,7 @@ SPECIAL: dict[str, Callable[[Path], None]] = {
     "a FIFO": os.mkfifo,
     "a socket": _socket,
     "a directory": lambda path: path.mkdir(),
-    "a directory with a file": lambda path: (path.mkdir(), (path / "x").write_text("x")) and None,
+    "a directory with a file": _full_directory,
     "a link to itself": _link("itself"),
     "a link to nothing": _link("nowhere"),
     "a link to /dev/zero": _link("/dev/zero"),
@@ -203,7 +214,9 @@ def mutate_bytes(content: bytes, chance: random.Random) -> Put:
         elif change == 7:
             data[at : at + size], data[:size] = data[:size], data[at : at + size]
         else:
-            data[at:at] = chance.choice((b"\0", b"\x1b[2J", b"\xff", "\u202e".encode(), b"\xe2\x80\xa8", b"\r", b"[/b]"))
+            data[at:at] = chance.choice(
+                (b"\0", b"\x1b[2J", b"\xff", "\u202e".encode(), b"\xe2\x80\xa8", b"\r", b"[/b]")
+            )
     return put_bytes(", ".join(told) or "nothing", bytes(data))
 
 
@@ -217,7 +230,9 @@ def mutate_text(content: bytes, chance: random.Random) -> Put:
             extra = chance.choice(CONTROLS) * chance.choice((1, 1, 40))
             return put_bytes(f"{_short(extra)} at {at}", (text[:at] + extra + text[at:]).encode("utf-8", "replace"))
         case 1:
-            extra = chance.choice((*MARKUP, "9" * 5000, "[" * 30_000, '"', "'", "{", "}", ":", "#", "&a *a", "!!x", "- "))
+            extra = chance.choice(
+                (*MARKUP, "9" * 5000, "[" * 30_000, '"', "'", "{", "}", ":", "#", "&a *a", "!!x", "- ")
+            )
             return put_bytes(f"{_short(extra)} at {at}", (text[:at] + extra + text[at:]).encode("utf-8", "replace"))
         case 2:
             del lines[line]
@@ -322,7 +337,9 @@ def _change_tensor(tensors: dict[str, list[Any]], chance: random.Random) -> str:
             tensors[name][1:] = [[rows, *shape[1:]], (data * (size // max(1, len(data)) + 1))[:size]]
             return f"{name} of {rows} rows"
         case 5:
-            other = chance.choice([kind for kind, size in _DTYPES.items() if size == width and kind != dtype] or ["F32"])
+            other = chance.choice(
+                [kind for kind, size in _DTYPES.items() if size == width and kind != dtype] or ["F32"]
+            )
             tensors[name][0] = other
             return f"{name} as {other}"
         case 6:
@@ -368,7 +385,9 @@ def mutate_archive(content: bytes, chance: random.Random) -> Put:
             tensors = chance.choice(([tensors], {"model": tensors}, {"state_dict": tensors, "epoch": 3}, None, tensor))
         case _:
             tensor = tensor.clone()
-            tensor.view(-1)[chance.randrange(max(1, tensor.numel()))] = chance.choice((float("nan"), float("inf"), 1e38))
+            tensor.view(-1)[chance.randrange(max(1, tensor.numel()))] = chance.choice(
+                (float("nan"), float("inf"), 1e38)
+            )
             tensors[name] = tensor
     out = io.BytesIO()
     torch.save(tensors, out)
