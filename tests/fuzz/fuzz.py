@@ -42,6 +42,7 @@ from mutations import mutation  # noqa: E402
 import llamatune  # noqa: E402
 
 LONGEST_VERB_S = 20.0
+"""On a machine that is free; where more processes want to run than there are cores, as many times longer."""
 _BATCH = 20
 _DRAWN_ONE_IN = 8
 """Mutations for one of which charts are drawn into pictures."""
@@ -92,6 +93,7 @@ class Fuzzer:
         self._proofs: deque[Case] = deque()
         self._running: dict[int, Batch] = {}
         self._cell = json.loads(next((materials / "bench" / "cells").iterdir()).read_bytes())
+        del self._cell["values"]
         self._ends = time.monotonic() + options.seconds
 
     def run(self, cases: Iterator[Case]) -> None:
@@ -110,8 +112,9 @@ class Fuzzer:
             ready, _, _ = select.select(list(self._running), [], [], 1.0)
             for pipe in ready:
                 self._read(self._running[pipe])
+            longest_s = LONGEST_VERB_S * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
             for batch in list(self._running.values()):
-                if time.monotonic() - batch.since > LONGEST_VERB_S:
+                if time.monotonic() - batch.since > longest_s:
                     os.kill(batch.pid, signal.SIGKILL)
                     self._read(batch, killed=True)
 
@@ -335,7 +338,7 @@ def main() -> int:
         f"\n{sum(fuzzer.mutations.values()):,} mutations of {len(fuzzer.mutations)} files, {runs:,} runs of verbs, "
         f"{len(kinds)} kinds of faults, {time.monotonic() - began:.0f} s, seed {options.seed}\n"
     )
-    return 1 if kinds or any(count > 0 for count in fuzzer.unproved.values()) else 0
+    return 1 if kinds else 0
 
 
 @contextlib.contextmanager

@@ -64,8 +64,6 @@ class Workplace:
         self._may_name_files = False
         self._kept = directory / "kept"
         tempfile.tempdir = str(self._place)
-        vast = _address_space() + _LARGEST_GROWTH
-        resource.setrlimit(resource.RLIMIT_AS, (vast, vast))
         resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_FILE, _LARGEST_FILE))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         sys.addaudithook(self._audit)
@@ -119,6 +117,8 @@ class Workplace:
         return Outcome(outcome.code, faults)
 
     def _call(self, words: list[str]) -> Outcome:
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (_address_space() + _LARGEST_GROWTH, most))
         self._watching = True
         try:
             main(words)
