@@ -46,7 +46,7 @@ def read_pieces(model: bytes) -> PieceModel:
 
     ``ValueError``: fields that the library passes over, or takes otherwise, are broken.
     """
-    pieces, trainer, normalizer = [], dict[int, bytes | int](), dict[int, bytes | int]()
+    pieces, trainer, normalizer = list[Piece](), dict[int, bytes | int](), dict[int, bytes | int]()
     for field, value in _fields(model):
         if isinstance(value, int):
             continue

@@ -35,7 +35,7 @@ sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
 from fuzz_child import Outcome, Workplace, measured, without_pictures  # noqa: E402
-from fuzzed_files import Fuzzed, fuzzed_files  # noqa: E402
+from fuzzed_files import NOT_READ, TWINS, Fuzzed, fuzzed_files  # noqa: E402
 from materials import build_materials  # noqa: E402
 from mutations import mutation  # noqa: E402
 
@@ -325,6 +325,9 @@ def main() -> int:
         os.chdir(materials)
         _import_everything()
         files = fuzzed_files()
+        tried = NOT_READ | TWINS | {Path(file.path).name for file in files}
+        untried = {path.name for path in Path().rglob("*") if path.is_file() and path.parent.name != "cells"} - tried
+        assert not untried, f"nothing damages {', '.join(sorted(untried))}: tell fuzzed_files.py of them"
         os.chdir("/")
         fuzzer = Fuzzer(options, files, materials, scratch)
         fuzzer.run(_cases(options, files))

@@ -1,7 +1,4 @@
-"""Which files are damaged, how, and every verb that reads them.
-
-Paths are those of ``materials.py``. A file that a verb reads and that is not here is not tried.
-"""
+"""Which files are damaged, how, and every verb that reads them. Paths are those of ``materials.py``."""
 
 from __future__ import annotations
 
@@ -54,6 +51,18 @@ def _train(spec: str, more: str = "", output: str = "out") -> Verb:
 def _verify(path: str) -> Verb:
     return _verb(f"verify {path}")
 
+
+NOT_READ = frozenset(
+    {"README.md", "benchmark.csv", "benchmark.json", "benchmark.md", "benchmark.png", "benchmark.svg", "pieces.vocab",
+     "dataset_info.json"}
+)  # fmt: skip
+"""Files that no verb reads: they are for people, and for other programs."""
+
+TWINS = frozenset(
+    {"consolidated.01.pth", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "full.yaml",
+     "nf4.yaml", "pieces.model"}
+)  # fmt: skip
+"""Files of which another one of the same kind, with the same readers, is damaged."""
 
 _GREEDY = "--temperature 0 --max-new-tokens 2 --device cpu"
 
@@ -199,6 +208,7 @@ def _run(run: str, spec: str) -> list[Fuzzed]:
 def _products() -> list[Fuzzed]:
     adapter = (*_adapter_readers("run/adapter"), *_run_readers("run", "run"))
     probe = _verb("merge-lora --model hf --adapter run/adapter --output out --probe run --device cpu")
+    answers = _verb("report run --prompt llama --max-new-tokens 1 --device cpu --output out.html", "out.html")
     merged = (*_config_readers("merged"), *_weights_readers("merged"), *_tokenizer_readers("merged")[:3])
     full = (*_weights_readers("full/model"), *_run_readers("full", "full"))
     cache = (_train("nf4"), _verify("cache"))
@@ -209,9 +219,10 @@ def _products() -> list[Fuzzed]:
         Fuzzed("prepared/train.safetensors", "safetensors", _PREPARED),
         Fuzzed("prepared/validation.safetensors", "safetensors", _PREPARED),
         Fuzzed("chats/llamatune.json", "json", chats),
-        Fuzzed("run/adapter/llamatune.json", "json", (*adapter, probe)),
+        Fuzzed("run/adapter/llamatune.json", "json", (*adapter, probe, answers)),
         Fuzzed("run/adapter/adapter_config.json", "json", adapter),
-        Fuzzed("run/adapter/adapter_model.safetensors", "safetensors", adapter),
+        Fuzzed("run/adapter/adapter_model.safetensors", "safetensors", (*adapter, answers)),
+        Fuzzed("run/adapter/tokenizer_config.json", "json", (*adapter, answers)),
         Fuzzed("merged/llamatune.json", "json", merged),
         Fuzzed("full/model/llamatune.json", "json", full),
         Fuzzed("full/model/model.safetensors", "safetensors", full),
