@@ -20,9 +20,15 @@ from __future__ import annotations
 _LONGEST_MESSAGE = 2000
 
 
-def printable(text: str) -> str:
-    """``text`` on one line, control characters escaped: messages quote rows and file names from elsewhere."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, keeps: str = "") -> str:
+    """``text`` as a terminal or a page may show it: quoted rows, names and paths come from elsewhere.
+
+    Escaped is what is not printable: controls (C0, C1, DEL), bidirectional and other formats, line and paragraph
+    separators, surrogates. Without ``keeps``, the characters that stay nevertheless, the text is one line.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keeps else c.encode("unicode_escape").decode() for c in text)
 
 
 class LlamatuneError(Exception):

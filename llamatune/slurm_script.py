@@ -95,6 +95,6 @@ def _refuse_other_device(path: Path, device: str, gpus: int) -> None:
 def _quoted(path: Path) -> str:
     """The path as one word of the shell that llamatune does not take for an option."""
     text = str(path)
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+    if any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text):
         raise SpecError("the path has control characters, or is not UTF-8", text, "rename the spec")
     return shlex.quote(f"./{text}" if text.startswith("-") else text)

@@ -123,6 +123,14 @@ class JsonFields:
             raise CheckpointError(fault.what, self.path, fault.todo) from None
 
 
+def json_line(value: Any) -> str:
+    """One line of JSON, for stdout and files that are shown on a terminal: what is not printable is escaped."""
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if not line.isprintable():  # within strings alone
+        line = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+    return line + "\n"
+
+
 def dump_json(value: Any) -> bytes:
     """Indented JSON with a final newline."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -135,5 +143,5 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def dump_json_lines(values: Iterable[Any]) -> bytes:
-    """One JSON value a line."""
-    return "".join(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values).encode()
+    """One JSON value a line, as ``json_line``."""
+    return "".join(map(json_line, values)).encode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 from llamatune.stop_signals import stop_signals
+from llamatune.strict_json import json_line
 
 if TYPE_CHECKING:
     import rich.console
@@ -85,7 +85,7 @@ class Console:
             return
         with contextlib.suppress(BrokenPipeError):  # the reader closed the pipe
             if self._json_mode:
-                sys.stdout.write(json.dumps(payload, ensure_ascii=False, allow_nan=False) + "\n")
+                sys.stdout.write(json_line(payload))
             else:
                 from llamatune.commands._progress_bars import open_console
 

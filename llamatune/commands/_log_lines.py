@@ -22,13 +22,13 @@ class KeyValueLines:
     def draw(self, event: events.Event) -> None:
         line = self._line(event)
         if line:
-            sys.stderr.write(line + "\n")
+            sys.stderr.write(printable(line) + "\n")
             sys.stderr.flush()
 
     def _line(self, event: events.Event) -> str | None:
         match event:
             case events.Notice():
-                return f"{event.kind}: {printable(event.message)}"
+                return f"{event.kind}: {event.message}"
             case events.Progress():
                 now = time.monotonic()
                 if now - self._last_progress < _PROGRESS_INTERVAL_S:
@@ -58,7 +58,7 @@ class KeyValueLines:
                 shown = f"perplexity={perplexity_text(event.perplexity, 4)} seconds={event.seconds:.1f}"
                 return f"eval {_fields(event, 'step loss:.4f')} {shown}{best}{place}"
             case events.CheckpointSaved():
-                return f"saved step={event.step} path={printable(event.path)} seconds={event.seconds:.2f}"
+                return f"saved step={event.step} path={event.path} seconds={event.seconds:.2f}"
             case events.EpochDone():
                 losses = {"train": (event.train_loss, event.train_perplexity)}
                 if event.validation_loss is not None and event.validation_perplexity is not None:

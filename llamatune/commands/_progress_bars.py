@@ -6,16 +6,17 @@ import itertools
 import math
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
-from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -26,9 +27,26 @@ from llamatune.units import duration, epoch_text, gibibytes, perplexity, perplex
 _REDRAWN_EVERY_S = 0.5
 _LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
 _MOST_POINTS = 512
+_KEPT = "\n\t"
 
 
 class _Console(Console):
+    """Texts are shown as they are: no markup, and what is not printable, but line breaks and tabs, is escaped."""
+
+    def __init__(self, file: IO[str]) -> None:
+        width = None if file.isatty() else 120
+        super().__init__(file=file, width=width, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Strings are escaped before their width is measured."""
+        return super().render_str(printable(text, _KEPT), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Texts that come in another way, as ``Text``, are escaped at last."""
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control or text.isprintable() else Segment(printable(text, _KEPT), style)
+
     def on_broken_pipe(self) -> None:
         """Rich would exit; here the caller decides what a closed pipe means."""
         raise BrokenPipeError
@@ -47,7 +65,7 @@ def speaks_utf8() -> bool:
 
 def open_console(file: IO[str]) -> Console:
     """A rich console on ``file``: as wide as the terminal, 120 columns elsewhere."""
-    return _Console(file=file, width=None if file.isatty() else 120, highlight=False, soft_wrap=True)
+    return _Console(file)
 
 
 class ProgressBars:
@@ -58,8 +76,13 @@ class ProgressBars:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        counts = (BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[speed]}"))
-        self._bars = Bars(TextColumn("{task.description}"), *counts, console=console)
+        counts = (
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[speed]}", markup=False),
+        )
+        self._bars = Bars(TextColumn("{task.description}", markup=False), *counts, console=console)
         self._tasks: dict[str, TaskID] = {}
         self._panel: TrainingPanel | None = None
         self._drawn = 0.0
@@ -93,22 +116,24 @@ class ProgressBars:
         if event.total is not None and event.done >= event.total:
             self._bars.remove_task(self._tasks.pop(event.task))
 
-    def _line(self, event: events.Event) -> str | None:
+    def _line(self, event: events.Event) -> str | Text | None:
         """The line that stays above the bars and the panel."""
         match event:
             case events.Notice():
                 style = "yellow" if event.kind == "warning" else "dim"
-                return f"[{style}]{event.kind}:[/] {escape(printable(event.message))}"
+                return Text.assemble((f"{event.kind}:", style), f" {printable(event.message)}")
             case events.RunStarted():
                 parameters = f"{event.trainable_parameters:,} of {event.total_parameters:,} parameters"
                 resumed = f", continuing after step {event.resumed_step}" if event.resumed_step else ""
                 return f"training {parameters} on {event.device}, {event.train_rows:,} rows{resumed}"
             case events.StepSkipped():
-                return f"[yellow]overflow:[/] window {event.window}, loss scale {event.loss_scale:g}"
+                return Text.assemble(
+                    ("overflow:", "yellow"), f" window {event.window}, loss scale {event.loss_scale:g}"
+                )
             case events.EvalDone():
-                best = "  [green]best so far[/]" if event.best else ""
+                best = ("  best so far" if event.best else "", "green")
                 when = f"step {event.step}" if event.step else f"before training ({duration(event.seconds)})"
-                return f"{when}: validation loss {_losses(event.loss, event.perplexity)}{best}"
+                return Text.assemble(f"{when}: validation loss {_losses(event.loss, event.perplexity)}", best)
             case events.EpochDone():
                 epoch, losses = min(event.epoch, event.num_epochs), _losses(event.train_loss, event.train_perplexity)
                 return f"epoch {epoch} of {event.num_epochs}: train loss {losses}"
@@ -186,7 +211,7 @@ class TrainingPanel:
         rows = Table.grid(Column(style="dim", no_wrap=True), Column(ratio=1), padding=(0, 2), expand=True)
         for label, content in self._rows():
             rows.add_row(label, content)
-        title = f"training on {self._started.device}"
+        title = Text(printable(f"training on {self._started.device}"))
         panel = Panel(Group(self._progress(), rows), title=title, title_align="left", border_style="dim")
         # The console leaves lines alone that do not fit; inside the frame they are wrapped.
         yield from console.render(panel, options.update(no_wrap=False, overflow="fold"))
@@ -216,7 +241,7 @@ class TrainingPanel:
             rows.append(("validation", self._validation(self._evaluation)))
         if self._saved is not None:
             name = printable(Path(self._saved.path).name)
-            rows.append(("checkpoint", Text(f"{name}, saved in {self._saved.seconds:.2f} s")))
+            rows.append(("checkpoint", f"{name}, saved in {self._saved.seconds:.2f} s"))
         return rows
 
     def _loss(self, step: events.StepDone) -> RenderableType:

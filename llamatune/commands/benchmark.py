@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llamatune.command_options.training import BenchmarkOptions
 from llamatune.commands._console import Console, RichConsole
+from llamatune.errors import printable
 
 if TYPE_CHECKING:
     from llamatune.benchmarking.run_benchmark import Benchmark
@@ -41,22 +42,21 @@ def _print(out: RichConsole, measured: Benchmark, options: BenchmarkOptions) -> 
         table = effects_table(measured.effects)
         _draw(out, table)
         _print_notes(out, table.notes)
-    out.print(f"tables and chart are in {options.output}", markup=False)
+    out.print(f"tables and chart are in {printable(str(options.output))}")
 
 
 def _draw(out: RichConsole, table: Table) -> None:
     from rich import box
     from rich.table import Table as RichTable
-    from rich.text import Text
 
     drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for place, heading in enumerate(table.header):
-        drawn.add_column(Text(heading), justify="left" if place < table.labels else "right")
+        drawn.add_column(heading, justify="left" if place < table.labels else "right")
     for row in table.rows:
-        drawn.add_row(*(Text(text.replace(" (", "\n(")) for text in row))
+        drawn.add_row(*(text.replace(" (", "\n(") for text in row))
     out.print(drawn)
 
 
 def _print_notes(out: RichConsole, notes: Sequence[str]) -> None:
     for note in notes:
-        out.print(f"- {note}", markup=False, soft_wrap=True)
+        out.print(printable(f"- {note}"), soft_wrap=True)

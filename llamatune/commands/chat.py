@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from llamatune.command_options.chat import ChatOptions, shown_parameters, with_parameters
 from llamatune.commands._console import Console
-from llamatune.commands.generate import shown
 from llamatune.errors import DataError, LlamatuneError, SpecError, Stopped, printable
 from llamatune.events import Event, Notice
 from llamatune.output_files import STDOUT, output_file, refuse_inside, write_output
 from llamatune.path_expansion import expand_path
 from llamatune.stop_signals import stop_signals
+from llamatune.strict_json import json_line
 
 if TYPE_CHECKING:
     from llamatune.inference.chat import Answer, Chat
@@ -215,7 +215,7 @@ class _Talk:
             result: dict[str, Any] = {"message": message, "prompt": answer.prompt, "completion": answer.text}
             result |= {"completion_ids": answer.ids, "finish_reason": answer.finish_reason, "kept": kept}
             result |= {} if base is None else {"base_completion": base.text}
-            self._print(json.dumps(result, ensure_ascii=False) + "\n")
+            self._print(json_line(result))
 
     def _streamed(self, message: str, of_base: bool = False) -> Answer | None:
         """The whole answer, printed as it comes."""
@@ -225,7 +225,7 @@ class _Talk:
             if not isinstance(piece, str):
                 whole = piece
             elif writes:
-                self._print(("base: " if of_base else "tuned: ") * is_named + shown(piece))
+                self._print(("base: " if of_base else "tuned: ") * is_named + printable(piece, keeps="\n\t"))
                 is_named = False
         if writes:
             self._print(("base: " if of_base else "tuned: ") * is_named + "\n")

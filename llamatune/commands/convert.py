@@ -22,7 +22,7 @@ def convert(options: ConvertOptions, console: Console) -> None:
 
         def human(out: RichConsole) -> None:
             note = "already converted, left as it is: " if report.already_done else "written to "
-            out.print(note + printable(report.output), markup=False)
+            out.print(note + printable(report.output))
             stored = f"{report.bytes:,} bytes of weights as {report.dtype}, {report.format} format"
             out.print(f"{report.tensors:,} tensors, {stored}")
             if report.sha256 is not None:

@@ -20,7 +20,7 @@ def convert_adapter(options: ConvertAdapterOptions, console: Console) -> None:
 
         def human(out: RichConsole) -> None:
             note = "already converted, left as it is: " if report.already_done else "written to "
-            out.print(note + printable(report.output), markup=False)
+            out.print(note + printable(report.output))
             out.print(f"{report.updates:,} updates of rank {report.r} at most, {report.format} layout")
 
         console.result(asdict(report), human)

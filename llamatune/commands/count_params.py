@@ -63,7 +63,7 @@ def _print_count(out: RichConsole, count: ParameterCount) -> None:
     adapter_parameters = count.total_parameters - count.base_parameters
     table.add_row("all", f"{count.base_parameters:,}", f"{adapter_parameters:,}")
     out.print(table)
-    out.print(count.familiar_line(), markup=False)
+    out.print(count.familiar_line())
     out.print(
         f"{count.reduction_percent:.2f} % fewer trained parameters than the {count.base_parameters:,} of the base"
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from llamatune.command_options.training import DemoOptions
 from llamatune.commands._console import Console, RichConsole
+from llamatune.errors import printable
 
 if TYPE_CHECKING:
     from llamatune.demo.run_demo import DemoReport
@@ -36,7 +37,9 @@ def _print(out: RichConsole, report: DemoReport) -> None:
     table.add_column("tuned", ratio=2)
     for row in report.held_out[:_SHOWN]:
         style = "green" if row.tuned == row.expected else "red"
-        table.add_row(Text(row.question), Text(row.base.strip(), style="dim"), Text(row.tuned, style=style))
+        table.add_row(
+            row.question, Text(printable(row.base.strip()), style="dim"), Text(printable(row.tuned), style=style)
+        )
     out.print(table)
     out.print("The base was trained on the text of an invented atlas, without questions.")
     asked = len(report.held_out)
@@ -48,4 +51,4 @@ def _print(out: RichConsole, report: DemoReport) -> None:
         f"trained {report.trainable_parameters:,} parameters on top of {report.base_parameters:,} "
         f"in {duration(report.training_s)}, peak memory {gibibytes(report.peak_memory_bytes)}"
     )
-    out.print(f"everything is in {report.output}", markup=False)
+    out.print(f"everything is in {printable(report.output)}")

@@ -45,13 +45,12 @@ def _print_lines(out: RichConsole, payload: dict[str, Any]) -> None:
         return f"{value:.6g}" if isinstance(value, float) else printable(str(value))
 
     for key, value in payload.items():
-        out.print(f"{key}={text(value)}", markup=False)
+        out.print(f"{key}={text(value)}")
 
 
 def _print_table(out: RichConsole, payload: dict[str, Any]) -> None:
     """A row per measure, a column per model."""
     from rich.table import Table
-    from rich.text import Text
 
     from llamatune.units import perplexity_text
 
@@ -68,7 +67,7 @@ def _print_table(out: RichConsole, payload: dict[str, Any]) -> None:
     }
     base = "base_loss" in payload or "base_accuracy" in payload
     columns = {"base": "base_", "tuned": ""} if base else {"": ""}
-    table = Table("", *columns, title=Text(_title(payload)), title_justify="left", show_header=base)
+    table = Table("", *columns, title=_title(payload), title_justify="left", show_header=base)
     for name, (heading, shown) in measures.items():
         if name in payload:
             table.add_row(heading, *(shown(payload[prefix + name]) for prefix in columns.values()))

@@ -48,6 +48,6 @@ def _print(out: RichConsole, report: ExtractReport) -> None:
         out.print(table)
     methods = sorted({matrix.method for matrix in report.matrices})
     found = f"{len(report.matrices):,} matrices, {' and '.join(methods)} SVD"
-    out.print(f"retained energy {report.retained_energy:.6f} of {found}", markup=False)
+    out.print(f"retained energy {report.retained_energy:.6f} of {found}")
     note = "already extracted, left as it is: " if report.already_done else "written to "
-    out.print(note + printable(report.output), markup=False)
+    out.print(note + printable(report.output))

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from llamatune.command_options.inference import GenerateOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.commands._several_ranks import connect, wait_for_first
-from llamatune.errors import printable
 from llamatune.launch_variables import Launch
 from llamatune.output_files import output_file, write_output
 
@@ -72,19 +71,14 @@ def _print(out: RichConsole, generations: Generations, compare: bool) -> None:
         table = Table(*(Column(heading, overflow="fold", ratio=1) for heading in headings), show_lines=True)
         for result in generations.results:
             texts = (result.prompt, result.base_completion, result.completion)
-            table.add_row(*(Text(shown(text or "")) for text in texts))
+            table.add_row(*(text or "" for text in texts))
         out.print(table)
     else:
         for place, result in enumerate(generations.results):
             if result.sequence == 1:
                 if place:
-                    out.print(Text("====="))
-                out.print(Text(shown(result.prompt)))
-            out.print(Text(f"> {shown(result.completion)}"))
+                    out.print("=====")
+                out.print(result.prompt)
+            out.print(f"> {result.completion}")
         out.print()
     out.print(Text(f"{generations.tokens_per_second:,.1f} tokens/s", style="dim"))
-
-
-def shown(text: str) -> str:
-    """Text for a terminal: line breaks and tabs stay, other control characters are escaped."""
-    return "".join(c if c in "\n\t" else printable(c) for c in text)

@@ -27,7 +27,7 @@ def merge_lora(options: MergeOptions, console: Console) -> None:
 
         def human(out: RichConsole) -> None:
             note = "already merged, left as it is: " if report.already_done else "written to "
-            out.print(note + printable(report.output), markup=False)
+            out.print(note + printable(report.output))
             changed = f"{report.merged_tensors:,} of {report.tensors:,} tensors changed"
             out.print(f"{changed}, stored as {report.dtype} ({report.bytes:,} bytes, {report.format} format)")
             vanished = f"{report.vanished_fraction:.1%} of the changed weights fell back onto the base's value"

@@ -103,7 +103,7 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
     layers = facts["recomputed_layers"]
     if layers is not None and any(count for name, count in layers.items() if name != "nothing"):
         shown = ", ".join(f"{name} in {count}" for name, count in layers.items() if count)
-        out.print(f"layers recompute {shown}", markup=False)
+        out.print(f"layers recompute {shown}")
     if "tokens_that_hide_it" in facts:
         brought, tokens = gibibytes(facts["bytes_brought_per_pass"]), facts["tokens_that_hide_it"]
         rates = "at 25 GB/s and 400 TFLOP/s"
@@ -115,13 +115,13 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
     batch, tokens = facts["largest_micro_batch_size"], facts["largest_row_tokens"]
     out.print(f"largest that fit: micro_batch_size {batch:,}, or rows of {tokens:,} tokens")
     if facts["remedies"]:
-        out.print("what helps, the cheapest first:", markup=False)
+        out.print("what helps, the cheapest first:")
     for remedy in facts["remedies"]:
         more = remedy["more_compute"]
         cost = f", {100 * more:.0f} % more computation" if more else ""
         end = "fits" if remedy["fits"] else "not enough alone"
         line = f"  {remedy['change']}: {gibibytes(remedy['peak_bytes'])}, {end} ({remedy['effect']}{cost})"
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
 
 
 def _print_moments(out: RichConsole, moments: list[dict[str, Any]]) -> None:

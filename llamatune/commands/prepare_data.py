@@ -57,7 +57,6 @@ def _print_row(out: RichConsole, row: Mapping[str, Any], show_ids: bool) -> None
 
 def _print_report(out: RichConsole, report: Mapping[str, Any]) -> None:
     from rich.table import Column, Table
-    from rich.text import Text
 
     from llamatune.data.raw_row import shown_place
 
@@ -70,7 +69,7 @@ def _print_report(out: RichConsole, report: Mapping[str, Any]) -> None:
     table = Table(Column(style="bold"), "", title=title, title_justify="left", show_header=False)
 
     def add(name: str, value: str) -> None:
-        table.add_row(name, Text(printable(value)))
+        table.add_row(name, printable(value))
 
     add("rows read", f"{report['rows_in']:,}")
     add("kept", f"{report['kept']:,}")
@@ -116,4 +115,4 @@ def _print_report(out: RichConsole, report: Mapping[str, Any]) -> None:
     add("longest before truncation", ", ".join(f"{tokens:,} ({place})" for tokens, place in longest[:3]))
     out.print(table)
     note = "already prepared, left as it is: " if report["unchanged"] else "written to "
-    out.print(note + printable(report["output"]), markup=False)
+    out.print(note + printable(report["output"]))

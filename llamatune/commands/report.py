@@ -24,16 +24,15 @@ def report(options: ReportOptions, console: Console) -> None:
 
 def _print(out: RichConsole, page: Report) -> None:
     from rich.table import Column, Table
-    from rich.text import Text
 
     from llamatune.reporting.report_text import figure_rows, findings
 
-    table = Table("", *(Column(Text(run.name), justify="right") for run in page.runs))
+    table = Table("", *(Column(run.name, justify="right") for run in page.runs))
     table.add_row("status", *(run.status for run in page.runs))
     for label, values in figure_rows([run.figures for run in page.runs]):
         table.add_row(label, *values)
     out.print(table)
     for run in page.runs:
         for sentence in [*run.notices, *findings(run.diagnosis)]:
-            out.print(Text(f"{run.name}: {sentence}"))
-    out.print(Text(f"written to {printable(page.output)}"))
+            out.print(printable(f"{run.name}: {sentence}"))
+    out.print(f"written to {printable(page.output)}")

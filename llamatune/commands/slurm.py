@@ -21,4 +21,4 @@ def slurm(options: SlurmOptions, console: Console) -> None:
         else:
             write_output(options.output, script.encode(), options.overwrite)
             submit = f"written: sbatch {shlex.quote(str(options.output))}"
-            console.result(payload, lambda out: out.print(submit, markup=False))
+            console.result(payload, lambda out: out.print(submit))

@@ -9,6 +9,7 @@ from typing import Any
 from llamatune.command_options.training import TrainOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.commands._several_ranks import connect
+from llamatune.errors import printable
 from llamatune.launch_variables import Launch
 
 
@@ -47,12 +48,12 @@ def train(options: TrainOptions, console: Console, launch: Launch) -> None:
 def _print_plan(out: RichConsole, plan: dict[str, Any], resolved: str) -> None:
     from llamatune.commands.plan_memory import print_memory_plan
 
-    out.print(resolved, markup=False)
+    out.print(resolved)
     for key, value in plan.items():
         if key == "memory_plan":
             print_memory_plan(out, value)
         else:
-            out.print(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}", markup=False)
+            out.print(f"{key}: {value:,}" if isinstance(value, int) else printable(f"{key}: {value}"))
 
 
 def _print_summary(out: RichConsole, summary: dict[str, Any]) -> None:
@@ -90,4 +91,4 @@ def _print_summary(out: RichConsole, summary: dict[str, Any]) -> None:
     for epoch in summary["epochs"]:
         epochs.add_row(*("" if epoch[key] is None else show(epoch[key]) for key, (_, show) in measures.items()))
     out.print(epochs)
-    out.print(f"written to {summary['output_dir']}", markup=False)
+    out.print(f"written to {printable(summary['output_dir'])}")

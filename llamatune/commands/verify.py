@@ -27,11 +27,11 @@ def verify(options: VerifyOptions, console: Console) -> None:
 def _print_report(out: RichConsole, report: Verified, indent: str = "") -> None:
     what = {"content": "every byte is", "structure": "headers and tensors are"}[report.checked]
     line = f"{indent}{printable(report.path)}: {report.kind}, {report.files:,} files, {report.bytes:,} bytes"
-    out.print(line if indent else f"{line}: {what} in order", markup=False)
+    out.print(line if indent else f"{line}: {what} in order")
     for part in report.parts:
         _print_report(out, part, indent + "  ")
     if report.steps is not None:
         out.print(f"{report.steps:,} steps, {'finished' if report.finished else 'not finished'}")
     if report.unlisted:
         names = ", ".join(printable(name) for name in report.unlisted[:5]) + (" ..." if report.unlisted[5:] else "")
-        out.print(f"{indent}files that the manifest does not list, not checked: {names}", markup=False)
+        out.print(f"{indent}files that the manifest does not list, not checked: {names}")

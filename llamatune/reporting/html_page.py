@@ -31,7 +31,7 @@ def _html(value: object) -> Markup:
     """``value`` as HTML: text escaped, line breaks and tabs kept, other control characters shown as escapes."""
     if isinstance(value, Markup):
         return value
-    return Markup(escape("".join(c if c in "\n\t" else printable(c) for c in str(value))))
+    return Markup(escape(printable(str(value), keeps="\n\t")))
 
 
 def _element(tag: str, *content: object, **attributes: str) -> Markup:

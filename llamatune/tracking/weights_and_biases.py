@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llamatune.durable_writing import write_atomic
+from llamatune.errors import printable
 from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec
 
@@ -61,7 +62,7 @@ class WandbTracker:
         try:
             self._run = wandb.init(
                 project=spec.tracking.wandb_project,
-                name=spec.tracking.wandb_name or run.resolve().name,
+                name=printable(spec.tracking.wandb_name or run.resolve().name),
                 id=run_id,
                 resume="allow",
                 dir=str(run),
