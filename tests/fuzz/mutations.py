@@ -103,6 +103,8 @@ def _hostile(chance: random.Random) -> Any:
 
 def _near(value: Any, chance: random.Random) -> Any:
     """A value of the same kind, at the edge or a little beside."""
+    if isinstance(value, (int, float)) and not abs(value) < 1e100:
+        return _hostile(chance)
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
