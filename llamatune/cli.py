@@ -19,6 +19,7 @@ from llamatune import __version__
 from llamatune.commands._several_ranks import ending_together, reports_stop
 from llamatune.commands._typer_options import StrictCommand, with_options
 from llamatune.errors import FailedElsewhere, LlamatuneError, Stopped, printable
+from llamatune.events import ShouldStop, never_stop
 from llamatune.free_memory import free_host_bytes
 from llamatune.stop_signals import stop_signals
 
@@ -73,14 +74,16 @@ def _stop_early(number: int, frame: FrameType | None) -> None:
     raise _StoppedEarly
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run one command and exit with its code. An error that a user can cause is one line on stderr."""
+def main(arguments: list[str] | None = None, stopped_before: ShouldStop = never_stop) -> None:
+    """Run one command and exit with its code. An error that a user can cause is one line on stderr.
+
+    ``stopped_before``: whether a signal came before this call.
+    """
     _open_closed_streams()
     # Importing torch makes 170,000 objects that all stay. Collecting garbage among them took a third of a second.
     gc.set_threshold(10_000, 50, 50)
     atexit.register(_keep_garbage)
-    with stop_signals(_stop_early):
-        code = _exit_code(sys.argv[1:] if arguments is None else arguments)
+    code = _exit_code(sys.argv[1:] if arguments is None else arguments, stopped_before)
     _silence_closed_streams()
     sys.exit(code)
 
@@ -115,14 +118,16 @@ def _silence_closed_streams() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _exit_code(words: list[str]) -> int:
+def _exit_code(words: list[str], stopped_before: ShouldStop) -> int:
     verb = next((word for word in words if not word.startswith("-")), "")
     given = {flag for word in words for flag in _CONTINUED.get(verb, ()) if word.startswith(flag)}
     writes = verb in _WRITERS or (verb in _CONTINUED and given == {*_CONTINUED[verb]})
     stopped = Stopped.exit_code if writes else 130
     try:
         known = words[:1] == [verb] and any(verb in names for names in VERBS.values())
-        with ending_together():
+        with stop_signals(_stop_early), ending_together():
+            if stopped_before():
+                raise _StoppedEarly
             return build_app(verb if known else None)(args=words, standalone_mode=False, prog_name="llamatune") or 0
     except FailedElsewhere as fault:
         return stopped if fault.exit_code == Stopped.exit_code else fault.exit_code
@@ -143,6 +148,8 @@ def _exit_code(words: list[str]) -> int:
         free = f"{free_host_bytes():,} bytes are free to this process"
         return _fail(f"out of memory: {free}: free some, or raise its limit (ulimit -v)", 5)
     except Exception as fault:
+        if "TORCH_LOGS" in os.environ and isinstance(fault, ValueError) and "log settings" in str(fault):
+            return _fail(f"torch does not know this value of TORCH_LOGS: {os.environ['TORCH_LOGS']}: unset it", 5)
         # Typer may carry its own copy of click, so its usage errors are known by what they can do.
         if hasattr(fault, "format_message") and hasattr(fault, "exit_code"):
             return _fail(f"{fault.format_message().rstrip('.')}: see llamatune --help", 2)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
-from llamatune.stop_signals import stop_signals
+from llamatune.errors import EnvironmentFault
+from llamatune.stop_signals import handle_stop_signals
 from llamatune.strict_json import json_line
 
 if TYPE_CHECKING:
@@ -22,8 +23,21 @@ else:
     RichConsole = Any  # rich is loaded when something is printed
 
 
+@contextlib.contextmanager
+def disk_faults_of_stdout() -> Iterator[None]:
+    """Name standard output in the error of a write to it, as of a full disk that it was redirected to."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as fault:
+        raise EnvironmentFault(
+            f"cannot write: {fault.strerror or fault}", "standard output", "free some space"
+        ) from fault
+
+
 class Console:
-    """Prints for one verb and, for the length of a ``with`` block, handles signals.
+    """Prints for one verb and, from the begin of a ``with`` block on, handles signals: after it they change nothing.
 
     A signal only sets a flag, which ``should_stop`` returns; the work ends at its next safe point. Of several ranks,
     only the first has a console that ``prints``. Without ``has_stdout``, which an output file has instead, there is no
@@ -35,17 +49,15 @@ class Console:
         self._prints, self._has_stdout = prints, has_stdout
         self._json_mode = json_mode
         self._stop = False
-        self._signals = stop_signals(self._note_signal)
         self._draw: Callable[[Event], None] | None = None
         self._close_drawing: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
-        self._signals.__enter__()
+        handle_stop_signals(self._note_signal)
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._close_drawing()
-        self._signals.__exit__(*exception)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
@@ -83,7 +95,7 @@ class Console:
         self._close_drawing()
         if not self._has_stdout:
             return
-        with contextlib.suppress(BrokenPipeError):  # the reader closed the pipe
+        with contextlib.suppress(BrokenPipeError), disk_faults_of_stdout():  # the reader may close a pipe
             if self._json_mode:
                 sys.stdout.write(json_line(payload))
             else:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamatune.durable_writing import disk_faults, write_atomic
+from llamatune.durable_writing import disk_faults, open_own, write_atomic
 from llamatune.errors import EnvironmentFault
 from llamatune.output_files import is_stream, open_stream, output_file, stream_faults
 from llamatune.strict_json import dump_json, dump_json_lines, parse_json, read_json
@@ -77,7 +77,7 @@ def open_answer_log(path: Path, settings: dict[str, Any], overwrite: bool = Fals
     if not overwrite and lineless and beside.exists() and _read_settings(beside).keys() != settings.keys():
         raise EnvironmentFault("exists, and is not what would be written there", beside, _REMEDY)
     with disk_faults(path):
-        file = target.open("a+b")
+        file = os.fdopen(open_own(target, os.O_RDWR | os.O_APPEND), "a+b")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with its process

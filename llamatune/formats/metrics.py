@@ -16,7 +16,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from llamatune.durable_writing import disk_faults
+from llamatune.durable_writing import disk_faults, open_own
 from llamatune.errors import CheckpointError, printable
 from llamatune.events import EarlyStop, EvalDone, Step, StepSkipped
 from llamatune.formats.manifest import OtherVersion
@@ -52,7 +52,7 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         with disk_faults(path):
-            self._file = path.open("ab")
+            self._file = os.fdopen(open_own(path, os.O_RDWR | os.O_APPEND), "ab")
 
     def append(self, record: Record) -> None:
         values = {entry.name: getattr(record, entry.name) for entry in _FIELDS[record.event]}

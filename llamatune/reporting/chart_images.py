@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,15 +72,22 @@ class Chart:
 
 def require_matplotlib() -> None:
     """Raise ``EnvironmentFault`` if matplotlib cannot be imported."""
+    _choose_backend()
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise EnvironmentFault("the charts need matplotlib", None, "pip install matplotlib") from None
 
 
+def _choose_backend() -> None:
+    """Draw without a display, whatever ``MPLBACKEND`` says: importing matplotlib fails on an unknown value."""
+    os.environ["MPLBACKEND"] = "agg"
+
+
 @contextlib.contextmanager
 def _our_style() -> Iterator[None]:
     """matplotlib's defaults and our style; the user's configuration is ignored."""
+    _choose_backend()
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():

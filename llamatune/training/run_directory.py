@@ -219,6 +219,23 @@ def _remove_leftovers(path: Path) -> None:
             remove(leftover)
 
 
+def prune_finished(spec: RunSpec, on_fault: Callable[[str], None]) -> None:
+    """Try again to remove what a finished run could not: old checkpoints, and those that were renamed for deletion."""
+    directory = Path(os.path.realpath(spec.training.output_dir)) / CHECKPOINTS
+    trash = [path for path in directory.glob(f"{_TRASH}*") if path.is_dir()] if directory.is_dir() else []
+    checkpoints = list_checkpoints(directory)
+    if not trash and len(checkpoints) <= spec.training.keep_last:
+        return
+    try:
+        with run_lock(directory.parent):
+            for path in trash:
+                _delete(path, path, on_fault)
+            if checkpoints:
+                prune_checkpoints(checkpoints[0], spec.training.keep_last, on_fault)
+    except EnvironmentFault as fault:
+        on_fault(f"old checkpoints stay: {fault}")
+
+
 def prune_checkpoints(newest: Path, keep_last: int, on_fault: Callable[[str], None]) -> None:
     """Remove all but the last ``keep_last`` checkpoints up to ``newest``, which is known to be good.
 
@@ -227,10 +244,15 @@ def prune_checkpoints(newest: Path, keep_last: int, on_fault: Callable[[str], No
     """
     checkpoints = list_checkpoints(newest.parent)
     for path in checkpoints[checkpoints.index(newest) + keep_last :]:
-        trash = path.with_name(f"{_TRASH}{path.name}")
-        try:
+        _delete(path, path.with_name(f"{_TRASH}{path.name}"), on_fault)
+
+
+def _delete(path: Path, trash: Path, on_fault: Callable[[str], None]) -> None:
+    """Rename a checkpoint to ``trash`` and delete it; the next run tries again what fails."""
+    try:
+        if path != trash:
             shutil.rmtree(trash, ignore_errors=True)
             os.rename(path, trash)
-            shutil.rmtree(trash)
-        except OSError as fault:
-            on_fault(f"could not remove the old checkpoint {path}: {fault.strerror}")
+        shutil.rmtree(trash)
+    except OSError as fault:
+        on_fault(f"could not remove the old checkpoint {path}: {fault.strerror}: the next run tries again")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llamatune.durable_writing import disk_faults
+from llamatune.durable_writing import disk_faults, open_own
 from llamatune.errors import EnvironmentFault
 from llamatune.strict_json import parse_json
 
@@ -33,7 +33,7 @@ def run_lock(directory: Path) -> Iterator[None]:
     """Hold the lock of ``directory``; ``EnvironmentFault`` with host, id and start time of a process that holds it."""
     with contextlib.ExitStack() as stack:
         with disk_faults(directory / LOCK):
-            descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = open_own(directory / LOCK, os.O_RDWR)
             stack.callback(os.close, descriptor)
             keeping = _claim(descriptor, directory)
         try:

@@ -30,7 +30,13 @@ from llamatune.training.model_and_optimizer import build_learner
 from llamatune.training.passes import PassRule
 from llamatune.training.precision import fp32_products, report_slower_settings
 from llamatune.training.profiling import profiled
-from llamatune.training.run_directory import claim_run_directory, finished_summary, refuse_output, share_run
+from llamatune.training.run_directory import (
+    claim_run_directory,
+    finished_summary,
+    prune_finished,
+    refuse_output,
+    share_run,
+)
 from llamatune.training.run_file_names import CHECKPOINTS
 from llamatune.training.run_memory import choose_passes, choose_run_placement, plan_run_memory, report_plan
 from llamatune.training.schedule import Schedule, pass_tokens
@@ -70,6 +76,8 @@ def train(
                 how = "stopped early" if summary.get("stopped_early") else "is finished"
                 why = told_stop(summary)
                 on_event(Notice(f"{spec.training.output_dir} {how}: nothing to do" + (f" ({why})" if why else "")))
+                if ranks.is_first:
+                    prune_finished(spec, lambda line: on_event(Notice(line, "warning")))
                 return summary
         config, rows, device = inputs.config, inputs.prepared.train, inputs.device
         stack.enter_context(deterministic_kernels(spec.training.deterministic, device))

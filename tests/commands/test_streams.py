@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,3 +89,92 @@ def test_a_signal_while_libraries_load_is_one_line(number: int, code: int, tmp_p
 def test_what_the_caller_ignores_stays_ignored(tmp_path: Path) -> None:
     command = f"trap '' HUP; {GENERATE} --prompt Belby & child=$!; sleep 1; kill -HUP $child; wait $child"
     assert shell(command, tmp_path).returncode == 0
+
+
+PRESET = f"{LLAMATUNE} count-params --preset llama-2-7b".split()
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def signalled(number: int, after_s: float, cwd: Path) -> tuple[int, str, str]:
+    """A short command that gets a signal so long after Python began to run the entry point."""
+    code = (
+        "import os, sys, threading, time\n"
+        f"timer = threading.Timer({after_s}, os.kill, (os.getpid(), {int(number)}))\n"
+        "timer.daemon = True\n"
+        "from llamatune.__main__ import main\n"
+        "timer.start()\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *PRESET[3:]], cwd=cwd, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def assert_whole(outcome: tuple[int, str, str]) -> None:
+    """Either the whole result and 0, or one line and the code of a stop."""
+    code, out, err = outcome
+    assert "Traceback" not in err, err
+    assert "Exception ignored" not in err, err
+    if code == 0:
+        assert "llama" in out or "base" in out
+        assert "error" not in err
+    else:
+        assert (code, out, err.count("error:"), err.count("\n")) == (130, "", 1, 1)
+
+
+@pytest.mark.parametrize(("number", "after_s"), list(zip(SIGNALS, (0.0, 0.02, 0.06, 0.1, 0.2), strict=True)))
+def test_a_signal_at_any_moment_ends_in_one_line_or_in_the_result(number: int, after_s: float, tmp_path: Path) -> None:
+    assert_whole(signalled(number, after_s, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_moment_of_a_signal_swept(number: int, tmp_path: Path) -> None:
+    for place in range(60):
+        assert_whole(signalled(number, place * 0.01, tmp_path))
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_at_exit_changes_nothing(number: int, tmp_path: Path) -> None:
+    """After the result: the exit functions run, and Python has taken away handlers that are its own functions."""
+    code = (
+        "import atexit, os, sys\n"
+        f"class Last:\n    def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, {int(number)})\n"
+        f"atexit.register(os.kill, os.getpid(), {int(number)})\n"
+        "sys.last_of_all = Last()\n"
+        "from llamatune.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *PRESET[3:]], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("variable", "code"),
+    [
+        ("MPLBACKEND=bogus", 0), ("COLUMNS=abc", 0), ("LINES=abc", 0), ("TERM=bogus", 0), ("PYTHONIOENCODING=ascii", 0),
+        ("HOME=absent", 0), ("TMPDIR=absent", 0), ("OMP_NUM_THREADS=abc", 0), ("TORCH_LOGS=bogus", 5),
+    ],
+)  # fmt: skip
+def test_a_wrong_variable_of_a_library_is_no_traceback(variable: str, code: int, tmp_path: Path) -> None:
+    words = "from llamatune.reporting.chart_images import require_matplotlib as r; r(); "
+    program = words + "import torch" if code == 0 else ""
+    command = f"{sys.executable} -c '{program}'" if program else f"{GENERATE} --prompt Belby"
+    done = shell(f"{variable} {command}", tmp_path)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == code, done.stderr
+
+
+@pytest.mark.parametrize("flags", ["", "--json"])
+def test_a_full_disk_under_the_result_names_standard_output(flags: str, tmp_path: Path) -> None:
+    done = shell(f"{LLAMATUNE} count-params --preset llama-2-7b {flags} >/dev/full", tmp_path)
+    assert done.returncode == 5
+    assert done.stderr == "error: cannot write: No space left on device: standard output: free some space\n"
+
+
+@pytest.mark.parametrize("key", ["model.path", "data.train", "training.output_dir", "lora.init_from"])
+def test_a_nul_in_a_path_of_the_spec_is_refused(key: str, tmp_path: Path, command: Callable[..., Any]) -> None:
+    (tmp_path / "run.yaml").write_text("model: {path: x}\nlora: {}\ndata: {train: p}\ntraining: {output_dir: r}\n")
+    done = command("train", tmp_path / "run.yaml", f'{key}="a\\0b"')
+    assert (done.code, done.stderr.count("\n")) == (2, 1)
+    assert "a path holds no NUL character" in done.stderr
+    assert key in done.stderr

@@ -141,7 +141,7 @@ def test_without_a_compiler_the_run_ends_in_one_line(
 ) -> None:
     spec = tmp_path / "spec.yaml"
     spec.write_text(yaml.safe_dump(spec_values(tiny_base(), prepared(), tmp_path / "run", training__compile=True)))
-    without = {**os.environ, "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    without = {**os.environ, "CXX": str(tmp_path / "absent"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "llamatune", "train", str(spec)]
     done = subprocess.run(command, capture_output=True, text=True, env=without, check=False)
     assert done.returncode == 5

@@ -14,7 +14,7 @@ from run_tools import StopAfter, assert_same_outcome, files, losses, make_spec, 
 from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.prepare import prepare_data
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
-from llamatune.events import Event, RunStarted
+from llamatune.events import Event, Notice, RunStarted
 from llamatune.spec import RunSpec, load_spec
 from llamatune.training.train import plan_training, train
 
@@ -188,6 +188,40 @@ def test_a_run_that_was_killed_before_it_pruned_prunes_when_it_resumes(
         train(spec_with(training__keep_last=1), on_event=observe, should_stop=lambda: bool(began))
     assert began[0].resumed_step == 2
     assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_checkpoint_that_could_not_be_removed_is_said_and_tried_again_by_the_next_run(
+    stopped: Path, spec_with: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Notice) and event.kind == "warning":
+            said.append(event.message)
+
+    def refused(source: Path, target: Path) -> None:
+        if ".trash-" in str(target):
+            raise PermissionError(1, "Operation not permitted")
+        rename(source, target)
+
+    def names() -> list[str]:
+        return sorted(path.name for path in (stopped / "checkpoints").iterdir())
+
+    rename = os.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refused)
+        train(spec_with(training__keep_last=1))  # finishes
+        kept = names()
+        assert len(kept) > 1
+        said.clear()
+        train(spec_with(training__keep_last=1), on_event=observe)  # finished: says so and tries again
+        assert len(said) == len(kept) - 1
+        assert all("could not remove the old checkpoint" in line for line in said)
+        assert names() == kept
+    (stopped / "checkpoints" / ".trash-step-000001").mkdir()
+    said.clear()
+    train(spec_with(training__keep_last=1), on_event=observe)
+    assert (said, names()) == ([], kept[-1:])
 
 
 def test_leftovers_of_a_killed_process_are_removed_and_only_those(
