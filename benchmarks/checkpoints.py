@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 from material import ALPHA, SHAPES, TARGETS, R
 
 from llamatune.checkpoints.training_checkpoint import save_run_state
+from llamatune.formats.state_json import SavedState
 from llamatune.ranks import ALONE
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.spec import build_spec
@@ -32,6 +34,7 @@ from llamatune.training.gpu_meter import GpuMeter
 from llamatune.training.model_and_optimizer import build_optimizer
 from llamatune.training.optimizers.optimizer import Optimizer
 from llamatune.training.save_and_resume import RunOutput
+from llamatune.training.trainer_state import TrainerState
 
 PHASES = {  # functions of each phase in a profile
     "finite?": ("aminmax", "isfinite"),
@@ -64,10 +67,13 @@ def llamatune_side(targets: str) -> tuple[Optimizer, Save]:
     )
     learner: Any = SimpleNamespace(parameters=parameters)
     run: Any = None  # the benchmark chooses the directory
-    output = RunOutput(spec, inputs, learner, run, ALONE, GpuMeter(None))
+    companions: Any = SimpleNamespace(peft_base=None)
+    output = RunOutput(spec, inputs, learner, run, ALONE, GpuMeter(None), companions)
+    position = asdict(TrainerState(step=1, window=1, saved_window=1, saved_step=1))
+    state = SavedState.model_validate({"step": 1, "position": position, "scaler": {}, "metrics_bytes": 0})
 
     def save(directory: Path) -> None:
-        save_run_state(directory / "step-000001", output.write_weights, optimizer.state_tensors(), {"step": 1})
+        save_run_state(directory / "step-000001", output.write_weights, optimizer.state_tensors(), state)
 
     return optimizer, save
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 
@@ -142,25 +142,37 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True)
-class EpochDone:
-    """Token-weighted means of one whole epoch, and the last validation inside it (None: there was none).
+class EpochMeans:
+    """Token-weighted means of one whole epoch as ``metrics.jsonl`` keeps them, and the last validation inside it.
 
-    ``epoch_s`` is its whole time, ``evaluation_s`` and ``checkpoint_s`` are parts of it; ``tokens_per_second`` counts
-    no padding, and only the time of the updates.
+    ``validation_loss`` is None where there was none. ``epoch_s`` is its whole time, ``evaluation_s`` and
+    ``checkpoint_s`` are parts of it; ``tokens_per_second`` counts no padding, and only the time of the updates. Of
+    epochs that earlier versions trained these are None.
     """
 
+    event: ClassVar[str] = "epoch"
     epoch: int
-    num_epochs: float
     train_loss: float
     train_perplexity: float
+    validation_loss: float | None
+    validation_perplexity: float | None
+    epoch_s: float | None
+    evaluation_s: float | None
+    checkpoint_s: float | None
+    target_tokens: int | None
+    tokens_per_second: float | None
+
+
+@dataclass(frozen=True)
+class EpochDone(EpochMeans):
+    """An epoch that has just ended, with what is shown of it beside its record."""
+
+    num_epochs: float
     elapsed_s: float
-    validation_loss: float | None = None
-    validation_perplexity: float | None = None
-    epoch_s: float = 0.0
-    evaluation_s: float = 0.0
-    checkpoint_s: float = 0.0
-    target_tokens: int = 0
-    tokens_per_second: float = 0.0
+
+    def means(self) -> EpochMeans:
+        """The record alone."""
+        return EpochMeans(**{entry.name: getattr(self, entry.name) for entry in fields(EpochMeans)})
 
 
 Event = Notice | Progress | RunStarted | StepDone | MemoryHeld | StepSkipped | EvalDone | CheckpointSaved | EpochDone

@@ -11,6 +11,9 @@ import yaml
 from llamatune.errors import SpecError
 from llamatune.safe_reading import read_bytes
 
+LARGEST_YAML = 1 << 20
+"""Bytes of one file."""
+
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML 1.2's scalars: ``no`` is a string, ``010`` is ten, ``1e-5`` is a number."""
@@ -61,7 +64,7 @@ _TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["n", "N", "~
 def read_yaml(path: Path, scalars_are_texts: bool = False) -> Any:
     """The YAML document in a file of at most 1 MiB; see ``parse_yaml``."""
     try:
-        text = read_bytes(path, SpecError).decode("utf-8-sig")
+        text = read_bytes(path, SpecError, LARGEST_YAML).decode("utf-8-sig")
     except UnicodeDecodeError as fault:
         raise SpecError(f"not UTF-8 at byte {fault.start}", path) from None
     return parse_yaml(text, path, scalars_are_texts)

@@ -19,12 +19,14 @@ from llamatune.durable_writing import STAGING
 from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError, Stopped
 from llamatune.events import Notice, OnEvent, ShouldStop, Step, ignore_event, never_stop
 from llamatune.formats.manifest import MANIFEST, has_manifest, unlisted_files, verify_product
-from llamatune.formats.metrics import LONGEST_LINE, parse_line, read_lines
+from llamatune.formats.metrics import LONGEST_LINE, read_lines
+from llamatune.formats.metrics_lines import check_line, parse_line
+from llamatune.formats.origin_json import read_origin
 from llamatune.formats.safetensors import read_header
-from llamatune.formats.state_json import STATE, list_checkpoints, read_progress
+from llamatune.formats.state_json import STATE, SavedState, list_checkpoints, read_progress
+from llamatune.formats.summary_json import read_summary
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.spec import load_stored_spec
-from llamatune.strict_json import read_json
 from llamatune.training.run_file_names import BEST, CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK
 
@@ -122,14 +124,14 @@ def _verify_structure(path: Path, variant: str | None, on_event: OnEvent) -> Ver
 
 def _verify_run(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verified:
     spec = load_stored_spec(path / SPEC)
-    read_json(path / ORIGIN)
-    summary = read_json(path / SUMMARY) if os.path.lexists(path / SUMMARY) else None
+    read_origin(path / ORIGIN)
+    summary = read_summary(path / SUMMARY) if os.path.lexists(path / SUMMARY) else None
     checkpoints = list_checkpoints(path / CHECKPOINTS)
     last = read_progress(checkpoints[0]) if checkpoints else None
     steps = _verify_log(path / METRICS, last, summary)
     final = "model" if spec.lora is None else "adapter"
-    has_best = (summary or (last or {}).get("position", {})).get("best_step") is not None
-    due = {final: summary is not None, BEST: has_best}
+    best_step = summary["best_step"] if summary is not None else None if last is None else last.position.best_step
+    due = {final: summary is not None, BEST: best_step is not None}
     products = [path / name for name, is_due in due.items() if is_due or os.path.lexists(path / name)]
     parts = []
     for part in (*checkpoints, *products):
@@ -143,13 +145,13 @@ def _verify_run(path: Path, on_event: OnEvent, should_stop: ShouldStop) -> Verif
     return _whole(path, "run", parts, steps=steps, finished=summary is not None)
 
 
-def _verify_log(path: Path, last: dict[str, Any] | None, summary: dict[str, Any] | None) -> int:
+def _verify_log(path: Path, last: SavedState | None, summary: dict[str, Any] | None) -> int:
     """The number of steps in a run's log: each once and in order, as many as checkpoint and summary say.
 
     The last line may be torn only after the last checkpoint of a run that is not finished: it is cut when the run
     continues.
     """
-    synced = 0 if last is None else last["metrics_bytes"]
+    synced = 0 if last is None else last.metrics_bytes
     step = at_checkpoint = end = 0
     for number, end, line in read_lines(path):
         torn = not line.endswith(b"\n") and len(line) < LONGEST_LINE
@@ -159,6 +161,10 @@ def _verify_log(path: Path, last: dict[str, Any] | None, summary: dict[str, Any]
             entry = parse_line(line)
         except ValueError as fault:
             raise CheckpointError(f"not a line of strict JSON: {fault}", f"{path}:{number}") from None
+        try:
+            check_line(entry)
+        except ValueError as fault:
+            raise CheckpointError(str(fault), f"{path}:{number}", "was it edited?") from None
         if entry.get("event") == Step.event:
             step += 1
             if entry.get("step") != step:
@@ -167,8 +173,8 @@ def _verify_log(path: Path, last: dict[str, Any] | None, summary: dict[str, Any]
             at_checkpoint = step
     if end < synced:
         raise CheckpointError(f"{end:,} bytes where the last checkpoint remembers {synced:,}", path)
-    if last is not None and at_checkpoint != last["step"]:
-        raise CheckpointError(f"holds {at_checkpoint} steps where the checkpoint has {last['step']}", path)
-    if summary is not None and step != summary.get("steps"):
-        raise CheckpointError(f"holds {step} steps where the summary has {summary.get('steps')}", path)
+    if last is not None and at_checkpoint != last.step:
+        raise CheckpointError(f"holds {at_checkpoint} steps where the checkpoint has {last.step}", path)
+    if summary is not None and step != summary["steps"]:
+        raise CheckpointError(f"holds {step} steps where the summary has {summary['steps']}", path)
     return step

@@ -11,7 +11,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from llamatune.durable_writing import sync
 from llamatune.errors import CheckpointError
 from llamatune.formats.manifest import Manifest, Staging, build_directory
 from llamatune.formats.safetensors import TensorLocation, read_header
-from llamatune.formats.state_json import write_progress
+from llamatune.formats.state_json import SavedState, write_progress
 from llamatune.model.torch_dtypes import STORED_NAMES
 from llamatune.ranks import Ranks
 
@@ -30,7 +29,7 @@ _SHARD = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.safetensors")
 _BROKEN = "fetch it again, or remove it: the run goes on from the one before"
 
 
-def save_sharded_state(path: Path, runs: Mapping[str, Tensor], progress: Mapping[str, Any], ranks: Ranks) -> None:
+def save_sharded_state(path: Path, runs: Mapping[str, Tensor], progress: SavedState, ranks: Ranks) -> None:
     """Write one checkpoint durably; all ranks call it, each with its ``runs``, and the first names it.
 
     The first makes the staging directory, and the directory complete when every rank has synced its file there.
@@ -47,7 +46,7 @@ def save_sharded_state(path: Path, runs: Mapping[str, Tensor], progress: Mapping
         write(staging)
         ranks.gather(staging.digests)
         return
-    with build_directory(path, "checkpoint", {"step": progress["step"]}, overwrite=True) as staging:
+    with build_directory(path, "checkpoint", {"step": progress.step}, overwrite=True) as staging:
         ranks.from_first(str(staging.path))
         write(staging)
         for digests in ranks.gather(staging.digests):

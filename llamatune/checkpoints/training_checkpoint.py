@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,7 +14,7 @@ from llamatune.checkpoints.tensor_bytes import write_tensors
 from llamatune.errors import EnvironmentFault, LlamatuneError
 from llamatune.formats.manifest import OtherVersion, Staging, build_directory, find_manifest, verify_product
 from llamatune.formats.safetensors import read_header
-from llamatune.formats.state_json import list_checkpoints, read_progress, write_progress
+from llamatune.formats.state_json import SavedState, list_checkpoints, read_progress, write_progress
 
 WEIGHTS = "weights.safetensors"
 """Every parameter, where all are trained by one process."""
@@ -24,22 +23,22 @@ _OPTIMIZER = "optimizer.safetensors"
 
 @dataclass(frozen=True)
 class RunState:
-    """A checkpoint read back: ``optimizer`` tensors are named ``<parameter>/<state>``, ``progress`` is plain JSON.
+    """A checkpoint read back: ``optimizer`` tensors are named ``<parameter>/<state>``, ``progress`` is ``state.json``.
 
     ``stored``: weights and optimizer state that are to be read by ranges, in place of ``optimizer``.
     """
 
     path: Path
     optimizer: dict[str, Tensor]
-    progress: dict[str, Any]
+    progress: SavedState
     stored: StoredTensors | None = None
 
 
 def save_run_state(
-    path: Path, write_weights: Callable[[Staging], None], optimizer: Mapping[str, Tensor], progress: Mapping[str, Any]
+    path: Path, write_weights: Callable[[Staging], None], optimizer: Mapping[str, Tensor], progress: SavedState
 ) -> None:
     """Write one checkpoint durably; ``write_weights`` writes the trained tensors into the staging directory."""
-    with build_directory(path, "checkpoint", {"step": progress["step"]}, overwrite=True) as staging:
+    with build_directory(path, "checkpoint", {"step": progress.step}, overwrite=True) as staging:
         write_weights(staging)
         write_tensors(staging, _OPTIMIZER, optimizer)
         write_progress(staging.path, progress)

@@ -1,8 +1,8 @@
 """``metrics.jsonl``, the log of a run: its writer and its readers.
 
-Its records are events of the run (``events.py``). A line is one strict-JSON object, ``{"event": KIND, ...}``. Kinds
-that this version does not know are passed over. The log has no header: a log of another schema begins with
-``{"event": "schema", "version": N}``, which is refused here.
+Its records are events of the run (``events.py``). A line is one strict-JSON object, ``{"event": KIND, ...}``, with the
+keys and values of its kind. Kinds that this version does not know are passed over. The log has no header: a log of
+another schema begins with ``{"event": "schema", "version": N}``, which is refused here.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ import contextlib
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from llamatune.durable_writing import disk_faults, open_own
 from llamatune.errors import CheckpointError, printable
-from llamatune.events import EarlyStop, EvalDone, Step, StepSkipped
+from llamatune.events import EarlyStop, EpochMeans, EvalDone, Step, StepSkipped
 from llamatune.formats.manifest import OtherVersion
+from llamatune.formats.metrics_lines import check_line, parse_line
+from llamatune.formats.state_json import ClosedEpoch, SavedState
 from llamatune.safe_reading import open_regular
-from llamatune.strict_json import parse_json
 
 SCHEMA = 1
-LARGEST_NUMBER = 1e100
-"""Far above any real figure, so that products and axis limits stay finite."""
-_LARGEST_WHOLE = 1 << 53
-"""Below it every whole number is exact as a float."""
 LONGEST_LINE = 1 << 20
+KEPT_EPOCHS = 1000
+"""The last epochs, which the summary of a run holds; the log has all of them."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,8 @@ class LayerGradNorms:
     norms: Mapping[str, float]
 
 
-Record = Step | EvalDone | StepSkipped | LayerGradNorms | EarlyStop
-_Flat = TypeVar("_Flat", Step, EvalDone, StepSkipped)
-_FIELDS = {kind.event: fields(kind) for kind in (Step, EvalDone, StepSkipped, LayerGradNorms, EarlyStop)}
+Record = Step | EvalDone | StepSkipped | EpochMeans | LayerGradNorms | EarlyStop
+_FIELDS = {kind.event: fields(kind) for kind in (Step, EvalDone, StepSkipped, EpochMeans, LayerGradNorms, EarlyStop)}
 """What a line of each kind holds, in its order."""
 
 
@@ -116,7 +115,7 @@ def read_metrics(path: Path) -> Metrics:
             fault = CheckpointError(f"not valid JSON: {reason}", f"{path}:{number}", "was it edited?")
             continue
         try:
-            _add(metrics, values)
+            _add(metrics, check_line(values))
         except ValueError as reason:
             raise CheckpointError(str(reason), f"{path}:{number}", "was it edited?") from None
     metrics.torn = fault is not None
@@ -127,10 +126,73 @@ def loss_at_start(path: Path) -> float | None:
     """The validation loss before the first step, with which a log begins; None: it begins with something else."""
     with contextlib.suppress(ValueError):
         _, _, line = next(read_lines(path), (0, 0, b""))
-        values = parse_line(line)
-        if values.get("event") == EvalDone.event and values.get("step") == 0:
-            return _checked(EvalDone, values).loss
+        values = check_line(parse_line(line))
+        if values["event"] == EvalDone.event and values["step"] == 0:
+            return float(values["loss"])
     return None
+
+
+@dataclass
+class Logged:
+    """What a log tells of a run up to a checkpoint: counts, the lowest validation loss, and the last epochs."""
+
+    steps: int = 0
+    windows: int = 0
+    best_eval_loss: float | None = None
+    epochs: deque[EpochMeans] = field(default_factory=lambda: deque(maxlen=KEPT_EPOCHS))
+
+
+def read_logged(path: Path, length: int) -> Logged:
+    """The first ``length`` bytes of a log, line by line: its size does not matter.
+
+    Raises:
+        CheckpointError: a line is broken, a step is missing, or the log is shorter.
+    """
+    logged, end = Logged(), 0
+    for number, end, line in read_lines(path):
+        if end > length:
+            break
+        try:
+            values = check_line(parse_line(line))
+            _count(logged, values)
+        except ValueError as fault:
+            raise CheckpointError(str(fault), f"{path}:{number}", "was it edited? start again elsewhere") from None
+    if end < length:
+        what = "shorter than its last checkpoint says"
+        raise CheckpointError(what, path, "was it edited? start again elsewhere")
+    return logged
+
+
+def logged_at(path: Path, saved: SavedState) -> Logged:
+    """What a log tells up to a checkpoint, which says the same of the run.
+
+    Raises:
+        CheckpointError: it does not, or the log is broken.
+    """
+    logged = read_logged(path, saved.metrics_bytes)
+    found = {"step": logged.steps, "window": logged.windows, "best_eval_loss": logged.best_eval_loss}
+    for name, value in found.items():
+        if (known := getattr(saved.position, name)) != value:
+            what = f"{name} is {value} where the checkpoint of step {saved.step} has {known}"
+            raise CheckpointError(what, path, "was it edited? start again elsewhere")
+    return logged
+
+
+def _count(logged: Logged, values: Mapping[str, Any]) -> None:
+    match values["event"]:
+        case Step.event:
+            logged.steps, logged.windows = logged.steps + 1, logged.windows + 1
+            if (values["step"], values["window"]) != (logged.steps, logged.windows):
+                found = f"step {values['step']} in window {values['window']}"
+                raise ValueError(f"{found} where step {logged.steps} in window {logged.windows} should be")
+        case StepSkipped.event:
+            logged.windows += 1
+        case EvalDone.event if values["step"]:
+            best = logged.best_eval_loss
+            logged.best_eval_loss = values["loss"] if best is None else min(best, values["loss"])
+        case EpochMeans.event:
+            known = ClosedEpoch.model_validate(_record(values))
+            logged.epochs.append(EpochMeans(**dict(known)))
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -150,24 +212,15 @@ def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
             yield number, file.tell(), line
 
 
-def parse_line(line: bytes) -> dict[str, Any]:
-    """The object of a line; ``ValueError`` if it is not one whole line of strict JSON."""
-    values = parse_json(line)
-    if not line.endswith(b"\n") or not isinstance(values, dict):
-        raise ValueError("not a line with one object")
-    return values
-
-
 def _add(metrics: Metrics, values: Mapping[str, Any]) -> None:
     last_step = metrics.steps[-1].step if metrics.steps else 0
-    match values.get("event"):
+    match values["event"]:
         case Step.event:
-            step = _checked(Step, values)
-            if step.step <= last_step or step.target_tokens < 1:
+            if values["step"] <= last_step:
                 raise ValueError(f"no step that can follow step {last_step}")
-            metrics.steps.append(step)
+            metrics.steps.append(Step(**_record(values)))
         case EvalDone.event:
-            evaluation = _checked(EvalDone, values)
+            evaluation = EvalDone(values["step"], values["loss"])
             if evaluation.step != last_step or (metrics.evaluations and metrics.evaluations[-1].step == last_step):
                 raise ValueError(f"no evaluation that can follow step {last_step}")
             if evaluation.step:
@@ -177,25 +230,11 @@ def _add(metrics: Metrics, values: Mapping[str, Any]) -> None:
             else:
                 metrics.at_start = evaluation
         case StepSkipped.event:
-            metrics.skipped.append(_checked(StepSkipped, values))
+            metrics.skipped.append(StepSkipped(**_record(values)))
         case LayerGradNorms.event:
-            norms = values.get("norms")
-            if not isinstance(norms, dict) or not norms:
-                raise ValueError("'norms' holds no norm")
-            by_layer = {sys.intern(printable(name)): _number(norms, name, whole=False) for name in norms}
-            metrics.layer_grad_norms[_number(values, "step", whole=True)] = by_layer
+            norms = values["norms"]
+            metrics.layer_grad_norms[values["step"]] = {sys.intern(printable(name)): norms[name] for name in norms}
 
 
-def _checked(kind: type[_Flat], values: Mapping[str, Any]) -> _Flat:
-    needed = [entry for entry in fields(kind) if entry.default is MISSING]
-    return kind(**{entry.name: _number(values, entry.name, whole=entry.type == "int") for entry in needed})
-
-
-def _number(values: Mapping[str, Any], name: str, whole: bool) -> Any:
-    """One value of a line; ``ValueError`` if it is no number that a run can have logged."""
-    value = values.get(name)
-    if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
-        raise ValueError(f"{name!r} is not a {'whole ' if whole else ''}number")
-    if not abs(value) < (_LARGEST_WHOLE if whole else LARGEST_NUMBER):
-        raise ValueError(f"{name!r} is too large")
-    return value
+def _record(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "event"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from llamatune.checkpoints.model_directory import read_config
 from llamatune.errors import LlamatuneError, printable
-from llamatune.formats.metrics import LARGEST_NUMBER
+from llamatune.formats.file_schema import LARGEST_NUMBER
 from llamatune.reporting.averages import Epoch, epoch_means
 from llamatune.reporting.diagnosis import Diagnosis, diagnose
 from llamatune.reporting.run_reader import Run
@@ -93,7 +93,7 @@ def _count(run: Run) -> tuple[ParameterCount | None, str]:
         count = count_parameters(config, spec.adapter)
     except (LlamatuneError, ValueError) as fault:  # a null byte in the path
         return None, f"no parameters by module: {fault}"
-    if run.summary.get("total_parameters", count.total_parameters) != count.total_parameters:
+    if (run.summary or {"total_parameters": count.total_parameters})["total_parameters"] != count.total_parameters:
         return None, f"no parameters by module: {spec.model.path} is another model than the run's"
     return count, ""
 
@@ -149,8 +149,8 @@ def _memory(run: Run) -> dict[str, float]:
 
 
 def _ranks(run: Run) -> list[dict[str, Any]]:
-    ranks = run.summary.get("ranks", [])
-    return [rank for rank in ranks if isinstance(rank, dict)] if isinstance(ranks, list) else []
+    ranks: list[dict[str, Any]] = run.summary.get("ranks", [])
+    return ranks
 
 
 def spec_differences(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:

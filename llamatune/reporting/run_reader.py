@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.errors import CheckpointError, LlamatuneError, SpecError, printable
+from llamatune.formats.lock_note import LARGEST_NOTE, parse_note
+from llamatune.formats.manifest import OtherVersion
 from llamatune.formats.metrics import Metrics, read_metrics
+from llamatune.formats.origin_json import Origin, read_origin
 from llamatune.formats.prepared import read_prepared_manifest
 from llamatune.formats.state_json import list_checkpoints, read_progress
+from llamatune.formats.summary_json import read_summary
 from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec, load_stored_spec
-from llamatune.strict_json import parse_json, read_json
 from llamatune.training.early_stopping import told_stop
 from llamatune.training.run_file_names import CHECKPOINTS, METRICS, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK
@@ -65,8 +68,8 @@ def read_run(path: Path, name: str) -> Run:
     except SpecError as fault:
         raise CheckpointError("not a spec that this version reads", path / SPEC, fault.what) from None
     metrics = read_metrics(path / METRICS)
-    summary = read_json(path / SUMMARY) if (path / SUMMARY).is_file() else {}
-    origin = read_json(path / ORIGIN) if (path / ORIGIN).is_file() else {}
+    summary = read_summary(path / SUMMARY) if (path / SUMMARY).exists() else {}
+    origin = read_origin(path / ORIGIN) if (path / ORIGIN).exists() else None
     data, data_notice = _prepared_counts(spec, origin)
     notices = [
         "the last line of metrics.jsonl is not whole and was left out" if metrics.torn else "",
@@ -94,11 +97,13 @@ def _status(path: Path, summary: Mapping[str, Any]) -> str:
     if summary:
         return "stopped early" if summary.get("stopped_early") else "finished"
     try:
-        note = parse_json(read_bytes(path / LOCK))
-        elsewhere = note["host"] != socket.gethostname()
-        return "running" if elsewhere or Path(f"/proc/{int(note['pid'])}").exists() else "unfinished"
-    except (LlamatuneError, ValueError, KeyError, TypeError):
+        note = parse_note(read_bytes(path / LOCK, max_bytes=LARGEST_NOTE))
+    except LlamatuneError:
+        note = None
+    if note is None:
         return "unfinished"
+    elsewhere = note.host != socket.gethostname()
+    return "running" if elsewhere or Path(f"/proc/{note.pid}").exists() else "unfinished"
 
 
 def _prepared_facts(directories: Sequence[Path], recorded: object) -> list[dict[str, Any]]:
@@ -119,13 +124,14 @@ def _prepared_facts(directories: Sequence[Path], recorded: object) -> list[dict[
     return found
 
 
-def _prepared_counts(spec: RunSpec, origin: Mapping[str, Any]) -> tuple[dict[str, int | str], str]:
+def _prepared_counts(spec: RunSpec, origin: Origin | None) -> tuple[dict[str, int | str], str]:
     """Counts of the prepared data (``train_rows`` and so on), or none and a notice why."""
+    recorded = {} if origin is None else origin.inputs
     try:
-        facts = _prepared_facts(spec.data.train_paths, origin.get("train"))
+        facts = _prepared_facts(spec.data.train_paths, recorded.get("train"))
         splits = {name: [found["splits"].get(name) for found in facts] for name in ("train", "validation")}
         if spec.data.validation is not None:
-            others = _prepared_facts(spec.data.validation_paths, origin.get("validation"))
+            others = _prepared_facts(spec.data.validation_paths, recorded.get("validation"))
             splits["validation"] = [found["splits"].get("train") for found in others]
     except ValueError as fault:
         return {}, str(fault)
@@ -148,24 +154,28 @@ def _summed(parts: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str
     return {key: (max if key in _LENGTHS else sum)(found) for key, found in values.items() if found}
 
 
-def _spec_changes(origin: Mapping[str, Any]) -> Iterator[str]:
-    changes = origin.get("spec_changes")
-    for change in changes if isinstance(changes, list) else []:
-        if isinstance(change, dict):
-            yield f"{change.get('field')}: {json.dumps(change.get('old'))} -> {json.dumps(change.get('new'))}"
+def _spec_changes(origin: Origin | None) -> Iterator[str]:
+    for change in [] if origin is None else origin.spec_changes:
+        yield printable(f"{change.field}: {json.dumps(change.old)} -> {json.dumps(change.new)}")
 
 
 def _versions(path: Path) -> dict[str, str]:
     """Versions of llamatune and torch, and the GPU with its driver and CUDA, from the newest checkpoint."""
-    try:
-        state = read_progress(list_checkpoints(path / CHECKPOINTS)[0])
-    except (LlamatuneError, IndexError):
+    checkpoints = list_checkpoints(path / CHECKPOINTS)
+    if not checkpoints:
         return {}
-    gpu = state.get("gpu")
-    facts = gpu if isinstance(gpu, dict) else {}
-    named = {**state, "GPU": facts.get("name"), "driver": facts.get("driver"), "CUDA": facts.get("cuda")}
-    known = ("llamatune", "torch", "GPU", "driver", "CUDA")
-    return {key: printable(named[key]) for key in known if isinstance(named.get(key), str)}
+    try:
+        state = read_progress(checkpoints[0])
+    except OtherVersion:
+        return {}
+    except LlamatuneError:
+        if checkpoints[0].exists():
+            raise
+        return {}  # the run, which is still going on, has pruned it
+    named = {"llamatune": state.llamatune, "torch": state.torch}
+    if state.gpu is not None:
+        named |= {"GPU": state.gpu.name, "driver": state.gpu.driver, "CUDA": state.gpu.cuda}
+    return {key: printable(text) for key, text in named.items() if text is not None}
 
 
 def name_runs(paths: Sequence[Path]) -> list[str]:

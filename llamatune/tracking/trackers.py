@@ -17,7 +17,8 @@ from typing import Any, Protocol, Self
 
 from llamatune.errors import EnvironmentFault
 from llamatune.events import EvalDone, Event, Notice, OnEvent, RunStarted, StepDone
-from llamatune.formats.metrics import parse_line, read_lines
+from llamatune.formats.metrics import read_lines
+from llamatune.formats.metrics_lines import check_line, parse_line
 from llamatune.spec import RunSpec
 from llamatune.training.run_file_names import METRICS
 from llamatune.units import perplexity
@@ -175,7 +176,7 @@ class _Worker:
         for _, end, text in read_lines(self._metrics):
             if end > self._recorded:
                 break
-            yield parse_line(text)
+            yield check_line(parse_line(text))
         while self.fault is None:
             yield self._lines.get()
 

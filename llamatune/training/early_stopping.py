@@ -39,5 +39,4 @@ def describe_stop(stop: EarlyStop, min_delta: float, total_steps: int) -> str:
 def told_stop(summary: Mapping[str, Any]) -> str:
     """What the summary of a run says of an early stop; nothing without one, or of an earlier version."""
     stop = summary.get("early_stop")
-    message = stop.get("message") if isinstance(stop, Mapping) else None
-    return message if isinstance(message, str) else ""
+    return "" if stop is None else str(stop["message"])

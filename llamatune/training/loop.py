@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llamatune.checkpoints.tensor_bytes import is_finite
-from llamatune.durable_writing import write_atomic
 from llamatune.errors import CheckpointError, NumericsError, Stopped
-from llamatune.events import CheckpointSaved, EvalDone, Notice, OnEvent, ShouldStop, StepDone, StepSkipped
+from llamatune.events import CheckpointSaved, EpochDone, EvalDone, Notice, OnEvent, ShouldStop, StepDone, StepSkipped
 from llamatune.formats.metrics import LayerGradNorms, Metrics, read_metrics
+from llamatune.formats.summary_json import write_summary
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.ranks import ALONE, Ranks
 from llamatune.spec import RunSpec
-from llamatune.strict_json import dump_json
 from llamatune.training.early_stopping import describe_stop, out_of_patience
 from llamatune.training.gpu_meter import GpuMeter
 from llamatune.training.inputs import Inputs
@@ -72,14 +71,13 @@ class TrainingLoop:
         if checkpoint is None:
             self.output.cut_log(0)
             return
-        path, self.progress, metrics_bytes = checkpoint
-        if self._closed_windows() > self.progress.window and not self._finished():
-            raise CheckpointError(
-                "an earlier version ended the run inside an epoch and cannot go on with that",
-                path,
-                "choose another training.output_dir",
-            )
-        self.output.cut_log(metrics_bytes)
+        path, self.progress, saved = checkpoint
+        since = self.progress.window - self._closed_windows()
+        if since > self.schedule.windows_per_epoch or (since < 0 and not self._finished()):
+            what = "an earlier version ended the run inside an epoch and cannot go on with that"
+            what = what if since < 0 else f"closed_epochs is {self.progress.closed_epochs}, too few for its window"
+            raise CheckpointError(what, path, "choose another training.output_dir")
+        self.output.resume_log(saved)
         self.ranks.wait()
         if self.run.changed_fields:
             self._follow_changes(read_metrics(self.run.path / METRICS))
@@ -117,7 +115,7 @@ class TrainingLoop:
         self.output.write_final(self.progress)
         summary = self._summary(self._early_stop())
         if self.ranks.is_first:
-            write_atomic(self.run.path / SUMMARY, dump_json(summary))
+            write_summary(self.run.path / SUMMARY, summary)
         self.ranks.wait()
         return summary
 
@@ -167,7 +165,7 @@ class TrainingLoop:
         if update.layer_grad_norms is not None:
             self.output.log(LayerGradNorms(progress.step, update.layer_grad_norms))
 
-    def _report(self, event: StepDone | StepSkipped) -> None:
+    def _report(self, event: StepDone | StepSkipped | EpochDone) -> None:
         self.output.log(event)
         self.on_event(event)
 
@@ -190,7 +188,7 @@ class TrainingLoop:
         if self._closed_windows() < progress.window and (self._at_epoch_end() or self._finished()):
             done = progress.close_epoch(self.schedule.num_epochs, time.monotonic() - self._clock)
             if done is not None:
-                self.on_event(done)
+                self._report(done)
 
     def _eval_due(self) -> bool:
         every = self.spec.evaluation.every_steps
@@ -280,7 +278,7 @@ class TrainingLoop:
         """Log and report that patience ended the run, and how it goes on; what the summary has of it."""
         if self._out_of_work():
             return None
-        stop, least = early_stop_of(self.progress), self.spec.evaluation.early_stopping_min_delta
+        stop, least = early_stop_of(self.progress, self.output.epochs), self.spec.evaluation.early_stopping_min_delta
         message = describe_stop(stop, least, self.schedule.total_steps)
         self.output.log_durably(stop)
         self.on_event(Notice(message))
@@ -290,7 +288,7 @@ class TrainingLoop:
         device, runtime_s = self.learner.device, time.monotonic() - self._clock
         use, at_start = self.gpu_meter.facts(self.ranks), self.output.loss_at_start()
         return {
-            **summary_of(self.progress, self.inputs, device, use, at_start, runtime_s),
+            **summary_of(self.progress, self.output.epochs, self.inputs, device, use, at_start, runtime_s),
             "stopped_early": early_stop is not None,
             "early_stop": early_stop,
             "output_dir": str(self.run.path),

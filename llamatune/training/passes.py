@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from llamatune.errors import CheckpointError
+from llamatune.formats.origin_json import Passes
 from llamatune.shapes.gradient_lanes import LANES
-
-_MOST_LANES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -27,20 +24,9 @@ class PassRule:
     lanes: int | None = LANES
 
     @classmethod
-    def restored(cls, saved: Any, where: object) -> PassRule:
+    def restored(cls, saved: Passes | None) -> PassRule:
         """From ``origin.json``. Runs of versions that had no passes continue in their order of addition."""
-        if saved is None:
-            return cls(lanes=None)
-        if isinstance(saved, Mapping) and saved.keys() == {"tokens", "at_least", "lanes"}:
-            tokens, at_least, lanes = saved["tokens"], saved["at_least"], saved["lanes"]
-            numbers = (1 if tokens is None else tokens, at_least, 1 if lanes is None else lanes)
-            if all(type(number) is int and 1 <= number < 1 << 31 for number in numbers) and _are_lanes(numbers[2]):
-                return cls(tokens, at_least, lanes)
-        raise CheckpointError(f"passes is {str(saved)[:80]!r}", where, "was it edited? choose another output_dir")
-
-
-def _are_lanes(number: int) -> bool:
-    return number <= _MOST_LANES and number.bit_count() == 1
+        return cls(lanes=None) if saved is None else cls(saved.tokens, saved.at_least, saved.lanes)
 
 
 SINGLE_MICRO_BATCHES = PassRule()

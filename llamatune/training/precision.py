@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,12 +14,11 @@ from torch import Tensor
 from llamatune.devices import capability_of
 from llamatune.errors import EnvironmentFault
 from llamatune.events import Notice, OnEvent
+from llamatune.formats.state_json import BACKOFF, GROWTH, Scaler
 from llamatune.model.torch_dtypes import TORCH_DTYPES
 from llamatune.shapes.dtypes import PRECISIONS, QUANTIZED_DTYPES
 from llamatune.shapes.gpu_advice import refusal, slower_settings
 from llamatune.spec import RunSpec
-
-_GROWTH, _BACKOFF = 2.0, 0.5
 
 
 def check_precision(spec: RunSpec, device: torch.device, on_event: OnEvent) -> None:
@@ -124,11 +123,11 @@ class LossScaler:
         """Count an update; double the scale after ``growth_interval`` in a row."""
         self._updates += 1
         if self.enabled and self._updates == self.growth_interval:
-            self.scale, self._updates = self.scale * _GROWTH, 0
+            self.scale, self._updates = self.scale * GROWTH, 0
 
     def back_off(self) -> None:
         if self.enabled:
-            self.scale, self._updates = self.scale * _BACKOFF, 0
+            self.scale, self._updates = self.scale * BACKOFF, 0
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, under the names of torch's GradScaler."""
@@ -136,13 +135,16 @@ class LossScaler:
             return {}
         return {
             "scale": self.scale,
-            "growth_factor": _GROWTH,
-            "backoff_factor": _BACKOFF,
+            "growth_factor": GROWTH,
+            "backoff_factor": BACKOFF,
             "growth_interval": self.growth_interval,
             "_growth_tracker": self._updates,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        if state:
-            self.scale, self.growth_interval = state["scale"], state["growth_interval"]
-            self._updates = state["_growth_tracker"]
+    def restore(self, saved: Scaler) -> None:
+        """Take ``state`` back; what a run saved in another precision is no state of this scaler."""
+        if self.enabled and saved.scale is not None:
+            assert saved.growth_interval is not None
+            assert saved.growth_tracker is not None
+            self.scale, self.growth_interval = saved.scale, saved.growth_interval
+            self._updates = saved.growth_tracker

@@ -20,14 +20,16 @@ from llamatune.durable_writing import (
     sync,
     write_atomic,
 )
-from llamatune.errors import EnvironmentFault
+from llamatune.errors import EnvironmentFault, SpecError
 from llamatune.formats.metrics import MetricsLog
+from llamatune.formats.origin_json import dump_origin, read_origin
 from llamatune.formats.state_json import list_checkpoints
+from llamatune.formats.summary_json import read_summary
 from llamatune.output_files import refuse_inside, refuse_replacing
 from llamatune.ranks import Ranks
 from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec
-from llamatune.strict_json import dump_json, read_json
+from llamatune.strict_yaml import LARGEST_YAML
 from llamatune.training.passes import PassRule
 from llamatune.training.run_file_names import ADAPTER, BEST, CELLS, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
 from llamatune.training.run_lock import LOCK, run_lock
@@ -69,8 +71,8 @@ def finished_summary(spec: RunSpec, inputs: Mapping[str, Any], allowed: tuple[st
     if not (path / LOCK).is_file() or not (path / SUMMARY).is_file():
         return None
     accepted = accepted_changes(path, spec, inputs, allowed)
-    summary = read_json(path / SUMMARY)
-    reopening = (*MAY_GROW, PATIENCE, LEAST_GAIN) if summary.get("stopped_early") else MAY_GROW
+    summary = read_summary(path / SUMMARY)
+    reopening = (*MAY_GROW, PATIENCE, LEAST_GAIN) if summary["stopped_early"] else MAY_GROW
     return None if any(change["field"] in reopening for change in accepted) else summary
 
 
@@ -113,12 +115,12 @@ def claim_run_directory(
             sync(path)  # the lock marks it as a run's, whatever else a power cut leaves
         if own and not overwrite and (list_checkpoints(path / CHECKPOINTS) or (path / SUMMARY).is_file()):
             # Before its first checkpoint a run holds no result, so any spec may begin it anew.
-            accepted, origin = accepted_changes(path, spec, inputs, allowed_changes), read_json(path / ORIGIN)
-            changes, passes = origin.get("spec_changes", []), PassRule.restored(origin.get("passes"), path / ORIGIN)
+            accepted, origin = accepted_changes(path, spec, inputs, allowed_changes), read_origin(path / ORIGIN)
+            changes, passes = origin.changes, PassRule.restored(origin.passes)
             if accepted and changes[-len(accepted) :] != accepted:  # killed after this write, the run records it once
                 changes = [*changes, *accepted]
             inputs = {**inputs, "spec_changes": changes} if changes else inputs
-            gpu = origin.get("gpu")
+            gpu = None if origin.gpu is None else origin.gpu.model_dump(exclude_unset=True)
         else:
             passes = choose_passes()
         _remove_leftovers(path)
@@ -127,7 +129,8 @@ def claim_run_directory(
         changed_fields = frozenset(change["field"] for change in inputs.get("spec_changes", []))
         with contextlib.closing(MetricsLog(path / METRICS)) as log:
             began_on = {} if gpu is None else {"gpu": gpu}
-            write_if_changed(path / ORIGIN, dump_json({**inputs, "passes": asdict(passes), **began_on}))
+            values = {**inputs, "passes": asdict(passes), **began_on}
+            write_if_changed(path / ORIGIN, dump_origin(path / ORIGIN, values))
             write_if_changed(path / SPEC, spec.to_yaml().encode())
             yield RunDirectory(path, log, changed_fields, passes)
 
@@ -140,6 +143,9 @@ def refuse_output(spec: RunSpec, overwrite: bool) -> None:
         EnvironmentFault: without ``overwrite``, it holds something else than a run.
     """
     refuse_inputs(spec, "training.output_dir", overwrite)
+    if (size := len(spec.to_yaml().encode())) > LARGEST_YAML:
+        what = f"written out it has {size:,} bytes, more than the {LARGEST_YAML:,} that a spec may have"
+        raise SpecError(what, "data", "name fewer directories")
     if not overwrite:
         _refuse_other(Path(spec.training.output_dir))
 

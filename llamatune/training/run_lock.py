@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
+import itertools
 import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from llamatune.durable_writing import disk_faults, open_own
 from llamatune.errors import EnvironmentFault
-from llamatune.strict_json import parse_json
+from llamatune.formats.lock_note import LARGEST_NOTE, LockNote, parse_note
 
 LOCK = ".llamatune.lock"
 """The first file that a run makes; it names the process that holds the lock."""
@@ -46,7 +45,7 @@ def run_lock(directory: Path) -> Iterator[None]:
 
 def _claim(descriptor: int, directory: Path) -> contextlib.AbstractContextManager[None]:
     """Take the lock; the context returned keeps it."""
-    note = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    note = LockNote(host=socket.gethostname(), pid=os.getpid(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -59,29 +58,30 @@ def _claim(descriptor: int, directory: Path) -> contextlib.AbstractContextManage
     return contextlib.nullcontext()
 
 
-def _heartbeat(descriptor: int, note: dict[str, Any], directory: Path) -> contextlib.AbstractContextManager[None]:
+def _heartbeat(descriptor: int, note: LockNote, directory: Path) -> contextlib.AbstractContextManager[None]:
     """Claim by a note that its writer changes every few seconds. No clocks or file times are compared."""
     owner = _read(descriptor)
-    if owner is not None and _is_alive(descriptor, owner, note["host"]):
+    if owner is not None and _is_alive(descriptor, owner, note.host):
         raise _in_use(owner, directory)
-    claim = {**note, "claim": os.urandom(8).hex(), "beat": 0}
+    claim = note.model_copy(update={"claim": os.urandom(8).hex(), "beat": 0})
     _write(descriptor, claim)
     time.sleep(SETTLING_S)
     last = _read(descriptor)
-    if last is not None and last.get("claim") != claim["claim"]:
+    if last is not None and last.claim != claim.claim:
         raise _in_use(last, directory)
     return _beating(descriptor, claim)
 
 
 @contextlib.contextmanager
-def _beating(descriptor: int, claim: dict[str, Any]) -> Iterator[None]:
+def _beating(descriptor: int, claim: LockNote) -> Iterator[None]:
     ended = threading.Event()
 
     def beat() -> None:
-        while not ended.wait(HEARTBEAT_S):
-            claim["beat"] += 1
+        for number in itertools.count(1):
+            if ended.wait(HEARTBEAT_S):
+                return
             with contextlib.suppress(OSError):  # the server may be away for a moment; the next beat tries again
-                _write(descriptor, claim)
+                _write(descriptor, claim.model_copy(update={"beat": number}))
 
     thread = threading.Thread(target=beat, name="run lock", daemon=True)
     thread.start()
@@ -92,9 +92,9 @@ def _beating(descriptor: int, claim: dict[str, Any]) -> Iterator[None]:
         thread.join()
 
 
-def _is_alive(descriptor: int, owner: dict[str, Any], own_host: str) -> bool:
-    if owner.get("host") == own_host:
-        return Path(f"/proc/{owner.get('pid')}").exists()
+def _is_alive(descriptor: int, owner: LockNote, own_host: str) -> bool:
+    if owner.host == own_host:
+        return Path(f"/proc/{owner.pid}").exists()
     deadline = time.monotonic() + SILENCE_S
     while time.monotonic() < deadline:
         time.sleep(min(1.0, SILENCE_S / 10))
@@ -103,23 +103,17 @@ def _is_alive(descriptor: int, owner: dict[str, Any], own_host: str) -> bool:
     return False
 
 
-def _read(descriptor: int) -> dict[str, Any] | None:
-    try:
-        note = parse_json(os.pread(descriptor, 4096, 0))
-    except ValueError:
-        return None
-    return note if isinstance(note, dict) else None
+def _read(descriptor: int) -> LockNote | None:
+    return parse_note(os.pread(descriptor, LARGEST_NOTE, 0))
 
 
-def _write(descriptor: int, note: dict[str, Any]) -> None:
-    text = json.dumps(note).encode()
+def _write(descriptor: int, note: LockNote) -> None:
+    text = note.dump()
     os.pwrite(descriptor, text, 0)
     os.ftruncate(descriptor, len(text))
     os.fsync(descriptor)  # for readers on other hosts
 
 
-def _in_use(owner: dict[str, Any] | None, directory: Path) -> EnvironmentFault:
-    who = "a process"
-    if owner is not None and {"pid", "host", "started"} <= owner.keys():
-        who = f"process {owner['pid']} on {owner['host']} since {owner['started']}"
+def _in_use(owner: LockNote | None, directory: Path) -> EnvironmentFault:
+    who = "a process" if owner is None else f"process {owner.pid} on {owner.host} since {owner.started}"
     return EnvironmentFault(f"in use by {who}", directory, "wait for it or stop it")

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from llamatune.devices import gpu_facts
-from llamatune.events import EarlyStop
+from llamatune.events import EarlyStop, EpochMeans
 from llamatune.training.inputs import Inputs
 from llamatune.training.run_memory import peak_memory_bytes, peak_reserved_bytes
 from llamatune.training.trainer_state import TrainerState
 
 
-def early_stop_of(progress: TrainerState) -> EarlyStop:
-    """The last evaluation, at which patience ended the run; its epoch is closed."""
+def early_stop_of(progress: TrainerState, epochs: Sequence[EpochMeans]) -> EarlyStop:
+    """The last evaluation, at which patience ended the run; its epoch is closed, the last of ``epochs``."""
     assert progress.best_step is not None
     assert progress.best_eval_loss is not None
-    losses = [epoch["validation_loss"] for epoch in progress.epochs if epoch["validation_loss"] is not None]
+    losses = [epoch.validation_loss for epoch in epochs if epoch.validation_loss is not None]
     return EarlyStop(
         step=progress.evaluated_step,
         loss=losses[-1] if losses else None,
@@ -30,6 +31,7 @@ def early_stop_of(progress: TrainerState) -> EarlyStop:
 
 def summary_of(
     progress: TrainerState,
+    epochs: Sequence[EpochMeans],
     inputs: Inputs,
     device: torch.device,
     gpu_use: Mapping[str, Any],
@@ -40,7 +42,7 @@ def summary_of(
     count = inputs.count
     return {
         "steps": progress.step,
-        "train_loss": progress.epochs[-1]["train_loss"] if progress.epochs else None,
+        "train_loss": epochs[-1].train_loss if epochs else None,
         "best_eval_loss": progress.best_eval_loss,
         "best_step": progress.best_step,
         "start_eval_loss": loss_at_start,
@@ -54,6 +56,6 @@ def summary_of(
         **gpu_use,
         "runtime_s": runtime_s,
         "tokens_per_second": progress.tokens / max(progress.training_s, 1e-9),
-        "epochs": progress.epochs,
+        "epochs": [asdict(epoch) for epoch in epochs],
         "skipped_windows": progress.skipped_windows,
     }

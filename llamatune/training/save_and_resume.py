@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from llamatune.checkpoints.tensor_bytes import write_tensors
 from llamatune.checkpoints.training_checkpoint import WEIGHTS, newest_run_state, read_run_state, save_run_state
 from llamatune.devices import gpu_facts
 from llamatune.errors import CheckpointError
-from llamatune.events import EvalDone, ignore_event
+from llamatune.events import EpochDone, EpochMeans, EvalDone, ignore_event
 from llamatune.formats.manifest import Staging, build_directory
-from llamatune.formats.metrics import Record, loss_at_start
-from llamatune.formats.state_json import checkpoint_path
+from llamatune.formats.metrics import KEPT_EPOCHS, Record, logged_at, loss_at_start
+from llamatune.formats.state_json import STATE, SavedState, checkpoint_path
 from llamatune.model.adapters.apply import adapter_parameters, restored_tensors, stored_tensors
 from llamatune.model.kernels.choice import kernels_in_use
 from llamatune.ranks import Ranks
@@ -39,8 +40,6 @@ from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, METRIC
 from llamatune.training.sharded_tensors import owned_runs, restore_runs
 from llamatune.training.trainer_state import TrainerState
 
-GPU_USE = "gpu_use"
-"""In a checkpoint's ``state.json``: energy, time and peak power of the GPUs so far, where NVML gives them."""
 EVALUATION = "evaluation.json"
 """In ``best/``: step, epoch, loss, perplexity, rows and target tokens of the evaluation of these weights."""
 _LOSSES = {"training": "train_loss", "validation": "validation_loss"}
@@ -62,9 +61,13 @@ class RunOutput:
     ranks: Ranks
     gpu_meter: GpuMeter
     companions: RunCompanions
+    epochs: deque[EpochMeans] = field(default_factory=lambda: deque(maxlen=KEPT_EPOCHS))
+    """The last ones that are closed."""
 
     def log(self, record: Record) -> None:
         """Append a line to ``metrics.jsonl``."""
+        if isinstance(record, EpochMeans):
+            self.epochs.append(record.means() if isinstance(record, EpochDone) else record)
         if self.run.log is not None:
             self.run.log.append(record)
 
@@ -82,6 +85,18 @@ class RunOutput:
         if self.run.log is not None:
             self.run.log.cut(length)
 
+    def resume_log(self, saved: SavedState) -> None:
+        """Cut the log to what a checkpoint knew, which must be what the log says; take its epochs from there.
+
+        Versions that kept epochs in ``state.json`` logged none: they are logged now.
+        """
+        logged = [] if self.run.log is None else logged_at(self.run.log.path, saved).epochs
+        self.cut_log(saved.metrics_bytes)
+        shared = self.ranks.from_first([asdict(epoch) for epoch in logged])
+        self.epochs.extend(EpochMeans(**values) for values in shared)
+        for epoch in saved.position.epochs:
+            self.log(EpochMeans(**dict(epoch)))
+
     def save_checkpoint(self, progress: TrainerState) -> Path:
         """Write ``checkpoints/step-000100`` durably, after the metrics log; its path."""
         path = checkpoint_path(self.run.path / CHECKPOINTS, progress.step)
@@ -94,22 +109,22 @@ class RunOutput:
     def _write_checkpoint(
         self, path: Path, progress: TrainerState, metrics_bytes: int, gpu_use: dict[str, Any] | None
     ) -> None:
-        state = {
+        state = SavedState.model_validate({
             "step": progress.step,
             "position": asdict(progress),
             "scaler": self.learner.scaler.state(),
             "metrics_bytes": metrics_bytes,
             "llamatune": __version__,
             **_machine(self.learner.device),
-            **({} if gpu_use is None else {GPU_USE: gpu_use}),
-        }
+            **({} if gpu_use is None else {"gpu_use": gpu_use}),
+        })  # fmt: skip
         if self.learner.sharded is not None:
             save_sharded_state(path, owned_runs(self.learner), state, self.ranks)
             return
         save_run_state(path, self.write_weights, self.learner.optimizer.state_tensors(), state)
 
-    def load_checkpoint(self, warn: Callable[[str], None]) -> tuple[Path, TrainerState, int] | None:
-        """Restore the newest checkpoint that verifies: its path, its progress, and the length of the metrics log then.
+    def load_checkpoint(self, warn: Callable[[str], None]) -> tuple[Path, TrainerState, SavedState] | None:
+        """Restore the newest checkpoint that verifies: its path, the progress, and all that ``state.json`` says.
 
         None: there is no checkpoint.
         """
@@ -119,21 +134,21 @@ class RunOutput:
         if path is None:
             return None
         checkpoint = checkpoint or read_run_state(Path(path), in_ranges, verified=in_ranges)
-        state = checkpoint.progress
+        state, scaler = checkpoint.progress, self.learner.scaler
+        if (state.scaler.scale is not None) != scaler.enabled and "training.precision" not in self.run.changed_fields:
+            found = "missing" if scaler.enabled else "there"
+            what = f"scaler is {found}, with training.precision: {self.spec.training.precision}"
+            raise CheckpointError(what, checkpoint.path / STATE, "was it edited? remove this checkpoint")
         if checkpoint.stored is not None:
             restore_runs(self.learner, checkpoint.stored)
         else:
             self._restore_weights(checkpoint.path)
             self.learner.optimizer.restore(checkpoint.optimizer, checkpoint.path)
-        self.learner.scaler.restore(state["scaler"])
-        try:
-            progress = TrainerState.restored(state["position"])
-        except (KeyError, TypeError) as fault:
-            raise CheckpointError(f"its position cannot be read: {fault}", checkpoint.path) from None
-        self.gpu_meter.restore(state.get(GPU_USE))
-        if changed := _changes(state, _machine(self.learner.device)):
+        scaler.restore(state.scaler)
+        self.gpu_meter.restore(None if state.gpu_use is None else state.gpu_use.model_dump())
+        if changed := _changes(state.model_dump(exclude_unset=True), _machine(self.learner.device)):
             warn(f"not bit-exact on another machine than before: {', '.join(changed)}")
-        return checkpoint.path, progress, state["metrics_bytes"]
+        return checkpoint.path, TrainerState.restored(state.position), state
 
     def write_best(self, evaluation: EvalDone) -> None:
         """Replace ``best/`` by the current weights, with their ``evaluation`` in ``evaluation.json``."""
@@ -150,10 +165,12 @@ class RunOutput:
         self.ranks.wait()
 
     def write_final(self, progress: TrainerState) -> None:
-        """Write ``adapter/`` or ``model/``."""
+        """Write ``adapter/`` or ``model/``; the log is durable before."""
+        if self.run.log is not None:
+            self.run.log.sync()  # the last epoch was closed after the last checkpoint
         if self.ranks.is_first:
-            last = progress.epochs[-1] if progress.epochs else {}
-            losses = {f"{name} loss": last.get(key) for name, key in _LOSSES.items()}
+            last = self.epochs[-1] if self.epochs else None
+            losses = {f"{name} loss": getattr(last, key, None) for name, key in _LOSSES.items()}
             shown = {name: f"{loss:.4f}, in the last epoch" for name, loss in losses.items() if loss is not None}
             final = self.run.path / self._kind
             with build_directory(final, self._kind, {}, overwrite=True) as staging:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.errors import CheckpointError, SpecError
+from llamatune.formats.origin_json import read_origin
 from llamatune.spec import RunSpec, load_stored_spec
 from llamatune.spec_sections import DEFAULT_EPOCHS, TrackingSection
-from llamatune.strict_json import read_json
 from llamatune.training.run_file_names import ORIGIN, SPEC
 
 MAY_CHANGE = (
@@ -77,7 +77,7 @@ def accepted_changes(
             path / SPEC,
             f"restore it, choose another training.output_dir, or pass {allowing}",
         )
-    origin = read_json(path / ORIGIN)
+    origin = read_origin(path / ORIGIN).inputs
     if changed := [f"{key}: {origin.get(key)} -> {inputs[key]}" for key in inputs if origin.get(key) != inputs[key]]:
         what = "the run was started on something else: " + "; ".join(changed)
         raise CheckpointError(what, path / ORIGIN, "choose another training.output_dir")

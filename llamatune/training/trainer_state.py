@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from llamatune.events import EpochDone, EvalDone
+from llamatune.formats.state_json import Position
 from llamatune.training.early_stopping import count_evaluation
 from llamatune.training.training_step import Update
 from llamatune.units import perplexity
-
-
-def _facts(done: EpochDone) -> dict[str, Any]:
-    """What the summary keeps of an epoch."""
-    facts = asdict(done)
-    del facts["num_epochs"], facts["elapsed_s"]
-    return facts
 
 
 @dataclass
@@ -53,7 +46,6 @@ class TrainerState:
     evaluated_step: int = 0
     closed_epochs: int = 0
     open_epoch: OpenEpoch = field(default_factory=OpenEpoch)
-    epochs: list[dict[str, Any]] = field(default_factory=list)
     best_eval_loss: float | None = None
     best_step: int | None = None
     patience_loss: float | None = None
@@ -64,23 +56,10 @@ class TrainerState:
     skipped_windows: int = 0
 
     @classmethod
-    def restored(cls, saved: Mapping[str, Any]) -> TrainerState:
-        """Progress read from a checkpoint; ``KeyError`` or ``TypeError`` if fields are missing or unknown.
-
-        The first schema is read too. It kept only the losses of epochs: the other sums begin at 0 for the current epoch
-        and are None for earlier ones. It had no min_delta: patience compared with the lowest loss.
-        """
-        values = dict(saved)
-        if "open_epoch" not in values:
-            values["open_epoch"] = {
-                "began_s": values["elapsed_s"],
-                "loss": values.pop("epoch_loss"),
-                "target_tokens": values.pop("epoch_target_tokens"),
-            }
-            known = _facts(EpochDone(0, 0, 0.0, 0.0, 0.0))
-            values["epochs"] = [{**dict.fromkeys(known), **epoch} for epoch in values["epochs"]]
-            values["patience_loss"] = values["best_eval_loss"]
-        return cls(**{**values, "open_epoch": OpenEpoch(**values["open_epoch"])})
+    def restored(cls, saved: Position) -> TrainerState:
+        """As a checkpoint has it. What an earlier version did not count of the open epoch begins at 0."""
+        values = {name: value for name, value in saved if name not in ("epochs", "open_epoch")}
+        return cls(**values, open_epoch=OpenEpoch(**dict(saved.open_epoch)))
 
     def note_update(self, update: Update, seconds: float) -> None:
         epoch = self.open_epoch
@@ -121,12 +100,10 @@ class TrainerState:
         if not epoch.target_tokens:
             return None
         mean, validation_loss = epoch.loss / epoch.target_tokens, epoch.validation_loss
-        done = EpochDone(
+        return EpochDone(
             epoch=self.closed_epochs,
-            num_epochs=num_epochs,
             train_loss=mean,
             train_perplexity=perplexity(mean),
-            elapsed_s=elapsed_s,
             validation_loss=validation_loss,
             validation_perplexity=None if validation_loss is None else perplexity(validation_loss),
             epoch_s=elapsed_s - epoch.began_s,
@@ -134,6 +111,6 @@ class TrainerState:
             checkpoint_s=epoch.checkpoint_s,
             target_tokens=epoch.target_tokens,
             tokens_per_second=epoch.tokens / max(epoch.training_s, 1e-9),
+            num_epochs=num_epochs,
+            elapsed_s=elapsed_s,
         )
-        self.epochs.append(_facts(done))
-        return done

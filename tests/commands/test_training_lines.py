@@ -25,7 +25,11 @@ def _step(epoch: float, num_epochs: float, loss: float = 2.0) -> StepDone:
 
 
 def _epoch(number: int, num_epochs: float, loss: float = 2.0) -> EpochDone:
-    return EpochDone(number, num_epochs, loss, perplexity(loss), 1.0, loss, perplexity(loss))
+    return EpochDone(
+        epoch=number, num_epochs=num_epochs, train_loss=loss, train_perplexity=perplexity(loss), elapsed_s=1.0,
+        validation_loss=loss, validation_perplexity=perplexity(loss), epoch_s=0.0, evaluation_s=0.0, checkpoint_s=0.0,
+        target_tokens=0, tokens_per_second=0.0,
+    )  # fmt: skip
 
 
 def _evaluation(step: int, loss: float = 2.0) -> EvalDone:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from report_material import falling, noisy, spec_values, write_run
+from run_tools import progress_at
 
 from llamatune.checkpoints.model_directory import read_config
 from llamatune.command_options.inference import ModelSource, Sampling
@@ -21,6 +22,7 @@ from llamatune.command_options.training import ReportOptions
 from llamatune.data.batches import Split
 from llamatune.errors import NumericsError, Stopped
 from llamatune.events import EvalDone
+from llamatune.formats.state_json import write_progress
 from llamatune.inference.generate import generate
 from llamatune.reporting.make_report import make_report
 from llamatune.reporting.run_reader import read_run
@@ -122,9 +124,8 @@ def test_energy_power_and_the_whole_gpus_memory_are_shown_where_they_were_measur
     gpu = {"name": "NVIDIA H100", "capability": "9.0", "driver": "580.65.06", "cuda_driver": "13.0", "cuda": "12.8"}
     use = {"energy_j": 9_000_000.0, "mean_power_w": 512.4, "peak_power_w": 701.6, "peak_device_memory_bytes": 5 << 30}
     run = write_run(tmp_path / "gpu", falling(3), summary={"gpu": gpu, **use})
-    state = {"schema": 1, "step": 3, "position": {}, "scaler": {}, "metrics_bytes": 0, "torch": "2.13.0", "gpu": gpu}
     (run / "checkpoints" / "step-000003").mkdir(parents=True)
-    (run / "checkpoints" / "step-000003" / "state.json").write_text(json.dumps(state))
+    write_progress(run / "checkpoints" / "step-000003", progress_at(3, torch="2.13.0", gpu=gpu))
     cpu = write_run(tmp_path / "cpu", falling(3), summary={"gpu": None, **dict.fromkeys(use)})
     measured, none = report_on(run, cpu, to=tmp_path / "report.html")["runs"]
     assert {key: measured["figures"][key] for key in use} == use
@@ -324,15 +325,14 @@ def hostile_runs(folder: Path) -> list[Path]:
     two = write_run(
         folder / "'\" onmouseover='alert(5)'",
         falling(3),
-        summary={"device": HOSTILE, "<b>_bytes": 5, "runtime_s": 1.7e308, "ranks": [3, {"wait_share": HOSTILE}]},
+        summary={"device": HOSTILE, "predicted_memory_bytes": {"<b>": 5}, "runtime_s": 9e99},
     )
     (one / "trace-<script>.json").write_text("{}")
     change = {"field": HOSTILE, "old": HOSTILE, "new": ["<b>"]}
-    (one / "origin.json").write_text(json.dumps({"spec_changes": [change, "<b>"]}))
-    state = one / "checkpoints" / "step-000003" / "state.json"
-    state.parent.mkdir(parents=True)
-    progress = {"schema": 1, "step": 3, "metrics_bytes": 0, "position": {}, "scaler": {}}
-    state.write_text(json.dumps({**progress, "torch": HOSTILE, "llamatune": 3}))
+    origin = {"base": HOSTILE, "train": [HOSTILE], "validation": None, "spec_changes": [change]}
+    (one / "origin.json").write_text(json.dumps(origin))
+    (one / "checkpoints" / "step-000003").mkdir(parents=True)
+    write_progress(one / "checkpoints" / "step-000003", progress_at(3, torch=HOSTILE, gpu={"name": HOSTILE}))
     (folder / "generations.jsonl").write_text(
         json.dumps({"prompt": HOSTILE, "completion": HOSTILE, "base_completion": None}) + "\n"
     )

@@ -16,7 +16,7 @@ from llamatune.reporting.run_reader import name_runs, read_run
 
 
 @pytest.mark.parametrize(
-    "tail", ['{"event": "st', "x", '{"event": "step"}', '{"a": 1}\n\x00\x00\x00', "[1]\n", "\xff\n"]
+    "tail", ['{"event": "st', "x", '{"event": "step"}', '{"event": "later"}\n\x00\x00\x00', "[1]\n", "\xff\n"]
 )
 def test_a_torn_last_line_is_left_out(tail: str, tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", falling(5), tail=tail), "run")
@@ -45,9 +45,9 @@ def test_a_spec_that_cannot_be_read_is_a_fault_of_the_run(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("note", "summary", "status"),
     [
-        ({"host": socket.gethostname(), "pid": os.getpid()}, None, "running"),
-        ({"host": socket.gethostname(), "pid": 1 << 30}, None, "unfinished"),
-        ({"host": "another machine", "pid": 1 << 30}, None, "running"),
+        ({"host": socket.gethostname(), "started": "now", "pid": os.getpid()}, None, "running"),
+        ({"host": socket.gethostname(), "started": "now", "pid": 1 << 30}, None, "unfinished"),
+        ({"host": "another machine", "started": "now", "pid": 1 << 30}, None, "running"),
         ("", None, "unfinished"),
         ('{"host": ', None, "unfinished"),
         (None, None, "unfinished"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from llamatune.events import EvalDone, Event, Progress, RunStarted, StepDone, StepSkipped
+from llamatune.formats.state_json import SavedState
 from llamatune.spec import RunSpec, build_spec
 from llamatune.training.train import train
+from llamatune.training.trainer_state import TrainerState
 
 REPEATABLE = ("event", "step", "window", "epoch", "loss", "learning_rate", "grad_norm", "loss_scale", "perplexity",
               "target_tokens", "rows", "best")  # fmt: skip
@@ -77,6 +81,39 @@ def files(directory: Path) -> dict[str, bytes]:
 
 def last_checkpoint(run: Path) -> Path:
     return max((run / "checkpoints").glob("step-*"))
+
+
+def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], None], name: str = "state.json") -> None:
+    """Change a JSON file of a product, and its digest in the manifest with it."""
+    file, manifest = checkpoint / name, checkpoint / "llamatune.json"
+    values, facts = json.loads(file.read_text()), json.loads(manifest.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+    facts["files"][name] = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    manifest.write_text(json.dumps(facts))
+
+
+def progress_at(step: int, **facts: Any) -> SavedState:
+    """``state.json`` after so many steps, of which nothing else is known."""
+    position = TrainerState(step=step, window=step, saved_window=step, saved_step=step)
+    values = {"step": step, "position": asdict(position), "scaler": {}, "metrics_bytes": 0}
+    return SavedState.model_validate({**values, **facts})
+
+
+def keep_epochs_in_state(checkpoint: Path, schema: int = 2) -> None:
+    """As versions before schema 3 left a run: the epochs in the state of its last checkpoint, none in the log."""
+    log = checkpoint.parents[1] / "metrics.jsonl"
+    length = json.loads((checkpoint / "state.json").read_text())["metrics_bytes"]
+    lines = log.read_bytes()[:length].splitlines(keepends=True)
+    closed = [json.loads(line) for line in lines if b'"event": "epoch"' in line]
+    others = b"".join(line for line in lines if b'"event": "epoch"' not in line)
+    log.write_bytes(others)
+
+    def change(state: dict[str, Any]) -> None:
+        state.update(schema=schema, metrics_bytes=len(others))
+        state["position"]["epochs"] = [{key: epoch[key] for key in epoch if key != "event"} for epoch in closed]
+
+    rewrite(checkpoint, change)
 
 
 _CARDS = ("README.md", "llamatune.json")

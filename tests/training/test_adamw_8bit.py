@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_tools import progress_at
 from torch import Tensor, nn
 
 from llamatune.checkpoints.training_checkpoint import read_run_state, save_run_state
@@ -161,8 +162,7 @@ def test_saved_and_restored_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
         gradients(weights, targets, step)
         optimizer.step(RATE)
         if step == 5:
-            progress = {"step": 6, "position": {}, "scaler": {}, "metrics_bytes": 0}
-            save_run_state(tmp_path / "state", lambda _: None, optimizer.state_tensors(), progress)
+            save_run_state(tmp_path / "state", lambda _: None, optimizer.state_tensors(), progress_at(6))
             middle = [weight.detach().clone() for weight in weights]
     again = [nn.Parameter(weight) for weight in middle]
     resumed = in_8_bits(again)

@@ -19,17 +19,18 @@ from run_tools import (
     StopAfter,
     assert_same_outcome,
     crash_at,
+    keep_epochs_in_state,
     last_checkpoint,
     make_spec,
     metrics,
+    rewrite,
     run_and_record,
 )
 
+from llamatune.checkpoints.training_checkpoint import read_run_state
 from llamatune.errors import CheckpointError, SpecError, Stopped
 from llamatune.events import CheckpointSaved, EpochDone, EvalDone, Notice
-from llamatune.formats.manifest import MANIFEST
 from llamatune.reporting.run_reader import read_run
-from llamatune.safe_reading import digest_file
 from llamatune.spec import RunSpec
 from llamatune.training.early_stopping import out_of_patience
 from llamatune.training.train import train
@@ -184,17 +185,8 @@ def _stop(spec: RunSpec, count: int) -> Path:
     return last_checkpoint(Path(spec.training.output_dir))
 
 
-def _rewrite_position(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the saved position, and the manifest with it."""
-    state, manifest = checkpoint / "state.json", checkpoint / MANIFEST
-    values, facts = json.loads(state.read_text()), json.loads(manifest.read_text())
-    change(values["position"])
-    state.write_text(json.dumps(values))
-    facts["files"]["state.json"] = {"bytes": state.stat().st_size, "sha256": digest_file(state)}
-    manifest.write_text(json.dumps(facts))
-
-
-def _as_the_first_schema_had_it(position: dict[str, Any]) -> None:
+def _as_the_first_schema_had_it(state: dict[str, Any]) -> None:
+    position = state["position"]
     epoch = position.pop("open_epoch")
     position["epoch_loss"], position["epoch_target_tokens"] = epoch["loss"], epoch["target_tokens"]
     del position["patience_loss"]
@@ -209,7 +201,8 @@ def test_a_checkpoint_from_before_these_fields_is_continued(spec_with: SpecWith)
     summary = train(whole)
     checkpoint = _stop(parts, 5 + 2 * 2)  # each of two evaluations has two batches
     assert checkpoint.name == "step-000005"
-    _rewrite_position(checkpoint, _as_the_first_schema_had_it)
+    keep_epochs_in_state(checkpoint, schema=1)
+    rewrite(checkpoint, _as_the_first_schema_had_it)
     continued = train(parts)
     first, *others = continued["epochs"]
     assert first["epoch_s"] is None
@@ -226,16 +219,17 @@ def test_a_checkpoint_from_before_these_fields_is_continued(spec_with: SpecWith)
 
 def test_a_position_that_is_none_is_refused(spec_with: SpecWith) -> None:
     spec = spec_with()
-    _rewrite_position(_stop(spec, 2), lambda position: position.update(phase_of_the_moon=1))
-    with pytest.raises(CheckpointError, match=r"its position cannot be read: .*phase_of_the_moon"):
-        train(spec)
+    checkpoint = _stop(spec, 2)
+    rewrite(checkpoint, lambda state: state["position"].update(phase_of_the_moon=1))
+    with pytest.raises(CheckpointError, match=r"has the unknown key position.phase_of_the_moon: .*state.json"):
+        read_run_state(checkpoint)
 
 
 def test_an_epoch_that_an_earlier_version_had_ended_is_not_gone_on_with(spec_with: SpecWith) -> None:
     spec = spec_with(training__max_steps=4)
     train(spec)
     checkpoint = last_checkpoint(Path(spec.training.output_dir))
-    _rewrite_position(checkpoint, lambda position: position.update(closed_epochs=2))
+    rewrite(checkpoint, lambda state: state["position"].update(closed_epochs=2))
     with pytest.raises(CheckpointError, match="ended the run inside an epoch"):
         train(spec_with(training__max_steps=5))
 

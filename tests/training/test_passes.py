@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llamatune.errors import CheckpointError, Stopped
 from llamatune.events import ignore_event, never_stop
+from llamatune.formats.origin_json import Passes, dump_origin
 from llamatune.ranks import ALONE
 from llamatune.shapes.gradient_lanes import LANES
 from llamatune.spec import RunSpec
@@ -123,8 +124,8 @@ def test_what_the_spec_names_is_recorded(
 
 
 def test_a_run_without_recorded_passes_adds_gradients_one_after_another() -> None:
-    assert PassRule.restored(None, "origin.json") == PassRule(None, 1, None)
-    assert PassRule.restored({"tokens": 5, "at_least": 2, "lanes": 16}, "origin.json") == PassRule(5, 2, 16)
+    assert PassRule.restored(None) == PassRule(None, 1, None)
+    assert PassRule.restored(Passes(tokens=5, at_least=2, lanes=16)) == PassRule(5, 2, 16)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +139,8 @@ def test_a_run_without_recorded_passes_adds_gradients_one_after_another() -> Non
     ],
 )  # fmt: skip
 def test_edited_passes_are_refused(edited: Any) -> None:
-    with pytest.raises(CheckpointError, match="passes is"):
-        PassRule.restored(edited, "origin.json")
+    with pytest.raises(CheckpointError, match="passes"):
+        dump_origin(Path("origin.json"), {"base": "b", "train": "t", "validation": None, "passes": edited})
 
 
 def test_the_tokens_of_an_average_pass(spec: Callable[..., RunSpec]) -> None:

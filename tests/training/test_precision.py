@@ -150,7 +150,7 @@ def test_an_overflow_skips_the_update_and_does_not_move_the_schedule(
             assert not learners[0].optimizer.state
 
     summary = train(spec, on_event=on_event)
-    lines = metrics(tmp_path / "run")
+    lines = [line for line in metrics(tmp_path / "run") if line["event"] != "epoch"]
     skipped, steps = [[line for line in lines if line["event"] == kind] for kind in ("skipped", "step")]
     assert len(skipped) >= 10
     assert all(torch.equal(weights[name], trained[0][name]) for weights in trained for name in weights)
@@ -171,7 +171,8 @@ def test_epochs_end_by_window_even_where_updates_were_skipped(
     scale_of(2.0**40)
     changes = {**FP16, "training__max_steps": None, "training__num_epochs": 6}
     summary = train(make_spec(tiny_base(), prepared(), tmp_path / "run", **changes))
-    assert len(metrics(tmp_path / "run")) == 6 * 4
+    windows = [line for line in metrics(tmp_path / "run") if line["event"] in ("step", "skipped")]
+    assert len(windows) == 6 * 4
     assert summary["steps"] == 24 - summary["skipped_windows"] > 0
 
 

@@ -235,6 +235,7 @@ def test_a_log_that_is_torn_or_tells_of_other_steps_is_not_in_order(
 ) -> None:
     copy = copied(made["run"], tmp_path)
     before_training, *lines = (copy / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines.pop()  # of the epoch
     assert len(lines) == 4
     (copy / "metrics.jsonl").write_bytes(before_training + b"".join(LOGS[damage](lines)))
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl"):

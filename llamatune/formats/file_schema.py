@@ -1,0 +1,92 @@
+"""Schemas of JSON files that llamatune writes: strict types, finite numbers, bounded counts, known keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from llamatune.errors import CheckpointError, LlamatuneError
+from llamatune.strict_json import read_json
+
+LARGEST_FILE = 16 << 20
+"""Bytes of one file; far above what is written, and what it takes in memory is still small."""
+LARGEST_WHOLE = 1 << 53
+"""Below it every whole number is exact as a float."""
+LARGEST_NUMBER = 1e100
+"""Far above any real figure, so that products and axis limits stay finite."""
+_TODO = "was it edited? restore it from a copy, or begin anew in another directory"
+_LONGEST_VALUE = 80
+
+
+def _plain(value: Any) -> Any:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("it should be a value of JSON, with finite numbers") from None
+    return value
+
+
+Count = Annotated[int, Field(ge=0, lt=LARGEST_WHOLE)]
+Positive = Annotated[int, Field(ge=1, lt=LARGEST_WHOLE)]
+Measure = Annotated[float, Field(ge=0, lt=LARGEST_NUMBER)]
+"""A loss, a norm, seconds, a rate: none is negative."""
+Perplexity = Annotated[float, Field(ge=0)]
+"""The exponential of a loss, which may be near the largest float."""
+Name = Annotated[str, Field(max_length=4096)]
+JsonValue = Annotated[Any, AfterValidator(_plain)]
+
+
+class FileSchema(BaseModel):
+    """What a JSON object of a file holds. A key that is not known, or a value of another type, is refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Schema = TypeVar("Schema", bound=FileSchema)
+
+
+def parse_values(
+    schema: type[Schema], values: object, where: object, error: type[LlamatuneError] = CheckpointError
+) -> Schema:
+    """``values`` as the schema has them; an error names ``where`` and the first key that does not fit."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as fault:
+        raise error(describe(fault), where, _TODO) from None
+
+
+def read_schema(schema: type[Schema], path: Path, max_bytes: int = LARGEST_FILE) -> Schema:
+    """A file of one JSON object.
+
+    Raises:
+        CheckpointError: not strict JSON, or a key or value that does not fit, which is named.
+    """
+    return parse_values(schema, read_json(path, max_bytes=max_bytes), path)
+
+
+def describe(fault: ValidationError) -> str:
+    """The first key that does not fit and why, and how many more there are."""
+    errors = fault.errors(include_url=False)
+    error = errors[0]
+    key = ".".join(map(str, error["loc"]))[:200]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    if error["type"] == "missing":
+        return f"has no {key}{more}"
+    if error["type"] == "extra_forbidden":
+        return f"has the unknown key {key}{more}"
+    if error["type"] == "value_error":
+        why = str(error["ctx"]["error"])
+        return f"{key}: {why}{more}" if key else f"{why}{more}"
+    message = error["msg"][:1].lower() + error["msg"][1:]
+    return f"{key} is {_shown(error['input'])}: {message.replace('input should', 'it should')}{more}"
+
+
+def _shown(value: object) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        text = type(value).__name__
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]} ..."
