@@ -21,7 +21,8 @@ from llamatune.command_options.training import BenchmarkOptions
 from llamatune.durable_writing import probe_writable, refuse_occupied, write_atomic
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.strict_json import dump_json, read_json
+from llamatune.formats.benchmark_cell import read_cell
+from llamatune.strict_json import dump_json
 from llamatune.training.run_directory import is_occupied, move_aside, refuse_inputs, write_if_changed
 from llamatune.training.run_file_names import CELLS
 from llamatune.training.run_lock import LOCK, run_lock
@@ -107,8 +108,7 @@ def _outcome(plan: PlannedCell, output: Path, should_stop: ShouldStop) -> dict[s
     if plan.task is None:
         return {"status": "refused", "reason": plan.cell.refusal}
     path = output / CELLS / f"{plan.identity}.json"
-    if path.is_file() and (earlier := read_json(path))["status"] in _FINAL:
-        del earlier["values"]
+    if path.is_file() and (earlier := read_cell(path))["status"] in _FINAL:
         return earlier
     facts = run_cell(plan.task, output, should_stop)
     write_atomic(path, dump_json({"values": plan.cell.values, **facts}))

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llamatune.errors import DataError
+from llamatune.formats.file_schema import LARGEST_WHOLE
 from llamatune.formats.manifest import Manifest
 from llamatune.formats.prepared import SplitFile, has_prompts, read_prepared_manifest, split_path
 from llamatune.model.loss import IGNORED
@@ -51,10 +52,22 @@ class _SplitInMemory(SplitFile):
         self.starts, self.source_rows = self.row_starts(), self.column("source_rows")
         with safe_open(path, framework="pt") as file:
             self.ids, self.mask = file.get_tensor("input_ids"), file.get_tensor("loss_mask")
+        self._check_values()
         before = torch.cat((torch.zeros(1, dtype=torch.int64), self.mask.cumsum(0)))
         self.target_counts: list[int] = before[self.starts].diff().tolist()
         if self.target_counts and min(self.target_counts) == 0:
             raise DataError("a row has no target token", path, "prepare the data again")
+
+    def _check_values(self) -> None:
+        if len(self.ids) and (least := int(self.ids.min())) < 0:
+            self._refuse(f"holds the token id {least}")
+        if len(self.mask) and (most := int(self.mask.max())) > 1:
+            self._refuse(f"its loss_mask holds {most}, where only 0 and 1 can be")
+        if len(self.source_rows) and not 0 <= min(self.source_rows) <= max(self.source_rows) < LARGEST_WHOLE:
+            self._refuse("its source_rows hold a number that counts no row")
+
+    def _refuse(self, what: str) -> None:
+        raise DataError(what, self.path, "prepare the data again")
 
 
 class Split:
@@ -65,24 +78,24 @@ class Split:
 
     def __init__(self, *paths: Path, rows_before: Sequence[int] | None = None) -> None:
         before = [0] * len(paths) if rows_before is None else rows_before
-        self._files = [_SplitInMemory(path, rows) for path, rows in zip(paths, before, strict=True)]
-        self._ends = list(itertools.accumulate(map(len, self._files)))
-        self.target_counts = [count for file in self._files for count in file.target_counts]
+        self.files = [_SplitInMemory(path, rows) for path, rows in zip(paths, before, strict=True)]
+        self._ends = list(itertools.accumulate(map(len, self.files)))
+        self.target_counts = [count for file in self.files for count in file.target_counts]
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     @property
     def largest_id(self) -> int:
-        return max(int(file.ids.max()) if len(file.ids) else -1 for file in self._files)
+        return max(int(file.ids.max()) if len(file.ids) else -1 for file in self.files)
 
     @property
     def lengths(self) -> list[int]:
-        return [end - start for file in self._files for start, end in itertools.pairwise(file.starts)]
+        return [end - start for file in self.files for start, end in itertools.pairwise(file.starts)]
 
     def rows_of_ids(self) -> Iterator[NDArray[np.int32]]:
         """The token ids of each row, in mapped memory."""
-        for file in self._files:
+        for file in self.files:
             ids = file.ids.numpy()
             for start, end in itertools.pairwise(file.starts):
                 yield ids[start:end]
@@ -110,7 +123,7 @@ class Split:
     def _place(self, index: int) -> tuple[_SplitInMemory, int]:
         """The file of a row, and its index there."""
         number = bisect_right(self._ends, index)
-        file = self._files[number]
+        file = self.files[number]
         return file, index - self._ends[number] + len(file)
 
 
@@ -149,7 +162,22 @@ def open_prepared(*paths: Path) -> Prepared:
     files = [split_path(path, "validation") for path in paths]
     held = [number for number, file in enumerate(files) if file.exists()]
     validation = Split(*(files[n] for n in held), rows_before=[before[n] for n in held]) if held else None
-    return Prepared(Split(*(split_path(path, "train") for path in paths), rows_before=before), validation, manifests)
+    train = Split(*(split_path(path, "train") for path in paths), rows_before=before)
+    for manifest, file in zip(manifests, train.files, strict=True):
+        _refuse_other_counts(manifest, "train", file)
+    for number, file in zip(held, validation.files if validation else (), strict=True):
+        _refuse_other_counts(manifests[number], "validation", file)
+    return Prepared(train, validation, manifests)
+
+
+def _refuse_other_counts(manifest: Manifest, split: str, file: _SplitInMemory) -> None:
+    """Raise ``DataError`` where the manifest counts other rows or tokens than its file holds."""
+    told = (manifest.facts.get("splits") or {}).get(split, {})
+    held = {"rows": len(file), "tokens": len(file.ids), "target_tokens": sum(file.target_counts)}
+    for name, count in held.items():
+        if told.get(name, count) != count:
+            what = f"splits.{split}.{name} is {told[name]}, and the file holds {count}"
+            raise DataError(what, f"{manifest.path}, facts", "prepare the data again")
 
 
 def refuse_disagreement(manifests: Sequence[Manifest]) -> None:

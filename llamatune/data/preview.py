@@ -19,7 +19,7 @@ def preview_rows(directory: Path, tokenizer: Tokenizer, count: int) -> list[dict
     special_ids = set(tokenizer.special_ids.values())
     split = SplitFile(split_path(directory, "train"))
     shown = min(count, len(split))
-    offsets, numbers = split.column("offsets", 0, shown + 1), split.column("source_rows", 0, shown)
+    offsets, numbers = split.row_starts()[: shown + 1], split.column("source_rows", 0, shown)
     rows = []
     for number, (begin, end) in zip(numbers, itertools.pairwise(offsets), strict=True):
         ids, mask = split.column("input_ids", begin, end), split.column("loss_mask", begin, end)

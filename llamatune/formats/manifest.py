@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -29,7 +28,6 @@ SCHEMA = 1
 _LARGEST_MANIFEST = 16 << 20
 _BLOCK = 1 << 20
 T = TypeVar("T")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class OtherVersion(CheckpointError):
@@ -170,21 +168,30 @@ def find_manifest(directory: Path, error: type[LlamatuneError] = CheckpointError
     """The manifest in ``directory``, None if there is none; of another schema only the facts are read.
 
     Raises:
-        error: no regular file, no strict JSON, or of our schema and not what ``build_directory`` writes: no kind, facts
-            or files, or a file entry that is unsafe, such as a path that leads out of the directory.
+        error: no regular file, no strict JSON, or of our schema and with a key or value that does not fit it, which is
+            named; or a file entry that is unsafe, such as a path that leads out of the directory.
     """
     path = directory / MANIFEST
     if not path.exists():
         return None
+    # Here, since the command line is built from modules that import this one, and pydantic is slow to load.
+    from llamatune.formats.file_schema import LARGEST_WHOLE, parse_values
+    from llamatune.formats.manifest_schema import FACTS, Facts, ProductManifest
+
     content = read_bytes(path, error, _LARGEST_MANIFEST)
     raw = parse_json_object(content, path, error)
-    schema, kind, inputs, facts, files = (raw.get(key) for key in ("schema", "kind", "inputs", "facts", "files"))
-    if schema != SCHEMA:
-        facts, files = facts if isinstance(facts, dict) else {}, {}
-    elif not isinstance(kind, str) or not isinstance(facts, dict) or not isinstance(files, dict) or not files:
+    schema = raw.get("schema")
+    known = len(schema) <= 80 if isinstance(schema, str) else type(schema) is int and 0 < schema < LARGEST_WHOLE
+    if not known:
         raise error("not the manifest of a product", path, "fetch or make it again")
-    entries = {name: _file_entry(name, entry, path, error) for name, entry in files.items()}
-    return Manifest(path, digest_bytes(content), schema, kind, inputs, facts, entries)
+    if schema == SCHEMA:
+        parse_values(ProductManifest, raw, path, error)
+        parse_values(FACTS.get(raw["kind"], Facts), raw["facts"], f"{path}, facts", error)
+        entries = {name: _file_entry(name, entry, path, error) for name, entry in raw["files"].items()}
+        return Manifest(path, digest_bytes(content), schema, raw["kind"], raw["inputs"], raw["facts"], entries)
+    facts = raw["facts"] if isinstance(raw.get("facts"), dict) else {}
+    parse_values(Facts, facts, f"{path}, facts", error)
+    return Manifest(path, digest_bytes(content), schema, raw.get("kind"), raw.get("inputs"), facts, {})
 
 
 def manifest_if_readable(directory: Path) -> Manifest | None:
@@ -194,15 +201,12 @@ def manifest_if_readable(directory: Path) -> Manifest | None:
     return None
 
 
-def _file_entry(name: str, entry: Any, where: Path, error: type[LlamatuneError]) -> tuple[int, str]:
+def _file_entry(name: str, entry: dict[str, Any], where: Path, error: type[LlamatuneError]) -> tuple[int, str]:
     parts = PurePosixPath(name).parts
     plain = parts and name == "/".join(parts) and ".." not in parts and "\0" not in name and name != MANIFEST
     if not plain or len(name) > 1000 or any(len(part.encode()) > 255 for part in parts):
         raise error(f"names the unsafe path {name[:80]!r}", where, "do not use this directory")
-    size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-    if type(size) is not int or size < 0 or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-        raise error(f"has no size and SHA-256 of {name[:80]!r}", where, "fetch or make it again")
-    return size, digest
+    return entry["bytes"], entry["sha256"]
 
 
 def finished_product(path: Path, kind: str, inputs: dict[str, Any]) -> Manifest | None:

@@ -96,6 +96,8 @@ def read_lengths(*directories: Path) -> tuple[list[int], list[int]]:
     for directory in directories:
         split = SplitFile(split_path(directory, "train"))
         rows, mask = list(itertools.pairwise(split.row_starts())), split.column("loss_mask").tobytes()
+        if mask.translate(None, b"\0\1"):
+            raise DataError("its loss_mask holds more than 0 and 1", split.path, "prepare the data again")
         lengths += [end - begin for begin, end in rows]
         targets += [mask.count(1, begin, end) for begin, end in rows]
     return lengths, targets

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llamatune.checkpoints.broken_weights import with_broken_tensor
 from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.data.chat_rows import read_chat
 from llamatune.data.chat_template import ChatTemplate
@@ -15,7 +16,7 @@ from llamatune.data.chat_template_files import own_chat_template
 from llamatune.data.raw_row import RowError
 from llamatune.data.row_json import Row
 from llamatune.data.templates import Template
-from llamatune.errors import DataError, SpecError
+from llamatune.errors import DataError, NumericsError, SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.engine import Engine
 from llamatune.inference.model_source import OpenedModel, open_model
@@ -136,6 +137,7 @@ class Chat:
 
         Raises:
             DataError: the template refuses the conversation.
+            NumericsError: the logits hold NaN or infinity.
         """
         self._asked += 1
         segments = self._encoder.segments(self.conversation.prompt(message), self._asked)
@@ -150,7 +152,11 @@ class Chat:
         engine.add(ids)
         stream, moved, text, reason = TextStream(self._tokenizer, ids), segments.moved, "", "stopped"
         while not engine.is_done and not should_stop():
-            for _, completion in engine.step():
+            try:
+                ended = engine.step()
+            except NumericsError as fault:
+                raise with_broken_tensor(fault, self._opened.checkpoint, self._opened.adapters) from None
+            for _, completion in ended:
                 reason = completion.finish_reason
             piece = "".join(map(stream.push, chosen[shown:])) + (stream.finish() if engine.is_done else "")
             shown = len(chosen)

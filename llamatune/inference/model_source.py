@@ -16,6 +16,7 @@ import torch
 from llamatune import __version__
 from llamatune.checkpoints.adapter import Adapter, check_adapter
 from llamatune.checkpoints.adapter_sum import load_adapters, template_holder, weighted_sum
+from llamatune.checkpoints.broken_weights import with_broken_tensor
 from llamatune.checkpoints.checkpoint import Checkpoint
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.checkpoints.loading import load_model, open_checkpoint
@@ -26,7 +27,7 @@ from llamatune.data.segments import Segments
 from llamatune.data.template_choice import load_template, stored_template
 from llamatune.data.templates import Template
 from llamatune.devices import choose_device, lacks_bf16
-from llamatune.errors import DataError
+from llamatune.errors import DataError, NumericsError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.formats.manifest import find_manifest
 from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors
@@ -163,10 +164,16 @@ class OpenedModel:
 
     @contextlib.contextmanager
     def computing(self, tokens: float, advice: str, on_event: OnEvent) -> Iterator[None]:
-        """For all that computes: threads for passes of so many tokens, the device's kernels, faults with ``advice``."""
+        """For all that computes: threads for passes of so many tokens, the device's kernels, faults with ``advice``.
+
+        A ``NumericsError`` names the tensor that explains it.
+        """
         kernels = chosen_kernels("auto", self.device, on_event)
         with memory_faults(self.device, advice), suitable_threads(self.checkpoint.config, tokens), kernels:
-            yield
+            try:
+                yield
+            except NumericsError as fault:
+                raise with_broken_tensor(fault, self.checkpoint, self.adapters) from None
 
     def load(self, on_event: OnEvent, should_stop: ShouldStop) -> LoadedModels:
         """Read the weights."""

@@ -6,8 +6,10 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from llamatune.checkpoints.broken_weights import with_broken_tensor
 from llamatune.devices import capability_of, gpu_facts
 from llamatune.durable_writing import refuse_small_disk
+from llamatune.errors import NumericsError
 from llamatune.events import Notice, OnEvent, RunStarted, ShouldStop, ignore_event, never_stop
 from llamatune.formats.state_json import list_checkpoints
 from llamatune.free_memory import held_host_bytes
@@ -122,7 +124,13 @@ def train(
         loop = TrainingLoop(spec, inputs, schedule, learner, run, on_event, should_stop, memory_facts, meter, ranks)
         loop.resume()
         _report_start(spec, inputs, schedule, loop, on_event)
-        return loop.execute()
+        try:
+            return loop.execute()
+        except NumericsError as fault:
+            if inputs.checkpoint is None:
+                raise
+            starting = () if inputs.starting_adapter is None else (inputs.starting_adapter,)
+            raise with_broken_tensor(fault, inputs.checkpoint, starting) from None
 
 
 def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, loop: TrainingLoop, on_event: OnEvent) -> None:

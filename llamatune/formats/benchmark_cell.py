@@ -1,0 +1,66 @@
+"""Outcome of a benchmark cell, kept as ``cells/NAME.json``: its schemas and its reader. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from llamatune.errors import CheckpointError
+from llamatune.formats.file_schema import LARGEST_WHOLE, Count, FileSchema, Measure, Name, Positive, parse_values
+from llamatune.strict_json import read_json
+
+_Loss = Annotated[list[Measure], Field(min_length=1)]
+_Values = dict[Name, Name]
+
+
+class MeasuredCell(FileSchema):
+    """A cell with numbers. Memory is in bytes, times in seconds."""
+
+    values: _Values
+    status: Literal["measured"]
+    allocated_bytes: Count
+    predicted_bytes: Count | None
+    reserved_bytes: Count | None
+    device_bytes: Count | None
+    resident_bytes: Count | None
+    categories: dict[Name, Count]
+    unattributed_bytes: Annotated[int, Field(gt=-LARGEST_WHOLE, lt=LARGEST_WHOLE)]
+    losses: _Loss
+    held_out_losses: list[Measure]
+    step_s: Measure
+    step_s_range: Annotated[list[Measure], Field(min_length=2, max_length=2)]
+    runtime_s: Measure
+    tokens_per_second: Measure
+    steps: Positive
+    warm_up_steps: Count
+    skipped_windows: Count
+    tokens: Count
+    trainable_parameters: Count
+    total_parameters: Positive
+    device: Name
+    device_name: Name
+    threads: Positive
+    torch: Name
+
+
+class UnmeasuredCell(FileSchema):
+    """A cell without numbers, and why."""
+
+    values: _Values
+    status: Literal["oom", "refused", "failed", "killed"]
+    reason: str
+    exit_code: Annotated[int, Field(ge=-255, le=255)] | None = None
+
+
+def read_cell(path: Path) -> dict[str, Any]:
+    """The outcome in a file, without the cell's ``values``.
+
+    Raises:
+        CheckpointError: not strict JSON, or a key or value that does not fit, which is named.
+    """
+    raw = read_json(path, CheckpointError)
+    schema = MeasuredCell if raw.get("status") == "measured" else UnmeasuredCell
+    parse_values(schema, raw, path)
+    return {name: value for name, value in raw.items() if name != "values"}
