@@ -108,7 +108,7 @@ def _outcome(plan: PlannedCell, output: Path, should_stop: ShouldStop) -> dict[s
     if plan.task is None:
         return {"status": "refused", "reason": plan.cell.refusal}
     path = output / CELLS / f"{plan.identity}.json"
-    if path.is_file() and (earlier := read_cell(path))["status"] in _FINAL:
+    if path.is_file() and (earlier := read_cell(path, len(plan.task.seeds)))["status"] in _FINAL:
         return earlier
     facts = run_cell(plan.task, output, should_stop)
     write_atomic(path, dump_json({"values": plan.cell.values, **facts}))

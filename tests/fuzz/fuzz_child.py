@@ -156,7 +156,7 @@ class Workplace:
         finally:
             self._watching = True
         inside = _is_below(place, self._roots[:1] if writes else self._roots)
-        if writes and not inside and place != os.devnull:
+        if writes and not inside and place not in (os.devnull, self._linked):
             if not self._may_name_files:
                 self._seen.append(("written outside", ascii(path)))
             raise PermissionError(13, "Permission denied", path)
