@@ -20,8 +20,7 @@ def expand_path(text: str, variables: bool = True) -> str:
     then ``$`` has no meaning. Without ``variables`` it never has one.
 
     Raises:
-        SpecError: a NUL character, no such variable or user, one without a value or a home directory, or another form
-            of ``$``.
+        SpecError: a NUL, no such variable or user, one without a value or home directory, or another form of ``$``.
     """
     if "\0" in text:
         raise SpecError("a path holds no NUL character", text, "write it without")
