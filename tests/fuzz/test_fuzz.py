@@ -11,7 +11,7 @@ import pytest
 from planted import FAULTS
 
 HERE = Path(__file__).parent
-SAMPLE = 4
+SAMPLE = 3
 """Mutations of each file, each read by one of its verbs."""
 
 
