@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One thread a test process: two test processes on two cores get in each other's way otherwise.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-faults test-slurm test-gpu test-interop check lint format test-wheel demo-base build clean
+.PHONY: demo test test-faults test-fuzz test-slurm test-gpu test-interop check lint format test-wheel demo-base build clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,11 @@ test: $(VENV)/.installed-dev
 # The long sweeps: thousands of faults, kills and damaged files.
 test-faults: $(VENV)/.installed-dev
 	$(PYTEST) -m slow
+
+# Damaged files: 3,000 mutations of each file that a verb reads, each read by one of its verbs in turn. FUZZ takes options,
+# such as FUZZ=--every-verb, FUZZ="--seconds 600" or FUZZ="--only 'rows/*' --seed 7".
+test-fuzz: $(VENV)/.installed-dev
+	$(BIN)/python tests/fuzz/fuzz.py $(FUZZ)
 
 # Jobs on a Slurm of two nodes, which the tests install (as root, by apt-get) and start in network namespaces. Skipped,
 # with the reason, where that cannot be done.

@@ -1,4 +1,4 @@
-"""JSON read and written strictly: no NaN, no duplicate keys, no lone surrogates, no endless nesting; typed fields."""
+"""JSON read and written strictly: finite numbers, unique keys, no lone surrogates, no endless nesting; typed fields."""
 
 from __future__ import annotations
 
@@ -33,12 +33,19 @@ def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object_of, parse_constant=_refuse)
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:80]} is beyond the range of numbers")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object_of, parse_constant=_refuse, parse_float=_finite)
 """Made once: of a short row, making it takes as long as decoding."""
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Strict JSON: ``ValueError`` on NaN, duplicate keys, lone surrogates, endless nesting or endless digits."""
+    """Strict JSON: ``ValueError`` on NaN, infinity, duplicate keys, lone surrogates, endless nesting or digits."""
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
     if text.startswith("\ufeff"):

@@ -12,7 +12,19 @@ from llamatune.strict_json import parse_json, read_json
 
 @pytest.mark.parametrize(
     "text",
-    ['{"a": NaN}', '{"a": 1, "a": 2}', "[" * 100_000, "1" * 6000, '"\\ud800"', "", "{", b"\xff", '{"a": Infinity}'],
+    [
+        '{"a": NaN}',
+        '{"a": 1, "a": 2}',
+        "[" * 100_000,
+        "1" * 6000,
+        '"\\ud800"',
+        "",
+        "{",
+        b"\xff",
+        '{"a": Infinity}',
+        "[1e999]",
+        "-1e309",
+    ],
 )
 def test_json_that_others_accept_and_we_do_not(text: str | bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - any ValueError is the contract

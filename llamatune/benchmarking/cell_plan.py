@@ -70,7 +70,7 @@ def _planned(cells: list[Cell], options: BenchmarkOptions, on_event: OnEvent) ->
             continue
         seeds = options.seeds or (cell.spec.training.seed,)
         task = Task(cell.spec, options.updates, seeds, options.memory_limit_bytes)
-        planned.append(PlannedCell(cell, task, _identity(task, inputs)))
+        planned.append(PlannedCell(cell, task, _identity(task, inputs), len(seeds)))
     faults = [fault for fault in opened.values() if isinstance(fault, LlamatuneError)]
     if len(faults) == len(opened):
         raise faults[0]

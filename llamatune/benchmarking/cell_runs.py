@@ -30,11 +30,15 @@ _FINAL = ("measured", "oom", "refused")
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """A cell and its task, None if it is refused; ``identity`` digests all that decides the outcome."""
+    """A cell and its task, None if it is refused; ``identity`` digests all that decides the outcome.
+
+    ``seeds``: how many runs of training there are, each with losses of its own; None: nothing is trained.
+    """
 
     cell: Cell
     task: CellTask | None = None
     identity: str = ""
+    seeds: int | None = None
 
 
 def refuse_other(output: Path, overwrite: bool) -> None:
@@ -92,7 +96,7 @@ def _outcome(plan: PlannedCell, output: Path, should_stop: ShouldStop) -> dict[s
     if plan.task is None:
         return {"status": "refused", "reason": plan.cell.refusal}
     path = output / CELLS / f"{plan.identity}.json"
-    if path.is_file() and (earlier := read_cell(path))["status"] in _FINAL:
+    if path.is_file() and (earlier := read_cell(path, plan.seeds))["status"] in _FINAL:
         return earlier
     facts = run_cell(plan.task, output, should_stop)
     write_atomic(path, dump_json({"values": plan.cell.values, **facts}))

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llamatune.benchmarking.grid import Axis
+from llamatune.formats.benchmark_cell import Categories
 
-CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "casts", "temporary")
+CATEGORIES = tuple(Categories.model_fields)
 """The memory categories. Each storage is in one of them, decided by its whole life.
 
 ``parameters`` are the base, the adapter and buffers. ``gradients`` are the storages that were the ``.grad`` of a

@@ -15,6 +15,7 @@ import torch
 
 from llamatune.checkpoints.adapter import Adapter, add_facts, check_adapter, load_adapter, write_adapter
 from llamatune.checkpoints.adapter_config import CONFIG_FILE
+from llamatune.checkpoints.adapter_header import adapted_modules
 from llamatune.checkpoints.gguf_config import architecture_of, gguf_name, is_interleaved
 from llamatune.checkpoints.gguf_model import GgufCheckpoint
 from llamatune.checkpoints.model_directory import read_config
@@ -27,6 +28,7 @@ from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_st
 from llamatune.formats.gguf import is_gguf, write_gguf
 from llamatune.formats.manifest import Staging, build_directory, finished_product
 from llamatune.output_files import output_file, refuse_replacing, write_output
+from llamatune.shapes.adapter import ADAPTER_KINDS
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.strict_json import write_json
 
@@ -76,7 +78,9 @@ def convert_adapter(
     if adapter.base_changes:
         what = f"the adapter also changes {', '.join(sorted(adapter.base_changes)[:3])} of the base"
         raise CheckpointError(what, options.adapter, "merge it into the base, and convert that")
-    updates = list(_updates(adapter))
+    updates = list(_updates(adapter, options.adapter))
+    if not updates:
+        raise CheckpointError("holds no update of a matrix", options.adapter, "fetch or save it again")
     _refuse_too_large(updates, options.adapter)
     config = None if options.target == "peft" and options.model is None else _base_config(options, adapter, on_event)
     if config is not None:
@@ -114,13 +118,25 @@ def _base_config(options: ConvertAdapterOptions, adapter: Adapter, on_event: OnE
     return GgufCheckpoint.open(model).config if is_gguf(model) else read_config(model, on_event)
 
 
-def _updates(adapter: Adapter) -> Iterator[_Update]:
-    for name in sorted(adapter.tensors):
-        stem, _, kind = name.removesuffix(".weight").rpartition(".")
-        if kind == "lora_A":
-            weight = f"{stem}.weight"
-            A, B, *magnitude = adapter.trained(weight)
-            yield _Update(weight, A, B, adapter.scaling(weight), magnitude[0] if magnitude else None)
+def _updates(adapter: Adapter, path: Path) -> Iterator[_Update]:
+    """Every update; ``CheckpointError`` if one is not whole, or its tensors do not fit each other."""
+    kind = ADAPTER_KINDS[adapter.config.kind]
+    for module in adapted_modules(adapter.tensors):
+        weight, sizes = f"{module}.weight", dict[str, int]()
+        for tensor, dimensions in kind.tensors.items():
+            name = kind.stored_name(module, tensor)
+            if name not in adapter.tensors:
+                raise CheckpointError(f"has no {name}", path, "fetch or save it again")
+            shape = adapter.tensors[name].shape
+            fits = len(shape) == len(dimensions)
+            if not fits or any(
+                sizes.setdefault(key, size) != size for key, size in zip(dimensions, shape, strict=True)
+            ):
+                raise CheckpointError(f"{name} is {[*shape]}, which does not fit its module", path, "fetch it again")
+        if not all(sizes.values()):
+            raise CheckpointError(f"the update of {weight} is empty", path, "fetch it again")
+        A, B, *magnitude = adapter.trained(weight)
+        yield _Update(weight, A, B, adapter.scaling(weight), magnitude[0] if magnitude else None)
 
 
 def _refuse_too_large(updates: list[_Update], path: Path) -> None:

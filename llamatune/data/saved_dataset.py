@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
+from typing import TypeGuard
 
 from llamatune.errors import DataError
 from llamatune.strict_json import read_json
@@ -31,8 +32,9 @@ def data_files(directory: Path) -> list[Path]:
     if state.get("_indices_data_files"):
         raise DataError("a selection of another data set's rows", directory, "save it again after flatten_indices()")
     entries = state.get("_data_files")
-    found = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or ()]
-    names = [name for name in found if isinstance(name, str) and PurePosixPath(name).name == name]
+    listed = entries if isinstance(entries, list) else []
+    found = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed]
+    names = [name for name in found if _is_plain(name)]
     if not names or len(names) != len(found):
         raise DataError("names no data files", directory / _STATE, "save the data set again")
     return [directory / name for name in names]
@@ -60,7 +62,13 @@ def _splits_in(directory: Path) -> list[str]:
     if (directory / _STATE).is_file() or not path.is_file():
         return []
     splits = read_json(path, DataError).get("splits")
-    names = [name for name in splits or () if isinstance(name, str) and PurePosixPath(name).name == name]
+    listed = splits if isinstance(splits, list) else []
+    names = [name for name in listed if _is_plain(name)]
     if not names:
         raise DataError("names no splits", path, "save the data set again")
     return names
+
+
+def _is_plain(name: object) -> TypeGuard[str]:
+    """Whether a value names an entry of the directory itself."""
+    return isinstance(name, str) and PurePosixPath(name).name == name not in ("", "..") and "\0" not in name

@@ -8,11 +8,32 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from llamatune.errors import CheckpointError
-from llamatune.formats.file_schema import LARGEST_WHOLE, Count, FileSchema, Measure, Name, Positive, parse_values
+from llamatune.formats.file_schema import (
+    LARGEST_NUMBER,
+    LARGEST_WHOLE,
+    Count,
+    FileSchema,
+    Measure,
+    Name,
+    Positive,
+    parse_values,
+)
 from llamatune.strict_json import read_json
 
 _Loss = Annotated[list[Measure], Field(min_length=1)]
+_Rate = Annotated[float, Field(gt=0, lt=LARGEST_NUMBER)]
 _Values = dict[Name, Name]
+
+
+class Categories(FileSchema):
+    """Bytes of each memory category at the peak."""
+
+    parameters: Count
+    gradients: Count
+    optimizer: Count
+    activations: Count
+    casts: Count
+    temporary: Count
 
 
 class MeasuredCell(FileSchema):
@@ -20,19 +41,19 @@ class MeasuredCell(FileSchema):
 
     values: _Values
     status: Literal["measured"]
-    allocated_bytes: Count
+    allocated_bytes: Positive
     predicted_bytes: Count | None
     reserved_bytes: Count | None
     device_bytes: Count | None
     resident_bytes: Count | None
-    categories: dict[Name, Count]
+    categories: Categories
     unattributed_bytes: Annotated[int, Field(gt=-LARGEST_WHOLE, lt=LARGEST_WHOLE)]
     losses: _Loss
     held_out_losses: list[Measure]
-    step_s: Measure
+    step_s: _Rate
     step_s_range: Annotated[list[Measure], Field(min_length=2, max_length=2)]
     runtime_s: Measure
-    tokens_per_second: Measure
+    tokens_per_second: _Rate
     steps: Positive
     warm_up_steps: Count
     skipped_windows: Count
@@ -89,8 +110,8 @@ class UnmeasuredCell(FileSchema):
     exit_code: Annotated[int, Field(ge=-255, le=255)] | None = None
 
 
-def read_cell(path: Path) -> dict[str, Any]:
-    """The outcome in a file, without the cell's ``values``.
+def read_cell(path: Path, seeds: int | None) -> dict[str, Any]:
+    """The outcome in a file, without the cell's ``values``. ``seeds``: how many runs of training have losses, if any.
 
     Raises:
         CheckpointError: not strict JSON, or a key or value that does not fit, which is named.
@@ -98,6 +119,9 @@ def read_cell(path: Path) -> dict[str, Any]:
     raw = read_json(path, CheckpointError)
     schema: type[FileSchema] = UnmeasuredCell
     if raw.get("status") == "measured":
-        schema = MeasuredGeneration if "prefill_tokens_per_second" in raw else MeasuredCell
+        schema = MeasuredGeneration if seeds is None else MeasuredCell
     parse_values(schema, raw, path)
+    for name, counts in (("losses", (seeds,)), ("held_out_losses", (0, seeds))):
+        if schema is MeasuredCell and len(raw[name]) not in counts:
+            raise CheckpointError(f"{name} has {len(raw[name])} numbers for {seeds} seeds", path, "remove it")
     return {name: value for name, value in raw.items() if name != "values"}

@@ -96,7 +96,7 @@ class SplitFile:
 
 
 def read_lengths(*directories: Path) -> tuple[list[int], list[int]]:
-    """Tokens and target tokens of each training row."""
+    """Tokens and target tokens of each training row; ``DataError`` if one has no target."""
     lengths, targets = list[int](), list[int]()
     for directory in directories:
         split = SplitFile(split_path(directory, "train"))
@@ -105,6 +105,8 @@ def read_lengths(*directories: Path) -> tuple[list[int], list[int]]:
             raise DataError("its loss_mask holds more than 0 and 1", split.path, "prepare the data again")
         lengths += [end - begin for begin, end in rows]
         targets += [mask.count(1, begin, end) for begin, end in rows]
+        if not all(targets):
+            raise DataError("a row has no target token", split.path, "prepare the data again")
     return lengths, targets
 
 

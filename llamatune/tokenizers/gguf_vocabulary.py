@@ -77,7 +77,10 @@ def _sentencepiece(
 
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return None
-    model = read_pieces(read_checked(file))
+    try:
+        model = read_pieces(read_checked(file))
+    except ValueError as fault:
+        raise CheckpointError(f"not a sound SentencePiece model: {fault}", file, "fetch it again") from None
     if model.kind != BPE or model.spaces_are_suffixes or not model.escape_whitespaces:
         kind = "its spaces are suffixes" if model.kind == BPE else "a Unigram model"
         raise CheckpointError(f"{kind}, which llama.cpp does not encode as LLaMA's", file, "choose --format hf")

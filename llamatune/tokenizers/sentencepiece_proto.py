@@ -12,6 +12,8 @@ from dataclasses import dataclass
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BPE, UNIGRAM = 2, 1
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
+_LONGEST_VARINT = 10
+"""Bytes of a number of 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,19 @@ class PieceModel:
 
 
 def read_pieces(model: bytes) -> PieceModel:
-    """The model in bytes that ``read_checked`` has checked, so that they are known to be sound."""
-    pieces, trainer, normalizer = [], dict[int, bytes | int](), dict[int, bytes | int]()
+    """The model in bytes that ``read_checked`` has checked.
+
+    ``ValueError``: fields that the library passes over, or takes otherwise, are broken.
+    """
+    pieces, trainer, normalizer = list[Piece](), dict[int, bytes | int](), dict[int, bytes | int]()
     for field, value in _fields(model):
         if isinstance(value, int):
             continue
         if field == 1:
             facts = dict(_fields(value))
             text, score = _bytes(facts, 1), _bytes(facts, 2) or bytes(4)
+            if len(score) != 4:
+                raise ValueError(f"the score of piece {len(pieces)} has {len(score)} bytes")
             pieces.append(Piece(text.decode(), struct.unpack("<f", score)[0], _number(facts, 3, NORMAL)))
         elif field == 2:
             trainer |= dict(_fields(value))
@@ -88,19 +95,18 @@ def written_pieces(model: PieceModel) -> bytes:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """The fields of a message by number: a varint as a number, anything else as its bytes."""
+    """The fields of a message by number: a varint as a number, anything else as its bytes; ``ValueError`` if broken."""
     position = 0
 
     def varint() -> int:
         nonlocal position
-        value = shift = 0
-        while True:
-            byte = message[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
+        value = 0
+        for place, byte in enumerate(message[position : position + _LONGEST_VARINT]):
+            value |= (byte & 0x7F) << 7 * place
             if byte < 0x80:
+                position += place + 1
                 return value
+        raise ValueError(f"no number at byte {position} of a message")
 
     while position < len(message):
         tag = varint()
@@ -108,7 +114,9 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
         if wire == _VARINT:
             yield field, varint()
             continue
-        size = varint() if wire == _BYTES else {_FIXED_64: 8, _FIXED_32: 4}[wire]
+        size = varint() if wire == _BYTES else {_FIXED_64: 8, _FIXED_32: 4}.get(wire, len(message))
+        if size > len(message) - position:
+            raise ValueError(f"field {field} is cut off, or of the unknown kind {wire}")
         yield field, message[position : position + size]
         position += size
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from llamatune import __version__
-from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter
+from llamatune.checkpoints.adapter import Adapter, check_adapter, load_adapter, write_adapter
 from llamatune.checkpoints.companion_files import RunCompanions
 from llamatune.checkpoints.huggingface_weights import write_huggingface
 from llamatune.checkpoints.model_card import write_card
@@ -24,6 +24,7 @@ from llamatune.errors import CheckpointError
 from llamatune.events import EpochDone, EpochMeans, EvalDone, ignore_event
 from llamatune.formats.manifest import Staging, build_directory
 from llamatune.formats.metrics import KEPT_EPOCHS, Record, logged_at, loss_at_start
+from llamatune.formats.safetensors import read_header
 from llamatune.formats.state_json import STATE, SavedState, checkpoint_path
 from llamatune.formats.summary_json import write_summary
 from llamatune.model.adapters.apply import adapter_parameters, restored_tensors, stored_tensors
@@ -206,14 +207,20 @@ class RunOutput:
     def _restore_weights(self, checkpoint: Path) -> None:
         adapter, parameters = self.spec.adapter, self.learner.parameters
         if adapter is None:
+            read_header(checkpoint / WEIGHTS)  # which names what is broken
             tensors: Mapping[str, torch.Tensor] = load_file(checkpoint / WEIGHTS)
         else:
             stored = load_adapter(checkpoint)
+            check_adapter(stored, self.inputs.config)
             whole = {name: one.value for name, one in stored.base_changes.items() if one.value is not None}
             tensors = restored_tensors(adapter, {**stored.tensors, **whole})
             parameters = dict(adapter_parameters(self.learner.model))
-        if parameters.keys() != tensors.keys():
-            raise CheckpointError("its tensors are not those that this run trains", checkpoint)
+        trained, found = (
+            {name: (one.shape, one.dtype) for name, one in group.items()} for group in (parameters, tensors)
+        )
+        if trained != found:
+            other = next(name for name in {**trained, **found} if trained.get(name) != found.get(name))
+            raise CheckpointError(f"{other} is not as this run trains it", checkpoint, "remove this checkpoint")
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
 

@@ -8,7 +8,7 @@ import shutil
 import gguf
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter
 from llamatune.checkpoints.adapter_formats import convert_adapter
@@ -242,6 +242,26 @@ def test_a_scaling_that_fp32_cannot_hold_is_refused(base, tmp_path, alpha, outpu
     with pytest.raises(CheckpointError, match=r"too large for fp32|a number is needed"):
         convert_adapter(ConvertAdapterOptions(tmp_path / "adapter", tmp_path / output, target, base))
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("side", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("size", [None, 0, 9])
+def test_half_an_update_and_one_of_two_ranks_are_named(base, tmp_path, side, size):
+    adapter = tmp_path / "adapter"
+    made_adapter(SPECS["plain"], read_config(base), adapter, base)
+    (adapter / "llamatune.json").unlink()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = f"base_model.model.model.layers.0.self_attn.q_proj.{side}.weight"
+    rank = {"lora_A": 0, "lora_B": 1}[side]
+    tensor = tensors.pop(name)
+    if size is not None:
+        tensors[name] = torch.ones([size if axis == rank else length for axis, length in enumerate(tensor.shape)])
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has no .*q_proj\.|does not fit its module"):
+        convert_adapter(ConvertAdapterOptions(adapter, tmp_path / "out", "peft"))
+    save_file({"base_model.model.lm_head.x": torch.ones(1)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no update of a matrix|also changes"):
+        convert_adapter(ConvertAdapterOptions(adapter, tmp_path / "out", "peft"))
 
 
 def test_no_input_is_replaced(base, tmp_path):

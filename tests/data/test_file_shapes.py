@@ -111,8 +111,14 @@ def test_a_saved_data_set_and_its_splits(tmp_path: Path) -> None:
     assert f"name one: {tmp_path / 'of-all' / 'a'}" in refusal(tmp_path / "of-all")
     save_dataset(tmp_path / "selected", [ROWS], _indices_data_files=[{"filename": "indices.arrow"}])
     assert "save it again after flatten_indices()" in refusal(tmp_path / "selected")
-    save_dataset(tmp_path / "outside", [ROWS], _data_files=[{"filename": "../rows"}])
-    assert "names no data files" in refusal(tmp_path / "outside")
+    for number, named in enumerate(
+        ([{"filename": "../rows"}], [{"filename": ".."}], [{"filename": "a\0"}], 7, {"a": 1})
+    ):
+        save_dataset(tmp_path / f"outside-{number}", [ROWS], _data_files=named)
+        assert "names no data files" in refusal(tmp_path / f"outside-{number}")
+    for splits in ([".."], ["../x"], [""], 7, "train"):
+        (tmp_path / "of-all" / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+        assert "names no splits" in refusal(tmp_path / "of-all")
 
 
 def test_what_is_left_out_of_an_object_is_told(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from llamatune.benchmarking.results import CATEGORIES
 from llamatune.data.batches import open_prepared
 from llamatune.errors import CheckpointError, DataError, LlamatuneError
 from llamatune.formats.benchmark_cell import MeasuredCell, read_cell
@@ -128,23 +129,35 @@ def cell() -> dict[str, Any]:
     made: dict[str, Any] = dict.fromkeys(MeasuredCell.model_fields, 1)
     lists = {"losses": [1.5], "held_out_losses": [], "step_s_range": [0.5, 1.0]}
     texts = {"device": "cpu", "device_name": "cpu", "torch": "2", "status": "measured"}
-    return {**made, **lists, **texts, "values": {"lora": "on"}, "categories": {"gradients": 4}}
+    return {**made, **lists, **texts, "values": {"lora": "on"}, "categories": dict.fromkeys(CATEGORIES, 4)}
 
 
 def test_a_cell_is_read_whole_or_refused_by_its_key(tmp_path: Path) -> None:
     path, raw = tmp_path / "cell.json", cell()
     path.write_text(json.dumps(raw))
-    assert read_cell(path) == {name: value for name, value in raw.items() if name != "values"}
+    assert read_cell(path, 1) == {name: value for name, value in raw.items() if name != "values"}
     for name in raw:
         for new in ("x", -(1 << 53), 10**400, [[]], True):
             if (name, new) in [(text, "x") for text in ("device", "device_name", "torch")]:
                 continue
             path.write_text(json.dumps({**raw, name: new}))
             with pytest.raises(CheckpointError, match=str(path)):
-                read_cell(path)
+                read_cell(path, 1)
         path.write_text(json.dumps({key: value for key, value in raw.items() if key != name}))
         with pytest.raises(CheckpointError, match=name):
-            read_cell(path)
+            read_cell(path, 1)
+    for change in (
+        {"categories": {"gradients": 4}},
+        {"held_out_losses": [1.0, 2.0]},
+        {"allocated_bytes": 0},
+        {"step_s": 0},
+    ):
+        path.write_text(json.dumps({**raw, **change}))
+        with pytest.raises(CheckpointError, match=next(iter(change))):
+            read_cell(path, 1)
+    path.write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="losses has 1 numbers for 2 seeds"):
+        read_cell(path, 2)
 
 
 def test_a_number_without_end_in_any_products_manifest_is_refused(tmp_path: Path) -> None:

@@ -120,6 +120,21 @@ def test_the_bytes_of_a_model_are_read_and_written_as_the_library_does(tokenizer
             assert getattr(ours, role)() == getattr(theirs, role)()
 
 
+def test_a_damaged_message_is_named_and_ends(tokenizer_models):
+    model = tokenizer_models["bpe"].read_bytes()
+    for damaged in (
+        model[:-1],
+        model + b"\x0b",
+        model + b"\x0a\x7f",
+        model + b"\xff" * 1000,
+        model + b"\x0a\x02\x12\x00\x01",
+    ):
+        with pytest.raises(ValueError, match=r"cut off|no number|of the unknown kind"):
+            read_pieces(damaged)
+    with pytest.raises(ValueError, match="score of piece"):
+        read_pieces(b"\x0a\x04\x12\x02ab")
+
+
 def test_chat_templates_and_ends_of_a_text_come_back(directory, tmp_path):
     source = directory("llama-bpe")
     config = json.loads((source / "tokenizer_config.json").read_text())
