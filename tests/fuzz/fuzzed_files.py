@@ -88,7 +88,7 @@ def _weights_readers(model: str) -> tuple[Verb, ...]:
         _verb(f"merge-lora --model {model} --adapter run/adapter --output out --force-base"),
         _verb(f"convert --model {model} --output out"),
         _verb(f"convert --model {model} --output out.gguf", "out.gguf"),
-        _verb(f"extract-lora --base hf --tuned {model} --output out --r 2"),
+        _verb(f"extract-lora --base full/model --tuned {model} --output out --r 2"),
         _train("run", f"model.path={model} --force-base"),
     )
 
@@ -97,7 +97,10 @@ def _tokenizer_readers(model: str) -> tuple[Verb, ...]:
     return (
         _verb(f"prepare-data rows/alpaca.jsonl --tokenizer {model} --output out --preview 1"),
         _generate(model),
-        _verb(f"chat --model {model} {_GREEDY}", stdin="a red llama\n"),
+        _verb(
+            f"chat --model {model} {_GREEDY} --template {'model' if model == 'hub' else 'llama2-chat'}",
+            stdin="a red llama\n",
+        ),
         _verb(f"convert --model {model} --output out"),
         _verb(f"convert --model {model} --output out.gguf", "out.gguf"),
         _train("run", f"model.path={model} --force-base"),
@@ -116,11 +119,17 @@ def _adapter_readers(adapter: str) -> tuple[Verb, ...]:
     )
 
 
+def _template(rows: str) -> str:
+    """What rows need to become prompts; lines of text need nothing."""
+    name = "gsm8k" if "gsm8k" in rows else "llama2-chat" if "chat" in rows else "alpaca"
+    return "" if rows.endswith(".txt") else f" --template {name}"
+
+
 def _row_readers(rows: str) -> tuple[Verb, ...]:
     return (
         _verb(f"prepare-data {rows} --tokenizer hf --output out --skip-bad-rows 3 --preview 2"),
         _verb(f"prepare-data {rows} --tokenizer hf --output out"),
-        _verb(f"generate --model hf {_GREEDY} --prompt-file {rows}"),
+        _verb(f"generate --model hf {_GREEDY} --prompt-file {rows}{_template(rows)}"),
     )
 
 
@@ -174,7 +183,7 @@ def _hub_tokenizer() -> list[Fuzzed]:
 def _rows() -> list[Fuzzed]:
     kinds = {
         "alpaca.jsonl": "lines", "alpaca.json": "json", "chat.jsonl": "lines", "alpaca.csv": "text",
-        "alpaca.jsonl.gz": "bytes", "alpaca.jsonl.bz2": "bytes", "alpaca.jsonl.xz": "bytes",
+        "alpaca.jsonl.gz": "bytes",
         "alpaca.jsonl.zst": "bytes", "alpaca.parquet": "bytes", "alpaca.arrow": "bytes", "text.txt": "text",
         "prompts.txt": "text",
     }  # fmt: skip

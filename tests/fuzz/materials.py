@@ -5,13 +5,11 @@ All lies below one directory, and is named relative to it: a copy of the directo
 
 from __future__ import annotations
 
-import bz2
 import csv
 import gzip
 import importlib
 import io
 import json
-import lzma
 import random
 import shutil
 from pathlib import Path
@@ -140,7 +138,9 @@ def _json_tokenizer(sentences: list[str]) -> None:
     (hub / "special_tokens_map.json").write_text(json.dumps({**named, "additional_special_tokens": _CHATML}))
     (hub / "added_tokens.json").write_text(json.dumps({"<think>": library.token_to_id("<think>")}))
     (hub / "chat_template.jinja").write_text(_CHAT_TEMPLATE)
-    run("convert", "--model", "hf", "--output", "tiktoken", "--format", "meta")
+    _model(Path("wide"), 640)
+    run("convert", "--model", "wide", "--output", "tiktoken", "--format", "meta")
+    shutil.rmtree("wide")
     (Path("tiktoken") / "llamatune.json").unlink()
     encoded = importlib.import_module("base64").b64encode
     ranks = b"".join(encoded(bytes_of(text)) + b" %d\n" % rank for text, rank in vocabulary)
@@ -171,8 +171,7 @@ def _rows() -> None:
     writer.writerows(alpaca)
     files = {
         "alpaca.jsonl": lines, "alpaca.json": json.dumps(alpaca).encode(), "alpaca.csv": out.getvalue().encode(),
-        "alpaca.jsonl.gz": gzip.compress(lines, mtime=0), "alpaca.jsonl.bz2": bz2.compress(lines),
-        "alpaca.jsonl.xz": lzma.compress(lines), "alpaca.jsonl.zst": _zstd(lines),
+        "alpaca.jsonl.gz": gzip.compress(lines, mtime=0), "alpaca.jsonl.zst": _zstd(lines),
         "gsm8k.jsonl": "".join(json.dumps(row) + "\n" for row in questions).encode(),
         "chat.jsonl": "".join(json.dumps(row) + "\n" for row in chats).encode(),
         "text.txt": "\n\n".join(_sentence(chance, 12) for _ in range(5)).encode(),
