@@ -64,12 +64,13 @@ def building(arguments: tuple[str, ...]) -> Job:
 
 
 def _comparable(path: Path) -> bytes:
-    """The bytes of a file; of a manifest without the report, which names the output directory."""
+    """The bytes of a file; of a manifest without the report, which names the output directory, and its own digest."""
     if path.name != "llamatune.json":
         return path.read_bytes()
     try:
         manifest = json.loads(path.read_bytes())
         manifest["facts"].pop("report", None)
+        manifest.pop("sha256", None)
     except ValueError:
         return b"not JSON"
     return json.dumps(manifest).encode()

@@ -430,6 +430,7 @@ def redigest(product: Path, name: str, content: bytes) -> None:
     path = product / "llamatune.json"
     manifest = json.loads(path.read_bytes())
     manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest.pop("sha256", None)  # of the manifest itself
     path.write_text(json.dumps(manifest))
 
 
