@@ -68,7 +68,8 @@ def llamatune_side(targets: str) -> tuple[Optimizer, Save]:
     learner: Any = SimpleNamespace(parameters=parameters)
     run: Any = None  # the benchmark chooses the directory
     companions: Any = SimpleNamespace(peft_base=None)
-    output = RunOutput(spec, inputs, learner, run, ALONE, GpuMeter(None), companions)
+    digests: Any = None  # of no base
+    output = RunOutput(spec, inputs, learner, run, ALONE, GpuMeter(None), digests, companions)
     position = asdict(TrainerState(step=1, window=1, saved_window=1, saved_step=1))
     state = SavedState.model_validate({"step": 1, "position": position, "scaler": {}, "metrics_bytes": 0})
 

@@ -13,7 +13,6 @@ import errno
 import glob
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -35,18 +34,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def open_own(path: Path, flags: int) -> int:
-    """The descriptor of a regular file that we add to or lock, made if it is absent; what else stands there is refused.
-
-    Opening a FIFO would wait for another process, and a device would take what is written.
-    """
-    descriptor = os.open(path, flags | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise EnvironmentFault("not a regular file where a file is expected", path, "remove it")
-    return descriptor
 
 
 def start_writeback(descriptor: int, begin: int, end: int) -> None:

@@ -1,4 +1,4 @@
-"""Reads of files that could be hostile: regular files only, of a bounded size; SHA-256 digests."""
+"""Opening and reading of files that could be hostile: regular files only, of a bounded size; SHA-256 digests."""
 
 from __future__ import annotations
 
@@ -35,6 +35,18 @@ def open_regular(
         os.close(descriptor)
         raise error(f"{status.st_size:,} bytes, more than the {max_bytes:,} that such a file may have", path)
     return os.fdopen(descriptor, "rb")
+
+
+def open_own(path: Path, flags: int) -> int:
+    """The descriptor of a regular file that we add to or lock, made if it is absent; what else stands there is refused.
+
+    Opening a FIFO would wait for another process, and a device would take what is written.
+    """
+    descriptor = os.open(path, flags | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise EnvironmentFault("not a regular file where a file is expected", path, "remove it")
+    return descriptor
 
 
 @contextlib.contextmanager

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from llamatune.durable_writing import open_own
 from llamatune.errors import CheckpointError, EnvironmentFault
 from llamatune.formats.metrics import MetricsLog
-from llamatune.safe_reading import open_regular
+from llamatune.safe_reading import open_own, open_regular
 from llamatune.training.run_lock import LOCK, run_lock
 
 

@@ -66,11 +66,6 @@ def step_weight_bytes(model: Transformer, rows: int) -> int:
     return weight_bytes(model) - unread
 
 
-def token_cache_bytes(config: LlamaConfig, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one token."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
-
-
 def tokens_looked_at(config: LlamaConfig, prompt_tokens: int, new_tokens: int) -> float:
     """Tokens whose keys and values a row's step reads: the mean over the steps after the first new token."""
     seen = itertools.islice(itertools.count(prompt_tokens + 1), new_tokens - 1)

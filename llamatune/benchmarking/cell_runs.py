@@ -1,4 +1,4 @@
-"""The cells of a benchmark's directory: each is measured in a process of its own, unless its result is there."""
+"""Runs the cells of a benchmark, each in a subprocess, and reads those that its directory holds already."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from llamatune.benchmarking.bandwidth import (
     memory_bandwidth,
     step_weight_bytes,
     tensors_of,
-    token_cache_bytes,
     tokens_looked_at,
     weight_bytes,
 )
@@ -30,6 +29,7 @@ from llamatune.events import ignore_event, never_stop
 from llamatune.inference.engine import Engine
 from llamatune.inference.model_source import OpenedModel
 from llamatune.model.transformer import Transformer
+from llamatune.shapes.generation_sizes import token_cache_bytes
 from llamatune.training.run_memory import peak_memory_bytes, peak_reserved_bytes
 
 
@@ -96,7 +96,7 @@ def measure_generation(task: GenerationTask, opened: OpenedModel) -> dict[str, A
             "resident_bytes": resident_peak_bytes(),
         }
         threads, bandwidth = torch.get_num_threads(), memory_bandwidth(device)
-    cached = token_cache_bytes(config, model.product_dtype)
+    cached = token_cache_bytes(config, model.product_dtype.itemsize)
     looked_at = tokens_looked_at(config, task.prompt_tokens, task.new_tokens)
     read = step_weight_bytes(model, rows) + rows * looked_at * cached
     prefill = [rows * task.prompt_tokens / batch.prefill for batch in timed]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llamatune.benchmarking.cell_runs import claimed, facts_in_lines, machine_facts, measure_cells, refuse_other
-from llamatune.benchmarking.generation_plan import plan_generation
+from llamatune.benchmarking.generation_cells import plan_generation_cells
 from llamatune.benchmarking.generation_tables import generation_csv, generation_table
 from llamatune.benchmarking.grid import Axis
 from llamatune.benchmarking.results import Result, memory_unit, only_measured
@@ -48,7 +48,7 @@ def run_generation_benchmark(
     """
     output = Path(os.path.realpath(options.output))
     refuse_other(output, options.overwrite)
-    axes, planned = plan_generation(options, on_event)
+    axes, planned = plan_generation_cells(options, on_event)
     with claimed(output, options.overwrite):
         results = measure_cells(planned, output, _summary, on_event, should_stop)
         benchmark = GenerationBenchmark(axes, results, _facts(options, results))

@@ -61,7 +61,7 @@ def _print_generation(out: RichConsole, measured: GenerationBenchmark, options: 
     for table in parts:
         _draw(out, table)
     _print_notes(out, parts[0].notes)
-    out.print(f"the table is in {options.output}")
+    out.print(f"the table is in {printable(str(options.output))}")
 
 
 def _draw(out: RichConsole, table: Table) -> None:

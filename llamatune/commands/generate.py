@@ -99,12 +99,12 @@ def _print(out: RichConsole, lines: Sequence[Mapping[str, Any]], speed: float, c
 def _print_compared(out: RichConsole, lines: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Column, Table
 
-    keys = {"prompt": "prompt", "reference": "reference", "base_completion": "base", "completion": "tuned"}
-    if "split" not in lines[0]:
-        del keys["reference"]
+    from llamatune.inference.answers_page import columns_of
+
+    keys = {"prompt": "prompt", **columns_of(lines)}
     table = Table(*(Column(heading, overflow="fold", ratio=1) for heading in keys.values()), show_lines=True)
     for line in lines:
-        table.add_row(*(line[key] or "" for key in keys))
+        table.add_row(*(line.get(key) or "" for key in keys))
     out.print(table)
 
 

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamatune.durable_writing import disk_faults, open_own, write_atomic
+from llamatune.durable_writing import disk_faults, write_atomic
 from llamatune.errors import EnvironmentFault
 from llamatune.output_files import is_stream, open_stream, output_file, stream_faults
+from llamatune.safe_reading import open_own
 from llamatune.strict_json import dump_json, dump_json_lines, parse_json, read_json
 
 _REMEDY = "choose another output, or pass --overwrite"

@@ -23,6 +23,7 @@ from llamatune.strict_json import read_json
 _Loss = Annotated[list[Measure], Field(min_length=1)]
 _Rate = Annotated[float, Field(gt=0, lt=LARGEST_NUMBER)]
 _Values = dict[Name, Name]
+_REMOVE = "remove it, and the cell is measured again"
 
 
 class Categories(FileSchema):
@@ -120,8 +121,8 @@ def read_cell(path: Path, seeds: int | None) -> dict[str, Any]:
     schema: type[FileSchema] = UnmeasuredCell
     if raw.get("status") == "measured":
         schema = MeasuredGeneration if seeds is None else MeasuredCell
-    parse_values(schema, raw, path)
+    parse_values(schema, raw, path, todo=_REMOVE)
     for name, counts in (("losses", (seeds,)), ("held_out_losses", (0, seeds))):
         if schema is MeasuredCell and len(raw[name]) not in counts:
-            raise CheckpointError(f"{name} has {len(raw[name])} numbers for {seeds} seeds", path, "remove it")
+            raise CheckpointError(f"{name} has {len(raw[name])} numbers for {seeds} seeds", path, _REMOVE)
     return {name: value for name, value in raw.items() if name != "values"}

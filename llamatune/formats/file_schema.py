@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,7 +18,7 @@ LARGEST_WHOLE = 1 << 53
 """Below it every whole number is exact as a float."""
 LARGEST_NUMBER = 1e100
 """Far above any real figure, so that products and axis limits stay finite."""
-_TODO = "was it edited? restore it from a copy, or begin anew in another directory"
+EDITED = "was it edited? restore it from a copy, or start again in another directory"
 _LONGEST_VALUE = 80
 
 
@@ -36,6 +37,7 @@ Measure = Annotated[float, Field(ge=0, lt=LARGEST_NUMBER)]
 Perplexity = Annotated[float, Field(ge=0)]
 """The exponential of a loss, which may be near the largest float."""
 Name = Annotated[str, Field(max_length=4096)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 JsonValue = Annotated[Any, AfterValidator(_plain)]
 
 
@@ -45,17 +47,35 @@ class FileSchema(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class FileEntry(FileSchema):
+    """Size in bytes and SHA-256 of a file."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+def require(rules: Mapping[str, bool]) -> None:
+    """Raise ``ValueError`` with the first rule that does not hold."""
+    broken = next((rule for rule, holds in rules.items() if not holds), None)
+    if broken is not None:
+        raise ValueError(broken)
+
+
 Schema = TypeVar("Schema", bound=FileSchema)
 
 
 def parse_values(
-    schema: type[Schema], values: object, where: object, error: type[LlamatuneError] = CheckpointError
+    schema: type[Schema],
+    values: object,
+    where: object,
+    error: type[LlamatuneError] = CheckpointError,
+    todo: str = EDITED,
 ) -> Schema:
-    """``values`` as the schema has them; an error names ``where`` and the first key that does not fit."""
+    """``values`` as the schema has them; an error names ``where``, the first key that does not fit, and ``todo``."""
     try:
         return schema.model_validate(values)
     except ValidationError as fault:
-        raise error(describe(fault), where, _TODO) from None
+        raise error(describe(fault), where, todo) from None
 
 
 def read_schema(schema: type[Schema], path: Path, max_bytes: int = LARGEST_FILE) -> Schema:

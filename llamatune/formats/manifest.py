@@ -28,6 +28,7 @@ END_OF_TURN = "end_of_turn_id"
 SCHEMA = 1
 _KEYS = ("kind", "schema", "inputs", "facts", "files")
 _LARGEST_MANIFEST = 16 << 20
+_AGAIN = "fetch or make it again"
 T = TypeVar("T")
 
 
@@ -185,14 +186,14 @@ def find_manifest(directory: Path, error: type[LlamatuneError] = CheckpointError
     schema = raw.get("schema")
     known = len(schema) <= 80 if isinstance(schema, str) else type(schema) is int and 0 < schema < LARGEST_WHOLE
     if not known:
-        raise error("not the manifest of a product", path, "fetch or make it again")
+        raise error("not the manifest of a product", path, _AGAIN)
     if schema == SCHEMA:
-        parse_values(ProductManifest, raw, path, error)
-        parse_values(FACTS.get(raw["kind"], Facts), raw["facts"], f"{path}, facts", error)
+        parse_values(ProductManifest, raw, path, error, _AGAIN)
+        parse_values(FACTS.get(raw["kind"], Facts), raw["facts"], f"{path}, facts", error, _AGAIN)
         entries = file_entries(raw["files"], path, error)
         return Manifest(path, digest_bytes(content), schema, raw["kind"], raw["inputs"], raw["facts"], entries)
     facts = raw["facts"] if isinstance(raw.get("facts"), dict) else {}
-    parse_values(Facts, facts, f"{path}, facts", error)
+    parse_values(Facts, facts, f"{path}, facts", error, _AGAIN)
     return Manifest(path, digest_bytes(content), schema, raw.get("kind"), raw.get("inputs"), facts, {})
 
 

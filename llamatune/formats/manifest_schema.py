@@ -7,17 +7,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from llamatune.formats.file_schema import Count, FileSchema, Measure, Name, Positive
+from llamatune.formats.file_schema import LARGEST_NUMBER, Count, FileEntry, FileSchema, Measure, Name, Positive, Sha256
 
 _LARGEST_INTEGER = 1 << 64
 """Of the inputs, which hold seeds."""
 _TEXTS = ("name", "prompt", "chat_template")
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Counts = dict[str, Count]
 Share = Annotated[float, Field(ge=0, le=1.0000001)]
 """Of energies, a sum may be rounded up."""
 _TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-_Finite = Annotated[float, Field(ge=-1e100, le=1e100)]
+_Finite = Annotated[float, Field(gt=-LARGEST_NUMBER, lt=LARGEST_NUMBER)]
 
 
 def _bounded(value: Any) -> Any:
@@ -48,13 +47,6 @@ Bounded = Annotated[dict[str, Any], AfterValidator(_bounded)]
 StoredTemplate = Annotated[Bounded, AfterValidator(_with_texts)]
 
 
-class FileEntry(FileSchema):
-    """Size in bytes and SHA-256 of a file."""
-
-    bytes: Count
-    sha256: Digest
-
-
 class ProductManifest(FileSchema):
     """The whole file. ``facts`` are read by the schema of their kind."""
 
@@ -63,7 +55,7 @@ class ProductManifest(FileSchema):
     inputs: Bounded
     facts: Bounded
     files: Annotated[dict[str, FileEntry], Field(min_length=1)]
-    sha256: Digest | None = None
+    sha256: Sha256 | None = None
     """Of the file itself, as ``own_digest`` has it; earlier versions wrote none."""
 
 
@@ -219,7 +211,7 @@ class _Conversion(FileSchema):
     dtype: Name
     tensors: Count
     bytes: Count
-    sha256: Digest | None = None
+    sha256: Sha256 | None = None
     already_done: bool = False
 
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llamatune.durable_writing import disk_faults, open_own
+from llamatune.durable_writing import disk_faults
 from llamatune.errors import CheckpointError, printable
 from llamatune.events import EarlyStop, EpochMeans, EvalDone, Step, StepSkipped
 from llamatune.formats.manifest import OtherVersion
 from llamatune.formats.metrics_lines import check_line, parse_line
 from llamatune.formats.state_json import ClosedEpoch, SavedState
-from llamatune.safe_reading import open_regular
+from llamatune.safe_reading import open_own, open_regular
 
 SCHEMA = 1
 LONGEST_LINE = 1 << 20
@@ -134,7 +134,7 @@ def loss_at_start(path: Path) -> float | None:
 
 @dataclass
 class Logged:
-    """What a log tells of a run up to a checkpoint: counts, the lowest validation loss, and the last epochs."""
+    """A run by its log, up to a checkpoint: counts, the lowest validation loss, and the last epochs."""
 
     steps: int = 0
     windows: int = 0
@@ -164,7 +164,7 @@ def read_logged(path: Path, length: int) -> Logged:
 
 
 def logged_at(path: Path, saved: SavedState) -> Logged:
-    """What a log tells up to a checkpoint, which says the same of the run.
+    """``read_logged`` up to a checkpoint, whose own counts must be the same.
 
     Raises:
         CheckpointError: it does not, or the log is broken.

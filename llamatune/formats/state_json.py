@@ -16,12 +16,14 @@ from llamatune.formats.file_schema import (
     LARGEST_FILE,
     LARGEST_NUMBER,
     Count,
+    FileEntry,
     FileSchema,
     Measure,
     Name,
     Perplexity,
     Positive,
     parse_values,
+    require,
 )
 from llamatune.formats.manifest import OtherVersion
 from llamatune.strict_json import read_json, write_json
@@ -52,13 +54,6 @@ class GpuUse(FileSchema):
     metered_s: Measure
     peak_power_w: Measure | None = None
     peak_device_memory_bytes: Count | None = None
-
-
-class FileDigest(FileSchema):
-    """A file of the base, as a manifest has it."""
-
-    bytes: Count
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Scaler(FileSchema):
@@ -146,7 +141,7 @@ class Position(FileSchema):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         best = self.best_step or 0
-        rules = {
+        require({
             "window should be step and skipped_windows together": self.window == self.step + self.skipped_windows,
             "saved_window should be window": self.saved_window == self.window,
             "saved_step should be step": self.saved_step == self.step,
@@ -160,10 +155,7 @@ class Position(FileSchema):
             "open_epoch.tokens should be tokens or less": self.open_epoch.tokens <= self.tokens,
             "epochs should be closed_epochs or fewer, in order": [found.epoch for found in self.epochs]
             == sorted({found.epoch for found in self.epochs if found.epoch <= self.closed_epochs}),
-        }
-        wrong = next((rule for rule, holds in rules.items() if not holds), None)
-        if wrong is not None:
-            raise ValueError(wrong)
+        })  # fmt: skip
         return self
 
 
@@ -183,7 +175,7 @@ class SavedState(FileSchema):
     gpu: Gpu | None = None
     kernels: Name | None = None
     gpu_use: GpuUse | None = None
-    base_files: dict[Name, FileDigest] | None = None
+    base_files: dict[Name, FileEntry] | None = None
 
     @property
     def recorded_base(self) -> dict[str, Any]:

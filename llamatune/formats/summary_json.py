@@ -17,6 +17,7 @@ from llamatune.formats.file_schema import (
     Positive,
     parse_values,
     read_schema,
+    require,
 )
 from llamatune.formats.state_json import ClosedEpoch, Gpu
 from llamatune.strict_json import dump_json
@@ -78,17 +79,14 @@ class Summary(FileSchema):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         numbers = [found.epoch for found in self.epochs]
-        rules = {
+        require({
             "best_step should be steps or less": (self.best_step or 0) <= self.steps,
             "trainable_parameters should be total_parameters or less": (
                 self.trainable_parameters <= self.total_parameters
             ),
             "epochs should be in order": numbers == sorted(set(numbers)),
             "early_stop should be of a run that stopped_early": self.early_stop is None or self.stopped_early,
-        }
-        wrong = next((rule for rule, holds in rules.items() if not holds), None)
-        if wrong is not None:
-            raise ValueError(wrong)
+        })  # fmt: skip
         return self
 
 

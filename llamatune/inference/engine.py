@@ -26,7 +26,7 @@ from llamatune.model.adapters.adapter_switch import AdapterSwitch
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
 from llamatune.seeds import derived_seed
-from llamatune.shapes.generation_sizes import tokens_in_a_pass
+from llamatune.shapes.generation_sizes import tokens_in_a_pass, with_filling
 from llamatune.shapes.recurring_sizes import filled_up
 from llamatune.shapes.rope_scaling import DynamicScaling
 
@@ -144,8 +144,8 @@ class Engine:
             tokens += len(new[-1].prompt)
         first = len(self._running)
         self._running += new
-        depends_on_length = isinstance(self._model.config.rope_scaling, DynamicScaling)  # its angles
-        if tokens > self._tokens_in_a_pass and not depends_on_length:
+        # The angles of dynamic scaling depend on the length of the whole prompt.
+        if tokens > self._tokens_in_a_pass and not isinstance(self._model.config.rope_scaling, DynamicScaling):
             return self._take(self._read_long(new[0]), first)
         device = self._model.device
         lengths = [len(sequence.prompt) for sequence in new]
@@ -155,11 +155,9 @@ class Engine:
         layers = self._cache.begin(lengths)
         filling = filled_up(tokens, device.type, self._element_bytes) - tokens
         self._switch.set([sequence.adapted for sequence in new], lengths, device, filling)
-        if filling:
-            # Of the last prompt, which does not see what follows it; as a sample of its own if that changed its angles.
-            lengths = [*lengths, filling] if depends_on_length else [*lengths[:-1], lengths[-1] + filling]
+        samples = with_filling(lengths, filling, self._model.config)
         logits = self._model(
-            F.pad(ids, (0, filling))[None], cache=layers, lengths=tuple(lengths), rows=rows, read=_logits_of_the_row
+            F.pad(ids, (0, filling))[None], cache=layers, lengths=samples, rows=rows, read=_logits_of_the_row
         )
         return self._take(logits, first)
 

@@ -11,6 +11,10 @@ from llamatune.inference.completion import Completion
 from llamatune.inference.engine import IsEnough, completions
 from llamatune.inference.model_source import LoadedModels
 from llamatune.inference.prompt_lookup import PromptLookup
+from llamatune.shapes.generation_sizes import token_cache_bytes
+
+_SHARE = 0.8
+"""Of the free memory, what keys and values may take."""
 
 
 def completions_by_model(
@@ -54,9 +58,8 @@ def completions_by_model(
 
 
 def _rows_that_fit(loaded: LoadedModels, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: int) -> int:
-    """At most ``rows``, whose keys and values at their longest take four fifths of the free memory; at least one."""
+    """At most ``rows``, whose keys and values at their longest take their share of the free memory; at least one."""
     (model, *_), count = loaded.by_prefix.values(), len(loaded.by_prefix)
-    config, element_bytes = model.config, model.product_dtype.itemsize
     tokens = max(map(len, prompts)) + sampling.max_new_tokens
-    of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element_bytes
-    return max(1, min(rows, int(0.8 * free_memory_bytes(model.device)) // (count * tokens * of_a_token)))
+    row = count * tokens * token_cache_bytes(model.config, model.product_dtype.itemsize)
+    return max(1, min(rows, int(_SHARE * free_memory_bytes(model.device)) // row))

@@ -61,7 +61,7 @@ def next_tokens(logits: Tensor, sampling: Drawing, generators: list[torch.Genera
         return chosen
     tokens: list[int] = []
     for part in torch.split(logits, drawn_rows(logits.shape[-1], logits.device.type)):
-        tokens += _drawn(part, sampling, generators[len(tokens) :])
+        tokens += _drawn(part, sampling, generators[len(tokens) : len(tokens) + len(part)])
     return tokens
 
 
@@ -71,7 +71,7 @@ def _drawn(logits: Tensor, sampling: Drawing, generators: list[torch.Generator])
         raise not_finite()
     return [
         int(torch.multinomial(row, 1, generator=generator))
-        for row, generator in zip(probabilities, generators, strict=False)
+        for row, generator in zip(probabilities, generators, strict=True)
     ]
 
 

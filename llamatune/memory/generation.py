@@ -13,7 +13,7 @@ from llamatune.memory.model_sizes import ModelSizes
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.dtypes import WEIGHT_BYTES
-from llamatune.shapes.generation_sizes import ROWS_AT_ONCE, grown_room, tokens_in_a_pass
+from llamatune.shapes.generation_sizes import ROWS_AT_ONCE, grown_room, tokens_in_a_pass, with_filling
 from llamatune.shapes.llama_config import LlamaConfig, linear_module
 from llamatune.shapes.recurring_sizes import filled_up
 from llamatune.shapes.rope_scaling import DynamicScaling
@@ -24,7 +24,7 @@ class HeldModel:
     """A model as ``generate`` holds it.
 
     ``dtype`` is that of the blocks' matrices, a quantised one too, ``others`` of all else, ``stored`` of the files.
-    ``replaces``: the adapter puts tensors of its own in the place of the base's, so that the two do not share a copy.
+    ``replaces``: the adapter puts tensors of its own instead of the base's, so that the two do not share a copy.
     """
 
     config: LlamaConfig
@@ -204,10 +204,8 @@ def _reading(z: ModelSizes, work: Work, rooms: _Rooms) -> Iterator[Pass]:
         lengths = (part.tokens,) * together
         filling = filled_up(sum(lengths), z.device, z.c) - sum(lengths)
         is_whole = is_drawn and len(rooms.read) == 1  # a part is neither filled up nor cut to what is read
-        if filling and is_whole and isinstance(z.config.rope_scaling, DynamicScaling):
-            lengths += (filling,)
-        elif filling and is_whole:
-            lengths = (*lengths[:-1], lengths[-1] + filling)
+        if is_whole:
+            lengths = with_filling(lengths, filling, z.config)
         for cache in caches:
             if part.keys > part.tokens:
                 yield Pass(part.tokens, 1, cache, _draw(work), keys=part.keys)

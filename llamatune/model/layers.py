@@ -222,7 +222,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @by_kernel("swiglu")
 @compilable
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up; in inference mode in the place of ``gate``."""
+    """silu(gate) · up; in inference mode it overwrites ``gate``."""
     if torch.is_inference_mode_enabled():
         return F.silu(gate, inplace=True).mul_(up)
     return F.silu(gate) * up

@@ -1,4 +1,4 @@
-"""How generation divides its work: rows at once, tokens of a pass over prompts, the room of a cache. No torch.
+"""Sizes of generation: rows at once, tokens of a pass over prompts, room and bytes of the key-value cache. No torch.
 
 The engine and the caches work by these, and the memory plan counts by them.
 """
@@ -6,8 +6,10 @@ The engine and the caches work by these, and the memory plan counts by them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from llamatune.shapes.llama_config import LlamaConfig
+from llamatune.shapes.rope_scaling import DynamicScaling
 
 ROWS_AT_ONCE = 16
 """Completions that ``generate`` computes together."""
@@ -17,6 +19,11 @@ _SHARE = 0.08
 """Of the weights' bytes, what a pass over prompts may have in flight beside them."""
 
 FIRST_ROOM_TOKENS = 256
+
+
+def token_cache_bytes(config: LlamaConfig, element_bytes: int) -> int:
+    """Bytes of the keys and values of one token, in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element_bytes
 
 
 def grown_room(needed: int, doubled: int, capacity: int) -> int:
@@ -36,3 +43,16 @@ def tokens_in_a_pass(config: LlamaConfig, element_bytes: int) -> int:
     states, fed_forward = config.hidden_size, config.intermediate_size
     of_a_token = element_bytes * (6 * states + 2 * fed_forward) + 12 * states
     return max(_FEWEST_TOKENS, min(_MOST_TOKENS, int(_SHARE * weights / of_a_token) // 16 * 16))
+
+
+def with_filling(lengths: Sequence[int], filling: int, config: LlamaConfig) -> tuple[int, ...]:
+    """Lengths of the samples of a pass that is filled up by so many tokens.
+
+    They belong to the last prompt, which does not see what follows it; they are a sample of their own where the angles
+    of a prompt depend on its length.
+    """
+    if not filling:
+        return tuple(lengths)
+    if isinstance(config.rope_scaling, DynamicScaling):
+        return (*lengths, filling)
+    return (*lengths[:-1], lengths[-1] + filling)

@@ -60,8 +60,8 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         companions = run_companions(self.spec, self.inputs, self.on_event)
-        ours = (self.learner, self.run, self.ranks, self.gpu_meter, self.input_digests)
-        self.output = RunOutput(self.spec, self.inputs, *ours, companions)
+        parts = (self.learner, self.run, self.ranks, self.gpu_meter, self.input_digests, companions)
+        self.output = RunOutput(self.spec, self.inputs, *parts)
         self._stop_agreed, self._first_update, self._meter = False, True, RankMeter()
         self.progress = TrainerState()
         self._last_checkpoint: Path | None = None
@@ -117,8 +117,7 @@ class TrainingLoop:
         if not self.input_digests.settle(True, self.should_stop):
             self._stop()
         self.output.write_final(self.progress)
-        summary = self._summary(self._early_stop())
-        self.output.write_summary(summary)
+        self.output.write_summary(summary := self._summary(self._early_stop()))
         return summary
 
     def _update(self) -> None:

@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from llamatune.durable_writing import disk_faults, open_own
+from llamatune.durable_writing import disk_faults
 from llamatune.errors import EnvironmentFault
 from llamatune.formats.lock_note import LARGEST_NOTE, LockNote, parse_note
+from llamatune.safe_reading import open_own
 
 LOCK = ".llamatune.lock"
 """The first file that a run makes; it names the process that holds the lock."""

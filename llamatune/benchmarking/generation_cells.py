@@ -29,7 +29,7 @@ ADAPTER, DTYPE, PROMPT_TOKENS, NEW_TOKENS, ROWS = "adapter", "dtype", "prompt_to
 """Keys of the axes. ``adapter`` is on or off."""
 
 
-def plan_generation(options: BenchmarkOptions, on_event: OnEvent) -> tuple[tuple[Axis, ...], list[PlannedCell]]:
+def plan_generation_cells(options: BenchmarkOptions, on_event: OnEvent) -> tuple[tuple[Axis, ...], list[PlannedCell]]:
     """A cell for every combination, the last axis varying fastest. The GPU is left to the cells' processes.
 
     Raises:
@@ -85,7 +85,7 @@ def _axes(options: BenchmarkOptions, same: str) -> tuple[Axis, ...]:
 
 
 def _warnings_of(on_event: OnEvent) -> OnEvent:
-    """Leaves out what is told of computing on a CPU."""
+    """``on_event`` for warnings alone: the notices are about the CPU, and the cells run on a GPU."""
 
     def told(event: Event) -> None:
         if not isinstance(event, Notice) or event.kind == "warning":
