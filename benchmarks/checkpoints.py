@@ -27,6 +27,9 @@ from material import ALPHA, SHAPES, TARGETS, R
 
 from llamatune.checkpoints.training_checkpoint import save_run_state
 from llamatune.formats.state_json import SavedState
+from llamatune.model.adapters.adapted_linear import AdaptedLinear
+from llamatune.model.adapters.apply import adapter_parameters, apply_adapter
+from llamatune.model.transformer import Transformer
 from llamatune.ranks import ALONE
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.spec import build_spec
@@ -55,8 +58,13 @@ def llamatune_side(targets: str) -> tuple[Optimizer, Save]:
         "training": {"output_dir": "none"},
     }
     spec = build_spec(values, "benchmark")
-    shapes = AdapterSpec(R, ALPHA, target_modules=TARGETS[targets]).checkpoint_shapes(SHAPES["7b"])
-    parameters = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes}
+    with torch.device("meta"):  # the base is not saved
+        model = Transformer(SHAPES["7b"])
+        apply_adapter(model, AdapterSpec(R, ALPHA, target_modules=TARGETS[targets]), seed=None)
+    for layer in model.modules():
+        for name in layer.names if isinstance(layer, AdaptedLinear) else ():
+            setattr(layer, name, torch.nn.Parameter(torch.randn(getattr(layer, name).shape)))
+    parameters = dict(adapter_parameters(model))
     optimizer = build_optimizer(spec.training, parameters)
     for parameter in parameters.values():
         parameter.grad = torch.randn_like(parameter)
@@ -65,7 +73,7 @@ def llamatune_side(targets: str) -> tuple[Optimizer, Save]:
     inputs: Any = SimpleNamespace(
         base_fingerprint="sha256:0", prepared=SimpleNamespace(manifest=SimpleNamespace(template=None))
     )
-    learner: Any = SimpleNamespace(parameters=parameters)
+    learner: Any = SimpleNamespace(parameters=parameters, model=model)
     run: Any = None  # the benchmark chooses the directory
     companions: Any = SimpleNamespace(peft_base=None)
     digests: Any = None  # of no base
