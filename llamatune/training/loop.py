@@ -16,7 +16,8 @@ from llamatune.formats.metrics import LayerGradNorms, Metrics, read_metrics
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.ranks import ALONE, Ranks
 from llamatune.spec import RunSpec
-from llamatune.training.early_stopping import describe_stop, out_of_patience
+from llamatune.training.due_work import DueWork
+from llamatune.training.early_stopping import describe_stop
 from llamatune.training.gpu_meter import GpuMeter
 from llamatune.training.input_digests import InputDigests
 from llamatune.training.inputs import Inputs
@@ -66,6 +67,10 @@ class TrainingLoop:
         self.progress = TrainerState()
         self._last_checkpoint: Path | None = None
 
+    @property
+    def due(self) -> DueWork:
+        return DueWork(self.spec, self.schedule, self.progress)
+
     def resume(self) -> None:
         """Continue from the newest checkpoint that verifies, if there is one."""
         checkpoint = self.output.load_checkpoint(self._warn)
@@ -73,8 +78,8 @@ class TrainingLoop:
             self.output.cut_log(0)
             return
         path, self.progress, saved = checkpoint
-        since = self.progress.window - self._closed_windows()
-        if since > self.schedule.windows_per_epoch or (since < 0 and not self._finished()):
+        since = self.progress.window - self.due.closed_windows
+        if since > self.schedule.windows_per_epoch or (since < 0 and not self.due.finished):
             what = "an earlier version ended the run inside an epoch and cannot go on with that"
             what = what if since < 0 else f"closed_epochs is {self.progress.closed_epochs}, too few for its window"
             raise CheckpointError(what, path, "choose another training.output_dir")
@@ -107,7 +112,7 @@ class TrainingLoop:
         while True:
             self.input_digests.check()
             self._between_windows()
-            if self._finished():
+            if self.due.finished:
                 break
             if self._stop_agreed or (self.ranks.size == 1 and self.should_stop()):
                 self._stop()
@@ -170,53 +175,24 @@ class TrainingLoop:
         self.output.log(event)
         self.on_event(event)
 
-    # Between windows. What is due follows from the progress alone, so a resumed run does it where it was left.
-
     def _between_windows(self) -> None:
         """Evaluate, save and close the epoch, each if it is due; never with a weight that is not finite."""
         progress = self.progress
-        if self._save_due() or self._eval_due():
+        if self.due.save or self.due.evaluation:
             broken = [name for name, parameter in self.learner.parameters.items() if not is_finite(parameter)]
             if self.learner.sharded is not None:
                 broken = [name for names in self.ranks.gather(broken) for name in names]
             if broken:
                 raise self._numerics_fault(f"the update made {broken[0]} infinite or NaN")
-        if self.inputs.validation is not None and progress.evaluated_step < progress.step and self._eval_due():
+        if self.inputs.validation is not None and progress.evaluated_step < progress.step and self.due.evaluation:
             self._evaluate()
-        if progress.saved_window < progress.window and self._save_due():
+        if progress.saved_window < progress.window and self.due.save:
             self._save()
         # After the save, so that a run which ended inside an epoch can go on with it.
-        if self._closed_windows() < progress.window and (self._at_epoch_end() or self._finished()):
+        if self.due.closed_windows < progress.window and (self.due.epoch_end or self.due.finished):
             done = progress.close_epoch(self.schedule.num_epochs, time.monotonic() - self._clock)
             if done is not None:
                 self._report(done)
-
-    def _eval_due(self) -> bool:
-        every = self.spec.evaluation.every_steps
-        due = self._at_epoch_end() if every is None else self.progress.step % every == 0
-        return due or self._out_of_work()
-
-    def _save_due(self) -> bool:
-        every = self.spec.training.save_every_steps
-        if every is None:
-            return self._at_epoch_end() or self._finished()
-        due = self.progress.step % every == 0 and self.progress.saved_step < self.progress.step
-        return due or self._finished()
-
-    def _at_epoch_end(self) -> bool:
-        return self.progress.window > 0 and self.progress.window % self.schedule.windows_per_epoch == 0
-
-    def _closed_windows(self) -> int:
-        return self.progress.closed_epochs * self.schedule.windows_per_epoch
-
-    def _finished(self) -> bool:
-        patience = self.spec.evaluation.early_stopping_patience
-        return self._out_of_work() or out_of_patience(self.progress.evaluations_without_improvement, patience)
-
-    def _out_of_work(self) -> bool:
-        if self.spec.training.max_steps is not None:
-            return self.progress.step >= self.spec.training.max_steps
-        return self.progress.window >= self.schedule.total_steps
 
     def _evaluate(self) -> None:
         """Compute the validation loss; write ``best/`` if it is the lowest of those after a step."""
@@ -248,7 +224,7 @@ class TrainingLoop:
         self.on_event(done)
 
     def _save(self, in_haste: bool = False) -> None:
-        self.input_digests.settle(self._finished(), lambda: in_haste or self.should_stop())
+        self.input_digests.settle(self.due.finished, lambda: in_haste or self.should_stop())
         progress, started = self.progress, time.monotonic()
         progress.saved_window, progress.saved_step = progress.window, progress.step
         progress.elapsed_s = started - self._clock
@@ -279,7 +255,7 @@ class TrainingLoop:
 
     def _early_stop(self) -> dict[str, Any] | None:
         """Log and report that patience ended the run, and how it goes on; what the summary has of it."""
-        if self._out_of_work():
+        if self.due.out_of_work:
             return None
         stop, least = early_stop_of(self.progress, self.output.epochs), self.spec.evaluation.early_stopping_min_delta
         message = describe_stop(stop, least, self.schedule.total_steps)
