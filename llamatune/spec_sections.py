@@ -14,6 +14,7 @@ from llamatune.spec_types import (
     Alpha,
     CheckpointingMode,
     Directories,
+    Duration,
     Epochs,
     Fraction,
     FromList,
@@ -204,6 +205,11 @@ class TrainingSection(Section):
     )
     rank_timeout_s: Annotated[float, Field(gt=0)] = Field(
         600.0, description="with several processes: how long one may not answer before all end"
+    )
+    max_time: Duration | None = Field(
+        None,
+        description="each start of the run stops in time, saved and with exit code 75, before it has run for so long: "
+        "30m, 1h30m, 2d, or as Slurm writes it; the same command goes on. A Slurm job's own limit needs no key",
     )
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import CheckpointError, NumericsError, Stopped
-from llamatune.events import CheckpointSaved, EpochDone, EvalDone, Notice, OnEvent, ShouldStop, StepDone, StepSkipped
+from llamatune.events import CheckpointSaved, EpochDone, Notice, OnEvent, StepDone, StepSkipped
 from llamatune.formats.metrics import LayerGradNorms, Metrics, read_metrics
 from llamatune.inference.evaluate import held_out_loss
 from llamatune.ranks import ALONE, Ranks
 from llamatune.spec import RunSpec
+from llamatune.training.done_events import eval_done, step_done
 from llamatune.training.due_work import DueWork
 from llamatune.training.early_stopping import describe_stop
 from llamatune.training.gpu_meter import GpuMeter
@@ -27,11 +28,12 @@ from llamatune.training.rank_meter import RankMeter
 from llamatune.training.run_card import run_companions
 from llamatune.training.run_directory import RunDirectory, prune_checkpoints
 from llamatune.training.run_file_names import METRICS
-from llamatune.training.run_memory import held_memory, peak_memory_bytes, peak_reserved_bytes
+from llamatune.training.run_memory import held_memory
 from llamatune.training.run_summary import early_stop_of, summary_of
 from llamatune.training.save_and_resume import RunOutput
 from llamatune.training.schedule import Schedule, learning_rate_at, rate_jump
 from llamatune.training.spec_changes import LEAST_GAIN
+from llamatune.training.stopping import Stopping
 from llamatune.training.trainer_state import TrainerState
 from llamatune.training.training_step import make_update, name_rows
 
@@ -42,9 +44,9 @@ _SLOW_SAVE_S = 10.0
 class TrainingLoop:
     """One run, from its last checkpoint to its end; every variant is a value of the spec.
 
-    ``run`` is the claimed directory that metrics and checkpoints go to. ``should_stop`` is asked between windows and
-    during evaluation; then one checkpoint is saved and ``Stopped`` raised. Several ranks learn in the messages of an
-    update that one of them was asked. ``memory_facts`` go into the summary.
+    ``run`` is the claimed directory that metrics and checkpoints go to. ``stopping`` is asked between windows, inside
+    of them, and around and during evaluation; then one checkpoint is saved and ``Stopped`` raised. Several ranks learn
+    in the messages of an update that one of them says so. ``memory_facts`` go into the summary.
     """
 
     spec: RunSpec
@@ -53,7 +55,7 @@ class TrainingLoop:
     learner: Learner
     run: RunDirectory
     on_event: OnEvent
-    should_stop: ShouldStop
+    stopping: Stopping
     memory_facts: Mapping[str, Any]
     gpu_meter: GpuMeter
     input_digests: InputDigests
@@ -63,7 +65,9 @@ class TrainingLoop:
         companions = run_companions(self.spec, self.inputs, self.on_event)
         parts = (self.learner, self.run, self.ranks, self.gpu_meter, self.input_digests, companions)
         self.output = RunOutput(self.spec, self.inputs, *parts)
-        self._stop_agreed, self._first_update, self._meter = False, True, RankMeter()
+        self._first_update, self._meter = True, RankMeter()
+        self._stop_agreed: bool | None = None if self.ranks.size == 1 else False
+        self._limit = self.stopping.limit
         self.progress = TrainerState()
         self._last_checkpoint: Path | None = None
 
@@ -114,13 +118,18 @@ class TrainingLoop:
             self._between_windows()
             if self.due.finished:
                 break
-            if self._stop_agreed or (self.ranks.size == 1 and self.should_stop()):
-                self._stop()
-            self._update()
+            self._stop_if(self.stopping.before_window, self._stop_agreed)
+            try:
+                with self._limit.measured(self._limit.steps):
+                    self._update()
+            except Stopped:  # this window is computed from its beginning, by this process or another
+                self.learner.optimizer.zero_grad()
+                self._stop_if(self.stopping.before_window, True)
         if self.progress.step == 0:
             raise self._numerics_fault("no window made an update: every gradient overflowed fp16")
-        if not self.input_digests.settle(True, self.should_stop):
+        if not self.input_digests.settle(True, self.stopping.in_wait):
             self._stop()
+        self._stop_if(self.stopping.before_result)
         self.output.write_final(self.progress)
         self.output.write_summary(summary := self._summary(self._early_stop()))
         return summary
@@ -129,17 +138,17 @@ class TrainingLoop:
         """Train on the next accumulation window and report it."""
         progress, learner, training = self.progress, self.learner, self.spec.training
         started = time.monotonic()
+        self.stopping.begin_window()
         passes, lanes = self.schedule.passes(progress.window, self.run.passes), self.run.passes.lanes
         learning_rate = learning_rate_at(training, progress.step, self.schedule.total_steps)
         try:
             update = make_update(
-                learner, passes, training, progress.window, learning_rate, self.should_stop, lanes, self.ranks
+                learner, passes, training, progress.window, learning_rate, self.stopping, lanes, self.ranks
             )
-        except Stopped:
-            self._stop()  # resumed, the run computes this window from its beginning
         except NumericsError as fault:
             raise self._numerics_fault(fault.what, fault.where) from None
-        self._stop_agreed, now = update.stop, time.monotonic()
+        self.stopping.unsaved, now = True, time.monotonic()
+        self._stop_agreed = None if self.ranks.size == 1 else update.stop
         self._meter.add(update, now - started)
         if not update.made:
             progress.window += 1
@@ -147,24 +156,8 @@ class TrainingLoop:
             self._report(StepSkipped(progress.window, learner.scaler.scale))
             return
         progress.note_update(update, now - started)
-        self._report(
-            StepDone(
-                step=progress.step,
-                total_steps=self.schedule.total_steps,
-                window=progress.window,
-                epoch=progress.window / self.schedule.windows_per_epoch,
-                num_epochs=self.schedule.num_epochs,
-                loss=update.loss,
-                learning_rate=learning_rate,
-                grad_norm=update.grad_norm,
-                loss_scale=update.loss_scale,
-                target_tokens=update.target_tokens,
-                tokens_per_second=update.tokens / max(now - started, 1e-9),
-                peak_memory_bytes=peak_memory_bytes(learner.device),
-                elapsed_s=now - self._clock,
-                peak_reserved_bytes=peak_reserved_bytes(learner.device),
-            )
-        )
+        seconds, elapsed_s = now - started, now - self._clock
+        self._report(step_done(update, progress, self.schedule, learning_rate, learner.device, seconds, elapsed_s))
         if self._first_update:
             self._first_update = False
             self.on_event(held_memory(learner))
@@ -196,35 +189,40 @@ class TrainingLoop:
 
     def _evaluate(self) -> None:
         """Compute the validation loss; write ``best/`` if it is the lowest of those after a step."""
+        self._stop_if(self.stopping.before_evaluation)
+        while True:
+            try:
+                self.stopping.begin_evaluation()
+                with self._limit.measured(self._limit.evaluations):
+                    self._compute_evaluation()
+                break
+            except Stopped:
+                self._stop_if(self.stopping.before_evaluation, True)
+        self._stop_agreed = None
+
+    def _compute_evaluation(self) -> None:
         progress, validation, started = self.progress, self.inputs.validation, time.monotonic()
         assert validation is not None
         model, autocast, rows = self.learner.model, self.learner.autocast, self.spec.training.micro_batch_size
-        idle = self.learner.idle_forward
-        try:
-            result = held_out_loss(model, validation, rows, autocast, self.on_event, self.should_stop, self.ranks, idle)
-        except Stopped:
-            self._stop()
+        idle, may_stop = self.learner.idle_forward, self.stopping.in_evaluation
+        result = held_out_loss(model, validation, rows, autocast, self.on_event, may_stop, self.ranks, idle)
         if not math.isfinite(result.loss):
             raise self._numerics_fault("the validation loss is not finite", f"validation {name_rows(result.broken)}")
-        done = EvalDone(
-            step=progress.step,
-            loss=result.loss,
-            perplexity=result.perplexity,
-            best=progress.step > 0 and (progress.best_eval_loss is None or result.loss < progress.best_eval_loss),
-            epoch=progress.window / self.schedule.windows_per_epoch,
-            rows=len(validation),
-            target_tokens=result.target_tokens,
-            seconds=time.monotonic() - started,
-        )
+        done = eval_done(result, validation, progress, self.schedule, time.monotonic() - started)
         self.output.log(done)
         if done.best:
-            self.input_digests.settle(False, self.should_stop)
+            self.input_digests.settle(False, self.stopping.in_wait)
             self.output.write_best(done)
         progress.note_evaluation(done, self.spec.evaluation.early_stopping_min_delta)
         self.on_event(done)
 
     def _save(self, in_haste: bool = False) -> None:
-        self.input_digests.settle(self.due.finished, lambda: in_haste or self.should_stop())
+        self.input_digests.settle(self.due.finished, lambda: in_haste or self.stopping.in_wait())
+        with self._limit.measured(self._limit.saves):
+            self._write_checkpoint()
+        self._stop_agreed, self.stopping.unsaved = None, False
+
+    def _write_checkpoint(self) -> None:
         progress, started = self.progress, time.monotonic()
         progress.saved_window, progress.saved_step = progress.window, progress.step
         progress.elapsed_s = started - self._clock
@@ -232,7 +230,7 @@ class TrainingLoop:
         self._last_checkpoint, seconds = path, time.monotonic() - started
         progress.open_epoch.checkpoint_s += seconds
         self.on_event(CheckpointSaved(progress.step, str(path), seconds))
-        if seconds > _SLOW_SAVE_S:
+        if seconds > _SLOW_SAVE_S and not self._limit.ends:
             self._warn(f"saving took {seconds:.0f} s: a scheduler's signal must come a save and a step before the end")
         self._prune(path)
 
@@ -241,11 +239,27 @@ class TrainingLoop:
             prune_checkpoints(newest, self.spec.training.keep_last, self._warn)
         self.ranks.wait()
 
+    def _stop_if(self, is_due: Callable[[], bool], agreed: bool | None = None) -> None:
+        """Save and stop where it is due on some rank; not if that saving took less time than was feared.
+
+        ``agreed``: what the ranks found together; None: they ask each other.
+        """
+        if not (self.ranks.any(is_due()) if agreed is None else agreed):
+            return
+        if self.progress.saved_window < self.progress.window:
+            self._save(in_haste=True)
+            if not self.ranks.any(is_due()):
+                return
+        self._stop()
+
     def _stop(self) -> NoReturn:
         if self.progress.saved_window < self.progress.window:
             self._save(in_haste=True)
         where = f"step {self.progress.step} of {self.schedule.total_steps}"
-        raise Stopped(f"stopped by a signal after {where}", self.run.path, "run the same command again to continue")
+        todo = "run the same command again to continue"
+        if self._first_update and not self.stopping.by_signal():
+            todo = f"{todo}, with more time: there was none for a step"
+        raise Stopped(f"stopped {self.stopping.reason} after {where}", self.run.path, todo)
 
     def _warn(self, line: str) -> None:
         self.on_event(Notice(line, "warning"))
