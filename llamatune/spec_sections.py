@@ -245,6 +245,13 @@ class EvaluationSection(Section):
         description="when there is validation data, also before the first step, which comes later by that time; it "
         "counts neither for best/ nor for patience",
     )
+    prompts: Annotated[int, Field(ge=1, le=64)] | PathText | None = Field(
+        None,
+        description="answered greedily at each evaluation, and before the first step; a file, as generate "
+        "--prompt-file reads it, or a number of rows, drawn by the seed from the validation rows (training rows where "
+        "there are none). Without validation data, at the end of each epoch",
+    )
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(128, description="of an answer to one of prompts")
     early_stopping_patience: Positive | None = Field(
         None, description="stop after this many evaluations in a row without a lower loss"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,12 +12,11 @@ from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import CheckpointError, NumericsError, Stopped
 from llamatune.events import CheckpointSaved, EpochDone, Notice, OnEvent, StepDone, StepSkipped
 from llamatune.formats.metrics import LayerGradNorms, Metrics, read_metrics
-from llamatune.inference.evaluate import held_out_loss
 from llamatune.ranks import ALONE, Ranks
 from llamatune.spec import RunSpec
-from llamatune.training.done_events import eval_done, step_done
 from llamatune.training.due_work import DueWork
 from llamatune.training.early_stopping import describe_stop
+from llamatune.training.evaluation import evaluate
 from llamatune.training.gpu_meter import GpuMeter
 from llamatune.training.input_digests import InputDigests
 from llamatune.training.inputs import Inputs
@@ -29,13 +27,15 @@ from llamatune.training.run_card import run_companions
 from llamatune.training.run_directory import RunDirectory, prune_checkpoints
 from llamatune.training.run_file_names import METRICS
 from llamatune.training.run_memory import held_memory
+from llamatune.training.run_prompts import RunPrompts
 from llamatune.training.run_summary import early_stop_of, summary_of
 from llamatune.training.save_and_resume import RunOutput
 from llamatune.training.schedule import Schedule, learning_rate_at, rate_jump
 from llamatune.training.spec_changes import LEAST_GAIN
+from llamatune.training.step_event import step_done
 from llamatune.training.stopping import Stopping
 from llamatune.training.trainer_state import TrainerState
-from llamatune.training.training_step import make_update, name_rows
+from llamatune.training.training_step import make_update
 
 _SLOW_SAVE_S = 10.0
 
@@ -60,6 +60,7 @@ class TrainingLoop:
     gpu_meter: GpuMeter
     input_digests: InputDigests
     ranks: Ranks = ALONE
+    prompts: RunPrompts | None = None
 
     def __post_init__(self) -> None:
         companions = run_companions(self.spec, self.inputs, self.on_event)
@@ -104,9 +105,12 @@ class TrainingLoop:
 
     @property
     def evaluates_first(self) -> bool:
-        """Whether the validation loss comes before the first step; a run that goes on has that behind it."""
-        wanted = self.spec.evaluation.at_start and self.inputs.validation is not None
-        return wanted and self._last_checkpoint is None
+        """Whether an evaluation comes before the first step; a run that goes on has that behind it."""
+        return self.spec.evaluation.at_start and self._evaluates and self._last_checkpoint is None
+
+    @property
+    def _evaluates(self) -> bool:
+        return self.inputs.validation is not None or self.prompts is not None
 
     def execute(self) -> dict[str, Any]:
         """Train to the end; the summary of the run."""
@@ -177,7 +181,7 @@ class TrainingLoop:
                 broken = [name for names in self.ranks.gather(broken) for name in names]
             if broken:
                 raise self._numerics_fault(f"the update made {broken[0]} infinite or NaN")
-        if self.inputs.validation is not None and progress.evaluated_step < progress.step and self.due.evaluation:
+        if self._evaluates and progress.evaluated_step < progress.step and self.due.evaluation:
             self._evaluate()
         if progress.saved_window < progress.window and self.due.save:
             self._save()
@@ -188,7 +192,7 @@ class TrainingLoop:
                 self._report(done)
 
     def _evaluate(self) -> None:
-        """Compute the validation loss; write ``best/`` if it is the lowest of those after a step."""
+        """Compute the validation loss and answer the prompts; write ``best/`` if the loss is the lowest so far."""
         self._stop_if(self.stopping.before_evaluation)
         while True:
             try:
@@ -201,20 +205,29 @@ class TrainingLoop:
         self._stop_agreed = None
 
     def _compute_evaluation(self) -> None:
-        progress, validation, started = self.progress, self.inputs.validation, time.monotonic()
-        assert validation is not None
-        model, autocast, rows = self.learner.model, self.learner.autocast, self.spec.training.micro_batch_size
-        idle, may_stop = self.learner.idle_forward, self.stopping.in_evaluation
-        result = held_out_loss(model, validation, rows, autocast, self.on_event, may_stop, self.ranks, idle)
-        if not math.isfinite(result.loss):
-            raise self._numerics_fault("the validation loss is not finite", f"validation {name_rows(result.broken)}")
-        done = eval_done(result, validation, progress, self.schedule, time.monotonic() - started)
-        self.output.log(done)
-        if done.best:
-            self.input_digests.settle(False, self.stopping.in_wait)
-            self.output.write_best(done)
-        progress.note_evaluation(done, self.spec.evaluation.early_stopping_min_delta)
-        self.on_event(done)
+        progress, done, answers = self.progress, None, None
+        asked = (self.stopping.in_evaluation, self.on_event, self.ranks)
+        if self.inputs.validation is not None:
+            batch_size = self.spec.training.micro_batch_size
+            try:
+                done = evaluate(self.learner, self.inputs.validation, progress, self.schedule, batch_size, *asked)
+            except NumericsError as fault:
+                raise self._numerics_fault(fault.what, fault.where) from None
+        if self.prompts is not None:
+            answers = self.prompts.answer(self.learner, progress.step, *asked)
+        if done is not None:
+            self.output.log(done)
+        for answer in () if answers is None else answers.answers:
+            self.output.log(answer)
+        if done is not None:
+            if done.best:
+                self.input_digests.settle(False, self.stopping.in_wait)
+                self.output.write_best(done)
+            progress.note_evaluation(done, self.spec.evaluation.early_stopping_min_delta)
+            self.on_event(done)
+        if answers is not None:
+            progress.note_answers(answers.seconds)
+            self.on_event(answers)
 
     def _save(self, in_haste: bool = False) -> None:
         self.input_digests.settle(self.due.finished, lambda: in_haste or self.stopping.in_wait())
@@ -256,10 +269,7 @@ class TrainingLoop:
         if self.progress.saved_window < self.progress.window:
             self._save(in_haste=True)
         where = f"step {self.progress.step} of {self.schedule.total_steps}"
-        todo = "run the same command again to continue"
-        if self._first_update and not self.stopping.by_signal():
-            todo = f"{todo}, with more time: there was none for a step"
-        raise Stopped(f"stopped {self.stopping.reason} after {where}", self.run.path, todo)
+        raise self.stopping.stopped(where, self.run.path, without_a_step=self._first_update)
 
     def _warn(self, line: str) -> None:
         self.on_event(Notice(line, "warning"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from llamatune.errors import Stopped
 from llamatune.events import ShouldStop, never_stop
 from llamatune.training.time_limit import Durations, TimeLimit
 
@@ -32,12 +34,13 @@ class Stopping:
         self._was_asked = self._was_asked or self.asked()
         return self._was_asked
 
-    @property
-    def reason(self) -> str:
-        end = self.limit.next_end
-        if self._was_asked or end is None:
-            return "by a signal"
-        return f"{max(0.0, end.left_s()):.0f} s before {end.what}"
+    def stopped(self, where: str, run: Path, without_a_step: bool) -> Stopped:
+        """The end of this start of a run, after ``where``."""
+        end, why, todo = self.limit.next_end, "by a signal", "run the same command again to continue"
+        if end is not None and not self._was_asked:
+            why = f"{max(0.0, end.left_s()):.0f} s before {end.what}"
+            todo += ", with more time: there was none for a step" if without_a_step else ""
+        return Stopped(f"stopped {why} after {where}", run, todo)
 
     # Between windows
 

@@ -43,6 +43,7 @@ from llamatune.training.run_directory import (
 )
 from llamatune.training.run_file_names import CHECKPOINTS
 from llamatune.training.run_memory import choose_passes, choose_run_placement, plan_run_memory, report_plan
+from llamatune.training.run_prompts import open_run_prompts
 from llamatune.training.schedule import Schedule, pass_tokens
 from llamatune.training.stopping import Stopping
 from llamatune.training.time_limit import time_limit
@@ -92,6 +93,7 @@ def train(
                 if ranks.is_first:
                     prune_finished(spec, lambda line: on_event(Notice(line, "warning")))
                 return summary
+        prompts = open_run_prompts(spec, inputs, on_event, ranks)
         config, rows, device = inputs.config, inputs.prepared.train, inputs.device
         stack.enter_context(deterministic_kernels(spec.training.deterministic, device))
         stack.enter_context(fp32_products(spec.training.precision))
@@ -136,7 +138,7 @@ def train(
         if spec.training.compile:
             compile_ahead(spec, learner, rows, on_event)
         asked = (on_event, stopping)
-        loop = TrainingLoop(spec, inputs, schedule, learner, run, *asked, memory_facts, meter, digests, ranks)
+        loop = TrainingLoop(spec, inputs, schedule, learner, run, *asked, memory_facts, meter, digests, ranks, prompts)
         loop.resume()
         digests.start()
         _report_start(spec, inputs, schedule, loop, on_event)
@@ -197,6 +199,7 @@ def plan_training(
     output = Path(spec.training.output_dir)
     config, rows, device = inputs.config, inputs.prepared.train, inputs.device
     report_slower_settings(spec, device, on_event)
+    open_run_prompts(spec, inputs, on_event, ranks)
     _report_capacity(spec, inputs, on_event)
     with deterministic_kernels(spec.training.deterministic, device):
         if spec.training.compile:

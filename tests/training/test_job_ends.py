@@ -20,7 +20,7 @@ from llamatune.inference.evaluate import HeldOutLoss
 from llamatune.job_end import Clock
 from llamatune.ranks import ALONE, Ranks
 from llamatune.spec import build_spec
-from llamatune.training import done_events, loop
+from llamatune.training import evaluation, loop, step_event
 from llamatune.training.loop import TrainingLoop
 from llamatune.training.stopping import Stopping
 from llamatune.training.time_limit import SAVED_BEFORE_S, time_limit
@@ -119,11 +119,12 @@ class Job:
         )  # fmt: skip
         nothing: Callable[..., None] = lambda *words: None  # noqa: E731
         for name, value in {
-            "make_update": self.make_update, "held_out_loss": self.held_out_loss, "run_companions": nothing,
+            "make_update": self.make_update,  "run_companions": nothing,
             "RunOutput": lambda *words: output, "held_memory": nothing, "prune_checkpoints": nothing,
         }.items():  # fmt: skip
             monkeypatch.setattr(loop, name, value)
-        monkeypatch.setattr(done_events, "peak_memory_bytes", lambda device: 0)
+        monkeypatch.setattr(evaluation, "held_out_loss", self.held_out_loss)
+        monkeypatch.setattr(step_event, "peak_memory_bytes", lambda device: 0)
         training: dict[str, Any] = {"output_dir": "run", "device": "cpu", "max_steps": self.total_steps}
         values: dict[str, Any] = {"model": {"path": "m"}, "lora": {}, "data": {"train": "d"}, "training": training}
         training["save_every_steps"] = self.save_every

@@ -1,12 +1,10 @@
-"""Events of an update and of an evaluation that are done, made from their results and the place of the run."""
+"""The event of an update that is done, made from its results and the place of the run."""
 
 from __future__ import annotations
 
 import torch
 
-from llamatune.data.batches import Split
-from llamatune.events import EvalDone, StepDone
-from llamatune.inference.evaluate import HeldOutLoss
+from llamatune.events import StepDone
 from llamatune.training.run_memory import peak_memory_bytes, peak_reserved_bytes
 from llamatune.training.schedule import Schedule
 from llamatune.training.trainer_state import TrainerState
@@ -38,21 +36,4 @@ def step_done(
         peak_memory_bytes=peak_memory_bytes(device),
         elapsed_s=elapsed_s,
         peak_reserved_bytes=peak_reserved_bytes(device),
-    )
-
-
-def eval_done(
-    result: HeldOutLoss, validation: Split, progress: TrainerState, schedule: Schedule, seconds: float
-) -> EvalDone:
-    """Of an evaluation that ``progress`` does not count yet."""
-    lowest = progress.best_eval_loss is None or result.loss < progress.best_eval_loss
-    return EvalDone(
-        step=progress.step,
-        loss=result.loss,
-        perplexity=result.perplexity,
-        best=progress.step > 0 and lowest,
-        epoch=progress.window / schedule.windows_per_epoch,
-        rows=len(validation),
-        target_tokens=result.target_tokens,
-        seconds=seconds,
     )
