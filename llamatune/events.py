@@ -117,6 +117,33 @@ class EvalDone:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What the model answered to a prompt of ``evaluation.prompts`` after ``step`` updates; 0: before training.
+
+    ``number`` counts the prompts from 1. ``prompt`` and ``reference``, the answer that its row has, are cut where they
+    are long. ``tokens`` are the answer's; ``finish_reason``: ``eos`` or ``length``.
+    """
+
+    event: ClassVar[str] = "answer"
+    step: int
+    number: int
+    prompt: str
+    answer: str
+    reference: str | None
+    tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class AnswersDone:
+    """All prompts of ``evaluation.prompts`` were answered after ``step`` updates, in so many ``seconds``."""
+
+    step: int
+    answers: tuple[Answer, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class EarlyStop:
     """Patience ended the run after the evaluation of ``step``; that of ``best_step`` was the lowest.
 
@@ -175,7 +202,18 @@ class EpochDone(EpochMeans):
         return EpochMeans(**{entry.name: getattr(self, entry.name) for entry in fields(EpochMeans)})
 
 
-Event = Notice | Progress | RunStarted | StepDone | MemoryHeld | StepSkipped | EvalDone | CheckpointSaved | EpochDone
+Event = (
+    Notice
+    | Progress
+    | RunStarted
+    | StepDone
+    | MemoryHeld
+    | StepSkipped
+    | EvalDone
+    | AnswersDone
+    | CheckpointSaved
+    | EpochDone
+)
 OnEvent = Callable[[Event], None]
 ShouldStop = Callable[[], bool]
 

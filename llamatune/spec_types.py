@@ -1,4 +1,4 @@
-"""Types of the run spec's fields: paths, counts, epochs, fractions, target modules, recompute modes, memory sizes."""
+"""Types of the run spec's fields: paths, counts, epochs, fractions, target modules, recompute modes, sizes, times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamatune.path_expansion import expand_path
 from llamatune.shapes.adapter import WHOLE_MODULES
 from llamatune.shapes.llama_config import LINEAR_MODULES
 from llamatune.shapes.recompute_levels import MODES, is_mode
-from llamatune.units import parse_size
+from llamatune.units import parse_duration, parse_size
 
 STORED = "stored"
 """In the context of a validation: the spec is a run's own, whose paths were expanded when the run began."""
@@ -68,6 +68,17 @@ def _memory_size(value: str) -> str:
     return value
 
 
+def _duration(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, str):
+        try:
+            parse_duration(value, "a time")
+        except SpecError as fault:
+            raise ValueError(f"{fault.what}; {fault.todo}") from None
+    return value
+
+
 def _expanded(value: str, info: ValidationInfo) -> str:
     try:
         return expand_path(value, variables=not (info.context or {}).get(STORED))
@@ -108,3 +119,5 @@ TargetModules = Annotated[tuple[str, ...], BeforeValidator(_expand_targets)]
 WholeModules = Annotated[tuple[str, ...], BeforeValidator(_check_whole)]
 CheckpointingMode = Annotated[str, BeforeValidator(_checkpointing_mode)]
 MemorySize = Annotated[str, AfterValidator(_memory_size)]
+Duration = Annotated[str, BeforeValidator(_duration)]
+"""``units.parse_duration`` reads it; a number alone is minutes, as in Slurm."""

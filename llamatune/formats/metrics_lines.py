@@ -64,6 +64,19 @@ class GradNormsLine(FileSchema):
     norms: Annotated[dict[Name, Measure], Field(min_length=1)]
 
 
+class AnswerLine(FileSchema):
+    """An answer to one of the prompts of a run."""
+
+    event: Literal["answer"]
+    step: Count
+    number: Positive
+    prompt: str
+    answer: str
+    reference: str | None
+    tokens: Count
+    finish_reason: Literal["eos", "length"]
+
+
 class EarlyStopLine(FileSchema):
     """The end of a run by patience."""
 
@@ -81,6 +94,7 @@ LINES: dict[Any, type[FileSchema]] = {
     "skipped": SkippedLine,
     "epoch": EpochLine,
     "layer_grad_norms": GradNormsLine,
+    "answer": AnswerLine,
     "early_stop": EarlyStopLine,
 }
 """By ``event``."""

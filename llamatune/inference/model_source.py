@@ -28,10 +28,11 @@ from llamatune.data.segments import Segments
 from llamatune.data.template_choice import load_template, stored_template
 from llamatune.data.templates import Template
 from llamatune.devices import choose_device, lacks_bf16
-from llamatune.errors import DataError, NumericsError
+from llamatune.errors import NumericsError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.formats.manifest import find_manifest
 from llamatune.inference.merging_in_memory import merge_in_memory
+from llamatune.inference.prompt_encoding import encode_prompts
 from llamatune.model.adapters.adapter_switch import AdapterSwitch
 from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors, switch_of
 from llamatune.model.kernels.choice import chosen_kernels
@@ -166,23 +167,8 @@ class OpenedModel:
 
         ``DataError`` for a prompt without a token.
         """
-        ids = [prompt.encode(tokenizer)[0] for prompt in prompts]
-        if not all(ids):
-            what = f"prompt {ids.index([]) + 1} has no token, and this tokenizer puts no BOS before it"
-            raise DataError(what, self.path, "give a prompt that is not empty")
-        rows = min(config.vocab_size for config in self.configs)
-        if (largest := max(map(max, ids), default=0)) >= rows:
-            what = f"a prompt holds the token {largest}, and the base has {rows} embedding rows"
-            raise DataError(what, self.path, "leave out --compare")
-        known = self.checkpoint.config.max_position_embeddings
-        longest, beyond = max(map(len, ids), default=0), sum(len(prompt) > known for prompt in ids)
-        if beyond:
-            what = f"{beyond} of {len(ids)} prompts have more than the {known} tokens the model knows"
-            on_event(Notice(f"{what}, the longest {longest}", "warning"))
-        elif longest + new_tokens > known:
-            what = f"a prompt of {longest} tokens and up to {new_tokens} new ones"
-            on_event(Notice(f"{what} can become more than the {known} tokens the model knows", "warning"))
-        return ids
+        configs = [self.checkpoint.config, *self.configs]
+        return encode_prompts(tokenizer, prompts, configs, self.path, new_tokens, on_event)
 
     @contextlib.contextmanager
     def computing(self, tokens: float, advice: str, on_event: OnEvent) -> Iterator[None]:

@@ -159,6 +159,8 @@ def refuse_inputs(spec: RunSpec, name: str, overwrite: bool) -> None:
     inputs = [("model.path", Path(spec.model.path))]
     inputs += [("data.train", directory) for directory in spec.data.train_paths]
     inputs += [("data.validation", directory) for directory in spec.data.validation_paths]
+    if isinstance(spec.evaluation.prompts, str):
+        inputs.append(("evaluation.prompts", Path(spec.evaluation.prompts)))
     if spec.lora is not None and spec.lora.init_from is not None:
         inputs.append(("lora.init_from", Path(spec.lora.init_from)))
     inputs = [(key, given) for key, given in inputs if _is_name(str(given))]
