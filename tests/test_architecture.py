@@ -20,7 +20,7 @@ FLOORS = [
     {"checkpoints", "data"},
     {"model", "tokenizers"},
     {"memory"},
-    {"spec", "command_options"},
+    {"spec", "spec_grid", "command_options"},
     {"spec_sections"},
     {"spec_types", "spec_overrides"},
     {

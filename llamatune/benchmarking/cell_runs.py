@@ -13,12 +13,12 @@ from typing import Any
 
 from llamatune import __version__
 from llamatune.benchmarking.cell_process import SCRATCH, CellTask, run_cell
-from llamatune.benchmarking.grid import Cell
 from llamatune.benchmarking.results import Result, status_word
 from llamatune.durable_writing import probe_writable, refuse_occupied, write_atomic
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop
 from llamatune.formats.benchmark_cell import read_cell
+from llamatune.spec_grid import Cell
 from llamatune.strict_json import dump_json
 from llamatune.training.run_directory import is_occupied, move_aside
 from llamatune.training.run_file_names import CELLS

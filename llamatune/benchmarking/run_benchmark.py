@@ -11,11 +11,11 @@ from llamatune.benchmarking.bar_chart import draw_chart
 from llamatune.benchmarking.cell_plan import plan_benchmark
 from llamatune.benchmarking.cell_runs import claimed, facts_in_lines, machine_facts, measure_cells, refuse_other
 from llamatune.benchmarking.effects import Effect, effects
-from llamatune.benchmarking.grid import Axis
 from llamatune.benchmarking.results import Result, memory_unit, results_csv
 from llamatune.benchmarking.tables import effects_table, flat_table, nested_tables
 from llamatune.command_options.training import BenchmarkOptions
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.spec_grid import Axis
 from llamatune.strict_json import dump_json
 from llamatune.training.run_directory import refuse_inputs, write_if_changed
 

@@ -10,11 +10,11 @@ from typing import Any
 from llamatune.benchmarking.cell_runs import claimed, facts_in_lines, machine_facts, measure_cells, refuse_other
 from llamatune.benchmarking.generation_cells import plan_generation_cells
 from llamatune.benchmarking.generation_tables import generation_csv, generation_table
-from llamatune.benchmarking.grid import Axis
 from llamatune.benchmarking.results import Result, memory_unit, only_measured
 from llamatune.command_options.generation_grid import REPETITIONS
 from llamatune.command_options.training import BenchmarkOptions
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.spec_grid import Axis
 from llamatune.strict_json import dump_json
 from llamatune.training.run_directory import write_if_changed
 
