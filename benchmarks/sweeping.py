@@ -3,9 +3,9 @@
     python benchmarks/sweeping.py --shape 50m --dtype bfloat16 --precision fp32 --tokens 64 [--members 4] [--updates 20]
 
 The sides alternate, and each run begins in an empty directory. Whole times are of the commands, imports and loading
-included. Times of an update are those between the first and the last line of ``metrics.jsonl``: of runs one after another
-their sum, of runs at once that of one run, because the others are made in the same time. Checkpoints, adapters and
-losses must be equal to the byte. The last line on stdout is a JSON object.
+included. Times of an update are those between the first and the last line of ``metrics.jsonl``: of runs one after
+another their sum, of runs at once that of one run, because the others are made in the same time. Checkpoints, adapters
+and losses must be equal to the byte. The last line on stdout is a JSON object.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ TENSORS = ("adapter/adapter_model.safetensors", "checkpoints/*/optimizer.safeten
 
 
 def main() -> None:
+    """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="50m", choices=[*SHAPES, "15m", "110m"])
     parser.add_argument("--dtype", default="bfloat16", help="model.dtype")
@@ -52,10 +53,11 @@ def main() -> None:
     parser.add_argument("--side", action="append", choices=SIDES)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(measure(asked, Path(scratch))))
+        sys.stdout.write(json.dumps(measure(asked, Path(scratch))) + "\n")
 
 
 def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """The facts of the comparison: medians, and medians of the ratios of paired rounds."""
     spec = write_material(asked, scratch)
     rates, sides = RATES[: asked.members], asked.side or SIDES
     whole: dict[str, list[float]] = {side: [] for side in sides}
@@ -68,14 +70,13 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             began = time.perf_counter()
             runs = run_side(side, spec, rates, output, asked.threads)
             whole[side].append(time.perf_counter() - began)
-            seconds = [seconds_of_update(run) for run in runs]
-            update[side].append(max(seconds) if side == "sweep" else sum(seconds))
+            each = [seconds_of_update(run) for run in runs]
+            update[side].append(max(each) if side == "sweep" else sum(each))
             products.append([content_of(run) for run in runs])
         if any(found != products[0] for found in products):
             raise SystemExit("the sides trained other weights")
-        print(
-            f"round {number + 1}: { ({side: round(times[-1], 2) for side, times in whole.items()}) }", file=sys.stderr
-        )
+        seconds = {side: round(times[-1], 2) for side, times in whole.items()}
+        sys.stderr.write(f"round {number + 1}: {seconds}\n")
     first = sides[0]
     facts = {key: value for key, value in vars(asked).items() if key != "side"}
     return {
@@ -139,6 +140,7 @@ def run_side(side: str, spec: Path, rates: tuple[str, ...], output: Path, thread
 
 
 def run_verb(words: list[str], threads: int) -> None:
+    """Run a verb in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "llamatune", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -147,6 +149,7 @@ def run_verb(words: list[str], threads: int) -> None:
 
 
 def seconds_of_update(run: Path) -> float:
+    """The mean time from one line of a step to the next."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     times = [line["elapsed_s"] for line in lines if line["event"] == "step"]
     return (times[-1] - times[0]) / (len(times) - 1)  # type: ignore[no-any-return]

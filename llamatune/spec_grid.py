@@ -78,9 +78,9 @@ class Grid:
 
 
 def is_axis(text: str) -> bool:
-    """Whether ``KEY=VALUE`` is an axis: it has several values, or is no field of the spec."""
+    """Whether ``KEY=VALUE`` is an axis: it has several values, or is no override of the spec, as ``lora=null`` is."""
     key, _, values = text.partition("=")
-    return key in (LORA, BATCH) or _COMMA.search(values) is not None
+    return key == BATCH or (key == LORA and values in ("on", "off")) or _COMMA.search(values) is not None
 
 
 def parse_axis(text: str) -> Axis:
