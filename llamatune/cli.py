@@ -26,10 +26,10 @@ from llamatune.stop_signals import stop_signals
 # The function of a verb has its name, in the module of that name: commands/prepare_data.py, prepare_data.
 VERBS = {
     "Core verbs": ("prepare-data", "train", "merge-lora", "generate", "count-params"),
-    "More verbs": ("evaluate", "chat", "benchmark", "plan-memory", "report", "verify", "demo", "slurm", "env"),
+    "More verbs": ("evaluate", "chat", "sweep", "benchmark", "plan-memory", "report", "verify", "demo", "slurm", "env"),
     "Formats": ("convert", "convert-adapter", "extract-lora"),
 }
-_WRITERS = ("prepare-data", "train", "merge-lora", "benchmark", "demo", "report", *VERBS["Formats"])
+_WRITERS = ("prepare-data", "train", "merge-lora", "sweep", "benchmark", "demo", "report", *VERBS["Formats"])
 _CONTINUED = {"evaluate": (("--output",),), "generate": (("--output",), ("--prompt-file", "--from-data"))}
 """Verbs that write files, always or where one of each of these options is given: a stop is exit 75, of others 130."""
 

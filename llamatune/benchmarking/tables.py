@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llamatune.benchmarking.effects import HELD_OUT, Effect
-from llamatune.benchmarking.grid import Axis, in_words
+from llamatune.benchmarking.grid import switch
 from llamatune.benchmarking.results import CATEGORIES, Result, memory_unit, only_measured, sample_deviation, status_word
+from llamatune.spec_grid import Axis, in_words
 
 MEMORY, SPEED = "memory", "speed"
 """The parts of the flat table."""
@@ -158,7 +159,7 @@ def _switches(axes: Sequence[Axis], combinations: Sequence[tuple[str, ...]]) -> 
     for depth, axis in enumerate(axes):
         paths = [combination[: depth + 1] for combination in combinations]
         repeated = [False, *itertools.starmap(operator.eq, itertools.pairwise(paths))]
-        switches.append(["" if again else axis.switch(path[-1]) for again, path in zip(repeated, paths, strict=True)])
+        switches.append(["" if again else switch(axis, path[-1]) for again, path in zip(repeated, paths, strict=True)])
     return switches
 
 
