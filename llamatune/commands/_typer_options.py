@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 
 from llamatune.command_options.option import Option, Options, option_fields
 from llamatune.command_options.outputs import check_outputs
+from llamatune.commands._completion import completer
 from llamatune.commands._console import Console
 from llamatune.commands._several_ranks import run_on_first
 from llamatune.errors import SpecError
@@ -90,6 +91,8 @@ def _parameter(option: Option) -> Parameter:
         parser = _output_path if option.writes in ("file", "answers") else _path
         shown |= {"parser": parser, "metavar": option.metavar or "<path>"}
     shown["show_default"] = option.shown_default or not (option.required or default is None)
+    if (offered := completer(option)) is not None:
+        shown["autocompletion"] = offered
     given = ... if option.required else default
     info = typer.Argument(given, **shown) if option.argument else typer.Option(given, option.flag, **shown)
     if option.choices or option.parse:
