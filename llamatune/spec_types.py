@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationInfo
@@ -14,6 +15,7 @@ from llamatune.shapes.llama_config import LINEAR_MODULES
 from llamatune.shapes.recompute_levels import MODES, is_mode
 from llamatune.units import parse_size
 
+_DEVICE = r"auto|cpu|cuda(:\d+)?"
 STORED = "stored"
 """In the context of a validation: the spec is a run's own, whose paths were expanded when the run began."""
 
@@ -89,6 +91,12 @@ def _directories(value: Any, info: ValidationInfo) -> Any:
     return expanded[0] if len(expanded) == 1 else expanded
 
 
+def _device(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(_DEVICE, value):
+        raise ValueError(f"should be auto, cpu, cuda or cuda:N (it is {value!r})")
+    return value
+
+
 NonEmptyText = Annotated[str, Field(min_length=1)]
 PathText = Annotated[NonEmptyText, AfterValidator(_expanded)]
 Directories = Annotated[str | tuple[str, ...], BeforeValidator(_directories)]
@@ -107,4 +115,5 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 TargetModules = Annotated[tuple[str, ...], BeforeValidator(_expand_targets)]
 WholeModules = Annotated[tuple[str, ...], BeforeValidator(_check_whole)]
 CheckpointingMode = Annotated[str, BeforeValidator(_checkpointing_mode)]
+Device = Annotated[str, BeforeValidator(_device), Field(pattern=f"^({_DEVICE})$")]
 MemorySize = Annotated[str, AfterValidator(_memory_size)]

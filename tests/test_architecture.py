@@ -22,7 +22,7 @@ FLOORS = [
     {"memory"},
     {"spec", "command_options"},
     {"spec_sections"},
-    {"spec_types", "spec_overrides"},
+    {"spec_types", "spec_overrides", "spec_faults"},
     {
         *(
             "devices",
