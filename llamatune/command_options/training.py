@@ -18,7 +18,10 @@ class TrainOptions(Options):
 
     spec_path: Path = option("The run spec.", argument=True, metavar="SPEC.yaml")
     overrides: Sequence[str] = option(
-        "Changes to it, as training.seed=1.", (), argument=True, metavar="[KEY=VALUE ...]"
+        "Changes to it, as training.seed=1; lora=null trains every parameter.",
+        (),
+        argument=True,
+        metavar="KEY=VALUE ...",
     )
     resume: Literal["auto", "never"] = option("auto: continue what the run directory holds; never.", "auto")
     dry_run: bool = option("Check and count everything, train nothing.", False)
@@ -48,7 +51,7 @@ class BenchmarkOptions(GenerationGridOptions):
 
     spec_path: Path | None = option("The run spec; none with --generate.", None, argument=True, metavar="SPEC.yaml")
     overrides: Sequence[str] = option(
-        "Changes to it in every cell; several values are an axis.", (), argument=True, metavar="[KEY=VALUE ...]"
+        "Changes to it in every cell; several values are an axis.", (), argument=True, metavar="KEY=VALUE ..."
     )
     grid: Sequence[str] = option(
         "An axis of the grid: a field of the spec, lora=on,off, or batch=1x1,8x1,1x8 (micro-batch x "
@@ -65,11 +68,11 @@ class BenchmarkOptions(GenerationGridOptions):
     steps: int | None = option(
         "Updates in each cell; the first are warm-up and not timed.",
         None,
-        metavar="<int range> [x>=1]",
+        metavar="N",
         shown_default=str(_BENCHMARK_STEPS),
         at_least=1,
     )
-    epochs: int | None = option("Whole epochs in place of --steps.", None, metavar="<int range> [x>=1]", at_least=1)
+    epochs: int | None = option("Whole epochs in place of --steps.", None, metavar="N", at_least=1)
     seeds: tuple[int, ...] | None = option(
         "Repeat each cell for its losses.", None, metavar="N,N", shown_default="the spec's", parse=_parse_seeds
     )
