@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,6 +54,9 @@ _OF_OTHERS = {
 _OURS = {theirs: ours for ours, names in _OF_OTHERS.items() for theirs in names.split()}
 _OF_PREPARED = ("max_seq_length", "max_length", "seq_len", "sequence_len", "cutoff_len", "max_seq_len")
 
+_SUBJECT = re.compile(r"^\w+ should ")
+"""With which pydantic begins: Input, String, Tuple; here the key comes first."""
+
 
 def describe_faults(errors: Sequence[Any], sections: Sections) -> list[str]:
     """A line for each error of pydantic; what each member of a union says of one value is one line."""
@@ -73,6 +77,7 @@ def _place(location: tuple[Any, ...], sections: Sections) -> tuple[Any, ...]:
 def _describe(place: tuple[Any, ...], errors: Sequence[Any], sections: Sections) -> str:
     error, location = errors[0], [key for key in place if isinstance(key, str)]
     path = ".".join(location) or "spec"
+    path += "".join(f" (value {index + 1})" for index in place if isinstance(index, int))
     match error["type"]:
         case "extra_forbidden":
             return f"{path}: unknown key{_hint(path, location, sections)}"
@@ -81,12 +86,13 @@ def _describe(place: tuple[Any, ...], errors: Sequence[Any], sections: Sections)
         case "value_error":
             return f"{path}: {error['ctx']['error']}"
     given = error.get("input")
-    expected = " or ".join(dict.fromkeys(each["msg"].removeprefix("Input should be ") for each in errors))
+    first, *others = dict.fromkeys(_SUBJECT.sub("should ", each["msg"]) for each in errors)
+    expected = " or ".join((first, *(other.removeprefix("should be ") for other in others)))
     shown = f" (it is {given!r})" if isinstance(given, str | int | float) else ""
     if given is None:
         shown = " (it is null, as ~ alone is in YAML)" if error["type"] == "string_type" else " (it is null)"
     quoted = isinstance(given, str) and any(_is_quoted(given, each["type"]) for each in errors)
-    return f"{path}: should be {expected}{shown}{', write it without quotes' if quoted else ''}"
+    return f"{path}: {expected}{shown}{', write it without quotes' if quoted else ''}"
 
 
 def _is_quoted(given: str, kind: str) -> bool:

@@ -174,6 +174,24 @@ def test_a_number_in_quotes_is_told_from_another_text(override: str, told: str) 
     assert f"{override.partition('=')[0]}: {told}: " in refusal(override)
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.path=''", "model.path: should have at least 1 character (it is '')"),
+        ("training.betas=[0.9]", "training.betas (value 2): missing: on the command line"),
+        ("training.seed=x", "should be a valid integer (it is 'x')"),
+        ("training.tokens_per_pass=0", "should be greater than or equal to 1 or 'auto' (it is 0)"),
+        ("training.precision=fp8", "should be 'fp32', 'tf32', 'bf16' or 'fp16' (it is 'fp8')"),
+        ("lora.r=4097", "should be less than or equal to 4096 (it is 4097)"),
+        ("lora.ranks={q_proj: x}", "lora.ranks.q_proj: should be a valid integer (it is 'x')"),
+    ],
+)  # fmt: skip
+def test_faults_are_told_in_words(override: str, told: str) -> None:
+    message = refusal(override)
+    assert told in message
+    assert not any(word in message for word in ("Input", "String", "pattern", "constrained", "literal", "Tuple"))
+
+
 @pytest.mark.parametrize("override", ["training.learning_rate=fast", "training.seed='1.5'", "data.shuffle=yes"])
 def test_a_text_that_is_no_such_number_has_no_advice_about_quotes(override: str) -> None:
     assert "without quotes" not in refusal(override)

@@ -39,6 +39,17 @@ def _parse_seeds(text: str, flag: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def _parse_work(text: str, flag: str) -> tuple[int, float]:
+    rows, _, epochs = text.partition("x")
+    try:
+        work = int(rows), float(epochs)
+    except ValueError:
+        work = 0, 0.0
+    if work[0] < 1 or not 0 < work[1] < 1e9:
+        raise SpecError(f"{text[:80]!r} is no work", flag, "write rows x epochs, as 200x5")
+    return work
+
+
 _BENCHMARK_STEPS = 20
 
 
@@ -73,6 +84,13 @@ class BenchmarkOptions(GenerationGridOptions):
         at_least=1,
     )
     epochs: int | None = option("Whole epochs in place of --steps.", None, metavar="N", at_least=1)
+    work: tuple[int, float] | None = option(
+        "Rows x epochs that the time of every cell is told for, as 200x5.",
+        None,
+        metavar="ROWSXEPOCHS",
+        parse=_parse_work,
+        shown_default="the data's rows x the spec's epochs",
+    )
     seeds: tuple[int, ...] | None = option(
         "Repeat each cell for its losses.", None, metavar="N,N", shown_default="the spec's", parse=_parse_seeds
     )
@@ -92,7 +110,10 @@ class BenchmarkOptions(GenerationGridOptions):
         if not self.generate:
             self.refuse_generation()
             return
-        of_steps = ("spec_path", "overrides", "grid", "preset_grid", "steps", "epochs", "seeds", "memory_limit_bytes")
+        of_steps = (
+            *("spec_path", "overrides", "grid", "preset_grid"),
+            *("steps", "epochs", "work", "seeds", "memory_limit_bytes"),
+        )
         named = {"spec_path": "SPEC.yaml", "overrides": "KEY=VALUE", "memory_limit_bytes": "--memory-limit"}
         given = [name for name in of_steps if getattr(self, name)] + ["layout"] * (self.layout == "nested")
         if given:
