@@ -168,7 +168,9 @@ def _exit_code(words: list[str], stopped_before: ShouldStop = never_stop) -> int
             return _fail(f"torch does not know this value of TORCH_LOGS: {os.environ['TORCH_LOGS']}: unset it", 5)
         # Typer may carry its own copy of click, so its usage errors are known by what they can do.
         if hasattr(fault, "format_message") and hasattr(fault, "exit_code"):
-            return _fail(f"{fault.format_message().rstrip('.')}: see llamatune --help", 2)
+            context = getattr(fault, "ctx", None)
+            of_verb = context.command_path if context else "llamatune"
+            return _fail(f"{fault.format_message().rstrip('.')}: see {of_verb} --help", 2)
         raise
 
 

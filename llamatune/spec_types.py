@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from llamatune.shapes.llama_config import LINEAR_MODULES
 from llamatune.shapes.recompute_levels import MODES, is_mode
 from llamatune.units import parse_duration, parse_size
 
+_DEVICE = r"auto|cpu|cuda(:\d+)?"
 STORED = "stored"
 """In the context of a validation: the spec is a run's own, whose paths were expanded when the run began."""
 
@@ -112,6 +114,13 @@ def _names(known: Sequence[str], most: str | None = None) -> WithJsonSchema:
 
 _TEXT = {"type": "string", "minLength": 1}
 
+
+def _device(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(_DEVICE, value):
+        raise ValueError(f"should be auto, cpu, cuda or cuda:N (it is {value!r})")
+    return value
+
+
 NonEmptyText = Annotated[str, Field(min_length=1)]
 PathText = Annotated[NonEmptyText, AfterValidator(_expanded), WithJsonSchema(_TEXT)]
 Directories = Annotated[
@@ -143,6 +152,7 @@ CheckpointingMode = Annotated[
         ]
     }),
 ]  # fmt: skip
+Device = Annotated[str, BeforeValidator(_device), Field(pattern=f"^({_DEVICE})$")]
 MemorySize = Annotated[
     str,
     AfterValidator(_memory_size),

@@ -32,7 +32,7 @@ FLOORS = [
     {"memory"},
     {"spec", "spec_grid", "command_options", "spec_schema"},
     {"spec_sections"},
-    {"spec_types", "spec_overrides", "job_end"},
+    {"spec_types", "spec_overrides", "spec_faults", "job_end"},
     {
         *(
             "devices",

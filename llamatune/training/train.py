@@ -163,7 +163,7 @@ def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, loop: Train
         RunStarted(
             count.trainable_parameters, count.total_parameters, samples, 0 if validation is None else len(validation),
             schedule.total_steps, schedule.num_epochs, progress.step, str(inputs.device), progress.elapsed_s,
-            loop.evaluates_first,
+            loop.evaluates_first, tuple(loop.output.losses_before),
         )
     )  # fmt: skip
 
