@@ -16,6 +16,13 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Command:
+    """The verb that begins now inside of another one, as a ``line`` that a user would type."""
+
+    line: str
+
+
+@dataclass(frozen=True)
 class Progress:
     """``done`` of ``total`` units of ``task`` (total None: unknown); ``tokens_per_second`` of one that generates."""
 
@@ -175,7 +182,18 @@ class EpochDone(EpochMeans):
         return EpochMeans(**{entry.name: getattr(self, entry.name) for entry in fields(EpochMeans)})
 
 
-Event = Notice | Progress | RunStarted | StepDone | MemoryHeld | StepSkipped | EvalDone | CheckpointSaved | EpochDone
+Event = (
+    Notice
+    | Command
+    | Progress
+    | RunStarted
+    | StepDone
+    | MemoryHeld
+    | StepSkipped
+    | EvalDone
+    | CheckpointSaved
+    | EpochDone
+)
 OnEvent = Callable[[Event], None]
 ShouldStop = Callable[[], bool]
 

@@ -29,6 +29,8 @@ class KeyValueLines:
         match event:
             case events.Notice():
                 return f"{event.kind}: {event.message}"
+            case events.Command():
+                return f"$ {event.line}"
             case events.Progress():
                 now = time.monotonic()
                 if now - self._last_progress < _PROGRESS_INTERVAL_S:

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 MATERIAL = ROOT / "llamatune" / "demo"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-_LINE = re.compile(r"info: .+|(?:(?:held|saved|eval|skipped) )?\w+=\S+(?: \w+=\S+)*")
-"""All that a verb writes to stderr where nothing is wrong: notices, and lines of ``key=value``."""
+_LINE = re.compile(r"info: .+|\$ llamatune .+|(?:(?:held|saved|eval|skipped) )?\w+=\S+(?: \w+=\S+)*")
+"""All that a verb writes to stderr where nothing is wrong: notices, the demo's commands, and lines of ``key=value``."""
 
 
 def unexpected_lines(stderr: str) -> list[str]:
