@@ -38,7 +38,7 @@ FLOORS = [
     },
     {"free_memory", "nvml", "process_group", "strict_json"},
     {"ranks", "rendezvous"},
-    {"launch_variables"},
+    {"launch_variables", "openmp_variables"},
     {"output_files"},
     {"durable_writing", "safe_reading", "path_expansion"},
     {"shapes"},
