@@ -16,6 +16,13 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Command:
+    """The verb that begins now inside of another one, as a ``line`` that a user would type."""
+
+    line: str
+
+
+@dataclass(frozen=True)
 class Progress:
     """``done`` of ``total`` units of ``task`` (total None: unknown); ``tokens_per_second`` of one that generates.
 
@@ -216,6 +223,7 @@ class EpochDone(EpochMeans):
 
 Event = (
     Notice
+    | Command
     | Progress
     | RunStarted
     | StepDone

@@ -48,7 +48,7 @@ FLOORS = [
     },
     {"free_memory", "nvml", "process_group", "strict_json"},
     {"ranks", "rendezvous", "lockstep"},
-    {"launch_variables"},
+    {"launch_variables", "openmp_variables"},
     {"output_files"},
     {"durable_writing", "safe_reading", "path_expansion"},
     {"shapes"},

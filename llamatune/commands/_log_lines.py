@@ -38,6 +38,8 @@ class KeyValueLines:
                 return None  # a line each
             case events.Notice():
                 return f"{event.kind}: {event.message}"
+            case events.Command():
+                return f"$ {event.line}"
             case events.Progress():
                 left = self._task_left.after(event)
                 now = time.monotonic()
