@@ -64,9 +64,10 @@ class SharedMatrix(nn.Module):
 
     def _ask(self, which: str, asked: _Product, answers: Callable[[list[_Product]], list[Tensor]]) -> Tensor:
         x = asked.x
-        is_as_held = self.packed is None and self.weight.dtype == x.dtype
-        if is_as_held and not self._stacked.suit(x):
-            return answers([asked])[0]  # nothing is shared, and a turn takes time
+        if self.packed is None and self.weight.dtype == x.dtype:
+            B = self.weight if which == "product_back" else self.weight.T
+            if not self._stacked.suit(x, B):
+                return answers([asked])[0]  # nothing is shared, and a turn takes time
         key = (id(self), which, x.dtype, torch.is_grad_enabled())
         return self._lockstep.ask(key, self._places[which == "product_back"], asked, answers)  # type: ignore[no-any-return]
 

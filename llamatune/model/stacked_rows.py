@@ -7,6 +7,8 @@ bits, rows may be moved from one to the other.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ _MOST_STACKED, _STEP = 512, 32
 """Stacks are filled up to a multiple of ``_STEP``, so that few sizes have to be tried."""
 _ALIGNED = 64
 """Bytes of a tensor of its own."""
+_MOST_FAILURES = 3
+"""Trials of a shape of matrix that may fail, before no more are made: they take time."""
 
 
 class StackedRows:
@@ -23,16 +27,17 @@ class StackedRows:
 
     def __init__(self) -> None:
         self._keeps_bits: dict[tuple[object, ...], bool] = {}
+        self._failures: Counter[tuple[object, ...]] = Counter()
 
-    @staticmethod
-    def suit(x: Tensor) -> bool:
-        """Whether a product of rows x (N, in) is worth a stack, as far as x alone tells."""
-        return len(x) <= MOST_ROWS and x.dtype == torch.float32 and x.device.type == "cpu" and _is_like_new(x)
+    def suit(self, x: Tensor, B: Tensor) -> bool:
+        """Whether rows x (N, in) may be multiplied by B (in, out) together with others."""
+        few = len(x) <= MOST_ROWS and self._failures[_kind(B)] < _MOST_FAILURES
+        return few and x.dtype == torch.float32 and x.device.type == "cpu" and _is_like_new(x)
 
     def product(self, xs: list[Tensor], B: Tensor, outs: list[Tensor | None]) -> list[Tensor] | None:
         """x B of each x, with B (in, out), in its ``out`` or a new tensor, as ``torch.mm`` gives it; None: apart."""
         count, filled = sum(map(len, xs)), -(-sum(map(len, xs)) // _STEP) * _STEP
-        suits = len(xs) > 1 and filled <= _MOST_STACKED and all(map(self.suit, xs))
+        suits = len(xs) > 1 and filled <= _MOST_STACKED and all(self.suit(x, B) for x in xs)
         suits = suits and all(out is None or _is_like_new(out) for out in outs)
         if not suits or not all(self._keeps(rows, B) for rows in {filled, *map(len, xs)}):
             return None
@@ -45,12 +50,18 @@ class StackedRows:
 
     def _keeps(self, rows: int, B: Tensor) -> bool:
         """Whether a product of so many rows gives each the bits that it has in one of ``_STEP`` rows."""
-        key = (rows, B.shape, B.stride(), torch.get_num_threads())
+        key = (rows, *_kind(B))
         if key not in self._keeps_bits:
             row = torch.randn(1, B.shape[0], generator=torch.Generator().manual_seed(rows))
             expected, found = (torch.mm(row.repeat(count, 1), B) for count in (_STEP, rows))
             self._keeps_bits[key] = torch.equal(found, expected[:1].expand_as(found))
+            self._failures[_kind(B)] += not self._keeps_bits[key]
         return self._keeps_bits[key]
+
+
+def _kind(B: Tensor) -> tuple[object, ...]:
+    """All of a matrix that the order of addition depends on."""
+    return B.shape, B.stride(), torch.get_num_threads()
 
 
 def _is_like_new(x: Tensor) -> bool:
