@@ -42,11 +42,14 @@ class _Console(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Texts that come in another way, as ``Text``, are escaped at last."""
+        plain = None
         if isinstance(renderable, Table) and renderable.box is not None and not self.file.isatty():
-            renderable = _without_lines(renderable)
-        for segment in super().render(renderable, options):
+            plain = _without_lines(renderable)
+        for segment in super().render(renderable if plain is None else plain, options):
             text, style, control = segment
             yield segment if control or text.isprintable() else Segment(printable(text, _KEPT), style)
+        if plain is not None:
+            yield Segment.line()
 
     def on_broken_pipe(self) -> None:
         """Rich would exit; here the caller decides what a closed pipe means."""
