@@ -10,7 +10,7 @@ import torch
 
 from llamatune import __version__
 from llamatune.benchmarking.cell_runs import PlannedCell
-from llamatune.benchmarking.grid import Cell, Grid, expand, parse_axis, preset_grid
+from llamatune.benchmarking.grid import preset_grid
 from llamatune.benchmarking.measure_cell import Task
 from llamatune.benchmarking.results import Work
 from llamatune.command_options.training import BenchmarkOptions
@@ -19,6 +19,7 @@ from llamatune.errors import LlamatuneError, SpecError
 from llamatune.events import Notice, OnEvent
 from llamatune.safe_reading import digest_bytes
 from llamatune.spec import RunSpec, load_spec
+from llamatune.spec_grid import Cell, Grid, expand, parse_axis
 from llamatune.spec_overrides import refuse_twice
 from llamatune.spec_sections import DEFAULT_EPOCHS
 from llamatune.strict_yaml import read_yaml

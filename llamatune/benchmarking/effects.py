@@ -11,8 +11,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llamatune.benchmarking.grid import Axis, in_words, short_name
+from llamatune.benchmarking.grid import comparisons
 from llamatune.benchmarking.results import CATEGORIES, Result, only_measured, sample_deviation
+from llamatune.spec_grid import Axis, in_words, short_name
 
 PEAK, WORK_TIME, SPEED, HELD_OUT = "peak memory", "time for equal work", "tokens/s", "held-out loss"
 _TOLERANCE = {PEAK: 0.5, WORK_TIME: 2.0, SPEED: 2.0}
@@ -73,7 +74,7 @@ def effects(axes: Sequence[Axis], results: Sequence[Result]) -> list[Effect]:
     measured = {frozenset(result["values"].items()): result for result in only_measured(results)}
     compared = []
     for axis in axes:
-        for off, on in axis.comparisons():
+        for off, on in comparisons(axis):
             pairs, spreads = [], []
             for without in measured.values():
                 others = {key: value for key, value in without["values"].items() if key != axis.key}

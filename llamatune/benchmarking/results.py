@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from llamatune.benchmarking.grid import Axis
 from llamatune.formats.benchmark_cell import Categories
+from llamatune.spec_grid import Axis
 
 CATEGORIES = tuple(Categories.model_fields)
 """The memory categories. Each storage is in one of them, decided by its whole life.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llamatune.benchmarking.effects import HELD_OUT, Effect
-from llamatune.benchmarking.grid import Axis, in_words
+from llamatune.benchmarking.grid import switch
 from llamatune.benchmarking.results import (
     CATEGORIES,
     Result,
@@ -22,6 +22,7 @@ from llamatune.benchmarking.results import (
     status_word,
     work_text,
 )
+from llamatune.spec_grid import Axis, in_words
 
 MEMORY, SPEED = "memory", "speed"
 """The parts of the flat table."""
@@ -173,7 +174,7 @@ def _switches(axes: Sequence[Axis], combinations: Sequence[tuple[str, ...]]) -> 
     for depth, axis in enumerate(axes):
         paths = [combination[: depth + 1] for combination in combinations]
         repeated = [False, *itertools.starmap(operator.eq, itertools.pairwise(paths))]
-        switches.append(["" if again else axis.switch(path[-1]) for again, path in zip(repeated, paths, strict=True)])
+        switches.append(["" if again else switch(axis, path[-1]) for again, path in zip(repeated, paths, strict=True)])
     return switches
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 
@@ -11,6 +12,7 @@ from llamatune.errors import printable
 from llamatune.units import clock_duration, epoch_text, perplexity_text
 
 _PROGRESS_INTERVAL_S = 10.0
+_LONGEST_ANSWER = 100
 
 
 class KeyValueLines:
@@ -25,15 +27,19 @@ class KeyValueLines:
         self._run_left, self._task_left = RunTimeLeft(), TaskTimeLeft()
 
     def draw(self, event: events.Event) -> None:
-        line = self._line(event)
-        if line:
+        lines = map(_answer_line, event.answers) if isinstance(event, events.AnswersDone) else [self._line(event)]
+        for line in filter(None, lines):
             sys.stderr.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {printable(line)}\n")
             sys.stderr.flush()
 
     def _line(self, event: events.Event) -> str | None:
         match event:
+            case events.AnswersDone():
+                return None  # a line each
             case events.Notice():
                 return f"{event.kind}: {event.message}"
+            case events.Command():
+                return f"$ {event.line}"
             case events.Progress():
                 left = self._task_left.after(event)
                 now = time.monotonic()
@@ -91,7 +97,13 @@ def _left(seconds: float | None) -> str:
     return "" if seconds is None else f" left={clock_duration(seconds)}"
 
 
-def _fields(event: events.Event, names: str) -> str:
+def _answer_line(answer: events.Answer) -> str:
+    """The beginning of the answer is in quotes, as JSON."""
+    short = answer.answer[:_LONGEST_ANSWER] + ("..." if len(answer.answer) > _LONGEST_ANSWER else "")
+    return f"answer {_fields(answer, 'step number tokens finish_reason')} text={json.dumps(short, ensure_ascii=False)}"
+
+
+def _fields(event: events.Event | events.Answer, names: str) -> str:
     """``key=value`` of the named fields, each in the format behind its colon: ``loss:.4f``."""
     declared = (name.partition(":") for name in names.split())
     return " ".join(f"{name}={getattr(event, name):{form}}" for name, _, form in declared)

@@ -117,7 +117,8 @@ class ProgressBars:
         if self._panel is not None:
             self._panel.note(event)
         if line := self._line(event):
-            self._console.print(line)
+            # A command is pasted: the terminal may wrap it, but no line end is put into it.
+            self._console.print(line, soft_wrap=isinstance(event, events.Command))
         if time.monotonic() - self._drawn >= _REDRAWN_EVERY_S:
             self._live.refresh()
             self._drawn = time.monotonic()
@@ -138,6 +139,8 @@ class ProgressBars:
             case events.Notice():
                 style = "yellow" if event.kind == "warning" else "dim"
                 return Text.assemble((f"{event.kind}:", style), f" {printable(event.message)}")
+            case events.Command():
+                return Text(f"$ {printable(event.line)}", style="bold")
             case events.RunStarted():
                 parameters = f"{event.trainable_parameters:,} of {event.total_parameters:,} parameters"
                 resumed = f", continuing after step {event.resumed_step}" if event.resumed_step else ""

@@ -16,10 +16,12 @@ from typer.core import TyperCommand
 
 from llamatune.command_options.option import Option, Options, option_fields
 from llamatune.command_options.outputs import check_outputs
+from llamatune.commands._completion import completer
 from llamatune.commands._console import Console
 from llamatune.commands._several_ranks import run_on_first
 from llamatune.errors import SpecError
 from llamatune.launch_variables import read_launch
+from llamatune.openmp_variables import prepare_openmp
 from llamatune.output_files import STDOUT
 from llamatune.path_expansion import expand_path
 
@@ -38,6 +40,7 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def run(json_mode: bool, **values: Any) -> None:
+        prepare_openmp()
         launch = read_launch()
         given = {option.name: _parsed(option, values[option.name]) for option in declared}
         request = options(**{name: value for name, value in given.items() if value is not None})
@@ -89,6 +92,8 @@ def _parameter(option: Option) -> Parameter:
     if kind in (Path, Sequence[Path]):
         shown["parser"] = _output_path if option.writes in ("file", "answers") else _path
     shown["show_default"] = option.shown_default or not (option.required or default is None)
+    if (offered := completer(option)) is not None:
+        shown["autocompletion"] = offered
     given = ... if option.required else default
     info = typer.Argument(given, **shown) if option.argument else typer.Option(given, option.flag, **shown)
     if option.choices or option.parse:

@@ -16,11 +16,11 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from llamatune.durable_writing import disk_faults
 from llamatune.errors import CheckpointError, printable
-from llamatune.events import EarlyStop, EpochMeans, EvalDone, Step, StepSkipped
+from llamatune.events import Answer, EarlyStop, EpochMeans, EvalDone, Step, StepSkipped
 from llamatune.formats.manifest import OtherVersion
 from llamatune.formats.metrics_lines import check_line, parse_line
 from llamatune.formats.state_json import ClosedEpoch, SavedState
@@ -41,8 +41,8 @@ class LayerGradNorms:
     norms: Mapping[str, float]
 
 
-Record = Step | EvalDone | StepSkipped | EpochMeans | LayerGradNorms | EarlyStop
-_FIELDS = {kind.event: fields(kind) for kind in (Step, EvalDone, StepSkipped, EpochMeans, LayerGradNorms, EarlyStop)}
+Record = Step | EvalDone | StepSkipped | EpochMeans | LayerGradNorms | Answer | EarlyStop
+_FIELDS = {kind.event: fields(kind) for kind in get_args(Record)}
 """What a line of each kind holds, in its order."""
 
 
@@ -93,6 +93,7 @@ class Metrics:
     evaluations: list[EvalDone] = field(default_factory=list)
     skipped: list[StepSkipped] = field(default_factory=list)
     layer_grad_norms: dict[int, dict[str, float]] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
     torn: bool = False
 
     @property
@@ -234,6 +235,8 @@ def _add(metrics: Metrics, values: Mapping[str, Any]) -> None:
                 metrics.at_start = evaluation
         case StepSkipped.event:
             metrics.skipped.append(StepSkipped(**_record(values)))
+        case Answer.event:
+            metrics.answers.append(Answer(**_record(values)))
         case LayerGradNorms.event:
             norms = values["norms"]
             metrics.layer_grad_norms[values["step"]] = {sys.intern(printable(name)): norms[name] for name in norms}

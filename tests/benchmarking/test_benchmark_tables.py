@@ -13,9 +13,9 @@ import pytest
 
 from llamatune.benchmarking.bar_chart import draw_chart
 from llamatune.benchmarking.effects import effects
-from llamatune.benchmarking.grid import Axis, parse_axis
 from llamatune.benchmarking.results import CATEGORIES, Work, results_csv
 from llamatune.benchmarking.tables import Table, effects_table, flat_table, nested_tables
+from llamatune.spec_grid import Axis, parse_axis
 
 AXES = [
     parse_axis(text)

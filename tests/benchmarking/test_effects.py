@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from llamatune.benchmarking.effects import effects
-from llamatune.benchmarking.grid import parse_axis
 from llamatune.benchmarking.results import CATEGORIES
+from llamatune.spec_grid import parse_axis
 
 LORA, PRECISION = parse_axis("lora=off,on"), parse_axis("training.precision=fp32,bf16")
 

@@ -203,6 +203,7 @@ def test_completion_knows_the_verbs() -> None:
         (["train", "run.yaml"], 75),
         (["--", "train", "run.yaml"], 75),
         (["merge-lora", "--json"], 75),
+        (["sweep", "run.yaml"], 75),
         (["convert", "--json"], 75),
         (["convert-adapter"], 75),
         (["extract-lora"], 75),

@@ -23,6 +23,7 @@ from llamatune.commands._progress_bars import ProgressBars, open_console, speaks
 from llamatune.commands._training_panel import Curve, TrainingPanel
 from llamatune.events import (
     CheckpointSaved,
+    Command,
     EvalDone,
     Event,
     MemoryHeld,
@@ -224,6 +225,17 @@ def test_bars_and_warnings_stand_beside_the_panel(monkeypatch: pytest.MonkeyPatc
     assert r"warning: [odd] \x1b[31m name" in rows
     assert "evaluating" in terminal.getvalue()
     assert not [row for row in rows if "evaluating" in row], "a task that is done takes its bar away"
+
+
+def test_a_command_is_one_line_however_narrow_the_terminal_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal = Terminal()
+    drawing = ProgressBars(open_console(terminal))
+    line = f"llamatune prepare-data {'folder/' * 30}rows.jsonl --output [odd]"
+    drawing.draw(Command(line))
+    drawing.close()
+    assert f"$ {line}" in re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["adapter", "every parameter"])
