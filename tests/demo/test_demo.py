@@ -25,6 +25,7 @@ from llamatune.spec import load_spec
 from llamatune.training.train import train
 
 LARGEST_MATERIAL_BYTES = 8 << 20
+_TIME = "2026-03-29T02:59:59"
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +66,11 @@ def test_a_warning_of_a_library_would_be_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("$ llamatune train run.yaml", True),
-        ("saved step=29 path=out/run/checkpoints/step-000029 seconds=0.01", True),
-        ("generating_with_the_base=208/476", True),
-        ("warning: the adapter was trained on another base", False),
+        (f"{_TIME} $ llamatune train run.yaml", True),
+        (f"{_TIME} saved step=29 path=out/run/checkpoints/step-000029 seconds=0.01", True),
+        (f"{_TIME} progress generating_with_the_base=208/476 left=0:00:12", True),
+        ("saved step=29 path=out/run/checkpoints/step-000029 seconds=0.01", False),
+        (f"{_TIME} warning: the adapter was trained on another base", False),
         ("a.py:3: UserWarning: Failed to initialize NumPy: No module named 'numpy'", False),
         ("  cpu = _conversion_method_template(device=torch.device('cpu'))", False),
         ("Traceback (most recent call last):", False),
@@ -76,7 +78,7 @@ def test_a_warning_of_a_library_would_be_noticed(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_verb_may_write_to_stderr(line: str, expected: bool) -> None:
-    assert (unexpected_lines(f"info: first\n{line}\n") == []) == expected
+    assert (unexpected_lines(f"{_TIME} info: first\n{line}\n") == []) == expected
 
 
 def test_what_the_demo_writes_is_what_the_verbs_write(finished) -> None:
