@@ -36,7 +36,7 @@ def test_the_readmes_commands_run_in_their_order_and_warn_of_nothing(workplace: 
     for command in [*commands(), *other_commands()]:
         assert command[0] == "llamatune"
         if command[1] != "demo":  # which its own tests run
-            run_quietly([sys.executable, "-m", *command], workplace)
+            run_quietly([sys.executable, "-m", *command], workplace, PYTHONWARNINGS="always")
     run = workplace / "runs" / "alpaca"
     for name in ("spec.yaml", "metrics.jsonl", "summary.json", "adapter", "best", "checkpoints"):
         assert (run / name).exists(), name

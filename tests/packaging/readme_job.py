@@ -24,7 +24,7 @@ def unexpected_lines(stderr: str) -> list[str]:
 
 
 OTHER_VERBS = {
-    "chat": "chat --model merged --temperature 0",
+    "chat": "chat --model models/llama-2-7b --template llama2-chat --temperature 0 --max-new-tokens 8",
     "slurm": "slurm run.yaml --output job.sh",
     "demo": "demo --output demo-output",
 }
