@@ -27,11 +27,11 @@ from llamatune.stop_signals import stop_signals
 # The function of a verb has its name, in the module of that name: commands/prepare_data.py, prepare_data.
 VERBS = {
     "Core verbs": ("prepare-data", "train", "merge-lora", "generate", "count-params"),
-    "More verbs": ("evaluate", "chat", "benchmark", "plan-memory", "report", "verify", "demo", "slurm", "env"),
+    "More verbs": ("evaluate", "chat", "sweep", "benchmark", "plan-memory", "report", "verify", "demo", "slurm", "env"),
     "Help": ("init", "schema", "explain"),
     "Formats": ("convert", "convert-adapter", "extract-lora"),
 }
-_WRITERS = ("prepare-data", "train", "merge-lora", "benchmark", "demo", "report", *VERBS["Formats"])
+_WRITERS = ("prepare-data", "train", "merge-lora", "sweep", "benchmark", "demo", "report", *VERBS["Formats"])
 _CONTINUED = {"evaluate": (("--output",),), "generate": (("--output",), ("--prompt-file", "--from-data"))}
 """Verbs that write files, always or where one of each of these options is given: a stop is exit 75, of others 130."""
 
@@ -168,7 +168,9 @@ def _exit_code(words: list[str], stopped_before: ShouldStop = never_stop) -> int
             return _fail(f"torch does not know this value of TORCH_LOGS: {os.environ['TORCH_LOGS']}: unset it", 5)
         # Typer may carry its own copy of click, so its usage errors are known by what they can do.
         if hasattr(fault, "format_message") and hasattr(fault, "exit_code"):
-            return _fail(f"{fault.format_message().rstrip('.')}: see llamatune --help", 2)
+            context = getattr(fault, "ctx", None)
+            of_verb = context.command_path if context else "llamatune"
+            return _fail(f"{fault.format_message().rstrip('.')}: see {of_verb} --help", 2)
         raise
 
 

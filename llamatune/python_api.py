@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -89,13 +90,14 @@ def train(
             call goes on from it.
         NumericsError: the loss or a gradient is not finite. And what else the verb ends with, by its class.
     """
+    began_s = time.monotonic()
     from llamatune.ranks import ALONE
     from llamatune.requests import train_and_track
 
     loaded = _spec(spec, overrides)
     changes = tuple(allow_spec_change)
     with _interruptible(should_stop) as stops:
-        return train_and_track(loaded, resume, overwrite, force_base, changes, on_event, stops, ALONE)
+        return train_and_track(loaded, resume, overwrite, force_base, changes, on_event, stops, ALONE, began_s)
 
 
 def generate(

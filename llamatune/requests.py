@@ -31,8 +31,12 @@ def train_and_track(
     on_event: OnEvent,
     should_stop: ShouldStop,
     ranks: Ranks,
+    began_s: float,
 ) -> dict[str, Any]:
-    """Train, or continue a run, and send its metrics to the trackers of the spec; the summary, on every rank."""
+    """Train, or continue a run, and send its metrics to the trackers of the spec; the summary, on every rank.
+
+    ``began_s``: of ``training.max_time``, by ``time.monotonic``.
+    """
     from llamatune.tracking.trackers import Trackers
     from llamatune.training.train import train
 
@@ -47,6 +51,7 @@ def train_and_track(
             on_event=trackers.on_event if trackers else on_event,
             should_stop=should_stop,
             ranks=ranks,
+            began_s=began_s,
         )
 
 

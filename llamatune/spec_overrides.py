@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,10 @@ ALIASES: dict[tuple[str, ...], str] = {
     ("lora", "alpha_pattern"): "alphas",
 }
 """By section and PEFT's spelling: the key here."""
+COMMAND_LINE = "on the command line"
+"""Where an override stands, in errors."""
+_RIVALS = (("training", "num_epochs", "max_steps"), ("training", "warmup_steps", "warmup_ratio"))
+"""Two keys of a section that say the same in different ways."""
 
 
 def overridden_field(assignment: str) -> tuple[str, ...]:
@@ -42,6 +47,37 @@ def override(values: dict[str, Any], assignment: str) -> None:
     values[name] = value
     if is_section:
         rename_aliases(values, assignment)
+
+
+def drop_rivals(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """An override takes the place of the key that excludes it, unless that is overridden too."""
+    given = {overridden_field(assignment) for assignment in overrides}
+    for section, *pair in _RIVALS:
+        inner = values.get(section)
+        if not isinstance(inner, dict):
+            continue
+        for key, rival in (pair, pair[::-1]):
+            if (section, key) in given and inner.get(key) is not None and (section, rival) not in given:
+                inner.pop(rival, None)
+
+
+def caused_by(overrides: Sequence[str], faults: Sequence[str], of_file: Sequence[str]) -> list[str]:
+    """Those of a spec's faults that its overrides cause; ``of_file``: those without any override.
+
+    A fault is an override's if its key was overridden; or if it was not there before, and either nothing was that could
+    have hidden it, or it names an overridden key.
+    """
+    given = [overridden_field(assignment) for assignment in overrides]
+    paths = {".".join(field) for field in given}
+    named = re.compile(r"\b(?:" + "|".join(re.escape(field[-1]) for field in given) + r")\b")
+
+    def is_caused(fault: str) -> bool:
+        path = fault.partition(": ")[0]
+        if any(path == given or path.startswith(f"{given}.") for given in paths):
+            return True
+        return fault not in of_file and (not of_file or named.search(fault) is not None)
+
+    return [fault for fault in faults if is_caused(fault)] if given else []
 
 
 def refuse_twice(overrides: Sequence[str]) -> None:

@@ -1,8 +1,9 @@
-"""Types of the run spec's fields: paths, counts, epochs, fractions, target modules, recompute modes, memory sizes."""
+"""Types of the run spec's fields: paths, counts, epochs, fractions, target modules, recompute modes, sizes, times."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -13,8 +14,9 @@ from llamatune.path_expansion import expand_path
 from llamatune.shapes.adapter import WHOLE_MODULES
 from llamatune.shapes.llama_config import LINEAR_MODULES
 from llamatune.shapes.recompute_levels import MODES, is_mode
-from llamatune.units import parse_size
+from llamatune.units import parse_duration, parse_size
 
+_DEVICE = r"auto|cpu|cuda(:\d+)?"
 STORED = "stored"
 """In the context of a validation: the spec is a run's own, whose paths were expanded when the run began."""
 
@@ -69,6 +71,17 @@ def _memory_size(value: str) -> str:
     return value
 
 
+def _duration(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, str):
+        try:
+            parse_duration(value, "a time")
+        except SpecError as fault:
+            raise ValueError(f"{fault.what}; {fault.todo}") from None
+    return value
+
+
 def _expanded(value: str, info: ValidationInfo) -> str:
     try:
         return expand_path(value, variables=not (info.context or {}).get(STORED))
@@ -101,6 +114,13 @@ def _names(known: Sequence[str], most: str | None = None) -> WithJsonSchema:
 
 _TEXT = {"type": "string", "minLength": 1}
 
+
+def _device(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(_DEVICE, value):
+        raise ValueError(f"should be auto, cpu, cuda or cuda:N (it is {value!r})")
+    return value
+
+
 NonEmptyText = Annotated[str, Field(min_length=1)]
 PathText = Annotated[NonEmptyText, AfterValidator(_expanded), WithJsonSchema(_TEXT)]
 Directories = Annotated[
@@ -132,8 +152,11 @@ CheckpointingMode = Annotated[
         ]
     }),
 ]  # fmt: skip
+Device = Annotated[str, BeforeValidator(_device), Field(pattern=f"^({_DEVICE})$")]
 MemorySize = Annotated[
     str,
     AfterValidator(_memory_size),
     WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "string", "pattern": r"^\d+(\.\d+)? ?[KMGT]i?B$"}]}),
 ]
+Duration = Annotated[str, BeforeValidator(_duration)]
+"""``units.parse_duration`` reads it; a number alone is minutes, as in Slurm."""

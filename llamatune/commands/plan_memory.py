@@ -83,7 +83,11 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
     verdict = "fits" if facts["fits"] else "does not fit"
     out.print(f"{verdict} into {gibibytes(facts['memory_limit_bytes'])}")
     batch, tokens = facts["largest_micro_batch_size"], facts["largest_row_tokens"]
-    out.print(f"largest that fit: micro_batch_size {batch:,}, or rows of {tokens:,} tokens")
+    if tokens:
+        sizes = f"micro_batch_size {batch:,}, or rows" if batch else "rows"
+        out.print(f"largest that fit: {sizes} of {tokens:,} tokens")
+    else:
+        out.print("nothing fits: not a row of one token")
     print_remedies(out, facts["remedies"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from llamatune.launch_variables import Launch
 
 def train(options: TrainOptions, console: Console, launch: Launch) -> None:
     """Fine-tune a model as a run spec says; run it again to continue."""
+    began_s = time.monotonic()  # of training.max_time, before torch is loaded
+
     from llamatune.requests import train_and_track
     from llamatune.spec import load_spec
 
@@ -37,6 +40,7 @@ def train(options: TrainOptions, console: Console, launch: Launch) -> None:
             console.on_event,
             console.should_stop,
             ranks,
+            began_s,
         )
         console.result(summary, lambda out: _print_summary(out, summary))
 

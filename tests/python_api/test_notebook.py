@@ -33,7 +33,7 @@ def test_the_cells_run_and_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sorted(names["validation"]) == [0, 8, 16, 24]
     assert names["measured"]["loss"] < names["measured"]["base_loss"]
     assert len(names["answers"]["results"]) == 3
-    assert "2 lora.rank: unknown key, did you mean 'ranks'?" in printed[-1]
+    assert "2 lora.rank: unknown key, did you mean 'r'?" in printed[-1]
     assert (tmp_path / "python-example" / "merged" / "model.safetensors").exists()
 
 
