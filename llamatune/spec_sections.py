@@ -171,7 +171,7 @@ class TrainingSection(Section):
         "adamw", description="adamw_8bit holds the state of large tensors in 8 bits"
     )
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled, as of AdamW")
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="updates of linear rise to learning_rate")
     warmup_ratio: Fraction | None = Field(None, description="in place of warmup_steps, a share of all updates")
@@ -212,9 +212,9 @@ class TrainingSection(Section):
         description="each start of the run stops in time, saved and with exit code 75, before it has run for so long: "
         "30m, 1h30m, 2d, or as Slurm writes it; the same command goes on. A Slurm job's own limit needs no key",
     )
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    device: Device = "auto"
-    log_every_steps: Positive = 1
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(0, description="of A's start, dropout and the rows' order")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N; auto: a GPU if there is one")
+    log_every_steps: Positive = Field(1, description="of lines on stderr; metrics.jsonl has every step")
     log_layer_grad_norms: bool = Field(False, description="each block's gradient norm at each step, before clipping")
     profile_steps: Positive | None = Field(
         None, description="write a torch.profiler trace of the first N windows after each start into the run directory"
@@ -276,5 +276,5 @@ class TrackingSection(Section):
     wandb: Literal["offline", "online"] | None = Field(
         None, description="W&B: offline writes to wandb/ of the run directory, for wandb sync; null: off"
     )
-    wandb_project: NonEmptyText = "llamatune"
+    wandb_project: NonEmptyText = Field("llamatune", description="W&B's project")
     wandb_name: NonEmptyText | None = Field(None, description="default: the name of the run directory")

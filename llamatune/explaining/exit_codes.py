@@ -41,7 +41,7 @@ EXIT_CODES = (
         "the command line or the run spec is wrong",
         "An option, an argument, an override or a key of the spec cannot be used, or two of them contradict each "
         "other. It is found before anything is computed. All faults of a spec are told together.",
-        "error: lora.rank: unknown key, did you mean 'ranks'?: run.yaml",
+        "error: lora.rank: unknown key, did you mean 'r'?: run.yaml",
         "Change what the message names. `llamatune explain KEY` tells of a key of the spec, `llamatune VERB --help` of "
         "options.",
         (errors.SpecError,),
