@@ -29,7 +29,7 @@ class Progress:
 class RunStarted:
     """What will be trained, or continued after ``resumed_step`` updates that took ``elapsed_s``.
 
-    ``evaluates_first``: the validation loss comes before the first step, which has to wait for it.
+    ``evaluates_first``: an evaluation comes before the first step, which has to wait for it.
     """
 
     trainable_parameters: int
