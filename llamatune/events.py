@@ -16,20 +16,38 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Command:
+    """The verb that begins now inside of another one, as a ``line`` that a user would type."""
+
+    line: str
+
+
+@dataclass(frozen=True)
 class Progress:
-    """``done`` of ``total`` units of ``task`` (total None: unknown); ``tokens_per_second`` of one that generates."""
+    """``done`` of ``total`` units of ``task`` (total None: unknown); ``tokens_per_second`` of one that generates.
+
+    ``part`` is the share that is done, from 0 to 1, where it is known without ``total``. ``in_bytes``: the units are.
+    """
 
     task: str
     done: int
     total: int | None = None
     tokens_per_second: float | None = None
+    part: float | None = None
+    in_bytes: bool = False
+
+    @property
+    def share(self) -> float | None:
+        """The share that is done, from 0 to 1; None where the end is not known."""
+        return self.done / self.total if self.total else self.part
 
 
 @dataclass(frozen=True)
 class RunStarted:
     """What will be trained, or continued after ``resumed_step`` updates that took ``elapsed_s``.
 
-    ``evaluates_first``: an evaluation comes before the first step, which has to wait for it.
+    ``evaluates_first``: an evaluation comes before the first step, which has to wait for it. ``losses`` are those
+    of the updates that were made before, in their order.
     """
 
     trainable_parameters: int
@@ -42,6 +60,7 @@ class RunStarted:
     device: str
     elapsed_s: float = 0.0
     evaluates_first: bool = False
+    losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -204,6 +223,7 @@ class EpochDone(EpochMeans):
 
 Event = (
     Notice
+    | Command
     | Progress
     | RunStarted
     | StepDone

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from llamatune.spec_types import (
     Alpha,
     CheckpointingMode,
+    Device,
     Directories,
     Duration,
     Epochs,
@@ -212,7 +213,7 @@ class TrainingSection(Section):
         "30m, 1h30m, 2d, or as Slurm writes it; the same command goes on. A Slurm job's own limit needs no key",
     )
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Device = "auto"
     log_every_steps: Positive = 1
     log_layer_grad_norms: bool = Field(False, description="each block's gradient norm at each step, before clipping")
     profile_steps: Positive | None = Field(

@@ -9,8 +9,10 @@ from llamatune.errors import SpecError
 
 
 def gibibytes(size: float) -> str:
-    """``12.55 GiB``, or MiB below one GiB."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    """``12.55 GiB``; MiB below one GiB, KiB below one MiB."""
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
 def duration(seconds: float) -> str:
@@ -20,6 +22,12 @@ def duration(seconds: float) -> str:
     minutes, left = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d} min"
+
+
+def clock_duration(seconds: float) -> str:
+    """``0:00:05`` or ``26:02:03``, hours first, as a log has it."""
+    minutes, left = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{left:02d}"
 
 
 def energy(joules: float) -> str:

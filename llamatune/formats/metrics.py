@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import sys
+from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -135,16 +136,17 @@ def loss_at_start(path: Path) -> float | None:
 
 @dataclass
 class Logged:
-    """A run by its log, up to a checkpoint: counts, the lowest validation loss, and the last epochs."""
+    """A run by its log, up to a checkpoint: counts, losses of steps, the lowest validation loss, the last epochs."""
 
     steps: int = 0
     windows: int = 0
+    losses: array[float] = field(default_factory=lambda: array("d"))
     best_eval_loss: float | None = None
     epochs: deque[EpochMeans] = field(default_factory=lambda: deque(maxlen=KEPT_EPOCHS))
 
 
 def read_logged(path: Path, length: int) -> Logged:
-    """The first ``length`` bytes of a log, line by line: its size does not matter.
+    """The first ``length`` bytes of a log, line by line: of each line at most a number stays.
 
     Raises:
         CheckpointError: a line is broken, a step is missing, or the log is shorter.
@@ -186,6 +188,7 @@ def _count(logged: Logged, values: Mapping[str, Any]) -> None:
             if (values["step"], values["window"]) != (logged.steps, logged.windows):
                 found = f"step {values['step']} in window {values['window']}"
                 raise ValueError(f"{found} where step {logged.steps} in window {logged.windows} should be")
+            logged.losses.append(values["loss"])
         case StepSkipped.event:
             logged.windows += 1
         case EvalDone.event if values["step"]:

@@ -109,14 +109,18 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def check_line(values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` as they are; ``ValueError`` if a key or value is none that a line of this kind has."""
+    """``values`` as parsed; ``ValueError`` if a key or value is none that a line of this kind has.
+
+    A figure that is written as a whole number becomes a float, which no reader finds too large.
+    """
     kind = values.get("event")
     if not isinstance(kind, str):
         raise ValueError("has no event")
     schema = LINES.get(kind)
     if schema is not None:
         try:
-            schema.model_validate(values)
+            parsed = schema.model_validate(values)
         except ValidationError as fault:
             raise ValueError(describe(fault)) from None
+        return {name: getattr(parsed, name) for name in values}
     return values

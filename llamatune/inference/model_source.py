@@ -123,6 +123,11 @@ class OpenedModel:
         return may and (self.merge == "on" or (self.merge == "auto" and self.device.type == "cuda"))
 
     @property
+    def _joins(self) -> bool:
+        """Whether products of the blocks are joined where they are small; merged layers have weights of their own."""
+        return self.device.type == "cpu" and self.quantized is None and self.placement == "device" and not self.merges
+
+    @property
     def config(self) -> LlamaConfig:
         """The model's with the adapter, which may have a larger vocabulary than the base."""
         return self._changed.config
@@ -213,6 +218,7 @@ class OpenedModel:
             should_stop=should_stop,
             quantized=quantized,
             streamed=streamed,
+            joined=self._joins,
         ).eval()
         if streamed is not None:
             streamed.attach(model)
@@ -263,7 +269,8 @@ def _with_adapter(base: Transformer, adapter: Adapter) -> Transformer:
     if not adapter.tensors:
         return base
     packed = (module for module in base.modules() if isinstance(module, PackedWeight))
-    tuned = copy.deepcopy(base, {id(shared): shared for shared in itertools.chain(base.parameters(), packed)})
+    kept = itertools.chain(base.parameters(), base.buffers(), packed)
+    tuned = copy.deepcopy(base, {id(shared): shared for shared in kept})
     apply_adapter(tuned, dataclasses.replace(adapter.config, dropout=0.0), seed=None)
     load_adapter_tensors(tuned, adapter.tensors)
     return tuned.requires_grad_(False).eval()

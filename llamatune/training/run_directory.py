@@ -31,7 +31,18 @@ from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec
 from llamatune.strict_yaml import LARGEST_YAML
 from llamatune.training.passes import PassRule
-from llamatune.training.run_file_names import ADAPTER, BEST, CELLS, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
+from llamatune.training.run_file_names import (
+    ADAPTER,
+    BEST,
+    CELLS,
+    CHECKPOINTS,
+    METRICS,
+    MODEL,
+    ORIGIN,
+    RUNS,
+    SPEC,
+    SUMMARY,
+)
 from llamatune.training.run_lock import LOCK, run_lock
 from llamatune.training.spec_changes import LEAST_GAIN, MAY_GROW, PATIENCE, accepted_changes
 
@@ -188,7 +199,7 @@ def _refuse_other(path: Path) -> None:
 
 def _is_run(path: Path) -> bool:
     # The lock is the first file that a run makes, so this is right whenever it was killed.
-    return (path / LOCK).is_file() and not (path / CELLS).exists()
+    return (path / LOCK).is_file() and not any((path / name).exists() for name in (CELLS, RUNS))
 
 
 def is_occupied(path: Path) -> bool:

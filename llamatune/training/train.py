@@ -30,7 +30,7 @@ from llamatune.training.gpu_meter import metered_gpu
 from llamatune.training.input_digests import digesting
 from llamatune.training.inputs import Inputs, open_inputs
 from llamatune.training.loop import TrainingLoop
-from llamatune.training.model_and_optimizer import build_learner
+from llamatune.training.model_and_optimizer import LoadBase, build_learner
 from llamatune.training.passes import PassRule
 from llamatune.training.precision import fp32_products, report_slower_settings
 from llamatune.training.profiling import profiled
@@ -64,11 +64,12 @@ def train(
     ranks: Ranks = ALONE,
     clock: Clock | None = None,
     began_s: float | None = None,
+    load_base: LoadBase | None = None,
 ) -> dict[str, Any]:
     """Train as ``spec`` says, or continue the same run from its output directory; the summary, on every rank.
 
     The run stops before the end of its Slurm job, and before it has run for ``training.max_time`` since ``began_s`` of
-    the monotonic ``clock`` (None: since now).
+    the monotonic ``clock`` (None: since now). ``load_base`` is for runs that share a base (``build_learner``).
 
     Raises:
         LlamatuneError: what the user can cause; nothing is left half-written.
@@ -131,7 +132,7 @@ def train(
         memory_facts = {"placement": placement, **plan.facts(), "memory_before_model_bytes": before_bytes}
         meter = stack.enter_context(metered_gpu(device))
         digests = stack.enter_context(digesting(spec, inputs, ranks, on_event))
-        learner = build_learner(placed, inputs, on_event, should_stop, plan.levels, ranks)
+        learner = build_learner(placed, inputs, on_event, should_stop, plan.levels, ranks, load_base=load_base)
         profiled_steps = spec.training.profile_steps if ranks.is_first else None
         on_event = stack.enter_context(profiled(profiled_steps, device, run.path, on_event))
         stack.enter_context(compiling(spec.training.compile))
@@ -162,7 +163,7 @@ def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, loop: Train
         RunStarted(
             count.trainable_parameters, count.total_parameters, samples, 0 if validation is None else len(validation),
             schedule.total_steps, schedule.num_epochs, progress.step, str(inputs.device), progress.elapsed_s,
-            loop.evaluates_first,
+            loop.evaluates_first, tuple(loop.output.losses_before),
         )
     )  # fmt: skip
 
