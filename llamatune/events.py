@@ -46,7 +46,7 @@ class Progress:
 class RunStarted:
     """What will be trained, or continued after ``resumed_step`` updates that took ``elapsed_s``.
 
-    ``evaluates_first``: the validation loss comes before the first step, which has to wait for it. ``losses`` are those
+    ``evaluates_first``: an evaluation comes before the first step, which has to wait for it. ``losses`` are those
     of the updates that were made before, in their order.
     """
 

@@ -235,7 +235,7 @@ def _spec(output: str, **changes: Any) -> dict[str, Any]:
 
 def _runs() -> None:
     specs = {
-        "run": _spec("run", training__log_layer_grad_norms=True),
+        "run": _spec("run", training__log_layer_grad_norms=True, evaluation__prompts=1),
         "full": _spec("full", lora=None, training__precision="fp16", evaluation__every_steps=2),
         "nf4": _spec("nf4", model__dtype="nf4", model__quantized_cache="cache"),
     }
