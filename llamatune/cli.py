@@ -26,7 +26,7 @@ from llamatune.stop_signals import stop_signals
 # The function of a verb has its name, in the module of that name: commands/prepare_data.py, prepare_data.
 VERBS = {
     "Core verbs": ("prepare-data", "train", "merge-lora", "generate", "count-params"),
-    "More verbs": ("evaluate", "chat", "benchmark", "plan-memory", "report", "verify", "demo", "slurm", "env"),
+    "More verbs": ("evaluate", "judge", "chat", "benchmark", "plan-memory", "report", "verify", "demo", "slurm", "env"),
     "Formats": ("convert", "convert-adapter", "extract-lora"),
 }
 _WRITERS = ("prepare-data", "train", "merge-lora", "benchmark", "demo", "report", *VERBS["Formats"])

@@ -14,6 +14,7 @@ FLOORS = [
     {"cli", "__main__"},
     {"commands"},
     {"demo"},
+    {"judging"},
     {"tracking", "reporting", "benchmarking", "verification", "merge_proof", "slurm_script"},
     {"training"},
     {"inference"},
