@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamatune.checkpoints.adapter import load_adapter
@@ -79,6 +79,7 @@ def test_equal_rows_and_equal_prompts_are_counted(prepared: Callable[..., Path],
     assert found[1].rows == 4
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
 def test_singular_values_are_those_of_the_product(r: int, rows: int, columns: int, seed: int) -> None:
     torch.manual_seed(seed)
