@@ -82,12 +82,20 @@ def _sentences(judgement: Judgement) -> Iterator[str]:
     from llamatune.units import duration, energy, gibibytes
 
     payload = judgement.payload
+    for figure in judgement.figures:
+        if figure.interval is not None and (figure.change_metric or "").endswith("forgetting"):
+            low, high = figure.interval
+            way = "harder" if figure.change > 0 else "easier"
+            change = f"{figure.what} became {way}, by {abs(figure.change):.4f} nats a token"
+            yield change if low > 0 or high < 0 else f"no change of {figure.what} that differs from chance"
     for overlap in payload["overlap"] or ():
-        equal = "" if overlap["equal_rows"] is None else (
-            f"{overlap['equal_rows']:,} equal to a training row, {overlap['equal_prompts']:,} with its prompt, "
-        )  # fmt: skip
-        of_all = f"of {overlap['rows']:,} rows ({overlap['short_rows']:,} are too short to tell)"
-        yield f"overlap of {overlap['name']}: {equal}{overlap['ngram_rows']:,} with a 13-gram of one, {of_all}"
+        found = [f"{overlap['ngram_rows']:,} share 13 words in a row with a training row"]
+        if overlap["equal_rows"] is not None:
+            equal = f"{overlap['equal_rows']:,} are training rows, {overlap['equal_prompts']:,} have the prompt of one"
+            found = [equal, *found]
+        if overlap["short_rows"]:
+            found.append(f"{overlap['short_rows']:,} are too short to tell")
+        yield f"overlap of {overlap['name']}, {overlap['rows']:,} rows: {', '.join(found)}"
     if judgement.rank is not None:
         from llamatune.judging.rank_charts import by_module
 

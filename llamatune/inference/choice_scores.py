@@ -26,12 +26,14 @@ _DELIMITER = " "
 class EncodedChoices:
     """A question as the model reads it: ids of prompt and choice of each choice, and how many of them the choice has.
 
+    ``is_cut``: a prompt lost its beginning, for which the model has no room.
     Equal ids but for the last, as those of MMLU's letters, are computed once.
     """
 
     question: ChoiceQuestion
     ids: tuple[tuple[int, ...], ...]
     choice_tokens: tuple[int, ...]
+    is_cut: bool
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,19 @@ def encode_choices(question: ChoiceQuestion, tokenizer: Tokenizer, most: int, wh
     prompt = question.prompt.rstrip()
     moved = question.prompt[len(prompt) :]
     before = tokenizer.encode(prompt)
-    of_choices, counts = list[tuple[int, ...]](), list[int]()
+    of_choices, counts, is_cut = list[tuple[int, ...]](), list[int](), False
     for choice in question.choices:
         behind = tokenizer.encode(prompt + moved + _DELIMITER + choice)[len(before) :]
         if not 0 < len(behind) <= most:
             what = f"the choice {choice[:60]!r} has {len(behind)} tokens, and there is room for 1 to {most}"
             raise DataError(what, where, "leave the row out")
+        is_cut |= len(before) + len(behind) > most + 1
         ids = (*before, *behind)[-(most + 1) :]
         if len(ids) == len(behind):
             raise DataError(f"nothing precedes the choice {choice[:60]!r}", where, "leave the row out")
         of_choices.append(ids)
         counts.append(len(behind))
-    return EncodedChoices(question, tuple(of_choices), tuple(counts))
+    return EncodedChoices(question, tuple(of_choices), tuple(counts), is_cut)
 
 
 def score_choices(model: Transformer, asked: Sequence[EncodedChoices]) -> list[ChoiceScore]:

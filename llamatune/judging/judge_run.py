@@ -69,7 +69,7 @@ def judge_run(
     named = [(PACKAGED_NAME, PACKAGED), *((file_name(path), path) for path in options.general)]
     texts = [make_texts(name, path, tokenizer, known, options.limit) for name, path in named]
     of_texts = [RowLosses.of_texts(each, size) for each in texts]
-    choices = [Choices.of(name, file, tokenizer, known, options) for name, file in files]
+    choices = [Choices.of(name, file, tokenizer, known, options, on_event) for name, file in files]
     answers = Answers.of(questions, tuned, tokenizer, options, on_event) if questions else None
     measures: list[Measure] = [losses, *of_texts, *choices, *([] if answers is None else [answers])]
     tokens = size * sum(task.rows.lengths) / len(task.rows)

@@ -16,7 +16,7 @@ from llamatune.data.choice_rows import ChoiceFile
 from llamatune.data.segments import Segments
 from llamatune.data.templates import TEMPLATES
 from llamatune.errors import NumericsError, Stopped
-from llamatune.events import OnEvent, Progress, ShouldStop
+from llamatune.events import Notice, OnEvent, Progress, ShouldStop
 from llamatune.inference.choice_scores import ChoiceScore, EncodedChoices, choice_batches, encode_choices, score_choices
 from llamatune.inference.evaluate import RowScore, score_batch
 from llamatune.inference.gsm8k import Question, scored_line
@@ -99,10 +99,15 @@ class Choices:
     scores: dict[str, list[ChoiceScore]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, name: str, file: ChoiceFile, tokenizer: Tokenizer, most: int, options: JudgeOptions) -> Choices:
-        """``most``: the tokens that the model knows."""
+    def of(
+        cls, name: str, file: ChoiceFile, tokenizer: Tokenizer, most: int, options: JudgeOptions, on_event: OnEvent
+    ) -> Choices:
+        """``most``: the tokens that the model knows; a notice counts the prompts that are longer."""
         asked = file.questions[: options.limit]
         encoded = [encode_choices(question, tokenizer, most, f"{file.path}: row {question.row}") for question in asked]
+        if cut := sum(question.is_cut for question in encoded):
+            what = f"{cut} of {len(encoded)} prompts lose their beginning: the model knows {most} tokens"
+            on_event(Notice(f"{file.path}: {what}", "warning"))
         return cls(name, file, encoded, options.batch_size)
 
     def compute(self, loaded: LoadedModels, on_event: OnEvent, should_stop: ShouldStop) -> None:

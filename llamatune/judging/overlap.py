@@ -8,6 +8,7 @@ more than half of fewer than twenty) is a template or a phrase: its words are cu
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -129,4 +130,4 @@ def _keys(ids: Sequence[int], first: int) -> tuple[bytes, bytes]:
 
 
 def _bytes(kind: bytes, ids: Sequence[int]) -> bytes:
-    return kind + b"".join(token.to_bytes(4, "little") for token in ids)
+    return kind + array("i", ids).tobytes()

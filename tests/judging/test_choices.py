@@ -138,11 +138,12 @@ def test_each_choice_has_the_loglikelihood_that_transformers_gives_it(
     for question, score in zip(asked, scores, strict=True):
         expected = by_transformers(base, judge, question, most)
         assert score.loglikelihoods == pytest.approx(expected, abs=2e-4)
-        cut += len(tokenizer.encode(question.prompt)) > most
+        cut += any(len(tokenizer.encode(f"{question.prompt} {choice}")) > most + 1 for choice in question.choices)
         taken = max(range(len(expected)), key=expected.__getitem__)
         lengths = [len(choice) for choice in question.choices]
         by_length = max(range(len(expected)), key=lambda n: expected[n] / lengths[n])
         assert (score.acc, score.acc_norm) == (taken == question.right, by_length == question.right)
+    assert sum(question.is_cut for question in encoded) == cut
     assert (cut > 0) == (most == 12)
 
 
