@@ -141,6 +141,7 @@ _PREPARED = (
     _verb("evaluate --model hf --data prepared --split all --device cpu"),
     _verb("plan-memory run.yaml --device cpu"),
     _verb("merge-lora --model hf --adapter run/adapter --output out --probe prepared --device cpu"),
+    _verb("judge run --device cpu --limit 2"),
 )
 _REPORT = "report {} --output out.html"
 _BENCHMARK = _verb("benchmark run.yaml --grid training.micro_batch_size=1,2 --steps 2 --output bench", "bench")

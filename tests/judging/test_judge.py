@@ -15,9 +15,11 @@ from run_tools import make_spec
 
 from llamatune.checkpoints.adapter import load_adapter
 from llamatune.command_options.judge import METRICS, OF_CHOICES, OF_TEXTS, JudgeOptions, parse_requirements
-from llamatune.errors import SpecError
+from llamatune.errors import SpecError, Stopped
+from llamatune.events import Progress
 from llamatune.inference.significance import exact_mcnemar, paired_difference_interval
 from llamatune.judging.general_texts import PACKAGED
+from llamatune.judging.judge_run import judge_run
 from llamatune.judging.rank_used import rank_use
 from llamatune.training.train import train
 
@@ -281,3 +283,11 @@ def test_requirements_are_read_with_spaces_and_refuse_what_is_none() -> None:
     assert not found[1].holds(0.5)
     with pytest.raises(SpecError):
         parse_requirements("a<b", "--require")
+
+
+def test_a_stop_ends_it_before_the_next_batch(tuned: Path) -> None:
+    asked = iter([False] * 5 + [True] * 100)
+    done: list[object] = []
+    with pytest.raises(Stopped):
+        judge_run(JudgeOptions(run=tuned, device="cpu", batch_size=1), done.append, lambda: next(asked))
+    assert not any(isinstance(event, Progress) and event.task == "comparing rows" for event in done)
