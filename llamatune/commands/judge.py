@@ -45,7 +45,7 @@ def judge(options: JudgeOptions, console: Console) -> None:
             lambda out: _print_table(out, judgement) if out.is_terminal else _print_lines(out, judgement),
         )
     if judgement.failed:
-        raise RequirementFailed(failure(judgement.failed), options.run)
+        raise RequirementFailed(f"--require does not hold: {failure(judgement.failed)}", options.run)
 
 
 def _print_lines(out: RichConsole, judgement: Judgement) -> None:

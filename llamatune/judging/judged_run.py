@@ -43,8 +43,9 @@ def open_sides(run: Run, options: JudgeOptions, on_event: OnEvent) -> Sides:
     """
     spec = run.spec
     if spec.model.init == "random" or spec.model.num_layers is not None:
-        what = "it did not start from the whole model on the disk, so there is no base to compare with"
-        raise SpecError(what, run.path, "judge a run with model.init: pretrained and all layers")
+        raise SpecError(
+            "its base is not the model on the disk", run.path, "judge a run with model.init: pretrained and all layers"
+        )
     weights = run.path / (BEST if options.best else ADAPTER if spec.lora is not None else MODEL)
     if not weights.is_dir():
         todo = "leave --best out" if options.best else "let the run finish"
@@ -65,7 +66,7 @@ def open_sides(run: Run, options: JudgeOptions, on_event: OnEvent) -> Sides:
     tuned = open_model(replace(source, model=weights, variant=None), on_event)
     opened = {"base_": open_model(source, on_event), "": tuned}
     if opened["base_"].config.vocab_size != tuned.config.vocab_size:
-        raise CheckpointError("base and tuned model have other vocabularies", base, "give the run's own base")
+        raise CheckpointError("the run was trained on another base, of another vocabulary", base, "give its own base")
     return Sides(weights, opened)
 
 

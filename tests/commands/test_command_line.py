@@ -55,6 +55,7 @@ def test_which_options_may_be_repeated() -> None:
         "judge --general",
         "judge --choices",
         "benchmark --grid",
+        "sweep --grid",
     }
 
 
