@@ -15,6 +15,7 @@ FLOORS = [
     {"commands", "python_api", "python_keywords"},
     {"requests"},
     {"demo"},
+    {"judging"},
     {
         "tracking",
         "reporting",
