@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any
+import sys
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationInfo
 
@@ -68,6 +69,14 @@ def _memory_size(value: str) -> str:
     return value
 
 
+def _learning_rate(value: Any) -> Any:
+    if value is None or value == "auto":
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
+        return float(value)
+    raise ValueError(f"should be a valid number above 0, auto or null (it is {value!r})")
+
+
 def _expanded(value: str, info: ValidationInfo) -> str:
     try:
         return expand_path(value, variables=not (info.context or {}).get(STORED))
@@ -107,4 +116,5 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 TargetModules = Annotated[tuple[str, ...], BeforeValidator(_expand_targets)]
 WholeModules = Annotated[tuple[str, ...], BeforeValidator(_check_whole)]
 CheckpointingMode = Annotated[str, BeforeValidator(_checkpointing_mode)]
+LearningRate = Annotated[Annotated[float, Field(gt=0)] | Literal["auto"] | None, BeforeValidator(_learning_rate)]
 MemorySize = Annotated[str, AfterValidator(_memory_size)]

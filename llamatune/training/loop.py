@@ -43,7 +43,7 @@ class TrainingLoop:
 
     ``run`` is the claimed directory that metrics and checkpoints go to. ``should_stop`` is asked between windows and
     during evaluation; then one checkpoint is saved and ``Stopped`` raised. Several ranks learn in the messages of an
-    update that one of them was asked. ``memory_facts`` go into the summary.
+    update that one of them was asked. ``facts`` go into the summary.
     """
 
     spec: RunSpec
@@ -53,7 +53,7 @@ class TrainingLoop:
     run: RunDirectory
     on_event: OnEvent
     should_stop: ShouldStop
-    memory_facts: Mapping[str, Any]
+    facts: Mapping[str, Any]
     gpu_meter: GpuMeter
     input_digests: InputDigests
     ranks: Ranks = ALONE
@@ -296,5 +296,5 @@ class TrainingLoop:
             "early_stop": early_stop,
             "output_dir": str(self.run.path),
             **self._meter.facts(self.ranks, device),
-            **self.memory_facts,
+            **self.facts,
         }
