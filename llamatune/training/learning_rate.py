@@ -58,7 +58,7 @@ def with_found_rate(
         return spec, dataclasses.replace(run, rate_search=None)
     search = run.rate_search
     if search is None:
-        search = search_learning_rate(spec, inputs, schedule, learner, run.path, on_event, should_stop, ranks)
+        search = search_learning_rate(spec, inputs, schedule, learner, run, on_event, should_stop, ranks)
         if ranks.is_first:
             record_rate_search(run.path, search)
     on_event(Notice(f"learning rate {search.learning_rate:.3g}, found by {search.method}"))

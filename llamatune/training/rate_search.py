@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,9 +21,10 @@ from llamatune.spec_sections import TrainingSection
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.numerics_faults import numerics_fault
-from llamatune.training.rate_trials import BUDGET, HELD_OUT, UPDATES, choose_rate, prior_rate, run_factor
+from llamatune.training.rate_trials import BUDGET, HELD_OUT, MEASURED, UPDATES, choose_rate, prior_rate, run_factor
+from llamatune.training.run_directory import RunDirectory
 from llamatune.training.schedule import Schedule, learning_rate_at, warmup_steps
-from llamatune.training.training_step import make_update
+from llamatune.training.training_step import Update, make_update, name_rows
 
 _MOST_HALVINGS = 8
 """Micro-batches that may go into finding the loss scale of fp16."""
@@ -37,12 +37,12 @@ def search_learning_rate(
     inputs: Inputs,
     schedule: Schedule,
     learner: Learner,
-    run: Path,
+    run: RunDirectory,
     on_event: OnEvent,
     should_stop: ShouldStop,
     ranks: Ranks,
 ) -> RateSearch:
-    """Try learning rates on the first micro-batches of the run, measure each on later ones, and choose.
+    """Try learning rates on the first micro-batches of the run, measure each on rows before it trains on them.
 
     Afterwards weights, optimizer, loss scale and generators are as they were. The result is a function of the spec, the
     data and the base, and the same on every rank.
@@ -88,7 +88,7 @@ class _Trials:
     untrained: Mapping[str, Tensor]
     training: Sequence[Batch]
     held_out: Sequence[Batch]
-    run: Path
+    run: RunDirectory
     on_event: OnEvent
     should_stop: ShouldStop
     ranks: Ranks
@@ -96,26 +96,42 @@ class _Trials:
     losses: dict[float, float | None] = field(default_factory=dict)
 
     def start(self) -> float:
-        """The held-out loss of the untrained weights; in fp16 the loss scale becomes one at which nothing overflows."""
-        loss = self._held_out_loss()
-        if loss is None:
-            raise self._fault("the loss is not finite")
+        """The loss of the untrained weights; in fp16 the loss scale becomes one at which nothing overflows.
+
+        The micro-batches are those of ``loss_after``.
+        """
+        measured = [*self.training[-MEASURED:], *self.held_out]
+        loss = _mean([self._measure(batch) for batch in measured])
+        if not math.isfinite(loss):
+            raise self._fault("the loss is not finite", name_rows(row for batch in measured for row in batch.rows))
         scaler = self.learner.scaler
         if scaler.enabled:
             for _ in range(_MOST_HALVINGS):
-                if self._update(0, 0.0, untrained=True):
+                update = self._update(0, 0.0, untrained=True)
+                if update is not None and update.made:
                     break
             for _ in range(_SPARE_HALVINGS):
                 scaler.back_off()
         return loss
 
     def loss_after(self, rate: float) -> float | None:
-        """The held-out loss after training at ``rate``; None: it diverged, or no micro-batch is left for a trial."""
+        """The loss of a trial at ``rate``; None: it diverged.
+
+        It is the mean over the target tokens of the last ``MEASURED`` micro-batches of training, each before the update
+        on it, and of those that are held out, after the last update.
+        """
         _restore(self.learner, self.untrained)
         schedule, count = self._compressed_schedule(rate), len(self.training)
-        made = (self._update(step, learning_rate_at(schedule, step, count), step == 0) for step in range(count))
-        self.losses[rate] = loss = self._held_out_loss() if all(made) else None
-        return loss
+        parts: list[tuple[float, int]] = []
+        self.losses[rate] = None
+        for step in range(count):
+            update = self._update(step, learning_rate_at(schedule, step, count), untrained=step == 0)
+            if update is None or not update.made:
+                return None
+            parts.append((update.loss * update.target_tokens, update.target_tokens))
+        loss = _mean([*parts[-MEASURED:], *map(self._measure, self.held_out)])
+        self.losses[rate] = loss if math.isfinite(loss) else None
+        return self.losses[rate]
 
     def _compressed_schedule(self, rate: float) -> TrainingSection:
         """The run's schedule up to ``rate``, over as many steps as a trial has."""
@@ -125,34 +141,35 @@ class _Trials:
         changes = {"learning_rate": rate, "warmup_steps": warmup, "warmup_ratio": None, "min_learning_rate": lowest}
         return training.model_copy(update=changes)
 
-    def _update(self, index: int, rate: float, untrained: bool) -> bool:
-        """Train on one micro-batch; False: the gradient is not finite any more."""
+    def _update(self, index: int, rate: float, untrained: bool) -> Update | None:
+        """Train on one micro-batch; None: a loss or gradient is not finite any more."""
         self._count()
-        batch, training = self.training[index], self.spec.training
+        spec, lanes = self.spec.training, self.run.passes.lanes
         try:
-            update = make_update(self.learner, [batch], training, index, rate, self.should_stop, ranks=self.ranks)
+            update = make_update(
+                self.learner, [self.training[index]], spec, index, rate, self.should_stop, lanes, self.ranks
+            )
         except NumericsError as fault:
             if untrained:
                 raise self._fault(fault.what, fault.where) from None
-            return False
+            return None
         if update.stop:
             raise self._stopped()
-        return update.made
+        return update
 
-    def _held_out_loss(self) -> float | None:
-        """Over all held-out micro-batches, without dropout; None: it is not finite."""
-        model, total, targets = self.learner.model, 0.0, 0
+    def _measure(self, batch: Batch) -> tuple[float, int]:
+        """The summed loss of a micro-batch, without dropout and the same on every rank, and its target tokens."""
+        self._count()
+        model = self.learner.model
         model.eval()
         try:
-            for batch in self.held_out:
-                self._count()
-                with self.learner.autocast():
-                    rows = score_batch(model, batch)
-                total += math.fsum(row.summed_loss for row in rows)
-                targets += sum(row.target_tokens for row in rows)
+            with self.learner.autocast():
+                rows = score_batch(model, batch)
         finally:
             model.train()
-        return self.ranks.from_first(total / targets if math.isfinite(total) else None)
+        loss = math.fsum(row.summed_loss for row in rows)
+        shared = self.ranks.from_first(loss if math.isfinite(loss) else None)
+        return math.nan if shared is None else shared, sum(row.target_tokens for row in rows)
 
     def _count(self) -> None:
         if self.ranks.size == 1 and self.should_stop():
@@ -161,10 +178,16 @@ class _Trials:
         self.on_event(Progress("finding the learning rate", self.spent, BUDGET))
 
     def _stopped(self) -> Stopped:
-        return Stopped("stopped while the learning rate was searched", self.run, "run the same command again")
+        return Stopped("stopped while the learning rate was searched", self.run.path, "run the same command again")
 
     def _fault(self, what: str, where: object = None) -> NumericsError:
-        return numerics_fault(what, where, self.spec, 0, self.run, None)
+        return numerics_fault(what, where, self.spec, 0, self.run.path, None)
+
+
+def _mean(parts: Sequence[tuple[float, int]]) -> float:
+    """Of summed losses and their target tokens; NaN where one is not finite."""
+    total = sum(loss for loss, _ in parts)  # fsum refuses infinities of both signs
+    return total / sum(targets for _, targets in parts)
 
 
 @contextlib.contextmanager

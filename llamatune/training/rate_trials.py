@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 BUDGET = 64
 """Micro-batches that a search computes at most."""
 UPDATES, HELD_OUT = 6, 2
-"""Micro-batches that a trial trains on, an update each, and those that it is measured on."""
+"""Micro-batches that a trial trains on, an update each, and those that it is measured on after that."""
+MEASURED = 3
+"""The last micro-batches of training that a trial is measured on too, each before the update on it."""
 STEP = math.sqrt(10)
 """Between neighbouring rates of the first trials."""
 FACTORS = (1 / 3, 2.0)

@@ -12,19 +12,21 @@ import pytest
 import torch
 import yaml
 from run_tools import Crash, StopAfter, assert_same_outcome, files, make_spec, metrics
-from thread_ranks import in_threads
 
 from llamatune.errors import NumericsError, SpecError, Stopped
 from llamatune.events import Event, Notice, Progress, StepDone, ignore_event, never_stop
 from llamatune.formats.metrics import read_metrics
-from llamatune.ranks import ALONE, Ranks
+from llamatune.inference.evaluate import RowScore
+from llamatune.ranks import ALONE
 from llamatune.reporting.run_reader import read_run
 from llamatune.spec import RunSpec
 from llamatune.training import rate_search
 from llamatune.training.inputs import open_inputs
 from llamatune.training.model_and_optimizer import build_learner
+from llamatune.training.passes import PassRule
 from llamatune.training.rate_search import search_learning_rate
 from llamatune.training.rate_trials import BUDGET
+from llamatune.training.run_directory import RunDirectory
 from llamatune.training.schedule import Schedule
 from llamatune.training.train import plan_training, train
 
@@ -96,16 +98,22 @@ def test_the_search_leaves_the_generators_as_they_were(spec_at: SpecAt, tmp_path
     learner = build_learner(spec, inputs, ignore_event, never_stop)
     weights = {name: parameter.detach().clone() for name, parameter in learner.parameters.items()}
     before, schedule = torch.get_rng_state(), Schedule(spec, inputs.prepared.train)
-    search_learning_rate(spec, inputs, schedule, learner, tmp_path, ignore_event, never_stop, ALONE)
+    run = RunDirectory(tmp_path, None, frozenset(), PassRule())
+    search_learning_rate(spec, inputs, schedule, learner, run, ignore_event, never_stop, ALONE)
     assert torch.equal(torch.get_rng_state(), before)
     assert not learner.optimizer.state
     assert all(parameter.grad is None for parameter in learner.parameters.values())
     assert all(torch.equal(parameter, weights[name]) for name, parameter in learner.parameters.items())
 
 
-def test_the_rate_is_not_below_the_lowest_of_the_schedule(spec_at: SpecAt, tmp_path: Path) -> None:
-    train(spec_at("run", training__min_learning_rate=0.5, training__lr_scheduler="linear"))
-    assert found(tmp_path / "run")["learning_rate"] == 0.5
+def test_the_rate_is_not_below_the_lowest_of_the_schedule(
+    spec_at: SpecAt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All trials are far below it."""
+    monkeypatch.setattr(rate_search, "prior_rate", lambda hidden_size, lora: 1e-9)
+    train(spec_at("run", training__min_learning_rate=0.01, training__lr_scheduler="linear"))
+    assert max(found(tmp_path / "run")["rates"]) < 1e-4
+    assert found(tmp_path / "run")["learning_rate"] == 0.01
 
 
 def test_rates_that_diverge_are_not_chosen(spec_at: SpecAt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,10 +130,10 @@ def test_rates_that_diverge_are_not_chosen(spec_at: SpecAt, tmp_path: Path, monk
 
 def test_a_broken_base_is_told_as_training_tells_it(spec_at: SpecAt, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss that is not finite before any update is no matter of the rate."""
-    monkeypatch.setattr(rate_search, "score_batch", lambda model, batch: [])
-    monkeypatch.setattr(rate_search.math, "fsum", lambda values: math.nan)
-    monkeypatch.setattr(rate_search, "sum", lambda values: 1, raising=False)
-    with pytest.raises(NumericsError, match="the loss is not finite at step 1"):
+    monkeypatch.setattr(rate_search, "score_batch", lambda model, batch: [RowScore(1, 3, 3, math.nan, 0)])
+    with pytest.raises(
+        NumericsError, match=r"the loss is not finite at step 1, among rows \d.*see whether the weights"
+    ):
         train(spec_at("run"))
 
 
@@ -183,18 +191,19 @@ def test_auto_does_not_take_over_a_run_that_began_with_a_number(spec_at: SpecAt)
         train(spec_at("run"), allowed_changes=("training.learning_rate",))
 
 
-def test_ranks_take_the_same_rate(spec_at: SpecAt, tmp_path: Path) -> None:
-    """On each of two ranks it is that of one process."""
-    spec = spec_at("none", lora={"r": 4, "alpha": 8, "dropout": 0.0})
+def test_any_number_of_ranks_finds_the_rate_of_one(trained: Callable[..., Path], alone: Callable[..., Path]) -> None:
+    changes = {"training__learning_rate": "auto", "training__max_steps": 6}
+    expected, run = alone(changes), trained(2, changes)
+    assert found(run) == found(expected)
+    assert_same_outcome(run, expected)
 
-    def search(ranks: Ranks) -> float:
-        inputs = open_inputs(spec, False, ignore_event)
-        learner = build_learner(spec, inputs, ignore_event, never_stop)
-        schedule = Schedule(spec, inputs.prepared.train)
-        about = (spec, inputs, schedule, learner, tmp_path)
-        return search_learning_rate(*about, ignore_event, never_stop, ranks).learning_rate
 
-    assert in_threads(2, search) == [search(ALONE)] * 2
+def test_ranks_that_share_every_parameter_find_it_too(trained: Callable[..., Path], alone: Callable[..., Path]) -> None:
+    """Their sums have another order, so the losses are not the same bytes."""
+    changes = {"training__learning_rate": "auto", "training__max_steps": 2, "lora": None}
+    expected, run = found(alone(changes)), found(trained(2, changes))
+    assert run["learning_rate"] == pytest.approx(expected["learning_rate"], rel=1e-2)
+    assert run["losses"] == pytest.approx(expected["losses"], rel=1e-4)
 
 
 # The default
