@@ -66,6 +66,10 @@ PAIRS = {
     "SmolLM2-135M, demo rows, LoRA r=8": Pair(
         "smollm2", "demo-90", {"r": 8, "target_modules": ALL}, {"max_steps": 10, "gradient_accumulation_steps": 4}
     ),
+    "stories260K, GSM8K, full": Pair("stories", "gsm8k", None, {"gradient_accumulation_steps": 2}),
+    "demo base, prose, full": Pair(
+        "demo", "prose", None, {"gradient_accumulation_steps": 4, "lr_scheduler": "linear", "warmup_ratio": 0.1}
+    ),
 }  # fmt: skip
 
 

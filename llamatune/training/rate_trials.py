@@ -14,7 +14,7 @@ MEASURED = 3
 """The last micro-batches of training that a trial is measured on too, each before the update on it."""
 STEP = math.sqrt(10)
 """Between neighbouring rates of the first trials."""
-FACTORS = (1 / 3, 2.0)
+FACTORS = (1 / 3, 1.0)
 """Bounds of ``run_factor``."""
 
 

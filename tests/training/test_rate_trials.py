@@ -55,6 +55,7 @@ def test_the_rate_of_the_run_is_not_below_the_spec_s_lowest() -> None:
 def test_the_factor_follows_window_and_length_within_its_bounds() -> None:
     assert run_factor(48, 8, 6) == 1
     assert run_factor(12, 2, 6) == 1
+    assert run_factor(10, 4, 6) == 1
     assert run_factor(1, 64, 6) == FACTORS[1]
     assert run_factor(100_000, 1, 6) == FACTORS[0]
     assert run_factor(4 * 48, 8, 6) == pytest.approx(0.5)
