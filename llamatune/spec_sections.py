@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from llamatune.spec_types import (
     Alpha,
     CheckpointingMode,
+    Device,
     Directories,
+    Duration,
     Epochs,
     Fraction,
     FromList,
@@ -29,7 +31,7 @@ from llamatune.spec_types import (
 )
 
 DEFAULT_EPOCHS = 5
-LORA_LEARNING_RATE, FULL_LEARNING_RATE = 2e-4, 2e-5
+LORA_LEARNING_RATE, FULL_LEARNING_RATE = 3e-4, 2e-5
 """What ``training.learning_rate: null`` stands for; the evidence is in ``docs/learning-rate.md``."""
 
 
@@ -212,8 +214,13 @@ class TrainingSection(Section):
     rank_timeout_s: Annotated[float, Field(gt=0)] = Field(
         600.0, description="with several processes: how long one may not answer before all end"
     )
+    max_time: Duration | None = Field(
+        None,
+        description="each start of the run stops in time, saved and with exit code 75, before it has run for so long: "
+        "30m, 1h30m, 2d, or as Slurm writes it; the same command goes on. A Slurm job's own limit needs no key",
+    )
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Device = "auto"
     log_every_steps: Positive = 1
     log_layer_grad_norms: bool = Field(False, description="each block's gradient norm at each step, before clipping")
     profile_steps: Positive | None = Field(
@@ -253,6 +260,13 @@ class EvaluationSection(Section):
         description="when there is validation data, also before the first step, which comes later by that time; it "
         "counts neither for best/ nor for patience",
     )
+    prompts: Annotated[int, Field(ge=1, le=64)] | PathText | None = Field(
+        None,
+        description="answered greedily at each evaluation, and before the first step; a file, as generate "
+        "--prompt-file reads it, or a number of rows, drawn by the seed from the validation rows (training rows where "
+        "there are none). Without validation data, at the end of each epoch",
+    )
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(128, description="of an answer to one of prompts")
     early_stopping_patience: Positive | None = Field(
         None, description="stop after this many evaluations in a row without a lower loss"
     )

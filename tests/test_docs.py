@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -112,8 +113,43 @@ def texts() -> dict[str, str]:
     return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in pages if path.is_file()}
 
 
+_EXTRA = r"llamatune\s*\[|\bextras? [`'\"]?(?:data|gguf|plots|tensorboard|wandb)\b|\.\[(?!dev\])\w+\]"
+_FROM_INDEX = r"pip install (?:-\S+ )*[`'\"]?llamatune(?![\w./-]*(?:\.whl|/))(?! from)"
+
+
 def test_nobody_is_sent_to_the_package_index_for_this_project() -> None:
     """There ``llamatune`` is another one: what is missing is installed by its own name, this from its checkout."""
     for name, text in texts().items():
-        found = re.search(r"llamatune\[|pip install[^\n`]*llamatune|\[plots", text)
+        found = re.search(rf"{_EXTRA}|{_FROM_INDEX}|\[plots", text)
         assert not found, f"{name}: {found}"
+
+
+@pytest.mark.parametrize(
+    ("text", "sends"),
+    [
+        ("pip install 'llamatune[plots]'", True),
+        ("pip install llamatune", True),
+        ("pip install -U llamatune", True),
+        ("pip install pyarrow (of the extra 'data')", True),
+        ("`pip install '.[data]'` in a checkout", True),
+        ("pip install --no-index --find-links wheels llamatune", False),  # asks no index
+        ("pip install llamatune-0.1.0-py3-none-any.whl", False),
+        ("pip install --no-index --find-links wheels wheels/llamatune-*.whl", False),
+        ("pip install pyarrow", False),
+        ("pip install .", False),
+        ("the extra sample", False),
+    ],
+)
+def test_what_would_send_somebody_there(text: str, sends: bool) -> None:
+    assert (re.search(rf"{_EXTRA}|{_FROM_INDEX}", text) is not None) is sends
+
+
+def test_every_package_that_a_message_names_can_be_installed_by_that_name() -> None:
+    """The names are those that pyproject.toml depends on."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    known = {re.split(r"[><=;\[ ]", entry, maxsplit=1)[0] for entry in wanted}
+    for name, text in texts().items():
+        if name.endswith(".py"):
+            named = re.findall(r"pip install '?([A-Za-z][\w.-]*)", text)
+            assert not set(named) - known, name

@@ -23,9 +23,10 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
     with console:
         from llamatune.checkpoints.model_directory import read_config
         from llamatune.errors import SpecError
-        from llamatune.memory import plan as planning
+        from llamatune.memory.plan import limit_of
         from llamatune.memory.plan_report import explain as explain_plan
         from llamatune.memory.plan_report import plan_report
+        from llamatune.memory.planned_run import plan_of_run
         from llamatune.path_expansion import expand_path
         from llamatune.shapes.presets import preset
         from llamatune.spec import build_spec, load_spec
@@ -49,21 +50,9 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
         else:
             raise SpecError("neither a spec nor --preset", todo="for example --preset llama-2-7b")
         config = config.with_layers(spec.model.num_layers)
-        limit = planning.limit_of(spec, options.memory_bytes)
+        limit = limit_of(spec, options.memory_bytes)
         cuda = options.device == "cuda"
-        counts = _lengths(spec, config, options, console)
-        tokens = spec.training.tokens_per_pass
-
-        def placed_for(tokens: int | None) -> RunSpec:
-            rows = planning.heaviest_rows(*counts, spec, tokens, options.ranks)
-            return planning.choose_placement(
-                spec, lambda it: planning.plan_memory(it, config, rows, cuda, limit).fits, options.device, options.ranks
-            )
-
-        if tokens == "auto":
-            tokens = planning.joined_tokens(*counts, placed_for(None), config, cuda, limit, options.ranks)
-        rows, spec = planning.heaviest_rows(*counts, spec, tokens, options.ranks), placed_for(tokens)
-        plan = planning.plan_memory(spec, config, rows, cuda, limit)
+        spec, plan = plan_of_run(spec, config, *_lengths(spec, config, options, console), cuda, limit, options.ranks)
         facts = plan_report(spec, config, plan, cuda)
         if options.explain:
             facts["moments"] = explain_plan(spec, config, plan, cuda)
@@ -117,7 +106,11 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
     verdict = "fits" if facts["fits"] else "does not fit"
     out.print(f"{verdict} into {gibibytes(facts['memory_limit_bytes'])}")
     batch, tokens = facts["largest_micro_batch_size"], facts["largest_row_tokens"]
-    out.print(f"largest that fit: micro_batch_size {batch:,}, or rows of {tokens:,} tokens")
+    if tokens:
+        sizes = f"micro_batch_size {batch:,}, or rows" if batch else "rows"
+        out.print(f"largest that fit: {sizes} of {tokens:,} tokens")
+    else:
+        out.print("nothing fits: not a row of one token")
     print_remedies(out, facts["remedies"])
 
 

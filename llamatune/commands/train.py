@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from llamatune.launch_variables import Launch
 
 def train(options: TrainOptions, console: Console, launch: Launch) -> None:
     """Fine-tune a model as a run spec says; run it again to continue."""
+    began_s = time.monotonic()  # of training.max_time, before torch is loaded
+
     from llamatune.spec import load_spec
 
     spec = load_spec(options.spec_path, options.overrides)
@@ -41,6 +44,7 @@ def train(options: TrainOptions, console: Console, launch: Launch) -> None:
                 on_event=trackers.on_event if trackers else console.on_event,
                 should_stop=console.should_stop,
                 ranks=ranks,
+                began_s=began_s,
             )
         console.result(summary, lambda out: _print_summary(out, summary))
 

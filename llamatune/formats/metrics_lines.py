@@ -65,6 +65,19 @@ class GradNormsLine(FileSchema):
     norms: Annotated[dict[Name, Measure], Field(min_length=1)]
 
 
+class AnswerLine(FileSchema):
+    """An answer to one of the prompts of a run."""
+
+    event: Literal["answer"]
+    step: Count
+    number: Positive
+    prompt: str
+    answer: str
+    reference: str | None
+    tokens: Count
+    finish_reason: Literal["eos", "length"]
+
+
 class EarlyStopLine(FileSchema):
     """The end of a run by patience."""
 
@@ -88,6 +101,7 @@ LINES: dict[Any, type[FileSchema]] = {
     "skipped": SkippedLine,
     "epoch": EpochLine,
     "layer_grad_norms": GradNormsLine,
+    "answer": AnswerLine,
     "early_stop": EarlyStopLine,
     "learning_rate_search": RateSearchLine,
 }
@@ -103,14 +117,18 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def check_line(values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` as they are; ``ValueError`` if a key or value is none that a line of this kind has."""
+    """``values`` as parsed; ``ValueError`` if a key or value is none that a line of this kind has.
+
+    A figure that is written as a whole number becomes a float, which no reader finds too large.
+    """
     kind = values.get("event")
     if not isinstance(kind, str):
         raise ValueError("has no event")
     schema = LINES.get(kind)
     if schema is not None:
         try:
-            schema.model_validate(values)
+            parsed = schema.model_validate(values)
         except ValidationError as fault:
             raise ValueError(describe(fault)) from None
+        return {name: getattr(parsed, name) for name in values}
     return values

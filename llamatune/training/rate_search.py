@@ -24,6 +24,7 @@ from llamatune.training.numerics_faults import numerics_fault
 from llamatune.training.rate_trials import BUDGET, HELD_OUT, MEASURED, UPDATES, choose_rate, prior_rate, run_factor
 from llamatune.training.run_directory import RunDirectory
 from llamatune.training.schedule import Schedule, learning_rate_at, warmup_steps
+from llamatune.training.stopping import Stopping
 from llamatune.training.training_step import Update, make_update, name_rows
 
 _MOST_HALVINGS = 8
@@ -144,11 +145,9 @@ class _Trials:
     def _update(self, index: int, rate: float, untrained: bool) -> Update | None:
         """Train on one micro-batch; None: a loss or gradient is not finite any more."""
         self._count()
-        spec, lanes = self.spec.training, self.run.passes.lanes
+        spec, lanes, stopping = self.spec.training, self.run.passes.lanes, Stopping(self.should_stop)
         try:
-            update = make_update(
-                self.learner, [self.training[index]], spec, index, rate, self.should_stop, lanes, self.ranks
-            )
+            update = make_update(self.learner, [self.training[index]], spec, index, rate, stopping, lanes, self.ranks)
         except NumericsError as fault:
             if untrained:
                 raise self._fault(fault.what, fault.where) from None

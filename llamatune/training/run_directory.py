@@ -32,7 +32,18 @@ from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec
 from llamatune.strict_yaml import LARGEST_YAML
 from llamatune.training.passes import PassRule
-from llamatune.training.run_file_names import ADAPTER, BEST, CELLS, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
+from llamatune.training.run_file_names import (
+    ADAPTER,
+    BEST,
+    CELLS,
+    CHECKPOINTS,
+    METRICS,
+    MODEL,
+    ORIGIN,
+    RUNS,
+    SPEC,
+    SUMMARY,
+)
 from llamatune.training.run_lock import LOCK, run_lock
 from llamatune.training.spec_changes import LEAST_GAIN, MAY_GROW, PATIENCE, accepted_changes
 
@@ -173,6 +184,8 @@ def refuse_inputs(spec: RunSpec, name: str, overwrite: bool) -> None:
     inputs = [("model.path", Path(spec.model.path))]
     inputs += [("data.train", directory) for directory in spec.data.train_paths]
     inputs += [("data.validation", directory) for directory in spec.data.validation_paths]
+    if isinstance(spec.evaluation.prompts, str):
+        inputs.append(("evaluation.prompts", Path(spec.evaluation.prompts)))
     if spec.lora is not None and spec.lora.init_from is not None:
         inputs.append(("lora.init_from", Path(spec.lora.init_from)))
     inputs = [(key, given) for key, given in inputs if _is_name(str(given))]
@@ -200,7 +213,7 @@ def _refuse_other(path: Path) -> None:
 
 def _is_run(path: Path) -> bool:
     # The lock is the first file that a run makes, so this is right whenever it was killed.
-    return (path / LOCK).is_file() and not (path / CELLS).exists()
+    return (path / LOCK).is_file() and not any((path / name).exists() for name in (CELLS, RUNS))
 
 
 def is_occupied(path: Path) -> bool:

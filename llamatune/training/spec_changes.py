@@ -22,6 +22,9 @@ MAY_CHANGE = (
     "training.activation_checkpointing",
     "training.memory_limit",
     "training.rank_timeout_s",
+    "training.max_time",
+    "evaluation.prompts",
+    "evaluation.max_new_tokens",
     "evaluation.at_start",  # which a run that goes on has behind it
     "model.memory_map",
     "model.verify",

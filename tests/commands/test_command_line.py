@@ -53,6 +53,7 @@ def test_which_options_may_be_repeated() -> None:
         "merge-lora --adapter",
         "report --prompt",
         "benchmark --grid",
+        "sweep --grid",
     }
 
 

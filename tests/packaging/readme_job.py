@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[2]
 MATERIAL = ROOT / "llamatune" / "demo"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-_LINE = re.compile(r"info: .+|(?:(?:held|saved|eval|skipped) )?\w+=\S+(?: \w+=\S+)*")
-"""All that a verb writes to stderr where nothing is wrong: notices, and lines of ``key=value``."""
+_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d (?:info: .+|\$ llamatune .+|[a-z]+(?: \w+=\S+)+)")
+"""All that a verb writes to stderr where nothing is wrong: notices, commands and lines of ``key=value``, each after
+its time."""
 
 
 def unexpected_lines(stderr: str) -> list[str]:

@@ -209,7 +209,7 @@ def test_ranks_that_share_every_parameter_find_it_too(trained: Callable[..., Pat
 # The default
 
 
-@pytest.mark.parametrize(("lora", "rate"), [({"r": 4}, 2e-4), (None, 2e-5)])
+@pytest.mark.parametrize(("lora", "rate"), [({"r": 4}, 3e-4), (None, 2e-5)])
 def test_null_is_the_usual_rate_and_is_written_out(spec_at: SpecAt, tmp_path: Path, lora: Any, rate: float) -> None:
     summary = train(spec_at("run", None, lora=lora, training__max_steps=1))
     assert summary["learning_rate"] == metrics(tmp_path / "run", "step")[0]["learning_rate"] == rate
@@ -225,11 +225,11 @@ def test_a_run_of_another_default_goes_on_with_its_rate(spec_at: SpecAt, tmp_pat
     train(spec_at("run", None))
     assert_same_outcome(tmp_path / "run", tmp_path / "whole")
     train(spec_at("run", None), overwrite=True)
-    assert metrics(tmp_path / "run", "step")[0]["learning_rate"] == 2e-4
+    assert metrics(tmp_path / "run", "step")[0]["learning_rate"] == 3e-4
 
 
 def test_a_lowest_rate_above_the_default_is_refused(spec_at: SpecAt) -> None:
-    with pytest.raises(SpecError, match=r"min_learning_rate 0\.1 is above learning_rate 0\.0002, the default"):
+    with pytest.raises(SpecError, match=r"min_learning_rate 0\.1 is above learning_rate 0\.0003, the default"):
         spec_at("run", None, training__min_learning_rate=0.1)
 
 
@@ -238,7 +238,7 @@ def test_a_lowest_rate_above_the_default_is_refused(spec_at: SpecAt) -> None:
 
 def test_plan_and_report_tell_of_the_rate(spec_at: SpecAt, tmp_path: Path) -> None:
     assert plan_training(spec_at("run"))["learning_rate"].startswith("auto: searched before the first step")
-    assert plan_training(spec_at("run", None))["learning_rate"] == 2e-4
+    assert plan_training(spec_at("run", None))["learning_rate"] == 3e-4
     events: list[Event] = []
     train(spec_at("run"), on_event=events.append)
     rate = found(tmp_path / "run")["learning_rate"]
