@@ -70,6 +70,11 @@ PAIRS = {
     "demo base, prose, full": Pair(
         "demo", "prose", None, {"gradient_accumulation_steps": 4, "lr_scheduler": "linear", "warmup_ratio": 0.1}
     ),
+    "stories260K, prose, LoRA r=4": Pair(
+        "stories", "prose", {"r": 4, "target_modules": ALL},
+        {"gradient_accumulation_steps": 2, "lr_scheduler": "linear"},
+    ),
+    "demo base, Alpaca, LoRA r=16 on q, v": Pair("demo", "alpaca", {}, {"gradient_accumulation_steps": 4}),
 }  # fmt: skip
 
 
