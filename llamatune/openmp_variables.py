@@ -14,10 +14,10 @@ from llamatune.errors import EnvironmentFault
 SPINS = 30_000
 """Turns of the loop in which a thread waits for others before it sleeps, a tenth of OpenMP's own number.
 
-On idle cores the median step takes as long as with OpenMP's own number, within the noise; without any (``passive``)
-small steps take half as long again. Beside processes that take the cores a step of OpenMP's own number took more than
-20 times as long as on one thread, of this number 2.5 times, of ``passive`` as long. ``docs/performance.md`` has the
-figures.
+On idle cores steps take as long as with OpenMP's own number, within the noise of 14 %; without any (``passive``) small
+steps take half as long again. Beside processes that take the cores, a step of OpenMP's own number took more than 20
+times as long as on one thread, of this number 2.5 times, of ``passive`` as long. The figures are in
+``docs/performance.md``.
 """
 
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")

@@ -9,15 +9,17 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from readme_job import README, ROOT, blocks, commands, make_workplace, run_quietly
+from readme_job import README, ROOT, blocks, commands, make_workplace, other_commands, run_quietly
 
 from llamatune.checkpoints.model_directory import read_config
+from llamatune.cli import VERBS
 from llamatune.command_options.generation import GenerateOptions
 from llamatune.command_options.option import option_fields
 from llamatune.data.chat_messages import ROLES, TRAINING
 from llamatune.data.column_maps import PRESETS
 from llamatune.data.prepare_report import ADJUSTMENTS
 from llamatune.shapes.counts import count_parameters
+from llamatune.shapes.torch_builds import BUILDS
 from llamatune.spec import build_spec, load_spec
 from llamatune.strict_yaml import parse_yaml
 
@@ -31,9 +33,10 @@ def workplace(tmp_path: Path) -> Path:
 def test_the_readmes_commands_run_in_their_order_and_warn_of_nothing(workplace: Path) -> None:
     verbs = {command[1] for command in commands()}
     assert {"prepare-data", "train", "merge-lora", "generate", "count-params"} <= verbs
-    for command in commands():
+    for command in [*commands(), *other_commands()]:
         assert command[0] == "llamatune"
-        run_quietly([sys.executable, "-m", *command], workplace)
+        if command[1] != "demo":  # which its own tests run
+            run_quietly([sys.executable, "-m", *command], workplace)
     run = workplace / "runs" / "alpaca"
     for name in ("spec.yaml", "metrics.jsonl", "summary.json", "adapter", "best", "checkpoints"):
         assert (run / name).exists(), name
@@ -74,6 +77,24 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
     folders = {f"{path.parent.relative_to(package).as_posix()}/" for path in package.rglob("__init__.py")} - {"./"}
     files = {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
     assert listed == folders | files
+
+
+def test_every_verb_is_run_with_an_eye_on_stderr() -> None:
+    """A new verb belongs into README's job, or into OTHER_VERBS; ``make test-wheel`` runs them all."""
+    run = {command[1] for command in [*commands(), *other_commands()]}
+    assert run == set(itertools.chain(*VERBS.values()))
+
+
+def test_the_table_of_builds_is_that_of_the_package() -> None:
+    table = README.partition("\n## Install\n")[2].partition("\n## ")[0]
+    rows = [row for row in table.splitlines() if row.startswith("| ") and "pip install" in row]
+    for build in BUILDS:
+        (row, *more) = [row for row in rows if f"`{build.command}`" in row]
+        assert f"CUDA {build.cuda[0]}" in row, row
+        assert more == [] or build.cuda == (13, 0) or build.cuda == (12, 6)
+    known = {build.command for build in BUILDS}
+    advised = {command for row in rows for command in re.findall(r"`(pip install [^`]*)`", row)}
+    assert advised - known == {"pip install torch --index-url https://download.pytorch.org/whl/cpu"}
 
 
 def test_the_spec_page_is_made_from_the_spec() -> None:

@@ -23,6 +23,14 @@ def unexpected_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if not _LINE.fullmatch(line)]
 
 
+OTHER_VERBS = {
+    "chat": "chat --model merged --temperature 0",
+    "slurm": "slurm run.yaml --output job.sh",
+    "demo": "demo --output demo-output",
+}
+"""A command of each verb that README's job does without, to be run after it."""
+
+
 def blocks(language: str, text: str = README) -> list[str]:
     """The fenced blocks of a language (``""``: of none)."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
@@ -32,6 +40,11 @@ def blocks(language: str, text: str = README) -> list[str]:
 def commands() -> list[list[str]]:
     """README's commands in their order, each split into words."""
     return [shlex.split(line) for block in blocks("bash") for line in block.splitlines() if line]
+
+
+def other_commands() -> list[list[str]]:
+    """Those of ``OTHER_VERBS``, split into words."""
+    return [["llamatune", *shlex.split(words)] for words in OTHER_VERBS.values()]
 
 
 def make_workplace(place: Path) -> None:
@@ -44,13 +57,19 @@ def make_workplace(place: Path) -> None:
 
 
 def run_quietly(command: Sequence[str], place: Path, **environment: str) -> str:
-    """Run a verb that has nothing to warn of; its standard output.
+    """Run a verb that has nothing to warn of, with a question as its standard input; its standard output.
 
     Raises:
         AssertionError: it failed, or wrote an unexpected line to stderr.
     """
     done = subprocess.run(
-        command, cwd=place, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        command,
+        cwd=place,
+        env={**os.environ, **environment},
+        input="Which river runs through Marby?\n",
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, f"{shlex.join(command)}: {done.stderr}"
     stray = unexpected_lines(done.stderr)
