@@ -179,6 +179,24 @@ class EarlyStop:
 
 
 @dataclass(frozen=True)
+class RateSearch:
+    """The search for ``training.learning_rate: auto`` before the first step, as ``metrics.jsonl`` keeps it.
+
+    ``losses`` are held-out losses of the trials at ``rates``, after ``updates`` of one micro-batch each; None: the
+    trial diverged. ``start_loss`` is that of the untrained weights. ``micro_batches`` were computed in all.
+    """
+
+    event: ClassVar[str] = "learning_rate_search"
+    learning_rate: float
+    method: str
+    rates: list[float]
+    losses: list[float | None]
+    start_loss: float
+    updates: int
+    micro_batches: int
+
+
+@dataclass(frozen=True)
 class CheckpointSaved:
     """A checkpoint is durable at ``path``; ``seconds`` is how long saving took."""
 
