@@ -40,7 +40,7 @@ VERBS = {
         "slurm",
         "env",
     ),
-    "Help": ("init", "schema", "explain"),
+    "Help": ("init", "schema", "explain", "docs"),
     "Formats": ("convert", "convert-adapter", "extract-lora"),
 }
 _WRITERS = ("prepare-data", "train", "merge-lora", "sweep", "benchmark", "demo", "report", *VERBS["Formats"])

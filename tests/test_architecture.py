@@ -23,6 +23,7 @@ FLOORS = [
         "sweeping",
         "starting_spec",
         "explaining",
+        "documentation",
         "verification",
         "merge_proof",
         "slurm_script",

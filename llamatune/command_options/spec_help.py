@@ -1,4 +1,4 @@
-"""Options of the verbs that help to write a run spec and to read an error: ``schema`` and ``explain``."""
+"""Options of the verbs that help to write a spec, to read an error and to look things up: schema, explain, docs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,3 +25,10 @@ class ExplainOptions(Options):
         argument=True,
         metavar="[CODE|ERROR|KEY ...]",
     )
+
+
+@dataclass(frozen=True)
+class DocsOptions(Options):
+    """What is to be read; nothing: the list of pages."""
+
+    page: str | None = option("The name of a page.", None, argument=True, metavar="[PAGE]")

@@ -1,0 +1,43 @@
+"""``llamatune docs``: lists the pages of docs/ and prints one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamatune import documentation
+
+DOCS = Path(__file__).parents[2] / "docs"
+Command = Callable[..., Any]
+
+
+def test_every_page_is_listed_and_printed_as_it_is(command: Command) -> None:
+    listed = json.loads(command("docs", "--json").stdout)["pages"]
+    assert set(listed) == {path.stem for path in DOCS.glob("*.md")}
+    lines = command("docs").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(listed)
+    for path in DOCS.glob("*.md"):
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith(f"# {listed[path.stem]}\n")
+        assert command("docs", path.stem).stdout == text
+    assert command("docs", "docs/memory.md").stdout == (DOCS / "memory.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("raport", "did you mean report"), ("xyzzy", "lists them"), ("../README", "lists")]
+)
+def test_an_unknown_page_is_refused(command: Command, name: str, hint: str) -> None:
+    ran = command("docs", name)
+    assert (ran.code, ran.stdout) == (2, "")
+    assert hint in ran.stderr
+
+
+def test_an_installation_without_pages_says_so(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documentation, "__file__", str(tmp_path / "package" / "documentation.py"))
+    assert "no documentation" in command("docs").stderr
