@@ -54,6 +54,7 @@ _OF_OTHERS = {
 _OURS = {theirs: ours for ours, names in _OF_OTHERS.items() for theirs in names.split()}
 _OF_PREPARED = ("max_seq_length", "max_length", "seq_len", "sequence_len", "cutoff_len", "max_seq_len")
 
+_UNQUOTED = ", write it without quotes"
 _SUBJECT = re.compile(r"^\w+ should ")
 """With which pydantic begins: Input, String, Tuple; here the key comes first."""
 
@@ -84,7 +85,9 @@ def _describe(place: tuple[Any, ...], errors: Sequence[Any], sections: Sections)
         case "missing":
             return f"{path}: missing"
         case "value_error":
-            return f"{path}: {error['ctx']['error']}"
+            told, given = str(error["ctx"]["error"]), error.get("input")
+            quoted = "valid number" in told and isinstance(given, str) and _is_quoted(given, "float_type")
+            return f"{path}: {told}{_UNQUOTED if quoted else ''}"
     given = error.get("input")
     first, *others = dict.fromkeys(_SUBJECT.sub("should ", each["msg"]) for each in errors)
     expected = " or ".join((first, *(other.removeprefix("should be ") for other in others)))
@@ -92,7 +95,7 @@ def _describe(place: tuple[Any, ...], errors: Sequence[Any], sections: Sections)
     if given is None:
         shown = " (it is null, as ~ alone is in YAML)" if error["type"] == "string_type" else " (it is null)"
     quoted = isinstance(given, str) and any(_is_quoted(given, each["type"]) for each in errors)
-    return f"{path}: {expected}{shown}{', write it without quotes' if quoted else ''}"
+    return f"{path}: {expected}{shown}{_UNQUOTED if quoted else ''}"
 
 
 def _is_quoted(given: str, kind: str) -> bool:

@@ -163,7 +163,10 @@ def test_a_fault_is_blamed_on_where_it_is() -> None:
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("training.learning_rate='1e-4'", "should be a valid number (it is '1e-4'), write it without quotes"),
+        (
+            "training.learning_rate='1e-4'",
+            "should be a valid number above 0, auto or null (it is '1e-4'), write it without quotes",
+        ),
         ("training.num_epochs='3'", "should be a valid number (it is '3'), write it without quotes"),
         ("training.seed='7'", "should be a valid integer (it is '7'), write it without quotes"),
         ("training.compile='true'", "should be a valid boolean (it is 'true'), write it without quotes"),
