@@ -15,6 +15,7 @@ from llamatune.spec import RunSpec, build_spec
 LORA, BATCH = "lora", "batch"
 """The two axes that are not fields of the spec: ``on`` or ``off``, and micro-batch x accumulation as in ``1x8``."""
 
+_LORA_VALUES = {"null": "off", "{}": "on"}
 _SHORT = {
     "training.activation_checkpointing": "checkpointing",
     "training.gradient_accumulation_steps": "accumulation",
@@ -91,6 +92,8 @@ def parse_axis(text: str) -> Axis:
         raise SpecError(f"{text!r} is no axis", "--grid", "write KEY=V1,V2 as in training.precision=fp32,bf16")
     if len(set(parsed)) != len(parsed):
         raise SpecError("names a value twice", f"--grid {text}")
+    if key == LORA:
+        parsed = tuple(_LORA_VALUES.get(value, value) for value in parsed)  # as an override of train has it
     if key == LORA and not set(parsed) <= {"on", "off"}:
         raise SpecError("lora is on or off", f"--grid {text}", "its fields are axes too, as lora.r=4,16")
     if key == BATCH and not all(_BATCH_VALUE.fullmatch(value) for value in parsed):
@@ -126,8 +129,8 @@ def _build_spec(values: dict[str, Any], where: object, overrides: list[str], set
     if BATCH in settings:
         micro, accumulated = batch_sizes(settings[BATCH])
         assignments += [f"training.micro_batch_size={micro}", f"training.gradient_accumulation_steps={accumulated}"]
-    if settings.get(LORA) == "on":
-        values.setdefault("lora", {})
+    if settings.get(LORA) == "on" and values.get("lora") is None:
+        values["lora"] = {}
     if settings.get(LORA) == "off":
         values.pop("lora", None)
         overrides = [override for override in overrides if not override.startswith("lora.")]

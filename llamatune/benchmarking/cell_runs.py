@@ -13,7 +13,7 @@ from typing import Any
 
 from llamatune import __version__
 from llamatune.benchmarking.cell_process import SCRATCH, CellTask, run_cell
-from llamatune.benchmarking.results import Result, status_word
+from llamatune.benchmarking.results import Result, Work, status_word
 from llamatune.durable_writing import write_atomic
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop
@@ -31,13 +31,15 @@ _FINAL = ("measured", "oom", "refused")
 class PlannedCell:
     """A cell and its task, None if it is refused; ``identity`` digests all that decides the outcome.
 
-    ``seeds``: how many runs of training there are, each with losses of its own; None: nothing is trained.
+    ``seeds``: how many runs of training there are, each with losses of its own; ``work``: what all cells' times are
+    told for. None: nothing is trained.
     """
 
     cell: Cell
     task: CellTask | None = None
     identity: str = ""
     seeds: int | None = None
+    work: Work | None = None
 
 
 @contextlib.contextmanager
@@ -69,6 +71,8 @@ def measure_cells(
         except Stopped:
             done = f"stopped by a signal after {number - 1} of {len(planned)} cells"
             raise Stopped(done, output, "run the same command again to continue") from None
+        if plan.work is not None and facts["status"] == "measured":
+            facts = {**facts, **plan.work.facts(facts["tokens_per_second"])}
         results.append({"values": dict(plan.cell.values), **facts})
         told = summary(facts) if facts["status"] == "measured" else f"{status_word(facts)}: {facts['reason']}"
         on_event(Notice(f"cell {number} of {len(planned)}: {plan.cell.label}: {told}"))

@@ -35,7 +35,7 @@ class SweepOptions(Options):
         "Runs that share the base and are trained together. 1: one after another.",
         None,
         kind=int,
-        metavar="auto|N",
+        metavar="AUTO|N",
         shown_default="auto, as many as memory allows",
         parse=_parse_at_once,
     )

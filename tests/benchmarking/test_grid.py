@@ -134,3 +134,16 @@ def test_values_as_reports_name_them() -> None:
         ["OFF", "ON"], ["OFF", "ON bf16"], ["OFF 1x1", "OFF 8x1", "ON 1x8"], ["OFF", "ON every_2", "ON block"]
     ]  # fmt: skip
     assert switch(parse_axis("lora.r=4,8"), "4") == "4"
+
+
+def test_lora_null_is_off_as_an_override_of_train_has_it() -> None:
+    """In a file whose section is empty, too."""
+    assert parse_axis("lora=null,{}") == parse_axis("lora=off,on")
+    values = {"model": {"path": "m", "dtype": "float32"}, "lora": None, "data": {"train": "d"},
+              "training": {"output_dir": "o"}}  # fmt: skip
+    off, on = expand(values, "spec.yaml", ["lora.r=4"], Grid((parse_axis("lora=null,{}"),)))
+    assert off.spec is not None
+    assert off.spec.lora is None
+    assert on.spec is not None
+    assert on.spec.lora is not None
+    assert on.spec.lora.r == 4

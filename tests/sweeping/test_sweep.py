@@ -324,7 +324,7 @@ def test_as_many_at_once_as_the_plan_allows(
     run_sweep(options(small, tmp_path / "out", *GRID), events.append)
     assert counts == [2, 2]
     told = [event.message for event in events if isinstance(event, Notice) and "together" in event.message]
-    assert all("(about 0." in message and " MiB of " in message for message in told), told
+    assert all("(about " in message and " KiB of " in message for message in told), told
     counts.clear()
     run_sweep(options(spec, tmp_path / "three", *GRID, at_once=3))
     assert counts == [3]
