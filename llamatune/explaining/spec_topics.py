@@ -99,8 +99,8 @@ SPEC_TOPICS = (
     topic(
         "a run that was begun with another spec",
         2,
-        r"the spec differs|differs from the run's|its base is not the model|rows of the run are not|"
-        r"in no run directory|run had no validation|is finished|begun with|spec of the run",
+        r"the spec differs|this one began with|differs from the run's|its base is not the model|"
+        r"rows of the run are not|in no run directory|run had no validation|is finished|begun with|spec of the run",
         "A run goes on only as it began: a change that alters results is refused, unless --allow-spec-change names it.",
         "error: the spec differs from the run's: training.learning_rate: 0.0002 -> 0.0001: runs/alpaca/spec.yaml",
         "Undo the change, name it with --allow-spec-change FIELD, or give another training.output_dir.",

@@ -246,7 +246,7 @@ def _why_rows(plan: MemoryPlan) -> str:
 def _why_rate(spec: RunSpec) -> str:
     if spec.lora is None:
         return "of full fine-tuning; a tenth of LoRA's"
-    return "LoRA's at every rank, ten times that of full fine-tuning; jumps: halve it"
+    return "LoRA's at every rank; auto tries some before the first step"
 
 
 def _nothing_fits(spec: RunSpec, plan: MemoryPlan, config: LlamaConfig, device: Device) -> EnvironmentFault:

@@ -43,7 +43,9 @@ def test_verbs_and_options() -> None:
 
 def test_keys_of_the_spec_and_their_values() -> None:
     names = [key.name for key in spec_keys()]
-    assert completions("llamatune train run.yaml training.lea") == ["training.learning_rate=1e-05"]
+    assert completions("llamatune train run.yaml training.weight_d") == ["training.weight_decay=0.0"]
+    rates = completions("llamatune train run.yaml training.lea")
+    assert set(rates) == {"training.learning_rate=auto", "training.learning_rate=null"}
     offered = completions("llamatune train run.yaml lora.")
     assert set(offered) >= {f"{name}=" for name in names if name.startswith("lora.")}
     assert completions("llamatune train run.yaml lora.init=p") == ["pissa"]
