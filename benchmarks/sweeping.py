@@ -2,10 +2,10 @@
 
     python benchmarks/sweeping.py --shape 50m --dtype bfloat16 --precision fp32 --tokens 64 [--members 4] [--updates 20]
 
-The sides alternate, and each run begins in an empty directory. Whole times are of the commands, imports and loading
-included. Times of an update are those between the first and the last line of ``metrics.jsonl``: of runs one after
-another their sum, of runs at once that of one run, because the others are made in the same time. Checkpoints, adapters
-and losses must be equal to the byte. The last line on stdout is a JSON object.
+The sides alternate, and each run begins in an empty directory. Times are of the commands, imports, loading and the page
+included: by the clock, and the processor's, which a busy machine changes less. Each command is run for two numbers of
+updates; the difference is the time of an update of all adapters. Checkpoints, adapters and losses must be equal to the
+byte. The last line on stdout is a JSON object.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -47,7 +48,8 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--members", type=int, default=4)
-    parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--updates", type=int, default=50)
+    parser.add_argument("--least-updates", type=int, default=5, help="of the shorter run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--side", action="append", choices=SIDES)
@@ -60,33 +62,31 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """The facts of the comparison: medians, and medians of the ratios of paired rounds."""
     spec = write_material(asked, scratch)
     rates, sides = RATES[: asked.members], asked.side or SIDES
-    whole: dict[str, list[float]] = {side: [] for side in sides}
-    update: dict[str, list[float]] = {side: [] for side in sides}
+    times: dict[str, dict[str, list[float]]] = {
+        name: {side: [] for side in sides} for name in ("whole_s", "whole_processor_s", "update_processor_s")
+    }
     for number in range(asked.rounds):
         products = []
         for side in sides:
-            output = scratch / "out"
-            shutil.rmtree(output, ignore_errors=True)
-            began = time.perf_counter()
-            runs = run_side(side, spec, rates, output, asked.threads)
-            whole[side].append(time.perf_counter() - began)
-            each = [seconds_of_update(run) for run in runs]
-            update[side].append(max(each) if side == "sweep" else sum(each))
+            _, few, _ = run_side(side, spec, rates, scratch / "out", asked.threads, asked.least_updates)
+            clock, processor, runs = run_side(side, spec, rates, scratch / "out", asked.threads, asked.updates)
+            more = asked.updates - asked.least_updates
+            for name, value in zip(times, (clock, processor, (processor - few) / more), strict=True):
+                times[name][side].append(value)
             products.append([content_of(run) for run in runs])
         if any(found != products[0] for found in products):
             raise SystemExit("the sides trained other weights")
-        seconds = {side: round(times[-1], 2) for side, times in whole.items()}
-        sys.stderr.write(f"round {number + 1}: {seconds}\n")
-    first = sides[0]
+        shown = {name: {side: round(found[-1], 2) for side, found in of.items()} for name, of in times.items()}
+        sys.stderr.write(f"round {number + 1}: {shown}\n")
     facts = {key: value for key, value in vars(asked).items() if key != "side"}
-    return {
-        **facts,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "whole_s": {side: statistics.median(times) for side, times in whole.items()},
-        "update_s": {side: statistics.median(times) for side, times in update.items()},
-        "whole_ratio": {side: ratio(whole[side], whole[first]) for side in sides},
-        "update_ratio": {side: ratio(update[side], update[first]) for side in sides},
+    medians = {
+        name: {side: round(statistics.median(found), 3) for side, found in of.items()} for name, of in times.items()
     }
+    ratios = {
+        name.replace("_s", "_ratio"): {side: ratio(of[side], of[sides[0]]) for side in sides[1:]}
+        for name, of in times.items()
+    }
+    return {**facts, "cpu": torch.backends.cpu.get_cpu_capability(), **medians, **ratios}
 
 
 def ratio(times: list[float], others: list[float]) -> float:
@@ -126,17 +126,23 @@ def write_material(asked: argparse.Namespace, scratch: Path) -> Path:
     return path
 
 
-def run_side(side: str, spec: Path, rates: tuple[str, ...], output: Path, threads: int) -> list[Path]:
-    """Train all adapters; their run directories."""
+def run_side(
+    side: str, spec: Path, rates: tuple[str, ...], output: Path, threads: int, updates: int
+) -> tuple[float, float, list[Path]]:
+    """Train all adapters; the seconds that passed, those of the processor, and the run directories."""
+    shutil.rmtree(output, ignore_errors=True)
+    length, began, used = f"training.max_steps={updates}", time.perf_counter(), _processor_s()
     if side == "train":
         runs = [output / rate for rate in rates]
         for run, rate in zip(runs, rates, strict=True):
-            command = ["train", str(spec), f"training.learning_rate={rate}", f"training.output_dir={run}"]
-            run_verb(command, threads)
-        return runs
-    grid = f"training.learning_rate={','.join(rates)}"
-    run_verb([*side.split()[:1], str(spec), *side.split()[1:], "--grid", grid, "--output", str(output)], threads)
-    return [output / "runs" / f"learning_rate={rate}" for rate in rates]
+            rate_and_place = [f"training.learning_rate={rate}", f"training.output_dir={run}"]
+            run_verb(["train", str(spec), length, *rate_and_place], threads)
+    else:
+        grid = f"training.learning_rate={','.join(rates)}"
+        verb, *how = side.split()
+        run_verb([verb, str(spec), length, *how, "--grid", grid, "--output", str(output)], threads)
+        runs = [output / "runs" / f"learning_rate={rate}" for rate in rates]
+    return time.perf_counter() - began, _processor_s() - used, runs
 
 
 def run_verb(words: list[str], threads: int) -> None:
@@ -148,11 +154,10 @@ def run_verb(words: list[str], threads: int) -> None:
         raise SystemExit(f"{words[0]} ended with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
 
 
-def seconds_of_update(run: Path) -> float:
-    """The mean time from one line of a step to the next."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    times = [line["elapsed_s"] for line in lines if line["event"] == "step"]
-    return (times[-1] - times[0]) / (len(times) - 1)  # type: ignore[no-any-return]
+def _processor_s() -> float:
+    """Of the commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def content_of(run: Path) -> list[bytes]:

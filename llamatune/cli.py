@@ -27,7 +27,19 @@ from llamatune.stop_signals import stop_signals
 # The function of a verb has its name, in the module of that name: commands/prepare_data.py, prepare_data.
 VERBS = {
     "Core verbs": ("prepare-data", "train", "merge-lora", "generate", "count-params"),
-    "More verbs": ("evaluate", "chat", "sweep", "benchmark", "plan-memory", "report", "verify", "demo", "slurm", "env"),
+    "More verbs": (
+        "evaluate",
+        "judge",
+        "chat",
+        "sweep",
+        "benchmark",
+        "plan-memory",
+        "report",
+        "verify",
+        "demo",
+        "slurm",
+        "env",
+    ),
     "Help": ("init", "schema", "explain"),
     "Formats": ("convert", "convert-adapter", "extract-lora"),
 }

@@ -46,7 +46,7 @@ class Progress:
 class RunStarted:
     """What will be trained, or continued after ``resumed_step`` updates that took ``elapsed_s``.
 
-    ``evaluates_first``: the validation loss comes before the first step, which has to wait for it. ``losses`` are those
+    ``evaluates_first``: an evaluation comes before the first step, which has to wait for it. ``losses`` are those
     of the updates that were made before, in their order.
     """
 
@@ -176,6 +176,24 @@ class EarlyStop:
     evaluations_without_improvement: int
     best_step: int
     best_eval_loss: float
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """The search for ``training.learning_rate: auto`` before the first step, as ``metrics.jsonl`` keeps it.
+
+    ``losses`` are held-out losses of the trials at ``rates``, after ``updates`` of one micro-batch each; None: the
+    trial diverged. ``start_loss`` is that of the untrained weights. ``micro_batches`` were computed in all.
+    """
+
+    event: ClassVar[str] = "learning_rate_search"
+    learning_rate: float
+    method: str
+    rates: list[float]
+    losses: list[float | None]
+    start_loss: float
+    updates: int
+    micro_batches: int
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import shlex
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -21,6 +21,8 @@ from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.spec_faults import describe_faults
 from llamatune.spec_overrides import COMMAND_LINE, caused_by, drop_rivals, override, refuse_twice, rename_aliases
 from llamatune.spec_sections import (
+    FULL_LEARNING_RATE,
+    LORA_LEARNING_RATE,
     DataSection,
     EvaluationSection,
     LoraSection,
@@ -67,7 +69,19 @@ class RunSpec(Section):
             )
         if lora is not None and model.init == "random" and lora.init_from:
             raise ValueError("lora.init_from needs the base it was trained on, not model.init: random")
+        if training.learning_rate is None and training.min_learning_rate > self.usual_learning_rate:
+            fault = f"training.min_learning_rate {training.min_learning_rate} is above learning_rate"
+            raise ValueError(f"{fault} {self.usual_learning_rate}, the default; give training.learning_rate")
         return self
+
+    @property
+    def usual_learning_rate(self) -> float:
+        """What ``training.learning_rate: null`` stands for in a new run."""
+        return FULL_LEARNING_RATE if self.lora is None else LORA_LEARNING_RATE
+
+    def with_learning_rate(self, rate: float | Literal["auto"]) -> RunSpec:
+        """The same with another ``training.learning_rate``."""
+        return self.model_copy(update={"training": self.training.model_copy(update={"learning_rate": rate})})
 
     @property
     def adapter(self) -> AdapterSpec | None:

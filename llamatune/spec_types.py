@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationInfo, WithJsonSchema
 
@@ -69,6 +70,14 @@ def _memory_size(value: str) -> str:
         except SpecError as fault:
             raise ValueError(f"{fault.what}, and not auto; {fault.todo}") from None
     return value
+
+
+def _learning_rate(value: Any) -> Any:
+    if value is None or value == "auto":
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
+        return float(value)
+    raise ValueError(f"should be a valid number above 0, auto or null (it is {value!r})")
 
 
 def _duration(value: Any) -> Any:
@@ -153,6 +162,7 @@ CheckpointingMode = Annotated[
     }),
 ]  # fmt: skip
 Device = Annotated[str, BeforeValidator(_device), Field(pattern=f"^({_DEVICE})$")]
+LearningRate = Annotated[Annotated[float, Field(gt=0)] | Literal["auto"] | None, BeforeValidator(_learning_rate)]
 MemorySize = Annotated[
     str,
     AfterValidator(_memory_size),

@@ -12,8 +12,10 @@ PACKAGE = Path(__file__).parents[1] / "llamatune"
 # From top to bottom: a file may import from its own floor's folder and from floors below.
 FLOORS = [
     {"cli", "__main__"},
-    {"commands"},
+    {"commands", "python_api", "python_keywords"},
+    {"requests"},
     {"demo"},
+    {"judging"},
     {
         "tracking",
         "reporting",

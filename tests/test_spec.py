@@ -40,7 +40,7 @@ def test_the_documented_defaults_hold() -> None:
     assert made.lora.target_modules == ("q_proj", "v_proj")  # type: ignore[union-attr]
     training = made.training
     assert (training.micro_batch_size, training.gradient_accumulation_steps) == (1, 8)
-    assert (training.learning_rate, training.precision, training.keep_last) == (1e-5, "bf16", 2)
+    assert (made.usual_learning_rate, training.precision, training.keep_last) == (3e-4, "bf16", 2)
     assert (made.model.dtype, made.data.shuffle, training.max_grad_norm) == ("bfloat16", True, 1.0)
 
 

@@ -82,6 +82,8 @@ class Trial:
 
     def __init__(self, spec: RunSpec, inputs: Inputs) -> None:
         train, levels = inputs.prepared.train, None
+        if not isinstance(spec.training.learning_rate, float):  # nothing is searched here, equal work is timed
+            spec = spec.with_learning_rate(spec.usual_learning_rate)
         self.spec, self.schedule, self.device = spec, Schedule(spec, train), inputs.device
         if spec.training.memory_limit != "auto":
             levels = plan_run_memory(spec, inputs.config, train, inputs.device).levels

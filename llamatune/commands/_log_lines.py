@@ -18,12 +18,12 @@ _LONGEST_ANSWER = 100
 class KeyValueLines:
     """One line an event, which begins with the local time, as Slurm's own lines have it, and the kind of the event.
 
-    Progress of a long task is written every ten seconds.
+    Progress of a task that takes longer is written every ten seconds.
     """
 
     def __init__(self, log_every_steps: int) -> None:
         self._log_every_steps = log_every_steps
-        self._last_progress = time.monotonic()
+        self._last_progress: dict[str, float] = {}
         self._run_left, self._task_left = RunTimeLeft(), TaskTimeLeft()
 
     def draw(self, event: events.Event) -> None:
@@ -43,9 +43,12 @@ class KeyValueLines:
             case events.Progress():
                 left = self._task_left.after(event)
                 now = time.monotonic()
-                if now - self._last_progress < _PROGRESS_INTERVAL_S:
+                last = self._last_progress.pop(event.task, now)
+                is_due, is_done = now - last >= _PROGRESS_INTERVAL_S, event.share is not None and event.share >= 1
+                if not is_done:
+                    self._last_progress[event.task] = now if is_due else last
+                if not is_due:
                     return None
-                self._last_progress = now
                 return f"progress {_progress(event)}{_left(left)}"
             case events.RunStarted():
                 counts = "trainable_parameters total_parameters train_rows validation_rows total_steps resumed_step"

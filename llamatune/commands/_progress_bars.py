@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import IO, Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llamatune import events
-from llamatune.commands._terminal_modes import keep_cursor
+from llamatune.commands._terminal_modes import silence_keys
 from llamatune.commands._training_panel import TrainingPanel, losses_text
 from llamatune.errors import printable
 from llamatune.units import duration, gibibytes
@@ -42,11 +42,14 @@ class _Console(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Texts that come in another way, as ``Text``, are escaped at last."""
+        plain = None
         if isinstance(renderable, Table) and renderable.box is not None and not self.file.isatty():
-            renderable = _without_lines(renderable)
-        for segment in super().render(renderable, options):
+            plain = _without_lines(renderable)
+        for segment in super().render(renderable if plain is None else plain, options):
             text, style, control = segment
             yield segment if control or text.isprintable() else Segment(printable(text, _KEPT), style)
+        if plain is not None:
+            yield Segment.line()
 
     def on_broken_pipe(self) -> None:
         """Rich would exit; here the caller decides what a closed pipe means."""
@@ -94,7 +97,7 @@ class ProgressBars:
         self._panel: TrainingPanel | None = None
         self._drawn = 0.0
         self._live = Live(console=console, auto_refresh=False, get_renderable=self._drawing)
-        self._restore_terminal = keep_cursor(console.file)
+        self._restore_terminal: Callable[[], None] = lambda: None
         self._live.start()
 
     def close(self) -> None:
@@ -108,6 +111,8 @@ class ProgressBars:
         if isinstance(event, events.Progress):
             self._count(event)
         if isinstance(event, events.RunStarted):
+            self._restore_terminal()
+            self._restore_terminal = silence_keys(self._console.file)
             self._panel = TrainingPanel(event)
         if self._panel is not None:
             self._panel.note(event)

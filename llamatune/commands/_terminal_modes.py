@@ -1,4 +1,4 @@
-"""Modes of the terminal while something is drawn on it: Ctrl-C neither echoes nor discards what was written."""
+"""Modes of the terminal while a panel is drawn on it: keys are not echoed, and Ctrl-C discards nothing."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from collections.abc import Callable
 from typing import IO
 
 _LOCAL_FLAGS = 3  # of what tcgetattr returns
+_CHANGED = termios.ECHO | termios.ECHOCTL | termios.NOFLSH
 
 
-def keep_cursor(file: IO[str]) -> Callable[[], None]:
-    """Keep Ctrl-C from moving the cursor that a drawing counts on; what restores the terminal.
+def silence_keys(file: IO[str]) -> Callable[[], None]:
+    """Keep keys from moving the cursor that a drawing counts on; what restores the terminal.
 
-    ``^C`` is not echoed (ECHOCTL), and the terminal gets what was written before the key was pressed (NOFLSH): part of
-    a drawing would be lost. A process in the background leaves the terminal alone, which is another's then.
+    Nothing is echoed: ``^C`` would stand anywhere in the drawing, within a character too. The terminal gets what was
+    written before Ctrl-C was pressed (NOFLSH). What is typed is there for the shell afterwards. A process in the
+    background leaves the terminal alone, which is another's then.
     """
     try:
         descriptor = file.fileno()
         if os.tcgetpgrp(descriptor) != os.getpgrp():
             return lambda: None
         flags = termios.tcgetattr(descriptor)[_LOCAL_FLAGS]
-        _set_flags(descriptor, flags & ~termios.ECHOCTL | termios.NOFLSH)
+        _set_flags(descriptor, flags & ~termios.ECHO & ~termios.ECHOCTL | termios.NOFLSH)
     except (OSError, ValueError, termios.error):  # no terminal, or not this process's
         return lambda: None
 
@@ -35,9 +37,9 @@ def keep_cursor(file: IO[str]) -> Callable[[], None]:
 
 
 def _set_flags(descriptor: int, flags: int) -> None:
-    """Set the two flags as in ``flags``. SIGTTOU would stop a process that has gone to the background."""
-    modes, changed = termios.tcgetattr(descriptor), termios.ECHOCTL | termios.NOFLSH
-    modes[_LOCAL_FLAGS] = modes[_LOCAL_FLAGS] & ~changed | flags & changed
+    """Set the changed flags as in ``flags``. SIGTTOU would stop a process that has gone to the background."""
+    modes = termios.tcgetattr(descriptor)
+    modes[_LOCAL_FLAGS] = modes[_LOCAL_FLAGS] & ~_CHANGED | flags & _CHANGED
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:
         termios.tcsetattr(descriptor, termios.TCSANOW, modes)

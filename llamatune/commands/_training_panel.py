@@ -19,6 +19,7 @@ from llamatune.units import duration, epoch_text, gibibytes, perplexity, perplex
 
 _LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
 _MOST_POINTS = 512
+_SHOWN = 80
 
 
 def losses_text(loss: float, perplexity: float) -> str:
@@ -75,6 +76,7 @@ class TrainingPanel:
         self._at_start: float | None = None
         self._step: events.StepDone | None = None
         self._evaluation: events.EvalDone | None = None
+        self._answers: events.AnswersDone | None = None
         self._saved: events.CheckpointSaved | None = None
         self._memory: events.MemoryHeld | None = None
 
@@ -87,6 +89,8 @@ class TrainingPanel:
                 self._at_start = self._at_start if event.step else event.loss
                 self._evaluation = event
                 self._best = event if event.best else self._best
+            case events.AnswersDone():
+                self._answers = event
             case events.CheckpointSaved():
                 self._saved = event
             case events.MemoryHeld():
@@ -124,6 +128,8 @@ class TrainingPanel:
             rows.append(("of which", self._held(self._memory)))
         if self._evaluation is not None:
             rows.append(("validation", self._validation(self._evaluation)))
+        if self._answers is not None and self._answers.answers:
+            rows.append(("an answer", self._answer(self._answers)))
         if self._saved is not None:
             name = printable(Path(self._saved.path).name)
             rows.append(("checkpoint", f"{name}, saved in {self._saved.seconds:.2f} s"))
@@ -148,6 +154,13 @@ class TrainingPanel:
         weights = gibibytes(memory.frozen_bytes or memory.trained_bytes)
         adapter = f", adapter {gibibytes(memory.trained_bytes)}" if memory.frozen_bytes else ""
         return f"weights {weights}{adapter}, optimizer {gibibytes(memory.optimizer_bytes)}"
+
+    def _answer(self, done: events.AnswersDone) -> str:
+        """One of the answers, another at each evaluation, cut to a line or two."""
+        answer = done.answers[done.step % len(done.answers)]
+        short = (" ".join(text.split()) for text in (answer.prompt, answer.answer))
+        prompt, text = (one if len(one) <= _SHOWN else f"{one[:_SHOWN]}..." for one in short)
+        return f"{prompt} -> {text}" + (f", at step {done.step:,}" if done.step else ", before training")
 
     def _validation(self, evaluation: events.EvalDone) -> str:
         losses = losses_text(evaluation.loss, evaluation.perplexity)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from llamatune.explaining.checkpoint_topics import CHECKPOINT_TOPICS
+from llamatune.explaining.judge_topics import JUDGE_TOPICS
 from llamatune.explaining.machine_topics import MACHINE_TOPICS
 from llamatune.explaining.row_topics import ROW_TOPICS
 from llamatune.explaining.spec_topics import SPEC_TOPICS
 from llamatune.explaining.topics import Topic
 
-TOPICS = (*MACHINE_TOPICS, *SPEC_TOPICS, *ROW_TOPICS, *CHECKPOINT_TOPICS)
+TOPICS = (*MACHINE_TOPICS, *SPEC_TOPICS, *ROW_TOPICS, *CHECKPOINT_TOPICS, *JUDGE_TOPICS)
 
 
 def topics_of(text: str) -> list[Topic]:

@@ -20,11 +20,11 @@ CHECKPOINT_TOPICS = (
     topic(
         "an adapter that does not fit its base",
         4,
-        r"trained on another base|GGUF adapter|is not adapted|trained with another template|scaling … of|"
-        r"no matrix|the adapter|update of|adds a bias|two tensors are called|vocabulary of|with this adapter|"
-        r"which does not fit its module|neither summed nor|trains token|already merged|has no …$|adapter_config|"
-        r"summed|of r …|peft|two shapes of model|they differ in|same linear layers|merged model keeps|"
-        r"target_modules|base …|another base",
+        r"trained on another base|of another shape|GGUF adapter|is not adapted|trained with another template|"
+        r"scaling … of|no matrix|the adapter|update of|adds a bias|two tensors are called|vocabulary of|"
+        r"with this adapter|which does not fit its module|neither summed nor|trains token|already merged|"
+        r"has no …$|adapter_config|summed|of r …|peft|two shapes of model|they differ in|same linear layers|"
+        r"merged model keeps|target_modules|base …|another base",
         "An adapter belongs to the base that it was trained on: its matrices have that model's sizes, and its update "
         "means something on those weights alone.",
         "error: the adapter was trained on another base: runs/alpaca/adapter",

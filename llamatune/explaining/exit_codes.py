@@ -41,7 +41,7 @@ EXIT_CODES = (
         "the command line or the run spec is wrong",
         "An option, an argument, an override or a key of the spec cannot be used, or two of them contradict each "
         "other. It is found before anything is computed. All faults of a spec are told together.",
-        "error: lora.rank: unknown key, did you mean 'ranks'?: run.yaml",
+        "error: lora.rank: unknown key, did you mean 'r'?: run.yaml",
         "Change what the message names. `llamatune explain KEY` tells of a key of the spec, `llamatune VERB --help` of "
         "options.",
         (errors.SpecError,),
@@ -77,14 +77,14 @@ EXIT_CODES = (
     ),
     ExitCode(
         6,
-        "a loss or gradient is not finite",
+        "a loss or gradient is not finite, or a requirement of judge does not hold",
         "The numbers overflowed, or became NaN: the run is not worth going on with. The last checkpoint is from "
-        "before.",
+        "before. Of `judge --require`: a figure is not as it should be; the result is printed before the error.",
         "error: the loss is not finite at step 41, among row 320 (bfloat16 weights, bf16): runs/alpaca: the last good "
         "checkpoint is step-000040; lower training.learning_rate",
         "Lower training.learning_rate, use training.precision: bf16 in place of fp16, keep max_grad_norm, and look at "
         "the rows of that window.",
-        (errors.NumericsError,),
+        (errors.NumericsError, errors.RequirementFailed),
     ),
     ExitCode(
         75,

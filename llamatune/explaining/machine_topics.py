@@ -17,9 +17,9 @@ MACHINE_TOPICS = (
     topic(
         "an output that exists or cannot be written",
         5,
-        r"exists|not empty|cannot write|cannot open|cannot read|cannot keep|not open for writing|no such directory|"
-        r"dangling|a pipe that|--overwrite would|not a regular file|is never|names$|written with another|characters in "
-        r"names|permission",
+        r"exists|not empty|what the demo wrote|cannot write|cannot open|cannot read|cannot keep|"
+        r"not open for writing|no such directory|dangling|a pipe that|--overwrite would|not a regular file|"
+        r"is never|names$|written with another|characters in names|permission",
         "What stands at an output is never replaced without being asked, and the directory must be there and writable.",
         "error: exists: report.html: choose another output, or pass --overwrite",
         "Choose another output, pass --overwrite, or make the directory writable.",
@@ -71,7 +71,7 @@ MACHINE_TOPICS = (
     topic(
         "a helper process that died",
         5,
-        r"worker process|a process to|did not start|process died",
+        r"worker process|a process to|did not start|process died|number of threads",
         "Rows, templates and tokenizers from elsewhere are read in processes with limits; one of them could not be "
         "started, or was killed.",
         "error: a worker process died (exit status -9): free some memory",

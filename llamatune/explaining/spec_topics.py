@@ -14,7 +14,7 @@ SPEC_TOPICS = (
         "The spec has a key that is not known, lacks one, or has a value of another kind; or an override on the "
         "command line does not name a key. Unknown keys are refused because a misspelt one would silently change "
         "nothing.",
-        "error: lora.rank: unknown key, did you mean 'ranks'?: run.yaml",
+        "error: lora.rank: unknown key, did you mean 'r'?: run.yaml",
         "`llamatune explain SECTION` lists the keys of a section, `llamatune explain KEY` their values; an override is "
         "section.key=value, as training.seed=1.",
     ),
@@ -30,12 +30,12 @@ SPEC_TOPICS = (
     topic(
         "a value out of its bounds or choices",
         2,
-        r"--?[\w-]+ is |^… is …|is given … times|is given \d+ times|is given twice|names a value twice|is no size|"
-        r"are no seeds|is no axis|unknown (grid|preset)|no (linear layer|task|device|GPU|command|"
-        r"parameter) is? ?(called|set)|no linear layer called|no target modules|the weight of|lora is on or off|"
-        r"batch is micro-batch|layers asked for|--shards|there is no field|no column for|make a chat together|"
-        r"says nothing with|no cell of the grid|nothing may follow|nothing was said|no file is named|"
-        r"'chat' is for|a plot is|has the form|an empty text",
+        r"--?[\w-]+ is |^… is …|is given … times|is given \d+ times|is given twice|names a value twice|"
+        r"is no (size|time|number|work)|are no seeds|is no axis|unknown (grid|preset)|no (linear layer|task|"
+        r"device|GPU|command|parameter) is? ?(called|set)|no linear layer called|no target modules|the weight of|"
+        r"lora is on or off|batch is micro-batch|layers asked for|--shards|there is no field|no column for|"
+        r"make a chat together|says nothing with|no cell of the grid|nothing may follow|nothing was said|"
+        r"no file is named|'chat' is for|a plot is|has the form|an empty text",
         "An option or argument has a value that it cannot have, or is given more often than it takes. The message ends "
         "with what it may be.",
         "error: --temperature is -1.0: it must be at least 0",
@@ -49,8 +49,9 @@ SPEC_TOPICS = (
         r"needs (two models|a model|an adapter|--)|needs the special|it is about |do not belong together|"
         r"says the rank|one at a time|is of training steps|says nothing of the memory|"
         r"a GGUF file is written whole|is for --|neither .* nor |\d+ specs|… specs|give one of|"
-        r"named? the same file|name the same file|no run spec|no row files|no prompt|of … beams|is …, and |"
-        r"is for text rows|validation rows have no weight|no room for windows|--variant",
+        r"named? the same file|name the same file|no run spec|nothing to try|is set by --|no row has a prompt|"
+        r"no row files|no prompt|of … beams|is …, and |is for text rows|validation rows have no weight|"
+        r"no room for windows|--variant",
         "Two options contradict each other, or one is without effect without another. That is refused: what is asked "
         "for and then ignored would be a silent surprise.",
         "error: --stop and --num-beams exclude each other: leave one of them out",

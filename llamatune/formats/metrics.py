@@ -20,7 +20,7 @@ from typing import Any, ClassVar, get_args
 
 from llamatune.durable_writing import disk_faults
 from llamatune.errors import CheckpointError, printable
-from llamatune.events import Answer, EarlyStop, EpochMeans, EvalDone, Step, StepSkipped
+from llamatune.events import Answer, EarlyStop, EpochMeans, EvalDone, RateSearch, Step, StepSkipped
 from llamatune.formats.manifest import OtherVersion
 from llamatune.formats.metrics_lines import check_line, parse_line
 from llamatune.formats.state_json import ClosedEpoch, SavedState
@@ -41,7 +41,7 @@ class LayerGradNorms:
     norms: Mapping[str, float]
 
 
-Record = Step | EvalDone | StepSkipped | EpochMeans | LayerGradNorms | Answer | EarlyStop
+Record = Step | EvalDone | StepSkipped | EpochMeans | LayerGradNorms | Answer | EarlyStop | RateSearch
 _FIELDS = {kind.event: fields(kind) for kind in get_args(Record)}
 """What a line of each kind holds, in its order."""
 
@@ -94,6 +94,7 @@ class Metrics:
     skipped: list[StepSkipped] = field(default_factory=list)
     layer_grad_norms: dict[int, dict[str, float]] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
+    rate_search: RateSearch | None = None
     torn: bool = False
 
     @property
@@ -125,12 +126,17 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def loss_at_start(path: Path) -> float | None:
-    """The validation loss before the first step, with which a log begins; None: it begins with something else."""
+    """The validation loss before the first step, with which a log begins; None: it begins with something else.
+
+    Only the search for the learning rate comes before it.
+    """
     with contextlib.suppress(ValueError):
-        _, _, line = next(read_lines(path), (0, 0, b""))
-        values = check_line(parse_line(line))
-        if values["event"] == EvalDone.event and values["step"] == 0:
-            return float(values["loss"])
+        for _, _, line in read_lines(path):
+            values = check_line(parse_line(line))
+            if values["event"] == EvalDone.event and values["step"] == 0:
+                return float(values["loss"])
+            if values["event"] != RateSearch.event:
+                break
     return None
 
 
@@ -235,6 +241,8 @@ def _add(metrics: Metrics, values: Mapping[str, Any]) -> None:
                 metrics.at_start = evaluation
         case StepSkipped.event:
             metrics.skipped.append(StepSkipped(**_record(values)))
+        case RateSearch.event:
+            metrics.rate_search = RateSearch(**_record(values))
         case Answer.event:
             metrics.answers.append(Answer(**_record(values)))
         case LayerGradNorms.event:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from llamatune.formats.file_schema import Count, FileSchema, Measure, Name, Perplexity, Positive, describe
+from llamatune.formats.rate_search import FoundRate
 from llamatune.formats.state_json import ClosedEpoch
 from llamatune.strict_json import parse_json
 
@@ -88,6 +89,12 @@ class EarlyStopLine(FileSchema):
     best_eval_loss: Measure
 
 
+class RateSearchLine(FoundRate):
+    """The search for the learning rate, before the first step."""
+
+    event: Literal["learning_rate_search"]
+
+
 LINES: dict[Any, type[FileSchema]] = {
     "step": StepLine,
     "eval": EvalLine,
@@ -96,6 +103,7 @@ LINES: dict[Any, type[FileSchema]] = {
     "layer_grad_norms": GradNormsLine,
     "answer": AnswerLine,
     "early_stop": EarlyStopLine,
+    "learning_rate_search": RateSearchLine,
 }
 """By ``event``."""
 

@@ -1,8 +1,7 @@
 """One frozen base for several adapters that are trained in lockstep: a matrix is read once for all of their products.
 
-A product of each adapter's rows is the same call, of the same shapes, as when the adapter is trained alone, so its bits
-are the same. What is shared is what comes before it: the matrix is unpacked, or cast, once for all, and stays in the
-caches meanwhile.
+The matrix is unpacked, or cast, once for all. Then the rows of each adapter are multiplied by the same call, of the
+same shapes, as when it is trained alone, or all of them at once where that gives the same bits.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from llamatune.lockstep import Lockstep
 from llamatune.model import products
 from llamatune.model.layers import Linear, linear, product_dtype
+from llamatune.model.stacked_rows import StackedRows
 from llamatune.model.transformer import Head, Transformer
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig, linear_path
 
@@ -34,14 +34,17 @@ class _Product:
 class SharedMatrix(nn.Module):
     """The frozen matrix (out, in) of a linear layer, as it is held; stands where a quantised one stands.
 
-    Products are asked for in ``lockstep``. ``place`` is that of the layer among ``count`` in a forward pass.
+    Products are asked for in ``lockstep``, those that gain by it. ``places`` are those of the product and of its
+    gradient in a pass.
     """
 
-    def __init__(self, source: Linear, lockstep: Lockstep[Any, Any], place: int, count: int) -> None:
+    def __init__(
+        self, source: Linear, lockstep: Lockstep[Any, Any], stacked: StackedRows, places: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.shape = (source.out_features, source.in_features)
         self.weight, self.packed = source.weight, source.quantized
-        self._lockstep, self._places = lockstep, (place, 2 * count - place)
+        self._lockstep, self._stacked, self._places = lockstep, stacked, places
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in ``dtype``; of a quantised one inside a shared buffer: use it at once."""
@@ -60,17 +63,26 @@ class SharedMatrix(nn.Module):
         return self._ask("product_back", _Product(grad, out, adds_to_out=add), self._backward)
 
     def _ask(self, which: str, asked: _Product, answers: Callable[[list[_Product]], list[Tensor]]) -> Tensor:
-        place = self._places[which == "product_back"]
-        key = (id(self), which, asked.x.dtype, torch.is_grad_enabled())
-        return self._lockstep.ask(key, place, asked, answers)  # type: ignore[no-any-return]
+        x = asked.x
+        if self.packed is None and self.weight.dtype == x.dtype:
+            B = self.weight if which == "product_back" else self.weight.T
+            if not self._stacked.suit(x, B):
+                return answers([asked])[0]  # nothing is shared, and a turn takes time
+        key = (id(self), which, x.dtype, torch.is_grad_enabled())
+        return self._lockstep.ask(key, self._places[which == "product_back"], asked, answers)  # type: ignore[no-any-return]
 
     def _forward(self, asked: list[_Product]) -> list[Tensor]:
         W = self.unpacked(asked[0].x.dtype).T
-        return [products.product(one.x, W, one.out, one.added) for one in asked]
+        together = None if any(one.added is not None for one in asked) else self._stack(asked, W)
+        return together or [products.product(one.x, W, one.out, one.added) for one in asked]
 
     def _backward(self, asked: list[_Product]) -> list[Tensor]:
         W = self.unpacked(asked[0].x.dtype)
-        return [products.product_back(one.x, W, one.out, one.adds_to_out) for one in asked]
+        together = None if any(one.adds_to_out for one in asked) else self._stack(asked, W)
+        return together or [products.product_back(one.x, W, one.out, one.adds_to_out) for one in asked]
+
+    def _stack(self, asked: list[_Product], B: Tensor) -> list[Tensor] | None:
+        return self._stacked.product([one.x for one in asked], B, [one.out for one in asked])
 
 
 class _HeadCast:
@@ -123,10 +135,12 @@ class SharedBase:
             for name in LINEAR_MODULES
         ]
         self._matrices: dict[str, SharedMatrix] = {}
+        stacked = StackedRows()
         for place, path in enumerate(paths):
             source = base.get_submodule(path)
             assert isinstance(source, Linear)
-            self._matrices[path] = SharedMatrix(source, lockstep, place, len(paths))
+            places = place, 2 * len(paths) - place
+            self._matrices[path] = SharedMatrix(source, lockstep, stacked, places)
 
     def model(self) -> Transformer:
         """A model for one adapter, which nothing is adapted in yet."""

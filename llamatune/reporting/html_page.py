@@ -11,6 +11,7 @@ import yaml
 
 from llamatune import __version__
 from llamatune.errors import printable
+from llamatune.reporting.answer_timeline import AnswerTimeline
 from llamatune.reporting.chart_images import PALETTE, Chart
 from llamatune.reporting.charts import Curve
 from llamatune.reporting.report_data import Report, RunReport
@@ -75,6 +76,7 @@ def render_page(report: Report, charts: Sequence[tuple[Chart, str]], curves: Seq
         _section("Curves", _legend(curves), _key(report), _charts(charts)),
         _section("Epochs", *(_epochs(run) for run in report.runs)),
         _section("Before and after", *map(_answers, report.samples)),
+        _section("Answers while it trained", *(_timeline(run, found) for run in report.runs for found in run.answers)),
         _section("Differences between the specs", _differences(report, names)),
         _section(
             "Parameters and memory", *(part(run) for run in report.runs for part in (_parameters, _memory, _ranks))
@@ -182,6 +184,21 @@ def _answers(answers: Samples) -> Markup:
         rows.append(_element("tr", *cells))
     parts = _element("caption", answers.source), _header(headings), _element("tbody", *rows)
     return _element("table", *parts, class_="answers")
+
+
+def _timeline(run: RunReport, found: AnswerTimeline) -> Markup:
+    """One prompt; its answers by step, and the answer of its row."""
+    texts = [("before training" if step == 0 else f"step {whole(step)}", text) for step, text in found.answers]
+    if found.left_out:
+        texts.insert(-1, ("", f"{found.left_out} answers between these are in metrics.jsonl"))
+    if found.reference is not None:
+        texts.append(("reference", found.reference))
+    rows = [
+        _element("tr", _element("td", step, data_label="after"), _element("td", text, data_label="answer"))
+        for step, text in texts
+    ]
+    caption = _element("caption", f"{run.name}: ", _element("span", found.prompt, class_="prompt"))
+    return _element("table", caption, _header(("after", "answer")), _element("tbody", *rows), class_="answers timeline")
 
 
 def _differences(report: Report, names: Sequence[str]) -> Markup:

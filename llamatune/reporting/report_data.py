@@ -11,6 +11,7 @@ from typing import Any
 from llamatune.checkpoints.model_directory import read_config
 from llamatune.errors import LlamatuneError, printable
 from llamatune.formats.file_schema import LARGEST_NUMBER
+from llamatune.reporting.answer_timeline import AnswerTimeline, answer_timelines
 from llamatune.reporting.averages import Epoch, epoch_means
 from llamatune.reporting.diagnosis import Diagnosis, diagnose
 from llamatune.reporting.run_reader import Run
@@ -43,6 +44,7 @@ class RunReport:
     spec_changes: list[str]
     versions: dict[str, str]
     traces: list[str]
+    answers: list[AnswerTimeline]
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def report_run(run: Run, smoothed: Sequence[float]) -> RunReport:
         spec_changes=run.spec_changes,
         versions=run.versions,
         traces=run.traces,
+        answers=answer_timelines(run.metrics.answers),
     )
 
 

@@ -17,11 +17,11 @@ from llamatune.shapes.gpu_advice import sixteen_bits
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.spec import RunSpec, build_spec
 from llamatune.spec_overrides import overridden_field
+from llamatune.spec_sections import FULL_LEARNING_RATE, LORA_LEARNING_RATE
 from llamatune.starting_spec.row_lengths import RowLengths
 from llamatune.units import gibibytes
 
 ROWS_OF_AN_UPDATE = 8
-LORA_RATE, FULL_RATE = 3e-4, 2e-5
 _SHORTEST_ROWS = 256
 """Rows are not cut below this to make a step fit."""
 Values = dict[str, dict[str, Any]]
@@ -102,7 +102,7 @@ def _values(model: str, rows: RowLengths, output_dir: str, overrides: Sequence[s
             "num_epochs": 3,
             "micro_batch_size": 1,
             "gradient_accumulation_steps": _power_of_two(min(ROWS_OF_AN_UPDATE, len(rows.lengths))),
-            "learning_rate": LORA_RATE if lora else FULL_RATE,
+            "learning_rate": LORA_LEARNING_RATE if lora else FULL_LEARNING_RATE,
             "lr_scheduler": "cosine",
             "warmup_ratio": 0.03,
             "precision": "fp32",

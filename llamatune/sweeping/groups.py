@@ -66,6 +66,7 @@ def why_alone(spec: RunSpec) -> str | None:
         return "it trains every parameter"
     reasons = {
         "training.fused: false": not training.fused,
+        "training.learning_rate: auto": training.learning_rate == "auto",
         "training.compile: true": training.compile,
         "training.profile_steps": training.profile_steps is not None,
         "tracking.wandb": spec.tracking.wandb is not None,

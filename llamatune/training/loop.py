@@ -269,7 +269,7 @@ class TrainingLoop:
         if self.progress.saved_window < self.progress.window:
             self._save(in_haste=True)
         where = f"step {self.progress.step} of {self.schedule.total_steps}"
-        raise self.stopping.stopped(where, self.run.path, without_a_step=self._first_update)
+        raise self.stopping.stopped(where, self.run.path, self._first_update, self.ranks)
 
     def _warn(self, line: str) -> None:
         self.on_event(Notice(line, "warning"))

@@ -126,12 +126,12 @@ def learning_rate_at(spec: TrainingSection, step: int, total_steps: int) -> floa
     """
     warmup = warmup_steps(spec, total_steps)
     if step < warmup:
-        return spec.learning_rate * (step + 1) / warmup
+        return spec.rate * (step + 1) / warmup
     if spec.lr_scheduler == "constant":
-        return spec.learning_rate
+        return spec.rate
     share = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     left = 1 - share if spec.lr_scheduler == "linear" else (1 + math.cos(math.pi * share)) / 2
-    return spec.min_learning_rate + (spec.learning_rate - spec.min_learning_rate) * left
+    return spec.min_learning_rate + (spec.rate - spec.min_learning_rate) * left
 
 
 def rate_jump(spec: TrainingSection, made: Sequence[Step], total_steps: int) -> str | None:

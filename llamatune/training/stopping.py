@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llamatune.errors import Stopped
 from llamatune.events import ShouldStop, never_stop
+from llamatune.ranks import Ranks
 from llamatune.training.time_limit import Durations, TimeLimit
 
 FINISHING_S = 15.0
@@ -34,12 +35,13 @@ class Stopping:
         self._was_asked = self._was_asked or self.asked()
         return self._was_asked
 
-    def stopped(self, where: str, run: Path, without_a_step: bool) -> Stopped:
-        """The end of this start of a run, after ``where``."""
-        end, why, todo = self.limit.next_end, "by a signal", "run the same command again to continue"
-        if end is not None and not self._was_asked:
-            why = f"{max(0.0, end.left_s()):.0f} s before {end.what}"
-            todo += ", with more time: there was none for a step" if without_a_step else ""
+    def stopped(self, where: str, run: Path, without_a_step: bool, ranks: Ranks) -> Stopped:
+        """The end of this start of a run, after ``where``: all ranks say the same."""
+        end, todo = self.limit.next_end, "run the same command again to continue"
+        why = ranks.from_first(None if end is None else f"{max(0.0, end.left_s()):.0f} s before {end.what}")
+        if ranks.any(self._was_asked) or why is None:
+            return Stopped(f"stopped by a signal after {where}", run, todo)
+        todo += ", with more time: there was none for a step" if without_a_step else ""
         return Stopped(f"stopped {why} after {where}", run, todo)
 
     # Between windows

@@ -29,6 +29,7 @@ from llamatune.training.early_stopping import told_stop
 from llamatune.training.gpu_meter import metered_gpu
 from llamatune.training.input_digests import digesting
 from llamatune.training.inputs import Inputs, open_inputs
+from llamatune.training.learning_rate import rate_facts, with_found_rate, with_given_rate
 from llamatune.training.loop import TrainingLoop
 from llamatune.training.model_and_optimizer import LoadBase, build_learner
 from llamatune.training.passes import PassRule
@@ -81,6 +82,7 @@ def train(
     with contextlib.ExitStack() as stack:
         if ranks.is_first:
             refuse_output(spec, overwrite)
+        spec = with_given_rate(spec, overwrite, ranks)
         stack.enter_context(cublas_workspace(spec.training.deterministic))
         inputs = open_inputs(spec, force_base, on_event, ranks)
         schedule = Schedule(spec, inputs.prepared.train)
@@ -139,8 +141,12 @@ def train(
         if spec.training.compile:
             compile_ahead(spec, learner, rows, on_event)
         asked = (on_event, stopping)
-        loop = TrainingLoop(spec, inputs, schedule, learner, run, *asked, memory_facts, meter, digests, ranks, prompts)
+        spec, run = with_found_rate(spec, inputs, schedule, learner, run, on_event, stopping.by_signal, ranks)
+        facts = {"learning_rate": spec.training.rate, **memory_facts}
+        loop = TrainingLoop(spec, inputs, schedule, learner, run, *asked, facts, meter, digests, ranks, prompts)
         loop.resume()
+        if run.rate_search is not None and not loop.progress.window:
+            loop.output.log(run.rate_search)
         digests.start()
         _report_start(spec, inputs, schedule, loop, on_event)
         try:
@@ -195,6 +201,7 @@ def plan_training(
 ) -> dict[str, Any]:
     """Check everything that a run needs and count what it would do; nothing is loaded, trained or written."""
     refuse_output(spec, overwrite)
+    spec = with_given_rate(spec, overwrite, ranks)
     inputs = open_inputs(spec, force_base, on_event, ranks)
     schedule = Schedule(spec, inputs.prepared.train)
     output = Path(spec.training.output_dir)
@@ -221,6 +228,7 @@ def plan_training(
         "windows_per_epoch": schedule.windows_per_epoch,
         "num_epochs": schedule.num_epochs,
         "total_steps": schedule.total_steps,
+        **rate_facts(spec),
         **schedule.facts_of_passes(rule, ranks.size),
         "device": str(inputs.device),
         "output_dir": str(output),

@@ -21,7 +21,7 @@ def screen(written: str, width: int) -> list[str]:
         if y == len(rows):
             rows.append([])
 
-    for token in _TOKEN.findall(written.replace("\x03", "")):  # a terminal shows nothing of it, wherever it comes
+    for token in _TOKEN.findall(written):
         if token.startswith("\x1b["):
             count = int(re.sub(r"\D", "", token) or 1)
             if token[-1] == "A":

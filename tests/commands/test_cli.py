@@ -13,7 +13,7 @@ from llamatune.cli import main
 from llamatune.errors import Stopped
 
 CORE = ["prepare-data", "train", "merge-lora", "generate", "count-params"]
-OTHERS = ["evaluate", "chat", "benchmark", "plan-memory", "report", "verify", "demo", "env"]
+OTHERS = ["evaluate", "judge", "chat", "benchmark", "plan-memory", "report", "verify", "demo", "env"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

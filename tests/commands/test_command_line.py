@@ -52,6 +52,8 @@ def test_which_options_may_be_repeated() -> None:
         "evaluate --adapter",
         "merge-lora --adapter",
         "report --prompt",
+        "judge --general",
+        "judge --choices",
         "benchmark --grid",
         "sweep --grid",
     }
@@ -96,7 +98,8 @@ PATHS = [
     for parameter in command.params
     if parameter.name
     in ("adapter", "base", "data", "directory", "generations", "model", "output", "per_row", "plot", "png", "probe",
-        "from_data", "markdown", "prompt_file", "rows", "runs", "shots_data", "spec_path", "specs", "tokenizer",
+        "from_data", "markdown", "prompt_file", "rows", "run", "runs", "gsm8k", "general", "choices", "per_question",
+        "shots_data", "spec_path", "specs", "tokenizer",
         "tuned", "validation")
     and (verb, parameter.name) not in (("benchmark", "rows"), ("generate", "rows"))  # which are numbers
 ]  # fmt: skip

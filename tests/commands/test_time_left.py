@@ -51,21 +51,25 @@ def test_a_task_goes_on_at_its_pace(clock: list[float]) -> None:
 
 
 def test_progress_in_a_log(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    """Each ten seconds a line, with what is known of the end."""
+    """Of each task a line every ten seconds, with what is known of the end; none of a short one."""
     lines = KeyValueLines(1)
-    for event in (
-        Progress("rows encoded", 0, part=0.0), Progress("rows encoded", 500, part=0.25),
-        Progress("generating", 3, 12, 41.7), Progress("reading", 7), Progress("generating", 9, 12, 40.2),
+    for event, seconds in (
+        (Progress("rows encoded", 0, part=0.0), 12), (Progress("rows encoded", 500, part=0.25), 1),
+        (Progress("rows encoded", 520, part=0.26), 1), (Progress("evaluating", 1, 10), 5),
+        (Progress("evaluating", 10, 10), 30), (Progress("evaluating", 1, 10), 5), (Progress("evaluating", 10, 10), 0),
+        (Progress("generating", 3, 12, 41.7), 24), (Progress("generating", 9, 12, 40.2), 12),
+        (Progress("reading", 7), 12),
+        (Progress("reading", 9), 12), (Progress("generating", 12, 12, 40.2), 0),
     ):  # fmt: skip
         lines.draw(event)
-        clock[0] += 12
+        clock[0] += seconds
     told = [line.split(" ", 1) for line in capsys.readouterr().err.splitlines()]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", time) for time, _ in told)
     assert [line for _, line in told] == [
         "progress rows_encoded=500 percent=25 left=0:00:36",
-        "progress generating=3/12 tokens_per_second=42",
-        "progress reading=7",
         "progress generating=9/12 tokens_per_second=40 left=0:00:12",
+        "progress reading=9",
+        "progress generating=12/12 tokens_per_second=40 left=0:00:00",
     ]
 
 

@@ -13,10 +13,14 @@ from llamatune.commands import train as train_command
 from llamatune.commands._log_lines import KeyValueLines
 from llamatune.commands._progress_bars import ProgressBars, open_console
 from llamatune.commands._training_panel import TrainingPanel
-from llamatune.events import EpochDone, EvalDone, Event, RunStarted, StepDone
+from llamatune.events import Answer, AnswersDone, EpochDone, EvalDone, Event, RunStarted, StepDone
 from llamatune.units import perplexity
 
 HIGH = 16.3  # its perplexity is 12 million
+
+
+def _answers(step: int, text: str = 'four,\n"I think"\u2028') -> AnswersDone:
+    return AnswersDone(step, (Answer(step, 1, "2 + 2 =", text, "4", 5, "eos"),), 0.5)
 
 
 def _step(epoch: float, num_epochs: float, loss: float = 2.0) -> StepDone:
@@ -51,6 +55,8 @@ def _evaluation(step: int, loss: float = 2.0) -> EvalDone:
          "step 7: validation loss 800.0000, perplexity 1e+304"),
         (_epoch(1, 3, HIGH), "epoch epoch=1/3 train_loss=16.3000 train_perplexity=1.2e+07 validation_loss=16.3000 "
          "validation_perplexity=1.2e+07", "epoch 1 of 3: train loss 16.3000, perplexity 1.2e+07"),
+        (_answers(7), 'answer step=7 number=1 tokens=5 finish_reason=eos text="four,\\n\\"I think\\"\\u2028"\n', None),
+        (_answers(0, "a" * 120), f'answer step=0 number=1 tokens=5 finish_reason=eos text="{"a" * 100}..."\n', None),
         (_epoch(2, 2.5), "epoch epoch=2/2.5 train_loss", "epoch 2 of 2.5: train"),
         (_epoch(3, 2.5), "epoch epoch=2.5/2.5 train_loss", "epoch 2.5 of 2.5: train"),
         (_epoch(1, 0.5), "epoch epoch=0.5/0.5 train_loss", "epoch 0.5 of 0.5: train"),
@@ -105,3 +111,12 @@ def test_tables_say_large_perplexities_shortly() -> None:
     assert "perplexity=1.1995e+07" in text
     assert "validation loss before training 3.2500" in " ".join(text.split())
     assert text.isascii(), "lines around tables are for terminals"
+
+
+def test_the_panel_shows_an_answer_on_one_line() -> None:
+    panel, out = TrainingPanel(RunStarted(1, 1, 1, 1, 10, 3, 0, "cpu")), io.StringIO()
+    panel.note(_answers(0))
+    panel.note(_answers(7, "four\x1b[2J " + "a" * 200))
+    open_console(out).print(panel)
+    assert "an answer" in out.getvalue()
+    assert f"2 + 2 = -> four\\x1b[2J {'a' * 71}..., at step 7" in " ".join(out.getvalue().replace("│", " ").split())

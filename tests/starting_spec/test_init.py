@@ -126,6 +126,17 @@ def test_what_fits_nowhere_is_exit_5_with_what_would(command: Command, tmp_path:
     assert "lowest: " in error
 
 
+def test_plan_memory_says_the_same_of_what_is_written(command: Command, tmp_path: Path) -> None:
+    model = Path(__file__).parents[2] / "examples" / "7b"
+    for gpu, size in (("a100", "24GiB"), ("a100", "10GiB"), ("a100-80gb", "80GiB")):
+        file = tmp_path / f"{gpu}-{size}.yaml"
+        words = ("init", "--model", model, "--data", "r.jsonl", "--gpu", gpu, "--memory", size, "--output", file)
+        made = json.loads(command(*words, "--json").stdout)
+        planned = json.loads(command("plan-memory", file, "--memory", size, "--json").stdout)
+        assert planned["fits"]
+        assert planned["predicted_memory_bytes"] == made["predicted_memory_bytes"]
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, small_base: Path, tiny_rows: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)

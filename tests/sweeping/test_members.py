@@ -70,7 +70,7 @@ def test_names_are_files_names_and_those_of_other_values_differ() -> None:
         ((), (), "nothing to try: --grid"),
         (("lora.r=4,8",), ("lora.r=2",), "lora.r is given 2 times"),
         (("lora.r=4,4",), (), "names a value twice"),
-        (("lora.rank=4,8",), (), "did you mean 'ranks'"),
+        (("lora.rank=4,8",), (), "did you mean 'r'"),
         (("training.output_dir=a,b",), (), "training.output_dir is set by --output"),
         (("lora.r=4,8",), ("training.output_dir=a",), "training.output_dir is set by --output"),
         (("lora.r=4,8",), ("training.sed=1",), "training.sed: unknown key"),

@@ -134,10 +134,11 @@ def test_prompts_of_a_file_in_the_template_of_the_rows(
     first, second = metrics(tmp_path / "run", "answer")[:2]
     assert [line["prompt"] for line in (first, second)] == ["counts nine apples", "a red llama"]
     assert (first["reference"], second["reference"]) == (None, "walks over hills")
-    prompts.write_text("other prompts\n")  # which change nothing that is computed
-    changes |= {"training__max_steps": 2, "evaluation__max_new_tokens": 4}
+    others = tmp_path / "others.txt"  # which change nothing that is computed
+    others.write_text("other prompts\n")
+    changes |= {"training__max_steps": 2, "evaluation__prompts": str(others), "evaluation__max_new_tokens": 4}
     train(make_spec(tiny_base(), data, tmp_path / "run", **changes))
-    assert "other prompts" in metrics(tmp_path / "run", "answer")[-1]["prompt"]
+    assert metrics(tmp_path / "run", "answer")[-1]["prompt"] == "other prompts"
 
 
 def test_prompts_that_cannot_be_used_end_the_run_before_it_begins(
