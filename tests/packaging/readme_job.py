@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 MATERIAL = ROOT / "llamatune" / "demo"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-_NO_GPU = r"warning: torch is built for CUDA [\d.]+, but finds no GPU \(.+\): this runs on the CPU"
+_NO_GPU = r"warning: (?:[\w.]+=\S+: )?torch is built for CUDA [\d.]+, but finds no GPU \(.+\): this runs on the CPU"
 _LINE = re.compile(rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d (?:info: .+|\$ llamatune .+|[a-z]+(?: \w+=\S+)+|{_NO_GPU})")
 """All that a verb writes to stderr where nothing is wrong: notices, commands and lines of ``key=value``, each after
 its time. A build of torch for GPUs says that it finds none, where there is none."""
