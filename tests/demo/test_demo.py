@@ -70,6 +70,7 @@ def test_a_warning_of_a_library_would_be_noticed(tmp_path: Path) -> None:
         (f"{_TIME} saved step=29 path=out/run/checkpoints/step-000029 seconds=0.01", True),
         (f"{_TIME} progress generating_with_the_base=208/476 left=0:00:12", True),
         ("saved step=29 path=out/run/checkpoints/step-000029 seconds=0.01", False),
+        (f"{_TIME} warning: torch is built for CUDA 13.0, but finds no GPU (no driver): this runs on the CPU", True),
         (f"{_TIME} warning: the adapter was trained on another base", False),
         ("a.py:3: UserWarning: Failed to initialize NumPy: No module named 'numpy'", False),
         ("  cpu = _conversion_method_template(device=torch.device('cpu'))", False),

@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[2]
 MATERIAL = ROOT / "llamatune" / "demo"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d (?:info: .+|\$ llamatune .+|[a-z]+(?: \w+=\S+)+)")
+_NO_GPU = r"warning: (?:[\w.]+=\S+: )?torch is built for CUDA [\d.]+, but finds no GPU \(.+\): this runs on the CPU"
+_LINE = re.compile(rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d (?:info: .+|\$ llamatune .+|[a-z]+(?: \w+=\S+)+|{_NO_GPU})")
 """All that a verb writes to stderr where nothing is wrong: notices, commands and lines of ``key=value``, each after
-its time."""
+its time. A build of torch for GPUs says that it finds none, where there is none."""
 
 
 def unexpected_lines(stderr: str) -> list[str]:
@@ -26,6 +27,9 @@ def unexpected_lines(stderr: str) -> list[str]:
 OTHER_VERBS = {
     "chat": "chat --model models/llama-2-7b --template llama2-chat --temperature 0 --max-new-tokens 8",
     "slurm": "slurm run.yaml --output job.sh",
+    "init": "init --model models/llama-2-7b --data prepared/alpaca --memory 24GiB --gpu a100 --output first.yaml",
+    "schema": "schema",
+    "explain": "explain 4",
     "demo": "demo --output demo-output",
 }
 """A command of each verb that README's job does without, to be run after it."""
