@@ -15,7 +15,7 @@ from typing import Any
 from warm import Ended, Running, Warm
 
 ADDRESS = "127.0.0.1"
-_EVENT = re.compile(r"info: |warning: |(\w+ )?\w+=")
+_EVENT = re.compile(r"(\d{4}-\d\d-\d\dT[\d:]+ )?(info: |warning: |(\w+ )*\w+=)")
 
 
 def free_port() -> int:
