@@ -30,6 +30,7 @@ OTHER_VERBS = {
     "init": "init --model models/llama-2-7b --data prepared/alpaca --memory 24GiB --gpu a100 --output first.yaml",
     "schema": "schema",
     "explain": "explain 4",
+    "docs": "docs memory",
     "demo": "demo --output demo-output",
 }
 """A command of each verb that README's job does without, to be run after it."""
