@@ -5,20 +5,20 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from llamatune.errors import SpecError
+from llamatune.errors import EnvironmentFault, SpecError
 
 
 def pages() -> dict[str, Path]:
     """The Markdown file of each page by its name.
 
     Raises:
-        SpecError: this installation has none.
+        EnvironmentFault: this installation has none.
     """
     package = Path(__file__).parent
     for place in (package / "docs", package.parent / "docs"):
         if found := {path.stem: path for path in sorted(place.glob("*.md"))}:
             return found
-    raise SpecError("this installation has no documentation", package, "install the wheel, or read docs/ of a checkout")
+    raise EnvironmentFault("this installation lacks the documentation", package, "install the wheel again")
 
 
 def title(page: Path) -> str:

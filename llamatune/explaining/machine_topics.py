@@ -54,7 +54,7 @@ MACHINE_TOPICS = (
         "a package or program that is missing or too old",
         5,
         r"is too old|the package gguf|through the package|not installed|needs matplotlib|matplotlib|"
-        r"needs the package|pip install|compile|cannot import|reads through",
+        r"needs the package|pip install|compile|cannot import|reads through|this installation",
         "Some verbs use packages that not every user needs, and every package has an oldest release that works.",
         "error: tensorboard is not installed: tracking.tensorboard: pip install tensorboard, or leave it out",
         "Install what the message names, in the environment that llamatune is in.",

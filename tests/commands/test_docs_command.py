@@ -40,4 +40,4 @@ def test_an_installation_without_pages_says_so(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documentation, "__file__", str(tmp_path / "package" / "documentation.py"))
-    assert "no documentation" in command("docs").stderr
+    assert "lacks the documentation" in command("docs").stderr
