@@ -44,6 +44,8 @@ WRITES = {
     ("benchmark", "--output"): "run",
     ("report", "--output"): "file",
     ("report", "--png"): "file",
+    ("report", "--charts"): "product",
+    ("report", "--tables"): "product",
     ("slurm", "--output"): "file",
     ("demo", "--output"): "run",
     ("convert", "--output"): "product",
@@ -84,7 +86,7 @@ def _words(verb: str, flag: str, inputs: Path) -> list[object]:
     for option, kind in READS[verb]:
         words += [*([option] if option else []), inputs / kind]
     if verb == "report":
-        words += ["--output", "page.html"] if flag == "--png" else []
+        words += [] if flag == "--output" else ["--output", "page.html"]
     if verb == "evaluate":
         words += ["--shots", 1, "--task", "gsm8k"] if flag == "--output" else []
         if flag == "--per-row":

@@ -1,0 +1,58 @@
+"""HTML elements whose texts are escaped: lists, sections, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from llamatune.errors import printable
+from llamatune.formats.text_table import TextTable
+
+
+class Markup(str):
+    """HTML made here. Any other string is escaped when it is put into the page."""
+
+
+def html(value: object) -> Markup:
+    """``value`` as HTML: text escaped, line breaks and tabs kept, other control characters shown as escapes."""
+    if isinstance(value, Markup):
+        return value
+    return Markup(escape(printable(str(value), keeps="\n\t")))
+
+
+def element(tag: str, *content: object, **attributes: str) -> Markup:
+    """``<tag ...>content</tag>``; ``class_`` is the attribute ``class``, ``data_label`` is ``data-label``."""
+    names = "".join(f' {name.strip("_").replace("_", "-")}="{escape(x)}"' for name, x in attributes.items())
+    return Markup(f"<{tag}{names}>{''.join(map(html, content))}</{tag}>")
+
+
+def unordered(items: Iterable[object], **attributes: str) -> Markup:
+    """An unordered list; nothing without items."""
+    entries = [element("li", item) for item in items]
+    return element("ul", *entries, **attributes) if entries else Markup()
+
+
+def header(headings: Sequence[str]) -> Markup:
+    """The head of a table."""
+    return element("thead", element("tr", *(element("th", heading, scope="col") for heading in headings)))
+
+
+def table(made: TextTable) -> Markup:
+    """A table of numbers, or of texts; it scrolls sideways on a narrow screen. Nothing without rows."""
+    if not made.rows:
+        return Markup()
+    body = []
+    for row in made.rows:
+        labels = (element("th", text, scope="row") for text in row[: made.labels])
+        body.append(element("tr", *labels, *(element("td", text) for text in row[made.labels :])))
+    parts = element("caption", made.title), header(made.header), element("tbody", *body)
+    shown = element(
+        "div", element("table", *parts, class_="texts" if made.wide else "numbers"), class_="scroll", tabindex="0"
+    )
+    return Markup(shown + unordered(made.notes, class_="quiet notes"))
+
+
+def section(title: str, *content: Markup, **attributes: str) -> Markup:
+    """A section with a heading; nothing without content."""
+    filled = [part for part in content if part]
+    return element("section", element("h2", title), *filled, **attributes) if filled else Markup()
