@@ -63,10 +63,8 @@ def judge_course(steps: Sequence[Step], evaluations: Sequence[EvalDone], at_star
     noise = _noise(steps)
     highest = max(range(len(levels)), key=levels.__getitem__)
     rose_far = start * _factor(max(PEAK_DEVIATIONS * noise, PEAK_LEAST))
-    left = next(
-        (steps[min(place + LEVEL // 2, len(steps) - 1)].step for place, level in enumerate(levels) if level > rose_far),
-        None,
-    )
+    middles = [steps[min(place + LEVEL // 2, len(steps) - 1)].step for place in range(len(levels))]
+    left = next((step for step, level in zip(middles, levels, strict=True) if level > rose_far), None)
     if validated:
         assert at_start is not None
         end, least = evaluations[-1].loss, COURSE_CHANGE
@@ -82,7 +80,7 @@ def judge_course(steps: Sequence[Step], evaluations: Sequence[EvalDone], at_star
         verdict = "unchanged" if end * (1 + least) >= start else "learned"
     return Course(
         verdict, "validation" if validated else "training", start, end, end / start - 1 if start else 0.0,
-        levels[highest], steps[min(highest + LEVEL // 2, len(steps) - 1)].step, left,
+        levels[highest], middles[highest], left,
     )  # fmt: skip
 
 

@@ -46,9 +46,8 @@ def table(made: TextTable) -> Markup:
         labels = (element("th", text, scope="row") for text in row[: made.labels])
         body.append(element("tr", *labels, *(element("td", text) for text in row[made.labels :])))
     parts = element("caption", made.title), header(made.header), element("tbody", *body)
-    shown = element(
-        "div", element("table", *parts, class_="texts" if made.wide else "numbers"), class_="scroll", tabindex="0"
-    )
+    whole = element("table", *parts, class_="texts" if made.wide else "numbers")
+    shown = element("div", whole, class_="scroll", tabindex="0")
     return Markup(shown + unordered(made.notes, class_="quiet notes"))
 
 

@@ -86,7 +86,7 @@ def _words(verb: str, flag: str, inputs: Path) -> list[object]:
     for option, kind in READS[verb]:
         words += [*([option] if option else []), inputs / kind]
     if verb == "report":
-        words += [] if flag == "--output" else ["--output", "page.html"]
+        words += {"--output": [], "--png": ["--output", "page.html"]}.get(flag, ["--output", "/dev/null"])
     if verb == "evaluate":
         words += ["--shots", 1, "--task", "gsm8k"] if flag == "--output" else []
         if flag == "--per-row":

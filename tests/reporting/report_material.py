@@ -24,7 +24,8 @@ def make_steps(losses: Sequence[float], epochs: int = 4) -> list[Step]:
     return [
         Step(
             step=number, window=number, epoch=number / count * epochs, loss=loss,
-            learning_rate=1e-3 * (1 - number / (count + 1)), grad_norm=10 * loss, loss_scale=2.0 if number < 3 else 1.0, target_tokens=100,
+            learning_rate=1e-3 * (1 - number / (count + 1)), grad_norm=10 * loss, target_tokens=100,
+            loss_scale=2.0 if number < 3 else 1.0,
             tokens_per_second=1000.0 + number % 7, peak_memory_bytes=MEMORY_BYTES // (2 if number < 3 else 1),
             elapsed_s=0.5 * number,
         )

@@ -35,14 +35,8 @@ def test_epoch_means_weigh_target_tokens_and_take_the_last_evaluation_of_the_epo
 
 def test_the_decay_follows_the_length_and_the_average_ends_where_the_updates_do() -> None:
     """The decays of LLaMA-Factory's sigmoid; its average is ours without the correction of the start."""
-    assert [round(decay_for(count), 4) for count in (0, 1, 20, 69, 200, 10**9)] == [
-        0,
-        0.0225,
-        0.4159,
-        0.8446,
-        0.8999,
-        0.9,
-    ]
+    decays = [round(decay_for(count), 4) for count in (0, 1, 20, 69, 200, 10**9)]
+    assert decays == [0, 0.0225, 0.4159, 0.8446, 0.8999, 0.9]
     losses = noisy([5.0 - place / 40 for place in range(69)], 0.05)
     last = sum(losses[-10:]) / 10
     assert running_average(losses, decay_for(69))[-1] == pytest.approx(last, rel=0.02)
