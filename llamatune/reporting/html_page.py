@@ -11,7 +11,8 @@ import yaml
 from llamatune import __version__
 from llamatune.reporting.chart_images import PALETTE, Chart
 from llamatune.reporting.curves import Curve
-from llamatune.reporting.html_elements import Markup, element, header, html, section, table, unordered
+from llamatune.reporting.html_answers import answers_html
+from llamatune.reporting.html_elements import Markup, element, html, section, table, unordered
 from llamatune.reporting.report_data import Report, RunReport
 from llamatune.reporting.report_tables import (
     data_table,
@@ -24,8 +25,7 @@ from llamatune.reporting.report_tables import (
     settings_table,
     spikes_table,
 )
-from llamatune.reporting.report_text import ABSENT, findings
-from llamatune.reporting.sample_answers import Samples
+from llamatune.reporting.report_text import findings
 
 _PAGE = {"page": ("#ffffff", "#0d1117"), "panel": ("#f3f5f7", "#161b22"), "quiet": ("#57606a", "#9aa4af")}
 
@@ -37,7 +37,8 @@ def render_page(report: Report, charts: Sequence[tuple[Chart, str]], curves: Seq
         section("Diagnosis", *(_diagnosis(run) for run in report.runs)),
         section("Curves", _legend(curves), _key(report), _charts(charts), _level(report), class_="curves"),
         section("Epochs", *(table(epochs_table(run)) for run in report.runs)),
-        section("Before and after", *map(_answers, report.samples)),
+        section("Evaluation and benchmark", *map(table, report.evidence)),
+        section("Before and after", *map(answers_html, report.samples)),
         section("Differences between the specs", _differences(report)),
         section(
             "Parameters and memory",
@@ -110,17 +111,6 @@ def _level(report: Report) -> Markup:
 def _charts(charts: Sequence[tuple[Chart, str]]) -> Markup:
     figures = (element("figure", element("figcaption", chart.title), Markup(svg)) for chart, svg in charts)
     return element("div", *figures, class_="charts")
-
-
-def _answers(answers: Samples) -> Markup:
-    headings = ("prompt", "before", "after")
-    rows = []
-    for sample in answers.samples:
-        texts = (sample.prompt, ABSENT if sample.base is None else sample.base, sample.tuned)
-        cells = (element("td", text, data_label=label) for label, text in zip(headings, texts, strict=True))
-        rows.append(element("tr", *cells))
-    parts = element("caption", answers.source), header(headings), element("tbody", *rows)
-    return element("table", *parts, class_="answers")
 
 
 def _differences(report: Report) -> Markup:

@@ -16,11 +16,18 @@ from llamatune.reporting.averages import decay_for, running_average
 from llamatune.reporting.chart_images import IMAGE_KINDS, chart_files, chart_svg, charts_png, require_matplotlib
 from llamatune.reporting.charts import level_values, make_charts, whole_legend
 from llamatune.reporting.curves import Curve
+from llamatune.reporting.evidence_tables import benchmark_tables, evaluation_table
 from llamatune.reporting.html_page import render_page
 from llamatune.reporting.report_data import Report, report_run, spec_differences
 from llamatune.reporting.report_tables import report_tables
 from llamatune.reporting.run_reader import name_runs, read_run
-from llamatune.reporting.sample_answers import generate_samples, read_generations
+from llamatune.reporting.sample_answers import (
+    Samples,
+    generate_rows,
+    generate_samples,
+    known_template,
+    read_generations,
+)
 from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
 
 TABLE_KINDS = ("md", "tex")
@@ -47,7 +54,19 @@ def make_report(
         if made is not None:
             _refuse_other_files(made, endings, options.overwrite)
     runs = [read_run(path, name) for path, name in zip(options.runs, name_runs(options.runs), strict=True)]
-    samples = [] if options.generations is None else [read_generations(options.generations)]
+    evidence = [
+        *(evaluation_table(path, f"evaluation-{place}") for place, path in enumerate(options.evaluation, 1)),
+        *(made for n, path in enumerate(options.benchmark, 1) for made in benchmark_tables(path, f"benchmark-{n}")),
+    ]
+    samples, notices = list[Samples](), dict[str, list[str]]()
+    if options.generations is not None:
+        samples.append(read_generations(options.generations, list(filter(None, map(known_template, runs)))))
+    for run in runs if options.rows is not None else ():
+        answered = generate_rows(run, options, on_event, should_stop)
+        if isinstance(answered, Samples):
+            samples.append(answered)
+        else:
+            notices[run.name] = [answered]
     if prompts:
         samples += [generate_samples(run, prompts, options, on_event, should_stop) for run in runs]
     reports, curves = [], []
@@ -55,13 +74,14 @@ def make_report(
         losses = [step.loss for step in run.metrics.steps]
         decay = decay_for(len(losses)) if options.smoothing is None else options.smoothing
         smoothed = running_average(losses, decay)
-        data = report_run(run, smoothed, decay)
+        data = report_run(run, smoothed, decay, notices.get(run.name, []))
         reports.append(data)
         curves.append(Curve(run, place, smoothed, data.epochs, data.diagnosis.spikes))
     paths = {name: _text(getattr(options, name)) for name in ("png", "charts", "tables")}
     report = Report(
         output=str(options.output), **paths, smoothing=options.smoothing, runs=reports,
         spec_differences=spec_differences(runs), samples=samples, level=level_values(curves),
+        evidence=evidence,
     )  # fmt: skip
     charts = make_charts(curves)
     page = render_page(report, [(chart, chart_svg(chart)) for chart in charts], curves)

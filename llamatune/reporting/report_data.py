@@ -11,6 +11,7 @@ from typing import Any
 from llamatune.checkpoints.model_directory import read_config
 from llamatune.errors import LlamatuneError, printable
 from llamatune.formats.file_schema import LARGEST_NUMBER
+from llamatune.formats.text_table import TextTable
 from llamatune.reporting.averages import Epoch, epoch_means
 from llamatune.reporting.diagnosis import Diagnosis, diagnose_run
 from llamatune.reporting.run_reader import Run
@@ -53,6 +54,7 @@ class Report:
     """Several runs and their differences: ``spec_differences`` holds each field's value by run.
 
     ``smoothing`` None: by the length of each run. ``level`` has values that are in no chart, being level.
+    ``evidence`` are tables of evaluations and benchmarks.
     """
 
     output: str
@@ -64,9 +66,10 @@ class Report:
     spec_differences: dict[str, dict[str, Any]]
     samples: list[Samples]
     level: dict[str, str]
+    evidence: list[TextTable]
 
 
-def report_run(run: Run, smoothed: Sequence[float], smoothing: float) -> RunReport:
+def report_run(run: Run, smoothed: Sequence[float], smoothing: float, notices: Sequence[str] = ()) -> RunReport:
     """The report on one run; ``smoothed`` is the running average of its losses, of the decay ``smoothing``."""
     steps, evaluations = run.metrics.steps, run.metrics.evaluations
     count, count_notice = _count(run)
@@ -76,7 +79,7 @@ def report_run(run: Run, smoothed: Sequence[float], smoothing: float) -> RunRepo
         name=run.name,
         path=printable(str(run.path)),
         status=run.status,
-        notices=[*run.notices, *([count_notice] if count_notice else [])],
+        notices=[*run.notices, *([count_notice] if count_notice else []), *notices],
         settings=settings_of(run, figures["trainable_parameters"], figures["total_parameters"]),
         smoothing=smoothing,
         figures=figures,
@@ -98,7 +101,7 @@ def report_run(run: Run, smoothed: Sequence[float], smoothing: float) -> RunRepo
 
 def _count(run: Run) -> tuple[ParameterCount | None, str]:
     """Parameters by module, from the base's configuration, or a notice why they are not known."""
-    spec = run.spec
+    spec = run.found
     try:
         config = read_config(Path(spec.model.path), variant=spec.model.variant).with_layers(spec.model.num_layers)
         count = count_parameters(config, spec.adapter)

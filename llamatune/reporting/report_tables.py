@@ -7,6 +7,7 @@ from collections.abc import Callable
 import yaml
 
 from llamatune.formats.text_table import TextTable
+from llamatune.inference.prepared_prompts import HEADINGS
 from llamatune.reporting.report_data import Report, RunReport
 from llamatune.reporting.report_text import (
     ABSENT,
@@ -17,6 +18,7 @@ from llamatune.reporting.report_text import (
     two_places,
     whole,
 )
+from llamatune.reporting.sample_answers import Samples
 from llamatune.reporting.spikes import Spike
 from llamatune.units import duration, gibibytes
 
@@ -125,6 +127,18 @@ def data_table(run: RunReport) -> TextTable:
     return TextTable("data", f"{run.name}: {run.spec['data']['train']}", ("", "count"), tuple(rows))
 
 
+def answers_table(answers: Samples) -> TextTable:
+    """A line a prompt: where it is from, its instruction, the row's answer, the base's and the tuned one."""
+    rows = []
+    for number, sample in enumerate(answers.samples, 1):
+        place = f"{HEADINGS[sample.split]}, row {sample.row}" if sample.split else f"{sample.row or number}"
+        rows.append(
+            (place, sample.instruction or sample.prompt, sample.reference or "", sample.base or "", sample.tuned)
+        )
+    header = ("row", "instruction", "reference", "base", "tuned")
+    return TextTable("answers", f"{answers.source}: answers", header, tuple(rows), wide=True)
+
+
 _OF_ONE_RUN: tuple[Callable[[RunReport], TextTable], ...] = (
     spikes_table, epochs_table, parameters_table, memory_table, ranks_table, data_table,
 )  # fmt: skip
@@ -137,4 +151,6 @@ def report_tables(report: Report) -> dict[str, TextTable]:
         for make in _OF_ONE_RUN:
             made = make(run)
             found[f"{made.name}-{place}" if len(report.runs) > 1 else made.name] = made
+    found |= {made.name: made for made in report.evidence}
+    found |= {f"answers-{place}": answers_table(samples) for place, samples in enumerate(report.samples, 1)}
     return {name: made for name, made in found.items() if made.rows}

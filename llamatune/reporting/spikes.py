@@ -108,7 +108,7 @@ def with_rows(run: Run, spikes: list[Spike]) -> list[Spike]:
     from llamatune.training.schedule import Schedule
 
     try:
-        schedule = Schedule(run.spec, open_prepared(*run.spec.data.train_paths).train)
+        schedule = Schedule(run.spec, open_prepared(*run.found.data.train_paths).train)
     except LlamatuneError:
         return spikes
     batches = (schedule.passes(spike.window - 1) for spike in spikes)  # the log counts windows from 1
