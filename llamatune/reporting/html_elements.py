@@ -32,9 +32,13 @@ def unordered(items: Iterable[object], **attributes: str) -> Markup:
     return element("ul", *entries, **attributes) if entries else Markup()
 
 
-def header(headings: Sequence[str]) -> Markup:
-    """The head of a table."""
-    return element("thead", element("tr", *(element("th", heading, scope="col") for heading in headings)))
+def header(headings: Sequence[str], labels: int = 0) -> Markup:
+    """The head of a table, whose first ``labels`` columns name the line."""
+    cells = [
+        element("th", heading, scope="col", class_="label") if place < labels else element("th", heading, scope="col")
+        for place, heading in enumerate(headings)
+    ]
+    return element("thead", element("tr", *cells))
 
 
 def table(made: TextTable) -> Markup:
@@ -45,10 +49,10 @@ def table(made: TextTable) -> Markup:
     for row in made.rows:
         labels = (element("th", text, scope="row") for text in row[: made.labels])
         body.append(element("tr", *labels, *(element("td", text) for text in row[made.labels :])))
-    parts = element("caption", made.title), header(made.header), element("tbody", *body)
+    parts = element("caption", made.title), header(made.header, made.labels), element("tbody", *body)
     whole = element("table", *parts, class_="texts" if made.wide else "numbers")
     shown = element("div", whole, class_="scroll", tabindex="0")
-    return Markup(shown + unordered(made.notes, class_="quiet notes"))
+    return element("div", shown, unordered(made.notes, class_="quiet notes")) if made.notes else shown
 
 
 def section(title: str, *content: Markup, **attributes: str) -> Markup:

@@ -52,6 +52,8 @@ def test_which_options_may_be_repeated() -> None:
         "evaluate --adapter",
         "merge-lora --adapter",
         "report --prompt",
+        "report --evaluation",
+        "report --benchmark",
         "benchmark --grid",
     }
 
