@@ -96,10 +96,10 @@ PATHS = [
     for verb, command in VERBS.items()
     for parameter in command.params
     if parameter.name
-    in ("adapter", "base", "data", "directory", "generations", "model", "output", "per_row", "plot", "png", "probe",
-        "from_data", "markdown", "prompt_file", "rows", "runs", "shots_data", "spec_path", "specs", "tokenizer",
+    in ("adapter", "base", "charts", "data", "directory", "generations", "model", "output", "per_row", "plot", "png", "probe",
+        "from_data", "markdown", "prompt_file", "rows", "runs", "shots_data", "spec_path", "specs", "tables", "tokenizer",
         "tuned", "validation")
-    and (verb, parameter.name) not in (("benchmark", "rows"), ("generate", "rows"))  # which are numbers
+    and (verb, parameter.name) not in (("benchmark", "rows"), ("generate", "rows"), ("report", "rows"))  # which are numbers
 ]  # fmt: skip
 
 
