@@ -1,4 +1,4 @@
-"""Writes docs/run-spec.md from the fields of the run spec: ``python docs/make_run_spec.py``."""
+"""Writes docs/run-spec.md and the JSON schema from the fields of the run spec: ``python docs/make_run_spec.py``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from llamatune.spec import RunSpec
+from llamatune.spec_schema import SCHEMA_FILE, make_schema, schema_text
 
 INTRODUCTION = """# The run spec
 
@@ -92,3 +93,4 @@ def page() -> str:
 
 if __name__ == "__main__":
     (Path(__file__).parent / "run-spec.md").write_text(page(), encoding="utf-8")
+    SCHEMA_FILE.write_text(schema_text(make_schema()), encoding="utf-8")

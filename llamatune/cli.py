@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from llamatune import __version__
+from llamatune.commands._completion import VARIABLE, asked_verb, join_words_of_bash
 from llamatune.commands._several_ranks import ending_together, reports_stop
 from llamatune.commands._typer_options import StrictCommand, with_options
 from llamatune.errors import FailedElsewhere, LlamatuneError, Stopped, printable
@@ -26,10 +27,23 @@ from llamatune.stop_signals import stop_signals
 # The function of a verb has its name, in the module of that name: commands/prepare_data.py, prepare_data.
 VERBS = {
     "Core verbs": ("prepare-data", "train", "merge-lora", "generate", "count-params"),
-    "More verbs": ("evaluate", "chat", "benchmark", "plan-memory", "report", "verify", "demo", "slurm", "env"),
+    "More verbs": (
+        "evaluate",
+        "judge",
+        "chat",
+        "sweep",
+        "benchmark",
+        "plan-memory",
+        "report",
+        "verify",
+        "demo",
+        "slurm",
+        "env",
+    ),
+    "Help": ("init", "schema", "explain"),
     "Formats": ("convert", "convert-adapter", "extract-lora"),
 }
-_WRITERS = ("prepare-data", "train", "merge-lora", "benchmark", "demo", "report", *VERBS["Formats"])
+_WRITERS = ("prepare-data", "train", "merge-lora", "sweep", "benchmark", "demo", "report", *VERBS["Formats"])
 _CONTINUED = {"evaluate": (("--output",),), "generate": (("--output",), ("--prompt-file", "--from-data"))}
 """Verbs that write files, always or where one of each of these options is given: a stop is exit 75, of others 130."""
 
@@ -62,6 +76,18 @@ def build_app(only: str | None = None) -> typer.Typer:
         for name in names if only is None else {only} & set(names):
             app.command(name, cls=StrictCommand, rich_help_panel=panel)(_load_verb(name))
     return app
+
+
+def _complete() -> int:
+    """Answer a shell that asks for completions, or for the script that asks; ``typer`` speaks with the shell."""
+    kept, verb = join_words_of_bash(os.environ), asked_verb()
+    app = build_app(verb if any(verb in names for names in VERBS.values()) else None)
+    os.environ["COLUMNS"] = "10000"  # else what a candidate means is broken into lines, which are candidates
+    with contextlib.redirect_stdout(io.StringIO()) as answer, contextlib.suppress(SystemExit):
+        app(args=[], prog_name="llamatune", complete_var=VARIABLE)
+    if answered := answer.getvalue().rstrip("\n"):
+        typer.echo("\n".join(line.removeprefix(kept) for line in answered.splitlines()))
+    return 0
 
 
 class _StoppedEarly(BaseException):
@@ -128,6 +154,8 @@ def _exit_code(words: list[str], stopped_before: ShouldStop = never_stop) -> int
         with stop_signals(_stop_early), ending_together():
             if stopped_before():
                 raise _StoppedEarly
+            if VARIABLE in os.environ:
+                return _complete()
             return build_app(verb if known else None)(args=words, standalone_mode=False, prog_name="llamatune") or 0
     except FailedElsewhere as fault:
         return stopped if fault.exit_code == Stopped.exit_code else fault.exit_code
@@ -152,7 +180,9 @@ def _exit_code(words: list[str], stopped_before: ShouldStop = never_stop) -> int
             return _fail(f"torch does not know this value of TORCH_LOGS: {os.environ['TORCH_LOGS']}: unset it", 5)
         # Typer may carry its own copy of click, so its usage errors are known by what they can do.
         if hasattr(fault, "format_message") and hasattr(fault, "exit_code"):
-            return _fail(f"{fault.format_message().rstrip('.')}: see llamatune --help", 2)
+            context = getattr(fault, "ctx", None)
+            of_verb = context.command_path if context else "llamatune"
+            return _fail(f"{fault.format_message().rstrip('.')}: see {of_verb} --help", 2)
         raise
 
 

@@ -17,7 +17,7 @@ from llamatune.free_memory import free_host_bytes
 from llamatune.nvml import NvmlGpu, nvml
 from llamatune.required_versions import at_least, require_version
 from llamatune.shapes.capabilities import OLDEST_WITH_BF16, Capability
-from llamatune.shapes.torch_builds import CUDA_12_BUILD, build_for, has_kernels
+from llamatune.shapes.torch_builds import build_for, build_for_driver, has_kernels
 
 _GET_NVML = "for NVML start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility, or install the driver's"
 
@@ -42,7 +42,8 @@ def choose_device(name: str, on_event: OnEvent = ignore_event, local_rank: int |
         if not has_kernels(capability, architectures):
             gpu = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
             built = f"torch {torch.__version__} has no kernels for it, only for {', '.join(architectures)}"
-            todo = f"{build_for(capability)}, or use the device cpu (in the environment: CUDA_VISIBLE_DEVICES=)"
+            install = build_for(capability, driver_version())
+            todo = f"{install}, or use the device cpu (in the environment: CUDA_VISIBLE_DEVICES=)"
             raise EnvironmentFault(f"{gpu}; {built}", device, todo)
         # cuDNN, torch's first choice on some GPUs, plans anew for each length: up to a second, at nearly every step.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -176,6 +177,12 @@ def driver_release() -> str | None:
     return None if library is None else library.driver()
 
 
+def gpus_of_driver() -> list[tuple[str, Capability]]:
+    """Name and compute capability of each GPU that the driver knows, also where torch finds none; without NVML none."""
+    library = nvml()
+    return [] if library is None else library.gpus()
+
+
 def nvml_gpu(device: torch.device) -> NvmlGpu | None:
     """The device as NVML knows it; None of a CPU, and where NVML is absent or does not know it."""
     library = nvml() if device.type == "cuda" else None
@@ -220,8 +227,7 @@ def cuda_fault() -> str | None:
         return None
     driver = driver_version()
     if driver is not None and driver[0] < int(torch.version.cuda.split(".")[0]):
-        older_build = CUDA_12_BUILD if driver[0] == 12 else "install a build of torch for its CUDA"
-        return f"the driver knows CUDA only up to {driver[0]}.{driver[1]}; update it, or {older_build}"
+        return f"the driver knows CUDA only up to {driver[0]}.{driver[1]}; {build_for_driver(driver)}"
     try:
         with warnings.catch_warnings(action="ignore"):
             torch.cuda.init()  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@
     ├── EnvironmentFault   5   device, memory, disk, permission, directory in use
     │   └── OutOfMemory    5   of the device or the host
     ├── NumericsError      6   loss or gradient not finite
+    ├── RequirementFailed  6   a figure of judge is not as --require wants it; the result is printed nevertheless
     ├── Stopped           75   a signal asked for a stop; the same command completes it (130 in a verb that only reads)
     └── FailedElsewhere        another rank failed; it reports its fault, and all ranks leave with its exit code
 
@@ -81,6 +82,12 @@ class OutOfMemory(EnvironmentFault):
 
 class NumericsError(LlamatuneError):
     """Loss or gradient is not finite."""
+
+    exit_code = 6
+
+
+class RequirementFailed(LlamatuneError):
+    """A figure that was measured is not as it is required to be."""
 
     exit_code = 6
 

@@ -16,20 +16,38 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Command:
+    """The verb that begins now inside of another one, as a ``line`` that a user would type."""
+
+    line: str
+
+
+@dataclass(frozen=True)
 class Progress:
-    """``done`` of ``total`` units of ``task`` (total None: unknown); ``tokens_per_second`` of one that generates."""
+    """``done`` of ``total`` units of ``task`` (total None: unknown); ``tokens_per_second`` of one that generates.
+
+    ``part`` is the share that is done, from 0 to 1, where it is known without ``total``. ``in_bytes``: the units are.
+    """
 
     task: str
     done: int
     total: int | None = None
     tokens_per_second: float | None = None
+    part: float | None = None
+    in_bytes: bool = False
+
+    @property
+    def share(self) -> float | None:
+        """The share that is done, from 0 to 1; None where the end is not known."""
+        return self.done / self.total if self.total else self.part
 
 
 @dataclass(frozen=True)
 class RunStarted:
     """What will be trained, or continued after ``resumed_step`` updates that took ``elapsed_s``.
 
-    ``evaluates_first``: the validation loss comes before the first step, which has to wait for it.
+    ``evaluates_first``: an evaluation comes before the first step, which has to wait for it. ``losses`` are those
+    of the updates that were made before, in their order.
     """
 
     trainable_parameters: int
@@ -42,6 +60,7 @@ class RunStarted:
     device: str
     elapsed_s: float = 0.0
     evaluates_first: bool = False
+    losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +136,33 @@ class EvalDone:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What the model answered to a prompt of ``evaluation.prompts`` after ``step`` updates; 0: before training.
+
+    ``number`` counts the prompts from 1. ``prompt`` and ``reference``, the answer that its row has, are cut where they
+    are long. ``tokens`` are the answer's; ``finish_reason``: ``eos`` or ``length``.
+    """
+
+    event: ClassVar[str] = "answer"
+    step: int
+    number: int
+    prompt: str
+    answer: str
+    reference: str | None
+    tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class AnswersDone:
+    """All prompts of ``evaluation.prompts`` were answered after ``step`` updates, in so many ``seconds``."""
+
+    step: int
+    answers: tuple[Answer, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class EarlyStop:
     """Patience ended the run after the evaluation of ``step``; that of ``best_step`` was the lowest.
 
@@ -130,6 +176,24 @@ class EarlyStop:
     evaluations_without_improvement: int
     best_step: int
     best_eval_loss: float
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """The search for ``training.learning_rate: auto`` before the first step, as ``metrics.jsonl`` keeps it.
+
+    ``losses`` are held-out losses of the trials at ``rates``, after ``updates`` of one micro-batch each; None: the
+    trial diverged. ``start_loss`` is that of the untrained weights. ``micro_batches`` were computed in all.
+    """
+
+    event: ClassVar[str] = "learning_rate_search"
+    learning_rate: float
+    method: str
+    rates: list[float]
+    losses: list[float | None]
+    start_loss: float
+    updates: int
+    micro_batches: int
 
 
 @dataclass(frozen=True)
@@ -175,7 +239,19 @@ class EpochDone(EpochMeans):
         return EpochMeans(**{entry.name: getattr(self, entry.name) for entry in fields(EpochMeans)})
 
 
-Event = Notice | Progress | RunStarted | StepDone | MemoryHeld | StepSkipped | EvalDone | CheckpointSaved | EpochDone
+Event = (
+    Notice
+    | Command
+    | Progress
+    | RunStarted
+    | StepDone
+    | MemoryHeld
+    | StepSkipped
+    | EvalDone
+    | AnswersDone
+    | CheckpointSaved
+    | EpochDone
+)
 OnEvent = Callable[[Event], None]
 ShouldStop = Callable[[], bool]
 

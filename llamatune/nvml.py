@@ -80,6 +80,23 @@ class Nvml:
         found = self.call("nvmlSystemGetDriverVersion", text, ctypes.c_uint(_TEXT_BYTES))
         return text.value.decode("ascii", "replace") or None if found else None
 
+    def gpus(self) -> list[tuple[str, tuple[int, int]]]:
+        """Name and compute capability of each GPU of the machine, also of those that CUDA does not see."""
+        count, found = ctypes.c_uint(), []
+        if not self.call("nvmlDeviceGetCount_v2", ctypes.byref(count)):
+            return []
+        for index in range(count.value):
+            handle, name = ctypes.c_void_p(), ctypes.create_string_buffer(_TEXT_BYTES)
+            major, minor = ctypes.c_int(), ctypes.c_int()
+            is_known = (
+                self.call("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(handle))
+                and self.call("nvmlDeviceGetName", handle, name, ctypes.c_uint(_TEXT_BYTES))
+                and self.call("nvmlDeviceGetCudaComputeCapability", handle, ctypes.byref(major), ctypes.byref(minor))
+            )
+            if is_known:
+                found.append((name.value.decode("ascii", "replace"), (major.value, minor.value)))
+        return found
+
     def gpu(self, uuid: str) -> NvmlGpu | None:
         """The GPU of this UUID as torch gives it: NVML counts GPUs otherwise than CUDA, which may not see all."""
         handle = ctypes.c_void_p()

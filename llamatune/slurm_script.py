@@ -12,8 +12,11 @@ from llamatune.command_options.slurm import SlurmOptions
 from llamatune.errors import SpecError
 from llamatune.spec import RunSpec, load_spec
 
-_SIGNAL_S = 120
-"""How long before the time limit the signal comes, up to a minute earlier: an update and a save must fit into it."""
+_SIGNAL_S, _EARLIER_S, _UNUSED = 120, 60, 0.02
+"""How long before the time limit a signal comes, and how much earlier Slurm may send it.
+
+A run watches the time itself. Where a signal costs a larger share of the job than this, none is asked for.
+"""
 
 _ENVIRONMENT = """
 export WANDB_MODE=offline  # compute nodes often have no network
@@ -56,7 +59,7 @@ def slurm_script(options: SlurmOptions) -> str:
         "partition": options.partition,
         "time": options.time,
         "array": f"0-{len(options.specs) - 1}" if options.array else None,
-        "signal": f"USR1@{min(_SIGNAL_S, options.time_s // 2)}",
+        "signal": f"USR1@{_SIGNAL_S}" if options.time_s * _UNUSED >= _SIGNAL_S + _EARLIER_S else None,
         "requeue": True,
         "open-mode": "append",
         "output": "train-%A_%a.log" if options.array else "train-%j.log",

@@ -6,12 +6,11 @@ Errors are reported together.
 from __future__ import annotations
 
 import copy
-import difflib
 import shlex
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -19,8 +18,11 @@ from pydantic import Field, ValidationError, model_validator
 from llamatune.errors import SpecError
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
-from llamatune.spec_overrides import override, refuse_twice, rename_aliases
+from llamatune.spec_faults import describe_faults
+from llamatune.spec_overrides import COMMAND_LINE, caused_by, drop_rivals, override, refuse_twice, rename_aliases
 from llamatune.spec_sections import (
+    FULL_LEARNING_RATE,
+    LORA_LEARNING_RATE,
     DataSection,
     EvaluationSection,
     LoraSection,
@@ -67,7 +69,19 @@ class RunSpec(Section):
             )
         if lora is not None and model.init == "random" and lora.init_from:
             raise ValueError("lora.init_from needs the base it was trained on, not model.init: random")
+        if training.learning_rate is None and training.min_learning_rate > self.usual_learning_rate:
+            fault = f"training.min_learning_rate {training.min_learning_rate} is above learning_rate"
+            raise ValueError(f"{fault} {self.usual_learning_rate}, the default; give training.learning_rate")
         return self
+
+    @property
+    def usual_learning_rate(self) -> float:
+        """What ``training.learning_rate: null`` stands for in a new run."""
+        return FULL_LEARNING_RATE if self.lora is None else LORA_LEARNING_RATE
+
+    def with_learning_rate(self, rate: float | Literal["auto"]) -> RunSpec:
+        """The same with another ``training.learning_rate``."""
+        return self.model_copy(update={"training": self.training.model_copy(update={"learning_rate": rate})})
 
     @property
     def adapter(self) -> AdapterSpec | None:
@@ -115,34 +129,6 @@ def _section(name: str) -> type[Section]:
     return section
 
 
-def _known_keys(section: str | None = None) -> list[str]:
-    """The keys of a section, or the sections."""
-    return list((RunSpec if section is None else _section(section)).model_fields)
-
-
-_OF_PEFT = {"lora.use_dora": "kind: dora", "lora.init_lora_weights": "'init'"}
-"""Keys of PEFT that are values here, and what they are called."""
-
-
-def _describe(error: Any) -> str:
-    location = [key for key in error["loc"] if isinstance(key, str)]
-    path = ".".join(location) or "spec"
-    given = error.get("input")
-    match error["type"]:
-        case "extra_forbidden":
-            near = difflib.get_close_matches(location[-1], _known_keys(*location[:-1]), 1, 0.5)
-            meant = _OF_PEFT.get(path) or (repr(near[0]) if near else None)
-            return f"{path}: unknown key" + (f", did you mean {meant}?" if meant else "")
-        case "missing":
-            return f"{path}: missing"
-        case "value_error":
-            return f"{path}: {error['ctx']['error']}"
-    shown = f" (it is {given!r})" if isinstance(given, str | int | float) else ""
-    if given is None:
-        shown = " (it is null, as ~ alone is in YAML)" if error["type"] == "string_type" else " (it is null)"
-    return f"{path}: {error['msg'].replace('Input should be', 'should be')}{shown}"
-
-
 def build_spec(values: Any, where: object, overrides: Sequence[str] = (), stored: bool = False) -> RunSpec:
     """A spec from plain values; each ``section.key=value`` of ``overrides`` replaces one.
 
@@ -158,13 +144,18 @@ def build_spec(values: Any, where: object, overrides: Sequence[str] = (), stored
     written = copy.deepcopy(values) if overrides else values
     for assignment in overrides:
         override(values, assignment)
+    drop_rivals(values, overrides)
     spec, described = _validated(values, stored)
     if spec is not None:
         return spec
     count = f"{len(described)} errors: " if len(described) > 1 else ""
     undoing = _undoing(written, values, described) if overrides else []
     todo = f"undo what the file says with {' '.join(undoing)}" if undoing else None
-    raise SpecError(count + "; ".join(described), where, todo)
+    of_overrides = caused_by(overrides, described, _validated(written, stored)[1] if overrides else [])
+    if len(of_overrides) == len(described):
+        raise SpecError(count + "; ".join(described), COMMAND_LINE, todo)
+    told = (f"{fault} ({COMMAND_LINE})" if fault in of_overrides else fault for fault in described)
+    raise SpecError(count + "; ".join(told), where, todo)
 
 
 def _validated(values: dict[str, Any], stored: bool = False) -> tuple[RunSpec | None, list[str]]:
@@ -173,7 +164,8 @@ def _validated(values: dict[str, Any], stored: bool = False) -> tuple[RunSpec | 
     try:
         return RunSpec.model_validate(given, context={STORED: stored}), []
     except ValidationError as fault:
-        return None, [_describe(error) for error in fault.errors()]
+        sections = {name: _section(name).model_fields for name in RunSpec.model_fields}
+        return None, describe_faults(fault.errors(), sections)
 
 
 def _undoing(written: dict[str, Any], values: dict[str, Any], faults: Sequence[str]) -> list[str]:

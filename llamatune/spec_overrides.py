@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -9,23 +10,28 @@ from typing import Any
 from llamatune.errors import SpecError
 from llamatune.strict_yaml import parse_yaml
 
-_ALIASES: dict[tuple[str, ...], str] = {
+ALIASES: dict[tuple[str, ...], str] = {
     ("lora", "lora_alpha"): "alpha",
     ("lora", "lora_dropout"): "dropout",
     ("lora", "rank_pattern"): "ranks",
     ("lora", "alpha_pattern"): "alphas",
 }
+"""By section and PEFT's spelling: the key here."""
+COMMAND_LINE = "on the command line"
+"""Where an override stands, in errors."""
+_RIVALS = (("training", "num_epochs", "max_steps"), ("training", "warmup_steps", "warmup_ratio"))
+"""Two keys of a section that say the same in different ways."""
 
 
-def _overridden_field(assignment: str) -> tuple[str, ...]:
+def overridden_field(assignment: str) -> tuple[str, ...]:
     """The keys of ``section.key=value``, an alias replaced."""
     section, *keys = assignment.partition("=")[0].split(".")
-    return section, *(_ALIASES.get((section, key), key) if place == 0 else key for place, key in enumerate(keys))
+    return section, *(ALIASES.get((section, key), key) if place == 0 else key for place, key in enumerate(keys))
 
 
 def override(values: dict[str, Any], assignment: str) -> None:
     """Set one field of a spec's plain values, or a whole section, which is None or a mapping."""
-    *sections, name = _overridden_field(assignment)
+    *sections, name = overridden_field(assignment)
     text = assignment.partition("=")[2]
     value = parse_yaml(text, assignment) if text.strip() else None
     is_section = not sections and (value is None or isinstance(value, dict))
@@ -43,9 +49,40 @@ def override(values: dict[str, Any], assignment: str) -> None:
         rename_aliases(values, assignment)
 
 
+def drop_rivals(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """An override takes the place of the key that excludes it, unless that is overridden too."""
+    given = {overridden_field(assignment) for assignment in overrides}
+    for section, *pair in _RIVALS:
+        inner = values.get(section)
+        if not isinstance(inner, dict):
+            continue
+        for key, rival in (pair, pair[::-1]):
+            if (section, key) in given and inner.get(key) is not None and (section, rival) not in given:
+                inner.pop(rival, None)
+
+
+def caused_by(overrides: Sequence[str], faults: Sequence[str], of_file: Sequence[str]) -> list[str]:
+    """Those of a spec's faults that its overrides cause; ``of_file``: those without any override.
+
+    A fault is an override's if its key was overridden; or if it was not there before, and either nothing was that could
+    have hidden it, or it names an overridden key.
+    """
+    given = [overridden_field(assignment) for assignment in overrides]
+    paths = {".".join(field) for field in given}
+    named = re.compile(r"\b(?:" + "|".join(re.escape(field[-1]) for field in given) + r")\b")
+
+    def is_caused(fault: str) -> bool:
+        path = fault.partition(": ")[0]
+        if any(path == given or path.startswith(f"{given}.") for given in paths):
+            return True
+        return fault not in of_file and (not of_file or named.search(fault) is not None)
+
+    return [fault for fault in faults if is_caused(fault)] if given else []
+
+
 def refuse_twice(overrides: Sequence[str]) -> None:
     """Raise ``SpecError`` if two ``section.key=value`` set the same field, by its name or its alias."""
-    fields = [_overridden_field(assignment) for assignment in overrides]
+    fields = [overridden_field(assignment) for assignment in overrides]
     parts = [field[:end] for field in fields for end in range(1, len(field))]  # lora.ranks of lora.ranks.q_proj
     for field, count in Counter([*fields, *set(parts).intersection(fields)]).items():
         if count > 1:
@@ -54,7 +91,7 @@ def refuse_twice(overrides: Sequence[str]) -> None:
 
 def rename_aliases(values: dict[str, Any], where: object) -> None:
     """Replace PEFT's spellings in a spec's plain values."""
-    for (section, alias), name in _ALIASES.items():
+    for (section, alias), name in ALIASES.items():
         inner = values.get(section)
         if isinstance(inner, dict) and alias in inner:
             if name in inner:

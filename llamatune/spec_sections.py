@@ -13,10 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from llamatune.spec_types import (
     Alpha,
     CheckpointingMode,
+    Device,
     Directories,
+    Duration,
     Epochs,
     Fraction,
     FromList,
+    LearningRate,
     MemorySize,
     NonEmptyText,
     PathText,
@@ -28,6 +31,8 @@ from llamatune.spec_types import (
 )
 
 DEFAULT_EPOCHS = 5
+LORA_LEARNING_RATE, FULL_LEARNING_RATE = 3e-4, 2e-5
+"""What ``training.learning_rate: null`` stands for; the evidence is in ``docs/learning-rate.md``."""
 
 
 class Section(BaseModel):
@@ -168,8 +173,12 @@ class TrainingSection(Section):
     optimizer: Literal["adamw", "sgd", "adamw_8bit"] = Field(
         "adamw", description="adamw_8bit holds the state of large tensors in 8 bits"
     )
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    learning_rate: LearningRate = Field(
+        None,
+        description=f"null: {LORA_LEARNING_RATE:g} with a lora section, else {FULL_LEARNING_RATE:g}; auto: found "
+        "before the first step, in at most 64 micro-batches ([learning-rate.md](learning-rate.md))",
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled, as of AdamW")
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="updates of linear rise to learning_rate")
     warmup_ratio: Fraction | None = Field(None, description="in place of warmup_steps, a share of all updates")
@@ -205,9 +214,14 @@ class TrainingSection(Section):
     rank_timeout_s: Annotated[float, Field(gt=0)] = Field(
         600.0, description="with several processes: how long one may not answer before all end"
     )
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    log_every_steps: Positive = 1
+    max_time: Duration | None = Field(
+        None,
+        description="each start of the run stops in time, saved and with exit code 75, before it has run for so long: "
+        "30m, 1h30m, 2d, or as Slurm writes it; the same command goes on. A Slurm job's own limit needs no key",
+    )
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(0, description="of A's start, dropout and the rows' order")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N; auto: a GPU if there is one")
+    log_every_steps: Positive = Field(1, description="of lines on stderr; metrics.jsonl has every step")
     log_layer_grad_norms: bool = Field(False, description="each block's gradient norm at each step, before clipping")
     profile_steps: Positive | None = Field(
         None, description="write a torch.profiler trace of the first N windows after each start into the run directory"
@@ -215,14 +229,21 @@ class TrainingSection(Section):
     save_every_steps: Positive | None = Field(None, description="default: every epoch")
     keep_last: Positive = Field(2, description="checkpoints kept")
 
+    @property
+    def rate(self) -> float:
+        """``learning_rate`` of a run that has begun, which is a number: neither null nor auto."""
+        assert isinstance(self.learning_rate, float)
+        return self.learning_rate
+
     @model_validator(mode="after")
     def _agree(self) -> TrainingSection:
         epochs, steps, warmup, rate = self.num_epochs, self.max_steps, self.warmup_steps, self.learning_rate
+        is_above = isinstance(rate, float) and self.min_learning_rate > rate
         problems = {
             "num_epochs and max_steps exclude each other": epochs is not None and steps is not None,
             "warmup_steps and warmup_ratio exclude each other": self.warmup_ratio is not None and warmup,
             f"warmup_steps {warmup} is longer than the run of {steps} steps": steps is not None and warmup > steps,
-            f"min_learning_rate {self.min_learning_rate} is above learning_rate {rate}": self.min_learning_rate > rate,
+            f"min_learning_rate {self.min_learning_rate} is above learning_rate {rate}": is_above,
             "nesterov needs momentum": self.nesterov and not self.momentum,
         }
         if any(problems.values()):
@@ -239,6 +260,13 @@ class EvaluationSection(Section):
         description="when there is validation data, also before the first step, which comes later by that time; it "
         "counts neither for best/ nor for patience",
     )
+    prompts: Annotated[int, Field(ge=1, le=64)] | PathText | None = Field(
+        None,
+        description="answered greedily at each evaluation, and before the first step; a file, as generate "
+        "--prompt-file reads it, or a number of rows, drawn by the seed from the validation rows (training rows where "
+        "there are none). Without validation data, at the end of each epoch",
+    )
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(128, description="of an answer to one of prompts")
     early_stopping_patience: Positive | None = Field(
         None, description="stop after this many evaluations in a row without a lower loss"
     )
@@ -262,5 +290,5 @@ class TrackingSection(Section):
     wandb: Literal["offline", "online"] | None = Field(
         None, description="W&B: offline writes to wandb/ of the run directory, for wandb sync; null: off"
     )
-    wandb_project: NonEmptyText = "llamatune"
+    wandb_project: NonEmptyText = Field("llamatune", description="W&B's project")
     wandb_name: NonEmptyText | None = Field(None, description="default: the name of the run directory")

@@ -1,19 +1,23 @@
-"""Types of the run spec's fields: paths, counts, epochs, fractions, target modules, recompute modes, memory sizes."""
+"""Types of the run spec's fields: paths, counts, epochs, fractions, target modules, recompute modes, sizes, times."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationInfo, WithJsonSchema
 
 from llamatune.errors import SpecError
 from llamatune.path_expansion import expand_path
 from llamatune.shapes.adapter import WHOLE_MODULES
 from llamatune.shapes.llama_config import LINEAR_MODULES
 from llamatune.shapes.recompute_levels import MODES, is_mode
-from llamatune.units import parse_size
+from llamatune.units import parse_duration, parse_size
 
+_DEVICE = r"auto|cpu|cuda(:\d+)?"
 STORED = "stored"
 """In the context of a validation: the spec is a run's own, whose paths were expanded when the run began."""
 
@@ -68,6 +72,25 @@ def _memory_size(value: str) -> str:
     return value
 
 
+def _learning_rate(value: Any) -> Any:
+    if value is None or value == "auto":
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
+        return float(value)
+    raise ValueError(f"should be a valid number above 0, auto or null (it is {value!r})")
+
+
+def _duration(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, str):
+        try:
+            parse_duration(value, "a time")
+        except SpecError as fault:
+            raise ValueError(f"{fault.what}; {fault.todo}") from None
+    return value
+
+
 def _expanded(value: str, info: ValidationInfo) -> str:
     try:
         return expand_path(value, variables=not (info.context or {}).get(STORED))
@@ -89,9 +112,31 @@ def _directories(value: Any, info: ValidationInfo) -> Any:
     return expanded[0] if len(expanded) == 1 else expanded
 
 
+def _names(known: Sequence[str], most: str | None = None) -> WithJsonSchema:
+    """A list of names without repetition, or a comma list; with ``most`` that word for all of them."""
+    every, one = [*known, *([most] if most else [])], "|".join(known)
+    comma_list = {"type": "string", "pattern": rf"^\s*({one})\s*(,\s*({one})\s*)*$"}
+    word = [{"const": most}] if most else []
+    listed = {"type": "array", "items": {"enum": every}, "uniqueItems": True} | ({"minItems": 1} if most else {})
+    return WithJsonSchema({"anyOf": [*word, listed, comma_list]})
+
+
+_TEXT = {"type": "string", "minLength": 1}
+
+
+def _device(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(_DEVICE, value):
+        raise ValueError(f"should be auto, cpu, cuda or cuda:N (it is {value!r})")
+    return value
+
+
 NonEmptyText = Annotated[str, Field(min_length=1)]
-PathText = Annotated[NonEmptyText, AfterValidator(_expanded)]
-Directories = Annotated[str | tuple[str, ...], BeforeValidator(_directories)]
+PathText = Annotated[NonEmptyText, AfterValidator(_expanded), WithJsonSchema(_TEXT)]
+Directories = Annotated[
+    str | tuple[str, ...],
+    BeforeValidator(_directories),
+    WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1, "uniqueItems": True}]}),
+]
 Positive = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=1, lt=1 << 63)]
 Epochs = Annotated[
@@ -104,7 +149,24 @@ Epochs = Annotated[
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Alpha = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-TargetModules = Annotated[tuple[str, ...], BeforeValidator(_expand_targets)]
-WholeModules = Annotated[tuple[str, ...], BeforeValidator(_check_whole)]
-CheckpointingMode = Annotated[str, BeforeValidator(_checkpointing_mode)]
-MemorySize = Annotated[str, AfterValidator(_memory_size)]
+TargetModules = Annotated[tuple[str, ...], BeforeValidator(_expand_targets), _names(LINEAR_MODULES, "all-linear")]
+WholeModules = Annotated[tuple[str, ...], BeforeValidator(_check_whole), _names(tuple(WHOLE_MODULES))]
+CheckpointingMode = Annotated[
+    str,
+    BeforeValidator(_checkpointing_mode),
+    WithJsonSchema({
+        "anyOf": [
+            {"enum": [mode for mode in MODES if is_mode(mode)]},
+            {"type": "string", "pattern": r"^every_([2-9]|[1-9]\d{1,2})$"},
+        ]
+    }),
+]  # fmt: skip
+Device = Annotated[str, BeforeValidator(_device), Field(pattern=f"^({_DEVICE})$")]
+LearningRate = Annotated[Annotated[float, Field(gt=0)] | Literal["auto"] | None, BeforeValidator(_learning_rate)]
+MemorySize = Annotated[
+    str,
+    AfterValidator(_memory_size),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "string", "pattern": r"^\d+(\.\d+)? ?[KMGT]i?B$"}]}),
+]
+Duration = Annotated[str, BeforeValidator(_duration)]
+"""``units.parse_duration`` reads it; a number alone is minutes, as in Slurm."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -33,3 +34,28 @@ def stop_signals(handler: Handler) -> Iterator[None]:
     finally:
         for number, action in before.items():
             signal.signal(number, action)
+
+
+@contextlib.contextmanager
+def noting_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C came within the block: the first is only noted, a second one raises ``KeyboardInterrupt`` at once.
+
+    For callers that have a program of their own. Nothing is handled in a thread, nor where SIGINT has another handler
+    than Python's: then it never came. Afterwards the handler is what it was.
+    """
+    python = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not python:
+        yield lambda: False
+        return
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.signal(signal.SIGINT, python)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(noted)
+    finally:
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, python)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from llamatune.openmp_variables import THREAD_COUNTS
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 
 BREAK_EVEN = 1 << 25
@@ -20,9 +21,6 @@ the figures.
 
 _LEAST_TOKENS = 128
 """Fewer tokens count as this many: most of the time goes into reading the weights, which two threads do faster."""
-
-_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Variables by which a user sets torch's number of threads."""
 
 _AT_START = torch.get_num_threads()
 
@@ -42,7 +40,7 @@ def threads_for(config: LlamaConfig, tokens: float) -> int:
     bits, however busy the machine is.
     """
     current = torch.get_num_threads()
-    is_chosen = current != _AT_START or any(os.environ.get(name) for name in _VARIABLES)
+    is_chosen = current != _AT_START or any(os.environ.get(name) for name in THREAD_COUNTS)
     return 1 if mean_product(config, tokens) < BREAK_EVEN and not is_chosen else current
 
 

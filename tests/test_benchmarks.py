@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from learning_rates import PAIRS, RATES, table
 from slow_cases import slow
 
 from llamatune.demo.run_demo import MATERIAL
@@ -94,3 +95,18 @@ def test_preparation_is_timed_with_every_number_of_workers() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "datasets is not installed: llamatune alone\n20 rows, " in done.stdout
     assert "1 llamatune    1 workers: " in done.stdout
+
+
+def test_the_table_of_learning_rates_has_the_regret(tmp_path: Path) -> None:
+    """A tenth above the lowest loss of the sweep; a pair that is not trained at all rates yet is left out."""
+    losses = dict(zip(map(str, RATES), (4.0, 3.5, 3.0, 2.0, 2.5, 3.0, None), strict=True))
+    results: dict[str, Any] = {rate: {"steps": 9, "loss": loss} for rate, loss in losses.items()}
+    (tmp_path / "1.json").write_text(json.dumps(results))
+    results["auto"] = {"steps": 9, "loss": 2.2, "search": {"learning_rate": 8.5e-4}}
+    (tmp_path / "0.json").write_text(json.dumps(results))
+    lines = table(tmp_path).splitlines()
+    assert len(lines) == 3
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells[:2] == [next(iter(PAIRS)), "9"]
+    assert cells[5] == "**2.0000**"
+    assert cells[8:] == ["diverged", "0.00085", "2.2000", "+10.0 %"]

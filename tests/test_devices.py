@@ -41,7 +41,7 @@ def test_a_gpu_without_kernels_is_refused_with_the_build_to_install(gpus: Gpus, 
 
 def test_a_gpu_newer_than_the_build_wants_a_newer_build(gpus: Gpus) -> None:
     gpus(("NVIDIA B200", (10, 0)), architectures=CU126, cuda="12.6")
-    with pytest.raises(EnvironmentFault, match=r"10\.0.*install a build of torch for CUDA 12\.8 or later"):
+    with pytest.raises(EnvironmentFault, match=r"10\.0.*install torch 2\.11 or later built for CUDA 13\.0: pip "):
         choose_device("auto")
     gpus(V100, architectures=CU126, cuda="12.6")
     devices.capability_of.cache_clear()
@@ -146,7 +146,7 @@ def test_a_gpu_that_has_started_is_left_as_it_is(gpus: Gpus, monkeypatch: pytest
         ("Found no NVIDIA driver on your system. Please check\nmore", None, "(Found no NVIDIA driver on your system)"),
         ("CUDA unknown error - this may be due to", (13, 0), "(CUDA unknown error - this may be due to)"),
         ("The NVIDIA driver is too old", (12, 4), "knows CUDA only up to 12.4; update it, or install torch"),
-        ("The NVIDIA driver is too old", (11, 4), "knows CUDA only up to 11.4; update it, or install a build"),
+        ("The NVIDIA driver is too old", (11, 4), "knows CUDA only up to 11.4; update it to release 580 or later"),
     ],
 )
 def test_auto_says_why_it_takes_the_cpu(

@@ -5,18 +5,21 @@ import itertools
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-from readme_job import README, ROOT, blocks, commands, make_workplace, run_quietly
+from readme_job import README, ROOT, blocks, commands, make_workplace, other_commands, run_quietly
 
 from llamatune.checkpoints.model_directory import read_config
+from llamatune.cli import VERBS
 from llamatune.command_options.generation import GenerateOptions
 from llamatune.command_options.option import option_fields
 from llamatune.data.chat_messages import ROLES, TRAINING
 from llamatune.data.column_maps import PRESETS
 from llamatune.data.prepare_report import ADJUSTMENTS
 from llamatune.shapes.counts import count_parameters
+from llamatune.shapes.torch_builds import BUILDS
 from llamatune.spec import build_spec, load_spec
 from llamatune.strict_yaml import parse_yaml
 
@@ -30,9 +33,10 @@ def workplace(tmp_path: Path) -> Path:
 def test_the_readmes_commands_run_in_their_order_and_warn_of_nothing(workplace: Path) -> None:
     verbs = {command[1] for command in commands()}
     assert {"prepare-data", "train", "merge-lora", "generate", "count-params"} <= verbs
-    for command in commands():
+    for command in [*commands(), *other_commands()]:
         assert command[0] == "llamatune"
-        run_quietly([sys.executable, "-m", *command], workplace)
+        if command[1] != "demo":  # which its own tests run
+            run_quietly([sys.executable, "-m", *command], workplace, PYTHONWARNINGS="always")
     run = workplace / "runs" / "alpaca"
     for name in ("spec.yaml", "metrics.jsonl", "summary.json", "adapter", "best", "checkpoints"):
         assert (run / name).exists(), name
@@ -75,6 +79,24 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
     assert listed == folders | files
 
 
+def test_every_verb_is_run_with_an_eye_on_stderr() -> None:
+    """A new verb belongs into README's job, or into OTHER_VERBS; ``make test-wheel`` runs them all."""
+    run = {command[1] for command in [*commands(), *other_commands()]}
+    assert run == set(itertools.chain(*VERBS.values()))
+
+
+def test_the_table_of_builds_is_that_of_the_package() -> None:
+    table = README.partition("\n## Install\n")[2].partition("\n## ")[0]
+    rows = [row for row in table.splitlines() if row.startswith("| ") and "pip install" in row]
+    for build in BUILDS:
+        (row, *more) = [row for row in rows if f"`{build.command}`" in row]
+        assert f"CUDA {build.cuda[0]}" in row, row
+        assert more == [] or build.cuda == (13, 0) or build.cuda == (12, 6)
+    known = {build.command for build in BUILDS}
+    advised = {command for row in rows for command in re.findall(r"`(pip install [^`]*)`", row)}
+    assert advised - known == {"pip install torch --index-url https://download.pytorch.org/whl/cpu"}
+
+
 def test_the_spec_page_is_made_from_the_spec() -> None:
     found = importlib.util.spec_from_file_location("make_run_spec", ROOT / "docs" / "make_run_spec.py")
     assert found is not None
@@ -112,8 +134,43 @@ def texts() -> dict[str, str]:
     return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in pages if path.is_file()}
 
 
+_EXTRA = r"llamatune\s*\[|\bextras? [`'\"]?(?:data|gguf|plots|tensorboard|wandb)\b|\.\[(?!dev\])\w+\]"
+_FROM_INDEX = r"pip install (?:-\S+ )*[`'\"]?llamatune(?![\w./-]*(?:\.whl|/))(?! from)"
+
+
 def test_nobody_is_sent_to_the_package_index_for_this_project() -> None:
     """There ``llamatune`` is another one: what is missing is installed by its own name, this from its checkout."""
     for name, text in texts().items():
-        found = re.search(r"llamatune\[|pip install[^\n`]*llamatune|\[plots", text)
+        found = re.search(rf"{_EXTRA}|{_FROM_INDEX}|\[plots", text)
         assert not found, f"{name}: {found}"
+
+
+@pytest.mark.parametrize(
+    ("text", "sends"),
+    [
+        ("pip install 'llamatune[plots]'", True),
+        ("pip install llamatune", True),
+        ("pip install -U llamatune", True),
+        ("pip install pyarrow (of the extra 'data')", True),
+        ("`pip install '.[data]'` in a checkout", True),
+        ("pip install --no-index --find-links wheels llamatune", False),  # asks no index
+        ("pip install llamatune-0.1.0-py3-none-any.whl", False),
+        ("pip install --no-index --find-links wheels wheels/llamatune-*.whl", False),
+        ("pip install pyarrow", False),
+        ("pip install .", False),
+        ("the extra sample", False),
+    ],
+)
+def test_what_would_send_somebody_there(text: str, sends: bool) -> None:
+    assert (re.search(rf"{_EXTRA}|{_FROM_INDEX}", text) is not None) is sends
+
+
+def test_every_package_that_a_message_names_can_be_installed_by_that_name() -> None:
+    """The names are those that pyproject.toml depends on."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    known = {re.split(r"[><=;\[ ]", entry, maxsplit=1)[0] for entry in wanted}
+    for name, text in texts().items():
+        if name.endswith(".py"):
+            named = re.findall(r"pip install '?([A-Za-z][\w.-]*)", text)
+            assert not set(named) - known, name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +90,39 @@ def test_env_tells_of_a_busy_gpu_too(
     assert told["devices"][0]["free_bytes"] is None
     assert told["devices"][0]["kernels"].startswith("plain (Triton fails: ")
     assert "16.00 GiB cuda:0: train" in text
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "gpu", "expected"),
+    [
+        (None, (12, 4), H100, "install torch 2.10 to 2.14 built for CUDA 12.6: pip install"),
+        (None, (13, 0), T4, "install torch 2.11 or later built for CUDA 13.0: pip install 'torch>=2.11'"),
+        ("13.0", (12, 4), V100, "install torch 2.10 to 2.14 built for CUDA 12.6: pip install"),
+        ("13.0", (11, 4), T4, "update the NVIDIA driver to release 580 or later, then install torch 2.11"),
+        ("13.0", (13, 0), V100, "install torch 2.10 to 2.14 built for CUDA 12.6"),
+        ("13.0", (13, 0), H100, None),
+    ],
+)
+def test_env_tells_of_gpus_that_torch_does_not_find(
+    gpus: Gpus,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    cuda: str | None,
+    driver: tuple[int, int],
+    gpu: tuple[str, tuple[int, int]],
+    expected: str | None,
+) -> None:
+    """As of a build without CUDA, an old driver, or a job that was given no GPU."""
+    gpus(fault="no driver")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(devices, "driver_version", lambda: driver)
+    monkeypatch.setattr(devices, "nvml", lambda: SimpleNamespace(gpus=lambda: [gpu], driver=lambda: "580"))
+    told, text = told_by_env(capsys)
+    (unused,) = told["unused_gpus"]
+    assert (unused["name"], unused["capability"]) == (gpu[0], "{}.{}".format(*gpu[1]))
+    assert unused["install"] == expected or (expected and unused["install"].startswith(expected))
+    assert f"{gpu[0]} (compute capability {unused['capability']}) is in this machine and not used: " in text
+    assert (expected or "this torch suits it, so it is not visible here") in text
 
 
 NEEDING_NVML, BEFORE = "2.14.1+cu130", "2.11.0+cu130"

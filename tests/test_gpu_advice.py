@@ -7,11 +7,12 @@ import re
 import pytest
 
 from llamatune.memory.plan import heaviest_rows, plan_memory
+from llamatune.shapes import torch_builds
 from llamatune.shapes.capabilities import Capability
 from llamatune.shapes.dtypes import PRECISIONS
 from llamatune.shapes.gpu_advice import ENOUGH_FOR_7B_IN_16_BITS, advise, refusal, slower_settings
 from llamatune.shapes.presets import preset
-from llamatune.shapes.torch_builds import build_for, has_kernels, wheel
+from llamatune.shapes.torch_builds import Cuda, build_for, fitting_build, has_kernels, wheel
 from llamatune.spec import build_spec
 
 GIB = 1 << 30
@@ -76,6 +77,38 @@ def test_the_builds_that_are_named_have_kernels(capability: Capability) -> None:
         assert "CUDA 12.6" in able
         assert ("CUDA 13.0" in able) is (named == LATER)
     assert "install" in build_for(capability)
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "expected"),
+    [
+        ((7, 0), (13, 0), "2.10 to 2.14 built for CUDA 12.6: pip install 'torch>=2.10,<2.15' --index-url"),  # V100
+        ((7, 0), (12, 2), "2.10 to 2.14 built for CUDA 12.6: pip install"),
+        ((7, 0), (11, 4), "update the NVIDIA driver to release 580 or later, then install torch 2.10 to 2.14"),
+        ((7, 5), (13, 0), "2.11 or later built for CUDA 13.0: pip install 'torch>=2.11'"),  # T4
+        ((7, 5), (12, 4), "2.10 to 2.14 built for CUDA 12.6: pip"),
+        ((7, 5), None, "2.11 or later built for CUDA 13.0: pip"),
+        ((9, 0), (12, 8), "2.10 to 2.14 built for CUDA 12.6: pip"),
+        ((10, 0), (12, 8), "2.10 or 2.11 built for CUDA 12.8: pip"),  # B200
+        ((12, 0), (13, 1), "2.11 or later built for CUDA 13.0: pip"),
+        ((8, 7), (12, 6), "NVIDIA's build of torch for Jetson"),
+        ((3, 7), (11, 4), "use a newer GPU"),
+    ],
+)
+def test_the_build_suits_the_gpu_and_the_driver(capability: Capability, driver: Cuda | None, expected: str) -> None:
+    assert expected in build_for(capability, driver)
+
+
+def test_a_build_that_is_advised_has_kernels_and_runs_with_the_driver() -> None:
+    """Against the architectures that torch's own list of its wheels has."""
+    for capability in [(5, 0), (6, 1), (7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]:
+        for driver in [(12, 0), (12, 4), (12, 8), (13, 0), (13, 2)]:
+            build = fitting_build(capability, driver)
+            assert build is not None
+            assert build.cuda[0] <= driver[0]
+            assert has_kernels(capability, BUILDS["CUDA {}.{}".format(*build.cuda)])
+        assert fitting_build(capability, (11, 8)) is None
+    assert {"CUDA {}.{}".format(*build.cuda) for build in torch_builds.BUILDS} == set(BUILDS)
 
 
 def test_a_gpu_that_no_build_supports_is_told_so() -> None:

@@ -54,6 +54,22 @@ int nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *millij
     return 0;
 }
 #endif
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 3; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) {
+    if (index == 1) return 15;  /* a GPU that fell off the bus */
+    *handle = index ? &instance : &gpu;
+    return 0;
+}
+int nvmlDeviceGetName(void *device, char *name, unsigned length) {
+    if (length < 96) return 7;
+    strcpy(name, device == &gpu ? "Tesla V100-SXM2-16GB" : "NVIDIA H100 80GB HBM3");
+    return 0;
+}
+int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor) {
+    *major = device == &gpu ? 7 : 9;
+    *minor = 0;
+    return 0;
+}
 int nvmlDeviceGetPowerUsage(void *device, unsigned *milliwatts) {
     if (device != &gpu) return 3;
     *milliwatts = 412345;
@@ -90,6 +106,13 @@ def test_every_figure_is_read_in_its_unit(library: Callable[..., Nvml | None]) -
     assert gpu.power_w() == 412.345
     assert gpu.energy_j() == 6000000000.123, "more than 32 bits hold"
     assert nvml.gpu("00000000-0000-0000-0000-000000000000") is None
+
+
+def test_every_gpu_of_the_machine_is_listed_that_answers(library: Callable[..., Nvml | None]) -> None:
+    nvml = library()
+    assert nvml is not None
+    assert nvml.gpus() == [("Tesla V100-SXM2-16GB", (7, 0)), ("NVIDIA H100 80GB HBM3", (9, 0))]
+    assert Nvml(SimpleNamespace()).gpus() == []
 
 
 def test_an_old_driver_has_fewer_figures(library: Callable[..., Nvml | None]) -> None:

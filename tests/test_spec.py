@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llamatune.errors import SpecError
-from llamatune.spec import RunSpec, build_spec, load_spec
+from llamatune.spec import RunSpec, _section, build_spec, load_spec
 from llamatune.spec_overrides import refuse_twice
 from llamatune.strict_yaml import parse_yaml
 
@@ -40,7 +40,7 @@ def test_the_documented_defaults_hold() -> None:
     assert made.lora.target_modules == ("q_proj", "v_proj")  # type: ignore[union-attr]
     training = made.training
     assert (training.micro_batch_size, training.gradient_accumulation_steps) == (1, 8)
-    assert (training.learning_rate, training.precision, training.keep_last) == (1e-5, "bf16", 2)
+    assert (made.usual_learning_rate, training.precision, training.keep_last) == (3e-4, "bf16", 2)
     assert (made.model.dtype, made.data.shuffle, training.max_grad_norm) == ("bfloat16", True, 1.0)
 
 
@@ -110,9 +110,7 @@ evaluation: {early_stopping_patience: 2, early_stopping_min_delta: 0.1}
 @pytest.mark.parametrize(
     ("override", "undone"),
     [
-        ("training.max_steps=20", "training.num_epochs=null"),
-        ("training.max_steps=5", "training.num_epochs=null training.warmup_steps=0"),
-        ("training.warmup_ratio=0.1", "training.warmup_steps=0"),
+        ("training.max_steps=5", "training.warmup_steps=0"),
         ("training.momentum=0.0", "training.nesterov=false"),
         ("training.learning_rate=1e-7", "training.min_learning_rate=0.0"),
         ("training.activation_checkpointing=projections", "training.fused=true"),
@@ -124,8 +122,106 @@ evaluation: {early_stopping_patience: 2, early_stopping_min_delta: 0.1}
 )
 def test_an_override_against_the_file_says_how_to_undo_what_the_file_says(override: str, undone: str) -> None:
     message = refusal(override, text=FILE)
-    assert message.endswith(f": run.yaml: undo what the file says with {undone}")
+    assert message.endswith(f": on the command line: undo what the file says with {undone}")
     spec(override, *undone.replace("'", "").split(), text=FILE)
+
+
+def test_an_override_takes_the_place_of_its_rival() -> None:
+    """Of the file. Two overrides that exclude each other are a fault."""
+    text = MINIMAL.replace("runs/a", "runs/a, num_epochs: 3, warmup_steps: 4")
+    training = spec("training.max_steps=20", "training.warmup_ratio=0.1", text=text).training
+    assert (training.num_epochs, training.max_steps) == (None, 20)
+    assert (training.warmup_steps, training.warmup_ratio) == (0, 0.1)
+    back = spec(
+        "training.num_epochs=2", "training.warmup_steps=3",
+        text=MINIMAL.replace("runs/a", "runs/a, max_steps: 20, warmup_ratio: 0.1"),
+    ).training  # fmt: skip
+    assert (back.num_epochs, back.max_steps) == (2, None)
+    assert (back.warmup_steps, back.warmup_ratio) == (3, None)
+    assert spec("training.max_steps=null", text=text).training.num_epochs == 3
+    both = refusal("training.max_steps=20", "training.num_epochs=2")
+    assert both.endswith("num_epochs and max_steps exclude each other: on the command line")
+    assert refusal(text=text.replace("num_epochs", "max_steps: 5, num_epochs")).endswith(": run.yaml")
+
+
+def test_a_fault_is_blamed_on_where_it_is() -> None:
+    """The file, the command line, or each fault on its own."""
+    assert refusal("training.device=gpu").endswith(
+        "training.device: should be auto, cpu, cuda or cuda:N (it is 'gpu'): on the command line"
+    )
+    assert refusal("optimizer.lr=1").endswith(": on the command line")
+    text = MINIMAL.replace("runs/a", "runs/a, device: tpu")
+    assert refusal(text=text).endswith("(it is 'tpu'): run.yaml")
+    assert refusal("training.device=gpu", text=text).endswith("(it is 'gpu'): on the command line")
+    mixed = refusal("training.seed=-1", text=text)
+    assert mixed.startswith("2 errors: ")
+    assert "training.seed: should be greater than or equal to 0 (it is -1) (on the command line); " in mixed
+    assert mixed.endswith("(it is 'tpu'): run.yaml")
+    assert refusal("lora=null").endswith(": on the command line"), "the file's bfloat16 was right before"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("training.learning_rate='1e-4'", "should be a valid number (it is '1e-4'), write it without quotes"),
+        ("training.num_epochs='3'", "should be a valid number (it is '3'), write it without quotes"),
+        ("training.seed='7'", "should be a valid integer (it is '7'), write it without quotes"),
+        ("training.compile='true'", "should be a valid boolean (it is 'true'), write it without quotes"),
+        ("training.tokens_per_pass='64'", "should be a valid integer or 'auto' (it is '64'), write it without quotes"),
+    ],
+)
+def test_a_number_in_quotes_is_told_from_another_text(override: str, told: str) -> None:
+    assert f"{override.partition('=')[0]}: {told}: " in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.path=''", "model.path: should have at least 1 character (it is '')"),
+        ("training.betas=[0.9]", "training.betas (value 2): missing: on the command line"),
+        ("training.seed=x", "should be a valid integer (it is 'x')"),
+        ("training.tokens_per_pass=0", "should be greater than or equal to 1 or 'auto' (it is 0)"),
+        ("training.precision=fp8", "should be 'fp32', 'tf32', 'bf16' or 'fp16' (it is 'fp8')"),
+        ("lora.r=4097", "should be less than or equal to 4096 (it is 4097)"),
+        ("lora.ranks={q_proj: x}", "lora.ranks.q_proj: should be a valid integer (it is 'x')"),
+    ],
+)  # fmt: skip
+def test_faults_are_told_in_words(override: str, told: str) -> None:
+    message = refusal(override)
+    assert told in message
+    assert not any(word in message for word in ("Input", "String", "pattern", "constrained", "literal", "Tuple"))
+
+
+@pytest.mark.parametrize("override", ["training.learning_rate=fast", "training.seed='1.5'", "data.shuffle=yes"])
+def test_a_text_that_is_no_such_number_has_no_advice_about_quotes(override: str) -> None:
+    assert "without quotes" not in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lora.rank", "'r'"), ("lora.lora_r", "'r'"), ("training.lora_r", "'lora.r'"), ("lora.use_dora", "kind: dora"),
+        ("training.lr", "'learning_rate'"), ("training.batch_size", "'micro_batch_size'"),
+        ("training.epochs", "'num_epochs'"),
+        ("training.per_device_train_batch_size", "'micro_batch_size'"), ("training.optim", "'optimizer'"),
+        ("training.fp16", "training.precision: fp16"), ("model.load_in_4bit", "model.dtype: nf4"),
+        ("training.gradient_checkpointing", "'activation_checkpointing'"), ("training.r", "'lora.r'"),
+        ("training.eval_steps", "'evaluation.every_steps'"), ("model.model_name_or_path", "'path'"),
+        ("trainig.seed", "'training'"), ("training.learnig_rate", "'learning_rate'"),
+    ],
+)  # fmt: skip
+def test_keys_of_other_programs_are_known_by_name(key: str, meant: str) -> None:
+    path = key if key.partition(".")[0] in RunSpec.model_fields else key.partition(".")[0]
+    assert f"{path}: unknown key, did you mean {meant}?" in refusal(f"{key}=1")
+
+
+def test_names_of_other_programs_stand_for_keys_that_there_are() -> None:
+    from llamatune.spec_faults import _OF_OTHERS, _OURS
+
+    flat = {f"{section}.{key}" for section in RunSpec.model_fields for key in _section(section).model_fields}
+    assert _OF_OTHERS.keys() <= flat
+    assert len(_OURS) == sum(len(names.split()) for names in _OF_OTHERS.values()), "a name stands for two keys"
+    assert "prepare-data --max-seq-length" in refusal("training.max_seq_length=512")
 
 
 @pytest.mark.parametrize("override", ["training.min_learning_rate=1.0", "lora.r=0", "model.dtype=fp8", "lora=null"])

@@ -6,8 +6,8 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from llamatune.benchmarking.grid import Axis
 from llamatune.benchmarking.results import CATEGORIES, Result, memory_unit, status_word
+from llamatune.spec_grid import Axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

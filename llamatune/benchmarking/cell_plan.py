@@ -10,19 +10,25 @@ import torch
 
 from llamatune import __version__
 from llamatune.benchmarking.cell_runs import PlannedCell
-from llamatune.benchmarking.grid import Cell, Grid, expand, parse_axis, preset_grid
+from llamatune.benchmarking.grid import preset_grid
 from llamatune.benchmarking.measure_cell import Task
+from llamatune.benchmarking.results import Work
 from llamatune.command_options.training import BenchmarkOptions
 from llamatune.devices import find_device
 from llamatune.errors import LlamatuneError, SpecError
 from llamatune.events import Notice, OnEvent
 from llamatune.safe_reading import digest_bytes
 from llamatune.spec import RunSpec, load_spec
+from llamatune.spec_grid import Cell, Grid, expand, parse_axis
 from llamatune.spec_overrides import refuse_twice
+from llamatune.spec_sections import DEFAULT_EPOCHS
 from llamatune.strict_yaml import read_yaml
 from llamatune.threads import threads_for
 from llamatune.training.inputs import Inputs, open_inputs
 from llamatune.training.schedule import pass_tokens
+
+_MEASURED = "memory of the heaviest rows of the data"
+"""How; a cell that was measured otherwise is measured again."""
 
 
 def plan_benchmark(options: BenchmarkOptions, on_event: OnEvent) -> tuple[Grid, list[PlannedCell]]:
@@ -51,6 +57,7 @@ def plan_benchmark(options: BenchmarkOptions, on_event: OnEvent) -> tuple[Grid, 
 def _planned(cells: list[Cell], options: BenchmarkOptions, on_event: OnEvent) -> list[PlannedCell]:
     opened: dict[str, Inputs | LlamatuneError] = {}
     notices: set[Notice] = set()
+    work = options.work
 
     def once(event: Any) -> None:
         if event not in notices:
@@ -70,11 +77,20 @@ def _planned(cells: list[Cell], options: BenchmarkOptions, on_event: OnEvent) ->
             continue
         seeds = options.seeds or (cell.spec.training.seed,)
         task = Task(cell.spec, options.updates, seeds, options.memory_limit_bytes)
-        planned.append(PlannedCell(cell, task, _identity(task, inputs), len(seeds)))
+        lengths = inputs.prepared.train.lengths
+        work = work or _whole_work(options, cell.spec, len(lengths))
+        tokens = round(work[0] * work[1] * sum(lengths) / len(lengths))
+        planned.append(PlannedCell(cell, task, _identity(task, inputs), len(seeds), Work(*work, tokens)))
     faults = [fault for fault in opened.values() if isinstance(fault, LlamatuneError)]
     if len(faults) == len(opened):
         raise faults[0]
     return planned
+
+
+def _whole_work(options: BenchmarkOptions, spec: RunSpec, rows: int) -> tuple[int, float]:
+    """All rows of the first cell, as often as its run has them, or once if that is told in steps."""
+    epochs = options.epochs or spec.training.num_epochs or (1 if spec.training.max_steps else DEFAULT_EPOCHS)
+    return rows, epochs
 
 
 def _open(spec: RunSpec, on_event: OnEvent) -> Inputs | LlamatuneError:
@@ -90,5 +106,5 @@ def _identity(task: Task, inputs: Inputs) -> str:
     spec = task.spec.model_dump(mode="json", exclude=no_part)
     threads = threads_for(inputs.config, pass_tokens(task.spec, inputs.prepared.train))
     decisive: list[Any] = [spec, task.steps, task.seeds, task.memory_limit_bytes, inputs.digests]
-    decisive += [__version__, torch.__version__, threads]
+    decisive += [__version__, torch.__version__, threads, _MEASURED]
     return digest_bytes(json.dumps(decisive, sort_keys=True).encode())[:20]

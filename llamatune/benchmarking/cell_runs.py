@@ -13,16 +13,15 @@ from typing import Any
 
 from llamatune import __version__
 from llamatune.benchmarking.cell_process import SCRATCH, CellTask, run_cell
-from llamatune.benchmarking.grid import Cell
-from llamatune.benchmarking.results import Result, status_word
-from llamatune.durable_writing import probe_writable, refuse_occupied, write_atomic
+from llamatune.benchmarking.results import Result, Work, status_word
+from llamatune.durable_writing import write_atomic
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop
 from llamatune.formats.benchmark_cell import read_cell
+from llamatune.spec_grid import Cell
 from llamatune.strict_json import dump_json
-from llamatune.training.run_directory import is_occupied, move_aside
+from llamatune.training.run_collection import claimed
 from llamatune.training.run_file_names import CELLS
-from llamatune.training.run_lock import LOCK, run_lock
 
 _FINAL = ("measured", "oom", "refused")
 """A cell with one of these outcomes is not measured again."""
@@ -32,35 +31,23 @@ _FINAL = ("measured", "oom", "refused")
 class PlannedCell:
     """A cell and its task, None if it is refused; ``identity`` digests all that decides the outcome.
 
-    ``seeds``: how many runs of training there are, each with losses of its own; None: nothing is trained.
+    ``seeds``: how many runs of training there are, each with losses of its own; ``work``: what all cells' times are
+    told for. None: nothing is trained.
     """
 
     cell: Cell
     task: CellTask | None = None
     identity: str = ""
     seeds: int | None = None
-
-
-def refuse_other(output: Path, overwrite: bool) -> None:
-    """Raise unless ``output`` is empty or an earlier benchmark's, of any grid, or may be moved aside."""
-    if not overwrite and is_occupied(output) and not ((output / LOCK).is_file() and (output / CELLS).is_dir()):
-        refuse_occupied(output, overwrite=False)
+    work: Work | None = None
 
 
 @contextlib.contextmanager
-def claimed(output: Path, overwrite: bool) -> Iterator[None]:
+def claimed_cells(output: Path, overwrite: bool) -> Iterator[None]:
     """Hold the directory of a benchmark, which is made, or with ``overwrite`` made anew."""
-    if overwrite and is_occupied(output):
-        with run_lock(output):
-            pass
-        move_aside(output)
-    else:
-        refuse_other(output, overwrite)
-    probe_writable(output)
-    with run_lock(output):
+    with claimed(output, CELLS, overwrite):
         for stale in output.glob(f"{SCRATCH}*"):  # of a process that was killed
             shutil.rmtree(stale, ignore_errors=True)
-        (output / CELLS).mkdir(exist_ok=True)
         yield
 
 
@@ -84,6 +71,8 @@ def measure_cells(
         except Stopped:
             done = f"stopped by a signal after {number - 1} of {len(planned)} cells"
             raise Stopped(done, output, "run the same command again to continue") from None
+        if plan.work is not None and facts["status"] == "measured":
+            facts = {**facts, **plan.work.facts(facts["tokens_per_second"])}
         results.append({"values": dict(plan.cell.values), **facts})
         told = summary(facts) if facts["status"] == "measured" else f"{status_word(facts)}: {facts['reason']}"
         on_event(Notice(f"cell {number} of {len(planned)}: {plan.cell.label}: {told}"))

@@ -11,11 +11,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llamatune.benchmarking.grid import Axis, in_words, short_name
+from llamatune.benchmarking.grid import comparisons
 from llamatune.benchmarking.results import CATEGORIES, Result, only_measured, sample_deviation
+from llamatune.spec_grid import Axis, in_words, short_name
 
-PEAK, STEP_TIME, SPEED, HELD_OUT = "peak memory", "step time", "tokens/s", "held-out loss"
-_TOLERANCE = {PEAK: 0.5, STEP_TIME: 2.0, SPEED: 2.0}
+PEAK, WORK_TIME, SPEED, HELD_OUT = "peak memory", "time for equal work", "tokens/s", "held-out loss"
+_TOLERANCE = {PEAK: 0.5, WORK_TIME: 2.0, SPEED: 2.0}
 """Changes up to this many per cent have no sign."""
 _LEAST_REPORTED = 1.0
 """Per cent of the peak; smaller changes of a category are left out of sentences."""
@@ -28,7 +29,8 @@ _MOST_NAMED = 2
 class Pair:
     """Two measured cells that differ in one axis: the values of the other axes, and the changes.
 
-    ``changes``: peak memory, step time and tokens/s in per cent; each memory category in per cent of the peak without
+    ``changes``: peak memory, the time for equal work and tokens/s in per cent (a step of accumulated micro-batches does
+    more work than one without); each memory category in per cent of the peak without
     the technique, so that they add up to the peak's change; held-out loss in nats, the mean of the seeds.
     """
 
@@ -72,7 +74,7 @@ def effects(axes: Sequence[Axis], results: Sequence[Result]) -> list[Effect]:
     measured = {frozenset(result["values"].items()): result for result in only_measured(results)}
     compared = []
     for axis in axes:
-        for off, on in axis.comparisons():
+        for off, on in comparisons(axis):
             pairs, spreads = [], []
             for without in measured.values():
                 others = {key: value for key, value in without["values"].items() if key != axis.key}
@@ -96,8 +98,8 @@ def _changes(without: Result, within: Result) -> dict[str, float]:
     changes = {PEAK: 100 * (within["allocated_bytes"] - peak) / peak}
     for category in CATEGORIES:
         changes[category] = 100 * (within["categories"][category] - without["categories"][category]) / peak
-    changes[STEP_TIME] = 100 * (within["step_s"] / without["step_s"] - 1)
-    changes[SPEED] = 100 * (within["tokens_per_second"] / without["tokens_per_second"] - 1)
+    faster = within["tokens_per_second"] / without["tokens_per_second"]
+    changes |= {WORK_TIME: 100 * (1 / faster - 1), SPEED: 100 * (faster - 1)}
     if losses := _held_out_changes(without, within):
         changes[HELD_OUT] = statistics.fmean(losses)
     return changes

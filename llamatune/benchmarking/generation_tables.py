@@ -6,9 +6,9 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 
-from llamatune.benchmarking.grid import Axis
 from llamatune.benchmarking.results import Result, memory_unit, only_measured
 from llamatune.benchmarking.tables import MEMORY, SPEED, Table, line_a_cell, outcome_notes
+from llamatune.spec_grid import Axis
 
 _FACTS = (
     "prefill_tokens_per_second", "prefill_deviation", "decode_tokens_per_second", "decode_deviation", "first_token_s",

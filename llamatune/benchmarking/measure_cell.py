@@ -7,6 +7,7 @@ import gc
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,14 @@ class Trial:
 
     def __init__(self, spec: RunSpec, inputs: Inputs) -> None:
         train, levels = inputs.prepared.train, None
+        if not isinstance(spec.training.learning_rate, float):  # nothing is searched here, equal work is timed
+            spec = spec.with_learning_rate(spec.usual_learning_rate)
         self.spec, self.schedule, self.device = spec, Schedule(spec, train), inputs.device
         if spec.training.memory_limit != "auto":
             levels = plan_run_memory(spec, inputs.config, train, inputs.device).levels
         self.learner: Learner = build_learner(spec, inputs, ignore_event, never_stop, levels, drawn_on=inputs.device)
         if spec.training.compile:
             compile_ahead(spec, self.learner, train, ignore_event)
-        self.lengths = train.lengths
         tokens = spec.training.tokens_per_pass
         self.rule = PassRule(tokens if isinstance(tokens, int) else None, lanes=None if spec.adapter is None else LANES)
 
@@ -120,19 +122,33 @@ class Trial:
             raise NumericsError("no window made an update: every gradient overflowed fp16")
         return TimedSteps(seconds, tokens, window, loss)
 
-    def measure_categories(self, done: TimedSteps, limit_bytes: int | None) -> CategoryMeter:
-        """Repeat the windows that need the most memory under a meter, uncompiled: it cannot see into compiled code."""
-        chosen = heaviest_windows(self.schedule, self.lengths, done.windows)
-        batches = [self.schedule.passes(window, self.rule) for window in chosen]
+    def heaviest_windows(self) -> Iterator[list[Batch]]:
+        """Windows of the heaviest rows of the data, whichever rows the steps saw.
+
+        Their heaviest micro-batch comes first in one, and in the other last, with the gradient of all others in memory.
+        """
+        samples = self.schedule.heaviest_samples()
+        for order in [samples, samples[::-1]] if len(samples) > 1 else [samples]:
+            yield self.schedule.passes_of(order, self.rule)
+
+    def repeat_heaviest(self, step: int) -> None:
+        """Compute the heaviest windows as the steps were, for what the process and the allocator then hold."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        for passes in self.heaviest_windows():
+            self.update(passes, 0, step)
+
+    def measure_categories(self, step: int, limit_bytes: int | None) -> CategoryMeter:
+        """The heaviest windows under a meter, uncompiled: it cannot see into compiled code."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         meter = self.meter(limit_bytes)
-        meter.assign(
-            "temporary", (x for window in batches for batch in window for x in (batch.input_ids, batch.labels))
-        )
-        with compiling(False), meter:
-            for window, passes in zip(chosen, batches, strict=True):
-                self.update(passes, window, len(done.seconds))
+        for passes in self.heaviest_windows():
+            meter.assign("temporary", (x for batch in passes for x in (batch.input_ids, batch.labels)))
+            with compiling(False), meter:
+                self.update(passes, 0, step)
+            del passes  # before the next ones are made
         return meter
 
     def meter(self, limit_bytes: int | None) -> CategoryMeter:
@@ -142,23 +158,14 @@ class Trial:
         return CategoryMeter(self.learner, limit_bytes=limit_bytes)
 
 
-def heaviest_windows(schedule: Schedule, lengths: list[int], count: int) -> list[int]:
-    """Of the first ``count`` windows that with the largest micro-batch, and that with the largest after its first one.
-
-    A later micro-batch is computed with the gradient of the earlier ones in memory. Often both are the same window.
-    """
-    sizes = [[sum(lengths[i] for i in part) for part in schedule.samples(window)] for window in range(count)]
-    largest = max(range(count), key=lambda window: max(sizes[window]))
-    later = max(range(count), key=lambda window: max(sizes[window][1:], default=0))
-    return sorted({largest, later})
-
-
 def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
     """Time, memory and losses of a cell.
 
     Raises:
         OutOfMemory: on the device, on the host, or by ``memory_limit_bytes``, which limits what the allocator reserves
             on CUDA, and live tensors on a CPU (checked in the first window and in the heaviest ones).
+
+    Memory is that of the heaviest rows of the data, of which a cell with short micro-batches sees few in its steps.
     """
     limit, device, train = task.memory_limit_bytes, inputs.device, inputs.prepared.train
     if limit is not None and device.type == "cuda":
@@ -177,22 +184,21 @@ def measure(task: Task, inputs: Inputs) -> dict[str, Any]:
             trial = Trial(task.spec.model_copy(update={"training": seeded}), inputs)
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # of what drawing the base took
-                torch.cuda.reset_peak_memory_stats(device)
             limited = number == 0 and limit is not None and device.type == "cpu"
             done = trial.run(task.steps, trial.meter(limit) if limited else contextlib.nullcontext())
             losses.append(done.loss)
-            memory = _memory(device)
             if inputs.validation is not None:
                 size, autocast = training.micro_batch_size, trial.learner.autocast
                 held_out.append(held_out_loss(trial.learner.model, inputs.validation, size, autocast).loss)
                 if not math.isfinite(held_out[-1]):
                     raise NumericsError("the held-out loss is not finite")
             if number == 0:
-                categories = _categories(trial.measure_categories(done, limit), device)
+                trial.repeat_heaviest(len(done.seconds))
+                memory = _memory(device)
+                categories = _categories(trial.measure_categories(len(done.seconds), limit), device)
                 facts = {**_timing(done), **memory, **categories, "threads": torch.get_num_threads()}
             del trial
             gc.collect()  # before the next model is built: two may not fit
-    # What plan-memory predicts for the heaviest rows of the data, whether or not the steps saw them.
     rows = heaviest_rows(train.lengths, train.target_counts, task.spec)
     plan = plan_memory(task.spec, inputs.config, rows, capability_of(device), limit_of(task.spec, None))
     return {
@@ -224,7 +230,7 @@ def _timing(done: TimedSteps) -> dict[str, Any]:
 
 
 def _memory(device: torch.device) -> dict[str, Any]:
-    """Memory of the timed steps. The allocator returns nothing to the device, so its use now is its peak."""
+    """Memory of the heaviest windows. The allocator returns nothing to the device, so its use now is its peak."""
     cuda = device.type == "cuda"
     free, total = torch.cuda.mem_get_info(device) if cuda else (0, 0)
     return {

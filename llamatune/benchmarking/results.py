@@ -9,10 +9,11 @@ import csv
 import io
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from llamatune.benchmarking.grid import Axis
 from llamatune.formats.benchmark_cell import Categories
+from llamatune.spec_grid import Axis
 
 CATEGORIES = tuple(Categories.model_fields)
 """The memory categories. Each storage is in one of them, decided by its whole life.
@@ -26,9 +27,28 @@ Result = Mapping[str, Any]
 """A cell: ``values`` by axis key, ``status``, and what was measured, or the ``reason`` why not."""
 
 _MEMORY_FACTS = ("allocated_bytes", "predicted_bytes", "reserved_bytes", "device_bytes", "resident_bytes")
-_FACTS = ("step_s", "tokens_per_second", "runtime_s", "steps", "warm_up_steps", "skipped_windows", "tokens",
+_FACTS = ("work_s", "step_s", "tokens_per_second", "runtime_s", "steps", "warm_up_steps", "skipped_windows", "tokens",
           "unattributed_bytes", "trainable_parameters", "total_parameters", "device", "device_name", "threads",
           "torch")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work that is the same in every cell: ``rows`` rows, ``epochs`` times; ``tokens`` are those of the cell's data."""
+
+    rows: int
+    epochs: float
+    tokens: int
+
+    def facts(self, tokens_per_second: float) -> dict[str, Any]:
+        """For a result: the work, and the seconds that its updates take."""
+        return {"work": {"rows": self.rows, "epochs": self.epochs}, "work_s": self.tokens / tokens_per_second}
+
+
+def work_text(results: Sequence[Result]) -> str | None:
+    """``200 rows x 5 epochs``, the work that the results have a time for; None: they have none."""
+    works = [result["work"] for result in only_measured(results) if "work" in result]
+    return f"{works[0]['rows']:,} rows x {works[0]['epochs']:g} epochs" if works else None
 
 
 def status_word(result: Result) -> str:

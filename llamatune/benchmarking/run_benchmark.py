@@ -9,15 +9,17 @@ from typing import Any
 
 from llamatune.benchmarking.bar_chart import draw_chart
 from llamatune.benchmarking.cell_plan import plan_benchmark
-from llamatune.benchmarking.cell_runs import claimed, facts_in_lines, machine_facts, measure_cells, refuse_other
+from llamatune.benchmarking.cell_runs import claimed_cells, facts_in_lines, machine_facts, measure_cells
 from llamatune.benchmarking.effects import Effect, effects
-from llamatune.benchmarking.grid import Axis
 from llamatune.benchmarking.results import Result, memory_unit, results_csv
 from llamatune.benchmarking.tables import effects_table, flat_table, nested_tables
 from llamatune.command_options.training import BenchmarkOptions
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.spec_grid import Axis
 from llamatune.strict_json import dump_json
+from llamatune.training.run_collection import refuse_other
 from llamatune.training.run_directory import refuse_inputs, write_if_changed
+from llamatune.training.run_file_names import CELLS
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,12 @@ def run_benchmark(
         Stopped: ``should_stop`` returned True; measured cells are kept, and the same call continues.
     """
     output = Path(os.path.realpath(options.output))
-    refuse_other(output, options.overwrite)
+    refuse_other(output, CELLS, options.overwrite)
     grid, planned = plan_benchmark(options, on_event)
     for plan in planned:
         if plan.cell.spec is not None:
             refuse_inputs(plan.cell.spec, "--output", options.overwrite)
-    with claimed(output, options.overwrite):
+    with claimed_cells(output, options.overwrite):
         results = measure_cells(planned, output, _summary, on_event, should_stop)
         benchmark = Benchmark(grid.axes, results, effects(grid.axes, results), _facts(options, grid.fixed))
         _write(output, benchmark, on_event)

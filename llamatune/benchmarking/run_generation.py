@@ -7,16 +7,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llamatune.benchmarking.cell_runs import claimed, facts_in_lines, machine_facts, measure_cells, refuse_other
+from llamatune.benchmarking.cell_runs import claimed_cells, facts_in_lines, machine_facts, measure_cells
 from llamatune.benchmarking.generation_cells import plan_generation_cells
 from llamatune.benchmarking.generation_tables import generation_csv, generation_table
-from llamatune.benchmarking.grid import Axis
 from llamatune.benchmarking.results import Result, memory_unit, only_measured
 from llamatune.command_options.generation_grid import REPETITIONS
 from llamatune.command_options.training import BenchmarkOptions
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.spec_grid import Axis
 from llamatune.strict_json import dump_json
+from llamatune.training.run_collection import refuse_other
 from llamatune.training.run_directory import write_if_changed
+from llamatune.training.run_file_names import CELLS
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,9 @@ def run_generation_benchmark(
         Stopped: ``should_stop`` returned True; measured cells are kept, and the same call continues.
     """
     output = Path(os.path.realpath(options.output))
-    refuse_other(output, options.overwrite)
+    refuse_other(output, CELLS, options.overwrite)
     axes, planned = plan_generation_cells(options, on_event)
-    with claimed(output, options.overwrite):
+    with claimed_cells(output, options.overwrite):
         results = measure_cells(planned, output, _summary, on_event, should_stop)
         benchmark = GenerationBenchmark(axes, results, _facts(options, results))
         files = {

@@ -12,8 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llamatune.benchmarking.effects import HELD_OUT, Effect
-from llamatune.benchmarking.grid import Axis, in_words
-from llamatune.benchmarking.results import CATEGORIES, Result, memory_unit, only_measured, sample_deviation, status_word
+from llamatune.benchmarking.grid import switch
+from llamatune.benchmarking.results import (
+    CATEGORIES,
+    Result,
+    memory_unit,
+    only_measured,
+    sample_deviation,
+    status_word,
+    work_text,
+)
+from llamatune.spec_grid import Axis, in_words
 
 MEMORY, SPEED = "memory", "speed"
 """The parts of the flat table."""
@@ -55,6 +64,7 @@ def flat_table(axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[
             "resident": lambda r: unit.text(r["resident_bytes"]),
         },
         SPEED: {
+            "time": _work_seconds,
             "s/step": _step_seconds,
             "tokens/s": _tokens_per_second,
             "speed": lambda r: ratio(r, "tokens_per_second"),
@@ -90,6 +100,11 @@ def line_a_cell(
 
 def _notes(results: Sequence[Result]) -> list[str]:
     notes = ["'ratio' (of the peak) and 'speed' (of tokens/s) are to the first cell that was measured."]
+    if (work := work_text(results)) is not None:
+        notes.append(
+            f"'time' is that of equal work, {work}: their tokens at the measured tokens/s, in seconds. It has no part "
+            "of loading, validation and saving."
+        )
     if measured := only_measured(results):
         gap = max(abs(r["allocated_bytes"] - sum(r["categories"].values())) / r["allocated_bytes"] for r in measured)
         if gap >= 0.001:
@@ -130,6 +145,7 @@ def nested_tables(axes: Sequence[Axis], results: Sequence[Result]) -> list[Table
     unit = memory_unit(results)
     quantities: dict[str, Callable[[Result], str]] = {
         f"Peak memory, {unit.name}": lambda r: unit.text(r["allocated_bytes"]),
+        f"Seconds for equal work, {work_text(results)}": _work_seconds,
         "Seconds a step": _step_seconds,
         "Tokens/s": _tokens_per_second,
         "Held-out loss": _held_out_loss,
@@ -158,7 +174,7 @@ def _switches(axes: Sequence[Axis], combinations: Sequence[tuple[str, ...]]) -> 
     for depth, axis in enumerate(axes):
         paths = [combination[: depth + 1] for combination in combinations]
         repeated = [False, *itertools.starmap(operator.eq, itertools.pairwise(paths))]
-        switches.append(["" if again else axis.switch(path[-1]) for again, path in zip(repeated, paths, strict=True)])
+        switches.append(["" if again else switch(axis, path[-1]) for again, path in zip(repeated, paths, strict=True)])
     return switches
 
 
@@ -170,9 +186,9 @@ def effects_table(effects: Sequence[Effect]) -> Table:
         name = "impact on accuracy" if quantity == HELD_OUT else quantity
         rows.append((name, *(_change(effect, quantity) for effect in effects)))
     notes = [
-        "Median (lowest..highest) over the pairs of cells that differ in this technique alone. Peak memory, step "
-        "time and tokens/s in % of the cell without it; categories in % of that cell's peak, so they add up to its "
-        "change. !: some pairs clearly rose and some fell."
+        "Median (lowest..highest) over the pairs of cells that differ in this technique alone. Peak memory, time for "
+        "equal work and tokens/s in % of the cell without it; categories in % of that cell's peak, so they add up to "
+        "its change. !: some pairs clearly rose and some fell."
     ]
     if any(HELD_OUT in effect.changes for effect in effects):
         notes.append(
@@ -196,7 +212,15 @@ def _change(effect: Effect, quantity: str) -> str:
 
 
 def _step_seconds(result: Result) -> str:
-    return f"{result['step_s']:.{3 if result['step_s'] < 10 else 1}f}"
+    return _seconds(result["step_s"])
+
+
+def _work_seconds(result: Result) -> str:
+    return _seconds(result["work_s"]) if "work_s" in result else ""
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.{3 if value < 10 else 1 if value < 1000 else 0}f}"
 
 
 def _tokens_per_second(result: Result) -> str:

@@ -165,14 +165,14 @@ def check_adapter(
         CheckpointError: tensors missing, unexpected or misshapen (named), or made for another base.
     """
     where, header = adapter.path or Path("adapter"), adapter.header
-    if header is None:
-        refuse_unfit(where, dict(adapter.config.checkpoint_shapes(config)), adapter.tensors, _BELONG)
-    else:
-        stated = f"{_BELONG}; it says {', '.join(f'{key} {value}' for key, value in header.config.stated.items())}"
-        refuse_unfit(where, header.expected(config), header.tensors, stated[:_LONGEST_STATEMENT])
-        for name in header.tensors:
-            if name.startswith(f"{HEAD}.") and name.endswith(".bias"):
-                raise CheckpointError(f"{name} adds a bias to the head, which LLaMA has none of", where)
+    is_of_another = fingerprint is not None and adapter.base_fingerprint not in (None, fingerprint)
+    of_another = f"the adapter was trained on another base{f' ({adapter.base_path})' if adapter.base_path else ''}"
+    try:
+        _check_tensors(adapter, config, where)
+    except CheckpointError:
+        if is_of_another:  # what does not fit follows from that
+            raise CheckpointError(f"{of_another}, of another shape", where, "give that base") from None
+        raise
     changed_config(config, adapter.base_changes, header is not None and header.config.tied, where)
     of_B = [name for name in adapter.tensors if name.endswith(".lora_B.weight")]
     changes_more = adapter.config.kind == "dora" or adapter.base_changes
@@ -182,13 +182,23 @@ def check_adapter(
         return
     if adapter.base_fingerprint is None:
         on_event(Notice(f"{where}: it does not say which base it was trained on; make sure it is this one", "warning"))
-    elif adapter.base_fingerprint != fingerprint:
+    elif is_of_another:
         if not force_base:
-            named = f" ({adapter.base_path})" if adapter.base_path else ""
-            raise CheckpointError(
-                f"the adapter was trained on another base{named}", where, "give that base, or pass --force-base"
-            )
+            raise CheckpointError(of_another, where, "give that base, or pass --force-base")
         on_event(Notice(f"{where}: used on another base than it was trained on, as --force-base asks", "warning"))
+
+
+def _check_tensors(adapter: Adapter, config: LlamaConfig, where: Path) -> None:
+    """Raise unless the adapter has the tensors that its configuration says, in the base's shapes."""
+    header = adapter.header
+    if header is None:
+        refuse_unfit(where, dict(adapter.config.checkpoint_shapes(config)), adapter.tensors, _BELONG)
+        return
+    stated = f"{_BELONG}; it says {', '.join(f'{key} {value}' for key, value in header.config.stated.items())}"
+    refuse_unfit(where, header.expected(config), header.tensors, stated[:_LONGEST_STATEMENT])
+    for name in header.tensors:
+        if name.startswith(f"{HEAD}.") and name.endswith(".bias"):
+            raise CheckpointError(f"{name} adds a bias to the head, which LLaMA has none of", where)
 
 
 def write_adapter(staging: Staging, adapter: Adapter) -> None:

@@ -17,6 +17,7 @@ from llamatune.checkpoints.model_directory import detect_format, warn_of_missing
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.model.joined_products import join_products, joined_modules
 from llamatune.model.packed_weight import PackedWeight, hold_quantized
 from llamatune.model.streamed_blocks import StreamedBlocks
 from llamatune.model.transformer import Transformer
@@ -76,6 +77,7 @@ def load_model(
     should_stop: ShouldStop = never_stop,
     quantized: Callable[[str], PackedWeight | None] | None = None,
     streamed: StreamedBlocks | None = None,
+    joined: bool = False,
 ) -> Transformer:
     """Build the model and fill it with a checkpoint's weights, all frozen (``requires_grad`` false).
 
@@ -88,6 +90,7 @@ def load_model(
             Without it, CPU weights that need no conversion are shared with the page cache.
         quantized: gives what is to be held quantised by its name, on the device; None for what stays in ``dtype``.
         streamed: stores the blocks, whose tensors in the model become views of its rooms.
+        joined: join products of the blocks where that is faster, on a CPU without gradients.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, on_event)
     warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
@@ -97,7 +100,7 @@ def load_model(
         model = Transformer(config)
     names = [name for name, _ in config.parameter_shapes()]
     assert set(names) == {name for name, _ in model.named_parameters()}, "the model's names are the checkpoint's"
-    broken = []
+    broken, copied_modules = [], joined_modules(config) if joined else frozenset()
     for done, name in enumerate(names):
         _refuse_stop(should_stop, checkpoint)
         path, _, attribute = name.rpartition(".")
@@ -108,7 +111,8 @@ def load_model(
         else:
             rows = None if streamed is None else streamed.rows_kept(name)
             if rows is None or len(rows) == checkpoint.shapes[name][0]:
-                shared = not writable and dtype in (None, checkpoint.dtype(name))
+                is_joined = path.rpartition(".")[2] in copied_modules
+                shared = not (writable or is_joined) and dtype in (None, checkpoint.dtype(name))
                 copied = rows is not None or device.type != "cpu"
                 tensor = checkpoint.tensor(name, mapped=shared or copied)
             else:
@@ -125,4 +129,6 @@ def load_model(
     if streamed is not None:
         broken = streamed.named_anywhere(broken)
     warn_of_broken(broken, checkpoint, on_event)
+    if joined:
+        join_products(model)
     return model

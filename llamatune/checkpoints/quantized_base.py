@@ -64,7 +64,8 @@ class QuantizedBase:
         return self._kind(self._matrices[name], tensors, self._scratch)
 
     def _quantize(self, name: str) -> PackedWeight:
-        weight = self.checkpoint.tensor(name, mapped=True).to(self.device)
+        # On a CPU pages of a mapped file would count as this process's memory long after they were read.
+        weight = self.checkpoint.tensor(name, mapped=self.device.type != "cpu").to(self.device)
         if not is_finite(weight):
             what = f"{name} holds NaN or infinity, which {self.dtype} has no code for"
             raise CheckpointError(what, self.checkpoint.path, "use bfloat16")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from llamatune.command_options.option import Options, option
 from llamatune.errors import SpecError
+from llamatune.units import slurm_seconds
 
-_TIME = r"([0-9]{1,4}-)?[0-9]{1,6}(:[0-5]?[0-9]){0,2}"
 _NAMES = r"[A-Za-z0-9_.,@+-]+"
 
 
@@ -39,17 +39,12 @@ class SlurmOptions(Options):
         super().__post_init__()
         if len(self.specs) > 1 and not self.array:
             raise SpecError(f"{len(self.specs)} specs", None, "give one, or --array for a task each")
-        if not re.fullmatch(_TIME, self.time) or not self.time_s:
+        if not slurm_seconds(self.time):
             raise SpecError(f"--time is {self.time!r}", None, "write minutes, H:MM:SS, D-HH or D-HH:MM:SS")
         if self.partition is not None and not re.fullmatch(_NAMES, self.partition):
             raise SpecError(f"--partition is {self.partition!r}", None, "give a name, or several with commas")
 
     @property
     def time_s(self) -> int:
-        """The time limit in seconds: M, M:S or H:M:S; after days H, H:M or H:M:S."""
-        days, _, clock = self.time.rpartition("-")
-        numbers = [int(number) for number in clock.split(":")]
-        units = (3600, 60, 1) if days or len(numbers) == 3 else (60, 1)
-        return 86_400 * int(days or 0) + sum(
-            number * unit for number, unit in zip(numbers, units[: len(numbers)], strict=True)
-        )
+        """The time limit in seconds."""
+        return slurm_seconds(self.time) or 0

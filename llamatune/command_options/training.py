@@ -18,7 +18,10 @@ class TrainOptions(Options):
 
     spec_path: Path = option("The run spec.", argument=True, metavar="SPEC.yaml")
     overrides: Sequence[str] = option(
-        "Changes to it, as training.seed=1.", (), argument=True, metavar="[KEY=VALUE ...]"
+        "Changes to it, as training.seed=1; lora=null trains every parameter.",
+        (),
+        argument=True,
+        metavar="KEY=VALUE ...",
     )
     resume: Literal["auto", "never"] = option("auto: continue what the run directory holds; never.", "auto")
     dry_run: bool = option("Check and count everything, train nothing.", False)
@@ -36,6 +39,17 @@ def _parse_seeds(text: str, flag: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def _parse_work(text: str, flag: str) -> tuple[int, float]:
+    rows, _, epochs = text.partition("x")
+    try:
+        work = int(rows), float(epochs)
+    except ValueError:
+        work = 0, 0.0
+    if work[0] < 1 or not 0 < work[1] < 1e9:
+        raise SpecError(f"{text[:80]!r} is no work", flag, "write rows x epochs, as 200x5")
+    return work
+
+
 _BENCHMARK_STEPS = 20
 
 
@@ -48,7 +62,7 @@ class BenchmarkOptions(GenerationGridOptions):
 
     spec_path: Path | None = option("The run spec; none with --generate.", None, argument=True, metavar="SPEC.yaml")
     overrides: Sequence[str] = option(
-        "Changes to it in every cell; several values are an axis.", (), argument=True, metavar="[KEY=VALUE ...]"
+        "Changes to it in every cell; several values are an axis.", (), argument=True, metavar="KEY=VALUE ..."
     )
     grid: Sequence[str] = option(
         "An axis of the grid: a field of the spec, lora=on,off, or batch=1x1,8x1,1x8 (micro-batch x "
@@ -65,11 +79,18 @@ class BenchmarkOptions(GenerationGridOptions):
     steps: int | None = option(
         "Updates in each cell; the first are warm-up and not timed.",
         None,
-        metavar="<int range> [x>=1]",
+        metavar="N",
         shown_default=str(_BENCHMARK_STEPS),
         at_least=1,
     )
-    epochs: int | None = option("Whole epochs in place of --steps.", None, metavar="<int range> [x>=1]", at_least=1)
+    epochs: int | None = option("Whole epochs in place of --steps.", None, metavar="N", at_least=1)
+    work: tuple[int, float] | None = option(
+        "Rows x epochs that the time of every cell is told for, as 200x5.",
+        None,
+        metavar="ROWSXEPOCHS",
+        parse=_parse_work,
+        shown_default="the data's rows x the spec's epochs",
+    )
     seeds: tuple[int, ...] | None = option(
         "Repeat each cell for its losses.", None, metavar="N,N", shown_default="the spec's", parse=_parse_seeds
     )
@@ -89,7 +110,10 @@ class BenchmarkOptions(GenerationGridOptions):
         if not self.generate:
             self.refuse_generation()
             return
-        of_steps = ("spec_path", "overrides", "grid", "preset_grid", "steps", "epochs", "seeds", "memory_limit_bytes")
+        of_steps = (
+            *("spec_path", "overrides", "grid", "preset_grid"),
+            *("steps", "epochs", "work", "seeds", "memory_limit_bytes"),
+        )
         named = {"spec_path": "SPEC.yaml", "overrides": "KEY=VALUE", "memory_limit_bytes": "--memory-limit"}
         given = [name for name in of_steps if getattr(self, name)] + ["layout"] * (self.layout == "nested")
         if given:

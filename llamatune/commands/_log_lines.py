@@ -1,53 +1,67 @@
-"""Events as ``key=value`` lines on stderr, for logs."""
+"""Events as lines on stderr, for logs: time of day, kind, and ``key=value``."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 
 from llamatune import events
+from llamatune.commands._time_left import RunTimeLeft, TaskTimeLeft
 from llamatune.errors import printable
-from llamatune.units import epoch_text, perplexity_text
+from llamatune.units import clock_duration, epoch_text, perplexity_text
 
 _PROGRESS_INTERVAL_S = 10.0
+_LONGEST_ANSWER = 100
 
 
 class KeyValueLines:
-    """One line an event. Progress of a long task is written every ten seconds."""
+    """One line an event, which begins with the local time, as Slurm's own lines have it, and the kind of the event.
+
+    Progress of a task that takes longer is written every ten seconds.
+    """
 
     def __init__(self, log_every_steps: int) -> None:
         self._log_every_steps = log_every_steps
-        self._last_progress = time.monotonic()
+        self._last_progress: dict[str, float] = {}
+        self._run_left, self._task_left = RunTimeLeft(), TaskTimeLeft()
 
     def draw(self, event: events.Event) -> None:
-        line = self._line(event)
-        if line:
-            sys.stderr.write(printable(line) + "\n")
+        lines = map(_answer_line, event.answers) if isinstance(event, events.AnswersDone) else [self._line(event)]
+        for line in filter(None, lines):
+            sys.stderr.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {printable(line)}\n")
             sys.stderr.flush()
 
     def _line(self, event: events.Event) -> str | None:
         match event:
+            case events.AnswersDone():
+                return None  # a line each
             case events.Notice():
                 return f"{event.kind}: {event.message}"
+            case events.Command():
+                return f"$ {event.line}"
             case events.Progress():
+                left = self._task_left.after(event)
                 now = time.monotonic()
-                if now - self._last_progress < _PROGRESS_INTERVAL_S:
+                last = self._last_progress.pop(event.task, now)
+                is_due, is_done = now - last >= _PROGRESS_INTERVAL_S, event.share is not None and event.share >= 1
+                if not is_done:
+                    self._last_progress[event.task] = now if is_due else last
+                if not is_due:
                     return None
-                self._last_progress = now
-                total = "" if event.total is None else f"/{event.total}"
-                speed = "" if event.tokens_per_second is None else f" {_fields(event, 'tokens_per_second:.0f')}"
-                return f"{event.task.replace(' ', '_')}={event.done}{total}{speed}"
+                return f"progress {_progress(event)}{_left(left)}"
             case events.RunStarted():
                 counts = "trainable_parameters total_parameters train_rows validation_rows total_steps resumed_step"
-                return f"device={event.device} {_fields(event, counts)}"
+                return f"start device={event.device} {_fields(event, counts)}"
             case events.StepDone():
+                left = self._run_left.after(event)
                 if event.step % self._log_every_steps and event.step != event.total_steps:
                     return None
                 epoch = f"epoch={epoch_text(event.epoch, event.num_epochs)}/{event.num_epochs}"
                 measures = (
                     "loss:.4f learning_rate:.3g grad_norm:.3f tokens_per_second:.0f peak_memory_bytes elapsed_s:.1f"
                 )
-                return f"{epoch} step={event.step}/{event.total_steps} {_fields(event, measures)}"
+                return f"train {epoch} step={event.step}/{event.total_steps} {_fields(event, measures)}{_left(left)}"
             case events.MemoryHeld():
                 return f"held {_fields(event, 'frozen_bytes trained_bytes optimizer_bytes device_bytes')}"
             case events.StepSkipped():
@@ -68,10 +82,28 @@ class KeyValueLines:
                     for name, (loss, perplexity) in losses.items()
                 )
                 times = _fields(event, "epoch_s:.1f tokens_per_second:.0f elapsed_s:.1f")
-                return f"epoch={min(event.epoch, event.num_epochs)}/{event.num_epochs} {shown} {times}"
+                return f"epoch epoch={min(event.epoch, event.num_epochs)}/{event.num_epochs} {shown} {times}"
 
 
-def _fields(event: events.Event, names: str) -> str:
+def _progress(event: events.Progress) -> str:
+    total = "" if event.total is None else f"/{event.total}"
+    part = "" if event.part is None or event.total is not None else f" percent={100 * event.part:.0f}"
+    speed = "" if event.tokens_per_second is None else f" {_fields(event, 'tokens_per_second:.0f')}"
+    return f"{event.task.replace(' ', '_')}={event.done}{total}{part}{speed}"
+
+
+def _left(seconds: float | None) -> str:
+    """The time left at the end of a line."""
+    return "" if seconds is None else f" left={clock_duration(seconds)}"
+
+
+def _answer_line(answer: events.Answer) -> str:
+    """The beginning of the answer is in quotes, as JSON."""
+    short = answer.answer[:_LONGEST_ANSWER] + ("..." if len(answer.answer) > _LONGEST_ANSWER else "")
+    return f"answer {_fields(answer, 'step number tokens finish_reason')} text={json.dumps(short, ensure_ascii=False)}"
+
+
+def _fields(event: events.Event | events.Answer, names: str) -> str:
     """``key=value`` of the named fields, each in the format behind its colon: ``loss:.4f``."""
     declared = (name.partition(":") for name in names.split())
     return " ".join(f"{name}={getattr(event, name):{form}}" for name, _, form in declared)

@@ -16,14 +16,16 @@ from typer.core import TyperCommand
 
 from llamatune.command_options.option import Option, Options, option_fields
 from llamatune.command_options.outputs import check_outputs
+from llamatune.commands._completion import completer
 from llamatune.commands._console import Console
 from llamatune.commands._several_ranks import run_on_first
 from llamatune.errors import SpecError
 from llamatune.launch_variables import read_launch
+from llamatune.openmp_variables import prepare_openmp
 from llamatune.output_files import STDOUT
 from llamatune.path_expansion import expand_path
 
-_JSON = typer.Option(False, "--json", help="Print the result as one JSON object.")
+_JSON = typer.Option(False, "--json", help="Print the result as one JSON object.", metavar="")
 
 
 def with_options(verb: Callable[..., None]) -> Callable[..., None]:
@@ -38,6 +40,7 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def run(json_mode: bool, **values: Any) -> None:
+        prepare_openmp()
         launch = read_launch()
         given = {option.name: _parsed(option, values[option.name]) for option in declared}
         request = options(**{name: value for name, value in given.items() if value is not None})
@@ -85,11 +88,12 @@ def _as_utf8(text: str, where: str) -> str:
 
 def _parameter(option: Option) -> Parameter:
     kind, default = option.kind, None if option.default == () else option.default
-    shown: dict[str, Any] = {"help": option.help, "metavar": option.metavar}
+    shown: dict[str, Any] = {"help": option.help, "metavar": _metavar(option)}
     if kind in (Path, Sequence[Path]):
-        parser = _output_path if option.writes in ("file", "answers") else _path
-        shown |= {"parser": parser, "metavar": option.metavar or "<path>"}
+        shown["parser"] = _output_path if option.writes in ("file", "answers") else _path
     shown["show_default"] = option.shown_default or not (option.required or default is None)
+    if (offered := completer(option)) is not None:
+        shown["autocompletion"] = offered
     given = ... if option.required else default
     info = typer.Argument(given, **shown) if option.argument else typer.Option(given, option.flag, **shown)
     if option.choices or option.parse:
@@ -101,8 +105,35 @@ def _parameter(option: Option) -> Parameter:
     return Parameter(option.name, Parameter.KEYWORD_ONLY, default=info, annotation=kind)
 
 
+_METAVARS = {bool: "", int: "N", float: "X", Path: "PATH"}
+
+
+def _metavar(option: Option) -> str:
+    """What stands for the value in ``--help``, in capitals; nothing after a flag."""
+    if option.metavar is not None:
+        return option.metavar
+    kind = typing.get_args(option.kind)[0] if typing.get_origin(option.kind) is Sequence else option.kind
+    return "NAME" if option.choices else _METAVARS.get(kind, "TEXT")
+
+
 class StrictCommand(TyperCommand):
     """A verb of the command line. An option that takes one value may be given once."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """``[OPTIONS] SPEC.yaml [KEY=VALUE ...]``: what may be left out stands in brackets."""
+        arguments = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
+        names = [str(param.metavar or param.name) for param in arguments]
+        optional = [not (of.required or name.startswith("[")) for name, of in zip(names, arguments, strict=True)]
+        return [
+            "[OPTIONS]",
+            *(f"[{name}]" if left_out else name for name, left_out in zip(names, optional, strict=True)),
+        ]
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.metavar = ""  # it is a flag
+        return option
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not ctx.resilient_parsing:  # a shell asks for completions

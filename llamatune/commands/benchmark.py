@@ -26,8 +26,8 @@ def benchmark(options: BenchmarkOptions, console: Console) -> None:
             payload = {**generation.payload(), "output": str(options.output)}
             console.result(payload, lambda out: _print_generation(out, generation, options))
             return
-        from llamatune.benchmarking.grid import is_axis
         from llamatune.benchmarking.run_benchmark import run_benchmark
+        from llamatune.spec_grid import is_axis
 
         # `--grid A=1,2 B=3,4` reads as two axes, and is.
         axes = [*options.grid, *(text for text in options.overrides if is_axis(text))]

@@ -41,9 +41,26 @@ def env(options: Options, console: Console) -> None:
         "nvidia_driver": devices.driver_release(),
         "allocator_fault": devices.growth_fault(),
         "devices": gpus,
+        "unused_gpus": [] if gpus else _unused_gpus(driver),
     }
     with console:
         console.result(payload, lambda out: _print(out, payload))
+
+
+def _unused_gpus(driver: tuple[int, int] | None) -> list[dict[str, Any]]:
+    """GPUs that the driver knows, where torch finds none; ``install``: what would use one, null if this torch would."""
+    import torch
+
+    from llamatune import devices
+    from llamatune.shapes.torch_builds import build_for, has_kernels
+
+    unused, cuda = [], torch.version.cuda
+    for name, capability in devices.gpus_of_driver():
+        is_new_enough = cuda is not None and driver is not None and driver[0] >= int(cuda.partition(".")[0])
+        suits = is_new_enough and has_kernels(capability, torch.cuda.get_arch_list())
+        install = None if suits else build_for(capability, driver)
+        unused.append({"name": name, "capability": "{}.{}".format(*capability), "install": install})
+    return unused
 
 
 def _gpu_facts(gpu: torch.device) -> dict[str, Any]:
@@ -66,7 +83,7 @@ def _gpu_facts(gpu: torch.device) -> dict[str, Any]:
         "capability": "{}.{}".format(*capability),
         "supported": supported,
         "wheel": wheel(capability),
-        "install": None if supported else build_for(capability),
+        "install": None if supported else build_for(capability, devices.driver_version()),
         "precision": advice.precision,
         "dtype": advice.dtype,
         "dtype_for_7b": advice.dtype_for_7b,
@@ -110,7 +127,11 @@ def _print(out: RichConsole, facts: dict[str, Any]) -> None:
     if facts["devices"] and facts["allocator_fault"]:
         out.print(f"{facts['allocator_fault']}: more memory than is used may be reserved")
     if not facts["devices"]:
-        out.print(f"no CUDA device ({facts['cuda_fault'] or 'torch was built without CUDA'})")
+        out.print(f"no CUDA device ({facts['cuda_fault'] or 'torch was built without CUDA'})", soft_wrap=True)
+    for gpu in facts["unused_gpus"]:
+        todo = gpu["install"] or "this torch suits it, so it is not visible here (CUDA_VISIBLE_DEVICES, Slurm's --gpus)"
+        here = f"{gpu['name']} (compute capability {gpu['capability']}) is in this machine and not used"
+        out.print(f"{here}: {todo}", soft_wrap=True)
 
 
 def _print_gpu(out: RichConsole, gpu: dict[str, Any]) -> None:
@@ -120,7 +141,7 @@ def _print_gpu(out: RichConsole, gpu: dict[str, Any]) -> None:
     size = gibibytes(gpu["memory_bytes"]) + ("" if free is None else f" ({gibibytes(free)} free)")
     out.print(f"{device}: {gpu['name']}, compute capability {gpu['capability']}, {size}")
     if not gpu["supported"]:
-        out.print(f"{device} cannot be used by this torch: {gpu['install']}")
+        out.print(f"{device} cannot be used by this torch: {gpu['install']}", soft_wrap=True)
         return
     dtype, of_7b = gpu["dtype"], gpu["dtype_for_7b"]
     smaller = "" if of_7b == dtype else f" ({of_7b} for LLaMA-2-7B, which does not fit in 16 bits)"

@@ -14,23 +14,10 @@ from llamatune.launch_variables import Launch
 
 def evaluate(options: EvaluateOptions, console: Console, launch: Launch) -> None:
     """Measure loss and perplexity, or GSM8K accuracy."""
+    from llamatune.requests import evaluate_model
+
     with console, connect(launch, options.device, should_stop=console.should_stop) as ranks:
-        if options.task is None:
-            from llamatune.inference.evaluate import evaluate_prepared
-            from llamatune.output_files import write_output
-            from llamatune.strict_json import dump_json_lines
-
-            report = evaluate_prepared(options, console.on_event, console.should_stop, ranks)
-            if ranks.is_first and options.per_row is not None:
-                write_output(options.per_row, dump_json_lines(report.per_row()), options.overwrite)
-            payload = report.to_dict()
-        else:
-            from llamatune.data.row_sources import pipes_kept
-            from llamatune.inference.gsm8k import evaluate_gsm8k
-
-            files = [path for path in (options.data, options.shots_data) if path is not None]
-            with pipes_kept(files, console.should_stop):
-                payload = evaluate_gsm8k(options, console.on_event, console.should_stop, ranks)
+        payload = evaluate_model(options, console.on_event, console.should_stop, ranks)
         console.result(
             payload, lambda out: _print_table(out, payload) if out.is_terminal else _print_lines(out, payload)
         )

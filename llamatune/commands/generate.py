@@ -10,10 +10,9 @@ from llamatune.command_options.generation import GenerateOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.commands._several_ranks import connect, wait_for_first
 from llamatune.launch_variables import Launch
-from llamatune.output_files import output_file, write_output
+from llamatune.output_files import output_file
 
 if TYPE_CHECKING:
-    from llamatune.inference.prepared_prompts import PreparedRows
     from llamatune.inference.prompt_files import Prompt
 
 
@@ -27,41 +26,14 @@ def generate(options: GenerateOptions, console: Console, launch: Launch) -> None
         if launch.world_size > 1:
             prompts = wait_for_first(ranks, lambda: _prompts(options, console)) or []
         with console:
-            from llamatune.inference.generate import generate as run_generation
-            from llamatune.strict_json import dump_json_lines
+            from llamatune.requests import complete_prompts
 
-            generations = run_generation(
-                options,
-                _rows(options) or prompts,
-                options,
-                options.template,
-                console.on_event,
-                console.should_stop,
-                ranks,
-                options.stop,
-                options.output if is_continued else None,
-                options.overwrite,
-                options.lookup,
-                options.merge,
-            )
-            if not ranks.is_first:  # which alone has the prompts
+            generations = complete_prompts(options, prompts, console.on_event, console.should_stop, ranks)
+            if not ranks.is_first:
                 return
             lines, speed = generations.lines, generations.tokens_per_second
-            if options.output is not None and not is_continued:
-                write_output(options.output, dump_json_lines(lines), options.overwrite)
-            if options.markdown is not None:
-                from llamatune.inference.answers_page import answers_page
-
-                page = answers_page(lines, _facts(options))
-                write_output(options.markdown, page.encode(), options.overwrite)
             payload = {"results": lines, "tokens_per_second": speed}
             console.result(payload, lambda out: _print(out, lines, speed, options.compare))
-
-
-def _rows(options: GenerateOptions) -> PreparedRows | None:
-    from llamatune.inference.prepared_prompts import PreparedRows
-
-    return None if options.from_data is None else PreparedRows(options.from_data, options.rows)
 
 
 def _prompts(options: GenerateOptions, console: Console) -> list[Prompt]:
@@ -69,19 +41,6 @@ def _prompts(options: GenerateOptions, console: Console) -> list[Prompt]:
 
     given = given_prompts(options, console.on_event)
     return given or ([] if options.from_data is not None else [piped_prompt(sys.stdin.buffer)])
-
-
-def _facts(options: GenerateOptions) -> dict[str, object]:
-    """What decided the answers, as a page of them says it."""
-    drawn = "greedy" if options.temperature == 0 else f"temperature {options.temperature:g}, top-p {options.top_p:g}"
-    return {
-        "model": options.model,
-        "adapter": ", ".join(map(str, options.adapters)) or None,
-        "rows": options.from_data or options.prompt_file,
-        "drawn": f"{options.num_beams} beams" if options.num_beams > 1 else drawn,
-        "seed": options.seed,
-        "at most": f"{options.max_new_tokens} new tokens",
-    }
 
 
 def _print(out: RichConsole, lines: Sequence[Mapping[str, Any]], speed: float, compare: bool) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llamatune.command_options.memory import PlanMemoryOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.commands._generation_plan import plan_generation_memory, print_remedies
-
-if TYPE_CHECKING:
-    from llamatune.shapes.llama_config import LlamaConfig
-    from llamatune.spec import RunSpec
 
 
 def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
@@ -23,10 +18,8 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
     with console:
         from llamatune.checkpoints.model_directory import read_config
         from llamatune.errors import SpecError
-        from llamatune.memory import plan as planning
-        from llamatune.memory.plan_report import explain as explain_plan
-        from llamatune.memory.plan_report import plan_report
         from llamatune.path_expansion import expand_path
+        from llamatune.requests import plan_of_training
         from llamatune.shapes.presets import preset
         from llamatune.spec import build_spec, load_spec
         from llamatune.spec_overrides import refuse_twice
@@ -48,45 +41,18 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
             config = read_config(Path(spec.model.path), variant=spec.model.variant)
         else:
             raise SpecError("neither a spec nor --preset", todo="for example --preset llama-2-7b")
-        config = config.with_layers(spec.model.num_layers)
-        limit = planning.limit_of(spec, options.memory_bytes)
-        cuda = options.device == "cuda"
-        counts = _lengths(spec, config, options, console)
-        tokens = spec.training.tokens_per_pass
-
-        def placed_for(tokens: int | None) -> RunSpec:
-            rows = planning.heaviest_rows(*counts, spec, tokens, options.ranks)
-            return planning.choose_placement(
-                spec, lambda it: planning.plan_memory(it, config, rows, cuda, limit).fits, options.device, options.ranks
-            )
-
-        if tokens == "auto":
-            tokens = planning.joined_tokens(*counts, placed_for(None), config, cuda, limit, options.ranks)
-        rows, spec = planning.heaviest_rows(*counts, spec, tokens, options.ranks), placed_for(tokens)
-        plan = planning.plan_memory(spec, config, rows, cuda, limit)
-        facts = plan_report(spec, config, plan, cuda)
-        if options.explain:
-            facts["moments"] = explain_plan(spec, config, plan, cuda)
+        facts = plan_of_training(
+            spec,
+            config,
+            memory_bytes=options.memory_bytes,
+            gpu=options.device == "cuda",
+            ranks=options.ranks,
+            row_tokens=options.max_seq_length,
+            prepared=options.preset is None,
+            explain=options.explain,
+            on_event=console.on_event,
+        )
         console.result(facts, lambda out: print_memory_plan(out, facts))
-
-
-def _lengths(
-    spec: RunSpec, config: LlamaConfig, options: PlanMemoryOptions, console: Console
-) -> tuple[Sequence[int], Sequence[int]]:
-    """Lengths and target tokens of the rows: of the prepared data if there is any, else of rows of equal length."""
-    from llamatune.events import Notice
-    from llamatune.formats.prepared import read_lengths, split_path
-
-    prepared = spec.data.train_paths
-    made = all(split_path(path, "train").is_file() for path in prepared)
-    if options.max_seq_length is None and options.preset is None and made:
-        return read_lengths(*prepared)
-    tokens = options.max_seq_length or min(512, config.max_position_embeddings)
-    console.on_event(Notice(f"planned for rows of {tokens} tokens, all of them targets"))
-    training = spec.training
-    rows = training.micro_batch_size * training.gradient_accumulation_steps
-    lengths = [tokens] * (rows * max(1, spec.data.packed_tokens // tokens if spec.data.packing else 1))
-    return lengths, lengths
 
 
 def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
@@ -117,7 +83,11 @@ def print_memory_plan(out: RichConsole, facts: dict[str, Any]) -> None:
     verdict = "fits" if facts["fits"] else "does not fit"
     out.print(f"{verdict} into {gibibytes(facts['memory_limit_bytes'])}")
     batch, tokens = facts["largest_micro_batch_size"], facts["largest_row_tokens"]
-    out.print(f"largest that fit: micro_batch_size {batch:,}, or rows of {tokens:,} tokens")
+    if tokens:
+        sizes = f"micro_batch_size {batch:,}, or rows" if batch else "rows"
+        out.print(f"largest that fit: {sizes} of {tokens:,} tokens")
+    else:
+        out.print("nothing fits: not a row of one token")
     print_remedies(out, facts["remedies"])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,33 +15,33 @@ from llamatune.launch_variables import Launch
 
 def train(options: TrainOptions, console: Console, launch: Launch) -> None:
     """Fine-tune a model as a run spec says; run it again to continue."""
+    began_s = time.monotonic()  # of training.max_time, before torch is loaded
+
+    from llamatune.requests import train_and_track
     from llamatune.spec import load_spec
 
     spec = load_spec(options.spec_path, options.overrides)
     console.log_every_steps = spec.training.log_every_steps
     timeout_s = spec.training.rank_timeout_s
     with console, connect(launch, spec.training.device, timeout_s, console.should_stop) as ranks:
-        from llamatune.tracking.trackers import Trackers
-        from llamatune.training.train import plan_training
-        from llamatune.training.train import train as run_training
-
         if options.dry_run:
+            from llamatune.training.train import plan_training
+
             how = {"overwrite": options.overwrite, "force_base": options.force_base}
             plan = plan_training(spec, **how, on_event=console.on_event, ranks=ranks)
             console.result(plan, lambda out: _print_plan(out, plan, spec.to_yaml()))
             return
-        trackers = Trackers(spec, console.on_event) if ranks.is_first else None
-        with trackers or contextlib.nullcontext():
-            summary = run_training(
-                spec,
-                resume=options.resume == "auto",
-                overwrite=options.overwrite,
-                force_base=options.force_base,
-                allowed_changes=tuple(options.allow_spec_change),
-                on_event=trackers.on_event if trackers else console.on_event,
-                should_stop=console.should_stop,
-                ranks=ranks,
-            )
+        summary = train_and_track(
+            spec,
+            options.resume == "auto",
+            options.overwrite,
+            options.force_base,
+            tuple(options.allow_spec_change),
+            console.on_event,
+            console.should_stop,
+            ranks,
+            began_s,
+        )
         console.result(summary, lambda out: _print_summary(out, summary))
 
 

@@ -61,7 +61,7 @@ def _pyarrow(path: Path) -> Any:
         import pyarrow.parquet
     except ImportError:
         what = "Parquet and Arrow files are read through the package pyarrow, which is not installed"
-        raise EnvironmentFault(what, path, "pip install pyarrow (of the extra 'data')") from None
+        raise EnvironmentFault(what, path, "pip install pyarrow") from None
     return pyarrow
 
 

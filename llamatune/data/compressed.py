@@ -106,4 +106,4 @@ def _zstd(path: Path) -> Any:
         except ImportError:
             continue
     what = "zstd is read by Python 3.14 or later, or through the package backports.zstd, which is not installed"
-    raise EnvironmentFault(what, path, "pip install backports.zstd (of the extra 'data'), or zstd -d FILE")
+    raise EnvironmentFault(what, path, "pip install backports.zstd, or zstd -d FILE")

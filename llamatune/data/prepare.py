@@ -181,8 +181,9 @@ class _Job:
         self.done_bytes += sum(len(row.data) for row in rows)
         now = time.monotonic()
         if now - self.reported_at >= _PROGRESS_EVERY_S:
-            self.reported_at, done = now, min(self.done_bytes, self.total_bytes)
-            self.on_event(Progress("bytes of rows encoded", done, self.total_bytes))
+            self.reported_at = now
+            part = min(self.done_bytes / self.total_bytes, 1.0) if self.total_bytes else None
+            self.on_event(Progress("rows encoded", self.counts.rows_in, part=part))
 
     def _write(self, train: Spool, validation: Spool | None) -> dict[str, dict[str, int]]:
         plan = self.plan

@@ -65,7 +65,7 @@ class Plan:
 
 def resolve_options(options: PrepareOptions, on_event: OnEvent) -> Plan:
     """Load the tokenizer and the templates, detect the format of each file, and digest the input files."""
-    tokenizer = load_tokenizer(options.tokenizer, on_event)
+    tokenizer = load_tokenizer(options.tokenizer, on_event, "--tokenizer")
     inputs = list(map(row_input, options.rows))
     formats = _formats_of(options)
     names = list(dict.fromkeys(row_format.name for row_format in formats.values()))

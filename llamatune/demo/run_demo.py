@@ -1,28 +1,36 @@
-"""``run_demo``: prepares, trains, generates and merges with the tiny base and the rows in the package."""
+"""``run_demo``: the whole job on the tiny base and the rows in the package, each step as its verb does it."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from llamatune.checkpoints.merging import merge_lora
 from llamatune.checkpoints.model_directory import read_config
-from llamatune.command_options.inference import MergeOptions, ModelSource, Sampling
+from llamatune.command_options.command_line import command_line
+from llamatune.command_options.generation import GenerateOptions
+from llamatune.command_options.inference import MergeOptions
+from llamatune.command_options.inspection import CountOptions
+from llamatune.command_options.option import Options
 from llamatune.command_options.preparation import PrepareOptions
+from llamatune.command_options.training import ReportOptions, TrainOptions
 from llamatune.data.prepare import prepare_data
-from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.durable_writing import write_atomic
+from llamatune.errors import EnvironmentFault
+from llamatune.events import Command, Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.generate import generate
+from llamatune.inference.prompt_files import given_prompts
+from llamatune.reporting.make_report import make_report
 from llamatune.shapes.counts import count_parameters
-from llamatune.spec import RunSpec, build_spec
-from llamatune.strict_yaml import read_yaml
+from llamatune.spec import RunSpec, load_spec
 from llamatune.training.train import train
 
 MATERIAL = Path(str(resources.files("llamatune.demo")))
 """The folder of ``base/``, the rows and the run specs; wheels are installed unpacked, so these are files."""
-
-_SAMPLING = Sampling(max_new_tokens=16, temperature=0)
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,11 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Results of the demo. Exact match: the percentage of held-out questions whose whole answer is right."""
+    """Results of the demo, the commands that do the same, and the page about its run.
+
+    Exact match: the percentage of held-out questions whose whole answer is right; contains: whose answer holds the
+    right one as words.
+    """
 
     output: str
     trainable_parameters: int
@@ -46,58 +58,108 @@ class DemoReport:
     base_exact_match: float
     tuned_exact_match: float
     merged_exact_match: float
+    base_contains: float
+    tuned_contains: float
+    merged_contains: float
     training_s: float
     peak_memory_bytes: int
+    report: str
+    commands: list[str]
     held_out: list[HeldOut]
 
 
+def write_demo_spec(output: Path) -> Path:
+    """``run.yaml`` of the demo's LoRA run, which reads and writes below ``output``.
+
+    Raises:
+        EnvironmentFault: another file of that name is there.
+    """
+    paths = {"path": MATERIAL / "base", "train": output / "prepared", "output_dir": output / "run"}
+    text = (MATERIAL / "finetune.yaml").read_text(encoding="utf-8")
+    for key, path in paths.items():
+        line = f"  {key}: {json.dumps(str(path))}"
+        text = re.sub(rf"^  {key}: .*$", lambda _, line=line: line, text, flags=re.MULTILINE)  # type: ignore[misc]
+    spec = output / "run.yaml"
+    output.mkdir(parents=True, exist_ok=True)
+    if spec.exists() and spec.read_bytes() != text.encode():
+        raise EnvironmentFault("it is not what the demo wrote", spec, "give another --output, or remove it")
+    if not spec.exists():
+        write_atomic(spec, text.encode(), overwrite=False)
+    return spec
+
+
 def demo_spec(output: Path) -> RunSpec:
-    """The spec of the demo's LoRA run, which writes below ``output``."""
-    values = read_yaml(MATERIAL / "finetune.yaml")
-    values["model"]["path"] = str(MATERIAL / "base")
-    values["data"]["train"] = str(output / "prepared")
-    values["training"]["output_dir"] = str(output / "run")
-    return build_spec(values, "finetune.yaml")
+    """What ``write_demo_spec`` wrote, read."""
+    return load_spec(write_demo_spec(output))
 
 
 def run_demo(output: Path, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop) -> DemoReport:
-    """prepare-data, count-params, train, generate --compare, merge-lora and generate, each as its verb does it.
+    """prepare-data, count-params, train, generate --compare, merge-lora, generate and report, each as its verb does it.
 
     What an earlier call finished is kept, so that a stopped demo continues.
     """
-    base, spec = MATERIAL / "base", demo_spec(output)
-    held_out = [json.loads(line) for line in (MATERIAL / "held_out.jsonl").read_bytes().splitlines()]
+    base, prepared, run = MATERIAL / "base", output / "prepared", output / "run"
+    adapter, merged, page = run / "adapter", output / "merged", output / "report.html"
+    commands: list[str] = []
+
+    def begin(verb: str, options: Options) -> None:
+        commands.append(command_line(verb, options))
+        on_event(Command(commands[-1]))
+
+    preparing = PrepareOptions([MATERIAL / "instructions.jsonl"], tokenizer=base / "tokenizer.model", output=prepared)
+    begin("prepare-data", preparing)
+    prepare_data(preparing, on_event, should_stop)
+
+    spec_path = write_demo_spec(output)
+    spec = load_spec(spec_path)
     lora = spec.lora
     assert lora is not None
-
-    def say(command: str) -> None:
-        on_event(Notice(f"$ llamatune {command}"))
-
-    say(f"prepare-data instructions.jsonl --tokenizer base/tokenizer.model --output {output}/prepared")
-    rows, prepared = [MATERIAL / "instructions.jsonl"], output / "prepared"
-    prepare_data(PrepareOptions(rows, base / "tokenizer.model", prepared), on_event, should_stop)
-    say(f"count-params --model base --r {lora.r} --target-modules {','.join(lora.target_modules)}")
+    begin("count-params", CountOptions(model=base, r=lora.r, target_modules=",".join(lora.target_modules)))
     count = count_parameters(read_config(base), spec.adapter)
     on_event(Notice(count.familiar_line()))
-    say("train finetune.yaml")
+
+    begin("train", TrainOptions(spec_path))
     summary = train(spec, on_event=on_event, should_stop=should_stop)
-    adapter, merged = output / "run" / "adapter", output / "merged"
-    say(f"generate --model base --adapter {adapter} --prompt-file held_out.jsonl --temperature 0 --compare")
-    prompts = [row["instruction"] for row in held_out]
-    source = ModelSource(base, adapter, compare=True, device="cpu")
-    compared = generate(source, prompts, _SAMPLING, None, on_event, should_stop).results
-    say(f"merge-lora --model base --adapter {adapter} --output {merged}")
-    merge_lora(MergeOptions(base, adapter, merged), on_event, should_stop)
-    say(f"generate --model {merged} --prompt-file held_out.jsonl --temperature 0")
-    of_merged = generate(ModelSource(merged, device="cpu"), prompts, _SAMPLING, None, on_event, should_stop).results
-    answers = [
-        HeldOut(row["instruction"], row["output"], both.base_completion or "", both.completion, last.completion)
-        for row, both, last in zip(held_out, compared, of_merged, strict=True)
+
+    def answers(model: Path, *adapters: Path) -> list[dict[str, str]]:
+        options = GenerateOptions(
+            model=model, adapter=adapters or None, compare=bool(adapters), device="cpu", temperature=0,
+            max_new_tokens=16, prompt_file=MATERIAL / "held_out.jsonl",
+        )  # fmt: skip
+        begin("generate", options)
+        prompts = given_prompts(options, on_event, should_stop)
+        return generate(options, prompts, options, options.template, on_event, should_stop, lookup=options.lookup).lines
+
+    compared = answers(base, adapter)
+    merging = MergeOptions(base, adapter, merged)
+    begin("merge-lora", merging)
+    merge_lora(merging, on_event, should_stop)
+    of_merged = answers(merged)
+    reporting = ReportOptions([run], page, overwrite=True)
+    begin("report", reporting)
+    make_report(reporting, on_event, should_stop)
+
+    questions = [json.loads(line) for line in (MATERIAL / "held_out.jsonl").read_bytes().splitlines()]
+    held_out = [
+        HeldOut(row["instruction"], row["output"], both["base_completion"], both["completion"], last["completion"])
+        for row, both, last in zip(questions, compared, of_merged, strict=True)
     ]
-    base_match, tuned_match, merged_match = (
-        100 * (sum(getattr(row, kind) == row.expected for row in answers) / len(answers))
-        for kind in ("base", "tuned", "merged")
-    )
     parameters = (summary["trainable_parameters"], count.base_parameters)
+    exact, contained = _percentages(held_out, _is_exact), _percentages(held_out, _contains)
     costs = (summary["runtime_s"], summary["peak_memory_bytes"])
-    return DemoReport(str(output), *parameters, base_match, tuned_match, merged_match, *costs, answers)
+    return DemoReport(str(output), *parameters, *exact, *contained, *costs, str(page), commands, held_out)
+
+
+def _percentages(rows: list[HeldOut], judge: Callable[[str, str], bool]) -> tuple[float, float, float]:
+    """Of base, tuned and merged model, the percentage of questions whose answer ``judge`` accepts."""
+    judged = [[judge(answer, row.expected) for answer in (row.base, row.tuned, row.merged)] for row in rows]
+    base, tuned, merged = (100 * sum(model) / len(rows) for model in zip(*judged, strict=True))
+    return base, tuned, merged
+
+
+def _is_exact(answer: str, expected: str) -> bool:
+    return answer == expected
+
+
+def _contains(answer: str, expected: str) -> bool:
+    return re.search(rf"\b{re.escape(expected)}\b", answer) is not None

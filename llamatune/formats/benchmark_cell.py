@@ -121,8 +121,10 @@ def read_cell(path: Path, seeds: int | None) -> dict[str, Any]:
     schema: type[FileSchema] = UnmeasuredCell
     if raw.get("status") == "measured":
         schema = MeasuredGeneration if seeds is None else MeasuredCell
-    parse_values(schema, raw, path, todo=_REMOVE)
+    # As parsed, since a whole number of JSON may be too large for those who draw it.
+    parsed = parse_values(schema, raw, path, todo=_REMOVE).model_dump()
+    cell = {name: parsed[name] for name in raw if name != "values"}  # in the file's order, as a measured one is
     for name, counts in (("losses", (seeds,)), ("held_out_losses", (0, seeds))):
-        if schema is MeasuredCell and len(raw[name]) not in counts:
-            raise CheckpointError(f"{name} has {len(raw[name])} numbers for {seeds} seeds", path, _REMOVE)
-    return {name: value for name, value in raw.items() if name != "values"}
+        if schema is MeasuredCell and len(cell[name]) not in counts:
+            raise CheckpointError(f"{name} has {len(cell[name])} numbers for {seeds} seeds", path, _REMOVE)
+    return cell

@@ -34,6 +34,8 @@ Count = Annotated[int, Field(ge=0, lt=LARGEST_WHOLE)]
 Positive = Annotated[int, Field(ge=1, lt=LARGEST_WHOLE)]
 Measure = Annotated[float, Field(ge=0, lt=LARGEST_NUMBER)]
 """A loss, a norm, seconds, a rate: none is negative."""
+Rate = Annotated[float, Field(gt=0)]
+"""A learning rate; a spec has any that is above 0."""
 Perplexity = Annotated[float, Field(ge=0)]
 """The exponential of a loss, which may be near the largest float."""
 Name = Annotated[str, Field(max_length=4096)]

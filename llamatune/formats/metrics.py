@@ -11,15 +11,16 @@ import contextlib
 import json
 import os
 import sys
+from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from llamatune.durable_writing import disk_faults
 from llamatune.errors import CheckpointError, printable
-from llamatune.events import EarlyStop, EpochMeans, EvalDone, Step, StepSkipped
+from llamatune.events import Answer, EarlyStop, EpochMeans, EvalDone, RateSearch, Step, StepSkipped
 from llamatune.formats.manifest import OtherVersion
 from llamatune.formats.metrics_lines import check_line, parse_line
 from llamatune.formats.state_json import ClosedEpoch, SavedState
@@ -40,8 +41,8 @@ class LayerGradNorms:
     norms: Mapping[str, float]
 
 
-Record = Step | EvalDone | StepSkipped | EpochMeans | LayerGradNorms | EarlyStop
-_FIELDS = {kind.event: fields(kind) for kind in (Step, EvalDone, StepSkipped, EpochMeans, LayerGradNorms, EarlyStop)}
+Record = Step | EvalDone | StepSkipped | EpochMeans | LayerGradNorms | Answer | EarlyStop | RateSearch
+_FIELDS = {kind.event: fields(kind) for kind in get_args(Record)}
 """What a line of each kind holds, in its order."""
 
 
@@ -92,6 +93,8 @@ class Metrics:
     evaluations: list[EvalDone] = field(default_factory=list)
     skipped: list[StepSkipped] = field(default_factory=list)
     layer_grad_norms: dict[int, dict[str, float]] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
+    rate_search: RateSearch | None = None
     torn: bool = False
 
     @property
@@ -123,27 +126,33 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def loss_at_start(path: Path) -> float | None:
-    """The validation loss before the first step, with which a log begins; None: it begins with something else."""
+    """The validation loss before the first step, with which a log begins; None: it begins with something else.
+
+    Only the search for the learning rate comes before it.
+    """
     with contextlib.suppress(ValueError):
-        _, _, line = next(read_lines(path), (0, 0, b""))
-        values = check_line(parse_line(line))
-        if values["event"] == EvalDone.event and values["step"] == 0:
-            return float(values["loss"])
+        for _, _, line in read_lines(path):
+            values = check_line(parse_line(line))
+            if values["event"] == EvalDone.event and values["step"] == 0:
+                return float(values["loss"])
+            if values["event"] != RateSearch.event:
+                break
     return None
 
 
 @dataclass
 class Logged:
-    """A run by its log, up to a checkpoint: counts, the lowest validation loss, and the last epochs."""
+    """A run by its log, up to a checkpoint: counts, losses of steps, the lowest validation loss, the last epochs."""
 
     steps: int = 0
     windows: int = 0
+    losses: array[float] = field(default_factory=lambda: array("d"))
     best_eval_loss: float | None = None
     epochs: deque[EpochMeans] = field(default_factory=lambda: deque(maxlen=KEPT_EPOCHS))
 
 
 def read_logged(path: Path, length: int) -> Logged:
-    """The first ``length`` bytes of a log, line by line: its size does not matter.
+    """The first ``length`` bytes of a log, line by line: of each line at most a number stays.
 
     Raises:
         CheckpointError: a line is broken, a step is missing, or the log is shorter.
@@ -185,6 +194,7 @@ def _count(logged: Logged, values: Mapping[str, Any]) -> None:
             if (values["step"], values["window"]) != (logged.steps, logged.windows):
                 found = f"step {values['step']} in window {values['window']}"
                 raise ValueError(f"{found} where step {logged.steps} in window {logged.windows} should be")
+            logged.losses.append(values["loss"])
         case StepSkipped.event:
             logged.windows += 1
         case EvalDone.event if values["step"]:
@@ -231,6 +241,10 @@ def _add(metrics: Metrics, values: Mapping[str, Any]) -> None:
                 metrics.at_start = evaluation
         case StepSkipped.event:
             metrics.skipped.append(StepSkipped(**_record(values)))
+        case RateSearch.event:
+            metrics.rate_search = RateSearch(**_record(values))
+        case Answer.event:
+            metrics.answers.append(Answer(**_record(values)))
         case LayerGradNorms.event:
             norms = values["norms"]
             metrics.layer_grad_norms[values["step"]] = {sys.intern(printable(name)): norms[name] for name in norms}

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from llamatune.formats.file_schema import Count, FileSchema, Measure, Name, Perplexity, Positive, describe
+from llamatune.formats.rate_search import FoundRate
 from llamatune.formats.state_json import ClosedEpoch
 from llamatune.strict_json import parse_json
 
@@ -64,6 +65,19 @@ class GradNormsLine(FileSchema):
     norms: Annotated[dict[Name, Measure], Field(min_length=1)]
 
 
+class AnswerLine(FileSchema):
+    """An answer to one of the prompts of a run."""
+
+    event: Literal["answer"]
+    step: Count
+    number: Positive
+    prompt: str
+    answer: str
+    reference: str | None
+    tokens: Count
+    finish_reason: Literal["eos", "length"]
+
+
 class EarlyStopLine(FileSchema):
     """The end of a run by patience."""
 
@@ -75,13 +89,21 @@ class EarlyStopLine(FileSchema):
     best_eval_loss: Measure
 
 
+class RateSearchLine(FoundRate):
+    """The search for the learning rate, before the first step."""
+
+    event: Literal["learning_rate_search"]
+
+
 LINES: dict[Any, type[FileSchema]] = {
     "step": StepLine,
     "eval": EvalLine,
     "skipped": SkippedLine,
     "epoch": EpochLine,
     "layer_grad_norms": GradNormsLine,
+    "answer": AnswerLine,
     "early_stop": EarlyStopLine,
+    "learning_rate_search": RateSearchLine,
 }
 """By ``event``."""
 
@@ -95,14 +117,18 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def check_line(values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` as they are; ``ValueError`` if a key or value is none that a line of this kind has."""
+    """``values`` as parsed; ``ValueError`` if a key or value is none that a line of this kind has.
+
+    A figure that is written as a whole number becomes a float, which no reader finds too large.
+    """
     kind = values.get("event")
     if not isinstance(kind, str):
         raise ValueError("has no event")
     schema = LINES.get(kind)
     if schema is not None:
         try:
-            schema.model_validate(values)
+            parsed = schema.model_validate(values)
         except ValidationError as fault:
             raise ValueError(describe(fault)) from None
+        return {name: getattr(parsed, name) for name in values}
     return values

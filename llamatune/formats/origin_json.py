@@ -9,7 +9,9 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from llamatune.errors import SpecError
+from llamatune.events import RateSearch
 from llamatune.formats.file_schema import LARGEST_FILE, FileSchema, JsonValue, Name, parse_values, read_schema
+from llamatune.formats.rate_search import FoundRate
 from llamatune.formats.state_json import Gpu
 from llamatune.strict_json import dump_json
 
@@ -44,7 +46,8 @@ class Passes(FileSchema):
 class Origin(FileSchema):
     """The whole file. ``train`` and ``validation`` are lists where there are several directories.
 
-    ``passes`` is missing in runs of versions that had none.
+    ``passes`` is missing in runs of versions that had none. ``learning_rate_search`` is there where the
+    spec's learning rate was ``auto``.
     """
 
     base: Digest
@@ -53,6 +56,7 @@ class Origin(FileSchema):
     spec_changes: list[SpecChange] = Field(default_factory=list)
     passes: Passes | None = None
     gpu: Gpu | None = None
+    learning_rate_search: FoundRate | None = None
 
     @field_validator("passes", mode="before")
     @classmethod
@@ -65,6 +69,12 @@ class Origin(FileSchema):
     def inputs(self) -> dict[str, Any]:
         """The digests, by name."""
         return {name: getattr(self, name) for name in ("base", "train", "validation")}
+
+    @property
+    def search(self) -> RateSearch | None:
+        """The search for the learning rate, if there was one."""
+        found = self.learning_rate_search
+        return None if found is None else RateSearch(**found.model_dump())
 
     @property
     def changes(self) -> list[dict[str, Any]]:

@@ -61,5 +61,5 @@ def _digest(path: Path, done: int, total: int, on_event: OnEvent, should_stop: S
                 raise Stopped("stopped while verifying", path, "run the same command again")
             digest.update(block)
             done += len(block)
-            on_event(Progress("bytes verified", done, total))
+            on_event(Progress("bytes verified", done, total, in_bytes=True))
     return digest.hexdigest()

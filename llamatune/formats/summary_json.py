@@ -15,6 +15,7 @@ from llamatune.formats.file_schema import (
     Measure,
     Name,
     Positive,
+    Rate,
     parse_values,
     read_schema,
     require,
@@ -61,6 +62,7 @@ class Summary(FileSchema):
     energy_j: Measure | None = None
     mean_power_w: Measure | None = None
     peak_power_w: Measure | None = None
+    learning_rate: Rate | None = None
     runtime_s: Measure
     tokens_per_second: Measure
     epochs: list[ClosedEpoch] = Field(default_factory=list)

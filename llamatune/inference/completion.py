@@ -31,7 +31,7 @@ def new_rows(model: Transformer, rows: int) -> RowCache:
 
 
 def _dtype(model: Transformer) -> torch.dtype:
-    return model.activation_dtype or model.model.embed_tokens.weight.dtype
+    return model.product_dtype
 
 
 def last_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:

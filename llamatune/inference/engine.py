@@ -50,7 +50,7 @@ class _Sequence:
 class Engine:
     """Completes the prompts that are added, at most ``rows`` at a time; with ``lookup``, a single one by drafts.
 
-    ``switch``: the model's, where it completes some of them without its adapter.
+    ``switch``: the model's, where it completes some of them without its adapter. ``trains``: the model does, too.
     """
 
     def __init__(
@@ -61,7 +61,9 @@ class Engine:
         is_enough: IsEnough | None = None,
         lookup: PromptLookup | None = None,
         switch: AdapterSwitch | None = None,
+        trains: bool = False,
     ) -> None:
+        self._without_gradients = torch.no_grad if trains else torch.inference_mode
         self._model, self._eos_ids, self._rows = model, frozenset(eos_ids), rows
         self._is_enough, self._lookup, self._switch = is_enough, lookup, switch or AdapterSwitch()
         self._element_bytes = torch.finfo(model.product_dtype).bits // 8
@@ -76,8 +78,7 @@ class Engine:
 
         Not ``adapted``: it is completed without the adapter, by the switch.
         """
-        purpose = ("sampling", draw) if draw else ("sampling",)
-        generator = torch.Generator().manual_seed(derived_seed(sampling.seed, *purpose))
+        generator = torch.Generator().manual_seed(derived_seed(sampling.seed, "sampling", *([draw] if draw else [])))
         self._waiting.append(_Sequence(self._added, prompt, sampling, generator, adapted))
         self._cache.capacity = max(self._cache.capacity, len(prompt) + sampling.max_new_tokens)
         self._added += 1
@@ -92,10 +93,12 @@ class Engine:
     def is_done(self) -> bool:
         return not self._running and not self._waiting
 
-    @torch.inference_mode()
     def step(self) -> list[tuple[int, Completion]]:
         """Give every running prompt a token, or read waiting ones if enough rows are free; those that ended by it."""
-        free = self._rows - len(self._running)
+        with self._without_gradients():
+            return self._step(self._rows - len(self._running))
+
+    def _step(self, free: int) -> list[tuple[int, Completion]]:
         # A pass over prompts makes the others wait, so several rows are given away together.
         if self._waiting and (not self._running or free >= min(len(self._waiting), max(1, self._rows // 8))):
             return self._read(free)

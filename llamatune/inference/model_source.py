@@ -28,10 +28,11 @@ from llamatune.data.segments import Segments
 from llamatune.data.template_choice import load_template, stored_template
 from llamatune.data.templates import Template
 from llamatune.devices import choose_device, lacks_bf16
-from llamatune.errors import DataError, NumericsError
+from llamatune.errors import NumericsError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event
 from llamatune.formats.manifest import find_manifest
 from llamatune.inference.merging_in_memory import merge_in_memory
+from llamatune.inference.prompt_encoding import encode_prompts
 from llamatune.model.adapters.adapter_switch import AdapterSwitch
 from llamatune.model.adapters.apply import apply_adapter, load_adapter_tensors, switch_of
 from llamatune.model.kernels.choice import chosen_kernels
@@ -122,6 +123,11 @@ class OpenedModel:
         return may and (self.merge == "on" or (self.merge == "auto" and self.device.type == "cuda"))
 
     @property
+    def _joins(self) -> bool:
+        """Whether products of the blocks are joined where they are small; merged layers have weights of their own."""
+        return self.device.type == "cpu" and self.quantized is None and self.placement == "device" and not self.merges
+
+    @property
     def config(self) -> LlamaConfig:
         """The model's with the adapter, which may have a larger vocabulary than the base."""
         return self._changed.config
@@ -161,23 +167,8 @@ class OpenedModel:
 
         ``DataError`` for a prompt without a token.
         """
-        ids = [prompt.encode(tokenizer)[0] for prompt in prompts]
-        if not all(ids):
-            what = f"prompt {ids.index([]) + 1} has no token, and this tokenizer puts no BOS before it"
-            raise DataError(what, self.path, "give a prompt that is not empty")
-        rows = min(config.vocab_size for config in self.configs)
-        if (largest := max(map(max, ids), default=0)) >= rows:
-            what = f"a prompt holds the token {largest}, and the base has {rows} embedding rows"
-            raise DataError(what, self.path, "leave out --compare")
-        known = self.checkpoint.config.max_position_embeddings
-        longest, beyond = max(map(len, ids), default=0), sum(len(prompt) > known for prompt in ids)
-        if beyond:
-            what = f"{beyond} of {len(ids)} prompts have more than the {known} tokens the model knows"
-            on_event(Notice(f"{what}, the longest {longest}", "warning"))
-        elif longest + new_tokens > known:
-            what = f"a prompt of {longest} tokens and up to {new_tokens} new ones"
-            on_event(Notice(f"{what} can become more than the {known} tokens the model knows", "warning"))
-        return ids
+        configs = [self.checkpoint.config, *self.configs]
+        return encode_prompts(tokenizer, prompts, configs, self.path, new_tokens, on_event)
 
     @contextlib.contextmanager
     def computing(self, tokens: float, advice: str, on_event: OnEvent) -> Iterator[None]:
@@ -227,6 +218,7 @@ class OpenedModel:
             should_stop=should_stop,
             quantized=quantized,
             streamed=streamed,
+            joined=self._joins,
         ).eval()
         if streamed is not None:
             streamed.attach(model)
@@ -277,7 +269,8 @@ def _with_adapter(base: Transformer, adapter: Adapter) -> Transformer:
     if not adapter.tensors:
         return base
     packed = (module for module in base.modules() if isinstance(module, PackedWeight))
-    tuned = copy.deepcopy(base, {id(shared): shared for shared in itertools.chain(base.parameters(), packed)})
+    kept = itertools.chain(base.parameters(), base.buffers(), packed)
+    tuned = copy.deepcopy(base, {id(shared): shared for shared in kept})
     apply_adapter(tuned, dataclasses.replace(adapter.config, dropout=0.0), seed=None)
     load_adapter_tensors(tuned, adapter.tensors)
     return tuned.requires_grad_(False).eval()

@@ -50,15 +50,10 @@ def draw_prompts(rows: PreparedRows, manifest: Manifest, seed: int, tokenizer: T
         DataError: the rows have no prompt of their own, or a token that the tokenizer has not.
         SpecError: a split is absent, or has fewer rows than are asked for.
     """
-    if not has_prompts(manifest.template) or manifest.facts.get("train_on_prompt"):
-        what = "its rows have no prompt apart from what is trained"
-        raise DataError(what, rows.directory, "give prompts with --prompt or --prompt-file")
-    writes_specials = manifest.template is not None and "chat_template" in manifest.template
     prompts = list[PreparedPrompt]()
     for split in HEADINGS:
         count = rows.most if rows.counts is None else rows.counts.get(split, 0)
-        path = split_path(rows.directory, split)
-        drawn = _draw(path, split, count, seed, tokenizer, writes_specials) if path.exists() else []
+        drawn = draw_split(rows.directory, split, count, manifest, seed, tokenizer)
         if rows.counts is not None and len(drawn) < count:
             what = f"it has {len(drawn) or 'no'} {split} rows with a prompt, and --rows asks for {count}"
             raise SpecError(what, rows.directory, "ask for fewer")
@@ -66,6 +61,22 @@ def draw_prompts(rows: PreparedRows, manifest: Manifest, seed: int, tokenizer: T
     if not prompts:
         raise DataError("no row has a prompt", rows.directory, "give prompts with --prompt or --prompt-file")
     return prompts
+
+
+def draw_split(
+    directory: Path, split: str, count: int, manifest: Manifest, seed: int, tokenizer: Tokenizer
+) -> list[PreparedPrompt]:
+    """Up to ``count`` prompts of one split of a prepared directory, of which this is the ``manifest``.
+
+    Raises:
+        DataError: as ``draw_prompts``.
+    """
+    if not has_prompts(manifest.template) or manifest.facts.get("train_on_prompt"):
+        what = "its rows have no prompt apart from what is trained"
+        raise DataError(what, directory, "give prompts with --prompt or --prompt-file")
+    writes_specials = manifest.template is not None and "chat_template" in manifest.template
+    path = split_path(directory, split)
+    return _draw(path, split, count, seed, tokenizer, writes_specials) if path.exists() else []
 
 
 def _draw(

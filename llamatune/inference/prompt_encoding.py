@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llamatune.data.chat_template import ChatTemplate
@@ -10,6 +11,7 @@ from llamatune.data.row_json import Row
 from llamatune.data.segments import Segment, Segments
 from llamatune.data.templates import Template
 from llamatune.errors import DataError
+from llamatune.events import Notice, OnEvent
 from llamatune.inference.prepared_prompts import PreparedPrompt
 from llamatune.inference.prompt_files import FilePrompt, Prompt, prompt_text
 from llamatune.shapes.llama_config import LlamaConfig
@@ -65,6 +67,37 @@ class PromptEncoder:
         """The tokens that end a completion: the model's and the tokenizer's EOS, and the end of a template's turn."""
         stop = None if self._chats is None else self._chats.stop_id
         return {*config.eos_token_ids, self._tokenizer.eos_id, *([] if stop is None else [stop])}
+
+
+def encode_prompts(
+    tokenizer: Tokenizer,
+    prompts: Sequence[Segments],
+    configs: Sequence[LlamaConfig],
+    where: Path,
+    new_tokens: int,
+    on_event: OnEvent,
+) -> list[list[int]]:
+    """Ids of each prompt; a warning if they, or so many new tokens after them, exceed the context of the first model.
+
+    ``DataError`` for a prompt without a token, or with one that a model has no embedding of; ``where`` is the model's.
+    """
+    ids = [prompt.encode(tokenizer)[0] for prompt in prompts]
+    if not all(ids):
+        what = f"prompt {ids.index([]) + 1} has no token, and this tokenizer puts no BOS before it"
+        raise DataError(what, where, "give a prompt that is not empty")
+    rows = min(config.vocab_size for config in configs)
+    if (largest := max(map(max, ids), default=0)) >= rows:
+        what = f"a prompt holds the token {largest}, and the base has {rows} embedding rows"
+        raise DataError(what, where, "leave out --compare")
+    known = configs[0].max_position_embeddings
+    longest, beyond = max(map(len, ids), default=0), sum(len(prompt) > known for prompt in ids)
+    if beyond:
+        what = f"{beyond} of {len(ids)} prompts have more than the {known} tokens the model knows"
+        on_event(Notice(f"{what}, the longest {longest}", "warning"))
+    elif longest + new_tokens > known:
+        what = f"a prompt of {longest} tokens and up to {new_tokens} new ones"
+        on_event(Notice(f"{what} can become more than the {known} tokens the model knows", "warning"))
+    return ids
 
 
 def shown_answer(tokenizer: Tokenizer, segments: Segments, prompt: Sequence[int], ids: Sequence[int]) -> str:

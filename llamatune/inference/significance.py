@@ -32,6 +32,17 @@ def exact_mcnemar(one_alone: int, other_alone: int) -> float:
     return min(1.0, 2 * tail / (1 << n))
 
 
+def paired_difference_interval(gained: int, lost: int, n: int) -> Interval:
+    """95 % interval of (gained - lost) / n, the difference of two shares of the same ``n`` questions.
+
+    Wald's with half a question added to each of the four outcomes (Agresti and Min 2005), so that it does not shrink to
+    a point where nothing was gained or lost.
+    """
+    difference = (gained - lost) / (n + 2)
+    half = _Z * math.sqrt(((gained + lost + 1) / (n + 2) - difference**2) / (n + 2))
+    return max(-1.0, difference - half), min(1.0, difference + half)
+
+
 def ratio_interval(sums: Sequence[float], weights: Sequence[int]) -> Interval | None:
     """95 % interval of sum(sums) / sum(weights) over rows drawn independently; None for a single row.
 

@@ -6,6 +6,10 @@ the unpacked matrix.
 
 The kernel, ``torch._weight_int8pack_mm``, reads the codes and nothing else. It is quicker than a product in bf16 for a
 few rows, as in decoding one prompt, and slower than unpacking for more. In fp32 it is always slower than unpacking.
+
+For some more rows of generation x is written with two digits in int8 (Ozaki et al. 2012 split matrices so), and
+``torch._int_mm`` multiplies codes by digits exactly. The digits hold 15 bits below the largest of a row, more than
+rounding the products to bf16 leaves. ``benchmarks/few_rows.py`` measures it.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llamatune.model.packed_weight import PackedWeight, Scratch
+from llamatune.model.products import LEAST_ELEMENTS
 from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
 
 LARGEST = 127
@@ -23,6 +28,10 @@ _LEAST_SCALE = 2.0**-126
 """The least normal number; of rows of zeros."""
 _MOST_ROWS = 8
 """Of x, that the kernel is quicker for than unpacking; it takes time for each, and torch's product hardly."""
+_MOST_ROWS_OF_DIGITS = 64
+"""Of x, that two digits are quicker for than unpacking, of a matrix that is read from memory."""
+_BASE = 128
+"""Of the digits: x is a multiple of its scale, which is the base times the first digit plus the second."""
 _COLUMNS = 32
 """The kernel reads beyond the end of rows that are not in whole vectors."""
 
@@ -55,10 +64,11 @@ class Int8Weight(PackedWeight):
             into.copy_(codes).mul_(scale[:, None])
 
     def product(self, x: Tensor, out: Tensor | None = None, added: Tensor | None = None) -> Tensor:
-        if not self.multiplies_codes(x):
+        by_kernel = self.multiplies_codes(x)
+        if not (by_kernel or self.multiplies_digits(x)):
             return super().product(x, out, added)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y = torch._weight_int8pack_mm(rows, self.codes, self.scales)
+        y = torch._weight_int8pack_mm(rows, self.codes, self.scales) if by_kernel else self._by_digits(rows)
         if x.dim() != 2:  # autograd refuses to add a bias to a view that a function returns
             y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], self.shape[0]))
         if added is not None:
@@ -69,6 +79,27 @@ class Int8Weight(PackedWeight):
         """Whether the product with ``x`` is the kernel's."""
         is_few = 0 < x.numel() <= _MOST_ROWS * self.shape[1] and self.shape[1] % _COLUMNS == 0
         return is_few and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+    def multiplies_digits(self, x: Tensor) -> bool:
+        """Whether the product with ``x``, if it is not the kernel's, is that of codes by digits.
+
+        In generation alone: the bits of a training step do not depend on whether a pass is for gradients.
+        """
+        suits = 0 < x.numel() <= _MOST_ROWS_OF_DIGITS * self.shape[1] and self.codes.numel() >= LEAST_ELEMENTS
+        is_quick = suits and x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.cpu._is_vnni_supported()
+        return is_quick and torch.is_inference_mode_enabled()
+
+    def _by_digits(self, x: Tensor) -> Tensor:
+        """x (N, in) W^T; each row is what it would be in any other company."""
+        wide = x.float()
+        scales = wide.abs().amax(1, keepdim=True).div_(LARGEST * _BASE).clamp_min_(_LEAST_SCALE)  # (N, 1)
+        multiples = wide.div_(scales).round_()
+        first = multiples.div(_BASE).round_()
+        second = multiples.sub_(first, alpha=_BASE)
+        digits = torch.cat((first, second)).to(torch.int8)  # (2N, in)
+        products = torch._int_mm(self.codes, digits.T).float()  # (out, 2N)
+        y = torch.add(products[:, len(x) :], products[:, : len(x)], alpha=_BASE).mul_(self.scales.float()[:, None])
+        return (y.T * scales).to(x.dtype)
 
 
 def _bf16_above(x: Tensor) -> Tensor:

@@ -172,6 +172,10 @@ class Linear(nn.Linear):
             y = self.quantized.product(x, out, added)
         return y if bias is None or residual is None else y.add_(bias)
 
+    def updated(self, x: Tensor, y: Tensor) -> Tensor:
+        """The output for ``x``, from that of the frozen matrix and bias, ``y``."""
+        return y
+
     def draw_dropout(self) -> Dropout:
         """The dropout of one pass."""
         return Dropout()
@@ -222,7 +226,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @by_kernel("swiglu")
 @compilable
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up; in inference mode it overwrites ``gate``."""
+    """silu(gate) · up; in inference mode it overwrites ``gate``, unless that is a part of rows."""
     if torch.is_inference_mode_enabled():
-        return F.silu(gate, inplace=True).mul_(up)
+        return F.silu(gate, inplace=gate.is_contiguous()).mul_(up)
     return F.silu(gate) * up

@@ -53,22 +53,36 @@ def target_losses(
     The arguments are those of ``summed_loss``. Where a token is no target, both are zero.
     """
 
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        W = weight.to(product_dtype(hidden))
-        found = torch.zeros(2, len(targets), dtype=torch.float64, device=hidden.device)
-        for chunk in _chunks(len(hidden), W):
-            with torch.autocast(hidden.device.type, enabled=False):
-                logits, chunk_targets = hidden[chunk].to(W.dtype) @ W.T, targets[chunk]  # (chunk, V)
-            for piece in _pieces(len(chunk_targets), W):
-                found[0, chunk][piece], found[1, chunk][piece] = token_losses(logits[piece], chunk_targets[piece])
-        losses, correct = found.cpu()  # the device is waited for here, once a batch
-        return losses, correct.bool()
-
-    (found_losses, found_correct), predicting = _of_predictions(model, input_ids, labels, lengths, loss)
+    (found_losses, found_correct), predicting = _of_predictions(model, input_ids, labels, lengths, _losses_of_targets)
     losses = torch.zeros(labels.numel(), dtype=torch.float64)
     correct = torch.zeros(labels.numel(), dtype=torch.bool)
     losses[predicting + 1], correct[predicting + 1] = found_losses, found_correct
     return losses, correct
+
+
+@torch.no_grad()
+def next_token_losses(
+    model: Transformer, input_ids: Tensor, lengths: tuple[int, ...], positions: Tensor, targets: Tensor
+) -> Tensor:
+    """Cross-entropy of each of ``targets`` (P,) as the token behind ``positions`` (P,); (P,) fp64 in nats, on the CPU.
+
+    ``input_ids`` (1, N) are samples of these lengths. A position may be asked for several targets.
+    """
+    losses, _ = _at_positions(model, input_ids, lengths, positions, targets, _losses_of_targets)
+    return losses  # type: ignore[no-any-return]
+
+
+def _losses_of_targets(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each target (P,), fp64, and whether it was the likeliest, bool; both on the CPU."""
+    W = weight.to(product_dtype(hidden))
+    found = torch.zeros(2, len(targets), dtype=torch.float64, device=hidden.device)
+    for chunk in _chunks(len(hidden), W):
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits, chunk_targets = hidden[chunk].to(W.dtype) @ W.T, targets[chunk]  # (chunk, V)
+        for piece in _pieces(len(chunk_targets), W):
+            found[0, chunk][piece], found[1, chunk][piece] = token_losses(logits[piece], chunk_targets[piece])
+    losses, correct = found.cpu()  # the device is waited for here, once a batch
+    return losses, correct.bool()
 
 
 def _of_predictions(
@@ -80,27 +94,42 @@ def _of_predictions(
 ) -> tuple[Any, Tensor]:
     """``loss`` of the states (P or more, D) that predict a target, the head's weight and the targets (P,).
 
-    Also returns the states' places in the row (P,), on the CPU. So that the shapes of products recur on a CPU, a sample
-    without targets fills up the row, and states of its first position those that predict.
+    Also returns the states' places in the row (P,), on the CPU.
     """
-    device, element_bytes = model.device, model.product_dtype.itemsize
     # The positions are computed on the CPU, where the labels are: reading them from the device would stall it.
     next_labels = labels.reshape(-1).roll(-1)
     next_labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORED  # a sample's last token predicts nothing
     predicting = (next_labels != IGNORED).nonzero().squeeze(1)  # (P,) of N
-    targets = next_labels[predicting].to(device, non_blocking=True)
+    targets = next_labels[predicting]
     del next_labels  # not needed at the peak
+    return _at_positions(model, input_ids, lengths, predicting, targets, loss), predicting
+
+
+def _at_positions(
+    model: Transformer,
+    input_ids: Tensor,
+    lengths: tuple[int, ...],
+    positions: Tensor,
+    targets: Tensor,
+    loss: Callable[[Tensor, Tensor, Tensor], Any],
+) -> Any:
+    """``loss`` of the states at ``positions`` (P or more, D), the head's weight and ``targets`` (P,).
+
+    So that the shapes of products recur on a CPU, a sample without targets fills up the row, and states of its first
+    position those that predict.
+    """
+    device, element_bytes = model.device, model.product_dtype.itemsize
+    targets = targets.to(device, non_blocking=True)
     row = input_ids.reshape(1, -1)
     if filling := filled_up(row.shape[1], device.type, element_bytes) - row.shape[1]:
         row, lengths = F.pad(row, (0, filling)), (*lengths, filling)
-    rows = F.pad(predicting, (0, filled_up(len(predicting), device.type, element_bytes) - len(predicting)))
-    result = model(
+    rows = F.pad(positions, (0, filled_up(len(positions), device.type, element_bytes) - len(positions)))
+    return model(
         row.to(device, non_blocking=True),
         lengths=lengths,
         rows=rows.to(device, non_blocking=True),
         read=lambda hidden, weight: loss(hidden.squeeze(0), weight, targets),
     )
-    return result, predicting
 
 
 def _chunks(rows: int, head_weight: Tensor) -> Iterator[slice]:

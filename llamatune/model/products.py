@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _FEW_ROWS = 64
-_LEAST_ELEMENTS = 1 << 20
+LEAST_ELEMENTS = 1 << 20
 """Of a matrix from which on it is read from memory; a smaller one stays in the caches."""
 
 
@@ -52,7 +52,7 @@ def suits_few_rows(x: Tensor, W: Tensor) -> bool:
     if x.dtype != torch.bfloat16 or W.dtype != x.dtype or x.device.type != "cpu":
         return False
     rows = x.numel() // x.shape[-1]
-    fits = rows == 1 or (rows <= _FEW_ROWS and W.numel() >= _LEAST_ELEMENTS)
+    fits = rows == 1 or (rows <= _FEW_ROWS and W.numel() >= LEAST_ELEMENTS)
     return fits and torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
 
@@ -62,7 +62,7 @@ def few_rows_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     As (W x^T)^T where W is large, which oneDNN reads faster as the left factor. A small W is multiplied without oneDNN,
     whose calls take longer than the product. ``benchmarks/few_rows.py`` measures both.
     """
-    if W.numel() < _LEAST_ELEMENTS:
+    if W.numel() < LEAST_ELEMENTS:
         return _without_onednn(x, W, bias)
     rows = x.reshape(-1, x.shape[-1])
     y = torch.mv(W, rows[0])[None] if len(rows) == 1 else _transposed(torch.mm(W, rows.T))

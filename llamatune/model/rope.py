@@ -74,10 +74,11 @@ def _llama3_frequencies(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
 @compilable
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Turn each pair of q (B, H, T, E) and k (B, K, T, E) by its position's angle, in their dtype."""
-    return _turned(q, cos, sin), _turned(k, cos, sin)
+    return rotate_alike(q, cos, sin), rotate_alike(k, cos, sin)
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_alike(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As ``rotate``, of heads (B, any, T, E), in plain torch."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -119,9 +119,13 @@ class StreamedBlocks:
     def attach(self, model: Transformer) -> None:
         """Let every block of ``model`` wait for its weights, forward and backward."""
         for index, block in enumerate(model.model.layers):
-            before, after = _hooks(self, index)
-            block.register_forward_pre_hook(before)
-            block.register_forward_hook(after)
+            self.attach_to(block, index)
+
+    def attach_to(self, block: nn.Module, index: int) -> None:
+        """Let ``block`` wait for the weights of the block at ``index``."""
+        before, after = _hooks(self, index)
+        block.register_forward_pre_hook(before)
+        block.register_forward_hook(after)
 
     def bring(self, index: int) -> None:
         """Wait for a block, whose weights are then in their places."""

@@ -56,15 +56,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
         B, T, _ = x.shape
-        q = self.heads(self.q_proj(x), self.q_norm)  # (B, H, T, E)
-        k = self.heads(self.k_proj(x), self.k_norm)  # (B, K, T, E)
-        v = self.heads(self.v_proj(x))
-        q, k = rotate(q, k, *context.rotation)
+        q, k, v = self.rotated(x, context.rotation)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)  # (B, K, S, E)
         o = attend(q, k, v, context.mask, context.documents)  # (B, H, T, E)
         o = o.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * E)
         return self.o_proj(select_rows(o, rows))  # type: ignore[no-any-return]
+
+    def rotated(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, E) and keys (B, K, T, E), rotated, and values."""
+        q = self.heads(self.q_proj(x), self.q_norm)
+        k = self.heads(self.k_proj(x), self.k_norm)
+        return *rotate(q, k, *rotation), self.heads(self.v_proj(x))
 
     @property
     def head_norms(self) -> tuple[RMSNorm, ...]:
@@ -75,7 +78,7 @@ class Attention(nn.Module):
         """(B, heads, T, E) of (B, T, heads · E), each head normalised if there is a ``norm``."""
         B, T, _ = x.shape
         if norm is not None:
-            x = norm(x.view(-1, self.head_dim))  # rows, as compiled functions and kernels take them
+            x = norm(x.reshape(-1, self.head_dim))  # rows, as compiled functions and kernels take them
         return x.view(B, T, -1, self.head_dim).transpose(1, 2)
 
 
@@ -89,7 +92,11 @@ class FeedForward(nn.Module):
         self.down_proj = Linear.of(config, "down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+        return self.down_proj(swiglu(*self.gate_and_up(x)))  # type: ignore[no-any-return]
+
+    def gate_and_up(self, x: Tensor) -> tuple[Tensor, ...]:
+        """gate(x) and up(x), (B, T, F)."""
+        return self.gate_proj(x), self.up_proj(x)
 
 
 class Block(nn.Module):
@@ -199,6 +206,8 @@ class Transformer(nn.Module):
             positions = torch.arange(start, start + T, device=input_ids.device)[None]
         sizes = documents.lengths_by_token() if documents and isinstance(scaling, DynamicScaling) else None
         rotation = rotary_angles(positions, self.config.head_dim, self.config.rope_theta, scaling, sizes)
+        if torch.is_inference_mode_enabled():  # once, where no one else has the tensors
+            rotation = rotation[0].to(product_dtype(x)), rotation[1].to(product_dtype(x))
         context = Context(rotation, mask, cache, documents)
         *earlier, last = self.model.layers
         for block in earlier:

@@ -8,13 +8,13 @@ from typing import Any
 
 from llamatune.benchmarking.effects import effects
 from llamatune.benchmarking.generation_tables import generation_table
-from llamatune.benchmarking.grid import Axis
 from llamatune.benchmarking.results import Result
 from llamatune.benchmarking.tables import MEMORY, SPEED, Table, effects_table, flat_table, nested_tables
 from llamatune.errors import CheckpointError, printable
 from llamatune.formats.benchmark_json import read_benchmark
 from llamatune.formats.evaluation_json import read_evaluation
 from llamatune.formats.text_table import TextTable
+from llamatune.spec_grid import Axis
 from llamatune.units import perplexity_text
 
 _percent = "{:.1%}".format

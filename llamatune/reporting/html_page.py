@@ -9,10 +9,11 @@ from string import Template
 import yaml
 
 from llamatune import __version__
+from llamatune.reporting.answer_timeline import AnswerTimeline
 from llamatune.reporting.chart_images import PALETTE, Chart
 from llamatune.reporting.curves import Curve
 from llamatune.reporting.html_answers import answers_html
-from llamatune.reporting.html_elements import Markup, element, html, section, table, unordered
+from llamatune.reporting.html_elements import Markup, element, header, html, section, table, unordered
 from llamatune.reporting.report_data import Report, RunReport
 from llamatune.reporting.report_tables import (
     data_table,
@@ -25,7 +26,7 @@ from llamatune.reporting.report_tables import (
     settings_table,
     spikes_table,
 )
-from llamatune.reporting.report_text import findings
+from llamatune.reporting.report_text import findings, whole
 
 _PAGE = {"page": ("#ffffff", "#0d1117"), "panel": ("#f3f5f7", "#161b22"), "quiet": ("#57606a", "#9aa4af")}
 
@@ -39,6 +40,7 @@ def render_page(report: Report, charts: Sequence[tuple[Chart, str]], curves: Seq
         section("Epochs", *(table(epochs_table(run)) for run in report.runs)),
         section("Evaluation and benchmark", *map(table, report.evidence)),
         section("Before and after", *map(answers_html, report.samples)),
+        section("Answers while it trained", *(_timeline(run, found) for run in report.runs for found in run.answers)),
         section("Differences between the specs", _differences(report)),
         section(
             "Parameters and memory",
@@ -111,6 +113,21 @@ def _level(report: Report) -> Markup:
 def _charts(charts: Sequence[tuple[Chart, str]]) -> Markup:
     figures = (element("figure", element("figcaption", chart.title), Markup(svg)) for chart, svg in charts)
     return element("div", *figures, class_="charts")
+
+
+def _timeline(run: RunReport, found: AnswerTimeline) -> Markup:
+    """One prompt; its answers by step, and the answer of its row."""
+    texts = [("before training" if step == 0 else f"step {whole(step)}", text) for step, text in found.answers]
+    if found.left_out:
+        texts.insert(-1, ("", f"{found.left_out} answers between these are in metrics.jsonl"))
+    if found.reference is not None:
+        texts.append(("reference", found.reference))
+    rows = [
+        element("tr", element("td", step, data_label="after"), element("td", text, data_label="answer"))
+        for step, text in texts
+    ]
+    caption = element("caption", f"{run.name}: ", element("span", found.prompt, class_="prompt"))
+    return element("table", caption, header(("after", "answer")), element("tbody", *rows), class_="answers timeline")
 
 
 def _differences(report: Report) -> Markup:

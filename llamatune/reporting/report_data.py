@@ -12,6 +12,7 @@ from llamatune.checkpoints.model_directory import read_config
 from llamatune.errors import LlamatuneError, printable
 from llamatune.formats.file_schema import LARGEST_NUMBER
 from llamatune.formats.text_table import TextTable
+from llamatune.reporting.answer_timeline import AnswerTimeline, answer_timelines
 from llamatune.reporting.averages import Epoch, epoch_means
 from llamatune.reporting.diagnosis import Diagnosis, diagnose_run
 from llamatune.reporting.run_reader import Run
@@ -47,6 +48,7 @@ class RunReport:
     spec_changes: list[str]
     versions: dict[str, str]
     traces: list[str]
+    answers: list[AnswerTimeline]
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def report_run(run: Run, smoothed: Sequence[float], smoothing: float, notices: S
         spec_changes=run.spec_changes,
         versions=run.versions,
         traces=run.traces,
+        answers=answer_timelines(run.metrics.answers),
     )
 
 

@@ -73,6 +73,8 @@ def read_run(path: Path, name: str) -> Run:
     metrics = read_metrics(path / METRICS)
     summary = read_summary(path / SUMMARY) if (path / SUMMARY).exists() else {}
     origin = read_origin(path / ORIGIN) if (path / ORIGIN).exists() else None
+    if spec.training.learning_rate == "auto" and origin is not None and origin.search is not None:
+        spec = spec.with_learning_rate(origin.search.learning_rate)
     found = _from_here(spec, path)
     data, data_notice = _prepared_counts(found, origin)
     notices = [

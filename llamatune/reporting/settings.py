@@ -103,9 +103,12 @@ def _optimizer(training: TrainingSection) -> str:
 
 def _rate(run: Run) -> str:
     training = run.spec.training
-    given: float | str = training.learning_rate
+    given = training.learning_rate
     highest = max((step.learning_rate for step in run.metrics.steps), default=0.0)
-    parts = [f"{given:g}" if isinstance(given, float) else f"{given} ({highest:.3g})", training.lr_scheduler]
+    parts = [
+        f"{given:g}" if isinstance(given, float) else f"{given or 'default'} ({highest:.3g})",
+        training.lr_scheduler,
+    ]
     if training.warmup_ratio:
         parts.append(f"warm-up {training.warmup_ratio:g} of the updates")
     elif training.warmup_steps:

@@ -28,8 +28,8 @@ def tokenizer_file(path: Path) -> Path | None:
     return model if model.exists() else None
 
 
-def load_tokenizer(path: Path, on_event: OnEvent = ignore_event) -> Tokenizer:
-    """The tokenizer in a file, or in a directory that holds one.
+def load_tokenizer(path: Path, on_event: OnEvent = ignore_event, option: str | None = None) -> Tokenizer:
+    """The tokenizer in a file, or in a directory that holds one. ``option`` is that which names it, for errors.
 
     Raises:
         CheckpointError: no tokenizer, a broken one, one without EOS, one of another kind than LLaMA and its relatives
@@ -37,10 +37,9 @@ def load_tokenizer(path: Path, on_event: OnEvent = ignore_event) -> Tokenizer:
     """
     file = tokenizer_file(path)
     if file is None:
-        todo, above = (
-            "give the path of a tokenizer.model or a tokenizer.json",
-            path.absolute().parent / SENTENCEPIECE_FILE,
-        )
+        todo = "copy the model's tokenizer.model or tokenizer.json into it"
+        todo = f"{todo}, or name it with {option}" if option else todo
+        above = path.absolute().parent / SENTENCEPIECE_FILE
         if above.exists():
             todo = f"LLaMA-1 has it beside the models' directories: link {above} into this one"
         raise CheckpointError("no tokenizer.model or tokenizer.json in this directory", path, todo)

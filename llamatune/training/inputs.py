@@ -70,7 +70,8 @@ def open_inputs(spec: RunSpec, force_base: bool, on_event: OnEvent, ranks: Ranks
         checkpoint = open_checkpoint(base, on_event, spec.model.variant)
         config = checkpoint.config.with_layers(spec.model.num_layers)
         base_fingerprint = fingerprint(checkpoint)
-    if validation is None and (spec.evaluation.every_steps or spec.evaluation.early_stopping_patience):
+    wanted = spec.evaluation
+    if validation is None and ((wanted.every_steps and not wanted.prompts) or wanted.early_stopping_patience):
         raise SpecError(
             "there is no validation data to evaluate on",
             "evaluation",

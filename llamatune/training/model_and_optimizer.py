@@ -37,6 +37,8 @@ from llamatune.training.optimizers.sharded_adamw_8bit import ShardedAdamW8bit
 from llamatune.training.precision import LossScaler, autocast_factory, held_dtype, residual_dtype
 from llamatune.training.sharded_model import ShardedModel
 
+LoadBase = Callable[[RunSpec, Inputs, OnEvent, ShouldStop], Transformer]
+
 
 @dataclass(frozen=True)
 class Learner:
@@ -71,18 +73,23 @@ def build_learner(
     levels: Levels | None = None,
     ranks: Ranks = ALONE,
     drawn_on: torch.device | str = "cpu",
+    load_base: LoadBase | None = None,
 ) -> Learner:
     """Load the base, apply the adapter and its starting weights, and build the optimizer over what is trained.
 
     ``levels`` say what each fused block recomputes; None: as ``training.activation_checkpointing`` says. Of
     ``model.placement`` ``auto`` is ``device`` here. A random base is ``drawn_on`` a CPU, for the same weights whatever
-    the device of the run, or where it is quicker.
+    the device of the run, or where it is quicker. ``load_base`` gives the model where several runs share its weights.
     """
     if spec.adapter is None and ranks.size > 1:
         return _build_sharded(spec, inputs, on_event, should_stop, ranks)
     placement, packed = spec.model.placement, QUANTIZATIONS.get(spec.model.dtype)
     streamed = stream_blocks(placement, inputs.config, held_dtype(spec), packed, inputs.device, ranks)
-    model, adapter = _load_base(spec, inputs, on_event, should_stop, streamed, ranks, drawn_on), spec.adapter
+    if load_base is None:
+        model = load_own_base(spec, inputs, on_event, should_stop, streamed, ranks, drawn_on)
+    else:
+        model = load_base(spec, inputs, on_event, should_stop)
+    adapter = spec.adapter
     if adapter is None:
         model.requires_grad_(True)
         parameters = dict(model.named_parameters())
@@ -181,14 +188,14 @@ def build_optimizer(
     return Optimizer(parameters, rule(spec.betas, spec.eps, spec.weight_decay), ratios)
 
 
-def _load_base(
+def load_own_base(
     spec: RunSpec,
     inputs: Inputs,
     on_event: OnEvent,
     should_stop: ShouldStop,
-    streamed: StreamedBlocks | None,
-    ranks: Ranks,
-    drawn_on: torch.device | str,
+    streamed: StreamedBlocks | None = None,
+    ranks: Ranks = ALONE,
+    drawn_on: torch.device | str = "cpu",
 ) -> Transformer:
     """The base model, read from its checkpoint or drawn at random."""
     dtype, packed = held_dtype(spec), QUANTIZATIONS.get(spec.model.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from llamatune.durable_writing import write_atomic
-from llamatune.events import EvalDone, Event, Notice, OnEvent, RunStarted, StepDone, StepSkipped
+from llamatune.events import AnswersDone, EvalDone, Event, Notice, OnEvent, RunStarted, StepDone, StepSkipped
 
 
 @contextlib.contextmanager
@@ -25,17 +25,21 @@ def profiled(steps: int | None, device: torch.device, run: Path, on_event: OnEve
     if steps is None:
         yield on_event
         return
-    windows = itertools.count(1)
+    windows, waits = itertools.count(1), False
     with contextlib.ExitStack() as tracing:
 
         def begin(step: int) -> None:
             tracing.enter_context(_traced(run / f"trace-from-step-{step:06d}.json", device, on_event))
 
         def observe(event: Event) -> None:
+            nonlocal waits
             on_event(event)
-            if isinstance(event, RunStarted) and not event.evaluates_first:
-                begin(event.resumed_step + 1)
-            elif isinstance(event, EvalDone) and not event.step:
+            if isinstance(event, RunStarted):
+                waits = event.evaluates_first
+                if not waits:
+                    begin(event.resumed_step + 1)
+            elif isinstance(event, EvalDone | AnswersDone) and waits:
+                waits = False
                 begin(1)
             elif isinstance(event, StepDone | StepSkipped) and next(windows) == steps:
                 tracing.close()

@@ -21,6 +21,7 @@ from llamatune.durable_writing import (
     write_atomic,
 )
 from llamatune.errors import EnvironmentFault, SpecError
+from llamatune.events import RateSearch
 from llamatune.formats.metrics import MetricsLog
 from llamatune.formats.origin_json import dump_origin, read_origin
 from llamatune.formats.state_json import list_checkpoints
@@ -31,7 +32,18 @@ from llamatune.safe_reading import read_bytes
 from llamatune.spec import RunSpec
 from llamatune.strict_yaml import LARGEST_YAML
 from llamatune.training.passes import PassRule
-from llamatune.training.run_file_names import ADAPTER, BEST, CELLS, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
+from llamatune.training.run_file_names import (
+    ADAPTER,
+    BEST,
+    CELLS,
+    CHECKPOINTS,
+    METRICS,
+    MODEL,
+    ORIGIN,
+    RUNS,
+    SPEC,
+    SUMMARY,
+)
 from llamatune.training.run_lock import LOCK, run_lock
 from llamatune.training.spec_changes import LEAST_GAIN, MAY_GROW, PATIENCE, accepted_changes
 
@@ -44,13 +56,15 @@ class RunDirectory:
     """A locked run directory; make it with ``claim_run_directory``.
 
     ``changed_fields``: fields of the spec that changed between two starts of the run. ``log`` is None on all ranks but
-    the first, which alone writes.
+    the first, which alone writes. ``rate_search`` is the one with which the run began, if it has begun and
+    its spec's learning rate is ``auto``.
     """
 
     path: Path
     log: MetricsLog | None
     changed_fields: frozenset[str]
     passes: PassRule
+    rate_search: RateSearch | None = None
 
 
 def move_aside(path: Path) -> None:
@@ -121,18 +135,29 @@ def claim_run_directory(
                 changes = [*changes, *accepted]
             inputs = {**inputs, "spec_changes": changes} if changes else inputs
             gpu = None if origin.gpu is None else origin.gpu.model_dump(exclude_unset=True)
+            search = origin.search
+            if search is None and spec.training.learning_rate == "auto":
+                what = "training.learning_rate: auto is for the beginning of a run, and this one began with a number"
+                raise SpecError(what, path / SPEC, "give that number, or choose another training.output_dir")
         else:
-            passes = choose_passes()
+            passes, search = choose_passes(), None
         _remove_leftovers(path)
         with disk_faults(path / SUMMARY):
             (path / SUMMARY).unlink(missing_ok=True)
         changed_fields = frozenset(change["field"] for change in inputs.get("spec_changes", []))
         with contextlib.closing(MetricsLog(path / METRICS)) as log:
             began_on = {} if gpu is None else {"gpu": gpu}
-            values = {**inputs, "passes": asdict(passes), **began_on}
+            found = {} if search is None else {"learning_rate_search": asdict(search)}
+            values = {**inputs, "passes": asdict(passes), **began_on, **found}
             write_if_changed(path / ORIGIN, dump_origin(path / ORIGIN, values))
             write_if_changed(path / SPEC, spec.to_yaml().encode())
-            yield RunDirectory(path, log, changed_fields, passes)
+            yield RunDirectory(path, log, changed_fields, passes, search)
+
+
+def record_rate_search(path: Path, search: RateSearch) -> None:
+    """Add the search to ``origin.json`` of the run that begins at ``path``, which goes on with it."""
+    values = read_origin(path / ORIGIN).model_dump(exclude_unset=True)
+    write_if_changed(path / ORIGIN, dump_origin(path / ORIGIN, {**values, "learning_rate_search": asdict(search)}))
 
 
 def refuse_output(spec: RunSpec, overwrite: bool) -> None:
@@ -159,6 +184,8 @@ def refuse_inputs(spec: RunSpec, name: str, overwrite: bool) -> None:
     inputs = [("model.path", Path(spec.model.path))]
     inputs += [("data.train", directory) for directory in spec.data.train_paths]
     inputs += [("data.validation", directory) for directory in spec.data.validation_paths]
+    if isinstance(spec.evaluation.prompts, str):
+        inputs.append(("evaluation.prompts", Path(spec.evaluation.prompts)))
     if spec.lora is not None and spec.lora.init_from is not None:
         inputs.append(("lora.init_from", Path(spec.lora.init_from)))
     inputs = [(key, given) for key, given in inputs if _is_name(str(given))]
@@ -186,7 +213,7 @@ def _refuse_other(path: Path) -> None:
 
 def _is_run(path: Path) -> bool:
     # The lock is the first file that a run makes, so this is right whenever it was killed.
-    return (path / LOCK).is_file() and not (path / CELLS).exists()
+    return (path / LOCK).is_file() and not any((path / name).exists() for name in (CELLS, RUNS))
 
 
 def is_occupied(path: Path) -> bool:
@@ -196,12 +223,16 @@ def is_occupied(path: Path) -> bool:
 
 def share_run(run: RunDirectory | None, spec: RunSpec, ranks: Ranks) -> RunDirectory:
     """The claimed directory of the first rank on every rank, without its log on the others."""
-    shared: Any = ranks.from_first(None if run is None else [asdict(run.passes), sorted(run.changed_fields)])
+    shared: Any = None
+    if run is not None:
+        search = None if run.rate_search is None else asdict(run.rate_search)
+        shared = [asdict(run.passes), sorted(run.changed_fields), search]
+    shared = ranks.from_first(shared)
     if run is not None:
         return run
-    assert shared is not None
-    (passes, changed_fields), path = shared, Path(os.path.realpath(spec.training.output_dir))
-    return RunDirectory(path, None, frozenset(changed_fields), PassRule(**passes))
+    (passes, changed_fields, search), path = shared, Path(os.path.realpath(spec.training.output_dir))
+    found = None if search is None else RateSearch(**search)
+    return RunDirectory(path, None, frozenset(changed_fields), PassRule(**passes), found)
 
 
 def is_ours(entry: Path) -> bool:

@@ -2,5 +2,5 @@
 
 SPEC, METRICS, SUMMARY, ORIGIN = "spec.yaml", "metrics.jsonl", "summary.json", "origin.json"
 CHECKPOINTS, BEST, ADAPTER, MODEL = "checkpoints", "best", "adapter", "model"
-CELLS = "cells"
-"""Of a benchmark's directory, which has the same lock."""
+CELLS, RUNS = "cells", "runs"
+"""Of the directories of a benchmark and of a sweep, which have the same lock."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,7 @@ from llamatune.devices import gpu_facts
 from llamatune.errors import CheckpointError
 from llamatune.events import EpochDone, EpochMeans, EvalDone, ignore_event
 from llamatune.formats.manifest import Staging, build_directory
-from llamatune.formats.metrics import KEPT_EPOCHS, Record, logged_at, loss_at_start
+from llamatune.formats.metrics import KEPT_EPOCHS, Logged, Record, logged_at, loss_at_start
 from llamatune.formats.safetensors import read_header
 from llamatune.formats.state_json import STATE, SavedState, checkpoint_path
 from llamatune.formats.summary_json import write_summary
@@ -67,6 +68,8 @@ class RunOutput:
     companions: RunCompanions
     epochs: deque[EpochMeans] = field(default_factory=lambda: deque(maxlen=KEPT_EPOCHS))
     """The last ones that are closed."""
+    losses_before: array[float] = field(default_factory=lambda: array("d"))
+    """Of the updates before this process, on the first rank."""
 
     def log(self, record: Record) -> None:
         """Append a line to ``metrics.jsonl``."""
@@ -94,9 +97,10 @@ class RunOutput:
 
         Versions that kept epochs in ``state.json`` logged none: they are logged now.
         """
-        logged = [] if self.run.log is None else logged_at(self.run.log.path, saved).epochs
+        logged = Logged() if self.run.log is None else logged_at(self.run.log.path, saved)
         self.cut_log(saved.metrics_bytes)
-        shared = self.ranks.from_first([asdict(epoch) for epoch in logged])
+        self.losses_before.extend(logged.losses)
+        shared = self.ranks.from_first([asdict(epoch) for epoch in logged.epochs])
         self.epochs.extend(EpochMeans(**values) for values in shared)
         for epoch in saved.position.epochs:
             self.log(EpochMeans(**dict(epoch)))

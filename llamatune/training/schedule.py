@@ -32,7 +32,7 @@ class Schedule:
     def __init__(self, spec: RunSpec, train: Split) -> None:
         self._spec, self._train, training = spec, train, spec.training
         self._lengths = train.lengths
-        self._epoch, self._epoch_rows = 0, self._rows_of(0)
+        self._epoch, self._epoch_rows = 0, self.rows_of(0)
         self.rows = len(self._epoch_rows)
         self._rows_per_window = training.micro_batch_size * training.gradient_accumulation_steps
         self.windows_per_epoch = -(-self.rows // self._rows_per_window)
@@ -45,7 +45,8 @@ class Schedule:
             self.total_steps = math.ceil(Fraction(str(self.num_epochs)) * self.windows_per_epoch)
         warmup_steps(training, self.total_steps)
 
-    def _rows_of(self, epoch: int) -> list[list[int]]:
+    def rows_of(self, epoch: int) -> list[list[int]]:
+        """The indices of the samples of each row, in the order of an epoch."""
         data = self._spec.data
         budget = data.packed_tokens if data.packing else None
         return epoch_rows(self._lengths, self._spec.training.seed, epoch, data.shuffle, budget)
@@ -54,14 +55,25 @@ class Schedule:
         """The indices of the samples of each micro-batch."""
         epoch, place = divmod(window, self.windows_per_epoch)
         if self._epoch != epoch:
-            self._epoch, self._epoch_rows = epoch, self._rows_of(epoch)
+            self._epoch, self._epoch_rows = epoch, self.rows_of(epoch)
         rows = self._epoch_rows[place * self._rows_per_window :][: self._rows_per_window]
+        return self._micro_batches(rows)
+
+    def _micro_batches(self, rows: list[list[int]]) -> list[list[int]]:
         size = self._spec.training.micro_batch_size
         return [list(itertools.chain(*rows[start : start + size])) for start in range(0, len(rows), size)]
 
+    def heaviest_samples(self) -> list[list[int]]:
+        """``samples`` of a window that no run may have: the rows of the first epoch with most tokens, falling."""
+        rows = sorted(self.rows_of(0), key=lambda row: -sum(self._lengths[i] for i in row))
+        return self._micro_batches(rows[: self._rows_per_window])
+
     def passes(self, window: int, rule: PassRule = SINGLE_MICRO_BATCHES) -> list[Batch]:
         """The batches of the window's passes, in order."""
-        samples = self.samples(window)
+        return self.passes_of(self.samples(window), rule)
+
+    def passes_of(self, samples: list[list[int]], rule: PassRule = SINGLE_MICRO_BATCHES) -> list[Batch]:
+        """The batches of the passes of a window with these samples."""
         sizes = [sum(self._lengths[i] for i in indices) for indices in samples]
         joined = join_micro_batches(sizes, rule)
         return [self._train.batch([i for number in numbers for i in samples[number]]) for numbers in joined]
@@ -114,12 +126,12 @@ def learning_rate_at(spec: TrainingSection, step: int, total_steps: int) -> floa
     """
     warmup = warmup_steps(spec, total_steps)
     if step < warmup:
-        return spec.learning_rate * (step + 1) / warmup
+        return spec.rate * (step + 1) / warmup
     if spec.lr_scheduler == "constant":
-        return spec.learning_rate
+        return spec.rate
     share = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     left = 1 - share if spec.lr_scheduler == "linear" else (1 + math.cos(math.pi * share)) / 2
-    return spec.min_learning_rate + (spec.learning_rate - spec.min_learning_rate) * left
+    return spec.min_learning_rate + (spec.rate - spec.min_learning_rate) * left
 
 
 def rate_jump(spec: TrainingSection, made: Sequence[Step], total_steps: int) -> str | None:

@@ -22,6 +22,9 @@ MAY_CHANGE = (
     "training.activation_checkpointing",
     "training.memory_limit",
     "training.rank_timeout_s",
+    "training.max_time",
+    "evaluation.prompts",
+    "evaluation.max_new_tokens",
     "evaluation.at_start",  # which a run that goes on has behind it
     "model.memory_map",
     "model.verify",
@@ -31,6 +34,7 @@ MAY_CHANGE = (
 EPOCHS, STEPS = "training.num_epochs", "training.max_steps"
 MAY_GROW = (EPOCHS, STEPS)
 PATIENCE = "evaluation.early_stopping_patience"
+RATE = "training.learning_rate"
 LEAST_GAIN = "evaluation.early_stopping_min_delta"
 
 
@@ -59,11 +63,12 @@ def accepted_changes(
     Raises:
         SpecError: other fields of the spec changed. CheckpointError: the base or the data did.
     """
-    before, after = _flat(load_stored_spec(path / SPEC)), _flat(spec)
+    before, after, origin = _flat(load_stored_spec(path / SPEC)), _flat(spec), read_origin(path / ORIGIN)
+    found = None if origin.search is None else origin.search.learning_rate
     refused, accepted = [], []
     for field in sorted(before.keys() | after.keys()):
         was, now = before.get(field), after.get(field)
-        if was == now or field in MAY_CHANGE:
+        if was == now or field in MAY_CHANGE or (field == RATE and {was, now} == {"auto", found}):
             continue
         if field in allowed or _is_growth(field, was, now, after):
             accepted.append({"field": field, "old": was, "new": now})
@@ -78,8 +83,8 @@ def accepted_changes(
             path / SPEC,
             f"restore it, choose another training.output_dir, or pass {allowing}",
         )
-    origin = read_origin(path / ORIGIN).inputs
-    if changed := [f"{key}: {origin.get(key)} -> {inputs[key]}" for key in inputs if origin.get(key) != inputs[key]]:
+    began = origin.inputs
+    if changed := [f"{key}: {began.get(key)} -> {inputs[key]}" for key in inputs if began.get(key) != inputs[key]]:
         what = "the run was started on something else: " + "; ".join(changed)
         raise CheckpointError(what, path / ORIGIN, "choose another training.output_dir")
     return accepted

@@ -13,6 +13,7 @@ from llamatune.errors import NumericsError
 from llamatune.events import Notice, OnEvent, RunStarted, ShouldStop, ignore_event, never_stop
 from llamatune.formats.state_json import list_checkpoints
 from llamatune.free_memory import held_host_bytes
+from llamatune.job_end import Clock
 from llamatune.memory.plan import with_kernels
 from llamatune.memory.plan_report import plan_report
 from llamatune.memory.remedies import after_running_out
@@ -28,8 +29,9 @@ from llamatune.training.early_stopping import told_stop
 from llamatune.training.gpu_meter import metered_gpu
 from llamatune.training.input_digests import digesting
 from llamatune.training.inputs import Inputs, open_inputs
+from llamatune.training.learning_rate import rate_facts, with_found_rate, with_given_rate
 from llamatune.training.loop import TrainingLoop
-from llamatune.training.model_and_optimizer import build_learner
+from llamatune.training.model_and_optimizer import LoadBase, build_learner
 from llamatune.training.passes import PassRule
 from llamatune.training.precision import fp32_products, report_slower_settings
 from llamatune.training.profiling import profiled
@@ -42,7 +44,10 @@ from llamatune.training.run_directory import (
 )
 from llamatune.training.run_file_names import CHECKPOINTS
 from llamatune.training.run_memory import choose_passes, choose_run_placement, plan_run_memory, report_plan
+from llamatune.training.run_prompts import open_run_prompts
 from llamatune.training.schedule import Schedule, pass_tokens
+from llamatune.training.stopping import Stopping
+from llamatune.training.time_limit import time_limit
 
 _STATE_BYTES = 8
 """Per trained parameter, at most: AdamW's two fp32 moments."""
@@ -58,17 +63,26 @@ def train(
     on_event: OnEvent = ignore_event,
     should_stop: ShouldStop = never_stop,
     ranks: Ranks = ALONE,
+    clock: Clock | None = None,
+    began_s: float | None = None,
+    load_base: LoadBase | None = None,
 ) -> dict[str, Any]:
     """Train as ``spec`` says, or continue the same run from its output directory; the summary, on every rank.
 
+    The run stops before the end of its Slurm job, and before it has run for ``training.max_time`` since ``began_s`` of
+    the monotonic ``clock`` (None: since now). ``load_base`` is for runs that share a base (``build_learner``).
+
     Raises:
         LlamatuneError: what the user can cause; nothing is left half-written.
-        Stopped: ``should_stop`` asked for it; a checkpoint is saved.
+        Stopped: ``should_stop`` asked for it, or its time is over; a checkpoint is saved.
     """
+    clock = clock or Clock()
+    began_s = clock.monotonic() if began_s is None else began_s
     on_event = on_event if ranks.is_first else ignore_event
     with contextlib.ExitStack() as stack:
         if ranks.is_first:
             refuse_output(spec, overwrite)
+        spec = with_given_rate(spec, overwrite, ranks)
         stack.enter_context(cublas_workspace(spec.training.deterministic))
         inputs = open_inputs(spec, force_base, on_event, ranks)
         schedule = Schedule(spec, inputs.prepared.train)
@@ -82,14 +96,17 @@ def train(
                 if ranks.is_first:
                     prune_finished(spec, lambda line: on_event(Notice(line, "warning")))
                 return summary
+        prompts = open_run_prompts(spec, inputs, on_event, ranks)
         config, rows, device = inputs.config, inputs.prepared.train, inputs.device
         stack.enter_context(deterministic_kernels(spec.training.deterministic, device))
         stack.enter_context(fp32_products(spec.training.precision))
         output, count = Path(spec.training.output_dir), inputs.count
         written = max(count.trainable_parameters, count.total_parameters - count.base_parameters)  # in fp32
         needed = _STATE_BYTES * count.trainable_parameters + 4 * written
+        stopping = Stopping(should_stop)
         if ranks.is_first:
             refuse_small_disk(output, needed, "a checkpoint")
+            stopping.limit = time_limit(spec.training, needed, clock, began_s, on_event)
         kernels = stack.enter_context(chosen_kernels(spec.training.kernels, device, on_event))
         planned = with_kernels(spec, kernels)
         report_slower_settings(spec, device, on_event)
@@ -117,15 +134,19 @@ def train(
         memory_facts = {"placement": placement, **plan.facts(), "memory_before_model_bytes": before_bytes}
         meter = stack.enter_context(metered_gpu(device))
         digests = stack.enter_context(digesting(spec, inputs, ranks, on_event))
-        learner = build_learner(placed, inputs, on_event, should_stop, plan.levels, ranks)
+        learner = build_learner(placed, inputs, on_event, should_stop, plan.levels, ranks, load_base=load_base)
         profiled_steps = spec.training.profile_steps if ranks.is_first else None
         on_event = stack.enter_context(profiled(profiled_steps, device, run.path, on_event))
         stack.enter_context(compiling(spec.training.compile))
         if spec.training.compile:
             compile_ahead(spec, learner, rows, on_event)
-        asked = (on_event, should_stop)
-        loop = TrainingLoop(spec, inputs, schedule, learner, run, *asked, memory_facts, meter, digests, ranks)
+        asked = (on_event, stopping)
+        spec, run = with_found_rate(spec, inputs, schedule, learner, run, on_event, stopping.by_signal, ranks)
+        facts = {"learning_rate": spec.training.rate, **memory_facts}
+        loop = TrainingLoop(spec, inputs, schedule, learner, run, *asked, facts, meter, digests, ranks, prompts)
         loop.resume()
+        if run.rate_search is not None and not loop.progress.window:
+            loop.output.log(run.rate_search)
         digests.start()
         _report_start(spec, inputs, schedule, loop, on_event)
         try:
@@ -148,7 +169,7 @@ def _report_start(spec: RunSpec, inputs: Inputs, schedule: Schedule, loop: Train
         RunStarted(
             count.trainable_parameters, count.total_parameters, samples, 0 if validation is None else len(validation),
             schedule.total_steps, schedule.num_epochs, progress.step, str(inputs.device), progress.elapsed_s,
-            loop.evaluates_first,
+            loop.evaluates_first, tuple(loop.output.losses_before),
         )
     )  # fmt: skip
 
@@ -180,11 +201,13 @@ def plan_training(
 ) -> dict[str, Any]:
     """Check everything that a run needs and count what it would do; nothing is loaded, trained or written."""
     refuse_output(spec, overwrite)
+    spec = with_given_rate(spec, overwrite, ranks)
     inputs = open_inputs(spec, force_base, on_event, ranks)
     schedule = Schedule(spec, inputs.prepared.train)
     output = Path(spec.training.output_dir)
     config, rows, device = inputs.config, inputs.prepared.train, inputs.device
     report_slower_settings(spec, device, on_event)
+    open_run_prompts(spec, inputs, on_event, ranks)
     _report_capacity(spec, inputs, on_event)
     with deterministic_kernels(spec.training.deterministic, device):
         if spec.training.compile:
@@ -205,6 +228,7 @@ def plan_training(
         "windows_per_epoch": schedule.windows_per_epoch,
         "num_epochs": schedule.num_epochs,
         "total_steps": schedule.total_steps,
+        **rate_facts(spec),
         **schedule.facts_of_passes(rule, ranks.size),
         "device": str(inputs.device),
         "output_dir": str(output),

@@ -83,6 +83,11 @@ class TrainerState:
         self.evaluated_step = done.step
         self.open_epoch.validation_loss = done.loss
 
+    def note_answers(self, seconds: float) -> None:
+        """Count the answers to prompts, which are part of an evaluation, or all of it."""
+        self.open_epoch.evaluation_s += seconds
+        self.evaluated_step = self.step
+
     def _note_patience(self, loss: float, min_delta: float) -> None:
         counted = self.patience_loss, self.evaluations_without_improvement
         self.patience_loss, self.evaluations_without_improvement = count_evaluation(loss, *counted, min_delta)

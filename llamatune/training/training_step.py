@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from llamatune.data.batches import Batch
 from llamatune.errors import NumericsError
-from llamatune.events import ShouldStop, never_stop
 from llamatune.ranks import ALONE, Ranks
 from llamatune.shapes.gradient_lanes import LANES
 from llamatune.spec_sections import TrainingSection
 from llamatune.training.model_and_optimizer import Learner
+from llamatune.training.stopping import Stopping
 from llamatune.training.window_gradients import window_gradients
 
 LOWEST_LOSS_SCALE = 1e-4
@@ -28,7 +28,7 @@ class Update:
 
     ``loss`` is the mean over ``target_tokens``; ``tokens`` counts no padding; ``grad_norm`` is that before clipping;
     ``loss_scale`` is the one that was used; ``layer_grad_norms``: None without ``training.log_layer_grad_norms``;
-    ``stop``: some rank was asked to stop. ``own_tokens`` were computed by this rank; ``waited_s`` is its time in
+    ``stop``: some rank says that the run stops. ``own_tokens`` were computed by this rank; ``waited_s`` is its time in
     messages between ranks.
     """
 
@@ -50,7 +50,7 @@ def make_update(
     training: TrainingSection,
     window: int,
     learning_rate: float,
-    should_stop: ShouldStop = never_stop,
+    stopping: Stopping | None = None,
     lanes: int | None = LANES,
     ranks: Ranks = ALONE,
 ) -> Update:
@@ -61,11 +61,11 @@ def make_update(
 
     Raises:
         NumericsError: a loss or gradient is not finite, also with another loss scale, or a gradient is missing.
-        Stopped: ``should_stop`` asked for it, and the rest of the window would take too long.
+        Stopped: ``stopping`` gave the window up.
     """
     scaler, parameters = learner.scaler, learner.parameters
     target_tokens, loss_scale = sum(batch.target_tokens for batch in passes), scaler.scale
-    facts = window_gradients(learner, passes, training.seed, window, lanes, should_stop, ranks)
+    facts = window_gradients(learner, passes, training.seed, window, lanes, stopping or Stopping(), ranks)
     missing = facts.missing
     gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
     scaler.unscale(list(gradients.values()))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from llamatune.data.batches import Batch
 from llamatune.errors import Stopped
-from llamatune.events import ShouldStop
 from llamatune.model.fused.window_casts import cast_for_window
 from llamatune.model.loss import summed_loss
 from llamatune.ranks import Ranks
@@ -21,16 +20,14 @@ from llamatune.seeds import derived_seed
 from llamatune.shapes.gradient_lanes import count_lanes, deal_passes, own_lanes
 from llamatune.training.gradient_sum import TreeSum, reduce_nodes
 from llamatune.training.model_and_optimizer import Learner
-
-FINISHING_S = 15.0
-"""How long a window may go on after a stop was asked for. Slurm kills after 30 s, and saving takes a while too."""
+from llamatune.training.stopping import Stopping
 
 
 @dataclass(frozen=True)
 class WindowFacts:
     """``losses`` are summed over the target tokens of each pass, in float64; ``missing`` names what has no gradient.
 
-    ``stop``: some rank was asked to stop. ``own_tokens`` were computed by this rank; ``waited_s`` is its time in
+    ``stop``: some rank says that the run stops. ``own_tokens`` were computed by this rank; ``waited_s`` is its time in
     messages between ranks.
     """
 
@@ -47,7 +44,7 @@ def window_gradients(
     seed: int,
     window: int,
     lanes: int | None,
-    should_stop: ShouldStop,
+    stopping: Stopping,
     ranks: Ranks,
 ) -> WindowFacts:
     """Compute this rank's passes; ``grad`` of each parameter becomes the sum over all ranks, scaled by the loss scale.
@@ -56,8 +53,7 @@ def window_gradients(
     of several ranks as the collective does. Of a sharded model it is this rank's slice of the sum.
 
     Raises:
-        Stopped: ``should_stop`` asked for it, and the rest would take longer than ``FINISHING_S``. Several ranks finish
-            the window.
+        Stopped: ``stopping`` gave the window up. Several ranks finish it.
     """
     dealt = deal_passes([batch.tokens for batch in passes], lanes or count_lanes(ranks.size))
     own = own_lanes(ranks.rank, ranks.size, len(dealt))
@@ -71,9 +67,9 @@ def window_gradients(
         # Without lanes the passes of all of them are one group.
         for lane, group in zip(own, groups, strict=False):
             for index in group:
-                if done and ranks.size == 1 and should_stop():
+                if done and ranks.size == 1:
                     left_s = (time.monotonic() - started) / done * (count - done)
-                    if left_s > FINISHING_S:
+                    if stopping.in_window(left_s):
                         raise Stopped(f"after {done} of the {count} passes of a window")
                 losses[index] = _backward(learner, passes[index], derived_seed(seed, "dropout", window, index), divisor)
                 done += 1
@@ -92,7 +88,9 @@ def window_gradients(
         reached = [p.grad is not None for p in parameters]
     stop, waited_s = False, 0.0
     if ranks.size > 1:
-        losses, reached, stop, waited_s = _reduced(learner, tree, dealt, losses, reached, should_stop(), ranks)
+        losses, reached, stop, waited_s = _reduced(
+            learner, tree, dealt, losses, reached, stopping.after_passes(), ranks
+        )
     elif tree is not None and tree.total is not None:
         for parameter, gradient, has_gradient in zip(parameters, tree.total, reached, strict=True):
             parameter.grad = gradient if has_gradient else None
@@ -141,7 +139,7 @@ def _reduced(
 ) -> tuple[Tensor, list[bool], bool, float]:
     """Sum gradients, losses and flags over the ranks; without a ``tree`` each gradient by an all-reduce of its own.
 
-    Returns losses, which parameters a gradient reached, whether some rank was asked to stop, and the seconds.
+    Returns losses, which parameters a gradient reached, whether some rank says that the run stops, and the seconds.
     """
     if losses.device.type == "cuda":
         torch.cuda.synchronize(losses.device)  # what follows is messages alone

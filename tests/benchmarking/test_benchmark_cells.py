@@ -17,7 +17,7 @@ from slow_cases import slow
 from llamatune.benchmarking import cell_process as cell_module
 from llamatune.benchmarking import cell_runs as run_module
 from llamatune.benchmarking.cell_process import answer, run_cell
-from llamatune.benchmarking.measure_cell import Task, Trial, heaviest_windows, resident_peak_bytes
+from llamatune.benchmarking.measure_cell import Task, Trial, resident_peak_bytes
 from llamatune.benchmarking.run_benchmark import Benchmark, run_benchmark
 from llamatune.command_options.preparation import PrepareOptions
 from llamatune.command_options.training import BenchmarkOptions
@@ -149,20 +149,64 @@ class TestWhatIsMeasured:
         found = answer(request(task(spec, -(-24 // (batch * accumulation)))))
         assert found["predicted_bytes"] == pytest.approx(found["allocated_bytes"], rel=0.1)
 
-    def test_the_heaviest_windows_hold_the_peak_of_them_all(self, spec: RunSpec) -> None:
-        inputs = open_inputs(spec, False, ignore_event)
-        trial = Trial(spec, inputs)
-        count = trial.schedule.windows_per_epoch
+    def test_no_window_of_the_run_needs_more_than_the_heaviest_rows(self, spec: RunSpec) -> None:
+        trial = Trial(spec, open_inputs(spec, False, ignore_event))
         trial.update(trial.schedule.passes(0), 0, 0)  # the optimizer's state is there from now on
         peaks = []
-        for window in range(count):
+        for window in range(trial.schedule.windows_per_epoch):
             batches = trial.schedule.passes(window)
             with trial.meter(None) as meter:
                 trial.update(batches, window, 1)
             peaks.append(meter.peak_bytes)
-        chosen = heaviest_windows(trial.schedule, trial.lengths, count)
-        assert max(peaks[window] for window in chosen) == max(peaks)
         assert len(set(peaks)) > 1, "rows of one length would show nothing"
+        assert trial.measure_categories(1, None).peak_bytes >= max(peaks)
+
+    def test_cells_of_few_steps_are_measured_on_the_same_rows(self, tmp_path: Path) -> None:
+        """The first row is short. Accumulation meets the long one in its first step, and keeps gradients and ids."""
+        prepared = self._rows(tmp_path, MATERIAL / "base", [1, 2, 1, 2, 60, 2, 1, 3, 2, 1], 200)
+        found = {}
+        for accumulation in (1, 8):
+            training = {"output_dir": "unused", "precision": "fp32", "device": "cpu"}
+            model = {"path": str(MATERIAL / "base"), "dtype": "float32"}
+            data = {"train": str(prepared), "shuffle": False}
+            values = {"model": model, "lora": {"r": 8}, "data": data,
+                      "training": {**training, "gradient_accumulation_steps": accumulation}}  # fmt: skip
+            found[accumulation] = answer(request(task(build_spec(values, "test"), 1)))
+        one, eight = found[1], found[8]
+        adapter_bytes, ids_bytes = 4 * one["trainable_parameters"], 2 * 8 * 10 * 200
+        assert 0 <= eight["allocated_bytes"] - one["allocated_bytes"] <= 4 * adapter_bytes + ids_bytes
+        assert one["categories"]["activations"] > 2 << 20, "that of the long row"
+
+    @staticmethod
+    def _rows(place: Path, base: Path, sentences: list[int], longest: int) -> Path:
+        """Prepared texts of so many sentences of some 15 tokens, cut at ``longest``."""
+        rows, words = place / "rows.jsonl", "the river of the town is long and the hill above it is high "
+        rows.write_text("".join(json.dumps({"text": words * count}) + "\n" for count in sentences))
+        prepare_data(PrepareOptions([rows], base / "tokenizer.model", place / "prepared", max_seq_length=longest))
+        return place / "prepared"
+
+    @pytest.mark.parametrize("longest", [128, 256, 257])
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_the_plan_holds_for_short_rows_in_bf16_and_narrow_heads(
+        self, tmp_path: Path, longest: int, fused: bool
+    ) -> None:
+        """Attention of samples up to 256 tokens is computed in fp32 there; heads have 8 numbers."""
+        base = tmp_path / "base"
+        base.mkdir()
+        config = json.loads((MATERIAL / "base" / "config.json").read_text())
+        config |= {"head_dim": 8, "num_attention_heads": 16, "num_key_value_heads": 16}
+        (base / "config.json").write_text(json.dumps(config))
+        (base / "tokenizer.model").symlink_to(MATERIAL / "base" / "tokenizer.model")
+        values = {
+            "model": {"path": str(base), "dtype": "float32", "init": "random"}, "lora": {"r": 8},
+            "data": {"train": str(self._rows(tmp_path, base, [1, 3, 9, 60], longest))},
+            "training": {"output_dir": "unused", "precision": "bf16", "device": "cpu", "fused": fused,
+                         "gradient_accumulation_steps": 1},
+        }  # fmt: skip
+        spec = build_spec(values, "test")
+        assert max(open_inputs(spec, False, ignore_event).prepared.train.lengths) == longest
+        found = answer(request(task(spec, 2)))
+        assert found["predicted_bytes"] == pytest.approx(found["allocated_bytes"], rel=0.02)
 
     def test_an_amount_of_memory_recomputes_and_auto_does_not(self, values: dict[str, Any]) -> None:
         def peak(*overrides: str) -> int:

@@ -13,9 +13,9 @@ import pytest
 
 from llamatune.benchmarking.bar_chart import draw_chart
 from llamatune.benchmarking.effects import effects
-from llamatune.benchmarking.grid import Axis, parse_axis
-from llamatune.benchmarking.results import CATEGORIES, results_csv
+from llamatune.benchmarking.results import CATEGORIES, Work, results_csv
 from llamatune.benchmarking.tables import Table, effects_table, flat_table, nested_tables
+from llamatune.spec_grid import Axis, parse_axis
 
 AXES = [
     parse_axis(text)
@@ -36,6 +36,7 @@ def measured(number: int) -> dict[str, Any]:
         "unattributed_bytes": 0,
         "step_s": 0.5 + number,
         "tokens_per_second": 100.0 * (number + 1),
+        **Work(200, 5, 25_400).facts(100.0 * (number + 1)),
         "runtime_s": 10.0,
         "steps": 6,
         "warm_up_steps": 2,
@@ -91,6 +92,8 @@ def test_the_flat_table_has_a_line_for_each_cell_and_ratios_to_the_first_that_wa
     assert (by_name[2]["peak"], by_name[2]["ratio"], by_name[2]["speed"]) == ("27.0", "1.29x", "1.50x")
     assert by_name[1]["held-out loss"] == "1.5000 ± 0.7071"
     assert by_name[1]["loss"] == "2.5000"
+    assert [line["time"] for line in by_name[1:4]] == ["127.0", "84.7", "63.5"]
+    assert any("that of equal work, 200 rows x 5 epochs" in note for note in table.notes)
     assert [line["peak"] for line in by_name[5:]] == ["failed", "refused", "killed"]
     assert any(note.startswith("failed (exit 1): boom [lora=on, precision=fp32, batch=1x8") for note in table.notes)
     assert any(note.startswith("refused: no such spec [") for note in table.notes)
@@ -106,7 +109,7 @@ def test_categories_that_miss_the_peak_are_owned_up_to() -> None:
 def test_off_and_on_are_nested_in_lines_and_columns() -> None:
     axes = [*AXES[:3], parse_axis("training.activation_checkpointing=none,block")]
     results = cells(axes, cell3={"status": "oom", "reason": "out of memory"})
-    table = nested_tables(axes, results)[2]
+    table = nested_tables(axes, results)[3]
     assert table.title == "Tokens/s"
     assert [list(row) for row in (table.header, *table.rows)] == [
         ["", "batch", "OFF 1x1", "", "ON 1x8", ""],
@@ -118,14 +121,24 @@ def test_off_and_on_are_nested_in_lines_and_columns() -> None:
         ["", "ON bf16", "1,300", "1,400", "1,500", "1,600"],
     ]
     titles = [found.title for found in nested_tables(axes, results)]
-    assert titles == ["Peak memory, MiB", "Seconds a step", "Tokens/s", "Held-out loss"]
+    work = "Seconds for equal work, 200 rows x 5 epochs"
+    assert titles == ["Peak memory, MiB", work, "Seconds a step", "Tokens/s", "Held-out loss"]
+    seconds = nested_tables(axes, results)[1]
+    assert seconds.rows[2] == ("OFF", "OFF", "254.0", "127.0", "84.7", "OOM"), "25,400 tokens at 100 to 300 a second"
     assert all(len({len(row) for row in parsed(found)}) == 1 for found in nested_tables(axes, results))
 
 
 def test_one_axis_is_a_column_and_no_axis_one_number() -> None:
-    only = nested_tables(AXES[:1], cells(AXES[:1]))[2]
+    only = nested_tables(AXES[:1], cells(AXES[:1]))[3]
     assert (only.header, only.rows) == (("lora", "Tokens/s"), (("OFF", "100"), ("ON", "200")))
-    assert nested_tables([], cells([]))[2].rows == (("100",),)
+    assert nested_tables([], cells([]))[3].rows == (("100",),)
+
+
+def test_results_without_equal_work_have_no_such_table() -> None:
+    """As those of a file that an earlier version wrote."""
+    results = [{name: value for name, value in r.items() if not name.startswith("work")} for r in cells(AXES[:1])]
+    assert [table.title for table in nested_tables(AXES[:1], results)][:2] == ["Peak memory, MiB", "Seconds a step"]
+    assert "time" not in flat_table(AXES[:1], results).header
 
 
 def test_the_csv_has_plain_numbers() -> None:

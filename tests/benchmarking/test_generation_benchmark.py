@@ -17,7 +17,6 @@ from llamatune.benchmarking import bandwidth, cell_runs
 from llamatune.benchmarking.bandwidth import memory_bandwidth, step_weight_bytes, tensors_of, tokens_looked_at
 from llamatune.benchmarking.cell_process import answer
 from llamatune.benchmarking.generation_tables import generation_csv, generation_table
-from llamatune.benchmarking.grid import Axis
 from llamatune.benchmarking.measure_generation import GenerationTask, random_prompts, time_batch
 from llamatune.benchmarking.run_generation import GenerationBenchmark, run_generation_benchmark
 from llamatune.command_options.inference import ModelSource
@@ -29,6 +28,7 @@ from llamatune.inference.engine import Engine
 from llamatune.inference.model_source import open_model
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.llama_config import LlamaConfig
+from llamatune.spec_grid import Axis
 
 Make = Callable[..., Path]
 BUFFER = 1 << 20

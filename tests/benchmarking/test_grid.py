@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from llamatune.benchmarking.grid import Axis, Grid, expand, is_axis, parse_axis, preset_grid
+from llamatune.benchmarking.grid import comparisons, preset_grid, switch
 from llamatune.errors import SpecError
 from llamatune.spec import RunSpec
+from llamatune.spec_grid import Axis, Grid, expand, is_axis, parse_axis
 
 
 def values(**lora: Any) -> dict[str, Any]:
@@ -123,13 +124,26 @@ def test_lora_on_gives_a_spec_without_the_section_its_defaults() -> None:
 
 
 def test_accumulation_is_compared_at_equal_micro_batch_and_at_equal_global_batch() -> None:
-    assert parse_axis("batch=1x1,8x1,1x8,2x4").comparisons() == [("1x1", "1x8"), ("8x1", "1x8"), ("8x1", "2x4")]
-    assert parse_axis("training.precision=fp32,bf16,fp16").comparisons() == [("fp32", "bf16"), ("fp32", "fp16")]
+    assert comparisons(parse_axis("batch=1x1,8x1,1x8,2x4")) == [("1x1", "1x8"), ("8x1", "1x8"), ("8x1", "2x4")]
+    assert comparisons(parse_axis("training.precision=fp32,bf16,fp16")) == [("fp32", "bf16"), ("fp32", "fp16")]
 
 
 def test_values_as_reports_name_them() -> None:
     grid = preset_grid("techniques", cuda=False)
-    assert [[axis.switch(value) for value in axis.values] for axis in grid.axes] == [
+    assert [[switch(axis, value) for value in axis.values] for axis in grid.axes] == [
         ["OFF", "ON"], ["OFF", "ON bf16"], ["OFF 1x1", "OFF 8x1", "ON 1x8"], ["OFF", "ON every_2", "ON block"]
     ]  # fmt: skip
-    assert parse_axis("lora.r=4,8").switch("4") == "4"
+    assert switch(parse_axis("lora.r=4,8"), "4") == "4"
+
+
+def test_lora_null_is_off_as_an_override_of_train_has_it() -> None:
+    """In a file whose section is empty, too."""
+    assert parse_axis("lora=null,{}") == parse_axis("lora=off,on")
+    values = {"model": {"path": "m", "dtype": "float32"}, "lora": None, "data": {"train": "d"},
+              "training": {"output_dir": "o"}}  # fmt: skip
+    off, on = expand(values, "spec.yaml", ["lora.r=4"], Grid((parse_axis("lora=null,{}"),)))
+    assert off.spec is not None
+    assert off.spec.lora is None
+    assert on.spec is not None
+    assert on.spec.lora is not None
+    assert on.spec.lora.r == 4

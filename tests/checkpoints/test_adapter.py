@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import stat
@@ -109,6 +110,19 @@ def test_another_base_is_refused_unless_forced_a1(tiny, tmp_path):
     events = []
     check_adapter(adapter, config, "sha256:0", True, events.append)
     assert "force-base" in events[0].message
+
+
+def test_an_adapter_of_a_base_of_another_shape_says_so_and_names_no_tensor(tiny):
+    adapter, config = drawn(tiny[0]), open_checkpoint(tiny[0]).config
+    larger = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers + 3)
+    for force_base in (False, True):
+        with pytest.raises(CheckpointError, match="the adapter was trained on another base") as caught:
+            check_adapter(adapter, larger, "sha256:0", force_base)
+        message = str(caught.value)
+        assert message.endswith(", of another shape: adapter: give that base")
+        assert "lora_A" not in message
+    with pytest.raises(CheckpointError, match=r"missing: .*lora_A"):  # damaged: it is of this base
+        check_adapter(adapter, larger, adapter.base_fingerprint)
 
 
 def copy_of(adapter, tmp_path):

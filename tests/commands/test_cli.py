@@ -13,7 +13,7 @@ from llamatune.cli import main
 from llamatune.errors import Stopped
 
 CORE = ["prepare-data", "train", "merge-lora", "generate", "count-params"]
-OTHERS = ["evaluate", "chat", "benchmark", "plan-memory", "report", "verify", "demo", "env"]
+OTHERS = ["evaluate", "judge", "chat", "benchmark", "plan-memory", "report", "verify", "demo", "env"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -203,6 +203,7 @@ def test_completion_knows_the_verbs() -> None:
         (["train", "run.yaml"], 75),
         (["--", "train", "run.yaml"], 75),
         (["merge-lora", "--json"], 75),
+        (["sweep", "run.yaml"], 75),
         (["convert", "--json"], 75),
         (["convert-adapter"], 75),
         (["extract-lora"], 75),
@@ -222,3 +223,69 @@ def test_a_stop_is_75_where_a_verb_writes_and_130_where_it_reads(
 
     monkeypatch.setattr(cli, "build_app", lambda only=None: stopped)
     assert cli._exit_code(words) == code
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["prepare-data", "rows.jsonl"], "error: Missing option '--tokenizer': see llamatune prepare-data --help\n"),
+        (["train"], "error: Missing argument 'SPEC.yaml': see llamatune train --help\n"),
+        (["merge-lora", "--mdoel", "x"], ": see llamatune merge-lora --help\n"),
+        (["no-such-verb"], ": see llamatune --help\n"),
+    ],
+)
+def test_an_error_of_usage_points_to_the_help_of_its_verb(
+    capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "")
+    assert err.endswith(told)
+
+
+@pytest.mark.parametrize(
+    ("verb", "usage"),
+    [
+        ("prepare-data", "[OPTIONS] ROWS..."), ("train", "[OPTIONS] SPEC.yaml [KEY=VALUE ...]"),
+        ("benchmark", "[OPTIONS] [SPEC.yaml] [KEY=VALUE ...]"),
+        ("plan-memory", "[OPTIONS] [SPEC.yaml] [KEY=VALUE ...]"),
+        ("verify", "[OPTIONS] DIR"), ("generate", "[OPTIONS]"),
+    ],
+)  # fmt: skip
+def test_usage_lines_have_one_form(capsys: pytest.CaptureFixture[str], verb: str, usage: str) -> None:
+    _, out, _ = run(capsys, verb, "--help")
+    (line,) = [line.strip() for line in out.splitlines() if "Usage:" in line]
+    assert line == f"Usage: llamatune {verb} {usage}"
+
+
+def test_the_value_of_an_option_stands_in_capitals_and_a_flag_has_none() -> None:
+    import typer
+
+    from llamatune.cli import VERBS, build_app
+
+    verbs = typer.main.get_command(build_app()).commands  # type: ignore[attr-defined]
+    for name in (name for names in VERBS.values() for name in names):
+        for option in (param for param in verbs[name].params if param.param_type_name == "option"):
+            assert option.metavar is not None, (name, option.name)
+            assert option.metavar == option.metavar.upper(), (name, option.metavar)
+            assert (option.metavar == "") == option.is_flag, (name, option.name)
+
+
+def test_tables_have_lines_on_a_terminal_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a file their columns stand apart by spaces."""
+    code, out, _ = run(capsys, "plan-memory", "--preset", "llama-2-7b", "--max-seq-length", "64")
+    assert code == 0
+    assert out.isascii()
+    lines = out.splitlines()
+    heading = next(line for line in lines if line.startswith("at its peak"))
+    assert heading.split() == ["at", "its", "peak", "memory"]
+    assert len(heading) == len(next(line for line in lines if line.startswith("weights"))), "columns are aligned"
+
+
+def test_plan_memory_says_that_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("plan-memory", "--preset", "llama-2-7b", "--max-seq-length", "64", "model.placement=device")
+    _, none, _ = run(capsys, *words, "--memory", "1GiB")
+    assert "does not fit into" in none
+    assert "nothing fits: not a row of one token" in none
+    assert "micro_batch_size 0" not in none
+    _, some, _ = run(capsys, *words, "--memory", "40GiB")
+    assert "largest that fit: micro_batch_size " in some

@@ -54,7 +54,10 @@ def test_which_options_may_be_repeated() -> None:
         "report --prompt",
         "report --evaluation",
         "report --benchmark",
+        "judge --general",
+        "judge --choices",
         "benchmark --grid",
+        "sweep --grid",
     }
 
 
@@ -96,10 +99,11 @@ PATHS = [
     for verb, command in VERBS.items()
     for parameter in command.params
     if parameter.name
-    in ("adapter", "base", "charts", "data", "directory", "generations", "model", "output", "per_row", "plot", "png", "probe",
-        "from_data", "markdown", "prompt_file", "rows", "runs", "shots_data", "spec_path", "specs", "tables", "tokenizer",
+    in ("adapter", "base", "charts", "data", "directory", "generations", "model", "output", "per_row", "plot", "png",
+        "probe", "from_data", "markdown", "prompt_file", "rows", "run", "runs", "gsm8k", "general", "choices",
+        "per_question", "shots_data", "spec_path", "specs", "tables", "tokenizer",
         "tuned", "validation")
-    and (verb, parameter.name) not in (("benchmark", "rows"), ("generate", "rows"), ("report", "rows"))  # which are numbers
+    and (verb, parameter.name) not in (("benchmark", "rows"), ("generate", "rows"), ("report", "rows"))  # numbers
 ]  # fmt: skip
 
 

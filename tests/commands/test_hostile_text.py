@@ -100,6 +100,9 @@ def made(
     rows = [json.loads(line) for line in tiny_rows.read_text().splitlines()]
     hostile = [{**row, HOSTILE: HOSTILE, "prompt": f"{row['prompt']} {HOSTILE}"} for row in rows if row["completion"]]
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hostile))
+    (path / "rows.txt").write_text(f"a red llama {HOSTILE}")
+    asked = {"question": HOSTILE, "choices": [HOSTILE, "b", "c", "d"], "subject": HOSTILE, "answer": 1}
+    (path / "asked.jsonl").write_text(json.dumps(asked) + "\n")
     (path / "run.yaml").write_text(
         json.dumps({
             "model": {"path": str(path / "base"), "dtype": "float32"},
@@ -115,6 +118,11 @@ def made(
         "prepare-data": [*prepare, "--max-seq-length", "64", "--preview", "2",
                          "--validation-fraction", "0.25"],
         "plan-memory": [f"{path}/run.yaml"],
+        "init": [*model, "--data", f"{path}/rows.jsonl", "--gpu", "t4"],
+        "init of prepared rows": [*model, "--data", f"{path}/prepared", "--gpu", "cpu"],
+        "init to a file": [*model, "--data", f"{path}/prepared", "--gpu", "t4", "--output", f"{path}/new.yaml"],
+        "schema": ["--output", f"{path}/schema.json"],
+        "explain": [f"no such model directory: {HOSTILE}"],
         "train --dry-run": [f"{path}/run.yaml", "--dry-run"],
         "train": [f"{path}/run.yaml"],
         "verify": [f"{path}/run"],
@@ -123,6 +131,7 @@ def made(
         "generate": [*model, *adapter, *greedy, "--prompt", HOSTILE],
         "generate --compare": [*model, *adapter, *greedy, "--prompt", HOSTILE, "--compare"],
         "evaluate": [*model, *adapter, "--data", f"{path}/prepared"],
+        "judge": [f"{path}/run", "--general", f"{path}/rows.txt", "--choices", f"{path}/asked.jsonl"],
         "count-params": [*model, *adapter],
         "report": [f"{path}/run", "--output", f"{path}/page.html"],
     }  # fmt: skip
@@ -138,13 +147,13 @@ def test_no_verb_shows_a_control_character_of_a_path_a_row_or_a_prompt(
         assert done.code == 0, (name, done.stderr)
         assert_clean(done.stdout)
         assert_clean(done.stderr)
-        if name in ("train", "verify", "generate --compare", "evaluate", "count-params"):
+        if name in ("train", "verify", "generate --compare", "evaluate", "judge", "count-params"):
             as_json = command(name.split()[0], *words, "--json")
             assert as_json.code == 0, (name, as_json.stderr)
             assert_clean(as_json.stdout + as_json.stderr)
             assert as_json.stdout.count("\n") == 1
             json.loads(as_json.stdout)
-        if name in ("train --dry-run", "train", "verify", "generate --compare", "evaluate"):
+        if name in ("train --dry-run", "train", "verify", "generate --compare", "evaluate", "judge"):
             with monkeypatch.context() as patch:
                 patch.setattr(sys, "stdout", stdout := Terminal())
                 patch.setattr(sys, "stderr", stderr := Terminal())
@@ -193,8 +202,10 @@ def test_no_string_field_of_a_file_reaches_a_stream_as_it_is(
             holder[leaf[-1]] = HOSTILE
             file.write_text(json.dumps(value))
             redigest(file.parent, file.name)
-            for name in ("verify", "verify of merged", "report", "count-params", "evaluate", "train"):
-                more = ["--overwrite"] if name == "report" else ["--limit", "2"] if name == "evaluate" else []
+            for name in ("verify", "verify of merged", "report", "count-params", "evaluate", "judge", "train"):
+                more = (
+                    ["--overwrite"] if name == "report" else ["--limit", "2"] if name in ("evaluate", "judge") else []
+                )
                 done = command(name.split()[0], *verbs[name], *more)
                 assert_clean(done.stdout)
                 assert_clean(done.stderr)

@@ -24,9 +24,13 @@ READS: dict[str, tuple[tuple[str, str], ...]] = {
     "merge-lora": (("--model", "directory"), ("--adapter", "directory"), ("--probe", "file"), ("--template", "file")),
     "generate": (("--model", "directory"), ("--adapter", "directory"), ("--prompt-file", "file")),
     "evaluate": (("--model", "directory"), ("--data", "directory"), ("--shots-data", "file")),
+    "judge": (("", "run"), ("--model", "directory"), ("--data", "directory"), ("--choices", "file")),
     "benchmark": (("", "file"),),
+    "sweep": (("", "file"),),
     "report": (("", "run"), ("--prompt-file", "file"), ("--generations", "file")),
     "slurm": (("", "file"),),
+    "init": (("--model", "directory"), ("--data", "file")),
+    "schema": (),
     "demo": (),
     "convert": (("--model", "directory"),),
     "convert-adapter": (("--adapter", "directory"), ("--model", "directory")),
@@ -41,12 +45,17 @@ WRITES = {
     ("generate", "--markdown"): "file",
     ("evaluate", "--per-row"): "file",
     ("evaluate", "--output"): "answers",
+    ("judge", "--plot"): "file",
+    ("judge", "--per-question"): "file",
     ("benchmark", "--output"): "run",
+    ("sweep", "--output"): "run",
     ("report", "--output"): "file",
     ("report", "--png"): "file",
     ("report", "--charts"): "product",
     ("report", "--tables"): "product",
     ("slurm", "--output"): "file",
+    ("init", "--output"): "file",
+    ("schema", "--output"): "file",
     ("demo", "--output"): "run",
     ("convert", "--output"): "product",
     ("convert-adapter", "--output"): "product",
@@ -56,7 +65,7 @@ WRITES = {
 """``train`` writes where its spec says. ``convert`` and ``convert-adapter`` write a file if its name ends in .gguf."""
 
 AS_FILES = {("convert", "--output"): "out.gguf", ("convert-adapter", "--output"): "out.gguf",
-            ("extract-lora", "--plot"): "out.png"}  # fmt: skip
+            ("extract-lora", "--plot"): "out.png", ("judge", "--plot"): "out.png"}  # fmt: skip
 FILES = [place for place, kind in WRITES.items() if kind == "file" or place in AS_FILES]
 DIRECTORIES = [place for place, kind in WRITES.items() if kind in ("product", "run")]
 REPLACING = [place for place, kind in WRITES.items() if place[0] != "demo"]
@@ -91,7 +100,7 @@ def _words(verb: str, flag: str, inputs: Path) -> list[object]:
         words += ["--shots", 1, "--task", "gsm8k"] if flag == "--output" else []
         if flag == "--per-row":
             del words[words.index("--shots-data") :]
-    if flag == "--plot":
+    if verb == "extract-lora" and flag == "--plot":
         words += ["--output", "adapter"]
     return words
 
@@ -110,7 +119,7 @@ def test_every_output_of_every_verb_is_in_the_table() -> None:
     assert found == WRITES
     assert {flag for _, flag in paths} == {
         "--tokenizer", "--model", "--adapter", "--probe", "--prompt-file", "--from-data", "--generations", "--data",
-        "--shots-data", "--base", "--tuned", "--spec-path", "--directory",
+        "--shots-data", "--base", "--tuned", "--spec-path", "--directory", "--run", "--gsm8k",
     }  # fmt: skip
 
 

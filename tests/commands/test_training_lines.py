@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -10,11 +11,16 @@ import pytest
 from llamatune.commands import evaluate as evaluate_command
 from llamatune.commands import train as train_command
 from llamatune.commands._log_lines import KeyValueLines
-from llamatune.commands._progress_bars import ProgressBars, TrainingPanel, open_console
-from llamatune.events import EpochDone, EvalDone, Event, RunStarted, StepDone
+from llamatune.commands._progress_bars import ProgressBars, open_console
+from llamatune.commands._training_panel import TrainingPanel
+from llamatune.events import Answer, AnswersDone, EpochDone, EvalDone, Event, RunStarted, StepDone
 from llamatune.units import perplexity
 
 HIGH = 16.3  # its perplexity is 12 million
+
+
+def _answers(step: int, text: str = 'four,\n"I think"\u2028') -> AnswersDone:
+    return AnswersDone(step, (Answer(step, 1, "2 + 2 =", text, "4", 5, "eos"),), 0.5)
 
 
 def _step(epoch: float, num_epochs: float, loss: float = 2.0) -> StepDone:
@@ -47,23 +53,27 @@ def _evaluation(step: int, loss: float = 2.0) -> EvalDone:
          "step 7: validation loss 16.3000, perplexity 1.2e+07"),
         (_evaluation(7, 800.0), "eval step=7 loss=800.0000 perplexity=1e+304 seconds=1.2",
          "step 7: validation loss 800.0000, perplexity 1e+304"),
-        (_epoch(1, 3, HIGH), "epoch=1/3 train_loss=16.3000 train_perplexity=1.2e+07 validation_loss=16.3000 "
+        (_epoch(1, 3, HIGH), "epoch epoch=1/3 train_loss=16.3000 train_perplexity=1.2e+07 validation_loss=16.3000 "
          "validation_perplexity=1.2e+07", "epoch 1 of 3: train loss 16.3000, perplexity 1.2e+07"),
-        (_epoch(2, 2.5), "epoch=2/2.5 train_loss", "epoch 2 of 2.5: train"),
-        (_epoch(3, 2.5), "epoch=2.5/2.5 train_loss", "epoch 2.5 of 2.5: train"),
-        (_epoch(1, 0.5), "epoch=0.5/0.5 train_loss", "epoch 0.5 of 0.5: train"),
-        (_step(0.25, 3), "epoch=1/3 step=1/4", None),
-        (_step(2.0, 3), "epoch=2/3 step=1/4", None),
-        (_step(0.25, 0.5), "epoch=0.25/0.5 step=1/4", None),
-        (_step(0.571428, 0.5), "epoch=0.5/0.5 step=1/4", None),
-        (_step(1.333333, 2.5), "epoch=1.33/2.5 step=1/4", None),
+        (_answers(7), 'answer step=7 number=1 tokens=5 finish_reason=eos text="four,\\n\\"I think\\"\\u2028"\n', None),
+        (_answers(0, "a" * 120), f'answer step=0 number=1 tokens=5 finish_reason=eos text="{"a" * 100}..."\n', None),
+        (_epoch(2, 2.5), "epoch epoch=2/2.5 train_loss", "epoch 2 of 2.5: train"),
+        (_epoch(3, 2.5), "epoch epoch=2.5/2.5 train_loss", "epoch 2.5 of 2.5: train"),
+        (_epoch(1, 0.5), "epoch epoch=0.5/0.5 train_loss", "epoch 0.5 of 0.5: train"),
+        (_step(0.25, 3), "train epoch=1/3 step=1/4", None),
+        (_step(2.0, 3), "train epoch=2/3 step=1/4", None),
+        (_step(0.25, 0.5), "train epoch=0.25/0.5 step=1/4", None),
+        (_step(0.571428, 0.5), "train epoch=0.5/0.5 step=1/4", None),
+        (_step(1.333333, 2.5), "train epoch=1.33/2.5 step=1/4", None),
     ],
 )  # fmt: skip
 def test_an_event_as_a_line(
     event: Event, in_a_log: str, on_a_terminal: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     KeyValueLines(1).draw(event)
-    assert capsys.readouterr().err.startswith(in_a_log)
+    written = capsys.readouterr().err
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d ", written)
+    assert written.partition(" ")[2].startswith(in_a_log)
     line = ProgressBars(open_console(io.StringIO()))._line(event)
     assert line is None if on_a_terminal is None else str(line).startswith(on_a_terminal)
 
@@ -99,4 +109,14 @@ def test_tables_say_large_perplexities_shortly() -> None:
     assert text.count("1.2e+07") == 2
     assert "1e+304" in text
     assert "perplexity=1.1995e+07" in text
-    assert "validation loss before training │ 3.2500" in " ".join(text.split())
+    assert "validation loss before training 3.2500" in " ".join(text.split())
+    assert text.isascii(), "lines around tables are for terminals"
+
+
+def test_the_panel_shows_an_answer_on_one_line() -> None:
+    panel, out = TrainingPanel(RunStarted(1, 1, 1, 1, 10, 3, 0, "cpu")), io.StringIO()
+    panel.note(_answers(0))
+    panel.note(_answers(7, "four\x1b[2J " + "a" * 200))
+    open_console(out).print(panel)
+    assert "an answer" in out.getvalue()
+    assert f"2 + 2 = -> four\\x1b[2J {'a' * 71}..., at step 7" in " ".join(out.getvalue().replace("│", " ").split())

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
+import dataclasses
 import io
 import itertools
-import json
-import os
-import pty
 import re
-import struct
-import subprocess
 import sys
-import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,15 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from terminal_screen import screen
 
-from llamatune.command_options.preparation import PrepareOptions
 from llamatune.commands import _progress_bars as _progress_display
 from llamatune.commands._console import Console
-from llamatune.commands._progress_bars import Curve, ProgressBars, TrainingPanel, open_console, speaks_utf8
-from llamatune.data.prepare import prepare_data
-from llamatune.demo.run_demo import MATERIAL
+from llamatune.commands._progress_bars import ProgressBars, open_console, speaks_utf8
+from llamatune.commands._training_panel import Curve, TrainingPanel
 from llamatune.events import (
     CheckpointSaved,
+    Command,
     EvalDone,
     Event,
     MemoryHeld,
@@ -138,9 +132,10 @@ def test_a_sparkline_keeps_the_order_of_what_fits(values: list[float], width: in
     for value in values:
         curve.add(value)
     line = curve.sparkline(width)
-    assert len(line) == min(len(values), width)
-    if len(values) <= width:
-        ordered = [level for _, level in sorted(zip(values, line, strict=True))]
+    assert len(line) == (width if values else 0)
+    if 0 < len(values) <= width:
+        first_columns = [-(-number * width // len(values)) for number in range(len(values))]
+        ordered = [level for _, level in sorted(zip(values, (line[at] for at in first_columns), strict=True))]
         assert ordered == sorted(ordered)
 
 
@@ -152,6 +147,19 @@ def test_a_sparkline_of_a_long_run_is_made_of_means() -> None:
     line = curve.sparkline(40)
     assert set(line[:9]) == {"█"}
     assert set(line[11:]) == {"▁"}
+
+
+def test_a_run_that_goes_on_continues_its_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The panel after 500 steps in one process, and after 300 in one and 200 in the next."""
+    steps = [event for event in _run() if isinstance(event, StepDone)]
+    started = next(_run())
+    assert isinstance(started, RunStarted)
+    before = tuple(step.loss for step in steps[:300])
+    resumed = dataclasses.replace(started, resumed_step=300, losses=before)
+    panels = [_drawn(events, 80, monkeypatch, "C.UTF-8") for events in ([started, *steps], [resumed, *steps[300:]])]
+    curves = [next(line for line in panel.splitlines() if " loss" in line) for panel in panels]
+    assert curves[0] == curves[1]
+    assert "left" in panels[1]
 
 
 @pytest.mark.parametrize(
@@ -213,86 +221,21 @@ def test_bars_and_warnings_stand_beside_the_panel(monkeypatch: pytest.MonkeyPatc
         drawing.draw(event)
     drawing.draw(Progress("evaluating", 8, 8))
     drawing.close()
-    rows = screen(terminal.getvalue())
+    rows = screen(terminal.getvalue(), 80)
     assert r"warning: [odd] \x1b[31m name" in rows
     assert "evaluating" in terminal.getvalue()
     assert not [row for row in rows if "evaluating" in row], "a task that is done takes its bar away"
 
 
-def screen(written: str) -> list[str]:
-    """What a terminal shows at the end of it; any control that rich is not known to use is a fault."""
-    rows: list[list[str]] = [[]]
-    y = x = 0
-    for token in re.findall(r"\x1b\[[?0-9;]*[A-Za-z]|[\s\S]", written):
-        if token.startswith("\x1b["):
-            count = int(re.sub(r"\D", "", token) or 1)
-            if token[-1] == "A":
-                y = max(0, y - count)
-            elif token[-1] == "K":
-                rows[y] = []
-            else:
-                assert token[-1] in "mhl", token
-        elif token == "\r":
-            x = 0
-        elif token == "\n":
-            y += 1
-            rows += [[]] if y == len(rows) else []
-        else:
-            rows[y] += [" "] * (x + 1 - len(rows[y]))
-            rows[y][x] = token
-            x += 1
-    return ["".join(row).rstrip() for row in rows]
-
-
-def test_a_run_on_a_terminal_ends_with_one_whole_panel(tmp_path: Path) -> None:
-    """60 columns, redrawn at every event."""
-    (tmp_path / "run.yaml").write_text(
-        f"model: {{path: {MATERIAL / 'base'}, dtype: float32}}\nlora: {{r: 2}}\ndata: {{train: prepared}}\n"
-        "training: {output_dir: run, max_steps: 6, gradient_accumulation_steps: 1, precision: fp32}\n"
-        "evaluation: {every_steps: 3}\n"
-    )
-    rows, tokenizer = MATERIAL / "held_out.jsonl", MATERIAL / "base" / "tokenizer.model"
-    prepare_data(PrepareOptions([rows], tokenizer, tmp_path / "prepared", limit=20, validation_fraction=0.2))
-    code = (
-        "import llamatune.commands._progress_bars as bars; bars._REDRAWN_EVERY_S = 0.0; "
-        "from llamatune.cli import main; main(['train', 'run.yaml', '--json'])"
-    )
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 60, 0, 0))
-    environment = {**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
-    for name in ("COLUMNS", "LINES", "NO_COLOR"):
-        environment.pop(name, None)
-    with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=theirs
-    ) as process:
-        os.close(theirs)
-        written = _everything(ours)
-        assert process.stdout is not None
-        summary = json.loads(process.stdout.read())
-    assert process.returncode == 0
-    shown = screen(written.decode())
-    assert max(len(row) for row in shown if "│" in row) == 60
-    assert [row[0] for row in shown if row and row[0] in "╭╰"] == ["╭", "╰"], "\n".join(shown)
-    assert written.decode().count("╭") > 6, "it was never redrawn"
-    found = " ".join("\n".join(shown).replace("│", " ").split())
-    for words in (
-        "training on cpu", "step 6 of 6", "weights 4.1 MiB, adapter", "tokens/s", "checkpoint step-000006",
-        f"{summary['best_eval_loss']:.4f}",
-    ):  # fmt: skip
-        assert words in found, found
-
-
-def _everything(descriptor: int) -> bytes:
-    written = b""
-    while True:
-        try:
-            piece = os.read(descriptor, 1 << 16)
-        except OSError:  # the other side was closed
-            piece = b""
-        if not piece:
-            os.close(descriptor)
-            return written
-        written += piece
+def test_a_command_is_one_line_however_narrow_the_terminal_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal = Terminal()
+    drawing = ProgressBars(open_console(terminal))
+    line = f"llamatune prepare-data {'folder/' * 30}rows.jsonl --output [odd]"
+    drawing.draw(Command(line))
+    drawing.close()
+    assert f"$ {line}" in re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["adapter", "every parameter"])

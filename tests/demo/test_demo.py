@@ -2,8 +2,14 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import atlas
 import pytest
@@ -11,10 +17,15 @@ from readme_job import run_quietly, unexpected_lines
 from safetensors import safe_open
 
 from llamatune.checkpoints.loading import open_checkpoint
-from llamatune.demo.run_demo import MATERIAL, DemoReport, HeldOut, demo_spec, run_demo
+from llamatune.commands._console import Console
+from llamatune.commands.demo import _print as print_report
+from llamatune.demo.run_demo import MATERIAL, DemoReport, HeldOut, demo_spec, run_demo, write_demo_spec
+from llamatune.errors import EnvironmentFault
+from llamatune.spec import load_spec
 from llamatune.training.train import train
 
 LARGEST_MATERIAL_BYTES = 8 << 20
+_TIME = "2026-03-29T02:59:59"
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +45,16 @@ def test_lora_turns_less_than_a_tenth_into_more_than_four_fifths(finished) -> No
     assert report.merged_exact_match == pytest.approx(report.tuned_exact_match, abs=1)
 
 
+def test_an_answer_contains_the_right_one_as_words(finished) -> None:
+    _, report = finished
+    padded = [f" {re.sub('[^a-zA-Z ]', ' ', row.base)} " for row in report.held_out]
+    holding = sum(f" {row.expected} " in answer for row, answer in zip(report.held_out, padded, strict=True))
+    assert report.base_contains == pytest.approx(100 * holding / len(report.held_out))
+    assert 0 < report.base_contains < 50, "the base knows the towns, but not where an answer ends"
+    assert report.tuned_contains >= report.tuned_exact_match
+    assert report.merged_contains >= report.merged_exact_match
+
+
 def test_a_warning_of_a_library_would_be_noticed(tmp_path: Path) -> None:
     """Without numpy torch writes two lines; they are what an install of the dependencies alone once showed."""
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError(name='numpy')")
@@ -45,10 +66,11 @@ def test_a_warning_of_a_library_would_be_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("info: $ llamatune train finetune.yaml", True),
-        ("saved step=29 path=out/run/checkpoints/step-000029 seconds=0.01", True),
-        ("generating_with_the_base=208/476", True),
-        ("warning: the adapter was trained on another base", False),
+        (f"{_TIME} $ llamatune train run.yaml", True),
+        (f"{_TIME} saved step=29 path=out/run/checkpoints/step-000029 seconds=0.01", True),
+        (f"{_TIME} progress generating_with_the_base=208/476 left=0:00:12", True),
+        ("saved step=29 path=out/run/checkpoints/step-000029 seconds=0.01", False),
+        (f"{_TIME} warning: the adapter was trained on another base", False),
         ("a.py:3: UserWarning: Failed to initialize NumPy: No module named 'numpy'", False),
         ("  cpu = _conversion_method_template(device=torch.device('cpu'))", False),
         ("Traceback (most recent call last):", False),
@@ -56,12 +78,12 @@ def test_a_warning_of_a_library_would_be_noticed(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_verb_may_write_to_stderr(line: str, expected: bool) -> None:
-    assert (unexpected_lines(f"info: first\n{line}\n") == []) == expected
+    assert (unexpected_lines(f"{_TIME} info: first\n{line}\n") == []) == expected
 
 
 def test_what_the_demo_writes_is_what_the_verbs_write(finished) -> None:
     output, report = finished
-    assert {path.name for path in output.iterdir()} == {"prepared", "run", "merged"}
+    assert {path.name for path in output.iterdir()} == {"prepared", "run.yaml", "run", "merged", "report.html"}
     summary = json.loads((output / "run" / "summary.json").read_text())
     assert summary["trainable_parameters"] == report.trainable_parameters
     assert train(demo_spec(output)) == summary
@@ -73,6 +95,61 @@ def test_a_second_demo_changes_no_byte(finished) -> None:
     again = run_demo(output)
     assert again.held_out == report.held_out
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_every_command_that_the_demo_shows_can_be_pasted(
+    finished, command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From where the demo was started they find what it made as finished; of the prompts a few are enough."""
+    output, report = finished
+    monkeypatch.chdir(output.parent)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((MATERIAL / "held_out.jsonl").read_text().splitlines(keepends=True)[:5]))
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    answers = []
+    for line in report.commands:
+        program, *words = shlex.split(line)
+        assert program == "llamatune"
+        if words[0] == "generate":
+            words[words.index("--prompt-file") + 1] = str(few)
+        done = command(*words, "--json")
+        assert done.code == 0, f"{line}: {done.stderr}"
+        assert not unexpected_lines(done.stderr), line
+        if words[0] == "generate":
+            answers.append([line["completion"] for line in json.loads(done.stdout)["results"]])
+    assert [shlex.split(line)[1] for line in report.commands] == [
+        "prepare-data", "count-params", "train", "generate", "merge-lora", "generate", "report",
+    ]  # fmt: skip
+    assert answers == [[getattr(row, kind) for row in report.held_out[:5]] for kind in ("tuned", "merged")]
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_what_to_do_next_works(finished, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    output, report = finished
+    monkeypatch.chdir(output.parent)
+    console = Console(json_mode=False)
+    console.result({}, lambda out: print_report(out, replace(report, output=output.name)))
+    printed = capsys.readouterr().out
+    assert "expected" in printed
+    assert report.held_out[0].expected in printed
+    told = printed.partition("next:")[2]
+    assert report.report in told
+    chat, another = re.findall(r"^    llamatune (.+)$", told, re.MULTILINE)
+    asked = command(*shlex.split(chat), stdin=report.held_out[0].question + "\n")
+    assert asked.code == 0
+    assert report.held_out[0].expected in asked.stdout
+    short = ("training.max_steps=1", "training.num_epochs=null", "training.warmup_steps=0")
+    assert command(*shlex.split(another), *short).code == 0
+    shutil.rmtree(output / "run-r2")
+
+
+def test_a_run_spec_that_somebody_changed_is_kept_and_told_of(tmp_path: Path) -> None:
+    spec = write_demo_spec(tmp_path / "a: 'b' # c")
+    assert load_spec(spec) == demo_spec(spec.parent)
+    assert load_spec(spec).training.output_dir == str(spec.parent / "run")
+    spec.write_text(spec.read_text() + "# mine\n")
+    with pytest.raises(EnvironmentFault, match=r"not what the demo wrote.*run\.yaml: give another --output"):
+        write_demo_spec(spec.parent)
 
 
 def test_the_material_is_small_and_the_base_between_one_and_four_million_parameters() -> None:

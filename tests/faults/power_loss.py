@@ -132,7 +132,7 @@ class Recording:
             found = [self._locate(text.decode(), base) for text, base in zip(strings, at, strict=True)]
             self._rename(name, found, plain[-1])
         elif descriptor in (1, 2) and name == "write":
-            if descriptor == 1 or strings[0].startswith(b"saved step="):  # what the user may rely on
+            if descriptor == 1 or b" saved step=" in strings[0]:  # what the user may rely on
                 self.operations.append(Said(strings[0].decode(errors="replace")))
         elif name == "copy_file_range":
             self._copied(plain, result)

@@ -114,7 +114,7 @@ def test_what_the_user_was_told_to_be_there_is_durable_by_then(warm: Warm, job: 
     recording, told = recorded(warm, job, place), 0
     for moment, operation in enumerate(recording.operations):
         if isinstance(operation, Said):
-            saved = re.match(r"saved step=(\d+)", operation.text)
+            saved = re.search(r" saved step=(\d+)", operation.text)
             product = "out" if job.whole_or_none else "run/adapter"
             name = f"run/checkpoints/step-{int(saved[1]):06d}" if saved else product
             left, whole = (recording.after(moment, names, data) for names, data in (("none", "lost"), ("all", "all")))

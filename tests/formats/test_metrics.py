@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llamatune.errors import CheckpointError
-from llamatune.events import EvalDone, Step, StepSkipped
+from llamatune.events import Answer, EvalDone, Step, StepSkipped
 from llamatune.formats.manifest import OtherVersion
 from llamatune.formats.metrics import LayerGradNorms, MetricsLog, read_metrics
 
@@ -28,8 +28,10 @@ def test_every_line_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     steps, norms = [make_step(1), make_step(2)], {"layers.0": 0.5, "lm_head": 2}
     evaluation = EvalDone(2, 2.5, 12.18, best=True, epoch=0.25, rows=3, target_tokens=40, seconds=0.1)
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    for record in (steps[0], LayerGradNorms(1, norms), StepSkipped(2, 32768.0), steps[1], evaluation):
+    answers = [Answer(step, 1, "a\n\u2028 prompt", 'an "answer"', None, 3, "length") for step in (0, 2)]
+    for record in (answers[0], steps[0], LayerGradNorms(1, norms), StepSkipped(2, 32768.0), steps[1], evaluation):
         log.append(record)
+    log.append(answers[1])
     size = log.sync()
     with log.path.open("a") as file:
         file.write('{"event": "of a later version", "step": "?"}\n')
@@ -38,6 +40,7 @@ def test_every_line_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert metrics.evaluations == [EvalDone(2, 2.5)]
     assert metrics.skipped == [StepSkipped(2, 32768.0)]
     assert metrics.layer_grad_norms == {1: norms}
+    assert metrics.answers == answers
     assert not metrics.torn
     log.cut(size)
     log.append(make_step(3))
@@ -52,6 +55,7 @@ def test_the_bytes_of_a_line(tmp_path: Path) -> None:
     log.append(EvalDone(1, 2.0, 7.4, best=True, epoch=0.125, rows=3, target_tokens=40, seconds=0.1))
     log.append(StepSkipped(2, 32768.0))
     log.append(LayerGradNorms(1, {"layers.0": 0.5}))
+    log.append(Answer(1, 2, "Why?", "Because.", "So.", 2, "eos"))
     log.close()
     assert log.path.read_text().splitlines() == [
         '{"event": "step", "step": 1, "window": 1, "epoch": 0.125, "loss": 2.0, "learning_rate": 0.001, '
@@ -61,6 +65,8 @@ def test_the_bytes_of_a_line(tmp_path: Path) -> None:
         '"target_tokens": 40, "seconds": 0.1}',
         '{"event": "skipped", "window": 2, "loss_scale": 32768.0}',
         '{"event": "layer_grad_norms", "step": 1, "norms": {"layers.0": 0.5}}',
+        '{"event": "answer", "step": 1, "number": 2, "prompt": "Why?", "answer": "Because.", "reference": "So.", '
+        '"tokens": 2, "finish_reason": "eos"}',
     ]
 
 
@@ -75,6 +81,8 @@ def test_a_log_of_another_schema_is_refused(tmp_path: Path) -> None:
                 read_metrics(path)
 
 
+ANSWER = {"event": "answer", "step": 0, "number": 1, "prompt": "", "answer": "", "reference": None, "tokens": 0,
+          "finish_reason": "eos"}  # fmt: skip
 BROKEN: dict[str, Any] = {
     "text": "loss went down\n",
     "a list": "[1, 2]\n",
@@ -92,6 +100,9 @@ BROKEN: dict[str, Any] = {
     "norms that are none": {"event": "layer_grad_norms", "step": 1, "norms": [1]},
     "no norms": {"event": "layer_grad_norms", "step": 1, "norms": {}},
     "norms of text": {"event": "layer_grad_norms", "step": 1, "norms": {"a": "b"}},
+    "an answer without a number": {**ANSWER, "number": 0},
+    "an answer that is no text": {**ANSWER, "answer": 3},
+    "an answer that nothing ended": {**ANSWER, "finish_reason": ""},
     "a line without end": "x" * (3 << 20),
 }
 

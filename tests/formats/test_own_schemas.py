@@ -16,6 +16,7 @@ from llamatune.data.batches import open_prepared
 from llamatune.errors import CheckpointError, DataError, LlamatuneError
 from llamatune.formats.benchmark_cell import MeasuredCell, read_cell
 from llamatune.formats.manifest import MANIFEST, find_manifest
+from llamatune.formats.metrics_lines import check_line
 from llamatune.formats.prepared import read_lengths
 
 ABSURD = ["", "x", -1, 1 << 53, 1 << 70, 10**400, -1e308, [], {}, [[]], True]
@@ -155,9 +156,18 @@ def test_a_cell_is_read_whole_or_refused_by_its_key(tmp_path: Path) -> None:
         path.write_text(json.dumps({**raw, **change}))
         with pytest.raises(CheckpointError, match=next(iter(change))):
             read_cell(path, 1)
+    path.write_text(json.dumps({**raw, "step_s": 10**40}))
+    assert isinstance(read_cell(path, 1)["step_s"], float), "charts refuse whole numbers that are so large"
     path.write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match="losses has 1 numbers for 2 seeds"):
         read_cell(path, 2)
+
+
+def test_a_huge_whole_number_of_a_log_line_is_read_as_a_float() -> None:
+    line = {"event": "eval", "step": 1, "loss": 10**40, "perplexity": 2.0}
+    read = check_line(line)
+    assert read == {**line, "loss": 1e40}
+    assert isinstance(read["loss"], float)
 
 
 def test_a_number_without_end_in_any_products_manifest_is_refused(tmp_path: Path) -> None:

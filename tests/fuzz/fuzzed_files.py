@@ -141,6 +141,7 @@ _PREPARED = (
     _verb("evaluate --model hf --data prepared --split all --device cpu"),
     _verb("plan-memory run.yaml --device cpu"),
     _verb("merge-lora --model hf --adapter run/adapter --output out --probe prepared --device cpu"),
+    _verb("judge run --device cpu --limit 2"),
 )
 _REPORT = "report {} --output out.html"
 _BENCHMARK = _verb("benchmark run.yaml --grid training.micro_batch_size=1,2 --steps 2 --output bench", "bench")
@@ -154,11 +155,16 @@ _COMPLETE = _verb(
 )  # fmt: skip
 
 
+def _judge(run: str, more: str = "") -> Verb:
+    return _verb(f"judge {run} --device cpu --limit 2 {more}")
+
+
 def _run_readers(run: str, spec: str) -> tuple[Verb, ...]:
     """Of a run that is finished, or was stopped: it is started again, and goes on with more steps."""
     return (
         _verify(run),
         _verb(_REPORT.format(run), "out.html"),
+        _judge(run),
         _train(spec, "", run),
         _train(spec, "training.max_steps=3", run),
     )
@@ -188,9 +194,19 @@ def _rows() -> list[Fuzzed]:
         "prompts.txt": "text",
     }  # fmt: skip
     found = [Fuzzed(f"rows/{name}", kind, _row_readers(f"rows/{name}")) for name, kind in kinds.items()]
-    questions = (*_row_readers("rows/gsm8k.jsonl"), _GSM8K)
+    questions = (
+        *_row_readers("rows/gsm8k.jsonl"), _GSM8K, _judge("run", "--gsm8k rows/gsm8k.jsonl --max-new-tokens 2")
+    )  # fmt: skip
+    found = [
+        Fuzzed(file.path, file.kind, (*file.verbs, _judge("run", f"--general {file.path}"))) if "text" in file.path
+        else file for file in found
+    ]  # fmt: skip
     return [
         *found,
+        *(
+            Fuzzed(f"rows/{shape}.jsonl", "lines", (_judge("run", f"--choices rows/{shape}.jsonl"),))
+            for shape in ("mmlu", "hellaswag", "arc")
+        ),
         Fuzzed("rows/gsm8k.jsonl", "lines", questions),
         Fuzzed("rows/saved/state.json", "json", _row_readers("rows/saved")),
         Fuzzed("rows/saved/a.arrow", "bytes", _row_readers("rows/saved")),

@@ -147,6 +147,17 @@ def _json_tokenizer(sentences: list[str]) -> None:
     (Path("tiktoken") / "tokenizer.model").write_bytes(ranks)
 
 
+def _choices() -> dict[str, bytes]:
+    """Multiple-choice rows of each shape."""
+    four = ["a red llama", "nine blue apples", "cold rain", "old stones"]
+    asked = {
+        "mmlu": {"question": "what walks?", "subject": "old_hills", "choices": four, "answer": 1},
+        "hellaswag": {"activity_label": "Walking", "ctx_a": "a llama", "ctx_b": "walks", "endings": four, "label": "2"},
+        "arc": {"question": "what falls?", "choices": {"text": four, "label": list("ABCD")}, "answerKey": "C"},
+    }
+    return {f"{name}.jsonl": 2 * (json.dumps(row) + "\n").encode() for name, row in asked.items()}
+
+
 def _rows() -> None:
     folder, chance = Path("rows"), random.Random(8)
     folder.mkdir()
@@ -172,6 +183,7 @@ def _rows() -> None:
     files = {
         "alpaca.jsonl": lines, "alpaca.json": json.dumps(alpaca).encode(), "alpaca.csv": out.getvalue().encode(),
         "alpaca.jsonl.gz": gzip.compress(lines, mtime=0), "alpaca.jsonl.zst": _zstd(lines),
+        **_choices(),
         "gsm8k.jsonl": "".join(json.dumps(row) + "\n" for row in questions).encode(),
         "chat.jsonl": "".join(json.dumps(row) + "\n" for row in chats).encode(),
         "text.txt": "\n\n".join(_sentence(chance, 12) for _ in range(5)).encode(),
@@ -235,7 +247,7 @@ def _spec(output: str, **changes: Any) -> dict[str, Any]:
 
 def _runs() -> None:
     specs = {
-        "run": _spec("run", training__log_layer_grad_norms=True),
+        "run": _spec("run", training__log_layer_grad_norms=True, evaluation__prompts=1),
         "full": _spec("full", lora=None, training__precision="fp16", evaluation__every_steps=2),
         "nf4": _spec("nf4", model__dtype="nf4", model__quantized_cache="cache"),
     }

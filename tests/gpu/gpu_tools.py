@@ -28,6 +28,7 @@ from llamatune.training.model_and_optimizer import Learner, build_learner
 from llamatune.training.passes import PassRule
 from llamatune.training.precision import fp32_products
 from llamatune.training.schedule import Schedule
+from llamatune.training.stopping import Stopping
 from llamatune.training.training_step import make_update
 from llamatune.training.window_gradients import window_gradients
 
@@ -136,7 +137,7 @@ def window_of(spec: RunSpec, learner: Learner, passes: list[Batch], device: torc
     """Gradients of a window, then its update."""
     before = copies(learner.parameters)
     with settings_of(spec, device):
-        window_gradients(learner, passes, spec.training.seed, 0, LANES, never_stop, ALONE)
+        window_gradients(learner, passes, spec.training.seed, 0, LANES, Stopping(), ALONE)
         gradients = {name: parameter.grad for name, parameter in learner.parameters.items()}
         scaled = {name: grad / learner.scaler.scale for name, grad in gradients.items() if grad is not None}
         learner.optimizer.zero_grad()

@@ -141,7 +141,7 @@ def test_beyond_the_models_context_there_is_one_warning(
         words += ["--adapter", adapter, "--compare"]
     done = command("generate", "--model", base, *words, "--max-new-tokens", new, "--num-beams", beams)
     assert done.code == 0
-    told = [line for line in done.stderr.splitlines() if line.startswith("warning: ") and "the model knows" in line]
+    told = [line for line in done.stderr.splitlines() if " warning: " in line and "the model knows" in line]
     assert len(told) == (warning is not None)
     assert warning is None or warning in told[0]
 
@@ -230,3 +230,21 @@ def test_real_text_is_that_of_transformers(command: Command, shared_fixtures: Pa
             "--max-new-tokens", 60, "--json"))  # fmt: skip
         assert result["completion_ids"] == ids[0, len(prompt) :].tolist()
         assert "Once upon a time" + result["completion"] == tokenizer.decode(ids[0, 1:].tolist())
+
+
+def test_a_model_without_a_tokenizer_says_what_to_do_about_it(command: Command, base: Path, tmp_path: Path) -> None:
+    """``generate`` has no option that names one; ``prepare-data`` has."""
+    bare = tmp_path / "model"
+    bare.mkdir()
+    for file in base.iterdir():
+        if "token" not in file.name:
+            (bare / file.name).symlink_to(file)
+    outcome = command("generate", "--model", bare, "--prompt", "x")
+    assert outcome.code == 4
+    what = f"error: no tokenizer.model or tokenizer.json in this directory: {bare}: "
+    todo = "copy the model's tokenizer.model or tokenizer.json into it"
+    assert outcome.stderr.splitlines()[-1] == what + todo
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n")
+    prepared = command("prepare-data", rows, "--tokenizer", bare, "--output", tmp_path / "prepared")
+    assert prepared.stderr.splitlines()[-1] == f"{what}{todo}, or name it with --tokenizer"

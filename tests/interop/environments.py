@@ -54,6 +54,7 @@ ENVIRONMENTS = {
     "transformers4": Environment(
         ("transformers==4.57.6", "peft==0.18.1", "sentencepiece", "protobuf", "jinja2", "gguf"), ("torch",)
     ),
+    "lm-eval": Environment(("lm_eval==0.4.13", "accelerate"), ("torch", "transformers5")),
     "mlx": Environment(("mlx-lm==0.32.2", "mlx[cpu]==0.32.4", "sentencepiece", "protobuf", "jinja2")),
     "llama.cpp": Environment((LLAMA_CPP,), ("torch", "transformers4"), add_converters),
 }

@@ -95,3 +95,31 @@ def test_the_kernel_is_for_few_rows_of_bf16_in_whole_vectors() -> None:
     assert weight.multiplies_codes(few)
     assert not any(weight.multiplies_codes(x) for x in (many, few.float(), few.half(), few[:0], few.to("meta")))
     assert not odd.multiplies_codes(torch.zeros(1, 80, dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="digits are for processors with VNNI")
+@pytest.mark.parametrize("shape", [(1024, 1024), (1031, 1019), (64, 28672)], ids=str)
+@pytest.mark.parametrize("rows", [9, 33, 64])
+def test_products_by_two_digits_are_those_of_the_held_numbers(shape: tuple[int, int], rows: int) -> None:
+    """Of rows with outliers, of zeros, and of tiny and huge numbers; and each row is the same in other company."""
+    weight = Int8Weight.quantize(matrix(shape) * torch.logspace(-2, 2, shape[0])[:, None], Scratch())
+    x = matrix((rows, shape[1]), 2.0, 1)
+    x[0, 3] *= 300
+    x[1] = 0
+    x[2] *= 1e-30
+    x[3] *= 1e30
+    x = x.bfloat16()
+    with torch.inference_mode():
+        assert weight.multiplies_digits(x)
+        found = weight.product(x)
+        assert torch.equal(weight.product(x[:9]), found[:9])
+        x[4, 7] = torch.nan
+        assert bool(weight.product(x)[4].isnan().all())
+        x[4, 7] = torch.inf
+        assert not bool(weight.product(x)[4].isfinite().any())
+    assert not weight.multiplies_digits(x)
+    x[4, 7] = 0
+    exact = x.double() @ held(weight).T
+    of_digits = x.double().abs().amax(1, keepdim=True) / (127 * 128) * held(weight).abs().sum(1)
+    error = (found.double() - exact).abs()[:4]
+    assert bool((error <= (exact.abs() * 2**-8 + of_digits / 2 + 1e-36)[:4]).all())

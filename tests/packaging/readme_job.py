@@ -13,13 +13,22 @@ ROOT = Path(__file__).parents[2]
 MATERIAL = ROOT / "llamatune" / "demo"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-_LINE = re.compile(r"info: .+|(?:(?:held|saved|eval|skipped) )?\w+=\S+(?: \w+=\S+)*")
-"""All that a verb writes to stderr where nothing is wrong: notices, and lines of ``key=value``."""
+_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d (?:info: .+|\$ llamatune .+|[a-z]+(?: \w+=\S+)+)")
+"""All that a verb writes to stderr where nothing is wrong: notices, commands and lines of ``key=value``, each after
+its time."""
 
 
 def unexpected_lines(stderr: str) -> list[str]:
     """What neither informs nor has the form of ``key=value``: warnings, of whoever, errors, and stray output."""
     return [line for line in stderr.splitlines() if not _LINE.fullmatch(line)]
+
+
+OTHER_VERBS = {
+    "chat": "chat --model models/llama-2-7b --template llama2-chat --temperature 0 --max-new-tokens 8",
+    "slurm": "slurm run.yaml --output job.sh",
+    "demo": "demo --output demo-output",
+}
+"""A command of each verb that README's job does without, to be run after it."""
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -33,6 +42,11 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for block in blocks("bash") for line in block.splitlines() if line]
 
 
+def other_commands() -> list[list[str]]:
+    """Those of ``OTHER_VERBS``, split into words."""
+    return [["llamatune", *shlex.split(words)] for words in OTHER_VERBS.values()]
+
+
 def make_workplace(place: Path) -> None:
     """What README's user has: a model (a tiny one here), rows, and README's spec."""
     (place / "models").mkdir()
@@ -43,13 +57,19 @@ def make_workplace(place: Path) -> None:
 
 
 def run_quietly(command: Sequence[str], place: Path, **environment: str) -> str:
-    """Run a verb that has nothing to warn of; its standard output.
+    """Run a verb that has nothing to warn of, with a question as its standard input; its standard output.
 
     Raises:
         AssertionError: it failed, or wrote an unexpected line to stderr.
     """
     done = subprocess.run(
-        command, cwd=place, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        command,
+        cwd=place,
+        env={**os.environ, **environment},
+        input="Which river runs through Marby?\n",
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, f"{shlex.join(command)}: {done.stderr}"
     stray = unexpected_lines(done.stderr)

@@ -15,7 +15,7 @@ TO_HOST, TO_DEVICE = "a copy to the host", "a copy to the device"
 EACH_TIME = {
     "first window": {("training/training_step.py:make_update", TO_HOST): "losses and norm in one read: is it finite?"},
     "window": {("training/training_step.py:make_update", TO_HOST): "losses and norm in one read: is it finite?"},
-    "evaluation": {("model/loss.py:target_losses.loss", TO_HOST): "the losses of a batch"},
+    "evaluation": {("model/loss.py:_losses_of_targets", TO_HOST): "the losses of a batch"},
 }
 """Where the host waits for the device: once in each part, and at its end."""
 

@@ -148,6 +148,39 @@ def test_the_same_run_gives_the_same_bytes(finished: Path, tmp_path: Path) -> No
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
 
 
+def test_answers_of_a_run_are_a_timeline_of_each_prompt(tmp_path: Path) -> None:
+    """Hostile texts too, and of many answers some."""
+
+    def line(step: int, number: int, answer: str) -> dict[str, Any]:
+        told = {
+            "prompt": f"<b>why {number}?</b>\n",
+            "answer": answer,
+            "reference": "<i>so</i>" if number == 1 else None,
+        }
+        return {"event": "answer", "step": step, "number": number, **told, "tokens": 3, "finish_reason": "length"}
+
+    extra = {
+        step: [line(step, number, f"<script>{step}\x1b[2J</script>") for number in (1, 2)] for step in range(1, 31)
+    }
+    run = write_run(tmp_path / "run", falling(30), extra=extra)
+    report_on(run, to=tmp_path / "report.html")
+    (report,) = report_on(run, to=tmp_path / "again.html")["runs"]
+    first, second = report["answers"]
+    assert [first["prompt"], first["reference"], second["reference"]] == ["<b>why 1?</b>\n", "<i>so</i>", None]
+    assert [first["answers"][place] for place in (0, -1)] == [
+        [step, f"<script>{step}\\x1b[2J</script> ..."] for step in (1, 30)
+    ]
+    assert (len(first["answers"]), first["left_out"]) == (12, 18)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script>" not in page
+    text = _Reader(page).text
+    assert "Answers while it trained" in text
+    assert "step 30<script>30\\x1b[2J</script> ..." in text
+    assert "18 answers between these are in metrics.jsonl" in text
+    report_on(write_run(tmp_path / "none", falling(3)), to=tmp_path / "none.html")
+    assert "Answers while" not in (tmp_path / "none.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_rows_named_for_a_spike_are_those_that_were_trained_on(
     packing: bool, spec_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

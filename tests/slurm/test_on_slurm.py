@@ -5,11 +5,13 @@ Slurm sends a signal at most every half a minute, so jobs that wait for one are 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -117,9 +119,30 @@ def exec_job(slurm: LocalSlurm, place: Path) -> Training:
     return training.submit(*ONE_MINUTE, **SLOWED)
 
 
+TOLD = """scontrol show job "$SLURM_JOB_ID" | grep -o "EndTime=[^ ]*"
+"""
+AS_LATER_SLURMS = """end=$(scontrol show job "$SLURM_JOB_ID" | grep -oP "EndTime=\\K\\S+")
+export SLURM_JOB_END_TIME=$(date -d "$end" +%s)
+"""
+
+
+@pytest.fixture(scope="module")
+def timed_jobs(slurm: LocalSlurm, place: Path) -> list[Training]:
+    """Jobs of three minutes without a signal, which the time ends twice each; the log has each start's end."""
+    jobs = []
+    for name, nodes, more in (("timed", 1, ""), ("timed-2-ranks", 2, ""), ("timed-by-variable", 1, AS_LATER_SLURMS)):
+        training = Training(slurm, place, name, "--nodes", nodes, "--time", "3")
+        text = training.script.read_text(encoding="utf-8")
+        assert "--signal" not in text
+        training.script.write_text(text.replace("code=0\n", f"{TOLD}{more}code=0\n"), encoding="utf-8")
+        training.spec.write_text(training.spec.read_text().replace("save_every", "keep_last: 999\n  save_every"))
+        jobs.append(training.submit(SLOWED_S="2.5", SLOWED_STARTS="2"))
+    return jobs
+
+
 @pytest.fixture(scope="module", autouse=True)
-def slow_jobs(stopped_job: Training, exec_job: Training) -> None:
-    """Both begin before anything else."""
+def slow_jobs(stopped_job: Training, exec_job: Training, timed_jobs: list[Training]) -> None:
+    """They begin before anything else."""
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +247,30 @@ def test_the_time_limit_stops_the_job_twice_and_it_ends_in_the_same_bytes(
     tell(f"requeued {facts['Restarts']} times, stopped at the steps {', '.join(stops)} of {STEPS}")
     assert int(facts["Restarts"]) == len(stops) >= 2
     assert_same_outcome(stopped_job.run, uninterrupted)
+
+
+def test_jobs_without_a_signal_are_saved_in_time_and_not_long_before(
+    timed_jobs: list[Training], uninterrupted: Path, tell: Callable[[str], None]
+) -> None:
+    """Six ends of jobs, by Slurm's own record of each and the times of the checkpoints."""
+    left = list[str]()
+    for training in timed_jobs:
+        facts = training.wait("COMPLETED", 500)
+        starts = re.split(r"EndTime=(\S+)\n", training.log)[1:]
+        ends = [datetime.fromisoformat(end).timestamp() for end in starts[::2]]
+        saves_s = map(float, re.findall(r"saved step=.* seconds=(\S+)", training.log))
+        elapsed_s = [float(text) for text in re.findall(r" step=.* elapsed_s=(\S+)", training.log)]
+        longest_s = max(saves_s) + max(after - before for before, after in itertools.pairwise(elapsed_s))
+        assert int(facts["Restarts"]) == len(ends) - 1 >= 2
+        for end, said in zip(ends[:-1], starts[1::2], strict=False):
+            assert "before the job's time limit after step" in said, said
+            if steps := re.findall(r"saved step=(\d+)", said):  # a busy machine may begin too late for one
+                saved = training.run / "checkpoints" / f"step-{int(steps[-1]):06d}" / "state.json"
+                left_s = end - saved.stat().st_mtime
+                assert 20 <= left_s <= 20 + max(0.02 * 180, 2.5 * longest_s), training.log
+                left.append(f"{left_s:.1f}")
+        assert_same_outcome(training.run, uninterrupted)
+    tell(f"saved {', '.join(left)} s before the end")
 
 
 @pytest.mark.parametrize("how", ["down", "off"])

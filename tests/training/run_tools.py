@@ -19,7 +19,7 @@ from llamatune.training.train import train
 from llamatune.training.trainer_state import TrainerState
 
 REPEATABLE = ("event", "step", "window", "epoch", "loss", "learning_rate", "grad_norm", "loss_scale", "perplexity",
-              "target_tokens", "rows", "best")  # fmt: skip
+              "target_tokens", "rows", "best", "number", "prompt", "answer", "reference", "finish_reason")  # fmt: skip
 
 
 def spec_values(base: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:

@@ -45,6 +45,10 @@ RARE: dict[str, dict[str, Any]] = {
     },
     "pissa, lora+": {"lora": {"init": "pissa", "r": 4, "lr_ratio": 4.0}},
     "no validation": {"data__validation": None, "evaluation": {}},
+    "answers": {"evaluation__prompts": 3, "evaluation__max_new_tokens": 7},
+    "answers, shards": {
+        "evaluation__prompts": 3, "evaluation__max_new_tokens": 7, "model__placement": "shard", "model__dtype": "nf4",
+    },
     "early stopping": {
         "training__learning_rate": 0.3, "training__num_epochs": 5, "evaluation__every_steps": 2,
         "evaluation__early_stopping_patience": 2,

@@ -24,6 +24,7 @@ from llamatune.training.inputs import open_inputs
 from llamatune.training.model_and_optimizer import Learner, build_learner
 from llamatune.training.passes import PassRule, join_micro_batches
 from llamatune.training.schedule import Schedule, pass_tokens
+from llamatune.training.stopping import Stopping
 from llamatune.training.train import train
 from llamatune.training.window_gradients import window_gradients
 
@@ -58,7 +59,7 @@ def spec(tiny_base: Callable[..., Path], prepared: Callable[..., Path], tmp_path
 
 
 def gradients(learner: Learner, schedule: Schedule, window: int, rule: PassRule) -> tuple[float, dict[str, Tensor]]:
-    facts = window_gradients(learner, schedule.passes(window, rule), 0, window, rule.lanes, never_stop, ALONE)
+    facts = window_gradients(learner, schedule.passes(window, rule), 0, window, rule.lanes, Stopping(), ALONE)
     found = {name: p.grad.clone() for name, p in learner.parameters.items() if p.grad is not None}
     learner.optimizer.zero_grad()
     return float(facts.losses.sum()), found

@@ -35,6 +35,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "packed": {"data__packing": True, "data__packed_tokens": 40},
     "joined passes": {"training__tokens_per_pass": 60},
     "drawn weights": {"model__init": "random"},
+    "answers": {"evaluation__prompts": 2, "evaluation__max_new_tokens": 6},
     "norms of layers": {"training__log_layer_grad_norms": True},
     "two epochs": {"training__max_steps": None, "training__num_epochs": 2, "training__learning_rate": 1e-3},
     "no validation": {"data__validation": None, "evaluation": {}},

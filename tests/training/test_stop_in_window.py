@@ -11,7 +11,7 @@ from run_tools import assert_same_outcome, make_spec, metrics
 
 from llamatune.errors import Stopped
 from llamatune.events import Event, RunStarted
-from llamatune.training import window_gradients
+from llamatune.training import stopping
 from llamatune.training.train import train
 
 
@@ -44,7 +44,7 @@ def test_a_run_stopped_inside_a_window_ends_in_the_same_bytes(
     whole = make_spec(tiny_base(), prepared(), tmp_path / "whole", **changes)
     train(whole)
     stopped = make_spec(tiny_base(), prepared(), tmp_path / "stopped", **changes)
-    monkeypatch.setattr(window_gradients, "FINISHING_S", patience)
+    monkeypatch.setattr(stopping, "FINISHING_S", patience)
     asked = AskedAt(question)
     with pytest.raises(Stopped, match="run the same command again"):
         train(stopped, on_event=asked.on_event, should_stop=asked.should_stop)

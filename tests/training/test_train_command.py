@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -149,12 +150,17 @@ def test_a_loss_that_is_not_finite_is_exit_code_6(
 
 def test_a_log_that_is_no_terminal_has_one_line_a_report(command: Command, spec_file: Callable[..., Path]) -> None:
     outcome = command("train", spec_file(training__num_epochs=2, training__log_every_steps=1), "--json")
-    steps = [line for line in outcome.stderr.splitlines() if line.startswith("epoch=") and " step=" in line]
+    times, lines = zip(*(line.split(" ", 1) for line in outcome.stderr.splitlines()), strict=True)
+    assert list(times) == sorted(times)
+    assert all(0 <= time.time() - time.mktime(time.strptime(at, "%Y-%m-%dT%H:%M:%S")) < 600 for at in times)
+    steps = [line for line in lines if line.startswith("train ")]
     assert [line.split(" loss=")[0] for line in steps] == [
-        f"epoch={epoch}/2 step={3 * (epoch - 1) + step}/6" for epoch in (1, 2) for step in (1, 2, 3)
+        f"train epoch={epoch}/2 step={3 * (epoch - 1) + step}/6" for epoch in (1, 2) for step in (1, 2, 3)
     ]
+    assert [bool(re.search(r" left=\d+:\d\d:\d\d$", line)) for line in steps] == [False, *[True] * 5]
+    assert steps[-1].endswith(" left=0:00:00")
     assert "\x1b" not in outcome.stderr
-    assert sum(line.startswith("eval step=") for line in outcome.stderr.splitlines()) == 3
+    assert sum(line.startswith("eval step=") for line in lines) == 3
 
 
 def test_a_dry_run_trains_nothing(command: Command, spec_file: Callable[..., Path], tmp_path: Path) -> None:

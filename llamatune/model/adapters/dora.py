@@ -55,7 +55,9 @@ class DoRALinear(LoRALinear):
             if self.bias is not None:
                 y.add_(self.bias.to(y.dtype))
             return y if residual is None else torch.add(residual, y, out=out)
-        y = super(LoRALinear, self).forward(x)
+        return self.updated(x, super(LoRALinear, self).forward(x))
+
+    def updated(self, x: Tensor, y: Tensor) -> Tensor:
         drops = self.dropout > 0 and self.training
         dropped = F.dropout(x, self.dropout) if drops else x
         base = y

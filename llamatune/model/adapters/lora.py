@@ -44,6 +44,9 @@ class LoRALinear(AdaptedLinear):
             A, B, *_ = self.tensors_in(x.dtype)
             dropped, _ = dropout.drop(x)
             return y.addmm_(dropped @ A.T, B.T, alpha=self.scaling)  # by way of (N, R)
+        return self.updated(x, y)
+
+    def updated(self, x: Tensor, y: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         if not torch.is_autocast_enabled(x.device.type):
             dropped = dropped.to(self.lora_A.dtype)

@@ -1,0 +1,27 @@
+"""Options of the verbs that help to write a run spec and to read an error: ``schema`` and ``explain``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamatune.command_options.option import Options, option
+
+
+@dataclass(frozen=True)
+class SchemaOptions(Options):
+    """Where the schema goes."""
+
+    output: Path | None = option("The file to write.", None, shown_default="stdout", writes="file")
+    overwrite: bool = option("Replace what stands at --output.", False)
+
+
+@dataclass(frozen=True)
+class ExplainOptions(Options):
+    """What is to be explained; nothing: the exit codes."""
+
+    subject: Sequence[str] = option(
+        "An exit code, an error or words of it, or a key of the spec such as training.learning_rate.",
+        (),
+        argument=True,
+        metavar="[CODE|ERROR|KEY ...]",
+    )

@@ -1,0 +1,52 @@
+"""Timelines of answers: what a run answered to each prompt of ``evaluation.prompts``, evaluation by evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llamatune.errors import printable
+from llamatune.events import Answer
+
+_MOST = 12
+"""Answers of a prompt: the first, the last, and others at equal distances."""
+_KEPT = "\n\t"
+
+
+@dataclass(frozen=True)
+class AnswerTimeline:
+    """One prompt and its ``answers``, (step, text) each in the order of steps; step 0 is before training.
+
+    ``left_out``: how many answers between the first and the last are not among them. ``reference`` is the row's own.
+    """
+
+    prompt: str
+    reference: str | None
+    answers: list[tuple[int, str]]
+    left_out: int
+
+
+def answer_timelines(answers: Sequence[Answer]) -> list[AnswerTimeline]:
+    """A timeline for each prompt, in their order; prompts that a later start of the run has instead come after."""
+    by_prompt: dict[tuple[int, str], list[Answer]] = {}
+    for answer in answers:
+        by_prompt.setdefault((answer.number, answer.prompt), []).append(answer)
+    return [_timeline(found) for found in by_prompt.values()]
+
+
+def _timeline(found: Sequence[Answer]) -> AnswerTimeline:
+    count = min(_MOST, len(found))
+    places = sorted({round(place * (len(found) - 1) / max(1, count - 1)) for place in range(count)})
+    shown = [(found[place].step, _shown(found[place])) for place in places]
+    reference = found[0].reference
+    return AnswerTimeline(
+        printable(found[0].prompt, _KEPT),
+        None if reference is None else printable(reference, _KEPT),
+        shown,
+        len(found) - len(shown),
+    )
+
+
+def _shown(answer: Answer) -> str:
+    """The answer, and whether the limit of tokens cut it."""
+    return printable(answer.answer, _KEPT) + (" ..." if answer.finish_reason == "length" else "")

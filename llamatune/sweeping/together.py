@@ -1,0 +1,98 @@
+"""Trains several runs at once: each in a thread of its own as ``train`` does it, in lockstep on one base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from llamatune.errors import LlamatuneError
+from llamatune.events import OnEvent, ShouldStop
+from llamatune.lockstep import Lockstep
+from llamatune.model.shared_base import SharedBase
+from llamatune.model.transformer import Transformer
+from llamatune.spec import RunSpec
+from llamatune.sweeping.members import Member
+from llamatune.threads import using_threads
+from llamatune.tracking.trackers import Trackers
+from llamatune.training.determinism import cublas_workspace
+from llamatune.training.inputs import Inputs
+from llamatune.training.model_and_optimizer import LoadBase, load_own_base
+from llamatune.training.precision import fp32_products
+from llamatune.training.train import train
+
+Outcome = dict[str, Any] | LlamatuneError
+"""The summary of a run, or what ended it."""
+
+
+def train_together(
+    members: Sequence[Member],
+    threads: int,
+    force_base: bool,
+    observer: Callable[[str], OnEvent],
+    should_stop: ShouldStop,
+) -> dict[str, Outcome]:
+    """The outcome of each, by its name, of members of one group, trained at once; what ends one ends no other.
+
+    ``observer`` gives what a member's events go to, by its name.
+    """
+    lockstep: Lockstep[dict[str, Any], LlamatuneError] = Lockstep(torch.get_rng_state, torch.set_rng_state)
+    load_base = _LoadOnce(lockstep)
+    jobs = [partial(_train_in_turns, member, load_base, force_base, observer, should_stop) for member in members]
+    spec = members[0].spec
+    assert spec is not None
+    # What the runs set for the whole process, each for itself, is set here: it is the same for all, and none undoes it.
+    with (
+        using_threads(threads),
+        cublas_workspace(spec.training.deterministic),
+        fp32_products(spec.training.precision),
+    ):
+        outcomes = lockstep.run(jobs, LlamatuneError)
+    names = [member.name for member in members]
+    return dict(zip(names, outcomes, strict=True))
+
+
+def train_alone(member: Member, force_base: bool, on_event: OnEvent, should_stop: ShouldStop) -> Outcome:
+    """Train one run as ``llamatune train`` does."""
+    try:
+        return _train(member, None, force_base, on_event, should_stop)
+    except LlamatuneError as fault:
+        return fault
+
+
+def _train_in_turns(
+    member: Member, load_base: LoadBase, force_base: bool, observer: Callable[[str], OnEvent], should_stop: ShouldStop
+) -> dict[str, Any]:
+    # A GPU's backward passes run in this thread, too: one thread of autograd for all would wait for itself.
+    with torch.autograd.set_multithreading_enabled(False):
+        return _train(member, load_base, force_base, observer(member.name), should_stop)
+
+
+def _train(
+    member: Member, load_base: LoadBase | None, force_base: bool, on_event: OnEvent, should_stop: ShouldStop
+) -> dict[str, Any]:
+    assert member.spec is not None
+    with Trackers(member.spec, on_event) as trackers:
+        return train(
+            member.spec,
+            force_base=force_base,
+            on_event=trackers.on_event,
+            should_stop=should_stop,
+            load_base=load_base,
+        )
+
+
+class _LoadOnce:
+    """Loads the base for the first run that needs it, once all have claimed their directories and planned."""
+
+    def __init__(self, lockstep: Lockstep[dict[str, Any], LlamatuneError]) -> None:
+        self._lockstep = lockstep
+        self._shared: SharedBase | None = None
+
+    def __call__(self, spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop) -> Transformer:
+        self._lockstep.wait()
+        if self._shared is None:
+            self._shared = SharedBase(load_own_base(spec, inputs, on_event, should_stop), self._lockstep)
+        return self._shared.model()

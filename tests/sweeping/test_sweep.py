@@ -1,0 +1,346 @@
+"""A sweep: each adapter is bit-equal to its solo run, also when the sweep is stopped or killed and begun again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from run_tools import Crash, assert_same_outcome, files, metrics, spec_values
+from slow_cases import slow
+
+from llamatune.command_options.sweep import SweepOptions
+from llamatune.errors import NumericsError, SpecError, Stopped
+from llamatune.events import EpochDone, Event, Notice, Progress
+from llamatune.sweeping import run_sweep as sweep_module
+from llamatune.sweeping import together
+from llamatune.sweeping.run_sweep import run_sweep
+from llamatune.training import model_and_optimizer
+from llamatune.training.precision import LossScaler
+from llamatune.training.train import train
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def base_spec(
+    tmp_path_factory: pytest.TempPathFactory, small_base: Path, prepared: Callable[..., Path]
+) -> Callable[..., Path]:
+    """A spec file with some changes: micro-batches of 3, windows of 6 of the 19 rows, validation and odd saves."""
+
+    def write(**changes: Any) -> Path:
+        tmp_path = tmp_path_factory.mktemp("spec")
+        settings = {
+            "training__save_every_steps": 3, "evaluation__every_steps": 2,
+            "training__tokens_per_pass": None, **changes,
+        }  # fmt: skip
+        path = tmp_path / "run.yaml"
+        values = spec_values(small_base, prepared(validation_fraction=0.2), tmp_path / "unused", **settings)
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+def options(spec: Path, output: Path, *grid: str, **more: Any) -> SweepOptions:
+    return SweepOptions(spec_path=spec, grid=grid, output=output, **more)
+
+
+def assert_equal_to_solo_runs(output: Path, spec: Path, *grid: str) -> None:
+    """Every run of a sweep against ``train`` of its spec alone, which is trained once a spec file."""
+    _, members = sweep_module.plan_members(options(spec, spec.with_name("solo"), *grid))
+    for member in members:
+        assert member.spec is not None
+        train(member.spec)
+        # a card tells its output directory
+        assert_same_outcome(output / "runs" / member.name, member.path, cards=False)
+        found, expected = (metrics(path) for path in (output / "runs" / member.name, member.path))
+        assert [line["event"] for line in found] == [line["event"] for line in expected]
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "fp32, rank, rate and dropout": (
+        {},
+        ("lora.r=3,5", "training.learning_rate=0.01,0.003", "lora.dropout=0.1"),
+    ),
+    "targets and seeds": (
+        {"training__lr_scheduler": "cosine", "training__warmup_steps": 2, "training__max_grad_norm": 0.4},
+        ("lora.target_modules=[q_proj,v_proj],all-linear", "training.seed=0,4"),
+    ),
+    "lengths of the runs, evaluations and optimizers": (
+        {"lora": {"r": 4, "dropout": 0.2, "target_modules": "all-linear"}},
+        ("training.num_epochs=1,1.5", "evaluation.every_steps=1,3", "training.optimizer=adamw"),
+    ),
+    "kinds, on a bf16 base computed in fp32": (
+        {"model__dtype": "bfloat16"},
+        ("lora.kind=lora,dora,lora_fa", "training.optimizer=sgd"),
+    ),
+    "nf4 in bf16, passes of several micro-batches": (
+        {"model__dtype": "nf4", "training__precision": "bf16", "training__tokens_per_pass": 64},
+        ("lora.init=kaiming,pissa", "lora.dropout=0.1,0"),
+    ),
+    "int8 in fp32, packed, recomputed": (
+        {"model__dtype": "int8", "data__packing": True, "data__packed_tokens": 60,
+         "training__activation_checkpointing": "block"},
+        ("lora.r=2,4", "data.shuffle=true"),
+    ),
+    "fp16 with overflows": (
+        {"training__precision": "fp16"},
+        ("lora.alpha=8,16", "lora.target_modules=all-linear"),
+    ),
+    "bf16, early stopping": (
+        {"training__precision": "bf16", "training__num_epochs": 4, "evaluation__early_stopping_patience": 1,
+         "evaluation__every_steps": 1},
+        ("training.learning_rate=0.001,0.5", "lora.alpha=4"),
+    ),
+}  # fmt: skip
+
+
+OFTEN_ENOUGH = ("targets and seeds", "int8 in fp32, packed, recomputed", "bf16, early stopping")
+"""What of it the others show in other company."""
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in OFTEN_ENOUGH else name for name in VARIANTS])
+def test_adapters_that_are_trained_together_are_those_of_solo_runs(
+    tmp_path: Path, base_spec: Callable[..., Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, grid = VARIANTS[name]
+    monkeypatch.setattr(model_and_optimizer, "LossScaler", partial(LossScaler, scale=2.0**22, growth_interval=2))
+    spec, events = base_spec(**changes), list[Event]()
+    done = run_sweep(options(spec, tmp_path / "out", *grid), events.append)
+    told = [event.message for event in events if isinstance(event, Notice) and "together on one base" in event.message]
+    assert len(told) == 1, "all in one group"
+    assert told[0].startswith(f"runs 1 to {len(done.runs)} of {len(done.runs)}, together on one base (about ")
+    assert {run["status"] for run in done.runs} <= {"finished", "stopped early"}
+    if "overflows" in name:
+        assert any(metrics(tmp_path / "out" / "runs" / run["name"], "skipped") for run in done.runs)
+    if "early" in name:
+        assert "stopped early" in {run["status"] for run in done.runs}
+    assert_equal_to_solo_runs(tmp_path / "out", spec, *grid)
+
+
+def test_the_base_is_read_once_and_each_matrix_is_cast_once_for_all(
+    tmp_path: Path, base_spec: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llamatune.model.shared_base import SharedMatrix
+
+    loads, casts, products = [], [], []
+    load, unpacked = together.load_own_base, SharedMatrix.unpacked
+    forward = SharedMatrix._forward
+
+    def counted_load(*args: Any, **named: Any) -> Any:
+        loads.append(1)
+        return load(*args, **named)
+
+    monkeypatch.setattr(together, "load_own_base", counted_load)
+    monkeypatch.setattr(SharedMatrix, "unpacked", lambda self, dtype: casts.append(1) or unpacked(self, dtype))
+    monkeypatch.setattr(
+        SharedMatrix, "_forward", lambda self, asked: products.append(len(asked)) or forward(self, asked)
+    )
+    spec = base_spec(model__dtype="bfloat16", data__shuffle=True)
+    run_sweep(options(spec, tmp_path / "out", "lora.r=1,2,3,4"))
+    assert loads == [1]
+    assert set(products) == {4}, "no adapter ever falls behind"
+    modules, layers = 7, 2
+    passes = 2 * len(metrics(tmp_path / "out/runs/r=1", "step"))
+    assert len(casts) < 2.2 * modules * layers * (passes + 4), "forward and backward, not once for each adapter"
+
+
+def test_a_sweep_writes_a_table_a_page_and_json_and_leaves_finished_runs(
+    tmp_path: Path, base_spec: Callable[..., Path], command: Command
+) -> None:
+    output = tmp_path / "out"
+    words = ("sweep", base_spec(), "--grid", "lora.r=2,4", "--output", output)
+    done = command(*words, "training.learning_rate=0.01,0.02", "--json")
+    assert done.code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [axis["key"] for axis in found["axes"]] == ["lora.r", "training.learning_rate"]
+    assert [run["values"]["lora.r"] for run in found["runs"]] == ["2", "2", "4", "4"]
+    for run in found["runs"]:
+        summary = json.loads((Path(run["output_dir"]) / "summary.json").read_text())
+        assert run["status"] == "finished"
+        assert {key: run[key] for key in ("steps", "train_loss", "best_eval_loss", "trainable_parameters")} == {
+            key: summary[key] for key in ("steps", "train_loss", "best_eval_loss", "trainable_parameters")
+        }
+    assert found["best"] == min(found["runs"], key=lambda run: run["best_eval_loss"])["name"]
+    assert {**json.loads((output / "sweep.json").read_text()), "report": found["report"]} == found
+    page, table = Path(found["report"]).read_text(), (output / "sweep.md").read_text()
+    for run in found["runs"]:
+        assert run["name"] in page
+        assert f"{run['best_eval_loss']:.4f}" in table
+    before = files(output)
+    again = command(*words, "training.learning_rate=0.01,0.02")
+    assert again.code == 0
+    assert f"{found['best']} has the lowest loss" in again.stdout
+    assert files(output) == before, "no byte changed"
+    more = command(*words, "training.learning_rate=0.02,0.05", "--json")
+    assert more.code == 0, more.stderr
+    names = {run["name"] for run in json.loads(more.stdout)["runs"]}
+    kept = {name: content for name, content in before.items() if name.startswith("runs/")}
+    after = files(output)
+    assert {name: after[name] for name in kept} == kept, "runs of another grid stay"
+    assert len(names) == 4
+    assert len({name.split("/")[1] for name in after if name.startswith("runs/")}) == 6
+
+
+def test_a_directory_of_a_sweep_is_no_run_and_no_benchmark(
+    tmp_path: Path, base_spec: Callable[..., Path], command: Command
+) -> None:
+    spec, output = base_spec(training__max_steps=1, training__num_epochs=None), tmp_path / "out"
+    run_sweep(options(spec, output, "lora.r=2,4"))
+    done = command("train", spec, f"training.output_dir={output}")
+    assert (done.code, "is no run" in done.stderr) == (5, True), done.stderr
+    done = command("benchmark", spec, "--grid", "lora.r=2,4", "--output", output)
+    assert (done.code, "holds something else" in done.stderr) == (5, True), done.stderr
+    run = next((output / "runs").iterdir())
+    done = command("sweep", spec, "--grid", "lora.r=2,4", "--output", run)
+    assert (done.code, "holds something else" in done.stderr) == (5, True), done.stderr
+    run_sweep(options(spec, output, "lora.r=2,4", overwrite=True))
+    assert (tmp_path / "out.old-1" / "runs").is_dir()
+
+
+GRID = ("lora.r=2,4", "training.learning_rate=0.01,0.03")
+
+
+@pytest.fixture(scope="module")
+def grid_spec(base_spec: Callable[..., Path]) -> Path:
+    """The spec of the sweeps that are interrupted."""
+    return base_spec(training__save_every_steps=2, training__max_steps=4)
+
+
+@pytest.fixture(autouse=True)
+def _no_page(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Drawing takes longer than all the rest; one test has it drawn."""
+    if "page" not in request.node.name:
+        monkeypatch.setattr(sweep_module, "write_page", lambda *_: False)
+
+
+class CountedStop:
+    """Asks for a stop from its ``number``-th question on."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def should_stop(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("number", [0, 9, slow(2), slow(17), slow(30)])
+def test_a_sweep_that_is_stopped_goes_on_to_the_same_bytes(tmp_path: Path, grid_spec: Path, number: int) -> None:
+    spec, output = grid_spec, tmp_path / "out"
+    with pytest.raises(Stopped, match=r"stopped by a signal after \d of 4 runs"):
+        run_sweep(options(spec, output, *GRID), should_stop=CountedStop(number).should_stop)
+    run_sweep(options(spec, output, *GRID))
+    assert_equal_to_solo_runs(output, spec, *GRID)
+
+
+@pytest.mark.parametrize("place", [7, 16, slow(1), slow(11), slow(19)])
+def test_a_sweep_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path, grid_spec: Path, place: int) -> None:
+    """The members are killed at different windows, some before and some after a save."""
+    spec, output = grid_spec, tmp_path / "out"
+    seen = iter(range(place + 1))
+
+    def die(event: Event) -> None:
+        if isinstance(event, Notice | Progress) and next(seen) == place:
+            raise Crash
+
+    with pytest.raises(Crash):
+        run_sweep(options(spec, output, *GRID), die)
+    run_sweep(options(spec, output, *GRID))
+    assert_equal_to_solo_runs(output, spec, *GRID)
+
+
+def test_another_number_at_once_continues_to_the_same_bytes(tmp_path: Path, grid_spec: Path) -> None:
+    spec, output = grid_spec, tmp_path / "out"
+    with pytest.raises(Stopped):
+        run_sweep(options(spec, output, *GRID, at_once=3), should_stop=CountedStop(12).should_stop)
+    with pytest.raises(Stopped):
+        run_sweep(options(spec, output, *GRID, at_once=1), should_stop=CountedStop(3).should_stop)
+    run_sweep(options(spec, output, *GRID, at_once=2))
+    assert_equal_to_solo_runs(output, spec, *GRID)
+
+
+def test_a_run_that_diverges_is_a_result_and_the_others_are_trained(
+    tmp_path: Path, base_spec: Callable[..., Path], command: Command
+) -> None:
+    spec, output = base_spec(), tmp_path / "out"
+    grid = ("training.learning_rate=0.01,1e30,0.02",)
+    done = command("sweep", spec, "--grid", *grid, "--output", output, "--json")
+    assert done.code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [run["status"] for run in found["runs"]] == ["finished", "not finite", "finished"]
+    assert "learning_rate=1e30: " in done.stderr
+    assert found["runs"][1]["reason"] in (output / "sweep.md").read_text().replace("\\", "")
+    assert_equal_to_solo_runs(output, spec, "training.learning_rate=0.01,0.02")
+    with pytest.raises(NumericsError):
+        run_sweep(options(spec, tmp_path / "all", "training.learning_rate=1e30,1e31"))
+
+
+def test_a_fault_that_is_no_result_is_raised_when_the_others_are_trained(
+    tmp_path: Path, base_spec: Callable[..., Path]
+) -> None:
+    spec, output = base_spec(), tmp_path / "out"
+    run_sweep(options(spec, output, "lora.r=2,4"))
+    changed = base_spec(training__weight_decay=0.5)
+    shutil.rmtree(output / "runs" / "r=4")
+    with pytest.raises(SpecError, match="weight_decay"):
+        run_sweep(options(changed, output, "lora.r=2,4"))
+    assert (output / "runs" / "r=4" / "summary.json").is_file()
+
+
+def test_inputs_that_cannot_be_opened_are_told_of_once(
+    tmp_path: Path, base_spec: Callable[..., Path], command: Command
+) -> None:
+    spec = base_spec(data__train=str(tmp_path / "absent"))
+    done = command("sweep", spec, "--grid", "lora.r=2,4", "--output", tmp_path / "out")
+    assert (done.code, done.stdout) == (3, ""), done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_as_many_at_once_as_the_plan_allows(
+    tmp_path: Path, base_spec: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = base_spec()
+    members = sweep_module.plan_members(options(spec, tmp_path / "planned", *GRID))[1]
+    room = sweep_module.room_for(members, False)
+    assert room.at_once == 4
+    limit = room.base_bytes + 2 * room.own_bytes + room.own_bytes // 2
+    small = base_spec(training__memory_limit=f"{limit / 2**20}MiB")
+    counts: list[int] = []
+    trained = sweep_module.train_together
+
+    def counted(batch: list[Any], *more: Any) -> Any:
+        counts.append(len(batch))
+        return trained(batch, *more)
+
+    monkeypatch.setattr(sweep_module, "train_together", counted)
+    events: list[Event] = []
+    run_sweep(options(small, tmp_path / "out", *GRID), events.append)
+    assert counts == [2, 2]
+    told = [event.message for event in events if isinstance(event, Notice) and "together" in event.message]
+    assert all("(about " in message and " KiB of " in message for message in told), told
+    counts.clear()
+    run_sweep(options(spec, tmp_path / "three", *GRID, at_once=3))
+    assert counts == [3]
+    counts.clear()
+    run_sweep(options(spec, tmp_path / "one", *GRID, at_once=1))
+    assert counts == []
+
+
+def test_events_name_the_run_and_count_all_updates(tmp_path: Path, base_spec: Callable[..., Path]) -> None:
+    events: list[Event] = []
+    run_sweep(options(base_spec(), tmp_path / "out", "lora.r=2,4"), events.append)
+    counted = [(event.done, event.total) for event in events if isinstance(event, Progress) and "updates" in event.task]
+    assert counted[-1] == (6, 6)
+    assert [done for done, _ in counted] == sorted(done for done, _ in counted)
+    lines = [event.message for event in events if isinstance(event, Notice)]
+    for name in ("r=2", "r=4"):
+        assert any(line.startswith(f"{name}: step 2: validation loss ") for line in lines)
+        assert any(line.startswith(f"{name}: epoch 1 of 1: training loss ") for line in lines)
+    assert not any(isinstance(event, EpochDone) for event in events)
