@@ -99,9 +99,9 @@ PATHS = [
     for verb, command in VERBS.items()
     for parameter in command.params
     if parameter.name
-    in ("adapter", "base", "charts", "data", "directory", "generations", "model", "output", "per_row", "plot", "png",
-        "probe", "from_data", "markdown", "prompt_file", "rows", "run", "runs", "gsm8k", "general", "choices",
-        "per_question", "shots_data", "spec_path", "specs", "tables", "tokenizer",
+    in ("adapter", "base", "benchmark", "charts", "data", "directory", "evaluation", "generations", "model",
+        "output", "per_row", "plot", "png", "probe", "from_data", "markdown", "prompt_file", "rows", "run", "runs",
+        "gsm8k", "general", "choices", "per_question", "shots_data", "spec_path", "specs", "tables", "tokenizer",
         "tuned", "validation")
     and (verb, parameter.name) not in (("benchmark", "rows"), ("generate", "rows"), ("report", "rows"))  # numbers
 ]  # fmt: skip
