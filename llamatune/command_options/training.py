@@ -130,7 +130,8 @@ class BenchmarkOptions(GenerationGridOptions):
 class ReportOptions(Options):
     """What to report on and where to. ``smoothing`` is the decay of the running average.
 
-    Each run's base and trained weights answer the prompts; ``generations`` are answers from a file.
+    Each run's base and trained weights answer the prompts and the rows; ``generations`` are answers from a file.
+    ``charts`` and ``tables`` are directories.
     """
 
     runs: Sequence[Path] = option(
@@ -138,15 +139,29 @@ class ReportOptions(Options):
     )
     output: Path = option("The page, one HTML file that needs nothing else.", writes="file")
     png: Path | None = option("The charts as a picture too.", None, metavar="FILE", writes="file")
-    smoothing: float = option("Decay of the moving average; 0 draws none.", 0.95, at_least=0, below=1)
+    charts: Path | None = option(
+        "Each chart too, as PNG, SVG and PDF with title and legend.", None, metavar="DIR", writes="product"
+    )
+    tables: Path | None = option("Each table too, as Markdown and LaTeX.", None, metavar="DIR", writes="product")
+    smoothing: float | None = option(
+        "Decay of the moving average; 0 draws none.", None, at_least=0, below=1, shown_default="by length, to 0.9"
+    )
+    rows: int | None = option(
+        "Show each run's answers to N rows inside the training set and N outside.", None, at_least=1, at_most=1000
+    )
+    seed: int = option("Decides which --rows are drawn.", 0, at_least=0, below=1 << 63)
     prompt: Sequence[str] = option("Show each run's answer before and after tuning. Repeatable.", ())
     prompt_file: Path | None = option("Rows as prepare-data reads them, or one prompt a line.", None)
     format: str = prompt_format_option()
     column_map: str | None = prompt_map_option()
     generations: Path | None = option("Show what generate --compare --output wrote.", None)
+    evaluation: Sequence[Path] = option(
+        "Show what evaluate --json printed into this file. Repeatable.", (), metavar="FILE"
+    )
+    benchmark: Sequence[Path] = option("Show the tables of this directory of benchmark. Repeatable.", (), metavar="DIR")
     max_new_tokens: int = option("The most that is generated.", Sampling.max_new_tokens, at_least=1, at_most=1 << 20)
     device: str = option("What generates: auto, cpu, cuda or cuda:N.", "auto")
-    overwrite: bool = option("Replace what stands at --output and --png.", False)
+    overwrite: bool = option("Replace what stands at --output, --png, --charts and --tables.", False)
 
 
 @dataclass(frozen=True)

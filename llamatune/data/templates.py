@@ -115,6 +115,16 @@ class Template:
         kept = prompt.rstrip(_MOVED) if self.boundary is not None else prompt
         return (kept, prompt[len(kept) :]) if kept else (prompt, "")
 
+    def fields_of(self, prompt: str) -> dict[str, str] | None:
+        """The fields that were filled in to make ``prompt``, by their names; None: it is not of this template.
+
+        A field ends where the text after its placeholder first appears. White space at the end may be missing.
+        """
+        for text in (self.prompt, self.prompt_without_input):
+            if text is not None and (found := _unfill(text, prompt)) is not None:
+                return found
+        return None
+
     def instruction_prompt(self, text: str) -> str:
         """The prompt of a single user message: ``text`` fills {instruction}, {question}, {user} or {prompt}.
 
@@ -225,3 +235,27 @@ def _fill(text: str, fields: Mapping[str, str]) -> str:
         return "".join(part if literal else fields[part] for literal, part in _parts(text))
     except KeyError as fault:
         raise DataError(f"no field {fault.args[0]!r} for the template", None, f"there is {sorted(fields)}") from None
+
+
+def _unfill(text: str, filled: str) -> dict[str, str] | None:
+    """The fields with which ``_fill`` made ``filled``; None: it did not."""
+    parts = list(_parts(text))
+    literals = [""]
+    names = list[str]()
+    for is_literal, part in parts:
+        if is_literal:
+            literals[-1] += part
+        else:
+            names.append(part)
+            literals.append("")
+    literals[-1] = literals[-1].rstrip()
+    filled = filled.rstrip() if literals[-1] or not names else filled
+    if not filled.startswith(literals[0]) or not filled.endswith(literals[-1]):
+        return None
+    fields, begin, last = dict[str, str](), len(literals[0]), len(filled) - len(literals[-1])
+    for name, after in zip(names, literals[1:], strict=True):
+        end = last if after is literals[-1] and len(fields) == len(names) - 1 else filled.find(after, begin, last)
+        if end < begin or fields.setdefault(name, filled[begin:end]) != filled[begin:end]:
+            return None
+        begin = end + len(after)
+    return fields if names or begin == len(filled) else None

@@ -25,13 +25,17 @@ def code_block(text: str, language: str = "") -> str:
 
 
 def one_line(text: str) -> str:
-    """``text`` on one line, white space as single spaces."""
-    return _MARKS.sub(r"\\\1", " ".join(text.split()))
+    """``text`` on one line, white space as single spaces; control characters are escaped."""
+    return _MARKS.sub(r"\\\1", printable(" ".join(text.split())))
 
 
-def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts, whose line breaks and spaces are kept; control characters are escaped."""
-    lines = [" | ".join(map(one_line, heading)), "|".join("---" for _ in heading)]
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]], labels: int | None = None) -> str:
+    """A table of texts, whose line breaks and spaces are kept; control characters are escaped.
+
+    Columns after the first ``labels`` are aligned right; None: none is.
+    """
+    left = len(heading) if labels is None else labels
+    lines = [" | ".join(map(one_line, heading)), "|".join("---" if n < left else "---:" for n in range(len(heading)))]
     lines += [" | ".join(map(_cell, row)) for row in rows]
     return "\n".join(f"| {line} |" if number != 1 else f"|{line}|" for number, line in enumerate(lines))
 

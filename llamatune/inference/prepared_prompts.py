@@ -16,15 +16,15 @@ from llamatune.tokenizers.tokenizer import Tokenizer
 
 HEADINGS = {"train": "Inside the training set", "validation": "Outside the training set"}
 """Of the splits, in their order."""
-_ROWS = 4
 
 
 @dataclass(frozen=True)
 class PreparedRows:
-    """Rows to draw from a prepared directory: how many of each split; None: four of each, or as many as there are."""
+    """Rows to draw from a prepared directory: how many of each split; None: ``most``, or as many as there are."""
 
     directory: Path
     counts: Mapping[str, int] | None = None
+    most: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def draw_prompts(rows: PreparedRows, manifest: Manifest, seed: int, tokenizer: T
     """
     prompts = list[PreparedPrompt]()
     for split in HEADINGS:
-        count = _ROWS if rows.counts is None else rows.counts.get(split, 0)
+        count = rows.most if rows.counts is None else rows.counts.get(split, 0)
         drawn = draw_split(rows.directory, split, count, manifest, seed, tokenizer)
         if rows.counts is not None and len(drawn) < count:
             what = f"it has {len(drawn) or 'no'} {split} rows with a prompt, and --rows asks for {count}"

@@ -54,7 +54,7 @@ def rank_png(use: RankUse) -> bytes:
         Chart("layers", "Effective rank by layer", "Effective rank of each layer's update", over_layers),
         Chart("values", "Singular values, median over layers", "Fall of the singular values", over_values),
     ]
-    return charts_png(charts, styles)
+    return charts_png(charts, tuple(styles.items()))
 
 
 def _count_whole(axes: Axes) -> None:

@@ -1,4 +1,4 @@
-"""Charts as images: the style of matplotlib, SVG for a page with two colour schemes, and one PNG of all charts."""
+"""Charts as images: the style of matplotlib, SVG for a page of two colour schemes, files of one chart, a PNG of all."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from llamatune.errors import EnvironmentFault
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PALETTE = {
     "ink": ("#1f2328", "#e6edf3"),
@@ -58,16 +59,22 @@ _STYLE: dict[Any, Any] = {
     "lines.markersize": 4.0,
 }
 _SIZE_INCHES = (5.0, 3.1)
+_LEGEND_LINE_INCHES = 0.2
+_DPI = 200
+IMAGE_KINDS = ("png", "svg", "pdf")
+Legend = tuple[tuple[str, Mapping[str, Any]], ...]
+"""Names, each with the style of its line or marker."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: ``draw`` fills its axes; ``description`` is read by screen readers."""
+    """One chart: ``draw`` fills its axes; ``description`` is read by screen readers, ``legend`` is for images alone."""
 
     name: str
     title: str
     description: str
     draw: Callable[[Axes], None]
+    legend: Legend = ()
 
 
 def require_matplotlib() -> None:
@@ -123,14 +130,55 @@ def chart_svg(chart: Chart) -> str:
     )
 
 
-def charts_png(charts: Sequence[Chart], legend: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """All charts in one image, two in a row; ``legend`` has the style of each run's line, by name."""
+def chart_files(chart: Chart) -> dict[str, bytes]:
+    """One chart with its title and legend as ``png``, ``svg`` and ``pdf``; equal curves give equal bytes."""
     from matplotlib.figure import Figure
+
+    no_dates: dict[str, dict[str, Any]] = {
+        "png": {"Software": None},
+        "svg": {"Date": None, "Creator": None},
+        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    }
+    files = {}
+    with _our_style():
+        columns = _legend_columns(chart.legend)
+        lines = -(-len(chart.legend) // columns)
+        figure = Figure(figsize=(_SIZE_INCHES[0], _SIZE_INCHES[1] + lines * _LEGEND_LINE_INCHES), layout="constrained")
+        axes = figure.add_subplot()
+        chart.draw(axes)
+        axes.set_title(chart.title)
+        _add_legend(figure, chart.legend, columns)
+        for kind in IMAGE_KINDS:
+            stream = io.BytesIO()
+            figure.savefig(stream, format=kind, dpi=_DPI, metadata=no_dates[kind])
+            files[kind] = stream.getvalue()
+    return files
+
+
+def _legend_columns(legend: Legend) -> int:
+    """As many as fit below one chart."""
+    widest = max((len(name) for name, _ in legend), default=0)
+    return max(1, min(len(legend), 4, int(72 / (widest + 8))))
+
+
+def _add_legend(figure: Figure, legend: Legend, columns: int) -> None:
     from matplotlib.lines import Line2D
 
-    rows = -(-len(charts) // 2)
+    if legend:
+        lines = [Line2D([], [], **style) for _, style in legend]
+        names = [name if not name.startswith("_") else f" {name}" for name, _ in legend]
+        figure.legend(lines, names, loc="outside lower left", ncols=columns, fontsize=8, borderpad=0.2)
+
+
+def charts_png(charts: Sequence[Chart], legend: Legend) -> bytes:
+    """All charts in one image, two in a row, and one ``legend`` below them."""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(charts) // 2) or 1
+    columns = 2 * _legend_columns(legend) if len(legend) > 1 else 1
     with _our_style():
-        size = 2 * _SIZE_INCHES[0], rows * _SIZE_INCHES[1] + 0.25 * len(legend)
+        lines = -(-len(legend) // columns)
+        size = 2 * _SIZE_INCHES[0], rows * _SIZE_INCHES[1] + lines * _LEGEND_LINE_INCHES
         figure = Figure(figsize=size, layout="constrained")
         # Subfigures, so that a colour bar narrows no other chart.
         parts = figure.subfigures(rows, 2, squeeze=False).flat
@@ -138,7 +186,7 @@ def charts_png(charts: Sequence[Chart], legend: Mapping[str, Mapping[str, Any]])
             axes = part.add_subplot()
             chart.draw(axes)
             axes.set_title(chart.title)
-        figure.legend([Line2D([], [], **style) for style in legend.values()], list(legend), loc="outside lower left")
+        _add_legend(figure, legend, columns)
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=150, metadata={"Software": None})
     return stream.getvalue()

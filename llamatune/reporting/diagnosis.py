@@ -1,15 +1,18 @@
-"""Over-fitting and trend of a run, and all findings together: spikes, validation, whether the loss still falls."""
+"""Over-fitting of a run, and all findings together: the end against the start, spikes, validation, trend."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import fmean
+from dataclasses import dataclass, replace
 
 from llamatune.events import EvalDone, Step
 from llamatune.reporting.averages import epoch_of, mean_loss
-from llamatune.reporting.spikes import Spike, find_spikes, robust_deviation
+from llamatune.reporting.causes import cause_of_course, with_causes
+from llamatune.reporting.course import Course, judge_course
+from llamatune.reporting.run_reader import Run
+from llamatune.reporting.spikes import Cause, Spike, find_spikes, robust_deviation, with_rows
+from llamatune.reporting.trend import Trend, judge_trend
 
 # Validation losses come from the same rows each time; a rise of less than 1 % above the lowest changes no answer. If
 # they are noisy (few rows), the rise must also exceed this many deviations of their own noise, and measuring that noise
@@ -17,11 +20,6 @@ from llamatune.reporting.spikes import Spike, find_spikes, robust_deviation
 OVERFIT_RISE, OVERFIT_DEVIATIONS, OVERFIT_FEWEST = 0.01, 5.0, 8
 # The rise must hold for the last two evaluations, if there are two after the lowest.
 OVERFIT_LAST = 2
-# The trend is fitted to the last third of the steps, at least ten of them.
-TREND_SHARE, TREND_FEWEST = 3, 10
-# A plateau: either the change over the last third is within its noise (two standard errors), and the noise is below 5 %
-# of the loss; or change and noise together are below 1 %.
-TREND_NOISE, TREND_NOTHING = 0.05, 0.01
 
 
 @dataclass(frozen=True)
@@ -44,33 +42,28 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class Trend:
-    """A line fitted to the losses of the last third of the steps, without spikes.
-
-    ``verdict`` is ``falling``, ``rising``, ``plateau`` or ``too noisy to tell``. ``change`` is that of the line from
-    ``first_step`` to the end, relative to the mean loss; ``uncertainty`` is two of its standard errors.
-    """
-
-    verdict: str
-    first_step: int
-    mean_loss: float
-    change: float
-    uncertainty: float
-
-
-@dataclass(frozen=True)
 class Diagnosis:
-    """All findings; None where there is too little data."""
+    """All findings; None where there is too little data. ``cause`` is the likely one of a course upwards."""
 
+    course: Course | None
+    cause: Cause | None
     spikes: list[Spike]
     validation: Validation | None
     trend: Trend | None
 
 
-def diagnose(steps: Sequence[Step], evaluations: Sequence[EvalDone]) -> Diagnosis:
-    """All findings about a run, from its log."""
-    spikes = find_spikes(steps)
-    return Diagnosis(spikes, judge_validation(steps, evaluations), judge_trend(steps, spikes))
+def diagnose(steps: Sequence[Step], evaluations: Sequence[EvalDone], at_start: EvalDone | None = None) -> Diagnosis:
+    """The findings about a log without causes; ``at_start`` is the evaluation before the first step."""
+    spikes, course = find_spikes(steps), judge_course(steps, evaluations, at_start)
+    return Diagnosis(course, None, spikes, judge_validation(steps, evaluations), judge_trend(steps, spikes))
+
+
+def diagnose_run(run: Run) -> Diagnosis:
+    """All findings about a run, with the rows of its spikes where they are known, and likely causes."""
+    metrics = run.metrics
+    found = diagnose(metrics.steps, metrics.evaluations, metrics.at_start)
+    cause = cause_of_course(metrics, found.course, run.spec.training.max_grad_norm)
+    return replace(found, cause=cause, spikes=with_causes(with_rows(run, found.spikes), metrics))
 
 
 def _evaluation_noise(losses: Sequence[float]) -> float:
@@ -103,28 +96,3 @@ def judge_validation(steps: Sequence[Step], evaluations: Sequence[EvalDone]) -> 
         verdict, evaluations[turn].step, epoch_of(turned), lowest, losses[-1], rise,
         gap_at_turn=lowest - at_turn, gap_at_end=losses[-1] - at_end,
     )  # fmt: skip
-
-
-def judge_trend(steps: Sequence[Step], spikes: Sequence[Spike] = ()) -> Trend | None:
-    """The least-squares line of the last third, without spikes that ended; None with too few steps."""
-    in_spike = {
-        number for spike in spikes if spike.recovered for number in range(spike.first_step, spike.last_step + 1)
-    }
-    last = [step for step in steps[len(steps) - len(steps) // TREND_SHARE :] if step.step not in in_spike]
-    if len(last) < TREND_FEWEST:
-        return None
-    mean, centre = fmean(step.loss for step in last), fmean(step.step for step in last)
-    spread = sum((step.step - centre) ** 2 for step in last)
-    slope = sum((step.step - centre) * (step.loss - mean) for step in last) / spread
-    residual = sum((step.loss - mean - slope * (step.step - centre)) ** 2 for step in last)
-    error = math.sqrt(residual / (len(last) - 2) / spread)
-    length = (last[-1].step - last[0].step) / mean if mean else 0.0
-    change, uncertainty = slope * length, 2 * error * length
-    hidden = abs(change) <= uncertainty
-    if abs(change) + uncertainty < TREND_NOTHING or (hidden and uncertainty < TREND_NOISE):
-        verdict = "plateau"
-    elif hidden:
-        verdict = "too noisy to tell"
-    else:
-        verdict = "falling" if change < 0 else "rising"
-    return Trend(verdict, last[0].step, mean, change, uncertainty)

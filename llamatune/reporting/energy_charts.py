@@ -58,4 +58,4 @@ def energy_png(report: ExtractReport) -> bytes:
         Chart("layers", "By layer", "Retained energy of each layer", lambda axes: draw(layers, axes, "layer")),
         Chart("modules", "By module", "Retained energy of each module", lambda axes: draw(modules, axes, "")),
     ]
-    return charts_png(charts, styles)
+    return charts_png(charts, tuple(styles.items()))

@@ -1,23 +1,36 @@
-"""``make_report``: reads run directories, diagnoses them, and writes one HTML page (and a PNG)."""
+"""``make_report``: reads run directories, diagnoses them, and writes one HTML page (and charts and tables as files)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llamatune.command_options.training import ReportOptions
+from llamatune.durable_writing import probe_writable, refuse_occupied, staged_directory, writing
+from llamatune.errors import EnvironmentFault
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.prompt_files import given_prompts
 from llamatune.output_files import output_file, refuse_inside, refuse_replacing, write_output
-from llamatune.reporting.averages import running_average
-from llamatune.reporting.chart_images import chart_svg, charts_png, require_matplotlib
-from llamatune.reporting.charts import Curve, make_charts
+from llamatune.reporting.averages import decay_for, running_average
+from llamatune.reporting.chart_images import IMAGE_KINDS, chart_files, chart_svg, charts_png, require_matplotlib
+from llamatune.reporting.charts import level_values, make_charts, whole_legend
+from llamatune.reporting.curves import Curve
+from llamatune.reporting.evidence_tables import benchmark_tables, evaluation_table
 from llamatune.reporting.html_page import render_page
 from llamatune.reporting.report_data import Report, report_run, spec_differences
+from llamatune.reporting.report_tables import report_tables
 from llamatune.reporting.run_reader import name_runs, read_run
-from llamatune.reporting.sample_answers import generate_samples, read_generations
+from llamatune.reporting.sample_answers import (
+    Samples,
+    generate_rows,
+    generate_samples,
+    known_template,
+    read_generations,
+)
 from llamatune.training.run_file_names import ADAPTER, BEST, CHECKPOINTS, METRICS, MODEL, ORIGIN, SPEC, SUMMARY
 
+TABLE_KINDS = ("md", "tex")
 _OF_A_RUN = (SPEC, METRICS, SUMMARY, ORIGIN, CHECKPOINTS, BEST, ADAPTER, MODEL)
 
 
@@ -34,28 +47,76 @@ def make_report(
     require_matplotlib()
     output = output_file(options.output, options.overwrite)
     picture = None if options.png is None else output_file(options.png, options.overwrite)
-    for made in (output, picture):
+    for made in (output, picture, options.charts, options.tables):
         if made is not None:
             _refuse_files_of_runs(made, options.runs)
+    for made, endings in ((options.charts, IMAGE_KINDS), (options.tables, TABLE_KINDS)):
+        if made is not None:
+            _refuse_other_files(made, endings, options.overwrite)
     runs = [read_run(path, name) for path, name in zip(options.runs, name_runs(options.runs), strict=True)]
-    samples = [] if options.generations is None else [read_generations(options.generations)]
+    evidence = [
+        *(evaluation_table(path, f"evaluation-{place}") for place, path in enumerate(options.evaluation, 1)),
+        *(made for n, path in enumerate(options.benchmark, 1) for made in benchmark_tables(path, f"benchmark-{n}")),
+    ]
+    samples, notices = list[Samples](), dict[str, list[str]]()
+    if options.generations is not None:
+        samples.append(read_generations(options.generations, list(filter(None, map(known_template, runs)))))
+    for run in runs if options.rows is not None else ():
+        answered = generate_rows(run, options, on_event, should_stop)
+        if isinstance(answered, Samples):
+            samples.append(answered)
+        else:
+            notices[run.name] = [answered]
     if prompts:
         samples += [generate_samples(run, prompts, options, on_event, should_stop) for run in runs]
     reports, curves = [], []
     for place, run in enumerate(runs):
-        smoothed = running_average([step.loss for step in run.metrics.steps], options.smoothing)
-        data = report_run(run, smoothed)
+        losses = [step.loss for step in run.metrics.steps]
+        decay = decay_for(len(losses)) if options.smoothing is None else options.smoothing
+        smoothed = running_average(losses, decay)
+        data = report_run(run, smoothed, decay, notices.get(run.name, []))
         reports.append(data)
         curves.append(Curve(run, place, smoothed, data.epochs, data.diagnosis.spikes))
-    png = None if options.png is None else str(options.png)
-    report = Report(str(options.output), png, options.smoothing, reports, spec_differences(runs), samples)
+    paths = {name: _text(getattr(options, name)) for name in ("png", "charts", "tables")}
+    report = Report(
+        output=str(options.output), **paths, smoothing=options.smoothing, runs=reports,
+        spec_differences=spec_differences(runs), samples=samples, level=level_values(curves),
+        evidence=evidence,
+    )  # fmt: skip
     charts = make_charts(curves)
     page = render_page(report, [(chart, chart_svg(chart)) for chart in charts], curves)
     write_output(output, page.encode(), options.overwrite)
     if picture is not None:
-        legend = {curve.run.name: curve.style for curve in curves}
-        write_output(picture, charts_png(charts, legend), options.overwrite)
+        write_output(picture, charts_png(charts, whole_legend(curves)), options.overwrite)
+    if options.charts is not None:
+        files = {f"{chart.name}.{kind}": made for chart in charts for kind, made in chart_files(chart).items()}
+        _write_directory(options.charts, files, options.overwrite)
+    if options.tables is not None:
+        tables = report_tables(report)
+        files = {f"{name}.md": table.markdown().encode() for name, table in tables.items()}
+        files |= {f"{name}.tex": table.latex().encode() for name, table in tables.items()}
+        _write_directory(options.tables, files, options.overwrite)
     return report
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _write_directory(path: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
+    with staged_directory(path, overwrite) as staging:
+        for name, content in sorted(files.items()):
+            with writing(staging / name, len(content)) as file:
+                file.write(content)
+
+
+def _refuse_other_files(path: Path, endings: Sequence[str], overwrite: bool) -> None:
+    """Raise unless a directory may be written; what is replaced holds nothing but files of these kinds."""
+    refuse_occupied(path, overwrite)
+    probe_writable(Path(os.path.realpath(path)).parent)
+    for entry in sorted(path.iterdir()) if path.is_dir() else ():
+        if entry.suffix.removeprefix(".") not in endings or not entry.is_file() or entry.is_symlink():
+            raise EnvironmentFault(f"the directory holds something else: {entry.name}", path, "choose another one")
 
 
 def _refuse_files_of_runs(output: Path, runs: Sequence[Path]) -> None:

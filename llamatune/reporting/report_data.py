@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 from llamatune.checkpoints.model_directory import read_config
 from llamatune.errors import LlamatuneError, printable
 from llamatune.formats.file_schema import LARGEST_NUMBER
+from llamatune.formats.text_table import TextTable
 from llamatune.reporting.answer_timeline import AnswerTimeline, answer_timelines
 from llamatune.reporting.averages import Epoch, epoch_means
-from llamatune.reporting.diagnosis import Diagnosis, diagnose
+from llamatune.reporting.diagnosis import Diagnosis, diagnose_run
 from llamatune.reporting.run_reader import Run
 from llamatune.reporting.sample_answers import Samples
-from llamatune.reporting.spikes import with_rows
+from llamatune.reporting.settings import settings_of
 from llamatune.shapes.counts import ParameterCount, count_parameters
 from llamatune.units import perplexity
 
@@ -25,13 +26,16 @@ from llamatune.units import perplexity
 class RunReport:
     """The report on one run. A figure is None if the run does not have it (yet); sizes are in bytes.
 
-    ``ranks`` has one object of figures a rank, and none for a run of one process.
+    ``settings`` are in words. ``smoothing`` is the decay of the running average. ``ranks`` has one object of figures a
+    rank, and none for a run of one process.
     """
 
     name: str
     path: str
     status: str
     notices: list[str]
+    settings: dict[str, str]
+    smoothing: float
     figures: dict[str, float | None]
     diagnosis: Diagnosis
     epochs: list[Epoch]
@@ -49,29 +53,39 @@ class RunReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Several runs and their differences: ``spec_differences`` holds each field's value by run."""
+    """Several runs and their differences: ``spec_differences`` holds each field's value by run.
+
+    ``smoothing`` None: by the length of each run. ``level`` has values that are in no chart, being level.
+    ``evidence`` are tables of evaluations and benchmarks.
+    """
 
     output: str
     png: str | None
-    smoothing: float
+    charts: str | None
+    tables: str | None
+    smoothing: float | None
     runs: list[RunReport]
     spec_differences: dict[str, dict[str, Any]]
     samples: list[Samples]
+    level: dict[str, str]
+    evidence: list[TextTable]
 
 
-def report_run(run: Run, smoothed: Sequence[float]) -> RunReport:
-    """The report on one run; ``smoothed`` is the running average of its losses."""
+def report_run(run: Run, smoothed: Sequence[float], smoothing: float, notices: Sequence[str] = ()) -> RunReport:
+    """The report on one run; ``smoothed`` is the running average of its losses, of the decay ``smoothing``."""
     steps, evaluations = run.metrics.steps, run.metrics.evaluations
     count, count_notice = _count(run)
     epochs = epoch_means(steps, {evaluation.step: evaluation.loss for evaluation in evaluations})
-    diagnosis = diagnose(steps, evaluations)
+    figures = _figures(run, epochs, smoothed, count)
     return RunReport(
         name=run.name,
         path=printable(str(run.path)),
         status=run.status,
-        notices=[*run.notices, *([count_notice] if count_notice else [])],
-        figures=_figures(run, epochs, smoothed, count),
-        diagnosis=replace(diagnosis, spikes=with_rows(run, diagnosis.spikes)),
+        notices=[*run.notices, *([count_notice] if count_notice else []), *notices],
+        settings=settings_of(run, figures["trainable_parameters"], figures["total_parameters"]),
+        smoothing=smoothing,
+        figures=figures,
+        diagnosis=diagnose_run(run),
         epochs=epochs,
         evaluations=[
             {"step": e.step, "loss": e.loss, "perplexity": perplexity(e.loss)} for e in run.metrics.all_evaluations
@@ -90,7 +104,7 @@ def report_run(run: Run, smoothed: Sequence[float]) -> RunReport:
 
 def _count(run: Run) -> tuple[ParameterCount | None, str]:
     """Parameters by module, from the base's configuration, or a notice why they are not known."""
-    spec = run.spec
+    spec = run.found
     try:
         config = read_config(Path(spec.model.path), variant=spec.model.variant).with_layers(spec.model.num_layers)
         count = count_parameters(config, spec.adapter)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llamatune.reporting.diagnosis import Diagnosis, Trend, Validation
+from llamatune.reporting.course import Course
+from llamatune.reporting.diagnosis import Diagnosis, Validation
+from llamatune.reporting.spikes import Cause, Spike
+from llamatune.reporting.trend import Trend
 from llamatune.units import duration, energy, gibibytes
 
 ABSENT = "-"
@@ -67,20 +70,51 @@ def figure_rows(runs: list[dict[str, float | None]]) -> list[tuple[str, list[str
 
 
 def findings(diagnosis: Diagnosis) -> list[str]:
-    """The diagnosis in three sentences."""
-    return [_spikes(diagnosis), _validation(diagnosis.validation), _trend(diagnosis.trend)]
+    """The diagnosis in four sentences or paragraphs."""
+    course = _course(diagnosis.course) + ("" if diagnosis.cause is None else f" {_cause(diagnosis.cause)}")
+    return [course, _spikes(diagnosis), _validation(diagnosis.validation), _trend(diagnosis.trend)]
+
+
+def _course(course: Course | None) -> str:
+    if course is None:
+        return "Too few steps to compare the end with the start."
+    start = "the untrained model's validation loss" if course.start_of == "validation" else "the first update's loss"
+    side = "above" if course.change > 0 else "below"
+    losses = f"{course.end_loss:.4f} at the end, {abs(course.change):.1%} {side} {start} ({course.start_loss:.4f})"
+    peak = f"highest at about step {course.peak_step:,} with {course.peak_loss:.4f}"
+    return {
+        "diverged": f"Diverged: {losses}; the training loss was {peak}.",
+        "recovered": f"The training loss rose before it fell: {peak}; {losses}.",
+        "unchanged": f"Not clearly better than untrained: {losses}.",
+    }.get(course.verdict, f"Learned: {losses}.")
+
+
+_ADVICE = {
+    "learning rate": "the learning rate is too high; try a third of it, or a longer warm-up",
+    "rows": "the rows of that window",
+    "overflow": "overflow of fp16; try training.precision=bf16 where the GPU has it, or a lower learning rate",
+}
+
+
+def _cause(cause: Cause) -> str:
+    return f"Likely cause: {_ADVICE[cause.kind]} ({'; '.join(cause.evidence)})."
 
 
 def _spikes(diagnosis: Diagnosis) -> str:
     spikes = diagnosis.spikes
     if not spikes:
-        return "No spikes of the training loss."
+        return "No spikes of the training loss after the first twenty steps."
     worst = max(spikes, key=lambda spike: spike.loss / spike.typical_loss if spike.typical_loss else 0.0)
     open_end = "" if spikes[-1].recovered else "; the loss never came back from the last one"
     return (
         f"{len(spikes)} spike{'s' * (len(spikes) > 1)} of the training loss, the worst at step {worst.step:,}: "
         f"{worst.loss:.4f} where {worst.typical_loss:.4f} was usual{open_end}."
-    )
+    ) + ("" if worst.cause is None else f" {_cause(worst.cause)}")
+
+
+def cause_of_spike(spike: Spike) -> str:
+    """The likely cause in a cell of a table."""
+    return "" if spike.cause is None else f"{spike.cause.kind}: {'; '.join(spike.cause.evidence)}"
 
 
 def _validation(validation: Validation | None) -> str:
@@ -108,5 +142,5 @@ def _trend(trend: Trend | None) -> str:
         "rising": "The training loss rises",
         "plateau": "Plateau of the training loss",
     }.get(trend.verdict, "Whether the training loss still falls is lost in its noise")
-    change = f"{trend.change:+.1%} ± {trend.uncertainty:.1%}"
-    return f"{verdict}: {change} from step {trend.first_step:,} to the end, around {trend.mean_loss:.4f}."
+    change = f"{trend.change:+.1%} (95 %: {trend.lowest:+.1%} to {trend.highest:+.1%})"
+    return f"{verdict}: {change} from step {trend.first_step:,} to the end, around {trend.median_loss:.4f}."

@@ -36,6 +36,8 @@ _SPLIT_COUNTS = ("rows", "tokens", "target_tokens", "longest_row_tokens")
 class Run:
     """What a run directory and its prepared data contain, without any tensor.
 
+    ``found`` is the spec with relative paths of the base and of the data as they are from here.
+
     ``status`` is ``finished``, ``stopped early``, ``running`` or ``unfinished``; ``summary`` is empty until the run has
     ended; ``spec_changes`` are those made between two starts. ``data`` holds the counts of ``prepare-data``, empty if
     the prepared directories were removed or replaced.
@@ -44,6 +46,7 @@ class Run:
     name: str
     path: Path
     spec: RunSpec
+    found: RunSpec
     metrics: Metrics
     status: str
     summary: dict[str, Any]
@@ -72,7 +75,8 @@ def read_run(path: Path, name: str) -> Run:
     origin = read_origin(path / ORIGIN) if (path / ORIGIN).exists() else None
     if spec.training.learning_rate == "auto" and origin is not None and origin.search is not None:
         spec = spec.with_learning_rate(origin.search.learning_rate)
-    data, data_notice = _prepared_counts(spec, origin)
+    found = _from_here(spec, path)
+    data, data_notice = _prepared_counts(found, origin)
     notices = [
         "the last line of metrics.jsonl is not whole and was left out" if metrics.torn else "",
         "no step is logged yet" if not metrics.steps else "",
@@ -83,6 +87,7 @@ def read_run(path: Path, name: str) -> Run:
         name=name,
         path=path,
         spec=spec,
+        found=found,
         metrics=metrics,
         status=_status(path, summary),
         summary=summary,
@@ -91,6 +96,30 @@ def read_run(path: Path, name: str) -> Run:
         versions=_versions(path),
         traces=sorted(printable(trace.name) for trace in path.glob("trace-*.json")),
         notices=[notice for notice in notices if notice],
+    )
+
+
+def _from_here(spec: RunSpec, path: Path) -> RunSpec:
+    """``spec`` with relative inputs as they are from here, where the directory the run was started in can be told.
+
+    That is what is left of the run's own path without ``training.output_dir``.
+    """
+    output, real = Path(os.path.normpath(spec.training.output_dir)), Path(os.path.realpath(path))
+    depth = len(output.parts)
+    if output.is_absolute() or ".." in output.parts or real.parts[-depth:] != output.parts:
+        return spec
+    started_in = Path(*real.parts[:-depth])
+
+    def located(name: str) -> str:
+        return str(started_in / name) if not Path(name).exists() and (started_in / name).exists() else name
+
+    def all_located(names: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        return tuple(map(located, names)) if isinstance(names, tuple) else None if names is None else located(names)
+
+    data = {"train": all_located(spec.data.train), "validation": all_located(spec.data.validation)}
+    model = {"path": located(spec.model.path)}
+    return spec.model_copy(
+        update={"model": spec.model.model_copy(update=model), "data": spec.data.model_copy(update=data)}
     )
 
 

@@ -27,12 +27,20 @@ _DECIDE_THE_ORDER = ("data.", "training.seed", "training.micro_batch_size", "tra
 
 
 @dataclass(frozen=True)
+class Cause:
+    """``kind`` is ``learning rate``, ``rows`` or ``overflow``; ``evidence`` are clauses about this run's log."""
+
+    kind: str
+    evidence: list[str]
+
+
+@dataclass(frozen=True)
 class Spike:
     """A stretch of losses far above those before it, and its peak.
 
     ``typical_loss`` and ``typical_grad_norm`` are medians of the ten steps before. ``rows`` are the row numbers, in the
     input files, of the peak's window; None if they are not known. ``recovered``: the loss fell below the threshold
-    again.
+    again. ``cause`` is the likely one.
     """
 
     step: int
@@ -47,6 +55,7 @@ class Spike:
     learning_rate: float
     recovered: bool
     rows: list[int] | None = None
+    cause: Cause | None = None
 
 
 def robust_deviation(values: Sequence[float], centre: float) -> float:
@@ -99,7 +108,7 @@ def with_rows(run: Run, spikes: list[Spike]) -> list[Spike]:
     from llamatune.training.schedule import Schedule
 
     try:
-        schedule = Schedule(run.spec, open_prepared(*run.spec.data.train_paths).train)
+        schedule = Schedule(run.spec, open_prepared(*run.found.data.train_paths).train)
     except LlamatuneError:
         return spikes
     batches = (schedule.passes(spike.window - 1) for spike in spikes)  # the log counts windows from 1

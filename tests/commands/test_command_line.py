@@ -52,6 +52,8 @@ def test_which_options_may_be_repeated() -> None:
         "evaluate --adapter",
         "merge-lora --adapter",
         "report --prompt",
+        "report --evaluation",
+        "report --benchmark",
         "judge --general",
         "judge --choices",
         "benchmark --grid",
@@ -97,11 +99,11 @@ PATHS = [
     for verb, command in VERBS.items()
     for parameter in command.params
     if parameter.name
-    in ("adapter", "base", "data", "directory", "generations", "model", "output", "per_row", "plot", "png", "probe",
-        "from_data", "markdown", "prompt_file", "rows", "run", "runs", "gsm8k", "general", "choices", "per_question",
-        "shots_data", "spec_path", "specs", "tokenizer",
+    in ("adapter", "base", "benchmark", "charts", "data", "directory", "evaluation", "generations", "model",
+        "output", "per_row", "plot", "png", "probe", "from_data", "markdown", "prompt_file", "rows", "run", "runs",
+        "gsm8k", "general", "choices", "per_question", "shots_data", "spec_path", "specs", "tables", "tokenizer",
         "tuned", "validation")
-    and (verb, parameter.name) not in (("benchmark", "rows"), ("generate", "rows"))  # which are numbers
+    and (verb, parameter.name) not in (("benchmark", "rows"), ("generate", "rows"), ("report", "rows"))  # numbers
 ]  # fmt: skip
 
 

@@ -51,6 +51,8 @@ WRITES = {
     ("sweep", "--output"): "run",
     ("report", "--output"): "file",
     ("report", "--png"): "file",
+    ("report", "--charts"): "product",
+    ("report", "--tables"): "product",
     ("slurm", "--output"): "file",
     ("init", "--output"): "file",
     ("schema", "--output"): "file",
@@ -93,7 +95,7 @@ def _words(verb: str, flag: str, inputs: Path) -> list[object]:
     for option, kind in READS[verb]:
         words += [*([option] if option else []), inputs / kind]
     if verb == "report":
-        words += ["--output", "page.html"] if flag == "--png" else []
+        words += {"--output": [], "--png": ["--output", "page.html"]}.get(flag, ["--output", "/dev/null"])
     if verb == "evaluate":
         words += ["--shots", 1, "--task", "gsm8k"] if flag == "--output" else []
         if flag == "--per-row":

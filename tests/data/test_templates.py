@@ -192,3 +192,18 @@ def test_prompts_that_cannot_be_filled() -> None:
     with pytest.raises(SpecError, match="no place for a prompt"):
         Template("x", "{a}{b}").instruction_prompt("a")
     assert Template("x", "<{topic}>").instruction_prompt("a") == "<a>"
+
+
+@pytest.mark.parametrize("name", ["alpaca", "gsm8k", "completion"])
+@pytest.mark.parametrize("text", ["a llama", " two\n\nparagraphs ", "{braces} \\d+ ### Input", "x"])
+def test_the_fields_of_a_prompt_are_those_that_were_filled_in(name: str, text: str) -> None:
+    template = TEMPLATES[name]
+    for further in ("", "an\ninput"):
+        fields = {field: further if field == "input" else text for field in template.placeholders}
+        found = template.fields_of(template.prompt_of(fields))
+        assert found == {field: filled for field, filled in fields.items() if filled}
+    assert TEMPLATES["alpaca"].fields_of("Question: x\nAnswer:") is None
+    assert Template("twice", "{a} and {a}").fields_of("x and x") == {"a": "x"}
+    assert Template("twice", "{a} and {a}").fields_of("x and y") is None
+    assert Template("bare", "Say it:").fields_of("Say it:") == {}
+    assert Template("bare", "Say it:").fields_of("Say it: now") is None

@@ -16,13 +16,18 @@ MEMORY_BYTES = 3 << 30
 
 
 def make_steps(losses: Sequence[float], epochs: int = 4) -> list[Step]:
-    """A step for each loss; the gradient's norm is ten times the loss, the rate falls linearly."""
+    """A step for each loss; the gradient's norm is ten times the loss, the rate falls linearly.
+
+    Memory and loss scale change after the second step, so that they are worth a chart.
+    """
     count = len(losses)
     return [
         Step(
             step=number, window=number, epoch=number / count * epochs, loss=loss,
-            learning_rate=1e-3 * (1 - number / (count + 1)), grad_norm=10 * loss, loss_scale=1.0, target_tokens=100,
-            tokens_per_second=1000.0 + number % 7, peak_memory_bytes=MEMORY_BYTES, elapsed_s=0.5 * number,
+            learning_rate=1e-3 * (1 - number / (count + 1)), grad_norm=10 * loss, target_tokens=100,
+            loss_scale=2.0 if number < 3 else 1.0,
+            tokens_per_second=1000.0 + number % 7, peak_memory_bytes=MEMORY_BYTES // (2 if number < 3 else 1),
+            elapsed_s=0.5 * number,
         )
         for number, loss in enumerate(losses, 1)
     ]  # fmt: skip

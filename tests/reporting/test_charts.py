@@ -13,8 +13,9 @@ from report_material import falling, noisy, write_run
 
 from llamatune.events import EvalDone
 from llamatune.reporting.averages import epoch_means, running_average
-from llamatune.reporting.chart_images import PALETTE, chart_svg, charts_png
-from llamatune.reporting.charts import Curve, make_charts, thinned
+from llamatune.reporting.chart_images import PALETTE, Chart, chart_files, chart_svg, charts_png
+from llamatune.reporting.charts import level_values, make_charts, whole_legend
+from llamatune.reporting.curves import Curve, thinned
 from llamatune.reporting.run_reader import read_run
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -134,11 +135,12 @@ def test_every_chart_is_valid_svg_without_addresses_scripts_or_colours_of_its_ow
 
 def test_the_same_curves_give_the_same_bytes(tmp_path: Path) -> None:
     curves = _curves(tmp_path)
-    legend = {curve.run.name: curve.style for curve in curves}
-    once, again = (
-        ([chart_svg(chart) for chart in make_charts(curves)], charts_png(make_charts(curves), legend)) for _ in range(2)
-    )
-    assert once == again
+
+    def images() -> object:
+        charts = make_charts(curves)
+        return [chart_svg(chart) for chart in charts], charts_png(charts, whole_legend(curves)), chart_files(charts[0])
+
+    assert images() == images()
 
 
 def test_the_picture_holds_every_chart_and_every_name(tmp_path: Path) -> None:
@@ -146,8 +148,67 @@ def test_the_picture_holds_every_chart_and_every_name(tmp_path: Path) -> None:
 
     curves = _curves(tmp_path)
     charts = make_charts(curves)
-    picture = Image.open(io.BytesIO(charts_png(charts, {curve.run.name: curve.style for curve in curves})))
-    assert picture.size == (1500, int(150 * (3.1 * 5 + 0.25 * 7)))
+    picture = Image.open(io.BytesIO(charts_png(charts, whole_legend(curves))))
+    assert picture.size[0] == 1500
     colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24) or []}
     for curve in curves:
         assert tuple(int(curve.style["color"][i : i + 2], 16) for i in (1, 3, 5)) in colours
+
+
+def _texts(svg: bytes) -> list[str]:
+    return ["".join(found.itertext()).strip() for found in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_a_chart_of_its_own_has_title_and_legend_in_each_kind_of_file(tmp_path: Path) -> None:
+    from PIL import Image
+
+    curves = _curves(tmp_path)
+    (alone,) = (chart for chart in make_charts(curves[:1]) if chart.name == "loss")
+    files = chart_files(alone)
+    assert Image.open(io.BytesIO(files["png"])).size[0] == 1000
+    assert files["pdf"].startswith(b"%PDF-")
+    assert {"Loss", "training, each update", "training, moving average", "validation"} <= set(_texts(files["svg"]))
+    (several,) = (chart for chart in make_charts(curves) if chart.name == "loss")
+    texts = _texts(chart_files(several)["svg"])
+    assert {curve.run.name for curve in curves} <= set(texts)
+    assert texts.count("validation") == 1
+
+
+def _named(charts: list[Chart]) -> set[str]:
+    return {chart.name for chart in charts}
+
+
+def test_a_chart_that_would_be_a_level_line_is_told_in_words(tmp_path: Path) -> None:
+    losses = noisy(falling(40), 0.1)
+    level = read_run(write_run(tmp_path / "level", losses), "level")
+    for number, step in enumerate(level.metrics.steps):
+        values = {**vars(step), "learning_rate": 1e-5, "peak_memory_bytes": (3 << 28) + (number << 20)}
+        level.metrics.steps[number] = type(step)(**values)
+    curve = Curve(level, 0, running_average(losses, 0.9), epoch_means(level.metrics.steps, {}), [])
+    assert _named(make_charts([curve])) == {"loss", "perplexity", "epochs", "gradient-norm", "throughput"}
+    assert level_values([curve]) == {"Learning rate": "1e-05", "Peak memory so far": "807.0 MiB"}
+    other = read_run(write_run(tmp_path / "other", [2.0]), "other")
+    changing = Curve(other, 1, [2.0], [], [])
+    assert level_values([curve, changing])["Peak memory so far"] == "level: 807.0 MiB, other: 1.50 GiB"
+    assert {"learning-rate", "memory"} <= _named(make_charts([curve, _curves(tmp_path)[0]]))
+
+
+def test_a_run_without_a_step_has_no_empty_chart(tmp_path: Path) -> None:
+    empty = _curves(tmp_path)[1]
+    assert make_charts([empty]) == []
+    assert level_values([empty]) == {}
+    before = read_run(write_run(tmp_path / "b", [], tail='{"event": "eval", "step": 0, "loss": 2.5}\n'), "before")
+    assert _named(make_charts([Curve(before, 0, [], [], [])])) == {"loss", "perplexity"}
+
+
+def test_dots_of_updates_are_seen(tmp_path: Path) -> None:
+    """In the picture of 69 updates they cover more than a line would."""
+    from PIL import Image
+
+    run = read_run(write_run(tmp_path / "dots", noisy(falling(69), 0.2)), "dots")
+    losses = [step.loss for step in run.metrics.steps]
+    curve = Curve(run, 0, losses, epoch_means(run.metrics.steps, {}), [])
+    (chart,) = (chart for chart in make_charts([curve]) if chart.name == "epochs")
+    shown = numpy.asarray(Image.open(io.BytesIO(chart_files(chart)["png"])).convert("RGB")).astype(int)
+    blue = (shown[..., 2] - shown[..., 0] > 40).sum()
+    assert blue > 69 * 100  # a disc of 6.5 points has 256 pixels at 200 dots an inch; some lie upon each other

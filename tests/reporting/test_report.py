@@ -24,6 +24,7 @@ from llamatune.errors import NumericsError, Stopped
 from llamatune.events import EvalDone
 from llamatune.formats.state_json import write_progress
 from llamatune.inference.generate import generate
+from llamatune.inference.gsm8k import gsm8k_report
 from llamatune.reporting.make_report import make_report
 from llamatune.reporting.run_reader import read_run
 from llamatune.reporting.spikes import Spike, with_rows
@@ -301,12 +302,12 @@ def test_answers_come_from_what_generate_wrote(
     )  # fmt: skip
     (expected,) = json.loads(done.stdout)["results"]
     (samples,) = report_on(finished, to=tmp_path / "report.html", generations=answers)["samples"]
-    assert samples == {
-        "source": "answers.jsonl",
-        "samples": [
-            {"prompt": expected["prompt"], "base": expected["base_completion"], "tuned": expected["completion"]}
-        ],
-    }
+    (sample,) = samples["samples"]
+    found = {key: sample[key] for key in ("prompt", "base", "tuned", "instruction", "split", "row", "reference")}
+    assert (samples["source"], found) == ("answers.jsonl", {
+        "prompt": expected["prompt"], "base": expected["base_completion"], "tuned": expected["completion"],
+        "instruction": "a llama", "split": None, "row": None, "reference": None,
+    })  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"prompt": 1, "completion": "x"}', '{"prompt": "x"}', "null"])
@@ -416,8 +417,8 @@ def test_a_run_in_any_state_is_reported(state: str, tmp_path: Path, command: Cal
     assert done.code == 0, done.stderr
     payload = json.loads(done.stdout)
     assert (done.stdout.count("\n"), payload["output"]) == (1, str(tmp_path / "r.html"))
-    assert len(payload["runs"][0]["diagnosis"]) == 3
-    assert "<svg" in (tmp_path / "r.html").read_text()
+    assert len(payload["runs"][0]["diagnosis"]) == 5
+    assert ("<figure" in (tmp_path / "r.html").read_text()) == (state != "no step yet")
 
 
 def test_people_read_the_figures_and_the_findings(finished: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
@@ -504,3 +505,164 @@ def test_a_report_without_prompts_loads_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 False"
+
+
+def _drawn(base: Path, finished: Path, data: Path, command: Callable[..., Any]) -> list[dict[str, Any]]:
+    done = command(
+        "generate", "--model", base, "--adapter", finished / "adapter", "--from-data", data, "--compare", "--rows",
+        "train:3,validation:3", "--temperature", 0, "--max-new-tokens", 5, "--seed", 7, "--json",
+    )  # fmt: skip
+    results: list[dict[str, Any]] = json.loads(done.stdout)["results"]
+    return results
+
+
+def test_rows_inside_and_outside_the_training_set_are_answered_without_their_template(
+    finished: Path, tmp_path: Path, tiny_base: Callable[..., Path], prepared: Callable[..., Path],
+    command: Callable[..., Any],
+) -> None:  # fmt: skip
+    """As ``generate --from-data`` answers them; the instruction is what stands in the rows."""
+    data = prepared(validation_fraction=0.25, seed=3)
+    report = report_on(finished, to=tmp_path / "r.html", rows=3, seed=7, max_new_tokens=5, tables=tmp_path / "tables")
+    (answers,) = report["samples"]
+    expected = _drawn(tiny_base(), finished, data, command)
+    assert [
+        (s["prompt"], s["base"], s["tuned"], s["split"], s["row"], s["reference"]) for s in answers["samples"]
+    ] == [
+        (e["prompt"], e["base_completion"], e["completion"], e["split"], e["row"], e["reference"]) for e in expected
+    ]  # fmt: skip
+    assert [sample["split"] for sample in answers["samples"]] == ["train"] * 3 + ["validation"] * 3
+    page = _Reader((tmp_path / "r.html").read_text(encoding="utf-8")).text
+    inside, outside = page.index("Inside the training set"), page.index("Outside the training set")
+    for place, sample in enumerate(answers["samples"]):
+        instruction = sample["instruction"]
+        assert "###" not in instruction
+        assert instruction in sample["prompt"]
+        assert (page.index(f"Row {sample['row']}") > outside) == (place > 2)
+        assert sample["reference"].strip() in (tmp_path / "tables" / "answers-1.md").read_text()
+    assert inside < outside
+
+
+def test_rows_of_a_run_whose_model_is_not_at_hand_are_a_notice(tmp_path: Path, command: Callable[..., Any]) -> None:
+    run = write_run(tmp_path / "run", falling(12))
+    (found,) = report_on(run, to=tmp_path / "r.html", rows=2)["runs"]
+    assert any("no answers of rows: its base is not there" in notice for notice in found["notices"])
+    assert "Before and after" not in (tmp_path / "r.html").read_text()
+
+
+def test_what_evaluate_printed_is_on_the_page(
+    finished: Path, tmp_path: Path, tiny_base: Callable[..., Path], prepared: Callable[..., Path],
+    command: Callable[..., Any],
+) -> None:  # fmt: skip
+    data = prepared(validation_fraction=0.25, seed=3)
+    done = command("evaluate", "--model", tiny_base(), "--adapter", finished / "adapter", "--data", data, "--compare",
+                   "--json")  # fmt: skip
+    (tmp_path / "loss.json").write_text(done.stdout)
+    lines = [{"correct": n < 3, "answer": "1", "finish_reason": "stop", "base_correct": n < 1, "base_answer": None,
+              "base_finish_reason": "length"} for n in range(4)]  # fmt: skip
+    (tmp_path / "gsm8k.json").write_text(json.dumps(gsm8k_report("<b>test</b>.jsonl", "float32", 0, lines)))
+    paths = [tmp_path / "loss.json", tmp_path / "gsm8k.json"]
+    of_loss, of_answers = report_on(finished, to=tmp_path / "r.html", evaluation=paths)["evidence"]
+    printed = json.loads(done.stdout)
+    assert of_loss["header"] == ["", "base", "tuned"]
+    assert of_loss["rows"][0] == ["loss, nats a token", f"{printed['base_loss']:.4f}", f"{printed['loss']:.4f}"]
+    assert ["accuracy", "25.0%", "75.0%"] in of_answers["rows"]
+    assert "Tuning gained 2 answers and lost 0" in of_answers["notes"][0]
+    assert "GSM8K: 4 questions of <b>test</b>.jsonl" in _Reader((tmp_path / "r.html").read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "code", "part"),
+    [
+        ("--evaluation", "[]", 3, "not a JSON object"),
+        ("--evaluation", '{"loss": 1}', 3, "has no "),
+        ("--evaluation", '{"task": "gsm8k", "data": 1}', 3, "it should be a valid string"),
+        ("--benchmark", '{"axes": [], "cells": [{}]}', 4, "has no values"),
+        ("--benchmark", '{"axes": [{"key": "batch", "values": ["a"]}], "cells": []}', 4, "do not fit each other"),
+        ("--benchmark", "{", 4, "not valid JSON"),
+    ],
+)
+def test_evidence_of_another_kind_is_refused(
+    option: str, text: str, code: int, part: str, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    place = tmp_path / "given"
+    place.mkdir()
+    (place / "benchmark.json").write_text(text)
+    given = place / "benchmark.json" if option == "--evaluation" else place
+    run = write_run(tmp_path / "run", falling(5))
+    done = command("report", run, "--output", tmp_path / "r.html", option, given)
+    assert (done.code, done.stdout, done.stderr.count("\n")) == (code, "", 1)
+    assert part in done.stderr
+    assert "benchmark.json" in done.stderr or "do not fit" in done.stderr
+    assert not (tmp_path / "r.html").exists()
+
+
+def _cell(lora: str, peak: int) -> dict[str, Any]:
+    categories = dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "casts", "temporary"), peak // 6)
+    return {
+        "values": {"lora": lora}, "status": "measured", "allocated_bytes": peak, "predicted_bytes": peak,
+        "reserved_bytes": None, "device_bytes": None, "resident_bytes": None, "categories": categories,
+        "unattributed_bytes": 0, "losses": [1.0], "held_out_losses": [], "step_s": 0.5, "step_s_range": [0.4, 0.6],
+        "runtime_s": 10.0, "tokens_per_second": 100.0, "steps": 20, "warm_up_steps": 2, "skipped_windows": 0,
+        "tokens": 1000, "trainable_parameters": 5, "total_parameters": 50, "device": "cpu", "device_name": "<b>cpu",
+        "threads": 1, "torch": "2",
+    }  # fmt: skip
+
+
+def test_the_tables_of_a_benchmark_are_on_the_page(tmp_path: Path) -> None:
+    cells = [_cell("off", 600 << 20), {"values": {"lora": "on"}, "status": "oom", "reason": "needs <i>40</i> GiB"}]
+    written = {"axes": [{"key": "lora", "values": ["off", "on"]}], "cells": cells, "steps": 20, "effects": []}
+    (tmp_path / "benchmark.json").write_text(json.dumps(written))
+    run = write_run(tmp_path / "run", falling(5))
+    tables = report_on(run, to=tmp_path / "r.html", benchmark=[tmp_path], tables=tmp_path / "t")["evidence"]
+    assert tables[0]["rows"][0][:2] == ["off", "600.0"]
+    assert tables[0]["rows"][1][:2] == ["on", "OOM"]
+    assert "needs <i>40</i> GiB" in _Reader((tmp_path / "r.html").read_text()).text
+    assert (tmp_path / "t" / "benchmark-1-1.tex").is_file()
+
+
+def test_a_report_from_elsewhere_finds_what_the_run_was_started_on(
+    spec_of: Make, tiny_base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "project").mkdir()
+    spec = spec_of(Path("runs/one"), training__num_epochs=None, training__max_steps=1)
+    (tmp_path / "project" / "rows").symlink_to(spec.data.train)
+    (tmp_path / "project" / "base").symlink_to(tiny_base())
+    values = spec.model_dump(mode="json")
+    values["data"]["train"], values["model"]["path"] = "rows", "base"
+    monkeypatch.chdir(tmp_path / "project")
+    train(build_spec(values, "test"))
+    monkeypatch.chdir(tmp_path)
+    (run,) = report_on(Path("project/runs/one"), to=tmp_path / "r.html")["runs"]
+    assert (run["notices"], run["data"]["train_rows"]) == ([], 17)
+    assert run["parameters"]
+    assert run["spec"]["data"]["train"] == "rows"
+
+
+def test_charts_and_tables_are_files_that_replace_their_like_alone(tmp_path: Path, command: Callable[..., Any]) -> None:
+    run = write_run(tmp_path / "run", falling(30))
+    charts, tables = tmp_path / "charts", tmp_path / "tables"
+    words = ("report", run, "--output", tmp_path / "r.html", "--charts", charts, "--tables", tables, "--overwrite")
+    assert command(*words).code == 0
+    made = {path.name for path in charts.iterdir()}
+    assert {f"loss.{kind}" for kind in ("png", "svg", "pdf")} <= made
+    assert {"settings.md", "settings.tex", "epochs.md"} <= {path.name for path in tables.iterdir()}
+    (charts / "old.png").write_text("an earlier one")
+    assert command(*words).code == 0
+    assert {path.name for path in charts.iterdir()} == made
+    (charts / "notes.txt").write_text("mine")
+    done = command(*words)
+    assert (done.code, "the directory holds something else: notes.txt" in done.stderr) == (5, True)
+    assert (charts / "notes.txt").read_text() == "mine"
+
+
+def test_hostile_texts_stay_texts_in_every_table(tmp_path: Path) -> None:
+    one, two = hostile_runs(tmp_path)
+    given = {"generations": tmp_path / "generations.jsonl", "charts": tmp_path / "c", "tables": tmp_path / "t"}
+    report_on(one, two, to=tmp_path / "report.html", **given)
+    for path in (tmp_path / "t").iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+        assert "<script>" not in text.replace("\\<script\\>", "")
+    for path in (tmp_path / "c").glob("*.svg"):
+        assert "<script" not in path.read_text()

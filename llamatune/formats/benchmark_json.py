@@ -1,0 +1,69 @@
+"""``benchmark.json``, the results of a benchmark: its reader. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+from llamatune.errors import CheckpointError
+from llamatune.formats.benchmark_cell import MeasuredCell, MeasuredGeneration, UnmeasuredCell
+from llamatune.formats.file_schema import LARGEST_FILE, FileSchema, Name, parse_values
+from llamatune.strict_json import read_json
+
+BENCHMARK = "benchmark.json"
+_TODO = "name an --output directory of llamatune benchmark"
+
+
+class AxisValues(FileSchema):
+    """An axis of the grid: its key and its values."""
+
+    key: Name
+    values: Annotated[list[Name], Field(min_length=1)]
+
+
+class _File(FileSchema):
+    """What is read of the file; its facts and the effects, which follow from the cells, are passed over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    axes: list[AxisValues]
+    cells: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class StoredBenchmark:
+    """Axes, and cells as ``benchmark_cell`` has them; ``of_generation``: of text, not of training steps."""
+
+    axes: list[AxisValues]
+    cells: list[dict[str, Any]]
+    of_generation: bool
+
+
+def read_benchmark(directory: Path) -> StoredBenchmark:
+    """The benchmark of a directory.
+
+    Raises:
+        CheckpointError: no such file, not strict JSON, or a key or value that does not fit, which is named.
+    """
+    path = directory / BENCHMARK
+    if not path.is_file():
+        raise CheckpointError("no benchmark.json in it", directory, _TODO)
+    raw = read_json(path, max_bytes=LARGEST_FILE)
+    file = parse_values(_File, raw, path, todo=_TODO)
+    of_generation = "repetitions" in raw
+    measured = MeasuredGeneration if of_generation else MeasuredCell
+    keys = {axis.key: axis.values for axis in file.axes}
+    cells = []
+    for number, cell in enumerate(file.cells):
+        schema = measured if cell.get("status") == "measured" else UnmeasuredCell
+        where = f"{path}, cell {number + 1}"
+        values = parse_values(schema, cell, where, todo=_TODO).model_dump()
+        if values["values"].keys() != keys.keys() or any(x not in keys[key] for key, x in values["values"].items()):
+            raise CheckpointError("a cell that is not of its axes", where, _TODO)
+        cells.append(values)
+    if len({tuple(cell["values"].items()) for cell in cells}) != len(cells):
+        raise CheckpointError("a cell comes twice", path, _TODO)
+    return StoredBenchmark(file.axes, cells, of_generation)
