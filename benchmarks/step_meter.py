@@ -161,7 +161,7 @@ def _run(spec: RunSpec, config: LlamaConfig, batch: Batch, levels: Levels | None
 
 
 def _step(spec: RunSpec, learner: Learner, micro_batches: Sequence[Batch], window: int) -> None:
-    make_update(learner, micro_batches, spec.training, window, spec.training.learning_rate)
+    make_update(learner, micro_batches, spec.training, window, spec.usual_learning_rate)
 
 
 def _inputs_without_data(spec: RunSpec, config: LlamaConfig) -> Inputs:

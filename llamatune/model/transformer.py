@@ -67,7 +67,8 @@ class Attention(nn.Module):
         """Queries (B, H, T, E) and keys (B, K, T, E), rotated, and values."""
         q = self.heads(self.q_proj(x), self.q_norm)
         k = self.heads(self.k_proj(x), self.k_norm)
-        return *rotate(q, k, *rotation), self.heads(self.v_proj(x))
+        v = self.heads(self.v_proj(x))
+        return *rotate(q, k, *rotation), v
 
     @property
     def head_norms(self) -> tuple[RMSNorm, ...]:

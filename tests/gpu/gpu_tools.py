@@ -141,7 +141,7 @@ def window_of(spec: RunSpec, learner: Learner, passes: list[Batch], device: torc
         gradients = {name: parameter.grad for name, parameter in learner.parameters.items()}
         scaled = {name: grad / learner.scaler.scale for name, grad in gradients.items() if grad is not None}
         learner.optimizer.zero_grad()
-        update = make_update(learner, passes, spec.training, 0, spec.training.learning_rate)
+        update = make_update(learner, passes, spec.training, 0, spec.training.rate)
     assert update.made
     changes = {name: x - before[name] for name, x in copies(learner.parameters).items()}
     return Result(update.loss, copies(scaled), changes)
