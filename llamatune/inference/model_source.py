@@ -269,8 +269,7 @@ def _with_adapter(base: Transformer, adapter: Adapter) -> Transformer:
     if not adapter.tensors:
         return base
     packed = (module for module in base.modules() if isinstance(module, PackedWeight))
-    kept = itertools.chain(base.parameters(), base.buffers(), packed)
-    tuned = copy.deepcopy(base, {id(shared): shared for shared in kept})
+    tuned = copy.deepcopy(base, {id(shared): shared for shared in itertools.chain(base.parameters(), packed)})
     apply_adapter(tuned, dataclasses.replace(adapter.config, dropout=0.0), seed=None)
     load_adapter_tensors(tuned, adapter.tensors)
     return tuned.requires_grad_(False).eval()

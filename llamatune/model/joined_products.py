@@ -7,6 +7,7 @@ to be copied from the file's pages, and nothing is gained.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -49,28 +50,36 @@ def _is_alike(module: nn.Module, group: Sequence[str]) -> bool:
     return len({module.get_submodule(name).weight.dtype for name in group}) == 1
 
 
+@dataclass(frozen=True)
+class _JoinedTensors:
+    """Matrices and biases of several layers behind one another; what the layers hold are parts of them."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __deepcopy__(self, memo: object) -> _JoinedTensors:
+        return self  # a model with an adapter shares the base's
+
+
 class _Joined(nn.Module):
-    """Holds the layers of another module, and the matrix and bias of some of them behind one another."""
+    """Holds the layers of another module, and the tensors of some of them joined."""
 
     group: tuple[str, ...]
-    joined_weight: Tensor
-    joined_bias: Tensor | None
+    joined: _JoinedTensors
 
     def take_layers_of(self, module: nn.Module) -> None:
         nn.Module.__init__(self)
         for name, layer in module.named_children():
             self.add_module(name, layer)
         self.training = module.training
-        for name in ("weight", "bias"):
-            self.register_buffer(f"joined_{name}", self._join(name), persistent=False)
+        biases = [layer.bias for layer in self.layers if layer.bias is not None]
+        weight = self._join("weight", [layer.weight for layer in self.layers])
+        self.joined = _JoinedTensors(weight, self._join("bias", biases) if biases else None)
 
-    def _join(self, name: str) -> Tensor | None:
+    def _join(self, name: str, parts: Sequence[Tensor]) -> Tensor:
         """The tensors of all layers in one; theirs become parts of it."""
-        parts = [getattr(layer, name) for layer in self.layers]
-        if parts[0] is None:
-            return None
         with torch.no_grad():
-            joined = torch.cat(parts)
+            joined = torch.cat(list(parts))
         for layer, part in zip(self.layers, torch.split(joined, [len(part) for part in parts]), strict=True):
             setattr(layer, name, nn.Parameter(part, requires_grad=False))
         return joined
@@ -81,7 +90,7 @@ class _Joined(nn.Module):
 
     def products(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(..., in) -> (..., out of all layers), with the updates of adapters in it, and its parts by layers."""
-        y, layers = linear(x, self.joined_weight, self.joined_bias), self.layers
+        y, layers = linear(x, self.joined.weight, self.joined.bias), self.layers
         parts = torch.split(y, [layer.out_features for layer in layers], dim=-1)
         for layer, part in zip(layers, parts, strict=True):
             updated = layer.updated(x, part)

@@ -69,7 +69,7 @@ def test_the_written_model_is_the_last_one_trained_and_best_the_best(
 
     learners = []
     build = train_module.build_learner
-    monkeypatch.setattr(train_module, "build_learner", lambda *a: learners.append(build(*a)) or learners[-1])
+    monkeypatch.setattr(train_module, "build_learner", lambda *a, **b: learners.append(build(*a, **b)) or learners[-1])
     data, run = prepared(validation_fraction=0.25, seed=3), tmp_path / "run"
     train(make_spec(tiny_base(), data, run, lora=None, training__max_steps=5, training__learning_rate=0.05,
                     evaluation__every_steps=1))  # fmt: skip

@@ -125,7 +125,8 @@ class Job:
             monkeypatch.setattr(loop, name, value)
         monkeypatch.setattr(evaluation, "held_out_loss", self.held_out_loss)
         monkeypatch.setattr(step_event, "peak_memory_bytes", lambda device: 0)
-        training: dict[str, Any] = {"output_dir": "run", "device": "cpu", "max_steps": self.total_steps}
+        training: dict[str, Any] = {"output_dir": "run", "device": "cpu", "max_steps": self.total_steps,
+                                    "learning_rate": 1e-4}  # fmt: skip
         values: dict[str, Any] = {"model": {"path": "m"}, "lora": {}, "data": {"train": "d"}, "training": training}
         training["save_every_steps"] = self.save_every
         values["evaluation"] = {"every_steps": self.eval_every, "at_start": False} if self.eval_every else {}

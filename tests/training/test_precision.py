@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +37,8 @@ def learners(monkeypatch: pytest.MonkeyPatch) -> list[Learner]:
     built: list[Learner] = []
     build = train_module.build_learner
 
-    def record(*arguments: object) -> Learner:
-        built.append(build(*arguments))  # type: ignore[arg-type]
+    def record(*arguments: Any, **more: Any) -> Learner:
+        built.append(build(*arguments, **more))
         return built[-1]
 
     monkeypatch.setattr(train_module, "build_learner", record)
@@ -212,8 +213,8 @@ def test_a_gradient_that_overflows_at_any_scale_ends_the_run(
     """Infinite gradients of a finite loss, planted in the backward pass of the first value projection."""
     build = train_module.build_learner
 
-    def poisoned(*arguments: object) -> Learner:
-        learner = build(*arguments)  # type: ignore[arg-type]
+    def poisoned(*arguments: Any, **more: Any) -> Learner:
+        learner = build(*arguments, **more)
         learner.parameters["model.layers.0.self_attn.v_proj.lora_B.weight"].register_hook(lambda g: g * float("inf"))
         return learner
 

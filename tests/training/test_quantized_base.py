@@ -39,7 +39,7 @@ def quantized(request: pytest.FixtureRequest) -> dict[str, Any]:
 def learners(monkeypatch: pytest.MonkeyPatch) -> list[Learner]:
     built: list[Learner] = []
     build = train_module.build_learner
-    monkeypatch.setattr(train_module, "build_learner", lambda *a: built.append(build(*a)) or built[-1])
+    monkeypatch.setattr(train_module, "build_learner", lambda *a, **b: built.append(build(*a, **b)) or built[-1])
     return built
 
 
