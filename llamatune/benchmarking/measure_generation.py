@@ -80,7 +80,7 @@ def measure_generation(task: GenerationTask, opened: OpenedModel) -> dict[str, A
     cuda = device.type == "cuda"
     prompts = random_prompts(config.vocab_size, rows, task.prompt_tokens)
     with opened.computing(rows, opened.memory_advice("use fewer --rows"), ignore_event):
-        model = opened.load(ignore_event, never_stop).by_prefix[""]
+        model = opened.load(ignore_event, never_stop, generates=True).by_prefix[""]
         meter = StorageMeter()
         if cuda:
             torch.cuda.empty_cache()  # of what loading took

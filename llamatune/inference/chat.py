@@ -201,5 +201,5 @@ def open_chat(
         on_event(Notice(f"{what}: each message is answered alone", "warning"))
     encoder = PromptEncoder(tokenizer, chosen)
     with opened.computing(1, opened.memory_advice("begin again with /reset"), on_event):
-        models = opened.load(on_event, should_stop).by_prefix
+        models = opened.load(on_event, should_stop, generates=True).by_prefix
         yield Chat(opened, tokenizer, encoder, models, conversation)

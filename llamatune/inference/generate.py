@@ -156,7 +156,7 @@ def generate(
         advice = opened.memory_advice("use fewer --max-new-tokens")
         stack.enter_context(opened.computing(rows, advice, on_event))
         try:
-            loaded = opened.load(on_event, should_stop)
+            loaded = opened.load(on_event, should_stop, generates=True)
             eos_ids = encoder.stop_ids(opened.checkpoint.config) | ends
 
             def completed(part: Sequence[list[int]], should_stop: ShouldStop) -> Iterator[list[tuple[Any, ...]]]:

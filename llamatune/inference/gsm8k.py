@@ -207,7 +207,7 @@ def _answer(
     should_stop: ShouldStop,
 ) -> Iterator[dict[str, Any]]:
     """The line of each question, in order: greedy, and ended once no further text can change the score."""
-    loaded = opened.load(on_event, should_stop)
+    loaded = opened.load(on_event, should_stop, generates=True)
     is_enough = AnswerEnds(tokenizer, bool(options.shots)).is_enough
 
     def answered(places: Sequence[int], should_stop: ShouldStop) -> Iterator[dict[str, Any]]:

@@ -123,8 +123,8 @@ class OpenedModel:
         return may and (self.merge == "on" or (self.merge == "auto" and self.device.type == "cuda"))
 
     @property
-    def _joins(self) -> bool:
-        """Whether products of the blocks are joined where they are small; merged layers have weights of their own."""
+    def _may_join(self) -> bool:
+        """Whether products of the blocks can be joined; merged layers have weights of their own."""
         return self.device.type == "cpu" and self.quantized is None and self.placement == "device" and not self.merges
 
     @property
@@ -183,9 +183,13 @@ class OpenedModel:
             except NumericsError as fault:
                 raise with_broken_tensor(fault, self.checkpoint, self.adapters) from None
 
-    def load(self, on_event: OnEvent, should_stop: ShouldStop) -> LoadedModels:
-        """Read the weights."""
-        model, idle = self._load(self._changed, on_event, should_stop)
+    def load(self, on_event: OnEvent, should_stop: ShouldStop, generates: bool = False) -> LoadedModels:
+        """Read the weights; to generate, with joined products where those are small.
+
+        A loss is computed without them, to the same bits wherever the blocks lie.
+        """
+        joined = generates and self._may_join
+        model, idle = self._load(self._changed, on_event, should_stop, joined)
         models = {"": model if self.adapter is None else _with_adapter(model, self.adapter)}
         if not self.compare:
             del model  # its weights are freed as they are merged
@@ -194,11 +198,11 @@ class OpenedModel:
             return LoadedModels(models, idle)
         if self.shares_base:
             return LoadedModels({**models, "base_": model}, idle, switch_of(models[""]))
-        model, _ = self._load(self.checkpoint, on_event, should_stop)
+        model, _ = self._load(self.checkpoint, on_event, should_stop, joined)
         return LoadedModels({**models, "base_": model}, idle)
 
     def _load(
-        self, checkpoint: Checkpoint, on_event: OnEvent, should_stop: ShouldStop
+        self, checkpoint: Checkpoint, on_event: OnEvent, should_stop: ShouldStop, joined: bool
     ) -> tuple[Transformer, Callable[[], None] | None]:
         """A model without the low-rank updates of its blocks, and what a rank does that has nothing to compute."""
         held, dtype = self.dtype or _stored_dtype(checkpoint), self.dtype
@@ -218,7 +222,7 @@ class OpenedModel:
             should_stop=should_stop,
             quantized=quantized,
             streamed=streamed,
-            joined=self._joins,
+            joined=joined,
         ).eval()
         if streamed is not None:
             streamed.attach(model)

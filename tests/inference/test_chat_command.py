@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import struct
@@ -147,7 +148,7 @@ def test_a_fault_over_a_pipe_ends_it_in_one_line(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode(errors="surrogateescape"))))
     outcome = command("chat", "--model", "model", "--max-new-tokens", 1, "--temperature", 0)
     assert outcome.code == code, outcome.stderr
-    (line,) = [line for line in outcome.stderr.splitlines() if not line.startswith(("info: ", "warning: "))]
+    (line,) = [line for line in outcome.stderr.splitlines() if not re.match(r"[\dT:-]+ (info|warning): ", line)]
     assert line.startswith("error: ")
     assert part in line
     assert (tmp_path / "there.json").read_text() == "mine"

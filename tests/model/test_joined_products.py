@@ -68,13 +68,16 @@ def test_adapters_act_on_joined_layers(
     base = tiny_base()
     adapter = peft_adapter(base, **kind)
     opened = open_model(ModelSource(base, adapter, compare=True, device="cpu"))
-    models = opened.load(ignore_event, never_stop).by_prefix
+    models = opened.load(ignore_event, never_stop, generates=True).by_prefix
     assert are_joined(models["base_"])
     assert are_joined(models[""])
     for of_base, of_tuned in zip(models["base_"].model.layers, models[""].model.layers, strict=True):
         assert of_base.self_attn.joined is of_tuned.self_attn.joined
     torch.testing.assert_close(logits(models["base_"]), logits(load_model(base).eval()), atol=1e-5, rtol=0)
-    merged = open_model(ModelSource(base, adapter, device="cpu"), merge="on").load(ignore_event, never_stop)
+    assert not are_joined(opened.load(ignore_event, never_stop).by_prefix[""]), "a loss has the bits of training's"
+    merged = open_model(ModelSource(base, adapter, device="cpu"), merge="on").load(
+        ignore_event, never_stop, generates=True
+    )
     assert not are_joined(merged.by_prefix[""])
     torch.testing.assert_close(logits(models[""]), logits(merged.by_prefix[""]), atol=1e-4, rtol=1e-4)
     assert (logits(models[""]) - logits(models["base_"])).abs().max() > 1e-3

@@ -52,7 +52,7 @@ def test_slower_settings_are_told_once_before_weights_are_loaded(
 ) -> None:
     gpus(gpu)
 
-    def load(*args: Any) -> None:
+    def load(*args: Any, **more: Any) -> None:
         raise Loading
 
     monkeypatch.setattr("llamatune.training.train.build_learner", load)
@@ -88,7 +88,7 @@ def test_memory_is_planned_for_the_kernels_that_run(
     gpus(H100)
     planned = []
 
-    def load(spec: RunSpec, *args: Any) -> None:
+    def load(spec: RunSpec, *args: Any, **more: Any) -> None:
         planned.append(spec.training.kernels)
         raise Loading
 
