@@ -65,7 +65,7 @@ def run_sweep(options: SweepOptions, on_event: OnEvent = ignore_event, should_st
     Raises:
         LlamatuneError: the output directory cannot be used, no run could be trained, or one has another fault; all
             others are trained before.
-        Stopped: ``should_stop`` returned True; each run has saved, and the same call continues.
+        Stopped: ``should_stop`` returned True, or a run is out of time; each has saved, and the same call continues.
     """
     output = Path(os.path.realpath(options.output))
     refuse_other(output, RUNS, options.overwrite)
@@ -100,15 +100,16 @@ def _train_all(
                 Notice(f"runs {first} to {last} of {total}, together on one base ({room.told(len(batch))}): {words}")
             )
             with Several(batch, on_event) as several:
-                found = train_together(batch, room.threads, options.force_base, several.observer, should_stop)
+                found = train_together(batch, room, options.force_base, several.observer, should_stop)
         outcomes |= found
         for name, outcome in found.items():
             if isinstance(outcome, LlamatuneError) and not isinstance(outcome, Stopped):
                 on_event(Notice(f"{name}: {outcome}", "warning"))
-        if any(isinstance(outcome, Stopped) for outcome in found.values()):
-            done = sum(isinstance(outcome, dict) for outcome in outcomes.values())
-            what = f"stopped by a signal after {done} of {total} runs"
-            raise Stopped(what, options.output, "run the same command again to continue")
+        for name, outcome in found.items():
+            if isinstance(outcome, Stopped):
+                done = sum(isinstance(outcome, dict) for outcome in outcomes.values())
+                what = f"{name} {outcome.what}; {done} of {total} runs are finished"
+                raise Stopped(what, options.output, outcome.todo or "run the same command again to continue")
     return outcomes
 
 

@@ -11,13 +11,15 @@ import torch
 from llamatune.errors import LlamatuneError
 from llamatune.events import OnEvent, ShouldStop
 from llamatune.lockstep import Lockstep
+from llamatune.model.kernels.choice import chosen_kernels
 from llamatune.model.shared_base import SharedBase
 from llamatune.model.transformer import Transformer
 from llamatune.spec import RunSpec
+from llamatune.sweeping.groups import Room
 from llamatune.sweeping.members import Member
 from llamatune.threads import using_threads
 from llamatune.tracking.trackers import Trackers
-from llamatune.training.determinism import cublas_workspace
+from llamatune.training.determinism import cublas_workspace, deterministic_kernels
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import LoadBase, load_own_base
 from llamatune.training.precision import fp32_products
@@ -29,7 +31,7 @@ Outcome = dict[str, Any] | LlamatuneError
 
 def train_together(
     members: Sequence[Member],
-    threads: int,
+    room: Room,
     force_base: bool,
     observer: Callable[[str], OnEvent],
     should_stop: ShouldStop,
@@ -45,9 +47,11 @@ def train_together(
     assert spec is not None
     # What the runs set for the whole process, each for itself, is set here: it is the same for all, and none undoes it.
     with (
-        using_threads(threads),
+        using_threads(room.threads),
         cublas_workspace(spec.training.deterministic),
+        deterministic_kernels(spec.training.deterministic, room.device),
         fp32_products(spec.training.precision),
+        chosen_kernels(spec.training.kernels, room.device),
     ):
         outcomes = lockstep.run(jobs, LlamatuneError)
     names = [member.name for member in members]

@@ -17,6 +17,7 @@ from slow_cases import slow
 from llamatune.command_options.sweep import SweepOptions
 from llamatune.errors import NumericsError, SpecError, Stopped
 from llamatune.events import EpochDone, Event, Notice, Progress
+from llamatune.model.kernels import choice
 from llamatune.sweeping import run_sweep as sweep_module
 from llamatune.sweeping import together
 from llamatune.sweeping.run_sweep import run_sweep
@@ -234,7 +235,7 @@ class CountedStop:
 @pytest.mark.parametrize("number", [0, 9, slow(2), slow(17), slow(30)])
 def test_a_sweep_that_is_stopped_goes_on_to_the_same_bytes(tmp_path: Path, grid_spec: Path, number: int) -> None:
     spec, output = grid_spec, tmp_path / "out"
-    with pytest.raises(Stopped, match=r"stopped by a signal after \d of 4 runs"):
+    with pytest.raises(Stopped, match=r"^r=\d,.* stopped .*; \d of 4 runs are finished"):
         run_sweep(options(spec, output, *GRID), should_stop=CountedStop(number).should_stop)
     run_sweep(options(spec, output, *GRID))
     assert_equal_to_solo_runs(output, spec, *GRID)
@@ -254,6 +255,32 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path, grid_s
         run_sweep(options(spec, output, *GRID), die)
     run_sweep(options(spec, output, *GRID))
     assert_equal_to_solo_runs(output, spec, *GRID)
+
+
+@pytest.mark.parametrize("at_once", [None, 1])
+def test_a_sweep_that_a_time_limit_stops_says_so(
+    tmp_path: Path, base_spec: Callable[..., Path], at_once: int | None
+) -> None:
+    spec = base_spec(training__max_time="00:00:01", training__num_epochs=900, evaluation__every_steps=90)
+    with pytest.raises(Stopped, match=r"^r=2 stopped \d s before training.max_time after step \d+ of .* 0 of 2 runs"):
+        run_sweep(options(spec, tmp_path / "out", "lora.r=2,4", at_once=at_once))
+
+
+def test_kernels_are_those_of_a_solo_run_also_when_another_run_has_ended(
+    tmp_path: Path, base_spec: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "triton_runs_on", lambda device: True)
+    monkeypatch.setattr(choice, "kernel_fault", lambda device: None)
+    used = list[str | None]()
+
+    def note(event: Event) -> None:
+        if isinstance(event, Progress) and event.task.startswith("updates"):
+            used.append(choice._device_type)
+
+    run_sweep(options(base_spec(), tmp_path / "out", "training.max_steps=1,3", at_once=2), note)
+    assert used
+    assert set(used[:-1]) == {"cuda"}  # the last is of the sweep, which has ended
+    assert choice._device_type is None
 
 
 def test_another_number_at_once_continues_to_the_same_bytes(tmp_path: Path, grid_spec: Path) -> None:
