@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from llamatune.events import Notice, OnEvent, ShouldStop
+from llamatune.events import Notice, OnEvent, RateSearch, ShouldStop
 from llamatune.formats.state_json import list_checkpoints
 from llamatune.ranks import Ranks
 from llamatune.spec import RunSpec, load_stored_spec
@@ -61,8 +61,21 @@ def with_found_rate(
         search = search_learning_rate(spec, inputs, schedule, learner, run, on_event, should_stop, ranks)
         if ranks.is_first:
             record_rate_search(run.path, search)
+        _warn_of_no_gain(search, on_event)
     on_event(Notice(f"learning rate {search.learning_rate:.3g}, found by {search.method}"))
     return spec.with_learning_rate(search.learning_rate), dataclasses.replace(run, rate_search=search)
+
+
+def _warn_of_no_gain(search: RateSearch, on_event: OnEvent) -> None:
+    """Tell where no trial speaks for its rate."""
+    lowest = min((loss for loss in search.losses if loss is not None), default=None)
+    if lowest is not None and lowest < search.start_loss:
+        return
+    found = (
+        "every trial diverged" if lowest is None else f"no trial came below the untrained loss {search.start_loss:.4f}"
+    )
+    todo = "look at the rows, or give training.learning_rate a number"
+    on_event(Notice(f"learning rate: {found}, so that {search.learning_rate:.3g} is a guess; {todo}", "warning"))
 
 
 def rate_facts(spec: RunSpec) -> dict[str, Any]:

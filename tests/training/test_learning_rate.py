@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,26 @@ def test_rates_that_diverge_are_not_chosen(spec_at: SpecAt, tmp_path: Path, monk
     assert None in search["losses"]
     finite = [rate for rate, loss in zip(search["rates"], search["losses"], strict=True) if loss is not None]
     assert search["learning_rate"] <= max(finite, default=math.inf)
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [(None, "every trial diverged"), (99.0, r"no trial came below the untrained loss \d"), (0.1, None)],
+)
+def test_trials_that_speak_for_no_rate_are_told_of(
+    spec_at: SpecAt, monkeypatch: pytest.MonkeyPatch, loss: float | None, told: str | None
+) -> None:
+    def trial(trials: Any, rate: float) -> float | None:
+        trials.losses[rate] = loss
+        return loss
+
+    monkeypatch.setattr(rate_search._Trials, "loss_after", trial)
+    events = list[Event]()
+    train(spec_at("run", training__max_steps=1), on_event=events.append)
+    warnings = [event.message for event in events if isinstance(event, Notice) and event.kind == "warning"]
+    found = [line for line in warnings if line.startswith("learning rate: ")]
+    assert len(found) == (told is not None)
+    assert told is None or re.search(told, found[0])
 
 
 def test_a_broken_base_is_told_as_training_tells_it(spec_at: SpecAt, monkeypatch: pytest.MonkeyPatch) -> None:
