@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -264,6 +265,15 @@ def test_a_sweep_that_a_time_limit_stops_says_so(
     spec = base_spec(training__max_time="00:00:01", training__num_epochs=900, evaluation__every_steps=90)
     with pytest.raises(Stopped, match=r"^r=2 stopped \d s before training.max_time after step \d+ of .* 0 of 2 runs"):
         run_sweep(options(spec, tmp_path / "out", "lora.r=2,4", at_once=at_once))
+
+
+def test_the_time_of_a_sweep_is_that_of_all_its_runs(tmp_path: Path, base_spec: Callable[..., Path]) -> None:
+    """A run that begins when the time is over is stopped, and a finished one is read."""
+    spec, output = base_spec(training__max_time="1h"), tmp_path / "out"
+    run_sweep(options(spec, output, "lora.r=2,4", at_once=1))
+    shutil.rmtree(output / "runs" / "r=4")
+    with pytest.raises(Stopped, match=r"^r=4 stopped 0 s before training.max_time .*; 1 of 2 runs are finished"):
+        run_sweep(options(spec, output, "lora.r=2,4", at_once=1), began_s=time.monotonic() - 3600)
 
 
 def test_kernels_are_those_of_a_solo_run_also_when_another_run_has_ended(
