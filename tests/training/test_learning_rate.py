@@ -18,6 +18,7 @@ from llamatune.errors import NumericsError, SpecError, Stopped
 from llamatune.events import Event, Notice, Progress, StepDone, ignore_event, never_stop
 from llamatune.formats.metrics import read_metrics
 from llamatune.inference.evaluate import RowScore
+from llamatune.job_end import Clock
 from llamatune.ranks import ALONE
 from llamatune.reporting.run_reader import read_run
 from llamatune.spec import RunSpec
@@ -165,12 +166,26 @@ def test_a_stopped_search_starts_over_and_finds_the_same(spec_at: SpecAt, tmp_pa
     train(spec_at("whole"))
     spec = spec_at("stopped")
     on_event, should_stop = stop_in_search(after=20)
-    with pytest.raises(Stopped, match="while the learning rate was searched"):
+    with pytest.raises(Stopped, match=r"^stopped by a signal after a part of the search"):
         train(spec, on_event=on_event, should_stop=should_stop)
     assert "learning_rate_search" not in json.loads((tmp_path / "stopped" / "origin.json").read_text())
     train(spec)
     assert found(tmp_path / "stopped") == found(tmp_path / "whole")
     assert_same_outcome(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_search_that_takes_all_the_time_is_stopped_in_time(spec_at: SpecAt, tmp_path: Path) -> None:
+    """Ten seconds a micro-batch, of a minute less its margin of six seconds."""
+    now = 0.0
+
+    def on_event(event: Event) -> None:
+        nonlocal now
+        now += 10.0 if isinstance(event, Progress) and event.task == "finding the learning rate" else 0.0
+
+    with pytest.raises(Stopped, match=r"^stopped 0 s before training\.max_time after a part of .* with more time"):
+        train(spec_at("run", training__max_time="1m"), on_event=on_event, clock=Clock(lambda: now, lambda: now))
+    assert now == 60.0
+    assert "learning_rate_search" not in json.loads((tmp_path / "run" / "origin.json").read_text())
 
 
 def test_a_run_killed_before_its_first_checkpoint_searches_again(spec_at: SpecAt, tmp_path: Path) -> None:
