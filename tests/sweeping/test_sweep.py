@@ -74,8 +74,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"training__lr_scheduler": "cosine", "training__warmup_steps": 2, "training__max_grad_norm": 0.4},
         ("lora.target_modules=[q_proj,v_proj],all-linear", "training.seed=0,4"),
     ),
-    "lengths of the runs, evaluations and optimizers": (
-        {"lora": {"r": 4, "dropout": 0.2, "target_modules": "all-linear"}},
+    "lengths of the runs, evaluations with answers, and optimizers": (
+        {"lora": {"r": 4, "dropout": 0.2, "target_modules": "all-linear"},
+         "evaluation__prompts": 2, "evaluation__max_new_tokens": 4},
         ("training.num_epochs=1,1.5", "evaluation.every_steps=1,3", "training.optimizer=adamw"),
     ),
     "kinds, on a bf16 base computed in fp32": (
