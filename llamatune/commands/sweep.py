@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from llamatune.command_options.sweep import SweepOptions
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
 
 def sweep(options: SweepOptions, console: Console) -> None:
     """Train a run for every combination of values, several at once on one base, and compare them."""
+    began_s = time.monotonic()  # of training.max_time, before torch is loaded
     with console:
         from llamatune.sweeping.run_sweep import PAGE, run_sweep
 
-        done = run_sweep(options, console.on_event, console.should_stop)
+        done = run_sweep(options, console.on_event, console.should_stop, began_s)
         page = str(options.output / PAGE) if done.has_page else None
         payload = {**done.payload(), "report": page}
         console.result(payload, lambda out: _print(out, done))

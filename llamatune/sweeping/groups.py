@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from llamatune.events import ignore_event
 from llamatune.memory.plan import placed, with_kernels
 from llamatune.model.kernels.choice import chosen_kernels
@@ -32,7 +34,7 @@ _MAY_DIFFER = {
 
 @dataclass(frozen=True)
 class Room:
-    """How many runs of a group are trained at once, and with how many threads.
+    """How many runs of a group are trained at once, on which device, and with how many threads.
 
     ``base_bytes`` are there once, ``own_bytes`` once for each, as far as the plan of their heaviest step says.
     """
@@ -40,6 +42,7 @@ class Room:
     at_once: int
     limit_bytes: int | None
     threads: int
+    device: torch.device
     base_bytes: int = 0
     own_bytes: int = 0
 
@@ -98,9 +101,9 @@ def room_for(group: Sequence[Member], force_base: bool, wanted: int | None = Non
     rule = choose_passes(planned[0], config, rows, device, 1)
     threads = threads_for(config, pass_tokens(specs[0], rows, rule))
     if choose_run_placement(planned[0], config, rows, device, rule.tokens, ALONE).model.placement != "device":
-        return Room(1, None, threads)
+        return Room(1, None, threads, device)
     plans = [plan_run_memory(placed(spec, "device"), config, rows, device, rule.tokens) for spec in planned]
     base, own = plans[0].step.weights, max(plan.step.peak - plan.step.weights for plan in plans)
     limit, most = plans[0].limit_bytes, wanted or len(group)
     fitting = most if limit is None or wanted else max(1, (limit - base) // own)
-    return Room(min(len(group), most, fitting), limit, threads, base, own)
+    return Room(min(len(group), most, fitting), limit, threads, device, base, own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -57,21 +58,28 @@ class Sweep:
         }
 
 
-def run_sweep(options: SweepOptions, on_event: OnEvent = ignore_event, should_stop: ShouldStop = never_stop) -> Sweep:
+def run_sweep(
+    options: SweepOptions,
+    on_event: OnEvent = ignore_event,
+    should_stop: ShouldStop = never_stop,
+    began_s: float | None = None,
+) -> Sweep:
     """Train what is not finished yet below the output directory; write ``sweep.json`` and ``sweep.md`` there.
 
-    A run whose loss is not finite, or that has too little memory, is a result like another.
+    A run whose loss is not finite, or that has too little memory, is a result like another. ``training.max_time`` is
+    that of all runs together, since ``began_s`` of the monotonic clock (None: since now).
 
     Raises:
         LlamatuneError: the output directory cannot be used, no run could be trained, or one has another fault; all
             others are trained before.
-        Stopped: ``should_stop`` returned True; each run has saved, and the same call continues.
+        Stopped: ``should_stop`` returned True, or a run is out of time; each has saved, and the same call continues.
     """
+    began_s = time.monotonic() if began_s is None else began_s
     output = Path(os.path.realpath(options.output))
     refuse_other(output, RUNS, options.overwrite)
     axes, members = plan_members(options)
     with claimed(output, RUNS, options.overwrite):
-        outcomes = _train_all(members, options, on_event, should_stop)
+        outcomes = _train_all(members, options, on_event, should_stop, began_s)
         runs = [_result(member, outcomes.get(member.name)) for member in members]
         _raise_faults(outcomes)
         sweep = Sweep(axes, runs, best_of(runs), options.output, str(options.spec_path))
@@ -82,7 +90,7 @@ def run_sweep(options: SweepOptions, on_event: OnEvent = ignore_event, should_st
 
 
 def _train_all(
-    members: Sequence[Member], options: SweepOptions, on_event: OnEvent, should_stop: ShouldStop
+    members: Sequence[Member], options: SweepOptions, on_event: OnEvent, should_stop: ShouldStop, began_s: float
 ) -> dict[str, Outcome]:
     """The outcome of every member that has a spec, by its name."""
     outcomes: dict[str, Outcome] = {}
@@ -94,21 +102,22 @@ def _train_all(
         words = "; ".join(in_words(member.values) for member in batch)
         if room is None:
             on_event(Notice(f"run {first} of {total}: {words}"))
-            found = {batch[0].name: train_alone(batch[0], options.force_base, on_event, should_stop)}
+            found = {batch[0].name: train_alone(batch[0], options.force_base, on_event, should_stop, began_s)}
         else:
             on_event(
                 Notice(f"runs {first} to {last} of {total}, together on one base ({room.told(len(batch))}): {words}")
             )
             with Several(batch, on_event) as several:
-                found = train_together(batch, room.threads, options.force_base, several.observer, should_stop)
+                found = train_together(batch, room, options.force_base, several.observer, should_stop, began_s)
         outcomes |= found
         for name, outcome in found.items():
             if isinstance(outcome, LlamatuneError) and not isinstance(outcome, Stopped):
                 on_event(Notice(f"{name}: {outcome}", "warning"))
-        if any(isinstance(outcome, Stopped) for outcome in found.values()):
-            done = sum(isinstance(outcome, dict) for outcome in outcomes.values())
-            what = f"stopped by a signal after {done} of {total} runs"
-            raise Stopped(what, options.output, "run the same command again to continue")
+        for name, outcome in found.items():
+            if isinstance(outcome, Stopped):
+                done = sum(isinstance(outcome, dict) for outcome in outcomes.values())
+                what = f"{name} {outcome.what}; {done} of {total} runs are finished"
+                raise Stopped(what, options.output, outcome.todo or "run the same command again to continue")
     return outcomes
 
 

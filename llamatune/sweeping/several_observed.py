@@ -41,7 +41,7 @@ class Several:
                         self._said.add(event)
                         self._on_event(Notice(f"{name}: {event.message}", event.kind))
                 case Progress():
-                    if event.task != "evaluating":
+                    if event.task not in ("evaluating", "answering"):
                         self._on_event(event)
                 case RunStarted():
                     self._total[name], self._done[name] = event.total_steps, event.resumed_step

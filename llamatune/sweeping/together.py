@@ -11,13 +11,15 @@ import torch
 from llamatune.errors import LlamatuneError
 from llamatune.events import OnEvent, ShouldStop
 from llamatune.lockstep import Lockstep
+from llamatune.model.kernels.choice import chosen_kernels
 from llamatune.model.shared_base import SharedBase
 from llamatune.model.transformer import Transformer
 from llamatune.spec import RunSpec
+from llamatune.sweeping.groups import Room
 from llamatune.sweeping.members import Member
 from llamatune.threads import using_threads
 from llamatune.tracking.trackers import Trackers
-from llamatune.training.determinism import cublas_workspace
+from llamatune.training.determinism import cublas_workspace, deterministic_kernels
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import LoadBase, load_own_base
 from llamatune.training.precision import fp32_products
@@ -29,49 +31,66 @@ Outcome = dict[str, Any] | LlamatuneError
 
 def train_together(
     members: Sequence[Member],
-    threads: int,
+    room: Room,
     force_base: bool,
     observer: Callable[[str], OnEvent],
     should_stop: ShouldStop,
+    began_s: float | None = None,
 ) -> dict[str, Outcome]:
     """The outcome of each, by its name, of members of one group, trained at once; what ends one ends no other.
 
-    ``observer`` gives what a member's events go to, by its name.
+    ``observer`` gives what a member's events go to, by its name. ``began_s`` is that of ``train``.
     """
     lockstep: Lockstep[dict[str, Any], LlamatuneError] = Lockstep(torch.get_rng_state, torch.set_rng_state)
     load_base = _LoadOnce(lockstep)
-    jobs = [partial(_train_in_turns, member, load_base, force_base, observer, should_stop) for member in members]
+    jobs = [
+        partial(_train_in_turns, member, load_base, force_base, observer, should_stop, began_s) for member in members
+    ]
     spec = members[0].spec
     assert spec is not None
     # What the runs set for the whole process, each for itself, is set here: it is the same for all, and none undoes it.
     with (
-        using_threads(threads),
+        using_threads(room.threads),
         cublas_workspace(spec.training.deterministic),
+        deterministic_kernels(spec.training.deterministic, room.device),
         fp32_products(spec.training.precision),
+        chosen_kernels(spec.training.kernels, room.device),
     ):
         outcomes = lockstep.run(jobs, LlamatuneError)
     names = [member.name for member in members]
     return dict(zip(names, outcomes, strict=True))
 
 
-def train_alone(member: Member, force_base: bool, on_event: OnEvent, should_stop: ShouldStop) -> Outcome:
+def train_alone(
+    member: Member, force_base: bool, on_event: OnEvent, should_stop: ShouldStop, began_s: float | None = None
+) -> Outcome:
     """Train one run as ``llamatune train`` does."""
     try:
-        return _train(member, None, force_base, on_event, should_stop)
+        return _train(member, None, force_base, on_event, should_stop, began_s)
     except LlamatuneError as fault:
         return fault
 
 
 def _train_in_turns(
-    member: Member, load_base: LoadBase, force_base: bool, observer: Callable[[str], OnEvent], should_stop: ShouldStop
+    member: Member,
+    load_base: LoadBase,
+    force_base: bool,
+    observer: Callable[[str], OnEvent],
+    should_stop: ShouldStop,
+    began_s: float | None,
 ) -> dict[str, Any]:
     # A GPU's backward passes run in this thread, too: one thread of autograd for all would wait for itself.
     with torch.autograd.set_multithreading_enabled(False):
-        return _train(member, load_base, force_base, observer(member.name), should_stop)
+        return _train(member, load_base, force_base, observer(member.name), should_stop, began_s)
 
 
 def _train(
-    member: Member, load_base: LoadBase | None, force_base: bool, on_event: OnEvent, should_stop: ShouldStop
+    member: Member,
+    load_base: LoadBase | None,
+    force_base: bool,
+    on_event: OnEvent,
+    should_stop: ShouldStop,
+    began_s: float | None,
 ) -> dict[str, Any]:
     assert member.spec is not None
     with Trackers(member.spec, on_event) as trackers:
@@ -80,6 +99,7 @@ def _train(
             force_base=force_base,
             on_event=trackers.on_event,
             should_stop=should_stop,
+            began_s=began_s,
             load_base=load_base,
         )
 

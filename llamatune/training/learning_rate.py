@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from llamatune.events import Notice, OnEvent, ShouldStop
+from llamatune.errors import Stopped
+from llamatune.events import Notice, OnEvent, RateSearch
 from llamatune.formats.state_json import list_checkpoints
 from llamatune.ranks import Ranks
 from llamatune.spec import RunSpec, load_stored_spec
@@ -18,6 +19,7 @@ from llamatune.training.rate_trials import BUDGET
 from llamatune.training.run_directory import RunDirectory, record_rate_search
 from llamatune.training.run_file_names import CHECKPOINTS, SPEC, SUMMARY
 from llamatune.training.schedule import Schedule
+from llamatune.training.stopping import Stopping
 
 
 def with_given_rate(spec: RunSpec, overwrite: bool, ranks: Ranks) -> RunSpec:
@@ -47,22 +49,38 @@ def with_found_rate(
     learner: Learner,
     run: RunDirectory,
     on_event: OnEvent,
-    should_stop: ShouldStop,
+    stopping: Stopping,
     ranks: Ranks,
 ) -> tuple[RunSpec, RunDirectory]:
     """``spec`` with a number: the one that was found when the run began, or is found now and recorded in ``run``.
 
-    Raises what ``search_learning_rate`` raises.
+    Raises what ``search_learning_rate`` raises; ``Stopped`` also where the time of the run is over.
     """
     if spec.training.learning_rate != "auto":
         return spec, dataclasses.replace(run, rate_search=None)
     search = run.rate_search
     if search is None:
-        search = search_learning_rate(spec, inputs, schedule, learner, run, on_event, should_stop, ranks)
+        try:
+            search = search_learning_rate(spec, inputs, schedule, learner, run, on_event, stopping.in_wait, ranks)
+        except Stopped:
+            raise stopping.stopped("a part of the search for the learning rate", run.path, True, ranks) from None
         if ranks.is_first:
             record_rate_search(run.path, search)
+        _warn_of_no_gain(search, on_event)
     on_event(Notice(f"learning rate {search.learning_rate:.3g}, found by {search.method}"))
     return spec.with_learning_rate(search.learning_rate), dataclasses.replace(run, rate_search=search)
+
+
+def _warn_of_no_gain(search: RateSearch, on_event: OnEvent) -> None:
+    """Tell where no trial speaks for its rate."""
+    lowest = min((loss for loss in search.losses if loss is not None), default=None)
+    if lowest is not None and lowest < search.start_loss:
+        return
+    found = (
+        "every trial diverged" if lowest is None else f"no trial came below the untrained loss {search.start_loss:.4f}"
+    )
+    todo = "look at the rows, or give training.learning_rate a number"
+    on_event(Notice(f"learning rate: {found}, so that {search.learning_rate:.3g} is a guess; {todo}", "warning"))
 
 
 def rate_facts(spec: RunSpec) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Stopping:
         return self.by_signal() or not self.limit.has(rest_s + step_s + self.limit.save_s)
 
     def in_wait(self) -> bool:
-        """Whether to wait no longer for what need not be."""
+        """Whether to go on no longer with what is not saved: a wait, or the search for a learning rate."""
         return self.by_signal() or not self._has(0.0)
 
     def begin_evaluation(self) -> None:

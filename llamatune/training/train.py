@@ -141,7 +141,7 @@ def train(
         if spec.training.compile:
             compile_ahead(spec, learner, rows, on_event)
         asked = (on_event, stopping)
-        spec, run = with_found_rate(spec, inputs, schedule, learner, run, on_event, stopping.by_signal, ranks)
+        spec, run = with_found_rate(spec, inputs, schedule, learner, run, on_event, stopping, ranks)
         facts = {"learning_rate": spec.training.rate, **memory_facts}
         loop = TrainingLoop(spec, inputs, schedule, learner, run, *asked, facts, meter, digests, ranks, prompts)
         loop.resume()

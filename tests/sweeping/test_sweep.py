@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from slow_cases import slow
 from llamatune.command_options.sweep import SweepOptions
 from llamatune.errors import NumericsError, SpecError, Stopped
 from llamatune.events import EpochDone, Event, Notice, Progress
+from llamatune.model.kernels import choice
 from llamatune.sweeping import run_sweep as sweep_module
 from llamatune.sweeping import together
 from llamatune.sweeping.run_sweep import run_sweep
@@ -72,8 +74,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"training__lr_scheduler": "cosine", "training__warmup_steps": 2, "training__max_grad_norm": 0.4},
         ("lora.target_modules=[q_proj,v_proj],all-linear", "training.seed=0,4"),
     ),
-    "lengths of the runs, evaluations and optimizers": (
-        {"lora": {"r": 4, "dropout": 0.2, "target_modules": "all-linear"}},
+    "lengths of the runs, evaluations with answers, and optimizers": (
+        {"lora": {"r": 4, "dropout": 0.2, "target_modules": "all-linear"},
+         "evaluation__prompts": 2, "evaluation__max_new_tokens": 4},
         ("training.num_epochs=1,1.5", "evaluation.every_steps=1,3", "training.optimizer=adamw"),
     ),
     "kinds, on a bf16 base computed in fp32": (
@@ -234,7 +237,7 @@ class CountedStop:
 @pytest.mark.parametrize("number", [0, 9, slow(2), slow(17), slow(30)])
 def test_a_sweep_that_is_stopped_goes_on_to_the_same_bytes(tmp_path: Path, grid_spec: Path, number: int) -> None:
     spec, output = grid_spec, tmp_path / "out"
-    with pytest.raises(Stopped, match=r"stopped by a signal after \d of 4 runs"):
+    with pytest.raises(Stopped, match=r"^r=\d,.* stopped .*; \d of 4 runs are finished"):
         run_sweep(options(spec, output, *GRID), should_stop=CountedStop(number).should_stop)
     run_sweep(options(spec, output, *GRID))
     assert_equal_to_solo_runs(output, spec, *GRID)
@@ -254,6 +257,41 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path, grid_s
         run_sweep(options(spec, output, *GRID), die)
     run_sweep(options(spec, output, *GRID))
     assert_equal_to_solo_runs(output, spec, *GRID)
+
+
+@pytest.mark.parametrize("at_once", [None, 1])
+def test_a_sweep_that_a_time_limit_stops_says_so(
+    tmp_path: Path, base_spec: Callable[..., Path], at_once: int | None
+) -> None:
+    spec = base_spec(training__max_time="00:00:01", training__num_epochs=900, evaluation__every_steps=90)
+    with pytest.raises(Stopped, match=r"^r=2 stopped \d s before training.max_time after step \d+ of .* 0 of 2 runs"):
+        run_sweep(options(spec, tmp_path / "out", "lora.r=2,4", at_once=at_once))
+
+
+def test_the_time_of_a_sweep_is_that_of_all_its_runs(tmp_path: Path, base_spec: Callable[..., Path]) -> None:
+    """A run that begins when the time is over is stopped, and a finished one is read."""
+    spec, output = base_spec(training__max_time="1h"), tmp_path / "out"
+    run_sweep(options(spec, output, "lora.r=2,4", at_once=1))
+    shutil.rmtree(output / "runs" / "r=4")
+    with pytest.raises(Stopped, match=r"^r=4 stopped 0 s before training.max_time .*; 1 of 2 runs are finished"):
+        run_sweep(options(spec, output, "lora.r=2,4", at_once=1), began_s=time.monotonic() - 3600)
+
+
+def test_kernels_are_those_of_a_solo_run_also_when_another_run_has_ended(
+    tmp_path: Path, base_spec: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "triton_runs_on", lambda device: True)
+    monkeypatch.setattr(choice, "kernel_fault", lambda device: None)
+    used = list[str | None]()
+
+    def note(event: Event) -> None:
+        if isinstance(event, Progress) and event.task.startswith("updates"):
+            used.append(choice._device_type)
+
+    run_sweep(options(base_spec(), tmp_path / "out", "training.max_steps=1,3", at_once=2), note)
+    assert used
+    assert set(used[:-1]) == {"cuda"}  # the last is of the sweep, which has ended
+    assert choice._device_type is None
 
 
 def test_another_number_at_once_continues_to_the_same_bytes(tmp_path: Path, grid_spec: Path) -> None:

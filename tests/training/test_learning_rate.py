@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from llamatune.errors import NumericsError, SpecError, Stopped
 from llamatune.events import Event, Notice, Progress, StepDone, ignore_event, never_stop
 from llamatune.formats.metrics import read_metrics
 from llamatune.inference.evaluate import RowScore
+from llamatune.job_end import Clock
 from llamatune.ranks import ALONE
 from llamatune.reporting.run_reader import read_run
 from llamatune.spec import RunSpec
@@ -128,6 +130,26 @@ def test_rates_that_diverge_are_not_chosen(spec_at: SpecAt, tmp_path: Path, monk
     assert search["learning_rate"] <= max(finite, default=math.inf)
 
 
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [(None, "every trial diverged"), (99.0, r"no trial came below the untrained loss \d"), (0.1, None)],
+)
+def test_trials_that_speak_for_no_rate_are_told_of(
+    spec_at: SpecAt, monkeypatch: pytest.MonkeyPatch, loss: float | None, told: str | None
+) -> None:
+    def trial(trials: Any, rate: float) -> float | None:
+        trials.losses[rate] = loss
+        return loss
+
+    monkeypatch.setattr(rate_search._Trials, "loss_after", trial)
+    events = list[Event]()
+    train(spec_at("run", training__max_steps=1), on_event=events.append)
+    warnings = [event.message for event in events if isinstance(event, Notice) and event.kind == "warning"]
+    found = [line for line in warnings if line.startswith("learning rate: ")]
+    assert len(found) == (told is not None)
+    assert told is None or re.search(told, found[0])
+
+
 def test_a_broken_base_is_told_as_training_tells_it(spec_at: SpecAt, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss that is not finite before any update is no matter of the rate."""
     monkeypatch.setattr(rate_search, "score_batch", lambda model, batch: [RowScore(1, 3, 3, math.nan, 0)])
@@ -144,12 +166,26 @@ def test_a_stopped_search_starts_over_and_finds_the_same(spec_at: SpecAt, tmp_pa
     train(spec_at("whole"))
     spec = spec_at("stopped")
     on_event, should_stop = stop_in_search(after=20)
-    with pytest.raises(Stopped, match="while the learning rate was searched"):
+    with pytest.raises(Stopped, match=r"^stopped by a signal after a part of the search"):
         train(spec, on_event=on_event, should_stop=should_stop)
     assert "learning_rate_search" not in json.loads((tmp_path / "stopped" / "origin.json").read_text())
     train(spec)
     assert found(tmp_path / "stopped") == found(tmp_path / "whole")
     assert_same_outcome(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_search_that_takes_all_the_time_is_stopped_in_time(spec_at: SpecAt, tmp_path: Path) -> None:
+    """Ten seconds a micro-batch, of a minute less its margin of six seconds."""
+    now = 0.0
+
+    def on_event(event: Event) -> None:
+        nonlocal now
+        now += 10.0 if isinstance(event, Progress) and event.task == "finding the learning rate" else 0.0
+
+    with pytest.raises(Stopped, match=r"^stopped 0 s before training\.max_time after a part of .* with more time"):
+        train(spec_at("run", training__max_time="1m"), on_event=on_event, clock=Clock(lambda: now, lambda: now))
+    assert now == 60.0
+    assert "learning_rate_search" not in json.loads((tmp_path / "run" / "origin.json").read_text())
 
 
 def test_a_run_killed_before_its_first_checkpoint_searches_again(spec_at: SpecAt, tmp_path: Path) -> None:
