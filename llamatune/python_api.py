@@ -17,6 +17,7 @@ from llamatune.command_options.option import Options, option_fields
 from llamatune.command_options.outputs import check_outputs
 from llamatune.errors import SpecError, Stopped
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.openmp_variables import prepare_openmp
 from llamatune.path_expansion import expand_path
 from llamatune.python_keywords import AnyPath, EvaluateKeywords, GenerateKeywords, MergeKeywords, PrepareKeywords
 from llamatune.stop_signals import noting_ctrl_c
@@ -65,10 +66,11 @@ def prepare(
             written. Stopped: ``should_stop`` said so; nothing is left.
     """
     from llamatune.command_options.preparation import PrepareOptions
-    from llamatune.data.prepare import prepare_data
 
     request = _request(PrepareOptions, rows=_several(rows), tokenizer=tokenizer, output=output, **options)
-    with _interruptible(should_stop) as stops:
+    with _computing(should_stop) as stops:
+        from llamatune.data.prepare import prepare_data
+
         return prepare_data(request, on_event, stops)
 
 
@@ -91,12 +93,12 @@ def train(
         NumericsError: the loss or a gradient is not finite. And what else the verb ends with, by its class.
     """
     began_s = time.monotonic()
-    from llamatune.ranks import ALONE
-    from llamatune.requests import train_and_track
-
     loaded = _spec(spec, overrides)
     changes = tuple(allow_spec_change)
-    with _interruptible(should_stop) as stops:
+    with _computing(should_stop) as stops:
+        from llamatune.ranks import ALONE
+        from llamatune.requests import train_and_track
+
         return train_and_track(loaded, resume, overwrite, force_base, changes, on_event, stops, ALONE, began_s)
 
 
@@ -116,13 +118,14 @@ def generate(
         CheckpointError: the model or an adapter cannot. Stopped: ``should_stop`` said so.
     """
     from llamatune.command_options.generation import GenerateOptions
-    from llamatune.inference.prompt_files import given_prompts
-    from llamatune.ranks import ALONE
-    from llamatune.requests import complete_prompts
 
     several = [prompts] if isinstance(prompts, str) else list(prompts)
     request = _request(GenerateOptions, model=model, prompt=several, adapter=_adapters(adapter), **options)
-    with _interruptible(should_stop) as stops:
+    with _computing(should_stop) as stops:
+        from llamatune.inference.prompt_files import given_prompts
+        from llamatune.ranks import ALONE
+        from llamatune.requests import complete_prompts
+
         given = given_prompts(request, on_event, stops)
         if not given and request.from_data is None:
             raise SpecError("no prompt", None, "give prompts, prompt_file or from_data")
@@ -146,11 +149,12 @@ def evaluate(
         NumericsError: a loss is not finite. Stopped: ``should_stop`` said so.
     """
     from llamatune.command_options.inference import EvaluateOptions
-    from llamatune.ranks import ALONE
-    from llamatune.requests import evaluate_model
 
     request = _request(EvaluateOptions, model=model, data=data, adapter=_adapters(adapter), **options)
-    with _interruptible(should_stop) as stops:
+    with _computing(should_stop) as stops:
+        from llamatune.ranks import ALONE
+        from llamatune.requests import evaluate_model
+
         return evaluate_model(request, on_event, stops, ALONE)
 
 
@@ -170,10 +174,11 @@ def merge(
             Stopped: ``should_stop`` said so; nothing is left.
     """
     from llamatune.command_options.inference import MergeOptions
-    from llamatune.merge_proof import merge_and_prove
 
     request = _request(MergeOptions, model=model, adapter=_adapters(adapter), output=output, **options)
-    with _interruptible(should_stop) as stops:
+    with _computing(should_stop) as stops:
+        from llamatune.merge_proof import merge_and_prove
+
         return asdict(merge_and_prove(request, on_event, stops))
 
 
@@ -248,11 +253,13 @@ def _request(options: type[O], **values: Any) -> O:
 
 
 @contextlib.contextmanager
-def _interruptible(should_stop: ShouldStop) -> Iterator[ShouldStop]:
-    """Whether to stop, for the block: ``should_stop`` says so, or Ctrl-C came, which is raised when the work has ended.
+def _computing(should_stop: ShouldStop) -> Iterator[ShouldStop]:
+    """Whether to stop, for a block that imports what computes: ``should_stop`` says so, or Ctrl-C came.
 
-    A second Ctrl-C interrupts at once.
+    Ctrl-C is raised when the work has ended; a second one interrupts at once. OpenMP's variables are set as on the
+    command line, unless torch is loaded already.
     """
+    prepare_openmp()
     with noting_ctrl_c() as pressed:
         try:
             yield lambda: pressed() or should_stop()

@@ -23,6 +23,7 @@ from llamatune.command_options.generation import GenerateOptions
 from llamatune.command_options.inference import EvaluateOptions, MergeOptions
 from llamatune.command_options.preparation import PrepareOptions
 from llamatune.events import CheckpointSaved, EvalDone, Event, StepDone
+from llamatune.openmp_variables import SPINS
 
 ROOT = Path(__file__).parents[2]
 KEYWORDS: dict[str, tuple[type, set[str]]] = {
@@ -358,3 +359,48 @@ def test_an_error_of_the_callback_is_the_callers(spec: Spec, tmp_path: Path) -> 
     llamatune.train(spec("stopped"))
     llamatune.train(spec("whole"))
     assert _adapter(tmp_path / "stopped") == _adapter(tmp_path / "whole")
+
+
+COMPUTING = (
+    "prepare('rows', tokenizer='missing', output='out')",
+    "train({'model': {'path': 'missing'}, 'lora': {}, 'data': {'train': 'no'}, 'training': {'output_dir': 'out'}})",
+    "generate('missing', 'Hello')",
+    "evaluate('missing', 'missing')",
+    "merge('missing', 'missing', 'out')",
+)
+
+
+@pytest.mark.parametrize("call", COMPUTING, ids=lambda call: call.partition("(")[0])
+def test_threads_wait_as_on_the_command_line(call: str, tmp_path: Path) -> None:
+    """The first import of torch ends the process, and tells what OpenMP would read."""
+    code = f"""
+import builtins, os
+kept = builtins.__import__
+def watched(name, *rest, **named):
+    if name.partition(".")[0] == "torch":
+        print(os.environ.get("OMP_WAIT_POLICY") or os.environ.get("GOMP_SPINCOUNT"), flush=True)
+        os._exit(0)
+    return kept(name, *rest, **named)
+builtins.__import__ = watched
+import llamatune
+try:
+    llamatune.{call}
+except llamatune.LlamatuneError as fault:
+    print(os.environ.get("OMP_WAIT_POLICY") or os.environ.get("GOMP_SPINCOUNT"))
+"""
+    clean = {name: text for name, text in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() in {"passive", str(SPINS)}, done.stderr
+
+
+def test_a_number_of_threads_that_is_none_is_an_error_here_too(tmp_path: Path) -> None:
+    code = (
+        "import llamatune\ntry: llamatune.generate('m', 'x')\nexcept llamatune.EnvironmentFault as fault: print(fault)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "many"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "'many' is no number of threads" in done.stdout
