@@ -45,9 +45,9 @@ def load_spec(source: AnyPath | Mapping[str, Any], overrides: Sequence[str] = ()
     from llamatune.spec_overrides import refuse_twice
 
     if isinstance(source, Mapping):
-        refuse_twice(overrides)
-        return build_spec(copy.deepcopy(dict(source)), "the spec", overrides)
-    return read_spec(_path(source), overrides)
+        refuse_twice(_texts(overrides))
+        return build_spec(copy.deepcopy(dict(source)), "the spec", _texts(overrides))
+    return read_spec(_path(source), _texts(overrides))
 
 
 def prepare(
@@ -94,7 +94,7 @@ def train(
     """
     began_s = time.monotonic()
     loaded = _spec(spec, overrides)
-    changes = tuple(allow_spec_change)
+    changes = tuple(_texts(allow_spec_change))
     with _computing(should_stop) as stops:
         from llamatune.ranks import ALONE
         from llamatune.requests import train_and_track
@@ -119,8 +119,7 @@ def generate(
     """
     from llamatune.command_options.generation import GenerateOptions
 
-    several = [prompts] if isinstance(prompts, str) else list(prompts)
-    request = _request(GenerateOptions, model=model, prompt=several, adapter=_adapters(adapter), **options)
+    request = _request(GenerateOptions, model=model, prompt=prompts, adapter=_adapters(adapter), **options)
     with _computing(should_stop) as stops:
         from llamatune.inference.prompt_files import given_prompts
         from llamatune.ranks import ALONE
@@ -205,6 +204,8 @@ def plan_memory(
     from llamatune.requests import plan_of_training
 
     size = parse_size(memory, "memory") if isinstance(memory, str) else memory
+    if size is not None and size < 1:
+        raise SpecError(f"{size} is no size", "memory", "give a number from 1 on, or a text such as 24GiB")
     checked = _request(PlanMemoryOptions, device=device, ranks=ranks, max_seq_length=max_seq_length, explain=explain)
     loaded = _spec(spec, overrides)
     return plan_of_training(
@@ -227,6 +228,11 @@ def _spec(spec: RunSpec | AnyPath | Mapping[str, Any], overrides: Sequence[str])
     return load_spec(spec, overrides)
 
 
+def _texts(texts: str | Sequence[str]) -> list[str]:
+    """One text is a sequence of its letters too, for Python and for type checkers, but never meant so."""
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
 def _several(paths: AnyPath | Sequence[AnyPath]) -> list[AnyPath]:
     return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
 
@@ -247,6 +253,8 @@ def _request(options: type[O], **values: Any) -> O:
             values[declared.name] = _path(value)
         elif declared.kind == Sequence[Path] and value is not None:
             values[declared.name] = [_path(path) for path in _several(value)]
+        elif declared.kind == Sequence[str] and value is not None:
+            values[declared.name] = _texts(value)
     request = options(**values)
     check_outputs(request)
     return request

@@ -219,6 +219,7 @@ def test_a_spec_comes_from_a_file_from_values_and_with_overrides(spec: Spec, tmp
         llamatune.load_spec(values, ["lora.rank=5"])
     with pytest.raises(llamatune.SpecError, match="given 2 times"):
         llamatune.load_spec(values, ["lora.r=5", "lora.r=6"])
+    assert llamatune.load_spec(values, "lora.r=5") == llamatune.load_spec(str(tmp_path / "run.yaml"), "lora.r=5")
     more = llamatune.plan_memory(loaded, ["lora.r=50"], device="cpu")
     assert more["predicted_memory_bytes"]["adapter"] == 10 * llamatune.plan_memory(loaded, device="cpu")[
         "predicted_memory_bytes"]["adapter"]  # fmt: skip
@@ -233,6 +234,8 @@ def test_errors_are_the_classes_of_the_verbs(small_base: Path, tmp_path: Path, s
         (llamatune.SpecError, lambda: llamatune.generate(small_base, "x", temperature=-1)),
         (llamatune.SpecError, lambda: llamatune.generate(small_base, "x", compare=True)),
         (llamatune.SpecError, lambda: llamatune.plan_memory(spec(), device="tpu")),
+        (llamatune.SpecError, lambda: llamatune.plan_memory(spec(), memory=0)),
+        (llamatune.SpecError, lambda: llamatune.plan_memory(spec(), memory=-1)),
         (llamatune.SpecError, lambda: llamatune.prepare([], tokenizer=small_base, output=tmp_path / "p")),
         (llamatune.DataError, lambda: llamatune.prepare(tmp_path / "bad.jsonl", tokenizer=small_base,
                                                         output=tmp_path / "p")),
@@ -249,6 +252,19 @@ def test_errors_are_the_classes_of_the_verbs(small_base: Path, tmp_path: Path, s
     with pytest.raises(TypeError):
         llamatune.generate(small_base, "x", temprature=0)  # type: ignore[call-arg]
     assert not (tmp_path / "p").exists()
+
+
+def test_one_text_is_never_taken_for_its_letters(small_base: Path, spec: Spec, silent: None) -> None:
+    plain = llamatune.generate(small_base, "the red", max_new_tokens=12)["results"][0]["completion"]
+    assert len(plain) > 3
+    assert llamatune.generate(small_base, "the red", max_new_tokens=12, stop=plain + "x")["results"] == [
+        *llamatune.generate(small_base, ["the red"], max_new_tokens=12, stop=[plain + "x"])["results"]
+    ]
+    llamatune.train(spec(), "training.max_steps=1")
+    changed = ["training.max_steps=2", "training.weight_decay=0.5"]
+    with pytest.raises(llamatune.SpecError, match="weight_decay"):
+        llamatune.train(spec(), changed)
+    assert llamatune.train(spec(), changed, allow_spec_change="training.weight_decay")["steps"] == 2
 
 
 # Stops.
