@@ -92,8 +92,8 @@ CHECKPOINT_TOPICS = (
         "a benchmark that cannot be shown",
         4,
         r"benchmark\.json|a cell |its cells",
-        "`report --benchmark` reads benchmark.json, which `llamatune benchmark` writes when all cells are measured. Here "
-        "it is missing, or was changed since.",
+        "`report --benchmark` reads benchmark.json, which `llamatune benchmark` writes when all cells are measured. "
+        "Here it is missing, or was changed since.",
         "error: no benchmark.json in it: benchmarks/precision",
         "Give the --output directory of a finished benchmark; the same benchmark command completes one that is not.",
     ),
