@@ -17,6 +17,7 @@ from llamatune.command_options.option import Options, option_fields
 from llamatune.command_options.outputs import check_outputs
 from llamatune.errors import SpecError, Stopped
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.openmp_variables import prepare_openmp
 from llamatune.path_expansion import expand_path
 from llamatune.python_keywords import AnyPath, EvaluateKeywords, GenerateKeywords, MergeKeywords, PrepareKeywords
 from llamatune.stop_signals import noting_ctrl_c
@@ -44,9 +45,9 @@ def load_spec(source: AnyPath | Mapping[str, Any], overrides: Sequence[str] = ()
     from llamatune.spec_overrides import refuse_twice
 
     if isinstance(source, Mapping):
-        refuse_twice(overrides)
-        return build_spec(copy.deepcopy(dict(source)), "the spec", overrides)
-    return read_spec(_path(source), overrides)
+        refuse_twice(_texts(overrides))
+        return build_spec(copy.deepcopy(dict(source)), "the spec", _texts(overrides))
+    return read_spec(_path(source), _texts(overrides))
 
 
 def prepare(
@@ -65,10 +66,11 @@ def prepare(
             written. Stopped: ``should_stop`` said so; nothing is left.
     """
     from llamatune.command_options.preparation import PrepareOptions
-    from llamatune.data.prepare import prepare_data
 
     request = _request(PrepareOptions, rows=_several(rows), tokenizer=tokenizer, output=output, **options)
-    with _interruptible(should_stop) as stops:
+    with _computing(should_stop) as stops:
+        from llamatune.data.prepare import prepare_data
+
         return prepare_data(request, on_event, stops)
 
 
@@ -91,12 +93,12 @@ def train(
         NumericsError: the loss or a gradient is not finite. And what else the verb ends with, by its class.
     """
     began_s = time.monotonic()
-    from llamatune.ranks import ALONE
-    from llamatune.requests import train_and_track
-
     loaded = _spec(spec, overrides)
-    changes = tuple(allow_spec_change)
-    with _interruptible(should_stop) as stops:
+    changes = tuple(_texts(allow_spec_change))
+    with _computing(should_stop) as stops:
+        from llamatune.ranks import ALONE
+        from llamatune.requests import train_and_track
+
         return train_and_track(loaded, resume, overwrite, force_base, changes, on_event, stops, ALONE, began_s)
 
 
@@ -116,13 +118,13 @@ def generate(
         CheckpointError: the model or an adapter cannot. Stopped: ``should_stop`` said so.
     """
     from llamatune.command_options.generation import GenerateOptions
-    from llamatune.inference.prompt_files import given_prompts
-    from llamatune.ranks import ALONE
-    from llamatune.requests import complete_prompts
 
-    several = [prompts] if isinstance(prompts, str) else list(prompts)
-    request = _request(GenerateOptions, model=model, prompt=several, adapter=_adapters(adapter), **options)
-    with _interruptible(should_stop) as stops:
+    request = _request(GenerateOptions, model=model, prompt=prompts, adapter=_adapters(adapter), **options)
+    with _computing(should_stop) as stops:
+        from llamatune.inference.prompt_files import given_prompts
+        from llamatune.ranks import ALONE
+        from llamatune.requests import complete_prompts
+
         given = given_prompts(request, on_event, stops)
         if not given and request.from_data is None:
             raise SpecError("no prompt", None, "give prompts, prompt_file or from_data")
@@ -146,11 +148,12 @@ def evaluate(
         NumericsError: a loss is not finite. Stopped: ``should_stop`` said so.
     """
     from llamatune.command_options.inference import EvaluateOptions
-    from llamatune.ranks import ALONE
-    from llamatune.requests import evaluate_model
 
     request = _request(EvaluateOptions, model=model, data=data, adapter=_adapters(adapter), **options)
-    with _interruptible(should_stop) as stops:
+    with _computing(should_stop) as stops:
+        from llamatune.ranks import ALONE
+        from llamatune.requests import evaluate_model
+
         return evaluate_model(request, on_event, stops, ALONE)
 
 
@@ -170,10 +173,11 @@ def merge(
             Stopped: ``should_stop`` said so; nothing is left.
     """
     from llamatune.command_options.inference import MergeOptions
-    from llamatune.merge_proof import merge_and_prove
 
     request = _request(MergeOptions, model=model, adapter=_adapters(adapter), output=output, **options)
-    with _interruptible(should_stop) as stops:
+    with _computing(should_stop) as stops:
+        from llamatune.merge_proof import merge_and_prove
+
         return asdict(merge_and_prove(request, on_event, stops))
 
 
@@ -200,6 +204,8 @@ def plan_memory(
     from llamatune.requests import plan_of_training
 
     size = parse_size(memory, "memory") if isinstance(memory, str) else memory
+    if size is not None and size < 1:
+        raise SpecError(f"{size} is no size", "memory", "give a number from 1 on, or a text such as 24GiB")
     checked = _request(PlanMemoryOptions, device=device, ranks=ranks, max_seq_length=max_seq_length, explain=explain)
     loaded = _spec(spec, overrides)
     return plan_of_training(
@@ -222,6 +228,11 @@ def _spec(spec: RunSpec | AnyPath | Mapping[str, Any], overrides: Sequence[str])
     return load_spec(spec, overrides)
 
 
+def _texts(texts: str | Sequence[str]) -> list[str]:
+    """One text is a sequence of its letters too, for Python and for type checkers, but never meant so."""
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
 def _several(paths: AnyPath | Sequence[AnyPath]) -> list[AnyPath]:
     return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
 
@@ -242,17 +253,21 @@ def _request(options: type[O], **values: Any) -> O:
             values[declared.name] = _path(value)
         elif declared.kind == Sequence[Path] and value is not None:
             values[declared.name] = [_path(path) for path in _several(value)]
+        elif declared.kind == Sequence[str] and value is not None:
+            values[declared.name] = _texts(value)
     request = options(**values)
     check_outputs(request)
     return request
 
 
 @contextlib.contextmanager
-def _interruptible(should_stop: ShouldStop) -> Iterator[ShouldStop]:
-    """Whether to stop, for the block: ``should_stop`` says so, or Ctrl-C came, which is raised when the work has ended.
+def _computing(should_stop: ShouldStop) -> Iterator[ShouldStop]:
+    """Whether to stop, for a block that imports what computes: ``should_stop`` says so, or Ctrl-C came.
 
-    A second Ctrl-C interrupts at once.
+    Ctrl-C is raised when the work has ended; a second one interrupts at once. OpenMP's variables are set as on the
+    command line, unless torch is loaded already.
     """
+    prepare_openmp()
     with noting_ctrl_c() as pressed:
         try:
             yield lambda: pressed() or should_stop()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 SCHEMA_FILE = Path(__file__).with_name("run_spec.schema.json")
 EDITOR_LINE = "# yaml-language-server: $schema={}"
 """The comment by which a YAML file names its schema to an editor: a path, relative to the file."""
+_LINK = re.compile(r"\[[^]]*\]\(([\w-]+\.md)\)")
 
 
 def make_schema() -> dict[str, Any]:
@@ -45,8 +47,10 @@ def make_schema() -> dict[str, Any]:
 
 
 def _simplify(node: Any) -> None:
-    """Take out the titles, and what draft 7 has not: ``prefixItems``."""
+    """Take out the titles, and what draft 7 has not: ``prefixItems``; name pages where descriptions link to them."""
     if isinstance(node, dict):
+        if isinstance(node.get("description"), str):
+            node["description"] = _LINK.sub(r"docs/\1", node["description"])
         if isinstance(node.get("title"), str):
             del node["title"]
         if "prefixItems" in node:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llamatune import documentation
 from llamatune.errors import SpecError
 from llamatune.spec import RunSpec, build_spec, load_spec
 from llamatune.spec_overrides import ALIASES
@@ -58,6 +60,14 @@ def test_the_file_is_what_the_spec_makes() -> None:
     assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(make_schema())
 
 
+def test_descriptions_are_plain_text_which_editors_and_explain_show() -> None:
+    shown = [key.description for key in spec_keys()]
+    assert [text for text in shown if "](" in text] == []
+    pages = [name for text in shown for name in re.findall(r"docs/([\w-]+)\.md", text)]
+    assert "learning-rate" in pages
+    assert set(pages) <= set(documentation.pages())
+
+
 def test_every_key_is_there_with_its_default_and_description() -> None:
     keys = {key.name: key for key in spec_keys()}
     fields = {
@@ -68,7 +78,7 @@ def test_every_key_is_there_with_its_default_and_description() -> None:
     aliases = {f"{section}.{alias}" for section, alias in ALIASES}
     assert set(keys) == set(fields) | aliases
     for name, field in fields.items():
-        assert keys[name].description == (field.description or "")
+        assert keys[name].description == re.sub(r"\[.*?\]\((.*?)\)", r"docs/\1", field.description or "")
         assert keys[name].required == field.is_required()
         if not field.is_required():
             assert keys[name].default == json.loads(json.dumps(field.default))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llamatune.command_options.inference import EvaluateOptions
@@ -39,23 +38,12 @@ def _print_table(out: RichConsole, payload: dict[str, Any]) -> None:
     """A row per measure, a column per model."""
     from rich.table import Table
 
-    from llamatune.units import perplexity_text
+    from llamatune.reporting.evidence_tables import MEASURES
 
-    percent = "{:.1%}".format
-    measures: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "loss": ("loss, nats a token", "{:.4f}".format),
-        "perplexity": ("perplexity", lambda value: perplexity_text(value, 4)),
-        "token_accuracy": ("token accuracy", percent),
-        "correct": ("right answers", "{:,}".format),
-        "accuracy": ("accuracy", percent),
-        "accuracy_interval": ("95 % interval", lambda bounds: " to ".join(map(percent, bounds))),
-        "invalid": ("answers without a number", "{:,}".format),
-        "unfinished": ("answers cut at the limit", "{:,}".format),
-    }
     base = "base_loss" in payload or "base_accuracy" in payload
     columns = {"base": "base_", "tuned": ""} if base else {"": ""}
     table = Table("", *columns, title=_title(payload), title_justify="left", show_header=base)
-    for name, (heading, shown) in measures.items():
+    for name, (heading, shown) in MEASURES.items():
         if name in payload:
             table.add_row(heading, *(shown(payload[prefix + name]) for prefix in columns.values()))
     out.print(table)

@@ -89,6 +89,15 @@ CHECKPOINT_TOPICS = (
         "Use the spec and the data that the run began with, or begin another run.",
     ),
     topic(
+        "a benchmark that cannot be shown",
+        4,
+        r"benchmark\.json|a cell |its cells",
+        "`report --benchmark` reads benchmark.json, which `llamatune benchmark` writes when all cells are measured. "
+        "Here it is missing, or was changed since.",
+        "error: no benchmark.json in it: benchmarks/precision",
+        "Give the --output directory of a finished benchmark; the same benchmark command completes one that is not.",
+    ),
+    topic(
         "weights that are NaN, infinite or of an odd kind",
         4,
         r"holds NaN or infinity|would hold NaN|not a float|rounded to|vanish",

@@ -17,7 +17,7 @@ MACHINE_TOPICS = (
     topic(
         "an output that exists or cannot be written",
         5,
-        r"exists|not empty|what the demo wrote|cannot write|cannot open|cannot read|cannot keep|"
+        r"exists|not empty|holds something else|what the demo wrote|cannot write|cannot open|cannot read|cannot keep|"
         r"not open for writing|no such directory|dangling|a pipe that|--overwrite would|not a regular file|"
         r"is never|names$|written with another|characters in names|permission",
         "What stands at an output is never replaced without being asked, and the directory must be there and writable.",

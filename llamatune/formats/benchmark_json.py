@@ -10,7 +10,15 @@ from pydantic import ConfigDict, Field
 
 from llamatune.errors import CheckpointError
 from llamatune.formats.benchmark_cell import MeasuredCell, MeasuredGeneration, UnmeasuredCell
-from llamatune.formats.file_schema import LARGEST_FILE, FileSchema, Name, parse_values
+from llamatune.formats.file_schema import (
+    LARGEST_FILE,
+    LARGEST_NUMBER,
+    FileSchema,
+    Measure,
+    Name,
+    Positive,
+    parse_values,
+)
 from llamatune.strict_json import read_json
 
 BENCHMARK = "benchmark.json"
@@ -22,6 +30,20 @@ class AxisValues(FileSchema):
 
     key: Name
     values: Annotated[list[Name], Field(min_length=1)]
+
+
+class EqualWork(FileSchema):
+    """Rows and epochs that ``work_s`` is the time of."""
+
+    rows: Positive
+    epochs: Annotated[float, Field(gt=0, lt=LARGEST_NUMBER)]
+
+
+class ComparedCell(MeasuredCell):
+    """A measured cell, with its seconds for the work that is the same in each cell."""
+
+    work: EqualWork | None = None
+    work_s: Measure | None = None
 
 
 class _File(FileSchema):
@@ -54,13 +76,15 @@ def read_benchmark(directory: Path) -> StoredBenchmark:
     raw = read_json(path, max_bytes=LARGEST_FILE)
     file = parse_values(_File, raw, path, todo=_TODO)
     of_generation = "repetitions" in raw
-    measured = MeasuredGeneration if of_generation else MeasuredCell
+    measured = MeasuredGeneration if of_generation else ComparedCell
     keys = {axis.key: axis.values for axis in file.axes}
     cells = []
     for number, cell in enumerate(file.cells):
         schema = measured if cell.get("status") == "measured" else UnmeasuredCell
         where = f"{path}, cell {number + 1}"
-        values = parse_values(schema, cell, where, todo=_TODO).model_dump()
+        values = parse_values(schema, cell, where, todo=_TODO).model_dump(exclude_unset=True)
+        if values.get("work") is None or values.get("work_s") is None:
+            values = {key: value for key, value in values.items() if key not in ("work", "work_s")}
         if values["values"].keys() != keys.keys() or any(x not in keys[key] for key, x in values["values"].items()):
             raise CheckpointError("a cell that is not of its axes", where, _TODO)
         cells.append(values)

@@ -28,6 +28,7 @@ MEASURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "invalid": ("answers without a number", "{:,}".format),
     "unfinished": ("answers cut at the limit", "{:,}".format),
 }
+"""Figures of ``evaluate``: how each is called and written, here and on a terminal."""
 
 
 def evaluation_table(path: Path, name: str) -> TextTable:

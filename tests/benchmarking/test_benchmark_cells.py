@@ -25,6 +25,7 @@ from llamatune.data.prepare import prepare_data
 from llamatune.demo.run_demo import MATERIAL
 from llamatune.errors import CheckpointError, EnvironmentFault, SpecError, Stopped
 from llamatune.events import Event, Notice, ignore_event, never_stop
+from llamatune.formats.benchmark_json import read_benchmark
 from llamatune.spec import RunSpec, build_spec
 from llamatune.training.inputs import open_inputs
 from llamatune.training.train import train
@@ -403,6 +404,7 @@ def test_the_verb_measures_cells_in_processes_of_their_own(
     assert told["axes"] == [{"key": "lora", "values": ["on", "off"]}]
     assert "cell 1 of 2: lora=on: peak" in done.stderr
     assert json.loads((output / "benchmark.json").read_text())["cells"] == told["cells"]
+    assert read_benchmark(output).cells == told["cells"]
     again = command(*arguments, "--layout", "nested")
     assert again.code == 0
     assert "Peak memory, MiB" in again.stdout

@@ -53,7 +53,7 @@ def _verify(path: str) -> Verb:
 
 
 NOT_READ = frozenset(
-    {"README.md", "benchmark.csv", "benchmark.json", "benchmark.md", "benchmark.png", "benchmark.svg", "pieces.vocab",
+    {"README.md", "benchmark.csv", "benchmark.md", "benchmark.png", "benchmark.svg", "pieces.vocab",
      "dataset_info.json"}
 )  # fmt: skip
 """Files that no verb reads: they are for people, and for other programs."""
@@ -155,6 +155,10 @@ _COMPLETE = _verb(
 )  # fmt: skip
 
 
+def _evidence(option: str) -> Verb:
+    return _verb(f"report run {option} --output out.html --tables out", "out.html out")
+
+
 def _judge(run: str, more: str = "") -> Verb:
     return _verb(f"judge {run} --device cpu --limit 2 {more}")
 
@@ -254,6 +258,9 @@ def _products() -> list[Fuzzed]:
         Fuzzed("cache/{cache}/llamatune.json", "json", cache),
         Fuzzed("cache/{cache}/nf4.safetensors", "safetensors", cache),
         Fuzzed("bench/cells/{cell}", "json", (_BENCHMARK,)),
+        Fuzzed("bench/benchmark.json", "json", (_evidence("--benchmark bench"),)),
+        Fuzzed("loss.json", "json", (_evidence("--evaluation loss.json"),)),
+        Fuzzed("gsm8k.json", "json", (_evidence("--evaluation gsm8k.json"),)),
         Fuzzed("answers.jsonl", "lines", (_GSM8K,)),
         Fuzzed("answers.jsonl.settings.json", "json", (_GSM8K,)),
         Fuzzed("completions.jsonl", "lines", (

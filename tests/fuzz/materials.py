@@ -5,6 +5,7 @@ All lies below one directory, and is named relative to it: a copy of the directo
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import importlib
@@ -279,3 +280,7 @@ def _answers() -> None:
     run("generate", *tuned, *greedy, "--prompt-file", "rows/prompts.txt", "--output", "completions.jsonl", "--compare")
     gsm8k = ("evaluate", *tuned, "--task", "gsm8k", "--data", "rows/gsm8k.jsonl", "--max-new-tokens", "2")
     run(*gsm8k, "--output", "answers.jsonl")
+    loss = ("evaluate", *tuned, "--data", "prepared", "--compare")
+    for name, words in {"gsm8k.json": gsm8k, "loss.json": loss}.items():
+        with Path(name).open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+            run(*words, "--json")

@@ -23,6 +23,7 @@ from llamatune.command_options.generation import GenerateOptions
 from llamatune.command_options.inference import EvaluateOptions, MergeOptions
 from llamatune.command_options.preparation import PrepareOptions
 from llamatune.events import CheckpointSaved, EvalDone, Event, StepDone
+from llamatune.openmp_variables import SPINS
 
 ROOT = Path(__file__).parents[2]
 KEYWORDS: dict[str, tuple[type, set[str]]] = {
@@ -218,6 +219,7 @@ def test_a_spec_comes_from_a_file_from_values_and_with_overrides(spec: Spec, tmp
         llamatune.load_spec(values, ["lora.rank=5"])
     with pytest.raises(llamatune.SpecError, match="given 2 times"):
         llamatune.load_spec(values, ["lora.r=5", "lora.r=6"])
+    assert llamatune.load_spec(values, "lora.r=5") == llamatune.load_spec(str(tmp_path / "run.yaml"), "lora.r=5")
     more = llamatune.plan_memory(loaded, ["lora.r=50"], device="cpu")
     assert more["predicted_memory_bytes"]["adapter"] == 10 * llamatune.plan_memory(loaded, device="cpu")[
         "predicted_memory_bytes"]["adapter"]  # fmt: skip
@@ -232,6 +234,8 @@ def test_errors_are_the_classes_of_the_verbs(small_base: Path, tmp_path: Path, s
         (llamatune.SpecError, lambda: llamatune.generate(small_base, "x", temperature=-1)),
         (llamatune.SpecError, lambda: llamatune.generate(small_base, "x", compare=True)),
         (llamatune.SpecError, lambda: llamatune.plan_memory(spec(), device="tpu")),
+        (llamatune.SpecError, lambda: llamatune.plan_memory(spec(), memory=0)),
+        (llamatune.SpecError, lambda: llamatune.plan_memory(spec(), memory=-1)),
         (llamatune.SpecError, lambda: llamatune.prepare([], tokenizer=small_base, output=tmp_path / "p")),
         (llamatune.DataError, lambda: llamatune.prepare(tmp_path / "bad.jsonl", tokenizer=small_base,
                                                         output=tmp_path / "p")),
@@ -248,6 +252,19 @@ def test_errors_are_the_classes_of_the_verbs(small_base: Path, tmp_path: Path, s
     with pytest.raises(TypeError):
         llamatune.generate(small_base, "x", temprature=0)  # type: ignore[call-arg]
     assert not (tmp_path / "p").exists()
+
+
+def test_one_text_is_never_taken_for_its_letters(small_base: Path, spec: Spec, silent: None) -> None:
+    plain = llamatune.generate(small_base, "the red", max_new_tokens=12)["results"][0]["completion"]
+    assert len(plain) > 3
+    assert llamatune.generate(small_base, "the red", max_new_tokens=12, stop=plain + "x")["results"] == [
+        *llamatune.generate(small_base, ["the red"], max_new_tokens=12, stop=[plain + "x"])["results"]
+    ]
+    llamatune.train(spec(), "training.max_steps=1")
+    changed = ["training.max_steps=2", "training.weight_decay=0.5"]
+    with pytest.raises(llamatune.SpecError, match="weight_decay"):
+        llamatune.train(spec(), changed)
+    assert llamatune.train(spec(), changed, allow_spec_change="training.weight_decay")["steps"] == 2
 
 
 # Stops.
@@ -358,3 +375,48 @@ def test_an_error_of_the_callback_is_the_callers(spec: Spec, tmp_path: Path) -> 
     llamatune.train(spec("stopped"))
     llamatune.train(spec("whole"))
     assert _adapter(tmp_path / "stopped") == _adapter(tmp_path / "whole")
+
+
+COMPUTING = (
+    "prepare('rows', tokenizer='missing', output='out')",
+    "train({'model': {'path': 'missing'}, 'lora': {}, 'data': {'train': 'no'}, 'training': {'output_dir': 'out'}})",
+    "generate('missing', 'Hello')",
+    "evaluate('missing', 'missing')",
+    "merge('missing', 'missing', 'out')",
+)
+
+
+@pytest.mark.parametrize("call", COMPUTING, ids=lambda call: call.partition("(")[0])
+def test_threads_wait_as_on_the_command_line(call: str, tmp_path: Path) -> None:
+    """The first import of torch ends the process, and tells what OpenMP would read."""
+    code = f"""
+import builtins, os
+kept = builtins.__import__
+def watched(name, *rest, **named):
+    if name.partition(".")[0] == "torch":
+        print(os.environ.get("OMP_WAIT_POLICY") or os.environ.get("GOMP_SPINCOUNT"), flush=True)
+        os._exit(0)
+    return kept(name, *rest, **named)
+builtins.__import__ = watched
+import llamatune
+try:
+    llamatune.{call}
+except llamatune.LlamatuneError as fault:
+    print(os.environ.get("OMP_WAIT_POLICY") or os.environ.get("GOMP_SPINCOUNT"))
+"""
+    clean = {name: text for name, text in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() in {"passive", str(SPINS)}, done.stderr
+
+
+def test_a_number_of_threads_that_is_none_is_an_error_here_too(tmp_path: Path) -> None:
+    code = (
+        "import llamatune\ntry: llamatune.generate('m', 'x')\nexcept llamatune.EnvironmentFault as fault: print(fault)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "many"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "'many' is no number of threads" in done.stdout

@@ -16,6 +16,7 @@ import torch
 from report_material import falling, noisy, spec_values, write_run
 from run_tools import progress_at
 
+from llamatune.benchmarking.results import Work
 from llamatune.checkpoints.model_directory import read_config
 from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.command_options.training import ReportOptions
@@ -604,7 +605,7 @@ def _cell(lora: str, peak: int) -> dict[str, Any]:
         "unattributed_bytes": 0, "losses": [1.0], "held_out_losses": [], "step_s": 0.5, "step_s_range": [0.4, 0.6],
         "runtime_s": 10.0, "tokens_per_second": 100.0, "steps": 20, "warm_up_steps": 2, "skipped_windows": 0,
         "tokens": 1000, "trainable_parameters": 5, "total_parameters": 50, "device": "cpu", "device_name": "<b>cpu",
-        "threads": 1, "torch": "2",
+        "threads": 1, "torch": "2", **Work(200, 1.5, 25_400).facts(100.0),
     }  # fmt: skip
 
 
@@ -616,6 +617,8 @@ def test_the_tables_of_a_benchmark_are_on_the_page(tmp_path: Path) -> None:
     tables = report_on(run, to=tmp_path / "r.html", benchmark=[tmp_path], tables=tmp_path / "t")["evidence"]
     assert tables[0]["rows"][0][:2] == ["off", "600.0"]
     assert tables[0]["rows"][1][:2] == ["on", "OOM"]
+    assert tables[1]["rows"][0][:2] == ["off", "254.0"]
+    assert any("200 rows x 1.5 epochs" in note for note in tables[1]["notes"])
     assert "needs <i>40</i> GiB" in _Reader((tmp_path / "r.html").read_text()).text
     assert (tmp_path / "t" / "benchmark-1-1.tex").is_file()
 
