@@ -62,7 +62,6 @@ class Summary(FileSchema):
     energy_j: Measure | None = None
     mean_power_w: Measure | None = None
     peak_power_w: Measure | None = None
-    learning_rate: Rate | None = None
     runtime_s: Measure
     tokens_per_second: Measure
     epochs: list[ClosedEpoch] = Field(default_factory=list)
@@ -71,6 +70,7 @@ class Summary(FileSchema):
     early_stop: Stop | None = None
     output_dir: Name | None = None
     ranks: list[RankUse] | None = None
+    learning_rate: Rate | None = None
     placement: Name | None = None
     predicted_peak_memory_bytes: Count | None = None
     predicted_memory_bytes: dict[Name, Count] | None = None
