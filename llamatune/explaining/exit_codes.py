@@ -88,10 +88,11 @@ EXIT_CODES = (
     ),
     ExitCode(
         75,
-        "stopped by a signal, and the same command completes it",
-        "A verb that writes got SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2 (Ctrl-C, a time limit, scancel). `train` "
-        "has saved a checkpoint and goes on from it; prepare-data and merge-lora start over. It is sysexits' "
-        "EX_TEMPFAIL, so a batch script knows to requeue.",
+        "stopped by a signal or before a time limit, and the same command completes it",
+        "A verb that writes got SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2 (Ctrl-C, a time limit, scancel), or "
+        "`train` stopped by itself before training.max_time or the end of its Slurm job. `train` has saved a "
+        "checkpoint and goes on from it; prepare-data and merge-lora start over. It is sysexits' EX_TEMPFAIL, so a "
+        "batch script knows to requeue.",
         "error: stopped by a signal after step 120 of 900: runs/alpaca: run the same command again to continue",
         "Run the same command again.",
         (errors.Stopped,),

@@ -137,9 +137,9 @@ class Fuzzer:
             os.write(pipe, json.dumps(values).encode() + b"\n")
 
         place = Path(tempfile.mkdtemp(dir=self._scratch))
-        from llamatune.benchmarking import run_benchmark
+        from llamatune.benchmarking import cell_runs
 
-        run_benchmark.run_cell = measured(self._cell)
+        cell_runs.run_cell = measured(self._cell)
         draw = without_pictures()
         try:
             workplace = Workplace(self._materials, place, tuple(sorted(os.listdir(self._materials))))

@@ -35,8 +35,9 @@ _READABLE = tuple(
                  "/dev/null", "/dev/urandom", "/etc/mime.types", "/etc/fonts", "/etc/os-release")
 )  # fmt: skip
 _BIDIRECTIONAL = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-_LINE = re.compile(r"(warning|note|notice|info): .*|[a-z_]+=.*|(held|eval|saved|skipped) .*")
-"""What a verb says on stderr beside its error: ``events`` as ``key=value`` lines."""
+_TIME = r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d )?"
+_LINE = re.compile(_TIME + r"((warning|note|notice|info): .*|[a-z_]+=.*|(\w+) [a-z_]+=.*|(held|eval|saved|skipped) .*)")
+"""What a verb says on stderr beside its error: ``events`` as ``key=value`` lines, with the time of day."""
 
 
 @dataclass

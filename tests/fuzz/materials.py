@@ -22,9 +22,8 @@ import yaml
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
-from llamatune.benchmarking import run_benchmark
-from llamatune.benchmarking.cell_process import answer
-from llamatune.benchmarking.measure_cell import Task
+from llamatune.benchmarking import cell_runs
+from llamatune.benchmarking.cell_process import CellTask, answer
 from llamatune.cli import main
 from llamatune.tokenizers.byte_level import bytes_of
 
@@ -264,14 +263,14 @@ def _runs() -> None:
     run("convert-adapter", "--adapter", "run/adapter", "--output", "mlx", "--format", "mlx", "--model", "hf")
     (Path("mlx") / "llamatune.json").unlink()
     run("merge-lora", "--model", "hf", "--adapter", "run/adapter", "--output", "merged")
-    run_benchmark.run_cell = _measured_here
+    cell_runs.run_cell = _measured_here
     benchmark = ("benchmark", "run.yaml", "--grid", "training.micro_batch_size=1,2", "--steps", "2")
     run(*benchmark, "--output", "bench")
 
 
-def _measured_here(task: Task, directory: Path, should_stop: object) -> dict[str, Any]:
+def _measured_here(task: CellTask, directory: Path, should_stop: object) -> dict[str, Any]:
     """A cell without a process of its own, which would import torch anew."""
-    return answer(json.loads(json.dumps({**vars(task), "spec": task.spec.to_yaml()})))
+    return answer(json.loads(json.dumps(task.request())))
 
 
 def _answers() -> None:
