@@ -89,7 +89,7 @@ MACHINE_TOPICS = (
     topic(
         "stopped by a signal",
         75,
-        r"stopped|interrupted|passes of a window|signal|SIGTERM|SIGUSR1|Ctrl-C|requeue",
+        r"stopped|interrupted|passes of a window|signal|SIGTERM|SIGUSR1|Ctrl-C|requeue|runs are finished",
         "A signal asked for a stop (Ctrl-C, a time limit, scancel). A run has saved a checkpoint; verbs that only read "
         "end with 130.",
         "error: stopped by a signal after step 120 of 900: runs/alpaca: run the same command again to continue",
