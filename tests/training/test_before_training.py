@@ -124,7 +124,7 @@ def test_before_and_after_stand_side_by_side(spec_with: SpecWith) -> None:
     lowest = min(line["loss"] for line in evaluations)
     assert summary["start_eval_loss"] == start["loss"] < summary["best_eval_loss"] == lowest
     assert json.loads((run / "best" / "evaluation.json").read_text())["step"] == summary["best_step"] > 0
-    report = report_run(read_run(run, "worse"), [])
+    report = report_run(read_run(run, "worse"), [], 0.0)
     assert report.figures["start_validation_loss"] == start["loss"]
     assert report.figures["best_validation_loss"] == lowest
     assert [line["step"] for line in report.evaluations] == [0, *(line["step"] for line in evaluations)]
