@@ -63,7 +63,7 @@ def llamatune_step(values: dict[str, Any], batches: list[Batch]) -> tuple[Step, 
     def step(window: int) -> float:
         with compiling(training.compile), chosen_kernels(training.kernels, device):
             batch = batches[window % len(batches)]
-            return make_update(learner, [batch], training, window, spec.usual_learning_rate).loss
+            return make_update(learner, [batch], training, window, training.rate).loss
 
     return step, sum(parameter.numel() for parameter in learner.parameters.values())
 

@@ -44,7 +44,9 @@ def mask(lines: list[str]) -> list[str]:
         hidden = not ends and (hidden or line.startswith(("Seconds", "Tokens/s", "Speed")))
         resident = not ends and (resident or line.split()[-2:] == ["temporary", "resident"])
         bare = " ".join(_TIMED.sub("#", line).split())
-        process = line.startswith("peak memory") and "MiB" in line  # the peak of a run on a CPU is its process's
+        process = line.startswith("peak memory") and ("MiB" in line or "GiB" in line)  # the peak of a run on a CPU is its process's
+        if process:
+            bare = bare.replace("GiB", "MiB")  # of a process that did much before
         if hidden or process or line.startswith(("tokens/s", "time for equal work", "- OOM")):
             bare = re.sub(r"[+-]?\d[\d.,]*", "#", bare)
         elif resident and not line.endswith(" resident"):

@@ -46,7 +46,7 @@ class ComparedCell(MeasuredCell):
     work_s: Measure | None = None
 
 
-class _File(FileSchema):
+class BenchmarkFile(FileSchema):
     """What is read of the file; its facts and the effects, which follow from the cells, are passed over."""
 
     model_config = ConfigDict(extra="ignore")
@@ -74,7 +74,7 @@ def read_benchmark(directory: Path) -> StoredBenchmark:
     if not path.is_file():
         raise CheckpointError("no benchmark.json in it", directory, _TODO)
     raw = read_json(path, max_bytes=LARGEST_FILE)
-    file = parse_values(_File, raw, path, todo=_TODO)
+    file = parse_values(BenchmarkFile, raw, path, todo=_TODO)
     of_generation = "repetitions" in raw
     measured = MeasuredGeneration if of_generation else ComparedCell
     keys = {axis.key: axis.values for axis in file.axes}

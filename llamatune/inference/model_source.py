@@ -167,7 +167,7 @@ class OpenedModel:
 
         ``DataError`` for a prompt without a token.
         """
-        configs = [self.checkpoint.config, *self.configs]
+        configs = [self.config, *self.configs]
         return encode_prompts(tokenizer, prompts, configs, self.path, new_tokens, on_event)
 
     @contextlib.contextmanager
