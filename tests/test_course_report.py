@@ -44,9 +44,10 @@ def mask(lines: list[str]) -> list[str]:
         hidden = not ends and (hidden or line.startswith(("Seconds", "Tokens/s", "Speed")))
         resident = not ends and (resident or line.split()[-2:] == ["temporary", "resident"])
         bare = " ".join(_TIMED.sub("#", line).split())
-        process = line.startswith("peak memory") and ("MiB" in line or "GiB" in line)  # the peak of a run on a CPU is its process's
+        # The peak of a run on a CPU is its process's, which may have done much before.
+        process = line.startswith("peak memory") and ("MiB" in line or "GiB" in line)
         if process:
-            bare = bare.replace("GiB", "MiB")  # of a process that did much before
+            bare = bare.replace("GiB", "MiB")
         if hidden or process or line.startswith(("tokens/s", "time for equal work", "- OOM")):
             bare = re.sub(r"[+-]?\d[\d.,]*", "#", bare)
         elif resident and not line.endswith(" resident"):
