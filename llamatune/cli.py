@@ -79,7 +79,7 @@ def build_app(only: str | None = None) -> typer.Typer:
 
 
 def _complete() -> int:
-    """Answer a shell that asks for completions, or for the script that asks; ``typer`` speaks with the shell."""
+    """Answer a shell that asks for completions, or for the script that asks; ``typer`` implements the protocol."""
     kept, verb = join_words_of_bash(os.environ), asked_verb()
     app = build_app(verb if any(verb in names for names in VERBS.values()) else None)
     os.environ["COLUMNS"] = "10000"  # else what a candidate means is broken into lines, which are candidates

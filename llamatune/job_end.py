@@ -130,7 +130,7 @@ class Countdown:
 def job_end(
     margin_s: float, clock: Clock, on_event: OnEvent, environment: Mapping[str, str] = os.environ
 ) -> Countdown | None:
-    """The end of the job that this process is part of; None outside of one, or where it is not known, which is told.
+    """The end of the job that this process is part of; None outside of one, or where it is not known, with a notice.
 
     SLURM_JOB_END_TIME, which Slurm sets from 23.02 on, is by the controller's clock: where scontrol answers too, the
     earlier of the two ends counts.

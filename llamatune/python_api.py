@@ -36,7 +36,7 @@ def load_spec(source: AnyPath | Mapping[str, Any], overrides: Sequence[str] = ()
         overrides: as on the command line, ``training.seed=1``.
 
     Raises:
-        SpecError: a key or value is wrong; all faults are told together.
+        SpecError: a key or value is wrong; all faults are reported together.
     """
     import copy
 

@@ -32,8 +32,8 @@ class PrepareKeywords(TypedDict, total=False):
     overwrite: bool
 
 
-class GenerateKeywords(TypedDict, total=False):
-    """Of ``GenerateOptions``."""
+class ModelKeywords(TypedDict, total=False):
+    """Of ``ModelSource``: what ``generate`` and ``evaluate`` open."""
 
     variant: str | None
     compare: bool
@@ -42,6 +42,11 @@ class GenerateKeywords(TypedDict, total=False):
     device: str
     placement: Literal["device", "host", "shard"]
     weights: tuple[float, ...] | None
+
+
+class GenerateKeywords(ModelKeywords, total=False):
+    """Of ``GenerateOptions``."""
+
     prompt_file: AnyPath | None
     format: str
     column_map: str | None
@@ -66,16 +71,9 @@ class GenerateKeywords(TypedDict, total=False):
     merge: Literal["auto", "on", "off"]
 
 
-class EvaluateKeywords(TypedDict, total=False):
+class EvaluateKeywords(ModelKeywords, total=False):
     """Of ``EvaluateOptions``."""
 
-    variant: str | None
-    compare: bool
-    force_base: bool
-    dtype: Literal["same", "float32", "bfloat16", "float16", "nf4", "float8", "int8"]
-    device: str
-    placement: Literal["device", "host", "shard"]
-    weights: tuple[float, ...] | None
     task: str | None
     split: Literal["train", "validation", "all"] | None
     per_row: AnyPath | None

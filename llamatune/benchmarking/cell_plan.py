@@ -88,7 +88,7 @@ def _planned(cells: list[Cell], options: BenchmarkOptions, on_event: OnEvent) ->
 
 
 def _whole_work(options: BenchmarkOptions, spec: RunSpec, rows: int) -> tuple[int, float]:
-    """All rows of the first cell, as often as its run has them, or once if that is told in steps."""
+    """All rows of the first cell, as often as its run has them, or once where its length is given in steps."""
     epochs = options.epochs or spec.training.num_epochs or (1 if spec.training.max_steps else DEFAULT_EPOCHS)
     return rows, epochs
 

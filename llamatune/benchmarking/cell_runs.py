@@ -32,7 +32,7 @@ class PlannedCell:
     """A cell and its task, None if it is refused; ``identity`` digests all that decides the outcome.
 
     ``seeds``: how many runs of training there are, each with losses of its own; ``work``: what all cells' times are
-    told for. None: nothing is trained.
+    given for. None: nothing is trained.
     """
 
     cell: Cell

@@ -7,7 +7,8 @@ import io
 from collections.abc import Callable, Sequence
 
 from llamatune.benchmarking.results import Result, memory_unit, only_measured
-from llamatune.benchmarking.tables import MEMORY, SPEED, Table, line_a_cell, outcome_notes
+from llamatune.benchmarking.tables import MEMORY, SPEED, line_a_cell, outcome_notes
+from llamatune.formats.text_table import TextTable
 from llamatune.spec_grid import Axis
 
 _FACTS = (
@@ -18,7 +19,9 @@ _FACTS = (
 )  # fmt: skip
 
 
-def generation_table(axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[str] = (SPEED, MEMORY)) -> Table:
+def generation_table(
+    axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[str] = (SPEED, MEMORY)
+) -> TextTable:
     """One line a cell, with all columns or a part of them."""
     unit = memory_unit(results)
     columns: dict[str, dict[str, Callable[[Result], str]]] = {

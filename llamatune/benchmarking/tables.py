@@ -9,7 +9,6 @@ import itertools
 import operator
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from llamatune.benchmarking.effects import HELD_OUT, Effect
 from llamatune.benchmarking.grid import switch
@@ -22,30 +21,14 @@ from llamatune.benchmarking.results import (
     status_word,
     work_text,
 )
+from llamatune.formats.text_table import TextTable
 from llamatune.spec_grid import Axis, in_words
 
 MEMORY, SPEED = "memory", "speed"
 """The parts of the flat table."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells of text; the first ``labels`` columns name the line. ``notes`` are printed below."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    labels: int
-    notes: tuple[str, ...] = ()
-
-    def markdown(self) -> str:
-        align = ["---"] * self.labels + ["---:"] * (len(self.header) - self.labels)
-        lines = [[cell.replace("|", "\\|") for cell in row] for row in (self.header, tuple(align), *self.rows)]
-        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"## {self.title}\n\n{text}\n" + "".join(f"\n- {note}" for note in self.notes) + "\n" * bool(self.notes)
-
-
-def flat_table(axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[str] = (MEMORY, SPEED)) -> Table:
+def flat_table(axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[str] = (MEMORY, SPEED)) -> TextTable:
     """One line a cell, with all columns or a part of them. A column that is empty in every cell is left out."""
     unit = memory_unit(results)
     measured = only_measured(results)
@@ -84,7 +67,7 @@ def line_a_cell(
     results: Sequence[Result],
     shown: Mapping[str, Callable[[Result], str]],
     notes: Sequence[str],
-) -> Table:
+) -> TextTable:
     """A table of what is ``shown`` of each cell by heading, without columns that are empty in every cell."""
     rows = []
     for result in results:
@@ -95,7 +78,7 @@ def line_a_cell(
     header = (*(axis.name for axis in axes), *shown)
     used = [place for place in range(len(header)) if place <= len(axes) or any(row[place] for row in rows)]
     head, *body = (tuple(line[place] for place in used) for line in (header, *rows))
-    return Table(title[0].upper() + title[1:], head, tuple(body), len(axes), tuple(notes))
+    return TextTable(title[0].upper() + title[1:], head, tuple(body), len(axes), tuple(notes))
 
 
 def _notes(results: Sequence[Result]) -> list[str]:
@@ -134,7 +117,7 @@ def outcome_notes(results: Sequence[Result]) -> list[str]:
     return notes
 
 
-def nested_tables(axes: Sequence[Axis], results: Sequence[Result]) -> list[Table]:
+def nested_tables(axes: Sequence[Axis], results: Sequence[Result]) -> list[TextTable]:
     """Peak memory, time, speed and loss with OFF and ON nested in lines and columns, as in printed reports.
 
     The first half of the axes (one more if their number is odd) names the lines, the others the columns.
@@ -164,7 +147,7 @@ def nested_tables(axes: Sequence[Axis], results: Sequence[Result]) -> list[Table
         if any(text for row in body for text in row[split:]):
             header = heads[0] if heads else (*names, title)
             inner = [(*names, *("" for _ in columns))] if heads else []
-            tables.append(Table(title, header, (*heads[1:], *inner, *body), split))
+            tables.append(TextTable(title, header, (*heads[1:], *inner, *body), split))
     return tables
 
 
@@ -178,7 +161,7 @@ def _switches(axes: Sequence[Axis], combinations: Sequence[tuple[str, ...]]) -> 
     return switches
 
 
-def effects_table(effects: Sequence[Effect]) -> Table:
+def effects_table(effects: Sequence[Effect]) -> TextTable:
     """A column a technique, a line a quantity: median (lowest..highest) over the pairs that differ in it alone."""
     header = ("", *(effect.title for effect in effects))
     rows = [("pairs of cells", *(str(len(effect.pairs)) for effect in effects))]
@@ -195,7 +178,7 @@ def effects_table(effects: Sequence[Effect]) -> Table:
             "Impact on accuracy: held-out loss, nats, the mean of the seeds; ± is their sample standard deviation."
         )
     notes += [f"{effect.title}: {sentence}." for effect in effects for sentence in effect.sentences]
-    return Table("What each technique did here", header, tuple(rows), 1, tuple(notes))
+    return TextTable("What each technique did here", header, tuple(rows), 1, tuple(notes))
 
 
 def _change(effect: Effect, quantity: str) -> str:

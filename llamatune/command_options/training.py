@@ -85,7 +85,7 @@ class BenchmarkOptions(GenerationGridOptions):
     )
     epochs: int | None = option("Whole epochs in place of --steps.", None, metavar="N", at_least=1)
     work: tuple[int, float] | None = option(
-        "Rows x epochs that the time of every cell is told for, as 200x5.",
+        "Rows x epochs for which every cell's time is given, as 200x5.",
         None,
         metavar="ROWSXEPOCHS",
         parse=_parse_work,

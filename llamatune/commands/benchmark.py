@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llamatune.command_options.training import BenchmarkOptions
 from llamatune.commands._console import Console, RichConsole
+from llamatune.commands._text_tables import print_notes, print_table
 from llamatune.errors import printable
 
 if TYPE_CHECKING:
     from llamatune.benchmarking.run_benchmark import Benchmark
     from llamatune.benchmarking.run_generation import GenerationBenchmark
-    from llamatune.benchmarking.tables import Table
 
 
 def benchmark(options: BenchmarkOptions, console: Console) -> None:
@@ -44,12 +43,12 @@ def _print(out: RichConsole, measured: Benchmark, options: BenchmarkOptions) -> 
     axes, results = measured.axes, measured.results
     parts = [flat_table(axes, results, [part]) for part in (MEMORY, SPEED)]  # side by side they are too wide
     for table in nested_tables(axes, results) if options.layout == "nested" else parts:
-        _draw(out, table)
-    _print_notes(out, parts[0].notes)
+        print_table(out, table, dense=True)
+    print_notes(out, parts[0].notes)
     if measured.effects:
         table = effects_table(measured.effects)
-        _draw(out, table)
-        _print_notes(out, table.notes)
+        print_table(out, table, dense=True)
+        print_notes(out, table.notes)
     out.print(f"tables and chart are in {printable(str(options.output))}")
 
 
@@ -59,23 +58,6 @@ def _print_generation(out: RichConsole, measured: GenerationBenchmark, options: 
 
     parts = [generation_table(measured.axes, measured.results, [part]) for part in (SPEED, MEMORY)]
     for table in parts:
-        _draw(out, table)
-    _print_notes(out, parts[0].notes)
+        print_table(out, table, dense=True)
+    print_notes(out, parts[0].notes)
     out.print(f"the table is in {printable(str(options.output))}")
-
-
-def _draw(out: RichConsole, table: Table) -> None:
-    from rich import box
-    from rich.table import Table as RichTable
-
-    drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    for place, heading in enumerate(table.header):
-        drawn.add_column(heading, justify="left" if place < table.labels else "right")
-    for row in table.rows:
-        drawn.add_row(*(text.replace(" (", "\n(") for text in row))
-    out.print(drawn)
-
-
-def _print_notes(out: RichConsole, notes: Sequence[str]) -> None:
-    for note in notes:
-        out.print(printable(f"- {note}"), soft_wrap=True)

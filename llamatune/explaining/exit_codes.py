@@ -40,10 +40,10 @@ EXIT_CODES = (
         2,
         "the command line or the run spec is wrong",
         "An option, an argument, an override or a key of the spec cannot be used, or two of them contradict each "
-        "other. It is found before anything is computed. All faults of a spec are told together.",
+        "other. It is found before anything is computed. All faults of a spec are reported together.",
         "error: lora.rank: unknown key, did you mean 'r'?: run.yaml",
-        "Change what the message names. `llamatune explain KEY` tells of a key of the spec, `llamatune VERB --help` of "
-        "options.",
+        "Change what the message names. `llamatune explain KEY` describes a key of the spec, `llamatune VERB --help` "
+        "the options of a verb.",
         (errors.SpecError,),
     ),
     ExitCode(

@@ -22,7 +22,7 @@ from llamatune.formats.file_schema import (
 from llamatune.strict_json import read_json
 
 BENCHMARK = "benchmark.json"
-_TODO = "name an --output directory of llamatune benchmark"
+_NAME_ANOTHER = "name an --output directory of llamatune benchmark"
 
 
 class AxisValues(FileSchema):
@@ -72,9 +72,9 @@ def read_benchmark(directory: Path) -> StoredBenchmark:
     """
     path = directory / BENCHMARK
     if not path.is_file():
-        raise CheckpointError("no benchmark.json in it", directory, _TODO)
+        raise CheckpointError("no benchmark.json in it", directory, _NAME_ANOTHER)
     raw = read_json(path, max_bytes=LARGEST_FILE)
-    file = parse_values(BenchmarkFile, raw, path, todo=_TODO)
+    file = parse_values(BenchmarkFile, raw, path, todo=_NAME_ANOTHER)
     of_generation = "repetitions" in raw
     measured = MeasuredGeneration if of_generation else ComparedCell
     keys = {axis.key: axis.values for axis in file.axes}
@@ -82,12 +82,12 @@ def read_benchmark(directory: Path) -> StoredBenchmark:
     for number, cell in enumerate(file.cells):
         schema = measured if cell.get("status") == "measured" else UnmeasuredCell
         where = f"{path}, cell {number + 1}"
-        values = parse_values(schema, cell, where, todo=_TODO).model_dump(exclude_unset=True)
+        values = parse_values(schema, cell, where, todo=_NAME_ANOTHER).model_dump(exclude_unset=True)
         if values.get("work") is None or values.get("work_s") is None:
             values = {key: value for key, value in values.items() if key not in ("work", "work_s")}
         if values["values"].keys() != keys.keys() or any(x not in keys[key] for key, x in values["values"].items()):
-            raise CheckpointError("a cell that is not of its axes", where, _TODO)
+            raise CheckpointError("a cell that is not of its axes", where, _NAME_ANOTHER)
         cells.append(values)
     if len({tuple(cell["values"].items()) for cell in cells}) != len(cells):
-        raise CheckpointError("a cell comes twice", path, _TODO)
+        raise CheckpointError("a cell comes twice", path, _NAME_ANOTHER)
     return StoredBenchmark(file.axes, cells, of_generation)

@@ -12,7 +12,7 @@ from llamatune.formats.file_schema import Count, FileSchema, Measure, Name, Perp
 from llamatune.strict_json import read_json
 
 _LARGEST_FILE = 1 << 20
-_TODO = "give what llamatune evaluate --json printed"
+_GIVE_ANOTHER = "give what llamatune evaluate --json printed"
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
@@ -72,4 +72,4 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     """
     values = read_json(path, DataError, _LARGEST_FILE)
     schema: type[_Printed] = Gsm8kEvaluation if "task" in values else PreparedEvaluation
-    return parse_values(schema, values, path, DataError, _TODO).model_dump(exclude_none=True)
+    return parse_values(schema, values, path, DataError, _GIVE_ANOTHER).model_dump(exclude_none=True)

@@ -12,18 +12,18 @@ class TextTable:
     """Cells of text; the first ``labels`` columns name the line, the others are numbers.
 
     Args:
-        name: of the files it is written to, without the ending.
         notes: printed below.
         wide: cells hold texts of several lines.
+        name: of the files that it is written to, without the ending; empty: it is written to none of its own.
     """
 
-    name: str
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     labels: int = 1
     notes: tuple[str, ...] = ()
     wide: bool = False
+    name: str = ""
 
     def markdown(self) -> str:
         """A page with the title as its heading."""

@@ -84,7 +84,8 @@ def encode_choices(question: ChoiceQuestion, tokenizer: Tokenizer, most: int, wh
 def score_choices(model: Transformer, asked: Sequence[EncodedChoices]) -> list[ChoiceScore]:
     """The score of each question, all computed in one pass; the model is in evaluation mode."""
     passes = dict.fromkeys(ids[:-1] for question in asked for ids in question.ids)
-    begins = dict(zip(passes, accumulate(map(len, passes), initial=0), strict=False))
+    ends = accumulate(map(len, passes))
+    begins = {ids: end - len(ids) for ids, end in zip(passes, ends, strict=True)}
     positions, targets = list[int](), list[int]()
     for question in asked:
         for ids, count in zip(question.ids, question.choice_tokens, strict=True):

@@ -97,7 +97,7 @@ def open_task_rows(run: Run, data: Path | None, on_event: OnEvent) -> TaskRows:
         what, where = next(iter(faults.values()))
         raise DataError(what, where, _STARTED)
     if faults:
-        on_event(Notice(f"{faults['train'][1]}: {faults['train'][0]}, so no overlap with them is told", "warning"))
+        on_event(Notice(f"{faults['train'][1]}: {faults['train'][0]}, so overlap with them is not computed", "warning"))
     train = None if faults else open_prepared(*training).train
     paths, split = (data,) if data is not None else validation or training, "train"
     verify_rows(*paths)

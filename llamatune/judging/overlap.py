@@ -111,7 +111,7 @@ def _overlap(
 
 
 def _grams(words: Sequence[str]) -> Iterable[_Gram]:
-    return zip(*(words[place:] for place in range(N)), strict=False)
+    return (tuple(words[place : place + N]) for place in range(len(words) - N + 1))
 
 
 def _rows(split: Split, limit: int | None = None) -> Iterator[tuple[list[int], int]]:

@@ -9,7 +9,7 @@ from statistics import median
 
 from llamatune.events import Step
 from llamatune.formats.metrics import Metrics
-from llamatune.reporting.course import Course
+from llamatune.reporting.divergence import Course
 from llamatune.reporting.spikes import Cause, Spike
 
 # fp16's scale is halved until the gradient is finite: some windows at the beginning are usual. Trouble is this share of

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from llamatune.events import EvalDone, Step
 from llamatune.reporting.averages import epoch_of, mean_loss
 from llamatune.reporting.causes import cause_of_course, with_causes
-from llamatune.reporting.course import Course, judge_course
+from llamatune.reporting.divergence import Course, judge_course
 from llamatune.reporting.run_reader import Run
 from llamatune.reporting.spikes import Cause, Spike, find_spikes, robust_deviation, with_rows
 from llamatune.reporting.trend import Trend, judge_trend

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llamatune.benchmarking.effects import effects
 from llamatune.benchmarking.generation_tables import generation_table
 from llamatune.benchmarking.results import Result
-from llamatune.benchmarking.tables import MEMORY, SPEED, Table, effects_table, flat_table, nested_tables
+from llamatune.benchmarking.tables import MEMORY, SPEED, effects_table, flat_table, nested_tables
 from llamatune.errors import CheckpointError, printable
 from llamatune.formats.benchmark_json import read_benchmark
 from llamatune.formats.evaluation_json import read_evaluation
@@ -18,7 +19,7 @@ from llamatune.spec_grid import Axis
 from llamatune.units import perplexity_text
 
 _percent = "{:.1%}".format
-MEASURES: dict[str, tuple[str, Callable[[Any], str]]] = {
+_MEASURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "loss": ("loss, nats a token", "{:.4f}".format),
     "perplexity": ("perplexity", lambda value: perplexity_text(value, 4)),
     "token_accuracy": ("token accuracy", _percent),
@@ -28,27 +29,31 @@ MEASURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "invalid": ("answers without a number", "{:,}".format),
     "unfinished": ("answers cut at the limit", "{:,}".format),
 }
-"""Figures of ``evaluate``: how each is called and written, here and on a terminal."""
+"""Figures of ``evaluate``: how each is called and written."""
 
 
-def evaluation_table(path: Path, name: str) -> TextTable:
-    """A line a measure, a column a model, of what ``evaluate --json`` printed into a file.
+def stored_evaluation_table(path: Path, name: str) -> TextTable:
+    """``evaluation_table`` of what ``evaluate --json`` printed into a file.
 
     Raises:
         DataError: it is none.
     """
-    values = read_evaluation(path)
+    return replace(evaluation_table(read_evaluation(path)), name=name)
+
+
+def evaluation_table(values: Mapping[str, Any]) -> TextTable:
+    """A line a measure, a column a model, of the result of ``evaluate``; what tuning changed stands below."""
     compared = any(key.startswith("base_") for key in values)
     columns = {"base": "base_", "tuned": ""} if compared else {"model": ""}
     rows = []
-    for key, (label, text) in MEASURES.items():
+    for key, (label, text) in _MEASURES.items():
         if key in values:
             found = [values.get(f"{prefix}{key}") for prefix in columns.values()]
             rows.append((label, *("" if value is None else text(value) for value in found)))
-    return TextTable(name, _title(values), ("", *columns), tuple(rows), notes=tuple(_changes(values)))
+    return TextTable(_title(values), ("", *columns), tuple(rows), notes=tuple(_changes(values)))
 
 
-def _title(values: dict[str, Any]) -> str:
+def _title(values: Mapping[str, Any]) -> str:
     data = printable(values["data"])
     if "task" in values:
         return f"GSM8K: {values['questions']:,} questions of {data}, {values['shots']} shots, {values['dtype']}"
@@ -56,7 +61,7 @@ def _title(values: dict[str, Any]) -> str:
     return f"Loss on {values['rows']:,} {printable(values['split'])} rows of {data}: {tokens}, {values['dtype']}"
 
 
-def _changes(values: dict[str, Any]) -> list[str]:
+def _changes(values: Mapping[str, Any]) -> list[str]:
     """What tuning changed, in sentences."""
     notes = []
     if "loss_difference" in values:
@@ -84,15 +89,19 @@ def benchmark_tables(directory: Path, name: str) -> list[TextTable]:
     except (ValueError, TypeError, KeyError, IndexError):  # each value is one of its kind, and together they are none
         raise CheckpointError("its cells do not fit each other", directory, "measure them again") from None
     return [
-        TextTable(
-            f"{name}-{place}", printable(table.title), _shown(table.header), tuple(map(_shown, table.rows)),
-            table.labels, _shown(table.notes),
+        replace(
+            table,
+            title=printable(table.title),
+            header=_shown(table.header),
+            rows=tuple(map(_shown, table.rows)),
+            notes=_shown(table.notes),
+            name=f"{name}-{place}",
         )
         for place, table in enumerate(tables, 1)
-    ]  # fmt: skip
+    ]
 
 
-def _tables(axes: Sequence[Axis], results: Sequence[Result], of_generation: bool) -> list[Table]:
+def _tables(axes: Sequence[Axis], results: Sequence[Result], of_generation: bool) -> list[TextTable]:
     if of_generation:
         return [generation_table(axes, results, [part]) for part in (SPEED, MEMORY)]
     tables = [flat_table(axes, results, [part]) for part in (MEMORY, SPEED)]

@@ -16,7 +16,7 @@ from llamatune.reporting.averages import decay_for, running_average
 from llamatune.reporting.chart_images import IMAGE_KINDS, chart_files, chart_svg, charts_png, require_matplotlib
 from llamatune.reporting.charts import level_values, make_charts, whole_legend
 from llamatune.reporting.curves import Curve
-from llamatune.reporting.evidence_tables import benchmark_tables, evaluation_table
+from llamatune.reporting.evidence_tables import benchmark_tables, stored_evaluation_table
 from llamatune.reporting.html_page import render_page
 from llamatune.reporting.report_data import Report, report_run, spec_differences
 from llamatune.reporting.report_tables import report_tables
@@ -55,7 +55,7 @@ def make_report(
             _refuse_other_files(made, endings, options.overwrite)
     runs = [read_run(path, name) for path, name in zip(options.runs, name_runs(options.runs), strict=True)]
     evidence = [
-        *(evaluation_table(path, f"evaluation-{place}") for place, path in enumerate(options.evaluation, 1)),
+        *(stored_evaluation_table(path, f"evaluation-{place}") for place, path in enumerate(options.evaluation, 1)),
         *(made for n, path in enumerate(options.benchmark, 1) for made in benchmark_tables(path, f"benchmark-{n}")),
     ]
     samples, notices = list[Samples](), dict[str, list[str]]()

@@ -29,14 +29,14 @@ def settings_table(report: Report) -> TextTable:
     """What was run, a column a run."""
     labels = dict.fromkeys(label for run in report.runs for label in run.settings)
     rows = ((label, *(run.settings.get(label, ABSENT) for run in report.runs)) for label in labels)
-    return TextTable("settings", "Settings", ("", *_names(report)), tuple(rows), wide=True)
+    return TextTable("Settings", ("", *_names(report)), tuple(rows), wide=True, name="settings")
 
 
 def figures_table(report: Report) -> TextTable:
     """What came out, a column a run."""
     rows = [("status", *(run.status for run in report.runs))]
     rows += [(label, *values) for label, values in figure_rows([run.figures for run in report.runs])]
-    return TextTable("final-figures", "Final figures", ("", *_names(report)), tuple(rows))
+    return TextTable("Final figures", ("", *_names(report)), tuple(rows), name="final-figures")
 
 
 def differences_table(report: Report) -> TextTable:
@@ -44,7 +44,7 @@ def differences_table(report: Report) -> TextTable:
     names = _names(report)
     rows = [(field, *(_value(row[name]) for name in names)) for field, row in report.spec_differences.items()]
     title = "Fields that are not the same in all runs"
-    return TextTable("differences", title, ("field", *names), tuple(rows))
+    return TextTable(title, ("field", *names), tuple(rows), name="differences")
 
 
 def _names(report: Report) -> list[str]:
@@ -61,7 +61,7 @@ def spikes_table(run: RunReport) -> TextTable:
         "peak at step", "epoch", "loss", "usual before", "gradient norm before clipping", "usual before",
         "learning rate", "steps", "likely cause", "rows of the window",
     )  # fmt: skip
-    return TextTable("spikes", "Spikes", headings, tuple(map(_spike, run.diagnosis.spikes)))
+    return TextTable("Spikes", headings, tuple(map(_spike, run.diagnosis.spikes)), name="spikes")
 
 
 def _spike(spike: Spike) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def epochs_table(run: RunReport) -> TextTable:
         validation = (optional(epoch.validation_loss, loss), optional(epoch.validation_perplexity, two_places))
         ended = (whole(epoch.target_tokens), duration(epoch.elapsed_s))
         rows.append((name, whole(epoch.steps), *training, *(validation if validated else ()), *ended))
-    return TextTable("epochs", f"{run.name}: epochs", headings, tuple(rows))
+    return TextTable(f"{run.name}: epochs", headings, tuple(rows), name="epochs")
 
 
 def parameters_table(run: RunReport) -> TextTable:
@@ -99,13 +99,13 @@ def parameters_table(run: RunReport) -> TextTable:
         counts.append(("all", sum(base for _, base, _ in counts), sum(adapter for *_, adapter in counts)))
     rows = [(name, whole(base), whole(adapter) if adapter else "") for name, base, adapter in counts]
     title = f"{run.name}: parameters, all blocks together"
-    return TextTable("parameters", title, ("module", "base", "adapter"), tuple(rows))
+    return TextTable(title, ("module", "base", "adapter"), tuple(rows), name="parameters")
 
 
 def memory_table(run: RunReport) -> TextTable:
     """Every size that was measured or planned."""
     rows = [(key.removesuffix("_bytes").replace("_", " "), gibibytes(x), whole(x)) for key, x in run.memory.items()]
-    return TextTable("memory", f"{run.name}: memory", ("", "size", "bytes"), tuple(rows))
+    return TextTable(f"{run.name}: memory", ("", "size", "bytes"), tuple(rows), name="memory")
 
 
 def ranks_table(run: RunReport) -> TextTable:
@@ -118,13 +118,13 @@ def ranks_table(run: RunReport) -> TextTable:
         for number, rank in enumerate(run.ranks)
     ]
     headings = ("rank", "peak memory", "tokens/s of its own", "time in messages")
-    return TextTable("ranks", f"{run.name}: ranks", headings, tuple(rows))
+    return TextTable(f"{run.name}: ranks", headings, tuple(rows), name="ranks")
 
 
 def data_table(run: RunReport) -> TextTable:
     """Counts of the prepared data."""
     rows = [(key.replace("_", " "), whole(x) if isinstance(x, int) else x) for key, x in run.data.items()]
-    return TextTable("data", f"{run.name}: {run.spec['data']['train']}", ("", "count"), tuple(rows))
+    return TextTable(f"{run.name}: {run.spec['data']['train']}", ("", "count"), tuple(rows), name="data")
 
 
 def answers_table(answers: Samples) -> TextTable:
@@ -136,7 +136,7 @@ def answers_table(answers: Samples) -> TextTable:
             (place, sample.instruction or sample.prompt, sample.reference or "", sample.base or "", sample.tuned)
         )
     header = ("row", "instruction", "reference", "base", "tuned")
-    return TextTable("answers", f"{answers.source}: answers", header, tuple(rows), wide=True)
+    return TextTable(f"{answers.source}: answers", header, tuple(rows), wide=True, name="answers")
 
 
 _OF_ONE_RUN: tuple[Callable[[RunReport], TextTable], ...] = (

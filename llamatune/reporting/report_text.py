@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llamatune.reporting.course import Course
 from llamatune.reporting.diagnosis import Diagnosis, Validation
+from llamatune.reporting.divergence import Course
 from llamatune.reporting.spikes import Cause, Spike
 from llamatune.reporting.trend import Trend
 from llamatune.units import duration, energy, gibibytes

@@ -60,7 +60,7 @@ def known_template(run: Run) -> Template | None:
             if manifest is not None and manifest.template is not None and "chat_template" not in manifest.template:
                 return Template.from_dict(manifest.template, run.path / name)
         except LlamatuneError:
-            return None  # whoever generates with it is told
+            return None  # generating with it gives the reason
     return None
 
 

@@ -18,7 +18,7 @@ TREND_NOISE, TREND_NOTHING = 0.05, 0.01
 # Slopes of all pairs of so many points are quickly sorted; of more steps, medians of neighbours are the points.
 TREND_POINTS = 1000
 _MOST = 1e9
-"""The largest relative change that is told: a loss may be nearly zero."""
+"""The largest relative change that is reported: a loss may be nearly zero."""
 _TWO_SIDED_95 = NormalDist().inv_cdf(0.975)
 
 

@@ -16,8 +16,8 @@ from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_st
 from llamatune.spec_grid import Axis, in_words
 from llamatune.strict_json import dump_json
 from llamatune.sweeping.groups import Room, groups, room_for
+from llamatune.sweeping.joint_progress import Several
 from llamatune.sweeping.members import Member, plan_members
-from llamatune.sweeping.several_observed import Several
 from llamatune.sweeping.sweep_page import write_page
 from llamatune.sweeping.sweep_table import best_of, markdown
 from llamatune.sweeping.together import Outcome, train_alone, train_together
@@ -138,7 +138,7 @@ def _batches(members: Sequence[Member], options: SweepOptions) -> Iterator[tuple
 
 
 def _room(group: Sequence[Member], options: SweepOptions) -> Room | None:
-    """That of a group; None where its inputs cannot be opened, which its runs then tell of."""
+    """That of a group; None where its inputs cannot be opened, which its runs then report."""
     try:
         return room_for(group, options.force_base, options.at_once)
     except LlamatuneError:

@@ -1,4 +1,4 @@
-"""The validation loss of a run at a place of it, as the event that tells of it."""
+"""The validation loss of a run at a place of it, as an event."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from llamatune.ranks import Ranks
 from llamatune.spec import RunSpec, load_stored_spec
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
+from llamatune.training.rate_choice import BUDGET
 from llamatune.training.rate_search import search_learning_rate
-from llamatune.training.rate_trials import BUDGET
 from llamatune.training.run_directory import RunDirectory, record_rate_search
 from llamatune.training.run_file_names import CHECKPOINTS, SPEC, SUMMARY
 from llamatune.training.schedule import Schedule
@@ -72,7 +72,7 @@ def with_found_rate(
 
 
 def _warn_of_no_gain(search: RateSearch, on_event: OnEvent) -> None:
-    """Tell where no trial speaks for its rate."""
+    """Warn where no trial favours its rate."""
     lowest = min((loss for loss in search.losses if loss is not None), default=None)
     if lowest is not None and lowest < search.start_loss:
         return

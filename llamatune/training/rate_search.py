@@ -21,7 +21,7 @@ from llamatune.spec_sections import TrainingSection
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import Learner
 from llamatune.training.numerics_faults import numerics_fault
-from llamatune.training.rate_trials import BUDGET, HELD_OUT, MEASURED, UPDATES, choose_rate, prior_rate, run_factor
+from llamatune.training.rate_choice import BUDGET, HELD_OUT, MEASURED, UPDATES, choose_rate, prior_rate, run_factor
 from llamatune.training.run_directory import RunDirectory
 from llamatune.training.schedule import Schedule, learning_rate_at, warmup_steps
 from llamatune.training.stopping import Stopping

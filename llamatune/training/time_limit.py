@@ -116,7 +116,7 @@ class TimeLimit:
 def time_limit(
     training: TrainingSection, checkpoint_bytes: int, clock: Clock, began_s: float, on_event: OnEvent
 ) -> TimeLimit:
-    """The limits of this start of a run, which began at ``began_s`` of the monotonic clock; they are told."""
+    """The limits of this start of a run, which began at ``began_s`` of the monotonic clock; notices name them."""
     job = job_end(SAVED_BEFORE_S, clock, on_event)
     ends = [] if job is None else [job]
     if training.max_time is not None:

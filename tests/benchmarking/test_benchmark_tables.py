@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import itertools
+import re
 import sys
 from typing import Any
 from xml.etree import ElementTree
@@ -14,7 +16,8 @@ import pytest
 from llamatune.benchmarking.bar_chart import draw_chart
 from llamatune.benchmarking.effects import effects
 from llamatune.benchmarking.results import CATEGORIES, Work, results_csv
-from llamatune.benchmarking.tables import Table, effects_table, flat_table, nested_tables
+from llamatune.benchmarking.tables import effects_table, flat_table, nested_tables
+from llamatune.formats.text_table import TextTable
 from llamatune.spec_grid import Axis, parse_axis
 
 AXES = [
@@ -71,12 +74,17 @@ RESULTS = cells(
 )
 
 
-def parsed(table: Table) -> list[list[str]]:
+def parsed(table: TextTable) -> list[list[str]]:
     """The lines of a Markdown table, its rule left out."""
     lines = [line for line in table.markdown().splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    rows = [[_shown(cell) for cell in line[1:-1].split("|")] for line in lines]
     assert set("".join(rows[1])) <= {"-", ":"}
     return [rows[0], *rows[2:]]
+
+
+def _shown(cell: str) -> str:
+    """What a reader of Markdown shows of a cell."""
+    return html.unescape(re.sub(r"\\(.)", r"\1", cell)).strip()
 
 
 def test_the_flat_table_has_a_line_for_each_cell_and_ratios_to_the_first_that_was_measured() -> None:

@@ -238,7 +238,7 @@ class TestTheGrid:
         text = (tmp_path / "out" / "benchmark.md").read_text()
         assert "| float32 | 4 | 3 | 1 | OOM |" in text
         assert "| float32 | 4 | 3 | 2 | killed |" in text
-        assert "- OOM: out of memory [" in text
+        assert "- OOM: out of memory \\[" in text
 
     @pytest.mark.parametrize(
         ("given", "fault"), [({"model": Path("absent")}, CheckpointError), ({"model": None}, SpecError)]

@@ -44,7 +44,7 @@ def test_a_table_has_a_line_a_row_and_a_column_a_cell() -> None:
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on the path")
 def test_latex_sets_it(tmp_path: Path) -> None:
     rows = tuple((text, f"{text}\nline\n\n* line") for text in NASTY)
-    tables = [TextTable("a", "Nasty", ("x", "y"), rows, wide=wide, notes=tuple(NASTY)) for wide in (False, True)]
+    tables = [TextTable("Nasty", ("x", "y"), rows, wide=wide, notes=tuple(NASTY), name="a") for wide in (False, True)]
     body = "\n".join(made.latex() for made in tables)
     page = f"\\documentclass{{article}}\\usepackage[T1]{{fontenc}}\\begin{{document}}\n{body}\\end{{document}}\n"
     (tmp_path / "page.tex").write_text(page, encoding="utf-8")

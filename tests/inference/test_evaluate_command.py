@@ -93,7 +93,7 @@ def test_on_a_terminal_there_is_a_table(
     assert shown.code == 0, shown.stderr
     for name in ("perplexity", "base_perplexity"):
         assert (f"{told.get(name, 0):.4f}" in shown.stdout) == (name in told)
-    assert ("tuning changed the loss by" in shown.stdout) == compare
+    assert ("Tuning changed the loss by" in shown.stdout) == compare
     words = ("--data", questions, "--task", "gsm8k", "--max-new-tokens", 5)
     shown = command("evaluate", "--model", base, *words, *more)
     assert "0.0% to 65.8%" in shown.stdout

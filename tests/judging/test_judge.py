@@ -244,7 +244,7 @@ def test_other_rows_can_be_given_and_the_run_may_lack_its_own(
     told = json.loads(done.stdout)
     assert (told["overlap"], "overlap" in told["metrics"]) == (None, False)
     assert (told["task"]["split"], told["task"]["data"]) == ("train", str(prepared()))
-    assert "warning: gone: no such directory, so no overlap with them is told" in done.stderr
+    assert "warning: gone: no such directory, so overlap with them is not computed" in done.stderr
     done = command("judge", copy, "--device", "cpu", "--data", prepared(), "--require", "overlap<1")
     assert (done.code, "overlap needs the run's training rows" in done.stderr) == (3, True)
 

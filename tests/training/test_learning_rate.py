@@ -26,8 +26,8 @@ from llamatune.training import rate_search
 from llamatune.training.inputs import open_inputs
 from llamatune.training.model_and_optimizer import build_learner
 from llamatune.training.passes import PassRule
+from llamatune.training.rate_choice import BUDGET
 from llamatune.training.rate_search import search_learning_rate
-from llamatune.training.rate_trials import BUDGET
 from llamatune.training.run_directory import RunDirectory
 from llamatune.training.schedule import Schedule
 from llamatune.training.train import plan_training, train

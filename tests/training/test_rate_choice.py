@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from llamatune.training.rate_trials import FACTORS, STEP, Bracket, choose_rate, prior_rate, run_factor
+from llamatune.training.rate_choice import FACTORS, STEP, Bracket, choose_rate, prior_rate, run_factor
 
 
 def test_a_parabola_is_found_exactly_wherever_the_search_begins() -> None:

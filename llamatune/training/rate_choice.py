@@ -1,4 +1,4 @@
-"""Which learning rates are tried before a run, and which one the losses of the trials speak for. No torch."""
+"""The choice of a learning rate: which rates are tried before a run, and which one their losses favour. No torch."""
 
 from __future__ import annotations
 

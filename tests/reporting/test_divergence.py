@@ -8,8 +8,8 @@ import pytest
 from report_material import falling, make_steps, noisy, write_run
 
 from llamatune.events import EvalDone
-from llamatune.reporting.course import judge_course
 from llamatune.reporting.diagnosis import Diagnosis, diagnose_run
+from llamatune.reporting.divergence import judge_course
 from llamatune.reporting.report_text import findings
 from llamatune.reporting.run_reader import read_run
 
