@@ -66,7 +66,7 @@ def test_a_limit_on_the_process_ends_in_one_line_with_three_changes(
     assert done.returncode == 5, done.stderr
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert re.search(r"out of memory on cpu: [\d.]+ [MG]iB resident, [\d.]+ [MG]iB mapped, [\d.]+ [MG]iB free", line)
+    assert re.search(r"out of memory on cpu: [\d.]+ [MG]iB resident, [\d.]+ [MG]iB mapped, [\d.]+ [KMG]iB free", line)
     planned = _plan(load_spec(path), data)
     found = _remedies(line)
     assert len(found) == 3
