@@ -41,6 +41,7 @@ from llamatune.inference.engine import Engine
 from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
+from llamatune.shapes.generation_sizes import ROWS_AT_ONCE
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.threads import suitable_threads
 
@@ -204,7 +205,8 @@ def main() -> None:
     parser.add_argument("--held", choices=QUANTIZED_DTYPES, help="what llamatune's weights are quantised to")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--rows", type=int, default=16, help="computed together")
+    parser.add_argument("--rows", type=int, default=ROWS_AT_ONCE["cpu"], help="that llamatune computes together")
+    parser.add_argument("--batch", type=int, default=16, help="that generate computes together")
     parser.add_argument("--tokens", type=int, default=128, help="the most of an answer")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model of 32,000 pieces, for llama.cpp")
     parser.add_argument("--only", choices=["single", "many", "lookup"])
@@ -230,7 +232,7 @@ def main() -> None:
         compare("one prompt", sides, (prompts[:1], [arguments.tokens]), arguments.rounds)
         compare("its first token", sides, ([prompts[0] * 4], [1]), arguments.rounds * 4)
     if arguments.only in (None, "many"):
-        sides = {"llamatune": ours(model, arguments.rows), "generate": batches(theirs, arguments.rows),
+        sides = {"llamatune": ours(model, arguments.rows), "generate": batches(theirs, arguments.batch),
                  "continuous batching": continuous(theirs)}  # fmt: skip
         compare(f"{arguments.prompts} prompts", sides, (prompts, lengths), arguments.rounds)
     if arguments.only in (None, "lookup"):

@@ -114,8 +114,7 @@ def main() -> None:
             prompt_tokens, stored = kept["prompt_tokens"], DTYPES[case.stored][0]
             dtype = stored if case.dtype == "same" else case.dtype
             model = HeldModel(config, dtype, "bfloat16" if dtype == "int8" else dtype, stored)
-            work = Work(prompt_tokens, case.new_tokens, prompts=case.prompts,
-                        draws=case.temperature > 0)  # fmt: skip
+            work = Work(prompt_tokens, case.new_tokens, prompts=case.prompts, draws=case.temperature > 0)
             plan = plan_generation(model, work)
             held, predicted = plan.moments["decoding"], plan.memory.peak
             least, peaks = held.weights + held.keys_and_values, (kept["peak"], given_back["peak"])

@@ -85,7 +85,7 @@ class EvaluateKeywords(ModelKeywords, total=False):
     output: AnyPath | None
     overwrite: bool
     limit: int | None
-    batch_size: int
+    batch_size: int | None
 
 
 class MergeKeywords(TypedDict, total=False):

@@ -8,9 +8,12 @@ from typing import Any, Literal
 
 from llamatune.command_options.option import Options, option
 from llamatune.errors import SpecError
+from llamatune.shapes.generation_sizes import ROWS_AT_ONCE
 
 LEAST_KEPT = 0.9
 _GSM8K_NEW_TOKENS = 512
+LOSS_ROWS = 16
+"""Rows whose loss is computed together if not otherwise asked for."""
 
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
 HeldDtype = Literal["same", "float32", "bfloat16", "float16", "nf4", "float8", "int8"]
@@ -186,7 +189,10 @@ class EvaluateOptions(ModelSource):
     )
     overwrite: bool = option("Replace what stands at --per-row or --output.", False)
     limit: int | None = option("Only the first N rows.", None, at_least=1)
-    batch_size: int = option("Rows that are computed together.", 16, at_least=1)
+    batch_size: int | None = option(
+        "Rows that are computed together.", None, at_least=1,
+        shown_default=f"{LOSS_ROWS}; answers of gsm8k {ROWS_AT_ONCE['cpu']}, on a GPU {ROWS_AT_ONCE['cuda']}",
+    )  # fmt: skip
     force_base: bool = option("Accept an adapter of another base, or data of another tokenizer.", False, last=True)
 
     def __post_init__(self) -> None:
@@ -207,6 +213,11 @@ class EvaluateOptions(ModelSource):
         if self.shots and self.template is not None:
             todo = "few-shot prompts have a form of their own"
             raise SpecError("--template and --shots exclude each other", None, todo)
+
+    @property
+    def loss_rows(self) -> int:
+        """Rows whose loss is computed together."""
+        return self.batch_size or LOSS_ROWS
 
     @property
     def sampling(self) -> Sampling:

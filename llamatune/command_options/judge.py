@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamatune.command_options.inference import HeldDtype, Placement
+from llamatune.command_options.inference import LOSS_ROWS, HeldDtype, Placement
 from llamatune.command_options.option import Options, option
 from llamatune.errors import SpecError
+from llamatune.shapes.generation_sizes import ROWS_AT_ONCE
 
 METRICS = (
     "task_loss", "task_perplexity", "task_loss_change", "general_loss", "forgetting", "overlap", "gsm8k_accuracy",
@@ -105,7 +106,10 @@ class JudgeOptions(Options):
     overwrite: bool = option("Replace what stands at --plot and --per-question.", False)
     limit: int | None = option("Only the first N rows of each.", None, at_least=1)
     max_new_tokens: int = option("The most of one GSM8K answer.", 512, at_least=1, at_most=1 << 20)
-    batch_size: int = option("Rows that are computed together.", 16, at_least=1)
+    batch_size: int | None = option(
+        "Rows that are computed together.", None, at_least=1,
+        shown_default=f"{LOSS_ROWS}; answers {ROWS_AT_ONCE['cpu']}, on a GPU {ROWS_AT_ONCE['cuda']}",
+    )  # fmt: skip
     force_base: bool = option("Accept an adapter of another base, or data of another tokenizer.", False, last=True)
     dtype: HeldDtype | None = option(
         "same, float32, bfloat16, float16, nf4, float8 or int8.", None, shown_default="the run's model.dtype", last=True
@@ -127,6 +131,11 @@ class JudgeOptions(Options):
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise SpecError(f"two parts of the result would be called {twice!r}", None, "rename the file")
         self._check_requirements()
+
+    @property
+    def loss_rows(self) -> int:
+        """Rows whose losses, or choices, are computed together."""
+        return self.batch_size or LOSS_ROWS
 
     def metrics(self) -> dict[str, str]:
         """Every metric that could be required, and the option without which it is not measured, or nothing."""

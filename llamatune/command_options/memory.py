@@ -66,7 +66,7 @@ class PlanMemoryOptions(Options):
     )  # fmt: skip
     batch_size: int | None = option(
         "Completions at once, as of evaluate.", None, metavar="N", at_least=1, at_most=1 << 16,
-        shown_default=str(ROWS_AT_ONCE),
+        shown_default=f"{ROWS_AT_ONCE['cpu']}, on a GPU {ROWS_AT_ONCE['cuda']}, or as many as fit",
     )  # fmt: skip
     num_beams: int | None = option("As of generate.", None, metavar="N", at_least=1, at_most=64, shown_default="1")
     temperature: float | None = option(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from llamatune.command_options.inference import Sampling
 from llamatune.command_options.memory import ASSUMED_PROMPT_TOKENS, PlanMemoryOptions
 from llamatune.commands._console import Console, RichConsole
-from llamatune.shapes.generation_sizes import ROWS_AT_ONCE
 
 if TYPE_CHECKING:
     from llamatune.memory.generation import HeldModel, Work
@@ -105,7 +104,7 @@ def _work(options: PlanMemoryOptions, model: HeldModel, console: Console) -> Wor
     return Work(
         prompt_tokens=tokens,
         new_tokens=options.max_new_tokens or Sampling.max_new_tokens,
-        rows=options.batch_size or ROWS_AT_ONCE,
+        rows=options.batch_size,
         prompts=options.prompts,
         beams=options.num_beams or 1,
         draws=options.temperature != 0,

@@ -19,6 +19,9 @@ from llamatune.output_files import is_stream, open_stream, output_file, stream_f
 from llamatune.safe_reading import open_own
 from llamatune.strict_json import dump_json, dump_json_lines, parse_json, read_json
 
+ENTRIES_AT_ONCE = 16
+"""Answers that are appended together: each append waits for the disk, and a kill loses what was not appended."""
+
 _REMEDY = "choose another output, or pass --overwrite"
 
 

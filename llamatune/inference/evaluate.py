@@ -185,8 +185,8 @@ def evaluate_prepared(
     check_tokenizer(prepared, opened.tokenizer_path, options.force_base, on_event)
     total = sum(min(len(part), options.limit or len(part)) for part in chosen.values())
     tokens = sum(sum(part.lengths[: options.limit]) for part in chosen.values())
-    advice = opened.memory_advice(*smaller_batches(options.batch_size))
-    with opened.computing(tokens * min(1.0, options.batch_size / total), advice, on_event):
+    advice = opened.memory_advice(*smaller_batches(options.loss_rows))
+    with opened.computing(tokens * min(1.0, options.loss_rows / total), advice, on_event):
         loaded = opened.load(on_event, should_stop)
         models = loaded.by_prefix
         names: list[str] = []
@@ -199,7 +199,7 @@ def evaluate_prepared(
         items = (
             (name, batch, prefix)
             for name, part in chosen.items()
-            for batch in part.batches(options.batch_size, options.limit)
+            for batch in part.batches(options.loss_rows, options.limit)
             for prefix in models
         )
         try:

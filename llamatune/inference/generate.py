@@ -19,7 +19,7 @@ from llamatune.data.segments import prompt_of_json
 from llamatune.data.templates import Template
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.formats.answer_log import open_answer_log
+from llamatune.formats.answer_log import ENTRIES_AT_ONCE, open_answer_log
 from llamatune.formats.prepared import read_prepared_manifest
 from llamatune.inference.answer_settings import generation_settings, model_settings
 from llamatune.inference.completion import Completion
@@ -152,7 +152,8 @@ def generate(
         results = [Generation(**values) for values in ranks.from_first(list(map(asdict, results)))]
         if len(results) == total:
             return Generations(results, speed, lines())
-        written, rows = len(results), sampling.num_beams if sampling.num_beams > 1 else min(ROWS_AT_ONCE, total)
+        at_once = ROWS_AT_ONCE[opened.device.type]
+        written, rows = len(results), sampling.num_beams if sampling.num_beams > 1 else min(at_once, total)
         advice = opened.memory_advice("use fewer --max-new-tokens")
         stack.enter_context(opened.computing(rows, advice, on_event))
         try:
@@ -162,19 +163,19 @@ def generate(
             def completed(part: Sequence[list[int]], should_stop: ShouldStop) -> Iterator[list[tuple[Any, ...]]]:
                 has_lookup = lookup != "off" and not in_slices  # whose ranks make the same passes, whatever the time
                 for of_models in completions_by_model(
-                    loaded, part, sampling, eos_ids, ROWS_AT_ONCE, should_stop, is_enough,
+                    loaded, part, sampling, eos_ids, None, should_stop, is_enough,
                     lambda: PromptLookup(lookup == "on") if has_lookup else None, on_event,
                 ):  # fmt: skip
                     yield list(map(astuple, of_models))
 
             started, in_slices, todo = monotonic(), source.placement == "shard", ids[written // several :]
-            for values in share_generating(todo, completed, ROWS_AT_ONCE, should_stop, ranks, in_slices):
+            for values in share_generating(todo, completed, at_once, should_stop, ranks, in_slices):
                 made = {name: Completion(*each) for name, each in zip(loaded.by_prefix, values, strict=True)}
                 base_text = text(len(results), made["base_"]) if compare else None
                 results.append(result(len(results), made[""], base_text))
                 tokens += sum(len(each.ids) for each in made.values())
                 speed = tokens / max(monotonic() - started, 1e-9)
-                if log is not None and len(results) - written == ROWS_AT_ONCE:
+                if log is not None and len(results) - written == ENTRIES_AT_ONCE:
                     log.append(lines(written))
                     written = len(results)
                 on_event(Progress("generating", len(results) // several, len(ids), speed))

@@ -23,7 +23,7 @@ from llamatune.data.segments import Segments
 from llamatune.data.templates import TEMPLATES, Template
 from llamatune.errors import DataError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.formats.answer_log import AnswerLog, open_answer_log
+from llamatune.formats.answer_log import ENTRIES_AT_ONCE, AnswerLog, open_answer_log
 from llamatune.inference.answer_settings import model_settings
 from llamatune.inference.evaluate import smaller_batches
 from llamatune.inference.gsm8k_answers import AnswerEnds, extract_answer
@@ -33,6 +33,7 @@ from llamatune.inference.prompt_encoding import PromptEncoder, shown_answer
 from llamatune.inference.significance import exact_mcnemar, score_interval
 from llamatune.ranks import ALONE, Ranks
 from llamatune.seeds import derived_seed
+from llamatune.shapes.generation_sizes import ROWS_AT_ONCE
 from llamatune.shared_work import refuse_differences, share_generating
 from llamatune.tokenizers.tokenizer import Tokenizer
 
@@ -175,14 +176,15 @@ def evaluate_gsm8k(
             return report(lines)
         if log is not None:
             log.keep(len(lines))
-        advice = opened.memory_advice(*smaller_batches(options.batch_size))
-        stack.enter_context(opened.computing(min(options.batch_size, len(prompts)), advice, on_event))
+        at_once = options.batch_size or ROWS_AT_ONCE[opened.device.type]
+        advice = opened.memory_advice(*smaller_batches(at_once))
+        stack.enter_context(opened.computing(min(at_once, len(prompts)), advice, on_event))
         eos_ids = encoder.stop_ids(opened.checkpoint.config)
         unanswered, kept = (questions[len(lines) :], shown[len(lines) :], prompts[len(lines) :]), len(lines)
         try:
             for line in _answer(options, opened, tokenizer, eos_ids, *unanswered, on_event, should_stop):
                 lines.append(line)
-                if log is not None and len(lines) - kept == options.batch_size:
+                if log is not None and len(lines) - kept == min(at_once, ENTRIES_AT_ONCE):
                     log.append(lines[kept:])
                     kept = len(lines)
                 on_event(Progress("answering", len(lines), len(questions)))
@@ -222,8 +224,9 @@ def _answer(
             ]
             yield scored_line(questions[place], dict(zip(loaded.by_prefix, texts, strict=True)))
 
+    at_once = options.batch_size or ROWS_AT_ONCE[opened.device.type]
     places, in_slices = range(len(prompts)), options.placement == "shard"
-    yield from share_generating(places, answered, options.batch_size, should_stop, opened.ranks, in_slices)
+    yield from share_generating(places, answered, at_once, should_stop, opened.ranks, in_slices)
 
 
 def _settings(

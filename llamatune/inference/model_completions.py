@@ -11,10 +11,8 @@ from llamatune.inference.completion import Completion
 from llamatune.inference.engine import IsEnough, completions
 from llamatune.inference.model_source import LoadedModels
 from llamatune.inference.prompt_lookup import PromptLookup
-from llamatune.shapes.generation_sizes import token_cache_bytes
-
-_SHARE = 0.8
-"""Of the free memory, what keys and values may take."""
+from llamatune.model.transformer import Transformer
+from llamatune.shapes.generation_sizes import CACHE_SHARE, ROWS_AT_ONCE, rows_that_fit
 
 
 def completions_by_model(
@@ -22,7 +20,7 @@ def completions_by_model(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     eos_ids: Collection[int],
-    rows: int,
+    rows: int | None,
     should_stop: ShouldStop = never_stop,
     is_enough: IsEnough | None = None,
     make_lookup: Callable[[], PromptLookup | None] = lambda: None,
@@ -30,12 +28,14 @@ def completions_by_model(
 ) -> Iterator[tuple[Completion, ...]]:
     """As ``engine.completions``, of each model in the order of ``loaded.by_prefix``; ``rows`` of each at a time.
 
-    There are fewer, with a notice, where keys and values of so many would not fit into free memory. Base and tuned
+    By default as many as suit the device. There are fewer, with a notice, where keys and values of so many would not
+    fit into free memory. Base and tuned
     model that share their weights share passes. With beams, each has its own.
     """
     models = list(loaded.by_prefix.values())
+    rows = min(rows or ROWS_AT_ONCE[models[0].device.type], max(1, len(prompts) * sampling.num_return_sequences))
     if loaded.idle is None and sampling.num_beams == 1 and prompts:  # else all ranks make the same passes
-        fitting = _rows_that_fit(loaded, prompts, sampling, rows)
+        fitting = _rows_that_fit(models, prompts, sampling)
         if fitting < rows:
             on_event(
                 Notice(f"{fitting} completions at once, since keys and values of {rows} would not fit into memory")
@@ -57,9 +57,8 @@ def completions_by_model(
         loaded.switch.reset()  # the tuned model is computed alone again
 
 
-def _rows_that_fit(loaded: LoadedModels, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: int) -> int:
-    """At most ``rows``, whose keys and values at their longest take their share of the free memory; at least one."""
-    (model, *_), count = loaded.by_prefix.values(), len(loaded.by_prefix)
-    tokens = max(map(len, prompts)) + sampling.max_new_tokens
-    row = count * tokens * token_cache_bytes(model.config, model.product_dtype.itemsize)
-    return max(1, min(rows, int(_SHARE * free_memory_bytes(model.device)) // row))
+def _rows_that_fit(models: Sequence[Transformer], prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
+    """Of completions at their longest."""
+    tokens, model = max(map(len, prompts)) + sampling.max_new_tokens, models[0]
+    room = CACHE_SHARE * free_memory_bytes(model.device) / len(models)
+    return rows_that_fit(model.config, model.product_dtype.itemsize, tokens, room)

@@ -64,7 +64,7 @@ def judge_run(
     check_tokenizer(task.prepared, tuned.tokenizer_path, options.force_base, on_event)
     if task.train is None and any(required.metric == "overlap" for required in options.require or ()):
         raise DataError("overlap needs the run's training rows", options.run, "leave it out of --require")
-    size, known = options.batch_size, tuned.config.max_position_embeddings
+    size, known = options.loss_rows, tuned.config.max_position_embeddings
     losses = RowLosses.of_split("task", task.rows, size, options.limit)
     named = [(PACKAGED_NAME, PACKAGED), *((file_name(path), path) for path in options.general)]
     texts = [make_texts(name, path, tokenizer, known, options.limit) for name, path in named]

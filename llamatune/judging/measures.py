@@ -108,7 +108,7 @@ class Choices:
         if cut := sum(question.is_cut for question in encoded):
             what = f"{cut} of {len(encoded)} prompts lose their beginning: the model knows {most} tokens"
             on_event(Notice(f"{file.path}: {what}", "warning"))
-        return cls(name, file, encoded, options.batch_size)
+        return cls(name, file, encoded, options.loss_rows)
 
     def compute(self, loaded: LoadedModels, on_event: OnEvent, should_stop: ShouldStop) -> None:
         found: dict[str, list[ChoiceScore]] = {prefix: [] for prefix in loaded.by_prefix}

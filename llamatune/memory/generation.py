@@ -13,7 +13,14 @@ from llamatune.memory.model_sizes import ModelSizes
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.dtypes import WEIGHT_BYTES
-from llamatune.shapes.generation_sizes import ROWS_AT_ONCE, grown_room, tokens_in_a_pass, with_filling
+from llamatune.shapes.generation_sizes import (
+    CACHE_SHARE,
+    ROWS_AT_ONCE,
+    grown_room,
+    rows_that_fit,
+    tokens_in_a_pass,
+    with_filling,
+)
 from llamatune.shapes.llama_config import LlamaConfig, linear_module
 from llamatune.shapes.recurring_sizes import filled_up
 from llamatune.shapes.rope_scaling import DynamicScaling
@@ -43,13 +50,14 @@ class HeldModel:
 class Work:
     """What is generated: completions of up to ``new_tokens``, at most ``rows`` at once, of prompts of one length.
 
+    ``rows`` None: as many as ``generate`` takes, by device and memory limit; a plan says which.
     ``prompts``: how many there are; None: more than rows. ``draws``: from a nucleus, else greedily. ``compare``: the
     base's completions beside those with the adapter.
     """
 
     prompt_tokens: int
     new_tokens: int
-    rows: int = ROWS_AT_ONCE
+    rows: int | None = None
     prompts: int | None = None
     beams: int = 1
     draws: bool = True
@@ -57,13 +65,14 @@ class Work:
 
     @property
     def at_once(self) -> int:
-        """The rows of the cache."""
+        """The rows of the cache, once ``rows`` is known."""
+        assert self.rows is not None
         return self.rows if self.prompts is None else min(self.rows, self.prompts)
 
     @property
     def is_more(self) -> bool:
         """Whether some prompts are read while the cache is full, since there are more than rows."""
-        return self.prompts is None or self.prompts > self.rows
+        return self.prompts is None or self.prompts > self.at_once
 
 
 @dataclass(frozen=True)
@@ -86,9 +95,10 @@ class GenerationBytes:
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """The highest moments of loading, of reading prompts and of decoding, and the room of a row at the end."""
+    """The highest moments of loading, of reading prompts and of decoding; rows at once, and a row's room at the end."""
 
     moments: dict[str, GenerationBytes]
+    rows: int
     room_tokens: int
     limit_bytes: int | None
 
@@ -115,11 +125,23 @@ def plan_generation(model: HeldModel, work: Work, limit_bytes: int | None = None
     copies = 2 if work.compare and model.replaces else 1
     held = GenerationBytes(copies * weights, _adapter_bytes(z), 0, copies * z.unpacking)
     moments = {"loading": dataclasses.replace(held, temporary=max(0, _loading_peak(z, model) - weights))}
+    if work.rows is None:
+        free = None if limit_bytes is None else limit_bytes - moments["loading"].peak
+        work = dataclasses.replace(work, rows=_usual_rows(model, work, free))
     rooms = _Rooms(model, work)
     for name, passes in {"reading prompts": _reading(z, work, rooms), "decoding": _decoding(z, work, rooms)}.items():
         found = highest(z, [*passes])
         moments[name] = dataclasses.replace(held, keys_and_values=found[0], temporary=held.temporary + found[1])
-    return GenerationPlan(moments, rooms.last, limit_bytes)
+    return GenerationPlan(moments, work.at_once, rooms.last, limit_bytes)
+
+
+def _usual_rows(model: HeldModel, work: Work, free_bytes: int | None) -> int:
+    """Completions that ``generate`` computes together unasked, with so much memory beside the weights."""
+    most = ROWS_AT_ONCE["cuda" if model.cuda else "cpu"]
+    if free_bytes is None:
+        return most
+    tokens, room = work.prompt_tokens + work.new_tokens, CACHE_SHARE * free_bytes / (2 if work.compare else 1)
+    return min(most, rows_that_fit(model.config, WEIGHT_BYTES[model.others], tokens, room))
 
 
 def _adapter_bytes(z: ModelSizes) -> int:

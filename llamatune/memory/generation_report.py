@@ -19,9 +19,11 @@ _MOST_ROWS = 1 << 16
 def generation_report(model: HeldModel, work: Work, limit_bytes: int | None) -> dict[str, Any]:
     """The plan as JSON; under a limit with the largest work that fits, and remedies if the plan does not.
 
-    Lengths are tried up to the model's context, or to what was given if that is more. A largest of 0: none fits.
+    All of it is for as many rows at once as the plan has. Lengths are tried up to the model's context, or to what was
+    given if that is more. A largest of 0: none fits.
     """
     plan = plan_generation(model, work, limit_bytes)
+    work = replace(work, rows=plan.rows) if work.beams == 1 else work
     facts = {
         "predicted_peak_memory_bytes": plan.memory.peak,
         "predicted_memory_bytes": dataclasses.asdict(plan.memory),
@@ -33,7 +35,7 @@ def generation_report(model: HeldModel, work: Work, limit_bytes: int | None) -> 
         "dtype": model.dtype,
         "prompt_tokens": work.prompt_tokens,
         "max_new_tokens": work.new_tokens,
-        "rows": work.at_once if work.beams == 1 else None,
+        "rows": plan.rows if work.beams == 1 else None,
         "num_beams": work.beams,
         "room_tokens": plan.room_tokens,
         "memory_limit_bytes": limit_bytes,
@@ -65,7 +67,7 @@ def generation_report(model: HeldModel, work: Work, limit_bytes: int | None) -> 
 def _remedies(model: HeldModel, work: Work, plan: GenerationPlan, most: dict[str, int]) -> list[Remedy]:
     """Every change that is not made yet and lowers the peak by more than a thousandth, each by itself."""
     helpful = []
-    for change, effect, held, asked in _changes(model, work, most):
+    for change, effect, held, asked in _changes(model, work, plan, most):
         after = plan_generation(held, asked, plan.limit_bytes)
         saved = plan.memory.peak - after.memory.peak
         if saved > plan.memory.peak // 1000:
@@ -73,10 +75,12 @@ def _remedies(model: HeldModel, work: Work, plan: GenerationPlan, most: dict[str
     return helpful
 
 
-def _changes(model: HeldModel, work: Work, most: dict[str, int]) -> Iterator[tuple[str, str, HeldModel, Work]]:
+def _changes(
+    model: HeldModel, work: Work, plan: GenerationPlan, most: dict[str, int]
+) -> Iterator[tuple[str, str, HeldModel, Work]]:
     """The change, its effect, and what is planned with it; first those that change no text."""
     _, sixteen = sixteen_bits(model.cuda)
-    if work.beams == 1 and (rows := max(1, most["rows"])) < work.at_once:
+    if work.beams == 1 and (rows := max(1, most["rows"])) < plan.rows:
         effect = "of evaluate; of generate so many prompts in a call"
         yield f"--batch-size {rows}", effect, model, replace(work, rows=rows)
     if work.compare:

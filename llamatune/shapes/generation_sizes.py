@@ -11,8 +11,14 @@ from collections.abc import Sequence
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shapes.rope_scaling import DynamicScaling
 
-ROWS_AT_ONCE = 16
-"""Completions that ``generate`` computes together."""
+ROWS_AT_ONCE = {"cpu": 64, "cuda": 256}
+"""Completions that are computed together if not otherwise asked for, by kind of device.
+
+A step reads all weights whatever its rows: more rows take longer a step and less time a token, up to about so many.
+"""
+
+CACHE_SHARE = 0.8
+"""Of the free memory, what keys and values of generation may take."""
 
 _MOST_TOKENS, _FEWEST_TOKENS = 2048, 256
 _SHARE = 0.08
@@ -24,6 +30,11 @@ FIRST_ROOM_TOKENS = 256
 def token_cache_bytes(config: LlamaConfig, element_bytes: int) -> int:
     """Bytes of the keys and values of one token, in all layers."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element_bytes
+
+
+def rows_that_fit(config: LlamaConfig, element_bytes: int, tokens: int, room_bytes: float) -> int:
+    """Completions of so many tokens, prompts included, whose keys and values take that room; at least one."""
+    return max(1, int(room_bytes) // (tokens * token_cache_bytes(config, element_bytes)))
 
 
 def grown_room(needed: int, doubled: int, capacity: int) -> int:

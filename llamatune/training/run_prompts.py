@@ -23,7 +23,7 @@ from llamatune.inference.prompt_files import FilePrompt, Prompt, read_prompts
 from llamatune.model.compiled_functions import compiling
 from llamatune.model.plain_blocks import answering
 from llamatune.ranks import Ranks
-from llamatune.shapes.generation_sizes import ROWS_AT_ONCE, token_cache_bytes
+from llamatune.shapes.generation_sizes import ROWS_AT_ONCE, rows_that_fit
 from llamatune.spec import RunSpec
 from llamatune.tokenizers.loading import load_tokenizer
 from llamatune.tokenizers.tokenizer import Tokenizer, check_vocabulary
@@ -92,9 +92,9 @@ class RunPrompts:
     def _rows(self, learner: Learner) -> int:
         """The answers that are computed side by side."""
         model, most = learner.model, max(map(len, self.ids)) + self.sampling.max_new_tokens
-        row_bytes = most * token_cache_bytes(model.config, model.product_dtype.itemsize)
-        fitting = int(_SHARE * free_memory_bytes(model.device)) // row_bytes
-        return max(1, min(ROWS_AT_ONCE, len(self.ids), fitting))
+        room = _SHARE * free_memory_bytes(model.device)
+        fitting = rows_that_fit(model.config, model.product_dtype.itemsize, most, room)
+        return min(ROWS_AT_ONCE[model.device.type], len(self.ids), fitting)
 
     def _shown(self, step: int, number: int, asked: _Asked, made: Completion) -> Answer:
         assert self.tokenizer is not None

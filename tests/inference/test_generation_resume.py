@@ -20,10 +20,17 @@ from llamatune.commands._log_lines import KeyValueLines
 from llamatune.commands._progress_bars import ProgressBars, open_console
 from llamatune.events import Progress
 from llamatune.inference import engine, generate
+from llamatune.shapes.generation_sizes import ROWS_AT_ONCE
 
 Command = Callable[..., Any]
 PROMPTS = 21
 DRAWN = ("--temperature", 1, "--seed", 3)
+
+
+@pytest.fixture(autouse=True)
+def fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that prompts wait for a row."""
+    monkeypatch.setitem(ROWS_AT_ONCE, "cpu", 16)
 
 
 @pytest.fixture(scope="module")

@@ -211,11 +211,11 @@ def test_what_is_converted_is_held_twice_while_it_is_read(tiny_base: Callable[..
 @pytest.mark.parametrize(
     "words",
     [
-        ("--preset", "llama-2-7b", "--memory", "16GiB"),
+        ("--preset", "llama-2-7b", "--memory", "16GiB", "--batch-size", 16),
         ("--preset", "llama-2-7b", "--memory", "14GiB", "--dtype", "int8", "--prompt-tokens", 2000, "--batch-size", 32),
-        ("--preset", "llama-2-7b", "--memory", "17GiB", "--r", 16, "--compare", "--prompts", 12),
+        ("--preset", "llama-2-7b", "--memory", "17GiB", "--r", 16, "--compare", "--prompts", 12, "--batch-size", 12),
         ("--preset", "llama-3-8b", "--memory", "17.5GiB", "--num-beams", 32, "--max-new-tokens", 200),
-        ("--preset", "llama-2-7b", "--memory", "20GiB", "--dtype", "float32", "--device", "cpu"),
+        ("--preset", "llama-2-7b", "--memory", "20GiB", "--dtype", "float32", "--device", "cpu", "--batch-size", 16),
     ],
     ids=lambda words: " ".join(map(str, words[1:])),
 )
@@ -244,15 +244,29 @@ def test_remedies_fit_when_they_are_followed(command: Any, words: tuple[object, 
     [("rows", "--batch-size"), ("max_new_tokens", "--max-new-tokens"), ("prompt_tokens", "--prompt-tokens")],
 )
 def test_the_largest_fits_and_one_more_does_not(command: Any, name: str, flag: str) -> None:
-    words = ("--preset", "llama-2-7b", "--memory", "20GiB", "--prompt-tokens", 400)
-    kept = words[:4] if flag == "--prompt-tokens" else words
+    words = ("--preset", "llama-2-7b", "--memory", "20GiB", "--prompt-tokens", 400, "--batch-size", 16)
+    at = words.index(flag) if flag in words else len(words)
+    kept = words[:at] + words[at + 2 :]
     most = plan(command, *words)[f"largest_{name}"]
     assert plan(command, *kept, flag, most)["fits"]
     assert not plan(command, *kept, flag, most + 1)["fits"]
 
 
+@pytest.mark.parametrize("memory", ["14GiB", "16GiB", "24GiB", "48GiB", "400GiB"])
+@pytest.mark.parametrize("words", [(), ("--compare", "--r", 8)], ids=["alone", "compared"])
+def test_unasked_as_many_rows_are_planned_as_fit(command: Any, memory: str, words: tuple[object, ...]) -> None:
+    """Keys and values take four fifths of what the weights leave, as generate takes them; 256 rows at most."""
+    given = ("--preset", "llama-2-7b", "--device", "cuda", "--prompt-tokens", 400, *words)
+    found = plan(command, *given, "--memory", memory)
+    free = found["memory_limit_bytes"] - found["moments"][0]["bytes"]
+    row = (400 + found["max_new_tokens"]) * 2 * 32 * 4096 * 2 * (2 if words else 1)
+    assert found["rows"] == min(256, max(1, int(0.8 * free / row)))
+    assert plan(command, *given)["rows"] == 256
+    assert plan(command, *given[:2], "--device", "cpu", *given[4:])["rows"] == 64
+
+
 def test_the_table_says_what_the_json_says(command: Any) -> None:
-    words = ("--preset", "llama-2-7b", "--memory", "16GiB", "--max-new-tokens", 300)
+    words = ("--preset", "llama-2-7b", "--memory", "16GiB", "--max-new-tokens", 300, "--batch-size", 16)
     found, table = plan(command, *words), command("plan-memory", "--generate", *words).stdout
     for moment in found["moments"]:
         assert moment["bytes"] == sum(moment["memory_bytes"].values())
