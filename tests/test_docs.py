@@ -85,6 +85,41 @@ def test_every_verb_is_run_with_an_eye_on_stderr() -> None:
     assert run == set(itertools.chain(*VERBS.values()))
 
 
+def test_the_table_of_verbs_has_every_verb() -> None:
+    table = README.partition("\n## Every verb\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE) == list(itertools.chain(*VERBS.values()))
+
+
+def _range(figures: list[float]) -> str:
+    return f"{min(figures):.1f} to {max(figures):.1f}"
+
+
+def test_the_peers_figures_are_those_that_were_measured() -> None:
+    """A row of docs/performance.md begins with the peer's setting and ends with ratios, the last one that of memory."""
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    epoch = page.partition("### One epoch end to end\n")[2].partition("\n### ")[0]
+    rows = [
+        [cell.strip() for cell in row.strip("| ").split(" |")]
+        for row in re.findall(r"^\| \w.+\|$", epoch, re.MULTILINE)
+    ]
+    peers: dict[str, list[list[str]]] = {"PEFT": [], "TRL": [], "torchtune": [], "litgpt": []}
+    for row in rows:
+        if row[0].startswith(("torchtune", "litgpt")):
+            peers[row[0].partition(",")[0]].append(row)
+        elif row[0].startswith("SFTTrainer"):
+            peers["TRL"].append(row)
+        elif re.fullmatch(r"[\d.]+", row[1]):
+            peers["PEFT"].append(row)
+    table = README.partition("\n## Beside other tools\n")[2].partition("\n## ")[0]
+    for name, measured in peers.items():
+        loop = name in ("torchtune", "litgpt")
+        ratios = [float(ratio) for row in measured for ratio in (row[3] if loop else row[2]).split("; ")]
+        memory = "" if loop else _range([float(row[-1]) for row in measured])
+        (shown,) = [row.split(" |") for row in table.splitlines() if row.startswith(f"| {name}")]
+        assert len(ratios) > 2
+        assert [cell.strip() for cell in shown[1:3]] == [_range(ratios), memory], name
+
+
 def test_the_table_of_builds_is_that_of_the_package() -> None:
     table = README.partition("\n## Install\n")[2].partition("\n## ")[0]
     rows = [row for row in table.splitlines() if row.startswith("| ") and "pip install" in row]
