@@ -157,11 +157,33 @@ def test_the_generation_page_has_every_option() -> None:
     assert [option.flag for option in option_fields(GenerateOptions) if f"`{option.flag}`" not in page] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *map(str, Path("docs").glob("*.md"))])
+_PROSE = [
+    *("README.md", "CONTRIBUTING.md", "examples/README.md"),
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md"))),
+]
+
+
+@pytest.mark.parametrize("page", [*_PROSE, "CHANGELOG.md"])
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert ((ROOT / page).parent / target).exists(), target
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}, heading
+
+
+_OF_OTHER_PROJECTS = {"hyperparam_utils.py"}
+
+
+def test_pages_name_files_that_are_there() -> None:
+    folders = ("llamatune", "tests", "benchmarks", "make_demo", "docs", "examples")
+    there = {path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    for page in _PROSE:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name in set(re.findall(r"`([\w/]+\.py)`", text)) - _OF_OTHER_PROJECTS:
+            assert any(f"/{path}".endswith(f"/{name}") for path in there), f"{page}: {name}"
 
 
 def texts() -> dict[str, str]:
