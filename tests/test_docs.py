@@ -163,6 +163,24 @@ _PROSE = [
 ]
 
 
+def _prose_lines(text: str) -> list[str]:
+    """The lines outside of code, tables, headings, and what a script puts between two comments."""
+    text = re.sub(r"^```.*?^```$|^<!-- \w+ -->$.*?^<!-- end -->$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [line for line in text.splitlines() if not line.startswith(("|", "#"))]
+
+
+@pytest.mark.parametrize("page", _PROSE)
+def test_prose_is_at_most_120_columns_wide(page: str) -> None:
+    wide = [line for line in _prose_lines((ROOT / page).read_text(encoding="utf-8")) if len(line) > 120]
+    assert wide == []
+
+
+def test_wide_prose_is_told_from_tables_and_code() -> None:
+    long = "word " * 30
+    text = f"{long}\n| {long} |\n```sh\n{long}\n```\n<!-- tiny -->\n{long}\n<!-- end -->\n# {long}\n- {long}\n"
+    assert [len(line) > 120 for line in _prose_lines(text) if line] == [True, True]
+
+
 @pytest.mark.parametrize("page", [*_PROSE, "CHANGELOG.md"])
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
