@@ -16,6 +16,9 @@ from llamatune.spec_schema import SCHEMA_FILE, make_schema, schema_text
 
 INTRODUCTION = """# The run spec
 
+The run spec is the YAML file that `llamatune train` takes: model, adapter, rows and training. This page has every key;
+[writing-a-spec.md](writing-a-spec.md) shows how to begin one.
+
 Made by `python docs/make_run_spec.py` from `llamatune/spec_sections.py`; a test keeps the two equal.
 
 YAML (or JSON). Unknown keys are refused with the nearest known name, and all errors are reported together. `1e-5` is a

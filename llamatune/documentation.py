@@ -1,19 +1,43 @@
-"""Pages of the documentation: names, titles and text, from the installed package or a checkout."""
+"""Pages of the documentation: names, titles, text and their index, from the installed package or a checkout."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 from llamatune.errors import EnvironmentFault, SpecError
 
+_INDEX = "README"
+_HEADING = re.compile(r"^## (.+)$|^- \[([\w-]+)\]\([\w-]+\.md\): (.+)$", re.MULTILINE)
+
 
 def pages() -> dict[str, Path]:
-    """The Markdown file of each page by its name.
+    """The Markdown file of each page by its name; the index is none of them.
 
     Raises:
         EnvironmentFault: this installation has none.
     """
+    return {name: path for name, path in _files().items() if name != _INDEX}
+
+
+def index() -> dict[str, dict[str, str]]:
+    """What each page holds, by its name, under the headings of the index and in its order.
+
+    Raises:
+        EnvironmentFault: this installation has no pages.
+    """
+    text = _files()[_INDEX].read_text(encoding="utf-8")
+    sections: dict[str, dict[str, str]] = {}
+    for heading, name, content in _HEADING.findall(text):
+        if heading:
+            section = sections.setdefault(heading, {})
+        else:
+            section[name] = content
+    return sections
+
+
+def _files() -> dict[str, Path]:
     package = Path(__file__).parent
     for place in (package / "docs", package.parent / "docs"):
         if found := {path.stem: path for path in sorted(place.glob("*.md"))}:

@@ -85,6 +85,41 @@ def test_every_verb_is_run_with_an_eye_on_stderr() -> None:
     assert run == set(itertools.chain(*VERBS.values()))
 
 
+def test_the_table_of_verbs_has_every_verb() -> None:
+    table = README.partition("\n## Every verb\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE) == list(itertools.chain(*VERBS.values()))
+
+
+def _range(figures: list[float]) -> str:
+    return f"{min(figures):.1f} to {max(figures):.1f}"
+
+
+def test_the_peers_figures_are_those_that_were_measured() -> None:
+    """A row of docs/performance.md begins with the peer's setting and ends with ratios, the last one that of memory."""
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    epoch = page.partition("### One epoch end to end\n")[2].partition("\n### ")[0]
+    rows = [
+        [cell.strip() for cell in row.strip("| ").split(" |")]
+        for row in re.findall(r"^\| \w.+\|$", epoch, re.MULTILINE)
+    ]
+    peers: dict[str, list[list[str]]] = {"PEFT": [], "TRL": [], "torchtune": [], "litgpt": []}
+    for row in rows:
+        if row[0].startswith(("torchtune", "litgpt")):
+            peers[row[0].partition(",")[0]].append(row)
+        elif row[0].startswith("SFTTrainer"):
+            peers["TRL"].append(row)
+        elif re.fullmatch(r"[\d.]+", row[1]):
+            peers["PEFT"].append(row)
+    table = README.partition("\n## Beside other tools\n")[2].partition("\n## ")[0]
+    for name, measured in peers.items():
+        loop = name in ("torchtune", "litgpt")
+        ratios = [float(ratio) for row in measured for ratio in (row[3] if loop else row[2]).split("; ")]
+        memory = "" if loop else _range([float(row[-1]) for row in measured])
+        (shown,) = [row.split(" |") for row in table.splitlines() if row.startswith(f"| {name}")]
+        assert len(ratios) > 2
+        assert [cell.strip() for cell in shown[1:3]] == [_range(ratios), memory], name
+
+
 def test_the_table_of_builds_is_that_of_the_package() -> None:
     table = README.partition("\n## Install\n")[2].partition("\n## ")[0]
     rows = [row for row in table.splitlines() if row.startswith("| ") and "pip install" in row]
@@ -122,11 +157,51 @@ def test_the_generation_page_has_every_option() -> None:
     assert [option.flag for option in option_fields(GenerateOptions) if f"`{option.flag}`" not in page] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *map(str, Path("docs").glob("*.md"))])
+_PROSE = [
+    *("README.md", "CONTRIBUTING.md", "examples/README.md"),
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md"))),
+]
+
+
+def _prose_lines(text: str) -> list[str]:
+    """The lines outside of code, tables, headings, and what a script puts between two comments."""
+    text = re.sub(r"^```.*?^```$|^<!-- \w+ -->$.*?^<!-- end -->$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [line for line in text.splitlines() if not line.startswith(("|", "#"))]
+
+
+@pytest.mark.parametrize("page", _PROSE)
+def test_prose_is_at_most_120_columns_wide(page: str) -> None:
+    wide = [line for line in _prose_lines((ROOT / page).read_text(encoding="utf-8")) if len(line) > 120]
+    assert wide == []
+
+
+def test_wide_prose_is_told_from_tables_and_code() -> None:
+    long = "word " * 30
+    text = f"{long}\n| {long} |\n```sh\n{long}\n```\n<!-- tiny -->\n{long}\n<!-- end -->\n# {long}\n- {long}\n"
+    assert [len(line) > 120 for line in _prose_lines(text) if line] == [True, True]
+
+
+@pytest.mark.parametrize("page", [*_PROSE, "CHANGELOG.md"])
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert ((ROOT / page).parent / target).exists(), target
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}, heading
+
+
+_OF_OTHER_PROJECTS = {"hyperparam_utils.py"}
+
+
+def test_pages_name_files_that_are_there() -> None:
+    folders = ("llamatune", "tests", "benchmarks", "make_demo", "docs", "examples")
+    there = {path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    for page in _PROSE:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name in set(re.findall(r"`([\w/]+\.py)`", text)) - _OF_OTHER_PROJECTS:
+            assert any(f"/{path}".endswith(f"/{name}") for path in there), f"{page}: {name}"
 
 
 def texts() -> dict[str, str]:
