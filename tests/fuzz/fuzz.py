@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import itertools
 import json
@@ -329,6 +330,8 @@ def main() -> int:
         untried = {path.name for path in Path().rglob("*") if path.is_file() and path.parent.name != "cells"} - tried
         assert not untried, f"nothing damages {', '.join(sorted(untried))}: tell fuzzed_files.py of them"
         os.chdir("/")
+        gc.collect()
+        gc.freeze()  # in a child, collections would go over all modules and copy their pages
         fuzzer = Fuzzer(options, files, materials, scratch)
         fuzzer.run(_cases(options, files))
     finally:
