@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llamatune.reporting.diagnosis import Diagnosis, Validation
+from llamatune.reporting.diagnosis import Diagnosis
 from llamatune.reporting.divergence import Course
+from llamatune.reporting.over_fitting import DEVIATIONS, RISE, Validation
 from llamatune.reporting.spikes import Cause, Spike
 from llamatune.reporting.trend import Trend
 from llamatune.units import duration, energy, gibibytes
@@ -123,15 +124,25 @@ def _validation(validation: Validation | None) -> str:
     last, gap = "the last one", f"{validation.gap_at_end:+.4f}"
     if validation.rise:
         last = f"{validation.last_loss:.4f} ({validation.rise:+.1%}) at the end"
+        if validation.verdict in ("no over-fitting", "not clear") and validation.rise > RISE:
+            last += _doubt(validation)
         gap = f"{validation.gap_at_turn:+.4f} there and {gap} at the end"
     verdict = {
         "over-fitting": f"Over-fitting since epoch {validation.turned_epoch}",
         "rising": "Validation and training loss both rise",
+        "not clear": "Whether it over-fits is not clear",
     }.get(validation.verdict, "No over-fitting")
     return (
         f"{verdict}: validation loss lowest at step {validation.turned_step:,} (epoch {validation.turned_epoch}) with "
         f"{validation.lowest_loss:.4f}, {last}; gap to the training loss {gap}."
     )
+
+
+def _doubt(validation: Validation) -> str:
+    """Why a rise is not called one."""
+    if validation.noise is None or validation.rise > DEVIATIONS * validation.noise:
+        return ", which the last evaluation alone shows"
+    return f", where one evaluation varies by {validation.noise:.1%} (its standard deviation)"
 
 
 def _trend(trend: Trend | None) -> str:
@@ -142,5 +153,6 @@ def _trend(trend: Trend | None) -> str:
         "rising": "The training loss rises",
         "plateau": "Plateau of the training loss",
     }.get(trend.verdict, "Whether the training loss still falls is lost in its noise")
-    change = f"{trend.change:+.1%} (95 %: {trend.lowest:+.1%} to {trend.highest:+.1%})"
-    return f"{verdict}: {change} from step {trend.first_step:,} to the end, around {trend.median_loss:.4f}."
+    change = f"{trend.change:+.1%} (95% interval {trend.lowest:+.1%} to {trend.highest:+.1%})"
+    where = f"from step {trend.first_step:,} to step {trend.last_step:,}, the last third"
+    return f"{verdict}: {change} {where}, around {trend.median_loss:.4f}."
