@@ -8,6 +8,9 @@ from html import escape
 from llamatune.errors import printable
 from llamatune.formats.text_table import TextTable
 
+SHORT = 24
+"""Lines of a table that is not divided on paper."""
+
 
 class Markup(str):
     """HTML made here. Any other string is escaped when it is put into the page."""
@@ -51,7 +54,9 @@ def table(made: TextTable) -> Markup:
         body.append(element("tr", *labels, *(element("td", text) for text in row[made.labels :])))
     parts = element("caption", made.title), header(made.header, made.labels), element("tbody", *body)
     whole = element("table", *parts, class_="texts" if made.wide else "numbers")
-    shown = element("div", whole, class_="scroll", tabindex="0")
+    # On paper a table that fits is not divided, and narrow ones stand side by side.
+    short = " short" if len(made.rows) <= SHORT else ""
+    shown = element("div", whole, class_=f"scroll{short}", tabindex="0")
     return element("div", shown, unordered(made.notes, class_="quiet notes")) if made.notes else shown
 
 
