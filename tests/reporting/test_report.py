@@ -607,7 +607,7 @@ def test_evidence_of_another_kind_is_refused(
     assert not (tmp_path / "r.html").exists()
 
 
-def _cell(lora: str, peak: int) -> dict[str, Any]:
+def benchmark_cell(lora: str, peak: int) -> dict[str, Any]:
     categories = dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "casts", "temporary"), peak // 6)
     return {
         "values": {"lora": lora}, "status": "measured", "allocated_bytes": peak, "predicted_bytes": peak,
@@ -634,7 +634,11 @@ def test_what_is_the_same_for_several_runs_stands_once(finished: Path, tmp_path:
 def test_tables_of_several_benchmarks_are_told_apart(tmp_path: Path) -> None:
     for name, lora in (("one", "off"), ("two", "on")):
         (tmp_path / name).mkdir()
-        written = {"axes": [{"key": "lora", "values": [lora]}], "cells": [_cell(lora, 600 << 20)], "effects": []}
+        written = {
+            "axes": [{"key": "lora", "values": [lora]}],
+            "cells": [benchmark_cell(lora, 600 << 20)],
+            "effects": [],
+        }
         (tmp_path / name / "benchmark.json").write_text(json.dumps({**written, "steps": 20}))
     run = write_run(tmp_path / "run", falling(5))
     given = [tmp_path / "one", tmp_path / "two"]
@@ -644,7 +648,10 @@ def test_tables_of_several_benchmarks_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_the_tables_of_a_benchmark_are_on_the_page(tmp_path: Path) -> None:
-    cells = [_cell("off", 600 << 20), {"values": {"lora": "on"}, "status": "oom", "reason": "needs <i>40</i> GiB"}]
+    cells = [
+        benchmark_cell("off", 600 << 20),
+        {"values": {"lora": "on"}, "status": "oom", "reason": "needs <i>40</i> GiB"},
+    ]
     written = {"axes": [{"key": "lora", "values": ["off", "on"]}], "cells": cells, "steps": 20, "effects": []}
     (tmp_path / "benchmark.json").write_text(json.dumps(written))
     run = write_run(tmp_path / "run", falling(5))
