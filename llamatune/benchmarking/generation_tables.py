@@ -22,7 +22,7 @@ _FACTS = (
 def generation_table(
     axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[str] = (SPEED, MEMORY)
 ) -> TextTable:
-    """One line a cell, with all columns or a part of them."""
+    """One line a cell, with all columns or a part of them; the notes stand with the speed."""
     unit = memory_unit(results)
     columns: dict[str, dict[str, Callable[[Result], str]]] = {
         SPEED: {
@@ -43,7 +43,7 @@ def generation_table(
     }
     shown = {name: show for part in parts for name, show in columns[part].items()}
     titles = {MEMORY: f"memory ({unit.name})", SPEED: "speed of generation"}
-    notes = [*(_notes(results) if SPEED in parts else []), *outcome_notes(results)]
+    notes = [*_notes(results), *outcome_notes(results)] if SPEED in parts else []
     return line_a_cell(", ".join(titles[part] for part in parts), axes, results, shown, notes)
 
 

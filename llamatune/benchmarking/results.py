@@ -48,7 +48,10 @@ class Work:
 def work_text(results: Sequence[Result]) -> str | None:
     """``200 rows x 5 epochs``, the work that the results have a time for; None: they have none."""
     works = [result["work"] for result in only_measured(results) if "work" in result]
-    return f"{works[0]['rows']:,} rows x {works[0]['epochs']:g} epochs" if works else None
+    if not works:
+        return None
+    epochs = works[0]["epochs"]
+    return f"{works[0]['rows']:,} rows x {epochs:g} epoch{'s' * (epochs != 1)}"
 
 
 def status_word(result: Result) -> str:

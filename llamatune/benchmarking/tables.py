@@ -29,7 +29,10 @@ MEMORY, SPEED = "memory", "speed"
 
 
 def flat_table(axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[str] = (MEMORY, SPEED)) -> TextTable:
-    """One line a cell, with all columns or a part of them. A column that is empty in every cell is left out."""
+    """One line a cell, with all columns or a part of them. A column that is empty in every cell is left out.
+
+    The notes are those of these parts; why cells were not measured stands with the memory.
+    """
     unit = memory_unit(results)
     measured = only_measured(results)
 
@@ -57,7 +60,7 @@ def flat_table(axes: Sequence[Axis], results: Sequence[Result], parts: Sequence[
     }
     shown = {name: show for part in parts for name, show in columns[part].items()}
     titles = {MEMORY: f"memory ({unit.name})", SPEED: "speed and loss"}
-    notes = [*_notes(results), *outcome_notes(results)]
+    notes = _notes(results, parts)
     return line_a_cell(", ".join(titles[part] for part in parts), axes, results, shown, notes)
 
 
@@ -81,13 +84,17 @@ def line_a_cell(
     return TextTable(title[0].upper() + title[1:], head, tuple(body), len(axes), tuple(notes))
 
 
-def _notes(results: Sequence[Result]) -> list[str]:
-    notes = ["'ratio' (of the peak) and 'speed' (of tokens/s) are to the first cell that was measured."]
-    if (work := work_text(results)) is not None:
+def _notes(results: Sequence[Result], parts: Sequence[str]) -> list[str]:
+    ratios = {MEMORY: "'ratio' (of the peak)", SPEED: "'speed' (of tokens/s)"}
+    named = " and ".join(ratios[part] for part in parts)
+    notes = [f"{named} {'are' if len(parts) > 1 else 'is'} to the first cell that was measured."]
+    if SPEED in parts and (work := work_text(results)) is not None:
         notes.append(
             f"'time' is that of equal work, {work}: their tokens at the measured tokens/s, in seconds. It has no part "
             "of loading, validation and saving."
         )
+    if MEMORY not in parts:
+        return notes
     if measured := only_measured(results):
         gap = max(abs(r["allocated_bytes"] - sum(r["categories"].values())) / r["allocated_bytes"] for r in measured)
         if gap >= 0.001:
@@ -99,7 +106,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
             f"'planned' is what plan-memory says of the heaviest rows of the data: at most {max(errors):.1%} from the "
             f"peak, median {statistics.median(errors):.1%}."
         )
-    return notes
+    return [*notes, *outcome_notes(results)]
 
 
 def outcome_notes(results: Sequence[Result]) -> list[str]:

@@ -32,7 +32,7 @@ def parse_rows(text: str, flag: str) -> dict[str, int]:
 class GenerateOptions(Sampling, PromptOptions, ModelSource):
     """A model, prompts and how to sample. The options of the last base are listed first, as in every dataclass."""
 
-    from_data: Path | None = option("A prepared directory that rows are drawn from, by --seed.", None)
+    from_data: Path | None = option("A prepared directory that rows are drawn from, by --seed.", None, metavar="DIR")
     rows: Mapping[str, int] | None = option(
         "Of --from-data, such as train:4,validation:4.",
         None,

@@ -53,8 +53,12 @@ class GenerationGridOptions(Options):
         False,
         last=True,
     )
-    model: Path | None = option("--generate: a model directory, Meta's or Hugging Face's.", None, last=True)
-    adapter: Path | None = option("--generate: an adapter; cells without it and cells with it.", None, last=True)
+    model: Path | None = option(
+        "--generate: a model directory, Meta's or Hugging Face's.", None, metavar="DIR", last=True
+    )
+    adapter: Path | None = option(
+        "--generate: an adapter; cells without it and cells with it.", None, metavar="DIR", last=True
+    )
     rows: tuple[int, ...] | None = _axis("sequences that run together.", ROWS, _counts(1, 4096))
     prompt_tokens: tuple[int, ...] | None = _axis("of each prompt.", PROMPT_TOKENS, _counts(1, _MOST_TOKENS))
     new_tokens: tuple[int, ...] | None = _axis("that follow each prompt.", NEW_TOKENS, _counts(2, _MOST_TOKENS))

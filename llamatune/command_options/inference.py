@@ -78,9 +78,9 @@ class ModelSource(_Adapters, WeightsOptions):
     matrices of the blocks in it, the rest in 16 bits. ``placement`` is where those of the blocks lie between uses.
     """
 
-    model: Path = option("A model directory, Meta's or Hugging Face's.")
+    model: Path = option("A model directory, Meta's or Hugging Face's.", metavar="DIR")
     adapter: Path | Sequence[Path] | None = option(
-        "An adapter directory to put on it; of several, the sum.", None, kind=Sequence[Path]
+        "An adapter directory to put on it; of several, the sum.", None, kind=Sequence[Path], metavar="DIR"
     )
     compare: bool = option("Show the base's answer beside the tuned one.", False)
     force_base: bool = option("Accept an adapter of another base.", False, last=True)
@@ -154,7 +154,7 @@ class PromptOptions(Options):
     """Prompts, and the template that they are put in; None: the one stored with the adapter or merged model."""
 
     prompt: Sequence[str] = option("A prompt; may be repeated. Without one, standard input is the prompt.", ())
-    prompt_file: Path | None = option("Rows as prepare-data reads them, or one prompt a line.", None)
+    prompt_file: Path | None = option("Rows as prepare-data reads them, or one prompt a line.", None, metavar="FILE")
     format: str = prompt_format_option()
     column_map: str | None = prompt_map_option()
     template: str | None = option("A template's name or file, or none; default: the one stored with the model.", None)
@@ -168,7 +168,7 @@ class EvaluateOptions(ModelSource):
     and the two files. None stands for an option that was not given, so that one without effect can be refused.
     """
 
-    data: Path = option("A directory of prepare-data; with --task, a file of rows.")
+    data: Path = option("A directory of prepare-data; with --task, a file of rows.", metavar="DIR|FILE")
     compare: bool = option("Evaluate the base beside the tuned model.", False)
     task: str | None = option("gsm8k: generate answers and score them.", None, shown_default="loss on prepared rows")
     split: Literal["train", "validation", "all"] | None = option(
@@ -181,7 +181,7 @@ class EvaluateOptions(ModelSource):
         shown_default="the one stored with the model, else gsm8k",
     )
     shots: int | None = option("Show N worked examples before each question.", None, at_least=0, at_most=100)
-    shots_data: Path | None = option("The file of rows that examples are chosen from.", None)
+    shots_data: Path | None = option("The file of rows that examples are chosen from.", None, metavar="FILE")
     seed: int | None = option("Decides which examples are shown.", None, shown_default=str(Sampling.seed))
     max_new_tokens: int | None = option("The most of one answer.", None, shown_default=str(_GSM8K_NEW_TOKENS))
     output: Path | None = option(

@@ -80,14 +80,15 @@ class JudgeOptions(Options):
 
     run: Path = option("A training.output_dir of llamatune train.", argument=True, metavar="RUN")
     best: bool = option("Judge the weights of best/ in place of the last ones.", False)
-    gsm8k: Path | None = option("A GSM8K file: exact match, greedy and zero-shot.", None)
+    gsm8k: Path | None = option("A GSM8K file: exact match, greedy and zero-shot.", None, metavar="FILE")
     general: Sequence[Path] = option(
         "A text file, or rows of text: its loss before and after, beside that of the text in the package.",
         (),
         kind=Sequence[Path],
+        metavar="FILE",
     )
     choices: Sequence[Path] = option(
-        "Multiple-choice rows in the shape of MMLU, HellaSwag or ARC.", (), kind=Sequence[Path]
+        "Multiple-choice rows in the shape of MMLU, HellaSwag or ARC.", (), kind=Sequence[Path], metavar="FILE"
     )
     require: tuple[Requirement, ...] | None = option(
         "Exit with 6 unless these hold, as 'task_loss<1.2,forgetting<0.05'.",
@@ -96,9 +97,14 @@ class JudgeOptions(Options):
         metavar="METRIC<NUMBER,...",
     )
     data: Path | None = option(
-        "A directory of prepare-data for the task's loss.", None, shown_default="the run's validation rows"
+        "A directory of prepare-data for the task's loss.",
+        None,
+        metavar="DIR",
+        shown_default="the run's validation rows",
     )
-    model: Path | None = option("The base, where it is elsewhere now.", None, shown_default="the run's model.path")
+    model: Path | None = option(
+        "The base, where it is elsewhere now.", None, metavar="DIR", shown_default="the run's model.path"
+    )
     plot: Path | None = option("Draw the rank that the adapter uses, a PNG.", None, writes="file")
     per_question: Path | None = option(
         "Also write each choice's log-likelihood to this JSONL file.", None, writes="file"

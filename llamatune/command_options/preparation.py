@@ -68,9 +68,13 @@ class PrepareOptions(Options):
         "Calculator notes such as <<48/2=24>>: keep or strip.", "keep", metavar="POLICY"
     )
     preview: int = option(
-        "Show the first N training rows, token by token.", 0, metavar="N", at_least=0, at_most=1 << 30
+        "Show the first N training rows: their fields, and the text that is trained.",
+        0,
+        metavar="N",
+        at_least=0,
+        at_most=1 << 30,
     )
-    show_ids: bool = option("Token ids in the preview too.", False)
+    show_ids: bool = option("Tokens with their ids in the preview too.", False)
     overwrite: bool = option("Replace what stands at --output.", False)
 
     def __post_init__(self) -> None:

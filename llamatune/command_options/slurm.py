@@ -16,7 +16,9 @@ _NAMES = r"[A-Za-z0-9_.,@+-]+"
 class SlurmOptions(Options):
     """The job that a batch script asks Slurm for."""
 
-    specs: Sequence[Path] = option("The run spec; with --array, one for each task.", argument=True, metavar="SPEC...")
+    specs: Sequence[Path] = option(
+        "The run spec; with --array, one for each task.", argument=True, metavar="SPEC.yaml..."
+    )
     nodes: int = option("Nodes of the job.", 1, metavar="N", at_least=1, at_most=100_000)
     gpus_per_node: int | None = option(
         "GPUs of a node, one process each. 0: one process a node.",

@@ -23,7 +23,7 @@ class ExplainOptions(Options):
         "An exit code, an error or words of it, or a key of the spec such as training.learning_rate.",
         (),
         argument=True,
-        metavar="[CODE|ERROR|KEY ...]",
+        metavar="CODE|ERROR|KEY ...",
     )
 
 
@@ -31,4 +31,4 @@ class ExplainOptions(Options):
 class DocsOptions(Options):
     """What is to be read; nothing: the list of pages."""
 
-    page: str | None = option("The name of a page.", None, argument=True, metavar="[PAGE]")
+    page: str | None = option("The name of a page.", None, argument=True, metavar="PAGE")

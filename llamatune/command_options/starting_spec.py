@@ -19,7 +19,7 @@ class InitOptions(Options):
         "A directory of prepare-data, or a file of rows, whose lengths are then measured.", metavar="ROWS|DIR"
     )
     overrides: Sequence[str] = option(
-        "Settings that are yours to choose, as lora.r=8.", (), argument=True, metavar="[KEY=VALUE ...]"
+        "Settings that are yours to choose, as lora.r=8.", (), argument=True, metavar="KEY=VALUE ..."
     )
     memory_bytes: int | None = option(
         "Of the device, such as 24GiB; 90 % of it is used.",

@@ -22,7 +22,7 @@ class SweepOptions(Options):
 
     spec_path: Path = option("The run spec.", argument=True, metavar="SPEC.yaml")
     overrides: Sequence[str] = option(
-        "Changes to it in every run; several values are an axis.", (), argument=True, metavar="[KEY=VALUE ...]"
+        "Changes to it in every run; several values are an axis.", (), argument=True, metavar="KEY=VALUE ..."
     )
     grid: Sequence[str] = option(
         "An axis: a field of the spec and its values, lora=on,off, or batch=1x8,8x1 (micro-batch x accumulation). "

@@ -151,10 +151,10 @@ class ReportOptions(Options):
     )
     seed: int = option("Decides which --rows are drawn.", 0, at_least=0, below=1 << 63)
     prompt: Sequence[str] = option("Show each run's answer before and after tuning. Repeatable.", ())
-    prompt_file: Path | None = option("Rows as prepare-data reads them, or one prompt a line.", None)
+    prompt_file: Path | None = option("Rows as prepare-data reads them, or one prompt a line.", None, metavar="FILE")
     format: str = prompt_format_option()
     column_map: str | None = prompt_map_option()
-    generations: Path | None = option("Show what generate --compare --output wrote.", None)
+    generations: Path | None = option("Show what generate --compare --output wrote.", None, metavar="FILE")
     evaluation: Sequence[Path] = option(
         "Show what evaluate --json printed into this file. Repeatable.", (), metavar="FILE"
     )

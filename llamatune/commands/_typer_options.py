@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperArgument, TyperCommand
 
 from llamatune.command_options.option import Option, Options, option_fields
 from llamatune.command_options.outputs import check_outputs
@@ -106,18 +106,34 @@ def _parameter(option: Option) -> Parameter:
 
 
 _METAVARS = {bool: "", int: "N", float: "X", Path: "PATH"}
+_WRITTEN = {"file": "FILE", "answers": "FILE", "product": "DIR", "run": "DIR"}
 
 
 def _metavar(option: Option) -> str:
     """What stands for the value in ``--help``, in capitals; nothing after a flag."""
     if option.metavar is not None:
         return option.metavar
+    if isinstance(option.writes, str):
+        return _WRITTEN[option.writes]
     kind = typing.get_args(option.kind)[0] if typing.get_origin(option.kind) is Sequence else option.kind
     return "NAME" if option.choices else _METAVARS.get(kind, "TEXT")
 
 
+class _NamedArgument(TyperArgument):
+    """An argument whose name in ``--help`` tells what it is; typer would add ``<list[Path]>``."""
+
+    def display_type_rich(self, ctx: Any) -> str | None:
+        return None
+
+
 class StrictCommand(TyperCommand):
     """A verb of the command line. An option that takes one value may be given once."""
+
+    def __init__(self, *args: Any, params: list[Any] | None = None, **options: Any) -> None:
+        for param in params or ():
+            if type(param) is TyperArgument:
+                param.__class__ = _NamedArgument
+        super().__init__(*args, params=params, **options)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """``[OPTIONS] SPEC.yaml [KEY=VALUE ...]``: what may be left out stands in brackets."""

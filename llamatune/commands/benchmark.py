@@ -44,7 +44,7 @@ def _print(out: RichConsole, measured: Benchmark, options: BenchmarkOptions) -> 
     parts = [flat_table(axes, results, [part]) for part in (MEMORY, SPEED)]  # side by side they are too wide
     for table in nested_tables(axes, results) if options.layout == "nested" else parts:
         print_table(out, table, dense=True)
-    print_notes(out, parts[0].notes)
+    print_notes(out, flat_table(axes, results).notes)
     if measured.effects:
         table = effects_table(measured.effects)
         print_table(out, table, dense=True)

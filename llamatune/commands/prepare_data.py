@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from llamatune.command_options.preparation import PrepareOptions
 from llamatune.commands._console import Console, RichConsole
 from llamatune.errors import Stopped, printable
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 def prepare_data(options: PrepareOptions, console: Console) -> None:
@@ -33,26 +36,40 @@ def prepare_data(options: PrepareOptions, console: Console) -> None:
 
 
 def _print_row(out: RichConsole, row: Mapping[str, Any], show_ids: bool) -> None:
-    """Print trained tokens in green and others dim; without colours trained spans are in ``[[ ]]``.
+    """The row's fields, its text, and with ``show_ids`` its tokens with their ids."""
+    from rich.text import Text
+
+    lines = {**{name: [_piece(text)] for name, text in row["fields"].items()}, "as text": row["text"]}
+    width = max(map(len, lines))
+    out.print(Text(f"row {row['row']}", style="bold"))
+    for name, pieces in lines.items():
+        label = Text(f"  {printable(name):<{width}}  ", style="bold")
+        behind = "\n" + " " * len(label.plain)
+        told = [{**piece, "text": printable(piece["text"], "\n").replace("\n", behind)} for piece in pieces]
+        out.print(_marked(out, label, told, name == "as text"), soft_wrap=True)
+    if show_ids:
+        tokens = [{**token, "text": printable(token["piece"]), "id": f"({token['id']})"} for token in row["tokens"]]
+        out.print(_marked(out, Text(f"  {'tokens':<{width}}  ", style="bold"), tokens, True), soft_wrap=True)
+
+
+def _piece(text: str) -> dict[str, Any]:
+    return {"text": text, "trained": False, "special": False}
+
+
+def _marked(out: RichConsole, line: Text, pieces: Sequence[Mapping[str, Any]], marks: bool) -> Text:
+    """``pieces`` behind ``line``; with ``marks`` trained ones are green and others dim, without colours in ``[[ ]]``.
 
     Special tokens are in ``« »``, so that ``«</s>»`` is not the text ``</s>``.
     """
-    from rich.text import Text
-
-    line = Text(f"row {row['row']}: ", style="bold")
-    coloured = out.is_terminal and not out.no_color
-    inside = False
-    for number, token in enumerate(row["tokens"]):
-        if not coloured and token["trained"] != inside:
-            line.append(" [[" if token["trained"] else "]] ")
-            inside = token["trained"]
-        piece = printable(token["piece"])
-        shown = (f"«{piece}»" if token["special"] else piece) + (f"({token['id']})" if show_ids else "")
-        separator = " " if number and show_ids else ""
-        line.append(separator + shown, style="green" if token["trained"] else "dim")
-    if inside:
-        line.append("]]")
-    out.print(line, soft_wrap=True)
+    bracketed, inside = marks and not (out.is_terminal and not out.no_color), False
+    for piece in pieces:
+        if bracketed and piece["trained"] != inside:
+            line.append("[[" if piece["trained"] else "]]")
+            inside = piece["trained"]
+        text = f"«{piece['text']}»" if piece["special"] else piece["text"]
+        told = f"{text}{piece['id']} " if "id" in piece else text
+        line.append(told, style=("green" if piece["trained"] else "dim") if marks else "")
+    return line.append("]]") if inside else line
 
 
 def _print_report(out: RichConsole, report: Mapping[str, Any]) -> None:

@@ -33,6 +33,5 @@ class TextTable:
         return f"## {markdown.one_line(self.title)}\n\n{table}\n{notes}" + "\n" * bool(notes)
 
     def latex(self) -> str:
-        """A file to be ``\\input``; its notes follow the table."""
-        made = latex.table(self.title, self.header, self.rows, self.labels, self.wide)
-        return made + "".join(map(latex.note, self.notes))
+        """A file to be ``\\input``; its notes stand below the table."""
+        return latex.table(self.title, self.header, self.rows, self.labels, self.wide, self.notes)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llamatune.data.templates import Template
 from llamatune.errors import printable
 from llamatune.events import Answer
+from llamatune.reporting.sample_answers import instruction_of
 
 _MOST = 12
 """Answers of a prompt: the first, the last, and others at equal distances."""
@@ -18,29 +20,35 @@ class AnswerTimeline:
     """One prompt and its ``answers``, (step, text) each in the order of steps; step 0 is before training.
 
     ``left_out``: how many answers between the first and the last are not among them. ``reference`` is the row's own.
+    ``instruction`` is the prompt without its template, None if it is not of a known one.
     """
 
     prompt: str
+    instruction: str | None
     reference: str | None
     answers: list[tuple[int, str]]
     left_out: int
 
 
-def answer_timelines(answers: Sequence[Answer]) -> list[AnswerTimeline]:
-    """A timeline for each prompt, in their order; prompts that a later start of the run has instead come after."""
+def answer_timelines(answers: Sequence[Answer], templates: Sequence[Template] = ()) -> list[AnswerTimeline]:
+    """A timeline for each prompt, in their order; prompts that a later start of the run has instead come after.
+
+    ``templates`` are those that a prompt may be of.
+    """
     by_prompt: dict[tuple[int, str], list[Answer]] = {}
     for answer in answers:
         by_prompt.setdefault((answer.number, answer.prompt), []).append(answer)
-    return [_timeline(found) for found in by_prompt.values()]
+    return [_timeline(found, templates) for found in by_prompt.values()]
 
 
-def _timeline(found: Sequence[Answer]) -> AnswerTimeline:
+def _timeline(found: Sequence[Answer], templates: Sequence[Template]) -> AnswerTimeline:
     count = min(_MOST, len(found))
     places = sorted({round(place * (len(found) - 1) / max(1, count - 1)) for place in range(count)})
     shown = [(found[place].step, _shown(found[place])) for place in places]
-    reference = found[0].reference
+    reference, instruction = found[0].reference, instruction_of(found[0].prompt, templates)
     return AnswerTimeline(
         printable(found[0].prompt, _KEPT),
+        None if instruction is None else printable(instruction, _KEPT),
         None if reference is None else printable(reference, _KEPT),
         shown,
         len(found) - len(shown),

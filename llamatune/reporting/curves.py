@@ -23,7 +23,7 @@ _MARKERS = (
 )  # fmt: skip
 _DASHES = ((), (5, 1.5), (1, 1))
 """Lengths drawn and left out, in line widths. When all colours are used, they repeat with the next dashes."""
-_MOST_LINE_POINTS = 1200
+MOST_LINE_POINTS = 1200
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def thinned(values: Sequence[float], limit: int) -> list[int]:
 
 def draw_line(axes: Axes, curve: Curve, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
     """A line in the curve's style, or a dot where there is one value."""
-    kept = thinned(y, _MOST_LINE_POINTS)
+    kept = thinned(y, MOST_LINE_POINTS)
     style = {**curve.style, "marker": "o" if len(kept) == 1 else "", **style}
     axes.plot([x[i] for i in kept], [y[i] for i in kept], **style)
 

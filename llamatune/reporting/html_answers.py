@@ -1,12 +1,13 @@
-"""Sample answers as HTML: each instruction, and below it reference, base's answer and tuned one, side by side."""
+"""Answers as HTML: of samples reference, base's and tuned one side by side; of a run's prompts one a line by step."""
 
 from __future__ import annotations
 
 import itertools
 
 from llamatune.inference.prepared_prompts import HEADINGS
+from llamatune.reporting.answer_timeline import AnswerTimeline
 from llamatune.reporting.html_elements import Markup, element, header
-from llamatune.reporting.report_text import ABSENT
+from llamatune.reporting.report_text import ABSENT, whole
 from llamatune.reporting.sample_answers import Sample, Samples
 
 
@@ -25,10 +26,36 @@ def _answer(number: int, sample: Sample, compared: bool) -> Markup:
     texts = {"reference": sample.reference} if sample.reference is not None else {}
     texts |= {"base": ABSENT if sample.base is None else sample.base} if compared else {}
     texts["tuned" if compared else "completion"] = sample.tuned
-    cells = (element("td", text, data_label=label) for label, text in texts.items())
+    cells = (element("td", shown_answer(text), data_label=label) for label, text in texts.items())
     shown = element("table", header(list(texts)), element("tbody", element("tr", *cells)), class_="answers")
-    instruction = element("p", sample.instruction or sample.prompt, class_="instruction")
-    folded = Markup()
-    if sample.instruction is not None and sample.instruction != sample.prompt:
-        folded = element("details", element("summary", "As the model read it"), element("pre", sample.prompt))
-    return element("div", element("p", name, class_="quiet"), instruction, folded, shown, class_="answer")
+    asked = _asked(sample.instruction, sample.prompt)
+    return element("div", element("p", name, class_="quiet"), asked, shown, class_="answer")
+
+
+def shown_answer(text: str) -> str:
+    """An answer without the spaces before it, which a base model's often begins with; an empty one is said to be so."""
+    return text.lstrip(" ") or "(nothing)"
+
+
+def _asked(instruction: str | None, prompt: str) -> Markup:
+    """The instruction, and the whole prompt folded if it is more."""
+    asked = element("p", instruction or prompt, class_="instruction")
+    if instruction is None or instruction == prompt:
+        return asked
+    folded = element("details", element("summary", "As the model read it"), element("pre", prompt))
+    return Markup(asked + folded)
+
+
+def timeline_html(run: str, number: int, found: AnswerTimeline) -> Markup:
+    """One prompt of ``evaluation.prompts``; the answer of its row, and the model's by step."""
+    texts = [] if found.reference is None else [("reference", found.reference)]
+    texts += [("before training" if step == 0 else f"step {whole(step)}", text) for step, text in found.answers]
+    rows = [
+        element("tr", element("th", label, scope="row"), element("td", shown_answer(text))) for label, text in texts
+    ]
+    shown = element("table", header(("after", "answer")), element("tbody", *rows), class_="timeline")
+    every = len(found.answers) + found.left_out
+    left_out = f"{len(found.answers)} of {every} answers; metrics.jsonl has all."
+    told = element("p", left_out, class_="quiet") if found.left_out else Markup()
+    name = element("p", f"{run}: prompt {number}", class_="quiet")
+    return element("div", name, _asked(found.instruction, found.prompt), shown, told, class_="answer")

@@ -8,6 +8,9 @@ from html import escape
 from llamatune.errors import printable
 from llamatune.formats.text_table import TextTable
 
+SHORT, MANY = 24, 9
+"""Lines of a table that is not divided on paper, and columns of one that is set as large there as others."""
+
 
 class Markup(str):
     """HTML made here. Any other string is escaped when it is put into the page."""
@@ -50,8 +53,11 @@ def table(made: TextTable) -> Markup:
         labels = (element("th", text, scope="row") for text in row[: made.labels])
         body.append(element("tr", *labels, *(element("td", text) for text in row[made.labels :])))
     parts = element("caption", made.title), header(made.header, made.labels), element("tbody", *body)
-    whole = element("table", *parts, class_="texts" if made.wide else "numbers")
-    shown = element("div", whole, class_="scroll", tabindex="0")
+    kind = "texts" if made.wide else "numbers many" if len(made.header) > MANY else "numbers"
+    whole = element("table", *parts, class_=kind)
+    # On paper a table that fits is not divided, and narrow ones stand side by side.
+    short = " short" if len(made.rows) <= SHORT else ""
+    shown = element("div", whole, class_=f"scroll{short}", tabindex="0")
     return element("div", shown, unordered(made.notes, class_="quiet notes")) if made.notes else shown
 
 

@@ -9,11 +9,10 @@ from string import Template
 import yaml
 
 from llamatune import __version__
-from llamatune.reporting.answer_timeline import AnswerTimeline
 from llamatune.reporting.chart_images import PALETTE, Chart
-from llamatune.reporting.curves import Curve
-from llamatune.reporting.html_answers import answers_html
-from llamatune.reporting.html_elements import Markup, element, header, html, section, table, unordered
+from llamatune.reporting.curves import MOST_LINE_POINTS, Curve
+from llamatune.reporting.html_answers import answers_html, timeline_html
+from llamatune.reporting.html_elements import Markup, element, html, section, table, unordered
 from llamatune.reporting.report_data import Report, RunReport
 from llamatune.reporting.report_tables import (
     data_table,
@@ -24,9 +23,10 @@ from llamatune.reporting.report_tables import (
     parameters_table,
     ranks_table,
     settings_table,
+    shared,
     spikes_table,
 )
-from llamatune.reporting.report_text import findings, whole
+from llamatune.reporting.report_text import findings
 
 _PAGE = {"page": ("#ffffff", "#0d1117"), "panel": ("#f3f5f7", "#161b22"), "quiet": ("#57606a", "#9aa4af")}
 
@@ -36,17 +36,20 @@ def render_page(report: Report, charts: Sequence[tuple[Chart, str]], curves: Seq
     body = (
         _overview(report),
         section("Diagnosis", *(_diagnosis(run) for run in report.runs)),
-        section("Curves", _legend(curves), _key(report), _charts(charts), _level(report), class_="curves"),
+        section("Curves", _legend(curves), _key(report, curves), _charts(charts), _level(report), class_="curves"),
         section("Epochs", *(table(epochs_table(run)) for run in report.runs)),
         section("Evaluation and benchmark", *map(table, report.evidence)),
         section("Before and after", *map(answers_html, report.samples)),
-        section("Answers while it trained", *(_timeline(run, found) for run in report.runs for found in run.answers)),
+        section(
+            "Answers while it trained",
+            *(timeline_html(run.name, *found) for run in report.runs for found in enumerate(run.answers, 1)),
+        ),
         section("Differences between the specs", _differences(report)),
         section(
             "Parameters and memory",
-            *(table(make(run)) for run in report.runs for make in (parameters_table, memory_table, ranks_table)),
+            *(table(made) for make in (parameters_table, memory_table, ranks_table) for made in shared(report, make)),
         ),
-        section("Data", *(table(data_table(run)) for run in report.runs)),
+        section("Data", *map(table, shared(report, data_table))),
         section("Specs and versions", *map(_spec, report.runs)),
         element("p", f"Made by llamatune {__version__}.", class_="quiet"),
     )
@@ -88,21 +91,28 @@ def _legend(curves: Sequence[Curve]) -> Markup:
             f'<svg viewBox="0 0 44 12" aria-hidden="true"><path d="M0 6H44" stroke="var(--{curve.series})" '
             f'stroke-width="3" stroke-dasharray="{dashes}"/></svg>'
         )
-        items.append(Markup(line + element("span", f"{curve.run.name} (validation: {curve.marker[1]})")))
+        marker = f" (validation: {curve.marker[1]})" if curve.run.metrics.all_evaluations else ""
+        items.append(Markup(line + element("span", f"{curve.run.name}{marker}")))
     return unordered(items, class_="legend")
 
 
-def _key(report: Report) -> Markup:
+def _key(report: Report, curves: Sequence[Curve]) -> Markup:
+    """What the lines and marks are, of those that are there."""
     decays = {run.name: f"{run.smoothing:.2f} (about {1 / (1 - run.smoothing):.0f} updates)" for run in report.runs}
     same = len(set(decays.values())) == 1
     said = next(iter(decays.values())) if same else ", ".join(f"{name}: {text}" for name, text in decays.items())
-    text = (
-        f"Training loss: thin, each update; thick, a moving average with decay {said}, its start corrected for bias. "
-        "Validation loss: dashed with markers. "
-        "A cross marks a spike, a dotted line the norm that gradients are clipped to. "
-        "Of long runs each stretch is drawn by its lowest and its highest update."
-    )
-    return element("p", text, class_="quiet")
+    text = [
+        f"Training loss: thin, each update; thick, a moving average with decay {said}, its start corrected for bias."
+    ]
+    if any(curve.run.metrics.all_evaluations for curve in curves):
+        text.append("Validation loss: dashed with markers.")
+    if any(curve.spikes for curve in curves):
+        text.append("A cross marks a spike.")
+    if any(curve.run.spec.training.max_grad_norm is not None for curve in curves):
+        text.append("A dotted line is the norm that gradients are clipped to.")
+    if any(len(curve.steps) > MOST_LINE_POINTS for curve in curves):
+        text.append("Of long runs each stretch is drawn by its lowest and its highest update.")
+    return element("p", " ".join(text), class_="quiet")
 
 
 def _level(report: Report) -> Markup:
@@ -113,21 +123,6 @@ def _level(report: Report) -> Markup:
 def _charts(charts: Sequence[tuple[Chart, str]]) -> Markup:
     figures = (element("figure", element("figcaption", chart.title), Markup(svg)) for chart, svg in charts)
     return element("div", *figures, class_="charts")
-
-
-def _timeline(run: RunReport, found: AnswerTimeline) -> Markup:
-    """One prompt; its answers by step, and the answer of its row."""
-    texts = [("before training" if step == 0 else f"step {whole(step)}", text) for step, text in found.answers]
-    if found.left_out:
-        texts.insert(-1, ("", f"{found.left_out} answers between these are in metrics.jsonl"))
-    if found.reference is not None:
-        texts.append(("reference", found.reference))
-    rows = [
-        element("tr", element("td", step, data_label="after"), element("td", text, data_label="answer"))
-        for step, text in texts
-    ]
-    caption = element("caption", f"{run.name}: ", element("span", found.prompt, class_="prompt"))
-    return element("table", caption, header(("after", "answer")), element("tbody", *rows), class_="answers timeline")
 
 
 def _differences(report: Report) -> Markup:
@@ -146,4 +141,4 @@ def _spec(run: RunReport) -> Markup:
     ]
     resolved = yaml.safe_dump(run.spec, sort_keys=False, allow_unicode=True)
     details = element("details", element("summary", "The resolved spec"), element("pre", resolved), class_="resolved")
-    return Markup(element("h3", run.name) + unordered(facts) + details)
+    return Markup(element("h3", run.name) + unordered(facts, class_="facts") + details)

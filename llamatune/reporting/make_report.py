@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llamatune.command_options.training import ReportOptions
 from llamatune.durable_writing import probe_writable, refuse_occupied, staged_directory, writing
-from llamatune.errors import EnvironmentFault
+from llamatune.errors import EnvironmentFault, printable
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.formats.text_table import TextTable
 from llamatune.inference.prompt_files import given_prompts
 from llamatune.output_files import output_file, refuse_inside, refuse_replacing, write_output
 from llamatune.reporting.averages import decay_for, running_average
@@ -55,8 +57,8 @@ def make_report(
             _refuse_other_files(made, endings, options.overwrite)
     runs = [read_run(path, name) for path, name in zip(options.runs, name_runs(options.runs), strict=True)]
     evidence = [
-        *(stored_evaluation_table(path, f"evaluation-{place}") for place, path in enumerate(options.evaluation, 1)),
-        *(made for n, path in enumerate(options.benchmark, 1) for made in benchmark_tables(path, f"benchmark-{n}")),
+        *_of_each(options.evaluation, lambda path, place: [stored_evaluation_table(path, f"evaluation-{place}")]),
+        *_of_each(options.benchmark, lambda path, place: benchmark_tables(path, f"benchmark-{place}")),
     ]
     samples, notices = list[Samples](), dict[str, list[str]]()
     if options.generations is not None:
@@ -97,6 +99,14 @@ def make_report(
         files |= {f"{name}.tex": table.latex().encode() for name, table in tables.items()}
         _write_directory(options.tables, files, options.overwrite)
     return report
+
+
+def _of_each(paths: Sequence[Path], tables: Callable[[Path, int], list[TextTable]]) -> list[TextTable]:
+    """The tables of each path, whose titles begin with the path where there are several."""
+    made = [(path, table) for place, path in enumerate(paths, 1) for table in tables(path, place)]
+    if len(paths) < 2:
+        return [table for _, table in made]
+    return [replace(table, title=f"{printable(str(path))}: {table.title}") for path, table in made]
 
 
 def _text(path: Path | None) -> str | None:

@@ -16,7 +16,7 @@ from llamatune.reporting.answer_timeline import AnswerTimeline, answer_timelines
 from llamatune.reporting.averages import Epoch, epoch_means
 from llamatune.reporting.diagnosis import Diagnosis, diagnose_run
 from llamatune.reporting.run_reader import Run
-from llamatune.reporting.sample_answers import Samples
+from llamatune.reporting.sample_answers import Samples, known_template
 from llamatune.reporting.settings import settings_of
 from llamatune.shapes.counts import ParameterCount, count_parameters
 from llamatune.units import perplexity
@@ -98,7 +98,7 @@ def report_run(run: Run, smoothed: Sequence[float], smoothing: float, notices: S
         spec_changes=run.spec_changes,
         versions=run.versions,
         traces=run.traces,
-        answers=answer_timelines(run.metrics.answers),
+        answers=answer_timelines(run.metrics.answers, list(filter(None, [known_template(run)]))),
     )
 
 
@@ -152,7 +152,7 @@ def _figures(
         "runtime_s": summary.get("runtime_s", steps[-1].elapsed_s if steps else None),
         "tokens_per_second": summary.get("tokens_per_second"),
         "median_tokens_per_second": median(step.tokens_per_second for step in steps) if steps else None,
-        "skipped_windows": len(run.metrics.skipped),
+        "skipped_windows": len(run.metrics.skipped) if run.spec.training.precision == "fp16" else None,
         "ranks": len(_ranks(run)) or None,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import yaml
 
@@ -11,6 +12,7 @@ from llamatune.inference.prepared_prompts import HEADINGS
 from llamatune.reporting.report_data import Report, RunReport
 from llamatune.reporting.report_text import (
     ABSENT,
+    PARAMETERS,
     cause_of_spike,
     figure_rows,
     loss,
@@ -25,6 +27,15 @@ from llamatune.units import duration, gibibytes
 _MOST_ROWS_NAMED = 24
 
 
+def shared(report: Report, make: Callable[[RunReport], TextTable]) -> list[TextTable]:
+    """The table of each run; one that is the same for several runs comes once, under all their names."""
+    runs: dict[TextTable, list[str]] = {}
+    for run in report.runs:
+        made = make(run)
+        runs.setdefault(replace(made, title=made.title.removeprefix(f"{run.name}: ")), []).append(run.name)
+    return [replace(made, title=f"{', '.join(names)}: {made.title}") for made, names in runs.items()]
+
+
 def settings_table(report: Report) -> TextTable:
     """What was run, a column a run."""
     labels = dict.fromkeys(label for run in report.runs for label in run.settings)
@@ -33,9 +44,9 @@ def settings_table(report: Report) -> TextTable:
 
 
 def figures_table(report: Report) -> TextTable:
-    """What came out, a column a run."""
+    """What came out, a column a run; the numbers of parameters are among the settings."""
     rows = [("status", *(run.status for run in report.runs))]
-    rows += [(label, *values) for label, values in figure_rows([run.figures for run in report.runs])]
+    rows += [(label, *values) for label, values in figure_rows([run.figures for run in report.runs], PARAMETERS)]
     return TextTable("Final figures", ("", *_names(report)), tuple(rows), name="final-figures")
 
 
@@ -44,7 +55,7 @@ def differences_table(report: Report) -> TextTable:
     names = _names(report)
     rows = [(field, *(_value(row[name]) for name in names)) for field, row in report.spec_differences.items()]
     title = "Fields that are not the same in all runs"
-    return TextTable(title, ("field", *names), tuple(rows), name="differences")
+    return TextTable(title, ("field", *names), tuple(rows), wide=True, name="differences")
 
 
 def _names(report: Report) -> list[str]:

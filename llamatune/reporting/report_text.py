@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
-from llamatune.reporting.diagnosis import Diagnosis, Validation
+from llamatune.reporting.diagnosis import Diagnosis
 from llamatune.reporting.divergence import Course
+from llamatune.reporting.over_fitting import DEVIATIONS, RISE, Validation
 from llamatune.reporting.spikes import Cause, Spike
 from llamatune.reporting.trend import Trend
 from llamatune.units import duration, energy, gibibytes
 
 ABSENT = "-"
+MANY = 10
+"""From so many on a ratio is told as times, not in %."""
 
 
 def whole(value: float) -> str:
@@ -53,18 +56,21 @@ _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "ranks": ("ranks that shared the work", whole),
 }
 
+PARAMETERS = ("trainable_parameters", "total_parameters", "trainable_percent")
+"""Figures of the settings, too."""
+
 
 def optional(value: float | None, form: Callable[[float], str]) -> str:
     """``value`` as text, or a dash for None."""
     return ABSENT if value is None else form(value)
 
 
-def figure_rows(runs: list[dict[str, float | None]]) -> list[tuple[str, list[str]]]:
-    """A label and each run's value, for every figure that any of the runs has."""
+def figure_rows(runs: list[dict[str, float | None]], without: Container[str] = ()) -> list[tuple[str, list[str]]]:
+    """A label and each run's value, for every figure that any of the runs has, but those ``without``."""
     rows = []
     for key, (label, form) in _FIGURES.items():
         values = [figures[key] for figures in runs]
-        if any(value is not None for value in values):
+        if key not in without and any(value is not None for value in values):
             rows.append((label, [optional(value, form) for value in values]))
     return rows
 
@@ -80,7 +86,9 @@ def _course(course: Course | None) -> str:
         return "Too few steps to compare the end with the start."
     start = "the untrained model's validation loss" if course.start_of == "validation" else "the first update's loss"
     side = "above" if course.change > 0 else "below"
-    losses = f"{course.end_loss:.4f} at the end, {abs(course.change):.1%} {side} {start} ({course.start_loss:.4f})"
+    times = course.change + 1
+    far = f"{times:,.0f} times" if times >= MANY else f"{abs(course.change):.1%} {side}"
+    losses = f"{course.end_loss:.4f} at the end, {far} {start} ({course.start_loss:.4f})"
     peak = f"highest at about step {course.peak_step:,} with {course.peak_loss:.4f}"
     return {
         "diverged": f"Diverged: {losses}; the training loss was {peak}.",
@@ -122,16 +130,31 @@ def _validation(validation: Validation | None) -> str:
         return "Over-fitting cannot be judged with fewer than two evaluations."
     last, gap = "the last one", f"{validation.gap_at_end:+.4f}"
     if validation.rise:
-        last = f"{validation.last_loss:.4f} ({validation.rise:+.1%}) at the end"
+        last = f"{validation.last_loss:.4f} ({_change(validation.rise)}) at the end"
+        if validation.verdict in ("no over-fitting", "not clear") and validation.rise > RISE:
+            last += _doubt(validation)
         gap = f"{validation.gap_at_turn:+.4f} there and {gap} at the end"
     verdict = {
         "over-fitting": f"Over-fitting since epoch {validation.turned_epoch}",
         "rising": "Validation and training loss both rise",
+        "not clear": "Whether it over-fits is not clear",
     }.get(validation.verdict, "No over-fitting")
     return (
         f"{verdict}: validation loss lowest at step {validation.turned_step:,} (epoch {validation.turned_epoch}) with "
         f"{validation.lowest_loss:.4f}, {last}; gap to the training loss {gap}."
     )
+
+
+def _change(share: float) -> str:
+    """``+12.3%``, or ``to 1,234 times``."""
+    return f"to {share + 1:,.0f} times" if share + 1 >= MANY else f"{share:+.1%}"
+
+
+def _doubt(validation: Validation) -> str:
+    """Why a rise is not called one."""
+    if validation.noise is None or validation.rise > DEVIATIONS * validation.noise:
+        return ", which the last evaluation alone shows"
+    return f", where one evaluation varies by {validation.noise:.1%} (its standard deviation)"
 
 
 def _trend(trend: Trend | None) -> str:
@@ -142,5 +165,6 @@ def _trend(trend: Trend | None) -> str:
         "rising": "The training loss rises",
         "plateau": "Plateau of the training loss",
     }.get(trend.verdict, "Whether the training loss still falls is lost in its noise")
-    change = f"{trend.change:+.1%} (95 %: {trend.lowest:+.1%} to {trend.highest:+.1%})"
-    return f"{verdict}: {change} from step {trend.first_step:,} to the end, around {trend.median_loss:.4f}."
+    change = f"{_change(trend.change)} (95% interval {_change(trend.lowest)} to {_change(trend.highest)})"
+    where = f"from step {trend.first_step:,} to step {trend.last_step:,}, the last third"
+    return f"{verdict}: {change} {where}, around {trend.median_loss:.4f}."

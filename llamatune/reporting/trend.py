@@ -1,4 +1,4 @@
-"""Whether the loss still falls: the Theil-Sen line of a run's last third, with its confidence interval."""
+"""Whether the loss still falls: the Theil-Sen line of the last third's logarithms, with its confidence interval."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ TREND_SHARE, TREND_FEWEST = 3, 10
 TREND_NOISE, TREND_NOTHING = 0.05, 0.01
 # Slopes of all pairs of so many points are quickly sorted; of more steps, medians of neighbours are the points.
 TREND_POINTS = 1000
-_MOST = 1e9
+_LEAST_LOSS = 1e-9
+_MOST = math.log(1e9)
 """The largest relative change that is reported: a loss may be nearly zero."""
 _TWO_SIDED_95 = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
 class Trend:
-    """A line through the losses of the last third of the steps, without spikes that ended.
+    """A line through the logarithms of the last third's losses, without spikes that ended.
 
-    ``verdict`` is ``falling``, ``rising``, ``plateau`` or ``too noisy to tell``. ``change`` is that of the line from
-    ``first_step`` to the end, relative to ``median_loss``; ``lowest`` and ``highest`` bound it with 95 % confidence.
+    ``verdict`` is ``falling``, ``rising``, ``plateau`` or ``too noisy to tell``. ``change`` is that of the loss along
+    the line from ``first_step`` to ``last_step``, as a share of where the line begins, so it is above -1; ``lowest``
+    and ``highest`` bound it with 95 % confidence.
     """
 
     verdict: str
     first_step: int
+    last_step: int
     median_loss: float
     change: float
     lowest: float
@@ -46,10 +49,11 @@ def judge_trend(steps: Sequence[Step], spikes: Sequence[Spike] = ()) -> Trend | 
     last = [step for step in steps[len(steps) - len(steps) // TREND_SHARE :] if step.step not in in_spike]
     if len(last) < TREND_FEWEST:
         return None
-    level = median(step.loss for step in last)
-    length = (last[-1].step - last[0].step) / level if level else 0.0
-    slopes = theil_sen([step.step for step in last], [step.loss for step in last])
-    change, lowest, highest = (max(-_MOST, min(slope * length, _MOST)) for slope in slopes)
+    length = last[-1].step - last[0].step
+    # The noise of batches is a factor, and a loss that goes on falling falls by factors: a line of losses would cross
+    # zero.
+    slopes = theil_sen([step.step for step in last], [math.log(max(step.loss, _LEAST_LOSS)) for step in last])
+    change, lowest, highest = (math.expm1(min(slope * length, _MOST)) for slope in slopes)
     hidden, half = lowest <= 0 <= highest, (highest - lowest) / 2
     if abs(change) + half < TREND_NOTHING or (hidden and half < TREND_NOISE):
         verdict = "plateau"
@@ -57,7 +61,8 @@ def judge_trend(steps: Sequence[Step], spikes: Sequence[Spike] = ()) -> Trend | 
         verdict = "too noisy to tell"
     else:
         verdict = "falling" if change < 0 else "rising"
-    return Trend(verdict, last[0].step, level, change, lowest, highest)
+    level = median(step.loss for step in last)
+    return Trend(verdict, last[0].step, last[-1].step, level, change, lowest, highest)
 
 
 def theil_sen(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:

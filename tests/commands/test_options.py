@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import FrozenInstanceError
@@ -140,3 +141,11 @@ def test_not_a_number_is_in_no_bounds() -> None:
     for values in ({"temperature": float("nan")}, {"top_p": float("nan")}):
         with pytest.raises(SpecError, match="it must be"):
             Sampling(**values)
+
+
+def test_help_names_arguments_by_what_they_are_and_not_by_types(command: Callable[..., Any]) -> None:
+    for verb in ("train", "prepare-data", "sweep", "slurm", "explain", "judge"):
+        text = command(verb, "--help").stdout
+        assert not re.search(r"<(list|Path|path|str|int|float)\b", text), verb
+        assert "] [[" not in text
+        assert "PATH" not in text or verb == "prepare-data"  # a tokenizer is a file, or a directory that holds one

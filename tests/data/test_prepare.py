@@ -544,6 +544,43 @@ def test_preview_shows_what_was_written(
     assert len(preview_rows(tmp_path / "out", tokenizer, 99)) == 5
 
 
+@pytest.mark.parametrize("tokens", [200, 20])
+def test_the_preview_has_the_fields_of_a_row_and_its_text(
+    tokens: int, prepare: Prepare, write_rows: WriteRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rows = [
+        {"question": "How many\n llamas?", "answer": "Two.\n#### 2"},
+        {"question": "Why?", "answer": "So: </s>"},
+    ]
+    prepare(write_rows(rows), max_seq_length=tokens, overlong="truncate")
+    for row, found in zip(rows, preview_rows(tmp_path / "out", tokenizer, 2), strict=False):
+        trained = "".join(piece["text"] for piece in found["text"] if piece["trained"] and not piece["special"])
+        assert found["fields"]["question"] == row["question"]
+        assert row["answer"].startswith(found["fields"]["answer"])
+        assert trained == found["fields"]["answer"]
+        if tokens == 200:
+            assert found["fields"] == row
+            assert [piece["text"] for piece in found["text"] if piece["special"]] == ["<s>", "</s>"]
+            plain = "".join(piece["text"] for piece in found["text"] if not piece["special"])
+            assert plain == f"Question: {row['question']}\nAnswer:{row['answer']}"
+
+
+def test_fields_that_cannot_be_told_are_left_out(
+    prepare: Prepare, write_rows: WriteRows, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    turns = tmp_path / "turns.yaml"
+    turns.write_text("prompt: 'Q {user} A'\nturn: 'Q {user} A {assistant} '\n")
+    roles = ("user", "assistant", "user", "assistant")
+    chat = {"messages": [{"role": role, "content": word} for role, word in zip(roles, "abcd", strict=True)]}
+    rows = [({"text": "A long day."}, {}), (chat, {"template": str(turns)})]
+    rows.append(({"question": "a", "answer": "b"}, {"train_on_prompt": True}))
+    for place, (row, options) in enumerate(rows):
+        prepare(write_rows([row], f"{place}.jsonl"), output=tmp_path / f"out-{place}", **options)
+        (found,) = preview_rows(tmp_path / f"out-{place}", tokenizer, 1)
+        assert found["fields"] == {}
+        assert any(piece["trained"] for piece in found["text"])
+
+
 def test_real_rows_with_llamas_tokenizer(prepare: Prepare, shared_fixtures: Path, tmp_path: Path) -> None:
     model = shared_fixtures / "data" / "llama2_tokenizer.model"
     report = prepare(shared_fixtures / "data" / "alpaca_data_200.json", tokenizer=model)

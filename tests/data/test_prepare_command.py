@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,7 +53,11 @@ def test_the_report_and_the_preview(rows: Path, tokenizer_models: dict[str, Path
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout, "neither colours nor the row's own escapes"
     assert "«<s>»(1)" in done.stdout
-    assert "«</s>»(2)]]" in done.stdout
+    assert "«</s>»(2) ]]" in done.stdout
+    shown = done.stdout[: done.stdout.index("alpaca rows")].splitlines()
+    assert [line.split()[0] for line in shown if re.match("  [^ ]", line)] == ["instruction", "output", "as", "tokens"]
+    assert re.search(r"^  output       \\x1b\[31mred 0$", done.stdout, re.MULTILINE)
+    assert "[[\\x1b[31mred 0«</s>»]]" in done.stdout
     assert "12" in done.stdout
     again = _run(rows, "--tokenizer", tokenizer_models["bpe"], "--output", tmp_path / "out")
     assert "left as it is" in again.stdout

@@ -41,6 +41,22 @@ def test_a_table_has_a_line_a_row_and_a_column_a_cell() -> None:
     assert r"\caption{A \& B}" in made
 
 
+def test_what_is_too_wide_is_set_smaller_and_texts_share_the_line() -> None:
+    def commands(columns: int, text: str, wide: bool = False) -> str:
+        return table("x", [text] * columns, [], 1, wide)
+
+    assert "\\small" not in commands(3, "1.0")
+    sizes = [next(i for i, name in enumerate(("small", "footnote", "script")) if f"\\{name}" in commands(n, "1234.56"))
+             for n in (9, 10, 12)]  # fmt: skip
+    assert sizes == sorted(sizes)
+    assert "\\scriptsize" in commands(14, "tokens/s")
+    made = table("x", ["a", "b"], [["short", "long" * 60]], 1, wide=True, notes=["50 %"])
+    shares = [float(share) for share in re.findall(r"dimexpr ([\d.]+)", made)]
+    assert sum(shares) == pytest.approx(1, abs=0.002)
+    assert shares[1] > 2 * shares[0]
+    assert made.index("50 \\%") < made.index("\\end{table}")
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on the path")
 def test_latex_sets_it(tmp_path: Path) -> None:
     rows = tuple((text, f"{text}\nline\n\n* line") for text in NASTY)

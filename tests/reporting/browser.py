@@ -63,6 +63,15 @@ class Page:
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._message())
 
+    def print_in(self, width: int) -> None:
+        """Lay the page out as on paper, of so many pixels beside the margins."""
+        self._send("Emulation.setDeviceMetricsOverride", width=width, height=1000, deviceScaleFactor=1, mobile=False)
+        self._send("Emulation.setEmulatedMedia", media="print")
+
+    def print_normally(self) -> None:
+        """Undo ``print_in``."""
+        self._send("Emulation.setEmulatedMedia", media="")
+
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression on the page; the page's own policy does not bind the tester."""
         result = self._send("Runtime.evaluate", expression=expression, returnByValue=True)

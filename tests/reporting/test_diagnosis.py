@@ -1,4 +1,4 @@
-"""Over-fitting and trend on curves with known answers, with noise; no finding where there is none."""
+"""The trend on curves with known answers, with noise; no finding where there is none."""
 
 from __future__ import annotations
 
@@ -9,64 +9,9 @@ import numpy
 import pytest
 from report_material import falling, make_steps, noisy
 
-from llamatune.events import EvalDone
-from llamatune.reporting.diagnosis import diagnose, judge_validation
+from llamatune.reporting.diagnosis import diagnose
 from llamatune.reporting.report_text import findings
 from llamatune.reporting.trend import Trend, judge_trend, theil_sen
-
-
-def _evaluations(curve: list[float], every: int, deviation: float, seed: int = 0) -> list[EvalDone]:
-    return [EvalDone(every * (n + 1), loss) for n, loss in enumerate(noisy(curve, deviation, seed))]
-
-
-@pytest.mark.parametrize(("count", "deviation"), [(4, 0.0), (10, 0.004), (40, 0.01)])
-def test_over_fitting_is_found_where_validation_turned(count: int, deviation: float) -> None:
-    """Validation falls for half of the run and rises for the other half, while the training loss goes on falling."""
-    steps = make_steps(noisy([2 - place / 400 for place in range(400)], 0.05), epochs=10)
-    bowl = [1.5 + 2 * ((n + 1) / count - 0.5) ** 2 for n in range(count)]
-    found = judge_validation(steps, _evaluations(bowl, 400 // count, deviation))
-    assert found is not None
-    assert found.verdict == "over-fitting"
-    assert abs(found.turned_step - 200) <= 2 * 400 // count
-    assert found.turned_epoch == math.ceil(found.turned_step / 40)
-    assert found.rise == pytest.approx(2.0 / 1.5 - 1, abs=0.05)
-    # The training loss is 1.5 in the middle and 1.0 at the end.
-    assert found.gap_at_turn == pytest.approx(0.0, abs=0.3)
-    assert found.gap_at_end == pytest.approx(1.0, abs=0.3)
-
-
-def test_gaps_compare_with_the_training_since_the_evaluation_before() -> None:
-    steps = make_steps([4.0] * 10 + [2.0] * 10 + [1.0] * 10)
-    found = judge_validation(steps, [EvalDone(10, 3.0), EvalDone(20, 2.5), EvalDone(30, 2.8)])
-    assert found is not None
-    assert (found.turned_step, found.lowest_loss, found.last_loss) == (20, 2.5, 2.8)
-    assert found.gap_at_turn == pytest.approx(0.5)
-    assert found.gap_at_end == pytest.approx(1.8)
-    assert found.rise == pytest.approx(0.12)
-
-
-@pytest.mark.parametrize(("count", "deviation"), [(2, 0.002), (5, 0.002), (12, 0.01), (40, 0.03)])
-def test_validation_that_falls_or_stays_is_no_over_fitting(count: int, deviation: float) -> None:
-    alarms = 0
-    for seed in range(50):
-        steps = make_steps(noisy(falling(10 * count), 0.1, seed))
-        for curve in (falling(count), [1.0] * count, [1 + 1 / (n + 1) for n in range(count)]):
-            found = judge_validation(steps, _evaluations(curve, 10, deviation, seed))
-            assert found is not None
-            alarms += found.verdict != "no over-fitting"
-    assert alarms <= (0 if count < 12 else 2)  # of 150; five deviations that are measured are not quite five
-
-
-def test_both_losses_rising_is_not_called_over_fitting() -> None:
-    steps = make_steps([1.0] * 20 + [3.0] * 20)
-    found = judge_validation(steps, [EvalDone(10, 1.1), EvalDone(20, 1.1), EvalDone(30, 3.1), EvalDone(40, 3.2)])
-    assert found is not None
-    assert found.verdict == "rising"
-
-
-def test_one_evaluation_judges_nothing() -> None:
-    assert judge_validation(make_steps([1.0, 1.0]), [EvalDone(2, 1.0)]) is None
-    assert judge_validation([], []) is None
 
 
 def _trend(losses: list[float]) -> Trend:
@@ -78,14 +23,25 @@ def _trend(losses: list[float]) -> Trend:
 def test_the_line_is_the_median_of_all_slopes_and_its_bounds_are_sens() -> None:
     losses = noisy(falling(90), 0.1)
     found = _trend(losses)
-    slopes = sorted((losses[j] - losses[i]) / (j - i) for i in range(60, 90) for j in range(i + 1, 90))
-    level = float(numpy.median(losses[60:]))
-    assert found.first_step == 61
-    assert found.median_loss == pytest.approx(level)
-    assert found.change == pytest.approx(float(numpy.median(slopes)) * 29 / level)
+    slopes = sorted(math.log(losses[j] / losses[i]) / (j - i) for i in range(60, 90) for j in range(i + 1, 90))
+    assert (found.first_step, found.last_step) == (61, 90)
+    assert found.median_loss == pytest.approx(float(numpy.median(losses[60:])))
+    assert found.change == pytest.approx(math.exp(float(numpy.median(slopes)) * 29) - 1)
     # 435 pairs, 1.96 deviations of Kendall's statistic are 109.9: Sen's ranks are 162.6 and 273.4 of 435, from 1.
-    assert found.lowest == pytest.approx(slopes[163] * 29 / level, rel=0.02)
-    assert found.highest == pytest.approx(slopes[271] * 29 / level, rel=0.02)
+    assert found.lowest == pytest.approx(math.exp(slopes[163] * 29) - 1, rel=0.02)
+    assert found.highest == pytest.approx(math.exp(slopes[271] * 29) - 1, rel=0.02)
+
+
+@pytest.mark.parametrize("deviation", [0.0, 0.3])
+def test_a_loss_that_falls_to_nothing_falls_by_less_than_all_of_itself(deviation: float) -> None:
+    """A line of the losses themselves would cross zero, and tell of more than 100 %."""
+    halving = [2.0 ** (-place / 6) for place in range(90)]
+    found = _trend(noisy(halving, deviation))
+    assert found.verdict == "falling"
+    assert found.change == pytest.approx(2 ** (-29 / 6) - 1, abs=0.02)
+    assert -1 < found.lowest <= found.change <= found.highest < -0.9
+    line = numpy.polyfit(range(30), halving[60:], 1)[0] * 29 / numpy.median(halving[60:])
+    assert line < -1.6  # what a straight line makes of it
 
 
 def test_the_interval_holds_the_true_slope_of_19_lines_in_20() -> None:

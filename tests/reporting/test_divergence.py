@@ -8,7 +8,7 @@ import pytest
 from report_material import falling, make_steps, noisy, write_run
 
 from llamatune.events import EvalDone
-from llamatune.reporting.diagnosis import Diagnosis, diagnose_run
+from llamatune.reporting.diagnosis import Diagnosis, diagnose, diagnose_run
 from llamatune.reporting.divergence import judge_course
 from llamatune.reporting.report_text import findings
 from llamatune.reporting.run_reader import read_run
@@ -71,6 +71,11 @@ def test_divergence_without_overflow_is_the_rates_and_the_evidence_is_the_logs(t
     assert text.startswith("Diverged: ")
     assert "4.83" in text
     assert "100% of the updates were clipped to 1" in text
+
+
+def test_a_loss_that_multiplied_is_told_in_times() -> None:
+    text = findings(diagnose(make_steps([0.01, *[3.0] * 30]), []))[0]
+    assert text.startswith("Diverged: 3.0000 at the end, 300 times the first update's loss (0.0100)")
 
 
 def test_divergence_with_many_skipped_windows_is_overflow(tmp_path: Path) -> None:

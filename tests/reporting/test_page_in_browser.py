@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import browser
 import numpy
 import pytest
 from report_material import falling, noisy, write_run
-from test_report import hostile_runs
+from test_report import benchmark_cell, hostile_runs
 
 from llamatune.command_options.training import ReportOptions
 from llamatune.events import EvalDone
@@ -18,6 +20,7 @@ from llamatune.reporting.make_report import make_report
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium on the path")
 
+KEYS = ("lora", "training.precision", "batch")
 CHARTS = 8 + 1 + 2  # of the runs together, the map of layers, and each run's line in the legend
 
 BOXES = """
@@ -88,6 +91,32 @@ def test_the_page_is_shown_whole_and_quietly(
     charts = [box for box in boxes if box["texts"]]
     assert len(charts) == CHARTS - 2
     assert all(box["width"] > (340 if width == 400 else 500) for box in charts)
+
+
+def test_nothing_is_cut_on_paper_and_short_tables_stand_side_by_side(tmp_path: Path, tab: browser.Page) -> None:
+    """A4 has 182 mm beside the margins, 688 pixels."""
+    cells = [
+        benchmark_cell(values[0], 600 << 20) | {"values": dict(zip(KEYS, values, strict=True))}
+        for values in itertools.product(("off", "on"), ("fp32", "bf16"), ("1x1", "1x8"))
+    ]
+    axes = [{"key": key, "values": list(dict.fromkeys(cell["values"][key] for cell in cells))} for key in KEYS]
+    (tmp_path / "benchmark.json").write_text(json.dumps({"axes": axes, "cells": cells, "steps": 20, "effects": []}))
+    runs = [write_run(tmp_path / name, falling(40)) for name in ("one", "two")]
+    make_report(ReportOptions(runs, tmp_path / "r.html", benchmark=[tmp_path]))
+    tab.open(tmp_path / "r.html", 1200, 1000)
+    tab.print_in(688)
+    try:
+        tables = (
+            "[...document.querySelectorAll('table')].map(t => [t.caption?.innerText, t.getBoundingClientRect().right])"
+        )
+        assert [found for found in tab.evaluate(tables) if found[1] > 690] == []
+        assert tab.evaluate("document.querySelectorAll('table').length") > 10
+        lefts = (
+            "[...document.querySelectorAll('section > .short')].map(t => Math.round(t.getBoundingClientRect().left))"
+        )
+        assert len(set(tab.evaluate(lefts))) > 1
+    finally:
+        tab.print_normally()
 
 
 def test_colours_follow_the_scheme(page: Path, tab: browser.Page) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,11 +22,13 @@ from llamatune.checkpoints.model_directory import read_config
 from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.command_options.training import ReportOptions
 from llamatune.data.batches import Split
+from llamatune.data.templates import Template
 from llamatune.errors import NumericsError, Stopped
-from llamatune.events import EvalDone
+from llamatune.events import Answer, EvalDone
 from llamatune.formats.state_json import write_progress
 from llamatune.inference.generate import generate
 from llamatune.inference.gsm8k import gsm8k_report
+from llamatune.reporting.answer_timeline import answer_timelines
 from llamatune.reporting.make_report import make_report
 from llamatune.reporting.run_reader import read_run
 from llamatune.reporting.spikes import Spike, with_rows
@@ -177,9 +180,16 @@ def test_answers_of_a_run_are_a_timeline_of_each_prompt(tmp_path: Path) -> None:
     text = _Reader(page).text
     assert "Answers while it trained" in text
     assert "step 30<script>30\\x1b[2J</script> ..." in text
-    assert "18 answers between these are in metrics.jsonl" in text
+    assert "12 of 30 answers; metrics.jsonl has all." in text
     report_on(write_run(tmp_path / "none", falling(3)), to=tmp_path / "none.html")
     assert "Answers while" not in (tmp_path / "none.html").read_text(encoding="utf-8")
+
+
+def test_a_timeline_has_the_instruction_without_its_template() -> None:
+    template = Template("ask", "Say: {instruction}\nNow:")
+    answers = [Answer(0, n, prompt, "x", None, 1, "eos") for n, prompt in enumerate(("Say: why?\nNow:", "Why?"), 1)]
+    assert [found.instruction for found in answer_timelines(answers, [template])] == ["why?", None]
+    assert [found.instruction for found in answer_timelines(answers)] == [None, None]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -597,7 +607,7 @@ def test_evidence_of_another_kind_is_refused(
     assert not (tmp_path / "r.html").exists()
 
 
-def _cell(lora: str, peak: int) -> dict[str, Any]:
+def benchmark_cell(lora: str, peak: int) -> dict[str, Any]:
     categories = dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "casts", "temporary"), peak // 6)
     return {
         "values": {"lora": lora}, "status": "measured", "allocated_bytes": peak, "predicted_bytes": peak,
@@ -609,8 +619,39 @@ def _cell(lora: str, peak: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_what_is_the_same_for_several_runs_stands_once(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    report_on(finished, tmp_path / "copy", to=tmp_path / "r.html", tables=tmp_path / "t")
+    text = _Reader((tmp_path / "r.html").read_text()).text
+    assert text.count("parameters, all blocks together") == text.count("longest row tokens") / 2 == 1
+    assert "finished, copy: parameters, all blocks together" in text
+    assert text.count("finished: epochs") == text.count("copy: epochs") == 1
+    assert {"parameters-1.md", "parameters-2.md"} <= {path.name for path in (tmp_path / "t").iterdir()}
+    # The number of trained parameters stands among the settings, and among the parameters by module.
+    assert text.count("trained parameters") == 1
+
+
+def test_tables_of_several_benchmarks_are_told_apart(tmp_path: Path) -> None:
+    for name, lora in (("one", "off"), ("two", "on")):
+        (tmp_path / name).mkdir()
+        written = {
+            "axes": [{"key": "lora", "values": [lora]}],
+            "cells": [benchmark_cell(lora, 600 << 20)],
+            "effects": [],
+        }
+        (tmp_path / name / "benchmark.json").write_text(json.dumps({**written, "steps": 20}))
+    run = write_run(tmp_path / "run", falling(5))
+    given = [tmp_path / "one", tmp_path / "two"]
+    titles = [made["title"] for made in report_on(run, to=tmp_path / "r.html", benchmark=given)["evidence"]]
+    assert len(titles) == len(set(titles))
+    assert {title.partition(": ")[0] for title in titles} == set(map(str, given))
+
+
 def test_the_tables_of_a_benchmark_are_on_the_page(tmp_path: Path) -> None:
-    cells = [_cell("off", 600 << 20), {"values": {"lora": "on"}, "status": "oom", "reason": "needs <i>40</i> GiB"}]
+    cells = [
+        benchmark_cell("off", 600 << 20),
+        {"values": {"lora": "on"}, "status": "oom", "reason": "needs <i>40</i> GiB"},
+    ]
     written = {"axes": [{"key": "lora", "values": ["off", "on"]}], "cells": cells, "steps": 20, "effects": []}
     (tmp_path / "benchmark.json").write_text(json.dumps(written))
     run = write_run(tmp_path / "run", falling(5))
@@ -619,6 +660,8 @@ def test_the_tables_of_a_benchmark_are_on_the_page(tmp_path: Path) -> None:
     assert tables[0]["rows"][1][:2] == ["on", "OOM"]
     assert tables[1]["rows"][0][:2] == ["off", "254.0"]
     assert any("200 rows x 1.5 epochs" in note for note in tables[1]["notes"])
+    notes = [note for made in tables for note in made["notes"]]
+    assert len(notes) == len(set(notes)) > 3
     assert "needs <i>40</i> GiB" in _Reader((tmp_path / "r.html").read_text()).text
     assert (tmp_path / "t" / "benchmark-1-1.tex").is_file()
 
