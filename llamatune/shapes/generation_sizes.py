@@ -21,7 +21,7 @@ CACHE_SHARE = 0.8
 """Of the free memory, what keys and values of generation may take."""
 
 _MOST_TOKENS, _FEWEST_TOKENS = 2048, 256
-_SHARE = 0.03
+_SHARE = 0.08
 """Of the weights' bytes, what a pass over prompts may have in flight beside them."""
 
 FIRST_ROOM_TOKENS = 256
