@@ -17,8 +17,9 @@ import typer
 
 from llamatune import __version__
 from llamatune.commands._completion import VARIABLE, asked_verb, join_words_of_bash
+from llamatune.commands._console import faults_of_stdout
 from llamatune.commands._several_ranks import ending_together, reports_stop
-from llamatune.commands._typer_options import StrictCommand, with_options
+from llamatune.commands._typer_options import StrictCommand, VerbGroup, with_options
 from llamatune.errors import FailedElsewhere, LlamatuneError, Stopped, printable
 from llamatune.events import ShouldStop, never_stop
 from llamatune.free_memory import free_host_bytes
@@ -57,6 +58,7 @@ def build_app(only: str | None = None) -> typer.Typer:
     """Every verb, the five core ones first; or the one verb that is about to run, which starts faster."""
     app = typer.Typer(
         name="llamatune",
+        cls=VerbGroup,
         help="Fine-tune LLaMA models with LoRA.",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
@@ -67,10 +69,11 @@ def build_app(only: str | None = None) -> typer.Typer:
         context: typer.Context,
         version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     ) -> None:
-        if version:
-            typer.echo(f"llamatune {__version__}")
-        elif context.invoked_subcommand is None:
-            typer.echo(context.get_help())
+        with faults_of_stdout():
+            if version:
+                typer.echo(f"llamatune {__version__}")
+            elif context.invoked_subcommand is None:
+                typer.echo(context.get_help())
 
     for panel, names in VERBS.items():
         for name in names if only is None else {only} & set(names):
@@ -86,7 +89,8 @@ def _complete() -> int:
     with contextlib.redirect_stdout(io.StringIO()) as answer, contextlib.suppress(SystemExit):
         app(args=[], prog_name="llamatune", complete_var=VARIABLE)
     if answered := answer.getvalue().rstrip("\n"):
-        typer.echo("\n".join(line.removeprefix(kept) for line in answered.splitlines()))
+        with faults_of_stdout():
+            typer.echo("\n".join(line.removeprefix(kept) for line in answered.splitlines()))
     return 0
 
 
@@ -165,7 +169,7 @@ def _exit_code(words: list[str], stopped_before: ShouldStop = never_stop) -> int
         return _fail(str(fault), fault.exit_code)
     except _StoppedEarly:
         return _fail("stopped by a signal: run the same command again", stopped) if reports_stop() else stopped
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # the reader of stdout has left, at which Typer exits by itself
         return 0
     except OSError as fault:
         where = f": {fault.filename}" if fault.filename else ""

@@ -92,9 +92,11 @@ def train(
             call goes on from it.
         NumericsError: the loss or a gradient is not finite. And what else the verb ends with, by its class.
     """
+    from llamatune.spec import known_fields
+
     began_s = time.monotonic()
     loaded = _spec(spec, overrides)
-    changes = tuple(_texts(allow_spec_change))
+    changes = known_fields(_texts(allow_spec_change), "allow_spec_change")
     with _computing(should_stop) as stops:
         from llamatune.ranks import ALONE
         from llamatune.requests import train_and_track

@@ -19,7 +19,15 @@ from llamatune.errors import SpecError
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.spec_faults import describe_faults
-from llamatune.spec_overrides import COMMAND_LINE, caused_by, drop_rivals, override, refuse_twice, rename_aliases
+from llamatune.spec_overrides import (
+    COMMAND_LINE,
+    caused_by,
+    drop_rivals,
+    overridden_field,
+    override,
+    refuse_twice,
+    rename_aliases,
+)
 from llamatune.spec_sections import (
     FULL_LEARNING_RATE,
     LORA_LEARNING_RATE,
@@ -191,6 +199,32 @@ def _parts(faults: Sequence[str]) -> set[str]:
     """Each fault by itself: a section's check reports several in one."""
     split = (fault.partition(": ") for fault in faults)
     return {f"{path}: {part}" for path, _, text in split for part in text.split("; ")}
+
+
+def known_fields(paths: Sequence[str], option: str) -> tuple[str, ...]:
+    """Key paths of the spec, or sections of it, PEFT's spellings replaced; one that there is not names ``option``."""
+    named = [overridden_field(path) for path in paths]
+    unknown = [given for given, (section, *keys) in zip(paths, named, strict=True) if not _is_known(section, keys)]
+    if unknown:
+        told = "; ".join(map(_told_unknown, unknown))
+        raise SpecError(told, option, "name keys of the spec, as training.learning_rate")
+    return tuple(".".join(path) for path in named)
+
+
+def _told_unknown(given: str) -> str:
+    """That there is no such key, and which may have been meant."""
+    keys = given.split(".")
+    if len(keys) > 2 or not all(keys):
+        return f"{given!r} is no key"
+    sections = {name: _section(name).model_fields for name in RunSpec.model_fields}
+    return describe_faults([{"type": "extra_forbidden", "loc": tuple(keys)}], sections)[0]
+
+
+def _is_known(section: str, keys: Sequence[str]) -> bool:
+    if section not in RunSpec.model_fields or not keys:
+        return section in RunSpec.model_fields
+    field = _section(section).model_fields.get(keys[0])
+    return field is not None and (len(keys) == 1 or typing.get_origin(field.annotation) is dict)
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
