@@ -19,6 +19,7 @@ from llamatune.errors import SpecError, Stopped
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.openmp_variables import prepare_openmp
 from llamatune.path_expansion import expand_path
+from llamatune.python_arguments import check_arguments, plain_values
 from llamatune.python_keywords import AnyPath, EvaluateKeywords, GenerateKeywords, MergeKeywords, PrepareKeywords
 from llamatune.stop_signals import noting_ctrl_c
 from llamatune.units import parse_size
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 O = TypeVar("O", bound=Options)  # noqa: E741
 
 
+@check_arguments
 def load_spec(source: AnyPath | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
     """A run spec from a YAML file, or from its sections as plain values.
 
@@ -38,18 +40,17 @@ def load_spec(source: AnyPath | Mapping[str, Any], overrides: Sequence[str] = ()
     Raises:
         SpecError: a key or value is wrong; all faults are reported together.
     """
-    import copy
-
     from llamatune.spec import build_spec
     from llamatune.spec import load_spec as read_spec
     from llamatune.spec_overrides import refuse_twice
 
     if isinstance(source, Mapping):
         refuse_twice(_texts(overrides))
-        return build_spec(copy.deepcopy(dict(source)), "the spec", _texts(overrides))
+        return build_spec(plain_values(source), "the spec", _texts(overrides))
     return read_spec(_path(source), _texts(overrides))
 
 
+@check_arguments
 def prepare(
     rows: AnyPath | Sequence[AnyPath],
     *,
@@ -74,6 +75,7 @@ def prepare(
         return prepare_data(request, on_event, stops)
 
 
+@check_arguments
 def train(
     spec: RunSpec | AnyPath | Mapping[str, Any],
     overrides: Sequence[str] = (),
@@ -95,8 +97,8 @@ def train(
     from llamatune.spec import known_fields
 
     began_s = time.monotonic()
-    loaded = _spec(spec, overrides)
     changes = known_fields(_texts(allow_spec_change), "allow_spec_change")
+    loaded = _spec(spec, overrides)
     with _computing(should_stop) as stops:
         from llamatune.ranks import ALONE
         from llamatune.requests import train_and_track
@@ -104,6 +106,7 @@ def train(
         return train_and_track(loaded, resume, overwrite, force_base, changes, on_event, stops, ALONE, began_s)
 
 
+@check_arguments
 def generate(
     model: AnyPath,
     prompts: str | Sequence[str] = (),
@@ -134,6 +137,7 @@ def generate(
     return {"results": generations.lines, "tokens_per_second": generations.tokens_per_second}
 
 
+@check_arguments
 def evaluate(
     model: AnyPath,
     data: AnyPath,
@@ -159,6 +163,7 @@ def evaluate(
         return evaluate_model(request, on_event, stops, ALONE)
 
 
+@check_arguments
 def merge(
     model: AnyPath,
     adapter: AnyPath | Sequence[AnyPath],
@@ -183,6 +188,7 @@ def merge(
         return asdict(merge_and_prove(request, on_event, stops))
 
 
+@check_arguments
 def plan_memory(
     spec: RunSpec | AnyPath | Mapping[str, Any],
     overrides: Sequence[str] = (),

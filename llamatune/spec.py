@@ -204,7 +204,7 @@ def _parts(faults: Sequence[str]) -> set[str]:
 def known_fields(paths: Sequence[str], option: str) -> tuple[str, ...]:
     """Key paths of the spec, or sections of it, PEFT's spellings replaced; one that there is not names ``option``."""
     named = [overridden_field(path) for path in paths]
-    unknown = [given for given, (section, *keys) in zip(paths, named, strict=True) if not _is_known(section, keys)]
+    unknown = [path for path, field in zip(paths, named, strict=True) if "=" in path or not _is_known(*field)]
     if unknown:
         told = "; ".join(map(_told_unknown, unknown))
         raise SpecError(told, option, "name keys of the spec, as training.learning_rate")
@@ -220,7 +220,7 @@ def _told_unknown(given: str) -> str:
     return describe_faults([{"type": "extra_forbidden", "loc": tuple(keys)}], sections)[0]
 
 
-def _is_known(section: str, keys: Sequence[str]) -> bool:
+def _is_known(section: str, *keys: str) -> bool:
     if section not in RunSpec.model_fields or not keys:
         return section in RunSpec.model_fields
     field = _section(section).model_fields.get(keys[0])

@@ -32,7 +32,9 @@ def faults_of_stdout() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as fault:
-        todo = "free some space" if fault.errno in (errno.ENOSPC, errno.EDQUOT) else "redirect it to what can be written"
+        todo = (
+            "free some space" if fault.errno in (errno.ENOSPC, errno.EDQUOT) else "redirect it to what can be written"
+        )
         raise EnvironmentFault(f"cannot write: {fault.strerror or fault}", "standard output", todo) from fault
 
 
