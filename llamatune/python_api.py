@@ -194,7 +194,7 @@ def plan_memory(
     overrides: Sequence[str] = (),
     *,
     memory: str | int | None = None,
-    device: str = "cuda",
+    device: str | None = None,
     ranks: int = 1,
     max_seq_length: int | None = None,
     explain: bool = False,
@@ -203,8 +203,8 @@ def plan_memory(
     """Predict the peak memory of a run: ``plan-memory``. Neither weights nor torch are loaded.
 
     Args:
-        memory: of the device, as ``24GiB`` or in bytes; of it 90 % are planned with.
-        device: ``cuda`` or ``cpu``, where other attention kernels run.
+        memory: of the device, as ``24GiB`` or in bytes; of it 90 % are planned with. None: of a CPU what is free here.
+        device: ``cuda`` or ``cpu``, where other attention kernels run; None: that of the spec, or ``cuda``.
         max_seq_length: tokens of every row, in place of the prepared data's.
     """
     from llamatune.checkpoints.model_directory import read_config
@@ -220,7 +220,7 @@ def plan_memory(
         loaded,
         read_config(Path(loaded.model.path), on_event, loaded.model.variant),
         memory_bytes=size,
-        gpu=checked.device == "cuda",
+        device=checked.device,
         ranks=checked.ranks,
         row_tokens=checked.max_seq_length,
         explain=checked.explain,

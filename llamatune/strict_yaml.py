@@ -117,7 +117,7 @@ def parse_yaml(text: str, where: object, scalars_are_texts: bool = False) -> Any
         line = f" (line {fault.problem_mark.line + 1})" if fault.problem_mark else ""
         raise SpecError(f"not valid YAML: {_plain(fault.problem or 'no values')}{line}", where) from None
     except yaml.reader.ReaderError as fault:
-        line = text.count("\n", 0, fault.position) + 1
-        raise SpecError(f"not valid YAML: the character U+{fault.character:04X} (line {line})", where) from None
+        place = text.count("\n", 0, fault.position) + 1
+        raise SpecError(f"not valid YAML: the character U+{fault.character:04X} (line {place})", where) from None
     except ValueError:  # of int()
         raise SpecError("not valid YAML: a whole number of thousands of digits", where) from None
