@@ -207,17 +207,18 @@ def known_fields(paths: Sequence[str], option: str) -> tuple[str, ...]:
     unknown = [path for path, field in zip(paths, named, strict=True) if "=" in path or not _is_known(*field)]
     if unknown:
         told = "; ".join(map(_told_unknown, unknown))
-        raise SpecError(told, option, "name keys of the spec, as training.learning_rate")
+        raise SpecError(f"no key of the spec: {told}", option, "write it as training.learning_rate")
     return tuple(".".join(path) for path in named)
 
 
 def _told_unknown(given: str) -> str:
-    """That there is no such key, and which may have been meant."""
+    """What was given, and which key may have been meant."""
     keys = given.split(".")
     if len(keys) > 2 or not all(keys):
-        return f"{given!r} is no key"
+        return repr(given)
     sections = {name: _section(name).model_fields for name in RunSpec.model_fields}
-    return describe_faults([{"type": "extra_forbidden", "loc": tuple(keys)}], sections)[0]
+    (told,) = describe_faults([{"type": "extra_forbidden", "loc": tuple(keys)}], sections)
+    return told.replace(": unknown key", "", 1)
 
 
 def _is_known(section: str, *keys: str) -> bool:

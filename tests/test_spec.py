@@ -438,17 +438,17 @@ def test_fields_that_may_change_are_keys_of_the_spec() -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("training.sead", "training.sead: unknown key, did you mean 'seed'?"),
-        ("bogus", "bogus: unknown key"),
-        ("seed", "seed: unknown key, did you mean 'training.seed'?"),
-        ("", "'' is no key"),
-        ("training.seed.x", "'training.seed.x' is no key"),
-        ("training.seed=1", "training.seed=1: unknown key, did you mean 'seed'?"),
+        ("training.sead", "training.sead, did you mean 'seed'?"),
+        ("bogus", "bogus"),
+        ("seed", "seed, did you mean 'training.seed'?"),
+        ("", "''"),
+        ("training.seed.x", "'training.seed.x'"),
+        ("training.seed=1", "training.seed=1, did you mean 'seed'?"),
     ],
 )
 def test_a_field_that_is_no_key_is_named(name: str, told: str, command: Callable[..., Any]) -> None:
     done = command("train", "absent.yaml", "--allow-spec-change", "training.eps", "--allow-spec-change", name)
-    wanted = f"error: {told}: --allow-spec-change: name keys of the spec, as training.learning_rate\n"
+    wanted = f"error: no key of the spec: {told}: --allow-spec-change: write it as training.learning_rate\n"
     assert (done.code, done.stderr) == (2, wanted)
-    with pytest.raises(SpecError, match="allow_spec_change: name keys"):
+    with pytest.raises(SpecError, match="allow_spec_change: write it as"):
         llamatune.train("absent.yaml", allow_spec_change=name)
