@@ -35,7 +35,8 @@ SPEC_TOPICS = (
         r"device|GPU|command|parameter) is? ?(called|set)|no linear layer called|no target modules|the weight of|"
         r"lora is on or off|batch is micro-batch|layers asked for|--shards|there is no field|no column for|"
         r"make a chat together|says nothing with|no cell of the grid|nothing may follow|nothing was said|"
-        r"no key of the spec|^… is empty|^--[\w-]+ is empty|no file is named|no page called|'chat' is for|a plot is|has the form|an empty text",
+        r"no key of the spec|^… is empty|^--[\w-]+ is empty|no file is named|no page called|'chat' is for|a plot is|"
+        r"has the form|an empty text",
         "An option or argument has a value that it cannot have, or is given more often than it takes. The message ends "
         "with what it may be.",
         "error: --temperature is -1.0: it must be at least 0",

@@ -18,6 +18,8 @@ from slow_cases import slow
 from llamatune.command_options.sweep import SweepOptions
 from llamatune.errors import NumericsError, SpecError, Stopped
 from llamatune.events import EpochDone, Event, Notice, Progress
+from llamatune.formats import background_digests
+from llamatune.formats.state_json import read_progress
 from llamatune.model.kernels import choice
 from llamatune.sweeping import run_sweep as sweep_module
 from llamatune.sweeping import together
@@ -382,3 +384,22 @@ def test_events_name_the_run_and_count_all_updates(tmp_path: Path, base_spec: Ca
         assert any(line.startswith(f"{name}: step 2: validation loss ") for line in lines)
         assert any(line.startswith(f"{name}: epoch 1 of 1: training loss ") for line in lines)
     assert not any(isinstance(event, EpochDone) for event in events)
+
+
+def test_the_base_of_runs_that_are_trained_together_is_digested_once(
+    base_spec: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    real = background_digests.open_regular
+    monkeypatch.setattr(background_digests, "open_regular", lambda path: opened.append(str(path)) or real(path))
+    spec = base_spec(model__verify="full", training__max_steps=3, training__num_epochs=None)
+    done = run_sweep(options(spec, tmp_path / "sweep", "lora.r=2,3", "training.max_steps=2,3"))
+    assert [run["status"] for run in done.runs] == ["finished"] * 4
+    assert len(opened) == len(set(opened)) > 1
+    recorded = [
+        read_progress(path).base_files for path in sorted((tmp_path / "sweep").rglob("step-00000[23]"))
+    ]
+    assert len(recorded) == 4
+    assert recorded[0] is not None
+    assert all(found == recorded[0] for found in recorded)
+    assert {Path(path).name for path in opened} == set(recorded[0])
