@@ -166,6 +166,15 @@ def build_spec(values: Any, where: object, overrides: Sequence[str] = (), stored
     raise SpecError(count + "; ".join(told), where, todo)
 
 
+def value_fault(assignment: str) -> str | None:
+    """What is wrong with the value of ``section.key=value``, whatever else a spec says; None: nothing is."""
+    values: dict[str, Any] = {}
+    override(values, assignment)
+    field = ".".join(overridden_field(assignment))
+    found = _validated(values)[1]
+    return next((fault for fault in found if fault.partition(": ")[0].partition(" (value")[0] == field), None)
+
+
 def _validated(values: dict[str, Any], stored: bool = False) -> tuple[RunSpec | None, list[str]]:
     """The spec, or what is wrong with it; a section that is None is left out."""
     given = {name: value for name, value in values.items() if value is not None or name not in RunSpec.model_fields}

@@ -9,7 +9,7 @@ SPEC_TOPICS = (
         "a key of the spec",
         2,
         r"unknown key|^… errors|\d+ errors: |a spec may have|nothing is known of|no verb ends|: missing|"
-        r"is no override|is not a section|not a mapping of sections|lora: empty|is no key of the spec|"
+        r"is no override|is not a section|not a mapping of sections|lora: empty|no key of the spec|"
         r"are the same$|should be |the spec was changed so often|changes a run spec",
         "The spec has a key that is not known, lacks one, or has a value of another kind; or an override on the "
         "command line does not name a key. Unknown keys are refused because a misspelt one would silently change "
@@ -35,8 +35,8 @@ SPEC_TOPICS = (
         r"device|GPU|command|parameter) is? ?(called|set)|no linear layer called|no target modules|the weight of|"
         r"lora is on or off|batch is micro-batch|layers asked for|--shards|there is no field|no column for|"
         r"make a chat together|says nothing with|no cell of the grid|nothing may follow|nothing was said|"
-        r"no key of the spec|^… is empty|^--[\w-]+ is empty|no file is named|no page called|'chat' is for|a plot is|"
-        r"has the form|an empty text",
+        r"no value of an axis|^… is empty|^--[\w-]+ is empty|no file is named|no page called|"
+        r"'chat' is for|a plot is|has the form|an empty text",
         "An option or argument has a value that it cannot have, or is given more often than it takes. The message ends "
         "with what it may be.",
         "error: --temperature is -1.0: it must be at least 0",

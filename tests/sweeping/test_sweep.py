@@ -322,6 +322,22 @@ def test_a_run_that_diverges_is_a_result_and_the_others_are_trained(
         run_sweep(options(spec, tmp_path / "all", "training.learning_rate=1e30,1e31"))
 
 
+def test_a_combination_that_is_refused_is_a_result_and_a_value_that_cannot_be_is_none(
+    tmp_path: Path, base_spec: Callable[..., Path], command: Command
+) -> None:
+    spec, output = base_spec(training__num_epochs=None, training__max_steps=1), tmp_path / "out"
+    done = command("sweep", spec, "--grid", "training.precision=fp32", "--grid",
+                   "training.activation_checkpointing=none,projections", "training.fused=false",
+                   "--output", output, "--json")  # fmt: skip
+    assert done.code == 0, done.stderr
+    assert [run["status"] for run in json.loads(done.stdout)["runs"]] == ["finished", "refused"]
+    assert "warning" in done.stderr
+    wrong = command("sweep", spec, "--grid", "lora.r=2,sixty", "--output", tmp_path / "other")
+    assert (wrong.code, wrong.stdout) == (2, "")
+    assert "lora.r: should be a valid integer" in wrong.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_fault_that_is_no_result_is_raised_when_the_others_are_trained(
     tmp_path: Path, base_spec: Callable[..., Path]
 ) -> None:
@@ -396,9 +412,7 @@ def test_the_base_of_runs_that_are_trained_together_is_digested_once(
     done = run_sweep(options(spec, tmp_path / "sweep", "lora.r=2,3", "training.max_steps=2,3"))
     assert [run["status"] for run in done.runs] == ["finished"] * 4
     assert len(opened) == len(set(opened)) > 1
-    recorded = [
-        read_progress(path).base_files for path in sorted((tmp_path / "sweep").rglob("step-00000[23]"))
-    ]
+    recorded = [read_progress(path).base_files for path in sorted((tmp_path / "sweep").rglob("step-00000[23]"))]
     assert len(recorded) == 4
     assert recorded[0] is not None
     assert all(found == recorded[0] for found in recorded)
