@@ -52,7 +52,7 @@ SPEC_TOPICS = (
         r"a GGUF file is written whole|is for --|neither .* nor |\d+ specs|… specs|give one of|"
         r"named? the same file|name the same file|no run spec|nothing to try|is set by --|no row has a prompt|"
         r"no row files|no prompt|of … beams|is …, and |is for text rows|validation rows have no weight|"
-        r"no room for windows|--variant",
+        r"no room for windows|--variant|is another model than|the spec is planned for",
         "Two options contradict each other, or one is without effect without another. That is refused: what is asked "
         "for and then ignored would be a silent surprise.",
         "error: --stop and --num-beams exclude each other: leave one of them out",
