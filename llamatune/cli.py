@@ -8,6 +8,7 @@ import gc
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -45,6 +46,7 @@ VERBS = {
     "Formats": ("convert", "convert-adapter", "extract-lora"),
 }
 _WRITERS = ("prepare-data", "train", "merge-lora", "sweep", "benchmark", "demo", "report", *VERBS["Formats"])
+_LONGEST_USAGE = 1000
 _CONTINUED = {"evaluate": (("--output",),), "generate": (("--output",), ("--prompt-file", "--from-data"))}
 """Verbs that write files, always or where one of each of these options is given: a stop is exit 75, of others 130."""
 
@@ -186,8 +188,15 @@ def _exit_code(words: list[str], stopped_before: ShouldStop = never_stop) -> int
         if hasattr(fault, "format_message") and hasattr(fault, "exit_code"):
             context = getattr(fault, "ctx", None)
             of_verb = context.command_path if context else "llamatune"
-            return _fail(f"{fault.format_message().rstrip('.')}: see {of_verb} --help", 2)
+            return _fail(f"{_in_plain_words(fault.format_message())}: see {of_verb} --help", 2)
         raise
+
+
+def _in_plain_words(usage: str) -> str:
+    """What Typer says of a usage error, without pydantic's words; a long value is cut."""
+    told = re.sub(r"Input (should be a valid \w+), unable to parse string as an? \w+", r"it \1", usage.rstrip("."))
+    told = told.replace("Unable to parse input string as an integer, exceeded maximum size", "it has too many digits")
+    return told if len(told) <= _LONGEST_USAGE else f"{told[:_LONGEST_USAGE]} ..."
 
 
 def _fail(message: str, code: int) -> int:
