@@ -8,6 +8,7 @@ import gc
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -17,8 +18,9 @@ import typer
 
 from llamatune import __version__
 from llamatune.commands._completion import VARIABLE, asked_verb, join_words_of_bash
+from llamatune.commands._console import faults_of_stdout
 from llamatune.commands._several_ranks import ending_together, reports_stop
-from llamatune.commands._typer_options import StrictCommand, with_options
+from llamatune.commands._typer_options import StrictCommand, VerbGroup, with_options
 from llamatune.errors import FailedElsewhere, LlamatuneError, Stopped, printable
 from llamatune.events import ShouldStop, never_stop
 from llamatune.free_memory import free_host_bytes
@@ -44,6 +46,7 @@ VERBS = {
     "Formats": ("convert", "convert-adapter", "extract-lora"),
 }
 _WRITERS = ("prepare-data", "train", "merge-lora", "sweep", "benchmark", "demo", "report", *VERBS["Formats"])
+_LONGEST_USAGE = 1000
 _CONTINUED = {"evaluate": (("--output",),), "generate": (("--output",), ("--prompt-file", "--from-data"))}
 """Verbs that write files, always or where one of each of these options is given: a stop is exit 75, of others 130."""
 
@@ -57,6 +60,7 @@ def build_app(only: str | None = None) -> typer.Typer:
     """Every verb, the five core ones first; or the one verb that is about to run, which starts faster."""
     app = typer.Typer(
         name="llamatune",
+        cls=VerbGroup,
         help="Fine-tune LLaMA models with LoRA.",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
@@ -67,10 +71,11 @@ def build_app(only: str | None = None) -> typer.Typer:
         context: typer.Context,
         version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     ) -> None:
-        if version:
-            typer.echo(f"llamatune {__version__}")
-        elif context.invoked_subcommand is None:
-            typer.echo(context.get_help())
+        with faults_of_stdout():
+            if version:
+                typer.echo(f"llamatune {__version__}")
+            elif context.invoked_subcommand is None:
+                typer.echo(context.get_help())
 
     for panel, names in VERBS.items():
         for name in names if only is None else {only} & set(names):
@@ -86,7 +91,8 @@ def _complete() -> int:
     with contextlib.redirect_stdout(io.StringIO()) as answer, contextlib.suppress(SystemExit):
         app(args=[], prog_name="llamatune", complete_var=VARIABLE)
     if answered := answer.getvalue().rstrip("\n"):
-        typer.echo("\n".join(line.removeprefix(kept) for line in answered.splitlines()))
+        with faults_of_stdout():
+            typer.echo("\n".join(line.removeprefix(kept) for line in answered.splitlines()))
     return 0
 
 
@@ -165,7 +171,7 @@ def _exit_code(words: list[str], stopped_before: ShouldStop = never_stop) -> int
         return _fail(str(fault), fault.exit_code)
     except _StoppedEarly:
         return _fail("stopped by a signal: run the same command again", stopped) if reports_stop() else stopped
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # the reader of stdout has left, at which Typer exits by itself
         return 0
     except OSError as fault:
         where = f": {fault.filename}" if fault.filename else ""
@@ -182,8 +188,15 @@ def _exit_code(words: list[str], stopped_before: ShouldStop = never_stop) -> int
         if hasattr(fault, "format_message") and hasattr(fault, "exit_code"):
             context = getattr(fault, "ctx", None)
             of_verb = context.command_path if context else "llamatune"
-            return _fail(f"{fault.format_message().rstrip('.')}: see {of_verb} --help", 2)
+            return _fail(f"{_in_plain_words(fault.format_message())}: see {of_verb} --help", 2)
         raise
+
+
+def _in_plain_words(usage: str) -> str:
+    """What Typer says of a usage error, without pydantic's words; a long value is cut."""
+    told = re.sub(r"Input (should be a valid \w+), unable to parse string as an? \w+", r"it \1", usage.rstrip("."))
+    told = told.replace("Unable to parse input string as an integer, exceeded maximum size", "it has too many digits")
+    return told if len(told) <= _LONGEST_USAGE else f"{told[:_LONGEST_USAGE]} ..."
 
 
 def _fail(message: str, code: int) -> int:

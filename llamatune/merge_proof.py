@@ -7,7 +7,6 @@ weights that training saw, quantised or not. Activations are in fp32. One model 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import tempfile
 from collections.abc import Iterator
@@ -27,11 +26,13 @@ from llamatune.data.prepare import prepare_data
 from llamatune.data.row_sources import pipes_kept, source_digest
 from llamatune.data.saved_dataset import is_saved_dataset
 from llamatune.data.templates import NOT_IN_FILES, TEMPLATES
+from llamatune.durable_writing import writing
 from llamatune.errors import CheckpointError, NumericsError, SpecError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.inference.evaluate import HeldOutLoss, RowScore, score_batch
 from llamatune.inference.model_source import open_model
 from llamatune.spec import load_stored_spec
+from llamatune.strict_json import write_json
 from llamatune.training.run_file_names import SPEC
 
 RUN = Path("run")
@@ -109,11 +110,12 @@ def _stored_template(options: MergeOptions, scratch: Path) -> str | None:
         return known.name
     if "chat_template" in stored:
         file = scratch / "template.jinja"
-        file.write_text(str(stored["chat_template"]), encoding="utf-8")
+        with writing(file) as opened:
+            opened.write(str(stored["chat_template"]).encode())
         return str(file)
     texts = {name: text for name, text in stored.items() if name not in NOT_IN_FILES}
     file = scratch / "template.yaml"
-    file.write_text(json.dumps(texts), encoding="utf-8")
+    write_json(file, texts)
     return str(file)
 
 

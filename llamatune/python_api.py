@@ -19,6 +19,7 @@ from llamatune.errors import SpecError, Stopped
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.openmp_variables import prepare_openmp
 from llamatune.path_expansion import expand_path
+from llamatune.python_arguments import check_arguments, plain_values
 from llamatune.python_keywords import AnyPath, EvaluateKeywords, GenerateKeywords, MergeKeywords, PrepareKeywords
 from llamatune.stop_signals import noting_ctrl_c
 from llamatune.units import parse_size
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 O = TypeVar("O", bound=Options)  # noqa: E741
 
 
+@check_arguments
 def load_spec(source: AnyPath | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
     """A run spec from a YAML file, or from its sections as plain values.
 
@@ -38,18 +40,17 @@ def load_spec(source: AnyPath | Mapping[str, Any], overrides: Sequence[str] = ()
     Raises:
         SpecError: a key or value is wrong; all faults are reported together.
     """
-    import copy
-
     from llamatune.spec import build_spec
     from llamatune.spec import load_spec as read_spec
     from llamatune.spec_overrides import refuse_twice
 
     if isinstance(source, Mapping):
         refuse_twice(_texts(overrides))
-        return build_spec(copy.deepcopy(dict(source)), "the spec", _texts(overrides))
+        return build_spec(plain_values(source), "the spec", _texts(overrides))
     return read_spec(_path(source), _texts(overrides))
 
 
+@check_arguments
 def prepare(
     rows: AnyPath | Sequence[AnyPath],
     *,
@@ -74,6 +75,7 @@ def prepare(
         return prepare_data(request, on_event, stops)
 
 
+@check_arguments
 def train(
     spec: RunSpec | AnyPath | Mapping[str, Any],
     overrides: Sequence[str] = (),
@@ -92,9 +94,11 @@ def train(
             call goes on from it.
         NumericsError: the loss or a gradient is not finite. And what else the verb ends with, by its class.
     """
+    from llamatune.spec import known_fields
+
     began_s = time.monotonic()
+    changes = known_fields(_texts(allow_spec_change), "allow_spec_change")
     loaded = _spec(spec, overrides)
-    changes = tuple(_texts(allow_spec_change))
     with _computing(should_stop) as stops:
         from llamatune.ranks import ALONE
         from llamatune.requests import train_and_track
@@ -102,6 +106,7 @@ def train(
         return train_and_track(loaded, resume, overwrite, force_base, changes, on_event, stops, ALONE, began_s)
 
 
+@check_arguments
 def generate(
     model: AnyPath,
     prompts: str | Sequence[str] = (),
@@ -132,6 +137,7 @@ def generate(
     return {"results": generations.lines, "tokens_per_second": generations.tokens_per_second}
 
 
+@check_arguments
 def evaluate(
     model: AnyPath,
     data: AnyPath,
@@ -157,6 +163,7 @@ def evaluate(
         return evaluate_model(request, on_event, stops, ALONE)
 
 
+@check_arguments
 def merge(
     model: AnyPath,
     adapter: AnyPath | Sequence[AnyPath],
@@ -181,12 +188,13 @@ def merge(
         return asdict(merge_and_prove(request, on_event, stops))
 
 
+@check_arguments
 def plan_memory(
     spec: RunSpec | AnyPath | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
     memory: str | int | None = None,
-    device: str = "cuda",
+    device: str | None = None,
     ranks: int = 1,
     max_seq_length: int | None = None,
     explain: bool = False,
@@ -195,8 +203,8 @@ def plan_memory(
     """Predict the peak memory of a run: ``plan-memory``. Neither weights nor torch are loaded.
 
     Args:
-        memory: of the device, as ``24GiB`` or in bytes; of it 90 % are planned with.
-        device: ``cuda`` or ``cpu``, where other attention kernels run.
+        memory: of the device, as ``24GiB`` or in bytes; of it 90 % are planned with. None: of a CPU what is free here.
+        device: ``cuda`` or ``cpu``, where other attention kernels run; None: that of the spec, or ``cuda``.
         max_seq_length: tokens of every row, in place of the prepared data's.
     """
     from llamatune.checkpoints.model_directory import read_config
@@ -212,7 +220,7 @@ def plan_memory(
         loaded,
         read_config(Path(loaded.model.path), on_event, loaded.model.variant),
         memory_bytes=size,
-        gpu=checked.device == "cuda",
+        device=checked.device,
         ranks=checked.ranks,
         row_tokens=checked.max_seq_length,
         explain=checked.explain,

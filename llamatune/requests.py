@@ -130,7 +130,7 @@ def plan_of_training(
     config: LlamaConfig,
     *,
     memory_bytes: int | None,
-    gpu: Gpu,
+    device: str | None,
     ranks: int = 1,
     row_tokens: int | None = None,
     prepared: bool = True,
@@ -141,10 +141,13 @@ def plan_of_training(
 
     Args:
         config: of the whole model; the spec says how many layers are kept.
+        memory_bytes: of the device; None: of a CPU what is free here, as a run there takes it, of a GPU no limit.
+        device: ``cuda`` or ``cpu``; None: that of the spec, a GPU where it says ``auto``.
         row_tokens: of every row, in place of the prepared data's.
         prepared: whether the spec's data may be read.
         explain: with the moments of the step.
     """
+    from llamatune.free_memory import free_host_bytes
     from llamatune.memory.plan import limit_of
     from llamatune.memory.plan_report import explain as explain_plan
     from llamatune.memory.plan_report import plan_report
@@ -152,7 +155,13 @@ def plan_of_training(
 
     config = config.with_layers(spec.model.num_layers)
     counts = _lengths(spec, config, row_tokens, prepared, on_event)
-    spec, plan = plan_of_run(spec, config, *counts, gpu, limit_of(spec, memory_bytes), ranks)
+    gpu: Gpu = (device or spec.training.device) != "cpu"
+    if memory_bytes is None and prepared and not gpu:
+        memory_bytes = free_host_bytes()
+    limit = limit_of(spec, memory_bytes)
+    if limit is None and spec.training.tokens_per_pass == "auto":
+        on_event(Notice("the memory is not known: planned as if a pass had one micro-batch; give it, as 24GiB"))
+    spec, plan = plan_of_run(spec, config, *counts, gpu, limit, ranks)
     facts = plan_report(spec, config, plan, gpu)
     return facts | {"moments": explain_plan(spec, config, plan, gpu)} if explain else facts
 

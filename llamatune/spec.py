@@ -19,7 +19,15 @@ from llamatune.errors import SpecError
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.spec_faults import describe_faults
-from llamatune.spec_overrides import COMMAND_LINE, caused_by, drop_rivals, override, refuse_twice, rename_aliases
+from llamatune.spec_overrides import (
+    COMMAND_LINE,
+    caused_by,
+    drop_rivals,
+    overridden_field,
+    override,
+    refuse_twice,
+    rename_aliases,
+)
 from llamatune.spec_sections import (
     FULL_LEARNING_RATE,
     LORA_LEARNING_RATE,
@@ -158,6 +166,15 @@ def build_spec(values: Any, where: object, overrides: Sequence[str] = (), stored
     raise SpecError(count + "; ".join(told), where, todo)
 
 
+def value_fault(assignment: str) -> str | None:
+    """What is wrong with the value of ``section.key=value``, whatever else a spec says; None: nothing is."""
+    values: dict[str, Any] = {}
+    override(values, assignment)
+    field = ".".join(overridden_field(assignment))
+    found = _validated(values)[1]
+    return next((fault for fault in found if fault.partition(": ")[0].partition(" (value")[0] == field), None)
+
+
 def _validated(values: dict[str, Any], stored: bool = False) -> tuple[RunSpec | None, list[str]]:
     """The spec, or what is wrong with it; a section that is None is left out."""
     given = {name: value for name, value in values.items() if value is not None or name not in RunSpec.model_fields}
@@ -191,6 +208,33 @@ def _parts(faults: Sequence[str]) -> set[str]:
     """Each fault by itself: a section's check reports several in one."""
     split = (fault.partition(": ") for fault in faults)
     return {f"{path}: {part}" for path, _, text in split for part in text.split("; ")}
+
+
+def known_fields(paths: Sequence[str], option: str) -> tuple[str, ...]:
+    """Key paths of the spec, or sections of it, PEFT's spellings replaced; one that there is not names ``option``."""
+    named = [overridden_field(path) for path in paths]
+    unknown = [path for path, field in zip(paths, named, strict=True) if "=" in path or not _is_known(*field)]
+    if unknown:
+        told = "; ".join(map(_told_unknown, unknown))
+        raise SpecError(f"no key of the spec: {told}", option, "write it as training.learning_rate")
+    return tuple(".".join(path) for path in named)
+
+
+def _told_unknown(given: str) -> str:
+    """What was given, and which key may have been meant."""
+    keys = given.split(".")
+    if len(keys) > 2 or not all(keys):
+        return repr(given)
+    sections = {name: _section(name).model_fields for name in RunSpec.model_fields}
+    (told,) = describe_faults([{"type": "extra_forbidden", "loc": tuple(keys)}], sections)
+    return told.replace(": unknown key", "", 1)
+
+
+def _is_known(section: str, *keys: str) -> bool:
+    if section not in RunSpec.model_fields or not keys:
+        return section in RunSpec.model_fields
+    field = _section(section).model_fields.get(keys[0])
+    return field is not None and (len(keys) == 1 or typing.get_origin(field.annotation) is dict)
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:

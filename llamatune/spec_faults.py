@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from llamatune.errors import SpecError
+from llamatune.schema_words import plain_words
 from llamatune.strict_yaml import parse_yaml
 
 Sections = Mapping[str, Mapping[str, FieldInfo]]
@@ -54,9 +54,9 @@ _OF_OTHERS = {
 _OURS = {theirs: ours for ours, names in _OF_OTHERS.items() for theirs in names.split()}
 _OF_PREPARED = ("max_seq_length", "max_length", "seq_len", "sequence_len", "cutoff_len", "max_seq_len")
 
+_LONGEST_VALUE = 200
+"""Of one that a message quotes, in characters."""
 _UNQUOTED = ", write it without quotes"
-_SUBJECT = re.compile(r"^\w+ should ")
-"""With which pydantic begins: Input, String, Tuple; here the key comes first."""
 
 
 def describe_faults(errors: Sequence[Any], sections: Sections) -> list[str]:
@@ -76,7 +76,11 @@ def _place(location: tuple[Any, ...], sections: Sections) -> tuple[Any, ...]:
 
 
 def _describe(place: tuple[Any, ...], errors: Sequence[Any], sections: Sections) -> str:
-    error, location = errors[0], [key for key in place if isinstance(key, str)]
+    error = errors[0]
+    if error["type"] == "invalid_key" or "[key]" in place:  # the last part is the key, or stands before its mark
+        *place_of, key = (part for part in place if part != "[key]")
+        return f"{'.'.join(map(str, place_of)) or 'the spec'}: the key {_cut(repr(key))} is no text"
+    location = [key for key in place if isinstance(key, str)]
     path = ".".join(location) or "spec"
     path += "".join(f" (value {index + 1})" for index in place if isinstance(index, int))
     match error["type"]:
@@ -89,13 +93,17 @@ def _describe(place: tuple[Any, ...], errors: Sequence[Any], sections: Sections)
             quoted = "valid number" in told and isinstance(given, str) and _is_quoted(given, "float_type")
             return f"{path}: {told}{_UNQUOTED if quoted else ''}"
     given = error.get("input")
-    first, *others = dict.fromkeys(_SUBJECT.sub("should ", each["msg"]) for each in errors)
+    first, *others = dict.fromkeys(map(plain_words, errors))
     expected = " or ".join((first, *(other.removeprefix("should be ") for other in others)))
-    shown = f" (it is {given!r})" if isinstance(given, str | int | float) else ""
+    shown = f" (it is {_cut(repr(given))})" if isinstance(given, str | int | float) else ""
     if given is None:
         shown = " (it is null, as ~ alone is in YAML)" if error["type"] == "string_type" else " (it is null)"
     quoted = isinstance(given, str) and any(_is_quoted(given, each["type"]) for each in errors)
     return f"{path}: {expected}{shown}{_UNQUOTED if quoted else ''}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]} ..."
 
 
 def _is_quoted(given: str, kind: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llamatune.errors import SpecError
-from llamatune.spec import RunSpec, build_spec
+from llamatune.spec import RunSpec, build_spec, value_fault
 
 LORA, BATCH = "lora", "batch"
 """The two axes that are not fields of the spec: ``on`` or ``off``, and micro-batch x accumulation as in ``1x8``."""
@@ -109,8 +109,13 @@ def expand(values: dict[str, Any], where: object, overrides: Sequence[str], grid
     ``overrides`` are the user's, applied after the grid's own and before the axes' values.
 
     Raises:
-        SpecError: no combination is a valid spec; it has the reason of the first.
+        SpecError: a key has no such value, whatever the others are; or no combination is a valid spec: it has the
+            reason of the first.
     """
+    for axis in grid.axes:
+        for value in () if axis.key in (LORA, BATCH) else axis.values:
+            if fault := value_fault(f"{axis.key}={value}"):
+                raise SpecError(f"no value of an axis: {fault}", f"--grid {axis.key}={','.join(axis.values)}")
     cells = []
     for chosen in itertools.product(*(axis.values for axis in grid.axes)):
         settings = {axis.key: value for axis, value in zip(grid.axes, chosen, strict=True)}

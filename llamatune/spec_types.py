@@ -77,7 +77,8 @@ def _learning_rate(value: Any) -> Any:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
         return float(value)
-    raise ValueError(f"should be a valid number above 0, auto or null (it is {value!r})")
+    shown = "beyond the range of numbers" if isinstance(value, int) and value > 1 else repr(value)
+    raise ValueError(f"should be a valid number above 0, auto or null (it is {shown})")
 
 
 def _duration(value: Any) -> Any:

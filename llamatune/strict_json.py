@@ -20,6 +20,30 @@ _LONGEST_VALUE = 1000
 """Of one that a message quotes: the message's end, which says why, still fits."""
 
 
+_PLAIN = {
+    "Expecting value": "a value is expected",
+    "Expecting property name enclosed in double quotes": "a key in double quotes is expected",
+    "Expecting ':' delimiter": "a colon is expected",
+    "Expecting ',' delimiter": "a comma is expected",
+    "Unterminated string starting at": "a text that does not end, which begins",
+    "Invalid control character at": "a control character within a text",
+    "Invalid \\escape": "an unknown escape",
+    "Invalid \\uXXXX escape": "an unfinished escape of a character",
+    "Extra data": "something follows the value",
+    "Illegal trailing comma before end of object": "a comma before the end",
+    "Illegal trailing comma before end of array": "a comma before the end",
+}
+"""What Python's parser says, which some of its versions go on with a colon, in plain words."""
+
+
+class SyntaxFault(ValueError):
+    """A text is no JSON: why, and where, counted from 1."""
+
+    def __init__(self, why: str, line: int, column: int) -> None:
+        self.why, self.line, self.column = why, line, column
+        super().__init__(f"{why} at line {line}, column {column}")
+
+
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
@@ -45,21 +69,37 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object_of, parse_constant=_refuse
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Strict JSON: ``ValueError`` on NaN, infinity, duplicate keys, lone surrogates, endless nesting or digits."""
+    """Strict JSON: ``ValueError`` on NaN, infinity, duplicate keys, lone surrogates, endless nesting or digits.
+
+    The error is in plain words; one of syntax is a ``SyntaxFault``.
+    """
     if isinstance(text, bytes):
-        text = text.decode("utf-8-sig")
+        try:
+            text = text.decode("utf-8-sig")
+        except UnicodeDecodeError as fault:
+            raise ValueError(f"not UTF-8 at byte {fault.start}") from None
     if text.startswith("\ufeff"):
-        raise json.JSONDecodeError("a byte order mark within the text", text, 0)
+        raise SyntaxFault("a byte order mark within the text", 1, 1)
     try:
         value = _DECODER.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError as fault:
+        raise SyntaxFault(_plain(fault.msg), fault.lineno, fault.colno) from None
+    except ValueError as fault:
+        if "int_max_str_digits" in str(fault):
+            raise ValueError("a whole number of thousands of digits") from None
+        raise
     if "\\u" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("a lone surrogate, which is no character") from None
     return value
+
+
+def _plain(message: str) -> str:
+    return next((plain for theirs, plain in _PLAIN.items() if message.startswith(theirs)), message)
 
 
 def read_json(path: Path, error: type[LlamatuneError] = CheckpointError, max_bytes: int = 1 << 20) -> dict[str, Any]:

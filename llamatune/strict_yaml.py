@@ -57,6 +57,39 @@ class _TextLoader(_StrictLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
 
+_PLAIN = (
+    (r"could not find expected ':'", "a key without a colon behind it"),
+    (r"mapping values are not allowed here", "a colon where none may be; texts that hold one need quotes"),
+    (r"mapping keys are not allowed here", "a question mark where none may be; texts that begin with one need quotes"),
+    (r"sequence entries are not allowed here", "a list's dash where none may be"),
+    (
+        r"found character ('.*') that cannot start any token",
+        r"\1 where none may be; texts that begin with it need quotes",
+    ),
+    (r"found unexpected (end of stream|document separator)", "a text in quotes that does not end"),
+    (r"found unknown escape character ('.*')", r"the unknown escape \1 within double quotes"),
+    (r"expected escape sequence of (\d+) hexadecimal numbers.*", r"an escape within double quotes needs \1 digits"),
+    (r"expected '<document start>'.*", "something follows the values"),
+    (r"expected <block end>.*", "it is indented otherwise than the lines before"),
+    (r"expected the node content.*", "a value is expected"),
+    (r"expected ',' or '(.)'.*", r"a comma or \1 is expected"),
+    (r"but found another document", "a second document"),
+    (
+        r"expected (chomping|indentation|a comment|alphabetic|'|URI|a digit|non-empty).*",
+        "a mark of YAML that is not whole",
+    ),
+    (r"found (undefined|duplicate|incompatible|unhashable|unconstructable).*", "something that specs have no use for"),
+)
+"""What PyYAML says, in plain words."""
+
+
+def _plain(problem: str) -> str:
+    for theirs, plain in _PLAIN:
+        if match := re.fullmatch(theirs, problem, re.DOTALL):
+            return match.expand(plain)
+    return problem
+
+
 _NULL = re.compile(r"^(null|Null|NULL|~|)$")
 _TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["n", "N", "~", ""])
 
@@ -82,6 +115,9 @@ def parse_yaml(text: str, where: object, scalars_are_texts: bool = False) -> Any
         raise SpecError("nested too deeply", where) from None
     except yaml.MarkedYAMLError as fault:
         line = f" (line {fault.problem_mark.line + 1})" if fault.problem_mark else ""
-        raise SpecError(f"not valid YAML: {fault.problem}{line}", where) from None
-    except (yaml.YAMLError, ValueError) as fault:
-        raise SpecError(f"not valid YAML: {str(fault).splitlines()[0]}", where) from None
+        raise SpecError(f"not valid YAML: {_plain(fault.problem or 'no values')}{line}", where) from None
+    except yaml.reader.ReaderError as fault:
+        place = text.count("\n", 0, fault.position) + 1
+        raise SpecError(f"not valid YAML: the character U+{fault.character:04X} (line {place})", where) from None
+    except ValueError:  # of int()
+        raise SpecError("not valid YAML: a whole number of thousands of digits", where) from None

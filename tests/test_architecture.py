@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "llamatune"
 # From top to bottom: a file may import from its own floor's folder and from floors below.
 FLOORS = [
     {"cli", "__main__"},
-    {"commands", "python_api", "python_keywords"},
+    {"commands", "python_api", "python_arguments", "python_keywords"},
     {"requests"},
     {"demo"},
     {"judging"},
@@ -49,7 +49,7 @@ FLOORS = [
             "units",
         ),
     },
-    {"free_memory", "nvml", "process_group", "strict_json"},
+    {"free_memory", "nvml", "process_group", "schema_words", "strict_json"},
     {"ranks", "rendezvous", "lockstep"},
     {"launch_variables", "openmp_variables"},
     {"output_files"},

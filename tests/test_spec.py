@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import llamatune
 from llamatune.errors import SpecError
-from llamatune.spec import RunSpec, _section, build_spec, load_spec
+from llamatune.spec import RunSpec, _section, build_spec, known_fields, load_spec
 from llamatune.spec_overrides import refuse_twice
 from llamatune.strict_yaml import parse_yaml
 
@@ -424,5 +426,29 @@ def test_every_field_of_the_contract_is_there() -> None:
 @pytest.mark.parametrize("betas", [{0.9, 0.99}, frozenset((0.9, 0.99)), iter((0.9, 0.99)), {0.9: 1, 0.99: 2}])
 def test_betas_need_an_order(betas: object) -> None:
     values = {"model": {"path": "m"}, "data": {"train": "d"}, "training": {"output_dir": "o", "betas": betas}}
-    with pytest.raises(SpecError, match=r"training\.betas: should be a valid tuple"):
+    with pytest.raises(SpecError, match=r"training\.betas: should be a list"):
         build_spec(values, "the spec")
+
+
+def test_fields_that_may_change_are_keys_of_the_spec() -> None:
+    names = ["lora.lora_alpha", "lora.ranks.q_proj", "lora", "training.seed"]
+    assert known_fields(names, "--x") == ("lora.alpha", "lora.ranks.q_proj", "lora", "training.seed")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("training.sead", "training.sead, did you mean 'seed'?"),
+        ("bogus", "bogus"),
+        ("seed", "seed, did you mean 'training.seed'?"),
+        ("", "''"),
+        ("training.seed.x", "'training.seed.x'"),
+        ("training.seed=1", "training.seed=1, did you mean 'seed'?"),
+    ],
+)
+def test_a_field_that_is_no_key_is_named(name: str, told: str, command: Callable[..., Any]) -> None:
+    done = command("train", "absent.yaml", "--allow-spec-change", "training.eps", "--allow-spec-change", name)
+    wanted = f"error: no key of the spec: {told}: --allow-spec-change: write it as training.learning_rate\n"
+    assert (done.code, done.stderr) == (2, wanted)
+    with pytest.raises(SpecError, match="allow_spec_change: write it as"):
+        llamatune.train("absent.yaml", allow_spec_change=name)

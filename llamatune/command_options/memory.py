@@ -36,9 +36,12 @@ class PlanMemoryOptions(Options):
         None,
         flag="--memory",
         metavar="SIZE",
+        shown_default="not known; of a CPU what is free here",
         parse=parse_size,
     )
-    device: Literal["cuda", "cpu"] = option("cuda, or cpu, where other attention kernels run.", "cuda")
+    device: Literal["cuda", "cpu"] | None = option(
+        "cuda, or cpu, where other attention kernels run.", None, shown_default="the spec's, or cuda"
+    )
     ranks: int = option("Processes, each with a device.", 1, metavar="N", at_least=1, at_most=1 << 16)
     micro_batch_size: int | None = option("Rows in one forward pass.", None, metavar="N")
     max_seq_length: int | None = option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +90,8 @@ class Options:
             value = getattr(self, declared.name)
             if value is not None:
                 declared.check(value)
+            if declared.required and not declared.argument and isinstance(value, Sequence) and not value:
+                raise SpecError(f"{declared.flag} is empty", None, "give at least one")
 
 
 def option_fields(options: type[Options]) -> list[Option]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -24,16 +25,17 @@ else:
 
 
 @contextlib.contextmanager
-def disk_faults_of_stdout() -> Iterator[None]:
+def faults_of_stdout() -> Iterator[None]:
     """Name standard output in the error of a write to it, as of a full disk that it was redirected to."""
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as fault:
-        raise EnvironmentFault(
-            f"cannot write: {fault.strerror or fault}", "standard output", "free some space"
-        ) from fault
+        todo = (
+            "free some space" if fault.errno in (errno.ENOSPC, errno.EDQUOT) else "redirect it to what can be written"
+        )
+        raise EnvironmentFault(f"cannot write: {fault.strerror or fault}", "standard output", todo) from fault
 
 
 class Console:
@@ -95,7 +97,7 @@ class Console:
         self._close_drawing()
         if not self._has_stdout:
             return
-        with contextlib.suppress(BrokenPipeError), disk_faults_of_stdout():  # the reader may close a pipe
+        with contextlib.suppress(BrokenPipeError), faults_of_stdout():  # the reader may close a pipe
             if self._json_mode:
                 sys.stdout.write(json_line(payload))
             else:

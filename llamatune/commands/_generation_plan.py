@@ -76,7 +76,7 @@ def _model(options: PlanMemoryOptions, console: Console) -> HeldModel:
         dtype = others = stored if dtype == "same" and stored else dtype
         if options.dtype in (None, "same") and dtype == "float16" and options.device == "cpu":
             dtype = others = "float32"  # as generate computes it there
-    cuda = options.device == "cuda"
+    cuda = options.device != "cpu"
     return HeldModel(config, dtype, others, stored or others, adapter, replaces, cuda)
 
 

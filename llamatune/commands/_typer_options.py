@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperArgument, TyperCommand
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from llamatune.command_options.option import Option, Options, option_fields
 from llamatune.command_options.outputs import check_outputs
 from llamatune.commands._completion import completer
-from llamatune.commands._console import Console
+from llamatune.commands._console import Console, faults_of_stdout
 from llamatune.commands._several_ranks import run_on_first
 from llamatune.errors import SpecError
 from llamatune.launch_variables import read_launch
@@ -154,7 +154,16 @@ class StrictCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not ctx.resilient_parsing:  # a shell asks for completions
             _refuse_twice(self.make_parser(ctx).parse_args(list(args))[2])
-        return super().parse_args(ctx, args)
+        with faults_of_stdout():  # --help is printed here
+            return super().parse_args(ctx, args)
+
+
+class VerbGroup(TyperGroup):
+    """The verbs of the command line, and the options beside them, which print and end the program."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with faults_of_stdout():
+            return super().parse_args(ctx, args)
 
 
 def _refuse_twice(order: list[Any]) -> None:

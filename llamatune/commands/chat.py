@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from llamatune.command_options.chat import ChatOptions, shown_parameters, with_parameters
-from llamatune.commands._console import Console
+from llamatune.commands._console import Console, faults_of_stdout
 from llamatune.errors import DataError, LlamatuneError, SpecError, Stopped, printable
 from llamatune.events import Event, Notice
 from llamatune.output_files import STDOUT, output_file, refuse_inside, write_output
@@ -236,8 +236,9 @@ class _Talk:
             self._say(f"{event.kind}: {event.message}")
 
     def _print(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        with faults_of_stdout():
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
     def _say(self, text: str) -> None:
         """To the user, beside the answers."""

@@ -45,7 +45,7 @@ def plan_memory(options: PlanMemoryOptions, console: Console) -> None:
             spec,
             config,
             memory_bytes=options.memory_bytes,
-            gpu=options.device == "cuda",
+            device=options.device,
             ranks=options.ranks,
             row_tokens=options.max_seq_length,
             prepared=options.preset is None,

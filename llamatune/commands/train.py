@@ -18,8 +18,9 @@ def train(options: TrainOptions, console: Console, launch: Launch) -> None:
     began_s = time.monotonic()  # of training.max_time, before torch is loaded
 
     from llamatune.requests import train_and_track
-    from llamatune.spec import load_spec
+    from llamatune.spec import known_fields, load_spec
 
+    changes = known_fields(options.allow_spec_change, "--allow-spec-change")
     spec = load_spec(options.spec_path, options.overrides)
     console.log_every_steps = spec.training.log_every_steps
     timeout_s = spec.training.rank_timeout_s
@@ -36,7 +37,7 @@ def train(options: TrainOptions, console: Console, launch: Launch) -> None:
             options.resume == "auto",
             options.overwrite,
             options.force_base,
-            tuple(options.allow_spec_change),
+            changes,
             console.on_event,
             console.should_stop,
             ranks,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llamatune.data.raw_row import RawRow, RowError
-from llamatune.strict_json import parse_json
+from llamatune.strict_json import SyntaxFault, parse_json
 
 _LONGEST_QUOTE = 80
 _DEEPEST = 100
@@ -78,10 +78,10 @@ def decode_value(raw: RawRow) -> Any:
         ) from None
     try:
         value = parse_json(text)
-    except json.JSONDecodeError as fault:
+    except SyntaxFault as fault:
         # The parser counts lines and columns from the row's beginning; the column is the file's only on its first line.
-        place = f"column {fault.colno}" if fault.lineno == 1 else f"line {fault.lineno} of the row"
-        raise RowError("not_json", f"not valid JSON: {fault.msg} at {place}") from None
+        place = f"column {fault.column}" if fault.line == 1 else f"line {fault.line} of the row"
+        raise RowError("not_json", f"not valid JSON: {fault.why} at {place}") from None
     except ValueError as fault:
         raise _value_fault(str(fault), text) from None
     except RecursionError:
@@ -123,8 +123,7 @@ def _value_fault(message: str, text: str) -> RowError:
         return RowError("bad_characters", message)
     if "twice" in message:
         return RowError("duplicate_key", message)
-    what = "an integer of thousands of digits" if "digits" in message else message
-    return RowError("not_json", f"not usable JSON: {what}")
+    return RowError("not_json", f"not usable JSON: {message}")
 
 
 def field_of(row: Mapping[str, Any], name: str, where: str = "the row") -> Any:

@@ -79,11 +79,12 @@ EXIT_CODES = (
         6,
         "a loss or gradient is not finite, or a requirement of judge does not hold",
         "The numbers overflowed, or became NaN: the run is not worth going on with. The last checkpoint is from "
-        "before. Of `judge --require`: a figure is not as it should be; the result is printed before the error.",
+        "before. Of `judge --require`: a figure is not as it should be; the result is printed before the error, also "
+        "under --json, where stdout is empty after any other error.",
         "error: the loss is not finite at step 41, among row 320 (bfloat16 weights, bf16): runs/alpaca: the last good "
         "checkpoint is step-000040; lower training.learning_rate",
         "Lower training.learning_rate, use training.precision: bf16 in place of fp16, keep max_grad_norm, and look at "
-        "the rows of that window.",
+        "the rows of that window. Of `judge --require`: read the requirements in the result, and train otherwise.",
         (errors.NumericsError, errors.RequirementFailed),
     ),
     ExitCode(

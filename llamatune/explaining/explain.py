@@ -39,7 +39,8 @@ def explain(words: Sequence[str]) -> Explanation:
     if number.isascii() and number.isdigit():
         if exit_code(int(number[:9])) is None:
             codes = ", ".join(str(entry.code) for entry in EXIT_CODES)
-            raise SpecError(f"no verb ends with exit code {number[:9]}", None, f"there are {codes}")
+            shown = number if len(number) < 10 else f"{number[:9]}..."
+            raise SpecError(f"no verb ends with exit code {shown}", None, f"there are {codes}")
         return Explanation("code", number, (_code_facts(int(number)),))
     if keys := _keys(subject):
         kind = "key" if len(keys) == 1 else "section" if subject in section_names() else "keys"

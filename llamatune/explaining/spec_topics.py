@@ -9,7 +9,7 @@ SPEC_TOPICS = (
         "a key of the spec",
         2,
         r"unknown key|^… errors|\d+ errors: |a spec may have|nothing is known of|no verb ends|: missing|"
-        r"is no override|is not a section|not a mapping of sections|lora: empty|is no key of the spec|"
+        r"is no override|is not a section|not a mapping of sections|lora: empty|no key of the spec|"
         r"are the same$|should be |the spec was changed so often|changes a run spec",
         "The spec has a key that is not known, lacks one, or has a value of another kind; or an override on the "
         "command line does not name a key. Unknown keys are refused because a misspelt one would silently change "
@@ -35,7 +35,8 @@ SPEC_TOPICS = (
         r"device|GPU|command|parameter) is? ?(called|set)|no linear layer called|no target modules|the weight of|"
         r"lora is on or off|batch is micro-batch|layers asked for|--shards|there is no field|no column for|"
         r"make a chat together|says nothing with|no cell of the grid|nothing may follow|nothing was said|"
-        r"no file is named|no page called|'chat' is for|a plot is|has the form|an empty text",
+        r"no value of an axis|^… is empty|^--[\w-]+ is empty|no file is named|no page called|"
+        r"'chat' is for|a plot is|has the form|an empty text",
         "An option or argument has a value that it cannot have, or is given more often than it takes. The message ends "
         "with what it may be.",
         "error: --temperature is -1.0: it must be at least 0",
@@ -51,7 +52,7 @@ SPEC_TOPICS = (
         r"a GGUF file is written whole|is for --|neither .* nor |\d+ specs|… specs|give one of|"
         r"named? the same file|name the same file|no run spec|nothing to try|is set by --|no row has a prompt|"
         r"no row files|no prompt|of … beams|is …, and |is for text rows|validation rows have no weight|"
-        r"no room for windows|--variant",
+        r"no room for windows|--variant|is another model than|the spec is planned for",
         "Two options contradict each other, or one is without effect without another. That is refused: what is asked "
         "for and then ignored would be a silent surprise.",
         "error: --stop and --num-beams exclude each other: leave one of them out",

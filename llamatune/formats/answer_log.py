@@ -48,10 +48,11 @@ class AnswerLog:
     def keep(self, count: int) -> None:
         if self._is_stream:
             return
-        self._file.seek(0)
-        for _ in range(count):
-            self._file.readline()
-        self._file.truncate()
+        with disk_faults(self._path):
+            self._file.seek(0)
+            for _ in range(count):
+                self._file.readline()
+            self._file.truncate()
 
     def append(self, entries: Iterable[Any]) -> None:
         """Add a line for each entry, durably."""
@@ -90,7 +91,8 @@ def open_answer_log(path: Path, settings: dict[str, Any], overwrite: bool = Fals
         except OSError:
             pass  # a network file system without locks; lines of two jobs at once are detected and written again
         if overwrite:
-            file.truncate(0)
+            with disk_faults(path):
+                file.truncate(0)
         if file.seek(0, os.SEEK_END):
             _refuse_others(path, beside, settings)
         else:

@@ -36,9 +36,15 @@ class BackgroundDigests:
         self._lock, self._nobody_waits, self._abandoned = threading.Lock(), threading.Event(), threading.Event()
         self._nobody_waits.set()
         self._thread = threading.Thread(target=self._digest_all, name="digests", daemon=True)
+        self._users = 1
+
+    def join(self) -> bool:
+        """Count one more user, who will ``abandon`` it too; False: all have, and it is over."""
+        self._users += self._users > 0
+        return self._users > 0
 
     def start(self) -> None:
-        if self._left:
+        if self._left and self._thread.ident is None:
             self._thread.start()
 
     @property
@@ -57,7 +63,10 @@ class BackgroundDigests:
         return not is_left
 
     def abandon(self) -> None:
-        """Digest no more."""
+        """Digest no more, unless another user is left."""
+        self._users -= 1
+        if self._users > 0:
+            return
         self._abandoned.set()
         self._nobody_waits.set()
         if self._thread.ident is not None:
@@ -94,6 +103,19 @@ class BackgroundDigests:
             file.close()
             self._sha256, self._done_bytes = hashlib.sha256(), 0
             return bool(self._left)
+
+
+class SharedDigests:
+    """Digests for several users, of whom one at a time runs: those of the same files are taken once for all."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[tuple[str, Path], ...], BackgroundDigests] = {}
+
+    def __call__(self, files: Mapping[str, Path]) -> BackgroundDigests:
+        key = tuple(files.items())
+        if key not in self._made or not self._made[key].join():
+            self._made[key] = BackgroundDigests(files)
+        return self._made[key]
 
 
 def _lower_priority() -> None:

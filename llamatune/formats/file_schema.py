@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from llamatune.errors import CheckpointError, LlamatuneError
+from llamatune.schema_words import plain_words
 from llamatune.strict_json import read_json
 
 LARGEST_FILE = 16 << 20
@@ -102,8 +103,9 @@ def describe(fault: ValidationError) -> str:
     if error["type"] == "value_error":
         why = str(error["ctx"]["error"])
         return f"{key}: {why}{more}" if key else f"{why}{more}"
-    message = error["msg"][:1].lower() + error["msg"][1:]
-    return f"{key} is {_shown(error['input'])}: {message.replace('input should', 'it should')}{more}"
+    why = plain_words(error)
+    it = "it " if why.startswith("should") else ""
+    return f"{key or 'the whole'} is {_shown(error['input'])}: {it}{why}{more}"
 
 
 def _shown(value: object) -> str:

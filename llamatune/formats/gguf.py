@@ -86,6 +86,8 @@ def read_gguf(path: Path) -> GgufHeader:
         head = file.read(8)
         if head[:4] != _MAGIC:
             raise CheckpointError(stand_in(head) or "not a GGUF file", path, "fetch it again")
+        if len(head) < 8:
+            raise CheckpointError(f"broken GGUF header: {file_bytes} bytes", path, "fetch it again")
         cursor = _Cursor(file, min(file_bytes, _LARGEST_HEADER) - 8)
         try:
             (version,) = struct.unpack("<I", head[4:])
@@ -103,7 +105,7 @@ def read_gguf(path: Path) -> GgufHeader:
             infos = [cursor.tensor() for _ in range(tensor_count)]
             _, alignment = entries.get("general.alignment", ("", _ALIGNMENT))
             return GgufHeader(path, entries, _locations(path, alignment, infos, file.tell(), file_bytes))
-        except (ValueError, struct.error) as fault:
+        except ValueError as fault:
             raise CheckpointError(f"broken GGUF header: {fault}", path, "fetch it again") from None
 
 
@@ -154,7 +156,7 @@ class _Cursor:
 
     def _numbers(self, kind: int, count: int) -> list[Any]:
         code = f"<{count}{_NUMBERS[kind]}"
-        data = self.take(struct.calcsize(code))
+        data = self.take(count * struct.calcsize(f"<{_NUMBERS[kind]}"))
         if kind == _BOOL and not set(data) <= {0, 1}:
             raise ValueError("a truth value that is neither 0 nor 1")
         return list(struct.unpack(code, data))

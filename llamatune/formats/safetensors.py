@@ -79,7 +79,7 @@ def read_header(
             raise ValueError("__metadata__ is not a map of strings")
         data_start = 8 + header_bytes
         entries = {name: _location(path, name, facts, data_start) for name, facts in header.items()}
-    except (ValueError, KeyError, TypeError) as fault:
+    except ValueError as fault:
         raise error(f"broken safetensors header: {fault}", path, "fetch it again") from None
     expected = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
@@ -91,9 +91,11 @@ def read_header(
     return entries, metadata
 
 
-def _location(path: Path, name: str, facts: Mapping[str, object], data_start: int) -> TensorLocation:
+def _location(path: Path, name: str, facts: object, data_start: int) -> TensorLocation:
+    if not isinstance(facts, dict) or not {"dtype", "shape", "data_offsets"} <= facts.keys():
+        raise ValueError(f"tensor {name} has no dtype, shape and data_offsets")
     dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
-    if dtype not in ITEM_BYTES or not isinstance(dtype, str):
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ValueError(f"tensor {name} has the unknown dtype {dtype!r}")
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < _LARGEST_DIMENSION for n in shape):
         raise ValueError(f"tensor {name} has the impossible shape {shape!r}")

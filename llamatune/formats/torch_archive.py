@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from llamatune.errors import CheckpointError
 from llamatune.formats.safetensors import TensorLocation
-from llamatune.formats.torch_pickle import PickledTensor, RefusedError, refused_global, walk_pickle
+from llamatune.formats.torch_pickle import BrokenError, PickledTensor, RefusedError, refused_global, walk_pickle
 from llamatune.safe_reading import open_regular, stand_in
 from llamatune.shapes.dtypes import ITEM_BYTES
 
@@ -51,8 +51,11 @@ def read_archive(path: Path) -> dict[str, TensorLocation]:
             raise CheckpointError(
                 f"refused: {fault}", path, "only plain tensors saved by torch.save are read"
             ) from None
-        except (ValueError, LookupError, TypeError, struct.error, RecursionError, NotImplementedError) as fault:
+        except BrokenError as fault:
             raise CheckpointError(f"broken PyTorch file: {fault}", path, "fetch it again") from None
+        except (ValueError, LookupError, TypeError, struct.error, RecursionError, NotImplementedError):
+            what = "broken PyTorch file: what it says of its tensors is damaged"
+            raise CheckpointError(what, path, "fetch it again") from None
     _refuse_overlap(entries, path)
     return entries
 
@@ -61,13 +64,13 @@ def _records(file: BinaryIO, file_bytes: int) -> dict[str, tuple[int, int, int]]
     """``(begin, end, CRC-32)`` of every record; the archive must fill the file and hold nothing compressed."""
     file.seek(max(0, file_bytes - 22))
     if file.read(4) != b"PK\x05\x06":
-        raise ValueError(
+        raise BrokenError(
             f"the end of the archive is not at the file's end ({file_bytes:,} bytes): cut short or extended"
         )
     try:
         infos = zipfile.ZipFile(file).infolist()
-    except zipfile.BadZipFile as fault:
-        raise ValueError(str(fault)) from None
+    except zipfile.BadZipFile:
+        raise BrokenError("the list of its records is damaged") from None
     records: dict[str, tuple[int, int, int]] = {}
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
@@ -79,7 +82,7 @@ def _records(file: BinaryIO, file_bytes: int) -> dict[str, tuple[int, int, int]]
         file.seek(info.header_offset)
         header = file.read(30)
         if len(header) < 30 or header[:4] != b"PK\x03\x04" or header[8:10] != b"\0\0":
-            raise ValueError(f"record {info.filename!r} has no header of its own")
+            raise BrokenError(f"record {info.filename!r} has no header of its own")
         name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
         begin = info.header_offset + 30 + name_bytes + extra_bytes
         records[info.filename] = (begin, begin + info.file_size, info.CRC)
@@ -118,7 +121,7 @@ def _location(
         raise RefusedError(f"{name!r} is not a tensor")
     storage = value.storage
     if f"{prefix}data/{storage.key}" not in records:
-        raise ValueError(f"tensor {name} has no data record")
+        raise BrokenError(f"tensor {name} has no data record")
     begin, end, crc = records[f"{prefix}data/{storage.key}"]
     item_bytes = ITEM_BYTES[storage.dtype]
     extent = _extent(value.shape, value.stride)

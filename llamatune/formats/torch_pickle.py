@@ -46,6 +46,10 @@ class RefusedError(Exception):
     """The pickle holds something other than plain tensors."""
 
 
+class BrokenError(Exception):
+    """The file is damaged, in plain words."""
+
+
 def walk_pickle(pickle: bytes) -> dict[str, Any]:
     """The dictionary that a pickle of plain tensors describes."""
     stack: list[Any] = []
@@ -74,7 +78,7 @@ def walk_pickle(pickle: bytes) -> dict[str, Any]:
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 count = int(opcode.name[-1])
                 if len(stack) < count:
-                    raise ValueError("a tuple of nothing")
+                    raise BrokenError("a tuple of nothing")
                 stack[-count:] = [tuple(stack[-count:])]
             case "GLOBAL":
                 stack.append(_allowed(str(argument).replace(" ", ".")))
@@ -113,7 +117,7 @@ def _allowed(name: str) -> _Global:
 
 def _set(target: Any, items: list[Any]) -> None:
     if not isinstance(target, dict) or len(items) % 2:
-        raise ValueError("items of no dictionary")
+        raise BrokenError("items of no dictionary")
     for key, value in zip(items[::2], items[1::2], strict=True):
         if type(key) is not str:
             raise RefusedError("a dictionary key that is no string")

@@ -13,7 +13,7 @@ from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_st
 from llamatune.free_memory import free_host_bytes
 from llamatune.shapes.capabilities import OLDEST_WITH_BF16, Capability
 from llamatune.shapes.known_gpus import known_gpu
-from llamatune.spec_overrides import refuse_twice
+from llamatune.spec_overrides import override, refuse_twice
 from llamatune.starting_spec.choosing import Chosen, Device, choose
 from llamatune.starting_spec.commented_yaml import commented_spec
 from llamatune.starting_spec.row_lengths import preparing, row_lengths
@@ -56,13 +56,41 @@ def make_spec(
         EnvironmentFault: nothing fits into the memory.
     """
     refuse_twice(options.overrides)
+    _refuse_contradictions(options)
     config = read_config(options.model, on_event)
     device = _device(options, on_event)
+    _refuse_other_device(options, device)
     rows = row_lengths(options.data, options.model, config, on_event, should_stop)
     output_dir = f"runs/{rows.directory.name}"
     chosen = choose(str(options.model), config, rows, device, output_dir, options.overrides)
     prepare = preparing(options.data, options.model, chosen.rows)
     return StartingSpec(commented_spec(chosen, prepare, options.output), prepare, chosen)
+
+
+def _refuse_contradictions(options: InitOptions) -> None:
+    """Raise where an override names another model or other rows than those that the spec is written for."""
+    if other := _overridden(options, "model", "path", str(options.model)):
+        raise SpecError(f"model.path={other} is another model than --model", options.model, "give one of them alone")
+    if other := _overridden(options, "data", "train", str(options.data)):
+        raise SpecError(f"data.train={other} is set by --data", options.data, "give that directory to --data")
+
+
+def _refuse_other_device(options: InitOptions, device: Device) -> None:
+    """Raise where an override has the run on another device than the one that it is planned for."""
+    given = str(_overridden(options, "training", "device", None) or "auto")
+    if given != "auto" and given.startswith("cuda") != bool(device.gpu):
+        todo = "give --gpu cpu" if device.gpu else "name the GPU with --gpu"
+        raise SpecError(f"training.device={given}, and the spec is planned for {device.name}", None, todo)
+
+
+def _overridden(options: InitOptions, section: str, key: str, own: object) -> object:
+    """What the overrides set a key to, as plain values have it; None: nothing, or what it has by itself."""
+    values: dict[str, Any] = {}
+    for text in options.overrides:
+        override(values, text)
+    inner = values.get(section)
+    given = inner.get(key) if isinstance(inner, dict) else None
+    return None if given == own else given
 
 
 def _device(options: InitOptions, on_event: OnEvent) -> Device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from llamatune.errors import LlamatuneError
 from llamatune.events import OnEvent, ShouldStop
+from llamatune.formats.background_digests import SharedDigests
 from llamatune.lockstep import Lockstep
 from llamatune.model.kernels.choice import chosen_kernels
 from llamatune.model.shared_base import SharedBase
@@ -21,7 +22,7 @@ from llamatune.threads import using_threads
 from llamatune.tracking.trackers import Trackers
 from llamatune.training.determinism import cublas_workspace, deterministic_kernels
 from llamatune.training.inputs import Inputs
-from llamatune.training.model_and_optimizer import LoadBase, load_own_base
+from llamatune.training.model_and_optimizer import load_own_base
 from llamatune.training.precision import fp32_products
 from llamatune.training.train import train
 
@@ -42,10 +43,8 @@ def train_together(
     ``observer`` gives what a member's events go to, by its name. ``began_s`` is that of ``train``.
     """
     lockstep: Lockstep[dict[str, Any], LlamatuneError] = Lockstep(torch.get_rng_state, torch.set_rng_state)
-    load_base = _LoadOnce(lockstep)
-    jobs = [
-        partial(_train_in_turns, member, load_base, force_base, observer, should_stop, began_s) for member in members
-    ]
+    shared = {"load_base": _LoadOnce(lockstep), "digest": SharedDigests()}
+    jobs = [partial(_train_in_turns, member, shared, force_base, observer, should_stop, began_s) for member in members]
     spec = members[0].spec
     assert spec is not None
     # What the runs set for the whole process, each for itself, is set here: it is the same for all, and none undoes it.
@@ -66,14 +65,14 @@ def train_alone(
 ) -> Outcome:
     """Train one run as ``llamatune train`` does."""
     try:
-        return _train(member, None, force_base, on_event, should_stop, began_s)
+        return _train(member, {}, force_base, on_event, should_stop, began_s)
     except LlamatuneError as fault:
         return fault
 
 
 def _train_in_turns(
     member: Member,
-    load_base: LoadBase,
+    shared: Mapping[str, Any],
     force_base: bool,
     observer: Callable[[str], OnEvent],
     should_stop: ShouldStop,
@@ -81,12 +80,12 @@ def _train_in_turns(
 ) -> dict[str, Any]:
     # A GPU's backward passes run in this thread, too: one thread of autograd for all would wait for itself.
     with torch.autograd.set_multithreading_enabled(False):
-        return _train(member, load_base, force_base, observer(member.name), should_stop, began_s)
+        return _train(member, shared, force_base, observer(member.name), should_stop, began_s)
 
 
 def _train(
     member: Member,
-    load_base: LoadBase | None,
+    shared: Mapping[str, Any],
     force_base: bool,
     on_event: OnEvent,
     should_stop: ShouldStop,
@@ -100,7 +99,7 @@ def _train(
             on_event=trackers.on_event,
             should_stop=should_stop,
             began_s=began_s,
-            load_base=load_base,
+            **shared,
         )
 
 

@@ -79,6 +79,8 @@ def _sentencepiece(
         return None
     try:
         model = read_pieces(read_checked(file))
+    except UnicodeDecodeError:
+        raise CheckpointError("not a sound SentencePiece model: a piece is not UTF-8", file, "fetch it again") from None
     except ValueError as fault:
         raise CheckpointError(f"not a sound SentencePiece model: {fault}", file, "fetch it again") from None
     if model.kind != BPE or model.spaces_are_suffixes or not model.escape_whitespaces:

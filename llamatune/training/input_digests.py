@@ -7,7 +7,7 @@ a manifest. The first rank of each node digests.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ _PREPARE_AGAIN = "prepare the data again"
 
 Entry = tuple[int, str]
 """Size in bytes and SHA-256 of a file."""
+DigestFiles = Callable[[Mapping[str, Path]], BackgroundDigests]
+"""Makes the digests of files: of this run alone, or of several (``SharedDigests``)."""
 
 
 class InputDigests:
@@ -40,7 +42,9 @@ class InputDigests:
     ``state`` is what the next checkpoint records.
     """
 
-    def __init__(self, spec: RunSpec, inputs: Inputs, ranks: Ranks, on_event: OnEvent) -> None:
+    def __init__(
+        self, spec: RunSpec, inputs: Inputs, ranks: Ranks, on_event: OnEvent, digest: DigestFiles = BackgroundDigests
+    ) -> None:
         self._ranks, self._on_event, self._where = ranks, on_event, Path(spec.model.path)
         rows = [manifest for manifest in inputs.row_manifests if manifest.bytes > AT_ONCE_BYTES]
         listed = {str(one.path.parent / name): entry for one in rows for name, entry in one.files.items()}
@@ -52,7 +56,7 @@ class InputDigests:
             listed = {path: entries[name] for path, name in self._names.items() if name in entries}
             self._expected |= {path: (entry, _OF_MANIFEST, _EDITED) for path, entry in listed.items()}
         paths = dict.fromkeys([*self._expected, *self._names]) if ranks.is_first or ranks.local_rank == 0 else ()
-        self._digests = BackgroundDigests({path: Path(path) for path in paths})
+        self._digests = digest({path: Path(path) for path in paths})
         self._settled = not self._expected and not self._names
         self._recorded: dict[str, Entry] = {}
         self._compared = 0
@@ -135,9 +139,11 @@ class InputDigests:
 
 
 @contextlib.contextmanager
-def digesting(spec: RunSpec, inputs: Inputs, ranks: Ranks, on_event: OnEvent) -> Iterator[InputDigests]:
+def digesting(
+    spec: RunSpec, inputs: Inputs, ranks: Ranks, on_event: OnEvent, digest: DigestFiles = BackgroundDigests
+) -> Iterator[InputDigests]:
     """The digests of a run's inputs, which end with the block; ``start`` begins with them."""
-    digests = InputDigests(spec, inputs, ranks, on_event)
+    digests = InputDigests(spec, inputs, ranks, on_event, digest)
     try:
         yield digests
     finally:

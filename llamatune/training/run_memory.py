@@ -15,11 +15,11 @@ from llamatune.memory.plan import (
     MemoryPlan,
     choose_placement,
     heaviest_rows,
-    joined_tokens,
     limit_of,
     placed,
     plan_memory,
 )
+from llamatune.memory.planned_run import pass_tokens_of_run
 from llamatune.memory.remedies import remedies
 from llamatune.ranks import Ranks
 from llamatune.shapes.gradient_lanes import count_lanes
@@ -57,14 +57,9 @@ def choose_run_placement(
 def choose_passes(spec: RunSpec, config: LlamaConfig, train: Split, device: torch.device, ranks: int) -> PassRule:
     """The passes of a run that begins now, as ``training.tokens_per_pass`` says."""
     lanes = None if spec.adapter is None else count_lanes(ranks)
-    if spec.training.tokens_per_pass != "auto":
-        return PassRule(spec.training.tokens_per_pass, lanes=lanes)
     limit, gpu = limit_of(spec, free_memory_bytes(device)), capability_of(device)
-    spec = choose_placement(
-        spec, lambda tried: plan_run_memory(tried, config, train, device, ranks=ranks).fits, device.type, ranks
-    )
-    tokens = joined_tokens(train.lengths, train.target_counts, spec, config, gpu, limit, ranks)
-    return PassRule(tokens, ranks, lanes)
+    tokens = pass_tokens_of_run(spec, config, train.lengths, train.target_counts, gpu, limit, ranks)
+    return PassRule(tokens, ranks if spec.training.tokens_per_pass == "auto" else 1, lanes)
 
 
 def report_plan(

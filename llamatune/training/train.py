@@ -11,6 +11,7 @@ from llamatune.devices import capability_of, gpu_facts
 from llamatune.durable_writing import refuse_small_disk
 from llamatune.errors import NumericsError
 from llamatune.events import Notice, OnEvent, RunStarted, ShouldStop, ignore_event, never_stop
+from llamatune.formats.background_digests import BackgroundDigests
 from llamatune.formats.state_json import list_checkpoints
 from llamatune.free_memory import held_host_bytes
 from llamatune.job_end import Clock
@@ -27,7 +28,7 @@ from llamatune.training.compile_ahead import check_compiler, compile_ahead
 from llamatune.training.determinism import cublas_workspace, deterministic_kernels
 from llamatune.training.early_stopping import told_stop
 from llamatune.training.gpu_meter import metered_gpu
-from llamatune.training.input_digests import digesting
+from llamatune.training.input_digests import DigestFiles, digesting
 from llamatune.training.inputs import Inputs, open_inputs
 from llamatune.training.learning_rate import rate_facts, with_found_rate, with_given_rate
 from llamatune.training.loop import TrainingLoop
@@ -66,11 +67,13 @@ def train(
     clock: Clock | None = None,
     began_s: float | None = None,
     load_base: LoadBase | None = None,
+    digest: DigestFiles = BackgroundDigests,
 ) -> dict[str, Any]:
     """Train as ``spec`` says, or continue the same run from its output directory; the summary, on every rank.
 
     The run stops before the end of its Slurm job, and before it has run for ``training.max_time`` since ``began_s`` of
-    the monotonic ``clock`` (None: since now). ``load_base`` is for runs that share a base (``build_learner``).
+    the monotonic ``clock`` (None: since now). ``load_base`` is for runs that share a base (``build_learner``), and
+    ``digest`` for those that share its digests.
 
     Raises:
         LlamatuneError: what the user can cause; nothing is left half-written.
@@ -133,7 +136,7 @@ def train(
         placement = placed.model.placement
         memory_facts = {"placement": placement, **plan.facts(), "memory_before_model_bytes": before_bytes}
         meter = stack.enter_context(metered_gpu(device))
-        digests = stack.enter_context(digesting(spec, inputs, ranks, on_event))
+        digests = stack.enter_context(digesting(spec, inputs, ranks, on_event, digest))
         learner = build_learner(placed, inputs, on_event, should_stop, plan.levels, ranks, load_base=load_base)
         profiled_steps = spec.training.profile_steps if ranks.is_first else None
         on_event = stack.enter_context(profiled(profiled_steps, device, run.path, on_event))

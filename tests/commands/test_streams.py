@@ -171,6 +171,27 @@ def test_a_full_disk_under_the_result_names_standard_output(flags: str, tmp_path
     assert done.stderr == "error: cannot write: No space left on device: standard output: free some space\n"
 
 
+CHAT = f"printf 'hello\\n' | {LLAMATUNE} chat --model {MATERIAL / 'base'} --template alpaca --max-new-tokens 2"
+CANNOT_WRITE = "error: cannot write: {}: standard output: {}\n"
+
+
+@pytest.mark.parametrize("redirected", [">&-", "1</dev/null", ">/dev/full", "| true; exit ${PIPESTATUS[-2]}"])
+@pytest.mark.parametrize(
+    "command",
+    [f"{LLAMATUNE} explain 4", f"{LLAMATUNE} docs judge", LLAMATUNE, f"{LLAMATUNE} train --help", CHAT],
+    ids=["explain", "docs", "no verb", "help", "chat"],
+)
+def test_whatever_prints_treats_its_stdout_alike(command: str, redirected: str, tmp_path: Path) -> None:
+    """Closed, or a pipe whose reader has left: nobody wants the result. Else a write that fails is a fault."""
+    done = shell(f"{command} {redirected}", tmp_path)
+    told = {
+        "1</dev/null": CANNOT_WRITE.format("Bad file descriptor", "redirect it to what can be written"),
+        ">/dev/full": CANNOT_WRITE.format("No space left on device", "free some space"),
+    }.get(redirected, "")
+    errors = "".join(line for line in done.stderr.splitlines(keepends=True) if " warning: " not in line)
+    assert (done.returncode, errors) == (5 if told else 0, told)
+
+
 @pytest.mark.parametrize("key", ["model.path", "data.train", "training.output_dir", "lora.init_from"])
 def test_a_nul_in_a_path_of_the_spec_is_refused(key: str, tmp_path: Path, command: Callable[..., Any]) -> None:
     (tmp_path / "run.yaml").write_text("model: {path: x}\nlora: {}\ndata: {train: p}\ntraining: {output_dir: r}\n")

@@ -161,7 +161,7 @@ def test_d5_huge_and_deeply_nested_rows(prepare: Prepare, write_rows: WriteRows)
     for row, message in (
         (alpaca(2, output="x" * 24_000_000), "the row has more than 2,097,152 bytes"),
         ('{"instruction": ' + "[" * 100_000, "nested too deeply"),
-        ('{"instruction": ' + "7" * 5000 + "}", "an integer of thousands of digits"),
+        ('{"instruction": ' + "7" * 5000 + "}", "a whole number of thousands of digits"),
     ):
         path = write_rows([alpaca(1), row, alpaca(3)])
         assert f"{path}:2: " in (found := _refused(prepare, path))

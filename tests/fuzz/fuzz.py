@@ -38,7 +38,7 @@ import torch  # noqa: E402
 from fuzz_child import Outcome, Workplace, measured, without_pictures  # noqa: E402
 from fuzzed_files import NOT_READ, TWINS, Fuzzed, fuzzed_files  # noqa: E402
 from materials import build_materials  # noqa: E402
-from mutations import mutation  # noqa: E402
+from mutations import Mutation, mutation, put_bytes  # noqa: E402
 
 import llamatune  # noqa: E402
 
@@ -146,15 +146,13 @@ class Fuzzer:
             workplace = Workplace(self._materials, place, tuple(sorted(os.listdir(self._materials))))
             for case in cases:
                 file = self._files[case.file]
-                sound = file.sound or (self._materials / file.path).read_bytes()
-                made = mutation(file.path, file.kind, sound, case.number, self._options.seed)
-                workplace.damage(file, made)
+                workplace.damage(file, self._made(case))
                 draw(case.number % _DRAWN_ONE_IN == 0)
                 if self._options.keep and len(cases) == 1:
                     shutil.copytree(Path.cwd(), self._options.keep, symlinks=True, dirs_exist_ok=True)
                 for number in case.verbs:
                     tell(number)
-                    outcome = workplace.run(file.verbs[number], _as_json(case.number, number))
+                    outcome = workplace.run(file.verbs[number], _as_json(case.number, number), self._options.sound)
                     tell(number, outcome.code, outcome.faults)
                 tell("case")
         except BaseException as fault:
@@ -164,6 +162,13 @@ class Fuzzer:
         finally:
             os.chdir("/")
             shutil.rmtree(place, ignore_errors=True)
+
+    def _made(self, case: Case) -> Mutation:
+        file = self._files[case.file]
+        sound = file.sound or (self._materials / file.path).read_bytes()
+        if self._options.sound:
+            return Mutation(put_bytes("sound", sound), False)
+        return mutation(file.path, file.kind, sound, case.number, self._options.seed)
 
     def _read(self, batch: Batch, killed: bool = False) -> None:
         content = b"" if killed else os.read(batch.pipe, 1 << 20)
@@ -245,8 +250,7 @@ class Fuzzer:
             for case, verb, seen in found.examples:
                 file = self._files[case.file]
                 words = " ".join(file.verbs[verb].words)
-                sound = file.sound or (self._materials / file.path).read_bytes()
-                made = mutation(file.path, file.kind, sound, case.number, self._options.seed)
+                made = self._made(case)
                 fitting = ", redigested" if made.redigested else ""
                 yield f"    {words}{' --json' if _as_json(case.number, verb) else ''}"
                 yield f"      {made.put.told[:160]}{fitting}: {seen}"
@@ -268,6 +272,14 @@ def _cases(options: argparse.Namespace, files: Sequence[Fuzzed]) -> Iterator[Cas
     """File by file in turns, so that a run that ends early has tried each as often."""
     chosen = [n for n, file in enumerate(files) if any(fnmatchcase(file.path, text) for text in options.only)]
     assert chosen, f"no such file; there are {', '.join(file.path for file in files)}"
+    if options.sound:
+        seen = set[tuple[tuple[str, ...], bytes | None]]()
+        for file in chosen:
+            keys = [(verb.words, files[file].sound) for verb in files[file].verbs]
+            if new := tuple(number for number, key in enumerate(keys) if key not in seen):
+                yield Case(file, 0, new)
+            seen.update(keys)
+        return
     numbers = range(options.first, options.first + options.mutations) if options.number is None else options.number
     for number in numbers:
         for file in chosen:
@@ -290,6 +302,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--number", type=int, action="append", help="this mutation alone")
     parser.add_argument("--verb", type=int, help="this verb of the file's alone, by number")
     parser.add_argument("--every-verb", action="store_true", help="that reads a file reads each mutation, not in turn")
+    parser.add_argument("--sound", action="store_true", help="no mutation: each command line once, which must accept")
     parser.add_argument("--materials", type=Path, help="where sound files are, or are made and stay")
     parser.add_argument("--keep", type=Path, help="with --number: a copy of the damaged directory")
     options = parser.parse_args()

@@ -96,8 +96,8 @@ class Workplace:
         if (self._materials / name).exists():
             _copy(self._materials / name, Path(name))
 
-    def run(self, verb: Verb, as_json: bool) -> Outcome:
-        """Run the verb, and put back what it writes."""
+    def run(self, verb: Verb, as_json: bool, accepts: bool = False) -> Outcome:
+        """Run the verb, and put back what it writes. ``accepts``: that it refuses its files is a fault."""
         for name in verb.writes:
             if name != self._owned:
                 self._own(name)
@@ -106,6 +106,8 @@ class Workplace:
         with _streams(verb.stdin) as said:
             outcome = self._call(words)
         faults = [*outcome.faults, *self._seen, *_spoken(outcome.code, verb, as_json, *said)]
+        if accepts and outcome.code:
+            faults.append((f"sound files are refused by {' '.join(verb.words)}", _end_of(said[1])))
         faults += [("left behind", name) for name in _leftovers(verb) if outcome.code]
         if outcome.code == 0 and "out.html" in verb.writes:
             faults += _characters(Path("out.html").read_text(encoding="utf-8", errors="replace"), "the page")

@@ -26,6 +26,7 @@ from llamatune.benchmarking import cell_runs
 from llamatune.benchmarking.cell_process import CellTask, answer
 from llamatune.cli import main
 from llamatune.tokenizers.byte_level import bytes_of
+from llamatune.tokenizers.gguf_pre_tokenizers import LLAMA_3
 
 _WORDS = """
 a red llama walks over green hills and counts nine blue apples while cold rain falls on seven old stones
@@ -112,10 +113,10 @@ def _archive(source: str, directory: str, name: str, archive: str) -> None:
 
 def _json_tokenizer(sentences: list[str]) -> None:
     """A model with every file of a ``tokenizer.json`` and its chat template, and one with a tiktoken file."""
-    library = Library(models.BPE())
+    library = Library(models.BPE(ignore_merges=True))
     library.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+| ?\p{L}+|\s+"), "isolated"),
+            pre_tokenizers.Split(Regex(LLAMA_3), "isolated"),  # llama.cpp has a name for it
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -254,6 +255,9 @@ def _runs() -> None:
     for name, values in specs.items():
         Path(f"{name}.yaml").write_text(yaml.safe_dump(values))
         run("train", f"{name}.yaml")
+    run("train", "run.yaml", "training.output_dir=second", "training.seed=9")
+    Path("second/adapter").rename("other")  # which no model holds yet
+    shutil.rmtree("second")
     shutil.copytree("run", "begun")  # stopped after its last checkpoint: the next start writes the end
     (Path("begun") / "summary.json").unlink()
     shutil.rmtree("begun/adapter")

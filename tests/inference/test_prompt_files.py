@@ -67,10 +67,10 @@ def test_plain_text_stays_one_prompt_a_line(texts: Callable[..., list[str]], lin
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"instruction": "a"}, {"instruction" "b"}]', "not valid JSON: Expecting ':' delimiter at column 16"),
+        ('[{"instruction": "a"}, {"instruction" "b"}]', "not valid JSON: a colon is expected at column 16"),
         ('[{"instruction": "a"}, {"instruction" "b"}]', "prompts: row 2: "),
         ('[\n{"instruction": "a"},\n{"instruction": "b"', "prompts:3: row 2: "),
-        ('{"instruction": "a"}\nplain\n', "not valid JSON: Expecting value at column 1: "),
+        ('{"instruction": "a"}\nplain\n', "not valid JSON: a value is expected at column 1: "),
         ('{"instruction": "a"}\nplain\n', "prompts:2: "),
         ('plain\n{"instruction": "a"}\n', "a line of JSON in a file of plain text: "),
         ("[{'instruction': 'a'}]", "prompts: row 1: "),

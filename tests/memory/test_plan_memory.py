@@ -105,8 +105,9 @@ def test_a_spec_is_planned_for_its_longest_rows(
     assert found["pass_tokens"] == sum(lengths[-3:])
     joined = run(str(spec_file), "--device", "cpu", "--memory", "1GiB")
     assert joined["pass_tokens"] == sum(lengths), "all rows are one window"
-    assert run(str(spec_file), "training.micro_batch_size=2")["pass_tokens"] == sum(lengths[-2:])
-    assert run(str(spec_file), "--max-seq-length", "7")["pass_tokens"] == 3 * 7
+    gpu = (str(spec_file), "--device", "cuda")
+    assert run(*gpu, "training.micro_batch_size=2")["pass_tokens"] == sum(lengths[-2:])
+    assert run(*gpu, "--max-seq-length", "7")["pass_tokens"] == 3 * 7
 
 
 def test_a_dry_run_says_the_same(run: Callable[..., dict[str, Any]], spec_file: Path) -> None:
@@ -114,6 +115,42 @@ def test_a_dry_run_says_the_same(run: Callable[..., dict[str, Any]], spec_file: 
     plan = plan_training(load_spec(spec_file, ["training.memory_limit=100KiB"]))["memory_plan"]
     assert plan == found
     assert not found["fits"]
+
+
+SPECS: list[list[str]] = [
+    [],
+    ["training.memory_limit=100KiB"],
+    ["training.memory_limit=2MiB", "training.micro_batch_size=1"],
+    ["training.memory_limit=1GiB", "training.tokens_per_pass=null"],
+    ["training.tokens_per_pass=40"],
+    ["data.packing=true", "training.memory_limit=1GiB"],
+    ["training.precision=bf16", "model.dtype=bfloat16", "training.optimizer=adamw_8bit"],
+    ["model.dtype=nf4", "model.num_layers=1"],
+    ["model.dtype=float32", "lora=null", "training.activation_checkpointing=block"],
+    ["model.placement=host", "lora.kind=dora"],
+    ["training.fused=false", "evaluation.at_start=false"],
+]
+
+
+@pytest.mark.parametrize("changes", SPECS, ids=" ".join)
+def test_a_dry_run_and_a_plan_of_one_spec_are_equal(
+    run: Callable[..., dict[str, Any]], spec_file: Path, changes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, without a word about device and memory: what is free is looked up by both."""
+    for module in ("llamatune.free_memory", "llamatune.devices"):
+        monkeypatch.setattr(f"{module}.free_host_bytes", lambda: 3 * GIB)
+    changes = ["training.device=cpu", *changes]
+    plan = plan_training(load_spec(spec_file, changes))["memory_plan"]
+    assert run(str(spec_file), *changes) == plan
+    assert run(str(spec_file), "--device", "cpu", *changes[1:]) == plan
+
+
+def test_that_the_memory_is_not_known_is_said(command: Callable[..., Any], spec_file: Path) -> None:
+    told = "the memory is not known: planned as if a pass had one micro-batch; give it, as 24GiB"
+    gpu = ("plan-memory", spec_file, "--device", "cuda")
+    assert told in command(*gpu).stderr
+    for more in (("--memory", "1GiB"), ("training.memory_limit=1GiB",), ("training.tokens_per_pass=null",)):
+        assert told not in command(*gpu, *more).stderr
 
 
 def test_lengths_are_those_of_the_data(prepared: Callable[..., Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -420,3 +421,80 @@ def test_a_number_of_threads_that_is_none_is_an_error_here_too(tmp_path: Path) -
         cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "many"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "'many' is no number of threads" in done.stdout
+
+
+WRONG_TYPES: list[tuple[str, dict[str, Any], str]] = [
+    ("load_spec", {"source": 5}, "source is 5, where text or a path or a dict is expected"),
+    ("load_spec", {"source": "x", "overrides": [3]}, "overrides[0] is 3, where text is expected"),
+    ("train", {"spec": None}, "spec is None, where a RunSpec or text or a path or a dict is expected"),
+    ("train", {"spec": "x", "resume": "auto"}, "resume is 'auto', where True or False is expected"),
+    ("train", {"spec": "x", "on_event": 3}, "on_event is 3, where a function is expected"),
+    ("generate", {"model": "m", "prompts": 5}, "prompts is 5, where text or a list of text is expected"),
+    ("generate", {"model": "m", "prompts": b"x"}, "prompts is b'x', where text or a list of text is expected"),
+    ("generate", {"model": "m", "prompts": {"x": 1}}, "prompts is {'x': 1}, where text or a list of text is expected"),
+    ("generate", {"model": "m", "max_new_tokens": "64"}, "max_new_tokens is '64', where a whole number is expected"),
+    ("generate", {"model": "m", "temperature": None}, "temperature is None, where a number is expected"),
+    ("generate", {"model": "m", "weights": [1, "x"]}, "weights[1] is 'x', where a number is expected"),
+    ("generate", {"model": "m", "lookup": 1}, "lookup is 1, where 'auto' or 'on' or 'off' is expected"),
+    ("generate", {"model": "m", "rows": 3}, "rows is 3, where a dict or None is expected"),
+    ("evaluate", {"model": "m", "data": 3}, "data is 3, where text or a path is expected"),
+    ("evaluate", {"model": "m", "data": "d", "batch_size": True}, "batch_size is True, where a whole number"),
+    ("merge", {"model": "m", "adapter": [3], "output": "o"}, "adapter[0] is 3, where text or a path is expected"),
+    ("prepare", {"rows": "r", "tokenizer": None, "output": "o"}, "tokenizer is None, where text or a path is expected"),
+    ("plan_memory", {"spec": "x", "memory": 1.5}, "memory is 1.5, where text or a whole number or None is expected"),
+    ("plan_memory", {"spec": "x", "ranks": "2"}, "ranks is '2', where a whole number is expected"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "told"), WRONG_TYPES, ids=[told[:30] for *_, told in WRONG_TYPES])
+def test_an_argument_of_another_type_is_named_at_the_door(name: str, arguments: dict[str, Any], told: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        getattr(llamatune, name)(**arguments)
+    assert str(caught.value).startswith(f"{name}(): {told}")
+
+
+@pytest.mark.parametrize("name", ["load_spec", "prepare", "train", "generate", "evaluate", "merge", "plan_memory"])
+def test_every_argument_of_every_function_is_checked(name: str) -> None:
+    """An object of no known type fits none of them."""
+    function = getattr(llamatune, name)
+    required = {"source": {}, "spec": {}} | dict.fromkeys(
+        ("rows", "tokenizer", "output", "model", "data", "adapter"), "x"
+    )
+    keywords = getattr(python_keywords, f"{name.capitalize()}Keywords", None)
+    parameters = {key for key in inspect.signature(function).parameters if key != "options"}
+    given = {key: value for key, value in required.items() if key in parameters}
+    for argument in parameters | set(typing.get_type_hints(keywords) if keywords else ()):
+        with pytest.raises(TypeError, match=re.escape(f"{name}(): {argument} is <object")):
+            function(**given | {argument: object()})
+
+
+@pytest.mark.parametrize("arguments", [{}, {"model": "m", "prompt": "x"}, {"model": "m", "modle": "x"}])
+def test_an_argument_that_is_missing_or_unknown_is_pythons_own_error(arguments: dict[str, Any]) -> None:
+    with pytest.raises(
+        TypeError, match=r"generate\(\) (missing 1 required|got an unexpected).* '(model|prompt|modle)'"
+    ):
+        llamatune.generate(**arguments)
+
+
+def test_a_spec_of_paths_and_numpys_numbers_is_a_spec_of_text_and_numbers(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    values = {
+        "model": {"path": tmp_path},
+        "lora": {"r": numpy.int64(3), "target_modules": ("q_proj",)},
+        "data": {"train": [tmp_path / "a", "b"]},
+        "training": {"output_dir": tmp_path / "run", "learning_rate": numpy.float32(0.5)},
+    }
+    spec = llamatune.load_spec(values)
+    assert (spec.model.path, spec.lora and spec.lora.r, spec.training.learning_rate) == (str(tmp_path), 3, 0.5)
+    assert values["lora"]["target_modules"] == ("q_proj",)  # what was given is not changed
+    for wrong in (
+        {1: 2},
+        {"model": {1: 2}},
+        {"model": 5},
+        {"training": {"seed": iter(())}},
+        {"lora": {"ranks": {3: 4}}},
+    ):
+        with pytest.raises(llamatune.SpecError, match="the spec"):
+            llamatune.load_spec(wrong)
+    with pytest.raises(llamatune.SpecError, match="--adapter is empty"):
+        llamatune.merge("m", [], "o")

@@ -194,6 +194,12 @@ def test_measured_lengths_are_those_of_the_tokenizer(command: Command, workplace
     [
         (("--gpu", "a1000"), 2, "no GPU is called 'a1000' here"),
         (("--gpu", "8.6"), 2, "says nothing of the memory"),
+        (("model.path=other", "--gpu", "t4"), 2, "model.path=other is another model than --model"),
+        (("model={path: other}", "--gpu", "t4"), 2, "model.path=other is another model than --model"),
+        (("data.train=elsewhere", "--gpu", "t4"), 2, "data.train=elsewhere is set by --data"),
+        (("data={train: [a, b]}", "--gpu", "t4"), 2, "data.train=['a', 'b'] is set by --data"),
+        (("training.device=cpu", "--gpu", "t4"), 2, "training.device=cpu, and the spec is planned for"),
+        (("training.device=cuda:1", "--gpu", "cpu"), 2, "training.device=cuda:1, and the spec is planned for a CPU"),
         (("--memory", "24"), 2, "is no size"),
         (("lora.rank=8", "--gpu", "t4"), 2, "unknown key"),
         (("lora.r=8", "lora.r=4", "--gpu", "t4"), 2, "is given 2 times"),

@@ -75,6 +75,14 @@ def test_names_are_files_names_and_those_of_other_values_differ() -> None:
         (("lora.r=4,8",), ("training.output_dir=a",), "training.output_dir is set by --output"),
         (("lora.r=4,8",), ("training.sed=1",), "training.sed: unknown key"),
         (("lora.r",), (), "is no axis"),
+        (
+            ("lora.r=8,sixty",),
+            (),
+            r"no value of an axis: lora\.r: should be a valid integer .*: --grid lora\.r=8,sixty",
+        ),
+        (("lora.target_modules=q_proj,[foo]",), (), "no linear layer called 'foo'.*: --grid"),
+        (("training.seed=1,2", "training.betas=[0.9,0.9],[0.9,2]"), (), r"betas \(value 2\): should be less than 1"),
+        (("lora.r=4,'",), (), "not valid YAML"),
     ],
 )
 def test_what_is_no_sweep_is_refused(spec: Path, grid: tuple[str, ...], overrides: tuple[str, ...], told: str) -> None:

@@ -18,6 +18,8 @@ from slow_cases import slow
 from llamatune.command_options.sweep import SweepOptions
 from llamatune.errors import NumericsError, SpecError, Stopped
 from llamatune.events import EpochDone, Event, Notice, Progress
+from llamatune.formats import background_digests
+from llamatune.formats.state_json import read_progress
 from llamatune.model.kernels import choice
 from llamatune.sweeping import run_sweep as sweep_module
 from llamatune.sweeping import together
@@ -320,6 +322,22 @@ def test_a_run_that_diverges_is_a_result_and_the_others_are_trained(
         run_sweep(options(spec, tmp_path / "all", "training.learning_rate=1e30,1e31"))
 
 
+def test_a_combination_that_is_refused_is_a_result_and_a_value_that_cannot_be_is_none(
+    tmp_path: Path, base_spec: Callable[..., Path], command: Command
+) -> None:
+    spec, output = base_spec(training__num_epochs=None, training__max_steps=1), tmp_path / "out"
+    done = command("sweep", spec, "--grid", "training.precision=fp32", "--grid",
+                   "training.activation_checkpointing=none,projections", "training.fused=false",
+                   "--output", output, "--json")  # fmt: skip
+    assert done.code == 0, done.stderr
+    assert [run["status"] for run in json.loads(done.stdout)["runs"]] == ["finished", "refused"]
+    assert "warning" in done.stderr
+    wrong = command("sweep", spec, "--grid", "lora.r=2,sixty", "--output", tmp_path / "other")
+    assert (wrong.code, wrong.stdout) == (2, "")
+    assert "lora.r: should be a valid integer" in wrong.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_fault_that_is_no_result_is_raised_when_the_others_are_trained(
     tmp_path: Path, base_spec: Callable[..., Path]
 ) -> None:
@@ -382,3 +400,20 @@ def test_events_name_the_run_and_count_all_updates(tmp_path: Path, base_spec: Ca
         assert any(line.startswith(f"{name}: step 2: validation loss ") for line in lines)
         assert any(line.startswith(f"{name}: epoch 1 of 1: training loss ") for line in lines)
     assert not any(isinstance(event, EpochDone) for event in events)
+
+
+def test_the_base_of_runs_that_are_trained_together_is_digested_once(
+    base_spec: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    real = background_digests.open_regular
+    monkeypatch.setattr(background_digests, "open_regular", lambda path: opened.append(str(path)) or real(path))
+    spec = base_spec(model__verify="full", training__max_steps=3, training__num_epochs=None)
+    done = run_sweep(options(spec, tmp_path / "sweep", "lora.r=2,3", "training.max_steps=2,3"))
+    assert [run["status"] for run in done.runs] == ["finished"] * 4
+    assert len(opened) == len(set(opened)) > 1
+    recorded = [read_progress(path).base_files for path in sorted((tmp_path / "sweep").rglob("step-00000[23]"))]
+    assert len(recorded) == 4
+    assert recorded[0] is not None
+    assert all(found == recorded[0] for found in recorded)
+    assert {Path(path).name for path in opened} == set(recorded[0])

@@ -13,6 +13,7 @@ import torch
 from listed_gpus import H100, T4, Gpus
 from run_tools import make_spec
 
+import llamatune
 from llamatune.events import Notice
 from llamatune.memory.plan import heaviest_rows, plan_memory, with_kernels
 from llamatune.memory.remedies import remedies
@@ -72,6 +73,10 @@ def test_slower_settings_are_told_once_before_weights_are_loaded(
         assert [line[: len(expected or "")] for line in about] == ([] if expected is None else [expected])
 
 
+def with_limit(spec: RunSpec, limit: str) -> RunSpec:
+    return spec.model_copy(update={"training": spec.training.model_copy(update={"memory_limit": limit})})
+
+
 @pytest.mark.parametrize(
     ("asked", "fault", "runs"), [("auto", None, "auto"), ("auto", "no C compiler", "plain"), ("plain", None, "plain")]
 )
@@ -101,6 +106,9 @@ def test_memory_is_planned_for_the_kernels_that_run(
     with pytest.raises(Loading):
         train(spec)
     assert planned == [runs]
+    if runs == asked:  # else plan-memory cannot know it
+        asked_of = with_limit(spec, "1GiB")
+        assert plan_training(asked_of)["memory_plan"] == llamatune.plan_memory(asked_of)
     plain = with_kernels(spec, "plain")
     assert (dry == plan_training(plain)["memory_plan"]["predicted_peak_memory_bytes"]) == (runs == "plain")
 
