@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from llamatune.events import ShouldStop, never_stop
 from llamatune.inference.beam_search import beam_search
 from llamatune.inference.completion import Completion, last_logits, new_rows
 from llamatune.inference.prompt_lookup import PromptLookup
-from llamatune.inference.sampling import next_tokens, penalised
+from llamatune.inference.running_sequences import IsEnough, RunningSequence, draw_tokens
 from llamatune.model.adapters.adapter_switch import AdapterSwitch
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
@@ -29,22 +28,6 @@ from llamatune.seeds import derived_seed
 from llamatune.shapes.generation_sizes import tokens_in_a_pass, with_filling
 from llamatune.shapes.recurring_sizes import filled_up
 from llamatune.shapes.rope_scaling import DynamicScaling
-
-IsEnough = Callable[[Sequence[int], Sequence[int]], bool]
-"""Whether a completion needs no more, given its prompt and its ids so far; it is asked after each id."""
-
-
-@dataclass
-class _Sequence:
-    """A prompt that is being completed; ``seen`` (V,): the tokens in it and after it, where they are penalised."""
-
-    number: int
-    prompt: Sequence[int]
-    sampling: Drawing
-    generator: torch.Generator
-    adapted: bool
-    chosen: list[int] = field(default_factory=list)
-    seen: Tensor | None = None
 
 
 class Engine:
@@ -69,8 +52,8 @@ class Engine:
         self._element_bytes = torch.finfo(model.product_dtype).bits // 8
         self._tokens_in_a_pass = tokens_in_a_pass(model.config, self._element_bytes)
         self._cache = new_rows(model, rows)
-        self._running: list[_Sequence] = []  # by their rows of the cache
-        self._waiting: deque[_Sequence] = deque()
+        self._running: list[RunningSequence] = []  # by their rows of the cache
+        self._waiting: deque[RunningSequence] = deque()
         self._added = 0
 
     def add(self, prompt: Sequence[int], sampling: Drawing, draw: int = 0, adapted: bool = True) -> int:
@@ -79,7 +62,7 @@ class Engine:
         Not ``adapted``: it is completed without the adapter, by the switch.
         """
         generator = torch.Generator().manual_seed(derived_seed(sampling.seed, "sampling", *([draw] if draw else [])))
-        self._waiting.append(_Sequence(self._added, prompt, sampling, generator, adapted))
+        self._waiting.append(RunningSequence(self._added, prompt, sampling, generator, adapted))
         self._cache.capacity = max(self._cache.capacity, len(prompt) + sampling.max_new_tokens)
         self._added += 1
         return self._added - 1
@@ -122,7 +105,7 @@ class Engine:
         logits = self._model(tokens[:, None], places[:, None], mask, layers, read=last_logits)
         return self._take(logits, 0)
 
-    def _check(self, sequence: _Sequence, draft: Sequence[int]) -> list[tuple[int, Completion]]:
+    def _check(self, sequence: RunningSequence, draft: Sequence[int]) -> list[tuple[int, Completion]]:
         """Give the only sequence what ``draft`` has right, and the token behind it, by one pass over all of them."""
         ids = torch.tensor([[sequence.chosen[-1], *draft]], device=self._model.device)
         mask = _causal(self._cache.lengths[-1], ids.shape[1], self._model)
@@ -164,7 +147,7 @@ class Engine:
         )
         return self._take(logits, first)
 
-    def _read_long(self, sequence: _Sequence) -> Tensor:
+    def _read_long(self, sequence: RunningSequence) -> Tensor:
         """Logits (1, V) behind a prompt of several passes."""
         prompt, logits = sequence.prompt, None
         for begin in range(0, len(prompt), self._tokens_in_a_pass):
@@ -180,43 +163,16 @@ class Engine:
     def _take(self, logits: Tensor, first: int) -> list[tuple[int, Completion]]:
         """Draw a token from ``logits`` (rows, V) for each row from ``first`` on."""
         running = self._running[first:]
-        tokens = self._draw(logits.float(), running)
+        tokens = draw_tokens(logits.float(), running)
         ended: list[tuple[int, Completion]] = []
         rows: list[int] = []
         for row, (sequence, token) in enumerate(zip(running, tokens, strict=True), first):
-            if reason := self._end(sequence, token):
+            if reason := sequence.take(token, self._eos_ids, self._is_enough):
                 ended.append((sequence.number, Completion(sequence.chosen, reason)))
                 rows.append(row)
         if rows:
             self._running = [self._running[row] for row in self._cache.drop(rows)]
         return ended
-
-    def _draw(self, logits: Tensor, running: Sequence[_Sequence]) -> list[int]:
-        """A token for each row of ``logits`` (rows, V); rows whose sampling is the same are drawn together."""
-        sampling = running[0].sampling
-        if any(other.sampling is not sampling and other.sampling != sampling for other in running):
-            return [self._draw(logits[row : row + 1], [sequence])[0] for row, sequence in enumerate(running)]
-        if sampling.repetition_penalty != 1:
-            seen = torch.stack([self._seen(sequence, logits) for sequence in running])
-            logits = penalised(logits, seen, sampling.repetition_penalty)
-        return next_tokens(logits, sampling, [sequence.generator for sequence in running])
-
-    def _seen(self, sequence: _Sequence, logits: Tensor) -> Tensor:
-        if sequence.seen is None:
-            sequence.seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            sequence.seen[torch.tensor(sequence.prompt, device=logits.device)] = True
-        else:
-            sequence.seen[sequence.chosen[-1]] = True
-        return sequence.seen
-
-    def _end(self, sequence: _Sequence, token: int) -> str:
-        """Why a completion ends with ``token``, which is added to it unless it is an EOS; "" if it goes on."""
-        if token in self._eos_ids:
-            return "eos"
-        sequence.chosen.append(token)
-        if self._is_enough is not None and self._is_enough(sequence.prompt, sequence.chosen):
-            return "stop"
-        return "length" if len(sequence.chosen) == sequence.sampling.max_new_tokens else ""
 
 
 def completions(

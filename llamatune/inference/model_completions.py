@@ -8,9 +8,10 @@ from llamatune.command_options.inference import Sampling
 from llamatune.devices import free_memory_bytes
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.completion import Completion
-from llamatune.inference.engine import IsEnough, completions
+from llamatune.inference.engine import completions
 from llamatune.inference.model_source import LoadedModels
 from llamatune.inference.prompt_lookup import PromptLookup
+from llamatune.inference.running_sequences import IsEnough
 from llamatune.shapes.generation_sizes import token_cache_bytes
 
 _SHARE = 0.8
