@@ -1,7 +1,8 @@
 """Decoding engine: many prompts share the rows of a batch, and a row that ends is given to the next prompt.
 
 Prompts are read in ragged passes without padding, then each step gives every row a token (continuous batching, Yu et
-al. 2022). A prompt is completed as it would be alone.
+al. 2022). A prompt is completed as it would be alone. On a GPU steps are captured, and the next one is launched before
+the tokens of the last are read.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from torch.nn import functional as F
 
 from llamatune.command_options.inference import Drawing, Sampling
 from llamatune.errors import Stopped
-from llamatune.events import ShouldStop, never_stop
+from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.beam_search import beam_search
+from llamatune.inference.captured_steps import CapturedSteps, Launched, graphs_for
 from llamatune.inference.completion import Completion, last_logits, new_rows
 from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.inference.running_sequences import IsEnough, RunningSequence, draw_tokens
+from llamatune.inference.sampling import NO_TOKEN, not_finite
 from llamatune.model.adapters.adapter_switch import AdapterSwitch
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
@@ -33,7 +36,8 @@ from llamatune.shapes.rope_scaling import DynamicScaling
 class Engine:
     """Completes the prompts that are added, at most ``rows`` at a time; with ``lookup``, a single one by drafts.
 
-    ``switch``: the model's, where it completes some of them without its adapter. ``trains``: the model does, too.
+    ``switch``: the model's, where it completes some of them without its adapter. ``trains``: the model does, too. With
+    either, steps are not captured: the adapter acts on other rows in each, or autocast frees casts that they would use.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Engine:
         is_enough: IsEnough | None = None,
         lookup: PromptLookup | None = None,
         switch: AdapterSwitch | None = None,
+        on_event: OnEvent = ignore_event,
         trains: bool = False,
     ) -> None:
         self._without_gradients = torch.no_grad if trains else torch.inference_mode
@@ -55,6 +60,9 @@ class Engine:
         self._running: list[RunningSequence] = []  # by their rows of the cache
         self._waiting: deque[RunningSequence] = deque()
         self._added = 0
+        graphs = graphs_for(model) if switch is None and not trains else None
+        self._captured = None if graphs is None else CapturedSteps(model, self._cache, graphs, on_event)
+        self._launched: Launched | None = None  # after the tokens that were read
 
     def add(self, prompt: Sequence[int], sampling: Drawing, draw: int = 0, adapted: bool = True) -> int:
         """Take a prompt (ids, BOS included); its number, which counts from 0. Each ``draw`` of a prompt is another.
@@ -84,26 +92,49 @@ class Engine:
     def _step(self, free: int) -> list[tuple[int, Completion]]:
         # A pass over prompts makes the others wait, so several rows are given away together.
         if self._waiting and (not self._running or free >= min(len(self._waiting), max(1, self._rows // 8))):
-            return self._read(free)
+            return self._read(free) if self._launched is None else self._finish_launched()
         if self._lookup is None or len(self._running) > 1:
             return self._next_tokens()
         (sequence,) = self._running
         if not _may_draft(self._model, sequence.sampling, self._lookup.in_16_bits):
             return self._next_tokens()
+        if self._launched is not None:
+            return self._finish_launched()
         before = len(sequence.chosen)
         most = sequence.sampling.max_new_tokens - before - 1
         draft = self._lookup.draft(sequence.number, sequence.prompt, sequence.chosen, most)
-        ended = self._check(sequence, draft) if draft else self._next_tokens()
+        ended = self._check(sequence, draft) if draft else self._plain_step()
         self._lookup.took(len(sequence.chosen) - before)
         return ended
 
     def _next_tokens(self) -> list[tuple[int, Completion]]:
+        if self._captured is None:
+            return self._plain_step()
+        if self._launched is None and self._captured.suits(self._running):
+            self._cache.grow()
+            self._launched = self._captured.begin(self._running)
+        return self._plain_step() if self._launched is None else self._finish_launched(goes_on=True)
+
+    def _finish_launched(self, goes_on: bool = False) -> list[tuple[int, Completion]]:
+        """Take the tokens of the step that was launched; if the work ``goes_on``, the next one is launched before.
+
+        What that computes for rows that turn out to have ended is not taken. It is not launched where rows are known to
+        end, by their length, nor where the cache has to grow.
+        """
+        launched, self._launched = self._launched, None
+        assert launched is not None
+        assert self._captured is not None
+        if goes_on and self._cache.has_room and all(one.tokens_left > 1 for one in self._running):
+            self._launched = self._captured.launch(self._running)
+        return self._take(launched.tokens(), launched.sequences)
+
+    def _plain_step(self) -> list[tuple[int, Completion]]:
         last = [sequence.chosen[-1] for sequence in self._running]
         tokens, places = torch.tensor([last, self._cache.lengths], device=self._model.device)  # (rows,) each
         layers, mask = self._cache.next_token(places)
         self._switch.set([one.adapted for one in self._running], [1] * len(last), self._model.device)
         logits = self._model(tokens[:, None], places[:, None], mask, layers, read=last_logits)
-        return self._take(logits, 0)
+        return self._draw(logits, self._running)
 
     def _check(self, sequence: RunningSequence, draft: Sequence[int]) -> list[tuple[int, Completion]]:
         """Give the only sequence what ``draft`` has right, and the token behind it, by one pass over all of them."""
@@ -113,7 +144,7 @@ class Engine:
         self._switch.set([sequence.adapted], [ids.shape[1]], self._model.device)
         logits = self._model(ids, mask=mask, cache=layers, read=_logits_of_the_row)
         for place, drafted in enumerate([*draft, None]):
-            ended = self._take(logits[place : place + 1], 0)
+            ended = self._draw(logits[place : place + 1], self._running)
             if ended:
                 return ended
             if sequence.chosen[-1] != drafted:
@@ -128,11 +159,10 @@ class Engine:
         while self._waiting and len(new) < free and tokens + len(self._waiting[0].prompt) <= self._tokens_in_a_pass:
             new.append(self._waiting.popleft())
             tokens += len(new[-1].prompt)
-        first = len(self._running)
         self._running += new
         # The angles of dynamic scaling depend on the length of the whole prompt.
         if tokens > self._tokens_in_a_pass and not isinstance(self._model.config.rope_scaling, DynamicScaling):
-            return self._take(self._read_long(new[0]), first)
+            return self._draw(self._read_long(new[0]), new)
         device = self._model.device
         lengths = [len(sequence.prompt) for sequence in new]
         ends = [end - 1 for end in itertools.accumulate(lengths)]
@@ -145,7 +175,7 @@ class Engine:
         logits = self._model(
             F.pad(ids, (0, filling))[None], cache=layers, lengths=samples, rows=rows, read=_logits_of_the_row
         )
-        return self._take(logits, first)
+        return self._draw(logits, new)
 
     def _read_long(self, sequence: RunningSequence) -> Tensor:
         """Logits (1, V) behind a prompt of several passes."""
@@ -160,18 +190,25 @@ class Engine:
         assert logits is not None
         return logits  # type: ignore[no-any-return]
 
-    def _take(self, logits: Tensor, first: int) -> list[tuple[int, Completion]]:
-        """Draw a token from ``logits`` (rows, V) for each row from ``first`` on."""
-        running = self._running[first:]
-        tokens = draw_tokens(logits.float(), running)
+    def _draw(self, logits: Tensor, sequences: Sequence[RunningSequence]) -> list[tuple[int, Completion]]:
+        """Draw a token from ``logits`` (rows, V) for each of ``sequences``."""
+        return self._take(draw_tokens(logits.float(), sequences), sequences)
+
+    def _take(self, tokens: Sequence[int], sequences: Sequence[RunningSequence]) -> list[tuple[int, Completion]]:
+        """Give each of ``sequences`` that has not ended its token; the rows of those that end by it are given up."""
         ended: list[tuple[int, Completion]] = []
-        rows: list[int] = []
-        for row, (sequence, token) in enumerate(zip(running, tokens, strict=True), first):
-            if reason := sequence.take(token, self._eos_ids, self._is_enough):
-                ended.append((sequence.number, Completion(sequence.chosen, reason)))
-                rows.append(row)
-        if rows:
-            self._running = [self._running[row] for row in self._cache.drop(rows)]
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if sequence.reason:
+                continue
+            if token == NO_TOKEN:
+                raise not_finite()
+            if sequence.take(token, self._eos_ids, self._is_enough):
+                ended.append((sequence.number, Completion(sequence.chosen, sequence.reason)))
+        if ended:
+            origin = self._cache.drop([row for row, sequence in enumerate(self._running) if sequence.reason])
+            self._running = [self._running[row] for row in origin]
+            if self._launched is not None and self._captured is not None:
+                self._captured.move(origin)
         return ended
 
 
@@ -185,6 +222,7 @@ def completions(
     is_enough: IsEnough | None = None,
     lookup: PromptLookup | None = None,
     switch: AdapterSwitch | None = None,
+    on_event: OnEvent = ignore_event,
 ) -> Iterator[Completion]:
     """The completions of every prompt (ids, BOS included), in their order, at most ``rows`` computed at a time.
 
@@ -204,7 +242,8 @@ def completions(
     asked = ((prompt, draw, adapted) for prompt in prompts for draw in draws for adapted in kinds)
     first = list(itertools.islice(asked, rows))
     coming = itertools.chain(first, asked)
-    engine = Engine(model, eos_ids, len(first), is_enough, lookup, switch)  # a row takes memory, used or not
+    rows_used = len(first)  # a row takes memory, used or not
+    engine = Engine(model, eos_ids, rows_used, is_enough, lookup, switch, on_event)
     ended, due = dict[int, Completion](), 0
     while True:
         for prompt, draw, adapted in itertools.islice(coming, rows - engine.waiting):

@@ -44,13 +44,13 @@ def completions_by_model(
             rows = fitting
     if loaded.switch is None or sampling.num_beams > 1:
         of_models = [
-            completions(model, prompts, sampling, eos_ids, rows, should_stop, is_enough, make_lookup())
+            completions(model, prompts, sampling, eos_ids, rows, should_stop, is_enough, make_lookup(), None, on_event)
             for model in models
         ]
         yield from zip(*of_models, strict=True)
         return
     made = completions(
-        models[0], prompts, sampling, eos_ids, 2 * rows, should_stop, is_enough, make_lookup(), loaded.switch
+        models[0], prompts, sampling, eos_ids, 2 * rows, should_stop, is_enough, make_lookup(), loaded.switch, on_event
     )
     try:
         yield from zip(made, made, strict=True)

@@ -17,7 +17,10 @@ IsEnough = Callable[[Sequence[int], Sequence[int]], bool]
 
 @dataclass(eq=False)
 class RunningSequence:
-    """A prompt that is being completed; ``seen`` (V,): the tokens in it and after it, where they are penalised."""
+    """A prompt that is being completed.
+
+    ``seen`` (V,): the tokens in it and after it, where they are penalised. ``reason``: why it has ended; "" if not.
+    """
 
     number: int
     prompt: Sequence[int]
@@ -26,15 +29,24 @@ class RunningSequence:
     adapted: bool
     chosen: list[int] = field(default_factory=list)
     seen: Tensor | None = None
+    reason: str = ""
 
-    def take(self, token: int, eos_ids: Collection[int], is_enough: IsEnough | None) -> str:
-        """Why the completion ends with ``token``, which is added to it unless it is an EOS; "" if it goes on."""
+    @property
+    def tokens_left(self) -> int:
+        """The most that may follow."""
+        return self.sampling.max_new_tokens - len(self.chosen)
+
+    def take(self, token: int, eos_ids: Collection[int], is_enough: IsEnough | None) -> bool:
+        """Whether the completion ends with ``token``, which is added to it unless it is an EOS."""
         if token in eos_ids:
-            return "eos"
+            self.reason = "eos"
+            return True
         self.chosen.append(token)
         if is_enough is not None and is_enough(self.prompt, self.chosen):
-            return "stop"
-        return "length" if len(self.chosen) == self.sampling.max_new_tokens else ""
+            self.reason = "stop"
+        elif not self.tokens_left:
+            self.reason = "length"
+        return self.reason != ""
 
     def seen_so_far(self, logits: Tensor) -> Tensor:
         """``seen`` with the last token in it, on the device of ``logits`` (..., V)."""
