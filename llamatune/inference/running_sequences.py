@@ -59,7 +59,7 @@ class RunningSequence:
 
 
 def draw_tokens(logits: Tensor, running: Sequence[RunningSequence]) -> list[int]:
-    """A token for each row of ``logits`` (rows, V); rows whose sampling is the same are drawn together."""
+    """A token for each row of ``logits`` (rows, V); rows that are alike are drawn together."""
     if not alike(running):
         return [draw_tokens(logits[row : row + 1], [sequence])[0] for row, sequence in enumerate(running)]
     sampling = running[0].sampling
@@ -70,6 +70,10 @@ def draw_tokens(logits: Tensor, running: Sequence[RunningSequence]) -> list[int]
 
 
 def alike(running: Sequence[RunningSequence]) -> bool:
-    """Whether all have one sampling."""
-    sampling = running[0].sampling
-    return all(other.sampling is sampling or other.sampling == sampling for other in running)
+    """Whether all are drawn in one way, each with its own seed and length."""
+    first = running[0].sampling
+    return all(other.sampling is first or _way(other.sampling) == _way(first) for other in running)
+
+
+def _way(how: Drawing) -> tuple[float | None, ...]:
+    return how.temperature, how.top_k, how.top_p, how.min_p, how.repetition_penalty

@@ -156,9 +156,9 @@ def device_class() -> Any:
         """Computes on the CPU for real and on `cuda` without content. What is read from there is 1.
 
         ``waits`` counts, by place and kind, what makes the host wait: tensors and numbers read from the device, copies
-        to it that are not ``non_blocking``, and events. While a graph ``captures``, they are errors. An operation whose result has a shape that depends on values, which
-        makes the host wait too (``nonzero``, a mask as an index), raises an error. ``libraries`` are those whose
-        operations ran on the device, as ``aten``.
+        to it that are not ``non_blocking``, and events. While a graph ``captures``, they are errors. An operation whose
+        result has a shape that depends on values, which makes the host wait too (``nonzero``, a mask as an index),
+        raises an error. ``libraries`` are those whose operations ran on the device, as ``aten``.
         """
 
         @classmethod
