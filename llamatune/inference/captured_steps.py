@@ -24,6 +24,7 @@ from llamatune.inference.completion import last_logits
 from llamatune.inference.host_copies import fetched, sent
 from llamatune.inference.running_sequences import RunningSequence, alike
 from llamatune.inference.sampling import chosen_tokens
+from llamatune.model.adapters.adapter_switch import AdapterSwitch
 from llamatune.model.kv_cache import RowCache
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.generation_sizes import captured_rows
@@ -85,15 +86,23 @@ class CapturedSteps:
     A step leaves there what the next one takes, so that it can be launched before its tokens are read.
     """
 
-    def __init__(self, model: Transformer, cache: RowCache, graphs: Graphs, on_event: OnEvent) -> None:
-        self._model, self._cache, self._on_event = model, cache, on_event
+    def __init__(
+        self, model: Transformer, cache: RowCache, graphs: Graphs, switch: AdapterSwitch, on_event: OnEvent
+    ) -> None:
+        self._model, self._cache, self._switch, self._on_event = model, cache, switch, on_event
         self._graphs: Graphs | None = graphs
         self._steps: dict[int, Run] = {}  # by their rows
         self._wanted = Counter[int]()
         self._room = 0
-        # Of rows that are not in use, too: a token and a place that there are.
-        self._tokens, self._places = torch.zeros(2, cache.rows, dtype=torch.int64, device=model.device)
+        # Token, place, and whether the adapter acts; valid ones of rows that are not in use, too.
+        self._state = torch.zeros(3, cache.rows, dtype=torch.int64, device=model.device)
         self._logits: Tensor | None = None
+
+    @classmethod
+    def of(cls, model: Transformer, cache: RowCache, switch: AdapterSwitch, on_event: OnEvent) -> CapturedSteps | None:
+        """None: where the model computes, no step is captured."""
+        graphs = graphs_for(model)
+        return None if graphs is None else cls(model, cache, graphs, switch, on_event)
 
     def suits(self, running: Sequence[RunningSequence]) -> bool:
         """Whether the tokens of these rows can be chosen without the host."""
@@ -108,9 +117,8 @@ class CapturedSteps:
             if self._graphs is not None:
                 self._graphs.clear()
             self._room = self._cache.room
-        state = torch.tensor([[one.chosen[-1] for one in running], self._cache.lengths])
-        tokens, places = sent(state, self._tokens.device)
-        self._tokens[: len(running)], self._places[: len(running)] = tokens, places
+        last, adapted = ([one.chosen[-1] for one in running], [one.adapted for one in running])
+        self._state[:, : len(running)] = sent(torch.tensor([last, self._cache.lengths, adapted]), self._state.device)
         return self.launch(running)
 
     def launch(self, running: Sequence[RunningSequence]) -> Launched | None:
@@ -122,16 +130,15 @@ class CapturedSteps:
         self._cache.go_on()
         assert self._logits is not None
         tokens = chosen_tokens(self._logits[:count], running[0].sampling, [one.generator for one in running])
-        self._tokens[:count] = tokens.clamp_min(0)  # where there is none, the embedding has no row for it
-        self._places[:count] += 1
+        self._state[0, :count] = tokens.clamp_min(0)  # where there is none, the embedding has no row for it
+        self._state[1, :count] += 1
         return Launched(tuple(running), fetched(tokens))
 
     def move(self, origin: Sequence[int]) -> None:
         """Rows have changed places, as ``RowCache.drop`` says."""
-        for held in (self._tokens, self._places):
-            for place, row in enumerate(origin):
-                if place != row:
-                    held[place] = held[row]
+        for place, row in enumerate(origin):
+            if place != row:
+                self._state[:, place] = self._state[:, row]
 
     def _step_for(self, rows: int) -> Run | None:
         """A step of at least so many rows; of the best number if that has been wanted for a while."""
@@ -147,7 +154,7 @@ class CapturedSteps:
         try:
             if self._logits is None:
                 size = self._cache.rows, self._model.config.vocab_size
-                self._logits = torch.zeros(size, dtype=torch.float32, device=self._tokens.device)
+                self._logits = torch.zeros(size, dtype=torch.float32, device=self._state.device)
             self._steps[rows] = self._graphs.capture(lambda: self._compute(rows))
         except RuntimeError as fault:  # an allocation that fails, too
             why = (str(fault).strip() or type(fault).__name__).splitlines()[0]
@@ -157,6 +164,7 @@ class CapturedSteps:
 
     def _compute(self, rows: int) -> None:
         assert self._logits is not None
-        tokens, places = self._tokens[:rows, None], self._places[:rows]
+        tokens, places, adapted = self._state[:, :rows]
         layers, mask = self._cache.fixed_step(places)
-        self._logits[:rows] = self._model(tokens, places[:, None], mask, layers, read=last_logits)
+        self._switch.hold(adapted.bool())
+        self._logits[:rows] = self._model(tokens[:, None], places[:, None], mask, layers, read=last_logits)

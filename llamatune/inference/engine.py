@@ -19,7 +19,7 @@ from llamatune.command_options.inference import Drawing, Sampling
 from llamatune.errors import Stopped
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.beam_search import beam_search
-from llamatune.inference.captured_steps import CapturedSteps, Launched, graphs_for
+from llamatune.inference.captured_steps import CapturedSteps, Launched
 from llamatune.inference.completion import Completion, last_logits, new_rows
 from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.inference.running_sequences import IsEnough, RunningSequence, draw_tokens
@@ -36,8 +36,8 @@ from llamatune.shapes.rope_scaling import DynamicScaling
 class Engine:
     """Completes the prompts that are added, at most ``rows`` at a time; with ``lookup``, a single one by drafts.
 
-    ``switch``: the model's, where it completes some of them without its adapter. ``trains``: the model does, too. With
-    either, steps are not captured: the adapter acts on other rows in each, or autocast frees casts that they would use.
+    ``switch``: the model's, where it completes some of them without its adapter. ``trains``: the model does, too. Then
+    steps are not captured: they would use casts of the weights that autocast frees.
     """
 
     def __init__(
@@ -60,8 +60,7 @@ class Engine:
         self._running: list[RunningSequence] = []  # by their rows of the cache
         self._waiting: deque[RunningSequence] = deque()
         self._added = 0
-        graphs = graphs_for(model) if switch is None and not trains else None
-        self._captured = None if graphs is None else CapturedSteps(model, self._cache, graphs, on_event)
+        self._captured = None if trains else CapturedSteps.of(model, self._cache, self._switch, on_event)
         self._launched: Launched | None = None  # after the tokens that were read
 
     def add(self, prompt: Sequence[int], sampling: Drawing, draw: int = 0, adapted: bool = True) -> int:

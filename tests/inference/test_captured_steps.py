@@ -18,10 +18,11 @@ from llamatune.checkpoints.loading import load_model
 from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.errors import NumericsError, Stopped
 from llamatune.events import Event, ignore_event, never_stop
-from llamatune.inference import captured_steps, engine, sampling
+from llamatune.inference import captured_steps, sampling
 from llamatune.inference.captured_steps import CapturedSteps, Run, graphs_for
 from llamatune.inference.completion import Completion
 from llamatune.inference.engine import Engine, completions
+from llamatune.inference.model_completions import completions_by_model
 from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.inference.running_sequences import IsEnough, RunningSequence
@@ -62,7 +63,7 @@ def answers(
 ) -> list[Completion]:
     """Of all prompts, with each way of ``how`` in turn; steps are captured by ``graphs``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "graphs_for", lambda model: graphs)
+        patch.setattr(captured_steps, "graphs_for", lambda model: graphs)
         work, found = Engine(model, EOS, rows, is_enough, on_event=on_event), dict[int, Completion]()
         for prompt, sampling in zip(PROMPTS, itertools.cycle(how), strict=False):
             work.add(prompt, sampling)
@@ -111,6 +112,31 @@ def test_weights_of_every_form_are_captured(
     graphs = RecordedGraphs()
     assert answers(model, 5, [DRAWN], graphs) == answers(model, 5, [DRAWN])
     assert "launched" in graphs.log
+
+
+def test_base_and_tuned_model_share_captured_steps(
+    tiny_base: Callable[..., Path], peft_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of both, which change places; then each model alone is what it was."""
+    base = tiny_base()
+    models = open_model(ModelSource(base, peft_adapter(base), compare=True, device="cpu")).load(
+        ignore_event, never_stop
+    )
+
+    def pairs(how: Sampling, **changes: Any) -> list[tuple[Completion, ...]]:
+        return list(completions_by_model(replace(models, **changes), PROMPTS, how, EOS, 3))
+
+    expected = {how: (pairs(how, switch=None), pairs(how)) for how in (GREEDY, DRAWN)}
+    graphs = RecordedGraphs()
+    monkeypatch.setattr(captured_steps, "graphs_for", lambda model: graphs)
+    for how, (apart, together) in expected.items():
+        assert apart == together == pairs(how)
+        assert sum(tuned.ids != bare.ids for tuned, bare in apart) > len(apart) // 2
+    assert graphs.log.count("launched") > 50
+    hold = AdapterSwitch.hold
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterSwitch, "hold", lambda self, acts: hold(self, acts | True))
+        assert pairs(DRAWN) != expected[DRAWN][0], "which rows are adapted is read from the step's tensor"
 
 
 WAYS = {
@@ -163,7 +189,7 @@ def test_completions_keep_their_order_and_stop_between_two_tokens(
 ) -> None:
     several = replace(DRAWN, num_return_sequences=2)
     expected = list(completions(model, PROMPTS, several, EOS, 5))
-    monkeypatch.setattr(engine, "graphs_for", lambda model: RecordedGraphs())
+    monkeypatch.setattr(captured_steps, "graphs_for", lambda model: RecordedGraphs())
     assert list(completions(model, iter(PROMPTS), several, EOS, 5)) == expected
     assert list(completions(model, PROMPTS[::-1], GREEDY, EOS, 7)) == [
         next(completions(model, [prompt], GREEDY, EOS, 1)) for prompt in PROMPTS[::-1]
@@ -180,7 +206,7 @@ def test_drafts_for_the_last_that_runs(model: Transformer, monkeypatch: pytest.M
     found = []
     for graphs in (None, RecordedGraphs()):
         lookup = PromptLookup(clock=lambda: float(next(ticks)))
-        monkeypatch.setattr(engine, "graphs_for", lambda model, graphs=graphs: graphs)
+        monkeypatch.setattr(captured_steps, "graphs_for", lambda model, graphs=graphs: graphs)
         work = Engine(model, (), 2, lookup=lookup)
         for prompt, how in asked:
             work.add(prompt, how)
@@ -205,7 +231,7 @@ def test_a_step_is_launched_before_the_last_one_is_read(model: Transformer, monk
         return lambda: graphs.log.append("read") or numbers()  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(captured_steps, "fetched", noted)
-    monkeypatch.setattr(engine, "graphs_for", lambda model: graphs)
+    monkeypatch.setattr(captured_steps, "graphs_for", lambda model: graphs)
     work = Engine(model, (), 3)
     for prompt in PROMPTS[:3]:
         work.add(prompt, Sampling(12, 0))
@@ -261,13 +287,12 @@ def test_where_a_capture_fails_it_goes_on_without_and_says_so_once(model: Transf
 def test_steps_are_captured_on_a_gpu_alone_of_one_model_whose_weights_lie_there(
     model: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Streamed blocks are brought by the host; the switch and autocast are told in ``Engine``."""
+    """Streamed blocks are brought by the host; autocast is told of in ``Engine``."""
     assert graphs_for(model) is None
     streamed: Any = SimpleNamespace(device=torch.device("cuda"), is_streamed=True)
     assert graphs_for(streamed) is None
-    monkeypatch.setattr(engine, "graphs_for", lambda model: RecordedGraphs())
+    monkeypatch.setattr(captured_steps, "graphs_for", lambda model: RecordedGraphs())
     assert Engine(model, (), 2)._captured is not None
-    assert Engine(model, (), 2, switch=AdapterSwitch())._captured is None
     assert Engine(model, (), 2, trains=True)._captured is None
 
 
@@ -289,14 +314,14 @@ def _forgets_the_tokens(patch: pytest.MonkeyPatch) -> None:
 
     def run(self: CapturedSteps, running: Sequence[RunningSequence]) -> Any:
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(captured_steps, "sent", lambda x, device: torch.stack((x[0] * 0, x[1])))
+            inner.setattr(captured_steps, "sent", lambda x, device: x * torch.tensor([[0], [1], [1]]))
             return begin(self, running)
 
     patch.setattr(CapturedSteps, "begin", run)
 
 
 def _forgets_the_places(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(captured_steps, "sent", lambda x, device: torch.stack((x[0], x[1] * 0)))
+    patch.setattr(captured_steps, "sent", lambda x, device: x * torch.tensor([[1], [0], [1]]))
 
 
 def _keeps_graphs_after_growth(patch: pytest.MonkeyPatch) -> None:
