@@ -11,6 +11,7 @@ way or the other, leaves the same matrix in it.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,22 +46,31 @@ class Graphs(Protocol):
         """All captured steps are given up."""
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: those that share a pool need it, and cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class CudaGraphs:
     """Graphs of one GPU that share a pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._device = device
         self.clear()
 
     def capture(self, step: Run) -> Run:
-        graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(main)
-        with torch.cuda.stream(self._stream):
-            step()  # compiles kernels, and makes the workspaces of libraries
-            # Of this thread alone: others, as a tracker's, may go on using the GPU.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                step()
-        main.wait_stream(self._stream)
+        graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self._device)
+        work = torch.cuda.current_stream(self._device)
+        stream.wait_stream(work)
+        try:
+            with torch.cuda.stream(stream):
+                step()  # compiles kernels, and makes the workspaces of libraries
+                # Of this thread alone: others, as NCCL's or a tracker's, may go on using the GPU.
+                with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+                    step()
+        finally:
+            work.wait_stream(stream)
         return graph.replay
 
     def clear(self) -> None:
