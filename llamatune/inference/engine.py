@@ -84,7 +84,10 @@ class Engine:
         return not self._running and not self._waiting
 
     def step(self) -> list[tuple[int, Completion]]:
-        """Give every running prompt a token, or read waiting ones if enough rows are free; those that ended by it."""
+        """Give every running prompt a token, or read waiting ones if enough rows are free; those that ended by it.
+
+        Before prompts are read, a step that was launched gives its tokens.
+        """
         with self._without_gradients():
             return self._step(self._rows - len(self._running))
 
