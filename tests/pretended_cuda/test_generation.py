@@ -114,13 +114,13 @@ AWAITED = ("inference/host_copies.py:fetched.numbers", "an event awaited")
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "sampling", "prompts", "adapter"),
+    ("capability", "dtype", "sampling", "prompts", "adapter", "compare"),
     [
-        (H100, "bfloat16", GREEDY, [6], False),
-        (H100, "float8", DRAWN, [3, 7, 1], True),
-        (A100, "int8", GREEDY, [3, 7, 1], True),
-        (A100, "nf4", DRAWN, [5, 5], False),
-        (T4, "float16", GREEDY, [3, 7, 1], True),
+        (H100, "bfloat16", GREEDY, [6], False, False),
+        (H100, "float8", DRAWN, [3, 7, 1], True, False),
+        (A100, "int8", GREEDY, [3, 7, 1], True, True),
+        (A100, "nf4", DRAWN, [5, 5], False, False),
+        (T4, "float16", GREEDY, [3, 7, 1], True, False),
     ],
 )
 def test_a_captured_step_neither_waits_nor_reads_the_host(
@@ -131,16 +131,19 @@ def test_a_captured_step_neither_waits_nor_reads_the_host(
     sampling: dict[str, Any],
     prompts: list[int],
     adapter: bool,
+    compare: bool,
 ) -> None:
     """Its tokens are awaited one by one, each after the launch of the next; nothing else is waited for."""
     tokens, before = 24, _STEPS_BEFORE
     job = {"dtype": dtype, "sampling": sampling, "lengths": prompts, "tokens": tokens, "adapter": adapter}
-    found = gpu.run(kind="generation", capability=capability, base=str(small_base), compare=False, merge=False, **job)
+    found = gpu.run(kind="generation", capability=capability, base=str(small_base), compare=compare, merge=False, **job)
     assert found["error"] is None
     waits = {(place, kind): count for place, kind, count in found["waits"]["generation"]}
     captured = tokens - 1 - before
     plain = {place: count - TOKENS + 1 + before for place, count in SAMPLING.items()}
     plain["inference/engine.py:Engine._read", TO_DEVICE] = 1
+    if compare:
+        plain["model/adapters/adapter_switch.py:AdapterSwitch.set", TO_DEVICE] = 2  # of the prompts and the first step
     if dtype == "nf4":
         plain["model/nf4.py:_pairs_of_levels", TO_DEVICE] = 1  # a table, for the first prompts
     assert waits == {**plain, AWAITED: captured}
