@@ -1,6 +1,6 @@
 """Captured steps: a CUDA graph of a decoding step for each of a few numbers of rows, and tokens that are read later.
 
-A step of a model is some thousand kernels, and to launch them one by one takes longer than to compute them for a few
+A step of a 7B is about a thousand kernels, and to launch them one by one takes longer than to compute them for a few
 rows. A graph launches all at once. It holds addresses, so tokens and places are written to the same tensors for every
 step, and each row sees its whole room in the cache through a mask (the manner of gpt-fast and nano-vLLM). All graphs
 share one pool of memory: they run one after the other, and what is read of a step lies outside of it.

@@ -87,7 +87,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def test_tokens_are_those_of_an_ordinary_engine(tiny_base: Callable[..., Path], shape: str) -> None:
     """More prompts than rows, which end by EOS and by length; steps of more rows than run; a cache that grows."""
     model = load_model(tiny_base(**SHAPES[shape])).eval()
-    for rows, how in ((6, DRAWN), (16, DRAWN), (1, GREEDY)):
+    for rows, how in ((6, DRAWN), *([(16, DRAWN), (1, GREEDY)] if shape == "grouped" else [])):
         graphs, expected = RecordedGraphs(), answers(model, rows, [how])
         assert answers(model, rows, [how], graphs) == expected
         assert how == GREEDY or {one.finish_reason for one in expected} == {"eos", "length"}
@@ -126,17 +126,16 @@ def test_base_and_tuned_model_share_captured_steps(
     def pairs(how: Sampling, **changes: Any) -> list[tuple[Completion, ...]]:
         return list(completions_by_model(replace(models, **changes), PROMPTS, how, EOS, 3))
 
-    expected = {how: (pairs(how, switch=None), pairs(how)) for how in (GREEDY, DRAWN)}
+    apart, together = pairs(DRAWN, switch=None), pairs(DRAWN)
+    assert sum(tuned.ids != bare.ids for tuned, bare in apart) > len(apart) // 2
     graphs = RecordedGraphs()
     monkeypatch.setattr(captured_steps, "graphs_for", lambda model: graphs)
-    for how, (apart, together) in expected.items():
-        assert apart == together == pairs(how)
-        assert sum(tuned.ids != bare.ids for tuned, bare in apart) > len(apart) // 2
+    assert pairs(DRAWN) == together == apart
     assert graphs.log.count("launched") > 50
     hold = AdapterSwitch.hold
     with monkeypatch.context() as patch:
         patch.setattr(AdapterSwitch, "hold", lambda self, acts: hold(self, acts | True))
-        assert pairs(DRAWN) != expected[DRAWN][0], "which rows are adapted is read from the step's tensor"
+        assert pairs(DRAWN) != apart, "which rows are adapted is read from the step's tensor"
 
 
 WAYS = {
@@ -191,9 +190,7 @@ def test_completions_keep_their_order_and_stop_between_two_tokens(
     expected = list(completions(model, PROMPTS, several, EOS, 5))
     monkeypatch.setattr(captured_steps, "graphs_for", lambda model: RecordedGraphs())
     assert list(completions(model, iter(PROMPTS), several, EOS, 5)) == expected
-    assert list(completions(model, PROMPTS[::-1], GREEDY, EOS, 7)) == [
-        next(completions(model, [prompt], GREEDY, EOS, 1)) for prompt in PROMPTS[::-1]
-    ]
+    assert list(completions(model, PROMPTS[::-1], several, EOS, 7))[::-2] == expected[1::2]
     answers_to_stop = iter([False] * 9 + [True])
     with pytest.raises(Stopped):
         list(completions(model, PROMPTS, DRAWN, EOS, 5, lambda: next(answers_to_stop)))
@@ -308,6 +305,9 @@ def test_a_few_sizes_serve_all_numbers_of_rows() -> None:
 
 # Faults, planted to show that the comparison finds them.
 
+_sound: list[list[Completion]] = []
+"""Answers without a fault."""
+
 
 def _forgets_the_tokens(patch: pytest.MonkeyPatch) -> None:
     begin = CapturedSteps.begin
@@ -386,11 +386,12 @@ def test_a_planted_fault_is_found(
     model: Transformer, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     """With rows that are given to others, and with a row for each prompt."""
-    expected = [answers(model, rows, [DRAWN]) for rows in (6, 16)]
-    assert [answers(model, rows, [DRAWN], RecordedGraphs()) for rows in (6, 16)] == expected
+    if not _sound:
+        _sound.extend(answers(model, rows, [DRAWN]) for rows in (6, 16))
+        assert [answers(model, rows, [DRAWN], RecordedGraphs()) for rows in (6, 16)] == _sound
     fault(monkeypatch)
     try:
         found: object = [answers(model, rows, [DRAWN], RecordedGraphs()) for rows in (6, 16)]
     except (AssertionError, IndexError, ValueError, KeyError, RuntimeError) as raised:
         found = raised
-    assert found != expected
+    assert found != _sound

@@ -120,7 +120,6 @@ AWAITED = ("inference/host_copies.py:fetched.numbers", "an event awaited")
         (H100, "float8", DRAWN, [3, 7, 1], True, False),
         (A100, "int8", GREEDY, [3, 7, 1], True, True),
         (A100, "nf4", DRAWN, [5, 5], False, False),
-        (T4, "float16", GREEDY, [3, 7, 1], True, False),
     ],
 )
 def test_a_captured_step_neither_waits_nor_reads_the_host(
