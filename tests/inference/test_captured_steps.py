@@ -196,6 +196,23 @@ def test_completions_keep_their_order_and_stop_between_two_tokens(
         list(completions(model, PROMPTS, DRAWN, EOS, 5, lambda: next(answers_to_stop)))
 
 
+def test_an_engine_goes_on_with_prompts_that_are_added_after_all_have_ended(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that was launched before the last EOS was read has no say in it."""
+    monkeypatch.setattr(captured_steps, "graphs_for", lambda model: RecordedGraphs())
+    work, pending = Engine(model, EOS, 1), 0
+    for number, prompt in enumerate(PROMPTS):
+        work.add(prompt, DRAWN)
+        while not work.is_done:
+            ended = work.step()
+        pending += work._launched is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(captured_steps, "graphs_for", lambda model: None)
+            assert ended == [(number, next(completions(model, [prompt], DRAWN, EOS, 1)))]
+    assert pending > 5
+
+
 def test_drafts_for_the_last_that_runs(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was launched for two rows is taken before the first draft."""
     ticks, drafted = itertools.count(), 0
