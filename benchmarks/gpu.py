@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, get_args
 import against_peft
 import attention
 import compiling
+import decoding
 import launches
 import memory
 from against_peft import DENSE, dense_rows
@@ -166,6 +167,7 @@ PIECES = {
         "NF4": partial(compiling.measure, targets="qv", dtype="nf4")}),
     "trace": Piece(3.0, {f"{rows} x 512": traced(rows) for rows in (1, 8)}),
     "launches": Piece(6.0, {case: counted(case) for case in launches.CASES}),
+    "decode": Piece(3.0, {f"{rows} rows": partial(decoding.measure, rows=rows) for rows in (1, 4, 16)}),
     "8b": Piece(3.0, {peer: against("all", peer, "8b", 2, 4096) for peer in _PEERS[1:]}),
 }  # fmt: skip
 

@@ -148,7 +148,7 @@ class Chat:
             chosen.append(so_far[-1])
             return False
 
-        engine = Engine(self._models["base_" if of_base else ""], self._eos_ids, 1, note)
+        engine = Engine(self._models["base_" if of_base else ""], self._eos_ids, 1, note, on_event=on_event)
         engine.add(ids, sampling)
         stream, moved, text, reason = TextStream(self._tokenizer, ids), segments.moved, "", "stopped"
         while not engine.is_done and not should_stop():

@@ -1,15 +1,15 @@
 """Decoding engine: many prompts share the rows of a batch, and a row that ends is given to the next prompt.
 
 Prompts are read in ragged passes without padding, then each step gives every row a token (continuous batching, Yu et
-al. 2022). A prompt is completed as it would be alone.
+al. 2022). A prompt is completed as it would be alone. On a GPU steps are captured, and the next one is launched before
+the tokens of the last are read.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from torch.nn import functional as F
 
 from llamatune.command_options.inference import Drawing, Sampling
 from llamatune.errors import Stopped
-from llamatune.events import ShouldStop, never_stop
+from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.beam_search import beam_search
+from llamatune.inference.captured_steps import CapturedSteps, Launched
 from llamatune.inference.completion import Completion, last_logits, new_rows
 from llamatune.inference.prompt_lookup import PromptLookup
-from llamatune.inference.sampling import next_tokens, penalised
+from llamatune.inference.running_sequences import IsEnough, RunningSequence, draw_tokens
+from llamatune.inference.sampling import NO_TOKEN, not_finite
 from llamatune.model.adapters.adapter_switch import AdapterSwitch
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
@@ -30,27 +32,12 @@ from llamatune.shapes.generation_sizes import tokens_in_a_pass, with_filling
 from llamatune.shapes.recurring_sizes import filled_up
 from llamatune.shapes.rope_scaling import DynamicScaling
 
-IsEnough = Callable[[Sequence[int], Sequence[int]], bool]
-"""Whether a completion needs no more, given its prompt and its ids so far; it is asked after each id."""
-
-
-@dataclass
-class _Sequence:
-    """A prompt that is being completed; ``seen`` (V,): the tokens in it and after it, where they are penalised."""
-
-    number: int
-    prompt: Sequence[int]
-    sampling: Drawing
-    generator: torch.Generator
-    adapted: bool
-    chosen: list[int] = field(default_factory=list)
-    seen: Tensor | None = None
-
 
 class Engine:
     """Completes the prompts that are added, at most ``rows`` at a time; with ``lookup``, a single one by drafts.
 
-    ``switch``: the model's, where it completes some of them without its adapter. ``trains``: the model does, too.
+    ``switch``: the model's, where it completes some of them without its adapter. ``trains``: the model does, too. Then
+    steps are not captured: they would use casts of the weights that autocast frees.
     """
 
     def __init__(
@@ -61,6 +48,7 @@ class Engine:
         is_enough: IsEnough | None = None,
         lookup: PromptLookup | None = None,
         switch: AdapterSwitch | None = None,
+        on_event: OnEvent = ignore_event,
         trains: bool = False,
     ) -> None:
         self._without_gradients = torch.no_grad if trains else torch.inference_mode
@@ -69,9 +57,11 @@ class Engine:
         self._element_bytes = torch.finfo(model.product_dtype).bits // 8
         self._tokens_in_a_pass = tokens_in_a_pass(model.config, self._element_bytes)
         self._cache = new_rows(model, rows)
-        self._running: list[_Sequence] = []  # by their rows of the cache
-        self._waiting: deque[_Sequence] = deque()
+        self._running: list[RunningSequence] = []  # by their rows of the cache
+        self._waiting: deque[RunningSequence] = deque()
         self._added = 0
+        self._captured = None if trains else CapturedSteps.of(model, self._cache, self._switch, on_event)
+        self._launched: Launched | None = None  # after the tokens that were read
 
     def add(self, prompt: Sequence[int], sampling: Drawing, draw: int = 0, adapted: bool = True) -> int:
         """Take a prompt (ids, BOS included); its number, which counts from 0. Each ``draw`` of a prompt is another.
@@ -79,7 +69,7 @@ class Engine:
         Not ``adapted``: it is completed without the adapter, by the switch.
         """
         generator = torch.Generator().manual_seed(derived_seed(sampling.seed, "sampling", *([draw] if draw else [])))
-        self._waiting.append(_Sequence(self._added, prompt, sampling, generator, adapted))
+        self._waiting.append(RunningSequence(self._added, prompt, sampling, generator, adapted))
         self._cache.capacity = max(self._cache.capacity, len(prompt) + sampling.max_new_tokens)
         self._added += 1
         return self._added - 1
@@ -94,35 +84,61 @@ class Engine:
         return not self._running and not self._waiting
 
     def step(self) -> list[tuple[int, Completion]]:
-        """Give every running prompt a token, or read waiting ones if enough rows are free; those that ended by it."""
+        """Give every running prompt a token, or read waiting ones if enough rows are free; those that ended by it.
+
+        Before prompts are read, a step that was launched gives its tokens.
+        """
         with self._without_gradients():
             return self._step(self._rows - len(self._running))
 
     def _step(self, free: int) -> list[tuple[int, Completion]]:
         # A pass over prompts makes the others wait, so several rows are given away together.
         if self._waiting and (not self._running or free >= min(len(self._waiting), max(1, self._rows // 8))):
-            return self._read(free)
+            return self._read(free) if self._launched is None else self._finish_launched()
         if self._lookup is None or len(self._running) > 1:
             return self._next_tokens()
         (sequence,) = self._running
         if not _may_draft(self._model, sequence.sampling, self._lookup.in_16_bits):
             return self._next_tokens()
+        if self._launched is not None:
+            return self._finish_launched()
         before = len(sequence.chosen)
         most = sequence.sampling.max_new_tokens - before - 1
         draft = self._lookup.draft(sequence.number, sequence.prompt, sequence.chosen, most)
-        ended = self._check(sequence, draft) if draft else self._next_tokens()
+        ended = self._check(sequence, draft) if draft else self._plain_step()
         self._lookup.took(len(sequence.chosen) - before)
         return ended
 
     def _next_tokens(self) -> list[tuple[int, Completion]]:
+        if self._captured is None:
+            return self._plain_step()
+        if self._launched is None and self._captured.suits(self._running):
+            self._cache.grow()
+            self._launched = self._captured.begin(self._running)
+        return self._plain_step() if self._launched is None else self._finish_launched(goes_on=True)
+
+    def _finish_launched(self, goes_on: bool = False) -> list[tuple[int, Completion]]:
+        """Take the tokens of the step that was launched; if the work ``goes_on``, the next one is launched before.
+
+        What that computes for rows that turn out to have ended is not taken. It is not launched where rows are known to
+        end, by their length, nor where the cache has to grow.
+        """
+        launched, self._launched = self._launched, None
+        assert launched is not None
+        assert self._captured is not None
+        if goes_on and self._cache.has_room and all(one.tokens_left > 1 for one in self._running):
+            self._launched = self._captured.launch(self._running)
+        return self._take(launched.tokens(), launched.sequences)
+
+    def _plain_step(self) -> list[tuple[int, Completion]]:
         last = [sequence.chosen[-1] for sequence in self._running]
         tokens, places = torch.tensor([last, self._cache.lengths], device=self._model.device)  # (rows,) each
         layers, mask = self._cache.next_token(places)
         self._switch.set([one.adapted for one in self._running], [1] * len(last), self._model.device)
         logits = self._model(tokens[:, None], places[:, None], mask, layers, read=last_logits)
-        return self._take(logits, 0)
+        return self._draw(logits, self._running)
 
-    def _check(self, sequence: _Sequence, draft: Sequence[int]) -> list[tuple[int, Completion]]:
+    def _check(self, sequence: RunningSequence, draft: Sequence[int]) -> list[tuple[int, Completion]]:
         """Give the only sequence what ``draft`` has right, and the token behind it, by one pass over all of them."""
         ids = torch.tensor([[sequence.chosen[-1], *draft]], device=self._model.device)
         mask = _causal(self._cache.lengths[-1], ids.shape[1], self._model)
@@ -130,7 +146,7 @@ class Engine:
         self._switch.set([sequence.adapted], [ids.shape[1]], self._model.device)
         logits = self._model(ids, mask=mask, cache=layers, read=_logits_of_the_row)
         for place, drafted in enumerate([*draft, None]):
-            ended = self._take(logits[place : place + 1], 0)
+            ended = self._draw(logits[place : place + 1], self._running)
             if ended:
                 return ended
             if sequence.chosen[-1] != drafted:
@@ -145,11 +161,10 @@ class Engine:
         while self._waiting and len(new) < free and tokens + len(self._waiting[0].prompt) <= self._tokens_in_a_pass:
             new.append(self._waiting.popleft())
             tokens += len(new[-1].prompt)
-        first = len(self._running)
         self._running += new
         # The angles of dynamic scaling depend on the length of the whole prompt.
         if tokens > self._tokens_in_a_pass and not isinstance(self._model.config.rope_scaling, DynamicScaling):
-            return self._take(self._read_long(new[0]), first)
+            return self._draw(self._read_long(new[0]), new)
         device = self._model.device
         lengths = [len(sequence.prompt) for sequence in new]
         ends = [end - 1 for end in itertools.accumulate(lengths)]
@@ -162,9 +177,9 @@ class Engine:
         logits = self._model(
             F.pad(ids, (0, filling))[None], cache=layers, lengths=samples, rows=rows, read=_logits_of_the_row
         )
-        return self._take(logits, first)
+        return self._draw(logits, new)
 
-    def _read_long(self, sequence: _Sequence) -> Tensor:
+    def _read_long(self, sequence: RunningSequence) -> Tensor:
         """Logits (1, V) behind a prompt of several passes."""
         prompt, logits = sequence.prompt, None
         for begin in range(0, len(prompt), self._tokens_in_a_pass):
@@ -177,46 +192,26 @@ class Engine:
         assert logits is not None
         return logits  # type: ignore[no-any-return]
 
-    def _take(self, logits: Tensor, first: int) -> list[tuple[int, Completion]]:
-        """Draw a token from ``logits`` (rows, V) for each row from ``first`` on."""
-        running = self._running[first:]
-        tokens = self._draw(logits.float(), running)
+    def _draw(self, logits: Tensor, sequences: Sequence[RunningSequence]) -> list[tuple[int, Completion]]:
+        """Draw a token from ``logits`` (rows, V) for each of ``sequences``."""
+        return self._take(draw_tokens(logits.float(), sequences), sequences)
+
+    def _take(self, tokens: Sequence[int], sequences: Sequence[RunningSequence]) -> list[tuple[int, Completion]]:
+        """Give each of ``sequences`` that has not ended its token; the rows of those that end by it are given up."""
         ended: list[tuple[int, Completion]] = []
-        rows: list[int] = []
-        for row, (sequence, token) in enumerate(zip(running, tokens, strict=True), first):
-            if reason := self._end(sequence, token):
-                ended.append((sequence.number, Completion(sequence.chosen, reason)))
-                rows.append(row)
-        if rows:
-            self._running = [self._running[row] for row in self._cache.drop(rows)]
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if sequence.reason:
+                continue
+            if token == NO_TOKEN:
+                raise not_finite()
+            if sequence.take(token, self._eos_ids, self._is_enough):
+                ended.append((sequence.number, Completion(sequence.chosen, sequence.reason)))
+        if ended:
+            origin = self._cache.drop([row for row, sequence in enumerate(self._running) if sequence.reason])
+            self._running = [self._running[row] for row in origin]
+            if self._launched is not None and self._captured is not None:
+                self._captured.move(origin)
         return ended
-
-    def _draw(self, logits: Tensor, running: Sequence[_Sequence]) -> list[int]:
-        """A token for each row of ``logits`` (rows, V); rows whose sampling is the same are drawn together."""
-        sampling = running[0].sampling
-        if any(other.sampling is not sampling and other.sampling != sampling for other in running):
-            return [self._draw(logits[row : row + 1], [sequence])[0] for row, sequence in enumerate(running)]
-        if sampling.repetition_penalty != 1:
-            seen = torch.stack([self._seen(sequence, logits) for sequence in running])
-            logits = penalised(logits, seen, sampling.repetition_penalty)
-        return next_tokens(logits, sampling, [sequence.generator for sequence in running])
-
-    def _seen(self, sequence: _Sequence, logits: Tensor) -> Tensor:
-        if sequence.seen is None:
-            sequence.seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            sequence.seen[torch.tensor(sequence.prompt, device=logits.device)] = True
-        else:
-            sequence.seen[sequence.chosen[-1]] = True
-        return sequence.seen
-
-    def _end(self, sequence: _Sequence, token: int) -> str:
-        """Why a completion ends with ``token``, which is added to it unless it is an EOS; "" if it goes on."""
-        if token in self._eos_ids:
-            return "eos"
-        sequence.chosen.append(token)
-        if self._is_enough is not None and self._is_enough(sequence.prompt, sequence.chosen):
-            return "stop"
-        return "length" if len(sequence.chosen) == sequence.sampling.max_new_tokens else ""
 
 
 def completions(
@@ -229,6 +224,7 @@ def completions(
     is_enough: IsEnough | None = None,
     lookup: PromptLookup | None = None,
     switch: AdapterSwitch | None = None,
+    on_event: OnEvent = ignore_event,
 ) -> Iterator[Completion]:
     """The completions of every prompt (ids, BOS included), in their order, at most ``rows`` computed at a time.
 
@@ -248,7 +244,8 @@ def completions(
     asked = ((prompt, draw, adapted) for prompt in prompts for draw in draws for adapted in kinds)
     first = list(itertools.islice(asked, rows))
     coming = itertools.chain(first, asked)
-    engine = Engine(model, eos_ids, len(first), is_enough, lookup, switch)  # a row takes memory, used or not
+    rows_used = len(first)  # a row takes memory, used or not
+    engine = Engine(model, eos_ids, rows_used, is_enough, lookup, switch, on_event)
     ended, due = dict[int, Completion](), 0
     while True:
         for prompt, draw, adapted in itertools.islice(coming, rows - engine.waiting):

@@ -8,9 +8,10 @@ from llamatune.command_options.inference import Sampling
 from llamatune.devices import free_memory_bytes
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.completion import Completion
-from llamatune.inference.engine import IsEnough, completions
+from llamatune.inference.engine import completions
 from llamatune.inference.model_source import LoadedModels
 from llamatune.inference.prompt_lookup import PromptLookup
+from llamatune.inference.running_sequences import IsEnough
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.generation_sizes import CACHE_SHARE, ROWS_AT_ONCE, rows_that_fit
 
@@ -43,13 +44,13 @@ def completions_by_model(
             rows = fitting
     if loaded.switch is None or sampling.num_beams > 1:
         of_models = [
-            completions(model, prompts, sampling, eos_ids, rows, should_stop, is_enough, make_lookup())
+            completions(model, prompts, sampling, eos_ids, rows, should_stop, is_enough, make_lookup(), None, on_event)
             for model in models
         ]
         yield from zip(*of_models, strict=True)
         return
     made = completions(
-        models[0], prompts, sampling, eos_ids, 2 * rows, should_stop, is_enough, make_lookup(), loaded.switch
+        models[0], prompts, sampling, eos_ids, 2 * rows, should_stop, is_enough, make_lookup(), loaded.switch, on_event
     )
     try:
         yield from zip(made, made, strict=True)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from llamatune.command_options.inference import Drawing
 from llamatune.errors import NumericsError
+from llamatune.inference.host_copies import sent
 from llamatune.shapes.tile_sizes import drawn_rows
 
 _BLOCK = 64
 """Of logits, whose number is a multiple of it with nearly every tokenizer."""
+
+NO_TOKEN = -1
+"""In place of a token where the logits hold NaN or infinity."""
 
 
 def token_distribution(logits: Tensor, sampling: Drawing) -> Tensor:
@@ -47,26 +53,64 @@ def penalised(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def next_tokens(logits: Tensor, sampling: Drawing, generators: list[torch.Generator]) -> list[int]:
+def next_tokens(logits: Tensor, sampling: Drawing, generators: Sequence[torch.Generator]) -> list[int]:
     """One token for each row of ``logits`` (B, V); each row draws from its own generator, so rows are independent.
 
     Raises:
         NumericsError: the logits hold NaN or infinity.
     """
-    if sampling.temperature == 0:
-        largest, likeliest = _largest(logits)
-        chosen: list[int] = likeliest.where(largest.isfinite(), -1).tolist()
-        if -1 in chosen:
+    if sampling.temperature == 0 or not _draws_on_the_host(logits):
+        chosen: list[int] = chosen_tokens(logits, sampling, generators).tolist()
+        if NO_TOKEN in chosen:
             raise not_finite()
         return chosen
     tokens: list[int] = []
-    for part in torch.split(logits, drawn_rows(logits.shape[-1], logits.device.type)):
+    for part in _portions(logits):
         tokens += _drawn(part, sampling, generators[len(tokens) : len(tokens) + len(part)])
     return tokens
 
 
-def _drawn(logits: Tensor, sampling: Drawing, generators: list[torch.Generator]) -> list[int]:
-    probabilities = token_distribution(logits, sampling).cpu()
+def chosen_tokens(logits: Tensor, sampling: Drawing, generators: Sequence[torch.Generator]) -> Tensor:
+    """As ``next_tokens``, (B,) on the device of ``logits``, which is not waited for; ``NO_TOKEN`` in place of an error.
+
+    A generator gives one number for each token, so a sequence draws the same in any row of any batch.
+    """
+    if sampling.temperature == 0:
+        largest, likeliest = _largest(logits)
+        return likeliest.where(largest.isfinite(), NO_TOKEN)
+    uniforms = torch.cat([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
+    # A number so near to 1 could be rounded to the sum of all probabilities, beyond the last token.
+    uniforms = sent(uniforms.clamp_(max=1 - 2.0**-52), logits.device)
+    parts = zip(_portions(logits), torch.split(uniforms, _rows_at_once(logits)), strict=True)
+    return torch.cat([tokens_at(token_distribution(part, sampling), places) for part, places in parts])
+
+
+def tokens_at(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The tokens (B,) at which the sums of ``probabilities`` (B, V) exceed ``uniforms`` (B,) fp64, of their whole.
+
+    That is the inverse of the cumulative distribution (Devroye 1986, section III.2.1). ``NO_TOKEN`` of a row that holds
+    NaN.
+    """
+    sums = probabilities.double().cumsum(-1)
+    whole = sums[:, -1:]
+    tokens = torch.searchsorted(sums, uniforms[:, None] * whole, right=True)
+    return tokens.where(whole.isfinite(), NO_TOKEN)[:, 0]
+
+
+def _draws_on_the_host(logits: Tensor) -> bool:
+    return logits.device.type == "cpu"
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    return drawn_rows(logits.shape[-1], logits.device.type)
+
+
+def _portions(logits: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(logits, _rows_at_once(logits))
+
+
+def _drawn(logits: Tensor, sampling: Drawing, generators: Sequence[torch.Generator]) -> list[int]:
+    probabilities = token_distribution(logits, sampling)
     if not bool(probabilities.isfinite().all()):
         raise not_finite()
     return [

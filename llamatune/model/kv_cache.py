@@ -29,7 +29,7 @@ class RowCache:
     """
 
     def __init__(self, config: LlamaConfig, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._layers, self._window = config.num_hidden_layers, config.sliding_window
+        self._layers, self._window, self.rows = config.num_hidden_layers, config.sliding_window, rows
         shape = (2, rows, config.num_key_value_heads, 0, config.head_dim)
         self._stored = [torch.empty(shape, dtype=dtype, device=device) for _ in range(self._layers)]
         self.lengths: list[int] = []
@@ -58,16 +58,48 @@ class RowCache:
 
         ``places`` (rows,): the lengths so far, on the device.
         """
-        self.lengths = [length + 1 for length in self.lengths]
-        longest = max(self.lengths)
+        self.go_on()
+        rows, longest = len(self.lengths), max(self.lengths)
         outside = self._window is not None and longest > self._window
         if min(self.lengths) == longest and not outside:
-            return _EveryRow(self, None), None
-        keys = torch.arange(longest, device=places.device)
-        seen = keys <= places[:, None]
-        if outside:
-            seen &= keys > places[:, None] - (self._window or 0)
-        return _EveryRow(self, places), seen[:, None, None]
+            return _FirstRows(self, None, rows, longest), None
+        return _FirstRows(self, places, rows, longest), self._mask(places, longest)
+
+    def fixed_step(self, places: Tensor) -> tuple[LayerCache, Tensor]:
+        """For passes over a further token of the first rows, at ``places`` (rows,), and their mask (rows, 1, 1, room).
+
+        A row sees its whole room through the mask, so that shapes and addresses stay what they are until the room
+        grows. Rows that are not in use may be among them. The tokens are counted by ``go_on``.
+        """
+        return _FirstRows(self, places, len(places), self.room), self._mask(places, self.room)
+
+    def go_on(self) -> None:
+        """Count a further token of every sequence."""
+        self.lengths = [length + 1 for length in self.lengths]
+
+    @property
+    def room(self) -> int:
+        """Tokens that each row has room for."""
+        return self._stored[-1].shape[3]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether every sequence can go on by a token without growth."""
+        return max(self.lengths) < self.room
+
+    def grow(self) -> None:
+        """Make room for a further token of every sequence, in all layers."""
+        longest = max(self.lengths)
+        for layer in range(self._layers):
+            self.layer(layer, longest, longest + 1)
+
+    def _mask(self, places: Tensor, keys: int) -> Tensor:
+        """(rows, 1, 1, keys): what the tokens at ``places`` (rows,) see."""
+        places, of_keys = places[:, None], torch.arange(keys, device=places.device)
+        seen = of_keys <= places
+        if self._window is not None and keys > self._window:
+            seen &= of_keys > places - self._window
+        return seen[:, None, None]
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Give up ``rows``; the last rows that stay take their places. Returns where each row that stays came from."""
@@ -82,11 +114,14 @@ class RowCache:
         self.lengths = [self.lengths[row] for row in origin]
         return origin
 
-    def layer(self, layer: int, held: int) -> Tensor:
-        """(2, rows, K, room, E) with room for all lengths; ``held``: the longest that is kept if it has to grow."""
-        stored, longest = self._stored[layer], max(self.lengths)
-        if longest > stored.shape[3]:
-            room = grown_room(longest, 2 * stored.shape[3], self.capacity)
+    def layer(self, layer: int, held: int, needed: int | None = None) -> Tensor:
+        """(2, rows, K, room, E) with room for all lengths, or for ``needed`` tokens.
+
+        ``held``: the longest that is kept if it has to grow.
+        """
+        stored, needed = self._stored[layer], needed or max(self.lengths)
+        if needed > stored.shape[3]:
+            room = grown_room(needed, 2 * stored.shape[3], self.capacity)
             # Zeros, since what a mask hides still takes part, with a weight of 0, which must not meet NaN.
             grown = stored.new_zeros((*stored.shape[:3], room, stored.shape[4]))
             grown[:, :, :, :held] = stored[:, :, :, :held]
@@ -126,13 +161,12 @@ class _LastRow:
         return keys, values
 
 
-class _EveryRow:
-    """Every sequence goes on by a token, at ``places`` (rows,); None: all have one length."""
+class _FirstRows:
+    """The first ``rows`` go on by a token, at ``places`` (rows,), and see ``keys`` places; None: all at the last."""
 
-    def __init__(self, cache: RowCache, places: Tensor | None) -> None:
-        self._cache, self._places, self.length = cache, places, max(cache.lengths) - 1
-        self._count = len(cache.lengths)
-        self._rows = None if places is None else torch.arange(self._count, device=places.device)
+    def __init__(self, cache: RowCache, places: Tensor | None, rows: int, keys: int) -> None:
+        self._cache, self._places, self._count, self.length = cache, places, rows, keys - 1
+        self._rows = None if places is None else torch.arange(rows, device=places.device)
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self._cache.layer(layer, self.length)[:, : self._count, :, : self.length + 1]

@@ -118,6 +118,7 @@ class StreamedBlocks:
 
     def attach(self, model: Transformer) -> None:
         """Let every block of ``model`` wait for its weights, forward and backward."""
+        model.is_streamed = True
         for index, block in enumerate(model.model.layers):
             self.attach_to(block, index)
 

@@ -153,13 +153,15 @@ class Head(Linear):
 class Transformer(nn.Module):
     """The whole model, made without a weight drawn. Its parameters' names are ``config.parameter_shapes()``'s.
 
-    ``activation_dtype`` is the dtype of the residual stream; None: that of the embedding weights.
+    ``activation_dtype`` is the dtype of the residual stream; None: that of the embedding weights. ``is_streamed``: the
+    weights of its blocks are brought while it computes (``streamed_blocks``).
     """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.activation_dtype: torch.dtype | None = None
+        self.is_streamed = False
         self.model = Decoder(config)
         self.lm_head = None if config.tie_word_embeddings else Head(config.hidden_size, config.vocab_size)
 

@@ -27,6 +27,18 @@ _SHARE = 0.08
 FIRST_ROOM_TOKENS = 256
 
 
+_LARGEST_POWER = 16
+
+
+def captured_rows(running: int, rows: int) -> int:
+    """Rows of the captured step that decodes ``running`` of at most ``rows``: a power of two up to 16, then sixteens.
+
+    A few sizes serve all numbers, as a graph is of one size; less than half of the rows are computed for nothing.
+    """
+    power = 1 << (running - 1).bit_length()
+    return min(rows, power if power <= _LARGEST_POWER else -(-running // _LARGEST_POWER) * _LARGEST_POWER)
+
+
 def token_cache_bytes(config: LlamaConfig, element_bytes: int) -> int:
     """Bytes of the keys and values of one token, in all layers."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element_bytes

@@ -16,8 +16,9 @@ from llamatune.checkpoints.loading import load_model
 from llamatune.command_options.inference import Sampling
 from llamatune.inference import generate as generate_module
 from llamatune.inference.completion import Completion
-from llamatune.inference.engine import IsEnough, completions
+from llamatune.inference.engine import completions
 from llamatune.inference.prompt_lookup import Continuations, PromptLookup
+from llamatune.inference.running_sequences import IsEnough
 from llamatune.inference.stop_texts import StopTexts
 from llamatune.model.transformer import Transformer
 from llamatune.tokenizers.loading import load_tokenizer

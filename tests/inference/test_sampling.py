@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from llamatune.command_options.inference import Sampling
 from llamatune.errors import NumericsError, SpecError
-from llamatune.inference.sampling import next_tokens, penalised, token_distribution
+from llamatune.inference.sampling import (
+    NO_TOKEN,
+    chosen_tokens,
+    next_tokens,
+    penalised,
+    token_distribution,
+    tokens_at,
+)
 
 # Far enough apart that rounding cannot swap two tokens.
 LOGITS = st.lists(st.integers(-40, 40), min_size=2, max_size=12, unique=True).map(lambda found: [v / 8 for v in found])
@@ -97,6 +104,65 @@ def test_draws_have_the_frequencies_of_the_distribution() -> None:
     drawn = Counter(next_tokens(logits, sampling, [generator])[0] for _ in range(4000))
     for token, probability in enumerate(token_distribution(logits, sampling)[0].tolist()):
         assert abs(drawn[token] / 4000 - probability) < 4 * math.sqrt(probability * (1 - probability) / 4000) + 1e-9
+
+
+# Draws on a GPU: a number of each generator, and the token at which the sums of probabilities exceed it.
+
+
+@settings(deadline=None)
+@given(LOGITS, st.sampled_from([0.7, 1.0, 2.5]), st.none() | st.integers(1, 9), st.sampled_from([0.313, 0.95, 1.0]))
+def test_numbers_that_are_spread_evenly_give_each_token_its_share(
+    logits: list[float], temperature: float, top_k: int | None, top_p: float
+) -> None:
+    """Of N numbers in equal distances a token gets N p, but for one at each end of its interval."""
+    count, sampling = 2000, Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    distribution = token_distribution(torch.tensor([logits]), sampling).expand(count, -1)
+    numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    found = Counter(tokens_at(distribution, numbers).tolist())
+    expected = by_hand(logits, temperature, top_k, top_p)
+    assert found.keys() <= expected.keys()
+    for token, probability in expected.items():
+        assert abs(found[token] - count * probability) <= 1.01
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40).filter(any))
+def test_the_least_and_the_largest_number_give_tokens_that_can_be_drawn(weights: list[float]) -> None:
+    row = torch.tensor(weights)
+    ends = torch.tensor([0, 1 - 2.0**-52], dtype=torch.float64)
+    first, last = tokens_at((row / row.sum()).expand(2, -1), ends).tolist()
+    possible = (row / row.sum()).nonzero()[:, 0].tolist()
+    assert first == possible[0]
+    assert last in possible
+    assert first <= last
+
+
+def test_tokens_chosen_on_the_device_have_the_frequencies_of_the_distribution() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 3.0]])
+    sampling, generator = Sampling(temperature=1.3, top_k=4, top_p=0.97), torch.Generator().manual_seed(1)
+    drawn = Counter(chosen_tokens(logits.expand(4000, -1), sampling, [generator] * 4000).tolist())
+    for token, probability in enumerate(token_distribution(logits, sampling)[0].tolist()):
+        assert abs(drawn[token] / 4000 - probability) < 4 * math.sqrt(probability * (1 - probability) / 4000) + 1e-9
+
+
+def test_a_token_chosen_on_the_device_depends_on_its_row_and_its_generator_alone() -> None:
+    logits, sampling = torch.randn(7, 40), Sampling(temperature=1.5, top_p=0.95)
+    together = chosen_tokens(logits, sampling, [torch.Generator().manual_seed(row) for row in range(7)])
+    alone = [chosen_tokens(logits[row : row + 1], sampling, [torch.Generator().manual_seed(row)]) for row in range(7)]
+    assert torch.equal(together, torch.cat(alone))
+    again = [torch.Generator().manual_seed(row) for row in range(7)]
+    first, second = (chosen_tokens(logits.flip(0), sampling, again[::-1]) for _ in range(2))
+    assert torch.equal(first.flip(0), together)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_only_the_row_that_is_not_finite_has_no_token(temperature: float, broken: float) -> None:
+    logits = torch.randn(3, 30)
+    logits[1, 7] = broken
+    tokens = chosen_tokens(logits, Sampling(temperature=temperature), [torch.Generator()] * 3).tolist()
+    assert [token == NO_TOKEN for token in tokens] == [False, True, False]
 
 
 def test_temperature_zero_takes_the_likeliest_whatever_else_is_asked() -> None:

@@ -75,9 +75,10 @@ def test_cached_decoding_is_full_decoding(tiny_base: Callable[..., Path], change
         assert cache.length == ids.shape[1]
 
 
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "the whole room is seen"])
 @pytest.mark.parametrize("changes", [{}, {"model_type": "mistral", "sliding_window": 5}], ids=["llama", "window"])
 def test_rows_of_their_own_lengths_are_decoded_as_alone(
-    tiny_base: Callable[..., Path], changes: dict[str, object]
+    tiny_base: Callable[..., Path], changes: dict[str, object], fixed: bool
 ) -> None:
     """Two sequences are read in one pass, go on by a token each, and one gives its row to a third."""
     model, chance = load_model(tiny_base(**changes)), torch.Generator().manual_seed(1)
@@ -86,7 +87,13 @@ def test_rows_of_their_own_lengths_are_decoded_as_alone(
 
     def next_logits(*columns: torch.Tensor) -> torch.Tensor:
         places = torch.tensor(cache.lengths)
-        layers, mask = cache.next_token(places)
+        if fixed:
+            cache.grow()
+            layers, mask = cache.fixed_step(places)
+            cache.go_on()
+            assert mask.shape == (2, 1, 1, cache.room)
+        else:
+            layers, mask = cache.next_token(places)
         logits: torch.Tensor = model(torch.cat(columns), places[:, None], mask, layers)
         return logits[:, 0]
 

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from llamatune.inference import captured_steps
 from llamatune.model import attention
 from llamatune.shapes.attention_kernels import Kernel
 from llamatune.training import window_gradients
@@ -60,8 +61,29 @@ FAULTS: dict[str, Callable[[], Any]] = {
 }
 
 
+def _in_each_step(read: Callable[[Tensor], object]) -> Any:
+    """Do something to the logits of each step."""
+    last_logits = captured_steps.last_logits
+
+    def run(*args: Any) -> Tensor:
+        logits = last_logits(*args)
+        read(logits)
+        return logits
+
+    return mock.patch.object(captured_steps, "last_logits", run)
+
+
+STEP_FAULTS: dict[str, Callable[[], Any]] = {
+    ".item() of each step": lambda: _in_each_step(lambda logits: logits[0, 0].item()),
+    "a tensor of the host in each step": lambda: _in_each_step(
+        lambda logits: torch.zeros(3).to(logits.device, non_blocking=True)
+    ),
+}
+"""Of captured steps of decoding."""
+
+
 @contextlib.contextmanager
 def planted(name: str | None) -> Iterator[None]:
-    """The package with one of ``FAULTS`` in it; None: as it is."""
-    with FAULTS[name]() if name else contextlib.nullcontext():
+    """The package with one of ``FAULTS`` or ``STEP_FAULTS`` in it; None: as it is."""
+    with {**FAULTS, **STEP_FAULTS}[name]() if name else contextlib.nullcontext():
         yield

@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -40,6 +41,40 @@ def start(library: str) -> None:
     fake_tensor.FakeTensor.tolist = lambda tensor: tensor.cpu().tolist()  # type: ignore[method-assign]
 
 
+class CaptureFault(Exception):
+    """What no CUDA graph can hold was done while one was captured."""
+
+
+class Event:
+    """What a stream has done; to await it is a wait."""
+
+    def synchronize(self) -> None:
+        _devices[-1].wait("an event awaited")
+
+
+class Graph:
+    """A CUDA graph, and ``torch.cuda.graph`` in one: nothing that waits or reads the host's tensors can be captured."""
+
+    replays = 0
+    """Of all graphs."""
+
+    def replay(self) -> None:
+        Graph.replays += 1
+
+    @staticmethod
+    @contextlib.contextmanager
+    def capturing(graph: Graph, *how: object, **settings: object) -> Iterator[None]:
+        _devices[-1].captures = True
+        try:
+            yield
+        finally:
+            _devices[-1].captures = False
+
+
+_devices: list[Any] = []
+"""Those that are in use, the innermost last."""
+
+
 class Stream:
     """A CUDA stream as far as the package uses one: work on tensors without content needs no order."""
 
@@ -52,8 +87,8 @@ class Stream:
     def wait_event(self, event: object) -> None:
         pass
 
-    def record_event(self) -> object:
-        return object()
+    def record_event(self) -> Event:
+        return Event()
 
 
 def install_gpu(capability: tuple[int, int]) -> None:
@@ -82,6 +117,9 @@ def install_gpu(capability: tuple[int, int]) -> None:
         "Stream": Stream,
         "current_stream": Stream,
         "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": Graph,
+        "graph": Graph.capturing,
+        "graph_pool_handle": object,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
@@ -117,10 +155,10 @@ def device_class() -> Any:
     class PretendedDevice(TorchDispatchMode):
         """Computes on the CPU for real and on `cuda` without content. What is read from there is 1.
 
-        ``waits`` counts, by place and kind, what makes the host wait: tensors and numbers read from the device, and
-        copies to it that are not ``non_blocking``. An operation whose result has a shape that depends on values, which
-        makes the host wait too (``nonzero``, a mask as an index), raises an error. ``libraries`` are those whose
-        operations ran on the device, as ``aten``.
+        ``waits`` counts, by place and kind, what makes the host wait: tensors and numbers read from the device, copies
+        to it that are not ``non_blocking``, and events. While a graph ``captures``, they are errors. An operation whose
+        result has a shape that depends on values, which makes the host wait too (``nonzero``, a mask as an index),
+        raises an error. ``libraries`` are those whose operations ran on the device, as ``aten``.
         """
 
         @classmethod
@@ -131,7 +169,16 @@ def device_class() -> Any:
             super().__init__()
             self.waits: Counter[tuple[str, str]] = Counter()
             self.libraries = set[str]()
+            self.captures = False
             self._fake = FakeTensorMode()
+
+        def __enter__(self) -> Any:
+            _devices.append(self)
+            return super().__enter__()
+
+        def __exit__(self, *fault: Any) -> Any:
+            _devices.pop()
+            return super().__exit__(*fault)
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.prim.device.default:  # which is asked more often than all others together
@@ -147,11 +194,12 @@ def device_class() -> Any:
             if "cuda" not in kinds:
                 return func(*args, **kwargs)
             if func is aten._local_scalar_dense.default:
-                self._wait("a number read")
+                self.wait("a number read")
                 return 1.0 if args[0].is_floating_point() else 1
             self.libraries.add(func.namespace)
             if func is aten._fused_dropout.default:
                 args = args[:2]  # shapes are worked out without a generator
+            into = args[0] if func is aten.copy_.default and device_of(args[0]).type == "cpu" else None
             with self._fake:
                 if "cpu" in kinds:
                     args, kwargs = tree_map(self._without_content, (args, kwargs))
@@ -162,18 +210,26 @@ def device_class() -> Any:
                     result = func(*args, **kwargs)
             if func not in (aten._to_copy.default, aten.copy_.default):
                 return result
+            waits = not (kwargs.get("non_blocking") or True in args[2:])
             if device_of(result).type == "cpu":
-                self._wait("a copy to the host")
-                return torch.ones(result.shape, dtype=result.dtype)
-            if "cpu" in kinds and not (kwargs.get("non_blocking") or True in args[2:]):
-                self._wait("a copy to the device")
+                if waits or func is aten._to_copy.default:  # whose memory is not pinned
+                    self.wait("a copy to the host")
+                return torch.ones(result.shape, dtype=result.dtype) if into is None else into.fill_(1)
+            if "cpu" in kinds:
+                if self.captures:
+                    raise CaptureFault(f"a tensor of the host in {place()}")
+                if waits:
+                    self.wait("a copy to the device")
             return result
 
         def _without_content(self, leaf: Any) -> Any:
             real = isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor)
             return self._fake.from_tensor(leaf) if real else leaf
 
-        def _wait(self, kind: str) -> None:
+        def wait(self, kind: str) -> None:
+            """Count a wait."""
+            if self.captures:
+                raise CaptureFault(f"{kind} in {place()}")
             self.waits[place(), kind] += 1
 
     return PretendedDevice

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from planted_faults import STEP_FAULTS
+
+from llamatune.inference.captured_steps import _STEPS_BEFORE
 
 if TYPE_CHECKING:
     from conftest import Gpu
@@ -20,9 +23,9 @@ LOADING = {
     ("model/adapters/lora.py:LoRALinear.start", TO_DEVICE),
 }
 SAMPLING = {
-    ("inference/sampling.py:next_tokens", TO_HOST): TOKENS,  # the likeliest tokens
+    ("inference/sampling.py:next_tokens", TO_HOST): TOKENS,  # tokens, whether drawn or the likeliest
     ("inference/engine.py:Engine._read", TO_DEVICE): 1,  # prompts and their ends
-    ("inference/engine.py:Engine._next_tokens", TO_DEVICE): TOKENS - 1,  # tokens and their places: nothing is queued
+    ("inference/engine.py:Engine._plain_step", TO_DEVICE): TOKENS - 1,  # tokens and their places: nothing is queued
 }
 BEAM_SEARCH = {
     (BEAMS, TO_HOST): 2 * TOKENS,  # scores and places of the best: nothing is queued before the second
@@ -34,7 +37,6 @@ BEAM_SEARCH = {
 
 GREEDY: dict[str, Any] = {"temperature": 0}
 DRAWN = {"temperature": 0.8, "top_k": 5, "top_p": 0.9}
-DRAWING = {(place.replace(":next_tokens", ":_drawn"), kind): count for (place, kind), count in SAMPLING.items()}
 H100, A100, T4 = (9, 0), (8, 0), (7, 5)
 
 
@@ -66,9 +68,7 @@ def test_a_token_is_read_once(
     assert found["error"] is None
     waits = {part: {(place, kind): count for place, kind, count in found["waits"][part]} for part in found["waits"]}
     assert waits["loading"].keys() <= LOADING
-    assert waits["generation"] == (
-        BEAM_SEARCH if "num_beams" in sampling else DRAWING if sampling == DRAWN else SAMPLING
-    )
+    assert waits["generation"] == (BEAM_SEARCH if "num_beams" in sampling else SAMPLING)
     assert found["kernels"]
     assert not {"cudnn", "math"} & set(found["kernels"])
 
@@ -96,8 +96,7 @@ def test_base_and_tuned_model_share_a_pass_and_its_reads(
     found = gpu.run(kind="generation", capability=H100, base=str(small_base), compare=True, merge=False, **job)
     assert found["error"] is None
     waits = {(place, kind): count for place, kind, count in found["waits"]["generation"]}
-    of_tokens = DRAWING if sampling == DRAWN else SAMPLING
-    assert waits == {**of_tokens, ("model/adapters/adapter_switch.py:AdapterSwitch.set", TO_DEVICE): 2}
+    assert waits == {**SAMPLING, ("model/adapters/adapter_switch.py:AdapterSwitch.set", TO_DEVICE): 2}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -108,3 +107,51 @@ def test_merging_is_done_on_the_device_and_read_once_for_each_layer(gpu: Gpu, sm
     waits = {(place, kind): count for place, kind, count in found["waits"]["loading"]}
     merging = {(place, kind): count for (place, kind), count in waits.items() if "merged_layer" in place}
     assert merging == {("model/adapters/merged_layer.py:merged_layer", TO_HOST): 4}  # two layers of two blocks
+
+
+AWAITED = ("inference/host_copies.py:fetched.numbers", "an event awaited")
+"""The tokens of a step that was launched before the one after it was."""
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "sampling", "prompts", "adapter", "compare"),
+    [
+        (H100, "bfloat16", GREEDY, [6], False, False),
+        (H100, "float8", DRAWN, [3, 7, 1], True, False),
+        (A100, "int8", GREEDY, [3, 7, 1], True, True),
+        (A100, "nf4", DRAWN, [5, 5], False, False),
+    ],
+)
+def test_a_captured_step_neither_waits_nor_reads_the_host(
+    gpu: Gpu,
+    small_base: Path,
+    capability: tuple[int, int],
+    dtype: str,
+    sampling: dict[str, Any],
+    prompts: list[int],
+    adapter: bool,
+    compare: bool,
+) -> None:
+    """Its tokens are awaited one by one, each after the launch of the next; nothing else is waited for."""
+    tokens, before = 24, _STEPS_BEFORE
+    job = {"dtype": dtype, "sampling": sampling, "lengths": prompts, "tokens": tokens, "adapter": adapter}
+    found = gpu.run(kind="generation", capability=capability, base=str(small_base), compare=compare, merge=False, **job)
+    assert found["error"] is None
+    waits = {(place, kind): count for place, kind, count in found["waits"]["generation"]}
+    captured = tokens - 1 - before
+    plain = {place: count - TOKENS + 1 + before for place, count in SAMPLING.items()}
+    plain["inference/engine.py:Engine._read", TO_DEVICE] = 1
+    if compare:
+        plain["model/adapters/adapter_switch.py:AdapterSwitch.set", TO_DEVICE] = 2  # of the prompts and the first step
+    if dtype == "nf4":
+        plain["model/nf4.py:_pairs_of_levels", TO_DEVICE] = 1  # a table, for the first prompts
+    assert waits == {**plain, AWAITED: captured}
+    assert found["replays"] == captured
+    assert not {"cudnn", "math"} & set(found["kernels"])
+
+
+@pytest.mark.parametrize("fault", STEP_FAULTS)
+def test_what_cannot_be_captured_is_seen(gpu: Gpu, small_base: Path, fault: str) -> None:
+    job = {"dtype": "bfloat16", "sampling": GREEDY, "lengths": [6], "tokens": 24, "adapter": False, "fault": fault}
+    found = gpu.run(kind="generation", capability=H100, base=str(small_base), compare=False, merge=False, **job)
+    assert found["error"].startswith("CaptureFault")

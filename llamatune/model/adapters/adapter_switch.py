@@ -36,6 +36,10 @@ class AdapterSwitch:
             both = torch.tensor([*by_position, *[False] * filling, *acts], device=device)
             self._acts = both[: -len(acts)], both[-len(acts) :]
 
+    def hold(self, acts: Tensor) -> None:
+        """As ``set``, of samples with one position each, by a tensor (B,) of bool that may change between passes."""
+        self._set, self._acts = None, (acts,)
+
     def choose(self, adapted: Tensor, base: Tensor) -> Tensor:
         """``adapted`` (B, T, ...) at the positions on which the adapter acts, ``base`` elsewhere."""
         if not self._acts:
