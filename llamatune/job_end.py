@@ -18,6 +18,8 @@ END, JOB = "SLURM_JOB_END_TIME", "SLURM_JOB_ID"
 _ARRAY, _TASK = "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"
 ANSWER_S = 3.0
 """How long scontrol may take."""
+_RUN_TIME_S = 1.0
+"""By which a job may have run longer than its RunTime, which is in whole seconds."""
 _JUMP_S = 2.0
 """By how much the two clocks may disagree: RunTime of scontrol is in whole seconds."""
 
@@ -86,7 +88,7 @@ def left_in(record: str) -> float:
     run, limit = (slurm_seconds(text) for text in times.groups())
     if run is None or limit is None:
         raise JobEndUnknown(f"scontrol says RunTime={printable(times[1])} TimeLimit={printable(times[2])}")
-    return float(limit - run)
+    return limit - run - _RUN_TIME_S
 
 
 class Countdown:

@@ -152,7 +152,7 @@ def test_a_template_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
         ("name: a\nprompt: b\n", "no 'name'"),
         ("prompt: '{a.b}'\n", "is no {field}"),
         ("prompt: 'open\n", "not valid YAML"),
-        ("prompt: a\n---\nprompt: b\n", "another document (line 2)"),
+        ("prompt: a\n---\nprompt: b\n", "a second document (line 2)"),
         ("[" * 5000, "nested too deeply"),
     ],
 )

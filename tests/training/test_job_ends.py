@@ -340,8 +340,8 @@ def test_an_end_that_is_not_known_is_told_and_does_no_harm(
 @pytest.mark.parametrize(
     ("record", "left_s"),
     [
-        ("JobState=RUNNING Reason=None RunTime=00:00:10 TimeLimit=00:02:00 TimeMin=N/A", 110),
-        ("JobState=RUNNING Reason=None RunTime=1-00:00:00 TimeLimit=2-12:00:05 TimeMin=N/A", 129_605),
+        ("JobState=RUNNING Reason=None RunTime=00:00:10 TimeLimit=00:02:00 TimeMin=N/A", 109),
+        ("JobState=RUNNING Reason=None RunTime=1-00:00:00 TimeLimit=2-12:00:05 TimeMin=N/A", 129_604),
         ("JobState=RUNNING Reason=None RunTime=00:00:10 TimeLimit=UNLIMITED TimeMin=N/A", float("inf")),
         ("JobState=PENDING Reason=None RunTime=00:00:00 TimeLimit=00:02:00 TimeMin=N/A", "the job is PENDING"),
         ("JobState=RUNNING Reason=None RunTime=00:00:10 TimeLimit=soon TimeMin=N/A", "TimeLimit=soon"),
