@@ -141,7 +141,7 @@ def test_the_screen_is_what_rich_draws() -> None:
     """A table that grows is redrawn in place; at the end the terminal shows what rich prints of it at once."""
     stream = io.StringIO()
     table = Table("name", "value", title="a table")
-    drawn = Console(file=stream, force_terminal=True, width=40, color_system="standard", legacy_windows=False)
+    drawn = Console(file=stream, force_terminal=True, width=40, color_system="standard", no_color=False)
     with Live(table, console=drawn, auto_refresh=False) as live:
         for number in range(12):
             table.add_row(f"row {number}", f"[green]{number}[/green]")

@@ -9,15 +9,18 @@ few rows, as in decoding one prompt, and slower than unpacking for more. In fp32
 
 For some more rows of generation x is written with two digits in int8 (Ozaki et al. 2012 split matrices so), and
 ``torch._int_mm`` multiplies codes by digits exactly. The digits hold 15 bits below the largest of a row, more than
-rounding the products to bf16 leaves. ``benchmarks/few_rows.py`` measures it.
+rounding the products to bf16 leaves. ``benchmarks/few_rows.py`` measures it. For a longer prompt the codes are cast, and
+the products are scaled.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llamatune.model.packed_weight import PackedWeight, Scratch
 from llamatune.model.products import LEAST_ELEMENTS
@@ -64,11 +67,15 @@ class Int8Weight(PackedWeight):
             into.copy_(codes).mul_(scale[:, None])
 
     def product(self, x: Tensor, out: Tensor | None = None, added: Tensor | None = None) -> Tensor:
-        by_kernel = self.multiplies_codes(x)
-        if not (by_kernel or self.multiplies_digits(x)):
+        rows = x.reshape(-1, x.shape[-1])
+        if self.multiplies_codes(x):
+            y = torch._weight_int8pack_mm(rows.contiguous(), self.codes, self.scales)
+        elif self.multiplies_digits(x):
+            y = self._by_digits(rows)
+        elif self.scales_products(x):
+            y = F.linear(rows, self._cast_codes(x.dtype)).mul_(self.scales)
+        else:
             return super().product(x, out, added)
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y = torch._weight_int8pack_mm(rows, self.codes, self.scales) if by_kernel else self._by_digits(rows)
         if x.dim() != 2:  # autograd refuses to add a bias to a view that a function returns
             y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], self.shape[0]))
         if added is not None:
@@ -88,6 +95,21 @@ class Int8Weight(PackedWeight):
         suits = 0 < x.numel() <= _MOST_ROWS_OF_DIGITS * self.shape[1] and self.codes.numel() >= LEAST_ELEMENTS
         is_quick = suits and x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.cpu._is_vnni_supported()
         return is_quick and torch.is_inference_mode_enabled()
+
+    def scales_products(self, x: Tensor) -> bool:
+        """Whether the product with ``x``, if it is no other, is scaled in place of the weights, which are more.
+
+        In generation alone, as above. fp16 has no numbers as large as products of codes may be.
+        """
+        return x.dtype != torch.float16 and x.device.type == "cpu" and torch.is_inference_mode_enabled()
+
+    def _cast_codes(self, dtype: torch.dtype) -> Tensor:
+        """The codes in the shared buffer, as ``unpacked`` has the weights."""
+        flat = self.scratch.filled((weakref.ref(self), "codes"), self.room, dtype, self.device, self._cast_codes_into)
+        return flat.view(self.shape)
+
+    def _cast_codes_into(self, flat: Tensor) -> None:
+        flat.view(self.shape).copy_(self.codes)
 
     def _by_digits(self, x: Tensor) -> Tensor:
         """x (N, in) W^T; each row is what it would be in any other company."""

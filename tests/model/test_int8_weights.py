@@ -59,15 +59,17 @@ def test_unpacking_is_the_same_in_pieces_and_rounds_once(dtype: torch.dtype, mon
 @pytest.mark.parametrize("shape", [(64, 32), (37, 96), (7, 53), (16, 176), (5, 1)], ids=str)
 @pytest.mark.parametrize("leading", [(1,), (8,), (9,), (1, 1), (2, 4), (2, 9), (0,), (1, 0)], ids=str)
 @DTYPES
+@pytest.mark.parametrize("generates", [False, True])
 def test_products_are_those_of_the_held_numbers(
-    shape: tuple[int, int], leading: tuple[int, ...], dtype: torch.dtype
+    shape: tuple[int, int], leading: tuple[int, ...], dtype: torch.dtype, generates: bool
 ) -> None:
     """Few rows and many, whole vectors of columns and others, whichever way they are computed."""
     weight = Int8Weight.quantize(matrix(shape) * torch.logspace(-2, 2, shape[0])[:, None], Scratch())
     x, grad = matrix((*leading, shape[1]), 2.0, 1).to(dtype), matrix((*leading, shape[0]), 1.0, 2).to(dtype)
     eps = torch.finfo(dtype).eps
     bound = (x.double().abs() @ held(weight).abs().T) * eps * 8 + 1e-9
-    found = weight.product(x)
+    with torch.inference_mode(generates):
+        found = weight.product(x)
     assert (found.shape, found.dtype) == ((*leading, shape[0]), dtype)
     assert bool(((found.double() - x.double() @ held(weight).T).abs() <= bound).all())
     back = weight.product_back(grad)
