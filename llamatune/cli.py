@@ -171,8 +171,12 @@ def _exit_code(words: list[str], stopped_before: ShouldStop = never_stop) -> int
         return _fail(str(fault), fault.exit_code)
     except _StoppedEarly:
         return _fail("stopped by a signal: run the same command again", stopped) if reports_stop() else stopped
-    except (BrokenPipeError, SystemExit):  # the reader of stdout has left, at which Typer exits by itself
+    except BrokenPipeError:
         return 0
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # at which Typer exits by itself
+            return 0
+        raise
     except OSError as fault:
         where = f": {fault.filename}" if fault.filename else ""
         return _fail(f"{fault.strerror or fault}{where}", 5)
