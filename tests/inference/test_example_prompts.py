@@ -41,4 +41,4 @@ def test_the_page_lists_every_option_of_generate() -> None:
     page = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
     listed = re.findall(r"--[a-z-]+", "".join(line.split("|")[1] for line in page.splitlines() if line[:3] == "| `"))
     assert sorted(listed) == sorted(["--json", *(option.flag for option in option_fields(GenerateOptions))])
-    assert len(page.splitlines()) <= 80
+    assert len(page.splitlines()) <= 84
