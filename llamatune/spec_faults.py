@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from llamatune.errors import SpecError
 from llamatune.schema_words import plain_words
+from llamatune.spec_types import shown
 from llamatune.strict_yaml import parse_yaml
 
 Sections = Mapping[str, Mapping[str, FieldInfo]]
@@ -95,11 +96,11 @@ def _describe(place: tuple[Any, ...], errors: Sequence[Any], sections: Sections)
     given = error.get("input")
     first, *others = dict.fromkeys(map(plain_words, errors))
     expected = " or ".join((first, *(other.removeprefix("should be ") for other in others)))
-    shown = f" (it is {_cut(repr(given))})" if isinstance(given, str | int | float) else ""
+    told = f" (it is {_cut(shown(given))})" if isinstance(given, str | int | float) else ""
     if given is None:
-        shown = " (it is null, as ~ alone is in YAML)" if error["type"] == "string_type" else " (it is null)"
+        told = " (it is null, as ~ alone is in YAML)" if error["type"] == "string_type" else " (it is null)"
     quoted = isinstance(given, str) and any(_is_quoted(given, each["type"]) for each in errors)
-    return f"{path}: {expected}{shown}{_UNQUOTED if quoted else ''}"
+    return f"{path}: {expected}{told}{_UNQUOTED if quoted else ''}"
 
 
 def _cut(text: str) -> str:

@@ -72,13 +72,18 @@ def _memory_size(value: str) -> str:
     return value
 
 
+def shown(value: object) -> str:
+    """A value as a message names it; Python refuses to write a number of thousands of digits."""
+    is_endless = isinstance(value, int) and abs(value) > sys.float_info.max
+    return "beyond the range of numbers" if is_endless else repr(value)
+
+
 def _learning_rate(value: Any) -> Any:
     if value is None or value == "auto":
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
         return float(value)
-    shown = "beyond the range of numbers" if isinstance(value, int) and value > 1 else repr(value)
-    raise ValueError(f"should be a valid number above 0, auto or null (it is {shown})")
+    raise ValueError(f"should be a valid number above 0, auto or null (it is {shown(value)})")
 
 
 def _duration(value: Any) -> Any:

@@ -119,5 +119,6 @@ def parse_yaml(text: str, where: object, scalars_are_texts: bool = False) -> Any
     except yaml.reader.ReaderError as fault:
         place = text.count("\n", 0, fault.position) + 1
         raise SpecError(f"not valid YAML: the character U+{fault.character:04X} (line {place})", where) from None
-    except ValueError:  # of int()
-        raise SpecError("not valid YAML: a whole number of thousands of digits", where) from None
+    except (ValueError, OverflowError) as fault:  # of int() and chr()
+        what = "a whole number of thousands of digits" if "digits" in str(fault) else "an escape of no character"
+        raise SpecError(f"not valid YAML: {what}", where) from None

@@ -286,6 +286,14 @@ def test_what_means_nothing_is_refused(override: str, part: str) -> None:
     assert part in refusal(override)
 
 
+@pytest.mark.parametrize(("key", "sign"), [("max_steps", 1), ("learning_rate", -1), ("seed", 1)])
+def test_a_number_that_python_does_not_write_is_a_fault_like_others(key: str, sign: int) -> None:
+    value = sign * 10**5000
+    values = {"model": {"path": "m"}, "data": {"train": "d"}, "training": {"output_dir": "o", key: value}}
+    with pytest.raises(SpecError, match=rf"training\.{key}: .*beyond the range of numbers"):
+        build_spec(values, "the spec")
+
+
 def test_fields_that_exclude_each_other() -> None:
     assert "exclude each other" in refusal("training.max_steps=5", "training.num_epochs=1")
     assert "exclude each other" in refusal("training.warmup_steps=5", "training.warmup_ratio=0.1")

@@ -96,6 +96,8 @@ def test_a_fault_of_json_has_its_place(tmp_path: Path) -> None:
         ("a: 1\nb\n", "a key without a colon behind it (line 3)"),
         ("a: \x07", "the character U+0007 (line 1)"),
         (f"a: {'1' * 5000}", "a whole number of thousands of digits"),
+        ('a: "\\U00110000"', "an escape of no character"),
+        ('a: "\\UFFFFFFFF"', "an escape of no character"),
         ("a: 1\na: 2", "the key 'a' appears twice (line 2)"),
     ],
 )

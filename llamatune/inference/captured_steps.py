@@ -175,6 +175,7 @@ class CapturedSteps:
     def _compute(self, rows: int) -> None:
         assert self._logits is not None
         tokens, places, adapted = self._state[:, :rows]
+        places = places.clamp_max(self._cache.room - 1)  # of rows that are not in use, some ended at their room's end
         layers, mask = self._cache.fixed_step(places)
         self._switch.hold(adapted.bool())
         self._logits[:rows] = self._model(tokens[:, None], places[:, None], mask, layers, read=last_logits)

@@ -152,8 +152,9 @@ def generate(
         results = [Generation(**values) for values in ranks.from_first(list(map(asdict, results)))]
         if len(results) == total:
             return Generations(results, speed, lines())
-        at_once = ROWS_AT_ONCE[opened.device.type]
-        written, rows = len(results), sampling.num_beams if sampling.num_beams > 1 else min(at_once, total)
+        is_beamed = sampling.num_beams > 1
+        at_once = ranks.from_first(ENTRIES_AT_ONCE if is_beamed else ROWS_AT_ONCE[opened.device.type])
+        written, rows = len(results), sampling.num_beams if is_beamed else min(at_once, total)
         advice = opened.memory_advice("use fewer --max-new-tokens")
         stack.enter_context(opened.computing(rows, advice, on_event))
         try:

@@ -224,7 +224,7 @@ def _answer(
             ]
             yield scored_line(questions[place], dict(zip(loaded.by_prefix, texts, strict=True)))
 
-    at_once = options.batch_size or ROWS_AT_ONCE[opened.device.type]
+    at_once = opened.ranks.from_first(options.batch_size or ROWS_AT_ONCE[opened.device.type])
     places, in_slices = range(len(prompts)), options.placement == "shard"
     yield from share_generating(places, answered, at_once, should_stop, opened.ranks, in_slices)
 

@@ -13,7 +13,7 @@ from llamatune.inference.model_source import LoadedModels
 from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.inference.running_sequences import IsEnough
 from llamatune.model.transformer import Transformer
-from llamatune.shapes.generation_sizes import CACHE_SHARE, ROWS_AT_ONCE, rows_that_fit
+from llamatune.shapes.generation_sizes import CACHE_SHARE, ROWS_AT_ONCE, ROWS_OF_STREAMED, rows_that_fit
 
 
 def completions_by_model(
@@ -30,11 +30,11 @@ def completions_by_model(
     """As ``engine.completions``, of each model in the order of ``loaded.by_prefix``; ``rows`` of each at a time.
 
     By default as many as suit the device. There are fewer, with a notice, where keys and values of so many would not
-    fit into free memory. Base and tuned
-    model that share their weights share passes. With beams, each has its own.
+    fit into free memory. Base and tuned model that share their weights share passes. With beams, each has its own.
     """
     models = list(loaded.by_prefix.values())
-    rows = min(rows or ROWS_AT_ONCE[models[0].device.type], max(1, len(prompts) * sampling.num_return_sequences))
+    usual = ROWS_OF_STREAMED if loaded.idle is not None else ROWS_AT_ONCE[models[0].device.type]
+    rows = min(rows or usual, max(1, len(prompts) * sampling.num_return_sequences))
     if loaded.idle is None and sampling.num_beams == 1 and prompts:  # else all ranks make the same passes
         fitting = _rows_that_fit(models, prompts, sampling)
         if fitting < rows:
@@ -62,4 +62,4 @@ def _rows_that_fit(models: Sequence[Transformer], prompts: Sequence[Sequence[int
     """Of completions at their longest."""
     tokens, model = max(map(len, prompts)) + sampling.max_new_tokens, models[0]
     room = CACHE_SHARE * free_memory_bytes(model.device) / len(models)
-    return rows_that_fit(model.config, model.product_dtype.itemsize, tokens, room)
+    return rows_that_fit(model.config, model.product_dtype.itemsize, tokens, sampling.temperature > 0, room)

@@ -141,7 +141,7 @@ def _usual_rows(model: HeldModel, work: Work, free_bytes: int | None) -> int:
     if free_bytes is None:
         return most
     tokens, room = work.prompt_tokens + work.new_tokens, CACHE_SHARE * free_bytes / (2 if work.compare else 1)
-    return min(most, rows_that_fit(model.config, WEIGHT_BYTES[model.others], tokens, room))
+    return min(most, rows_that_fit(model.config, WEIGHT_BYTES[model.others], tokens, work.draws, room))
 
 
 def _adapter_bytes(z: ModelSizes) -> int:

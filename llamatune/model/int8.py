@@ -9,8 +9,8 @@ few rows, as in decoding one prompt, and slower than unpacking for more. In fp32
 
 For some more rows of generation x is written with two digits in int8 (Ozaki et al. 2012 split matrices so), and
 ``torch._int_mm`` multiplies codes by digits exactly. The digits hold 15 bits below the largest of a row, more than
-rounding the products to bf16 leaves. ``benchmarks/few_rows.py`` measures it. For a longer prompt the codes are cast, and
-the products are scaled.
+rounding the products to bf16 leaves. ``benchmarks/few_rows.py`` measures it. For a longer prompt the codes are cast,
+and the products are scaled.
 """
 
 from __future__ import annotations

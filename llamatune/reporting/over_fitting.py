@@ -64,6 +64,8 @@ def judge_validation(steps: Sequence[Step], evaluations: Sequence[EvalDone]) -> 
     verdict = _rise(logs, noise)
     if verdict == "over-fitting" and gap_at_end - gap_at_turn < (losses[-1] - losses[turn]) / 2:
         verdict = "rising"
+    if verdict == "over-fitting" and turn == len(losses) - 1:
+        verdict = "not clear"
     turned = next((step for step in steps if step.step >= evaluations[turn].step), steps[-1])
     rise = losses[-1] / losses[turn] - 1 if losses[turn] else 0.0
     return Validation(

@@ -17,8 +17,14 @@ ROWS_AT_ONCE = {"cpu": 64, "cuda": 256}
 A step reads all weights whatever its rows: more rows take longer a step and less time a token, up to about so many.
 """
 
+ROWS_OF_STREAMED = 16
+"""The same where blocks are not on the device, whose memory is short then, or where ranks make the same passes."""
+
 CACHE_SHARE = 0.8
-"""Of the free memory, what keys and values of generation may take."""
+"""Of the free memory, what keys and values of generation, and the choice of tokens, may take."""
+
+_CHOICE_BYTES = {True: 40, False: 16}
+"""Of a logit, what the choice of a token has in flight, whether it is drawn or the likeliest, with logits in fp32."""
 
 _MOST_TOKENS, _FEWEST_TOKENS = 2048, 256
 _SHARE = 0.08
@@ -26,8 +32,8 @@ _SHARE = 0.08
 
 FIRST_ROOM_TOKENS = 256
 
-
 _LARGEST_POWER = 16
+"""Of rows of a captured step; larger sizes are multiples of it."""
 
 
 def captured_rows(running: int, rows: int) -> int:
@@ -44,9 +50,10 @@ def token_cache_bytes(config: LlamaConfig, element_bytes: int) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element_bytes
 
 
-def rows_that_fit(config: LlamaConfig, element_bytes: int, tokens: int, room_bytes: float) -> int:
-    """Completions of so many tokens, prompts included, whose keys and values take that room; at least one."""
-    return max(1, int(room_bytes) // (tokens * token_cache_bytes(config, element_bytes)))
+def rows_that_fit(config: LlamaConfig, element_bytes: int, tokens: int, draws: bool, room_bytes: float) -> int:
+    """Completions of so many tokens, prompts included, whose keys, values and logits take that room; at least one."""
+    logits = config.vocab_size * _CHOICE_BYTES[draws]
+    return max(1, int(room_bytes) // (tokens * token_cache_bytes(config, element_bytes) + logits))
 
 
 def grown_room(needed: int, doubled: int, capacity: int) -> int:

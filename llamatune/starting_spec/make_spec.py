@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llamatune.checkpoints.model_directory import read_config
@@ -69,28 +70,30 @@ def make_spec(
 
 def _refuse_contradictions(options: InitOptions) -> None:
     """Raise where an override names another model or other rows than those that the spec is written for."""
-    if other := _overridden(options, "model", "path", str(options.model)):
+    other = _overridden(options, "model", "path")
+    if other is not None and Path(str(other)) != options.model:
         raise SpecError(f"model.path={other} is another model than --model", options.model, "give one of them alone")
-    if other := _overridden(options, "data", "train", str(options.data)):
+    other = _overridden(options, "data", "train")
+    (train,) = other if isinstance(other, list) and len(other) == 1 else (other,)
+    if train is not None and Path(str(train)) != options.data:
         raise SpecError(f"data.train={other} is set by --data", options.data, "give that directory to --data")
 
 
 def _refuse_other_device(options: InitOptions, device: Device) -> None:
     """Raise where an override has the run on another device than the one that it is planned for."""
-    given = str(_overridden(options, "training", "device", None) or "auto")
+    given = str(_overridden(options, "training", "device") or "auto")
     if given != "auto" and given.startswith("cuda") != bool(device.gpu):
         todo = "give --gpu cpu" if device.gpu else "name the GPU with --gpu"
         raise SpecError(f"training.device={given}, and the spec is planned for {device.name}", None, todo)
 
 
-def _overridden(options: InitOptions, section: str, key: str, own: object) -> object:
-    """What the overrides set a key to, as plain values have it; None: nothing, or what it has by itself."""
+def _overridden(options: InitOptions, section: str, key: str) -> object:
+    """What the overrides set a key to, as plain values have it; None: nothing."""
     values: dict[str, Any] = {}
     for text in options.overrides:
         override(values, text)
     inner = values.get(section)
-    given = inner.get(key) if isinstance(inner, dict) else None
-    return None if given == own else given
+    return inner.get(key) if isinstance(inner, dict) else None
 
 
 def _device(options: InitOptions, on_event: OnEvent) -> Device:

@@ -93,7 +93,7 @@ class RunPrompts:
         """The answers that are computed side by side."""
         model, most = learner.model, max(map(len, self.ids)) + self.sampling.max_new_tokens
         room = _SHARE * free_memory_bytes(model.device)
-        fitting = rows_that_fit(model.config, model.product_dtype.itemsize, most, room)
+        fitting = rows_that_fit(model.config, model.product_dtype.itemsize, most, self.sampling.temperature > 0, room)
         return min(ROWS_AT_ONCE[model.device.type], len(self.ids), fitting)
 
     def _shown(self, step: int, number: int, asked: _Asked, made: Completion) -> Answer:

@@ -138,6 +138,25 @@ def test_base_and_tuned_model_share_captured_steps(
         assert pairs(DRAWN) != apart, "which rows are adapted is read from the step's tensor"
 
 
+def test_a_row_may_end_where_its_room_ends(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then steps of more rows than run go over its place, which lies beyond the room if it is not held back."""
+    prompts = [[1, 40], [1, 41], [1, 42], [1, 43, 44, 45, 46]]
+
+    def made(length: int, graphs: RecordedGraphs | None) -> list[list[int]]:
+        """The longest row, which is the last, ends at so many tokens, and the others run on."""
+        with monkeypatch.context() as patch:
+            patch.setattr(captured_steps, "graphs_for", lambda model: graphs)
+            work, found = Engine(model, (), 4, lambda prompt, ids: prompt[1] == 43 and len(ids) == length - 5), {}
+            for prompt in prompts:
+                work.add(prompt, Sampling(40, 0))
+            while not work.is_done:
+                found.update(work.step())
+        return [found[number].ids for number in range(4)]
+
+    for length in (9, 10, 11, 19, 20, 21):  # the room is of 5 tokens, and doubles
+        assert made(length, RecordedGraphs()) == made(length, None)
+
+
 WAYS = {
     "nucleus": [Sampling(20, 0.7, top_k=20, top_p=0.8, seed=2)],
     "least share": [Sampling(20, 1.2, min_p=0.02, seed=2)],

@@ -259,10 +259,22 @@ def test_unasked_as_many_rows_are_planned_as_fit(command: Any, memory: str, word
     given = ("--preset", "llama-2-7b", "--device", "cuda", "--prompt-tokens", 400, *words)
     found = plan(command, *given, "--memory", memory)
     free = found["memory_limit_bytes"] - found["moments"][0]["bytes"]
-    row = (400 + found["max_new_tokens"]) * 2 * 32 * 4096 * 2 * (2 if words else 1)
+    row = ((400 + found["max_new_tokens"]) * 2 * 32 * 4096 * 2 + 40 * 32000) * (2 if words else 1)
     assert found["rows"] == min(256, max(1, int(0.8 * free / row)))
     assert plan(command, *given)["rows"] == 256
     assert plan(command, *given[:2], "--device", "cpu", *given[4:])["rows"] == 64
+
+
+@pytest.mark.parametrize("lengths", [(32, 32), (40, 88), (128, 128), (2000, 500)])
+@pytest.mark.parametrize("words", [("llama-2-7b", "18GiB"), ("llama-3-8b", "19GiB"), ("llama-3-8b", "21GiB")])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_as_many_rows_as_are_taken_unasked_fit(
+    command: Any, words: tuple[str, str], lengths: tuple[int, int], temperature: int
+) -> None:
+    """Logits count too: of a large vocabulary those of many rows take more than keys and values of short texts."""
+    sizes = ("--prompt-tokens", lengths[0], "--max-new-tokens", lengths[1], "--temperature", temperature)
+    found = plan(command, "--preset", words[0], "--memory", words[1], *sizes, "--device", "cuda")
+    assert found["fits"], found
 
 
 def test_the_table_says_what_the_json_says(command: Any) -> None:

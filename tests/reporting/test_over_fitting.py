@@ -35,6 +35,15 @@ def test_over_fitting_is_found_where_validation_turned(count: int, deviation: fl
     assert found.gap_at_end == pytest.approx(1.0, abs=0.3)
 
 
+def test_a_run_whose_last_loss_is_its_lowest_is_not_called_over_fitted() -> None:
+    """Medians rose before the last evaluation, which alone says otherwise."""
+    steps = make_steps([2 - place / 400 for place in range(300)], epochs=10)
+    losses = [1.5 - n / 10 for n in range(6)] + [1.1 + n / 10 for n in range(8)] + [0.85]
+    found = judge_validation(steps, [EvalDone(20 * (n + 1), loss) for n, loss in enumerate(losses)])
+    assert found is not None
+    assert (found.verdict, found.rise) == ("not clear", 0.0)
+
+
 def test_gaps_compare_with_the_training_since_the_evaluation_before() -> None:
     steps = make_steps([4.0] * 10 + [2.0] * 10 + [1.0] * 10)
     found = judge_validation(steps, [EvalDone(10, 3.0), EvalDone(20, 2.5), EvalDone(30, 2.8)])

@@ -173,6 +173,9 @@ def noting(slurm: LocalSlurm, tmp_path: Path) -> Noting:
     return submit
 
 
+QUEUED_S = 600
+"""How long a job may take that waits behind those of other tests, which have the processors."""
+
 TAKE_GPU = """\
 import os
 import torch
@@ -196,7 +199,7 @@ def test_each_rank_of_a_node_gets_a_gpu_of_its_own(slurm: LocalSlurm, noting: No
     command = f"PYTHONPATH={ROOT} exec {sys.executable} {tmp_path}/take.py"
     two_by_two = ("--nodes", 2, "--gpus-per-node", 2)
     job = noting(command, ["a.yaml"], *two_by_two, sbatch=("--cpus-per-task=3", "--export=PATH"))
-    slurm.wait(job, "COMPLETED", 90)
+    slurm.wait(job, "COMPLETED", QUEUED_S)
     said = (tmp_path / f"train-{job}.log").read_text().splitlines()
     assert sorted(said) == [f"rank {rank} of 4 at n1: sees 0,1, takes cuda:{rank % 2} 3 3" for rank in range(4)]
 
@@ -207,7 +210,7 @@ def test_a_task_of_an_array_requeues_itself_alone(slurm: LocalSlurm, noting: Not
     again = '[ "$SLURM_ARRAY_TASK_ID" = 1 ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ] && sleep 1 && exit 75; exit 0'
     job = noting(f'echo "$SLURM_ARRAY_TASK_ID:$2"; {again}', [specs[0], f"./{specs[1]}"], "--array")
     for task in range(2):
-        slurm.wait(f"{job}_{task}", "COMPLETED", 60)
+        slurm.wait(f"{job}_{task}", "COMPLETED", QUEUED_S)
     assert [slurm.facts(f"{job}_{task}")["Restarts"] for task in range(2)] == ["0", "1"]
     logs = [(tmp_path / f"train-{job}_{task}.log").read_text() for task in range(2)]
     assert logs[0] == f"0:{specs[0]}\n"

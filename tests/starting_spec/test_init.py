@@ -180,6 +180,12 @@ def test_a_prepared_directory_needs_no_preparation(
     assert command("train", "made.yaml", "--dry-run").code == 0
 
 
+def test_an_override_may_repeat_what_an_option_says(command: Command, workplace: Path) -> None:
+    given = ("--model", "base", "--data", "my rows.jsonl", "--gpu", "cpu")
+    for change in ("model.path=./base/", "data.train=./my rows.jsonl", "data.train=['my rows.jsonl']"):
+        assert command("init", *given, change).code == 0, change
+
+
 def test_measured_lengths_are_those_of_the_tokenizer(command: Command, workplace: Path) -> None:
     facts = json.loads(command("init", "--model", "base", "--data", "my rows.jsonl", "--gpu", "t4", "--json").stdout)
     command("prepare-data", "my rows.jsonl", "--tokenizer", "base", "--output", "whole", "--max-seq-length", "128")
