@@ -16,10 +16,9 @@ R = TypeVar("R")
 _ITEMS_IN_A_ROUND = 8
 """Of each rank between two exchanges: items differ in size, and a round takes as long as its slowest rank."""
 
-_GENERATED_IN_A_ROUND = 64
-"""Of a rank that generates, or as many as it works on side by side: a place that is free waits for the round's end.
-
-What was generated in a round is kept at its end alone.
+_TURNS_IN_A_ROUND, _GENERATED_IN_A_ROUND = 4, 64
+"""Of each place of a rank that generates side by side, since a free place waits for the others at the round's end; and
+the most items that a rank has in turns: what was generated is kept at the round's end.
 """
 
 
@@ -84,7 +83,8 @@ def share_generating(
     if in_slices or ranks.size == 1:
         yield from work(items, (lambda: ranks.any(should_stop())) if in_slices else should_stop)
         return
-    rounds = -(-len(items) // (ranks.size * max(at_once, _GENERATED_IN_A_ROUND)))
+    in_a_round = max(at_once, min(at_once * _TURNS_IN_A_ROUND, _GENERATED_IN_A_ROUND))
+    rounds = -(-len(items) // (ranks.size * in_a_round))
     together = max(1, -(-len(items) // (ranks.size * max(1, rounds))))
     parts = [items[first : first + together] for first in range(0, len(items), together)]
     for results in shared_map(
