@@ -164,8 +164,8 @@ class TrainingSection(Section):
         "one, after a whole update",
     )
     max_steps: Steps | None = Field(None, description="optimizer updates, in place of num_epochs")
-    micro_batch_size: Positive = Field(1, description="rows in one forward pass")
-    gradient_accumulation_steps: Positive = Field(8, description="micro-batches per update")
+    micro_batch_size: Positive = Field(1, le=1 << 16, description="rows in one forward pass")
+    gradient_accumulation_steps: Positive = Field(8, le=1 << 20, description="micro-batches per update")
     tokens_per_pass: Positive | Literal["auto"] | None = Field(
         "auto",
         description="micro-batches are computed together up to so many tokens; null: each alone; auto: by memory",

@@ -101,11 +101,12 @@ def _notes(results: Sequence[Result], parts: Sequence[str]) -> list[str]:
             notes.append(
                 f"The categories add up to the peak within {gap:.1%}; the rest is inside kernels and rounding."
             )
-        errors = [abs(r["predicted_bytes"] / r["allocated_bytes"] - 1) for r in measured]
-        notes.append(
-            f"'planned' is what plan-memory says of the heaviest rows of the data: at most {max(errors):.1%} from the "
-            f"peak, median {statistics.median(errors):.1%}."
-        )
+        predicted = [r for r in measured if r["predicted_bytes"] is not None]
+        if errors := [abs(r["predicted_bytes"] / r["allocated_bytes"] - 1) for r in predicted]:
+            notes.append(
+                f"'planned' is what plan-memory says of the heaviest rows of the data: at most {max(errors):.1%} from "
+                f"the peak, median {statistics.median(errors):.1%}."
+            )
     return [*notes, *outcome_notes(results)]
 
 

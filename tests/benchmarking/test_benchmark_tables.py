@@ -186,3 +186,13 @@ def test_without_matplotlib_there_is_no_chart(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError):
         draw_chart(AXES, RESULTS)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_cells_without_a_prediction_are_left_out_of_what_is_told_of_it(known: bool) -> None:
+    unknown = {
+        f"cell{number}": {**measured(number), "predicted_bytes": None} for number in range(1 if known else 0, 16)
+    }
+    notes = flat_table(AXES, cells(AXES, **unknown)).notes
+    assert [note for note in notes if "at most 4.0% from the peak" in note] == [n for n in notes if "'planned'" in n]
+    assert any("'planned'" in note for note in notes) == known
