@@ -158,6 +158,7 @@ def test_there_are_as_many_rows_as_keys_and_values_fit_into_free_memory(
     models, config = loaded(base, peft_adapter(base)), open_model(ModelSource(base)).config
     tokens = max(map(len, PROMPTS)) + 20
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * tokens
+    row += 16 * config.vocab_size  # the logits, and what choosing the likeliest has in flight
     expected, told, made = pairs(models, HOW["greedy"], 16), list[Event](), list[int]()
     begin = engine.Engine.__init__
 
