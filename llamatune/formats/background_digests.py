@@ -1,4 +1,4 @@
-"""SHA-256 of files, computed one after the other by a thread of the lowest priority that reads at a bounded rate."""
+"""SHA-256 of files by a background thread of the lowest priority, at a bounded rate; shared by the runs of a sweep."""
 
 from __future__ import annotations
 

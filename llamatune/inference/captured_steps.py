@@ -1,4 +1,4 @@
-"""Captured steps: a CUDA graph of a decoding step for each of a few numbers of rows, and tokens that are read later.
+"""CUDA graphs of decoding steps, by their number of rows, and tokens that are read a step later.
 
 A step of a 7B is about a thousand kernels, and to launch them one by one takes longer than to compute them for a few
 rows. A graph launches all at once. It holds addresses, so tokens and places are written to the same tensors for every

@@ -1,4 +1,4 @@
-"""Decoding engine: many prompts share the rows of a batch, and a row that ends is given to the next prompt.
+"""Decoding engine with continuous batching: prompts share a batch, and a row that ends is given to the next prompt.
 
 Prompts are read in ragged passes without padding, then each step gives every row a token (continuous batching, Yu et
 al. 2022). A prompt is completed as it would be alone. On a GPU steps are captured, and the next one is launched before

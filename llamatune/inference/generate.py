@@ -206,7 +206,7 @@ def _kept(
     compare: bool,
 ) -> Iterator[Generation]:
     """The results in lines of an output, up to the first that would not have been written."""
-    for place, entry in zip(range(total), entries, strict=False):  # a stop leaves fewer, and what is beyond is cut off
+    for place, entry in enumerate(itertools.islice(entries, total)):  # a stop leaves fewer; what is beyond is cut off
         try:
             made = Completion(entry["completion_ids"], entry["finish_reason"])
             kept = result(place, made, str(entry["base_completion"]) if compare else None)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -251,10 +252,10 @@ def _settings(
 def _kept_lines(log: AnswerLog, questions: list[Question], compare: bool) -> Iterator[dict[str, Any]]:
     """The lines already in the output, up to the first that this evaluation would not have written."""
     prefixes = ("", "base_") if compare else ("",)
-    for question, line in zip(questions, log.entries(), strict=False):  # a stop leaves fewer, a larger --limit more
+    for place, line in enumerate(itertools.islice(log.entries(), len(questions))):  # there may be fewer, or more
         try:
             replies = {p: (line[f"{p}completion"], line[f"{p}finish_reason"]) for p in prefixes}
-            if scored_line(question, replies) != line:
+            if scored_line(questions[place], replies) != line:
                 return
         except (KeyError, TypeError):
             return

@@ -1,4 +1,4 @@
-"""Copies between host and GPU that the host does not wait for, until it reads what one brought."""
+"""Asynchronous copies between host and GPU through pinned memory: the host waits only to read what one brought."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from llamatune.inference.model_source import LoadedModels
 from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.inference.running_sequences import IsEnough
 from llamatune.model.transformer import Transformer
-from llamatune.shapes.generation_sizes import CACHE_SHARE, ROWS_AT_ONCE, ROWS_OF_STREAMED, rows_that_fit
+from llamatune.shapes.generation_sizes import ROWS_AT_ONCE, ROWS_OF_STREAMED, rows_that_fit
 
 
 def completions_by_model(
@@ -61,5 +61,5 @@ def completions_by_model(
 def _rows_that_fit(models: Sequence[Transformer], prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
     """Of completions at their longest."""
     tokens, model = max(map(len, prompts)) + sampling.max_new_tokens, models[0]
-    room = CACHE_SHARE * free_memory_bytes(model.device) / len(models)
-    return rows_that_fit(model.config, model.product_dtype.itemsize, tokens, sampling.temperature > 0, room)
+    free, draws = free_memory_bytes(model.device), sampling.temperature > 0
+    return rows_that_fit(model.config, model.product_dtype.itemsize, tokens, draws, free, len(models))

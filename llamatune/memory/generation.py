@@ -14,7 +14,6 @@ from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.dtypes import WEIGHT_BYTES
 from llamatune.shapes.generation_sizes import (
-    CACHE_SHARE,
     ROWS_AT_ONCE,
     grown_room,
     rows_that_fit,
@@ -140,8 +139,8 @@ def _usual_rows(model: HeldModel, work: Work, free_bytes: int | None) -> int:
     most = ROWS_AT_ONCE["cuda" if model.cuda else "cpu"]
     if free_bytes is None:
         return most
-    tokens, room = work.prompt_tokens + work.new_tokens, CACHE_SHARE * free_bytes / (2 if work.compare else 1)
-    return min(most, rows_that_fit(model.config, WEIGHT_BYTES[model.others], tokens, work.draws, room))
+    tokens, models = work.prompt_tokens + work.new_tokens, 2 if work.compare else 1
+    return min(most, rows_that_fit(model.config, WEIGHT_BYTES[model.others], tokens, work.draws, free_bytes, models))
 
 
 def _adapter_bytes(z: ModelSizes) -> int:

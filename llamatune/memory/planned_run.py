@@ -1,4 +1,4 @@
-"""The plan of a run that is not at hand, from the lengths of its rows: passes joined, placement chosen."""
+"""Memory plan of a run from the lengths of its rows alone: tokens of a pass, placement of the base, peak."""
 
 from __future__ import annotations
 

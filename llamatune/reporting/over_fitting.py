@@ -11,7 +11,7 @@ from llamatune.events import EvalDone, Step
 from llamatune.reporting.averages import epoch_of, mean_loss
 from llamatune.reporting.spikes import robust_deviation
 
-# Below this the rise is none: 2 % of a loss of 1.5 are 3 % of the perplexity, and change no answer.
+# Below this the rise is none: 2 % of a loss of 1.5 are 3 % of the perplexity.
 RISE = 0.02
 # Evaluations of one run are of the same rows, so they differ little by chance. From so many on, that noise is measured,
 # and the rise must exceed it by four deviations: of 100 plateaus at most 2 are then called over-fitting where the noise

@@ -13,7 +13,7 @@ from llamatune.units import duration, energy, gibibytes
 
 ABSENT = "-"
 MANY = 10
-"""From so many on a ratio is told as times, not in %."""
+"""From this ratio on a change is written as a multiple, not in %."""
 
 
 def whole(value: float) -> str:

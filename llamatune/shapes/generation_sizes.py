@@ -20,7 +20,7 @@ A step reads all weights whatever its rows: more rows take longer a step and les
 ROWS_OF_STREAMED = 16
 """The same where blocks are not on the device, whose memory is short then, or where ranks make the same passes."""
 
-CACHE_SHARE = 0.8
+_ROOM_SHARE = 0.8
 """Of the free memory, what keys and values of generation, and the choice of tokens, may take."""
 
 _CHOICE_BYTES = {True: 40, False: 16}
@@ -50,10 +50,22 @@ def token_cache_bytes(config: LlamaConfig, element_bytes: int) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element_bytes
 
 
-def rows_that_fit(config: LlamaConfig, element_bytes: int, tokens: int, draws: bool, room_bytes: float) -> int:
-    """Completions of so many tokens, prompts included, whose keys, values and logits take that room; at least one."""
+def rows_that_fit(
+    config: LlamaConfig,
+    element_bytes: int,
+    tokens: int,
+    draws: bool,
+    free_bytes: float,
+    models: int = 1,
+    share: float = _ROOM_SHARE,
+) -> int:
+    """Completions of so many tokens, prompts included, whose keys, values and logits take a share of the free memory.
+
+    At least one. ``models``: those that each is computed by.
+    """
     logits = config.vocab_size * _CHOICE_BYTES[draws]
-    return max(1, int(room_bytes) // (tokens * token_cache_bytes(config, element_bytes) + logits))
+    row = models * (tokens * token_cache_bytes(config, element_bytes) + logits)
+    return max(1, int(share * free_bytes) // row)
 
 
 def grown_room(needed: int, doubled: int, capacity: int) -> int:

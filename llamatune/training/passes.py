@@ -1,4 +1,7 @@
-"""Passes: the forward and backward passes of an accumulation window, into which its micro-batches are joined."""
+"""Passes: the forward and backward passes of an accumulation window, its micro-batches joined up to a number of tokens.
+
+``memory.planned_run`` decides that number.
+"""
 
 from __future__ import annotations
 

@@ -92,8 +92,8 @@ class RunPrompts:
     def _rows(self, learner: Learner) -> int:
         """The answers that are computed side by side."""
         model, most = learner.model, max(map(len, self.ids)) + self.sampling.max_new_tokens
-        room = _SHARE * free_memory_bytes(model.device)
-        fitting = rows_that_fit(model.config, model.product_dtype.itemsize, most, self.sampling.temperature > 0, room)
+        free, draws = free_memory_bytes(model.device), self.sampling.temperature > 0
+        fitting = rows_that_fit(model.config, model.product_dtype.itemsize, most, draws, free, share=_SHARE)
         return min(ROWS_AT_ONCE[model.device.type], len(self.ids), fitting)
 
     def _shown(self, step: int, number: int, asked: _Asked, made: Completion) -> Answer:

@@ -64,8 +64,7 @@ def window_gradients(
     parameters, reached = list(learner.parameters.values()), [False] * len(learner.parameters)
     done, count, started = 0, sum(map(len, groups)), time.monotonic()
     with _casts(learner):
-        # Without lanes the passes of all of them are one group.
-        for lane, group in zip(own, groups, strict=False):
+        for number, group in enumerate(groups):  # one of each lane, or a single one
             for index in group:
                 if done and ranks.size == 1:
                     left_s = (time.monotonic() - started) / done * (count - done)
@@ -75,7 +74,7 @@ def window_gradients(
                 done += 1
             reached = [before or p.grad is not None for before, p in zip(reached, parameters, strict=True)]
             if tree is not None:
-                tree.add(lane, 1, _taken(parameters) if group else None)
+                tree.add(own[number], 1, _taken(parameters) if group else None)
     if learner.streamed is not None:
         for _ in range(_most_passes(dealt, ranks) - done):
             learner.streamed.idle(backward=True)
