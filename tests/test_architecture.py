@@ -50,7 +50,7 @@ FLOORS = [
         ),
     },
     {"free_memory", "nvml", "process_group", "schema_words", "strict_json"},
-    {"ranks", "rendezvous", "lockstep"},
+    {"ranks", "rendezvous", "thread_turns"},
     {"launch_variables", "openmp_variables"},
     {"output_files"},
     {"durable_writing", "safe_reading", "path_expansion"},

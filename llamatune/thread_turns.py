@@ -1,4 +1,4 @@
-"""Lockstep: jobs in threads of which one runs at a time, and work that is done for all of them at once.
+"""Threads that take turns, in lockstep: one job runs at a time, and some work is done for all of them at once.
 
 A job runs until it has a request, or waits for the others; then the next one runs, in their order. So what a job
 computes does not depend on when threads are switched. Requests wait until no job can run, and are then answered

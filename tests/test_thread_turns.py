@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llamatune.lockstep import Lockstep
+from llamatune.thread_turns import Lockstep
 
 
 class Recorded:
