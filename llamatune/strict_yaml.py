@@ -15,6 +15,17 @@ LARGEST_YAML = 1 << 20
 """Bytes of one file."""
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _paired(text: str, line: int) -> str:
+    """``text`` with each pair of surrogates as the character it stands for, as in JSON."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise yaml.MarkedYAMLError(problem=f"a lone surrogate, which is no character (line {line})") from None
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML 1.2's scalars: ``no`` is a string, ``010`` is ten, ``1e-5`` is a number."""
 
@@ -26,6 +37,8 @@ class _StrictLoader(yaml.SafeLoader):
         for refused, kind in (("anchor", "anchors and aliases"), ("tag", "tags")):
             if getattr(event, refused, None):
                 raise yaml.MarkedYAMLError(problem=f"{kind} are not allowed (line {line})")
+        if isinstance(event, yaml.ScalarEvent) and _SURROGATE.search(event.value):
+            event.value = _paired(event.value, line)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:

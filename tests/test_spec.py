@@ -460,3 +460,11 @@ def test_a_field_that_is_no_key_is_named(name: str, told: str, command: Callable
     assert (done.code, done.stderr) == (2, wanted)
     with pytest.raises(SpecError, match="allow_spec_change: write it as"):
         llamatune.train("absent.yaml", allow_spec_change=name)
+
+
+def test_escaped_surrogates_of_yaml_are_one_character_in_pairs_and_refused_alone() -> None:
+    assert parse_yaml('{"a\\ud83d\\ude00": "\\ud83d\\ude00 b"}', "f") == {"a😀": "😀 b"}
+    for lone in ("\\ud800", "\\ude00\\ud83d", "a\\udfff"):
+        for text in (f'{{"key": "{lone}"}}', f'{{"{lone}": 1}}', f'- "{lone}"'):
+            with pytest.raises(SpecError, match=r"not valid YAML: a lone surrogate, .* \(line 1\): f"):
+                parse_yaml(text, "f")

@@ -43,7 +43,7 @@ def train(options: TrainOptions, console: Console, launch: Launch) -> None:
             ranks,
             began_s,
         )
-        console.result(summary, lambda out: _print_summary(out, summary))
+        console.result(summary, lambda out: _print_summary(out, summary, spec.training.output_dir))
 
 
 def _print_plan(out: RichConsole, plan: dict[str, Any], resolved: str) -> None:
@@ -57,26 +57,32 @@ def _print_plan(out: RichConsole, plan: dict[str, Any], resolved: str) -> None:
             out.print(f"{key}: {value:,}" if isinstance(value, int) else printable(f"{key}: {value}"))
 
 
-def _print_summary(out: RichConsole, summary: dict[str, Any]) -> None:
+def _print_summary(out: RichConsole, summary: dict[str, Any], output_dir: str) -> None:
+    """Nothing is taken for granted that an early version may not have recorded."""
     from rich.table import Column, Table
 
     from llamatune.units import duration, energy, gibibytes, perplexity_text
 
-    reserved = summary["peak_reserved_bytes"]
+    reserved = summary.get("peak_reserved_bytes")
     held = "resident" if reserved is None else f"allocated, {gibibytes(reserved)} reserved"
     columns = (Column(style="bold"), Column(justify="right"))
     table = Table(*columns, title="training", show_header=False, title_justify="left")
     table.add_row("steps", f"{summary['steps']:,}" + (", stopped early" if summary.get("stopped_early") else ""))
     table.add_row("runtime", duration(summary["runtime_s"]))
     table.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}")
-    table.add_row(f"peak memory, {summary['device']}", f"{gibibytes(summary['peak_memory_bytes'])} {held}")
-    if summary.get("energy_j") is not None:  # not of earlier versions
-        table.add_row("energy", f"{energy(summary['energy_j'])}, {summary['mean_power_w']:,.0f} W on average")
-    table.add_row("trainable parameters", f"{summary['trainable_parameters']:,} ({summary['trainable_percent']:.2f} %)")
+    place = "" if summary.get("device") is None else f", {summary['device']}"
+    table.add_row(f"peak memory{place}", f"{gibibytes(summary['peak_memory_bytes'])} {held}")
+    if summary.get("energy_j") is not None:
+        power_w = summary.get("mean_power_w")
+        power = "" if power_w is None else f", {power_w:,.0f} W on average"
+        table.add_row("energy", f"{energy(summary['energy_j'])}{power}")
+    trainable, total = summary["trainable_parameters"], summary["total_parameters"]
+    table.add_row("trainable parameters", f"{trainable:,} ({100 * trainable / total:.2f} %)")
     if summary.get("start_eval_loss") is not None:
         table.add_row("validation loss before training", f"{summary['start_eval_loss']:.4f}")
     if summary["best_eval_loss"] is not None:
-        table.add_row("best validation loss", f"{summary['best_eval_loss']:.4f} (step {summary['best_step']})")
+        step = "" if summary.get("best_step") is None else f" (step {summary['best_step']})"
+        table.add_row("best validation loss", f"{summary['best_eval_loss']:.4f}{step}")
     out.print(table)
     measures: dict[str, tuple[str, Callable[[Any], str]]] = {
         "epoch": ("epoch", str),
@@ -92,4 +98,4 @@ def _print_summary(out: RichConsole, summary: dict[str, Any]) -> None:
     for epoch in summary["epochs"]:
         epochs.add_row(*("" if epoch[key] is None else show(epoch[key]) for key, (_, show) in measures.items()))
     out.print(epochs)
-    out.print(f"written to {printable(summary['output_dir'])}")
+    out.print(f"written to {printable(output_dir)}")

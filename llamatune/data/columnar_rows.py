@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def columnar_rows(files: Sequence[tuple[BinaryIO, Path]]) -> Iterator[RawRow]:
     for file, path in files:
         pyarrow = _pyarrow(path)
         try:
-            for batch in _batches(pyarrow, file, path):
+            for batch in _batches(pyarrow, _WithinFile(file), path):
                 for values in _dated(pyarrow, batch).to_pylist():
                     row += 1
                     yield _row(values, row)
@@ -65,7 +66,22 @@ def _pyarrow(path: Path) -> Any:
     return pyarrow
 
 
-def _batches(pyarrow: Any, file: BinaryIO, path: Path) -> Iterator[Any]:
+class _WithinFile:
+    """A file that is asked for no more than it holds: pyarrow wants as many bytes as a damaged file tells of."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size = file, file.seek(0, os.SEEK_END)
+        file.seek(0)
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._size - self._file.tell(), 0)
+        return self._file.read(left if size < 0 else min(size, left))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _batches(pyarrow: Any, file: _WithinFile, path: Path) -> Iterator[Any]:
     """Batches of at most ``_BATCH_ROWS`` rows."""
     magic = file.read(len(_ARROW_FILE))
     file.seek(0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from llamatune.commands._log_lines import KeyValueLines
 from llamatune.commands._progress_bars import ProgressBars, open_console
 from llamatune.commands._training_panel import TrainingPanel
 from llamatune.events import Answer, AnswersDone, EpochDone, EvalDone, Event, RunStarted, StepDone
+from llamatune.formats.summary_json import read_summary
 from llamatune.units import perplexity
 
 HIGH = 16.3  # its perplexity is 12 million
@@ -97,10 +100,10 @@ def test_tables_say_large_perplexities_shortly() -> None:
              "validation_perplexity": perplexity(700.0), "epoch_s": 1.0, "tokens_per_second": 1.0}  # fmt: skip
     summary: dict[str, Any] = {
         "steps": 1, "runtime_s": 1.0, "tokens_per_second": 1.0, "device": "cpu", "peak_memory_bytes": 1,
-        "peak_reserved_bytes": None, "trainable_parameters": 1, "trainable_percent": 1.0, "best_eval_loss": 2.0,
+        "peak_reserved_bytes": None, "trainable_parameters": 1, "total_parameters": 9, "best_eval_loss": 2.0,
         "best_step": 1, "start_eval_loss": 3.25, "epochs": [epoch], "output_dir": "run",
     }  # fmt: skip
-    train_command._print_summary(open_console(out), summary)
+    train_command._print_summary(open_console(out), summary, "run")
     payload = {"split": "train", "data": "d", "rows": 1, "target_tokens": 1, "dtype": "float32", "loss": HIGH,
                "perplexity": perplexity(HIGH)}  # fmt: skip
     evaluate_command._print_table(open_console(out), payload)
@@ -111,6 +114,29 @@ def test_tables_say_large_perplexities_shortly() -> None:
     assert "perplexity=1.1995e+07" in text
     assert "validation loss before training 3.2500" in " ".join(text.split())
     assert text.isascii(), "lines around tables are for terminals"
+
+
+def test_a_summary_without_what_early_versions_did_not_record_is_shown(tmp_path: Path) -> None:
+    """Each field that a file may leave out, alone and all of them; energy was measured without a mean power, too."""
+    least = {
+        "steps": 3, "train_loss": 1.5, "best_eval_loss": 2.0, "trainable_parameters": 5, "total_parameters": 50,
+        "peak_memory_bytes": 1, "runtime_s": 1.0, "tokens_per_second": 1.0,
+    }  # fmt: skip
+    more = {"trainable_percent": 10.0, "device": "cpu", "best_step": 3, "output_dir": "out", "peak_reserved_bytes": 9,
+            "energy_j": 40.0, "mean_power_w": 4.0, "start_eval_loss": 2.5}  # fmt: skip
+    path, shown = tmp_path / "summary.json", {}
+    for left_out in (*more, "all", "nothing"):
+        kept = {key: value for key, value in more.items() if left_out not in (key, "all")}
+        path.write_text(json.dumps({**least, **kept}))
+        out = io.StringIO()
+        train_command._print_summary(open_console(out), read_summary(path), "run")
+        shown[left_out] = " ".join(out.getvalue().split())
+        assert "5 (10.00 %)" in shown[left_out]
+        assert "written to run" in shown[left_out]
+        assert "None" not in shown[left_out]
+    assert "peak memory, cpu" in shown["nothing"]
+    assert "W on average" in shown["nothing"]
+    assert "2.0000 (step 3)" in shown["nothing"]
 
 
 def test_the_panel_shows_an_answer_on_one_line() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from shaped_files import ROWS, columnar, zstd_compress
 
+from llamatune.data.columnar_rows import _WithinFile, columnar_rows
 from llamatune.data.raw_row import LARGEST_ROW_BYTES
 from llamatune.data.row_files import read_raw_rows
 from llamatune.data.row_json import decode_row
@@ -51,6 +54,32 @@ def test_damaged_offsets_in_arrow_do_not_end_the_process(tmp_path: Path, kind: s
             assert "the file is damaged or was cut off" in str(fault)
             refused += 1
     assert refused >= 3
+
+
+@pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
+def test_sizes_in_a_damaged_file_are_not_asked_for(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each eight bytes of the file in turn are a size of 4 GiB; nothing reads more than the file holds."""
+    content, asked, given = columnar(kind, [{"text": f"some text {n}"} for n in range(9)]), [0], [0]
+    read = _WithinFile.read
+
+    class Noting(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            given.append(len(content) if size is None else size)
+            return super().read(size)
+
+    def noted(file: _WithinFile, size: int = -1) -> bytes:
+        asked.append(size)
+        return read(file, size)
+
+    monkeypatch.setattr(_WithinFile, "read", noted)
+    for place in range(0, len(content) - 8, 8):
+        damaged = content[:place] + (4 << 30).to_bytes(8, "little") + content[place + 8 :]
+        with contextlib.suppress(DataError):
+            list(columnar_rows([(Noting(damaged), tmp_path / "rows")]))
+    assert max(given) <= len(content)
+    assert min(given) >= 0
+    if kind == "stream":
+        assert max(asked) >= 4 << 30, "pyarrow asked for no such size, so nothing was shown"
 
 
 @pytest.mark.parametrize("header", [b"text," + b"x" * LARGEST_ROW_BYTES, b"c," * (1 << 20) + b"text"])

@@ -148,8 +148,8 @@ class Fuzzer:
                 file = self._files[case.file]
                 workplace.damage(file, self._made(case))
                 draw(case.number % _DRAWN_ONE_IN == 0)
-                if self._options.keep and len(cases) == 1:
-                    shutil.copytree(Path.cwd(), self._options.keep, symlinks=True, dirs_exist_ok=True)
+                if self._options.keep and len(cases) == 1 and not self._options.keep.exists():
+                    shutil.copytree(Path.cwd(), self._options.keep, symlinks=True)
                 for number in case.verbs:
                     tell(number)
                     outcome = workplace.run(file.verbs[number], _as_json(case.number, number), self._options.sound)

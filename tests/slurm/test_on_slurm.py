@@ -128,7 +128,10 @@ export SLURM_JOB_END_TIME=$(date -d "$end" +%s)
 
 @pytest.fixture(scope="module")
 def timed_jobs(slurm: LocalSlurm, place: Path) -> list[Training]:
-    """Jobs of three minutes without a signal, which the time ends twice each; the log has each start's end."""
+    """Jobs of three minutes without a signal, which the time ends twice each; the log has each start's end.
+
+    A step takes at least 3 s, so the two first starts make at most 2 x 160 / 3 = 106 of the 120.
+    """
     jobs = []
     for name, nodes, more in (("timed", 1, ""), ("timed-2-ranks", 2, ""), ("timed-by-variable", 1, AS_LATER_SLURMS)):
         training = Training(slurm, place, name, "--nodes", nodes, "--time", "3")
@@ -136,7 +139,7 @@ def timed_jobs(slurm: LocalSlurm, place: Path) -> list[Training]:
         assert "--signal" not in text
         training.script.write_text(text.replace("code=0\n", f"{TOLD}{more}code=0\n"), encoding="utf-8")
         training.spec.write_text(training.spec.read_text().replace("save_every", "keep_last: 999\n  save_every"))
-        jobs.append(training.submit(SLOWED_S="2.5", SLOWED_STARTS="2"))
+        jobs.append(training.submit(SLOWED_S="3", SLOWED_STARTS="2"))
     return jobs
 
 
