@@ -261,7 +261,7 @@ def test_jobs_without_a_signal_are_saved_in_time_and_not_long_before(
     """Six ends of jobs, by Slurm's own record of each and the times of the checkpoints."""
     left = list[str]()
     for training in timed_jobs:
-        facts = training.wait("COMPLETED", 500)
+        facts = training.wait("COMPLETED", 700)
         starts = re.split(r"EndTime=(\S+)\n", training.log)[1:]
         ends = [datetime.fromisoformat(end).timestamp() for end in starts[::2]]
         saves_s = map(float, re.findall(r"saved step=.* seconds=(\S+)", training.log))
