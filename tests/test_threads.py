@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from llamatune.data.batches import open_prepared
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shapes.presets import PRESETS
 from llamatune.spec import RunSpec, build_spec
-from llamatune.threads import mean_product, suitable_threads, threads_for
+from llamatune.threads import current_core, mean_product, stay_on, suitable_threads, threads_for
 from llamatune.training.schedule import pass_tokens
 
 TINY = LlamaConfig(128, 352, 4, 4, 4, 1024)
@@ -136,3 +137,21 @@ def test_training_generation_and_evaluation_of_a_tiny_model_take_one_thread(
         assert found["seen"] == [1], verb
         assert found["before"] > 1
     assert observed(*verbs[1], OMP_NUM_THREADS="2")["seen"] == [2]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no cores of a thread to set")
+def test_a_thread_stays_on_a_core_and_no_other_thread_does() -> None:
+    allowed, found = os.sched_getaffinity(0), dict[str, set[int]]()
+    core = current_core()
+    assert core in allowed
+
+    def stay(name: str, on: int | None) -> None:
+        stay_on(on)
+        found[name] = os.sched_getaffinity(0)
+
+    for name, on in (("core", core), ("none", None), ("absent", 1 << 14)):
+        thread = threading.Thread(target=stay, args=(name, on))
+        thread.start()
+        thread.join()
+    assert found == {"core": {core}, "none": allowed, "absent": allowed}
+    assert os.sched_getaffinity(0) == allowed

@@ -18,7 +18,7 @@ from llamatune.spec import RunSpec
 from llamatune.sweeping.groups import Room
 from llamatune.sweeping.members import Member
 from llamatune.thread_turns import Lockstep
-from llamatune.threads import using_threads
+from llamatune.threads import current_core, stay_on, using_threads
 from llamatune.tracking.trackers import Trackers
 from llamatune.training.determinism import cublas_workspace, deterministic_kernels
 from llamatune.training.inputs import Inputs
@@ -44,7 +44,10 @@ def train_together(
     """
     lockstep: Lockstep[dict[str, Any], LlamatuneError] = Lockstep(torch.get_rng_state, torch.set_rng_state)
     shared = {"load_base": _LoadOnce(lockstep), "digest": SharedDigests()}
-    jobs = [partial(_train_in_turns, member, shared, force_base, observer, should_stop, began_s) for member in members]
+    core = current_core() if room.threads == 1 and room.device.type == "cpu" else None
+    jobs = [
+        partial(_train_in_turns, member, core, shared, force_base, observer, should_stop, began_s) for member in members
+    ]
     spec = members[0].spec
     assert spec is not None
     # What the runs set for the whole process, each for itself, is set here: it is the same for all, and none undoes it.
@@ -72,12 +75,14 @@ def train_alone(
 
 def _train_in_turns(
     member: Member,
+    core: int | None,
     shared: Mapping[str, Any],
     force_base: bool,
     observer: Callable[[str], OnEvent],
     should_stop: ShouldStop,
     began_s: float | None,
 ) -> dict[str, Any]:
+    stay_on(core)
     # A GPU's backward passes run in this thread, too: one thread of autograd for all would wait for itself.
     with torch.autograd.set_multithreading_enabled(False):
         return _train(member, shared, force_base, observer(member.name), should_stop, began_s)

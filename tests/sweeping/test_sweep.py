@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -21,8 +22,8 @@ from llamatune.events import EpochDone, Event, Notice, Progress
 from llamatune.formats import background_digests
 from llamatune.formats.state_json import read_progress
 from llamatune.model.kernels import choice
+from llamatune.sweeping import groups, together
 from llamatune.sweeping import run_sweep as sweep_module
-from llamatune.sweeping import together
 from llamatune.sweeping.run_sweep import run_sweep
 from llamatune.training import model_and_optimizer
 from llamatune.training.precision import LossScaler
@@ -127,6 +128,25 @@ def test_adapters_that_are_trained_together_are_those_of_solo_runs(
     if "early" in name:
         assert "stopped early" in {run["status"] for run in done.runs}
     assert_equal_to_solo_runs(tmp_path / "out", spec, *grid)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no cores of a thread to set")
+@pytest.mark.parametrize("count", [1, 2])
+def test_runs_of_one_thread_take_turns_on_one_core(
+    tmp_path: Path, base_spec: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    cores, allowed = list[set[int]](), os.sched_getaffinity(0)
+    monkeypatch.setattr(groups, "threads_for", lambda *_: count)
+
+    def note(event: Event) -> None:
+        if isinstance(event, Notice) and ": training loss" in event.message:  # told by the thread of the run
+            cores.append(os.sched_getaffinity(0))
+
+    run_sweep(options(base_spec(), tmp_path / "out", "lora.r=2,3"), note)
+    assert len(cores) >= 2
+    assert all(found == cores[0] for found in cores)
+    assert (len(cores[0]) == 1) == (count == 1 or len(allowed) == 1)
+    assert os.sched_getaffinity(0) == allowed
 
 
 def test_the_base_is_read_once_and_each_matrix_is_cast_once_for_all(
