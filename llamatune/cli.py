@@ -10,7 +10,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Annotated
 
@@ -106,6 +106,20 @@ def _stop_early(number: int, frame: FrameType | None) -> None:
     raise _StoppedEarly
 
 
+@contextlib.contextmanager
+def _unwrapped_stop() -> Iterator[None]:
+    """A signal's exception as it was raised: Python and libraries, where they are imported, put others around it."""
+    try:
+        yield
+    except Exception as fault:
+        inner: BaseException | None = fault
+        while inner is not None and not isinstance(inner, _StoppedEarly):
+            inner = inner.__cause__ or inner.__context__
+        if inner is None:
+            raise
+        raise inner from None
+
+
 def main(arguments: list[str] | None = None, stopped_before: ShouldStop = never_stop) -> None:
     """Run one command and exit with its code. An error that a user can cause is one line on stderr.
 
@@ -157,7 +171,7 @@ def _exit_code(words: list[str], stopped_before: ShouldStop = never_stop) -> int
     stopped = Stopped.exit_code if writes else 130
     try:
         known = words[:1] == [verb] and any(verb in names for names in VERBS.values())
-        with stop_signals(_stop_early), ending_together():
+        with stop_signals(_stop_early), ending_together(), _unwrapped_stop():
             if stopped_before():
                 raise _StoppedEarly
             if VARIABLE in os.environ:

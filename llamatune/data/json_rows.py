@@ -6,6 +6,7 @@ becomes a ``RowError`` and reading continues with the next.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -35,7 +36,8 @@ def json_rows(file: BinaryIO, start: int, note: Callable[[str], None]) -> Iterat
         yield from elements.rest()
         return
     if first == b"{" and not _is_json_lines(file, start):
-        rows = _rows_in_object(file, start, note) or _objects(file, start)
+        around = None if _are_several_objects(file, start) else _rows_in_object(file, start, note)
+        rows = around or _objects(file, start)
         if rows is not None:
             yield from rows
             return
@@ -63,6 +65,14 @@ def _is_object(text: bytes) -> bool:
         return len(text) <= LARGEST_ROW_BYTES and isinstance(parse_json(text), dict)
     except ValueError:
         return False
+
+
+def _are_several_objects(file: BinaryIO, start: int) -> bool:
+    """Whether an object no larger than a row comes first, and another behind it: no list of the first is the rows."""
+    file.seek(start)
+    found = JsonElements(io.BytesIO(file.read(LARGEST_ROW_BYTES + _PORTION)), 0).one_after_another()
+    first, second = next(found), next(found, None)
+    return first.error is None and _is_object(first.data) and second is not None and second.data.startswith(b"{")
 
 
 def _rows_in_object(file: BinaryIO, start: int, note: Callable[[str], None]) -> Iterator[RawRow] | None:

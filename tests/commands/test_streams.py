@@ -133,6 +133,37 @@ def test_the_moment_of_a_signal_swept(number: int, tmp_path: Path) -> None:
         assert_whole(signalled(number, place * 0.01, tmp_path))
 
 
+NAMED = """
+class Named:
+    def __set_name__(self, owner, name): stop()
+class Owner:
+    named = Named()
+"""
+WRAPPED = """
+try: stop()
+except BaseException as fault: raise ImportError("broken") from fault
+"""
+HIDDEN = """
+try: stop()
+except BaseException: raise ValueError("broken") from None
+"""
+
+
+@pytest.mark.parametrize("module", [NAMED, WRAPPED, HIDDEN])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_an_import_turns_into_another_fault_is_one_line(number: int, module: str, tmp_path: Path) -> None:
+    code = (
+        "import os, time\n"
+        "from llamatune import cli\n"
+        f"def stop():\n    os.kill(os.getpid(), {int(number)})\n    time.sleep(5)\n"
+        f"cli._load_verb = lambda name: exec({module!r}, {{'stop': stop}})\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *PRESET[3:]], cwd=tmp_path, capture_output=True, text=True)
+    assert_whole((done.returncode, done.stdout, done.stderr))
+    assert done.returncode == 130
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_at_exit_changes_nothing(number: int, tmp_path: Path) -> None:
     """After the result: the exit functions run, and Python has taken away handlers that are its own functions."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from shaped_files import ROWS, columnar, zstd_compress
 
 from llamatune.data.columnar_rows import _WithinFile, columnar_rows
+from llamatune.data.json_rows import LISTS
 from llamatune.data.raw_row import LARGEST_ROW_BYTES
 from llamatune.data.row_files import read_raw_rows
 from llamatune.data.row_json import decode_row
@@ -80,6 +82,19 @@ def test_sizes_in_a_damaged_file_are_not_asked_for(tmp_path: Path, kind: str, mo
     assert min(given) >= 0
     if kind == "stream":
         assert max(asked) >= 4 << 30, "pyarrow asked for no such size, so nothing was shown"
+
+
+@pytest.mark.parametrize("key", LISTS)
+def test_a_list_in_the_first_of_several_objects_is_not_the_rows(tmp_path: Path, key: str) -> None:
+    """Of objects over several lines; an object alone is around its rows, however large it is."""
+    path, rows = tmp_path / "rows.json", [{"text": "a", key: [{"text": "b"}]}, {"text": "c"}, {"text": "d"}]
+    path.write_text("\n".join(json.dumps(row, indent=1) for row in rows))
+    assert values(path) == rows
+    path.write_text(json.dumps({"text": "a", key: rows}, indent=1) + "\n ")
+    assert values(path) == rows
+    large = [*rows, *[{"text": "e" * (LARGEST_ROW_BYTES // 2)}] * 3]
+    path.write_text(json.dumps({key: large}, indent=1))
+    assert values(path) == large
 
 
 @pytest.mark.parametrize("header", [b"text," + b"x" * LARGEST_ROW_BYTES, b"c," * (1 << 20) + b"text"])
