@@ -108,7 +108,7 @@ def _stop_early(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _unwrapped_stop() -> Iterator[None]:
-    """A signal's exception as it was raised: Python and libraries, where they are imported, put others around it."""
+    """Raise the exception of a signal itself where an import raised another because of it, as ``__set_name__`` does."""
     try:
         yield
     except Exception as fault:

@@ -1,4 +1,4 @@
-"""Strict YAML of specs and template files: no anchors, aliases, tags or duplicate keys; YAML 1.2's scalars."""
+"""Strict YAML of specs and template files: YAML 1.2's scalars; no anchors, tags, duplicate keys or lone surrogates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _paired(text: str, line: int) -> str:
-    """``text`` with each pair of surrogates as the character it stands for, as in JSON."""
+    """``text`` with each pair of surrogates as its character, as JSON reads them."""
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:

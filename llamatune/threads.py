@@ -1,4 +1,4 @@
-"""Thread count of torch, one for small products and torch's own number for larger ones, and the core of a thread."""
+"""CPU threads of torch: their number, one for small matrix products; and the affinity of a thread to one core."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def current_core() -> int | None:
 
 
 def stay_on(core: int | None) -> None:
-    """Keep the calling thread, and those that it starts, on ``core``; None, or a core that it may not use: nothing.
+    """Set the affinity of the calling thread, and of those that it starts, to ``core``.
 
-    Threads that take turns lose a tenth of their time on several cores: each turn wakes another core, whose caches
-    hold nothing of what is needed.
+    Nothing happens without a core, or with one that the thread may not use. Threads that take turns are faster on one
+    core: on several, each turn wakes another, whose caches are cold. ``docs/sweep.md`` has the figures.
     """
     if core is not None and hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(OSError):

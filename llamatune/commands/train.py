@@ -58,7 +58,7 @@ def _print_plan(out: RichConsole, plan: dict[str, Any], resolved: str) -> None:
 
 
 def _print_summary(out: RichConsole, summary: dict[str, Any], output_dir: str) -> None:
-    """Nothing is taken for granted that an early version may not have recorded."""
+    """Fields that an early version did not record are left out."""
     from rich.table import Column, Table
 
     from llamatune.units import duration, energy, gibibytes, perplexity_text

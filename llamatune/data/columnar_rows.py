@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files, read by pyarrow some hundred at a time, each as the bytes of a JSON object."""
+"""Rows of Parquet and Arrow files, read by pyarrow in batches, each as the bytes of a JSON object."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _pyarrow(path: Path) -> Any:
 
 
 class _WithinFile:
-    """A file that is asked for no more than it holds: pyarrow wants as many bytes as a damaged file tells of."""
+    """A file whose reads end with it: pyarrow asks for as many bytes as a length in the file says, damaged or not."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._size = file, file.seek(0, os.SEEK_END)

@@ -68,7 +68,7 @@ def _is_object(text: bytes) -> bool:
 
 
 def _are_several_objects(file: BinaryIO, start: int) -> bool:
-    """Whether an object no larger than a row comes first, and another behind it: no list of the first is the rows."""
+    """Whether an object follows the first, which is no larger than a row: then no list in the first is the rows."""
     file.seek(start)
     found = JsonElements(io.BytesIO(file.read(LARGEST_ROW_BYTES + _PORTION)), 0).one_after_another()
     first, second = next(found), next(found, None)

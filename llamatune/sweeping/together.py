@@ -1,4 +1,4 @@
-"""Trains several runs at once: each in a thread of its own as ``train`` does it, in lockstep on one base."""
+"""Joint training of several runs on one base: ``train`` for each, in threads that take turns."""
 
 from __future__ import annotations
 
