@@ -30,7 +30,6 @@ from llamatune.training.early_stopping import told_stop
 from llamatune.training.gpu_meter import metered_gpu
 from llamatune.training.input_digests import DigestFiles, digesting
 from llamatune.training.inputs import Inputs, open_inputs
-from llamatune.training.learning_rate import rate_facts, with_found_rate, with_given_rate
 from llamatune.training.loop import TrainingLoop
 from llamatune.training.model_and_optimizer import LoadBase, build_learner
 from llamatune.training.passes import PassRule
@@ -44,6 +43,7 @@ from llamatune.training.run_directory import (
     share_run,
 )
 from llamatune.training.run_file_names import CHECKPOINTS
+from llamatune.training.run_learning_rate import rate_facts, with_found_rate, with_given_rate
 from llamatune.training.run_memory import choose_passes, choose_run_placement, plan_run_memory, report_plan
 from llamatune.training.run_prompts import open_run_prompts
 from llamatune.training.schedule import Schedule, pass_tokens
