@@ -171,7 +171,7 @@ def held_in(base: Path, dtype: torch.dtype, kind: str | None) -> Transformer:
     source = None
     if kind is not None:
         source = QuantizedBase(kind, checkpoint, checkpoint.config, torch.device("cpu"), ignore_event, never_stop)
-    return load_model(checkpoint, dtype, quantized=source, joined=kind is None).eval()
+    return load_model(checkpoint, dtype, quantized=source, joined=True).eval()
 
 
 def compare_lookup(model: Any, tokens: int, rounds: int) -> None:

@@ -5,6 +5,7 @@ Of streamed blocks it is what this process stores of them, their rooms and one t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from llamatune.checkpoints.model_directory import detect_format, warn_of_missing
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.model.huge_pages import HugePages
 from llamatune.model.joined_products import join_products, joined_modules
 from llamatune.model.packed_weight import PackedWeight, hold_quantized
 from llamatune.model.streamed_blocks import StreamedBlocks
 from llamatune.model.transformer import Transformer
+from llamatune.shapes.llama_config import LlamaConfig, linear_module
 
 
 def open_checkpoint(path: Path, on_event: OnEvent = ignore_event, variant: str | None = None) -> Checkpoint:
@@ -62,6 +65,11 @@ def warn_of_broken(names: list[str], checkpoint: Checkpoint, on_event: OnEvent) 
         on_event(Notice(f"{checkpoint.path}: the weights of {names[0]}{more} hold NaN or infinity", "warning"))
 
 
+def _matrix_elements(config: LlamaConfig) -> int:
+    """Of the linear layers of all blocks."""
+    return sum(math.prod(shape) for name, shape in config.parameter_shapes() if linear_module(name))
+
+
 def _refuse_stop(should_stop: ShouldStop, checkpoint: Checkpoint) -> None:
     if should_stop():
         raise Stopped("stopped while loading the model", checkpoint.path, "run the same command again")
@@ -91,6 +99,8 @@ def load_model(
         quantized: gives what is to be held quantised by its name, on the device; None for what stays in ``dtype``.
         streamed: stores the blocks, whose tensors in the model become views of its rooms.
         joined: join products of the blocks where that is faster, on a CPU without gradients.
+
+    Quantised weights on a CPU are held in huge pages.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, on_event)
     warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
@@ -101,12 +111,16 @@ def load_model(
     names = [name for name, _ in config.parameter_shapes()]
     assert set(names) == {name for name, _ in model.named_parameters()}, "the model's names are the checkpoint's"
     broken, copied_modules = [], joined_modules(config) if joined else frozenset()
+    size = 0 if quantized is None or streamed is not None else _matrix_elements(config)  # a byte each, or less
+    pages = HugePages(size, device)
     for done, name in enumerate(names):
         _refuse_stop(should_stop, checkpoint)
         path, _, attribute = name.rpartition(".")
         if quantized is not None and (packed := quantized(name)) is not None:
             if streamed is not None:
                 streamed.hold_packed(name, packed)
+            else:
+                packed.hold_in(pages)
             hold_quantized(model.get_submodule(path), packed)
         else:
             rows = None if streamed is None else streamed.rows_kept(name)

@@ -125,7 +125,7 @@ class OpenedModel:
     @property
     def _may_join(self) -> bool:
         """Whether products of the blocks can be joined; merged layers have weights of their own."""
-        return self.device.type == "cpu" and self.quantized is None and self.placement == "device" and not self.merges
+        return self.device.type == "cpu" and self.placement == "device" and not self.merges
 
     @property
     def config(self) -> LlamaConfig:

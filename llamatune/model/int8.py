@@ -16,12 +16,14 @@ and the products are scaled.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llamatune.model.huge_pages import adjacent
 from llamatune.model.packed_weight import PackedWeight, Scratch
 from llamatune.model.products import LEAST_ELEMENTS
 from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
@@ -66,6 +68,24 @@ class Int8Weight(PackedWeight):
         for codes, scale, into in zip(*_pieces(step, self.codes, scales, W), strict=True):
             into.copy_(codes).mul_(scale[:, None])
 
+    @classmethod
+    @torch.no_grad()
+    def joined(cls, parts: Sequence[Self]) -> Self | None:
+        rows, columns = [part.shape[0] for part in parts], parts[0].shape[1]
+        codes = adjacent([part.codes for part in parts])
+        if codes is None:
+            if sum(rows) * columns >= LEAST_ELEMENTS:
+                return None
+            codes = torch.cat([part.codes for part in parts])
+        tensors = {"codes": codes, "scales": torch.cat([part.scales for part in parts])}
+        for name, whole in tensors.items():
+            for part, own in zip(parts, torch.split(whole, rows), strict=True):
+                setattr(part, name, own)
+        return cls((sum(rows), columns), tensors, parts[0].scratch)
+
+    def multiplies_packed(self, x: Tensor) -> bool:
+        return self.multiplies_codes(x) or self.multiplies_digits(x)
+
     def product(self, x: Tensor, out: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if self.multiplies_codes(x):
@@ -76,7 +96,9 @@ class Int8Weight(PackedWeight):
             y = F.linear(rows, self._cast_codes(x.dtype)).mul_(self.scales)
         else:
             return super().product(x, out, added)
-        if x.dim() != 2:  # autograd refuses to add a bias to a view that a function returns
+        if x.dim() != 2 and torch.is_inference_mode_enabled():
+            y = y.view(*x.shape[:-1], self.shape[0])
+        elif x.dim() != 2:  # autograd refuses to add a bias to a view that a function returns
             y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], self.shape[0]))
         if added is not None:
             y.add_(added)

@@ -1,7 +1,8 @@
 """Joined products: q, k, v of a block as one matrix product, and gate, up as another, for generation on a CPU.
 
 A product of a small matrix takes less time than the calls around it. Larger matrices are left apart: they would have
-to be copied from the file's pages, and nothing is gained.
+to be copied from the file's pages, and nothing is gained. Quantised ones are in memory of their own, where they lie
+behind one another, and are joined whatever their size.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llamatune.model.layers import Linear, linear
+from llamatune.model.packed_weight import PackedWeight
 from llamatune.model.products import LEAST_ELEMENTS
 from llamatune.model.rope import Rotation, rotate, rotate_alike
 from llamatune.model.transformer import Attention, Block, FeedForward, Transformer
@@ -33,32 +35,65 @@ def _is_small(config: LlamaConfig, group: Sequence[str]) -> bool:
 
 
 def join_products(model: Transformer) -> None:
-    """Let a model with plain layers, which may get adapters later, compute the products of ``joined_modules`` so.
+    """Let a model with plain layers, which may get adapters later, compute joined products where they can be.
 
-    The weights of its layers become rows of the joined ones. Those of a group that differ in dtype stay apart.
+    These are of ``joined_modules``, and of quantised layers. The weights of the layers become rows of the joined ones.
+    Those of a group that differ in dtype stay apart.
     """
     names = joined_modules(model.config)
     for block in model.model.layers:
         assert isinstance(block, Block)
-        if names.issuperset(_GROUPS[0]) and _is_alike(block.self_attn, _GROUPS[0]):
-            block.self_attn = _JoinedAttention(block.self_attn)
-        if names.issuperset(_GROUPS[1]) and _is_alike(block.mlp, _GROUPS[1]):
-            block.mlp = _JoinedFeedForward(block.mlp)
-
-
-def _is_alike(module: nn.Module, group: Sequence[str]) -> bool:
-    return len({module.get_submodule(name).weight.dtype for name in group}) == 1
+        if (joined := _join(block.self_attn, _GROUPS[0], names)) is not None:
+            block.self_attn = _JoinedAttention(block.self_attn, joined)
+        if (joined := _join(block.mlp, _GROUPS[1], names)) is not None:
+            block.mlp = _JoinedFeedForward(block.mlp, joined)
 
 
 @dataclass(frozen=True)
 class _JoinedTensors:
     """Matrices and biases of several layers behind one another; what the layers hold are parts of them."""
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     bias: Tensor | None
 
     def __deepcopy__(self, memo: object) -> _JoinedTensors:
         return self  # a model with an adapter shares the base's
+
+    def suits(self, x: Tensor) -> bool:
+        """Whether one product with ``x`` is quicker than several: not where it would unpack all of them at once."""
+        return not isinstance(self.weight, PackedWeight) or self.weight.multiplies_packed(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out of all layers)."""
+        if not isinstance(self.weight, PackedWeight):
+            return linear(x, self.weight, self.bias)
+        y: Tensor = self.weight(x)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def _join(module: nn.Module, group: Sequence[str], names: frozenset[str]) -> _JoinedTensors | None:
+    """The tensors of the layers of a group in one each; None: they stay apart."""
+    layers = [module.get_submodule(name) for name in group]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    if len(biases) not in (0, len(group)):
+        return None
+    packed = [layer.quantized for layer in layers if isinstance(layer.quantized, PackedWeight)]
+    weight: Tensor | PackedWeight | None = None
+    if len(packed) == len(group) and len(set(map(type, packed))) == 1:
+        weight = packed[0].joined(packed)
+    elif not packed and names.issuperset(group) and len({layer.weight.dtype for layer in layers}) == 1:
+        weight = _concatenated("weight", layers)
+    return None if weight is None else _JoinedTensors(weight, _concatenated("bias", layers) if biases else None)
+
+
+def _concatenated(name: str, layers: Sequence[nn.Module]) -> Tensor:
+    """The tensors of all layers in one; theirs become parts of it."""
+    parts = [getattr(layer, name) for layer in layers]
+    with torch.no_grad():
+        joined = torch.cat(parts)
+    for layer, part in zip(layers, torch.split(joined, [len(part) for part in parts]), strict=True):
+        setattr(layer, name, nn.Parameter(part, requires_grad=False))
+    return joined
 
 
 class _Joined(nn.Module):
@@ -67,22 +102,11 @@ class _Joined(nn.Module):
     group: tuple[str, ...]
     joined: _JoinedTensors
 
-    def take_layers_of(self, module: nn.Module) -> None:
+    def take_layers_of(self, module: nn.Module, joined: _JoinedTensors) -> None:
         nn.Module.__init__(self)
         for name, layer in module.named_children():
             self.add_module(name, layer)
-        self.training = module.training
-        biases = [layer.bias for layer in self.layers if layer.bias is not None]
-        weight = self._join("weight", [layer.weight for layer in self.layers])
-        self.joined = _JoinedTensors(weight, self._join("bias", biases) if biases else None)
-
-    def _join(self, name: str, parts: Sequence[Tensor]) -> Tensor:
-        """The tensors of all layers in one; theirs become parts of it."""
-        with torch.no_grad():
-            joined = torch.cat(list(parts))
-        for layer, part in zip(self.layers, torch.split(joined, [len(part) for part in parts]), strict=True):
-            setattr(layer, name, nn.Parameter(part, requires_grad=False))
-        return joined
+        self.training, self.joined = module.training, joined
 
     @property
     def layers(self) -> list[Linear]:
@@ -90,7 +114,7 @@ class _Joined(nn.Module):
 
     def products(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(..., in) -> (..., out of all layers), with the updates of adapters in it, and its parts by layers."""
-        y, layers = linear(x, self.joined.weight, self.joined.bias), self.layers
+        y, layers = self.joined.product(x), self.layers
         parts = torch.split(y, [layer.out_features for layer in layers], dim=-1)
         for layer, part in zip(layers, parts, strict=True):
             updated = layer.updated(x, part)
@@ -104,12 +128,14 @@ class _JoinedAttention(_Joined, Attention):
 
     group = _GROUPS[0]
 
-    def __init__(self, attention: Attention) -> None:
-        self.take_layers_of(attention)
+    def __init__(self, attention: Attention, joined: _JoinedTensors) -> None:
+        self.take_layers_of(attention, joined)
         self.layer, self.head_dim = attention.layer, attention.head_dim
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
 
     def rotated(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.joined.suits(x):
+            return super().rotated(x, rotation)
         y, (q, k, v) = self.products(x)
         if self.head_norms:
             return *rotate(self.heads(q, self.q_norm), self.heads(k, self.k_norm), *rotation), self.heads(v)
@@ -124,8 +150,8 @@ class _JoinedFeedForward(_Joined, FeedForward):
 
     group = _GROUPS[1]
 
-    def __init__(self, feed_forward: FeedForward) -> None:
-        self.take_layers_of(feed_forward)
+    def __init__(self, feed_forward: FeedForward, joined: _JoinedTensors) -> None:
+        self.take_layers_of(feed_forward, joined)
 
     def gate_and_up(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.products(x)[1]
+        return self.products(x)[1] if self.joined.suits(x) else super().gate_and_up(x)

@@ -217,9 +217,10 @@ class RMSNorm(nn.Module):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, in x's dtype."""
     wide = widened(x)
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if wide is not x and torch.is_inference_mode_enabled():
-        return wide.mul_(scale).mul_(widened(weight)).to(x.dtype)
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        return wide.mul_(scale).mul_(weight).to(x.dtype)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale * widened(weight)).to(x.dtype)
 
 

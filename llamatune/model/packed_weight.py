@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Self
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llamatune.model import products
+from llamatune.model.huge_pages import HugePages
 from llamatune.model.layers import FrozenProduct, Linear, product_dtype
 from llamatune.model.transformer import Transformer
 
@@ -73,6 +74,8 @@ class PackedWeight(nn.Module):
     A kind of quantisation is a subclass: ``storage``, ``quantize`` and ``unpack_into``.
     """
 
+    codes: Tensor
+
     def __init__(self, shape: tuple[int, ...], tensors: dict[str, Tensor], scratch: Scratch) -> None:
         super().__init__()
         self.shape, self.scratch = shape, scratch
@@ -93,6 +96,22 @@ class PackedWeight(nn.Module):
     def unpack_into(self, flat: Tensor) -> None:
         """Write W, row after row, into ``flat``, which has ``room`` elements."""
         raise NotImplementedError
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self | None:
+        """The rows of several matrices as one, for ``multiplies_packed``; their tensors become parts of its.
+
+        None where this kind, or how they lie, does not allow it.
+        """
+        return None
+
+    def multiplies_packed(self, x: Tensor) -> bool:
+        """Whether the product with ``x`` is computed without unpacking."""
+        return False
+
+    def hold_in(self, pages: HugePages) -> None:
+        """Move what has an element for every weight, or for several, to huge pages."""
+        self.codes = pages.copied(self.codes)
 
     @property
     def room(self) -> int:
