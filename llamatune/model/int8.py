@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from llamatune.model.huge_pages import adjacent
 from llamatune.model.packed_weight import PackedWeight, Scratch
-from llamatune.model.products import LEAST_ELEMENTS
+from llamatune.model.products import LEAST_ELEMENTS, transposed
 from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
 
 LARGEST = 127
@@ -143,7 +143,7 @@ class Int8Weight(PackedWeight):
         digits = torch.cat((first, second)).to(torch.int8)  # (2N, in)
         products = torch._int_mm(self.codes, digits.T).float()  # (out, 2N)
         y = torch.add(products[:, len(x) :], products[:, : len(x)], alpha=_BASE).mul_(self.scales.float()[:, None])
-        return (y.T * scales).to(x.dtype)
+        return transposed(y).mul_(scales).to(x.dtype)  # in rows, which attention's kernel wants
 
 
 def _bf16_above(x: Tensor) -> Tensor:

@@ -65,14 +65,14 @@ def few_rows_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     if W.numel() < LEAST_ELEMENTS:
         return _without_onednn(x, W, bias)
     rows = x.reshape(-1, x.shape[-1])
-    y = torch.mv(W, rows[0])[None] if len(rows) == 1 else _transposed(torch.mm(W, rows.T))
+    y = torch.mv(W, rows[0])[None] if len(rows) == 1 else transposed(torch.mm(W, rows.T))
     y = y.view(*x.shape[:-1], len(W))
     return y if bias is None else y + bias
 
 
-def _transposed(x: Tensor) -> Tensor:
+def transposed(x: Tensor) -> Tensor:
     """A transposed matrix, copied by all threads, which torch does with three dimensions and not with two."""
-    return x[None].transpose(1, 2).contiguous()
+    return x[None].transpose(1, 2).contiguous()[0]
 
 
 def _without_onednn(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:

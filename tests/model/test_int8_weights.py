@@ -114,6 +114,7 @@ def test_products_by_two_digits_are_those_of_the_held_numbers(shape: tuple[int, 
     with torch.inference_mode():
         assert weight.multiplies_digits(x)
         found = weight.product(x)
+        assert found.is_contiguous(), "attention's kernel wants rows"
         assert torch.equal(weight.product(x[:9]), found[:9])
         x[4, 7] = torch.nan
         assert bool(weight.product(x)[4].isnan().all())
