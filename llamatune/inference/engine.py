@@ -55,7 +55,7 @@ class Engine:
         self._model, self._eos_ids, self._rows = model, frozenset(eos_ids), rows
         self._is_enough, self._lookup, self._switch = is_enough, lookup, switch or AdapterSwitch()
         self._element_bytes = torch.finfo(model.product_dtype).bits // 8
-        self._tokens_in_a_pass = tokens_in_a_pass(model.config, self._element_bytes)
+        self._tokens_in_a_pass = tokens_in_a_pass(model.config, self._element_bytes, model.device.type)
         self._cache = new_rows(model, rows)
         self._running: list[RunningSequence] = []  # by their rows of the cache
         self._waiting: deque[RunningSequence] = deque()
@@ -185,7 +185,8 @@ class Engine:
         for begin in range(0, len(prompt), self._tokens_in_a_pass):
             part = prompt[begin : begin + self._tokens_in_a_pass]
             ids = torch.tensor([part], device=self._model.device)
-            layers = self._cache.begin([len(part)]) if begin == 0 else self._cache.continue_last(len(part))
+            to_come = len(prompt) - len(part)
+            layers = self._cache.continue_last(len(part)) if begin else self._cache.begin([len(part)], to_come)
             mask = None if begin == 0 else _causal(begin, len(part), self._model)
             self._switch.set([sequence.adapted], [len(part)], self._model.device)
             logits = self._model(ids, mask=mask, cache=layers, read=last_logits)

@@ -185,20 +185,20 @@ class _Rooms:
         prompt, new, beams = work.prompt_tokens, work.new_tokens, work.beams
         capacity, step = prompt + new * beams, beams
         in_parts = beams == 1 and not isinstance(model.config.rope_scaling, DynamicScaling)
-        self.in_a_pass = tokens_in_a_pass(model.config, WEIGHT_BYTES[model.others])
+        self.in_a_pass = tokens_in_a_pass(model.config, WEIGHT_BYTES[model.others], "cuda" if model.cuda else "cpu")
         at_once = self.in_a_pass if in_parts else prompt
         self.read: list[_Part] = []
         room = 0
         for begin in range(0, prompt, at_once):
             keys, before = min(begin + at_once, prompt), room
             if keys > room:
-                room = grown_room(keys, 2 * (room if beams == 1 else keys), capacity)
+                room = grown_room(prompt, capacity)
             self.read.append(_Part(keys - begin, keys, before, room))
         self.decoded: list[tuple[int, int, int]] = []
         self.keys = prompt + step * (new - 1)
         while self.keys > room:
             keys, before = prompt + step * -(-(room + 1 - prompt) // step), room
-            room = grown_room(keys, 2 * (room if beams == 1 else keys), capacity)
+            room = grown_room(keys, capacity)
             self.decoded.append((keys, before, room))
         self.last = room
 

@@ -35,14 +35,14 @@ class RowCache:
         self.lengths: list[int] = []
         self.capacity = 0
 
-    def begin(self, lengths: Sequence[int]) -> LayerCache:
+    def begin(self, lengths: Sequence[int], to_come: int = 0) -> LayerCache:
         """For one pass over as many new sequences, which stand one after another in one row of the batch.
 
-        What follows them in that row is not kept.
+        What follows them in that row is not kept. There is room for so many tokens that are ``to_come`` of each.
         """
         first = len(self.lengths)
         self.lengths += lengths
-        return _NewRows(self, first)
+        return _NewRows(self, first, to_come)
 
     def continue_last(self, tokens: int) -> LayerCache:
         """For one pass over so many further tokens of the last sequence, which is the only row of the batch."""
@@ -121,7 +121,7 @@ class RowCache:
         """
         stored, needed = self._stored[layer], needed or max(self.lengths)
         if needed > stored.shape[3]:
-            room = grown_room(needed, 2 * stored.shape[3], self.capacity)
+            room = grown_room(needed, self.capacity)
             # Zeros, since what a mask hides still takes part, with a weight of 0, which must not meet NaN.
             grown = stored.new_zeros((*stored.shape[:3], room, stored.shape[4]))
             grown[:, :, :, :held] = stored[:, :, :, :held]
@@ -132,12 +132,13 @@ class RowCache:
 class _NewRows:
     """New sequences from row ``first`` on, one after another in the pass."""
 
-    def __init__(self, cache: RowCache, first: int) -> None:
+    def __init__(self, cache: RowCache, first: int, to_come: int) -> None:
         self._cache, self._first, self.length = cache, first, 0
         self._held = max(cache.lengths[:first], default=0)
+        self._needed = max(*cache.lengths[:first], *(length + to_come for length in cache.lengths[first:]), 0)
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._cache.layer(layer, self._held)
+        keys, values = self._cache.layer(layer, self._held, self._needed)
         begin = 0
         for row, length in enumerate(self._cache.lengths[self._first :], self._first):
             keys[row, :, :length] = key[0, :, begin : begin + length]
@@ -204,7 +205,7 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def _with_room(self, stored: Tensor, tokens: int) -> Tensor:
-        room = grown_room(tokens, 2 * tokens, self._capacity)
+        room = grown_room(tokens, self._capacity)
         grown = stored.new_empty((*stored.shape[:3], room, stored.shape[4]))
         grown[:, :, :, : self.length] = stored[:, :, :, : self.length]
         return grown

@@ -92,7 +92,7 @@ def test_tokens_are_those_of_an_ordinary_engine(tiny_base: Callable[..., Path], 
         assert answers(model, rows, [how], graphs) == expected
         assert how == GREEDY or {one.finish_reason for one in expected} == {"eos", "length"}
         rooms, captured = graphs.log.count("cleared"), graphs.log.count("captured")
-        assert rooms > 3 or rows == 16, "growth"
+        assert rooms > 2 or rows == 16, "growth"
         assert captured > rooms or rows != 6, "several sizes"
         assert graphs.log.count("launched") >= sum(len(one.ids) - 1 for one in expected) // rows
 
