@@ -68,9 +68,10 @@ def status_bytes(name: str) -> int:
 
 def measure(case: Case, base: Path) -> dict[str, Any]:
     """Generate in this process: the bytes that it took at most, and the tokens of the longest prompt."""
+    dtype = DTYPES[case.stored][0] if case.dtype == "same" else case.dtype  # the tiny model is stored in another
     source, tiny = (
-        ModelSource(model=path, dtype=case.dtype, device="cpu")  # type: ignore[arg-type]
-        for path in (base, MATERIAL / "base")
+        ModelSource(model=path, dtype=held, device="cpu")  # type: ignore[arg-type]
+        for path, held in ((base, case.dtype), (MATERIAL / "base", dtype))
     )
     prompt = " ".join(["word"] * case.words)
     sampling = Sampling(case.new_tokens, temperature=case.temperature)
