@@ -42,14 +42,14 @@ def start_child(module: str, *, silent: bool = False) -> tuple[subprocess.Popen[
     return child, ours
 
 
-def death_of(child: subprocess.Popen[bytes], todo: str) -> EnvironmentFault:
+def death_of(child: subprocess.Popen[bytes], todo: str, where: object = None) -> EnvironmentFault:
     """The fault of a worker that has closed its pipe without being asked: the signal or the status, and what to do."""
     try:
         code = child.wait(timeout=5)
     except subprocess.TimeoutExpired:
-        return EnvironmentFault("a worker process closed its pipe", None, todo)
+        return EnvironmentFault("a worker process closed its pipe", where, todo)
     how = signal.Signals(-code).name if -code in signal.valid_signals() else f"exit status {code}"
-    return EnvironmentFault(f"a worker process died ({how})", None, todo)
+    return EnvironmentFault(f"a worker process died ({how})", where, todo)
 
 
 def end(child: subprocess.Popen[bytes], connection: Connection) -> None:

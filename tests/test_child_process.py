@@ -15,8 +15,10 @@ import pytest
 import llamatune
 from llamatune import errors
 from llamatune.child_process import death_of, end, start_child
+from llamatune.data.jinja_process import JinjaProcess
 from llamatune.errors import EnvironmentFault, FailedElsewhere, LlamatuneError
 from llamatune.formats.manifest import OtherVersion
+from llamatune.stop_signals import STOP_SIGNALS
 
 FAULTS = [
     kind("what\nis wrong", Path("some") / "where", "do that")
@@ -67,3 +69,13 @@ def test_a_child_gets_no_stop_signal_and_ends_with_its_pipe() -> None:
     assert b"refused" not in connection.recv_bytes()
     end(child, connection)
     assert child.returncode == -signal.SIGKILL
+
+
+def test_a_child_of_a_child_is_started_as_well() -> None:
+    """A worker has the stop signals blocked, and may render a template in a process with limits."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        assert "refused" not in JinjaProcess("{{ 1 + 1 }}", {}, None).reply({"messages": []})
+        assert set(STOP_SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from llamatune.child_process import death_of, end, start_child
-from llamatune.errors import EnvironmentFault
 from llamatune.events import Event, OnEvent, Progress, ShouldStop
 from llamatune.openmp_variables import THREAD_COUNTS
 from llamatune.sweeping.groups import Room
@@ -126,7 +125,7 @@ class _Worker:
         return {
             member.name: train_alone(member, share.force_base, lambda event: None, lambda: True, share.began_s)
             if (member.path / SUMMARY).is_file()
-            else EnvironmentFault(fault.what, member.path, fault.todo)
+            else death_of(self._child, todo, member.path)
             for member in share.members
         }
 
