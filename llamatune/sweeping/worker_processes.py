@@ -119,9 +119,7 @@ class _Worker:
     def outcomes_of_death(self) -> dict[str, Outcome]:
         """The summaries of runs that had been finished, and a fault for each other one."""
         share = self._share
-        fault = death_of(
-            self._child, "run the same command again to continue, with a lower --at-once if memory ran out"
-        )
+        todo = "run the same command again to continue, with a lower --at-once if memory ran out"
         return {
             member.name: train_alone(member, share.force_base, lambda event: None, lambda: True, share.began_s)
             if (member.path / SUMMARY).is_file()
