@@ -31,6 +31,9 @@ _MAY_DIFFER = {
 }
 """What may differ in runs that are trained together; so may all of ``lora``, ``evaluation`` and ``tracking``."""
 
+_WORKER_BYTES = 160 << 20
+"""What Python and torch take in a worker process, pages of files that processes share apart, as measured."""
+
 
 @dataclass(frozen=True)
 class Room:
@@ -51,7 +54,8 @@ class Room:
     def told(self, count: int) -> str:
         """``together in 2 processes (about 2.1 GiB of 12.0 GiB)`` for so many runs."""
         processes = min(count, max(1, len(self.cores)))
-        needed = f"about {gibibytes(processes * self.base_bytes + count * self.own_bytes)}"
+        held = processes * (self.base_bytes + _WORKER_BYTES) if processes > 1 else self.base_bytes
+        needed = f"about {gibibytes(held + count * self.own_bytes)}"
         room = needed if self.limit_bytes is None else f"{needed} of {gibibytes(self.limit_bytes)}"
         return f"together {'on one base' if processes == 1 else f'in {processes} processes'} ({room})"
 
@@ -98,8 +102,8 @@ def _shared(spec: RunSpec) -> str:
 def room_for(group: Sequence[Member], force_base: bool, wanted: int | None = None) -> Room:
     """The room of a group: ``wanted`` at once, or as many as the memory plan allows.
 
-    Where a run uses one thread of a CPU, a worker process on each core that this process may use, as far as the runs at
-    once and the memory that is left for another base allow.
+    Where a run uses one thread of a CPU, it has a worker process on each core that this process may use, as far as the
+    runs at once, and the memory that they leave for another base, allow that.
     """
     specs = [member.spec for member in group if member.spec is not None]
     inputs = open_inputs(specs[0], force_base, ignore_event)
@@ -115,6 +119,6 @@ def room_for(group: Sequence[Member], force_base: bool, wanted: int | None = Non
     limit, most = plans[0].limit_bytes, min(len(group), wanted or len(group))
     fitting = most if limit is None or wanted else min(most, max(1, (limit - base) // own))
     cores = usable_cores() if threads == 1 and device.type == "cpu" else []
-    bases = fitting if limit is None else (limit - fitting * own) // base
+    bases = fitting if limit is None else (limit - fitting * own) // (base + _WORKER_BYTES)
     workers = min(fitting, len(cores), bases)
     return Room(fitting, limit, threads, device, base, own, tuple(cores[:workers]) if workers > 1 else ())

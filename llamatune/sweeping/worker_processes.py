@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from llamatune.child_process import death_of, end, start_child
-from llamatune.events import Event, OnEvent, Progress, ShouldStop
+from llamatune.events import Event, OnEvent, Progress, ShouldStop, ignore_event
 from llamatune.openmp_variables import THREAD_COUNTS
 from llamatune.sweeping.groups import Room
 from llamatune.sweeping.members import Member
@@ -121,7 +121,7 @@ class _Worker:
         share = self._share
         todo = "run the same command again to continue, with a lower --at-once if memory ran out"
         return {
-            member.name: train_alone(member, share.force_base, lambda event: None, lambda: True, share.began_s)
+            member.name: train_alone(member, share.force_base, ignore_event, lambda: True, share.began_s)
             if (member.path / SUMMARY).is_file()
             else death_of(self._child, todo, member.path)
             for member in share.members

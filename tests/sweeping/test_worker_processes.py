@@ -222,15 +222,16 @@ def test_a_base_for_each_process_must_fit(
     whole = room_for(members, False)
     base, own = whole.base_bytes, whole.own_bytes
     assert (whole.at_once, whole.cores) == (4, (4, 5, 6))
-    assert room(3.5 * base + 4 * own) == (4, 3)
-    assert room(2.5 * base + 4 * own) == (4, 2)
-    assert room(1.5 * base + 4 * own) == (4, 0)
+    process = base + groups._WORKER_BYTES
+    assert room(3.5 * process + 4 * own) == (4, 3)
+    assert room(2.5 * process + 4 * own) == (4, 2)
+    assert room(1.5 * process + 4 * own) == (4, 0)
     assert room(1.2 * base + 2 * own) == (2, 0)
     assert room(0.1 * base, wanted=4) == (4, 0)
     assert room(wanted=2) == (2, 2)
     told = replace(whole, base_bytes=2 << 30, own_bytes=1 << 30, limit_bytes=None)
-    assert told.told(4) == "together in 3 processes (about 10.00 GiB)"
-    assert told.told(2) == "together in 2 processes (about 6.00 GiB)"
+    assert told.told(4) == "together in 3 processes (about 10.47 GiB)"
+    assert told.told(2) == "together in 2 processes (about 6.31 GiB)"
     assert replace(told, cores=()).told(4) == "together on one base (about 6.00 GiB)"
 
 
