@@ -17,7 +17,7 @@ import pytest
 from broken_worker import KINDS, fault_of
 from run_tools import metrics
 from slow_cases import slow
-from sweep_tools import GRID, assert_equal_to_solo_runs, options
+from sweep_tools import GRID, VARIANTS, assert_equal_to_solo_runs, options
 
 from llamatune.child_process import start_child
 from llamatune.errors import EnvironmentFault
@@ -77,6 +77,16 @@ def test_runs_in_two_processes_are_those_of_solo_runs(
     assert frozenset({min(allowed)}) in used[0], "one that takes turns stays on its core"
     assert frozenset(allowed) in used[1], "one that is alone stays nowhere"
     assert os.sched_getaffinity(0) == allowed
+    assert_equal_to_solo_runs(tmp_path / "out", spec, *grid)
+
+
+@pytest.mark.parametrize("name", [slow(name) for name in VARIANTS])
+def test_runs_of_every_kind_in_two_processes_are_those_of_solo_runs(
+    tmp_path: Path, base_spec: Callable[..., Path], children: Children, name: str
+) -> None:
+    changes, grid = VARIANTS[name]
+    spec = base_spec(**changes)
+    run_sweep(options(spec, tmp_path / "out", *grid))
     assert_equal_to_solo_runs(tmp_path / "out", spec, *grid)
 
 
