@@ -1,11 +1,13 @@
-"""Times a sweep of several adapters: ``llamatune train`` for each, one process for all, and all at once on one base.
+"""Times a sweep of several adapters: ``llamatune train`` for each, one after another in one process, and all at once.
 
     python benchmarks/sweeping.py --shape 50m --dtype bfloat16 --precision fp32 --tokens 64 [--members 4] [--updates 20]
 
 The sides alternate, and each run begins in an empty directory. Times are of the commands, imports, loading and the page
-included: by the clock, and the processor's, which a busy machine changes less. Each command is run for two numbers of
-updates; the difference is the time of an update of all adapters. Checkpoints, adapters and losses must be equal to the
-byte. The last line on stdout is a JSON object.
+included: by the clock, and the processor's in all processes of a command, which a busy machine changes less. Each
+command is run for two numbers of updates; the difference is the time of an update of all adapters, from which starting
+and loading are gone: the processor's is what the update costs, that of the clock also falls with the cores that a sweep
+uses (``taskset`` limits them). Checkpoints, adapters and losses must be equal to the byte. The last line on stdout is a
+JSON object.
 """
 
 from __future__ import annotations
@@ -63,15 +65,17 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     spec = write_material(asked, scratch)
     rates, sides = RATES[: asked.members], asked.side or SIDES
     times: dict[str, dict[str, list[float]]] = {
-        name: {side: [] for side in sides} for name in ("whole_s", "whole_processor_s", "update_processor_s")
+        name: {side: [] for side in sides}
+        for name in ("whole_s", "whole_processor_s", "update_s", "update_processor_s")
     }
     for number in range(asked.rounds):
         products = []
         for side in sides:
-            _, few, _ = run_side(side, spec, rates, scratch / "out", asked.threads, asked.least_updates)
+            clock_of_few, few, _ = run_side(side, spec, rates, scratch / "out", asked.threads, asked.least_updates)
             clock, processor, runs = run_side(side, spec, rates, scratch / "out", asked.threads, asked.updates)
             more = asked.updates - asked.least_updates
-            for name, value in zip(times, (clock, processor, (processor - few) / more), strict=True):
+            measured = (clock, processor, (clock - clock_of_few) / more, (processor - few) / more)
+            for name, value in zip(times, measured, strict=True):
                 times[name][side].append(value)
             products.append([content_of(run) for run in runs])
         if any(found != products[0] for found in products):
@@ -155,7 +159,7 @@ def run_verb(words: list[str], threads: int) -> None:
 
 
 def _processor_s() -> float:
-    """Of the commands that have ended."""
+    """Of the commands that have ended, and of the processes that these waited for."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -18,6 +18,9 @@ Any other exception is a bug of llamatune: exit code 1 and a traceback.
 
 from __future__ import annotations
 
+import copyreg
+from typing import Any
+
 _LONGEST_MESSAGE = 2000
 
 
@@ -33,7 +36,7 @@ def printable(text: str, keeps: str = "") -> str:
 
 
 class LlamatuneError(Exception):
-    """One line: what is wrong, where, and what to do about it.
+    """One line: what is wrong, where, and what to do about it. It can be pickled, and crosses processes unchanged.
 
     Args:
         what: the fault, in terms that the user knows.
@@ -50,6 +53,10 @@ class LlamatuneError(Exception):
         if len(message) > _LONGEST_MESSAGE:
             message = message[:_LONGEST_MESSAGE] + " ..."
         super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not by the constructor, whose arguments are other ones in some classes.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class SpecError(LlamatuneError):

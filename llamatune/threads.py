@@ -72,6 +72,18 @@ def current_core() -> int | None:
         return None
 
 
+def usable_cores() -> list[int]:
+    """The processor cores that this process may use, the one that it runs on first; none where the system tells none.
+
+    So two processes that begin at the same time do not begin with the same core.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    cores, current = sorted(os.sched_getaffinity(0)), current_core()
+    first = cores.index(current) if current in cores else 0
+    return [*cores[first:], *cores[:first]]
+
+
 def stay_on(core: int | None) -> None:
     """Set the affinity of the calling thread, and of those that it starts, to ``core``.
 

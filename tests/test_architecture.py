@@ -53,7 +53,7 @@ FLOORS = [
     {"ranks", "rendezvous", "thread_turns"},
     {"launch_variables", "openmp_variables"},
     {"output_files"},
-    {"durable_writing", "safe_reading", "path_expansion"},
+    {"child_process", "durable_writing", "safe_reading", "path_expansion"},
     {"shapes"},
     {"errors", "events", "stop_signals"},
 ]

@@ -17,7 +17,7 @@ from llamatune.data.batches import open_prepared
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shapes.presets import PRESETS
 from llamatune.spec import RunSpec, build_spec
-from llamatune.threads import current_core, mean_product, stay_on, suitable_threads, threads_for
+from llamatune.threads import current_core, mean_product, stay_on, suitable_threads, threads_for, usable_cores
 from llamatune.training.schedule import pass_tokens
 
 TINY = LlamaConfig(128, 352, 4, 4, 4, 1024)
@@ -155,3 +155,12 @@ def test_a_thread_stays_on_a_core_and_no_other_thread_does() -> None:
         thread.join()
     assert found == {"core": {core}, "none": allowed, "absent": allowed}
     assert os.sched_getaffinity(0) == allowed
+
+
+def test_usable_cores_are_those_of_the_affinity_from_the_current_one_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {9, 2, 5, 4}, raising=False)
+    for core, found in ((5, [5, 9, 2, 4]), (2, [2, 4, 5, 9]), (3, [2, 4, 5, 9]), (None, [2, 4, 5, 9])):
+        monkeypatch.setattr(threads, "current_core", lambda core=core: core)
+        assert usable_cores() == found
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == []

@@ -16,7 +16,7 @@ import torch
 
 from llamatune.checkpoints.checkpoint import Checkpoint, read_into
 from llamatune.checkpoints.tensor_bytes import DeclaredTensor, is_finite, stream_tensors
-from llamatune.errors import CheckpointError, LlamatuneError, Stopped
+from llamatune.errors import CheckpointError, EnvironmentFault, LlamatuneError, Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop
 from llamatune.formats.manifest import build_directory, finished_product, has_manifest, verify_product
 from llamatune.formats.safetensors import TensorLocation, read_header
@@ -83,8 +83,12 @@ class QuantizedBase:
         ]
         ours = has_manifest(path)  # any other directory there is refused
         if not ours or not self._usable(path, inputs, declared):
-            with build_directory(path, f"{self.dtype}-weights", inputs, overwrite=ours) as staging:
-                stream_tensors(staging, self._file, declared, self._quantized_tensors(path))
+            try:
+                with build_directory(path, f"{self.dtype}-weights", inputs, overwrite=ours) as staging:
+                    stream_tensors(staging, self._file, declared, self._quantized_tensors(path))
+            except EnvironmentFault:  # another process may have made it at the same time
+                if ours or not has_manifest(path) or not self._usable(path, inputs, declared):
+                    raise
         self._cached = read_header(path / self._file)[0]
 
     def _usable(self, path: Path, inputs: dict[str, Any], declared: list[DeclaredTensor]) -> bool:

@@ -12,10 +12,9 @@ import signal
 import subprocess
 import weakref
 from collections.abc import Mapping
-from multiprocessing.connection import Connection
 from typing import Any
 
-from llamatune.data.child_process import start_child
+from llamatune.child_process import end, start_child
 from llamatune.data.jinja_engine import LARGEST_OUTPUT, SECONDS, Broken, Refused
 
 _PATIENCE_S = 120.0
@@ -38,7 +37,7 @@ class JinjaProcess:
 
     def __init__(self, source: str, variables: Mapping[str, str], now: str | None) -> None:
         self._child, self._connection = start_child("llamatune.data.jinja_engine", silent=True)
-        self._end = weakref.finalize(self, _end, self._child, self._connection)
+        self._end = weakref.finalize(self, end, self._child, self._connection)
         self._ask([source, dict(variables), now])
 
     def reply(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -69,9 +68,3 @@ class JinjaProcess:
         if code == -signal.SIGPROF:
             return f"it takes more than {SECONDS} s of processor time"
         return f"the process that renders it has died (exit status {code})"
-
-
-def _end(child: subprocess.Popen[bytes], connection: Connection) -> None:
-    connection.close()
-    child.kill()
-    child.wait()

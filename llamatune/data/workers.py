@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from multiprocessing.connection import Connection
 
-from llamatune.data.child_process import start_child
+from llamatune.child_process import death_of, end, start_child
 from llamatune.data.encoding import EncodedBatch, Recipe, encode_batch
 from llamatune.data.raw_row import RawRow
 from llamatune.errors import EnvironmentFault, LlamatuneError
@@ -68,7 +67,7 @@ def serve(descriptor: int) -> None:
             try:
                 connection.send(encode_batch(recipe, rows))
             except LlamatuneError as fault:
-                connection.send((type(fault), fault.what, str(fault.where or ""), fault.todo))
+                connection.send(fault)
 
 
 class _Worker:
@@ -76,9 +75,7 @@ class _Worker:
         self._child, self._connection = start_child(__name__)
 
     def close(self) -> None:
-        self._connection.close()
-        self._child.kill()  # it has nothing to save
-        self._child.wait()
+        end(self._child, self._connection)
 
     def send(self, message: object) -> None:
         try:
@@ -91,17 +88,12 @@ class _Worker:
             while not self._connection.poll(_POLL_S):
                 check_stop()
             check_stop()
-            batch: EncodedBatch | tuple[type[LlamatuneError], str, str, str | None] = self._connection.recv()
+            batch: EncodedBatch | LlamatuneError = self._connection.recv()
         except (EOFError, OSError):
             raise self._died() from None
-        if isinstance(batch, tuple):
-            kind, what, where, todo = batch
-            raise kind(what, where or None, todo)
+        if isinstance(batch, LlamatuneError):
+            raise batch
         return batch
 
     def _died(self) -> EnvironmentFault:
-        try:
-            code = self._child.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            code = None
-        return EnvironmentFault(f"a worker process died (exit status {code})", None, "is there memory left?")
+        return death_of(self._child, "is there memory left?")

@@ -72,10 +72,10 @@ MACHINE_TOPICS = (
         "a helper process that died",
         5,
         r"worker process|a process to|did not start|process died|number of threads",
-        "Rows, templates and tokenizers from elsewhere are read in processes with limits; one of them could not be "
-        "started, or was killed.",
-        "error: a worker process died (exit status -9): free some memory",
-        "Free memory, or raise the limits of processes (ulimit -u, -v).",
+        "Rows and templates are read in processes of their own, and runs of a sweep trained in some; one of them could "
+        "not be started, or was killed.",
+        "error: a worker process died (SIGKILL): is there memory left?",
+        "Free memory, or raise the limits of processes (ulimit -u, -v); give sweep a lower --at-once.",
     ),
     topic(
         "a loss or gradient that is not finite",

@@ -1,1 +1,1 @@
-"""Sweeps: several runs of one spec, those that share a base trained together; their table and page."""
+"""Sweeps: several runs of one spec, trained together on a base and in worker processes; their table and page."""

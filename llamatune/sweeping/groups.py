@@ -14,7 +14,7 @@ from llamatune.model.kernels.choice import chosen_kernels
 from llamatune.ranks import ALONE
 from llamatune.spec import RunSpec
 from llamatune.sweeping.members import Member
-from llamatune.threads import threads_for
+from llamatune.threads import threads_for, usable_cores
 from llamatune.training.inputs import open_inputs
 from llamatune.training.run_memory import choose_passes, choose_run_placement, plan_run_memory
 from llamatune.training.schedule import pass_tokens
@@ -31,12 +31,16 @@ _MAY_DIFFER = {
 }
 """What may differ in runs that are trained together; so may all of ``lora``, ``evaluation`` and ``tracking``."""
 
+_WORKER_BYTES = 160 << 20
+"""What Python and torch take in a worker process, pages of files that processes share apart, as measured."""
+
 
 @dataclass(frozen=True)
 class Room:
     """How many runs of a group are trained at once, on which device, and with how many threads.
 
-    ``base_bytes`` are there once, ``own_bytes`` once for each, as far as the plan of their heaviest step says.
+    Each of ``cores`` is that of a worker process; without any, the runs are trained in this process. ``base_bytes`` are
+    there once a process, ``own_bytes`` once for each run, as far as the plan of their heaviest step says.
     """
 
     at_once: int
@@ -45,11 +49,15 @@ class Room:
     device: torch.device
     base_bytes: int = 0
     own_bytes: int = 0
+    cores: tuple[int, ...] = ()
 
     def told(self, count: int) -> str:
-        """``about 2.1 GiB of 12.0 GiB`` for so many runs."""
-        needed = f"about {gibibytes(self.base_bytes + count * self.own_bytes)}"
-        return needed if self.limit_bytes is None else f"{needed} of {gibibytes(self.limit_bytes)}"
+        """``together in 2 processes (about 2.1 GiB of 12.0 GiB)`` for so many runs."""
+        processes = min(count, max(1, len(self.cores)))
+        held = processes * (self.base_bytes + _WORKER_BYTES) if processes > 1 else self.base_bytes
+        needed = f"about {gibibytes(held + count * self.own_bytes)}"
+        room = needed if self.limit_bytes is None else f"{needed} of {gibibytes(self.limit_bytes)}"
+        return f"together {'on one base' if processes == 1 else f'in {processes} processes'} ({room})"
 
 
 def groups(members: Sequence[Member]) -> list[list[Member]]:
@@ -92,7 +100,11 @@ def _shared(spec: RunSpec) -> str:
 
 
 def room_for(group: Sequence[Member], force_base: bool, wanted: int | None = None) -> Room:
-    """The room of a group: ``wanted`` at once, or as many as the memory plan allows."""
+    """The room of a group: ``wanted`` at once, or as many as the memory plan allows.
+
+    Where a run uses one thread of a CPU, it has a worker process on each core that this process may use, as far as the
+    runs at once, and the memory that they leave for another base, allow that.
+    """
     specs = [member.spec for member in group if member.spec is not None]
     inputs = open_inputs(specs[0], force_base, ignore_event)
     config, rows, device = inputs.config, inputs.prepared.train, inputs.device
@@ -104,6 +116,9 @@ def room_for(group: Sequence[Member], force_base: bool, wanted: int | None = Non
         return Room(1, None, threads, device)
     plans = [plan_run_memory(placed(spec, "device"), config, rows, device, rule.tokens) for spec in planned]
     base, own = plans[0].step.weights, max(plan.step.peak - plan.step.weights for plan in plans)
-    limit, most = plans[0].limit_bytes, wanted or len(group)
-    fitting = most if limit is None or wanted else max(1, (limit - base) // own)
-    return Room(min(len(group), most, fitting), limit, threads, device, base, own)
+    limit, most = plans[0].limit_bytes, min(len(group), wanted or len(group))
+    fitting = most if limit is None or wanted else min(most, max(1, (limit - base) // own))
+    cores = usable_cores() if threads == 1 and device.type == "cpu" else []
+    bases = fitting if limit is None else (limit - fitting * own) // (base + _WORKER_BYTES)
+    workers = min(fitting, len(cores), bases)
+    return Room(fitting, limit, threads, device, base, own, tuple(cores[:workers]) if workers > 1 else ())

@@ -21,6 +21,7 @@ from llamatune.sweeping.members import Member, plan_members
 from llamatune.sweeping.sweep_page import write_page
 from llamatune.sweeping.sweep_table import best_of, markdown
 from llamatune.sweeping.together import Outcome, train_alone, train_together
+from llamatune.sweeping.worker_processes import train_in_workers
 from llamatune.training.run_collection import claimed, refuse_other
 from llamatune.training.run_directory import write_if_changed
 from llamatune.training.run_file_names import RUNS, SUMMARY
@@ -104,11 +105,10 @@ def _train_all(
             on_event(Notice(f"run {first} of {total}: {words}"))
             found = {batch[0].name: train_alone(batch[0], options.force_base, on_event, should_stop, began_s)}
         else:
-            on_event(
-                Notice(f"runs {first} to {last} of {total}, together on one base ({room.told(len(batch))}): {words}")
-            )
+            on_event(Notice(f"runs {first} to {last} of {total}, {room.told(len(batch))}: {words}"))
+            train_several = train_in_workers if room.cores else train_together
             with Several(batch, on_event) as several:
-                found = train_together(batch, room, options.force_base, several.observer, should_stop, began_s)
+                found = train_several(batch, room, options.force_base, several.observer, should_stop, began_s)
         outcomes |= found
         for name, outcome in found.items():
             if isinstance(outcome, LlamatuneError) and not isinstance(outcome, Stopped):

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from run_tools import Crash, assert_same_outcome, files, metrics, spec_values
+from run_tools import Crash, files, metrics
 from slow_cases import slow
+from sweep_tools import GRID, VARIANTS, assert_equal_to_solo_runs, options
 
-from llamatune.command_options.sweep import SweepOptions
 from llamatune.errors import NumericsError, SpecError, Stopped
 from llamatune.events import EpochDone, Event, Notice, Progress
 from llamatune.formats import background_digests
@@ -27,84 +26,8 @@ from llamatune.sweeping import run_sweep as sweep_module
 from llamatune.sweeping.run_sweep import run_sweep
 from llamatune.training import model_and_optimizer
 from llamatune.training.precision import LossScaler
-from llamatune.training.train import train
 
 Command = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def base_spec(
-    tmp_path_factory: pytest.TempPathFactory, small_base: Path, prepared: Callable[..., Path]
-) -> Callable[..., Path]:
-    """A spec file with some changes: micro-batches of 3, windows of 6 of the 19 rows, validation and odd saves."""
-
-    def write(**changes: Any) -> Path:
-        tmp_path = tmp_path_factory.mktemp("spec")
-        settings = {
-            "training__save_every_steps": 3, "evaluation__every_steps": 2,
-            "training__tokens_per_pass": None, **changes,
-        }  # fmt: skip
-        path = tmp_path / "run.yaml"
-        values = spec_values(small_base, prepared(validation_fraction=0.2), tmp_path / "unused", **settings)
-        path.write_text(yaml.safe_dump(values))
-        return path
-
-    return write
-
-
-def options(spec: Path, output: Path, *grid: str, **more: Any) -> SweepOptions:
-    return SweepOptions(spec_path=spec, grid=grid, output=output, **more)
-
-
-def assert_equal_to_solo_runs(output: Path, spec: Path, *grid: str) -> None:
-    """Every run of a sweep against ``train`` of its spec alone, which is trained once a spec file."""
-    _, members = sweep_module.plan_members(options(spec, spec.with_name("solo"), *grid))
-    for member in members:
-        assert member.spec is not None
-        train(member.spec)
-        # a card tells its output directory
-        assert_same_outcome(output / "runs" / member.name, member.path, cards=False)
-        found, expected = (metrics(path) for path in (output / "runs" / member.name, member.path))
-        assert [line["event"] for line in found] == [line["event"] for line in expected]
-
-
-VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "fp32, rank, rate and dropout": (
-        {},
-        ("lora.r=3,5", "training.learning_rate=0.01,0.003", "lora.dropout=0.1"),
-    ),
-    "targets and seeds": (
-        {"training__lr_scheduler": "cosine", "training__warmup_steps": 2, "training__max_grad_norm": 0.4},
-        ("lora.target_modules=[q_proj,v_proj],all-linear", "training.seed=0,4"),
-    ),
-    "lengths of the runs, evaluations with answers, and optimizers": (
-        {"lora": {"r": 4, "dropout": 0.2, "target_modules": "all-linear"},
-         "evaluation__prompts": 2, "evaluation__max_new_tokens": 4},
-        ("training.num_epochs=1,1.5", "evaluation.every_steps=1,3", "training.optimizer=adamw"),
-    ),
-    "kinds, on a bf16 base computed in fp32": (
-        {"model__dtype": "bfloat16"},
-        ("lora.kind=lora,dora,lora_fa", "training.optimizer=sgd"),
-    ),
-    "nf4 in bf16, passes of several micro-batches": (
-        {"model__dtype": "nf4", "training__precision": "bf16", "training__tokens_per_pass": 64},
-        ("lora.init=kaiming,pissa", "lora.dropout=0.1,0"),
-    ),
-    "int8 in fp32, packed, recomputed": (
-        {"model__dtype": "int8", "data__packing": True, "data__packed_tokens": 60,
-         "training__activation_checkpointing": "block"},
-        ("lora.r=2,4", "data.shuffle=true"),
-    ),
-    "fp16 with overflows": (
-        {"training__precision": "fp16"},
-        ("lora.alpha=8,16", "lora.target_modules=all-linear"),
-    ),
-    "bf16, early stopping": (
-        {"training__precision": "bf16", "training__num_epochs": 4, "evaluation__early_stopping_patience": 1,
-         "evaluation__every_steps": 1},
-        ("training.learning_rate=0.001,0.5", "lora.alpha=4"),
-    ),
-}  # fmt: skip
 
 
 OFTEN_ENOUGH = ("targets and seeds", "int8 in fp32, packed, recomputed", "bf16, early stopping")
@@ -227,22 +150,6 @@ def test_a_directory_of_a_sweep_is_no_run_and_no_benchmark(
     assert (done.code, "holds something else" in done.stderr) == (5, True), done.stderr
     run_sweep(options(spec, output, "lora.r=2,4", overwrite=True))
     assert (tmp_path / "out.old-1" / "runs").is_dir()
-
-
-GRID = ("lora.r=2,4", "training.learning_rate=0.01,0.03")
-
-
-@pytest.fixture(scope="module")
-def grid_spec(base_spec: Callable[..., Path]) -> Path:
-    """The spec of the sweeps that are interrupted."""
-    return base_spec(training__save_every_steps=2, training__max_steps=4)
-
-
-@pytest.fixture(autouse=True)
-def _no_page(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Drawing takes longer than all the rest; one test has it drawn."""
-    if "page" not in request.node.name:
-        monkeypatch.setattr(sweep_module, "write_page", lambda *_: False)
 
 
 class CountedStop:

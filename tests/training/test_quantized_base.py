@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from run_tools import adapter_tensors, files, losses, make_spec, run_and_record, spec_values
 from safetensors.torch import load_file
 
+from llamatune.checkpoints import quantized_base
 from llamatune.checkpoints.loading import load_model
 from llamatune.checkpoints.merging import merge_lora
 from llamatune.command_options.inference import HeldDtype, MergeOptions
@@ -182,6 +184,33 @@ def test_what_is_not_ours_is_not_overwritten(cached: Callable[..., list[str]], t
     with pytest.raises(EnvironmentFault, match="holds something else"):
         cached("two")
     assert files(entry) == {"thesis.txt": b"mine"}
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_an_entry_that_another_process_makes_at_the_same_time_is_read(
+    cached: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_ours: bool
+) -> None:
+    cached("one")
+    (entry,) = (tmp_path / "cache").iterdir()
+    theirs = entry.rename(tmp_path / "theirs")
+    stream = quantized_base.stream_tensors
+
+    def slowly(*given: Any) -> None:
+        stream(*given)
+        if is_ours:
+            shutil.copytree(theirs, entry)
+        else:
+            entry.mkdir()
+            (entry / "thesis.txt").write_text("mine")
+
+    monkeypatch.setattr(quantized_base, "stream_tensors", slowly)
+    if is_ours:
+        assert cached("two") == ["quantising"]
+        assert files(tmp_path / "one" / "adapter") == files(tmp_path / "two" / "adapter")
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == [entry.name]
+    else:
+        with pytest.raises(EnvironmentFault, match="holds something else"):
+            cached("two")
 
 
 def test_stopped_while_quantising_nothing_is_left_behind(

@@ -40,3 +40,20 @@ def start_child(module: str, *, silent: bool = False) -> tuple[subprocess.Popen[
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return child, ours
+
+
+def death_of(child: subprocess.Popen[bytes], todo: str, where: object = None) -> EnvironmentFault:
+    """The fault of a worker that has closed its pipe without being asked: the signal or the status, and what to do."""
+    try:
+        code = child.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        return EnvironmentFault("a worker process closed its pipe", where, todo)
+    how = signal.Signals(-code).name if -code in signal.valid_signals() else f"exit status {code}"
+    return EnvironmentFault(f"a worker process died ({how})", where, todo)
+
+
+def end(child: subprocess.Popen[bytes], connection: Connection) -> None:
+    """Close the pipe, and end a process that has nothing to save."""
+    connection.close()
+    child.kill()
+    child.wait()

@@ -1,0 +1,201 @@
+"""Worker processes that each train a share of the runs of a group, on one core; their messages and their ends."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from llamatune.child_process import death_of, end, start_child
+from llamatune.events import Event, OnEvent, Progress, ShouldStop, ignore_event
+from llamatune.openmp_variables import THREAD_COUNTS
+from llamatune.sweeping.groups import Room
+from llamatune.sweeping.members import Member
+from llamatune.sweeping.together import Outcome, train_alone, train_together
+from llamatune.threads import stay_on
+from llamatune.training.run_file_names import SUMMARY
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a worker is sent at its start."""
+
+    members: Sequence[Member]
+    room: Room
+    core: int
+    force_base: bool
+    began_s: float | None
+
+
+@dataclass(frozen=True)
+class _Happened:
+    """An event of a run."""
+
+    name: str
+    event: Event
+
+
+@dataclass(frozen=True)
+class _Warned:
+    """A warning of a library: the arguments of ``warnings.warn_explicit``."""
+
+    arguments: tuple[str, type[Warning], str, int]
+
+
+def train_in_workers(
+    members: Sequence[Member],
+    room: Room,
+    force_base: bool,
+    observer: Callable[[str], OnEvent],
+    should_stop: ShouldStop,
+    began_s: float | None = None,
+) -> dict[str, Outcome]:
+    """The outcome of each, as of ``train_together``, of members that are dealt to a process for each core of the room.
+
+    A run whose process died has an ``EnvironmentFault``; the others are trained to their ends.
+
+    Raises:
+        EnvironmentFault: a process cannot be started.
+        Exception: what a worker raised that is no fault of a user; it ends all of them.
+    """
+    cores = room.cores[: len(members)]
+    shares = [_Share(members[place :: len(cores)], room, core, force_base, began_s) for place, core in enumerate(cores)]
+    found, asked = dict[str, Outcome](), False
+    seen: dict[str | tuple[str, type[Warning], int], int] = {}
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(contextlib.closing(_Worker(share))) for share in shares]
+        first, running = workers[0], {worker.connection: worker for worker in workers}
+        while running:
+            if not asked and should_stop():
+                asked = True
+                for worker in running.values():
+                    worker.send(None)
+            for connection in wait(list(running), _POLL_S):
+                assert isinstance(connection, Connection)
+                worker = running[connection]
+                try:
+                    message = connection.recv()
+                except (EOFError, OSError):
+                    message = worker.outcomes_of_death()
+                match message:
+                    case _Happened(_, Progress()) if worker is not first:
+                        pass  # each reads the same base
+                    case _Happened(name, event):
+                        observer(name)(event)
+                    case _Warned(arguments):  # which is told once
+                        warnings.warn_explicit(*arguments, registry=seen)
+                    case dict():
+                        found |= message
+                        del running[connection]
+                    case Exception():
+                        raise message
+    return {member.name: found[member.name] for member in members}
+
+
+class _Worker:
+    def __init__(self, share: _Share) -> None:
+        self._share = share
+        self._child, self.connection = start_child(__name__)
+        self.send(share)
+
+    def close(self) -> None:
+        end(self._child, self.connection)
+
+    def send(self, message: _Share | None) -> None:
+        with contextlib.suppress(OSError):  # it died, which the next look at its pipe finds
+            self.connection.send(message)
+
+    def outcomes_of_death(self) -> dict[str, Outcome]:
+        """The summaries of runs that had been finished, and a fault for each other one."""
+        share = self._share
+        todo = "run the same command again to continue, with a lower --at-once if memory ran out"
+        return {
+            member.name: train_alone(member, share.force_base, ignore_event, lambda: True, share.began_s)
+            if (member.path / SUMMARY).is_file()
+            else death_of(self._child, todo, member.path)
+            for member in share.members
+        }
+
+
+def serve(descriptor: int) -> None:
+    """The main function of a worker: receive a share, train it, and send what happens, at last the outcomes."""
+    connection = Connection(descriptor)
+    try:
+        share: _Share = connection.recv()
+    except (EOFError, OSError):
+        return
+    send, stop = _Sender(connection), threading.Event()
+    threading.Thread(target=_listen, args=(connection, stop), daemon=True).start()
+    try:
+        with _warnings_sent(send):
+            send(_train(share, send, stop.is_set))
+    except Exception as fault:
+        fault.add_note(f"In a worker process of a sweep:\n{traceback.format_exc()}")
+        try:
+            send(copy.copy(fault))  # not every exception can be made again of its arguments
+        except Exception:
+            bug = RuntimeError(f"{type(fault).__name__}: {fault}")
+            bug.add_note(fault.__notes__[-1])
+            send(bug)
+
+
+class _Sender:
+    """Sends a message at a time; ends the process where the main process is gone, as if both had been killed."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._lock = connection, threading.Lock()
+
+    def __call__(self, message: object) -> None:
+        with self._lock:
+            try:
+                self._connection.send(message)
+            except OSError:
+                os._exit(1)
+
+
+def _listen(connection: Connection, stop: threading.Event) -> None:
+    """Set ``stop`` at a message; end the process, in whatever it is, when the main process closes the pipe."""
+    while True:
+        try:
+            connection.recv()
+        except (EOFError, OSError):
+            os._exit(1)
+        stop.set()
+
+
+@contextlib.contextmanager
+def _warnings_sent(send: _Sender) -> Iterator[None]:
+    """Within the block warnings of libraries go to the main process, which has them all."""
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
+        send(_Warned((str(message), category, filename, lineno)))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _train(share: _Share, send: _Sender, should_stop: ShouldStop) -> dict[str, Outcome]:
+    def observer(name: str) -> OnEvent:
+        return lambda event: send(_Happened(name, event))
+
+    # Also a number that the caller has set in its own process is one that is chosen.
+    os.environ[THREAD_COUNTS[0]] = str(share.room.threads)
+    torch.set_num_threads(share.room.threads)
+    if len(share.members) > 1:
+        stay_on(share.core)
+        return train_together(share.members, share.room, share.force_base, observer, should_stop, share.began_s)
+    member = share.members[0]
+    alone = train_alone(member, share.force_base, observer(member.name), should_stop, share.began_s)
+    return {member.name: alone}
