@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -70,6 +72,33 @@ def current_core() -> int | None:
         return int(text.rpartition(")")[2].split()[36])
     except (OSError, ValueError, IndexError):
         return None
+
+
+def release_threads() -> None:
+    """End the threads that help the calling one in products; the next product starts new ones.
+
+    For threads that take turns. libgomp, the OpenMP of torch's wheels, keeps helpers for each. Where there are more
+    threads than cores, they sleep between any two operations, and a step takes half as long again. Nothing happens with
+    another OpenMP.
+    """
+    for pause in _openmp_pauses():
+        pause(_SOFT)
+
+
+_SOFT = 1
+"""``omp_pause_soft`` of OpenMP 5.0, section 3.2.43: resources are given up, settings are kept."""
+
+
+@functools.cache
+def _openmp_pauses() -> list[Callable[[int], int]]:
+    """``omp_pause_resource_all`` of each libgomp in this process: packages bring their own beside torch's."""
+    found: list[Callable[[int], int]] = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        for path in {line.split(maxsplit=5)[5] for line in lines if "libgomp" in line}:
+            with contextlib.suppress(OSError, AttributeError):
+                found.append(ctypes.CDLL(path).omp_pause_resource_all)
+    return found
 
 
 def usable_cores() -> list[int]:

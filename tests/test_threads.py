@@ -157,6 +157,32 @@ def test_a_thread_stays_on_a_core_and_no_other_thread_does() -> None:
     assert os.sched_getaffinity(0) == allowed
 
 
+_HELPERS = """
+import os, time, torch
+from llamatune.threads import _openmp_pauses, release_threads
+torch.set_num_threads(3)
+count = lambda: len(os.listdir("/proc/self/task"))
+before, x = count(), torch.ones(600, 600)
+y = x @ x
+during = count()
+release_threads()
+deadline = time.monotonic() + 20
+while count() > before and time.monotonic() < deadline:
+    time.sleep(0.01)
+print(len(_openmp_pauses()), during - before, count() - before, torch.equal(x @ x, y), count() - before)
+"""
+
+
+def test_released_threads_end_and_come_again() -> None:
+    """In a process of its own, with torch's OpenMP as the only one."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    done = subprocess.run([sys.executable, "-c", _HELPERS], env=environment, capture_output=True, text=True, check=True)
+    libraries, during, after, same, again = done.stdout.split()
+    if libraries == "0":
+        pytest.skip("torch's OpenMP is not libgomp")
+    assert (during, after, same, again) == ("2", "0", "True", "2")
+
+
 def test_usable_cores_are_those_of_the_affinity_from_the_current_one_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {9, 2, 5, 4}, raising=False)
     for core, found in ((5, [5, 9, 2, 4]), (2, [2, 4, 5, 9]), (3, [2, 4, 5, 9]), (None, [2, 4, 5, 9])):

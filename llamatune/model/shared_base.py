@@ -20,6 +20,9 @@ from llamatune.model.transformer import Head, Transformer
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig, linear_path
 from llamatune.thread_turns import Lockstep
 
+_PASSES_OF_A_TURN = 16
+"""Where no product is shared."""
+
 
 @dataclass(frozen=True)
 class _Product:
@@ -34,17 +37,17 @@ class _Product:
 class SharedMatrix(nn.Module):
     """The frozen matrix (out, in) of a linear layer, as it is held; stands where a quantised one stands.
 
-    Products are asked for in ``lockstep``, those that gain by it. ``places`` are those of the product and of its
-    gradient in a pass.
+    Products are asked for in ``lockstep``, those that gain by it, if they are ``shared``. ``places`` are those of the
+    product and of its gradient in a pass.
     """
 
     def __init__(
-        self, source: Linear, lockstep: Lockstep[Any, Any], stacked: StackedRows, places: tuple[int, int]
+        self, source: Linear, lockstep: Lockstep[Any, Any], stacked: StackedRows, places: tuple[int, int], shared: bool
     ) -> None:
         super().__init__()
         self.shape = (source.out_features, source.in_features)
         self.weight, self.packed = source.weight, source.quantized
-        self._lockstep, self._stacked, self._places = lockstep, stacked, places
+        self._lockstep, self._stacked, self._places, self._shared = lockstep, stacked, places, shared
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in ``dtype``; of a quantised one inside a shared buffer: use it at once."""
@@ -64,6 +67,8 @@ class SharedMatrix(nn.Module):
 
     def _ask(self, which: str, asked: _Product, answers: Callable[[list[_Product]], list[Tensor]]) -> Tensor:
         x = asked.x
+        if not self._shared:
+            return answers([asked])[0]
         if self.packed is None and self.weight.dtype == x.dtype:
             B = self.weight if which == "product_back" else self.weight.T
             if not self._stacked.suit(x, B):
@@ -111,23 +116,28 @@ class SharedHead(Head):
 
 
 class _InLockstep(Transformer):
-    """A model on shared weights. Its passes begin when those of all others do."""
+    """A model on shared weights. Its passes, or each of so many, begin when those of all others do."""
 
-    def __init__(self, config: LlamaConfig, lockstep: Lockstep[Any, Any], cast: _HeadCast) -> None:
+    def __init__(self, config: LlamaConfig, lockstep: Lockstep[Any, Any], cast: _HeadCast, passes: int) -> None:
         super().__init__(config)
         self.lm_head = SharedHead(cast, config.hidden_size, config.vocab_size)
-        self._lockstep, self._cast = lockstep, cast
+        self._lockstep, self._cast, self._passes, self._begun = lockstep, cast, passes, 0
 
     def forward(self, *args: Any, **named: Any) -> Any:
-        self._lockstep.wait()
+        if self._begun % self._passes == 0:
+            self._lockstep.wait()
+        self._begun += 1
         self._cast.held = None
         return super().forward(*args, **named)
 
 
 class SharedBase:
-    """Gives each adapter a model of its own, without a weight of its own, on the weights of ``base``."""
+    """Gives each adapter a model of its own, without a weight of its own, on the weights of ``base``.
 
-    def __init__(self, base: Transformer, lockstep: Lockstep[Any, Any]) -> None:
+    Products of matrices of fewer than ``least_elements`` are not shared: a turn may take longer than what it saves.
+    """
+
+    def __init__(self, base: Transformer, lockstep: Lockstep[Any, Any], least_elements: int = 0) -> None:
         self._base, self._lockstep, self._cast = base, lockstep, _HeadCast()
         paths = [
             f"model.layers.{layer}.{linear_path(name)}"
@@ -135,17 +145,20 @@ class SharedBase:
             for name in LINEAR_MODULES
         ]
         self._matrices: dict[str, SharedMatrix] = {}
+        self._passes = _PASSES_OF_A_TURN
         stacked = StackedRows()
         for place, path in enumerate(paths):
             source = base.get_submodule(path)
             assert isinstance(source, Linear)
             places = place, 2 * len(paths) - place
-            self._matrices[path] = SharedMatrix(source, lockstep, stacked, places)
+            shared = source.in_features * source.out_features >= least_elements
+            self._passes = 1 if shared else self._passes
+            self._matrices[path] = SharedMatrix(source, lockstep, stacked, places, shared)
 
     def model(self) -> Transformer:
         """A model for one adapter, which nothing is adapted in yet."""
         with torch.device("meta"):
-            model = _InLockstep(self._base.config, self._lockstep, self._cast)
+            model = _InLockstep(self._base.config, self._lockstep, self._cast, self._passes)
         model.activation_dtype = self._base.activation_dtype
         for name, parameter in self._base.named_parameters():
             path, _, attribute = name.rpartition(".")

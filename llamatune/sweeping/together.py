@@ -18,13 +18,19 @@ from llamatune.spec import RunSpec
 from llamatune.sweeping.groups import Room
 from llamatune.sweeping.members import Member
 from llamatune.thread_turns import Lockstep
-from llamatune.threads import current_core, stay_on, using_threads
+from llamatune.threads import current_core, release_threads, stay_on, using_threads
 from llamatune.tracking.trackers import Trackers
 from llamatune.training.determinism import cublas_workspace, deterministic_kernels
 from llamatune.training.inputs import Inputs
 from llamatune.training.model_and_optimizer import load_own_base
 from llamatune.training.precision import fp32_products
 from llamatune.training.train import train
+
+_LEAST_SHARED = 1 << 24
+"""Elements of a matrix whose products are shared by runs that use several threads of a CPU.
+
+These end with a turn and are started again in the next, which took about 3 ms on two cores.
+"""
 
 Outcome = dict[str, Any] | LlamatuneError
 """The summary of a run, or what ended it."""
@@ -42,8 +48,10 @@ def train_together(
 
     ``observer`` gives what a member's events go to, by its name. ``began_s`` is that of ``train``.
     """
-    lockstep: Lockstep[dict[str, Any], LlamatuneError] = Lockstep(torch.get_rng_state, torch.set_rng_state)
-    shared = {"load_base": _LoadOnce(lockstep), "digest": SharedDigests()}
+    several = room.threads > 1 and room.device.type == "cpu"
+    keep = _keep_and_release if several else torch.get_rng_state
+    lockstep: Lockstep[dict[str, Any], LlamatuneError] = Lockstep(keep, torch.set_rng_state)
+    shared = {"load_base": _LoadOnce(lockstep, _LEAST_SHARED if several else 0), "digest": SharedDigests()}
     core = current_core() if room.threads == 1 and room.device.type == "cpu" else None
     jobs = [
         partial(_train_in_turns, member, core, shared, force_base, observer, should_stop, began_s) for member in members
@@ -58,6 +66,8 @@ def train_together(
         fp32_products(spec.training.precision),
         chosen_kernels(spec.training.kernels, room.device),
     ):
+        if several:
+            release_threads()  # of this one, which waits
         outcomes = lockstep.run(jobs, LlamatuneError)
     names = [member.name for member in members]
     return dict(zip(names, outcomes, strict=True))
@@ -71,6 +81,12 @@ def train_alone(
         return _train(member, {}, force_base, on_event, should_stop, began_s)
     except LlamatuneError as fault:
         return fault
+
+
+def _keep_and_release() -> torch.Tensor:
+    """At the end of a turn, of a thread that uses several."""
+    release_threads()
+    return torch.get_rng_state()
 
 
 def _train_in_turns(
@@ -111,12 +127,13 @@ def _train(
 class _LoadOnce:
     """Loads the base for the first run that needs it, once all have claimed their directories and planned."""
 
-    def __init__(self, lockstep: Lockstep[dict[str, Any], LlamatuneError]) -> None:
-        self._lockstep = lockstep
+    def __init__(self, lockstep: Lockstep[dict[str, Any], LlamatuneError], least_elements: int) -> None:
+        self._lockstep, self._least_elements = lockstep, least_elements
         self._shared: SharedBase | None = None
 
     def __call__(self, spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop) -> Transformer:
         self._lockstep.wait()
         if self._shared is None:
-            self._shared = SharedBase(load_own_base(spec, inputs, on_event, should_stop), self._lockstep)
+            base = load_own_base(spec, inputs, on_event, should_stop)
+            self._shared = SharedBase(base, self._lockstep, self._least_elements)
         return self._shared.model()

@@ -24,6 +24,8 @@ from llamatune.model.kernels import choice
 from llamatune.sweeping import groups, together
 from llamatune.sweeping import run_sweep as sweep_module
 from llamatune.sweeping.run_sweep import run_sweep
+from llamatune.thread_turns import Lockstep
+from llamatune.threads import using_threads
 from llamatune.training import model_and_optimizer
 from llamatune.training.precision import LossScaler
 
@@ -70,6 +72,27 @@ def test_runs_of_one_thread_take_turns_on_one_core(
     assert all(found == cores[0] for found in cores)
     assert (len(cores[0]) == 1) == (count == 1 or len(allowed) == 1)
     assert os.sched_getaffinity(0) == allowed
+
+
+@pytest.mark.parametrize("least", [0, 1 << 24], ids=["products shared", "products apart"])
+def test_runs_of_several_threads_share_the_products_of_large_matrices(
+    tmp_path: Path, base_spec: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, least: int
+) -> None:
+    """To the same bytes; their threads end with each turn, and a turn is each pass, or each product too."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(together, "_LEAST_SHARED", least)
+    asked, released = list[int](), list[int]()
+    ask, release = Lockstep.ask, together.release_threads
+    monkeypatch.setattr(Lockstep, "ask", lambda self, *more: asked.append(1) or ask(self, *more))
+    monkeypatch.setattr(together, "release_threads", lambda: released.append(1) or release())
+    spec, grid = base_spec(model__dtype="nf4", lora__dropout=0.1), "lora.r=2,3"
+    with using_threads(2):
+        run_sweep(options(spec, tmp_path / "out", grid))
+        assert bool(asked) == (least == 0)
+        assert len(released) > len(asked) / 2
+        before = len(asked)
+        assert_equal_to_solo_runs(tmp_path / "out", spec, grid)
+    assert len(asked) == before
 
 
 def test_the_base_is_read_once_and_each_matrix_is_cast_once_for_all(
