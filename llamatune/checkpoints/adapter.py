@@ -24,7 +24,7 @@ from llamatune.checkpoints.adapter_header import (
     read_adapter_header,
 )
 from llamatune.checkpoints.base_changes import BaseChange, changed_config, collect_changes
-from llamatune.checkpoints.changed_base import changed_base
+from llamatune.checkpoints.base_with_changes import changed_base
 from llamatune.checkpoints.checkpoint import READ_WEIGHTS, Checkpoint, fill_from, refuse_unfit
 from llamatune.checkpoints.tensor_bytes import is_finite, write_tensors
 from llamatune.errors import CheckpointError

@@ -17,8 +17,8 @@ from llamatune.inference.gsm8k import gsm8k_report, read_questions
 from llamatune.inference.significance import exact_mcnemar, paired_difference_interval, score_interval
 from llamatune.judging.figures import Figure, figures_of, metrics_of
 from llamatune.judging.general_texts import PACKAGED, PACKAGED_NAME, make_texts
-from llamatune.judging.judged_run import open_sides, open_task_rows
 from llamatune.judging.measures import BOTH, Answers, Choices, Measure, RowLosses, compute_all
+from llamatune.judging.opened_run import open_sides, open_task_rows
 from llamatune.judging.overlap import JudgedRows, find_overlaps, prepared_rows
 from llamatune.judging.rank_used import RankUse, rank_use
 from llamatune.reporting.run_reader import Run, read_run

@@ -17,10 +17,10 @@ from llamatune.spec_grid import Axis, in_words
 from llamatune.strict_json import dump_json
 from llamatune.sweeping.groups import Room, groups, room_for
 from llamatune.sweeping.joint_progress import Several
+from llamatune.sweeping.joint_training import Outcome, train_alone, train_together
 from llamatune.sweeping.members import Member, plan_members
 from llamatune.sweeping.sweep_page import write_page
 from llamatune.sweeping.sweep_table import best_of, markdown
-from llamatune.sweeping.together import Outcome, train_alone, train_together
 from llamatune.sweeping.worker_processes import train_in_workers
 from llamatune.training.run_collection import claimed, refuse_other
 from llamatune.training.run_directory import write_if_changed

@@ -19,8 +19,8 @@ from llamatune.child_process import death_of, end, start_child
 from llamatune.events import Event, OnEvent, Progress, ShouldStop, ignore_event
 from llamatune.openmp_variables import THREAD_COUNTS
 from llamatune.sweeping.groups import Room
+from llamatune.sweeping.joint_training import Outcome, train_alone, train_together
 from llamatune.sweeping.members import Member
-from llamatune.sweeping.together import Outcome, train_alone, train_together
 from llamatune.threads import stay_on
 from llamatune.training.run_file_names import SUMMARY
 

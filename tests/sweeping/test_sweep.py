@@ -21,7 +21,7 @@ from llamatune.events import EpochDone, Event, Notice, Progress
 from llamatune.formats import background_digests
 from llamatune.formats.state_json import read_progress
 from llamatune.model.kernels import choice
-from llamatune.sweeping import groups, together
+from llamatune.sweeping import groups, joint_training
 from llamatune.sweeping import run_sweep as sweep_module
 from llamatune.sweeping.run_sweep import run_sweep
 from llamatune.thread_turns import Lockstep
@@ -80,11 +80,11 @@ def test_runs_of_several_threads_share_the_products_of_large_matrices(
 ) -> None:
     """To the same bytes; their threads end with each turn, and a turn is each pass, or each product too."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.setattr(together, "_LEAST_SHARED", least)
+    monkeypatch.setattr(joint_training, "_LEAST_SHARED", least)
     asked, released = list[int](), list[int]()
-    ask, release = Lockstep.ask, together.release_threads
+    ask, release = Lockstep.ask, joint_training.release_threads
     monkeypatch.setattr(Lockstep, "ask", lambda self, *more: asked.append(1) or ask(self, *more))
-    monkeypatch.setattr(together, "release_threads", lambda: released.append(1) or release())
+    monkeypatch.setattr(joint_training, "release_threads", lambda: released.append(1) or release())
     spec, grid = base_spec(model__dtype="nf4", lora__dropout=0.1), "lora.r=2,3"
     with using_threads(2):
         run_sweep(options(spec, tmp_path / "out", grid))
@@ -101,14 +101,14 @@ def test_the_base_is_read_once_and_each_matrix_is_cast_once_for_all(
     from llamatune.model.shared_base import SharedMatrix
 
     loads, casts, products = [], [], []
-    load, unpacked = together.load_own_base, SharedMatrix.unpacked
+    load, unpacked = joint_training.load_own_base, SharedMatrix.unpacked
     forward = SharedMatrix._forward
 
     def counted_load(*args: Any, **named: Any) -> Any:
         loads.append(1)
         return load(*args, **named)
 
-    monkeypatch.setattr(together, "load_own_base", counted_load)
+    monkeypatch.setattr(joint_training, "load_own_base", counted_load)
     monkeypatch.setattr(SharedMatrix, "unpacked", lambda self, dtype: casts.append(1) or unpacked(self, dtype))
     monkeypatch.setattr(
         SharedMatrix, "_forward", lambda self, asked: products.append(len(asked)) or forward(self, asked)
