@@ -6,6 +6,7 @@ same shapes, as when it is trained alone, or all of them at once where that give
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,8 @@ from llamatune.model.transformer import Head, Transformer
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig, linear_path
 from llamatune.thread_turns import Lockstep
 
-_PASSES_OF_A_TURN = 16
-"""Where no product is shared."""
+_TURN_S = 0.5
+"""How long a turn is, in whole passes, where no product is shared: changing turns takes some milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +117,17 @@ class SharedHead(Head):
 
 
 class _InLockstep(Transformer):
-    """A model on shared weights. Its passes, or each of so many, begin when those of all others do."""
+    """A model on shared weights. A pass begins when those of all others do, but within ``turn_s`` seconds at once."""
 
-    def __init__(self, config: LlamaConfig, lockstep: Lockstep[Any, Any], cast: _HeadCast, passes: int) -> None:
+    def __init__(self, config: LlamaConfig, lockstep: Lockstep[Any, Any], cast: _HeadCast, turn_s: float) -> None:
         super().__init__(config)
         self.lm_head = SharedHead(cast, config.hidden_size, config.vocab_size)
-        self._lockstep, self._cast, self._passes, self._begun = lockstep, cast, passes, 0
+        self._lockstep, self._cast, self._turn_s, self._turn_ends = lockstep, cast, turn_s, 0.0
 
     def forward(self, *args: Any, **named: Any) -> Any:
-        if self._begun % self._passes == 0:
+        if time.monotonic() >= self._turn_ends:
             self._lockstep.wait()
-        self._begun += 1
+            self._turn_ends = time.monotonic() + self._turn_s
         self._cast.held = None
         return super().forward(*args, **named)
 
@@ -145,20 +146,20 @@ class SharedBase:
             for name in LINEAR_MODULES
         ]
         self._matrices: dict[str, SharedMatrix] = {}
-        self._passes = _PASSES_OF_A_TURN
+        self._turn_s = _TURN_S
         stacked = StackedRows()
         for place, path in enumerate(paths):
             source = base.get_submodule(path)
             assert isinstance(source, Linear)
             places = place, 2 * len(paths) - place
             shared = source.in_features * source.out_features >= least_elements
-            self._passes = 1 if shared else self._passes
+            self._turn_s = 0.0 if shared else self._turn_s
             self._matrices[path] = SharedMatrix(source, lockstep, stacked, places, shared)
 
     def model(self) -> Transformer:
         """A model for one adapter, which nothing is adapted in yet."""
         with torch.device("meta"):
-            model = _InLockstep(self._base.config, self._lockstep, self._cast, self._passes)
+            model = _InLockstep(self._base.config, self._lockstep, self._cast, self._turn_s)
         model.activation_dtype = self._base.activation_dtype
         for name, parameter in self._base.named_parameters():
             path, _, attribute = name.rpartition(".")
