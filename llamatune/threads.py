@@ -1,4 +1,4 @@
-"""CPU threads of torch: their number, one for small matrix products; and the affinity of a thread to one core."""
+"""CPU threads of torch: their number, one for small products, their end; the cores of a process, and of one thread."""
 
 from __future__ import annotations
 

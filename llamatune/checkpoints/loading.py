@@ -18,7 +18,7 @@ from llamatune.checkpoints.model_directory import detect_format, warn_of_missing
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.model.huge_pages import HugePages
+from llamatune.model.huge_pages import HugePages, room_of
 from llamatune.model.joined_products import join_products, joined_modules
 from llamatune.model.packed_weight import PackedWeight, hold_quantized
 from llamatune.model.streamed_blocks import StreamedBlocks
@@ -65,9 +65,11 @@ def warn_of_broken(names: list[str], checkpoint: Checkpoint, on_event: OnEvent) 
         on_event(Notice(f"{checkpoint.path}: the weights of {names[0]}{more} hold NaN or infinity", "warning"))
 
 
-def _matrix_elements(config: LlamaConfig) -> int:
-    """Of the linear layers of all blocks."""
-    return sum(math.prod(shape) for name, shape in config.parameter_shapes() if linear_module(name))
+def _bytes_of_codes(config: LlamaConfig, kind: type[PackedWeight]) -> int:
+    """What the codes of all blocks take in huge pages."""
+    shapes = [shape for name, shape in config.parameter_shapes() if linear_module(name)]
+    codes = [kind.storage(shape)["codes"] for shape in shapes]
+    return sum(room_of(math.prod(shape) * dtype.itemsize) for dtype, shape in codes)
 
 
 def _refuse_stop(should_stop: ShouldStop, checkpoint: Checkpoint) -> None:
@@ -100,7 +102,7 @@ def load_model(
         streamed: stores the blocks, whose tensors in the model become views of its rooms.
         joined: join products of the blocks where that is faster, on a CPU without gradients.
 
-    Quantised weights on a CPU are held in huge pages.
+    Quantised weights on a CPU are held in huge pages where the system gives them, unless they are few.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, on_event)
     warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
@@ -111,8 +113,7 @@ def load_model(
     names = [name for name, _ in config.parameter_shapes()]
     assert set(names) == {name for name, _ in model.named_parameters()}, "the model's names are the checkpoint's"
     broken, copied_modules = [], joined_modules(config) if joined else frozenset()
-    size = 0 if quantized is None or streamed is not None else _matrix_elements(config)  # a byte each, or less
-    pages = HugePages(size, device)
+    pages: HugePages | None = None
     for done, name in enumerate(names):
         _refuse_stop(should_stop, checkpoint)
         path, _, attribute = name.rpartition(".")
@@ -120,6 +121,7 @@ def load_model(
             if streamed is not None:
                 streamed.hold_packed(name, packed)
             else:
+                pages = pages or HugePages(_bytes_of_codes(config, type(packed)), device)
                 packed.hold_in(pages)
             hold_quantized(model.get_submodule(path), packed)
         else:

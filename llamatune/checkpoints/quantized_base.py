@@ -87,7 +87,7 @@ class QuantizedBase:
                 with build_directory(path, f"{self.dtype}-weights", inputs, overwrite=ours) as staging:
                     stream_tensors(staging, self._file, declared, self._quantized_tensors(path))
             except EnvironmentFault:  # another process may have made it at the same time
-                if ours or not has_manifest(path) or not self._usable(path, inputs, declared):
+                if not has_manifest(path) or not self._usable(path, inputs, declared):
                     raise
         self._cached = read_header(path / self._file)[0]
 

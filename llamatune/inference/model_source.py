@@ -184,7 +184,7 @@ class OpenedModel:
                 raise with_broken_tensor(fault, self.checkpoint, self.adapters) from None
 
     def load(self, on_event: OnEvent, should_stop: ShouldStop, generates: bool = False) -> LoadedModels:
-        """Read the weights; to generate, with joined products where those are small.
+        """Read the weights; to generate, with joined products where those are quicker.
 
         A loss is computed without them, to the same bits wherever the blocks lie.
         """

@@ -185,7 +185,7 @@ class _Rooms:
         prompt, new, beams = work.prompt_tokens, work.new_tokens, work.beams
         capacity, step = prompt + new * beams, beams
         in_parts = beams == 1 and not isinstance(model.config.rope_scaling, DynamicScaling)
-        self.in_a_pass = tokens_in_a_pass(model.config, WEIGHT_BYTES[model.others], "cuda" if model.cuda else "cpu")
+        self.in_a_pass = tokens_in_a_pass(model.config, WEIGHT_BYTES[model.others], model.sizes().device)
         at_once = self.in_a_pass if in_parts else prompt
         self.read: list[_Part] = []
         room = 0

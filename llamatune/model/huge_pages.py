@@ -21,7 +21,7 @@ _ALIGNMENT = 64
 class HugePages:
     """Room for tensors, one behind another, that is freed when none of them is left.
 
-    ``size``: bytes of all. What is not used of it takes no memory, but for the last page.
+    ``size``: bytes of all, each with ``room_of`` it.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -35,8 +35,13 @@ class HugePages:
         if size > len(self._free):
             return x
         copy = self._free[:size].view(x.dtype).view(x.shape)
-        self._free = self._free[-(-size // _ALIGNMENT) * _ALIGNMENT :]
+        self._free = self._free[room_of(size) :]
         return copy.copy_(x)
+
+
+def room_of(size: int) -> int:
+    """Bytes that a tensor of so many takes."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _reserved(size: int) -> Tensor:

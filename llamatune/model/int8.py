@@ -46,6 +46,8 @@ class Int8Weight(PackedWeight):
 
     codes: Tensor
     scales: Tensor
+    _by_parts: Sequence[Int8Weight] = ()
+    """Of joined matrices, each: the bits are those of their products apart."""
 
     @staticmethod
     def storage(shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -81,7 +83,9 @@ class Int8Weight(PackedWeight):
         for name, whole in tensors.items():
             for part, own in zip(parts, torch.split(whole, rows), strict=True):
                 setattr(part, name, own)
-        return cls((sum(rows), columns), tensors, parts[0].scratch)
+        joined = cls((sum(rows), columns), tensors, parts[0].scratch)
+        joined._by_parts = parts
+        return joined
 
     def multiplies_packed(self, x: Tensor) -> bool:
         return self.multiplies_codes(x) or self.multiplies_digits(x)
@@ -114,7 +118,8 @@ class Int8Weight(PackedWeight):
 
         In generation alone: the bits of a training step do not depend on whether a pass is for gradients.
         """
-        suits = 0 < x.numel() <= _MOST_ROWS_OF_DIGITS * self.shape[1] and self.codes.numel() >= LEAST_ELEMENTS
+        least = min(part.codes.numel() for part in self._by_parts or (self,))
+        suits = 0 < x.numel() <= _MOST_ROWS_OF_DIGITS * self.shape[1] and least >= LEAST_ELEMENTS
         is_quick = suits and x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.cpu._is_vnni_supported()
         return is_quick and torch.is_inference_mode_enabled()
 

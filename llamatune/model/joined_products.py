@@ -1,8 +1,8 @@
 """Joined products: q, k, v of a block as one matrix product, and gate, up as another, for generation on a CPU.
 
 A product of a small matrix takes less time than the calls around it. Larger matrices are left apart: they would have
-to be copied from the file's pages, and nothing is gained. Quantised ones are in memory of their own, where they lie
-behind one another, and are joined whatever their size.
+to be copied from the file's pages, and nothing is gained. In int8 those that lie behind one another in huge pages are
+joined without a copy, whatever their size.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class PackedWeight(nn.Module):
         return False
 
     def hold_in(self, pages: HugePages) -> None:
-        """Move what has an element for every weight, or for several, to huge pages."""
+        """Move the codes to huge pages."""
         self.codes = pages.copied(self.codes)
 
     @property

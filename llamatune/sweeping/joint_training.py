@@ -43,15 +43,21 @@ def train_together(
     observer: Callable[[str], OnEvent],
     should_stop: ShouldStop,
     began_s: float | None = None,
+    *,
+    before_loading: Callable[[], None] = lambda: None,
 ) -> dict[str, Outcome]:
     """The outcome of each, by its name, of members of one group, trained at once; what ends one ends no other.
 
-    ``observer`` gives what a member's events go to, by its name. ``began_s`` is that of ``train``.
+    ``observer`` gives what a member's events go to, by its name. ``began_s`` is that of ``train``. ``before_loading``
+    is called once all know how they train within the free memory.
     """
     several = room.threads > 1 and room.device.type == "cpu"
     keep = _keep_and_release if several else torch.get_rng_state
     lockstep: Lockstep[dict[str, Any], LlamatuneError] = Lockstep(keep, torch.set_rng_state)
-    shared = {"load_base": _LoadOnce(lockstep, _LEAST_SHARED if several else 0), "digest": SharedDigests()}
+    shared = {
+        "load_base": _LoadOnce(lockstep, before_loading, _LEAST_SHARED if several else 0),
+        "digest": SharedDigests(),
+    }
     core = current_core() if room.threads == 1 and room.device.type == "cpu" else None
     jobs = [
         partial(_train_in_turns, member, core, shared, force_base, observer, should_stop, began_s) for member in members
@@ -74,11 +80,24 @@ def train_together(
 
 
 def train_alone(
-    member: Member, force_base: bool, on_event: OnEvent, should_stop: ShouldStop, began_s: float | None = None
+    member: Member,
+    force_base: bool,
+    on_event: OnEvent,
+    should_stop: ShouldStop,
+    began_s: float | None = None,
+    *,
+    before_loading: Callable[[], None] | None = None,
 ) -> Outcome:
-    """Train one run as ``llamatune train`` does."""
+    """Train one run as ``llamatune train`` does; ``before_loading`` is as of ``train_together``."""
+
+    def load(*given: Any) -> Transformer:
+        assert before_loading is not None
+        before_loading()
+        return load_own_base(*given)
+
+    shared = {} if before_loading is None else {"load_base": load}
     try:
-        return _train(member, {}, force_base, on_event, should_stop, began_s)
+        return _train(member, shared, force_base, on_event, should_stop, began_s)
     except LlamatuneError as fault:
         return fault
 
@@ -127,13 +146,19 @@ def _train(
 class _LoadOnce:
     """Loads the base for the first run that needs it, once all have claimed their directories and planned."""
 
-    def __init__(self, lockstep: Lockstep[dict[str, Any], LlamatuneError], least_elements: int) -> None:
-        self._lockstep, self._least_elements = lockstep, least_elements
+    def __init__(
+        self,
+        lockstep: Lockstep[dict[str, Any], LlamatuneError],
+        before_loading: Callable[[], None],
+        least_elements: int,
+    ) -> None:
+        self._lockstep, self._before_loading, self._least_elements = lockstep, before_loading, least_elements
         self._shared: SharedBase | None = None
 
     def __call__(self, spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop) -> Transformer:
         self._lockstep.wait()
         if self._shared is None:
+            self._before_loading()
             base = load_own_base(spec, inputs, on_event, should_stop)
             self._shared = SharedBase(base, self._lockstep, self._least_elements)
         return self._shared.model()

@@ -8,14 +8,17 @@ import os
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
+from pickle import PicklingError
 from typing import Any
 
 import torch
 
 from llamatune.child_process import death_of, end, start_child
+from llamatune.errors import EnvironmentFault
 from llamatune.events import Event, OnEvent, Progress, ShouldStop, ignore_event
 from llamatune.openmp_variables import THREAD_COUNTS
 from llamatune.sweeping.groups import Room
@@ -44,6 +47,16 @@ class _Happened:
 
     name: str
     event: Event
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """All runs of a share know what they do within the memory that is free; the base is to be loaded next."""
+
+
+@dataclass(frozen=True)
+class _Load:
+    """All shares are planned: the worker is to go on."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,7 @@ def train_in_workers(
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(contextlib.closing(_Worker(share))) for share in shares]
         first, running = workers[0], {worker.connection: worker for worker in workers}
+        planning = set(running)
         while running:
             if not asked and should_stop():
                 asked = True
@@ -95,12 +109,24 @@ def train_in_workers(
                         observer(name)(event)
                     case _Warned(arguments):  # which is told once
                         warnings.warn_explicit(*arguments, registry=seen)
+                    case _Planned():
+                        _planned(connection, planning, running.values())
                     case dict():
                         found |= message
                         del running[connection]
+                        _planned(connection, planning, running.values())
                     case Exception():
                         raise message
     return {member.name: found[member.name] for member in members}
+
+
+def _planned(connection: Connection, planning: set[Connection], running: Iterable[_Worker]) -> None:
+    """Let all load their bases if the worker of ``connection`` was the last that had not planned."""
+    if connection in planning:
+        planning.remove(connection)
+        if not planning:
+            for worker in running:
+                worker.send(_Load())
 
 
 class _Worker:
@@ -112,18 +138,20 @@ class _Worker:
     def close(self) -> None:
         end(self._child, self.connection)
 
-    def send(self, message: _Share | None) -> None:
+    def send(self, message: _Share | _Load | None) -> None:
         with contextlib.suppress(OSError):  # it died, which the next look at its pipe finds
             self.connection.send(message)
 
     def outcomes_of_death(self) -> dict[str, Outcome]:
         """The summaries of runs that had been finished, and a fault for each other one."""
         share = self._share
-        todo = "run the same command again to continue, with a lower --at-once if memory ran out"
+        death = death_of(
+            self._child, "run the same command again to continue, with a lower --at-once if memory ran out"
+        )
         return {
             member.name: train_alone(member, share.force_base, ignore_event, lambda: True, share.began_s)
             if (member.path / SUMMARY).is_file()
-            else death_of(self._child, todo, member.path)
+            else EnvironmentFault(death.what, member.path, death.todo)
             for member in share.members
         }
 
@@ -135,11 +163,16 @@ def serve(descriptor: int) -> None:
         share: _Share = connection.recv()
     except (EOFError, OSError):
         return
-    send, stop = _Sender(connection), threading.Event()
-    threading.Thread(target=_listen, args=(connection, stop), daemon=True).start()
+    send, stop, go_on = _Sender(connection), threading.Event(), threading.Event()
+    threading.Thread(target=_listen, args=(connection, stop, go_on), daemon=True).start()
+
+    def before_loading() -> None:
+        send(_Planned())
+        go_on.wait()
+
     try:
         with _warnings_sent(send):
-            send(_train(share, send, stop.is_set))
+            send(_train(share, send, stop.is_set, before_loading))
     except Exception as fault:
         fault.add_note(f"In a worker process of a sweep:\n{traceback.format_exc()}")
         try:
@@ -151,27 +184,42 @@ def serve(descriptor: int) -> None:
 
 
 class _Sender:
-    """Sends a message at a time; ends the process where the main process is gone, as if both had been killed."""
+    """Sends a message at a time; ends the process where the main process is gone, as if both had been killed.
+
+    A message that a thread has while it is sending another, as a warning of the garbage collector, follows that one.
+    """
 
     def __init__(self, connection: Connection) -> None:
-        self._connection, self._lock = connection, threading.Lock()
+        self._connection, self._lock, self._sending = connection, threading.Lock(), 0
+        self._later: list[bytes] = []
 
     def __call__(self, message: object) -> None:
+        data = bytes(ForkingPickler.dumps(message))
+        if self._sending == threading.get_ident():
+            self._later.append(data)
+            return
         with self._lock:
+            self._sending = threading.get_ident()
             try:
-                self._connection.send(message)
+                self._connection.send_bytes(data)
+                while self._later:
+                    self._connection.send_bytes(self._later.pop(0))
             except OSError:
                 os._exit(1)
+            finally:
+                self._sending = 0
 
 
-def _listen(connection: Connection, stop: threading.Event) -> None:
-    """Set ``stop`` at a message; end the process, in whatever it is, when the main process closes the pipe."""
+def _listen(connection: Connection, stop: threading.Event, go_on: threading.Event) -> None:
+    """Set what a message asks for; end the process, in whatever it is, when the main process closes the pipe."""
     while True:
         try:
-            connection.recv()
+            message = connection.recv()
         except (EOFError, OSError):
             os._exit(1)
-        stop.set()
+        if message is None:
+            stop.set()
+        go_on.set()  # a run that is to stop does not wait
 
 
 @contextlib.contextmanager
@@ -179,14 +227,19 @@ def _warnings_sent(send: _Sender) -> Iterator[None]:
     """Within the block warnings of libraries go to the main process, which has them all."""
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
-        send(_Warned((str(message), category, filename, lineno)))
+        for kind in (category, UserWarning):  # a class within a function cannot be sent
+            with contextlib.suppress(PicklingError, AttributeError, TypeError):
+                send(_Warned((str(message), kind, filename, lineno)))
+                return
 
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
 
 
-def _train(share: _Share, send: _Sender, should_stop: ShouldStop) -> dict[str, Outcome]:
+def _train(
+    share: _Share, send: _Sender, should_stop: ShouldStop, before_loading: Callable[[], None]
+) -> dict[str, Outcome]:
     def observer(name: str) -> OnEvent:
         return lambda event: send(_Happened(name, event))
 
@@ -195,7 +248,10 @@ def _train(share: _Share, send: _Sender, should_stop: ShouldStop) -> dict[str, O
     torch.set_num_threads(share.room.threads)
     if len(share.members) > 1:
         stay_on(share.core)
-        return train_together(share.members, share.room, share.force_base, observer, should_stop, share.began_s)
+        how = share.force_base, observer, should_stop, share.began_s
+        return train_together(share.members, share.room, *how, before_loading=before_loading)
     member = share.members[0]
-    alone = train_alone(member, share.force_base, observer(member.name), should_stop, share.began_s)
+    alone = train_alone(
+        member, share.force_base, observer(member.name), should_stop, share.began_s, before_loading=before_loading
+    )
     return {member.name: alone}

@@ -126,3 +126,25 @@ def test_products_by_two_digits_are_those_of_the_held_numbers(shape: tuple[int, 
     of_digits = x.double().abs().amax(1, keepdim=True) / (127 * 128) * held(weight).abs().sum(1)
     error = (found.double() - exact).abs()[:4]
     assert bool((error <= (exact.abs() * 2**-8 + of_digits / 2 + 1e-36)[:4]).all())
+
+
+def test_joined_matrices_take_the_way_of_each_of_them() -> None:
+    """A small matrix is not multiplied by digits because it is joined with a large one: the bits are the same."""
+    for heights, joins in (((1024, 256), False), ((1024, 1024), True)):
+        whole = matrix((sum(heights), 1024))
+        codes = Int8Weight.quantize(whole, Scratch())
+        rows = torch.split(codes.codes, heights)
+        scales = torch.split(codes.scales, heights)
+        parts = [
+            Int8Weight((height, 1024), {"codes": own, "scales": scale}, codes.scratch)
+            for height, own, scale in zip(heights, rows, scales, strict=True)
+        ]
+        joined = Int8Weight.joined(parts)
+        assert joined is not None
+        for count, few in ((1, True), (8, True), (20, joins and torch.cpu._is_vnni_supported()), (65, False)):
+            x = matrix((count, 1024), 1.0, 3).bfloat16()
+            with torch.inference_mode():
+                assert joined.multiplies_packed(x) == few
+                if few:
+                    apart = torch.cat([part.product(x) for part in parts], dim=1)
+                    assert torch.equal(joined.product(x), apart)

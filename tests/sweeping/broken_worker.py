@@ -27,13 +27,18 @@ def fault_of(rank: int) -> LlamatuneError:
     return KINDS[rank - 1](f"fault {rank}", Path("here") / str(rank), "do that")
 
 
-def _train_together(members: Any, *_: Any) -> dict[str, Any]:
+def _train_together(members: Any, *_: Any, **__: Any) -> dict[str, Any]:
     for member in members:
         if member.spec.lora.alpha == 5:
             raise OfTwo(1, 2)
         if member.spec.lora.alpha == 6:
             raise OSError(28, "No space left on device", "there")
     warnings.warn("a library warns", UserWarning, stacklevel=1)
+
+    class Own(Warning):
+        """No other process can have it."""
+
+    warnings.warn("a class of its own", Own, stacklevel=1)
     return {member.name: fault_of(member.spec.lora.r) for member in members}
 
 

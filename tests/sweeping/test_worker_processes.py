@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +203,65 @@ def test_faults_of_every_class_come_from_a_worker_unchanged_and_a_warning_once(
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("default")
         found = train_in_workers(members, room_for(members, False), False, lambda name: print, lambda: False)
-    assert [str(one.message) for one in warned] == ["a library warns"]
+    assert [str(one.message) for one in warned] == ["a library warns", "a class of its own"]
     for rank, fault in enumerate(found.values(), start=1):
         expected = fault_of(rank)
         assert type(fault) is type(expected)
         assert vars(fault) == vars(expected)
         assert str(fault) == str(expected)
+
+
+class _Warns:
+    """A message that warns while it is made ready, as the garbage collector may."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        warnings.warn("on the way", stacklevel=1)
+        return dict, ()
+
+
+class _Stumbles:
+    """A connection on which a warning comes in the middle of a message."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._warned = connection, False
+
+    def send_bytes(self, data: bytes) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn("in the middle", stacklevel=1)
+        self._connection.send_bytes(data)
+
+
+def test_a_warning_while_a_message_is_sent_follows_it() -> None:
+    ours, theirs = Pipe()
+    send = worker_processes._Sender(_Stumbles(theirs))  # type: ignore[arg-type]
+    with ours, theirs, worker_processes._warnings_sent(send):
+        warnings.simplefilter("always")
+        sending = threading.Thread(target=send, args=("first",), daemon=True)
+        sending.start()
+        sending.join(20)
+        assert not sending.is_alive(), "it waits for itself"
+        send(_Warns())
+        found = [ours.recv() for _ in range(4)]
+    assert found[0] == "first"
+    assert [one.arguments[0] for one in found[1:3]] == ["in the middle", "on the way"]
+    assert found[3] == {}
+
+
+def test_no_base_is_loaded_before_all_runs_are_planned(
+    tmp_path: Path, grid_spec: Path, children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run computes at once may depend on the memory that is free."""
+    seen: list[str] = []
+    planned, send = worker_processes._planned, worker_processes._Worker.send
+    monkeypatch.setattr(worker_processes, "_planned", lambda *given: seen.append("planned") or planned(*given))
+    monkeypatch.setattr(
+        worker_processes._Worker, "send",
+        lambda self, message: seen.append(type(message).__name__) or send(self, message),
+    )  # fmt: skip
+    done = run_sweep(options(grid_spec, tmp_path / "out", "lora.r=2,3,4"))
+    assert {run["status"] for run in done.runs} == {"finished"}
+    assert seen == ["_Share"] * 2 + ["planned"] * 2 + ["_Load"] * 2 + ["planned"] * 2
 
 
 @pytest.mark.parametrize(("alpha", "kind", "told"), [(5, RuntimeError, "OfTwo: 1 and 2"), slow(6, OSError, "No space")])
