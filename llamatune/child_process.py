@@ -52,7 +52,7 @@ def death_of(child: subprocess.Popen[bytes], todo: str, where: object = None) ->
     return EnvironmentFault(f"a worker process died ({how})", where, todo)
 
 
-def end(child: subprocess.Popen[bytes], connection: Connection) -> None:
+def end_child(child: subprocess.Popen[bytes], connection: Connection) -> None:
     """Close the pipe, and end a process that has nothing to save."""
     connection.close()
     child.kill()

@@ -14,7 +14,7 @@ import pytest
 
 import llamatune
 from llamatune import errors
-from llamatune.child_process import death_of, end, start_child
+from llamatune.child_process import death_of, end_child, start_child
 from llamatune.data.jinja_process import JinjaProcess
 from llamatune.errors import EnvironmentFault, FailedElsewhere, LlamatuneError
 from llamatune.formats.manifest import OtherVersion
@@ -67,7 +67,7 @@ def test_a_child_gets_no_stop_signal_and_ends_with_its_pipe() -> None:
     connection.send_bytes(b'["{{ 1 + 1 }}", {}, null]')
     assert connection.poll(60)
     assert b"refused" not in connection.recv_bytes()
-    end(child, connection)
+    end_child(child, connection)
     assert child.returncode == -signal.SIGKILL
 
 

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from llamatune.child_process import end, start_child
+from llamatune.child_process import end_child, start_child
 from llamatune.data.jinja_engine import LARGEST_OUTPUT, SECONDS, Broken, Refused
 
 _PATIENCE_S = 120.0
@@ -37,7 +37,7 @@ class JinjaProcess:
 
     def __init__(self, source: str, variables: Mapping[str, str], now: str | None) -> None:
         self._child, self._connection = start_child("llamatune.data.jinja_engine", silent=True)
-        self._end = weakref.finalize(self, end, self._child, self._connection)
+        self._end = weakref.finalize(self, end_child, self._child, self._connection)
         self._ask([source, dict(variables), now])
 
     def reply(self, request: dict[str, Any]) -> dict[str, Any]:

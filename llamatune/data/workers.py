@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from multiprocessing.connection import Connection
 
-from llamatune.child_process import death_of, end, start_child
+from llamatune.child_process import death_of, end_child, start_child
 from llamatune.data.encoding import EncodedBatch, Recipe, encode_batch
 from llamatune.data.raw_row import RawRow
 from llamatune.errors import EnvironmentFault, LlamatuneError
@@ -75,7 +75,7 @@ class _Worker:
         self._child, self._connection = start_child(__name__)
 
     def close(self) -> None:
-        end(self._child, self._connection)
+        end_child(self._child, self._connection)
 
     def send(self, message: object) -> None:
         try:

@@ -185,8 +185,10 @@ class Engine:
         for begin in range(0, len(prompt), self._tokens_in_a_pass):
             part = prompt[begin : begin + self._tokens_in_a_pass]
             ids = torch.tensor([part], device=self._model.device)
-            to_come = len(prompt) - len(part)
-            layers = self._cache.continue_last(len(part)) if begin else self._cache.begin([len(part)], to_come)
+            if begin == 0:
+                layers = self._cache.begin([len(part)], to_come=len(prompt) - len(part))
+            else:
+                layers = self._cache.continue_last(len(part))
             mask = None if begin == 0 else _causal(begin, len(part), self._model)
             self._switch.set([sequence.adapted], [len(part)], self._model.device)
             logits = self._model(ids, mask=mask, cache=layers, read=last_logits)

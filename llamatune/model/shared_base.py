@@ -1,4 +1,4 @@
-"""One frozen base for several adapters that are trained in lockstep: a matrix is read once for all of their products.
+"""One frozen base for several adapters that are trained in turns, and the products of its matrices that they share.
 
 The matrix is unpacked, or cast, once for all. Then the rows of each adapter are multiplied by the same call, of the
 same shapes, as when it is trained alone, or all of them at once where that gives the same bits.
@@ -48,7 +48,7 @@ class SharedMatrix(nn.Module):
         super().__init__()
         self.shape = (source.out_features, source.in_features)
         self.weight, self.packed = source.weight, source.quantized
-        self._lockstep, self._stacked, self._places, self._shared = lockstep, stacked, places, shared
+        self._lockstep, self._stacked, self._places, self.is_shared = lockstep, stacked, places, shared
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in ``dtype``; of a quantised one inside a shared buffer: use it at once."""
@@ -68,7 +68,7 @@ class SharedMatrix(nn.Module):
 
     def _ask(self, which: str, asked: _Product, answers: Callable[[list[_Product]], list[Tensor]]) -> Tensor:
         x = asked.x
-        if not self._shared:
+        if not self.is_shared:
             return answers([asked])[0]
         if self.packed is None and self.weight.dtype == x.dtype:
             B = self.weight if which == "product_back" else self.weight.T
@@ -146,15 +146,14 @@ class SharedBase:
             for name in LINEAR_MODULES
         ]
         self._matrices: dict[str, SharedMatrix] = {}
-        self._turn_s = _TURN_S
         stacked = StackedRows()
         for place, path in enumerate(paths):
             source = base.get_submodule(path)
             assert isinstance(source, Linear)
             places = place, 2 * len(paths) - place
             shared = source.in_features * source.out_features >= least_elements
-            self._turn_s = 0.0 if shared else self._turn_s
             self._matrices[path] = SharedMatrix(source, lockstep, stacked, places, shared)
+        self._turn_s = 0.0 if any(matrix.is_shared for matrix in self._matrices.values()) else _TURN_S
 
     def model(self) -> Transformer:
         """A model for one adapter, which nothing is adapted in yet."""

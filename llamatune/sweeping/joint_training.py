@@ -44,7 +44,7 @@ def train_together(
     should_stop: ShouldStop,
     began_s: float | None = None,
     *,
-    before_loading: Callable[[], None] = lambda: None,
+    before_loading: Callable[[], None] | None = None,
 ) -> dict[str, Outcome]:
     """The outcome of each, by its name, of members of one group, trained at once; what ends one ends no other.
 
@@ -149,7 +149,7 @@ class _LoadOnce:
     def __init__(
         self,
         lockstep: Lockstep[dict[str, Any], LlamatuneError],
-        before_loading: Callable[[], None],
+        before_loading: Callable[[], None] | None,
         least_elements: int,
     ) -> None:
         self._lockstep, self._before_loading, self._least_elements = lockstep, before_loading, least_elements
@@ -158,7 +158,8 @@ class _LoadOnce:
     def __call__(self, spec: RunSpec, inputs: Inputs, on_event: OnEvent, should_stop: ShouldStop) -> Transformer:
         self._lockstep.wait()
         if self._shared is None:
-            self._before_loading()
+            if self._before_loading is not None:
+                self._before_loading()
             base = load_own_base(spec, inputs, on_event, should_stop)
             self._shared = SharedBase(base, self._lockstep, self._least_elements)
         return self._shared.model()

@@ -1,4 +1,4 @@
-"""Worker processes that each train a share of the runs of a group, on one core; their messages and their ends."""
+"""Worker processes of a sweep, one a core, each of which trains some of the runs; their messages and their ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from llamatune.child_process import death_of, end, start_child
+from llamatune.child_process import death_of, end_child, start_child
 from llamatune.errors import EnvironmentFault
 from llamatune.events import Event, OnEvent, Progress, ShouldStop, ignore_event
 from llamatune.openmp_variables import THREAD_COUNTS
@@ -107,7 +107,7 @@ def train_in_workers(
                         pass  # each reads the same base
                     case _Happened(name, event):
                         observer(name)(event)
-                    case _Warned(arguments):  # which is told once
+                    case _Warned(arguments):  # shown once, though each worker may have it
                         warnings.warn_explicit(*arguments, registry=seen)
                     case _Planned():
                         _planned(connection, planning, running.values())
@@ -136,7 +136,7 @@ class _Worker:
         self.send(share)
 
     def close(self) -> None:
-        end(self._child, self.connection)
+        end_child(self._child, self.connection)
 
     def send(self, message: _Share | _Load | None) -> None:
         with contextlib.suppress(OSError):  # it died, which the next look at its pipe finds
@@ -211,7 +211,7 @@ class _Sender:
 
 
 def _listen(connection: Connection, stop: threading.Event, go_on: threading.Event) -> None:
-    """Set what a message asks for; end the process, in whatever it is, when the main process closes the pipe."""
+    """Set the events that a message asks for; end the process at once when the main process closes the pipe."""
     while True:
         try:
             message = connection.recv()
