@@ -43,10 +43,15 @@ def start_child(module: str, *, silent: bool = False) -> tuple[subprocess.Popen[
 
 
 def death_of(child: subprocess.Popen[bytes], todo: str, where: object = None) -> EnvironmentFault:
-    """The fault of a worker that has closed its pipe without being asked: the signal or the status, and what to do."""
+    """The fault of a worker that has closed its pipe without being asked: the signal or the status, and what to do.
+
+    One that goes on for five seconds nevertheless is killed.
+    """
     try:
         code = child.wait(timeout=5)
     except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
         return EnvironmentFault("a worker process closed its pipe", where, todo)
     how = signal.Signals(-code).name if -code in signal.valid_signals() else f"exit status {code}"
     return EnvironmentFault(f"a worker process died ({how})", where, todo)

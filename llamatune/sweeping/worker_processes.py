@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from llamatune.child_process import death_of, end_child, start_child
-from llamatune.errors import EnvironmentFault
 from llamatune.events import Event, OnEvent, Progress, ShouldStop, ignore_event
 from llamatune.openmp_variables import THREAD_COUNTS
 from llamatune.sweeping.groups import Room
@@ -145,13 +144,11 @@ class _Worker:
     def outcomes_of_death(self) -> dict[str, Outcome]:
         """The summaries of runs that had been finished, and a fault for each other one."""
         share = self._share
-        death = death_of(
-            self._child, "run the same command again to continue, with a lower --at-once if memory ran out"
-        )
+        todo = "run the same command again to continue, with a lower --at-once if memory ran out"
         return {
             member.name: train_alone(member, share.force_base, ignore_event, lambda: True, share.began_s)
             if (member.path / SUMMARY).is_file()
-            else EnvironmentFault(death.what, member.path, death.todo)
+            else death_of(self._child, todo, member.path)
             for member in share.members
         }
 
