@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from multiprocessing.connection import Connection, Pipe
 
 from llamatune.errors import EnvironmentFault
@@ -14,10 +15,13 @@ from llamatune.stop_signals import STOP_SIGNALS
 _SERVE = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve({descriptor})"
 
 
-def start_child(module: str, *, silent: bool = False) -> tuple[subprocess.Popen[bytes], Connection]:
+def start_child(
+    module: str, *, silent: bool = False, environment: Mapping[str, str] | None = None
+) -> tuple[subprocess.Popen[bytes], Connection]:
     """A new process that runs ``serve`` of ``module`` with the descriptor of its end of the pipe; and our end.
 
-    ``silent``: what it writes to stderr is dropped. ``EnvironmentFault`` if it cannot be started.
+    ``silent``: what it writes to stderr is dropped. ``environment`` None is that of this process.
+    ``EnvironmentFault`` if it cannot be started.
     """
     ours, theirs = Pipe()
     with theirs:
@@ -33,6 +37,7 @@ def start_child(module: str, *, silent: bool = False) -> tuple[subprocess.Popen[
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL if silent else None,
                 pass_fds=(descriptor,),
+                env=environment,
             )
         except OSError as fault:
             ours.close()

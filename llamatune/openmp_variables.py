@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from llamatune.errors import EnvironmentFault
@@ -52,6 +52,12 @@ def set_openmp_variables(environment: MutableMapping[str, str]) -> None:
     if not any(name in environment for name in _WAITING):
         name, value = ("OMP_WAIT_POLICY", "passive") if _others_take_the_cores() else ("GOMP_SPINCOUNT", str(SPINS))
         environment[name] = value
+
+
+def waiting_asleep(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a process with fewer cores than threads: one that waits for others sleeps at once."""
+    kept = {name: value for name, value in environment.items() if name not in _WAITING}
+    return {**kept, "OMP_WAIT_POLICY": "passive"}
 
 
 def _others_take_the_cores() -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -113,12 +113,12 @@ def usable_cores() -> list[int]:
     return [*cores[first:], *cores[:first]]
 
 
-def stay_on(core: int | None) -> None:
-    """Set the affinity of the calling thread, and of those that it starts, to ``core``.
+def stay_on(cores: Collection[int]) -> None:
+    """Set the affinity of the calling thread, and of those that it starts, to ``cores``.
 
-    Nothing happens without a core, or with one that the thread may not use. Threads that take turns are faster on one
+    Nothing happens without a core, or with none that the thread may use. Threads that take turns are faster on one
     core: on several, each turn wakes another, whose caches are cold. ``docs/sweep.md`` has the figures.
     """
-    if core is not None and hasattr(os, "sched_setaffinity"):
+    if cores and hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, {core})
+            os.sched_setaffinity(0, cores)

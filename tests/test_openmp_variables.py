@@ -12,7 +12,7 @@ import torch
 
 from llamatune import openmp_variables
 from llamatune.errors import EnvironmentFault
-from llamatune.openmp_variables import SPINS, THREAD_COUNTS, prepare_openmp, set_openmp_variables
+from llamatune.openmp_variables import SPINS, THREAD_COUNTS, prepare_openmp, set_openmp_variables, waiting_asleep
 
 OPENMP = next(iter(Path(torch.__file__).parent.glob("lib/libgomp*")), None)
 
@@ -77,6 +77,12 @@ def test_how_the_user_wants_threads_to_wait_is_left_alone(name: str) -> None:
     environment = {name: "active"}
     set_openmp_variables(environment)
     assert environment == {name: "active"}
+
+
+def test_threads_of_a_process_with_fewer_cores_sleep_at_once() -> None:
+    environment = {"GOMP_SPINCOUNT": str(SPINS), "OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "2"}
+    assert waiting_asleep(environment) == {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}
+    assert environment["OMP_WAIT_POLICY"] == "active"
 
 
 def test_once_torch_is_loaded_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,11 +145,11 @@ def test_a_thread_stays_on_a_core_and_no_other_thread_does() -> None:
     core = current_core()
     assert core in allowed
 
-    def stay(name: str, on: int | None) -> None:
+    def stay(name: str, on: list[int]) -> None:
         stay_on(on)
         found[name] = os.sched_getaffinity(0)
 
-    for name, on in (("core", core), ("none", None), ("absent", 1 << 14)):
+    for name, on in (("core", [core]), ("none", list[int]()), ("absent", [1 << 14])):
         thread = threading.Thread(target=stay, args=(name, on))
         thread.start()
         thread.join()

@@ -39,8 +39,8 @@ _WORKER_BYTES = 160 << 20
 class Room:
     """How many runs of a group are trained at once, on which device, and with how many threads.
 
-    Each of ``cores`` is that of a worker process; without any, the runs are trained in this process. ``base_bytes`` are
-    there once a process, ``own_bytes`` once for each run, as far as the plan of their heaviest step says.
+    Several ``processes`` have the ``cores`` among them; one is this process, on any core. ``base_bytes`` are there once
+    a process, ``own_bytes`` once for each run, as far as the plan of their heaviest step says.
     """
 
     at_once: int
@@ -49,11 +49,12 @@ class Room:
     device: torch.device
     base_bytes: int = 0
     own_bytes: int = 0
+    processes: int = 1
     cores: tuple[int, ...] = ()
 
     def told(self, count: int) -> str:
         """``together in 2 processes (about 2.1 GiB of 12.0 GiB)`` for so many runs."""
-        processes = min(count, max(1, len(self.cores)))
+        processes = min(count, self.processes)
         held = processes * (self.base_bytes + _WORKER_BYTES) if processes > 1 else self.base_bytes
         needed = f"about {gibibytes(held + count * self.own_bytes)}"
         room = needed if self.limit_bytes is None else f"{needed} of {gibibytes(self.limit_bytes)}"
@@ -102,8 +103,8 @@ def _shared(spec: RunSpec) -> str:
 def room_for(group: Sequence[Member], force_base: bool, wanted: int | None = None) -> Room:
     """The room of a group: ``wanted`` at once, or as many as the memory plan allows.
 
-    Where a run uses one thread of a CPU, it has a worker process on each core that this process may use, as far as the
-    runs at once, and the memory that they leave for another base, allow that.
+    On a CPU there is a process for each core that this one may use, as far as the runs at once, and the memory that
+    they leave for another base, allow that.
     """
     specs = [member.spec for member in group if member.spec is not None]
     inputs = open_inputs(specs[0], force_base, ignore_event)
@@ -118,7 +119,7 @@ def room_for(group: Sequence[Member], force_base: bool, wanted: int | None = Non
     base, own = plans[0].step.weights, max(plan.step.peak - plan.step.weights for plan in plans)
     limit, most = plans[0].limit_bytes, min(len(group), wanted or len(group))
     fitting = most if limit is None or wanted else min(most, max(1, (limit - base) // own))
-    cores = usable_cores() if threads == 1 and device.type == "cpu" else []
+    cores = usable_cores() if device.type == "cpu" else []
     bases = fitting if limit is None else (limit - fitting * own) // (base + _WORKER_BYTES)
-    workers = min(fitting, len(cores), bases)
-    return Room(fitting, limit, threads, device, base, own, tuple(cores[:workers]) if workers > 1 else ())
+    processes = max(1, min(fitting, len(cores), bases))
+    return Room(fitting, limit, threads, device, base, own, processes, tuple(cores))

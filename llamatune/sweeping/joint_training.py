@@ -18,7 +18,7 @@ from llamatune.spec import RunSpec
 from llamatune.sweeping.groups import Room
 from llamatune.sweeping.members import Member
 from llamatune.thread_turns import Lockstep
-from llamatune.threads import current_core, release_threads, stay_on, using_threads
+from llamatune.threads import current_core, release_threads, stay_on, usable_cores, using_threads
 from llamatune.tracking.trackers import Trackers
 from llamatune.training.determinism import cublas_workspace, deterministic_kernels
 from llamatune.training.inputs import Inputs
@@ -27,7 +27,7 @@ from llamatune.training.precision import fp32_products
 from llamatune.training.train import train
 
 _LEAST_SHARED = 1 << 24
-"""Elements of a matrix whose products are shared by runs that use several threads of a CPU.
+"""Elements of a matrix whose products are shared by runs that use several threads on several cores of a CPU.
 
 These end with a turn and are started again in the next, which took about 3 ms on two cores.
 """
@@ -51,14 +51,15 @@ def train_together(
     ``observer`` gives what a member's events go to, by its name. ``began_s`` is that of ``train``. ``before_loading``
     is called once all know how they train within the free memory.
     """
-    several = room.threads > 1 and room.device.type == "cpu"
+    on_cpu = room.device.type == "cpu"
+    several = on_cpu and room.threads > 1 and len(usable_cores()) != 1
     keep = _keep_and_release if several else torch.get_rng_state
     lockstep: Lockstep[dict[str, Any], LlamatuneError] = Lockstep(keep, torch.set_rng_state)
     shared = {
         "load_base": _LoadOnce(lockstep, before_loading, _LEAST_SHARED if several else 0),
         "digest": SharedDigests(),
     }
-    core = current_core() if room.threads == 1 and room.device.type == "cpu" else None
+    core = current_core() if on_cpu and not several else None
     jobs = [
         partial(_train_in_turns, member, core, shared, force_base, observer, should_stop, began_s) for member in members
     ]
@@ -117,7 +118,7 @@ def _train_in_turns(
     should_stop: ShouldStop,
     began_s: float | None,
 ) -> dict[str, Any]:
-    stay_on(core)
+    stay_on([] if core is None else [core])
     # A GPU's backward passes run in this thread, too: one thread of autograd for all would wait for itself.
     with torch.autograd.set_multithreading_enabled(False):
         return _train(member, shared, force_base, observer(member.name), should_stop, began_s)

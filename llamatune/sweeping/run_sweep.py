@@ -106,7 +106,7 @@ def _train_all(
             found = {batch[0].name: train_alone(batch[0], options.force_base, on_event, should_stop, began_s)}
         else:
             on_event(Notice(f"runs {first} to {last} of {total}, {room.told(len(batch))}: {words}"))
-            train_several = train_in_workers if room.cores else train_together
+            train_several = train_in_workers if room.processes > 1 else train_together
             with Several(batch, on_event) as several:
                 found = train_several(batch, room, options.force_base, several.observer, should_stop, began_s)
         outcomes |= found

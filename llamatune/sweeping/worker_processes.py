@@ -19,7 +19,7 @@ import torch
 
 from llamatune.child_process import death_of, end_child, start_child
 from llamatune.events import Event, OnEvent, Progress, ShouldStop, ignore_event
-from llamatune.openmp_variables import THREAD_COUNTS
+from llamatune.openmp_variables import THREAD_COUNTS, waiting_asleep
 from llamatune.sweeping.groups import Room
 from llamatune.sweeping.joint_training import Outcome, train_alone, train_together
 from llamatune.sweeping.members import Member
@@ -35,7 +35,7 @@ class _Share:
 
     members: Sequence[Member]
     room: Room
-    core: int
+    cores: tuple[int, ...]
     force_base: bool
     began_s: float | None
 
@@ -73,7 +73,7 @@ def train_in_workers(
     should_stop: ShouldStop,
     began_s: float | None = None,
 ) -> dict[str, Outcome]:
-    """The outcome of each, as of ``train_together``, of members that are dealt to a process for each core of the room.
+    """The outcome of each, as of ``train_together``, of members that are dealt to the processes of the room.
 
     A run whose process died has an ``EnvironmentFault``; the others are trained to their ends.
 
@@ -81,8 +81,10 @@ def train_in_workers(
         EnvironmentFault: a process cannot be started.
         Exception: what a worker raised that is no fault of a user; it ends all of them.
     """
-    cores = room.cores[: len(members)]
-    shares = [_Share(members[place :: len(cores)], room, core, force_base, began_s) for place, core in enumerate(cores)]
+    count = min(len(members), room.processes)
+    shares = [
+        _Share(members[place::count], room, room.cores[place::count], force_base, began_s) for place in range(count)
+    ]
     found, asked = dict[str, Outcome](), False
     seen: dict[str | tuple[str, type[Warning], int], int] = {}
     with contextlib.ExitStack() as stack:
@@ -131,7 +133,8 @@ def _planned(connection: Connection, planning: set[Connection], running: Iterabl
 class _Worker:
     def __init__(self, share: _Share) -> None:
         self._share = share
-        self._child, self.connection = start_child(__name__)
+        few = share.room.threads > len(share.cores)
+        self._child, self.connection = start_child(__name__, environment=waiting_asleep(os.environ) if few else None)
         self.send(share)
 
     def close(self) -> None:
@@ -243,8 +246,9 @@ def _train(
     # Also a number that the caller has set in its own process is one that is chosen.
     os.environ[THREAD_COUNTS[0]] = str(share.room.threads)
     torch.set_num_threads(share.room.threads)
+    if len(share.members) > 1 or share.room.threads > 1:
+        stay_on(share.cores)
     if len(share.members) > 1:
-        stay_on(share.core)
         how = share.force_base, observer, should_stop, share.began_s
         return train_together(share.members, share.room, *how, before_loading=before_loading)
     member = share.members[0]

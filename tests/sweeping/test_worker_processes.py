@@ -31,6 +31,7 @@ from llamatune.sweeping.groups import room_for
 from llamatune.sweeping.members import plan_members
 from llamatune.sweeping.run_sweep import run_sweep
 from llamatune.sweeping.worker_processes import train_in_workers
+from llamatune.threads import using_threads
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system tells no cores")
 Children = list[subprocess.Popen[bytes]]
@@ -41,8 +42,8 @@ def children(monkeypatch: pytest.MonkeyPatch) -> Iterator[Children]:
     """The worker processes of the sweeps, of which there are two whatever the machine has; none is left."""
     started: Children = []
 
-    def start(module: str) -> Any:
-        child, connection = start_child(module)
+    def start(module: str, **how: Any) -> Any:
+        child, connection = start_child(module, **how)
         started.append(child)
         return child, connection
 
@@ -84,6 +85,30 @@ def test_runs_in_two_processes_are_those_of_solo_runs(
     assert used[1] == {frozenset(allowed)}, "one that is alone stays nowhere"
     assert os.sched_getaffinity(0) == allowed
     assert_equal_to_solo_runs(tmp_path / "out", spec, *grid)
+
+
+def test_runs_of_several_threads_in_two_processes_are_those_of_solo_runs(
+    tmp_path: Path, base_spec: Callable[..., Path], tiny_base: Callable[..., Path], children: Children,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Three threads on one core each: the bits are those of three threads, and they do not spin."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    core, used, counts = min(os.sched_getaffinity(0)), set[frozenset[int]](), list[int]()
+
+    def note(event: Event) -> None:
+        if isinstance(event, Progress) and "updates" in event.task:
+            with contextlib.suppress(OSError):
+                used.update(affinities(children[0].pid))
+                counts.append(len(list(Path(f"/proc/{children[0].pid}/task").iterdir())))
+                assert b"OMP_WAIT_POLICY=passive" in Path(f"/proc/{children[0].pid}/environ").read_bytes()
+
+    base = tiny_base(hidden_size=240, intermediate_size=704, vocab_size=131)
+    wide_spec, grid = base_spec(model__path=str(base), training__max_steps=4), "lora.r=2,3,4,5"
+    with using_threads(3):
+        run_sweep(options(wide_spec, tmp_path / "out", grid), note)
+        assert_equal_to_solo_runs(tmp_path / "out", wide_spec, grid)
+    assert frozenset({core}) in used
+    assert max(counts) >= 2 + 2 * 3, "a listener, and three threads a run"
 
 
 @pytest.mark.parametrize("name", [slow(name) for name in VARIANTS])
@@ -286,32 +311,31 @@ def test_a_base_for_each_process_must_fit(
     def room(limit: float | None = None, wanted: int | None = None) -> tuple[int, int]:
         spec = base_spec(training__memory_limit="auto" if limit is None else f"{limit / 2**20}MiB")
         found = room_for(plan_members(options(spec, tmp_path / "out", *GRID))[1], False, wanted)
-        return found.at_once, len(found.cores)
+        return found.at_once, found.processes
 
     whole = room_for(members, False)
     base, own = whole.base_bytes, whole.own_bytes
-    assert (whole.at_once, whole.cores) == (4, (4, 5, 6))
+    assert (whole.at_once, whole.processes, whole.cores) == (4, 3, (4, 5, 6))
     process = base + groups._WORKER_BYTES
     assert room(3.5 * process + 4 * own) == (4, 3)
     assert room(2.5 * process + 4 * own) == (4, 2)
-    assert room(1.5 * process + 4 * own) == (4, 0)
-    assert room(1.2 * base + 2 * own) == (2, 0)
-    assert room(0.1 * base, wanted=4) == (4, 0)
+    assert room(1.5 * process + 4 * own) == (4, 1)
+    assert room(1.2 * base + 2 * own) == (2, 1)
+    assert room(0.1 * base, wanted=4) == (4, 1)
     assert room(wanted=2) == (2, 2)
     told = replace(whole, base_bytes=2 << 30, own_bytes=1 << 30, limit_bytes=None)
     assert told.told(4) == "together in 3 processes (about 10.47 GiB)"
     assert told.told(2) == "together in 2 processes (about 6.31 GiB)"
-    assert replace(told, cores=()).told(4) == "together on one base (about 6.00 GiB)"
+    assert replace(told, processes=1).told(4) == "together on one base (about 6.00 GiB)"
 
 
-@pytest.mark.parametrize(("cores", "threads"), [([5], 1), ([], 1), ([4, 5], 2)])
-def test_one_core_or_runs_of_more_threads_are_trained_in_this_process(
-    tmp_path: Path, base_spec: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cores: list[int], threads: int
+@pytest.mark.parametrize("cores", [[5], []])
+def test_where_one_core_or_none_is_known_runs_are_trained_in_this_process(
+    tmp_path: Path, base_spec: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cores: list[int]
 ) -> None:
     monkeypatch.setattr(groups, "usable_cores", lambda: cores)
-    monkeypatch.setattr(groups, "threads_for", lambda *_: threads)
     members = plan_members(options(base_spec(), tmp_path / "out", *GRID))[1]
-    assert room_for(members, False).cores == ()
+    assert room_for(members, False).processes == 1
 
 
 def test_one_run_at_once_starts_no_process(tmp_path: Path, grid_spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
