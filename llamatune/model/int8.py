@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from llamatune.model.huge_pages import adjacent
 from llamatune.model.packed_weight import PackedWeight, Scratch
-from llamatune.model.products import LEAST_ELEMENTS, transposed
+from llamatune.model.products import LEAST_ELEMENTS, in_rows
 from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
 
 LARGEST = 127
@@ -35,6 +35,8 @@ _MOST_ROWS = 8
 """Of x, that the kernel is quicker for than unpacking; it takes time for each, and torch's product hardly."""
 _MOST_ROWS_OF_DIGITS = 64
 """Of x, that two digits are quicker for than unpacking, of a matrix that is read from memory."""
+_MOST_COLUMNS, _MOST_TRANSPOSED = 256, 128
+"""Of x, that cast codes are quicker for as the left factor: with the columns as they come, and put into rows."""
 _BASE = 128
 """Of the digits: x is a multiple of its scale, which is the base times the first digit plus the second."""
 _COLUMNS = 32
@@ -84,7 +86,7 @@ class Int8Weight(PackedWeight):
             for part, own in zip(parts, torch.split(whole, rows), strict=True):
                 setattr(part, name, own)
         joined = cls((sum(rows), columns), tensors, parts[0].scratch)
-        joined._by_parts = parts
+        joined._by_parts, joined.any_layout = parts, parts[0].any_layout
         return joined
 
     def multiplies_packed(self, x: Tensor) -> bool:
@@ -97,7 +99,7 @@ class Int8Weight(PackedWeight):
         elif self.multiplies_digits(x):
             y = self._by_digits(rows)
         elif self.scales_products(x):
-            y = F.linear(rows, self._cast_codes(x.dtype)).mul_(self.scales)
+            y = self._by_cast_codes(rows)
         else:
             return super().product(x, out, added)
         if x.dim() != 2 and torch.is_inference_mode_enabled():
@@ -130,6 +132,13 @@ class Int8Weight(PackedWeight):
         """
         return x.dtype != torch.float16 and x.device.type == "cpu" and torch.is_inference_mode_enabled()
 
+    def _by_cast_codes(self, x: Tensor) -> Tensor:
+        """x (N, in) W^T; bf16 of not too many rows with the codes as the left factor, as ``few_rows_linear``."""
+        W = self._cast_codes(x.dtype)
+        if x.dtype != torch.bfloat16 or len(x) > (_MOST_COLUMNS if self.any_layout else _MOST_TRANSPOSED):
+            return F.linear(x, W).mul_(self.scales)
+        return in_rows(torch.mm(W, x.T).mul_(self.scales[:, None]), self.any_layout)
+
     def _cast_codes(self, dtype: torch.dtype) -> Tensor:
         """The codes in the shared buffer, as ``unpacked`` has the weights."""
         flat = self.scratch.filled((weakref.ref(self), "codes"), self.room, dtype, self.device, self._cast_codes_into)
@@ -148,7 +157,7 @@ class Int8Weight(PackedWeight):
         digits = torch.cat((first, second)).to(torch.int8)  # (2N, in)
         products = torch._int_mm(self.codes, digits.T).float()  # (out, 2N)
         y = torch.add(products[:, len(x) :], products[:, : len(x)], alpha=_BASE).mul_(self.scales.float()[:, None])
-        return transposed(y).mul_(scales).to(x.dtype)  # in rows, which attention's kernel wants
+        return in_rows(y.mul_(scales.T).to(x.dtype), self.any_layout)  # attention's kernel wants rows
 
 
 def _bf16_above(x: Tensor) -> Tensor:

@@ -55,11 +55,15 @@ class FrozenProduct(torch.autograd.Function):
         return ctx.product_back(grad), None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias; outside autocast the input's dtype decides in which precision the product is computed."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, any_layout: bool = False) -> Tensor:
+    """x W^T + bias; outside autocast the input's dtype decides in which precision the product is computed.
+
+    In ``any_layout`` it may lie in memory column after column.
+    """
     bias = None if bias is None else bias.to(x.dtype)
     if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
-        return few_rows_linear(x, weight, bias) if suits_few_rows(x, weight) else F.linear(x, weight, bias)
+        is_few = suits_few_rows(x, weight)
+        return few_rows_linear(x, weight, bias, any_layout) if is_few else F.linear(x, weight, bias)
     y: Tensor = FrozenProduct.apply(  # type: ignore[no-untyped-call]
         x, lambda x: F.linear(x, weight.to(x.dtype)), lambda grad: grad @ weight.to(grad.dtype)
     )
@@ -131,6 +135,8 @@ class Linear(nn.Linear):
     """
 
     trained: Trained = ()
+    any_layout = False
+    """Whether the output may lie in memory column after column."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias)
@@ -159,7 +165,7 @@ class Linear(nn.Linear):
         if dropout is not None:
             return self._product(x, out, residual)
         if self.quantized is None:
-            return linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias, self.any_layout)
         y = self.quantized(x)
         return y if self.bias is None else y.add_(self.bias)
 
@@ -229,5 +235,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up; in inference mode it overwrites ``gate``, unless that is a part of rows."""
     if torch.is_inference_mode_enabled():
-        return F.silu(gate, inplace=gate.is_contiguous()).mul_(up)
+        is_whole = gate.is_contiguous() or gate.flatten(0, -2).mT.is_contiguous()
+        return F.silu(gate, inplace=is_whole).mul_(up)
     return F.silu(gate) * up

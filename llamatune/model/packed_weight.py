@@ -75,6 +75,8 @@ class PackedWeight(nn.Module):
     """
 
     codes: Tensor
+    any_layout = False
+    """Whether a product may lie in memory column after column."""
 
     def __init__(self, shape: tuple[int, ...], tensors: dict[str, Tensor], scratch: Scratch) -> None:
         super().__init__()
@@ -151,6 +153,7 @@ def hold_quantized(linear: nn.Module, weight: PackedWeight) -> None:
     assert (linear.out_features, linear.in_features) == weight.shape
     linear.register_parameter("weight", None)
     linear.quantized = weight
+    weight.any_layout = linear.any_layout
 
 
 def quantize_blocks(model: Transformer, kind: type[PackedWeight], dtype: torch.dtype) -> None:

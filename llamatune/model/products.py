@@ -56,8 +56,8 @@ def suits_few_rows(x: Tensor, W: Tensor) -> bool:
     return fits and torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
 
-def few_rows_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias, (..., in) -> (..., out).
+def few_rows_linear(x: Tensor, W: Tensor, bias: Tensor | None = None, any_layout: bool = False) -> Tensor:
+    """x W^T + bias, (..., in) -> (..., out); in ``any_layout`` it may lie in memory column after column.
 
     As (W x^T)^T where W is large, which oneDNN reads faster as the left factor. A small W is multiplied without oneDNN,
     whose calls take longer than the product. ``benchmarks/few_rows.py`` measures both.
@@ -65,14 +65,17 @@ def few_rows_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     if W.numel() < LEAST_ELEMENTS:
         return _without_onednn(x, W, bias)
     rows = x.reshape(-1, x.shape[-1])
-    y = torch.mv(W, rows[0])[None] if len(rows) == 1 else transposed(torch.mm(W, rows.T))
+    y = torch.mv(W, rows[0])[None] if len(rows) == 1 else in_rows(torch.mm(W, rows.T), any_layout)
     y = y.view(*x.shape[:-1], len(W))
     return y if bias is None else y + bias
 
 
-def transposed(x: Tensor) -> Tensor:
-    """A transposed matrix, copied by all threads, which torch does with three dimensions and not with two."""
-    return x[None].transpose(1, 2).contiguous()[0]
+def in_rows(columns: Tensor, any_layout: bool) -> Tensor:
+    """The transposed matrix, as a view in ``any_layout``.
+
+    All threads copy it, which torch does with three dimensions and not with two.
+    """
+    return columns.T if any_layout else columns[None].transpose(1, 2).contiguous()[0]
 
 
 def _without_onednn(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:

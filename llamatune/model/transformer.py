@@ -91,6 +91,7 @@ class FeedForward(nn.Module):
         self.gate_proj = Linear.of(config, "gate_proj")
         self.up_proj = Linear.of(config, "up_proj")
         self.down_proj = Linear.of(config, "down_proj")
+        self.gate_proj.any_layout = self.up_proj.any_layout = True
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(*self.gate_and_up(x)))  # type: ignore[no-any-return]

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from llamatune.model.layers import linear, rms_norm, swiglu
 from llamatune.model.products import few_rows_linear, suits_few_rows
+from llamatune.model.transformer import FeedForward
+from llamatune.shapes.llama_config import LlamaConfig
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 7), (32, 1), (3,)])
 @pytest.mark.parametrize("out_features", [40, 11_000])
-@pytest.mark.parametrize("biased", [False, True])
-def test_few_rows_equal_the_product_in_float64(shape: tuple[int, ...], out_features: int, biased: bool) -> None:
+@pytest.mark.parametrize(("biased", "any_layout"), [(False, False), (True, False), (True, True)])
+def test_few_rows_equal_the_product_in_float64(
+    shape: tuple[int, ...], out_features: int, biased: bool, any_layout: bool
+) -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(*shape, 96, generator=generator).bfloat16()
     W = torch.randn(out_features, 96, generator=generator).bfloat16()
     bias = torch.randn(out_features, generator=generator).bfloat16() if biased else None
     exact = F.linear(x.double(), W.double(), None if bias is None else bias.double())
-    found = few_rows_linear(x, W, bias)
+    found = few_rows_linear(x, W, bias, any_layout)
     assert found.shape == exact.shape
-    assert found.is_contiguous()
+    assert found.is_contiguous() or (any_layout and found.flatten(0, -2).mT.is_contiguous())
     torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=2**-4)
 
 
@@ -41,6 +47,29 @@ def test_only_generation_in_bf16_uses_it() -> None:
         assert not suits_few_rows(x.half(), W.half())
         with torch.autocast("cpu", torch.bfloat16):
             assert not suits_few_rows(x, W)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (64, 1), (1, 65)])
+def test_gate_and_up_lie_in_columns_and_the_output_in_rows(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=4,
+                         num_key_value_heads=4, vocab_size=8)  # fmt: skip
+    module = FeedForward(config).bfloat16()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    x = torch.randn(*shape, 512, generator=generator).bfloat16()
+    with torch.no_grad():
+        expected = FeedForward.forward(module, x)
+    exact = copy.deepcopy(module).double()(x.double())
+    with torch.inference_mode():
+        gate, up = module.gate_and_up(x)
+        for factor in (gate, up):
+            assert factor.is_contiguous() == (shape in ((1, 1), (1, 65)))
+            assert factor.flatten(0, -2).mT.is_contiguous() == (shape != (1, 65))
+        assert swiglu(gate, up).data_ptr() == gate.data_ptr()
+        found = module(x)
+    assert found.is_contiguous()
+    assert (found.double() - exact).abs().max() <= 1.5 * (expected.double() - exact).abs().max()
 
 
 def test_a_product_without_onednn_leaves_its_switch_as_it_was() -> None:

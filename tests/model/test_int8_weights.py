@@ -128,6 +128,25 @@ def test_products_by_two_digits_are_those_of_the_held_numbers(shape: tuple[int, 
     assert bool((error <= (exact.abs() * 2**-8 + of_digits / 2 + 1e-36)[:4]).all())
 
 
+@pytest.mark.parametrize("rows", [1, 5, 9, 64, 65, 128, 129, 256, 257])
+def test_a_product_in_any_layout_has_the_numbers_of_one_in_rows(rows: int) -> None:
+    """By the kernel, by digits, and by cast codes as the left factor and as the right one."""
+    weight = Int8Weight.quantize(matrix((1040, 1024)), Scratch())
+    x = matrix((1, rows, 1024), 1.0, seed=2).bfloat16()
+    exact = x.double() @ held(weight).T
+    with torch.inference_mode():
+        in_rows = weight(x)
+        weight.any_layout = True
+        found = weight(x)
+    assert in_rows.is_contiguous()
+    assert found.is_contiguous() == (rows <= 8 or rows > 256)
+    assert found.mT.is_contiguous() == (rows == 1 or 8 < rows <= 256)
+    for y in (in_rows, found):
+        assert (y.double() - exact).abs().max() <= 2**-7 * exact.abs().max()
+    if rows <= 128:
+        assert torch.equal(found, in_rows)
+
+
 def test_joined_matrices_take_the_way_of_each_of_them() -> None:
     """A small matrix is not multiplied by digits because it is joined with a large one: the bits are the same."""
     for heights, joins in (((1024, 256), False), ((1024, 1024), True)):
