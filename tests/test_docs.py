@@ -57,6 +57,19 @@ def test_every_example_is_a_spec_of_a_model_that_is_there(name: str) -> None:
     assert (count.base_parameters == 100_685_568) == ("100m" in name)
 
 
+def test_no_text_holds_the_marks_of_an_unfinished_merge() -> None:
+    kinds, marks = (
+        {".md", ".py", ".yaml", ".toml", ".sbatch", ".ipynb", ""},
+        ("<" * 7 + " ", ">" * 7 + " ", "=" * 7 + "\n"),
+    )
+    folders = (ROOT / name for name in ("docs", "llamatune", "tests", "benchmarks", "examples"))
+    paths = [*ROOT.glob("*"), *itertools.chain(*(folder.rglob("*") for folder in folders))]
+    texts = {path: path.read_text(encoding="utf-8") for path in paths if path.suffix in kinds and path.is_file()}
+    assert ROOT / "docs" / "data.md" in texts
+    assert [str(path) for path, text in texts.items() if marks[0] in text or marks[1] in text] == []
+    assert [str(path) for path, text in texts.items() if text.startswith(marks[2]) or "\n" + marks[2] in text] == []
+
+
 def test_the_readmes_two_commands_are_the_makefiles() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for line in blocks("")[0].splitlines():
