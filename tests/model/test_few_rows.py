@@ -11,7 +11,7 @@ from llamatune.model.products import few_rows_linear, suits_few_rows
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 7), (32, 1), (3,)])
-@pytest.mark.parametrize("out_features", [40, 11_000])
+@pytest.mark.parametrize("out_features", [40, 11_000, 16_500])
 @pytest.mark.parametrize("biased", [False, True])
 def test_few_rows_equal_the_product_in_float64(shape: tuple[int, ...], out_features: int, biased: bool) -> None:
     generator = torch.Generator().manual_seed(3)
