@@ -1,10 +1,15 @@
-"""Free memory of the host for this process: MemAvailable, control groups, ulimit -v. No torch."""
+"""Free memory of the host for this process: MemAvailable, control groups, ulimit -v, what the allocator keeps.
+
+No torch.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -22,6 +27,25 @@ def held_host_bytes() -> dict[str, int]:
     except OSError:
         return {}
     return {"resident": resident * resource.getpagesize(), "mapped": mapped * resource.getpagesize()}
+
+
+def give_back() -> None:
+    """Give whole pages that were freed back to the system, by glibc's ``malloc_trim``, in some 0.3 ms.
+
+    Nothing happens with another C library. Tensors of up to 32 MiB lie on a heap that what lives longer keeps large.
+    """
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None
+    trim.argtypes = [ctypes.c_size_t]
+    return trim
 
 
 def _address_bytes() -> Iterator[int]:

@@ -18,12 +18,16 @@ from llamatune.checkpoints.model_directory import detect_format, warn_of_missing
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
+from llamatune.free_memory import give_back
 from llamatune.model.huge_pages import HugePages, room_of
 from llamatune.model.joined_products import join_products, joined_modules
 from llamatune.model.packed_weight import PackedWeight, hold_quantized
 from llamatune.model.streamed_blocks import StreamedBlocks
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.llama_config import LlamaConfig, linear_module
+
+_LEAST_MAPPED = 1 << 20
+"""Bytes of a tensor from which on it may stay in the page cache: Linux maps up to 64 KiB on either side of it, too."""
 
 
 def open_checkpoint(path: Path, on_event: OnEvent = ignore_event, variant: str | None = None) -> Checkpoint:
@@ -128,7 +132,9 @@ def load_model(
             rows = None if streamed is None else streamed.rows_kept(name)
             if rows is None or len(rows) == checkpoint.shapes[name][0]:
                 is_joined = path.rpartition(".")[2] in copied_modules
-                shared = not (writable or is_joined) and dtype in (None, checkpoint.dtype(name))
+                stored = checkpoint.dtype(name)
+                is_large = math.prod(checkpoint.shapes[name]) * stored.itemsize >= _LEAST_MAPPED
+                shared = is_large and not (writable or is_joined) and dtype in (None, stored)
                 copied = rows is not None or device.type != "cpu"
                 tensor = checkpoint.tensor(name, mapped=shared or copied)
             else:
@@ -147,4 +153,6 @@ def load_model(
     warn_of_broken(broken, checkpoint, on_event)
     if joined:
         join_products(model)
+    if device.type == "cpu":
+        give_back()
     return model

@@ -37,3 +37,8 @@ def _dtype(model: Transformer) -> torch.dtype:
 def last_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
     """Logits of the last position alone, (B, T, D) -> (B, V)."""
     return linear(hidden[:, -1], head_weight)
+
+
+def logits_of_the_row(hidden: Tensor, head_weight: Tensor) -> Tensor:
+    """(1, rows, D) -> (rows, V)."""
+    return linear(hidden[0], head_weight)

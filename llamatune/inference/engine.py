@@ -18,14 +18,14 @@ from torch.nn import functional as F
 from llamatune.command_options.inference import Drawing, Sampling
 from llamatune.errors import Stopped
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.free_memory import give_back
 from llamatune.inference.beam_search import beam_search
 from llamatune.inference.captured_steps import CapturedSteps, Launched
-from llamatune.inference.completion import Completion, last_logits, new_rows
+from llamatune.inference.completion import Completion, last_logits, logits_of_the_row, new_rows
 from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.inference.running_sequences import IsEnough, RunningSequence, draw_tokens
 from llamatune.inference.sampling import NO_TOKEN, not_finite
 from llamatune.model.adapters.adapter_switch import AdapterSwitch
-from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer
 from llamatune.seeds import derived_seed
 from llamatune.shapes.generation_sizes import tokens_in_a_pass, with_filling
@@ -144,7 +144,7 @@ class Engine:
         mask = _causal(self._cache.lengths[-1], ids.shape[1], self._model)
         layers = self._cache.continue_last(ids.shape[1])
         self._switch.set([sequence.adapted], [ids.shape[1]], self._model.device)
-        logits = self._model(ids, mask=mask, cache=layers, read=_logits_of_the_row)
+        logits = self._model(ids, mask=mask, cache=layers, read=logits_of_the_row)
         for place, drafted in enumerate([*draft, None]):
             ended = self._draw(logits[place : place + 1], self._running)
             if ended:
@@ -168,16 +168,18 @@ class Engine:
         device = self._model.device
         lengths = [len(sequence.prompt) for sequence in new]
         ends = [end - 1 for end in itertools.accumulate(lengths)]
+        filling = filled_up(tokens, device.type, self._element_bytes) - tokens
+        twice = filled_up(len(new), device.type, self._element_bytes) - len(new) if len(new) > 1 else 0
+        ends += ends[-1:] * twice  # so that the sizes of products recur
         both = torch.tensor([*(token for sequence in new for token in sequence.prompt), *ends], device=device)
         ids, rows = both[:tokens], both[tokens:]
         layers = self._cache.begin(lengths)
-        filling = filled_up(tokens, device.type, self._element_bytes) - tokens
-        self._switch.set([sequence.adapted for sequence in new], lengths, device, filling)
+        self._switch.set([sequence.adapted for sequence in new], lengths, device, filling, twice)
         samples = with_filling(lengths, filling, self._model.config)
         logits = self._model(
-            F.pad(ids, (0, filling))[None], cache=layers, lengths=samples, rows=rows, read=_logits_of_the_row
+            F.pad(ids, (0, filling))[None], cache=layers, lengths=samples, rows=rows, read=logits_of_the_row
         )
-        return self._draw(logits, new)
+        return self._draw(logits[: len(new)], new)
 
     def _read_long(self, sequence: RunningSequence) -> Tensor:
         """Logits (1, V) behind a prompt of several passes."""
@@ -197,7 +199,7 @@ class Engine:
 
     def _draw(self, logits: Tensor, sequences: Sequence[RunningSequence]) -> list[tuple[int, Completion]]:
         """Draw a token from ``logits`` (rows, V) for each of ``sequences``."""
-        return self._take(draw_tokens(logits.float(), sequences), sequences)
+        return self._take(draw_tokens(logits, sequences), sequences)
 
     def _take(self, tokens: Sequence[int], sequences: Sequence[RunningSequence]) -> list[tuple[int, Completion]]:
         """Give each of ``sequences`` that has not ended its token; the rows of those that end by it are given up."""
@@ -250,7 +252,7 @@ def completions(
     rows_used = len(first)  # a row takes memory, used or not
     engine = Engine(model, eos_ids, rows_used, is_enough, lookup, switch, on_event)
     ended, due = dict[int, Completion](), 0
-    while True:
+    for number in itertools.count():
         for prompt, draw, adapted in itertools.islice(coming, rows - engine.waiting):
             engine.add(prompt, sampling, draw, adapted)
         if engine.is_done:
@@ -258,6 +260,8 @@ def completions(
         if should_stop():
             raise Stopped("stopped while generating")
         ended.update(engine.step())
+        if number == 0 and model.device.type == "cpu":
+            give_back()  # what oneDNN has made for the sizes of the first pass lies between what was freed
         while due in ended:
             yield ended.pop(due)
             due += 1
@@ -293,8 +297,3 @@ def _causal(start: int, queries: int, model: Transformer) -> Tensor:
     if (window := model.config.sliding_window) is not None:
         seen &= keys > places - window
     return seen[None, None]
-
-
-def _logits_of_the_row(hidden: Tensor, head_weight: Tensor) -> Tensor:
-    """(1, rows, D) -> (rows, V)."""
-    return linear(hidden[0], head_weight)

@@ -65,7 +65,7 @@ def draw_tokens(logits: Tensor, running: Sequence[RunningSequence]) -> list[int]
     sampling = running[0].sampling
     if sampling.repetition_penalty != 1:
         seen = torch.stack([sequence.seen_so_far(logits) for sequence in running])
-        logits = penalised(logits, seen, sampling.repetition_penalty)
+        logits = penalised(logits.float(), seen, sampling.repetition_penalty)
     return next_tokens(logits, sampling, [sequence.generator for sequence in running])
 
 

@@ -76,8 +76,8 @@ def chosen_tokens(logits: Tensor, sampling: Drawing, generators: Sequence[torch.
     A generator gives one number for each token, so a sequence draws the same in any row of any batch.
     """
     if sampling.temperature == 0:
-        largest, likeliest = _largest(logits)
-        return likeliest.where(largest.isfinite(), NO_TOKEN)
+        found = [_likeliest(part.float()) for part in _portions(logits)]
+        return found[0] if len(found) == 1 else torch.cat(found)
     uniforms = torch.cat([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
     # A number so near to 1 could be rounded to the sum of all probabilities, beyond the last token.
     uniforms = sent(uniforms.clamp_(max=1 - 2.0**-52), logits.device)
@@ -117,6 +117,12 @@ def _drawn(logits: Tensor, sampling: Drawing, generators: Sequence[torch.Generat
         int(torch.multinomial(row, 1, generator=generator))
         for row, generator in zip(probabilities, generators, strict=True)
     ]
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """The tokens (B,) of the largest of ``logits`` (B, V); ``NO_TOKEN`` where that is not finite."""
+    largest, likeliest = _largest(logits)
+    return likeliest.where(largest.isfinite(), NO_TOKEN)
 
 
 def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:

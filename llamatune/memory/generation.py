@@ -217,6 +217,7 @@ def _reading(z: ModelSizes, work: Work, rooms: _Rooms) -> Iterator[Pass]:
     """The first prompts, and those for which there is room already: the cache is full if some were decoded before."""
     is_drawn = work.beams == 1
     together = min(work.at_once, max(1, rooms.in_a_pass // work.prompt_tokens)) if is_drawn else 1
+    read = filled_up(together, z.device, z.c) if together > 1 else 1
     full = rooms.last if work.is_more else rooms.read[-1].after
     for part in rooms.read:
         caches = [_cache(z, work, rooms, part.before, part.after)]
@@ -231,7 +232,7 @@ def _reading(z: ModelSizes, work: Work, rooms: _Rooms) -> Iterator[Pass]:
             if part.keys > part.tokens:
                 yield Pass(part.tokens, 1, cache, _draw(work), keys=part.keys)
             else:
-                yield Pass(sum(lengths), together, cache, _draw(work), lengths=lengths, selects=is_whole)
+                yield Pass(sum(lengths), read, cache, _draw(work), lengths=lengths, selects=is_whole)
 
 
 def _decoding(z: ModelSizes, work: Work, rooms: _Rooms) -> Iterator[Pass]:

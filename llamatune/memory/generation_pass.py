@@ -83,17 +83,17 @@ def walk(ledger: Ledger, z: ModelSizes, p: Pass) -> None:
 
 def sample(ledger: Ledger, z: ModelSizes, rows: int) -> None:
     """``inference.sampling`` with a nucleus: the distribution, sorted, its sums and what is left of it, and the last
-    one's place again.
+    one's place again, of some rows at a time.
     """
-    wide = ledger.make("logits in fp32", 4 * rows * z.V if z.c < 4 else 0)
     at_once = min(rows, drawn_rows(z.V, z.device))
+    wide = ledger.make("logits in fp32", 4 * at_once * z.V if z.c < 4 else 0)
     ledger.use("distribution sorted and summed", (4 * 4 + 8 + 1 + 4) * at_once * z.V)
     ledger.free(wide)
 
 
 def take_likeliest(ledger: Ledger, z: ModelSizes, rows: int) -> None:
-    """The largest logit of each row."""
-    ledger.use("logits in fp32", 4 * rows * z.V if z.c < 4 else 0)
+    """The largest logit of each row, of some rows at a time."""
+    ledger.use("logits in fp32", 4 * min(rows, drawn_rows(z.V, z.device)) * z.V if z.c < 4 else 0)
 
 
 def choose_beams(ledger: Ledger, z: ModelSizes, rows: int) -> None:
@@ -180,11 +180,14 @@ def _mask(ledger: Ledger, z: ModelSizes, p: Pass) -> list[Tensor]:
         ledger.use("what is inside of the window", 3 * length * length)
     cells = p.tokens * p.keys
     ledger.use("parts of the mask", 2 * cells)
-    return [*made, ledger.make("mask", cells)]
+    made.append(ledger.make("mask", cells))
+    return [*made, ledger.make("mask that is added to scores", cells * z.c if z.device == "cpu" else 0)]
 
 
 def _to_keys(z: ModelSizes, p: Pass) -> int:
-    """Beside q, k and v of rows that go on: the mask in the dtype of scores, and on a GPU what its kernel wants."""
+    """Beside q, k and v of rows that go on, on a GPU: the mask in the dtype of scores, and what the kernel wants."""
+    if z.device == "cpu":
+        return 0
     kernel = choose_kernel(z.capability, z.computed, z.config.head_dim, p.tokens // p.rows, 1, "given")
     mask = p.tokens * p.keys * z.c
     if kernel is not Kernel.EFFICIENT:

@@ -58,6 +58,11 @@ def windowed(mask: Tensor | None, window: int | None, start: int, queries: int, 
     return inside[None, None] if mask is None else mask & inside
 
 
+def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What torch's kernels on a CPU make of a bool ``mask`` in every call: 0 where it is True and -inf elsewhere."""
+    return torch.where(mask, torch.zeros((), dtype=dtype), torch.full((), -torch.inf, dtype=dtype))
+
+
 def _inside(queries: Tensor, keys: Tensor, window: int) -> Tensor:
     """Which keys their query sees, by places (T, 1) and (S,)."""
     return (keys <= queries) & (keys > queries - window)
@@ -74,7 +79,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Docu
     """softmax(q k^T / sqrt(E)) v, causal; (B, H, T, E) from q of that shape and k, v (B, K, S, E).
 
     Args:
-        mask: bool (B, 1, T, S), True where a query may look, in place of causality.
+        mask: (B, 1, T, S), bool, True where a query may look, or ``added`` to scores; in place of causality.
         documents: B is 1 and the row holds these samples; each attends to itself only.
     """
     if mask is not None or q.shape[2] != k.shape[2]:

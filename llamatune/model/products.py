@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _FEW_ROWS = 64
+_TRANSPOSED_AT_ONCE = 1 << 19
+"""Numbers of a product."""
 LEAST_ELEMENTS = 1 << 20
 """Of a matrix from which on it is read from memory; a smaller one stays in the caches."""
 
@@ -65,9 +67,20 @@ def few_rows_linear(x: Tensor, W: Tensor, bias: Tensor | None = None, any_layout
     if W.numel() < LEAST_ELEMENTS:
         return _without_onednn(x, W, bias)
     rows = x.reshape(-1, x.shape[-1])
-    y = torch.mv(W, rows[0])[None] if len(rows) == 1 else in_rows(torch.mm(W, rows.T), any_layout)
+    y = torch.mv(W, rows[0])[None] if len(rows) == 1 else _by_left_factor(rows, W, any_layout)
     y = y.view(*x.shape[:-1], len(W))
     return y if bias is None else y + bias
+
+
+def _by_left_factor(x: Tensor, W: Tensor, any_layout: bool) -> Tensor:
+    """(W x^T)^T; into rows of some rows of W at a time: what is transposed stays in a core's cache."""
+    if any_layout or len(x) * len(W) <= _TRANSPOSED_AT_ONCE:
+        return in_rows(torch.mm(W, x.T), any_layout)
+    y = x.new_empty(len(x), len(W))
+    portions = -(-len(x) * len(W) // _TRANSPOSED_AT_ONCE)
+    for part, out in zip(W.chunk(portions), y.chunk(portions, dim=1), strict=True):
+        out[None].copy_(torch.mm(part, x.T)[None].transpose(1, 2))
+    return y
 
 
 def in_rows(columns: Tensor, any_layout: bool) -> Tensor:

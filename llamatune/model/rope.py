@@ -81,4 +81,6 @@ def rotate_alike(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As ``rotate``, of heads (B, any, T, E), in plain torch."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
+    if torch.is_inference_mode_enabled():
+        return (x * cos).add_(torch.cat((-second, first), dim=-1).mul_(sin))
     return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamatune.model.attention import Documents, attend, windowed
+from llamatune.model.attention import Documents, added, attend, windowed
 from llamatune.model.kv_cache import LayerCache
 from llamatune.model.layers import Embedding, Linear, RMSNorm, linear, product_dtype, swiglu
 from llamatune.model.rope import Rotation, rotary_angles, rotate
@@ -26,7 +26,7 @@ from llamatune.shapes.rope_scaling import DynamicScaling
 class Context:
     """What every block of one forward pass shares.
 
-    ``mask`` bool (B, 1, T, S); ``documents``: the samples in a row without padding.
+    ``mask`` (B, 1, T, S) as ``attend`` takes it; ``documents``: the samples in a row without padding.
     """
 
     rotation: Rotation
@@ -204,6 +204,8 @@ class Transformer(nn.Module):
         documents = None if lengths is None else Documents(lengths, self.device, window, product_dtype(x))
         if documents is None and mask is None:
             mask = windowed(None, window, start, T, self.device)
+        if mask is not None and not mask.is_cuda:
+            mask = added(mask, product_dtype(x))  # once, not in every block
         if positions is None and documents is not None:
             positions = documents.positions
         elif positions is None:

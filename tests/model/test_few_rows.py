@@ -15,7 +15,7 @@ from llamatune.shapes.llama_config import LlamaConfig
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 7), (32, 1), (3,)])
-@pytest.mark.parametrize("out_features", [40, 11_000])
+@pytest.mark.parametrize("out_features", [40, 11_000, 16_500])
 @pytest.mark.parametrize(("biased", "any_layout"), [(False, False), (True, False), (True, True)])
 def test_few_rows_equal_the_product_in_float64(
     shape: tuple[int, ...], out_features: int, biased: bool, any_layout: bool

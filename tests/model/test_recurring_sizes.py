@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from llamatune.command_options.inference import Sampling
+from llamatune.inference.engine import complete
 from llamatune.model import loss as loss_module
 from llamatune.model.initialise import initialise
 from llamatune.model.loss import summed_loss, target_losses
@@ -99,3 +101,17 @@ def test_the_loss_of_many_chunks_and_pieces_is_that_of_one(monkeypatch: pytest.M
     for loss, gradient in (whole, run()):
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, [32, 16]), (torch.float32, [29, 3])])
+def test_prompts_are_read_in_products_of_rows_that_recur(dtype: torch.dtype, expected: list[int]) -> None:
+    """The last block computes the last token of each prompt, and has rows of its own to fill up."""
+    model = Transformer(LlamaConfig(48, 100, 2, 6, 2, 131)).eval()
+    initialise(model, 0, 0.15)
+    model.to(dtype)
+    seen: list[int] = []
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    made = complete(model, [[1] * length for length in LENGTHS], Sampling(1, temperature=0), ())
+    assert [len(one.ids) for one in made] == [1, 1, 1]
+    assert seen == expected

@@ -19,22 +19,25 @@ class AdapterSwitch:
 
     def reset(self) -> None:
         """Let the adapter act on all samples."""
-        self._set: tuple[tuple[bool, ...], tuple[int, ...], int] | None = None
+        self._set: tuple[tuple[bool, ...], tuple[int, ...], int, int] | None = None
         self._acts: tuple[Tensor, ...] = ()
 
-    def set(self, acts: Sequence[bool], lengths: Sequence[int], device: torch.device, filling: int = 0) -> None:
+    def set(
+        self, acts: Sequence[bool], lengths: Sequence[int], device: torch.device, filling: int = 0, twice: int = 0
+    ) -> None:
         """Say of which samples of the next pass the adapter is a part, and how many positions each has.
 
-        ``filling``: positions behind them that belong to none. The last block may compute one position of each sample.
+        ``filling``: positions behind them that belong to none. The last block may compute one position of each sample,
+        and so many more that are there ``twice``.
         """
-        wanted = tuple(acts), tuple(lengths), filling
+        wanted = tuple(acts), tuple(lengths), filling, twice
         if wanted == self._set:  # most steps differ from the one before in nothing, and a copy to a GPU waits for it
             return
         self._set, self._acts = wanted, ()
         if not all(acts):
             by_position = [act for act, length in zip(acts, lengths, strict=True) for _ in range(length)]
-            both = torch.tensor([*by_position, *[False] * filling, *acts], device=device)
-            self._acts = both[: -len(acts)], both[-len(acts) :]
+            both = torch.tensor([*by_position, *[False] * filling, *acts, *[False] * twice], device=device)
+            self._acts = both[: -len(acts) - twice], both[-len(acts) - twice :]
 
     def hold(self, acts: Tensor) -> None:
         """As ``set``, of samples with one position each, by a tensor (B,) of bool that may change between passes."""
