@@ -135,10 +135,6 @@ class EvalDone:
     seconds: float = 0.0
 
 
-LONGEST_SHOWN = 4000
-"""Characters of a prompt or reference in an ``Answer``; of a longer prompt the end, which is what is answered."""
-
-
 @dataclass(frozen=True)
 class Answer:
     """What the model answered to a prompt of ``evaluation.prompts`` after ``step`` updates; 0: before training.

@@ -28,14 +28,15 @@ def losses_text(loss: float, perplexity: float) -> str:
 
 
 def own_lines(prompts: Sequence[str]) -> list[str]:
-    """Each prompt without the lines that all begin with and all end with, which are those of their template.
+    """Each prompt without what those that begin with the same line begin with, and what all end with: the template.
 
-    Prompts that are equal, or one alone, stay whole. What begins one that was cut counts for nothing.
+    Whole lines are left out. Prompts that are equal, or one alone, stay whole.
     """
     lines = [prompt.splitlines() for prompt in prompts]
-    uncut = [each for each, prompt in zip(lines, prompts, strict=True) if len(prompt) < events.LONGEST_SHOWN]
-    head = _count_same(uncut)
-    rest = [each[head:] if each in uncut else each for each in lines]
+    alike: dict[str, list[list[str]]] = {}  # a template may begin in several ways: with an input, and without
+    for each in lines:
+        alike.setdefault("".join(each[:1]), []).append(each)
+    rest = [each[_count_same(alike["".join(each[:1])]) :] for each in lines]
     tail = _count_same([each[::-1] for each in rest])
     return ["\n".join(each[: len(each) - tail]) for each in rest]
 

@@ -8,6 +8,7 @@ from html import escape
 
 from llamatune.errors import printable
 from llamatune.formats.text_table import TextTable
+from llamatune.reporting.report_text import KEPT
 
 SHORT, MANY = 24, 9
 """Lines of a table that is not divided on paper, and columns of one that is set as large there as others."""
@@ -20,10 +21,10 @@ class Markup(str):
 
 
 def html(value: object) -> Markup:
-    """``value`` as HTML: text escaped, line breaks and tabs kept, other control characters shown as escapes."""
+    """``value`` as HTML: text escaped, ``KEPT`` kept, other control characters shown as escapes."""
     if isinstance(value, Markup):
         return value
-    return Markup(escape(printable(str(value), keeps="\n\t")))
+    return Markup(escape(printable(str(value), KEPT)))
 
 
 def element(tag: str, *content: object, **attributes: str) -> Markup:

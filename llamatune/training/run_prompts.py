@@ -13,7 +13,7 @@ from llamatune.data.segments import Segments
 from llamatune.data.template_choice import stored_template
 from llamatune.devices import free_memory_bytes
 from llamatune.errors import DataError, SpecError, Stopped
-from llamatune.events import LONGEST_SHOWN, Answer, AnswersDone, Notice, OnEvent, Progress, ShouldStop
+from llamatune.events import Answer, AnswersDone, Notice, OnEvent, Progress, ShouldStop
 from llamatune.formats.prepared import read_prepared_manifest
 from llamatune.inference.completion import Completion
 from llamatune.inference.engine import Engine
@@ -32,6 +32,8 @@ from llamatune.training.model_and_optimizer import Learner
 
 _SHARE = 0.5
 """Of the free memory, what keys and values of the answers may take: training needs it again."""
+_LONGEST_SHOWN = 4000
+"""Characters of a prompt or reference that are kept; of a longer prompt the end, which is what is answered."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ class RunPrompts:
         return Answer(
             step,
             number + 1,
-            asked.segments.shown[-LONGEST_SHOWN:],
+            asked.segments.shown[-_LONGEST_SHOWN:],
             text,
-            None if reference is None else reference[:LONGEST_SHOWN],
+            None if reference is None else reference[:_LONGEST_SHOWN],
             len(made.ids),
             made.finish_reason,
         )

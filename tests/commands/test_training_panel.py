@@ -278,8 +278,8 @@ ALPACA = "Below is an instruction.\n\n### Instruction:\n{}\n\n### Response:\n"
     ("prompts", "shown"),
     [
         ([ALPACA.format("Where is Belby?"), ALPACA.format("Who\nis Emil?")], ["Where is Belby?", "Who\nis Emil?"]),
-        ([ALPACA.format("Where is Belby?"), ("x" * 5000 + "\n\n### Response:\n")[-4000:], ALPACA.format("Who?")],
-         ["Where is Belby?", "x" * 3984, "Who?"]),
+        ([ALPACA.format("Where is Belby?"), "x" * 50 + "\n\n### Response:\n", ALPACA.format("Who?")],
+         ["Where is Belby?", "x" * 50, "Who?"]),
         (["Where is Belby?", "Who?"], ["Where is Belby?", "Who?"]),
         (["one\ntwo"], ["one\ntwo"]),
         (["one", "one"], ["one", "one"]),
