@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.segment import Segment
@@ -24,12 +25,14 @@ from llamatune.units import duration, gibibytes
 
 _REDRAWN_EVERY_S = 0.5
 _KEPT = "\n\t"
+_UNBOUND = 10_000
 
 
 class _Console(Console):
     """Texts are shown as they are: no markup, and what is not printable, but line breaks and tabs, is escaped.
 
-    Tables have lines on a terminal alone; elsewhere, as in a log, their columns stand apart by spaces.
+    Tables have lines on a terminal that is wide enough; elsewhere, as in a log, their columns stand apart by spaces.
+    Cells are folded where rich would cut them; a table of many columns whose words do not fit has a line a cell.
     """
 
     def __init__(self, file: IO[str]) -> None:
@@ -42,14 +45,23 @@ class _Console(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Texts that come in another way, as ``Text``, are escaped at last."""
-        plain = None
-        if isinstance(renderable, Table) and renderable.box is not None and not self.file.isatty():
-            plain = _without_lines(renderable)
-        for segment in super().render(renderable if plain is None else plain, options):
+        lined = True
+        if isinstance(renderable, Table) and renderable.box is not None:
+            room = (options or self.options).max_width
+            fits = self._least_width(renderable) <= room or not _has_figures(renderable)
+            lined = self.file.isatty() and fits
+            renderable = _whole_cells(renderable, lined)
+            if not fits and self._least_width(renderable) > room:
+                renderable = _a_line_a_cell(renderable)
+        for segment in super().render(renderable, options):
             text, style, control = segment
             yield segment if control or text.isprintable() else Segment(printable(text, _KEPT), style)
-        if plain is not None:
+        if not lined:
             yield Segment.line()
+
+    def _least_width(self, table: Table) -> int:
+        """With no word broken."""
+        return Measurement.get(self, self.options.update(width=_UNBOUND), table).minimum
 
     def on_broken_pipe(self) -> None:
         """Rich would exit; here the caller decides what a closed pipe means."""
@@ -61,10 +73,15 @@ class _Console(Console):
         return super().encoding if speaks_utf8() or not self.file.isatty() else "ascii"
 
 
-def _without_lines(table: Table) -> Table:
-    plain = copy.copy(table)
-    plain.box, plain.pad_edge, plain.padding = None, False, (0, 2, 0, 0)
-    return plain
+def _whole_cells(table: Table, lined: bool) -> Table:
+    """The table with cells that are folded and not cut, and without its lines if not ``lined``."""
+    whole = copy.copy(table)
+    whole.columns = [copy.copy(column) for column in table.columns]
+    for column in whole.columns:
+        column.overflow = "fold"
+    if not lined:
+        whole.box, whole.pad_edge, whole.padding = None, False, (0, 2, 0, 0)
+    return whole
 
 
 def speaks_utf8() -> bool:
@@ -76,6 +93,24 @@ def speaks_utf8() -> bool:
 def open_console(file: IO[str]) -> Console:
     """A rich console on ``file``: as wide as the terminal, 120 columns elsewhere."""
     return _Console(file)
+
+
+def _has_figures(table: Table) -> bool:
+    """Whether it is one of many columns, of figures mostly; columns of texts share the width."""
+    return len(table.columns) > 2 and not any(column.ratio for column in table.columns)
+
+
+def _a_line_a_cell(table: Table) -> Table:
+    """Heading and cell on each line, and a blank line between the table's rows."""
+    shown = Table(title=table.title, title_justify="left", box=None, show_header=False, pad_edge=False)
+    shown.add_column(overflow="fold")
+    shown.add_column(overflow="fold")
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        for column, cell in zip(table.columns, row, strict=True):
+            heading = column.header if table.show_header else ""
+            shown.add_row(" ".join(heading.split()) if isinstance(heading, str) else heading, cell)
+        shown.add_row()
+    return shown
 
 
 class ProgressBars:

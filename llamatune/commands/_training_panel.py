@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -24,6 +25,28 @@ _SHOWN = 80
 
 def losses_text(loss: float, perplexity: float) -> str:
     return f"{loss:.4f}, perplexity {perplexity_text(perplexity)}"
+
+
+def own_lines(prompts: Sequence[str]) -> list[str]:
+    """Each prompt without what those that begin with the same line begin with, and what all end with: the template.
+
+    Whole lines are left out. Prompts that are equal, or one alone, stay whole.
+    """
+    lines = [prompt.splitlines() for prompt in prompts]
+    alike: dict[str, list[list[str]]] = {}  # a template may begin in several ways: with an input, and without
+    for each in lines:
+        alike.setdefault("".join(each[:1]), []).append(each)
+    rest = [each[_count_same(alike["".join(each[:1])]) :] for each in lines]
+    tail = _count_same([each[::-1] for each in rest])
+    return ["\n".join(each[: len(each) - tail]) for each in rest]
+
+
+def _count_same(texts: Sequence[Sequence[str]]) -> int:
+    """How many first lines all have in common, their last ones apart; none if there are no two different texts."""
+    if all(each == texts[0] for each in texts):
+        return 0
+    common = zip(*(each[:-1] for each in texts), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda same: len(set(same)) == 1, common))
 
 
 class Curve:
@@ -136,7 +159,7 @@ class TrainingPanel:
         return rows
 
     def _loss(self, step: events.StepDone) -> RenderableType:
-        line = Table.grid(Column(no_wrap=True), Column(ratio=1), padding=(0, 2), expand=True)
+        line = Table.grid(Column(overflow="fold"), Column(ratio=1), padding=(0, 2), expand=True)
         line.add_row(losses_text(step.loss, perplexity(step.loss)), self._losses)
         return line
 
@@ -156,9 +179,10 @@ class TrainingPanel:
         return f"weights {weights}{adapter}, optimizer {gibibytes(memory.optimizer_bytes)}"
 
     def _answer(self, done: events.AnswersDone) -> str:
-        """One of the answers, another at each evaluation, cut to a line or two."""
-        answer = done.answers[done.step % len(done.answers)]
-        short = (" ".join(text.split()) for text in (answer.prompt, answer.answer))
+        """One of the answers, another at each evaluation, cut to a line or two; its prompt without its template."""
+        number = done.step % len(done.answers)
+        asked, answer = own_lines([answer.prompt for answer in done.answers])[number], done.answers[number]
+        short = (" ".join(text.split()) for text in (asked, answer.answer))
         prompt, text = (one if len(one) <= _SHOWN else f"{one[:_SHOWN]}..." for one in short)
         return f"{prompt} -> {text}" + (f", at step {done.step:,}" if done.step else ", before training")
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from llamatune.data.templates import Template
 from llamatune.errors import printable
 from llamatune.events import Answer
+from llamatune.reporting.report_text import KEPT
 from llamatune.reporting.sample_answers import instruction_of
 
 _MOST = 12
 """Answers of a prompt: the first, the last, and others at equal distances."""
-_KEPT = "\n\t"
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def _timeline(found: Sequence[Answer], templates: Sequence[Template]) -> AnswerT
     shown = [(found[place].step, _shown(found[place])) for place in places]
     reference, instruction = found[0].reference, instruction_of(found[0].prompt, templates)
     return AnswerTimeline(
-        printable(found[0].prompt, _KEPT),
-        None if instruction is None else printable(instruction, _KEPT),
-        None if reference is None else printable(reference, _KEPT),
+        printable(found[0].prompt, KEPT),
+        None if instruction is None else printable(instruction, KEPT),
+        None if reference is None else printable(reference, KEPT),
         shown,
         len(found) - len(shown),
     )
@@ -57,4 +57,4 @@ def _timeline(found: Sequence[Answer], templates: Sequence[Template]) -> AnswerT
 
 def _shown(answer: Answer) -> str:
     """The answer, and whether the limit of tokens cut it."""
-    return printable(answer.answer, _KEPT) + (" ..." if answer.finish_reason == "length" else "")
+    return printable(answer.answer, KEPT) + (" ..." if answer.finish_reason == "length" else "")

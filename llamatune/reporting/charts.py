@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llamatune.reporting.chart_images import Chart, Legend
-from llamatune.reporting.curves import INK, SPIKE_STYLE, Curve, draw_line, make_logarithmic, thinned
+from llamatune.reporting.curves import INK, SPIKE_STYLE, Curve, draw_line, make_logarithmic, short_name, thinned
 from llamatune.reporting.step_charts import step_charts
 from llamatune.units import perplexity
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _MOST_DOTS, _MOST_COLUMNS = 600, 400
 _HIGHEST_LOSS_SHOWN = 50.0
 """Its perplexity is 5e21; a larger value would flatten the rest of the axis."""
-_LONGEST_NAME = 48
 
 
 def _draw_loss(axes: Axes, curves: Sequence[Curve], value: Callable[[float], float], label: str) -> None:
@@ -98,7 +97,7 @@ def _describe_loss(curve: Curve) -> str:
 
 def run_legend(curves: Sequence[Curve]) -> Legend:
     """A line for each run."""
-    return tuple((curve.run.name[:_LONGEST_NAME], curve.style) for curve in curves)
+    return tuple((short_name(curve.run.name), curve.style) for curve in curves)
 
 
 def loss_legend(curves: Sequence[Curve]) -> Legend:
@@ -160,7 +159,7 @@ def make_charts(curves: Sequence[Curve]) -> list[Chart]:
             charts.append(chart(each.name, each.title, each.draw, each.describe, each.legend(curves)))
     for curve in curves:
         if curve.run.metrics.layer_grad_norms:
-            title = "Gradient norm by layer" + (f", {curve.run.name[:40]}" if len(curves) > 1 else "")
+            title = "Gradient norm by layer" + (f", {short_name(curve.run.name, 30)}" if len(curves) > 1 else "")
             draw_layers = partial(_draw_layers, curve=curve)
             charts.append(Chart(f"layers-{curve.place}", title, "a map of layers over steps", draw_layers))
     return charts

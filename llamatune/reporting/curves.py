@@ -75,6 +75,11 @@ class Curve:
 SPIKE_STYLE: dict[str, Any] = {"color": INK, "linestyle": "", "marker": "x", "markersize": 7, "markeredgewidth": 1.6}
 
 
+def short_name(name: str, most: int = 48) -> str:
+    """A name in at most ``most`` characters, without its middle: names of a sweep often differ at the end alone."""
+    return name if len(name) <= most else f"{name[: most // 2 - 2]}...{name[-(most // 2 - 1) :]}"
+
+
 def thinned(values: Sequence[float], limit: int) -> list[int]:
     """At most ``limit`` indices to draw: the lowest and the highest value of each stretch, so that no spike is lost."""
     if len(values) <= limit:
@@ -101,5 +106,5 @@ def make_logarithmic(axes: Axes) -> None:
     axes.set_yscale("log")
     lowest, highest = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if highest < 1000 * lowest else (1.0,)))
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.yaxis.set_minor_locator(NullLocator())

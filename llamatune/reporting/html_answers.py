@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Sequence
 
 from llamatune.inference.prepared_prompts import HEADINGS
 from llamatune.reporting.answer_timeline import AnswerTimeline
-from llamatune.reporting.html_elements import Markup, element, header
+from llamatune.reporting.html_elements import Markup, breakable, element, header
 from llamatune.reporting.report_text import ABSENT, whole
 from llamatune.reporting.sample_answers import Sample, Samples
 
+_LONG_PROMPT, _LONG = 400, 2000
+"""Characters of a prompt that is not bold and scrolls, and of a prompt with its answers that paper may divide."""
 
-def answers_html(answers: Samples) -> Markup:
-    """The answers of one source, those to rows under headings that say where the rows are from."""
-    compared = any(sample.base is not None for sample in answers.samples)
-    parts = [element("h3", answers.source)]
-    for split, group in itertools.groupby(answers.samples, key=lambda sample: sample.split):
-        parts += [element("h4", HEADINGS[split])] if split is not None else []
-        parts += [_answer(number, sample, compared) for number, sample in enumerate(group, 1)]
+
+def answers_html(answers: Sequence[Samples]) -> Markup:
+    """The answers of each source, those to rows under headings that say where the rows are from."""
+    parts = list[Markup]()
+    for source, found in itertools.groupby(answers, key=lambda each: each.source):
+        samples = [sample for each in found for sample in each.samples]
+        compared = any(sample.base is not None for sample in samples)
+        apart = any(sample.split for sample in samples)
+        parts += [element("h3", breakable(source))]
+        for split, group in itertools.groupby(samples, key=lambda sample: sample.split):
+            parts += [element("h4", HEADINGS[split] if split else "Prompts")] if apart else []
+            parts += [_answer(number, sample, compared) for number, sample in enumerate(group, 1)]
     return Markup("".join(parts))
 
 
@@ -26,10 +34,15 @@ def _answer(number: int, sample: Sample, compared: bool) -> Markup:
     texts = {"reference": sample.reference} if sample.reference is not None else {}
     texts |= {"base": ABSENT if sample.base is None else sample.base} if compared else {}
     texts["tuned" if compared else "completion"] = sample.tuned
-    cells = (element("td", shown_answer(text), data_label=label) for label, text in texts.items())
+    cells = (element("td", shown_answer(text), data_label=label, dir="auto") for label, text in texts.items())
     shown = element("table", header(list(texts)), element("tbody", element("tr", *cells)), class_="answers")
     asked = _asked(sample.instruction, sample.prompt)
-    return element("div", element("p", name, class_="quiet"), asked, shown, class_="answer")
+    return _block(element("p", name, class_="quiet"), asked, shown, texts=(asked, *texts.values()))
+
+
+def _block(*content: Markup, texts: Iterable[str]) -> Markup:
+    """A prompt and its answers, which are kept on one sheet of paper unless they are long."""
+    return element("div", *content, class_="answer long" if sum(map(len, texts)) > _LONG else "answer")
 
 
 def shown_answer(text: str) -> str:
@@ -39,10 +52,14 @@ def shown_answer(text: str) -> str:
 
 def _asked(instruction: str | None, prompt: str) -> Markup:
     """The instruction, and the whole prompt folded if it is more."""
-    asked = element("p", instruction or prompt, class_="instruction")
+    text = instruction or prompt
+    kind = "instruction long" if len(text) > _LONG_PROMPT else "instruction"
+    asked = element("p", text, class_=kind, dir="auto")
     if instruction is None or instruction == prompt:
         return asked
-    folded = element("details", element("summary", "As the model read it"), element("pre", prompt))
+    folded = element(
+        "details", element("summary", "As the model read it"), element("pre", prompt, class_="prompt", dir="auto")
+    )
     return Markup(asked + folded)
 
 
@@ -51,11 +68,12 @@ def timeline_html(run: str, number: int, found: AnswerTimeline) -> Markup:
     texts = [] if found.reference is None else [("reference", found.reference)]
     texts += [("before training" if step == 0 else f"step {whole(step)}", text) for step, text in found.answers]
     rows = [
-        element("tr", element("th", label, scope="row"), element("td", shown_answer(text))) for label, text in texts
+        element("tr", element("th", label, scope="row"), element("td", shown_answer(text), dir="auto"))
+        for label, text in texts
     ]
-    shown = element("table", header(("after", "answer")), element("tbody", *rows), class_="timeline")
+    shown = element("table", header(("", "answer")), element("tbody", *rows), class_="timeline")
     every = len(found.answers) + found.left_out
     left_out = f"{len(found.answers)} of {every} answers; metrics.jsonl has all."
     told = element("p", left_out, class_="quiet") if found.left_out else Markup()
-    name = element("p", f"{run}: prompt {number}", class_="quiet")
-    return element("div", name, _asked(found.instruction, found.prompt), shown, told, class_="answer")
+    name, asked = element("p", f"{run}: prompt {number}", class_="quiet"), _asked(found.instruction, found.prompt)
+    return _block(name, asked, shown, told, texts=(asked, *(text for _, text in texts)))

@@ -12,17 +12,19 @@ from llamatune import __version__
 from llamatune.reporting.chart_images import PALETTE, Chart
 from llamatune.reporting.curves import MOST_LINE_POINTS, Curve
 from llamatune.reporting.html_answers import answers_html, timeline_html
-from llamatune.reporting.html_elements import Markup, element, html, section, table, unordered
+from llamatune.reporting.html_elements import Markup, breakable, element, html, section, table, unordered
 from llamatune.reporting.report_data import Report, RunReport
 from llamatune.reporting.report_tables import (
+    MANY_RUNS,
     data_table,
     differences_table,
     epochs_table,
     figures_table,
     memory_table,
+    names_of,
     parameters_table,
     ranks_table,
-    settings_table,
+    settings_tables,
     shared,
     spikes_table,
 )
@@ -39,7 +41,7 @@ def render_page(report: Report, charts: Sequence[tuple[Chart, str]], curves: Seq
         section("Curves", _legend(curves), _key(report, curves), _charts(charts), _level(report), class_="curves"),
         section("Epochs", *(table(epochs_table(run)) for run in report.runs)),
         section("Evaluation and benchmark", *map(table, report.evidence)),
-        section("Before and after", *map(answers_html, report.samples)),
+        section("Before and after", answers_html(report.samples)),
         section(
             "Answers while it trained",
             *(timeline_html(run.name, *found) for run in report.runs for found in enumerate(run.answers, 1)),
@@ -54,7 +56,8 @@ def render_page(report: Report, charts: Sequence[tuple[Chart, str]], curves: Seq
         element("p", f"Made by llamatune {__version__}.", class_="quiet"),
     )
     return Template(_file("page.html")).substitute(
-        title=html("Training report: " + ", ".join(run.name for run in report.runs)),
+        title=html(_title(report)),
+        heading=breakable(_title(report)),
         style=_colours() + _file("page.css"),
         body="\n".join(part for part in body if part),
     )
@@ -73,13 +76,28 @@ def _colours() -> str:
 
 
 def _overview(report: Report) -> Markup:
-    notices = unordered((f"{run.name}: {notice}" for run in report.runs for notice in run.notices), class_="quiet")
-    return element("section", table(settings_table(report)), table(figures_table(report)), notices, class_="overview")
+    notices = unordered(_notices(report), class_="quiet")
+    tables = (table(made) for made in (*settings_tables(report), figures_table(report)))
+    return element("section", *tables, notices, class_="overview")
+
+
+def _title(report: Report) -> str:
+    names = [run.name for run in report.runs]
+    return "Training report: " + (", ".join(names) if len(names) < MANY_RUNS else f"{len(names)} runs")
+
+
+def _notices(report: Report) -> list[str]:
+    """Each notice once, behind the names of the runs that it is about."""
+    runs: dict[str, list[str]] = {}
+    for run in report.runs:
+        for notice in run.notices:
+            runs.setdefault(notice, []).append(run.name)
+    return [f"{names_of(report, names)}: {notice}" for notice, names in runs.items()]
 
 
 def _diagnosis(run: RunReport) -> Markup:
     said = unordered(findings(run.diagnosis), class_="findings")
-    return Markup(element("h3", run.name) + said + table(spikes_table(run)))
+    return Markup(element("h3", breakable(run.name)) + said + table(spikes_table(run)))
 
 
 def _legend(curves: Sequence[Curve]) -> Markup:
@@ -92,7 +110,7 @@ def _legend(curves: Sequence[Curve]) -> Markup:
             f'stroke-width="3" stroke-dasharray="{dashes}"/></svg>'
         )
         marker = f" (validation: {curve.marker[1]})" if curve.run.metrics.all_evaluations else ""
-        items.append(Markup(line + element("span", f"{curve.run.name}{marker}")))
+        items.append(Markup(line + element("span", breakable(curve.run.name), marker)))
     return unordered(items, class_="legend")
 
 
@@ -141,4 +159,4 @@ def _spec(run: RunReport) -> Markup:
     ]
     resolved = yaml.safe_dump(run.spec, sort_keys=False, allow_unicode=True)
     details = element("details", element("summary", "The resolved spec"), element("pre", resolved), class_="resolved")
-    return Markup(element("h3", run.name) + unordered(facts, class_="facts") + details)
+    return Markup(element("h3", breakable(run.name)) + unordered(facts, class_="facts") + details)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import yaml
@@ -24,6 +24,8 @@ from llamatune.reporting.sample_answers import Samples
 from llamatune.reporting.spikes import Spike
 from llamatune.units import duration, gibibytes
 
+MANY_RUNS = 4
+"""From so many runs on, a page is about their number and not their names, and has what they share once."""
 _MOST_ROWS_NAMED = 24
 
 
@@ -33,7 +35,12 @@ def shared(report: Report, make: Callable[[RunReport], TextTable]) -> list[TextT
     for run in report.runs:
         made = make(run)
         runs.setdefault(replace(made, title=made.title.removeprefix(f"{run.name}: ")), []).append(run.name)
-    return [replace(made, title=f"{', '.join(names)}: {made.title}") for made, names in runs.items()]
+    return [replace(made, title=f"{names_of(report, names)}: {made.title}") for made, names in runs.items()]
+
+
+def names_of(report: Report, names: Sequence[str]) -> str:
+    """The names of runs, or that it is all of many."""
+    return "all runs" if MANY_RUNS <= len(names) == len(report.runs) else ", ".join(names)
 
 
 def settings_table(report: Report) -> TextTable:
@@ -41,6 +48,17 @@ def settings_table(report: Report) -> TextTable:
     labels = dict.fromkeys(label for run in report.runs for label in run.settings)
     rows = ((label, *(run.settings.get(label, ABSENT) for run in report.runs)) for label in labels)
     return TextTable("Settings", ("", *_names(report)), tuple(rows), wide=True, name="settings")
+
+
+def settings_tables(report: Report) -> list[TextTable]:
+    """The settings; of many runs those that all share, and those that differ, a column a run."""
+    made = settings_table(report)
+    if len(report.runs) < MANY_RUNS:
+        return [made]
+    same = tuple(row[:2] for row in made.rows if len(set(row[1:])) == 1)
+    differ = tuple(row for row in made.rows if len(set(row[1:])) > 1)
+    shared_by_all = replace(made, title="Settings of all runs", header=("", "all runs"), rows=same)
+    return [shared_by_all, replace(made, title="Settings that differ", rows=differ)]
 
 
 def figures_table(report: Report) -> TextTable:

@@ -12,6 +12,8 @@ from llamatune.reporting.trend import Trend
 from llamatune.units import duration, energy, gibibytes
 
 ABSENT = "-"
+KEPT = "\n\t\u200c\u200d"
+"""Line breaks, tabs and the joiners that Persian, Indic scripts and emoji are written with."""
 MANY = 10
 """From this ratio on a change is written as a multiple, not in %."""
 

@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 _MEMORY_FLAT = 0.1
 
 
+def _time_unit(curves: Sequence[Curve]) -> tuple[str, float]:
+    """The unit of time in which the longest run has a few to a few hundred, and its seconds."""
+    longest_s = max((curve.steps[-1].elapsed_s for curve in curves if curve.steps), default=0.0)
+    return ("hours", 3600.0) if longest_s > 3 * 3600 else ("minutes", 60.0) if longest_s > 180 else ("seconds", 1.0)
+
+
 @dataclass(frozen=True)
 class StepChart:
-    """A chart of one value of each update: over steps, or over minutes.
+    """A chart of one value of each update: over steps, or over time.
 
     Args:
         text: a value in words.
@@ -37,7 +43,7 @@ class StepChart:
     text: Callable[[float], str]
     scale: float = 1.0
     flat: float = 1e-9
-    over_minutes: bool = False
+    over_time: bool = False
     log: bool = False
     clipping: bool = False
     linewidth: float = 1.6
@@ -59,9 +65,10 @@ class StepChart:
         return ", ".join(last.values() if len(last) == 1 else (f"{name}: {text}" for name, text in last.items()))
 
     def draw(self, axes: Axes, curves: Sequence[Curve]) -> None:
+        unit, unit_s = _time_unit(curves)
         for curve in curves:
             shown = self._shown(curve)
-            x = [step.elapsed_s / 60 if self.over_minutes else step.step for step in shown]
+            x = [step.elapsed_s / unit_s if self.over_time else step.step for step in shown]
             draw_line(axes, curve, x, [self.value(step) / self.scale for step in shown], linewidth=self.linewidth)
         if self.log:
             make_logarithmic(axes)
@@ -69,7 +76,7 @@ class StepChart:
             limit = curve.run.spec.training.max_grad_norm
             if limit is not None and curve.steps:
                 axes.axhline(limit, color=curve.style["color"], linestyle=":", linewidth=1.2)
-        axes.set(xlabel="minutes" if self.over_minutes else "step", ylabel=self.label)
+        axes.set(xlabel=unit if self.over_time else "step", ylabel=self.label)
 
     def legend(self, curves: Sequence[Curve]) -> Legend:
         """Beside the runs: what a dotted line is."""
@@ -96,11 +103,11 @@ def step_charts(curves: Sequence[Curve]) -> list[StepChart]:
         ),
         StepChart(
             "throughput", "Throughput", "tokens/s",
-            lambda step: step.tokens_per_second, "{:,.0f}".format, over_minutes=True, linewidth=0.9,
+            lambda step: step.tokens_per_second, "{:,.0f}".format, over_time=True, linewidth=0.9,
         ),
         StepChart(
             "memory", "Peak memory so far", unit, lambda step: step.peak_memory_bytes, gibibytes,
-            scale=size, flat=_MEMORY_FLAT, over_minutes=True,
+            scale=size, flat=_MEMORY_FLAT, over_time=True,
         ),
     ]  # fmt: skip
     if any(curve.run.spec.training.precision == "fp16" and curve.steps for curve in curves):

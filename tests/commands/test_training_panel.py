@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from rich.table import Column, Table
 from terminal_screen import screen
 
 from llamatune.commands import _progress_bars as _progress_display
 from llamatune.commands._console import Console
 from llamatune.commands._progress_bars import ProgressBars, open_console, speaks_utf8
-from llamatune.commands._training_panel import Curve, TrainingPanel
+from llamatune.commands._training_panel import Curve, TrainingPanel, own_lines
 from llamatune.events import (
     CheckpointSaved,
     Command,
@@ -261,3 +262,49 @@ def test_memory_is_told_as_counting_parameters_gives_it(
     assert held.device_bytes > held.frozen_bytes
     extra = held.frozen_bytes - 4 * frozen
     assert 0 <= extra <= 64 << 10, "more than tables of angles is held beside the weights"
+
+
+def test_a_narrow_panel_folds_the_loss_and_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = _drawn(_run(), 40, monkeypatch, "C.UTF-8")
+    assert {cell_len(line) for line in drawn.rstrip("\n").split("\n")} == {40}
+    assert "4.48" in " ".join(drawn.split()).split("update")[0]
+    assert "\u2026" not in drawn
+
+
+ALPACA = "Below is an instruction.\n\n### Instruction:\n{}\n\n### Response:\n"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shown"),
+    [
+        ([ALPACA.format("Where is Belby?"), ALPACA.format("Who\nis Emil?")], ["Where is Belby?", "Who\nis Emil?"]),
+        ([ALPACA.format("Where is Belby?"), "x" * 50 + "\n\n### Response:\n", ALPACA.format("Who?")],
+         ["Where is Belby?", "x" * 50, "Who?"]),
+        (["Where is Belby?", "Who?"], ["Where is Belby?", "Who?"]),
+        (["one\ntwo"], ["one\ntwo"]),
+        (["one", "one"], ["one", "one"]),
+        (["a\nb\nc", "x" * 4000], ["a\nb\nc", "x" * 4000]),
+        (["a\nq\nz", "a\nz"], ["q\nz", "z"]),
+    ],
+)  # fmt: skip
+def test_of_prompts_the_lines_of_their_template_are_left_out(prompts: list[str], shown: list[str]) -> None:
+    assert own_lines(prompts) == shown
+
+
+HEADINGS = ("epoch", "train\nloss", "train\nperplexity", "validation\nloss", "validation\nperplexity", "tokens/s")
+FIGURES = ("3", "9.1438", "9356.00", "10.5313", "37469.40", "3,174")
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80])
+def test_no_figure_of_a_table_is_cut_or_broken(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LC_ALL": "C.UTF-8", "COLUMNS": str(width), "NO_COLOR": "1", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+    table, file = Table(*(Column(heading, justify="right") for heading in HEADINGS), title="per epoch"), Terminal()
+    table.add_row(*FIGURES)
+    table.add_row(*FIGURES)
+    open_console(file).print(table)
+    drawn = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
+    assert max(map(cell_len, drawn.splitlines())) <= width
+    for figure in FIGURES:
+        assert len(re.findall(rf"(?<!\S){re.escape(figure)}(?!\S)", drawn)) == 2, drawn
+    assert ("\u2502" in drawn) is (width == 80)

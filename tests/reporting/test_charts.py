@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -14,7 +15,7 @@ from report_material import falling, noisy, write_run
 from llamatune.events import EvalDone
 from llamatune.reporting.averages import epoch_means, running_average
 from llamatune.reporting.chart_images import PALETTE, Chart, chart_files, chart_svg, charts_png
-from llamatune.reporting.charts import level_values, make_charts, whole_legend
+from llamatune.reporting.charts import level_values, make_charts, run_legend, whole_legend
 from llamatune.reporting.curves import Curve, thinned
 from llamatune.reporting.run_reader import read_run
 
@@ -212,3 +213,43 @@ def test_dots_of_updates_are_seen(tmp_path: Path) -> None:
     shown = numpy.asarray(Image.open(io.BytesIO(chart_files(chart)["png"])).convert("RGB")).astype(int)
     blue = (shown[..., 2] - shown[..., 0] > 40).sum()
     assert blue > 69 * 100  # a disc of 6.5 points has 256 pixels at 200 dots an inch; some lie upon each other
+
+
+def _level_curve(path: Path, losses: list[float], seconds: float = 0.5) -> Curve:
+    """A curve of no epochs whose updates take ``seconds`` each."""
+    run = read_run(write_run(path, losses), path.name)
+    for number, step in enumerate(run.metrics.steps):
+        run.metrics.steps[number] = replace(step, elapsed_s=seconds * step.step)
+    return Curve(run, 0, losses, [], [])
+
+
+def test_names_that_differ_at_their_ends_stay_apart_in_a_legend(tmp_path: Path) -> None:
+    names = [f"learning_rate=2e-3,target_modules=all-linear,dropout=0.05,seed={seed}" for seed in range(3)]
+    shown = [name for name, _ in run_legend([_level_curve(tmp_path / name, falling(3)) for name in names])]
+    assert len(set(shown)) == 3
+    for name, full in zip(shown, names, strict=True):
+        start, end = name.split("...")
+        assert full.startswith(start)
+        assert full.endswith(end)
+        assert 40 < len(name) <= 48
+
+
+@pytest.mark.parametrize(("seconds", "unit"), [(0.5, "seconds"), (30.0, "minutes"), (1800.0, "hours")])
+def test_time_is_counted_in_the_unit_of_the_length_of_the_run(seconds: float, unit: str, tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    curve = _level_curve(tmp_path / "run", falling(40), seconds)
+    (chart,) = [chart for chart in make_charts([curve]) if chart.name == "throughput"]
+    axes = Figure().add_subplot()
+    chart.draw(axes)
+    assert axes.get_xlabel() == unit
+    assert max(axes.lines[0].get_xdata()) == 20  # of each unit
+
+
+def test_large_numbers_on_an_axis_are_written_as_in_the_tables(tmp_path: Path) -> None:
+    (chart,) = [
+        chart
+        for chart in make_charts([_level_curve(tmp_path / "run", [11.0, 9.0, 4.0, 1.0])])
+        if chart.name == "perplexity"
+    ]
+    assert {"10", "100", "1,000", "10,000"} <= set(_texts(chart_files(chart)["svg"]))

@@ -139,3 +139,90 @@ def test_markup_from_files_neither_runs_nor_loads(tmp_path: Path, tab: browser.P
     assert tab.complaints() == []
     assert tab.evaluate("document.scripts.length + document.images.length") == 0
     assert "<script>alert(1)</script>" in tab.evaluate("document.body.innerText")
+
+
+NAMES = (
+    "r=8,learning_rate=1e-4,lora.target_modules=[q_proj,k_proj,v_proj,o_proj],training.gradient_accumulation_steps=16",
+    "r=8,learning_rate=2e-3,target_modules=all-linear,seed=3",
+    "a_run_name_whose_author_likes_underscores_very_much_and_has_a_long_list_of_them",
+    "\u0627\u0644\u0646\u0645\u0648\u0630\u062c_\u0627\u0644\u0639\u0631\u0628\u064a_\u0645\u0639_\u0645\u0639\u062f\u0644_\u062a\u0639\u0644\u0645_\u0635\u063a\u064a\u0631",
+    "withoutanyplaceatwhichitcouldbebroken" * 2,
+    "baseline",
+)
+TOO_WIDE = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"
+LINES = """
+[...document.querySelectorAll('thead th')].filter(th => th.innerText.trim() == %s).map(th => {
+  const range = document.createRange(); range.selectNodeContents(th);
+  return new Set([...range.getClientRects()].map(box => Math.round(box.top))).size;
+})
+"""
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six runs with long names, the first with a spike: a table of numbers and sentences."""
+    folder = tmp_path_factory.mktemp("many")
+    losses = noisy(falling(120), 0.05)
+    losses[90] *= 8
+    runs = [write_run(folder / name, losses, training__learning_rate=1e-4 * n) for n, name in enumerate(NAMES, 1)]
+    make_report(ReportOptions(runs, folder / "report.html"))
+    return folder / "report.html"
+
+
+def test_tables_of_many_runs_with_long_names_fit_a_screen(many: Path, tab: browser.Page) -> None:
+    tab.open(many, 1280, 1000)
+    assert tab.evaluate(TOO_WIDE) == []
+    assert tab.evaluate("document.querySelector('h1').innerText") == "Training report: 6 runs"
+    assert max(tab.evaluate(LINES % json.dumps("baseline"))) == 1, "a short word is not broken"
+
+
+def test_a_table_that_goes_on_has_a_shade_at_that_edge(many: Path, tab: browser.Page) -> None:
+    """The pixels of its right edge are darker than the page until it is scrolled to its end."""
+    tab.open(many, 400, 1000)
+    place = "document.querySelectorAll('.scroll')[1]"
+    assert tab.evaluate(f"{place}.scrollWidth > {place}.clientWidth + 40")
+    tab.evaluate(f"{place}.scrollIntoView()")
+    box = tab.evaluate(f"(({place}).getBoundingClientRect().toJSON())")
+    edge = slice(int(box["right"]) - 3, int(box["right"]) - 1)
+
+    def shade() -> float:
+        return float(numpy.median(pixels(tab.screenshot())[int(box["top"]) + 2 : int(box["bottom"]) - 2, edge]))
+
+    before = shade()
+    tab.evaluate(f"{place}.scrollLeft = 10000")
+    assert before < 235
+    assert shade() > 250
+
+
+def test_answers_of_any_script_and_length_are_readable(tmp_path: Path, tab: browser.Page) -> None:
+    """A sentence that is written from the right begins there; a prompt of one long line does not scroll sideways."""
+    arabic = "\u0645\u0627 \u0647\u0648 \u0644\u0648\u0646 \u0627\u0644\u0633\u0642\u0641."
+    persian = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
+    long = "Read this notice of the council carefully. " * 120
+    answered = [
+        {"event": "answer", "step": step, "number": number, "prompt": prompt, "reference": None, "answer": answer,
+         "tokens": 3, "finish_reason": "eos"}
+        for number, (prompt, answer) in enumerate([(arabic, arabic), (long, persian), ("short", long)], 1)
+        for step in (0, 3)
+    ]  # fmt: skip
+    run = write_run(tmp_path / "run", falling(3), extra={3: answered})
+    lines = [{"prompt": f"### Instruction:\n{long}\n", "completion": arabic, "base_completion": "no"}]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make_report(ReportOptions([run], tmp_path / "r.html", generations=tmp_path / "answers.jsonl"))
+    tab.open(tmp_path / "r.html", 900, 1000)
+    texts = "[...document.querySelectorAll('.instruction, .answers td, .timeline td')]"
+    assert "\u0645\u06cc\u200c\u062e" in tab.evaluate("document.body.innerText"), "its joiner is part of the word"
+    directions = tab.evaluate(f"{texts}.map(e => [e.innerText, getComputedStyle(e).direction])")
+    assert {direction for text, direction in directions if text == arabic} == {"rtl"}
+    assert {direction for text, direction in directions if text.isascii()} == {"ltr"}
+    assert sum(text == arabic for text, _ in directions) == 4
+    prompts = f"{texts}.filter(e => e.innerText.length > 1000 && e.className.includes('instruction'))"
+    assert set(tab.evaluate(f"{prompts}.map(e => e.clientHeight < 300 && e.scrollHeight > e.clientHeight)")) == {True}
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 900
+    tab.print_in(688)
+    try:
+        assert set(tab.evaluate(f"{prompts}.map(e => e.scrollHeight > e.clientHeight)")) == {False}
+        kept = "[...document.querySelectorAll('.answer')].map(e => getComputedStyle(e).breakInside)"
+        assert tab.evaluate(kept) == ["auto", "avoid", "auto", "auto"], "what is longer than a sheet may be divided"
+    finally:
+        tab.print_normally()

@@ -631,6 +631,23 @@ def test_what_is_the_same_for_several_runs_stands_once(finished: Path, tmp_path:
     assert text.count("trained parameters") == 1
 
 
+def test_what_many_runs_share_stands_once_on_their_page(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"seed {n}", falling(3), training__learning_rate=1e-3 * n) for n in range(1, 5)]
+    report_on(*runs, to=tmp_path / "r.html")
+    text = _Reader((tmp_path / "r.html").read_text()).text
+    assert "Training report: 4 runs" in text
+    shared, differ = text[text.index("Settings of all runs") :].split("Settings that differ")
+    assert "modelnone" in shared
+    assert "learning rate0.001, constant0.002, constant0.003, constant0.004, constant" in differ
+    assert text.count("the prepared data is not there any more") == 1
+    assert "all runs: the prepared data is not there any more" in text
+    report_on(*runs[:3], to=tmp_path / "three.html")
+    text = _Reader((tmp_path / "three.html").read_text()).text
+    assert "Training report: seed 1, seed 2, seed 3" in text
+    assert "modelnonenonenone" in text
+    assert "seed 1, seed 2, seed 3: the prepared data is not there any more" in text
+
+
 def test_tables_of_several_benchmarks_are_told_apart(tmp_path: Path) -> None:
     for name, lora in (("one", "off"), ("two", "on")):
         (tmp_path / name).mkdir()
