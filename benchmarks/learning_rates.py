@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import torch
 from llamatune.command_options.preparation import PrepareOptions
 from llamatune.data.prepare import prepare_data
 from llamatune.errors import NumericsError
+from llamatune.judging.general_texts import PACKAGED, read_documents
 from llamatune.spec import RunSpec, build_spec
 from llamatune.training.train import train
 
@@ -96,10 +98,9 @@ def rows_of(name: str, fixtures: Path) -> list[dict[str, str]]:
     if name == "gsm8k":
         lines = (fixtures / "data/gsm8k_train.jsonl").read_text().splitlines()[:120]
         return prompts([(row["question"], row["answer"]) for row in map(json.loads, lines)], 120)
-    if name == "prose":
-        parts = [part for path in sorted(ROOT.glob("docs/*.md")) for part in path.read_text().split("\n\n")]
-        texts = [" ".join(part.split()) for part in parts]
-        return [{"text": cut(text, 130)} for text in texts if len(text) > 80 and text[0].isalpha()][:140]
+    if name == "prose":  # text that stays as it is, unlike a page of documentation
+        pieces = [piece for text in read_documents(PACKAGED) for piece in wrap(text, 130)]
+        return [{"text": piece} for piece in pieces if len(piece) > 80]
     lines = (ROOT / "llamatune/demo/instructions.jsonl").read_text().splitlines()
     found = [{"prompt": row["instruction"], "completion": f" {row['output']}"} for row in map(json.loads, lines)]
     return found[: 420 if name == "demo" else 90]

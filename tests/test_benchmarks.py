@@ -6,11 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
-from learning_rates import PAIRS, RATES, table
+from learning_rates import PAIRS, RATES, rows_of, table
 from slow_cases import slow
 
 from llamatune.demo.run_demo import MATERIAL
@@ -110,3 +111,20 @@ def test_the_table_of_learning_rates_has_the_regret(tmp_path: Path) -> None:
     assert cells[:2] == [next(iter(PAIRS)), "9"]
     assert cells[5] == "**2.0000**"
     assert cells[8:] == ["diverged", "0.00085", "2.2000", "+10.0 %"]
+
+
+ROWS_OF_THE_TABLE = {
+    "alpaca": "56df6a229b291a7f",
+    "gsm8k": "1fa75de2f1b781f6",
+    "prose": "23e51024974178a6",
+    "demo": "437d69df0f2e493f",
+    "demo-90": "430118d12e1f0620",
+}
+"""Digests of the rows that docs/learning-rate.md was measured on."""
+
+
+@pytest.mark.parametrize("name", ROWS_OF_THE_TABLE)
+def test_the_rates_were_measured_on_these_rows(name: str, request: pytest.FixtureRequest) -> None:
+    fixtures = request.getfixturevalue("shared_fixtures") if name in ("alpaca", "gsm8k") else Path("none")
+    digest = sha256(json.dumps(rows_of(name, fixtures)).encode()).hexdigest()[:16]
+    assert digest == ROWS_OF_THE_TABLE[name], "other rows: measure the pairs of docs/learning-rate.md on them again"

@@ -126,7 +126,7 @@ def _arc(row: Mapping[str, Any]) -> _Asked:
         raise RowError("wrong_type", f"field 'choices' of the row is {kind_of(choices)}, not texts with labels")
     texts, labels = (_texts(choices.get(name), name) for name in ("text", "label"))
     key = checked_text(field_of(row, "answerKey"), "answerKey")
-    if len(texts) != len(labels) or key not in labels:
+    if len(texts) != len(labels) or labels.count(key) != 1:
         raise RowError("wrong_type", f"answerKey is {quote(key)}, and the labels are {quote(', '.join(labels))}")
     return f"Question: {checked_text(question, 'question')}\nAnswer:", texts, labels.index(key)
 

@@ -67,6 +67,7 @@ def test_the_prompts_of_the_three_shapes_are_the_harness_own(tmp_path: Path) -> 
         ({**HELLASWAG, "label": ""}, "'label'"),
         ({**HELLASWAG, "endings": "x"}, "'endings'"),
         ({**ARC, "answerKey": "E"}, "answerKey is 'E', and the labels are '1, 2'"),
+        ({**ARC, "choices": {"text": ["a", "b"], "label": ["2", "2"]}}, "answerKey is '2', and the labels are '2, 2'"),
         ({**ARC, "choices": 3}, "'choices' of the row is a number"),
         ({**ARC, "choices": {"text": ["a", ""], "label": ["1", "2"]}}, "'text' of the row is empty"),
     ],
