@@ -428,7 +428,7 @@ def test_a_run_in_any_state_is_reported(state: str, tmp_path: Path, command: Cal
     assert done.code == 0, done.stderr
     payload = json.loads(done.stdout)
     assert (done.stdout.count("\n"), payload["output"]) == (1, str(tmp_path / "r.html"))
-    assert len(payload["runs"][0]["diagnosis"]) == 5
+    assert len(payload["runs"][0]["diagnosis"]) == 6
     assert ("<figure" in (tmp_path / "r.html").read_text()) == (state != "no step yet")
 
 
