@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 from llamatune.inference.prepared_prompts import HEADINGS
-from llamatune.reporting.answer_timeline import AnswerTimeline
+from llamatune.reporting.answer_timeline import AnswerTimeline, shown_answer
 from llamatune.reporting.html_elements import Markup, element, header
-from llamatune.reporting.report_text import ABSENT, whole
+from llamatune.reporting.report_text import ABSENT
 from llamatune.reporting.sample_answers import Sample, Samples
 
 
@@ -32,11 +32,6 @@ def _answer(number: int, sample: Sample, compared: bool) -> Markup:
     return element("div", element("p", name, class_="quiet"), asked, shown, class_="answer")
 
 
-def shown_answer(text: str) -> str:
-    """An answer without the spaces before it, which a base model's often begins with; an empty one is said to be so."""
-    return text.lstrip(" ") or "(nothing)"
-
-
 def _asked(instruction: str | None, prompt: str) -> Markup:
     """The instruction, and the whole prompt folded if it is more."""
     asked = element("p", instruction or prompt, class_="instruction")
@@ -48,14 +43,8 @@ def _asked(instruction: str | None, prompt: str) -> Markup:
 
 def timeline_html(run: str, number: int, found: AnswerTimeline) -> Markup:
     """One prompt of ``evaluation.prompts``; the answer of its row, and the model's by step."""
-    texts = [] if found.reference is None else [("reference", found.reference)]
-    texts += [("before training" if step == 0 else f"step {whole(step)}", text) for step, text in found.answers]
-    rows = [
-        element("tr", element("th", label, scope="row"), element("td", shown_answer(text))) for label, text in texts
-    ]
+    rows = [element("tr", element("th", label, scope="row"), element("td", text)) for label, text in found.lines()]
     shown = element("table", header(("after", "answer")), element("tbody", *rows), class_="timeline")
-    every = len(found.answers) + found.left_out
-    left_out = f"{len(found.answers)} of {every} answers; metrics.jsonl has all."
-    told = element("p", left_out, class_="quiet") if found.left_out else Markup()
+    told = element("p", found.note, class_="quiet") if found.note else Markup()
     name = element("p", f"{run}: prompt {number}", class_="quiet")
     return element("div", name, _asked(found.instruction, found.prompt), shown, told, class_="answer")
