@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llamatune.benchmarking.cell_runs import processor_name
+from llamatune.processor import processor_name
 
 
 class Table:

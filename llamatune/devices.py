@@ -15,6 +15,7 @@ from llamatune.errors import EnvironmentFault, SpecError
 from llamatune.events import Notice, OnEvent, ignore_event
 from llamatune.free_memory import free_host_bytes
 from llamatune.nvml import NvmlGpu, nvml
+from llamatune.processor import core_count, processor_name
 from llamatune.required_versions import at_least, require_version
 from llamatune.shapes.capabilities import OLDEST_WITH_BF16, Capability
 from llamatune.shapes.torch_builds import build_for, build_for_driver, has_kernels
@@ -169,6 +170,11 @@ def gpu_facts(device: torch.device) -> dict[str, str | None] | None:
         "cuda_driver": None if newest is None else "{}.{}".format(*newest),
         "cuda": torch.version.cuda,
     }
+
+
+def cpu_facts() -> dict[str, str | int]:
+    """Model name of the processor, cores that this process may use, and torch's threads, for the records of a run."""
+    return {"name": processor_name(), "cores": core_count(), "threads": torch.get_num_threads()}
 
 
 def driver_release() -> str | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from llamatune.durable_writing import write_atomic
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop
 from llamatune.formats.benchmark_cell import read_cell
+from llamatune.processor import core_count, processor_name
 from llamatune.spec_grid import Cell
 from llamatune.strict_json import dump_json
 from llamatune.training.run_collection import claimed
@@ -94,15 +93,7 @@ def _outcome(plan: PlannedCell, output: Path, should_stop: ShouldStop) -> dict[s
 
 def machine_facts() -> dict[str, Any]:
     """The version and the machine, as every benchmark's facts begin."""
-    return {"llamatune": __version__, "machine": processor_name(), "cores": len(os.sched_getaffinity(0))}
-
-
-def processor_name() -> str:
-    """The processor's model, from ``/proc/cpuinfo`` on Linux."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return {"llamatune": __version__, "machine": processor_name(), "cores": core_count()}
 
 
 def facts_in_lines(facts: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from llamatune import __version__
-from llamatune.benchmarking.cell_runs import PlannedCell, processor_name
+from llamatune.benchmarking.cell_runs import PlannedCell
 from llamatune.benchmarking.measure_generation import GenerationTask
 from llamatune.checkpoints.fingerprint import fingerprint
 from llamatune.command_options import generation_grid as defaults
@@ -21,6 +21,7 @@ from llamatune.errors import SpecError
 from llamatune.events import Event, Notice, OnEvent, ignore_event
 from llamatune.inference.model_source import open_model
 from llamatune.model.torch_dtypes import DTYPE_NAMES
+from llamatune.processor import processor_name
 from llamatune.safe_reading import digest_bytes
 from llamatune.spec_grid import Axis, Cell
 from llamatune.threads import threads_for

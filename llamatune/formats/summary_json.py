@@ -24,6 +24,14 @@ from llamatune.formats.state_json import ClosedEpoch, Gpu
 from llamatune.strict_json import dump_json
 
 
+class Cpu(FileSchema):
+    """The processor of the machine; ``cores`` are those that the process could use, ``threads`` torch's."""
+
+    name: Name
+    cores: Positive
+    threads: Positive
+
+
 class Stop(FileSchema):
     """How patience ended the run."""
 
@@ -58,6 +66,7 @@ class Summary(FileSchema):
     peak_reserved_bytes: Count | None = None
     device: Name | None = None
     gpu: Gpu | None = None
+    cpu: Cpu | None = None
     peak_device_memory_bytes: Count | None = None
     energy_j: Measure | None = None
     mean_power_w: Measure | None = None

@@ -29,6 +29,23 @@ class AnswerTimeline:
     answers: list[tuple[int, str]]
     left_out: int
 
+    @property
+    def note(self) -> str:
+        """How many answers are shown; empty where all are."""
+        every = len(self.answers) + self.left_out
+        return f"{len(self.answers)} of {every} answers; metrics.jsonl has all." if self.left_out else ""
+
+    def lines(self) -> list[tuple[str, str]]:
+        """After what, and the answer: that of the prompt's row first, then the run's by step."""
+        reference = [] if self.reference is None else [("reference", self.reference)]
+        by_step = [("before training" if step == 0 else f"step {step:,}", text) for step, text in self.answers]
+        return [(label, shown_answer(text)) for label, text in (*reference, *by_step)]
+
+
+def shown_answer(text: str) -> str:
+    """An answer without the spaces before it, which a base model's often begins with; an empty one is said to be so."""
+    return text.lstrip(" ") or "(nothing)"
+
 
 def answer_timelines(answers: Sequence[Answer], templates: Sequence[Template] = ()) -> list[AnswerTimeline]:
     """A timeline for each prompt, in their order; prompts that a later start of the run has instead come after.

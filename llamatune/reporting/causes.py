@@ -10,7 +10,10 @@ from statistics import median
 from llamatune.events import Step
 from llamatune.formats.metrics import Metrics
 from llamatune.reporting.divergence import Course
-from llamatune.reporting.spikes import Cause, Spike
+from llamatune.reporting.norm_jumps import NormJumps
+from llamatune.reporting.spikes import EARLY_STEPS, Cause, Spike
+from llamatune.spec import RunSpec
+from llamatune.spec_sections import TrainingSection
 
 # fp16's scale is halved until the gradient is finite: some windows at the beginning are usual. Trouble is this share of
 # all windows, or a scale below one, where small gradients become zero.
@@ -21,13 +24,14 @@ OVERFLOW_BEFORE = 5
 # the weights.
 ROWS_LAST = 2
 _START = 5
-"""Updates whose gradient norms are those of the start."""
+"""Updates whose gradient norms are those of the start, and on either side those about a step."""
 _MOST_ROWS = 8
 
 
-def cause_of_course(metrics: Metrics, course: Course | None, max_grad_norm: float | None) -> Cause | None:
-    """Why a run diverged, or rose before it fell; None of another one."""
-    if course is None or course.verdict not in ("diverged", "recovered"):
+def cause_of_course(metrics: Metrics, course: Course | None, jumps: NormJumps | None, spec: RunSpec) -> Cause | None:
+    """Why a run diverged, became unstable, rose before it fell, or has norms that jump; None of another one."""
+    troubled = course is not None and course.verdict in ("diverged", "unstable", "recovered")
+    if course is None or not (troubled or jumps is not None):
         return None
     steps = metrics.steps
     skipped, windows = metrics.skipped, len(steps) + len(metrics.skipped)
@@ -35,18 +39,41 @@ def cause_of_course(metrics: Metrics, course: Course | None, max_grad_norm: floa
     if len(skipped) >= OVERFLOW_FEWEST and (len(skipped) > OVERFLOW_SHARE * windows or lowest < OVERFLOW_SCALE):
         said = f"{len(skipped):,} of {windows:,} windows were skipped, down to a scale of {lowest:g}"
         return Cause("overflow", [said])
-    peak = next(step for step in steps if step.step >= course.peak_step)
-    since = course.left_step or peak.step
-    left = next(step for step in steps if step.step >= since)
-    evidence = [f"the loss was far above its start from step {left.step:,}, at a rate of {left.learning_rate:.3g}"]
+    highest = f"the highest rate was {max(step.learning_rate for step in steps):.3g}"
+    evidence = _of_course(steps, course, spec) if troubled else [highest]
+    return Cause("learning rate", [*evidence, *_clipped(steps, spec.training.max_grad_norm)])
+
+
+def _of_course(steps: Sequence[Step], course: Course, spec: RunSpec) -> list[str]:
+    """The rate where the loss began to rise, and the gradient's norm before and at the worst."""
+    peak = _step_at(steps, course.peak_step)
+    if course.verdict == "unstable" and course.rose_step is not None:
+        rose = _step_at(steps, course.rose_step)
+        began = f"the loss was well above its lowest from step {rose.step:,}, at a rate of {rose.learning_rate:.3g}"
+        before, worst = _norm_about(steps, course.lowest_step), _norm_about(steps, steps[-1].step)
+        norms = f"the gradient's norm was {before:.3g} about the lowest loss and {worst:.3g} at the end"
+        order = [] if spec.data.shuffle else ["the rows came in the file's order, in which later ones may be harder"]
+        return [began, norms, *order]
+    left = peak if course.left_step is None else _step_at(steps, course.left_step)
+    began = f"the loss was far above its start from step {left.step:,}, at a rate of {left.learning_rate:.3g}"
     if course.left_step is None:
-        evidence = [f"the highest loss, {course.peak_loss:.4f}, was about step {peak.step:,}, "
-                    f"at a rate of {peak.learning_rate:.3g}"]  # fmt: skip
-    before = median(step.grad_norm for step in steps[:_START])
-    around = median(step.grad_norm for step in steps if abs(step.step - peak.step) <= _START)
-    evidence.append(f"the gradient's norm was {before:.3g} at the start and {around:.3g} about the peak")
-    evidence += _clipped(steps, max_grad_norm)
-    return Cause("learning rate", evidence)
+        began = f"the highest loss, {course.peak_loss:.4f}, was about step {peak.step:,}, "
+        began += f"at a rate of {peak.learning_rate:.3g}"
+    before, worst = median(step.grad_norm for step in steps[:_START]), _norm_about(steps, peak.step)
+    norms = f"the gradient's norm was {before:.3g} at the start and {worst:.3g} about the peak"
+    return [began, norms, *(_warmup(spec.training) if left.step <= EARLY_STEPS else [])]
+
+
+def _step_at(steps: Sequence[Step], number: int) -> Step:
+    return next(step for step in steps if step.step >= number)
+
+
+def _norm_about(steps: Sequence[Step], number: int) -> float:
+    return median(step.grad_norm for step in steps if abs(step.step - number) <= _START)
+
+
+def _warmup(training: TrainingSection) -> list[str]:
+    return [] if training.warmup_steps or training.warmup_ratio else ["there is no warm-up"]
 
 
 def _clipped(steps: Sequence[Step], max_grad_norm: float | None) -> list[str]:
@@ -56,13 +83,13 @@ def _clipped(steps: Sequence[Step], max_grad_norm: float | None) -> list[str]:
     return [f"{share:.0%} of the updates were clipped to {max_grad_norm:g}"]
 
 
-def with_causes(spikes: Sequence[Spike], metrics: Metrics) -> list[Spike]:
+def with_causes(spikes: Sequence[Spike], metrics: Metrics, training: TrainingSection) -> list[Spike]:
     """``spikes``, whose rows are named where they can be, with the likely cause of each."""
     counts = Counter(row for spike in spikes for row in set(spike.rows or ()))
-    return [replace(spike, cause=_cause_of_spike(spike, metrics, counts)) for spike in spikes]
+    return [replace(spike, cause=_cause_of_spike(spike, metrics, training, counts)) for spike in spikes]
 
 
-def _cause_of_spike(spike: Spike, metrics: Metrics, counts: Counter[int]) -> Cause:
+def _cause_of_spike(spike: Spike, metrics: Metrics, training: TrainingSection, counts: Counter[int]) -> Cause:
     windows = [step.window for step in metrics.steps if step.step == spike.first_step]
     begin = windows[0] if windows else spike.window
     near = [skip for skip in metrics.skipped if begin - OVERFLOW_BEFORE <= skip.window <= spike.window]
@@ -82,4 +109,5 @@ def _cause_of_spike(spike: Spike, metrics: Metrics, counts: Counter[int]) -> Cau
     end = "did not end" if not spike.recovered else f"lasted {lasted:,} updates"
     highest = max(step.learning_rate for step in metrics.steps)
     rate = f"the rate was {spike.learning_rate:.3g}, {spike.learning_rate / highest:.0%} of its highest"
-    return Cause("learning rate", [f"it {end}", norms, rate])
+    early = [*_warmup(training), *_clipped(metrics.steps, training.max_grad_norm)] if spike.early else []
+    return Cause("learning rate", [f"it {end}", norms, rate, *early])

@@ -1,15 +1,14 @@
-"""The end of a run against its start: whether the loss fell below that of the untrained model, or diverged."""
+"""The end of a run against its start and its lowest: whether it learned, diverged, or became unstable."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from llamatune.events import EvalDone, Step
-from llamatune.reporting.spikes import robust_deviation
+from llamatune.reporting.noise import MEDIAN_NOISE, factor, noise_of
 
 # A level is the median of so many neighbouring losses, which one batch alone does not move.
 LEVEL = 5
@@ -26,16 +25,22 @@ COURSE_DEVIATIONS, COURSE_LEAST = 3.0, 0.02
 # A level that rose above the start by five deviations, and by at least a tenth, is no noise: the run left its start
 # upwards. If it also ends above the start, no further test is needed.
 PEAK_DEVIATIONS, PEAK_LEAST = 5.0, 0.1
+# The training loss rose again if its last tenth is above the lowest tenth by a fifth, by a twentieth of what it had
+# fallen, and by 5.5 deviations of such a median, of which the lowest of some ten tenths is 1.5 below its level.
+AGAIN_DEVIATIONS, AGAIN_LEAST, AGAIN_OF_FALL = 5.5, 0.2, 0.05
 
 
 @dataclass(frozen=True)
 class Course:
-    """The loss at the end against that of the untrained model.
+    """The loss at the end against that of the untrained model, and the training loss against its own lowest.
 
-    ``verdict`` is ``diverged`` (it ended above), ``unchanged``, ``recovered`` (it rose far above before it fell below)
-    or ``learned``. ``start_of`` names the rows of both losses: ``validation`` or ``training``; those of training are
-    the first update's loss, and the median of the last updates'. ``peak_loss`` is the highest level of the training
-    loss, at ``peak_step``; ``left_step`` is the first step whose level is far above the start, None if none is.
+    ``verdict`` is ``diverged`` (it ended above), ``unstable`` (it ended below, and the training loss well above its
+    lowest), ``unchanged``, ``recovered`` (it rose far above before it fell below) or ``learned``. ``start_of`` names
+    the rows of the first two losses: ``validation`` or ``training``; those of training are the first update's loss, and
+    the median of the last updates'. ``peak_loss`` is the highest level of the training loss, at ``peak_step``;
+    ``left_step`` is the first step whose level is far above the start, None if none is.
+    ``lowest_loss`` is the lowest median of a tenth of the steps, about ``lowest_step``; ``trained_loss`` that of the
+    last tenth; ``rose_step`` the first after ``lowest_step`` where it is well above, None if the end is not.
     """
 
     verdict: str
@@ -46,6 +51,10 @@ class Course:
     peak_loss: float
     peak_step: int
     left_step: int | None
+    lowest_loss: float
+    lowest_step: int
+    trained_loss: float
+    rose_step: int | None
 
 
 def judge_course(steps: Sequence[Step], evaluations: Sequence[EvalDone], at_start: EvalDone | None) -> Course | None:
@@ -56,40 +65,51 @@ def judge_course(steps: Sequence[Step], evaluations: Sequence[EvalDone], at_star
     validated = at_start is not None and bool(evaluations)
     if not steps or (not validated and len(steps) < 2 * LEVEL):
         return None
-    levels = [median(step.loss for step in steps[place : place + LEVEL]) for place in range(len(steps) - LEVEL + 1)]
-    levels = levels or [median(step.loss for step in steps)]
+    levels, middles = _levels(steps, LEVEL)
+    width = max(LEVEL, len(steps) // END_SHARE)
     start = at_start.loss if at_start is not None else steps[0].loss
-    trained = median(step.loss for step in steps[-max(LEVEL, len(steps) // END_SHARE) :])
-    noise = _noise(steps)
+    trained = median(step.loss for step in steps[-width:])
+    noise = noise_of([step.loss for step in steps])
     highest = max(range(len(levels)), key=levels.__getitem__)
-    rose_far = start * _factor(max(PEAK_DEVIATIONS * noise, PEAK_LEAST))
-    middles = [steps[min(place + LEVEL // 2, len(steps) - 1)].step for place in range(len(levels))]
+    rose_far = start * factor(max(PEAK_DEVIATIONS * noise, PEAK_LEAST))
     left = next((step for step, level in zip(middles, levels, strict=True) if level > rose_far), None)
+    lowest_loss, lowest_step, rose = _rise_again(steps, width, noise)
     if validated:
         assert at_start is not None
         end, least = evaluations[-1].loss, COURSE_CHANGE
         above = end > start * (1 + least) and trained > start * (1 - COURSE_ROWS)
     else:
-        end, least = trained, _factor(max(COURSE_DEVIATIONS * noise, COURSE_LEAST)) - 1
+        end, least = trained, factor(max(COURSE_DEVIATIONS * noise, COURSE_LEAST)) - 1
         above = end > start * (1 + least) or (left is not None and end > start)
     if above:
         verdict = "diverged"
+    elif rose is not None:
+        verdict = "unstable"
     elif left is not None:
         verdict = "recovered"
     else:
         verdict = "unchanged" if end * (1 + least) >= start else "learned"
     return Course(
         verdict, "validation" if validated else "training", start, end, end / start - 1 if start else 0.0,
-        levels[highest], middles[highest], left,
+        levels[highest], middles[highest], left, lowest_loss, lowest_step, trained, rose,
     )  # fmt: skip
 
 
-def _factor(rise: float) -> float:
-    return math.exp(min(rise, 50.0))
+def _levels(steps: Sequence[Step], width: int) -> tuple[list[float], list[int]]:
+    """The median loss of each ``width`` neighbouring steps, and the step in their middle."""
+    losses = [step.loss for step in steps]
+    levels = [median(losses[place : place + width]) for place in range(max(1, len(losses) - width + 1))]
+    return levels, [steps[min(place + width // 2, len(steps) - 1)].step for place in range(len(levels))]
 
 
-def _noise(steps: Sequence[Step]) -> float:
-    """The robust deviation of the logarithm of one loss, by differences of neighbours, which a slow change leaves."""
-    logs = [math.log(max(step.loss, 1e-9)) for step in steps]
-    differences = [after - before for before, after in itertools.pairwise(logs)]
-    return robust_deviation(differences, 0.0) / math.sqrt(2) if differences else 0.0
+def _rise_again(steps: Sequence[Step], width: int, noise: float) -> tuple[float, int, int | None]:
+    """The lowest level, the step of it, and the first step after it that is well above; None if the end is not."""
+    levels, middles = _levels(steps, width)
+    place = min(range(len(levels)), key=levels.__getitem__)
+    lowest = levels[place]
+    rise = max(AGAIN_DEVIATIONS * noise * MEDIAN_NOISE / math.sqrt(width), math.log1p(AGAIN_LEAST))
+    well_above = max(lowest * factor(rise), lowest + AGAIN_OF_FALL * (max(levels[: place + 1]) - lowest))
+    if levels[-1] <= well_above:
+        return lowest, middles[place], None
+    above = next(at for at in range(place, len(levels)) if levels[at] > well_above)
+    return lowest, middles[place], middles[above]

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from llamatune.inference.prepared_prompts import HEADINGS
-from llamatune.reporting.answer_timeline import AnswerTimeline
+from llamatune.reporting.answer_timeline import AnswerTimeline, shown_answer
 from llamatune.reporting.html_elements import Markup, breakable, element, header
-from llamatune.reporting.report_text import ABSENT, whole
+from llamatune.reporting.report_text import ABSENT
 from llamatune.reporting.sample_answers import Sample, Samples
 
 _LONG_PROMPT, _LONG = 400, 2000
@@ -45,11 +45,6 @@ def _block(*content: Markup, texts: Iterable[str]) -> Markup:
     return element("div", *content, class_="answer long" if sum(map(len, texts)) > _LONG else "answer")
 
 
-def shown_answer(text: str) -> str:
-    """An answer without the spaces before it, which a base model's often begins with; an empty one is said to be so."""
-    return text.lstrip(" ") or "(nothing)"
-
-
 def _asked(instruction: str | None, prompt: str) -> Markup:
     """The instruction, and the whole prompt folded if it is more."""
     text = instruction or prompt
@@ -65,15 +60,9 @@ def _asked(instruction: str | None, prompt: str) -> Markup:
 
 def timeline_html(run: str, number: int, found: AnswerTimeline) -> Markup:
     """One prompt of ``evaluation.prompts``; the answer of its row, and the model's by step."""
-    texts = [] if found.reference is None else [("reference", found.reference)]
-    texts += [("before training" if step == 0 else f"step {whole(step)}", text) for step, text in found.answers]
-    rows = [
-        element("tr", element("th", label, scope="row"), element("td", shown_answer(text), dir="auto"))
-        for label, text in texts
-    ]
+    lines = found.lines()
+    rows = [element("tr", element("th", label, scope="row"), element("td", text, dir="auto")) for label, text in lines]
     shown = element("table", header(("", "answer")), element("tbody", *rows), class_="timeline")
-    every = len(found.answers) + found.left_out
-    left_out = f"{len(found.answers)} of {every} answers; metrics.jsonl has all."
-    told = element("p", left_out, class_="quiet") if found.left_out else Markup()
+    told = element("p", found.note, class_="quiet") if found.note else Markup()
     name, asked = element("p", f"{run}: prompt {number}", class_="quiet"), _asked(found.instruction, found.prompt)
-    return _block(name, asked, shown, told, texts=(asked, *(text for _, text in texts)))
+    return _block(name, asked, shown, told, texts=(asked, *(text for _, text in lines)))

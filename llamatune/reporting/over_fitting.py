@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, median
 
 from llamatune.events import EvalDone, Step
 from llamatune.reporting.averages import epoch_of, mean_loss
-from llamatune.reporting.spikes import robust_deviation
+from llamatune.reporting.noise import MEDIAN_NOISE, robust_deviation
 
 # Below this the rise is none: 2 % of a loss of 1.5 are 3 % of the perplexity.
 RISE = 0.02
@@ -22,18 +22,17 @@ FEWEST, DEVIATIONS, LAST_ALONE = 8, 4.0, 2.0
 LATE_SHARE = 2
 # Of many evaluations a level is the median of a fifth (odd, at least three), whose noise is smaller than one's.
 LEVEL_SHARE = 5
-_MEDIAN_NOISE = math.sqrt(math.pi / 2)
-"""Deviation of a median, in deviations of the mean of as many normal values."""
 
 
 @dataclass(frozen=True)
 class Validation:
     """Whether the validation loss rose after its lowest point.
 
-    ``verdict`` is ``over-fitting`` (it rose, and its gap to the training loss grew with it), ``rising`` (both rose),
-    ``not clear`` (a rise that may be chance) or ``no over-fitting``. A gap is the validation loss minus the mean
-    training loss since the evaluation before. ``rise`` is relative, from the lowest to the last of all evaluations;
-    ``noise`` is the relative deviation of one evaluation, None where it cannot be measured.
+    ``verdict`` is ``over-fitting`` (it rose, and its gap to the training loss grew with it), ``rising`` (the training
+    loss did not fall meanwhile), ``not clear`` (a rise that may be chance) or ``no over-fitting``. A gap is the
+    validation loss minus the mean training loss since the evaluation before. ``rise`` is relative, from the lowest to
+    the last of all evaluations; ``noise`` is the relative deviation of one evaluation, None where it cannot be
+    measured.
     """
 
     verdict: str
@@ -54,9 +53,12 @@ def judge_validation(steps: Sequence[Step], evaluations: Sequence[EvalDone]) -> 
     losses = [evaluation.loss for evaluation in evaluations]
     turn = losses.index(min(losses))
 
-    def train_loss(index: int) -> float:
+    def trained_before(index: int) -> list[Step]:
         since = evaluations[index - 1].step if index else 0
-        return mean_loss([step for step in steps if since < step.step <= evaluations[index].step])
+        return [step for step in steps if since < step.step <= evaluations[index].step]
+
+    def train_loss(index: int) -> float:
+        return mean_loss(trained_before(index))
 
     logs = [math.log(max(loss, 1e-9)) for loss in losses]
     noise = _noise(logs)
@@ -66,12 +68,27 @@ def judge_validation(steps: Sequence[Step], evaluations: Sequence[EvalDone]) -> 
         verdict = "rising"
     if verdict == "over-fitting" and turn == len(losses) - 1:
         verdict = "not clear"
+    # A mean over the first updates is of a steep fall, so the gap there says little. A run that over-fits goes on
+    # learning its own rows, or knows them already.
+    level_at_turn, level_at_end = (_late_level(trained_before(index)) for index in (turn, len(losses) - 1))
+    if verdict == "over-fitting" and level_at_end >= max(level_at_turn, losses[turn]):
+        verdict = "rising"
     turned = next((step for step in steps if step.step >= evaluations[turn].step), steps[-1])
     rise = losses[-1] / losses[turn] - 1 if losses[turn] else 0.0
     return Validation(
         verdict, evaluations[turn].step, epoch_of(turned), losses[turn], losses[-1], rise, noise, gap_at_turn,
         gap_at_end,
     )  # fmt: skip
+
+
+def without_over_fitting(found: Validation) -> Validation:
+    """``found`` of a run whose training loss rose, too: that is no over-fitting."""
+    return replace(found, verdict="rising") if found.verdict == "over-fitting" else found
+
+
+def _late_level(steps: Sequence[Step]) -> float:
+    """The median loss of the later half."""
+    return median(step.loss for step in steps[len(steps) // 2 :])
 
 
 def _rise(logs: Sequence[float], noise: float | None) -> str:
@@ -88,7 +105,7 @@ def _rise(logs: Sequence[float], noise: float | None) -> str:
         return "no over-fitting"
     needed = math.log1p(RISE) * (LAST_ALONE if len(after) == 1 and width == 1 else 1)
     if noise is not None:
-        needed = max(needed, DEVIATIONS * noise * (_MEDIAN_NOISE / math.sqrt(width) if width > 1 else 1.0))
+        needed = max(needed, DEVIATIONS * noise * (MEDIAN_NOISE / math.sqrt(width) if width > 1 else 1.0))
     return "over-fitting" if rise > needed else "not clear"
 
 

@@ -1,4 +1,4 @@
-"""The tables of a report: settings, final figures, spikes, epochs, specs that differ, parameters, memory, data."""
+"""The tables of a report: settings, figures, spikes, epochs, specs that differ, answers, parameters, memory, data."""
 
 from __future__ import annotations
 
@@ -168,8 +168,20 @@ def answers_table(answers: Samples) -> TextTable:
     return TextTable(f"{answers.source}: answers", header, tuple(rows), wide=True, name="answers")
 
 
+def timelines_table(run: RunReport) -> TextTable:
+    """A line an answer to ``evaluation.prompts``: the prompt's number and text, after what, and the answer."""
+    rows, notes = [], []
+    for number, found in enumerate(run.answers, 1):
+        asked = found.instruction or found.prompt
+        rows += [(str(number), asked, *line) for line in found.lines()]
+        notes += [f"prompt {number}: {found.note}"] if found.note else []
+    header = ("number", "prompt", "after", "answer")
+    title = f"{run.name}: answers while it trained"
+    return TextTable(title, header, tuple(rows), notes=tuple(notes), wide=True, name="answers-while-training")
+
+
 _OF_ONE_RUN: tuple[Callable[[RunReport], TextTable], ...] = (
-    spikes_table, epochs_table, parameters_table, memory_table, ranks_table, data_table,
+    spikes_table, epochs_table, timelines_table, parameters_table, memory_table, ranks_table, data_table,
 )  # fmt: skip
 
 

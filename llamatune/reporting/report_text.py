@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 
 from llamatune.reporting.diagnosis import Diagnosis
 from llamatune.reporting.divergence import Course
+from llamatune.reporting.norm_jumps import NormJumps
 from llamatune.reporting.over_fitting import DEVIATIONS, RISE, Validation
 from llamatune.reporting.spikes import Cause, Spike
 from llamatune.reporting.trend import Trend
@@ -79,8 +80,10 @@ def figure_rows(runs: list[dict[str, float | None]], without: Container[str] = (
 
 def findings(diagnosis: Diagnosis) -> list[str]:
     """The diagnosis in four sentences or paragraphs."""
-    course = _course(diagnosis.course) + ("" if diagnosis.cause is None else f" {_cause(diagnosis.cause)}")
-    return [course, _spikes(diagnosis), _validation(diagnosis.validation), _trend(diagnosis.trend)]
+    parts = [_course(diagnosis.course)]
+    parts += [] if diagnosis.jumps is None else [_jumps(diagnosis.jumps)]
+    parts += [] if diagnosis.cause is None else [_cause(diagnosis.cause)]
+    return [" ".join(parts), _spikes(diagnosis), _validation(diagnosis.validation), _trend(diagnosis.trend)]
 
 
 def _course(course: Course | None) -> str:
@@ -94,9 +97,24 @@ def _course(course: Course | None) -> str:
     peak = f"highest at about step {course.peak_step:,} with {course.peak_loss:.4f}"
     return {
         "diverged": f"Diverged: {losses}; the training loss was {peak}.",
+        "unstable": f"Became unstable: {_rise_again(course)}; {losses}.",
         "recovered": f"The training loss rose before it fell: {peak}; {losses}.",
         "unchanged": f"Not clearly better than untrained: {losses}.",
     }.get(course.verdict, f"Learned: {losses}.")
+
+
+def _rise_again(course: Course) -> str:
+    times = course.trained_loss / course.lowest_loss if course.lowest_loss else MANY
+    higher = f"{times:,.0f} times" if times >= MANY else f"{times - 1:.0%} above"
+    lowest = f"its lowest of about step {course.lowest_step:,} ({course.lowest_loss:.4f})"
+    return f"the training loss ended at {course.trained_loss:.4f}, {higher} {lowest}"
+
+
+def _jumps(jumps: NormJumps) -> str:
+    return (
+        f"Training was not stable: the gradient's norm changed by a factor of about {jumps.factor:.2g} from one update "
+        f"to the next, between {jumps.lowest:.2g} and {jumps.highest:.2g}."
+    )
 
 
 _ADVICE = {
@@ -111,10 +129,36 @@ def _cause(cause: Cause) -> str:
 
 
 def _spikes(diagnosis: Diagnosis) -> str:
-    spikes = diagnosis.spikes
+    early, later = ([spike for spike in diagnosis.spikes if spike.early is at_start] for at_start in (True, False))
+    said = [_early(early, diagnosis.cause)] if early else []
+    if later or not early or early[-1].recovered:
+        said.append(_later(later))
+    return " ".join(said)
+
+
+def _early(spikes: Sequence[Spike], told: Cause | None) -> str:
+    """Rises within the first twenty steps; a cause that was ``told`` of the whole course is not told again."""
+    worst = max(spikes, key=_times)
+    rise = f"from {worst.typical_loss:.4f} to {worst.loss:.4f} at step {worst.step:,}, {_multiple(_times(worst))}"
+    over = f"over after step {worst.last_step:,}" if worst.recovered else "it never came back"
+    more = f", the worst of {len(spikes)} rises" if len(spikes) > 1 else ""
+    known = worst.cause is None or (told is not None and told.kind == worst.cause.kind)
+    cause = "" if known or worst.cause is None else f" {_cause(worst.cause)}"
+    return f"The training loss rose within the first twenty steps{more}: {rise}; {over}.{cause}"
+
+
+def _times(spike: Spike) -> float:
+    return spike.loss / spike.typical_loss if spike.typical_loss else 0.0
+
+
+def _multiple(times: float) -> str:
+    return f"{times:,.0f} times as high" if times >= MANY else f"{times:.1f} times as high"
+
+
+def _later(spikes: Sequence[Spike]) -> str:
     if not spikes:
         return "No spikes of the training loss after the first twenty steps."
-    worst = max(spikes, key=lambda spike: spike.loss / spike.typical_loss if spike.typical_loss else 0.0)
+    worst = max(spikes, key=_times)
     open_end = "" if spikes[-1].recovered else "; the loss never came back from the last one"
     return (
         f"{len(spikes)} spike{'s' * (len(spikes) > 1)} of the training loss, the worst at step {worst.step:,}: "
@@ -138,7 +182,7 @@ def _validation(validation: Validation | None) -> str:
         gap = f"{validation.gap_at_turn:+.4f} there and {gap} at the end"
     verdict = {
         "over-fitting": f"Over-fitting since epoch {validation.turned_epoch}",
-        "rising": "Validation and training loss both rise",
+        "rising": "The validation loss rose, but not by over-fitting, since the training loss did not fall",
         "not clear": "Whether it over-fits is not clear",
     }.get(validation.verdict, "No over-fitting")
     return (
@@ -167,6 +211,7 @@ def _trend(trend: Trend | None) -> str:
         "rising": "The training loss rises",
         "plateau": "Plateau of the training loss",
     }.get(trend.verdict, "Whether the training loss still falls is lost in its noise")
-    change = f"{_change(trend.change)} (95% interval {_change(trend.lowest)} to {_change(trend.highest)})"
+    interval = f"{_change(trend.lowest)} to {_change(trend.highest).removeprefix('to ')}"
+    change = f"{_change(trend.change)} (95% interval {interval})"
     where = f"from step {trend.first_step:,} to step {trend.last_step:,}, the last third"
     return f"{verdict}: {change} {where}, around {trend.median_loss:.4f}."

@@ -119,4 +119,11 @@ def _rate(run: Run) -> str:
 def _hardware(run: Run, ranks: int) -> str:
     gpu, device = run.summary.get("gpu") or {}, run.summary.get("device") or run.spec.training.device
     name = gpu.get("name") or run.versions.get("GPU") or ("" if device == "auto" else str(device).upper())
+    cpu = run.summary.get("cpu")
+    if cpu and not gpu:
+        name = f"CPU: {cpu['name']}, {_counted(cpu['cores'], 'core')}, {_counted(cpu['threads'], 'thread')}"
     return f"{ranks} x {name}" if ranks > 1 and name else name
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count > 1)}"

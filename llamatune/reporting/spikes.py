@@ -1,15 +1,16 @@
-"""Spikes of the training loss: where they are, and which rows were trained on there."""
+"""Spikes of the training loss, from the second step on: where they are, and which rows were trained on there."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
 from llamatune.errors import LlamatuneError
 from llamatune.events import Step
 from llamatune.reporting.averages import epoch_of
+from llamatune.reporting.noise import logarithms, noise_of, robust_deviation
 from llamatune.reporting.run_reader import Run
 
 # A loss is compared with the median of the ten steps before it. It is a spike if it is higher by this many robust
@@ -20,9 +21,12 @@ SPIKE_DEVIATIONS, SPIKE_LEVEL = 5.0, 10
 SPIKE_WINDOW, SPIKE_FEWEST = 50, 10
 # The least deviation, for curves without noise: a rise of less than a tenth is never a spike.
 SPIKE_LEAST_DEVIATION = 0.02
+# The first twenty steps have too few before them for that. There the loss falls, so each is compared with the lowest of
+# the five before, and is in a rise if it is higher by 6.5 deviations of the whole run's noise, and by at least a
+# quarter: the lowest of five is itself about one deviation below its level. A rise is over two deviations above it.
+EARLY_DEVIATIONS, EARLY_LEAST, EARLY_BEFORE, EARLY_OVER = 6.5, math.log(1.25), 5, 2.0
+EARLY_STEPS = SPIKE_LEVEL + SPIKE_FEWEST
 
-_DEVIATIONS_PER_MAD = 1.4826
-"""Median absolute deviation to standard deviation, for a normal distribution."""
 _DECIDE_THE_ORDER = ("data.", "training.seed", "training.micro_batch_size", "training.gradient_accumulation_steps")
 
 
@@ -38,9 +42,10 @@ class Cause:
 class Spike:
     """A stretch of losses far above those before it, and its peak.
 
-    ``typical_loss`` and ``typical_grad_norm`` are medians of the ten steps before. ``rows`` are the row numbers, in the
-    input files, of the peak's window; None if they are not known. ``recovered``: the loss fell below the threshold
-    again. ``cause`` is the likely one.
+    ``typical_loss`` and ``typical_grad_norm`` are medians of the ten steps before. Of a spike that began within the
+    first twenty steps (``early``) they are the lowest loss and the median norm of the five before. ``rows`` are the row
+    numbers, in the input files, of the peak's window; None if they are not known. ``recovered``: the loss fell below
+    the threshold again, or, of an early one, nearly to ``typical_loss``. ``cause`` is the likely one.
     """
 
     step: int
@@ -54,13 +59,9 @@ class Spike:
     typical_grad_norm: float
     learning_rate: float
     recovered: bool
+    early: bool = False
     rows: list[int] | None = None
     cause: Cause | None = None
-
-
-def robust_deviation(values: Sequence[float], centre: float) -> float:
-    """The standard deviation of ``values`` by their median distance from ``centre``, which outliers do not change."""
-    return _DEVIATIONS_PER_MAD * median(abs(value - centre) for value in values)
 
 
 def find_spikes(steps: Sequence[Step]) -> list[Spike]:
@@ -68,10 +69,30 @@ def find_spikes(steps: Sequence[Step]) -> list[Spike]:
 
     A spike ends when two losses in a row are below the threshold that its first one exceeded.
     """
-    logs = [math.log(max(step.loss, 1e-9)) for step in steps]
-    levels = [median(logs[place - SPIKE_LEVEL : place]) for place in range(SPIKE_LEVEL, len(logs))]
+    logs = logarithms([step.loss for step in steps])
+    early, place = _early_spikes(steps, logs)
+    return early + list(_late_spikes(steps, logs, place))
+
+
+def _early_spikes(steps: Sequence[Step], logs: Sequence[float]) -> tuple[list[Spike], int]:
+    """Spikes that began within the first twenty steps, and where to look for later ones."""
+    noise = max(noise_of([step.loss for step in steps]), SPIKE_LEAST_DEVIATION)
+    spikes, place = list[Spike](), 1
+    while place < min(EARLY_STEPS, len(logs)):
+        begin = max(0, place - EARLY_BEFORE)
+        lowest = min(logs[begin:place])
+        if logs[place] <= lowest + max(EARLY_DEVIATIONS * noise, EARLY_LEAST):
+            place += 1
+            continue
+        end = _end(logs, place, lowest + EARLY_OVER * noise)
+        spikes.append(_spike(steps, begin, place, end, early=True))
+        place = end
+    return spikes, max(place, EARLY_STEPS)
+
+
+def _late_spikes(steps: Sequence[Step], logs: Sequence[float], place: int) -> Iterator[Spike]:
+    levels = [median(logs[at - SPIKE_LEVEL : at]) for at in range(SPIKE_LEVEL, len(logs))]
     jumps = [now - level for now, level in zip(logs[SPIKE_LEVEL:], levels, strict=True)]
-    spikes, place = [], SPIKE_LEVEL + SPIKE_FEWEST
     while place < len(logs):
         judged = place - SPIKE_LEVEL  # levels and jumps begin this much later than steps
         recent = jumps[max(0, judged - SPIKE_WINDOW) : judged]
@@ -82,18 +103,26 @@ def find_spikes(steps: Sequence[Step]) -> list[Spike]:
         if logs[place] <= threshold:
             place += 1
             continue
-        end = next((i for i in range(place + 1, len(logs)) if max(logs[i : i + 2]) <= threshold), len(logs))
-        peak, before = max(steps[place:end], key=lambda step: step.loss), steps[judged:place]
-        spikes.append(
-            Spike(
-                peak.step, steps[place].step, steps[end - 1].step, peak.window, epoch_of(peak),
-                peak.loss, median(step.loss for step in before),
-                peak.grad_norm, median(step.grad_norm for step in before),
-                peak.learning_rate, end < len(logs),
-            )
-        )  # fmt: skip
+        end = _end(logs, place, threshold)
+        yield _spike(steps, judged, place, end, early=False)
         place = end
-    return spikes
+
+
+def _end(logs: Sequence[float], place: int, level: float) -> int:
+    """Where two losses in a row, the first ones after ``place``, are not above ``level``."""
+    return next((at for at in range(place + 1, len(logs)) if max(logs[at : at + 2]) <= level), len(logs))
+
+
+def _spike(steps: Sequence[Step], begin: int, place: int, end: int, early: bool) -> Spike:
+    """The spike of ``steps[place:end]``, whose usual values are those of ``steps[begin:place]``."""
+    peak, before = max(steps[place:end], key=lambda step: step.loss), steps[begin:place]
+    usual = min if early else median
+    return Spike(
+        peak.step, steps[place].step, steps[end - 1].step, peak.window, epoch_of(peak),
+        peak.loss, usual(step.loss for step in before),
+        peak.grad_norm, median(step.grad_norm for step in before),
+        peak.learning_rate, end < len(steps), early,
+    )  # fmt: skip
 
 
 def with_rows(run: Run, spikes: list[Spike]) -> list[Spike]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llamatune.devices import gpu_facts
+from llamatune.devices import cpu_facts, gpu_facts
 from llamatune.events import EarlyStop, EpochMeans
 from llamatune.training.inputs import Inputs
 from llamatune.training.run_memory import peak_memory_bytes, peak_reserved_bytes
@@ -53,6 +53,7 @@ def summary_of(
         "peak_reserved_bytes": peak_reserved_bytes(device),
         "device": str(device),
         "gpu": gpu_facts(device),
+        "cpu": cpu_facts(),
         **gpu_use,
         "runtime_s": runtime_s,
         "tokens_per_second": progress.tokens / max(progress.training_s, 1e-9),

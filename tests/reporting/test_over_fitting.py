@@ -91,6 +91,24 @@ STEEP = [3.90, 2.35, 1.62, 1.31, 1.20, 1.26, 1.33, 1.40]
 """A validation loss that bends steeply at its start, and then rises by 17 % in three evaluations."""
 
 
+def test_a_training_loss_that_stays_above_the_lowest_validation_loss_is_no_over_fitting() -> None:
+    """SGD at a rate of 20. The mean before the first evaluation is of a steep fall, and makes the gap grow."""
+    losses = [15.6, 9.48, 10.05, 8.2, 7.02, 8.83, 7.05, 6.88, 5.8, 8.13, 5.92, 5.94, 7.46, 6.37, 7.33, 10.42]
+    found = judge_validation(make_steps(losses), [EvalDone(8, 6.73), EvalDone(16, 8.83)])
+    assert found is not None
+    assert found.gap_at_end - found.gap_at_turn > found.last_loss - found.lowest_loss
+    assert found.verdict == "rising"
+
+
+def test_a_run_that_knew_its_rows_at_the_turn_over_fits() -> None:
+    """Its training loss is level, and far below the validation loss."""
+    found = judge_validation(
+        make_steps([4.0] * 8 + [0.01] * 24), [EvalDone(16, 1.5), EvalDone(24, 1.7), EvalDone(32, 2)]
+    )
+    assert found is not None
+    assert found.verdict == "over-fitting"
+
+
 def _verdict(losses: list[float]) -> str:
     found = judge_validation(make_steps(falling(len(losses))), _evaluations(losses, 1, 0.0))
     assert found is not None

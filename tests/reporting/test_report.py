@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -146,6 +147,30 @@ def test_energy_power_and_the_whole_gpus_memory_are_shown_where_they_were_measur
     assert "energy of" not in _Reader((tmp_path / "cpu.html").read_text(encoding="utf-8")).text
 
 
+@pytest.mark.parametrize(
+    ("cores", "threads", "shown"),
+    [(8, 4, "CPU: EPYC 7B13, 8 cores, 4 threads"), (1, 1, "CPU: EPYC 7B13, 1 core, 1 thread")],
+)
+def test_the_processor_of_a_run_on_a_cpu_is_among_its_settings(
+    cores: int, threads: int, shown: str, tmp_path: Path
+) -> None:
+    cpu = {"name": "EPYC 7B13", "cores": cores, "threads": threads}
+    run = write_run(tmp_path / "cpu", falling(3), summary={"device": "cpu", "cpu": cpu})
+    other = write_run(tmp_path / "gpu", falling(3), summary={"device": "cuda", "cpu": cpu, "gpu": {"name": "H100"}})
+    early = write_run(tmp_path / "early", falling(3), summary={"device": "cpu"})
+    runs = report_on(run, other, early, to=tmp_path / "report.html")["runs"]
+    assert [found["settings"]["hardware"] for found in runs] == [shown, "H100", "CPU"]
+
+
+def test_a_run_records_the_processor_that_the_system_names(finished: Path, tmp_path: Path) -> None:
+    cpu = json.loads((finished / "summary.json").read_text())["cpu"]
+    assert (cpu["cores"], cpu["threads"]) == (len(os.sched_getaffinity(0)), torch.get_num_threads())
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    assert not models or models[0].endswith(f": {cpu['name']}")
+    (run,) = report_on(finished, to=tmp_path / "report.html")["runs"]
+    assert run["settings"]["hardware"].startswith(f"CPU: {cpu['name']}, {cpu['cores']} core")
+
+
 def test_the_same_run_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         report_on(finished, to=tmp_path / f"{name}.html")
@@ -167,7 +192,7 @@ def test_answers_of_a_run_are_a_timeline_of_each_prompt(tmp_path: Path) -> None:
         step: [line(step, number, f"<script>{step}\x1b[2J</script>") for number in (1, 2)] for step in range(1, 31)
     }
     run = write_run(tmp_path / "run", falling(30), extra=extra)
-    report_on(run, to=tmp_path / "report.html")
+    report_on(run, to=tmp_path / "report.html", tables=tmp_path / "tables")
     (report,) = report_on(run, to=tmp_path / "again.html")["runs"]
     first, second = report["answers"]
     assert [first["prompt"], first["reference"], second["reference"]] == ["<b>why 1?</b>\n", "<i>so</i>", None]
@@ -181,7 +206,19 @@ def test_answers_of_a_run_are_a_timeline_of_each_prompt(tmp_path: Path) -> None:
     assert "Answers while it trained" in text
     assert "step 30<script>30\\x1b[2J</script> ..." in text
     assert "12 of 30 answers; metrics.jsonl has all." in text
-    report_on(write_run(tmp_path / "none", falling(3)), to=tmp_path / "none.html")
+    markdown, tex = ((tmp_path / "tables" / f"answers-while-training.{kind}").read_text() for kind in ("md", "tex"))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if "|" in line][2:]
+    after = [f"step {step}" for found in (first, second) for step, _ in found["answers"]]
+    assert [line[2] for line in lines] == ["reference", *after]
+    assert [line[0] for line in lines] == ["1"] * 13 + ["2"] * 12
+    assert "why 2?" in lines[-1][1]
+    assert "30" in lines[-1][3]
+    for table in (markdown, tex):
+        assert "prompt 2: 12 of 30 answers; metrics.jsonl has all." in table
+        assert "\x1b" not in table
+    assert "<script>" not in markdown.replace("\\<script\\>", "")
+    report_on(write_run(tmp_path / "none", falling(3)), to=tmp_path / "none.html", tables=tmp_path / "no tables")
+    assert not list((tmp_path / "no tables").glob("answers*"))
     assert "Answers while" not in (tmp_path / "none.html").read_text(encoding="utf-8")
 
 
@@ -428,7 +465,7 @@ def test_a_run_in_any_state_is_reported(state: str, tmp_path: Path, command: Cal
     assert done.code == 0, done.stderr
     payload = json.loads(done.stdout)
     assert (done.stdout.count("\n"), payload["output"]) == (1, str(tmp_path / "r.html"))
-    assert len(payload["runs"][0]["diagnosis"]) == 5
+    assert len(payload["runs"][0]["diagnosis"]) == 6
     assert ("<figure" in (tmp_path / "r.html").read_text()) == (state != "no step yet")
 
 
