@@ -23,9 +23,11 @@ Made by `python docs/make_run_spec.py` from `llamatune/spec_sections.py`; a test
 
 YAML (or JSON). Unknown keys are refused with the nearest known name, and all errors are reported together. `1e-5` is a
 number, `no` is a word. Any field can be given on the command line as `section.key=value`, a whole section as
-`lora={r: 8}`, and `lora=null` leaves it out. Where a value on the command line contradicts one of the file, the error
-says how to undo that one, as `training.num_epochs=null` beside `training.max_steps=100`. In `lora`, PEFT's
-`lora_alpha`, `lora_dropout`, `rank_pattern` and `alpha_pattern` stand for `alpha`, `dropout`, `ranks` and `alphas`.
+`lora={r: 8}`, and `lora=null` leaves it out. Of `num_epochs` and `max_steps`, and of `warmup_steps` and
+`warmup_ratio`, the one on the command line takes the place of the other in the file. Where a value on the command line
+contradicts the file otherwise, the error says how to undo what the file says: of a file with `nesterov: true`,
+`training.momentum=0.0` needs `training.nesterov=false` beside it. In `lora`, PEFT's `lora_alpha`, `lora_dropout`,
+`rank_pattern` and `alpha_pattern` stand for `alpha`, `dropout`, `ranks` and `alphas`.
 
 Relative paths are relative to the working directory. In every path, here and on the command line, `~` and `~user` at
 the front, `$NAME` and `${NAME}` are expanded; a variable that is not set or empty is an error, and so are other forms

@@ -19,7 +19,7 @@ ALIASES: dict[tuple[str, ...], str] = {
 """By section and PEFT's spelling: the key here."""
 COMMAND_LINE = "on the command line"
 """Where an override stands, in errors."""
-_RIVALS = (("training", "num_epochs", "max_steps"), ("training", "warmup_steps", "warmup_ratio"))
+RIVALS = (("training", "num_epochs", "max_steps"), ("training", "warmup_steps", "warmup_ratio"))
 """Two keys of a section that say the same in different ways."""
 
 
@@ -52,7 +52,7 @@ def override(values: dict[str, Any], assignment: str) -> None:
 def drop_rivals(values: dict[str, Any], overrides: Sequence[str]) -> None:
     """An override takes the place of the key that excludes it, unless that is overridden too."""
     given = {overridden_field(assignment) for assignment in overrides}
-    for section, *pair in _RIVALS:
+    for section, *pair in RIVALS:
         inner = values.get(section)
         if not isinstance(inner, dict):
             continue

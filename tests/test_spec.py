@@ -1,5 +1,6 @@
 """The run spec: scalars as people mean them, every fault at once, and nothing silently ignored."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 import llamatune
 from llamatune.errors import SpecError
 from llamatune.spec import RunSpec, _section, build_spec, known_fields, load_spec
-from llamatune.spec_overrides import refuse_twice
+from llamatune.spec_overrides import RIVALS, refuse_twice
 from llamatune.strict_yaml import parse_yaml
 
 MINIMAL = """
@@ -126,6 +127,18 @@ def test_an_override_against_the_file_says_how_to_undo_what_the_file_says(overri
     message = refusal(override, text=FILE)
     assert message.endswith(f": on the command line: undo what the file says with {undone}")
     spec(override, *undone.replace("'", "").split(), text=FILE)
+
+
+def test_the_page_of_the_spec_says_what_an_override_does_to_the_file() -> None:
+    """Its pairs replace each other, no others do, and its example is refused with the advice that it has."""
+    page = " ".join((Path(__file__).parents[1] / "docs/run-spec.md").read_text(encoding="utf-8").split())
+    pairs = re.search(r"Of `(\w+)` and `(\w+)`, and of `(\w+)` and `(\w+)`, the one on the command line takes", page)
+    assert pairs is not None
+    assert {(pairs[1], pairs[2]), (pairs[3], pairs[4])} == {tuple(pair) for _, *pair in RIVALS}
+    assert {section for section, *_ in RIVALS} == {"training"}
+    example = re.search(r"of a file with `nesterov: true`, `(\S+)` needs `(\S+)` beside it", page)
+    assert example is not None
+    assert refusal(example[1], text=FILE).endswith(f"undo what the file says with {example[2]}")
 
 
 def test_an_override_takes_the_place_of_its_rival() -> None:

@@ -23,6 +23,7 @@ from llamatune.checkpoints.adapter_header import (
     is_update_in_block,
     read_adapter_header,
 )
+from llamatune.checkpoints.adapter_sizes import other_size
 from llamatune.checkpoints.base_changes import BaseChange, changed_config, collect_changes
 from llamatune.checkpoints.base_with_changes import changed_base
 from llamatune.checkpoints.checkpoint import READ_WEIGHTS, Checkpoint, fill_from, refuse_unfit
@@ -162,17 +163,26 @@ def check_adapter(
         force_base: accept another base of the same shape.
 
     Raises:
-        CheckpointError: tensors missing, unexpected or misshapen (named), or made for another base.
+        CheckpointError: tensors missing, unexpected or misshapen (named), or made for another base, and what differs.
     """
     where, header = adapter.path or Path("adapter"), adapter.header
-    is_of_another = fingerprint is not None and adapter.base_fingerprint not in (None, fingerprint)
+    is_known = fingerprint is not None and adapter.base_fingerprint is not None
+    is_of_another = is_known and adapter.base_fingerprint != fingerprint
     of_another = f"the adapter was trained on another base{f' ({adapter.base_path})' if adapter.base_path else ''}"
+    differs = None
     try:
-        _check_tensors(adapter, config, where)
+        expected, found, todo = _stated_tensors(adapter, config)
+        if is_of_another or not is_known:
+            differs = other_size(expected, found, config)
+        refuse_unfit(where, expected, found, todo)
     except CheckpointError:
-        if is_of_another:  # what does not fit follows from that
-            raise CheckpointError(f"{of_another}, of another shape", where, "give that base") from None
+        if differs or is_of_another:  # what does not fit follows from that
+            told = f" ({differs})" if differs else ""
+            raise CheckpointError(f"{of_another}, of another shape{told}", where, "give that base") from None
         raise
+    for name in found:
+        if name.startswith(f"{HEAD}.") and name.endswith(".bias"):
+            raise CheckpointError(f"{name} adds a bias to the head, which LLaMA has none of", where)
     changed_config(config, adapter.base_changes, header is not None and header.config.tied, where)
     of_B = [name for name in adapter.tensors if name.endswith(".lora_B.weight")]
     changes_more = adapter.config.kind == "dora" or adapter.base_changes
@@ -188,17 +198,15 @@ def check_adapter(
         on_event(Notice(f"{where}: used on another base than it was trained on, as --force-base asks", "warning"))
 
 
-def _check_tensors(adapter: Adapter, config: LlamaConfig, where: Path) -> None:
-    """Raise unless the adapter has the tensors that its configuration says, in the base's shapes."""
+def _stated_tensors(
+    adapter: Adapter, config: LlamaConfig
+) -> tuple[Mapping[str, tuple[int, ...]], Mapping[str, TensorLocation] | Mapping[str, torch.Tensor], str]:
+    """The tensors that its configuration says, in the base's shapes; those that it has; what to do if they differ."""
     header = adapter.header
     if header is None:
-        refuse_unfit(where, dict(adapter.config.checkpoint_shapes(config)), adapter.tensors, _BELONG)
-        return
+        return dict(adapter.config.checkpoint_shapes(config)), adapter.tensors, _BELONG
     stated = f"{_BELONG}; it says {', '.join(f'{key} {value}' for key, value in header.config.stated.items())}"
-    refuse_unfit(where, header.expected(config), header.tensors, stated[:_LONGEST_STATEMENT])
-    for name in header.tensors:
-        if name.startswith(f"{HEAD}.") and name.endswith(".bias"):
-            raise CheckpointError(f"{name} adds a bias to the head, which LLaMA has none of", where)
+    return header.expected(config), header.tensors, stated[:_LONGEST_STATEMENT]
 
 
 def write_adapter(staging: Staging, adapter: Adapter) -> None:

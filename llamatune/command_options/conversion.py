@@ -25,13 +25,13 @@ def _written(output: Path) -> Writes:
 class ConvertOptions(WeightsOptions):
     """What to convert, and how to write it; ``same`` means as the model has it."""
 
-    model: Path = option("A model directory, Hugging Face's or Meta's, or a GGUF file.", metavar="PATH")
-    output: Path = option("The model directory, or the .gguf file, to make.", metavar="PATH", writes=_written)
+    model: Path = option("A model directory, Hugging Face's or Meta's, or a GGUF file.", metavar="DIR|FILE")
+    output: Path = option("The model directory, or the .gguf file, to make.", metavar="DIR|FILE", writes=_written)
     format: Literal["hf", "meta", "gguf"] | None = option(
-        "hf, meta or gguf.", None, metavar="FORMAT", shown_default="gguf for a .gguf file, else hf"
+        "hf, meta or gguf.", None, shown_default="gguf for a .gguf file, else hf"
     )
     dtype: Literal["same", "float32", "bfloat16", "float16", "q8_0"] = option(
-        "same, float32, bfloat16, float16 or, in GGUF, q8_0: of the weights.", "same", metavar="DTYPE"
+        "same, float32, bfloat16, float16 or, in GGUF, q8_0: of the weights.", "same"
     )
     shards: int | None = option("Cut the weights into N files.", None, metavar="N", at_least=1, at_most=1000)
     shard_bytes: int | None = option(
@@ -73,9 +73,9 @@ class ConvertAdapterOptions(Options):
     """An adapter, and the layout that it is written in."""
 
     adapter: Path = option("The adapter directory, PEFT's, llamatune's or mlx-lm's.", metavar="DIR")
-    output: Path = option("The adapter directory, or the .gguf file, to make.", metavar="PATH", writes=_written)
+    output: Path = option("The adapter directory, or the .gguf file, to make.", metavar="DIR|FILE", writes=_written)
     format: Literal["peft", "mlx", "gguf"] | None = option(
-        "peft, mlx or gguf.", None, metavar="FORMAT", shown_default="gguf for a .gguf file, else peft"
+        "peft, mlx or gguf.", None, shown_default="gguf for a .gguf file, else peft"
     )
     model: Path | None = option(
         "The base model; gguf and mlx need it.", None, metavar="DIR", shown_default="the one that the adapter names"
@@ -101,9 +101,9 @@ class ExtractOptions(Options):
     base: Path = option("The model that tuning began with.", metavar="DIR")
     tuned: Path = option("The tuned model.", metavar="DIR")
     output: Path = option("The adapter directory to make.", metavar="DIR", writes="product")
-    r: int = option("Rank of the adapter.", DEFAULT_RANK, metavar="R", at_least=1, at_most=1 << 16)
+    r: int = option("Rank of the adapter.", DEFAULT_RANK, at_least=1, at_most=1 << 16)
     target_modules: str | None = option(
-        "A comma list of linear layers.", None, metavar="NAMES", shown_default="those that differ"
+        "A comma list of linear layers.", None, metavar="NAME,NAME", shown_default="those that differ"
     )
     plot: Path | None = option(
         "Draw the retained energy by layer and rank, a PNG.", None, metavar="FILE", writes="file"

@@ -63,7 +63,7 @@ class GenerationGridOptions(Options):
     prompt_tokens: tuple[int, ...] | None = _axis("of each prompt.", PROMPT_TOKENS, _counts(1, _MOST_TOKENS))
     new_tokens: tuple[int, ...] | None = _axis("that follow each prompt.", NEW_TOKENS, _counts(2, _MOST_TOKENS))
     dtype: tuple[str, ...] | None = _axis(
-        f"what weights are held in: {', '.join(_HELD)}.", DTYPES, _dtypes, "NAME,NAME"
+        f"what weights are held in: {', '.join(_HELD)}.", DTYPES, _dtypes, "DTYPE,DTYPE"
     )
     repetitions: int | None = option(
         "--generate: timed runs of a cell, after one of warm-up.",
@@ -72,9 +72,7 @@ class GenerationGridOptions(Options):
         at_least=1,
         last=True,
     )
-    device: str | None = option(
-        "--generate: auto, cpu, cuda or cuda:N.", None, shown_default="auto", metavar="DEVICE", last=True
-    )
+    device: str | None = option("--generate: auto, cpu, cuda or cuda:N.", None, shown_default="auto", last=True)
     force_base: bool = option("--generate: accept an adapter of another base.", False, last=True)
 
     def refuse_generation(self) -> None:

@@ -42,7 +42,7 @@ def parse_weights(text: str, flag: str) -> tuple[float, ...]:
 
 def _weights_option() -> Any:
     help = "Of each --adapter's update, in their order, such as 0.7,0.3."
-    return option(help, None, parse=parse_weights, shown_default="1 for each", metavar="NUMBERS", last=True)
+    return option(help, None, parse=parse_weights, shown_default="1 for each", metavar="X,X", last=True)
 
 
 class _Adapters:
@@ -140,7 +140,7 @@ class Sampling(Drawing):
 
 def prompt_format_option() -> Any:
     """``--format`` of a verb with ``--prompt-file``."""
-    return option("Of --prompt-file: auto, alpaca, gsm8k, chat, completion or text.", "auto", metavar="NAME")
+    return option("Of --prompt-file: auto, alpaca, gsm8k, chat, completion or text.", "auto")
 
 
 def prompt_map_option() -> Any:
@@ -170,7 +170,9 @@ class EvaluateOptions(ModelSource):
 
     data: Path = option("A directory of prepare-data; with --task, a file of rows.", metavar="DIR|FILE")
     compare: bool = option("Evaluate the base beside the tuned model.", False)
-    task: str | None = option("gsm8k: generate answers and score them.", None, shown_default="loss on prepared rows")
+    task: str | None = option(
+        "gsm8k: generate answers and score them.", None, metavar="NAME", shown_default="loss on prepared rows"
+    )
     split: Literal["train", "validation", "all"] | None = option(
         "Of prepared data: train, validation or all.", None, shown_default="validation, else train"
     )
@@ -238,10 +240,8 @@ class MergeOptions(_Adapters, WeightsOptions):
         "The adapter, a PEFT directory; of several, the sum.", kind=Sequence[Path], metavar="DIR"
     )
     output: Path = option("The model directory to make.", metavar="DIR", writes="product")
-    format: Literal["same", "hf", "meta"] = option(
-        "same, hf or meta: the layout of the files.", "same", metavar="FORMAT"
-    )
-    dtype: Dtype = option("same, float32, bfloat16 or float16: of the weights.", "same", metavar="DTYPE")
+    format: Literal["same", "hf", "meta"] = option("same, hf or meta: the layout of the files.", "same")
+    dtype: Dtype = option("same, float32, bfloat16 or float16: of the weights.", "same")
     force_base: bool = option("Accept an adapter that was trained on another base.", False)
     overwrite: bool = option("Replace what stands at --output.", False)
     weights: tuple[float, ...] | None = _weights_option()
@@ -249,24 +249,20 @@ class MergeOptions(_Adapters, WeightsOptions):
         "A template's name or file to store with the model, or none.",
         None,
         shown_default="the one stored with the adapter",
-        metavar="TEMPLATE",
     )
     onto_quantized: bool = option("Merge into the weights of the quantised base that training saw.", False)
     probe: Path | None = option(
         "Prove the merge on these rows: prepared, a file, or `run`: those the adapter's run validated on.",
         None,
-        metavar="ROWS",
+        metavar="DIR|FILE",
     )
     least_kept: float | None = option(
         "The least share of the gain on --probe that is not refused.",
         None,
         at_most=1,
-        metavar="SHARE",
         shown_default=str(LEAST_KEPT),
     )
-    device: str | None = option(
-        "Where --probe is computed: auto, cpu, cuda or cuda:N.", None, metavar="DEVICE", shown_default="auto"
-    )
+    device: str | None = option("Where --probe is computed: auto, cpu, cuda or cuda:N.", None, shown_default="auto")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,11 +17,9 @@ class CountOptions(WeightsOptions):
 
     model: Path | None = option("A model directory.", None, metavar="DIR")
     preset: str | None = option("A published shape, such as llama-2-7b.", None, metavar="NAME")
-    r: int | None = option(
-        "Rank of the adapter.", None, metavar="R", shown_default=str(DEFAULT_RANK), at_least=1, at_most=1 << 16
-    )
+    r: int | None = option("Rank of the adapter.", None, shown_default=str(DEFAULT_RANK), at_least=1, at_most=1 << 16)
     target_modules: str | None = option(
-        "A comma list, or all-linear.", None, metavar="NAMES", shown_default=DEFAULT_TARGET_MODULES
+        "A comma list, or all-linear.", None, metavar="NAME,NAME", shown_default=DEFAULT_TARGET_MODULES
     )
     adapter: Path | None = option("Take rank and modules from an adapter.", None, metavar="DIR")
 

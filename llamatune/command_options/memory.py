@@ -47,8 +47,8 @@ class PlanMemoryOptions(Options):
     max_seq_length: int | None = option(
         "Tokens of a row, in place of the prepared data's.", None, metavar="N", at_least=1, at_most=1 << 20
     )
-    r: int | None = option("Rank of the adapter.", None, metavar="R")
-    target_modules: str | None = option("A comma list, or all-linear.", None, metavar="NAMES")
+    r: int | None = option("Rank of the adapter.", None)
+    target_modules: str | None = option("A comma list, or all-linear.", None, metavar="NAME,NAME")
     explain: bool = option("Show the moments of the step, and what is alive at its peak.", False)
     generate: bool = option("Plan for generate in place of training.", False)
     prompt_tokens: int | None = option(
@@ -73,11 +73,11 @@ class PlanMemoryOptions(Options):
     )  # fmt: skip
     num_beams: int | None = option("As of generate.", None, metavar="N", at_least=1, at_most=64, shown_default="1")
     temperature: float | None = option(
-        "0 is greedy; else tokens are drawn with --top-p, which takes most.", None, metavar="T", at_least=0,
+        "0 is greedy; else tokens are drawn with --top-p, which takes most.", None, at_least=0,
         below=float("inf"), shown_default=str(Sampling.temperature),
     )  # fmt: skip
     dtype: HeldDtype | None = option(
-        "same, float32, bfloat16, float16, nf4, float8 or int8.", None, metavar="DTYPE", shown_default="same"
+        "same, float32, bfloat16, float16, nf4, float8 or int8.", None, shown_default="same"
     )
     adapter: Path | None = option("The adapter on the model.", None, metavar="DIR")
     compare: bool = option("With the base's completions beside.", False)

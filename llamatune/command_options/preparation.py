@@ -20,9 +20,9 @@ class PrepareOptions(Options):
         metavar="ROWS...",
         weighted=True,
     )
-    tokenizer: Path = option("A tokenizer.model or tokenizer.json, or a directory that holds one.")
+    tokenizer: Path = option("A tokenizer.model or tokenizer.json, or a directory that holds one.", metavar="DIR|FILE")
     output: Path = option("The directory to make.", writes="product")
-    format: str = option("auto, alpaca, gsm8k, chat, completion or text.", "auto", metavar="NAME")
+    format: str = option("auto, alpaca, gsm8k, chat, completion or text.", "auto")
     column_map: str | None = option(
         "Columns that are read as fields, such as instruction=query,output=response; or a preset: dolly, openorca and "
         "others that docs/data.md lists.",
@@ -34,12 +34,11 @@ class PrepareOptions(Options):
         "alpaca, gsm8k, completion, text; for chats llama2-chat, llama3-chat, chatml or model (the one beside the "
         "tokenizer); or a YAML file with `prompt`, or a .jinja file.",
         None,
-        metavar="NAME|FILE",
         shown_default="the format's own",
     )
     max_seq_length: int = option("Tokens of a row at most, BOS and EOS included.", 512, at_least=2, at_most=1 << 30)
     overlong: Literal["truncate", "drop", "error", "split"] = option(
-        "Rows beyond that: truncate, drop, error, or split text rows into windows.", "truncate", metavar="POLICY"
+        "Rows beyond that: truncate, drop, error, or split text rows into windows.", "truncate"
     )
     stride: int = option(
         "Of --overlong split: tokens that a window repeats of the one before, as context.",
@@ -49,7 +48,7 @@ class PrepareOptions(Options):
         at_most=1 << 30,
     )
     validation_fraction: float | None = option(
-        "Hold out about this share of the rows; 0: none.", None, metavar="F", at_least=0, below=1
+        "Hold out about this share of the rows; 0: none.", None, at_least=0, below=1
     )
     validation: Sequence[Path] = option("A file of validation rows. Repeatable.", (), metavar="ROWS")
     limit: int | None = option("Read only the first N rows.", None, metavar="N", at_least=1, at_most=1 << 62)
@@ -57,16 +56,13 @@ class PrepareOptions(Options):
     train_on: Literal["all-assistant", "last-assistant"] | None = option(
         "Of a chat: every answer, or the last one, is learned.",
         None,
-        metavar="ANSWERS",
         shown_default="all-assistant, if the template ends each of them",
     )
     train_on_prompt: bool = option("Prompt tokens are learned too, not only the completion.", False)
     skip_bad_rows: int = option(
         "Leave out up to N unusable rows; one more is an error.", 0, metavar="N", at_least=0, at_most=1 << 62
     )
-    gsm8k_annotations: Literal["keep", "strip"] = option(
-        "Calculator notes such as <<48/2=24>>: keep or strip.", "keep", metavar="POLICY"
-    )
+    gsm8k_annotations: Literal["keep", "strip"] = option("Calculator notes such as <<48/2=24>>: keep or strip.", "keep")
     preview: int = option(
         "Show the first N training rows: their fields, and the text that is trained.",
         0,

@@ -23,7 +23,6 @@ class SlurmOptions(Options):
     gpus_per_node: int | None = option(
         "GPUs of a node, one process each. 0: one process a node.",
         None,
-        metavar="G",
         at_least=0,
         at_most=64,
         shown_default="1, or 0 where each spec says device: cpu",
@@ -31,7 +30,9 @@ class SlurmOptions(Options):
     cpus_per_task: int | None = option(
         "CPU cores of a process.", None, metavar="N", at_least=1, at_most=4096, shown_default="Slurm's own"
     )
-    time: str = option("The time limit, as Slurm writes it: 90 (minutes), 4:00:00, 1-12 (days-hours).", "04:00:00")
+    time: str = option(
+        "The time limit, as Slurm writes it: 90 (minutes), 4:00:00, 1-12 (days-hours).", "04:00:00", metavar="TIME"
+    )
     partition: str | None = option("The partition.", None, metavar="NAME", shown_default="Slurm's own")
     array: bool = option("A job array: each SPEC is a task of its own.", False)
     output: Path | None = option("The script to write.", None, shown_default="stdout", writes="file")

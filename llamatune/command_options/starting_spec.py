@@ -16,7 +16,7 @@ class InitOptions(Options):
 
     model: Path = option("The base model, Hugging Face's or Meta's; weights are not read.", metavar="DIR")
     data: Path = option(
-        "A directory of prepare-data, or a file of rows, whose lengths are then measured.", metavar="ROWS|DIR"
+        "A directory of prepare-data, or a file of rows, whose lengths are then measured.", metavar="DIR|FILE"
     )
     overrides: Sequence[str] = option(
         "Settings that are yours to choose, as lora.r=8.", (), argument=True, metavar="KEY=VALUE ..."

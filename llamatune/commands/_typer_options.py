@@ -105,6 +105,8 @@ def _parameter(option: Option) -> Parameter:
     return Parameter(option.name, Parameter.KEYWORD_ONLY, default=info, annotation=kind)
 
 
+_NAMED = {"device": "DEVICE", "dtype": "DTYPE", "format": "FORMAT", "template": "NAME|FILE"}
+"""By an option's name: what it takes in every verb that has it."""
 _METAVARS = {bool: "", int: "N", float: "X", Path: "PATH"}
 _WRITTEN = {"file": "FILE", "answers": "FILE", "product": "DIR", "run": "DIR"}
 
@@ -113,6 +115,8 @@ def _metavar(option: Option) -> str:
     """What stands for the value in ``--help``, in capitals; nothing after a flag."""
     if option.metavar is not None:
         return option.metavar
+    if option.name in _NAMED:
+        return _NAMED[option.name]
     if isinstance(option.writes, str):
         return _WRITTEN[option.writes]
     kind = typing.get_args(option.kind)[0] if typing.get_origin(option.kind) is Sequence else option.kind
@@ -124,6 +128,14 @@ class _NamedArgument(TyperArgument):
 
     def display_type_rich(self, ctx: Any) -> str | None:
         return None
+
+
+def _without_values(params: list[Any]) -> list[Any]:
+    """The parameters, flags without a placeholder: typer would show ``<bool>``."""
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
 
 
 class StrictCommand(TyperCommand):
@@ -145,11 +157,8 @@ class StrictCommand(TyperCommand):
             *(f"[{name}]" if left_out else name for name, left_out in zip(names, optional, strict=True)),
         ]
 
-    def get_help_option(self, ctx: Any) -> Any:
-        option = super().get_help_option(ctx)
-        if option is not None:
-            option.metavar = ""  # it is a flag
-        return option
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_values(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not ctx.resilient_parsing:  # a shell asks for completions
@@ -160,6 +169,9 @@ class StrictCommand(TyperCommand):
 
 class VerbGroup(TyperGroup):
     """The verbs of the command line, and the options beside them, which print and end the program."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_values(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         with faults_of_stdout():

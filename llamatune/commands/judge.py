@@ -34,9 +34,10 @@ def judge(options: JudgeOptions, console: Console) -> None:
 
             require_matplotlib()
         judgement = judge_run(options, console.on_event, console.should_stop)
-        if options.plot is not None and judgement.rank is not None:
+        if options.plot is not None:
             from llamatune.judging.rank_charts import rank_png
 
+            assert judgement.rank is not None, "else the plot was refused"
             write_output(options.plot, rank_png(judgement.rank), options.overwrite)
         if options.per_question is not None:
             write_output(options.per_question, dump_json_lines(judgement.question_lines), options.overwrite)

@@ -40,4 +40,5 @@ def _print(out: RichConsole, done: Sweep) -> None:
     out.print(drawn)
     for note in notes(done.runs, done.best):
         out.print(printable(note), soft_wrap=True)
-    out.print(f"runs, table and page are in {printable(str(done.output))}")
+    made = "runs, table and page" if done.has_page else "runs and table"
+    out.print(f"{made} are in {printable(str(done.output))}")

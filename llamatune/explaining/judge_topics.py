@@ -16,6 +16,15 @@ JUDGE_TOPICS = (
         "Write METRIC<NUMBER; docs/judge.md lists the metrics.",
     ),
     topic(
+        "a plot of the rank of a run that has none",
+        2,
+        r"no rank to draw",
+        "--plot draws how much of its rank an adapter uses. A run without lora trains every parameter, and its weights "
+        "have no rank that could be compared with one.",
+        "error: the run trained no low-rank update, so there is no rank to draw: --plot",
+        "Leave --plot out; `llamatune extract-lora --plot` decomposes the change of a model that was trained whole.",
+    ),
+    topic(
         "rows and texts that judge cannot measure",
         3,
         r"there is room for|nothing precedes the choice|^no text$|no text:|too little text|a NUL character at|"

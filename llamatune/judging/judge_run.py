@@ -10,7 +10,7 @@ from typing import Any
 from llamatune.command_options.judge import JudgeOptions, Requirement, file_name
 from llamatune.data.choice_rows import read_choices
 from llamatune.data.model_compatibility import check_rows, check_tokenizer
-from llamatune.errors import DataError
+from llamatune.errors import DataError, SpecError
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.inference.evaluate import PreparedReport, smaller_batches
 from llamatune.inference.gsm8k import gsm8k_report, read_questions
@@ -49,7 +49,7 @@ def judge_run(
     """Measure what tuning gained and what it cost.
 
     Raises:
-        SpecError: the run did not begin with the model on the disk.
+        SpecError: the run did not begin with the model on the disk, or a plot is asked for of weights without one.
         DataError: rows or texts that cannot be used. CheckpointError: no run, or weights that cannot be used.
         NumericsError: a loss is not finite. Stopped: ``should_stop`` said so.
     """
@@ -57,6 +57,10 @@ def judge_run(
     questions = [] if options.gsm8k is None else read_questions(options.gsm8k, on_event)[: options.limit]
     run = read_run(options.run, options.run.name)
     sides = open_sides(run, options, on_event)
+    rank = None if sides.tuned.adapter is None else rank_use(sides.tuned.adapter)
+    if options.plot is not None and rank is None:
+        what = "the run trained no low-rank update, so there is no rank to draw"
+        raise SpecError(what, "--plot", "leave it out; extract-lora --plot draws what a model trained whole gained")
     task = open_task_rows(run, options.data, on_event)
     tuned, tokenizer = sides.tuned, sides.tuned.tokenizer()
     for config in chain.from_iterable(each.configs for each in sides.opened.values()):
@@ -82,7 +86,6 @@ def judge_run(
         *([JudgedRows("gsm8k", [f"{q.text}\n{q.worked}" for q in questions])] if questions else []),
     ]
     overlaps = None if task.train is None else find_overlaps(judged, task.train, tokenizer, on_event, should_stop)
-    rank = None if tuned.adapter is None else rank_use(tuned.adapter)
     rows = losses.scores[""]
     told = PreparedReport(task.data, task.split, tuned.dtype_name, [task.split] * len(rows), _ordered(losses.scores))
     payload: dict[str, Any] = {

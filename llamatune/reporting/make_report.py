@@ -10,7 +10,7 @@ from pathlib import Path
 from llamatune.command_options.training import ReportOptions
 from llamatune.durable_writing import probe_writable, refuse_occupied, staged_directory, writing
 from llamatune.errors import EnvironmentFault, printable
-from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
 from llamatune.formats.text_table import TextTable
 from llamatune.inference.prompt_files import given_prompts
 from llamatune.output_files import output_file, refuse_inside, refuse_replacing, write_output
@@ -86,6 +86,9 @@ def make_report(
         evidence=evidence,
     )  # fmt: skip
     charts = make_charts(curves)
+    for flag, made in (("--png", options.png), ("--charts", options.charts)):
+        if made is not None and not charts:
+            on_event(Notice(f"{flag} {made}: no chart in it, since no run has logged a step yet", "warning"))
     page = render_page(report, [(chart, chart_svg(chart)) for chart in charts], curves)
     write_output(output, page.encode(), options.overwrite)
     if picture is not None:

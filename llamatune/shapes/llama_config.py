@@ -15,6 +15,14 @@ FEED_FORWARD_MODULES = (*GATE_UP_MODULES, "down_proj")
 LINEAR_MODULES = ATTENTION_MODULES + FEED_FORWARD_MODULES
 """The seven linear layers of a block, in Hugging Face's names and order: what LoRA may target."""
 
+QUERY_SIZE, KEY_SIZE = "num_attention_heads x head_dim", "num_key_value_heads x head_dim"
+LINEAR_SIZES = {
+    "q_proj": (QUERY_SIZE, "hidden_size"), "k_proj": (KEY_SIZE, "hidden_size"), "v_proj": (KEY_SIZE, "hidden_size"),
+    "o_proj": ("hidden_size", QUERY_SIZE), "gate_proj": ("intermediate_size", "hidden_size"),
+    "up_proj": ("intermediate_size", "hidden_size"), "down_proj": ("hidden_size", "intermediate_size"),
+}  # fmt: skip
+"""What ``(out, in)`` of each are, in the words of a configuration."""
+
 _LARGEST = {"hidden_size": 1 << 16, "intermediate_size": 1 << 18, "num_hidden_layers": 1024, "vocab_size": 1 << 22}
 
 
@@ -92,12 +100,19 @@ class LlamaConfig:
 
     def linear_shape(self, module: str) -> tuple[int, int]:
         """``(out, in)`` of one of the seven linear layers of a block."""
-        D, F = self.hidden_size, self.intermediate_size
-        HE, KE = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        out, into = LINEAR_SIZES[module]
+        sizes = self.sizes()
+        return sizes[out], sizes[into]
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes that ``LINEAR_SIZES`` names, and that of the vocabulary."""
         return {
-            "q_proj": (HE, D), "k_proj": (KE, D), "v_proj": (KE, D), "o_proj": (D, HE),
-            "gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F),
-        }[module]  # fmt: skip
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            QUERY_SIZE: self.num_attention_heads * self.head_dim,
+            KEY_SIZE: self.num_key_value_heads * self.head_dim,
+            "vocab_size": self.vocab_size,
+        }
 
     def parameter_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every tensor of a checkpoint in Hugging Face's names and order; a tied head has no tensor of its own."""

@@ -431,8 +431,65 @@ def test_parameters_are_counted_as_peft_counts_them(bases, tmp_path, row):
     assert count.trainable_parameters == model.get_nb_trainable_parameters()[0]
 
 
-def test_an_adapter_of_fewer_blocks_does_not_pass_for_one_of_all(bases, tmp_path):
-    save_tiny(tmp_path / "shorter", num_hidden_layers=2)
-    adapter = save(tmp_path / "a", tmp_path / "shorter")
-    with pytest.raises(CheckpointError, match=r"missing: model.layers.2.self_attn.q_proj.lora_A.weight"):
+OTHER_BASES = [
+    ({"hidden_size": 64}, {}, "hidden_size 64, here 32"),
+    ({"hidden_size": 64, "num_hidden_layers": 5}, {}, "hidden_size 64, here 32"),
+    ({"num_hidden_layers": 2}, {}, "num_hidden_layers 2, here 3"),
+    ({"num_hidden_layers": 5}, {}, "num_hidden_layers 5 or more, here 3"),
+    ({"num_key_value_heads": 1}, {}, "num_key_value_heads x head_dim 8, here 16"),
+    ({"head_dim": 16}, {}, "num_attention_heads x head_dim 64, here 32"),
+    ({"intermediate_size": 96}, {"target_modules": ["gate_proj"]}, "intermediate_size 96, here 88"),
+    ({"num_hidden_layers": 5}, {"layers_to_transform": [4]}, "num_hidden_layers 5 or more, here 3"),
+]
+
+
+@pytest.mark.parametrize(("changes", "options", "told"), OTHER_BASES)
+def test_an_adapter_of_another_base_names_it_and_what_differs(bases, tmp_path, changes, options, told):
+    """PEFT's own has no fingerprint: its tensors tell. It is one short line in place of a list of tensors."""
+    save_tiny(tmp_path / "other", **changes)
+    adapter = save(tmp_path / "a", tmp_path / "other", **options)
+    merge = MergeOptions(bases[False], adapter, tmp_path / "merged")
+    for use in (lambda: logits(bases[False], adapter), lambda: merge_lora(merge)):
+        with pytest.raises(CheckpointError) as caught:
+            use()
+        named = f"the adapter was trained on another base ({tmp_path / 'other'}), of another shape ({told})"
+        assert str(caught.value) == f"{named}: {adapter}: give that base"
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_update_of_the_embedding_tells_the_vocabulary(bases, tmp_path):
+    """Without the embedding itself, which PEFT saves beside it unless it is told not to."""
+    save_tiny(tmp_path / "other", vocab_size=100)
+    adapter = save(tmp_path / "a", tmp_path / "other", target_modules=["q_proj", "embed_tokens"])
+    stored = load_file(adapter / "adapter_model.safetensors")
+    updates = {name: tensor for name, tensor in stored.items() if ".lora_" in name}
+    assert len(updates) == len(stored) - 1
+    save_file(updates, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"another base .*, of another shape \(vocab_size 100, here 96\)"):
+        check_adapter(load_adapter(adapter), open_checkpoint(bases[False]).config)
+
+
+def test_an_adapter_that_names_no_base_says_what_differs(bases, tmp_path):
+    save_tiny(tmp_path / "other", hidden_size=64)
+    adapter = save(tmp_path / "a", tmp_path / "other")
+    facts = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(facts | {"base_model_name_or_path": None}))
+    with pytest.raises(CheckpointError, match=r"^the adapter was trained on another base, of another shape \(hidden"):
+        check_adapter(load_adapter(adapter), open_checkpoint(bases[False]).config)
+
+
+@pytest.mark.parametrize("damage", ["one tensor", "every A transposed", "a tensor gone", "ranks"])
+def test_a_damaged_adapter_does_not_pass_for_one_of_another_base(bases, tmp_path, damage):
+    adapter = save(tmp_path / "a", bases[False])
+    stored = load_file(adapter / "adapter_model.safetensors")
+    first, *others = sorted(stored)
+    if damage == "one tensor":
+        stored[first] = torch.ones(4, 64)
+    elif damage == "a tensor gone":
+        del stored[others[-1]]
+    else:
+        turned = [name for name in stored if ".lora_A." in name]
+        stored |= {name: torch.ones(*((32, 4) if damage != "ranks" else (5, 32))) for name in turned}
+    save_file(stored, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"missing: |wrong shape: "):
         check_adapter(load_adapter(adapter), open_checkpoint(bases[False]).config)

@@ -257,17 +257,39 @@ def test_usage_lines_have_one_form(capsys: pytest.CaptureFixture[str], verb: str
     assert line == f"Usage: llamatune {verb} {usage}"
 
 
-def test_the_value_of_an_option_stands_in_capitals_and_a_flag_has_none() -> None:
+PLACEHOLDERS = {
+    *("DIR", "FILE", "DIR|FILE", "ROWS", "NAME", "NAME|FILE", "NAME,NAME", "TEXT", "N", "N,N", "X", "X,X"),
+    *("DEVICE", "DTYPE", "DTYPE,DTYPE", "FORMAT", "SIZE", "TIME", "FIELD", "AUTO|N", "KEY=V1,V2"),
+    *("FIELD=COLUMN,...|PRESET", "METRIC<NUMBER,...", "SPLIT:NUMBER,...", "ROWSXEPOCHS"),
+}
+"""What an option's value is called in ``--help``, in every verb."""
+ONE_WORD = {"device": {"DEVICE"}, "dtype": {"DTYPE", "DTYPE,DTYPE"}, "format": {"FORMAT"},
+            "template": {"NAME|FILE"}, "target_modules": {"NAME,NAME"}, "r": {"N"}}  # fmt: skip
+
+
+def test_the_value_of_an_option_has_one_name_in_every_verb_and_a_flag_has_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     import typer
 
     from llamatune.cli import VERBS, build_app
 
-    verbs = typer.main.get_command(build_app()).commands  # type: ignore[attr-defined]
-    for name in (name for names in VERBS.values() for name in names):
-        for option in (param for param in verbs[name].params if param.param_type_name == "option"):
-            assert option.metavar is not None, (name, option.name)
-            assert option.metavar == option.metavar.upper(), (name, option.metavar)
-            assert (option.metavar == "") == option.is_flag, (name, option.name)
+    group = typer.main.get_command(build_app())
+    verbs = {"": group, **group.commands}  # type: ignore[attr-defined]
+    assert verbs.keys() - {""} == {name for names in VERBS.values() for name in names}
+    met = set()
+    for name, verb in verbs.items():
+        context = verb.make_context("llamatune", [], resilient_parsing=True)
+        for option in (param for param in verb.get_params(context) if param.param_type_name == "option"):
+            where = name, option.name, option.metavar
+            assert (option.metavar == "") == option.is_flag, where
+            assert option.is_flag or option.metavar in PLACEHOLDERS, where
+            assert option.is_flag or option.metavar in ONE_WORD.get(option.name, PLACEHOLDERS), where
+            met.add(option.metavar)
+    assert met == PLACEHOLDERS | {""}
+    _, out, _ = run(capsys, "--help")
+    assert "--install-completion" in out
+    assert "<" not in out
 
 
 def test_tables_have_lines_on_a_terminal_alone(capsys: pytest.CaptureFixture[str]) -> None:

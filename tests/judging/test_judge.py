@@ -154,6 +154,19 @@ def test_a_model_that_was_trained_whole_is_judged_too(
     assert told["gsm8k"]["questions"] == 2
 
 
+def test_a_plot_of_weights_without_a_rank_is_refused_before_anything_is_computed(
+    command: Command, whole: Path, tmp_path: Path
+) -> None:
+    done = command("judge", whole, "--device", "cpu", "--plot", tmp_path / "rank.png")
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("error: the run trained no low-rank update, so there is no rank to")
+    events: list[object] = []
+    with pytest.raises(SpecError, match="no rank to draw: --plot: leave it out"):
+        judge_run(JudgeOptions(run=whole, device="cpu", plot=tmp_path / "rank.png"), events.append)
+    assert not any(isinstance(event, Progress) for event in events)
+    assert not list(tmp_path.iterdir())
+
+
 def test_requirements_decide_the_exit_code_and_the_result_is_printed(command: Command, tuned: Path) -> None:
     loss = judged(command, tuned)["metrics"]["task_loss"]
     wanted = f"task_loss<{loss + 0.01}, forgetting >= -9,overlap<=1"

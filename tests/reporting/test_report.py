@@ -469,6 +469,17 @@ def test_a_run_in_any_state_is_reported(state: str, tmp_path: Path, command: Cal
     assert ("<figure" in (tmp_path / "r.html").read_text()) == (state != "no step yet")
 
 
+def test_pictures_of_runs_without_a_chart_are_told_of(tmp_path: Path, command: Callable[..., Any]) -> None:
+    for state, warned in (("no step yet", True), ("a single step", False)):
+        run, made = STATES[state](tmp_path / state / "run"), tmp_path / state
+        images = ("--png", made / "r.png", "--charts", made / "charts")
+        done = command("report", run, "--output", made / "r.html", *images)
+        assert done.code == 0
+        told = [line for line in done.stderr.splitlines() if "no chart in it, since no run has logged a step" in line]
+        assert [Path(line.split(": ")[1].split(" ", 1)[1]) for line in told] == [images[1], images[3]] * warned
+        assert any((made / "charts").iterdir()) == (not warned)
+
+
 def test_people_read_the_figures_and_the_findings(finished: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
     done = command("report", finished, "--output", tmp_path / "r.html")
     assert done.code == 0

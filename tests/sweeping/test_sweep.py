@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -123,7 +124,7 @@ def test_the_base_is_read_once_and_each_matrix_is_cast_once_for_all(
 
 
 def test_a_sweep_writes_a_table_a_page_and_json_and_leaves_finished_runs(
-    tmp_path: Path, base_spec: Callable[..., Path], command: Command
+    tmp_path: Path, base_spec: Callable[..., Path], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
     words = ("sweep", base_spec(), "--grid", "lora.r=2,4", "--output", output)
@@ -157,6 +158,13 @@ def test_a_sweep_writes_a_table_a_page_and_json_and_leaves_finished_runs(
     assert {name: after[name] for name in kept} == kept, "runs of another grid stay"
     assert len(names) == 4
     assert len({name.split("/")[1] for name in after if name.startswith("runs/")}) == 6
+    assert "runs, table and page are in" in again.stdout
+    Path(found["report"]).unlink()
+    found_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found_spec(name) if name != "matplotlib" else None)
+    without = command(*words, "training.learning_rate=0.01,0.02")
+    assert "runs and table are in" in without.stdout
+    assert "no page without matplotlib" in without.stderr
 
 
 def test_a_directory_of_a_sweep_is_no_run_and_no_benchmark(
