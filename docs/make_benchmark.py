@@ -1,4 +1,4 @@
-"""Puts measured tables into docs/benchmark.md: ``python docs/make_benchmark.py tiny=DIR 100m=DIR``."""
+"""Puts measured tables into docs/benchmark.md: ``python docs/make_benchmark.py tiny=DIR``."""
 
 from __future__ import annotations
 

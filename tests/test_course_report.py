@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +23,25 @@ PAGE = (ROOT / "docs" / "course-report.md").read_text(encoding="utf-8")
 _QUOTED = re.compile(r"^```bash\n(?P<command>.+)\n```\n(?:\n```text\n(?P<text>(?s:.*?))^```$)?", re.MULTILINE)
 _PIECE = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?|[^\d]+")
 _TIMED = re.compile(
-    r"[\d.,]+(?= s\b)"  # seconds
+    r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?= )"
+    r"|(?<=peak_memory_bytes=)\d+|(?<=device_bytes=)\d+|(?<=path=)\S+"
+    r"|(?<=seconds=)[\d.]+|(?<=_s=)[\d.]+|(?<=tokens_per_second=)\d+|(?<= left=)\S+"
+    r"|[\d.]+ [KMG]iB (?=resident, |mapped, |free: )"
+    r"|[\d.,]+(?= s\b)"  # seconds
     r"|(?<= s )\s*[\d,]+$"  # tokens/s behind an epoch's seconds
     r"|[\d.]+(?= tokens/s)"
 )
+_LIMITED = """
+import resource, sys
+import llamatune.training.train
+from llamatune.cli import main
+from llamatune.free_memory import held_host_bytes
+limit = held_host_bytes()["mapped"] + (int(sys.argv[1]) - 700_000) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+main(sys.argv[2:])
+"""
+"""``ulimit -v`` where the libraries map 700,000 KiB, as on the page; some builds of torch map gigabytes."""
+
 _SUMS = [(2, 3, "kites"), (4, 1, "hats"), (5, 5, "bells"), (7, 2, "lamps")]
 _SUMS += [(3, 3, "drums"), (8, 1, "clocks"), (6, 4, "ropes"), (1, 9, "owls")]
 _ASKED = [(3, 2, "kites"), (5, 1, "hats"), (2, 2, "bells"), (6, 2, "lamps")]
@@ -106,8 +122,20 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The lines that a command prints; ``< FILE`` and ``> FILE`` are what a shell makes of them."""
+    """The lines that a command prints.
+
+    ``ulimit -v KIBIBYTES;``, ``2>&1``, ``< FILE`` and ``> FILE`` are what a shell makes of them; what stderr has comes
+    first. A command under a limit is a process of its own, and is to end with 5.
+    """
+    limit, command = re.fullmatch(r"(?:ulimit -v (\d+); )?(.+)", command).groups()  # type: ignore[union-attr]
     words = shlex.split(command)
+    both = words[-1] == "2>&1"
+    words = words[:-1] if both else words
+    if limit:
+        child = [sys.executable, "-c", _LIMITED, limit, *words[1:]]
+        done = subprocess.run(child, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        assert done.returncode == 5, f"{command}: {done.stdout}"
+        return done.stdout.splitlines()
     target = Path(words[-1]) if words[-2] == ">" else None
     if words[-2] == "<":
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(words[-1]).read_bytes())))
@@ -119,7 +147,7 @@ def run(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert left.value.code == 0, f"{command}: {err}"
     if target is not None:
         target.write_text(out, encoding="utf-8")
-    return out.splitlines()
+    return (err + out if both else out).splitlines()
 
 
 def _check(cells: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,11 @@ PLANNED = re.compile(
     r"# planned: (?P<peak>[\d.]+) GiB of the (?P<used>[\d.]+) GiB that are used of (?P<memory>\d+) GiB"
     r"(?:, on each of (?P<ranks>\d+) ranks)?, rows of (?P<tokens>\d+) tokens"
 )
+MISFITS = re.compile(
+    r"\| `(?P<dtype>\w+)` \| `(?P<placement>\w+)` \| (?P<ranks>\d+) of (?P<memory>\d+) GB "
+    r"\| (?P<peak>[\d.]+) GiB \| (?P<used>[\d.]+) GiB \|"
+)
+README = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {
     "eight-gpus": ("70b-8x80gb.yaml", "--gpus-per-node", "8", "--cpus-per-task", "8"),
     "two-nodes": ("70b-8x40gb.yaml", "--nodes", "2", "--gpus-per-node", "4", "--cpus-per-task", "8",
@@ -58,11 +63,43 @@ def test_the_planned_memory_is_what_plan_memory_says_and_fits(
     assert found["fits"]
     assert f"{found['predicted_peak_memory_bytes'] / 2**30:.1f}" == said["peak"]
     assert f"{found['memory_limit_bytes'] / 2**30:.1f}" == said["used"]
+    spec = load_spec(path)
+    assert spec.training.gradient_accumulation_steps >= int(ranks), "a rank has nothing to compute"
+    assert (spec.model.placement == "shard") == (int(ranks) > 1)
+    if spec.model.placement == "host":
+        layers = PRESETS[Path(spec.model.path).name].num_hidden_layers
+        # All blocks come in twice, but for the two of each pass that are there; torch pins powers of two.
+        pinned = layers << (found["bytes_brought_per_pass"] // (2 * layers - 4) - 1).bit_length()
+        assert f"{pinned >> 30} GiB of pinned host memory" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("said", list(MISFITS.finditer(README)), ids=lambda said: "-".join(said.groups()[:4]))
+def test_what_does_not_fit_is_what_plan_memory_says(
+    said: re.Match[str], models: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(models)
+    changes = [f"model.dtype={said['dtype']}", f"model.placement={said['placement']}", "training.precision=bf16"]
+    changes += ["training.micro_batch_size=1", "training.gradient_accumulation_steps=8"]
+    options = ["--memory", f"{said['memory']}GiB", "--ranks", said["ranks"], "--max-seq-length", "512"]
+    spec = ROOT / "examples" / "specs" / "70b-16gb-host-qlora.yaml"
+    ran = command("plan-memory", spec, *changes, *options, "--json")
+    assert ran.code == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert not found["fits"]
+    assert found["recomputed_layers"]["the whole block"] == 80
+    assert f"{found['predicted_peak_memory_bytes'] / 2**30:.1f}" == said["peak"]
+    assert f"{found['memory_limit_bytes'] / 2**30:.1f}" == said["used"]
+
+
+def test_every_size_has_a_spec_for_every_memory_and_the_readme_lists_it() -> None:
+    covered = {re.sub(r"^(\d+b)-.*?(\d+)gb.*$", r"\1 \2", path.stem) for path in SPECS}
+    assert {f"{size} {memory}" for size in ("7b", "13b", "70b") for memory in (16, 24, 40, 80)} <= covered
+    assert set(re.findall(r"\(specs/(.+?)\.yaml\)", README)) == {path.stem for path in SPECS}
+    assert len(list(MISFITS.finditer(README))) >= 6
 
 
 def test_names_say_what_the_specs_hold() -> None:
     """The model, the card's memory, and where the run goes."""
-    assert len(SPECS) >= 12
     for path in SPECS:
         spec = load_spec(path)
         assert path.name.startswith(spec.model.path.removeprefix("models/llama-2-"))
@@ -70,6 +107,7 @@ def test_names_say_what_the_specs_hold() -> None:
         has_bf16 = not {"v100", "t4"} & set(path.stem.split("-"))
         assert has_bf16 or "bf16" not in (spec.training.precision, spec.model.dtype)
         assert ("qlora" in path.stem) == (spec.model.dtype == "nf4")
+        assert spec.training.learning_rate is None, "the default is the rate that sweeps found"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
