@@ -35,7 +35,7 @@ FLOORS = [
     {"memory"},
     {"spec", "spec_grid", "command_options", "spec_schema"},
     {"spec_sections"},
-    {"spec_types", "spec_overrides", "spec_faults", "job_end"},
+    {"spec_types", "spec_overrides", "spec_faults", "slurm_job_end"},
     {
         *(
             "devices",
@@ -50,7 +50,7 @@ FLOORS = [
         ),
     },
     {"free_memory", "nvml", "process_group", "processor", "schema_words", "strict_json"},
-    {"ranks", "rendezvous", "thread_turns"},
+    {"ranks", "rendezvous", "lockstep"},
     {"launch_variables", "openmp_variables"},
     {"output_files"},
     {"child_process", "durable_writing", "safe_reading", "path_expansion"},

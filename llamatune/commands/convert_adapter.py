@@ -12,7 +12,7 @@ from llamatune.errors import Stopped, printable
 def convert_adapter(options: ConvertAdapterOptions, console: Console) -> None:
     """Write an adapter for another tool: PEFT, mlx-lm, llama.cpp."""
     with console:  # signals are handled from here on, also while torch is imported
-        from llamatune.checkpoints.adapter_formats import convert_adapter as run_conversion
+        from llamatune.checkpoints.converting_adapters import convert_adapter as run_conversion
 
         if console.should_stop():
             raise Stopped("stopped before converting", options.output, "run the same command again")

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llamatune.lockstep import Lockstep
 from llamatune.model import products
 from llamatune.model.layers import Linear, linear, product_dtype
 from llamatune.model.stacked_rows import StackedRows
 from llamatune.model.transformer import Head, Transformer
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig, linear_path
-from llamatune.thread_turns import Lockstep
 
 _TURN_S = 0.5
 """How long a turn is, in whole passes, where no product is shared: changing turns takes some milliseconds."""

@@ -11,13 +11,13 @@ import torch
 from llamatune.errors import LlamatuneError
 from llamatune.events import OnEvent, ShouldStop
 from llamatune.formats.background_digests import SharedDigests
+from llamatune.lockstep import Lockstep
 from llamatune.model.kernels.choice import chosen_kernels
 from llamatune.model.shared_base import SharedBase
 from llamatune.model.transformer import Transformer
 from llamatune.spec import RunSpec
 from llamatune.sweeping.groups import Room
 from llamatune.sweeping.members import Member
-from llamatune.thread_turns import Lockstep
 from llamatune.threads import current_core, release_threads, stay_on, usable_cores, using_threads
 from llamatune.tracking.trackers import Trackers
 from llamatune.training.determinism import cublas_workspace, deterministic_kernels

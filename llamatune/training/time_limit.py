@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llamatune.events import Notice, OnEvent
-from llamatune.job_end import Clock, Countdown, job_end
+from llamatune.slurm_job_end import Clock, Countdown, job_end
 from llamatune.spec_sections import TrainingSection
 from llamatune.units import duration, parse_duration
 

@@ -14,7 +14,6 @@ from llamatune.events import Notice, OnEvent, RunStarted, ShouldStop, ignore_eve
 from llamatune.formats.background_digests import BackgroundDigests
 from llamatune.formats.state_json import list_checkpoints
 from llamatune.free_memory import held_host_bytes
-from llamatune.job_end import Clock
 from llamatune.memory.plan import with_kernels
 from llamatune.memory.plan_report import plan_report
 from llamatune.memory.remedies import after_running_out
@@ -22,6 +21,7 @@ from llamatune.model.compiled_functions import compiling
 from llamatune.model.kernels.choice import chosen_kernels
 from llamatune.out_of_memory import memory_faults
 from llamatune.ranks import ALONE, Ranks
+from llamatune.slurm_job_end import Clock
 from llamatune.spec import RunSpec
 from llamatune.threads import suitable_threads
 from llamatune.training.compile_ahead import check_compiler, compile_ahead

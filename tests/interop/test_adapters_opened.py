@@ -11,7 +11,7 @@ from asking import Answer, Question, adapter_to_gguf, ask, to_gguf
 from computing import Computed, compute, without_end, worst_difference
 from run_tools import make_spec
 
-from llamatune.checkpoints.adapter_formats import convert_adapter
+from llamatune.checkpoints.converting_adapters import convert_adapter
 from llamatune.command_options.conversion import ConvertAdapterOptions
 from llamatune.training.train import train
 

@@ -21,11 +21,11 @@ from llamatune.errors import NumericsError, SpecError, Stopped
 from llamatune.events import EpochDone, Event, Notice, Progress
 from llamatune.formats import background_digests
 from llamatune.formats.state_json import read_progress
+from llamatune.lockstep import Lockstep
 from llamatune.model.kernels import choice
 from llamatune.sweeping import groups, joint_training
 from llamatune.sweeping import run_sweep as sweep_module
 from llamatune.sweeping.run_sweep import run_sweep
-from llamatune.thread_turns import Lockstep
 from llamatune.threads import using_threads
 from llamatune.training import model_and_optimizer
 from llamatune.training.precision import LossScaler

@@ -13,12 +13,12 @@ import pytest
 import torch
 from run_tools import assert_same_outcome, make_spec
 
-from llamatune import job_end
+from llamatune import slurm_job_end
 from llamatune.errors import SpecError, Stopped
 from llamatune.events import Event, Notice, ignore_event, never_stop
 from llamatune.inference.evaluate import HeldOutLoss
-from llamatune.job_end import Clock
 from llamatune.ranks import ALONE, Ranks
+from llamatune.slurm_job_end import Clock
 from llamatune.spec import build_spec
 from llamatune.training import evaluation, loop, step_event
 from llamatune.training.loop import TrainingLoop
@@ -165,12 +165,12 @@ def in_job(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Set the variables of a job. scontrol says how much time is left; without an answer it is absent."""
 
     def start(job: Job, answer: Callable[[], float] | None = None, **variables: str) -> None:
-        for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", job_end.END):
+        for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", slurm_job_end.END):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("PATH", "")
         if answer is None:
-            variables.setdefault(job_end.END, str(int(job.wall_offset + job.length_s)))
+            variables.setdefault(slurm_job_end.END, str(int(job.wall_offset + job.length_s)))
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
 
@@ -183,7 +183,7 @@ def in_job(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             record = f"JobId=7 JobName=a TimeLimit=1 JobState=RUNNING Reason=None Requeue=1 {times} SubmitTime=x"
             return SimpleNamespace(returncode=0, stdout=record.encode(), stderr=b"")
 
-        monkeypatch.setattr(job_end.subprocess, "run", run)
+        monkeypatch.setattr(slurm_job_end.subprocess, "run", run)
 
     return start
 
@@ -320,10 +320,13 @@ def test_the_result_is_left_to_the_next_start_where_it_would_come_too_late(
 @pytest.mark.parametrize(
     ("variables", "told"),
     [
-        ({job_end.END: "1"}, "and SLURM_JOB_END_TIME is '1'"),  # of a job that has ended, whose shell this is
-        ({job_end.END: "soon"}, "and SLURM_JOB_END_TIME is 'soon'"),
-        ({job_end.END: ""}, "the end of job 7 is not known: scontrol does not run: No such file or directory"),
-        ({job_end.END: "", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}, "the end of job 5_2 is not known"),
+        ({slurm_job_end.END: "1"}, "and SLURM_JOB_END_TIME is '1'"),  # of a job that has ended, whose shell this is
+        ({slurm_job_end.END: "soon"}, "and SLURM_JOB_END_TIME is 'soon'"),
+        ({slurm_job_end.END: ""}, "the end of job 7 is not known: scontrol does not run: No such file or directory"),
+        (
+            {slurm_job_end.END: "", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"},
+            "the end of job 5_2 is not known",
+        ),
     ],
 )
 def test_an_end_that_is_not_known_is_told_and_does_no_harm(
@@ -350,21 +353,21 @@ def test_an_end_that_is_not_known_is_told_and_does_no_harm(
 )
 def test_what_scontrol_says(record: str, left_s: float | str) -> None:
     if isinstance(left_s, str):
-        with pytest.raises(job_end.JobEndUnknown, match=left_s):
-            job_end.left_in(f"JobId=7 JobName=x {record}")
+        with pytest.raises(slurm_job_end.JobEndUnknown, match=left_s):
+            slurm_job_end.left_in(f"JobId=7 JobName=x {record}")
     else:
-        assert job_end.left_in(f"JobId=7 JobName=a RunTime=9 {record} SubmitTime=y") == left_s
+        assert slurm_job_end.left_in(f"JobId=7 JobName=a RunTime=9 {record} SubmitTime=y") == left_s
 
 
 def test_a_scontrol_that_hangs_or_fails_is_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "scontrol"
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(job_end, "ANSWER_S", 0.2)
+    monkeypatch.setattr(slurm_job_end, "ANSWER_S", 0.2)
     for script, why in (("sleep 9", "no answer within 0.2 s"), ("echo gone >&2; exit 1", "scontrol failed: gone")):
         tool.write_text(f"#!/bin/sh\nexec sh -c '{script}'\n")
         tool.chmod(0o755)
-        with pytest.raises(job_end.JobEndUnknown, match=why):
-            job_end.SlurmJob("7").left_s()
+        with pytest.raises(slurm_job_end.JobEndUnknown, match=why):
+            slurm_job_end.SlurmJob("7").left_s()
 
 
 class Ticking:

@@ -18,9 +18,9 @@ from llamatune.errors import NumericsError, SpecError, Stopped
 from llamatune.events import Event, Notice, Progress, StepDone, ignore_event, never_stop
 from llamatune.formats.metrics import read_metrics
 from llamatune.inference.evaluate import RowScore
-from llamatune.job_end import Clock
 from llamatune.ranks import ALONE
 from llamatune.reporting.run_reader import read_run
+from llamatune.slurm_job_end import Clock
 from llamatune.spec import RunSpec
 from llamatune.training import rate_search
 from llamatune.training.inputs import open_inputs

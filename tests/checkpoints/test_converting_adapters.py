@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llamatune.checkpoints.adapter import Adapter, load_adapter, write_adapter
-from llamatune.checkpoints.adapter_formats import convert_adapter
 from llamatune.checkpoints.converting import convert
+from llamatune.checkpoints.converting_adapters import convert_adapter
 from llamatune.checkpoints.gguf_config import gguf_name
 from llamatune.checkpoints.merging import merge_lora
 from llamatune.checkpoints.model_directory import read_config
@@ -68,7 +68,7 @@ def adapter(request, base, tmp_path, monkeypatch):
     made = made_adapter(SPECS[request.param], config)
     (tmp_path / "adapter").mkdir()
     loaded = Adapter(made.config, made.tensors, path=tmp_path / "adapter", digest="0" * 64)
-    monkeypatch.setattr("llamatune.checkpoints.adapter_formats.load_adapter", lambda path: loaded)
+    monkeypatch.setattr("llamatune.checkpoints.converting_adapters.load_adapter", lambda path: loaded)
     return loaded
 
 
@@ -131,7 +131,7 @@ def test_dora_goes_to_mlx_lm_and_not_to_llama_cpp(base, tmp_path, monkeypatch):
     spec = AdapterSpec(3, 6.0, target_modules=("q_proj", "down_proj"), kind="dora")
     made = made_adapter(spec, config)
     loaded = Adapter(spec, made.tensors, path=tmp_path / "adapter", digest="0" * 64)
-    monkeypatch.setattr("llamatune.checkpoints.adapter_formats.load_adapter", lambda path: loaded)
+    monkeypatch.setattr("llamatune.checkpoints.converting_adapters.load_adapter", lambda path: loaded)
     (tmp_path / "adapter").mkdir()
     with pytest.raises(CheckpointError, match="plain LoRA, and this one is dora"):
         convert_adapter(ConvertAdapterOptions(tmp_path / "adapter", tmp_path / "x.gguf", "gguf", base))
@@ -183,7 +183,7 @@ def test_mlx_lms_layout_is_read_back_and_goes_to_peft(base, tmp_path, name, monk
     loaded = Adapter(made.config, made.tensors, path=tmp_path / "adapter", digest="0" * 64)
     (tmp_path / "adapter").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr("llamatune.checkpoints.adapter_formats.load_adapter", lambda path: loaded)
+        patch.setattr("llamatune.checkpoints.converting_adapters.load_adapter", lambda path: loaded)
         convert_adapter(ConvertAdapterOptions(tmp_path / "adapter", tmp_path / "mlx", "mlx", base))
     convert_adapter(ConvertAdapterOptions(tmp_path / "mlx", tmp_path / "peft", "peft", base))
     wanted = updates(loaded, config)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llamatune.thread_turns import Lockstep
+from llamatune.lockstep import Lockstep
 
 
 class Recorded:
