@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -52,7 +53,7 @@ def _key(entry: Mapping[str, Any]) -> Iterator[str]:
         "required" if entry["required"] else f"default: {json.dumps(entry['default'])}"
     )
     yield f"  in a spec:           {entry['example']}"
-    yield f"  on the command line: {entry['override']}"
+    yield f"  on the command line: {shlex.quote(entry['override'])}"
 
 
 def _short_key(entry: Mapping[str, Any]) -> Iterator[str]:

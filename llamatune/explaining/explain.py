@@ -11,6 +11,7 @@ from typing import Any
 from llamatune.errors import SpecError
 from llamatune.explaining.all_topics import topics_of
 from llamatune.explaining.exit_codes import EXIT_CODES, exit_code
+from llamatune.explaining.key_examples import KEY_EXAMPLES
 from llamatune.explaining.topics import Topic
 from llamatune.spec_schema import SpecKey, section_names, spec_keys
 
@@ -78,7 +79,8 @@ def _topic_facts(topic: Topic) -> dict[str, Any]:
 
 
 def _key_facts(key: SpecKey) -> dict[str, Any]:
-    value = key.values[0] if key.values else "..." if key.default is None else key.default
+    listed = next((value for value in key.values if value != "null"), key.default)
+    value = KEY_EXAMPLES.get(key.name, listed)
     section, _, name = key.name.partition(".")
     return {
         "key": key.name,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +17,10 @@ from llamatune.errors import SpecError
 from llamatune.explaining.all_topics import TOPICS, topics_of
 from llamatune.explaining.exit_codes import EXIT_CODES
 from llamatune.explaining.explain import explain
+from llamatune.explaining.key_examples import KEY_EXAMPLES
 from llamatune.spec import build_spec
 from llamatune.spec_schema import spec_keys
+from llamatune.strict_yaml import parse_yaml
 
 MESSAGES = list(raised())
 CODES = error_classes()
@@ -109,16 +113,35 @@ def test_a_key_is_told_with_its_values_and_as_an_override(command: Callable[...,
     assert [entry["key"] for entry in explain(["seed"]).entries] == ["training.seed"]
 
 
-def test_the_override_of_every_key_is_one() -> None:
-    """What stands for a value that is free is none."""
-    for key in spec_keys():
-        (facts,) = (entry for entry in explain([key.name]).entries if entry["key"] == key.name)
-        if "..." in facts["override"]:
-            continue
-        values = {"model": {"path": "m"}, "data": {"train": "d"}, "training": {"output_dir": "o"}, "lora": {}}
-        others = {"training.nesterov": ["training.momentum=0.9"]}.get(key.name, [])
-        if key.name not in ("lora.modules_to_save", "lora.ranks", "lora.alphas"):
-            build_spec(values, "test", [facts["override"], *others])
+NEEDED = {
+    "model.quantized_cache": ["model.dtype=nf4"],
+    "training.nesterov": ["training.momentum=0.9"],
+}
+"""Beside the example of a key, what the rules between keys want."""
+
+
+@pytest.mark.parametrize("key", ["lora.ranks", "training.max_time"])
+def test_an_override_can_be_pasted_into_a_shell(command: Callable[..., Any], key: str) -> None:
+    line = command("explain", key).stdout.splitlines()[-1]
+    assert shlex.split(line.partition("command line: ")[2]) == [explain([key]).entries[0]["override"]]
+
+
+def test_every_key_has_an_example_that_a_spec_takes() -> None:
+    """In the spec and on the command line, and it says something: it is neither null, nor empty, nor dots."""
+    least = {"model": {"path": "base"}, "data": {"train": "rows"}, "training": {"output_dir": "run"}, "lora": {}}
+    keys = list(spec_keys())
+    silent = {key.name for key in keys if key.default in (None, [], {})}
+    assert silent == KEY_EXAMPLES.keys()
+    for key in keys:
+        (entry,) = explain([key.name]).entries
+        section, _, name = key.name.partition(".")
+        given = parse_yaml(entry["example"], key.name)
+        assert given[section][name] not in (None, [], {}, "..."), entry["example"]
+        assert f"{key.name}={json.dumps(given[section][name])}".replace('"', "") == entry["override"].replace('"', "")
+        overrides = [text for text in NEEDED.get(key.name, ()) if not text.startswith(f"{key.name}=")]
+        in_file = {**least, section: {**least.get(section, {}), **given[section]}}
+        by_override = build_spec(copy.deepcopy(least), key.name, [entry["override"], *overrides])
+        assert build_spec(copy.deepcopy(in_file), key.name, overrides) == by_override
 
 
 def test_an_error_is_told_as_it_was_printed_or_by_its_words(command: Callable[..., Any]) -> None:
