@@ -170,6 +170,8 @@ class Engine:
         ends = [end - 1 for end in itertools.accumulate(lengths)]
         filling = filled_up(tokens, device.type, self._element_bytes) - tokens
         twice = filled_up(len(new), device.type, self._element_bytes) - len(new) if len(new) > 1 else 0
+        if len(new) + twice == tokens + filling:
+            twice = 0  # the switch knows the rows of the last block by their number
         ends += ends[-1:] * twice  # so that the sizes of products recur
         both = torch.tensor([*(token for sequence in new for token in sequence.prompt), *ends], device=device)
         ids, rows = both[:tokens], both[tokens:]

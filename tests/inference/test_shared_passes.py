@@ -69,6 +69,24 @@ def test_each_answer_is_that_of_a_model_alone(
         assert pairs(models, sampling, rows) == apart, (rows, most)
 
 
+@pytest.mark.parametrize("length", [1, 2, 4, 7, 8, 9, 16, 17])
+def test_the_base_is_itself_beside_the_tuned_model_in_bf16_where_passes_are_filled_up(
+    tiny_base: Callable[..., Path], peft_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    base, seen, draw = tiny_base(), list[torch.Tensor](), engine.draw_tokens
+    models = loaded(base, peft_adapter(base), dtype="bfloat16")
+    monkeypatch.setattr(engine, "draw_tokens", lambda logits, *more: seen.append(logits.float()) or draw(logits, *more))
+    for first in range(3, 43, 8):
+        prompt = [1, *range(first, first + length - 1)]
+        for switch in (models.switch, None):
+            list(completions_by_model(replace(models, switch=switch), [prompt], Sampling(1, 0), (), 16))
+        together, *alone = seen
+        seen.clear()
+        for row, expected in zip(together, alone, strict=True):
+            assert (row - expected[0]).abs().max() < 0.1
+        assert (alone[0] - alone[1]).abs().max() > 1
+
+
 def test_positions_of_the_base_have_its_bits_and_the_others_those_of_the_tuned_model(
     tiny_base: Callable[..., Path], peft_adapter: Callable[..., Path]
 ) -> None:

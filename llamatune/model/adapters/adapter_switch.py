@@ -36,8 +36,11 @@ class AdapterSwitch:
         self._set, self._acts = wanted, ()
         if not all(acts):
             by_position = [act for act, length in zip(acts, lengths, strict=True) for _ in range(length)]
-            both = torch.tensor([*by_position, *[False] * filling, *acts, *[False] * twice], device=device)
-            self._acts = both[: -len(acts) - twice], both[-len(acts) - twice :]
+            by_position += [False] * filling
+            by_sample = [*acts, *[False] * twice]
+            assert len(by_position) != len(by_sample) or by_position == by_sample, "``choose`` goes by their number"
+            both = torch.tensor([*by_position, *by_sample], device=device)
+            self._acts = both[: -len(by_sample)], both[-len(by_sample) :]
 
     def hold(self, acts: Tensor) -> None:
         """As ``set``, of samples with one position each, by a tensor (B,) of bool that may change between passes."""
