@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,8 +99,19 @@ def judge_course(steps: Sequence[Step], evaluations: Sequence[EvalDone], at_star
 def _levels(steps: Sequence[Step], width: int) -> tuple[list[float], list[int]]:
     """The median loss of each ``width`` neighbouring steps, and the step in their middle."""
     losses = [step.loss for step in steps]
-    levels = [median(losses[place : place + width]) for place in range(max(1, len(losses) - width + 1))]
+    window = sorted(losses[:width])
+    levels = [_middle(window)]
+    for leaves, comes in zip(losses, losses[width:], strict=False):
+        del window[bisect.bisect_left(window, leaves)]
+        bisect.insort(window, comes)
+        levels.append(_middle(window))
     return levels, [steps[min(place + width // 2, len(steps) - 1)].step for place in range(len(levels))]
+
+
+def _middle(window: Sequence[float]) -> float:
+    """The median of sorted values."""
+    half = len(window) // 2
+    return window[half] if len(window) % 2 else (window[half - 1] + window[half]) / 2
 
 
 def _rise_again(steps: Sequence[Step], width: int, noise: float) -> tuple[float, int, int | None]:

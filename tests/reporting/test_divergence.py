@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 from report_material import falling, make_steps, noisy, write_run
 
 from llamatune.events import EvalDone, Step
 from llamatune.reporting.diagnosis import Diagnosis, diagnose, diagnose_run
-from llamatune.reporting.divergence import judge_course
+from llamatune.reporting.divergence import _levels, judge_course
 from llamatune.reporting.norm_jumps import judge_norms
 from llamatune.reporting.report_text import findings
 from llamatune.reporting.run_reader import read_run
@@ -55,6 +57,15 @@ def test_a_level_run_is_not_clearly_better(deviation: float) -> None:
 
 def test_a_run_that_came_back_from_far_above_is_told() -> None:
     assert _verdict([*HOT[:10], *falling(60, 2.0)], [EvalDone(70, 2.0)], 4.3) == "recovered"
+
+
+@pytest.mark.parametrize(("count", "width"), [(1, 3), (2, 3), (7, 3), (50, 5), (50, 50), (61, 6)])
+def test_levels_are_medians_of_neighbours_also_where_losses_are_equal(count: int, width: int) -> None:
+    chance = random.Random(count)
+    steps = make_steps([round(chance.random(), 1) for _ in range(count)])
+    losses = [step.loss for step in steps]
+    expected = [median(losses[place : place + width]) for place in range(max(1, count - width + 1))]
+    assert _levels(steps, width)[0] == expected
 
 
 def test_too_little_is_not_judged() -> None:
