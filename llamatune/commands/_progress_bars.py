@@ -50,9 +50,12 @@ class _Console(Console):
             room = (options or self.options).max_width
             fits = self._least_width(renderable) <= room or not _has_figures(renderable)
             lined = self.file.isatty() and fits
-            renderable = _whole_cells(renderable, lined)
-            if not fits and self._least_width(renderable) > room:
-                renderable = _a_line_a_cell(renderable)
+            table = _whole_cells(renderable, lined)
+            if not fits and self._least_width(table) > room:
+                table = _a_line_a_cell(table)
+            if _has_figures(renderable) and self._least_width(table) <= room:
+                self._keep_words(table, room)
+            renderable = table
         for segment in super().render(renderable, options):
             text, style, control = segment
             yield segment if control or text.isprintable() else Segment(printable(text, _KEPT), style)
@@ -61,7 +64,29 @@ class _Console(Console):
 
     def _least_width(self, table: Table) -> int:
         """With no word broken."""
-        return Measurement.get(self, self.options.update(width=_UNBOUND), table).minimum
+        return self._widths(table).minimum
+
+    def _widths(self, renderable: RenderableType) -> Measurement:
+        return Measurement.get(self, self.options.update(width=_UNBOUND), renderable)
+
+    def _keep_words(self, table: Table, room: int) -> None:
+        """Give each column the width of its longest word, and what is left of ``room`` to those that lack most of it.
+
+        Rich narrows the widest column, though it may hold one word.
+        """
+        columns = []
+        for column in table.columns:
+            cells = [*column.cells, *([column.header] if table.show_header else [])]
+            found = [self._widths(cell) for cell in cells] or [Measurement(0, 0)]
+            columns.append((max(one.minimum for one in found), max(one.maximum for one in found)))
+        widths = [least for least, _ in columns]
+        for _ in range(room - self._least_width(table)):
+            lacking = [most - width for (_, most), width in zip(columns, widths, strict=True)]
+            if not any(lacking):
+                break
+            widths[lacking.index(max(lacking))] += 1
+        for column, width in zip(table.columns, widths, strict=True):
+            column.width = width
 
     def on_broken_pipe(self) -> None:
         """Rich would exit; here the caller decides what a closed pipe means."""
