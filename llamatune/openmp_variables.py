@@ -26,6 +26,7 @@ THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _COUNT = r"\s*\+?0*[1-9][0-9]{0,8}\s*"
 _COUNTS = re.compile(rf"{_COUNT}(,{_COUNT})*", re.ASCII)
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+_PLACES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 _LOAD = Path("/proc/loadavg")
 
 
@@ -55,8 +56,11 @@ def set_openmp_variables(environment: MutableMapping[str, str]) -> None:
 
 
 def waiting_asleep(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a process with fewer cores than threads: one that waits for others sleeps at once."""
-    kept = {name: value for name, value in environment.items() if name not in _WAITING}
+    """The variables of a process with fewer cores than threads: one that waits for others sleeps at once.
+
+    None is bound to a core that the process leaves to others.
+    """
+    kept = {name: value for name, value in environment.items() if name not in (*_WAITING, *_PLACES)}
     return {**kept, "OMP_WAIT_POLICY": "passive"}
 
 

@@ -20,5 +20,5 @@ def processor_name() -> str:
 
 
 def core_count() -> int:
-    """Logical cores that this process may use; all of the machine where the system does not tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Logical cores that this process may use, by its main thread; all of the machine if the system does not tell."""
+    return len(os.sched_getaffinity(os.getpid())) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -24,7 +24,7 @@ _QUOTED = re.compile(r"^```bash\n(?P<command>.+)\n```\n(?:\n```text\n(?P<text>(?
 _PIECE = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?|[^\d]+")
 _TIMED = re.compile(
     r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?= )"
-    r"|(?<=peak_memory_bytes=)\d+|(?<=device_bytes=)\d+|(?<=path=)\S+"
+    r"|(?<=peak_memory_bytes=)\d+|(?<=device_bytes=)\d+|(?<=path=)\S+(?=/checkpoints/)"
     r"|(?<=seconds=)[\d.]+|(?<=_s=)[\d.]+|(?<=tokens_per_second=)\d+|(?<= left=)\S+"
     r"|[\d.]+ [KMG]iB (?=resident, |mapped, |free: )"
     r"|[\d.,]+(?= s\b)"  # seconds

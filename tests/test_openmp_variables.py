@@ -81,7 +81,8 @@ def test_how_the_user_wants_threads_to_wait_is_left_alone(name: str) -> None:
 
 def test_threads_of_a_process_with_fewer_cores_sleep_at_once() -> None:
     environment = {"GOMP_SPINCOUNT": str(SPINS), "OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "2"}
-    assert waiting_asleep(environment) == {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}
+    places = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores", "GOMP_CPU_AFFINITY": "0 1"}
+    assert waiting_asleep({**environment, **places}) == {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}
     assert environment["OMP_WAIT_POLICY"] == "active"
 
 

@@ -1,4 +1,4 @@
-"""The sizes of its base that an adapter's tensors state, and which of them another model has not. No torch."""
+"""The sizes of its base that an adapter's tensors state, and which differ from those of a given model. No torch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def other_size(
 
 
 def _other_depth(expected: Mapping[str, object], found: Mapping[str, object], here: int) -> str | None:
-    """An update of a block that the base has not, or none of all the blocks from one on."""
+    """The depth, where an update is of a block beyond the base's last, or none is of all blocks from one on."""
     depth = 1 + max(map(_block, found), default=-1)
     missing = [_block(name) for name in expected if name not in found]
     if depth > here or (0 < depth < here and missing and min(missing) >= depth):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from llamatune import __version__
@@ -23,6 +22,7 @@ def env(options: Options, console: Console) -> None:
     import torch
 
     from llamatune import devices
+    from llamatune.processor import core_count
 
     driver = devices.driver_version()
     gpus = [_gpu_facts(torch.device("cuda", index)) for index in range(devices.gpu_count())]
@@ -32,7 +32,7 @@ def env(options: Options, console: Console) -> None:
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_cores": len(os.sched_getaffinity(0)),
+        "cpu_cores": core_count(),
         "memory_bytes": devices.memory_size_bytes(torch.device("cpu")),
         "cuda": torch.version.cuda,
         "cuda_architectures": torch.cuda.get_arch_list(),

@@ -8,7 +8,6 @@ pipe closes, also when the main process is killed.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from multiprocessing.connection import Connection
@@ -17,6 +16,7 @@ from llamatune.child_process import death_of, end_child, start_child
 from llamatune.data.encoding import EncodedBatch, Recipe, encode_batch
 from llamatune.data.raw_row import RawRow
 from llamatune.errors import EnvironmentFault, LlamatuneError
+from llamatune.processor import core_count
 
 _POLL_S = 0.2
 _BYTES_FOR_A_WORKER = 4 << 20  # starting a process costs about as much as encoding 1 MB
@@ -24,7 +24,7 @@ _BYTES_FOR_A_WORKER = 4 << 20  # starting a process costs about as much as encod
 
 def default_workers(total_bytes: int) -> int:
     """One for each 4 MiB of rows, at most one a core."""
-    return min(len(os.sched_getaffinity(0)), total_bytes // _BYTES_FOR_A_WORKER)
+    return min(core_count(), total_bytes // _BYTES_FOR_A_WORKER)
 
 
 def encode_batches(

@@ -8,7 +8,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llamatune.reporting.chart_images import Chart, Legend
-from llamatune.reporting.curves import INK, SPIKE_STYLE, Curve, draw_line, make_logarithmic, short_name, thinned
+from llamatune.reporting.curves import (
+    INK,
+    SPIKE_STYLE,
+    Curve,
+    draw_line,
+    make_logarithmic,
+    short_name,
+    short_names,
+    thinned,
+)
 from llamatune.reporting.step_charts import step_charts
 from llamatune.units import perplexity
 
@@ -97,7 +106,8 @@ def _describe_loss(curve: Curve) -> str:
 
 def run_legend(curves: Sequence[Curve]) -> Legend:
     """A line for each run."""
-    return tuple((short_name(curve.run.name), curve.style) for curve in curves)
+    names = short_names([curve.run.name for curve in curves])
+    return tuple((name, curve.style) for name, curve in zip(names, curves, strict=True))
 
 
 def loss_legend(curves: Sequence[Curve]) -> Legend:

@@ -75,6 +75,13 @@ class Curve:
 SPIKE_STYLE: dict[str, Any] = {"color": INK, "linestyle": "", "marker": "x", "markersize": 7, "markeredgewidth": 1.6}
 
 
+def short_names(names: Sequence[str]) -> list[str]:
+    """Each name without its middle if it is long, and behind its number where two would be alike."""
+    short = [short_name(name) for name in names]
+    alike = len(set(short)) < len(set(names))
+    return [f"{number}: {short_name(name, 44)}" for number, name in enumerate(names, 1)] if alike else short
+
+
 def short_name(name: str, most: int = 48) -> str:
     """A name in at most ``most`` characters, without its middle: names of a sweep often differ at the end alone."""
     return name if len(name) <= most else f"{name[: most // 2 - 2]}...{name[-(most // 2 - 1) :]}"

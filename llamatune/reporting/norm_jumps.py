@@ -10,8 +10,8 @@ from llamatune.events import Step
 from llamatune.reporting.noise import noise_of
 
 # Norms of ordinary runs vary by a deviation of 0.1 to 0.5 of their logarithm, of tiny batches by up to 0.65, and the
-# losses of those as much. Above one, and above twice the noise of the losses, weights are thrown from update to update
-# between places where the gradient vanishes and where it explodes.
+# losses of those as much. Above one, and above twice the noise of the losses, gradients of neighbouring updates differ
+# by orders of magnitude.
 JUMP_DEVIATION, JUMP_OF_LOSSES = 1.0, 2.0
 # Of fewer steps the deviation is not known well enough.
 JUMP_FEWEST = 12

@@ -69,7 +69,7 @@ def judge_validation(steps: Sequence[Step], evaluations: Sequence[EvalDone]) -> 
     if verdict == "over-fitting" and turn == len(losses) - 1:
         verdict = "not clear"
     # A mean over the first updates is of a steep fall, so the gap there says little. A run that over-fits goes on
-    # learning its own rows, or knows them already.
+    # learning its own rows, or its training loss is already low.
     level_at_turn, level_at_end = (_late_level(trained_before(index)) for index in (turn, len(losses) - 1))
     if verdict == "over-fitting" and level_at_end >= max(level_at_turn, losses[turn]):
         verdict = "rising"

@@ -16,7 +16,7 @@ from llamatune.events import EvalDone
 from llamatune.reporting.averages import epoch_means, running_average
 from llamatune.reporting.chart_images import PALETTE, Chart, chart_files, chart_svg, charts_png
 from llamatune.reporting.charts import level_values, make_charts, run_legend, whole_legend
-from llamatune.reporting.curves import Curve, thinned
+from llamatune.reporting.curves import Curve, short_name, short_names, thinned
 from llamatune.reporting.run_reader import read_run
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -253,3 +253,13 @@ def test_large_numbers_on_an_axis_are_written_as_in_the_tables(tmp_path: Path) -
         if chart.name == "perplexity"
     ]
     assert {"10", "100", "1,000", "10,000"} <= set(_texts(chart_files(chart)["svg"]))
+
+
+def test_long_names_that_differ_in_their_middles_alone_are_numbered() -> None:
+    names = [f"lora.r=8,training.learning_rate={rate}e-3,lora.dropout=0.05,training.seed=1" for rate in (1, 2)]
+    assert short_name(names[0]) == short_name(names[1])
+    shown = short_names(names)
+    assert len(set(shown)) == 2
+    assert [name[:11] for name in shown] == ["1: lora.r=8", "2: lora.r=8"]
+    assert max(map(len, shown)) <= 48
+    assert short_names(["a", "b", "a"]) == ["a", "b", "a"]
