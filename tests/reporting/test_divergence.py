@@ -149,7 +149,7 @@ def test_norms_that_jump_by_orders_of_magnitude_are_told_and_ordinary_ones_are_n
 
 
 def test_norms_that_vary_as_the_losses_do_are_ordinary() -> None:
-    """Tiny batches, of which some are known by heart."""
+    """Tiny batches, of which some have a loss near zero."""
     for seed in range(30):
         losses = noisy([0.1] * 100, 1.5, seed)
         assert judge_norms(_with_norms(losses, [10 * loss for loss in losses])) is None
