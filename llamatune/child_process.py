@@ -1,4 +1,4 @@
-"""A Python process with one pipe, which does not get the signals that ask this one for a stop."""
+"""A Python child process with one pipe, which the parent's stop signals do not reach; its end and its death."""
 
 from __future__ import annotations
 

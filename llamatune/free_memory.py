@@ -1,4 +1,4 @@
-"""Free memory of the host for this process: MemAvailable, control groups, ulimit -v, what the allocator keeps.
+"""Free memory of the host for this process: MemAvailable, control groups, ulimit -v; freed memory given back.
 
 No torch.
 """

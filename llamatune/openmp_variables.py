@@ -1,4 +1,4 @@
-"""Variables of OpenMP, read when torch is loaded: counts of threads that are none, and how threads wait. No torch."""
+"""Environment variables of OpenMP: checked numbers of threads, how threads wait, where they are bound. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sizes of its base that an adapter's tensors state, and which differ from those of a given model. No torch."""
+"""Sizes of an adapter's base, by the shapes of its tensors, compared with those of a given model. No torch."""
 
 from __future__ import annotations
 

@@ -45,8 +45,8 @@ def _count_same(texts: Sequence[Sequence[str]]) -> int:
     """How many first lines all have in common, their last ones apart; none if there are no two different texts."""
     if all(each == texts[0] for each in texts):
         return 0
-    common = zip(*(each[:-1] for each in texts), strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda same: len(set(same)) == 1, common))
+    shortest = min(map(len, texts))
+    return sum(itertools.takewhile(bool, (len({each[place] for each in texts}) == 1 for place in range(shortest - 1))))
 
 
 class Curve:

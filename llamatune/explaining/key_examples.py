@@ -1,4 +1,4 @@
-"""Example values of those keys of the run spec whose default is none, null or empty."""
+"""Example values for ``explain KEY``, of those keys of the run spec whose default is none, null or empty."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``summary.json``, what a finished run says of itself: its schema, its reader and its writer. No torch."""
+"""``summary.json``, the results of a finished run: its schema, its reader and its writer. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Int8 of frozen weights with a scale for each row, an output channel: one byte a weight.
+"""Int8 quantisation of frozen weights, with a scale for each output channel: one byte a weight.
 
 The codes are from -127 to 127, and a weight is off by half a scale at most. A scale is the least bf16 with which the
 row's largest magnitude fits into 127. torch's kernel on a CPU takes scales in bf16, so it computes with the numbers of

@@ -1,6 +1,7 @@
-"""Matrix products that add, scale and widen on the way, as a GPU does at no cost.
+"""Matrix products: with addition, scaling and another dtype in one call, and of few rows on a CPU.
 
-On a CPU these are steps after the product, in one order from release to release: a run continues to the same bytes.
+On a GPU these cost nothing. On a CPU they are steps after the product, in one order from release to release: a run
+continues to the same bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The end of a run against its start and its lowest: whether it learned, diverged, or became unstable."""
+"""The course of a run: whether it learned, diverged or became unstable, by its end, its start and its lowest loss."""
 
 from __future__ import annotations
 
@@ -101,9 +101,9 @@ def _levels(steps: Sequence[Step], width: int) -> tuple[list[float], list[int]]:
     losses = [step.loss for step in steps]
     window = sorted(losses[:width])
     levels = [_middle(window)]
-    for leaves, comes in zip(losses, losses[width:], strict=False):
-        del window[bisect.bisect_left(window, leaves)]
-        bisect.insort(window, comes)
+    for place in range(width, len(losses)):
+        del window[bisect.bisect_left(window, losses[place - width])]
+        bisect.insort(window, losses[place])
         levels.append(_middle(window))
     return levels, [steps[min(place + width // 2, len(steps) - 1)].step for place in range(len(levels))]
 
