@@ -35,10 +35,10 @@ def _dtype(model: Transformer) -> torch.dtype:
 
 
 def last_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
-    """Logits of the last position alone, (B, T, D) -> (B, V)."""
-    return linear(hidden[:, -1], head_weight)
+    """Logits of the last position alone, (B, T, D) -> (B, V); they may lie in memory column after column."""
+    return linear(hidden[:, -1], head_weight, any_layout=True)
 
 
 def logits_of_the_row(hidden: Tensor, head_weight: Tensor) -> Tensor:
-    """(1, rows, D) -> (rows, V)."""
-    return linear(hidden[0], head_weight)
+    """(1, rows, D) -> (rows, V); they may lie in memory column after column."""
+    return linear(hidden[0], head_weight, any_layout=True)

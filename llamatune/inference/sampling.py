@@ -10,10 +10,10 @@ from torch import Tensor
 from llamatune.command_options.inference import Drawing
 from llamatune.errors import NumericsError
 from llamatune.inference.host_copies import sent
-from llamatune.shapes.tile_sizes import drawn_rows
+from llamatune.shapes.tile_sizes import COMPARED_AT_ONCE, drawn_rows
 
 _BLOCK = 64
-"""Of logits, whose number is a multiple of it with nearly every tokenizer."""
+"""Of logits, whose number is a multiple of it with nearly every tokenizer; a power of two."""
 
 NO_TOKEN = -1
 """In place of a token where the logits hold NaN or infinity."""
@@ -26,7 +26,7 @@ def token_distribution(logits: Tensor, sampling: Drawing) -> Tensor:
     ``min_p`` leaves tokens of at least that share of the likeliest's probability (Nguyen et al. 2024).
     """
     # Relative to the likeliest, so that a tiny temperature divides to -inf and not to inf - inf.
-    logits = logits.float()
+    logits = logits.to(torch.float32, memory_format=torch.contiguous_format)
     scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
         least = scaled.topk(sampling.top_k).values[:, -1:]
@@ -76,8 +76,7 @@ def chosen_tokens(logits: Tensor, sampling: Drawing, generators: Sequence[torch.
     A generator gives one number for each token, so a sequence draws the same in any row of any batch.
     """
     if sampling.temperature == 0:
-        found = [_likeliest(part.float()) for part in _portions(logits)]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return _likeliest(logits)
     uniforms = torch.cat([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
     # A number so near to 1 could be rounded to the sum of all probabilities, beyond the last token.
     uniforms = sent(uniforms.clamp_(max=1 - 2.0**-52), logits.device)
@@ -128,15 +127,27 @@ def _likeliest(logits: Tensor) -> Tensor:
 def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """As ``logits.max(-1)`` of (B, V): NaN where there is one, and the first of equals.
 
-    That looks at one number after another on a CPU, and ``amax`` at many: of a thousand blocks, then in one of them.
+    That looks at one number after another on a CPU. Here many are compared at once: blocks first, then numbers in one.
     """
-    vocabulary = logits.shape[-1]
-    if logits.device.type != "cpu" or vocabulary % _BLOCK or not logits.is_contiguous():
+    rows, vocabulary = logits.shape
+    if logits.device.type != "cpu" or vocabulary % _BLOCK:
         return logits.max(-1)
-    blocks = logits.view(-1, vocabulary // _BLOCK, _BLOCK)
-    largest, block = blocks.amax(-1).max(-1)
-    within = blocks[torch.arange(len(blocks)), block].max(-1).indices
+    blocks = torch.unflatten(logits, -1, (-1, _BLOCK))  # (B, V / _BLOCK, _BLOCK)
+    if logits.stride(-1) == 1:
+        of_blocks = blocks.amax(-1)
+    else:
+        at_once = max(1, COMPARED_AT_ONCE // (rows * _BLOCK))
+        of_blocks = torch.cat([_by_halves(some) for some in torch.split(blocks.permute(1, 2, 0), at_once)]).T
+    largest, block = of_blocks.max(-1)
+    within = blocks[torch.arange(rows), block].max(-1).indices
     return largest, block * _BLOCK + within
+
+
+def _by_halves(blocks: Tensor) -> Tensor:
+    """As ``blocks.amax(1)``, of (blocks, _BLOCK, B): ``amax`` over what is not adjacent is slow for some B."""
+    while (size := blocks.shape[1]) > 1:
+        blocks = torch.maximum(blocks[:, : size // 2], blocks[:, size // 2 :])
+    return blocks[:, 0]
 
 
 def not_finite() -> NumericsError:

@@ -62,7 +62,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, any_layout: bo
     """
     bias = None if bias is None else bias.to(x.dtype)
     if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
-        is_few = suits_few_rows(x, weight)
+        is_few = suits_few_rows(x, weight, any_layout)
         return few_rows_linear(x, weight, bias, any_layout) if is_few else F.linear(x, weight, bias)
     y: Tensor = FrozenProduct.apply(  # type: ignore[no-untyped-call]
         x, lambda x: F.linear(x, weight.to(x.dtype)), lambda grad: grad @ weight.to(grad.dtype)

@@ -47,27 +47,30 @@ def scaled_product(a: Tensor, b: Tensor, scale: float = 1.0, dtype: torch.dtype 
     return torch.addmm(y, a, b, out_dtype=dtype, beta=0, alpha=scale)
 
 
-def suits_few_rows(x: Tensor, W: Tensor) -> bool:
+def suits_few_rows(x: Tensor, W: Tensor, any_layout: bool = False) -> bool:
     """Whether ``few_rows_linear`` is faster than ``F.linear``: for bf16 products of generation on a CPU.
+
+    Of a small W it is where nothing is transposed for it: for one row, or between gate, up and down.
 
     Training does not use it: the bits of a step do not depend on whether a pass is for gradients.
     """
     if x.dtype != torch.bfloat16 or W.dtype != x.dtype or x.device.type != "cpu":
         return False
     rows = x.numel() // x.shape[-1]
-    fits = rows == 1 or (rows <= _FEW_ROWS and W.numel() >= LEAST_ELEMENTS)
+    suits_left = W.numel() >= LEAST_ELEMENTS or any_layout or x.stride(-1) != 1
+    fits = rows == 1 or (rows <= _FEW_ROWS and suits_left)
     return fits and torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def few_rows_linear(x: Tensor, W: Tensor, bias: Tensor | None = None, any_layout: bool = False) -> Tensor:
     """x W^T + bias, (..., in) -> (..., out); in ``any_layout`` it may lie in memory column after column.
 
-    As (W x^T)^T where W is large, which oneDNN reads faster as the left factor. A small W is multiplied without oneDNN,
-    whose calls take longer than the product. ``benchmarks/few_rows.py`` measures both.
+    As (W x^T)^T, which oneDNN reads faster as the left factor. A small W is multiplied by one row without oneDNN, whose
+    calls take longer than the product. ``benchmarks/few_rows.py`` measures both.
     """
-    if W.numel() < LEAST_ELEMENTS:
-        return _without_onednn(x, W, bias)
     rows = x.reshape(-1, x.shape[-1])
+    if W.numel() < LEAST_ELEMENTS and len(rows) == 1:
+        return _without_onednn(x, W, bias)
     y = torch.mv(W, rows[0])[None] if len(rows) == 1 else _by_left_factor(rows, W, any_layout)
     y = y.view(*x.shape[:-1], len(W))
     return y if bias is None else y + bias

@@ -24,7 +24,7 @@ _ROOM_SHARE = 0.8
 """Of the free memory, what keys and values of generation, and the choice of tokens, may take."""
 
 _CHOICE_BYTES = {True: 40, False: 16}
-"""Of a logit, what the choice of a token has in flight, whether it is drawn or the likeliest, with logits in fp32."""
+"""Of a logit, what the choice of a token has in flight, whether it is drawn or the likeliest, with the logits."""
 
 _MOST_TOKENS, _FEWEST_TOKENS = 2048, 256
 _SHARE = {"cpu": 0.025, "cuda": 0.08}

@@ -32,6 +32,9 @@ def drawn_rows(vocabulary: int, device: str) -> int:
     return max(1, _DRAWN_LOGITS_AT_ONCE[device] // vocabulary)
 
 
+COMPARED_AT_ONCE = 1 << 18
+"""Logits of several rows whose largest are found at once, on a CPU: what stays in the cores' caches."""
+
 WEIGHTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 19}
 """NF4 weights that are unpacked in one piece: what stays in a core's cache, and on a GPU 64 MiB of indices."""
 

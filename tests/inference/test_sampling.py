@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from llamatune.command_options.inference import Sampling
 from llamatune.errors import NumericsError, SpecError
@@ -199,16 +201,41 @@ def test_logits_that_are_not_finite_have_no_next_token(temperature: float, broke
         next_tokens(logits, Sampling(temperature=temperature), [torch.Generator()] * 2)
 
 
+def in_columns(logits: Tensor) -> Tensor:
+    return logits.T.contiguous().T
+
+
+def with_rows_left_out(logits: Tensor) -> Tensor:
+    return in_columns(torch.cat((logits, torch.full_like(logits[:3], 1e3))))[: len(logits)]
+
+
+@pytest.mark.parametrize("lying", [torch.Tensor.contiguous, in_columns, with_rows_left_out])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [64, 320, 32000, 257])
-def test_the_greedy_token_is_the_first_of_the_largest(vocabulary: int) -> None:
+@pytest.mark.parametrize("rows", [1, 50])
+def test_the_greedy_token_is_the_first_of_the_largest(
+    vocabulary: int, rows: int, dtype: torch.dtype, lying: Callable[[Tensor], Tensor]
+) -> None:
     generator = torch.Generator().manual_seed(vocabulary)
-    logits = torch.randint(9, (50, vocabulary), generator=generator).float()  # with many equals
+    drawn = torch.randint(9, (rows, vocabulary), generator=generator).to(dtype)  # with many equals
+    logits = lying(drawn)
     greedy = Sampling(temperature=0)
     expected = [row.index(max(row)) for row in logits.tolist()]
     assert next_tokens(logits, greedy, []) == expected
     for place in (0, vocabulary // 2, vocabulary - 1):
         for bad in (torch.nan, torch.inf):
-            broken = logits.clone()
-            broken[7, place] = bad
+            broken = drawn.clone()
+            broken[rows // 2, place] = bad
             with pytest.raises(NumericsError):
-                next_tokens(broken, greedy, [])
+                next_tokens(lying(broken), greedy, [])
+
+
+@pytest.mark.parametrize("lying", [in_columns, with_rows_left_out])
+def test_what_is_drawn_does_not_depend_on_how_logits_lie(lying: Callable[[Tensor], Tensor]) -> None:
+    logits = torch.randn(50, 320, generator=torch.Generator().manual_seed(1)).bfloat16()
+    sampling = Sampling(temperature=0.9, top_k=40, top_p=0.9, min_p=0.01)
+    draws = [
+        next_tokens(one, sampling, [torch.Generator().manual_seed(row) for row in range(50)])
+        for one in (logits, lying(logits))
+    ]
+    assert draws[0] == draws[1]

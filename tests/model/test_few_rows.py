@@ -43,16 +43,20 @@ def test_only_generation_in_bf16_uses_it() -> None:
         assert not suits_few_rows(x.expand(65, 1024), W)
         assert suits_few_rows(x, W[:1023])
         assert not suits_few_rows(x.expand(2, 1024), W[:1023])
+        assert suits_few_rows(x.expand(2, 1024), W[:1023], any_layout=True)
+        assert suits_few_rows(torch.randn(1024, 2).bfloat16().T, W[:1023])
+        assert not suits_few_rows(torch.randn(1024, 65).bfloat16().T, W[:1023])
         assert not suits_few_rows(x.float(), W.float())
         assert not suits_few_rows(x.half(), W.half())
         with torch.autocast("cpu", torch.bfloat16):
             assert not suits_few_rows(x, W)
 
 
+@pytest.mark.parametrize("width", [2048, 160])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (64, 1), (1, 65)])
-def test_gate_and_up_lie_in_columns_and_the_output_in_rows(shape: tuple[int, int]) -> None:
+def test_gate_and_up_lie_in_columns_and_the_output_in_rows(shape: tuple[int, int], width: int) -> None:
     generator = torch.Generator().manual_seed(5)
-    config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=4,
+    config = LlamaConfig(hidden_size=512, intermediate_size=width, num_hidden_layers=1, num_attention_heads=4,
                          num_key_value_heads=4, vocab_size=8)  # fmt: skip
     module = FeedForward(config).bfloat16()
     for parameter in module.parameters():
