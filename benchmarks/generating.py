@@ -4,7 +4,8 @@
 of ragged lengths, greedy, from the same random weights, alternating. The length of each answer is drawn from an
 exponential distribution whose mean is a quarter of the longest; ``generate`` computes a batch until its longest answer
 ends. Seconds are compared for each token that is asked for; a ratio above 1 means that llamatune needs less. Nothing is
-downloaded. With ``--held int8`` llamatune's weights are quantised, and answers differ.
+downloaded. With ``--held int8`` llamatune's weights are quantised, and answers differ. ``--int8-peers torchao`` adds
+transformers with weights that torchao, quanto or bitsandbytes quantised to int8, where the package is installed.
 
 ``--tokenizer tokenizer.model``: beside llama.cpp, too, which needs llama-cpp-python. It reads the same weights in the
 same dtype, or in Q8_0 for ``--held int8``, from a GGUF file, which a tokenizer belongs to.
@@ -49,6 +50,7 @@ SHAPES = {
     "15m": LlamaConfig(288, 768, 6, 6, 6, 32000, max_position_embeddings=2048),
     "0.5b": LlamaConfig(1024, 4096, 24, 16, 8, 32000, max_position_embeddings=2048),
 }
+INT8_PACKAGES = ("torchao", "quanto", "bitsandbytes")
 Ids = list[int]
 Side = Callable[[list[Ids], list[int]], list[Ids]]
 """New ids of prompts, as many of each as is said."""
@@ -123,6 +125,19 @@ def continuous(model: Any) -> Side:
         return [made[request] for request in asked]
 
     return side
+
+
+def in_int8(base: Path, dtype: torch.dtype, package: str) -> Any:
+    """transformers' model whose linear layers hold int8, by one of ``INT8_PACKAGES``, and compute in ``dtype``."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+
+    if package == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        way: Any = TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        way = QuantoConfig(weights="int8") if package == "quanto" else BitsAndBytesConfig(load_in_8bit=True)
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=way, device_map="cpu").eval()
 
 
 def llama_cpp(file: Path) -> Side:
@@ -203,6 +218,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="15m")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--held", choices=QUANTIZED_DTYPES, help="what llamatune's weights are quantised to")
+    parser.add_argument("--int8-peers", nargs="+", choices=INT8_PACKAGES, default=[])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--rows", type=int, default=ROWS_AT_ONCE["cpu"], help="that llamatune computes together")
@@ -220,6 +236,8 @@ def main() -> None:
         base = make_base(Path(scratch) / "base", config, dtype, arguments.tokenizer)
         model = held_in(base, dtype, arguments.held)
         theirs = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+        for package in arguments.int8_peers:
+            others[f"generate, int8 by {package}"] = batches(in_int8(base, dtype, package), 1)
         if arguments.tokenizer is not None:
             file = Path(scratch) / "base.gguf"
             convert(ConvertOptions(base, file, dtype="q8_0" if arguments.held == "int8" else "same"))
