@@ -1,9 +1,10 @@
-"""Memory that was freed is given back to the system, whatever lies between it."""
+"""Memory that was freed is given back to the system, whatever lies between it, or used again."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 import sys
 
 import pytest
@@ -23,3 +24,36 @@ def test_freed_memory_between_what_is_held_is_given_back() -> None:
     give_back()
     assert before - held_host_bytes()["resident"] > 32 * MIB
     assert sys.getsizeof(held[0]) > size
+
+
+BLOCKS = """
+import ctypes, resource, sys
+from llamatune.free_memory import reuse_freed
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+if sys.argv[1] == "reused":
+    reuse_freed()
+def use(count):
+    blocks = [ctypes.c_void_p(library.malloc(ctypes.c_size_t(1 << 20))) for _ in range(count)]
+    for block in blocks:
+        ctypes.memset(block, 1, 1 << 20)
+    for block in blocks:
+        library.free(block)
+use(1)
+use(4)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    use(4)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_freed_blocks_are_used_again_without_new_pages() -> None:
+    faults = {
+        way: int(subprocess.run([sys.executable, "-c", BLOCKS, way], check=True, capture_output=True, text=True).stdout)
+        for way in ("left", "reused")
+    }
+    pages = 4 * MIB // os.sysconf("SC_PAGE_SIZE")
+    assert faults["left"] > 10 * pages, "the system's limits show nothing"
+    assert faults["reused"] < pages

@@ -18,7 +18,7 @@ from llamatune.checkpoints.model_directory import detect_format, warn_of_missing
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.free_memory import give_back
+from llamatune.free_memory import give_back, reuse_freed
 from llamatune.model.huge_pages import HugePages, room_of
 from llamatune.model.joined_products import join_products, joined_modules
 from llamatune.model.packed_weight import PackedWeight, hold_quantized
@@ -155,4 +155,6 @@ def load_model(
         join_products(model)
     if device.type == "cpu":
         give_back()
+    if joined:
+        reuse_freed()
     return model

@@ -6,6 +6,7 @@ alone. Linux gives pages of 2 MiB where a program asks for them (``madvise``), u
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Sequence
 
@@ -57,12 +58,16 @@ def _reserved(size: int) -> Tensor:
 
 
 def adjacent(parts: Sequence[Tensor]) -> Tensor | None:
-    """The rows of several matrices as one matrix that shares their memory; None if they do not lie so."""
-    first, end = parts[0], parts[0].storage_offset()
+    """The rows of several matrices as one matrix that shares their memory; None if they do not lie so on a CPU.
+
+    It keeps them alive, whether they are of one storage or mapped from a file each.
+    """
+    first, end = parts[0], parts[0].data_ptr()
     for part in parts:
         alike = part.is_contiguous() and part.dtype == first.dtype and part.shape[1:] == first.shape[1:]
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not alike or not same or part.storage_offset() != end:
+        if not alike or part.device.type != "cpu" or part.data_ptr() != end:
             return None
-        end += part.numel()
-    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride(), first.storage_offset())
+        end += part.nbytes
+    memory = (ctypes.c_char * (end - first.data_ptr())).from_address(first.data_ptr())
+    memory.parts = parts  # type: ignore[attr-defined]
+    return torch.frombuffer(memory, dtype=first.dtype).view(-1, *first.shape[1:])

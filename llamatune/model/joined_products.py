@@ -1,8 +1,8 @@
 """Joined products: q, k, v of a block as one matrix product, and gate, up as another, for generation on a CPU.
 
-A product of a small matrix takes less time than the calls around it. Larger matrices are left apart: they would have
-to be copied from the file's pages, and nothing is gained. In int8 those that lie behind one another in huge pages are
-joined without a copy, whatever their size.
+A product of a small matrix takes less time than the calls around it, so small ones are copied into one. Larger ones are
+joined where they lie behind one another: gate and up in the pages of a file whose tensors are sorted by name, as those
+of safetensors are, and all of them in int8.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llamatune.model.huge_pages import adjacent
 from llamatune.model.layers import Linear, linear
 from llamatune.model.packed_weight import PackedWeight
 from llamatune.model.products import LEAST_ELEMENTS
@@ -24,7 +25,7 @@ _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def joined_modules(config: LlamaConfig) -> frozenset[str]:
-    """The linear layers whose products are joined in a model of these sizes."""
+    """The linear layers whose weights are copied into joined ones in a model of these sizes."""
     return frozenset(name for group in _GROUPS if _is_small(config, group) for name in group)
 
 
@@ -37,8 +38,8 @@ def _is_small(config: LlamaConfig, group: Sequence[str]) -> bool:
 def join_products(model: Transformer) -> None:
     """Let a model with plain layers, which may get adapters later, compute joined products where they can be.
 
-    These are of ``joined_modules``, and of quantised layers. The weights of the layers become rows of the joined ones.
-    Those of a group that differ in dtype stay apart.
+    These are of ``joined_modules``, of matrices behind one another, and of quantised layers. The weights of the layers
+    become rows of the joined ones. Those of a group that differ in dtype stay apart.
     """
     names = joined_modules(model.config)
     for block in model.model.layers:
@@ -55,6 +56,7 @@ class _JoinedTensors:
 
     weight: Tensor | PackedWeight
     bias: Tensor | None
+    any_layout: bool
 
     def __deepcopy__(self, memo: object) -> _JoinedTensors:
         return self  # a model with an adapter shares the base's
@@ -66,14 +68,14 @@ class _JoinedTensors:
     def product(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out of all layers)."""
         if not isinstance(self.weight, PackedWeight):
-            return linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias, self.any_layout)
         y: Tensor = self.weight(x)
         return y if self.bias is None else y.add_(self.bias)
 
 
 def _join(module: nn.Module, group: Sequence[str], names: frozenset[str]) -> _JoinedTensors | None:
     """The tensors of the layers of a group in one each; None: they stay apart."""
-    layers = [module.get_submodule(name) for name in group]
+    layers: list[Linear] = [getattr(module, name) for name in group]
     biases = [layer.bias for layer in layers if layer.bias is not None]
     if len(biases) not in (0, len(group)):
         return None
@@ -81,9 +83,12 @@ def _join(module: nn.Module, group: Sequence[str], names: frozenset[str]) -> _Jo
     weight: Tensor | PackedWeight | None = None
     if len(packed) == len(group) and len(set(map(type, packed))) == 1:
         weight = packed[0].joined(packed)
-    elif not packed and names.issuperset(group) and len({layer.weight.dtype for layer in layers}) == 1:
-        weight = _concatenated("weight", layers)
-    return None if weight is None else _JoinedTensors(weight, _concatenated("bias", layers) if biases else None)
+    elif not packed and len({layer.weight.dtype for layer in layers}) == 1:
+        copied = names.issuperset(group)
+        weight = _concatenated("weight", layers) if copied else adjacent([layer.weight for layer in layers])
+    if weight is None:
+        return None
+    return _JoinedTensors(weight, _concatenated("bias", layers) if biases else None, layers[0].any_layout)
 
 
 def _concatenated(name: str, layers: Sequence[nn.Module]) -> Tensor:

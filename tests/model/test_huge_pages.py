@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,24 @@ def test_memory_is_freed_with_the_last_copy() -> None:
     gc.collect()
     # Another mapping may be there by now, but not as large a one.
     assert not any(int(line.split()[0].split("-")[1], 16) - where > (50 << 20) for line in pages_at(where))
+
+
+def test_the_whole_of_adjacent_tensors_keeps_them_alive(tmp_path: Path) -> None:
+    file = tmp_path / "bytes"
+    file.write_bytes(bytes(range(64)))
+    with file.open("rb") as opened:
+        memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    parts = [torch.frombuffer(memory, dtype=torch.uint8, count=16, offset=offset).view(4, 4) for offset in (8, 24)]
+    whole = adjacent(parts)
+    del parts, memory
+    gc.collect()
+    assert str(file) in Path("/proc/self/maps").read_text()
+    assert whole is not None
+    assert whole.shape == (8, 4)
+    assert bytes(whole.flatten().tolist()) == bytes(range(8, 40))
+    del whole
+    gc.collect()
+    assert str(file) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("other", ["apart", "another dtype", "another width", "transposed", "another order"])

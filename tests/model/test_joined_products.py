@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -83,8 +84,65 @@ def test_adapters_act_on_joined_layers(
     assert (logits(models[""]) - logits(models["base_"])).abs().max() > 1e-3
 
 
-def test_large_matrices_stay_apart() -> None:
-    """Which are read from memory: their copy would take room and gain nothing."""
+LARGE = {"hidden_size": 516, "intermediate_size": 2112, "head_dim": 8}
+"""So that gate and up are read from memory."""
+
+
+def joins(model: Transformer) -> tuple[bool, bool]:
+    """Whether the products of attention, and of the feed-forward, are joined in the first block."""
+    block = model.model.layers[0]
+    return hasattr(block.self_attn, "joined"), hasattr(block.mlp, "joined")
+
+
+def in_two_files(base: Path, into: Path) -> Path:
+    """The same model with the gates in a file of their own."""
+    shutil.copytree(base, into)
+    (file,) = into.glob("*.safetensors")
+    tensors = load_file(file)
+    file.unlink()
+    gates = {name: name.endswith("gate_proj.weight") for name in tensors}
+    files = {name: f"model-{1 + is_gate:05d}-of-00002.safetensors" for name, is_gate in gates.items()}
+    for stored in set(files.values()):
+        save_file({name: tensors[name] for name in files if files[name] == stored}, into / stored, {"format": "pt"})
+    (into / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return into
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_gate_and_up_are_joined_in_the_pages_of_the_file(
+    tiny_base: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base = tiny_base(dtype, **LARGE)
+    apart, joined = (load_model(base, joined=joined).eval() for joined in (False, True))
+    assert joins(joined) == (True, True)
+    for block in joined.model.layers:
+        assert torch.equal(block.mlp.joined.weight, torch.cat((block.mlp.gate_proj.weight, block.mlp.up_proj.weight)))
+        assert block.mlp.joined.weight.data_ptr() == block.mlp.gate_proj.weight.data_ptr()
+    ids = torch.randint(3, 30, (1, 100), generator=torch.Generator().manual_seed(3))
+    for tokens in (1, 5, 64, 100):
+        with torch.inference_mode():
+            expected, found = (model(ids[:, :tokens]).float() for model in (apart, joined))
+        torch.testing.assert_close(found, expected, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0)
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    for changed in ({"dtype": other}, {"writable": True}):
+        assert joins(load_model(base, joined=True, **changed)) == (True, False), changed
+    assert joins(load_model(in_two_files(base, tmp_path / "two"), joined=True)) == (True, False)
+
+
+def test_an_adapter_acts_on_large_joined_layers(
+    tiny_base: Callable[..., Path], peft_adapter: Callable[..., Path]
+) -> None:
+    base = tiny_base(**LARGE)
+    adapter = peft_adapter(base, targets=["gate_proj", "down_proj"])
+    opened = open_model(ModelSource(base, adapter, device="cpu"))
+    joined, apart = (opened.load(ignore_event, never_stop, generates=generates).by_prefix[""] for generates in (1, 0))
+    assert (joins(joined), joins(apart)) == ((True, True), (False, False))
+    torch.testing.assert_close(logits(joined), logits(apart), atol=1e-5, rtol=0)
+    assert (logits(joined) - logits(load_model(base).eval())).abs().max() > 1e-3
+
+
+def test_large_matrices_are_not_copied() -> None:
+    """Which are read from memory: their copy would take room."""
     assert joined_modules(PRESETS["llama-2-7b"]) == frozenset()
     assert joined_modules(LlamaConfig(512, 1376, 2, 8, 8, 1000)) == {"q_proj", "k_proj", "v_proj"}
 
