@@ -122,7 +122,7 @@ def plan_generation(model: HeldModel, work: Work, limit_bytes: int | None = None
     z = model.sizes()
     weights = z.block * model.config.num_hidden_layers + z.other_parameters * z.w
     copies = 2 if work.compare and model.replaces else 1
-    held = GenerationBytes(copies * weights, _adapter_bytes(z), 0, copies * z.unpacking)
+    held = GenerationBytes(copies * weights, _adapter_bytes(z), 0, copies * max(z.unpacking, z.cast_joined))
     moments = {"loading": dataclasses.replace(held, temporary=max(0, _loading_peak(z, model) - weights))}
     if work.rows is None:
         free = None if limit_bytes is None else limit_bytes - moments["loading"].peak

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from llamatune.model.huge_pages import adjacent
 from llamatune.model.packed_weight import PackedWeight, Scratch
 from llamatune.model.products import LEAST_ELEMENTS, in_rows
-from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
+from llamatune.shapes.tile_sizes import CAST_AT_ONCE, WEIGHTS_AT_ONCE
 
 LARGEST = 127
 _LEAST_SCALE = 2.0**-126
@@ -49,7 +49,7 @@ class Int8Weight(PackedWeight):
     codes: Tensor
     scales: Tensor
     _by_parts: Sequence[Int8Weight] = ()
-    """Of joined matrices, each: the bits are those of their products apart."""
+    """Of joined matrices, each: the bits of few rows are those of their products apart."""
 
     @staticmethod
     def storage(shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -89,8 +89,10 @@ class Int8Weight(PackedWeight):
         joined._by_parts, joined.any_layout = parts, parts[0].any_layout
         return joined
 
-    def multiplies_packed(self, x: Tensor) -> bool:
-        return self.multiplies_codes(x) or self.multiplies_digits(x)
+    def multiplies_joined(self, x: Tensor) -> bool:
+        if x.numel() <= _MOST_ROWS_OF_DIGITS * self.shape[1]:
+            return self.multiplies_codes(x) or self.multiplies_digits(x)
+        return self.room <= CAST_AT_ONCE and x.dtype == torch.bfloat16 and self.scales_products(x)
 
     def product(self, x: Tensor, out: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])

@@ -19,14 +19,12 @@ from llamatune.model.packed_weight import PackedWeight
 from llamatune.model.products import LEAST_ELEMENTS
 from llamatune.model.rope import Rotation, rotate, rotate_alike
 from llamatune.model.transformer import Attention, Block, FeedForward, Transformer
-from llamatune.shapes.llama_config import LlamaConfig
-
-_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES, LlamaConfig
 
 
 def joined_modules(config: LlamaConfig) -> frozenset[str]:
     """The linear layers whose weights are copied into joined ones in a model of these sizes."""
-    return frozenset(name for group in _GROUPS if _is_small(config, group) for name in group)
+    return frozenset(name for group in (QKV_MODULES, GATE_UP_MODULES) if _is_small(config, group) for name in group)
 
 
 def _is_small(config: LlamaConfig, group: Sequence[str]) -> bool:
@@ -44,9 +42,9 @@ def join_products(model: Transformer) -> None:
     names = joined_modules(model.config)
     for block in model.model.layers:
         assert isinstance(block, Block)
-        if (joined := _join(block.self_attn, _GROUPS[0], names)) is not None:
+        if (joined := _join(block.self_attn, QKV_MODULES, names)) is not None:
             block.self_attn = _JoinedAttention(block.self_attn, joined)
-        if (joined := _join(block.mlp, _GROUPS[1], names)) is not None:
+        if (joined := _join(block.mlp, GATE_UP_MODULES, names)) is not None:
             block.mlp = _JoinedFeedForward(block.mlp, joined)
 
 
@@ -63,7 +61,7 @@ class _JoinedTensors:
 
     def suits(self, x: Tensor) -> bool:
         """Whether one product with ``x`` is quicker than several: not where it would unpack all of them at once."""
-        return not isinstance(self.weight, PackedWeight) or self.weight.multiplies_packed(x)
+        return not isinstance(self.weight, PackedWeight) or self.weight.multiplies_joined(x)
 
     def product(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out of all layers)."""
@@ -131,7 +129,7 @@ class _Joined(nn.Module):
 class _JoinedAttention(_Joined, Attention):
     """q, k and v by one product; q and k are rotated together."""
 
-    group = _GROUPS[0]
+    group = QKV_MODULES
 
     def __init__(self, attention: Attention, joined: _JoinedTensors) -> None:
         self.take_layers_of(attention, joined)
@@ -153,7 +151,7 @@ class _JoinedAttention(_Joined, Attention):
 class _JoinedFeedForward(_Joined, FeedForward):
     """gate and up by one product."""
 
-    group = _GROUPS[1]
+    group = GATE_UP_MODULES
 
     def __init__(self, feed_forward: FeedForward, joined: _JoinedTensors) -> None:
         self.take_layers_of(feed_forward, joined)

@@ -101,14 +101,14 @@ class PackedWeight(nn.Module):
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self | None:
-        """The rows of several matrices as one, for ``multiplies_packed``; their tensors become parts of its.
+        """The rows of several matrices as one, for ``multiplies_joined``; their tensors become parts of its.
 
         None where this kind, or how they lie, does not allow it.
         """
         return None
 
-    def multiplies_packed(self, x: Tensor) -> bool:
-        """Whether the product with ``x`` is computed without unpacking."""
+    def multiplies_joined(self, x: Tensor) -> bool:
+        """Whether the product of joined matrices with ``x`` is quicker than theirs."""
         return False
 
     def hold_in(self, pages: HugePages) -> None:

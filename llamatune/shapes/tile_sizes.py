@@ -38,6 +38,9 @@ COMPARED_AT_ONCE = 1 << 18
 WEIGHTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 19}
 """NF4 weights that are unpacked in one piece: what stays in a core's cache, and on a GPU 64 MiB of indices."""
 
+CAST_AT_ONCE = 1 << 24
+"""Most codes in int8 that a CPU casts at once for a product of joined matrices; more are cast matrix by matrix."""
+
 ELEMENTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 17}
 """Elements of 8-bit optimizer state that are updated in one piece."""
 

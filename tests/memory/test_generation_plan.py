@@ -353,3 +353,16 @@ def test_no_torch_is_loaded_and_what_fits_has_no_remedies() -> None:
     assert found["remedies"] == []
     assert found["memory_limit_bytes"] == parse_size("80GiB", "") * 9 // 10
     assert cli is not None
+
+
+@pytest.mark.parametrize(
+    ("shape", "codes"),
+    [((1024, 4096, 24, 16, 8), 8192 * 1024), ((2048, 8192, 16, 32, 8), 3072 * 2048), ((4096, 11008, 32, 32, 32), 0)],
+)
+def test_joined_codes_of_int8_are_cast_together_if_they_are_few(shape: tuple[int, ...], codes: int) -> None:
+    """gate and up, or q, k and v alone; a larger matrix by itself."""
+    config = LlamaConfig(*shape, 32000)
+    sizes = HeldModel(config, "int8", "bfloat16", "bfloat16").sizes()
+    assert sizes.cast_joined == 2 * codes
+    assert HeldModel(config, "nf4", "bfloat16", "bfloat16").sizes().cast_joined == 0
+    assert HeldModel(config, "int8", "float32", "bfloat16").sizes().cast_joined == 0

@@ -160,10 +160,14 @@ def test_joined_matrices_take_the_way_of_each_of_them() -> None:
         ]
         joined = Int8Weight.joined(parts)
         assert joined is not None
-        for count, few in ((1, True), (8, True), (20, joins and torch.cpu._is_vnni_supported()), (65, False)):
+        for count, quicker in ((1, True), (8, True), (20, joins and torch.cpu._is_vnni_supported()), (65, True)):
             x = matrix((count, 1024), 1.0, 3).bfloat16()
+            assert joined.multiplies_joined(x) == (count <= 8), "the bits of training do not depend on it"
             with torch.inference_mode():
-                assert joined.multiplies_packed(x) == few
-                if few:
-                    apart = torch.cat([part.product(x) for part in parts], dim=1)
-                    assert torch.equal(joined.product(x), apart)
+                assert joined.multiplies_joined(x) == quicker
+                assert not joined.multiplies_joined(x.float())
+                assert not joined.multiplies_joined(x.half())
+                apart, found = torch.cat([part.product(x) for part in parts], dim=1), joined.product(x)
+                if quicker and count <= 64:
+                    assert torch.equal(found, apart)
+                torch.testing.assert_close(found, apart, rtol=2**-6, atol=2**-6 * apart.abs().max().item())
