@@ -24,6 +24,7 @@ from material import DTYPES, make_base
 
 from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.demo.run_demo import MATERIAL
+from llamatune.free_memory import give_back
 from llamatune.inference.generate import generate
 from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_encoding import PromptEncoder
@@ -79,6 +80,7 @@ def measure(case: Case, base: Path) -> dict[str, Any]:
     opened = open_model(source)
     tokenizer = opened.tokenizer()
     tokens = len(PromptEncoder(tokenizer, None).segments(prompt, 1).encode(tokenizer)[0])
+    give_back()  # or what the tiny model has left would be used again, and not be counted
     before = status_bytes("VmRSS")
     made = generate(source, [prompt] * case.prompts, sampling)
     lengths = [len(one.completion_ids) for one in made.results]
