@@ -4,8 +4,8 @@
 of ragged lengths, greedy, from the same random weights, alternating. The length of each answer is drawn from an
 exponential distribution whose mean is a quarter of the longest; ``generate`` computes a batch until its longest answer
 ends. Seconds are compared for each token that is asked for; a ratio above 1 means that llamatune needs less. Nothing is
-downloaded. With ``--held int8`` llamatune's weights are quantised, and answers differ. ``--int8-peers torchao`` adds
-transformers with weights that torchao, quanto or bitsandbytes quantised to int8, where the package is installed.
+downloaded. With ``--held int8`` llamatune's weights are quantised, and answers differ. ``--int8-peers torchao`` adds,
+for one prompt, transformers with weights in int8 by torchao, quanto or bitsandbytes, which must be installed.
 
 ``--tokenizer tokenizer.model``: beside llama.cpp, too, which needs llama-cpp-python. It reads the same weights in the
 same dtype, or in Q8_0 for ``--held int8``, from a GGUF file, which a tokenizer belongs to.
@@ -134,10 +134,12 @@ def in_int8(base: Path, dtype: torch.dtype, package: str) -> Any:
     if package == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
 
-        way: Any = TorchAoConfig(Int8WeightOnlyConfig())
+        settings: Any = TorchAoConfig(Int8WeightOnlyConfig())
     else:
-        way = QuantoConfig(weights="int8") if package == "quanto" else BitsAndBytesConfig(load_in_8bit=True)
-    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=way, device_map="cpu").eval()
+        settings = QuantoConfig(weights="int8") if package == "quanto" else BitsAndBytesConfig(load_in_8bit=True)
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, quantization_config=settings, device_map="cpu"
+    ).eval()
 
 
 def llama_cpp(file: Path) -> Side:
@@ -236,7 +238,7 @@ def main() -> None:
         base = make_base(Path(scratch) / "base", config, dtype, arguments.tokenizer)
         model = held_in(base, dtype, arguments.held)
         theirs = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
-        for package in arguments.int8_peers:
+        for package in arguments.int8_peers if arguments.only in (None, "single") else ():
             others[f"generate, int8 by {package}"] = batches(in_int8(base, dtype, package), 1)
         if arguments.tokenizer is not None:
             file = Path(scratch) / "base.gguf"

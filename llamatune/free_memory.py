@@ -1,4 +1,4 @@
-"""Free memory of the host for this process: MemAvailable, control groups, ulimit -v; what becomes of freed memory.
+"""Free memory of the host for this process: MemAvailable, control groups, ulimit -v; return and reuse of freed blocks.
 
 No torch.
 """
@@ -46,18 +46,15 @@ def reuse_freed() -> None:
 
     A block that is made and freed in every layer would otherwise come from the system each time, as new pages. The
     limits of a process rise with the largest block that it has freed (``mallopt(3)``); this one is never written to.
+    They hold for the whole process. Nothing happens with another C library, or where ``MALLOC_`` variables fix them.
     """
     try:
         library = ctypes.CDLL(None)
         make, free = library.malloc, library.free
     except (OSError, AttributeError):
         return
-    make.argtypes, make.restype, free.argtypes, free.restype = (
-        [ctypes.c_size_t],
-        ctypes.c_void_p,
-        [ctypes.c_void_p],
-        None,
-    )
+    make.argtypes, make.restype = [ctypes.c_size_t], ctypes.c_void_p
+    free.argtypes, free.restype = [ctypes.c_void_p], None
     free(make(_REUSED))
 
 

@@ -20,7 +20,7 @@ from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
 from llamatune.free_memory import give_back, reuse_freed
 from llamatune.model.huge_pages import HugePages, room_of
-from llamatune.model.joined_products import join_products, joined_modules
+from llamatune.model.joined_products import copied_modules, join_products
 from llamatune.model.packed_weight import PackedWeight, hold_quantized
 from llamatune.model.streamed_blocks import StreamedBlocks
 from llamatune.model.transformer import Transformer
@@ -104,7 +104,8 @@ def load_model(
             Without it, CPU weights that need no conversion are shared with the page cache.
         quantized: gives what is to be held quantised by its name, on the device; None for what stays in ``dtype``.
         streamed: stores the blocks, whose tensors in the model become views of its rooms.
-        joined: join products of the blocks where that is faster, on a CPU without gradients.
+        joined: join products of the blocks where that is faster, on a CPU without gradients, and use freed blocks of
+            memory again (``free_memory.reuse_freed``).
 
     Quantised weights on a CPU are held in huge pages where the system gives them, unless they are few.
     """
@@ -116,7 +117,7 @@ def load_model(
         model = Transformer(config)
     names = [name for name, _ in config.parameter_shapes()]
     assert set(names) == {name for name, _ in model.named_parameters()}, "the model's names are the checkpoint's"
-    broken, copied_modules = [], joined_modules(config) if joined else frozenset()
+    broken, joined_by_copy = [], copied_modules(config) if joined else frozenset()
     pages: HugePages | None = None
     for done, name in enumerate(names):
         _refuse_stop(should_stop, checkpoint)
@@ -131,7 +132,7 @@ def load_model(
         else:
             rows = None if streamed is None else streamed.rows_kept(name)
             if rows is None or len(rows) == checkpoint.shapes[name][0]:
-                is_joined = path.rpartition(".")[2] in copied_modules
+                is_joined = path.rpartition(".")[2] in joined_by_copy
                 stored = checkpoint.dtype(name)
                 is_large = math.prod(checkpoint.shapes[name]) * stored.itemsize >= _LEAST_MAPPED
                 shared = is_large and not (writable or is_joined) and dtype in (None, stored)

@@ -13,7 +13,7 @@ from llamatune.inference.host_copies import sent
 from llamatune.shapes.tile_sizes import COMPARED_AT_ONCE, drawn_rows
 
 _BLOCK = 64
-"""Of logits, whose number is a multiple of it with nearly every tokenizer; a power of two."""
+"""Of logits; a power of two."""
 
 NO_TOKEN = -1
 """In place of a token where the logits hold NaN or infinity."""
@@ -26,7 +26,7 @@ def token_distribution(logits: Tensor, sampling: Drawing) -> Tensor:
     ``min_p`` leaves tokens of at least that share of the likeliest's probability (Nguyen et al. 2024).
     """
     # Relative to the likeliest, so that a tiny temperature divides to -inf and not to inf - inf.
-    logits = logits.to(torch.float32, memory_format=torch.contiguous_format)
+    logits = logits.float().contiguous()
     scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
         least = scaled.topk(sampling.top_k).values[:, -1:]
@@ -127,13 +127,24 @@ def _likeliest(logits: Tensor) -> Tensor:
 def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """As ``logits.max(-1)`` of (B, V): NaN where there is one, and the first of equals.
 
-    That looks at one number after another on a CPU. Here many are compared at once: blocks first, then numbers in one.
+    On a CPU ``max`` compares one number after another. Here many are compared at once: blocks first, then numbers in
+    one, and what is left of whole blocks by itself.
     """
-    rows, vocabulary = logits.shape
-    if logits.device.type != "cpu" or vocabulary % _BLOCK:
+    whole = logits.shape[-1] // _BLOCK * _BLOCK
+    if logits.device.type != "cpu" or not whole:
         return logits.max(-1)
-    blocks = torch.unflatten(logits, -1, (-1, _BLOCK))  # (B, V / _BLOCK, _BLOCK)
-    if logits.stride(-1) == 1:
+    largest, likeliest = _largest_by_blocks(logits[:, :whole])
+    if whole == logits.shape[-1]:
+        return largest, likeliest
+    last, place = logits[:, whole:].max(-1)
+    is_last = ~((last <= largest) | largest.isnan())
+    return last.where(is_last, largest), (place + whole).where(is_last, likeliest)
+
+
+def _largest_by_blocks(logits: Tensor) -> tuple[Tensor, Tensor]:
+    rows = len(logits)
+    blocks = torch.unflatten(logits.contiguous() if rows == 1 else logits, -1, (-1, _BLOCK))  # (B, V / _BLOCK, _BLOCK)
+    if blocks.stride(-1) == 1:
         of_blocks = blocks.amax(-1)
     else:
         at_once = max(1, COMPARED_AT_ONCE // (rows * _BLOCK))

@@ -130,7 +130,9 @@ def plan_generation(model: HeldModel, work: Work, limit_bytes: int | None = None
     rooms = _Rooms(model, work)
     for name, passes in {"reading prompts": _reading(z, work, rooms), "decoding": _decoding(z, work, rooms)}.items():
         found = highest(z, [*passes])
-        moments[name] = dataclasses.replace(held, keys_and_values=found[0], temporary=held.temporary + found[1])
+        captured = 4 * work.at_once * z.V if z.cuda and work.beams == 1 and (name == "decoding" or work.is_more) else 0
+        temporary = held.temporary + found[1] + captured  # the logits of captured steps, in fp32
+        moments[name] = dataclasses.replace(held, keys_and_values=found[0], temporary=temporary)
     return GenerationPlan(moments, work.at_once, rooms.last, limit_bytes)
 
 
@@ -232,7 +234,8 @@ def _reading(z: ModelSizes, work: Work, rooms: _Rooms) -> Iterator[Pass]:
             if part.keys > part.tokens:
                 yield Pass(part.tokens, 1, cache, _draw(work), keys=part.keys)
             else:
-                yield Pass(sum(lengths), read, cache, _draw(work), lengths=lengths, selects=is_whole)
+                filled = {"filling": read - together}
+                yield Pass(sum(lengths), read, cache, _draw(work), lengths=lengths, selects=is_whole, **filled)
 
 
 def _decoding(z: ModelSizes, work: Work, rooms: _Rooms) -> Iterator[Pass]:

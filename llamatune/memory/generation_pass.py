@@ -34,7 +34,7 @@ class Pass:
 
     Either they are samples of ``lengths``, those that fill up the pass included, or ``rows`` that go on, and their mask
     is over ``keys`` of each. ``selects``: the last block computes nothing else but what is read. ``left``: rows whose
-    logits, log-probabilities and sums are there from the pass before.
+    logits, log-probabilities and sums are there from the pass before. ``filling``: of the logits, those of no token.
     """
 
     tokens: int
@@ -46,6 +46,7 @@ class Pass:
     keys: int = 0
     selects: bool = False
     left: int = 0
+    filling: int = 0
 
 
 def walk(ledger: Ledger, z: ModelSizes, p: Pass) -> None:
@@ -77,7 +78,7 @@ def walk(ledger: Ledger, z: ModelSizes, p: Pass) -> None:
         logits = ledger.make("logits", p.read * z.V * z.c)
     ledger.free(hidden, x, before_it, *shared)
     with ledger.step("choice of tokens"):
-        p.choice(ledger, z, p.read)
+        p.choice(ledger, z, p.read - p.filling)
     ledger.free(logits, scores, *caches)
 
 
@@ -92,7 +93,7 @@ def sample(ledger: Ledger, z: ModelSizes, rows: int) -> None:
 
 
 def take_likeliest(ledger: Ledger, z: ModelSizes, rows: int) -> None:
-    """The largest logit of each row; in 16 bits those of blocks are found by halves, of some blocks at a time."""
+    """The largest logit of each row; in bf16 those of blocks are found by halves, of some blocks at a time."""
     of_several = rows * z.V if rows > 1 and z.c < 4 and z.device == "cpu" else 0
     ledger.use("largest of halves of logits", min(of_several, COMPARED_AT_ONCE) * z.c * 3 // 4)
 
@@ -108,9 +109,14 @@ def _block(ledger: Ledger, z: ModelSizes, p: Pass, held: Tensor, last: bool) -> 
     D, c = z.D, z.c
     with ledger.step("attention"):
         h = _normed(ledger, z, N * D)
-        q, k, v = (_heads(ledger, z, name, N) for name in QKV_MODULES)
-        turned = [_turned(ledger, z, N, width) for width in (z.Q, z.K)]
-        ledger.free(q, k)
+        if _joins(z):
+            v = _joined_product(ledger, z, QKV_MODULES, N)  # q, k and v are parts of it
+            q_and_k = [_normed(ledger, z, N * width) for width in (z.Q, z.K)] if z.normed else []
+        else:
+            *q_and_k, v = (_heads(ledger, z, name, N) for name in QKV_MODULES)
+        widths = (z.Q + z.K,) if _joins(z) and not z.normed else (z.Q, z.K)
+        turned = [_turned(ledger, z, N, width) for width in widths]
+        ledger.free(*q_and_k)
         cache = ledger.make(CACHE, p.cache.grown) if p.cache.grown > p.cache.held else held
         if cache != held:
             ledger.free(held)
@@ -127,7 +133,10 @@ def _block(ledger: Ledger, z: ModelSizes, p: Pass, held: Tensor, last: bool) -> 
         ledger.free(y, chosen)
     with ledger.step("feed-forward"):
         h = _normed(ledger, z, n * D)
-        gate_up = [_product(ledger, z, name, n) for name in GATE_UP_MODULES]
+        if _joins(z):
+            gate_up = [_joined_product(ledger, z, GATE_UP_MODULES, n)]
+        else:
+            gate_up = [_product(ledger, z, name, n) for name in GATE_UP_MODULES]
         activated = ledger.make("silu(gate) up", n * z.F * c) if z.kernels else gate_up.pop(0)
         ledger.free(*gate_up)
         y = _product(ledger, z, "down_proj", n)
@@ -144,16 +153,34 @@ def _normed(ledger: Ledger, z: ModelSizes, count: int) -> Tensor:
     return made
 
 
+def _joins(z: ModelSizes) -> bool:
+    """Whether q, k, v are counted as one product, and gate, up: large ones are where the file has them adjacent."""
+    return z.device == "cpu" and z.dtype not in ("nf4", "float8")
+
+
+def _joined_product(ledger: Ledger, z: ModelSizes, names: Sequence[str], rows: int) -> Tensor:
+    """The outputs of linear layers with one input in one tensor, and what each has beside it."""
+    y = ledger.make(f"output of {', '.join(names)}", rows * z.c * sum(z.config.linear_shape(name)[0] for name in names))
+    for name in names:
+        _use_beside(ledger, z, name, rows)
+    return y
+
+
 def _product(ledger: Ledger, z: ModelSizes, name: str, rows: int) -> Tensor:
-    """The output of a linear layer, and LoRA's, in fp32, beside it."""
+    """The output of a linear layer."""
+    y = ledger.make(f"output of {name}", rows * z.config.linear_shape(name)[0] * z.c)
+    _use_beside(ledger, z, name, rows)
+    return y
+
+
+def _use_beside(ledger: Ledger, z: ModelSizes, name: str, rows: int) -> None:
+    """What the product of a linear layer needs beside its output, and LoRA's output in fp32."""
     out, in_ = z.config.linear_shape(name)
-    y = ledger.make(f"output of {name}", rows * out * z.c)
     ledger.use("unpacked weights, x in float8", z.beside_product(name, rows, back=False))
     if name in z.targets:
         wide = in_ * (4 if z.c < 4 else 0) + 4 * z.rank(name) + out * (16 if z.dora else 8 + z.c)
         ledger.use(f"{name}: rows whose norms DoRA takes", z.normed_at_once(name))
         ledger.use(f"{name}: x, A x and B A x in fp32, scaled and added", rows * wide)
-    return y
 
 
 def _heads(ledger: Ledger, z: ModelSizes, name: str, N: int) -> Tensor:
@@ -167,10 +194,10 @@ def _heads(ledger: Ledger, z: ModelSizes, name: str, N: int) -> Tensor:
 
 
 def _turned(ledger: Ledger, z: ModelSizes, N: int, width: int) -> Tensor:
-    """The rotation of q or k, its parts, and the casts of the angles."""
+    """The rotation of q, k or both, its parts, and the casts of the angles."""
     casts = 2 * N * z.config.head_dim * z.c if z.c < 4 else 0
-    ledger.use("parts of the rotation", 0 if z.kernels else casts + 3 * N * width * z.c)
-    return ledger.make("q or k turned", N * width * z.c)
+    ledger.use("parts of the rotation", 0 if z.kernels else casts + 5 * N * width * z.c // 2)
+    return ledger.make("q, k turned", N * width * z.c)
 
 
 def _mask(ledger: Ledger, z: ModelSizes, p: Pass) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Tensors in huge pages of memory, for weights that a CPU reads in every step of decoding.
+"""Tensors in huge pages, and adjacent tensors as one, for weights that a CPU reads in every step of decoding.
 
 With pages of 4 KiB a processor looks up an address for every few rows of a matrix, and reads ahead to the end of a page
 alone. Linux gives pages of 2 MiB where a program asks for them (``madvise``), unless they are turned off.
@@ -60,7 +60,7 @@ def _reserved(size: int) -> Tensor:
 def adjacent(parts: Sequence[Tensor]) -> Tensor | None:
     """The rows of several matrices as one matrix that shares their memory; None if they do not lie so on a CPU.
 
-    It keeps them alive, whether they are of one storage or mapped from a file each.
+    It keeps that memory, whether theirs is one storage or each is mapped from a file.
     """
     first, end = parts[0], parts[0].data_ptr()
     for part in parts:
@@ -69,5 +69,5 @@ def adjacent(parts: Sequence[Tensor]) -> Tensor | None:
             return None
         end += part.nbytes
     memory = (ctypes.c_char * (end - first.data_ptr())).from_address(first.data_ptr())
-    memory.parts = parts  # type: ignore[attr-defined]
+    memory.parts = [part.detach() for part in parts]  # type: ignore[attr-defined]  # a parameter may change its own
     return torch.frombuffer(memory, dtype=first.dtype).view(-1, *first.shape[1:])

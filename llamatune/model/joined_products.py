@@ -1,8 +1,8 @@
 """Joined products: q, k, v of a block as one matrix product, and gate, up as another, for generation on a CPU.
 
 A product of a small matrix takes less time than the calls around it, so small ones are copied into one. Larger ones are
-joined where they lie behind one another: gate and up in the pages of a file whose tensors are sorted by name, as those
-of safetensors are, and all of them in int8.
+joined where they lie behind one another: gate and up in the pages of a safetensors file sorted by name, as most are, q,
+k and v too in one of llamatune's, and all of them in int8.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llamatune.model.transformer import Attention, Block, FeedForward, Transform
 from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES, LlamaConfig
 
 
-def joined_modules(config: LlamaConfig) -> frozenset[str]:
+def copied_modules(config: LlamaConfig) -> frozenset[str]:
     """The linear layers whose weights are copied into joined ones in a model of these sizes."""
     return frozenset(name for group in (QKV_MODULES, GATE_UP_MODULES) if _is_small(config, group) for name in group)
 
@@ -36,10 +36,10 @@ def _is_small(config: LlamaConfig, group: Sequence[str]) -> bool:
 def join_products(model: Transformer) -> None:
     """Let a model with plain layers, which may get adapters later, compute joined products where they can be.
 
-    These are of ``joined_modules``, of matrices behind one another, and of quantised layers. The weights of the layers
+    These are of ``copied_modules``, of matrices behind one another, and of quantised layers. The weights of the layers
     become rows of the joined ones. Those of a group that differ in dtype stay apart.
     """
-    names = joined_modules(model.config)
+    names = copied_modules(model.config)
     for block in model.model.layers:
         assert isinstance(block, Block)
         if (joined := _join(block.self_attn, QKV_MODULES, names)) is not None:
@@ -60,7 +60,7 @@ class _JoinedTensors:
         return self  # a model with an adapter shares the base's
 
     def suits(self, x: Tensor) -> bool:
-        """Whether one product with ``x`` is quicker than several: not where it would unpack all of them at once."""
+        """Whether one product with ``x`` is quicker than several: not where it would unpack too much at once."""
         return not isinstance(self.weight, PackedWeight) or self.weight.multiplies_joined(x)
 
     def product(self, x: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class PackedWeight(nn.Module):
         return None
 
     def multiplies_joined(self, x: Tensor) -> bool:
-        """Whether the product of joined matrices with ``x`` is quicker than theirs."""
+        """Whether the product of joined matrices with ``x`` is quicker than the products of each."""
         return False
 
     def hold_in(self, pages: HugePages) -> None:

@@ -50,15 +50,15 @@ def scaled_product(a: Tensor, b: Tensor, scale: float = 1.0, dtype: torch.dtype 
 def suits_few_rows(x: Tensor, W: Tensor, any_layout: bool = False) -> bool:
     """Whether ``few_rows_linear`` is faster than ``F.linear``: for bf16 products of generation on a CPU.
 
-    Of a small W it is where nothing is transposed for it: for one row, or between gate, up and down.
+    Of a small W it is for one row, for an output in any layout, and for x in columns.
 
     Training does not use it: the bits of a step do not depend on whether a pass is for gradients.
     """
     if x.dtype != torch.bfloat16 or W.dtype != x.dtype or x.device.type != "cpu":
         return False
     rows = x.numel() // x.shape[-1]
-    suits_left = W.numel() >= LEAST_ELEMENTS or any_layout or x.stride(-1) != 1
-    fits = rows == 1 or (rows <= _FEW_ROWS and suits_left)
+    suits_left_factor = W.numel() >= LEAST_ELEMENTS or any_layout or x.stride(-1) != 1
+    fits = rows == 1 or (rows <= _FEW_ROWS and suits_left_factor)
     return fits and torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
 

@@ -211,7 +211,7 @@ def with_rows_left_out(logits: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("lying", [torch.Tensor.contiguous, in_columns, with_rows_left_out])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [64, 320, 32000, 257])
+@pytest.mark.parametrize("vocabulary", [30, 64, 320, 32000, 257, 32003])
 @pytest.mark.parametrize("rows", [1, 50])
 def test_the_greedy_token_is_the_first_of_the_largest(
     vocabulary: int, rows: int, dtype: torch.dtype, lying: Callable[[Tensor], Tensor]

@@ -22,6 +22,7 @@ from llamatune.inference import engine
 from llamatune.inference.engine import Engine, completions
 from llamatune.inference.model_source import open_model
 from llamatune.memory.generation import HeldModel, Work, plan_generation
+from llamatune.model.joined_products import join_products
 from llamatune.model.transformer import Transformer
 from llamatune.shapes import generation_sizes
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
@@ -147,6 +148,8 @@ SHAPES = {
     "one layer": replace(SHAPE, num_hidden_layers=1),
     "mostly attention": replace(SHAPE, intermediate_size=32),
     "large vocabulary": replace(SHAPE, vocab_size=20000, tie_word_embeddings=True),
+    "odd vocabulary": replace(SHAPE, vocab_size=20001, tie_word_embeddings=True),
+    "wide": replace(SHAPE, intermediate_size=1024),
     "window": replace(SHAPE, sliding_window=150),
     "head norms": replace(SHAPE, head_norms=True, intermediate_size=32),
     "biases": replace(SHAPE, biased_modules=("q_proj", "k_proj", "v_proj")),
@@ -172,6 +175,12 @@ WORKS = {
         ("one layer", "that grows", "float32"),
         ("mostly attention", "more than rows", "float32"),
         ("large vocabulary", "greedy", "float32"),
+        ("large vocabulary", "greedy", "bfloat16"),
+        ("odd vocabulary", "greedy", "bfloat16"),
+        ("wide", "one", "float32"),
+        ("wide", "in parts", "bfloat16"),
+        ("wide", "a full batch", "bfloat16"),
+        ("wide", "greedy", "bfloat16"),
         ("large vocabulary", "a full batch", "float32"),
         ("large vocabulary", "a full batch", "bfloat16"),
         ("large vocabulary", "beams", "bfloat16"),
@@ -188,6 +197,7 @@ def test_the_peak_is_that_of_the_tensors(shape: str, asked: str, dtype: str) -> 
     for parameter in model.parameters():
         parameter.normal_(0, 0.05)
     model = model.to(getattr(torch, dtype))
+    join_products(model)  # as generation on a CPU does
     meter = StorageMeter()  # type: ignore[no-untyped-call]
     for parameter in model.parameters():
         meter._follow(parameter.untyped_storage())
@@ -366,3 +376,8 @@ def test_joined_codes_of_int8_are_cast_together_if_they_are_few(shape: tuple[int
     assert sizes.cast_joined == 2 * codes
     assert HeldModel(config, "nf4", "bfloat16", "bfloat16").sizes().cast_joined == 0
     assert HeldModel(config, "int8", "float32", "bfloat16").sizes().cast_joined == 0
+    plans = [
+        plan_generation(HeldModel(config, kind, "bfloat16", "bfloat16"), Work(8, 8)) for kind in ("int8", "bfloat16")
+    ]
+    buffers = plans[0].memory.temporary - plans[1].memory.temporary
+    assert buffers >= max(2 * codes, sizes.unpacking)

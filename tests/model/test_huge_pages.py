@@ -74,14 +74,20 @@ def test_memory_is_freed_with_the_last_copy() -> None:
     assert not any(int(line.split()[0].split("-")[1], 16) - where > (50 << 20) for line in pages_at(where))
 
 
-def test_the_whole_of_adjacent_tensors_keeps_them_alive(tmp_path: Path) -> None:
+def test_the_whole_of_adjacent_parameters_keeps_their_memory(tmp_path: Path) -> None:
     file = tmp_path / "bytes"
     file.write_bytes(bytes(range(64)))
     with file.open("rb") as opened:
         memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    parts = [torch.frombuffer(memory, dtype=torch.uint8, count=16, offset=offset).view(4, 4) for offset in (8, 24)]
+    parts = [
+        torch.nn.Parameter(
+            torch.frombuffer(memory, dtype=torch.uint8, count=16, offset=offset).view(4, 4), requires_grad=False
+        )
+        for offset in (8, 24)
+    ]
     whole = adjacent(parts)
-    del parts, memory
+    parts[0].data, parts[1].data = torch.zeros(1), torch.zeros(1)
+    del memory
     gc.collect()
     assert str(file) in Path("/proc/self/maps").read_text()
     assert whole is not None
@@ -125,7 +131,7 @@ def test_logits_of_joined_int8_are_those_of_separate_products(
     in_pages: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bit for bit: with few rows by one product, with more apart; of the base and, with an adapter, beside it."""
+    """With few rows bit for bit; of the base and, with an adapter, beside it. 70 tokens: as near to bf16."""
     monkeypatch.setattr(huge_pages, "_LEAST", 0 if in_pages else 1 << 40)
     base = tiny_base(torch.bfloat16, hidden_size=96, intermediate_size=128, **family)
     adapter = peft_adapter(base) if not family else None
@@ -147,6 +153,13 @@ def test_logits_of_joined_int8_are_those_of_separate_products(
             x = torch.empty(2, columns, 96, dtype=torch.bfloat16)
             assert model.model.layers[0].mlp.joined.suits(x) == (columns <= 4)
             assert torch.equal(logits(model, columns), logits(apart[prefix], columns)), columns
+        ids = torch.randint(3, 30, (1, 70), generator=torch.Generator().manual_seed(3))
+        with torch.inference_mode():
+            assert model.model.layers[0].mlp.joined.suits(torch.empty(70, 96, dtype=torch.bfloat16))
+            found, expected, in_bf16 = (one(ids).float() for one in (model, apart[prefix], load_model(base)))
+        torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+        if adapter is None or prefix:
+            assert (found - in_bf16).abs().mean() < 1.05 * (expected - in_bf16).abs().mean()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "float8", "int8"])

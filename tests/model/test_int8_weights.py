@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llamatune.model import int8
 from llamatune.model.int8 import Int8Weight
 from llamatune.model.packed_weight import Scratch
 from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
@@ -145,6 +146,15 @@ def test_a_product_in_any_layout_has_the_numbers_of_one_in_rows(rows: int) -> No
         assert (y.double() - exact).abs().max() <= 2**-7 * exact.abs().max()
     if rows <= 128:
         assert torch.equal(found, in_rows)
+
+
+def test_too_many_codes_are_not_cast_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = Int8Weight.quantize(matrix((64, 128)), Scratch()), matrix((65, 128), 1.0, 3).bfloat16()
+    with torch.inference_mode():
+        for most, cast in ((64 * 128, True), (64 * 128 - 1, False)):
+            monkeypatch.setattr(int8, "CAST_AT_ONCE", most)
+            assert weight.multiplies_joined(x) == cast
+            assert weight.multiplies_joined(x[:8])
 
 
 def test_joined_matrices_take_the_way_of_each_of_them() -> None:

@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llamatune.checkpoints.converting import convert
 from llamatune.checkpoints.loading import load_model
+from llamatune.command_options.conversion import ConvertOptions
 from llamatune.command_options.inference import ModelSource
 from llamatune.events import ignore_event, never_stop
 from llamatune.inference.model_source import open_model
-from llamatune.model.joined_products import joined_modules
+from llamatune.model.joined_products import copied_modules
 from llamatune.model.transformer import Transformer
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shapes.presets import PRESETS
@@ -129,6 +131,21 @@ def test_large_gate_and_up_are_joined_in_the_pages_of_the_file(
     assert joins(load_model(in_two_files(base, tmp_path / "two"), joined=True)) == (True, False)
 
 
+def test_large_q_k_and_v_are_joined_in_a_file_of_llamatune(tiny_base: Callable[..., Path], tmp_path: Path) -> None:
+    base = tiny_base(torch.bfloat16, hidden_size=1026, intermediate_size=64, head_dim=256)
+    written = tmp_path / "written"
+    convert(ConvertOptions(base, written, dtype="same"))
+    model, apart = load_model(written, joined=True).eval(), load_model(base).eval()
+    assert joins(load_model(base, joined=True)) == (False, True), "o lies between k and q"
+    assert joins(model) == (True, True)
+    weight = model.model.layers[0].self_attn.joined.weight
+    assert weight.data_ptr() == model.model.layers[0].self_attn.q_proj.weight.data_ptr()
+    ids = torch.randint(3, 30, (1, 100), generator=torch.Generator().manual_seed(3))
+    for tokens in (1, 5, 100):
+        with torch.inference_mode():
+            torch.testing.assert_close(model(ids[:, :tokens]), apart(ids[:, :tokens]), atol=0.05, rtol=0)
+
+
 def test_an_adapter_acts_on_large_joined_layers(
     tiny_base: Callable[..., Path], peft_adapter: Callable[..., Path]
 ) -> None:
@@ -143,8 +160,8 @@ def test_an_adapter_acts_on_large_joined_layers(
 
 def test_large_matrices_are_not_copied() -> None:
     """Which are read from memory: their copy would take room."""
-    assert joined_modules(PRESETS["llama-2-7b"]) == frozenset()
-    assert joined_modules(LlamaConfig(512, 1376, 2, 8, 8, 1000)) == {"q_proj", "k_proj", "v_proj"}
+    assert copied_modules(PRESETS["llama-2-7b"]) == frozenset()
+    assert copied_modules(LlamaConfig(512, 1376, 2, 8, 8, 1000)) == {"q_proj", "k_proj", "v_proj"}
 
 
 def test_layers_of_several_dtypes_stay_apart(tiny_base: Callable[..., Path], tmp_path: Path) -> None:
