@@ -19,12 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from generating import SHAPES, say
+from against_transformers import SHAPES, say
 from material import DTYPES, make_base
 
 from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.demo.run_demo import MATERIAL
-from llamatune.free_memory import give_back
+from llamatune.host_memory import give_back
 from llamatune.inference.generate import generate
 from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_encoding import PromptEncoder

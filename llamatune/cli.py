@@ -23,7 +23,7 @@ from llamatune.commands._several_ranks import ending_together, reports_stop
 from llamatune.commands._typer_options import StrictCommand, VerbGroup, with_options
 from llamatune.errors import FailedElsewhere, LlamatuneError, Stopped, printable
 from llamatune.events import ShouldStop, never_stop
-from llamatune.free_memory import free_host_bytes
+from llamatune.host_memory import free_host_bytes
 from llamatune.stop_signals import stop_signals
 
 # The function of a verb has its name, in the module of that name: commands/prepare_data.py, prepare_data.

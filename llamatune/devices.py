@@ -13,7 +13,7 @@ import torch
 
 from llamatune.errors import EnvironmentFault, SpecError
 from llamatune.events import Notice, OnEvent, ignore_event
-from llamatune.free_memory import free_host_bytes
+from llamatune.host_memory import free_host_bytes
 from llamatune.nvml import NvmlGpu, nvml
 from llamatune.processor import core_count, processor_name
 from llamatune.required_versions import at_least, require_version

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from llamatune.errors import EnvironmentFault, OutOfMemory
-from llamatune.free_memory import free_host_bytes, held_host_bytes
+from llamatune.host_memory import free_host_bytes, held_host_bytes
 from llamatune.units import gibibytes
 
 _DEVICE_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

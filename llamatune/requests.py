@@ -147,7 +147,7 @@ def plan_of_training(
         prepared: whether the spec's data may be read.
         explain: with the moments of the step.
     """
-    from llamatune.free_memory import free_host_bytes
+    from llamatune.host_memory import free_host_bytes
     from llamatune.memory.plan import limit_of
     from llamatune.memory.plan_report import explain as explain_plan
     from llamatune.memory.plan_report import plan_report

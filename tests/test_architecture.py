@@ -49,7 +49,7 @@ FLOORS = [
             "units",
         ),
     },
-    {"free_memory", "nvml", "process_group", "processor", "schema_words", "strict_json"},
+    {"host_memory", "nvml", "process_group", "processor", "schema_words", "strict_json"},
     {"ranks", "rendezvous", "lockstep"},
     {"launch_variables", "openmp_variables"},
     {"output_files"},

@@ -35,7 +35,7 @@ _LIMITED = """
 import resource, sys
 import llamatune.training.train
 from llamatune.cli import main
-from llamatune.free_memory import held_host_bytes
+from llamatune.host_memory import held_host_bytes
 limit = held_host_bytes()["mapped"] + (int(sys.argv[1]) - 700_000) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 main(sys.argv[2:])

@@ -18,7 +18,7 @@ from llamatune.checkpoints.model_directory import detect_format, warn_of_missing
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.free_memory import give_back, reuse_freed
+from llamatune.host_memory import give_back, reuse_freed
 from llamatune.model.huge_pages import HugePages, room_of
 from llamatune.model.joined_products import copied_modules, join_products
 from llamatune.model.packed_weight import PackedWeight, hold_quantized
@@ -105,7 +105,7 @@ def load_model(
         quantized: gives what is to be held quantised by its name, on the device; None for what stays in ``dtype``.
         streamed: stores the blocks, whose tensors in the model become views of its rooms.
         joined: join products of the blocks where that is faster, on a CPU without gradients, and use freed blocks of
-            memory again (``free_memory.reuse_freed``).
+            memory again (``host_memory.reuse_freed``).
 
     Quantised weights on a CPU are held in huge pages where the system gives them, unless they are few.
     """

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from llamatune.command_options.inference import Drawing, Sampling
 from llamatune.errors import Stopped
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
-from llamatune.free_memory import give_back
+from llamatune.host_memory import give_back
 from llamatune.inference.beam_search import beam_search
 from llamatune.inference.captured_steps import CapturedSteps, Launched
 from llamatune.inference.completion import Completion, last_logits, logits_of_the_row, new_rows

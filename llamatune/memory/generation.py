@@ -20,9 +20,10 @@ from llamatune.shapes.generation_sizes import (
     tokens_in_a_pass,
     with_filling,
 )
-from llamatune.shapes.llama_config import LlamaConfig, linear_module
+from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES, LlamaConfig, linear_module
 from llamatune.shapes.recurring_sizes import filled_up
 from llamatune.shapes.rope_scaling import DynamicScaling
+from llamatune.shapes.tile_sizes import CAST_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def plan_generation(model: HeldModel, work: Work, limit_bytes: int | None = None
     z = model.sizes()
     weights = z.block * model.config.num_hidden_layers + z.other_parameters * z.w
     copies = 2 if work.compare and model.replaces else 1
-    held = GenerationBytes(copies * weights, _adapter_bytes(z), 0, copies * max(z.unpacking, z.cast_joined))
+    held = GenerationBytes(copies * weights, _adapter_bytes(z), 0, copies * max(z.unpacking, _cast_joined(z)))
     moments = {"loading": dataclasses.replace(held, temporary=max(0, _loading_peak(z, model) - weights))}
     if work.rows is None:
         free = None if limit_bytes is None else limit_bytes - moments["loading"].peak
@@ -134,6 +135,14 @@ def plan_generation(model: HeldModel, work: Work, limit_bytes: int | None = None
         temporary = held.temporary + found[1] + captured  # the logits of captured steps, in fp32
         moments[name] = dataclasses.replace(held, keys_and_values=found[0], temporary=temporary)
     return GenerationPlan(moments, work.at_once, rooms.last, limit_bytes)
+
+
+def _cast_joined(z: ModelSizes) -> int:
+    """The buffer that codes of joined matrices in int8 are cast into, on a CPU in bf16."""
+    if z.dtype != "int8" or z.cuda or z.c != 2:
+        return 0
+    together = [sum(map(z.count, group)) for group in (GATE_UP_MODULES, QKV_MODULES)]
+    return z.c * max((count for count in together if count <= CAST_AT_ONCE), default=0)
 
 
 def _usual_rows(model: HeldModel, work: Work, free_bytes: int | None) -> int:

@@ -15,8 +15,8 @@ from llamatune.shapes.capabilities import OLDEST_FOR_TRITON, OLDEST_WITH_BF16, O
 from llamatune.shapes.counts import count_parameters
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES, WEIGHT_BYTES
 from llamatune.shapes.float8_products import runs_in_float8
-from llamatune.shapes.llama_config import GATE_UP_MODULES, LINEAR_MODULES, QKV_MODULES, LlamaConfig, linear_module
-from llamatune.shapes.tile_sizes import CAST_AT_ONCE, NORMED_AT_ONCE, WEIGHTS_AT_ONCE
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig, linear_module
+from llamatune.shapes.tile_sizes import NORMED_AT_ONCE, WEIGHTS_AT_ONCE
 
 CODE_TABLE_BYTES = 4 << 16
 """Of what finds the level of an 8-bit blockwise code."""
@@ -95,14 +95,6 @@ class ModelSizes:
             return 1 if in_codes else self.c
 
         return max(self.count(name) * item(name) for name in LINEAR_MODULES) + table
-
-    @property
-    def cast_joined(self) -> int:
-        """The buffer that codes of joined matrices in int8 are cast into, by generation on a CPU in bf16."""
-        if self.dtype != "int8" or self.cuda or self.c != 2:
-            return 0
-        together = [sum(map(self.count, group)) for group in (QKV_MODULES, GATE_UP_MODULES)]
-        return self.c * max((count for count in together if count <= CAST_AT_ONCE), default=0)
 
     def count(self, name: str) -> int:
         """Elements of one of the seven matrices."""

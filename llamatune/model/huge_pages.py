@@ -1,4 +1,4 @@
-"""Tensors in huge pages, and adjacent tensors as one, for weights that a CPU reads in every step of decoding.
+"""Tensors in huge pages of memory, for weights that a CPU reads in every step of decoding.
 
 With pages of 4 KiB a processor looks up an address for every few rows of a matrix, and reads ahead to the end of a page
 alone. Linux gives pages of 2 MiB where a program asks for them (``madvise``), unless they are turned off.
@@ -6,9 +6,7 @@ alone. Linux gives pages of 2 MiB where a program asks for them (``madvise``), u
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,19 +53,3 @@ def _reserved(size: int) -> Tensor:
     room = torch.frombuffer(memory, dtype=torch.uint8)
     begin = -room.data_ptr() % _PAGE
     return room[begin : begin + size]
-
-
-def adjacent(parts: Sequence[Tensor]) -> Tensor | None:
-    """The rows of several matrices as one matrix that shares their memory; None if they do not lie so on a CPU.
-
-    It keeps that memory, whether theirs is one storage or each is mapped from a file.
-    """
-    first, end = parts[0], parts[0].data_ptr()
-    for part in parts:
-        alike = part.is_contiguous() and part.dtype == first.dtype and part.shape[1:] == first.shape[1:]
-        if not alike or part.device.type != "cpu" or part.data_ptr() != end:
-            return None
-        end += part.nbytes
-    memory = (ctypes.c_char * (end - first.data_ptr())).from_address(first.data_ptr())
-    memory.parts = [part.detach() for part in parts]  # type: ignore[attr-defined]  # a parameter may change its own
-    return torch.frombuffer(memory, dtype=first.dtype).view(-1, *first.shape[1:])

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llamatune.model.huge_pages import adjacent
+from llamatune.model.adjacent_tensors import adjacent
 from llamatune.model.packed_weight import PackedWeight, Scratch
 from llamatune.model.products import LEAST_ELEMENTS, in_rows
 from llamatune.shapes.tile_sizes import CAST_AT_ONCE, WEIGHTS_AT_ONCE

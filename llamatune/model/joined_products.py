@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llamatune.model.huge_pages import adjacent
+from llamatune.model.adjacent_tensors import adjacent
 from llamatune.model.layers import Linear, linear
 from llamatune.model.packed_weight import PackedWeight
 from llamatune.model.products import LEAST_ELEMENTS

@@ -11,7 +11,7 @@ from llamatune.checkpoints.model_directory import read_config
 from llamatune.command_options.starting_spec import InitOptions
 from llamatune.errors import SpecError
 from llamatune.events import Notice, OnEvent, ShouldStop, ignore_event, never_stop
-from llamatune.free_memory import free_host_bytes
+from llamatune.host_memory import free_host_bytes
 from llamatune.shapes.capabilities import OLDEST_WITH_BF16, Capability
 from llamatune.shapes.known_gpus import known_gpu
 from llamatune.spec_overrides import override, refuse_twice

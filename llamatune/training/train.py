@@ -13,7 +13,7 @@ from llamatune.errors import NumericsError
 from llamatune.events import Notice, OnEvent, RunStarted, ShouldStop, ignore_event, never_stop
 from llamatune.formats.background_digests import BackgroundDigests
 from llamatune.formats.state_json import list_checkpoints
-from llamatune.free_memory import held_host_bytes
+from llamatune.host_memory import held_host_bytes
 from llamatune.memory.plan import with_kernels
 from llamatune.memory.plan_report import plan_report
 from llamatune.memory.remedies import after_running_out

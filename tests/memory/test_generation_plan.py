@@ -372,12 +372,12 @@ def test_no_torch_is_loaded_and_what_fits_has_no_remedies() -> None:
 def test_joined_codes_of_int8_are_cast_together_if_they_are_few(shape: tuple[int, ...], codes: int) -> None:
     """gate and up, or q, k and v alone; a larger matrix by itself."""
     config = LlamaConfig(*shape, 32000)
-    sizes = HeldModel(config, "int8", "bfloat16", "bfloat16").sizes()
-    assert sizes.cast_joined == 2 * codes
-    assert HeldModel(config, "nf4", "bfloat16", "bfloat16").sizes().cast_joined == 0
-    assert HeldModel(config, "int8", "float32", "bfloat16").sizes().cast_joined == 0
-    plans = [
-        plan_generation(HeldModel(config, kind, "bfloat16", "bfloat16"), Work(8, 8)) for kind in ("int8", "bfloat16")
-    ]
-    buffers = plans[0].memory.temporary - plans[1].memory.temporary
-    assert buffers >= max(2 * codes, sizes.unpacking)
+
+    def temporary(held: str, computed: str) -> int:
+        return plan_generation(HeldModel(config, held, computed, computed), Work(8, 8)).moments["decoding"].temporary
+
+    for computed, cast in (("bfloat16", 2 * codes), ("float32", 0)):
+        least = HeldModel(config, "int8", computed, computed).sizes().unpacking
+        beside = temporary("int8", computed) - temporary(computed, computed)
+        assert beside >= max(cast, least)
+        assert beside <= max(cast, least) + (4 << 20), "pieces of a matrix"

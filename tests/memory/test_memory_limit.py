@@ -12,7 +12,7 @@ from step_tools import spec_of, step_bytes
 
 from llamatune.errors import SpecError, Stopped
 from llamatune.events import Notice
-from llamatune.free_memory import free_host_bytes
+from llamatune.host_memory import free_host_bytes
 from llamatune.memory.plan import heaviest_rows, largest, placed, plan_memory
 from llamatune.memory.remedies import recomputed_share, remedies
 from llamatune.memory.sizes import Rows

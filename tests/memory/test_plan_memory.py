@@ -137,7 +137,7 @@ def test_a_dry_run_and_a_plan_of_one_spec_are_equal(
     run: Callable[..., dict[str, Any]], spec_file: Path, changes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU, without a word about device and memory: what is free is looked up by both."""
-    for module in ("llamatune.free_memory", "llamatune.devices"):
+    for module in ("llamatune.host_memory", "llamatune.devices"):
         monkeypatch.setattr(f"{module}.free_host_bytes", lambda: 3 * GIB)
     changes = ["training.device=cpu", *changes]
     plan = plan_training(load_spec(spec_file, changes))["memory_plan"]

@@ -17,7 +17,8 @@ from llamatune.command_options.inference import ModelSource
 from llamatune.events import ignore_event, never_stop
 from llamatune.inference.model_source import open_model
 from llamatune.model import huge_pages
-from llamatune.model.huge_pages import HugePages, adjacent
+from llamatune.model.adjacent_tensors import adjacent
+from llamatune.model.huge_pages import HugePages
 from llamatune.model.packed_weight import PackedWeight
 from llamatune.model.transformer import Transformer
 

@@ -19,7 +19,7 @@ from run_tools import make_spec, spec_values
 
 from llamatune.data.batches import open_prepared
 from llamatune.errors import EnvironmentFault, OutOfMemory
-from llamatune.free_memory import free_host_bytes
+from llamatune.host_memory import free_host_bytes
 from llamatune.memory.plan import heaviest_rows, plan_memory
 from llamatune.memory.remedies import after_running_out
 from llamatune.memory.sizes import Rows
@@ -35,7 +35,7 @@ _LIMITED = """
 import resource, sys
 import llamatune.training.train
 from llamatune.cli import main
-from llamatune.free_memory import held_host_bytes
+from llamatune.host_memory import held_host_bytes
 held = held_host_bytes()["mapped"]
 resource.setrlimit(resource.RLIMIT_AS, (held + {more}, held + {more}))
 main(["train", sys.argv[1], "--json"])
@@ -87,7 +87,7 @@ def _plan(spec: RunSpec, data: Path) -> int:
 
 def test_a_limit_on_the_process_is_room_that_is_not_there(tmp_path: Path) -> None:
     """``memory_limit: auto`` sees it."""
-    code = "import resource; from llamatune.free_memory import *; held = held_host_bytes()['mapped'];"
+    code = "import resource; from llamatune.host_memory import *; held = held_host_bytes()['mapped'];"
     code += f"resource.setrlimit(resource.RLIMIT_AS, (held + {64 << 20},) * 2); print(free_host_bytes())"
     free = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 32 << 20 < free <= 64 << 20

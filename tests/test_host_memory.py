@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from llamatune.free_memory import give_back, held_host_bytes
+from llamatune.host_memory import give_back, held_host_bytes
 
 MIB = 1 << 20
 
@@ -28,7 +28,7 @@ def test_freed_memory_between_what_is_held_is_given_back() -> None:
 
 BLOCKS = """
 import ctypes, resource, sys
-from llamatune.free_memory import reuse_freed
+from llamatune.host_memory import reuse_freed
 library = ctypes.CDLL(None)
 library.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page is one fault
 library.malloc.restype = ctypes.c_void_p

@@ -12,7 +12,7 @@ import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-_REUSED = 16 << 20
+_REUSED = 4 << 20
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:
@@ -42,7 +42,7 @@ def give_back() -> None:
 
 @functools.cache
 def reuse_freed() -> None:
-    """Let glibc use freed blocks of up to 16 MiB again, and give the end of its heap back from 32 MiB on.
+    """Let glibc use freed blocks of up to 4 MiB again, and give the end of its heap back from 8 MiB on.
 
     A block that is made and freed in every layer would otherwise come from the system each time, as new pages. The
     limits of a process rise with the largest block that it has freed (``mallopt(3)``); this one is never written to.

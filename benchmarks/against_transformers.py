@@ -1,7 +1,7 @@
 """Compares generation with transformers' ``generate`` and continuous batching, and llama.cpp; reports ratios.
 
-``python benchmarks/generating.py --shape 15m --rounds 3``: one prompt, then many prompts of ragged lengths with answers
-of ragged lengths, greedy, from the same random weights, alternating. The length of each answer is drawn from an
+``python benchmarks/against_transformers.py --shape 15m --rounds 3``: one prompt, then many prompts of ragged lengths
+with answers of ragged lengths, greedy, from the same random weights, alternating. The length of each answer is drawn from an
 exponential distribution whose mean is a quarter of the longest; ``generate`` computes a batch until its longest answer
 ends. Seconds are compared for each token that is asked for; a ratio above 1 means that llamatune needs less. Nothing is
 downloaded. With ``--held int8`` llamatune's weights are quantised, and answers differ. ``--int8-peers torchao`` adds,
