@@ -1,11 +1,12 @@
 """Compares generation with transformers' ``generate`` and continuous batching, and llama.cpp; reports ratios.
 
 ``python benchmarks/against_transformers.py --shape 15m --rounds 3``: one prompt, then many prompts of ragged lengths
-with answers of ragged lengths, greedy, from the same random weights, alternating. The length of each answer is drawn from an
-exponential distribution whose mean is a quarter of the longest; ``generate`` computes a batch until its longest answer
-ends. Seconds are compared for each token that is asked for; a ratio above 1 means that llamatune needs less. Nothing is
-downloaded. With ``--held int8`` llamatune's weights are quantised, and answers differ. ``--int8-peers torchao`` adds,
-for one prompt, transformers with weights in int8 by torchao, quanto or bitsandbytes, which must be installed.
+with answers of ragged lengths, greedy, from the same random weights, alternating. The length of each answer is drawn
+from an exponential distribution whose mean is a quarter of the longest; ``generate`` computes a batch until its longest
+answer ends. Seconds are compared for each token that is asked for; a ratio above 1 means that llamatune needs less.
+Nothing is downloaded. With ``--held int8`` llamatune's weights are quantised, and answers differ. ``--int8-peers
+torchao`` adds, for one prompt, transformers with weights in int8 by torchao, quanto or bitsandbytes, which must be
+installed.
 
 ``--tokenizer tokenizer.model``: beside llama.cpp, too, which needs llama-cpp-python. It reads the same weights in the
 same dtype, or in Q8_0 for ``--held int8``, from a GGUF file, which a tokenizer belongs to.
