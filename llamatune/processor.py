@@ -1,9 +1,11 @@
-"""The processor: its model name, and how many of its cores this process may use. No torch."""
+"""The processor: its model name, whether it has AMX, and how many of its cores this process may use. No torch."""
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 _INFO = Path("/proc/cpuinfo")
@@ -11,12 +13,22 @@ _INFO = Path("/proc/cpuinfo")
 
 def processor_name() -> str:
     """The processor's model, from ``/proc/cpuinfo`` on Linux; its architecture where that names none."""
+    return next(filter(None, _values("model name")), "") or platform.processor() or platform.machine() or "unknown"
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether it multiplies tiles of bf16, of 16 rows each (AMX of Intel's Xeons since 2023)."""
+    return any("amx_bf16" in flags.split() for flags in _values("flags"))
+
+
+def _values(name: str) -> Iterator[str]:
+    """What ``/proc/cpuinfo`` says of each core; nothing on other systems."""
     try:
         lines = _INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(filter(None, named), "") or platform.processor() or platform.machine() or "unknown"
+        return iter(())
+    return (line.partition(":")[2].strip() for line in lines if line.startswith(name))
 
 
 def core_count() -> int:

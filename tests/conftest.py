@@ -22,6 +22,7 @@ import pytest
 import sentencepiece
 import torch
 from listed_gpus import gpus  # noqa: F401  (a fixture)
+from pretended_processors import amx  # noqa: F401  (a fixture)
 from trained_tokenizers import (  # noqa: F401  (fixtures)
     chat_tokenizers,
     json_tokenizers,

@@ -27,6 +27,7 @@ from llamatune.inference.running_sequences import IsEnough, RunningSequence, dra
 from llamatune.inference.sampling import NO_TOKEN, not_finite
 from llamatune.model.adapters.adapter_switch import AdapterSwitch
 from llamatune.model.transformer import Transformer
+from llamatune.processor import has_amx
 from llamatune.seeds import derived_seed
 from llamatune.shapes.generation_sizes import tokens_in_a_pass, with_filling
 from llamatune.shapes.recurring_sizes import filled_up
@@ -168,8 +169,8 @@ class Engine:
         device = self._model.device
         lengths = [len(sequence.prompt) for sequence in new]
         ends = [end - 1 for end in itertools.accumulate(lengths)]
-        filling = filled_up(tokens, device.type, self._element_bytes) - tokens
-        twice = filled_up(len(new), device.type, self._element_bytes) - len(new) if len(new) > 1 else 0
+        filling = filled_up(tokens, device.type, self._element_bytes, has_amx()) - tokens
+        twice = filled_up(len(new), device.type, self._element_bytes, has_amx()) - len(new) if len(new) > 1 else 0
         if len(new) + twice == tokens + filling:
             twice = 0  # the switch knows the rows of the last block by their number
         ends += ends[-1:] * twice  # so that the sizes of products recur

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from llamatune.memory.generation_pass import Cache, Choice, Pass, choose_beams, highest, sample, take_likeliest
 from llamatune.memory.model_sizes import ModelSizes
+from llamatune.processor import has_amx
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.dtypes import WEIGHT_BYTES
@@ -228,14 +229,14 @@ def _reading(z: ModelSizes, work: Work, rooms: _Rooms) -> Iterator[Pass]:
     """The first prompts, and those for which there is room already: the cache is full if some were decoded before."""
     is_drawn = work.beams == 1
     together = min(work.at_once, max(1, rooms.in_a_pass // work.prompt_tokens)) if is_drawn else 1
-    read = filled_up(together, z.device, z.c) if together > 1 else 1
+    read = filled_up(together, z.device, z.c, has_amx()) if together > 1 else 1
     full = rooms.last if work.is_more else rooms.read[-1].after
     for part in rooms.read:
         caches = [_cache(z, work, rooms, part.before, part.after)]
         if is_drawn and (work.is_more or work.at_once > together):
             caches.append(_cache(z, work, rooms, full, full))
         lengths = (part.tokens,) * together
-        filling = filled_up(sum(lengths), z.device, z.c) - sum(lengths)
+        filling = filled_up(sum(lengths), z.device, z.c, has_amx()) - sum(lengths)
         is_whole = is_drawn and len(rooms.read) == 1  # a part is neither filled up nor cut to what is read
         if is_whole:
             lengths = with_filling(lengths, filling, z.config)

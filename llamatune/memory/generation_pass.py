@@ -9,6 +9,7 @@ from typing import NamedTuple
 from llamatune.memory.attention import AttentionBytes
 from llamatune.memory.ledger import Ledger, Tensor
 from llamatune.memory.model_sizes import ModelSizes
+from llamatune.processor import has_amx
 from llamatune.shapes.attention_kernels import Kernel, beyond_window, choose_kernel, head_room
 from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES
 from llamatune.shapes.tile_sizes import COMPARED_AT_ONCE, drawn_rows
@@ -93,8 +94,8 @@ def sample(ledger: Ledger, z: ModelSizes, rows: int) -> None:
 
 
 def take_likeliest(ledger: Ledger, z: ModelSizes, rows: int) -> None:
-    """The largest logit of each row; in bf16 those of blocks are found by halves, of some blocks at a time."""
-    of_several = rows * z.V if rows > 1 and z.c < 4 and z.device == "cpu" else 0
+    """The largest logit of each row; those in columns, as AMX leaves them in bf16, by halves of some blocks at a time."""
+    of_several = rows * z.V if rows > 1 and z.c < 4 and z.device == "cpu" and has_amx() else 0
     ledger.use("largest of halves of logits", min(of_several, COMPARED_AT_ONCE) * z.c * 3 // 4)
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from llamatune.devices import capability_of
 from llamatune.model.attention_in_fp32 import attend_in_fp32
 from llamatune.model.torch_dtypes import DTYPE_NAMES
+from llamatune.processor import has_amx
 from llamatune.shapes.attention_kernels import Kernel, beyond_window, choose_kernel, head_room
 from llamatune.shapes.recurring_sizes import filled_up
 
@@ -111,7 +112,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "causal", mask: Tensor 
     _, _, T, E = q.shape
     capability, dtype = capability_of(q.device), DTYPE_NAMES[q.dtype]
     # Generation fills prompts up; a training step takes the same kernel whether its pass is for gradients or not.
-    recurs = torch.is_inference_mode_enabled() and filled_up(T, q.device.type, q.element_size()) == T
+    recurs = torch.is_inference_mode_enabled() and filled_up(T, q.device.type, q.element_size(), has_amx()) == T
     kernel = choose_kernel(capability, dtype, E, T, 1, kind, recurs)
     causal = kind == "causal" and T > 1
     if kernel is Kernel.FP32:

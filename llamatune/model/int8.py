@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from llamatune.model.adjacent_tensors import adjacent
 from llamatune.model.packed_weight import PackedWeight, Scratch
 from llamatune.model.products import LEAST_ELEMENTS, in_rows
+from llamatune.processor import has_amx
 from llamatune.shapes.tile_sizes import CAST_AT_ONCE, WEIGHTS_AT_ONCE
 
 LARGEST = 127
@@ -137,7 +138,8 @@ class Int8Weight(PackedWeight):
     def _by_cast_codes(self, x: Tensor) -> Tensor:
         """x (N, in) W^T; bf16 of not too many rows with the codes as the left factor, as ``few_rows_linear``."""
         W = self._cast_codes(x.dtype)
-        if x.dtype != torch.bfloat16 or len(x) > (_MOST_COLUMNS if self.any_layout else _MOST_TRANSPOSED):
+        most = _MOST_COLUMNS if self.any_layout else _MOST_TRANSPOSED
+        if x.dtype != torch.bfloat16 or len(x) > most or not has_amx():
             return F.linear(x, W).mul_(self.scales)
         return in_rows(torch.mm(W, x.T).mul_(self.scales[:, None]), self.any_layout)
 

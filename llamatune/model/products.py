@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llamatune.processor import has_amx
+
 _FEW_ROWS = 64
 _TRANSPOSED_AT_ONCE = 1 << 19
 """Numbers of a product."""
@@ -50,14 +52,13 @@ def scaled_product(a: Tensor, b: Tensor, scale: float = 1.0, dtype: torch.dtype 
 def suits_few_rows(x: Tensor, W: Tensor, any_layout: bool = False) -> bool:
     """Whether ``few_rows_linear`` is faster than ``F.linear``: for bf16 products of generation on a CPU.
 
-    Of a small W it is for one row, for an output in any layout, and for x in columns.
-
-    Training does not use it: the bits of a step do not depend on whether a pass is for gradients.
+    It is for one row. With AMX it is for some more, too, of a large W, for an output in any layout, and for x in
+    columns. Training does not use it: the bits of a step do not depend on whether a pass is for gradients.
     """
     if x.dtype != torch.bfloat16 or W.dtype != x.dtype or x.device.type != "cpu":
         return False
     rows = x.numel() // x.shape[-1]
-    suits_left_factor = W.numel() >= LEAST_ELEMENTS or any_layout or x.stride(-1) != 1
+    suits_left_factor = has_amx() and (W.numel() >= LEAST_ELEMENTS or any_layout or x.stride(-1) != 1)
     fits = rows == 1 or (rows <= _FEW_ROWS and suits_left_factor)
     return fits and torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
@@ -65,11 +66,12 @@ def suits_few_rows(x: Tensor, W: Tensor, any_layout: bool = False) -> bool:
 def few_rows_linear(x: Tensor, W: Tensor, bias: Tensor | None = None, any_layout: bool = False) -> Tensor:
     """x W^T + bias, (..., in) -> (..., out); in ``any_layout`` it may lie in memory column after column.
 
-    As (W x^T)^T, which oneDNN reads faster as the left factor. A small W is multiplied by one row without oneDNN, whose
-    calls take longer than the product. ``benchmarks/few_rows.py`` measures both.
+    As (W x^T)^T, which oneDNN reads faster as the left factor with AMX. One row is multiplied without oneDNN where W is
+    small, as its calls take longer than the product, and without AMX, where torch's own kernel reads W twice as fast.
+    ``benchmarks/few_rows.py`` measures both.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if W.numel() < LEAST_ELEMENTS and len(rows) == 1:
+    if len(rows) == 1 and (W.numel() < LEAST_ELEMENTS or not has_amx()):
         return _without_onednn(x, W, bias)
     y = torch.mv(W, rows[0])[None] if len(rows) == 1 else _by_left_factor(rows, W, any_layout)
     y = y.view(*x.shape[:-1], len(W))

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from llamatune.shapes.tile_sizes import LOGIT_BYTES_AT_ONCE
 
-_SMALLEST_STEP = 16
+_TILE = 16
 """Rows of a tile of AMX."""
 
 
-def filled_up(rows: int, device: str, element_bytes: int) -> int:
+def filled_up(rows: int, device: str, element_bytes: int, has_amx: bool = True) -> int:
     """Rows of a product, ``element_bytes`` each of its elements, on ``cuda`` or ``cpu``.
 
     On a CPU in 16 bits the next multiple of 16, and from 512 on the next of 16 sizes between two powers of two: at most
-    6 % more. Otherwise ``rows``.
+    6 % more. Without AMX these are the sizes below 512, too. Otherwise ``rows``.
     """
     if device != "cpu" or element_bytes >= 4:
         return rows
-    step = max(_SMALLEST_STEP, 1 << max(rows.bit_length() - 5, 0))
+    step = max(_TILE if has_amx else 1, 1 << max(rows.bit_length() - 5, 0))
     return -(-rows // step) * step
 
 

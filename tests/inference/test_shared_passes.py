@@ -71,7 +71,11 @@ def test_each_answer_is_that_of_a_model_alone(
 
 @pytest.mark.parametrize("length", [1, 2, 4, 7, 8, 9, 16, 17])
 def test_the_base_is_itself_beside_the_tuned_model_in_bf16_where_passes_are_filled_up(
-    tiny_base: Callable[..., Path], peft_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, length: int
+    tiny_base: Callable[..., Path],
+    peft_adapter: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
+    amx: bool,
 ) -> None:
     base, seen, draw = tiny_base(), list[torch.Tensor](), engine.draw_tokens
     models = loaded(base, peft_adapter(base), dtype="bfloat16")

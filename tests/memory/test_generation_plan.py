@@ -189,7 +189,7 @@ WORKS = {
         ("biases", "more than rows", "float32"),
     ],
 )
-def test_the_peak_is_that_of_the_tensors(shape: str, asked: str, dtype: str) -> None:
+def test_the_peak_is_that_of_the_tensors(shape: str, asked: str, dtype: str, amx: bool) -> None:
     """All tensors that operations make, but not those inside an operator: in bf16 short samples are widened in one."""
     config, (prompts, work) = SHAPES[shape], WORKS[asked]
     torch.manual_seed(1)

@@ -18,7 +18,7 @@ from llamatune.shapes.llama_config import LlamaConfig
 @pytest.mark.parametrize("out_features", [40, 11_000, 16_500])
 @pytest.mark.parametrize(("biased", "any_layout"), [(False, False), (True, False), (True, True)])
 def test_few_rows_equal_the_product_in_float64(
-    shape: tuple[int, ...], out_features: int, biased: bool, any_layout: bool
+    shape: tuple[int, ...], out_features: int, biased: bool, any_layout: bool, amx: bool
 ) -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(*shape, 96, generator=generator).bfloat16()
@@ -31,20 +31,20 @@ def test_few_rows_equal_the_product_in_float64(
     torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=2**-4)
 
 
-def test_only_generation_in_bf16_uses_it() -> None:
+def test_only_generation_in_bf16_uses_it(amx: bool) -> None:
     x, W = torch.randn(1, 1024).bfloat16(), torch.randn(1024, 1024).bfloat16()
     assert not suits_few_rows(x, W)
     with torch.no_grad():  # activation checkpointing computes so
         assert not suits_few_rows(x, W)
     with torch.inference_mode():
         assert suits_few_rows(x, W)
-        assert suits_few_rows(x.expand(8, 1024), W)
+        assert suits_few_rows(x.expand(8, 1024), W) == amx
         assert torch.equal(linear(x, W), few_rows_linear(x, W))
         assert not suits_few_rows(x.expand(65, 1024), W)
         assert suits_few_rows(x, W[:1023])
         assert not suits_few_rows(x.expand(2, 1024), W[:1023])
-        assert suits_few_rows(x.expand(2, 1024), W[:1023], any_layout=True)
-        assert suits_few_rows(torch.randn(1024, 2).bfloat16().T, W[:1023])
+        assert suits_few_rows(x.expand(2, 1024), W[:1023], any_layout=True) == amx
+        assert suits_few_rows(torch.randn(1024, 2).bfloat16().T, W[:1023]) == amx
         assert not suits_few_rows(torch.randn(1024, 65).bfloat16().T, W[:1023])
         assert not suits_few_rows(x.float(), W.float())
         assert not suits_few_rows(x.half(), W.half())
@@ -54,7 +54,7 @@ def test_only_generation_in_bf16_uses_it() -> None:
 
 @pytest.mark.parametrize("width", [2048, 160])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (64, 1), (1, 65)])
-def test_gate_and_up_lie_in_columns_and_the_output_in_rows(shape: tuple[int, int], width: int) -> None:
+def test_gate_and_up_lie_in_columns_and_the_output_in_rows(shape: tuple[int, int], width: int, amx: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     config = LlamaConfig(hidden_size=512, intermediate_size=width, num_hidden_layers=1, num_attention_heads=4,
                          num_key_value_heads=4, vocab_size=8)  # fmt: skip
@@ -68,16 +68,17 @@ def test_gate_and_up_lie_in_columns_and_the_output_in_rows(shape: tuple[int, int
     with torch.inference_mode():
         gate, up = module.gate_and_up(x)
         for factor in (gate, up):
-            assert factor.is_contiguous() == (shape in ((1, 1), (1, 65)))
-            assert factor.flatten(0, -2).mT.is_contiguous() == (shape != (1, 65))
+            assert factor.is_contiguous() == (not amx or shape in ((1, 1), (1, 65)))
+            assert factor.flatten(0, -2).mT.is_contiguous() == (shape == (1, 1) or (amx and shape != (1, 65)))
         assert swiglu(gate, up).data_ptr() == gate.data_ptr()
         found = module(x)
     assert found.is_contiguous()
     assert (found.double() - exact).abs().max() <= 1.5 * (expected.double() - exact).abs().max()
 
 
-def test_a_product_without_onednn_leaves_its_switch_as_it_was() -> None:
-    x, W = torch.randn(1, 8).bfloat16(), torch.randn(8, 8).bfloat16()
+def test_a_product_without_onednn_leaves_its_switch_as_it_was(amx: bool) -> None:
+    width = 8 if amx else 1024
+    x, W = torch.randn(1, width).bfloat16(), torch.randn(width, width).bfloat16()
     before = torch._C._get_mkldnn_enabled()
     try:
         for chosen in (False, True):

@@ -29,6 +29,14 @@ def test_sizes_recur_and_are_little_more() -> None:
         assert size % 16 == 0
 
 
+def test_without_amx_few_rows_are_filled_up_less() -> None:
+    for rows in range(1, 4097):
+        size = filled_up(rows, "cpu", 2, has_amx=False)
+        assert rows <= size == filled_up(size, "cpu", 2, has_amx=False) <= filled_up(rows, "cpu", 2)
+        assert size == rows if rows < 32 else size - rows < rows / 16
+    assert len({filled_up(rows, "cpu", 2, has_amx=False) for rows in range(512, 1025)}) == 17
+
+
 @pytest.mark.parametrize(("device", "element_bytes"), [("cuda", 2), ("cpu", 4), ("cpu", 8)])
 def test_only_16_bit_products_on_a_cpu_are_filled_up(device: str, element_bytes: int) -> None:
     assert all(filled_up(rows, device, element_bytes) == rows for rows in range(1, 600))
@@ -103,8 +111,8 @@ def test_the_loss_of_many_chunks_and_pieces_is_that_of_one(monkeypatch: pytest.M
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, [32, 16]), (torch.float32, [29, 3])])
-def test_prompts_are_read_in_products_of_rows_that_recur(dtype: torch.dtype, expected: list[int]) -> None:
+@pytest.mark.parametrize(("dtype", "repeated"), [(torch.bfloat16, 3), (torch.float32, 3), (torch.bfloat16, 6)])
+def test_prompts_are_read_in_products_of_rows_that_recur(dtype: torch.dtype, repeated: int, amx: bool) -> None:
     """The last block computes the last token of each prompt, and has rows of its own to fill up."""
     model = Transformer(LlamaConfig(48, 100, 2, 6, 2, 131)).eval()
     initialise(model, 0, 0.15)
@@ -112,6 +120,8 @@ def test_prompts_are_read_in_products_of_rows_that_recur(dtype: torch.dtype, exp
     seen: list[int] = []
     for block in model.model.layers:
         block.mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
-    made = complete(model, [[1] * length for length in LENGTHS], Sampling(1, temperature=0), ())
-    assert [len(one.ids) for one in made] == [1, 1, 1]
-    assert seen == expected
+    lengths = (LENGTHS * 2)[:repeated]
+    made = complete(model, [[1] * length for length in lengths], Sampling(1, temperature=0), ())
+    assert [len(one.ids) for one in made] == [1] * repeated
+    bf16 = dtype == torch.bfloat16
+    assert seen == [filled_up(sum(lengths), "cpu", 2 if bf16 else 4, amx), 16 if bf16 and amx else repeated]
