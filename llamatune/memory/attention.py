@@ -14,16 +14,17 @@ class AttentionBytes:
 
     ``inputs`` and ``outputs`` are kept for the backward pass; ``flat`` is the output laid out anew, 0 where it is a
     view. ``arranged``: repeated keys and values, heads that are filled up, samples in another order. ``widened`` are
-    copies in fp32 that are in flight, ``widened_gradients`` those of the backward pass.
+    copies in fp32 that are in flight, ``widened_gradients`` those of the backward pass. ``recurs`` as ``choose_kernel``
+    has it.
     """
 
-    def __init__(self, z: ModelSizes, lengths: Sequence[int]) -> None:
+    def __init__(self, z: ModelSizes, lengths: Sequence[int], recurs: bool = False) -> None:
         c, N, H = z.c, sum(lengths), z.config.num_attention_heads
         head = z.config.head_dim
         cut = beyond_window(lengths, z.config.sliding_window)
         samples = 1 if cut else len(lengths)
         kernels = {
-            t: choose_kernel(z.capability, z.computed, head, t, samples, "given" if t in cut else "causal")
+            t: choose_kernel(z.capability, z.computed, head, t, samples, "given" if t in cut else "causal", recurs)
             for t in set(lengths)
         }
         kernel = kernels[max(lengths)]  # on a GPU that of all, or the one that takes most

@@ -94,7 +94,7 @@ def sample(ledger: Ledger, z: ModelSizes, rows: int) -> None:
 
 
 def take_likeliest(ledger: Ledger, z: ModelSizes, rows: int) -> None:
-    """The largest logit of each row; those in columns, as AMX leaves them in bf16, by halves of some blocks at a time."""
+    """The largest logit of each row; in bf16 with AMX they are in columns, and compared by halves, some at a time."""
     of_several = rows * z.V if rows > 1 and z.c < 4 and z.device == "cpu" and has_amx() else 0
     ledger.use("largest of halves of logits", min(of_several, COMPARED_AT_ONCE) * z.c * 3 // 4)
 
@@ -122,7 +122,7 @@ def _block(ledger: Ledger, z: ModelSizes, p: Pass, held: Tensor, last: bool) -> 
         if cache != held:
             ledger.free(held)
         if p.lengths:
-            AttentionBytes(z, p.lengths).forward(ledger)
+            AttentionBytes(z, p.lengths, recurs=not has_amx()).forward(ledger)
         else:
             ledger.use("mask, keys and values for the kernel", _to_keys(z, p))
         o = ledger.make("output of attention", N * z.Q * c)

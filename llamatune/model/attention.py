@@ -111,8 +111,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "causal", mask: Tensor 
     """One call for a batch whose rows are one sample each; ``kind`` of mask as ``choose_kernel`` has it."""
     _, _, T, E = q.shape
     capability, dtype = capability_of(q.device), DTYPE_NAMES[q.dtype]
-    # Generation fills prompts up; a training step takes the same kernel whether its pass is for gradients or not.
-    recurs = torch.is_inference_mode_enabled() and filled_up(T, q.device.type, q.element_size(), has_amx()) == T
+    # Generation fills prompts up with AMX, without which little is compiled for a new number of tokens. A training step
+    # takes the same kernel whether its pass is for gradients or not.
+    recurs = torch.is_inference_mode_enabled() and (not has_amx() or filled_up(T, q.device.type, q.element_size()) == T)
     kernel = choose_kernel(capability, dtype, E, T, 1, kind, recurs)
     causal = kind == "causal" and T > 1
     if kernel is Kernel.FP32:

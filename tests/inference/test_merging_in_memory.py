@@ -78,7 +78,8 @@ def test_a_sum_of_adapters_is_merged_and_rows_in_portions(
     beside = loaded(base, adapters, "off", weights=(0.7, -0.4))  # type: ignore[arg-type]
     assert len(adapted(beside)) == 21
     plain = dict(whole.named_parameters())
-    assert all(torch.equal(tensor, plain[name]) for name, tensor in in_portions.named_parameters())
+    for name, tensor in in_portions.named_parameters():  # products of few rows may be added in another order
+        torch.testing.assert_close(tensor, plain[name], rtol=2**-7, atol=1e-6)
     assert "model.layers.0.self_attn.q_proj.bias" in plain
     layer = beside.get_submodule("model.layers.1.mlp.down_proj")
     A, B = layer.lora_A.double(), layer.lora_B.double()
