@@ -54,6 +54,9 @@ def bases(tmp_path_factory):
     save_views(root / "meta views", model, 2, transposed=("wk.weight", "w2.weight"))
     save_peft(root / "adapter", root / "one file", TARGETS)
     save_peft(root / "adapter of tied", root / "tied", TARGETS)
+    for name in ("adapter", "adapter of tied"):  # sums of such products are exact, in whatever order they are added
+        file = root / name / "adapter_model.safetensors"
+        save_file({key: (W * 64).round() / 64 for key, W in load_file(file).items()}, file, {"format": "pt"})
     return root
 
 
