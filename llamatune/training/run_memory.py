@@ -11,6 +11,7 @@ from torch import Tensor
 from llamatune.data.batches import Split
 from llamatune.devices import capability_of, free_memory_bytes, memory_size_bytes
 from llamatune.events import MemoryHeld, Notice, OnEvent
+from llamatune.host_memory import held_host_bytes
 from llamatune.memory.plan import (
     MemoryPlan,
     choose_placement,
@@ -130,7 +131,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """CUDA's largest allocation on ``device``; on the CPU the process's peak resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Linux counts the peak in steps of some hundred KiB, and what is resident now exactly.
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, held_host_bytes().get("resident", 0))
 
 
 def peak_reserved_bytes(device: torch.device) -> int | None:
