@@ -28,6 +28,7 @@ from llamatune.host_memory import give_back
 from llamatune.inference.generate import generate
 from llamatune.inference.model_source import open_model
 from llamatune.inference.prompt_encoding import PromptEncoder
+from llamatune.math_library_variables import prepare_math_libraries
 from llamatune.memory.generation import HeldModel, Work, plan_generation
 
 
@@ -96,6 +97,7 @@ def main() -> None:
     if arguments.child:
         say(json.dumps(measure(Case(*json.loads(arguments.child[0])), Path(arguments.child[1]))))
         return
+    prepare_math_libraries()  # as the command line does, before torch is loaded
     say("| case | prompt + new tokens | predicted MiB | measured MiB | over predicted | over weights, keys, values | "
         "measured MiB, all given back | over predicted |")  # fmt: skip
     say("|---|---|---|---|---|---|---|---|")

@@ -17,6 +17,7 @@ from llamatune.command_options.option import Options, option_fields
 from llamatune.command_options.outputs import check_outputs
 from llamatune.errors import SpecError, Stopped
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
+from llamatune.math_library_variables import prepare_math_libraries
 from llamatune.openmp_variables import prepare_openmp
 from llamatune.path_expansion import expand_path
 from llamatune.python_arguments import check_arguments, plain_values
@@ -273,9 +274,10 @@ def _computing(should_stop: ShouldStop) -> Iterator[ShouldStop]:
     """Whether to stop, for a block that imports what computes: ``should_stop`` says so, or Ctrl-C came.
 
     Ctrl-C is raised when the work has ended; a second one interrupts at once. OpenMP's variables are set as on the
-    command line, unless torch is loaded already.
+    command line, unless torch is loaded already, and those of oneDNN and MKL.
     """
     prepare_openmp()
+    prepare_math_libraries()
     with noting_ctrl_c() as pressed:
         try:
             yield lambda: pressed() or should_stop()

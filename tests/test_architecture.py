@@ -39,6 +39,7 @@ FLOORS = [
     {
         *(
             "devices",
+            "math_library_variables",
             "out_of_memory",
             "threads",
             "formats",

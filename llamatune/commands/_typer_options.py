@@ -21,6 +21,7 @@ from llamatune.commands._console import Console, faults_of_stdout
 from llamatune.commands._several_ranks import run_on_first
 from llamatune.errors import SpecError
 from llamatune.launch_variables import read_launch
+from llamatune.math_library_variables import prepare_math_libraries
 from llamatune.openmp_variables import prepare_openmp
 from llamatune.output_files import STDOUT
 from llamatune.path_expansion import expand_path
@@ -41,6 +42,7 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def run(json_mode: bool, **values: Any) -> None:
         prepare_openmp()
+        prepare_math_libraries()
         launch = read_launch()
         given = {option.name: _parsed(option, values[option.name]) for option in declared}
         request = options(**{name: value for name, value in given.items() if value is not None})
