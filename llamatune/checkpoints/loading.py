@@ -28,6 +28,8 @@ from llamatune.shapes.llama_config import LlamaConfig, linear_module
 
 _LEAST_MAPPED = 1 << 20
 """Bytes of a tensor from which on it may stay in the page cache: Linux maps up to 64 KiB on either side of it, too."""
+_GIVEN_BACK_AT = 32 << 20
+"""Bytes that are read, and converted or quantised, until what was freed by that is given back."""
 
 
 def open_checkpoint(path: Path, on_event: OnEvent = ignore_event, variant: str | None = None) -> Checkpoint:
@@ -109,6 +111,8 @@ def load_model(
 
     Quantised weights on a CPU are held in huge pages where the system gives them, unless they are few.
     """
+    if joined:
+        reuse_freed()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, on_event)
     warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
     config = checkpoint.config.with_layers(num_layers)
@@ -119,9 +123,15 @@ def load_model(
     assert set(names) == {name for name, _ in model.named_parameters()}, "the model's names are the checkpoint's"
     broken, joined_by_copy = [], copied_modules(config) if joined else frozenset()
     pages: HugePages | None = None
+    unshared_bytes = 0
     for done, name in enumerate(names):
         _refuse_stop(should_stop, checkpoint)
+        if device.type == "cpu" and unshared_bytes >= _GIVEN_BACK_AT:
+            give_back()
+            unshared_bytes = 0
         path, _, attribute = name.rpartition(".")
+        stored_bytes = math.prod(checkpoint.shapes[name]) * checkpoint.dtype(name).itemsize
+        shared = False
         if quantized is not None and (packed := quantized(name)) is not None:
             if streamed is not None:
                 streamed.hold_packed(name, packed)
@@ -134,8 +144,7 @@ def load_model(
             if rows is None or len(rows) == checkpoint.shapes[name][0]:
                 is_joined = path.rpartition(".")[2] in joined_by_copy
                 stored = checkpoint.dtype(name)
-                is_large = math.prod(checkpoint.shapes[name]) * stored.itemsize >= _LEAST_MAPPED
-                shared = is_large and not (writable or is_joined) and dtype in (None, stored)
+                shared = stored_bytes >= _LEAST_MAPPED and not (writable or is_joined) and dtype in (None, stored)
                 copied = rows is not None or device.type != "cpu"
                 tensor = checkpoint.tensor(name, mapped=shared or copied)
             else:
@@ -148,6 +157,7 @@ def load_model(
             if streamed is not None and rows is not None:
                 tensor = streamed.hold(name, tensor, rows.start)
             setattr(model.get_submodule(path), attribute, torch.nn.Parameter(tensor, requires_grad=False))
+        unshared_bytes += 0 if shared else stored_bytes
         on_event(Progress("loading", done + 1, len(names)))
     if streamed is not None:
         broken = streamed.named_anywhere(broken)
@@ -156,6 +166,4 @@ def load_model(
         join_products(model)
     if device.type == "cpu":
         give_back()
-    if joined:
-        reuse_freed()
     return model

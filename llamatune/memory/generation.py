@@ -205,7 +205,8 @@ class _Rooms:
             keys, before = min(begin + at_once, prompt), room
             if keys > room:
                 room = grown_room(prompt, capacity)
-            self.read.append(_Part(keys - begin, keys, before, room))
+            is_made_before = beams == 1 and not before  # the first room, in all layers
+            self.read.append(_Part(keys - begin, keys, room if is_made_before else before, room))
         self.decoded: list[tuple[int, int, int]] = []
         self.keys = prompt + step * (new - 1)
         while self.keys > room:

@@ -42,7 +42,11 @@ class RowCache:
         """
         first = len(self.lengths)
         self.lengths += lengths
-        return _NewRows(self, first, to_come)
+        new = _NewRows(self, first, to_come)
+        if not self.room:  # all at once: what stays would lie between what each layer makes and frees
+            for layer in range(self._layers):
+                self.layer(layer, 0, new.needed)
+        return new
 
     def continue_last(self, tokens: int) -> LayerCache:
         """For one pass over so many further tokens of the last sequence, which is the only row of the batch."""
@@ -135,10 +139,10 @@ class _NewRows:
     def __init__(self, cache: RowCache, first: int, to_come: int) -> None:
         self._cache, self._first, self.length = cache, first, 0
         self._held = max(cache.lengths[:first], default=0)
-        self._needed = max(*cache.lengths[:first], *(length + to_come for length in cache.lengths[first:]), 0)
+        self.needed = max(*cache.lengths[:first], *(length + to_come for length in cache.lengths[first:]), 0)
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._cache.layer(layer, self._held, self._needed)
+        keys, values = self._cache.layer(layer, self._held, self.needed)
         begin = 0
         for row, length in enumerate(self._cache.lengths[self._first :], self._first):
             keys[row, :, :length] = key[0, :, begin : begin + length]

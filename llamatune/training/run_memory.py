@@ -11,7 +11,6 @@ from torch import Tensor
 from llamatune.data.batches import Split
 from llamatune.devices import capability_of, free_memory_bytes, memory_size_bytes
 from llamatune.events import MemoryHeld, Notice, OnEvent
-from llamatune.host_memory import held_host_bytes
 from llamatune.memory.plan import (
     MemoryPlan,
     choose_placement,
@@ -131,8 +130,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """CUDA's largest allocation on ``device``; on the CPU the process's peak resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Linux counts the peak in steps of some hundred KiB, and what is resident now exactly.
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, held_host_bytes().get("resident", 0))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peak_reserved_bytes(device: torch.device) -> int | None:

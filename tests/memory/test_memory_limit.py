@@ -223,7 +223,8 @@ def test_the_summary_holds_the_prediction_beside_the_measurement(
     assert summary["predicted_peak_memory_bytes"] == sum(summary["predicted_memory_bytes"].values())
     assert set(summary["predicted_memory_bytes"]) == {
         "weights", "adapter", "optimizer_state", "gradients", "activations", "temporary"}  # fmt: skip
-    assert 0 < summary["memory_before_model_bytes"] <= summary["peak_memory_bytes"]
+    # Linux counts the peak in steps of some hundred KiB, and what is resident at a moment exactly.
+    assert 0 < summary["memory_before_model_bytes"] <= summary["peak_memory_bytes"] + (2 << 20)
 
 
 def test_a_predicted_peak_is_that_of_the_model_that_is_trained() -> None:
