@@ -12,7 +12,7 @@ import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-_REUSED = 4 << 20
+_LEAST_REUSED, _MOST_REUSED = 4 << 20, 16 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of ``malloc.h``."""
 
@@ -42,13 +42,13 @@ def give_back() -> None:
         trim(0)
 
 
-@functools.cache
-def reuse_freed() -> None:
-    """Let glibc use freed blocks of up to 4 MiB again, and give larger ones and the end of its heap back (``mallopt``).
+def reuse_freed(most_bytes: int) -> None:
+    """Let glibc use freed blocks of up to ``most_bytes`` again, and give larger ones back, by ``mallopt``.
 
-    A block that is made and freed in every layer would otherwise come from the system each time, as new pages. glibc
-    raises the limits by itself with each larger block that is freed, up to 32 MiB, and then keeps much more than is
-    used again. These hold for the whole process. Nothing happens with another C library, or where variables set them.
+    ``most_bytes`` counts as 4 MiB where it is less, and as 16 where it is more. From twice that on the end of the heap
+    is given back. A block that is made and freed in every layer would otherwise come from the system each time, as new
+    pages. glibc raises the limits by itself with each larger block that is freed, up to 32 MiB, of a small model, too.
+    These hold for the whole process. Nothing happens with another C library, or where environment variables set them.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
@@ -56,8 +56,9 @@ def reuse_freed() -> None:
         set_limit = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    set_limit(_M_MMAP_THRESHOLD, _REUSED)
-    set_limit(_M_TRIM_THRESHOLD, 2 * _REUSED)
+    reused = min(max(most_bytes, _LEAST_REUSED), _MOST_REUSED)
+    set_limit(_M_MMAP_THRESHOLD, reused)
+    set_limit(_M_TRIM_THRESHOLD, 2 * reused)
 
 
 @functools.cache

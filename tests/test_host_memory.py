@@ -33,7 +33,7 @@ library = ctypes.CDLL(None)
 library.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page is one fault
 library.malloc.restype = ctypes.c_void_p
 if sys.argv[1] == "reused":
-    reuse_freed()
+    reuse_freed(4 << 20)
 def use(count):
     blocks = [ctypes.c_void_p(library.malloc(ctypes.c_size_t(1 << 20))) for _ in range(count)]
     for block in blocks:

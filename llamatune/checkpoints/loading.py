@@ -30,6 +30,8 @@ _LEAST_MAPPED = 1 << 20
 """Bytes of a tensor from which on it may stay in the page cache: Linux maps up to 64 KiB on either side of it, too."""
 _GIVEN_BACK_AT = 32 << 20
 """Bytes that are read, and converted or quantised, until what was freed by that is given back."""
+_WEIGHTS_PER_REUSED_BYTE = 32
+"""So that what is kept of freed memory is a few hundredths of the model's."""
 
 
 def open_checkpoint(path: Path, on_event: OnEvent = ignore_event, variant: str | None = None) -> Checkpoint:
@@ -111,12 +113,12 @@ def load_model(
 
     Quantised weights on a CPU are held in huge pages where the system gives them, unless they are few.
     """
-    if joined:
-        reuse_freed()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, on_event)
     warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
     config = checkpoint.config.with_layers(num_layers)
     device = torch.device(device)
+    if joined:
+        reuse_freed(sum(math.prod(shape) for _, shape in config.parameter_shapes()) // _WEIGHTS_PER_REUSED_BYTE)
     with torch.device("meta"):
         model = Transformer(config)
     names = [name for name, _ in config.parameter_shapes()]
