@@ -15,6 +15,7 @@ from pathlib import Path
 _LEAST_REUSED, _MOST_REUSED = 4 << 20, 16 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of ``malloc.h``."""
+_LIMITS_OF_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:
@@ -50,7 +51,7 @@ def reuse_freed(most_bytes: int) -> None:
     pages. glibc raises the limits by itself with each larger block that is freed, up to 32 MiB, of a small model, too.
     These hold for the whole process. Nothing happens with another C library, or where environment variables set them.
     """
-    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+    if any(name in os.environ for name in _LIMITS_OF_USERS) or "malloc.mmap" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     try:
         set_limit = ctypes.CDLL(None).mallopt

@@ -42,7 +42,11 @@ def test_products_of_many_sizes_keep_less_memory(amx: bool) -> None:
     prepared: dict[str, str] = {}
     prepare_math_libraries(prepared)
     kept, every = (
-        int(subprocess.run([sys.executable, "-c", _GROWTH], env=environment | more, capture_output=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", _GROWTH], env=environment | more, capture_output=True, check=True
+            ).stdout
+        )
         for more in (prepared, dict.fromkeys(NAMES, "1024"))
     )
     if every < 50 << 20:

@@ -6,6 +6,8 @@ continues to the same bytes.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,6 +15,8 @@ from torch.nn import functional as F
 from llamatune.processor import has_amx
 
 _FEW_ROWS = 64
+_SWITCHING = threading.Lock()
+"""oneDNN's switch is the process's: a thread would read it while another has it off, and leave it so."""
 _TRANSPOSED_AT_ONCE = 1 << 19
 """Numbers of a product."""
 LEAST_ELEMENTS = 1 << 20
@@ -99,9 +103,10 @@ def in_rows(columns: Tensor, any_layout: bool) -> Tensor:
 
 def _without_onednn(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` by torch's own kernel."""
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        return F.linear(x, W, bias)
-    finally:
-        torch._C._set_mkldnn_enabled(before)
+    with _SWITCHING:
+        before = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            return F.linear(x, W, bias)
+        finally:
+            torch._C._set_mkldnn_enabled(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from threading import Thread
 
 import pytest
 import torch
@@ -88,6 +89,20 @@ def test_a_product_without_onednn_leaves_its_switch_as_it_was(amx: bool) -> None
             with pytest.raises(RuntimeError):
                 few_rows_linear(x, W[:, :7])
             assert torch._C._get_mkldnn_enabled() == chosen
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+def test_threads_leave_the_switch_of_onednn_as_it_was() -> None:
+    x, W = torch.randn(1, 512).bfloat16(), torch.randn(512, 512).bfloat16()
+    before = torch._C._get_mkldnn_enabled()
+    workers = [Thread(target=lambda: [few_rows_linear(x, W) for _ in range(1000)]) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    try:
+        assert torch._C._get_mkldnn_enabled() == before
     finally:
         torch._C._set_mkldnn_enabled(before)
 
