@@ -15,7 +15,8 @@ from pathlib import Path
 _LEAST_REUSED, _MOST_REUSED = 4 << 20, 16 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of ``malloc.h``."""
-_LIMITS_OF_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
+_LIMITS = ("mmap_threshold", "trim_threshold", "top_pad", "mmap_max")
+"""What users may set of glibc's allocator, as the variables and tunables are called."""
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:
@@ -51,7 +52,8 @@ def reuse_freed(most_bytes: int) -> None:
     pages. glibc raises the limits by itself with each larger block that is freed, up to 32 MiB, of a small model, too.
     These hold for the whole process. Nothing happens with another C library, or where environment variables set them.
     """
-    if any(name in os.environ for name in _LIMITS_OF_USERS) or "malloc.mmap" in os.environ.get("GLIBC_TUNABLES", ""):
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if any(f"MALLOC_{name.upper()}_" in os.environ or f"glibc.malloc.{name}" in tunables for name in _LIMITS):
         return
     try:
         set_limit = ctypes.CDLL(None).mallopt

@@ -54,10 +54,12 @@ def test_freed_blocks_are_used_again_without_new_pages() -> None:
     set_by_others = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(set_by_others)}
     faults = {}
-    for way in ("left", "reused"):
-        words = [sys.executable, "-c", BLOCKS, way]
-        done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
+    user_limit = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+    for way, more in (("left", {}), ("reused", {}), ("set by the user", user_limit)):
+        words = [sys.executable, "-c", BLOCKS, "left" if way == "left" else "reused"]
+        done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment | more)
         faults[way] = int(done.stdout)
     pages = 4 * MIB // os.sysconf("SC_PAGE_SIZE")
     assert faults["left"] > 10 * pages, "the system's limits show nothing"
     assert faults["reused"] < pages
+    assert faults["set by the user"] > 10 * pages

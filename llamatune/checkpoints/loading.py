@@ -128,12 +128,9 @@ def load_model(
     unshared_bytes = 0
     for done, name in enumerate(names):
         _refuse_stop(should_stop, checkpoint)
-        if device.type == "cpu" and unshared_bytes >= _GIVEN_BACK_AT:
-            give_back()
-            unshared_bytes = 0
         path, _, attribute = name.rpartition(".")
-        stored_bytes = math.prod(checkpoint.shapes[name]) * checkpoint.dtype(name).itemsize
-        shared = False
+        stored, shared = checkpoint.dtype(name), False
+        stored_bytes = math.prod(checkpoint.shapes[name]) * stored.itemsize
         if quantized is not None and (packed := quantized(name)) is not None:
             if streamed is not None:
                 streamed.hold_packed(name, packed)
@@ -145,7 +142,6 @@ def load_model(
             rows = None if streamed is None else streamed.rows_kept(name)
             if rows is None or len(rows) == checkpoint.shapes[name][0]:
                 is_joined = path.rpartition(".")[2] in joined_by_copy
-                stored = checkpoint.dtype(name)
                 shared = stored_bytes >= _LEAST_MAPPED and not (writable or is_joined) and dtype in (None, stored)
                 copied = rows is not None or device.type != "cpu"
                 tensor = checkpoint.tensor(name, mapped=shared or copied)
@@ -160,6 +156,9 @@ def load_model(
                 tensor = streamed.hold(name, tensor, rows.start)
             setattr(model.get_submodule(path), attribute, torch.nn.Parameter(tensor, requires_grad=False))
         unshared_bytes += 0 if shared else stored_bytes
+        if device.type == "cpu" and unshared_bytes >= _GIVEN_BACK_AT:
+            give_back()
+            unshared_bytes = 0
         on_event(Progress("loading", done + 1, len(names)))
     if streamed is not None:
         broken = streamed.named_anywhere(broken)

@@ -245,8 +245,8 @@ def _reading(z: ModelSizes, work: Work, rooms: _Rooms) -> Iterator[Pass]:
             if part.keys > part.tokens:
                 yield Pass(part.tokens, 1, cache, _draw(work), keys=part.keys)
             else:
-                filled = {"filling": read - together}
-                yield Pass(sum(lengths), read, cache, _draw(work), lengths=lengths, selects=is_whole, **filled)
+                tokens, repeated = sum(lengths), read - together
+                yield Pass(tokens, read, cache, _draw(work), lengths=lengths, selects=is_whole, filling=repeated)
 
 
 def _decoding(z: ModelSizes, work: Work, rooms: _Rooms) -> Iterator[Pass]:
