@@ -20,8 +20,8 @@ from typing import Any
 
 from bench import SETTINGS, Bench, Setting, add_options, difference
 from material import TARGETS, R, make_prepared, read_rows
-from peers import version
 from tables import Table
+from training_peers import version
 
 DENSE = {  # targets, rows, row tokens
     "q,v": ("qv", 8, 512),

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from bench import peaks
 from material import padded, read_rows
-from peers import load
 from torch.nn.utils import clip_grad_norm_
+from training_peers import load
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from datasets import Dataset
 from material import read_rows
-from peers import peft_model
 from side_trainer import Clock, InOrder, arguments, run
+from training_peers import peft_model
 from transformers import LlamaTokenizer
 from trl import SFTConfig, SFTTrainer
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from bench import peaks
 from material import Row, padded, read_rows
-from peers import peft_model
 from torch.utils.data import SequentialSampler
+from training_peers import peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 

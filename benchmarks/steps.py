@@ -70,7 +70,7 @@ def llamatune_step(values: dict[str, Any], batches: list[Batch]) -> tuple[Step, 
 
 def peer_step(settings: dict[str, Any], ids: Tensor, labels: Tensor) -> tuple[Step, int]:
     """A plain step: forward with labels, backward, clip, fused AdamW; with the number of trained parameters."""
-    from peers import load
+    from training_peers import load
 
     peer, device = load(settings), settings["device"]
     trained = [parameter for parameter in peer.model.parameters() if parameter.requires_grad]

@@ -16,7 +16,9 @@ from torch import Tensor
 from llamatune.command_options.inference import Sampling
 from llamatune.errors import SpecError, Stopped
 from llamatune.events import ShouldStop
-from llamatune.inference.completion import Completion, last_logits, new_cache
+from llamatune.inference.completion import Completion
+from llamatune.inference.empty_caches import new_cache
+from llamatune.inference.last_logits import last_logits
 from llamatune.inference.sampling import not_finite, penalised
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer

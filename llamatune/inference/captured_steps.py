@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from llamatune.events import Notice, OnEvent
-from llamatune.inference.completion import last_logits
 from llamatune.inference.host_copies import fetched, sent
+from llamatune.inference.last_logits import last_logits
 from llamatune.inference.running_sequences import RunningSequence, alike
 from llamatune.inference.sampling import chosen_tokens
 from llamatune.model.adapters.adapter_switch import AdapterSwitch
