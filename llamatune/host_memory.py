@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _LEAST_REUSED, _MOST_REUSED = 4 << 20, 16 << 20
+_GIVEN_BACK = 1 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of ``malloc.h``."""
 _LIMITS = ("mmap_threshold", "trim_threshold", "top_pad", "mmap_max")
@@ -52,6 +53,19 @@ def reuse_freed(most_bytes: int) -> None:
     pages. glibc raises the limits by itself with each larger block that is freed, up to 32 MiB, of a small model, too.
     These hold for the whole process. Nothing happens with another C library, or where environment variables set them.
     """
+    _set_limit(min(max(most_bytes, _LEAST_REUSED), _MOST_REUSED))
+
+
+def give_back_blocks() -> None:
+    """Let glibc give blocks of 1 MiB and more back when they are freed, until ``reuse_freed``, as that does.
+
+    While a model is loaded each is of another size. Freed on the heap, they leave holes, of 180 MiB beside 0.5 billion
+    weights in int8, and what is made later is sometimes in other holes each time: what is resident grows step by step.
+    """
+    _set_limit(_GIVEN_BACK)
+
+
+def _set_limit(reused: int) -> None:
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if any(f"MALLOC_{name.upper()}_" in os.environ or f"glibc.malloc.{name}" in tunables for name in _LIMITS):
         return
@@ -59,7 +73,6 @@ def reuse_freed(most_bytes: int) -> None:
         set_limit = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    reused = min(max(most_bytes, _LEAST_REUSED), _MOST_REUSED)
     set_limit(_M_MMAP_THRESHOLD, reused)
     set_limit(_M_TRIM_THRESHOLD, 2 * reused)
 

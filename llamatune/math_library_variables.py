@@ -8,15 +8,16 @@ from collections.abc import MutableMapping
 from llamatune.processor import has_amx
 
 KEPT_PRODUCTS = 64
-"""Sizes of 16-bit products whose compiled code is kept.
+"""Sizes of 16-bit products whose compiled code oneDNN keeps.
 
-oneDNN keeps that of 1,024, and the library through which torch calls it (ideep) as many again: some 0.6 MiB each,
-whatever the model. Without AMX it is compiled again in 0.5 ms. With AMX that takes 3 to 30 ms, and all of it is kept.
+It keeps that of 1,024, and the library through which torch calls it (ideep) as many descriptions again: some 0.6 MiB in
+all, whatever the model. Without AMX it is compiled again in 0.5 ms. With AMX that takes 3 to 30 ms, and all of it is
+kept.
 """
 
 _VARIABLES = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_PRODUCTS),
-    "LRU_CACHE_CAPACITY": str(KEPT_PRODUCTS),  # ideep's
+    "LRU_CACHE_CAPACITY": "1",  # ideep's, which saves no time
     "MKL_DISABLE_FAST_MM": "1",  # or MKL keeps the buffers of fp32 products, some MiB of each thread
 }
 

@@ -28,10 +28,12 @@ def test_freed_memory_between_what_is_held_is_given_back() -> None:
 
 BLOCKS = """
 import ctypes, resource, sys
-from llamatune.host_memory import reuse_freed
+from llamatune.host_memory import give_back_blocks, reuse_freed
 library = ctypes.CDLL(None)
 library.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page is one fault
 library.malloc.restype = ctypes.c_void_p
+if sys.argv[1] != "left":
+    give_back_blocks()
 if sys.argv[1] == "reused":
     reuse_freed(4 << 20)
 def use(count):

@@ -18,7 +18,7 @@ from llamatune.checkpoints.model_directory import detect_format, warn_of_missing
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.host_memory import give_back, reuse_freed
+from llamatune.host_memory import give_back, give_back_blocks, reuse_freed
 from llamatune.model.huge_pages import HugePages, room_of
 from llamatune.model.joined_products import copied_modules, join_products
 from llamatune.model.packed_weight import PackedWeight, hold_quantized
@@ -109,7 +109,7 @@ def load_model(
         quantized: gives what is to be held quantised by its name, on the device; None for what stays in ``dtype``.
         streamed: stores the blocks, whose tensors in the model become views of its rooms.
         joined: join products of the blocks where that is faster, on a CPU without gradients, and use freed blocks of
-            memory again (``host_memory.reuse_freed``).
+            memory again (``host_memory.reuse_freed``) from then on.
 
     Quantised weights on a CPU are held in huge pages where the system gives them, unless they are few.
     """
@@ -118,7 +118,7 @@ def load_model(
     config = checkpoint.config.with_layers(num_layers)
     device = torch.device(device)
     if joined:
-        reuse_freed(sum(math.prod(shape) for _, shape in config.parameter_shapes()) // _WEIGHTS_PER_REUSED_BYTE)
+        give_back_blocks()
     with torch.device("meta"):
         model = Transformer(config)
     names = [name for name, _ in config.parameter_shapes()]
@@ -167,4 +167,6 @@ def load_model(
         join_products(model)
     if device.type == "cpu":
         give_back()
+    if joined:
+        reuse_freed(sum(math.prod(shape) for _, shape in config.parameter_shapes()) // _WEIGHTS_PER_REUSED_BYTE)
     return model

@@ -28,6 +28,7 @@ from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.inference.running_sequences import IsEnough, RunningSequence, draw_tokens
 from llamatune.inference.sampling import NO_TOKEN, not_finite
 from llamatune.model.adapters.adapter_switch import AdapterSwitch
+from llamatune.model.attention import causal
 from llamatune.model.transformer import Transformer
 from llamatune.processor import has_amx
 from llamatune.seeds import derived_seed
@@ -62,7 +63,7 @@ class Engine:
         self._cache = new_rows(model, rows)
         self._running: list[RunningSequence] = []  # by their rows of the cache
         self._waiting: deque[RunningSequence] = deque()
-        self._added = 0
+        self._added, self._has_decoded = 0, False
         self._captured = None if trains else CapturedSteps.of(model, self._cache, self._switch, on_event)
         self._launched: Launched | None = None  # after the tokens that were read
 
@@ -95,9 +96,12 @@ class Engine:
             return self._step(self._rows - len(self._running))
 
     def _step(self, free: int) -> list[tuple[int, Completion]]:
+        if self._running and not self._has_decoded and self._model.device.type == "cpu":
+            give_back()  # what oneDNN makes for the sizes of a pass lies between what the pass frees
         # A pass over prompts makes the others wait, so several rows are given away together.
         if self._waiting and (not self._running or free >= min(len(self._waiting), max(1, self._rows // 8))):
             return self._read(free) if self._launched is None else self._finish_launched()
+        self._has_decoded = True
         if self._lookup is None or len(self._running) > 1:
             return self._next_tokens()
         (sequence,) = self._running
@@ -144,7 +148,7 @@ class Engine:
     def _check(self, sequence: RunningSequence, draft: Sequence[int]) -> list[tuple[int, Completion]]:
         """Give the only sequence what ``draft`` has right, and the token behind it, by one pass over all of them."""
         ids = torch.tensor([[sequence.chosen[-1], *draft]], device=self._model.device)
-        mask = _causal(self._cache.lengths[-1], ids.shape[1], self._model)
+        mask = self._causal(self._cache.lengths[-1], ids.shape[1])
         layers = self._cache.continue_last(ids.shape[1])
         self._switch.set([sequence.adapted], [ids.shape[1]], self._model.device)
         logits = self._model(ids, mask=mask, cache=layers, read=logits_of_the_row)
@@ -193,14 +197,18 @@ class Engine:
             part = prompt[begin : begin + self._tokens_in_a_pass]
             ids = torch.tensor([part], device=self._model.device)
             if begin == 0:
-                layers = self._cache.begin([len(part)], to_come=len(prompt) - len(part))
+                mask, layers = None, self._cache.begin([len(part)], to_come=len(prompt) - len(part))
             else:
-                layers = self._cache.continue_last(len(part))
-            mask = None if begin == 0 else _causal(begin, len(part), self._model)
+                mask, layers = self._causal(begin, len(part)), self._cache.continue_last(len(part))
             self._switch.set([sequence.adapted], [len(part)], self._model.device)
             logits = self._model(ids, mask=mask, cache=layers, read=last_logits)
+            if self._model.device.type == "cpu":
+                give_back()  # the mask grows with each part, and would leave holes
         assert logits is not None
         return logits  # type: ignore[no-any-return]
+
+    def _causal(self, start: int, queries: int) -> Tensor:
+        return causal(start, queries, self._model.config.sliding_window, self._model.device)
 
     def _draw(self, logits: Tensor, sequences: Sequence[RunningSequence]) -> list[tuple[int, Completion]]:
         """Draw a token from ``logits`` (rows, V) for each of ``sequences``."""
@@ -257,7 +265,7 @@ def completions(
     rows_used = len(first)  # a row takes memory, used or not
     engine = Engine(model, eos_ids, rows_used, is_enough, lookup, switch, on_event)
     ended, due = dict[int, Completion](), 0
-    for number in itertools.count():
+    while True:
         for prompt, draw, adapted in itertools.islice(coming, rows - engine.waiting):
             engine.add(prompt, sampling, draw, adapted)
         if engine.is_done:
@@ -265,8 +273,6 @@ def completions(
         if should_stop():
             raise Stopped("stopped while generating")
         ended.update(engine.step())
-        if number == 0 and model.device.type == "cpu":
-            give_back()  # what oneDNN has made for the sizes of the first pass lies between what was freed
         while due in ended:
             yield ended.pop(due)
             due += 1
@@ -292,13 +298,3 @@ def _may_draft(model: Transformer, sampling: Drawing, in_16_bits: bool) -> bool:
     """
     is_exact = model.product_dtype == torch.float32 or (in_16_bits and sampling.temperature == 0)
     return is_exact and not isinstance(model.config.rope_scaling, DynamicScaling)
-
-
-def _causal(start: int, queries: int, model: Transformer) -> Tensor:
-    """Mask (1, 1, queries, start + queries): each query sees what precedes it, within the sliding window."""
-    keys = torch.arange(start + queries, device=model.device)
-    places = keys[start:, None]
-    seen = keys <= places
-    if (window := model.config.sliding_window) is not None:
-        seen &= keys > places - window
-    return seen[None, None]

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from llamatune.model.layers import linear
+from llamatune.shapes.tile_sizes import HEAD_WEIGHTS_OF_A_THREAD
 
 
 def last_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
     """Logits of the last position alone, (B, T, D) -> (B, V); they may lie in memory column after column."""
-    return linear(hidden[:, -1], head_weight, any_layout=True)
+    return _logits(hidden[:, -1], head_weight)
 
 
 def logits_of_the_row(hidden: Tensor, head_weight: Tensor) -> Tensor:
     """(1, rows, D) -> (rows, V); they may lie in memory column after column."""
-    return linear(hidden[0], head_weight, any_layout=True)
+    return _logits(hidden[0], head_weight)
+
+
+def _logits(x: Tensor, W: Tensor) -> Tensor:
+    """x W^T; in fp32 on a CPU in portions of the vocabulary, since MKL copies the part of W that it multiplies."""
+    whole = len(x) == 1 or x.dtype != torch.float32 or W.dtype != x.dtype or x.device.type != "cpu"
+    if whole or not torch.is_inference_mode_enabled():
+        return linear(x, W, any_layout=True)
+    logits = x.new_empty(len(x), len(W))
+    portion = max(1, HEAD_WEIGHTS_OF_A_THREAD * torch.get_num_threads() // W.shape[1])
+    for part, out in zip(torch.split(W, portion), torch.split(logits, portion, dim=1), strict=True):
+        torch.mm(x, part.T, out=out)
+    return logits

@@ -59,6 +59,13 @@ def windowed(mask: Tensor | None, window: int | None, start: int, queries: int, 
     return inside[None, None] if mask is None else mask & inside
 
 
+def causal(start: int, queries: int, window: int | None, device: torch.device) -> Tensor:
+    """Bool (1, 1, queries, start + queries): what the queries from place ``start`` on see, within a sliding window."""
+    places = torch.arange(start + queries, device=device)
+    inside = places <= places[start:, None] if window is None else _inside(places[start:, None], places, window)
+    return inside[None, None]
+
+
 def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What torch's kernels on a CPU make of a bool ``mask`` in every call: 0 where it is True and -inf elsewhere."""
     return torch.where(mask, torch.zeros((), dtype=dtype), torch.full((), -torch.inf, dtype=dtype))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from llamatune.processor import has_amx
 
 _FEW_ROWS = 64
+_LEAST_COLUMNS = 1024
 _SWITCHING = threading.Lock()
 """oneDNN's switch is the process's: a thread would read it while another has it off, and leave it so."""
 _TRANSPOSED_AT_ONCE = 1 << 19
@@ -56,14 +57,15 @@ def scaled_product(a: Tensor, b: Tensor, scale: float = 1.0, dtype: torch.dtype 
 def suits_few_rows(x: Tensor, W: Tensor, any_layout: bool = False) -> bool:
     """Whether ``few_rows_linear`` is faster than ``F.linear``: for bf16 products of generation on a CPU.
 
-    It is for one row. With AMX it is for some more, too, of a large W, for an output in any layout, and for x in
-    columns. Training does not use it: the bits of a step do not depend on whether a pass is for gradients.
+    It is for one row, and without AMX for two of most W. With AMX it is for some more, too, of a large W, for an output
+    in any layout, and for x in columns. Training does not use it: the bits of a step do not depend on whether a pass is
+    for gradients.
     """
     if x.dtype != torch.bfloat16 or W.dtype != x.dtype or x.device.type != "cpu":
         return False
     rows = x.numel() // x.shape[-1]
     suits_left_factor = has_amx() and (W.numel() >= LEAST_ELEMENTS or any_layout or x.stride(-1) != 1)
-    fits = rows == 1 or (rows <= _FEW_ROWS and suits_left_factor)
+    fits = rows <= _rows_without_onednn(W) or rows == 1 or (rows <= _FEW_ROWS and suits_left_factor)
     return fits and torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
 
@@ -71,15 +73,23 @@ def few_rows_linear(x: Tensor, W: Tensor, bias: Tensor | None = None, any_layout
     """x W^T + bias, (..., in) -> (..., out); in ``any_layout`` it may lie in memory column after column.
 
     As (W x^T)^T, which oneDNN reads faster as the left factor with AMX. One row is multiplied without oneDNN where W is
-    small, as its calls take longer than the product, and without AMX, where torch's own kernel reads W twice as fast.
-    ``benchmarks/few_rows.py`` measures both.
+    small, as its calls take longer than the product, and without AMX, where torch's own kernel reads W twice as fast,
+    so that two rows take no longer there. ``benchmarks/few_rows.py`` measures both.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) == 1 and (W.numel() < LEAST_ELEMENTS or not has_amx()):
+    if len(rows) <= _rows_without_onednn(W):
         return _without_onednn(x, W, bias)
     y = torch.mv(W, rows[0])[None] if len(rows) == 1 else _by_left_factor(rows, W, any_layout)
     y = y.view(*x.shape[:-1], len(W))
     return y if bias is None else y + bias
+
+
+def _rows_without_onednn(W: Tensor) -> int:
+    """Of x, that torch's own kernel multiplies by W: it takes time for each, and more where W is large and narrow."""
+    is_small = W.numel() < LEAST_ELEMENTS
+    if has_amx():
+        return 1 if is_small else 0
+    return 2 if is_small or W.shape[1] >= _LEAST_COLUMNS else 1
 
 
 def _by_left_factor(x: Tensor, W: Tensor, any_layout: bool) -> Tensor:

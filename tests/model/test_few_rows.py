@@ -15,7 +15,7 @@ from llamatune.model.transformer import FeedForward
 from llamatune.shapes.llama_config import LlamaConfig
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 7), (32, 1), (3,)])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (5, 1), (1, 7), (32, 1), (3,)])
 @pytest.mark.parametrize("out_features", [40, 11_000, 16_500])
 @pytest.mark.parametrize(("biased", "any_layout"), [(False, False), (True, False), (True, True)])
 def test_few_rows_equal_the_product_in_float64(
@@ -43,9 +43,11 @@ def test_only_generation_in_bf16_uses_it(amx: bool) -> None:
         assert torch.equal(linear(x, W), few_rows_linear(x, W))
         assert not suits_few_rows(x.expand(65, 1024), W)
         assert suits_few_rows(x, W[:1023])
-        assert not suits_few_rows(x.expand(2, 1024), W[:1023])
-        assert suits_few_rows(x.expand(2, 1024), W[:1023], any_layout=True) == amx
-        assert suits_few_rows(torch.randn(1024, 2).bfloat16().T, W[:1023]) == amx
+        assert suits_few_rows(x.expand(2, 1024), W[:1023]) == (not amx)
+        assert suits_few_rows(x[:, :512].expand(2, 512), W.view(2048, 512)) == amx  # large and narrow
+        assert not suits_few_rows(x.expand(3, 1024), W[:1023])
+        assert suits_few_rows(x.expand(3, 1024), W[:1023], any_layout=True) == amx
+        assert suits_few_rows(torch.randn(1024, 3).bfloat16().T, W[:1023]) == amx
         assert not suits_few_rows(torch.randn(1024, 65).bfloat16().T, W[:1023])
         assert not suits_few_rows(x.float(), W.float())
         assert not suits_few_rows(x.half(), W.half())
