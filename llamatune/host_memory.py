@@ -5,6 +5,7 @@ No torch.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _LEAST_REUSED, _MOST_REUSED = 4 << 20, 16 << 20
-_GIVEN_BACK = 1 << 20
+_GIVEN_BACK_AT_ONCE = 1 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of ``malloc.h``."""
 _LIMITS = ("mmap_threshold", "trim_threshold", "top_pad", "mmap_max")
@@ -56,16 +57,22 @@ def reuse_freed(most_bytes: int) -> None:
     _set_limit(min(max(most_bytes, _LEAST_REUSED), _MOST_REUSED))
 
 
-def give_back_blocks() -> None:
-    """Let glibc give blocks of 1 MiB and more back when they are freed, until ``reuse_freed``, as that does.
+@contextlib.contextmanager
+def freed_at_once(reused_after: int) -> Iterator[None]:
+    """Let glibc give blocks of 1 MiB and more back as they are freed; afterwards ``reuse_freed(reused_after)``.
 
     While a model is loaded each is of another size. Freed on the heap, they leave holes, of 180 MiB beside 0.5 billion
     weights in int8, and what is made later is sometimes in other holes each time: what is resident grows step by step.
     """
-    _set_limit(_GIVEN_BACK)
+    _set_limit(_GIVEN_BACK_AT_ONCE)
+    try:
+        yield
+    finally:
+        reuse_freed(reused_after)
 
 
 def _set_limit(reused: int) -> None:
+    """Of the bytes of a block that is used again; the user's limits stay."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if any(f"MALLOC_{name.upper()}_" in os.environ or f"glibc.malloc.{name}" in tunables for name in _LIMITS):
         return

@@ -7,17 +7,17 @@ from collections.abc import MutableMapping
 
 from llamatune.processor import has_amx
 
-KEPT_PRODUCTS = 64
-"""Sizes of 16-bit products whose compiled code oneDNN keeps.
+_KEPT_PRODUCTS = 64
+"""Sizes of 16-bit products whose compiled code oneDNN keeps, in place of 1,024.
 
-It keeps that of 1,024, and the library through which torch calls it (ideep) as many descriptions again: some 0.6 MiB in
-all, whatever the model. Without AMX it is compiled again in 0.5 ms. With AMX that takes 3 to 30 ms, and all of it is
-kept.
+One takes some 0.6 MiB, whatever the model, half of it in the library through which torch calls oneDNN (ideep), which
+keeps its own description of 1,024. Without AMX code is compiled again in 0.5 ms. With AMX that takes 3 to 30 ms, and
+all of it is kept.
 """
 
 _VARIABLES = {
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_PRODUCTS),
-    "LRU_CACHE_CAPACITY": "1",  # ideep's, which saves no time
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(_KEPT_PRODUCTS),
+    "LRU_CACHE_CAPACITY": "1",  # ideep's, without which products take no longer
     "MKL_DISABLE_FAST_MM": "1",  # or MKL keeps the buffers of fp32 products, some MiB of each thread
 }
 

@@ -5,6 +5,7 @@ Of streamed blocks it is what this process stores of them, their rooms and one t
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from llamatune.checkpoints.model_directory import detect_format, warn_of_missing
 from llamatune.checkpoints.tensor_bytes import is_finite
 from llamatune.errors import Stopped
 from llamatune.events import Notice, OnEvent, Progress, ShouldStop, ignore_event, never_stop
-from llamatune.host_memory import give_back, give_back_blocks, reuse_freed
+from llamatune.host_memory import freed_at_once, give_back
 from llamatune.model.huge_pages import HugePages, room_of
 from llamatune.model.joined_products import copied_modules, join_products
 from llamatune.model.packed_weight import PackedWeight, hold_quantized
@@ -109,7 +110,7 @@ def load_model(
         quantized: gives what is to be held quantised by its name, on the device; None for what stays in ``dtype``.
         streamed: stores the blocks, whose tensors in the model become views of its rooms.
         joined: join products of the blocks where that is faster, on a CPU without gradients, and use freed blocks of
-            memory again (``host_memory.reuse_freed``) from then on.
+            memory again from then on (``host_memory.reuse_freed``).
 
     Quantised weights on a CPU are held in huge pages where the system gives them, unless they are few.
     """
@@ -117,56 +118,54 @@ def load_model(
     warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
     config = checkpoint.config.with_layers(num_layers)
     device = torch.device(device)
-    if joined:
-        give_back_blocks()
-    with torch.device("meta"):
-        model = Transformer(config)
-    names = [name for name, _ in config.parameter_shapes()]
-    assert set(names) == {name for name, _ in model.named_parameters()}, "the model's names are the checkpoint's"
-    broken, joined_by_copy = [], copied_modules(config) if joined else frozenset()
-    pages: HugePages | None = None
-    unshared_bytes = 0
-    for done, name in enumerate(names):
-        _refuse_stop(should_stop, checkpoint)
-        path, _, attribute = name.rpartition(".")
-        stored, shared = checkpoint.dtype(name), False
-        stored_bytes = math.prod(checkpoint.shapes[name]) * stored.itemsize
-        if quantized is not None and (packed := quantized(name)) is not None:
-            if streamed is not None:
-                streamed.hold_packed(name, packed)
+    reused = sum(math.prod(shape) for _, shape in config.parameter_shapes()) // _WEIGHTS_PER_REUSED_BYTE
+    with freed_at_once(reused) if joined else contextlib.nullcontext():
+        with torch.device("meta"):
+            model = Transformer(config)
+        names = [name for name, _ in config.parameter_shapes()]
+        assert set(names) == {name for name, _ in model.named_parameters()}, "the model's names are the checkpoint's"
+        broken, joined_by_copy = [], copied_modules(config) if joined else frozenset()
+        pages: HugePages | None = None
+        unshared_bytes = 0
+        for done, name in enumerate(names):
+            _refuse_stop(should_stop, checkpoint)
+            path, _, attribute = name.rpartition(".")
+            stored, shared = checkpoint.dtype(name), False
+            stored_bytes = math.prod(checkpoint.shapes[name]) * stored.itemsize
+            if quantized is not None and (packed := quantized(name)) is not None:
+                if streamed is not None:
+                    streamed.hold_packed(name, packed)
+                else:
+                    pages = pages or HugePages(_bytes_of_codes(config, type(packed)), device)
+                    packed.hold_in(pages)
+                hold_quantized(model.get_submodule(path), packed)
             else:
-                pages = pages or HugePages(_bytes_of_codes(config, type(packed)), device)
-                packed.hold_in(pages)
-            hold_quantized(model.get_submodule(path), packed)
-        else:
-            rows = None if streamed is None else streamed.rows_kept(name)
-            if rows is None or len(rows) == checkpoint.shapes[name][0]:
-                is_joined = path.rpartition(".")[2] in joined_by_copy
-                shared = stored_bytes >= _LEAST_MAPPED and not (writable or is_joined) and dtype in (None, stored)
-                copied = rows is not None or device.type != "cpu"
-                tensor = checkpoint.tensor(name, mapped=shared or copied)
-            else:
-                tensor = checkpoint.rows(name, rows)
-            tensor = tensor.to(device)
-            if dtype is not None:
-                tensor = tensor.to(dtype)  # on the device, which casts quicker than a CPU
-            if not is_finite(tensor):
-                broken.append(name)
-            if streamed is not None and rows is not None:
-                tensor = streamed.hold(name, tensor, rows.start)
-            setattr(model.get_submodule(path), attribute, torch.nn.Parameter(tensor, requires_grad=False))
-        unshared_bytes += 0 if shared else stored_bytes
-        if device.type == "cpu" and unshared_bytes >= _GIVEN_BACK_AT:
+                rows = None if streamed is None else streamed.rows_kept(name)
+                if rows is None or len(rows) == checkpoint.shapes[name][0]:
+                    is_joined = path.rpartition(".")[2] in joined_by_copy
+                    shared = stored_bytes >= _LEAST_MAPPED and not (writable or is_joined) and dtype in (None, stored)
+                    copied = rows is not None or device.type != "cpu"
+                    tensor = checkpoint.tensor(name, mapped=shared or copied)
+                else:
+                    tensor = checkpoint.rows(name, rows)
+                tensor = tensor.to(device)
+                if dtype is not None:
+                    tensor = tensor.to(dtype)  # on the device, which casts quicker than a CPU
+                if not is_finite(tensor):
+                    broken.append(name)
+                if streamed is not None and rows is not None:
+                    tensor = streamed.hold(name, tensor, rows.start)
+                setattr(model.get_submodule(path), attribute, torch.nn.Parameter(tensor, requires_grad=False))
+            unshared_bytes += 0 if shared else stored_bytes
+            if device.type == "cpu" and unshared_bytes >= _GIVEN_BACK_AT:
+                give_back()
+                unshared_bytes = 0
+            on_event(Progress("loading", done + 1, len(names)))
+        if streamed is not None:
+            broken = streamed.named_anywhere(broken)
+        warn_of_broken(broken, checkpoint, on_event)
+        if joined:
+            join_products(model)
+        if device.type == "cpu":
             give_back()
-            unshared_bytes = 0
-        on_event(Progress("loading", done + 1, len(names)))
-    if streamed is not None:
-        broken = streamed.named_anywhere(broken)
-    warn_of_broken(broken, checkpoint, on_event)
-    if joined:
-        join_products(model)
-    if device.type == "cpu":
-        give_back()
-    if joined:
-        reuse_freed(sum(math.prod(shape) for _, shape in config.parameter_shapes()) // _WEIGHTS_PER_REUSED_BYTE)
     return model

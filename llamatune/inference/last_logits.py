@@ -20,12 +20,17 @@ def logits_of_the_row(hidden: Tensor, head_weight: Tensor) -> Tensor:
 
 
 def _logits(x: Tensor, W: Tensor) -> Tensor:
-    """x W^T; in fp32 on a CPU in portions of the vocabulary, since MKL copies the part of W that it multiplies."""
-    whole = len(x) == 1 or x.dtype != torch.float32 or W.dtype != x.dtype or x.device.type != "cpu"
-    if whole or not torch.is_inference_mode_enabled():
+    """x W^T, (rows, D) -> (rows, V); of several rows in fp32 by portions of V, since MKL copies what it reads of W."""
+    if len(x) == 1 or not _suits_portions(x, W):
         return linear(x, W, any_layout=True)
     logits = x.new_empty(len(x), len(W))
     portion = max(1, HEAD_WEIGHTS_OF_A_THREAD * torch.get_num_threads() // W.shape[1])
     for part, out in zip(torch.split(W, portion), torch.split(logits, portion, dim=1), strict=True):
         torch.mm(x, part.T, out=out)
     return logits
+
+
+def _suits_portions(x: Tensor, W: Tensor) -> bool:
+    """Whether products can be written to parts of a tensor, without autograd and autocast, and MKL computes them."""
+    is_plain = torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+    return is_plain and x.device.type == "cpu" and x.dtype == W.dtype == torch.float32

@@ -33,8 +33,10 @@ def token_distribution(logits: Tensor, sampling: Drawing) -> Tensor:
         scaled = scaled.masked_fill(scaled < least, -torch.inf)
     probabilities = scaled.softmax(-1)
     if sampling.top_p < 1:
-        ordered, indices = probabilities.sort(dim=-1, descending=True, stable=True)
-        outside = ordered.cumsum(-1) - ordered >= sampling.top_p
+        # From the least on: sums of the likeliest are rounded to more than a nucleus of nearly all leaves out.
+        ordered, indices = probabilities.sort(dim=-1, stable=True)
+        outside = ordered.cumsum(-1) <= 1 - sampling.top_p
+        outside[..., -1] = False
         ordered = ordered.masked_fill(outside, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, indices, ordered)
         probabilities /= probabilities.sum(-1, keepdim=True)

@@ -16,6 +16,7 @@ from llamatune.processor import has_amx
 
 _FEW_ROWS = 64
 _LEAST_COLUMNS = 1024
+"""Of a large matrix that torch's own kernel multiplies two rows by as fast as oneDNN's."""
 _SWITCHING = threading.Lock()
 """oneDNN's switch is the process's: a thread would read it while another has it off, and leave it so."""
 _TRANSPOSED_AT_ONCE = 1 << 19
@@ -65,7 +66,7 @@ def suits_few_rows(x: Tensor, W: Tensor, any_layout: bool = False) -> bool:
         return False
     rows = x.numel() // x.shape[-1]
     suits_left_factor = has_amx() and (W.numel() >= LEAST_ELEMENTS or any_layout or x.stride(-1) != 1)
-    fits = rows <= _rows_without_onednn(W) or rows == 1 or (rows <= _FEW_ROWS and suits_left_factor)
+    fits = rows <= max(1, _rows_without_onednn(W)) or (rows <= _FEW_ROWS and suits_left_factor)
     return fits and torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
 
@@ -85,7 +86,7 @@ def few_rows_linear(x: Tensor, W: Tensor, bias: Tensor | None = None, any_layout
 
 
 def _rows_without_onednn(W: Tensor) -> int:
-    """Of x, that torch's own kernel multiplies by W: it takes time for each, and more where W is large and narrow."""
+    """The most rows of x that torch's own kernel multiplies by W no slower than oneDNN's: it takes time for each."""
     is_small = W.numel() < LEAST_ELEMENTS
     if has_amx():
         return 1 if is_small else 0
