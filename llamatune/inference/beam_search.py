@@ -17,8 +17,8 @@ from llamatune.command_options.inference import Sampling
 from llamatune.errors import SpecError, Stopped
 from llamatune.events import ShouldStop
 from llamatune.inference.completion import Completion
-from llamatune.inference.empty_caches import new_cache
 from llamatune.inference.last_logits import last_logits
+from llamatune.inference.new_caches import new_cache
 from llamatune.inference.sampling import not_finite, penalised
 from llamatune.model.layers import linear
 from llamatune.model.transformer import Transformer

@@ -22,8 +22,8 @@ from llamatune.host_memory import give_back
 from llamatune.inference.beam_search import beam_search
 from llamatune.inference.captured_steps import CapturedSteps, Launched
 from llamatune.inference.completion import Completion
-from llamatune.inference.empty_caches import new_rows
 from llamatune.inference.last_logits import last_logits, logits_of_the_row
+from llamatune.inference.new_caches import new_rows
 from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.inference.running_sequences import IsEnough, RunningSequence, draw_tokens
 from llamatune.inference.sampling import NO_TOKEN, not_finite

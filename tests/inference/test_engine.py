@@ -16,8 +16,8 @@ from llamatune.command_options.inference import Sampling
 from llamatune.errors import NumericsError, Stopped
 from llamatune.inference import beam_search, engine
 from llamatune.inference.completion import Completion
-from llamatune.inference.empty_caches import new_cache, new_rows
 from llamatune.inference.engine import Engine, complete, completions
+from llamatune.inference.new_caches import new_cache, new_rows
 from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.model.kv_cache import KVCache, RowCache
 from llamatune.model.transformer import Transformer

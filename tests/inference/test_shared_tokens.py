@@ -13,8 +13,8 @@ import torch
 from llamatune.checkpoints.loading import load_model
 from llamatune.command_options.inference import Sampling
 from llamatune.inference import beam_search
-from llamatune.inference.empty_caches import new_cache
 from llamatune.inference.engine import complete
+from llamatune.inference.new_caches import new_cache
 from llamatune.model.kv_cache import KVCache
 from llamatune.model.transformer import Transformer
 from llamatune.shapes import generation_sizes
