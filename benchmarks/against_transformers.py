@@ -227,6 +227,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS_AT_ONCE["cpu"], help="that llamatune computes together")
     parser.add_argument("--batch", type=int, default=16, help="that generate computes together")
     parser.add_argument("--tokens", type=int, default=128, help="the most of an answer")
+    parser.add_argument(
+        "--prompt-tokens", nargs="+", type=int, default=[88], help="of prompts whose first token is timed"
+    )
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model of 32,000 pieces, for llama.cpp")
     parser.add_argument("--only", choices=["single", "many", "lookup"])
     arguments = parser.parse_args()
@@ -251,7 +254,9 @@ def main() -> None:
     if arguments.only in (None, "single"):
         sides = {"llamatune": ours(model, 1), "generate": batches(theirs, 1), **others}
         compare("one prompt", sides, (prompts[:1], [arguments.tokens]), arguments.rounds)
-        compare("its first token", sides, ([prompts[0] * 4], [1]), arguments.rounds * 4)
+        for tokens in arguments.prompt_tokens:
+            prompt = (prompts[0] * tokens)[:tokens]
+            compare(f"first token behind {tokens}", sides, ([prompt], [1]), arguments.rounds * 4)
     if arguments.only in (None, "many"):
         sides = {"llamatune": ours(model, arguments.rows), "generate": batches(theirs, arguments.batch),
                  "continuous batching": continuous(theirs)}  # fmt: skip

@@ -28,11 +28,10 @@ from llamatune.inference.prompt_lookup import PromptLookup
 from llamatune.inference.running_sequences import IsEnough, RunningSequence, draw_tokens
 from llamatune.inference.sampling import NO_TOKEN, not_finite
 from llamatune.model.adapters.adapter_switch import AdapterSwitch
-from llamatune.model.attention import causal
 from llamatune.model.transformer import Transformer
 from llamatune.processor import has_amx
 from llamatune.seeds import derived_seed
-from llamatune.shapes.generation_sizes import tokens_in_a_pass, with_filling
+from llamatune.shapes.generation_sizes import tokens_in_a_pass, tokens_of_a_part, with_filling
 from llamatune.shapes.recurring_sizes import filled_up
 from llamatune.shapes.rope_scaling import DynamicScaling
 
@@ -148,10 +147,9 @@ class Engine:
     def _check(self, sequence: RunningSequence, draft: Sequence[int]) -> list[tuple[int, Completion]]:
         """Give the only sequence what ``draft`` has right, and the token behind it, by one pass over all of them."""
         ids = torch.tensor([[sequence.chosen[-1], *draft]], device=self._model.device)
-        mask = self._causal(self._cache.lengths[-1], ids.shape[1])
         layers = self._cache.continue_last(ids.shape[1])
         self._switch.set([sequence.adapted], [ids.shape[1]], self._model.device)
-        logits = self._model(ids, mask=mask, cache=layers, read=logits_of_the_row)
+        logits = self._model(ids, cache=layers, read=logits_of_the_row)
         for place, drafted in enumerate([*draft, None]):
             ended = self._draw(logits[place : place + 1], self._running)
             if ended:
@@ -193,22 +191,18 @@ class Engine:
     def _read_long(self, sequence: RunningSequence) -> Tensor:
         """Logits (1, V) behind a prompt of several passes."""
         prompt, logits = sequence.prompt, None
-        for begin in range(0, len(prompt), self._tokens_in_a_pass):
-            part = prompt[begin : begin + self._tokens_in_a_pass]
+        tokens = tokens_of_a_part(len(prompt), self._tokens_in_a_pass)
+        for begin in range(0, len(prompt), tokens):
+            part = prompt[begin : begin + tokens]
             ids = torch.tensor([part], device=self._model.device)
             if begin == 0:
-                mask, layers = None, self._cache.begin([len(part)], to_come=len(prompt) - len(part))
+                layers = self._cache.begin([len(part)], to_come=len(prompt) - len(part))
             else:
-                mask, layers = self._causal(begin, len(part)), self._cache.continue_last(len(part))
+                layers = self._cache.continue_last(len(part))
             self._switch.set([sequence.adapted], [len(part)], self._model.device)
-            logits = self._model(ids, mask=mask, cache=layers, read=last_logits)
-            if self._model.device.type == "cpu":
-                give_back()  # the mask grows with each part, and would leave holes
+            logits = self._model(ids, cache=layers, read=last_logits)
         assert logits is not None
         return logits  # type: ignore[no-any-return]
-
-    def _causal(self, start: int, queries: int) -> Tensor:
-        return causal(start, queries, self._model.config.sliding_window, self._model.device)
 
     def _draw(self, logits: Tensor, sequences: Sequence[RunningSequence]) -> list[tuple[int, Completion]]:
         """Draw a token from ``logits`` (rows, V) for each of ``sequences``."""

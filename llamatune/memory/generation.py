@@ -12,13 +12,14 @@ from llamatune.memory.generation_pass import Cache, Choice, Pass, choose_beams, 
 from llamatune.memory.model_sizes import ModelSizes
 from llamatune.processor import has_amx
 from llamatune.shapes.adapter import AdapterSpec
-from llamatune.shapes.attention_kernels import Gpu
+from llamatune.shapes.attention_kernels import Gpu, takes_mask
 from llamatune.shapes.dtypes import WEIGHT_BYTES
 from llamatune.shapes.generation_sizes import (
     ROWS_AT_ONCE,
     grown_room,
     rows_that_fit,
     tokens_in_a_pass,
+    tokens_of_a_part,
     with_filling,
 )
 from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES, LlamaConfig, linear_module
@@ -198,7 +199,7 @@ class _Rooms:
         capacity, step = prompt + new * beams, beams
         in_parts = beams == 1 and not isinstance(model.config.rope_scaling, DynamicScaling)
         self.in_a_pass = tokens_in_a_pass(model.config, WEIGHT_BYTES[model.others], model.sizes().device)
-        at_once = self.in_a_pass if in_parts else prompt
+        at_once = tokens_of_a_part(prompt, self.in_a_pass) if in_parts else prompt
         self.read: list[_Part] = []
         room = 0
         for begin in range(0, prompt, at_once):
@@ -243,7 +244,10 @@ def _reading(z: ModelSizes, work: Work, rooms: _Rooms) -> Iterator[Pass]:
             lengths = with_filling(lengths, filling, z.config)
         for cache in caches:
             if part.keys > part.tokens:
-                yield Pass(part.tokens, 1, cache, _draw(work), keys=part.keys)
+                start = part.keys - part.tokens
+                masked = takes_mask(start, part.tokens, z.config.sliding_window, z.device)
+                keys = part.keys if masked else 0
+                yield Pass(part.tokens, 1, cache, _draw(work), keys=keys, is_part=True)
             else:
                 tokens, repeated = sum(lengths), read - together
                 yield Pass(tokens, read, cache, _draw(work), lengths=lengths, selects=is_whole, filling=repeated)

@@ -34,8 +34,9 @@ class Pass:
     """A pass over ``tokens`` in all, ``read`` of which give logits.
 
     Either they are samples of ``lengths``, those that fill up the pass included, or ``rows`` that go on, and their mask
-    is over ``keys`` of each. ``selects``: the last block computes nothing else but what is read. ``left``: rows whose
-    logits, log-probabilities and sums are there from the pass before. ``filling``: of the logits, those of no token.
+    is over ``keys`` of each. A part of a prompt that goes on (``is_part``) makes its mask itself, or has none and no
+    ``keys``. ``selects``: the last block computes nothing else but what is read. ``left``: rows whose logits,
+    log-probabilities and sums are there from the pass before. ``filling``: of the logits, those of no token.
     """
 
     tokens: int
@@ -45,6 +46,7 @@ class Pass:
     lengths: tuple[int, ...] = ()
     rows: int = 1
     keys: int = 0
+    is_part: bool = False
     selects: bool = False
     left: int = 0
     filling: int = 0
@@ -123,6 +125,8 @@ def _block(ledger: Ledger, z: ModelSizes, p: Pass, held: Tensor, last: bool) -> 
             ledger.free(held)
         if p.lengths:
             AttentionBytes(z, p.lengths, recurs=not has_amx()).forward(ledger)
+        elif p.is_part and not p.keys:
+            _attention_in_parts(ledger, z, N)
         else:
             ledger.use("mask, keys and values for the kernel", _to_keys(z, p))
         o = ledger.make("output of attention", N * z.Q * c)
@@ -209,8 +213,20 @@ def _mask(ledger: Ledger, z: ModelSizes, p: Pass) -> list[Tensor]:
         ledger.use("what is inside of the window", 3 * length * length)
     cells = p.tokens * p.keys
     ledger.use("parts of the mask", 2 * cells)
-    made.append(ledger.make("mask", cells))
-    return [*made, ledger.make("mask that is added to scores", cells * z.c if z.device == "cpu" else 0)]
+    mask = ledger.make("mask", cells)
+    added = ledger.make("mask that is added to scores", cells * z.c if z.device == "cpu" else 0)
+    if p.is_part and z.device == "cpu":  # no one else has it
+        ledger.free(mask)
+        return [*made, added]
+    return [*made, mask, added]
+
+
+def _attention_in_parts(ledger: Ledger, z: ModelSizes, N: int) -> None:
+    """What tokens before N tokens give, and N themselves, both in fp32; laid out anew where heads share keys."""
+    outputs = ledger.make("outputs of both parts", 2 * N * z.Q * z.c)
+    ledger.use("output laid out anew", N * z.Q * z.c if z.Q != z.K else 0)
+    ledger.use("both in fp32", 2 * N * z.Q * 4 if z.c < 4 else 0)
+    ledger.free(outputs)
 
 
 def _to_keys(z: ModelSizes, p: Pass) -> int:

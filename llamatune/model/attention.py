@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamatune.devices import capability_of
-from llamatune.model.attention_in_fp32 import attend_in_fp32
+from llamatune.model.attention_in_fp32 import CPU_KERNEL, attend_in_fp32
 from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.processor import has_amx
-from llamatune.shapes.attention_kernels import Kernel, beyond_window, choose_kernel, head_room
+from llamatune.shapes.attention_kernels import Kernel, beyond_window, choose_kernel, head_room, takes_mask
 from llamatune.shapes.recurring_sizes import filled_up
 
 
@@ -50,19 +50,15 @@ class Documents:
         return sizes.repeat_interleave(sizes)[None].to(self.bounds.device, non_blocking=True)
 
 
-def windowed(mask: Tensor | None, window: int | None, start: int, queries: int, device: torch.device) -> Tensor | None:
-    """``mask`` (B, 1, T, S), or causality, within a sliding window; the T ``queries`` begin at place ``start``."""
-    if window is None or start + queries <= window:
-        return mask
-    places = torch.arange(start + queries, device=device)
-    inside = _inside(places[start:, None], places, window)
-    return inside[None, None] if mask is None else mask & inside
+def mask_behind(start: int, queries: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Bool (1, 1, queries, start + queries): what the queries from place ``start`` on see, within a sliding window.
 
-
-def causal(start: int, queries: int, window: int | None, device: torch.device) -> Tensor:
-    """Bool (1, 1, queries, start + queries): what the queries from place ``start`` on see, within a sliding window."""
+    None where ``attend`` needs no mask for it.
+    """
+    if not takes_mask(start, queries, window, device.type):
+        return None
     places = torch.arange(start + queries, device=device)
-    inside = places <= places[start:, None] if window is None else _inside(places[start:, None], places, window)
+    inside = _inside(places[start:, None], places, window) if window is not None else places <= places[start:, None]
     return inside[None, None]
 
 
@@ -86,10 +82,14 @@ def _window_mask(T: int, window: int, device: torch.device, dtype: torch.dtype) 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents | None) -> Tensor:
     """softmax(q k^T / sqrt(E)) v, causal; (B, H, T, E) from q of that shape and k, v (B, K, S, E).
 
+    The queries are the last of S tokens.
+
     Args:
         mask: (B, 1, T, S), bool, True where a query may look, or ``added`` to scores; in place of causality.
         documents: B is 1 and the row holds these samples; each attends to itself only.
     """
+    if mask is None and 1 < q.shape[2] < k.shape[2]:
+        return _attend_in_parts(q, k, v)
     if mask is not None or q.shape[2] != k.shape[2]:
         kind = "none" if mask is None else "given"
         if q.shape[2] == 1 and _pays_grouped(q, k):
@@ -133,6 +133,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "causal", mask: Tensor 
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=E**-0.5)
     return o[..., :E] if missing else o
+
+
+def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The last T of S tokens on a CPU: what they see before them, and of themselves, by the sums of both softmaxes.
+
+    No mask is added. Queries that share a head of k are computed as queries of one head, in larger blocks.
+    """
+    B, H, T, E = q.shape
+    keys, own_keys = torch.split(k, [k.shape[2] - T, T], dim=2)
+    values, own_values = torch.split(v, [k.shape[2] - T, T], dim=2)
+    before, sums = CPU_KERNEL(q.reshape(B, k.shape[1], -1, E), keys, values)
+    own, own_sums = CPU_KERNEL(q, own_keys, own_values, 0.0, True)  # sums are logarithms, in fp32
+    share = torch.sigmoid(sums.reshape(B, H, T) - own_sums)[..., None]
+    o: Tensor = own.to(share.dtype).lerp_(before.reshape(q.shape).to(share.dtype), share)
+    return o.to(q.dtype)
 
 
 def _pays_grouped(q: Tensor, k: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 NAME = "llamatune::attention_in_fp32"
@@ -21,7 +21,7 @@ _library.define("attention_in_fp32(Tensor q, Tensor k, Tensor v) -> (Tensor, Ten
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    o, log_sums = _KERNEL(q.float(), k.float(), v.float(), 0.0, True)
+    o, log_sums = CPU_KERNEL(q.float(), k.float(), v.float(), 0.0, True)
     return o.to(q.dtype), log_sums
 
 

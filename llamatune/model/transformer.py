@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamatune.model.attention import Documents, added, attend, windowed
+from llamatune.model.attention import Documents, added, attend, mask_behind
 from llamatune.model.kv_cache import LayerCache
 from llamatune.model.layers import Embedding, Linear, RMSNorm, linear, product_dtype, swiglu
 from llamatune.model.rope import Rotation, rotary_angles, rotate
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
         Args:
             positions: (B or 1, T); by default they restart with each sample, or go on from the cache's length.
             mask: bool (B, 1, T, S), True where a query may look, within the sliding window too; None: causal, which
-                right padding needs no mask for. With a cache that already holds tokens, T > 1 needs a mask.
+                right padding needs no mask for.
             lengths: those of the samples in the one row of ``input_ids``, which holds several.
             rows: positions in the one row whose states are asked for, all that the last block computes; None: all.
             read: gets the final-norm states (B, T, D), or (1, len(rows), D), and the weight of the head (V, D), which
@@ -203,7 +203,7 @@ class Transformer(nn.Module):
             lengths = (T,)
         documents = None if lengths is None else Documents(lengths, self.device, window, product_dtype(x))
         if documents is None and mask is None:
-            mask = windowed(None, window, start, T, self.device)
+            mask = mask_behind(start, T, window, self.device)
         if mask is not None and not mask.is_cuda:
             mask = added(mask, product_dtype(x))  # once, not in every block
         if positions is None and documents is not None:

@@ -11,6 +11,9 @@ from llamatune.shapes.tile_sizes import SHORT_TOKENS
 Gpu = bool | Capability | None
 """What a step is planned for. A capability, or True: a GPU that is not at hand. Otherwise a CPU."""
 
+FEWEST_IN_PARTS = 128
+"""Queries behind other tokens that a CPU computes in two parts about as fast as with a mask, which takes memory."""
+
 
 class Kernel(Enum):
     """How attention is computed."""
@@ -51,6 +54,13 @@ def choose_kernel(
     if mask == "given" or not _flash_runs(capability, dtype, head_dim):
         return Kernel.EFFICIENT
     return Kernel.VARLEN if samples > 1 and head_dim % 8 == 0 else Kernel.SDPA
+
+
+def takes_mask(start: int, queries: int, window: int | None, device: str) -> bool:
+    """Whether attention of a sample's ``queries`` from place ``start`` on takes a mask, on a ``cpu`` or ``cuda``."""
+    if window is not None and start + queries > window:
+        return True
+    return start > 0 and queries > 1 and (device != "cpu" or queries < FEWEST_IN_PARTS)
 
 
 def beyond_window(lengths: Sequence[int], window: int | None) -> list[int]:

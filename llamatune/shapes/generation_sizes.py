@@ -33,6 +33,9 @@ _SHARE = {"cpu": 0.025, "cuda": 0.08}
 On a CPU the allocator keeps as much again of what is freed, and a pass of fewer tokens is as quick.
 """
 
+_WHOLE_PART = 64
+"""Tokens that parts of prompts are multiples of, so that the sizes of products recur."""
+
 FIRST_ROOM_TOKENS = 256
 
 _LARGEST_POWER = 16
@@ -85,6 +88,12 @@ def tokens_in_a_pass(config: LlamaConfig, element_bytes: int, device: str) -> in
     states, fed_forward = config.hidden_size, config.intermediate_size
     of_a_token = element_bytes * (6 * states + 2 * fed_forward) + 12 * states
     return max(_FEWEST_TOKENS, min(_MOST_TOKENS, int(_SHARE[device] * weights / of_a_token) // 16 * 16))
+
+
+def tokens_of_a_part(prompt: int, in_a_pass: int) -> int:
+    """Tokens of each pass over a prompt that takes several: about as many in all of them. The last has the rest."""
+    equal = -(-prompt // -(-prompt // in_a_pass))
+    return min(in_a_pass, -(-equal // _WHOLE_PART) * _WHOLE_PART)
 
 
 def with_filling(lengths: Sequence[int], filling: int, config: LlamaConfig) -> tuple[int, ...]:
