@@ -19,7 +19,6 @@ from llamatune.shapes.generation_sizes import (
     grown_room,
     rows_that_fit,
     tokens_in_a_pass,
-    tokens_of_a_part,
     with_filling,
 )
 from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES, LlamaConfig, linear_module
@@ -199,7 +198,7 @@ class _Rooms:
         capacity, step = prompt + new * beams, beams
         in_parts = beams == 1 and not isinstance(model.config.rope_scaling, DynamicScaling)
         self.in_a_pass = tokens_in_a_pass(model.config, WEIGHT_BYTES[model.others], model.sizes().device)
-        at_once = tokens_of_a_part(prompt, self.in_a_pass) if in_parts else prompt
+        at_once = self.in_a_pass if in_parts else prompt  # parts have less, other prompts as much
         self.read: list[_Part] = []
         room = 0
         for begin in range(0, prompt, at_once):

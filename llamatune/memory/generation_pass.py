@@ -34,8 +34,8 @@ class Pass:
     """A pass over ``tokens`` in all, ``read`` of which give logits.
 
     Either they are samples of ``lengths``, those that fill up the pass included, or ``rows`` that go on, and their mask
-    is over ``keys`` of each. A part of a prompt that goes on (``is_part``) makes its mask itself, or has none and no
-    ``keys``. ``selects``: the last block computes nothing else but what is read. ``left``: rows whose logits,
+    is over ``keys`` of each. ``is_part``: a further part of a prompt, whose mask the model makes; without ``keys`` it
+    has no mask. ``selects``: the last block computes nothing else but what is read. ``left``: rows whose logits,
     log-probabilities and sums are there from the pass before. ``filling``: of the logits, those of no token.
     """
 
@@ -123,6 +123,10 @@ def _block(ledger: Ledger, z: ModelSizes, p: Pass, held: Tensor, last: bool) -> 
         cache = ledger.make(CACHE, p.cache.grown) if p.cache.grown > p.cache.held else held
         if cache != held:
             ledger.free(held)
+        inputs = [*turned, v]
+        if p.is_part:  # its keys and values are the cache's
+            ledger.free(*inputs[1:])
+            del inputs[1:]
         if p.lengths:
             AttentionBytes(z, p.lengths, recurs=not has_amx()).forward(ledger)
         elif p.is_part and not p.keys:
@@ -132,7 +136,7 @@ def _block(ledger: Ledger, z: ModelSizes, p: Pass, held: Tensor, last: bool) -> 
         o = ledger.make("output of attention", N * z.Q * c)
         chosen = ledger.make("rows that are read of it", n * z.Q * c if n < N else 0)
         y = _product(ledger, z, "o_proj", n)
-        ledger.free(h, *turned, v, o, chosen)
+        ledger.free(h, *inputs, o, chosen)
         chosen = ledger.make("rows that are read of x", n * D * c if n < N else 0)
         middle = ledger.make("x after attention", n * D * c)
         ledger.free(y, chosen)
@@ -215,18 +219,18 @@ def _mask(ledger: Ledger, z: ModelSizes, p: Pass) -> list[Tensor]:
     ledger.use("parts of the mask", 2 * cells)
     mask = ledger.make("mask", cells)
     added = ledger.make("mask that is added to scores", cells * z.c if z.device == "cpu" else 0)
-    if p.is_part and z.device == "cpu":  # no one else has it
+    if p.is_part and z.device == "cpu":  # the model makes it, and keeps what is added alone
         ledger.free(mask)
         return [*made, added]
     return [*made, mask, added]
 
 
 def _attention_in_parts(ledger: Ledger, z: ModelSizes, N: int) -> None:
-    """What tokens before N tokens give, and N themselves, both in fp32; laid out anew where heads share keys."""
+    """Of N tokens: what those before them give and what they give themselves, and both in fp32."""
     outputs = ledger.make("outputs of both parts", 2 * N * z.Q * z.c)
-    ledger.use("output laid out anew", N * z.Q * z.c if z.Q != z.K else 0)
+    laid_out = ledger.make("output of heads that share keys, laid out anew", N * z.Q * z.c if z.Q != z.K else 0)
     ledger.use("both in fp32", 2 * N * z.Q * 4 if z.c < 4 else 0)
-    ledger.free(outputs)
+    ledger.free(outputs, laid_out)
 
 
 def _to_keys(z: ModelSizes, p: Pass) -> int:

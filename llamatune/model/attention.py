@@ -82,7 +82,7 @@ def _window_mask(T: int, window: int, device: torch.device, dtype: torch.dtype) 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents | None) -> Tensor:
     """softmax(q k^T / sqrt(E)) v, causal; (B, H, T, E) from q of that shape and k, v (B, K, S, E).
 
-    The queries are the last of S tokens.
+    The queries are the last T of S tokens. Where ``takes_mask`` says so they need a mask.
 
     Args:
         mask: (B, 1, T, S), bool, True where a query may look, or ``added`` to scores; in place of causality.
@@ -136,15 +136,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "causal", mask: Tensor 
 
 
 def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The last T of S tokens on a CPU: what they see before them, and of themselves, by the sums of both softmaxes.
+    """The last T of S tokens on a CPU, without gradients: tokens before them, then themselves, joined by softmax sums.
 
     No mask is added. Queries that share a head of k are computed as queries of one head, in larger blocks.
     """
+    assert not torch.is_grad_enabled(), "the sums have no gradient"
     B, H, T, E = q.shape
     keys, own_keys = torch.split(k, [k.shape[2] - T, T], dim=2)
     values, own_values = torch.split(v, [k.shape[2] - T, T], dim=2)
     before, sums = CPU_KERNEL(q.reshape(B, k.shape[1], -1, E), keys, values)
-    own, own_sums = CPU_KERNEL(q, own_keys, own_values, 0.0, True)  # sums are logarithms, in fp32
+    own, own_sums = CPU_KERNEL(q, own_keys, own_values, 0.0, True)  # logarithms of sums, in fp32 or more
     share = torch.sigmoid(sums.reshape(B, H, T) - own_sums)[..., None]
     o: Tensor = own.to(share.dtype).lerp_(before.reshape(q.shape).to(share.dtype), share)
     return o.to(q.dtype)

@@ -33,8 +33,8 @@ _SHARE = {"cpu": 0.025, "cuda": 0.08}
 On a CPU the allocator keeps as much again of what is freed, and a pass of fewer tokens is as quick.
 """
 
-_WHOLE_PART = 64
-"""Tokens that parts of prompts are multiples of, so that the sizes of products recur."""
+_WHOLE_PART = 32
+"""Tokens that parts of prompts are whole multiples of where a pass takes them, so that the sizes of products recur."""
 
 FIRST_ROOM_TOKENS = 256
 

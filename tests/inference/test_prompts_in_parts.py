@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from llamatune.checkpoints.loading import load_model
 from llamatune.command_options.inference import Sampling
 from llamatune.inference import engine
-from llamatune.inference.engine import Engine
+from llamatune.inference.engine import Engine, complete
 from llamatune.inference.new_caches import new_rows
 from llamatune.inference.running_sequences import RunningSequence
 from llamatune.model.attention import attend, mask_behind
+from llamatune.model.transformer import Transformer
 from llamatune.shapes import attention_kernels
 from llamatune.shapes.attention_kernels import FEWEST_IN_PARTS, takes_mask
 from llamatune.shapes.generation_sizes import tokens_of_a_part
@@ -30,7 +31,24 @@ def test_parts_are_as_few_as_passes_allow_and_about_equal(prompt: int, in_a_pass
     tokens, fewest = tokens_of_a_part(prompt, in_a_pass), -(-prompt // in_a_pass)
     assert tokens <= in_a_pass
     assert -(-prompt // tokens) == fewest
-    assert tokens - prompt / fewest < 64, "the first parts have at most their share and what makes them whole"
+    assert tokens - prompt / fewest < 32, "the first parts have at most their share and what makes them whole"
+
+
+def test_the_engine_reads_parts_of_about_equal_length(
+    tiny_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(tiny_base(max_position_embeddings=512)).eval()
+    monkeypatch.setattr(engine, "tokens_in_a_pass", lambda *_: 192)
+    passes: list[int] = []
+    forward = Transformer.forward
+
+    def noted(self: Transformer, ids: torch.Tensor, *more: Any, **how: Any) -> Any:
+        passes.append(ids.shape[1])
+        return forward(self, ids, *more, **how)
+
+    monkeypatch.setattr(Transformer, "forward", noted)
+    complete(model, [[5] * 200, [6] * 390], Sampling(1, temperature=0), ())
+    assert passes == [128, 72, 160, 160, 70]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +70,8 @@ def test_attention_in_parts_is_that_of_all_by_closed_form(
     scores = q.double() @ k.double().repeat_interleave(heads // key_heads, 1).transpose(2, 3) / E**0.5
     scores.masked_fill_(torch.ones(queries, S).triu_(start + 1).bool(), -torch.inf)
     expected = scores.softmax(-1) @ v.double().repeat_interleave(heads // key_heads, 1)
-    found = attend(q, k, v, None, None)
+    with torch.no_grad():
+        found = attend(q, k, v, None, None)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, atol=most, rtol=most)
 
@@ -92,7 +111,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def test_a_prompt_in_parts_is_completed_as_in_one_pass_and_by_transformers(
     tiny_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """Parts with masks and without; none of them has few tokens."""
+    """Parts with masks and without, as few as passes allow, and of about equal length."""
     from transformers import AutoModelForCausalLM
 
     base = tiny_base(**FAMILIES[family], max_position_embeddings=256)

@@ -25,7 +25,9 @@ from llamatune.memory.generation import HeldModel, Work, plan_generation
 from llamatune.model.joined_products import join_products
 from llamatune.model.transformer import Transformer
 from llamatune.shapes import generation_sizes
+from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
+from llamatune.shapes.generation_sizes import tokens_in_a_pass
 from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig
 from llamatune.units import gibibytes, parse_size
 
@@ -147,6 +149,7 @@ SHAPES = {
     "grouped": replace(SHAPE, num_key_value_heads=2),
     "one layer": replace(SHAPE, num_hidden_layers=1),
     "mostly attention": replace(SHAPE, intermediate_size=32),
+    "mostly attention and grouped": replace(SHAPE, intermediate_size=32, num_key_value_heads=2),
     "large vocabulary": replace(SHAPE, vocab_size=20000, tie_word_embeddings=True),
     "odd vocabulary": replace(SHAPE, vocab_size=20001, tie_word_embeddings=True),
     "wide": replace(SHAPE, intermediate_size=1024),
@@ -185,6 +188,9 @@ WORKS = {
         ("large vocabulary", "a full batch", "bfloat16"),
         ("large vocabulary", "beams", "bfloat16"),
         ("window", "in parts", "bfloat16"),
+        ("mostly attention", "in parts", "float32"),
+        ("mostly attention and grouped", "in parts", "float32"),
+        ("mostly attention and grouped", "in parts", "bfloat16"),
         ("head norms", "one", "float32"),
         ("biases", "more than rows", "float32"),
     ],
@@ -381,3 +387,14 @@ def test_joined_codes_of_int8_are_cast_together_if_they_are_few(shape: tuple[int
         beside = temporary("int8", computed) - temporary(computed, computed)
         assert beside >= max(cast, least)
         assert beside <= max(cast, least) + (4 << 20), "pieces of a matrix"
+
+
+@pytest.mark.parametrize("cuda", [False, (8, 0)], ids=["CPU", "GPU"])
+def test_a_longer_prompt_is_planned_for_no_less(cuda: Gpu) -> None:
+    """Of other prompts, which may be shorter, a pass is as long as it can be where the longest takes several."""
+    config = LlamaConfig(4096, 14336, 32, 32, 8, 128256, max_position_embeddings=8192)
+    model = HeldModel(config, "bfloat16", "bfloat16", "bfloat16", cuda=cuda)
+    in_a_pass = tokens_in_a_pass(config, 2, model.sizes().device)
+    lengths = (in_a_pass - 16, in_a_pass, in_a_pass + 1, in_a_pass + 16, 2 * in_a_pass, 2 * in_a_pass + 1)
+    peaks = [plan_generation(model, Work(tokens, 4, 1, 1)).memory.peak for tokens in lengths]
+    assert peaks == sorted(peaks)
