@@ -4,9 +4,10 @@
 with answers of ragged lengths, greedy, from the same random weights, alternating. The length of each answer is drawn
 from an exponential distribution whose mean is a quarter of the longest; ``generate`` computes a batch until its longest
 answer ends. Seconds are compared for each token that is asked for; a ratio above 1 means that llamatune needs less.
-Nothing is downloaded. With ``--held int8`` llamatune's weights are quantised, and answers differ. ``--int8-peers
-torchao`` adds, for one prompt, transformers with weights in int8 by torchao, quanto or bitsandbytes, which must be
-installed.
+Nothing is downloaded. ``--prompt-tokens 88 1024`` are the lengths of prompts whose first token is timed.
+
+With ``--held int8`` llamatune's weights are quantised, and answers differ. ``--int8-peers torchao`` adds, for one
+prompt, transformers with weights in int8 by torchao, quanto or bitsandbytes, which must be installed.
 
 ``--tokenizer tokenizer.model``: beside llama.cpp, too, which needs llama-cpp-python. It reads the same weights in the
 same dtype, or in Q8_0 for ``--held int8``, from a GGUF file, which a tokenizer belongs to.

@@ -1,4 +1,4 @@
-"""The memory plan of generation: its moments, the highest of them, and whether that fits."""
+"""Memory plan of generation: bytes of loading, reading prompts and decoding, their peak, and whether that fits."""
 
 from __future__ import annotations
 
@@ -198,7 +198,8 @@ class _Rooms:
         capacity, step = prompt + new * beams, beams
         in_parts = beams == 1 and not isinstance(model.config.rope_scaling, DynamicScaling)
         self.in_a_pass = tokens_in_a_pass(model.config, WEIGHT_BYTES[model.others], model.sizes().device)
-        at_once = self.in_a_pass if in_parts else prompt  # parts have less, other prompts as much
+        # The engine's parts are about equal and may be shorter, but a pass over other prompts may be as long.
+        at_once = self.in_a_pass if in_parts else prompt
         self.read: list[_Part] = []
         room = 0
         for begin in range(0, prompt, at_once):

@@ -1,4 +1,4 @@
-"""The bytes of a pass of generation: a walk through ``model.transformer``, which keeps nothing, and sampling."""
+"""Memory of one forward pass of generation, tensor by tensor as ``model.transformer`` makes them, and of sampling."""
 
 from __future__ import annotations
 
@@ -123,10 +123,10 @@ def _block(ledger: Ledger, z: ModelSizes, p: Pass, held: Tensor, last: bool) -> 
         cache = ledger.make(CACHE, p.cache.grown) if p.cache.grown > p.cache.held else held
         if cache != held:
             ledger.free(held)
-        inputs = [*turned, v]
-        if p.is_part:  # its keys and values are the cache's
-            ledger.free(*inputs[1:])
-            del inputs[1:]
+        q, *k_and_v = [*turned, v]  # q with k, where both are turned at once
+        if p.is_part:  # attention takes those of the cache
+            ledger.free(*k_and_v)
+            k_and_v = []
         if p.lengths:
             AttentionBytes(z, p.lengths, recurs=not has_amx()).forward(ledger)
         elif p.is_part and not p.keys:
@@ -136,7 +136,7 @@ def _block(ledger: Ledger, z: ModelSizes, p: Pass, held: Tensor, last: bool) -> 
         o = ledger.make("output of attention", N * z.Q * c)
         chosen = ledger.make("rows that are read of it", n * z.Q * c if n < N else 0)
         y = _product(ledger, z, "o_proj", n)
-        ledger.free(h, *inputs, o, chosen)
+        ledger.free(h, q, *k_and_v, o, chosen)
         chosen = ledger.make("rows that are read of x", n * D * c if n < N else 0)
         middle = ledger.make("x after attention", n * D * c)
         ledger.free(y, chosen)

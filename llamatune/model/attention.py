@@ -82,10 +82,11 @@ def _window_mask(T: int, window: int, device: torch.device, dtype: torch.dtype) 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents | None) -> Tensor:
     """softmax(q k^T / sqrt(E)) v, causal; (B, H, T, E) from q of that shape and k, v (B, K, S, E).
 
-    The queries are the last T of S tokens. Where ``takes_mask`` says so they need a mask.
+    The queries are the last T of S tokens.
 
     Args:
-        mask: (B, 1, T, S), bool, True where a query may look, or ``added`` to scores; in place of causality.
+        mask: (B, 1, T, S), bool, True where a query may look, or ``added`` to scores; in place of causality. None only
+            where ``takes_mask`` says so.
         documents: B is 1 and the row holds these samples; each attends to itself only.
     """
     if mask is None and 1 < q.shape[2] < k.shape[2]:

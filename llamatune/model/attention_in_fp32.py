@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 CPU_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+"""torch's FlashAttention on a CPU in any precision, which returns the logarithms of the softmaxes' sums, too."""
 _KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 NAME = "llamatune::attention_in_fp32"

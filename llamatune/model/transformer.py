@@ -189,8 +189,8 @@ class Transformer(nn.Module):
 
         Args:
             positions: (B or 1, T); by default they restart with each sample, or go on from the cache's length.
-            mask: bool (B, 1, T, S), True where a query may look, within the sliding window too; None: causal, which
-                right padding needs no mask for.
+            mask: bool (B, 1, T, S), True where a query may look, within the sliding window too; None: causal, also
+                behind the tokens of a cache, which right padding needs no mask for.
             lengths: those of the samples in the one row of ``input_ids``, which holds several.
             rows: positions in the one row whose states are asked for, all that the last block computes; None: all.
             read: gets the final-norm states (B, T, D), or (1, len(rows), D), and the weight of the head (V, D), which

@@ -1,4 +1,4 @@
-"""Which kernel computes attention: one rule for the model and for the memory plan. No torch."""
+"""Which kernel computes attention, and when with a mask: one rule for the model and for the memory plan. No torch."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def tokens_in_a_pass(config: LlamaConfig, element_bytes: int, device: str) -> in
 
 
 def tokens_of_a_part(prompt: int, in_a_pass: int) -> int:
-    """Tokens of each pass over a prompt that takes several: about as many in all of them. The last has the rest."""
+    """Tokens of each pass over a prompt that takes several, about as many in all of them; the last has the rest."""
     equal = -(-prompt // -(-prompt // in_a_pass))
     return min(in_a_pass, -(-equal // _WHOLE_PART) * _WHOLE_PART)
 
