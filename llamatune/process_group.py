@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -25,12 +26,12 @@ from llamatune.ranks import ALONE, Ranks
 from llamatune.rendezvous import (
     FAILED,
     LEFT,
-    aside,
     failure,
     meet,
     open_store,
     refuse_after_failure,
     report_stop,
+    within,
     without_gloos_log,
 )
 
@@ -61,13 +62,13 @@ class _Group(Ranks):
         self._timeout_s, self._leaving, self._should_stop = timeout_s, threading.Event(), should_stop
         self._store = open_store(launch, timeout_s, self._refuse_stop)
         self._control: dist.ProcessGroup | None = None
-        self._unanswered = False
+        self._unanswered = self._is_waiting = False
 
     def connect(self, launch: Launch, backend: str) -> None:
         """Wait until every rank has started, and open the process groups."""
-        meet(self._store, launch, self._timeout_s, self._refuse_end)
 
         def open_groups() -> None:
+            self._store.set(f"beat-{self.rank}", "0")  # asking for a key waits until it is there
             # A store of its own: gloo holds one connection for as long as it waits for another rank.
             store = open_store(launch, self._timeout_s, lambda: None, begin=False)
             timeout = timedelta(seconds=self._timeout_s)
@@ -75,9 +76,9 @@ class _Group(Ranks):
             self._control = dist.new_group(backend="gloo", timeout=_NO_TIMEOUT)
 
         try:
-            self._store.set(f"beat-{self.rank}", "0")  # asking for a key waits until it is there
+            within(self._timeout_s + _ANSWER_S, lambda: meet(self._store, launch, self._timeout_s, self._refuse_end))
             with without_gloos_log():
-                aside(open_groups, self._refuse_end)
+                within(self._timeout_s + _ANSWER_S, open_groups, self._refuse_end)
         except RuntimeError as fault:
             chosen = [f"{name}={os.environ[name]}" for name in _INTERFACES if name in os.environ]
             by = f" by {' and '.join(chosen)}" if chosen else ""
@@ -90,11 +91,10 @@ class _Group(Ranks):
 
     def _refuse_end(self) -> None:
         self._refuse_stop()
-        refuse_after_failure(self._store)
+        within(self._timeout_s, lambda: refuse_after_failure(self._store))
 
     def ask_to_stop(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._store.set(_STOP, "1")
+        self._ask(lambda store: store.set(_STOP, "1"))
 
     # Sending
 
@@ -161,19 +161,25 @@ class _Group(Ranks):
         """Wait for a collective of the control group while every rank shows signs of life."""
         with self._collective():
             beats, looked = dict.fromkeys(range(self.size), (b"", time.monotonic())), time.monotonic()
+            self._is_waiting = True
             while not work.is_completed():
                 time.sleep(_POLL_S)
                 now = time.monotonic()
                 if now - looked < _HEARTBEAT_S:
                     continue
                 looked = now
-                refuse_after_failure(self._store)
+                found = within(self._timeout_s, self._signs_of_life)
                 for rank, (before, since) in beats.items():
-                    beat = self._store.get(f"beat-{rank}")
-                    beats[rank] = (before, since) if beat == before else (beat, now)
+                    beats[rank] = (before, since) if found[rank] == before else (found[rank], now)
                     if now - beats[rank][1] > self._timeout_s:
                         raise RuntimeError(f"rank {rank} shows no sign of life")
+            self._is_waiting = False
             work.wait()
+
+    def _signs_of_life(self) -> list[bytes]:
+        """By rank; each changes at least every two seconds."""
+        refuse_after_failure(self._store)
+        return [self._store.get(f"beat-{rank}") for rank in range(self.size)]
 
     def _beat(self) -> None:
         """Show a sign of life every two seconds, whatever the main thread does."""
@@ -195,17 +201,11 @@ class _Group(Ranks):
         """
         if self._unanswered:
             return None
-        answers = []
-
-        def ask() -> None:
-            with contextlib.suppress(RuntimeError):
-                answers.append(question(self._store))
-
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(_ANSWER_S)
-        self._unanswered = not answers
-        return answers[0] if answers else None
+        try:
+            return within(_ANSWER_S, lambda: question(self._store))
+        except RuntimeError:
+            self._unanswered = True
+            return None
 
     def _lost(self, what: str, fault: RuntimeError) -> LlamatuneError:
         """Why a collective failed: the fault that another rank has reported, or that a rank has vanished."""
@@ -233,6 +233,8 @@ class _Group(Ranks):
             first, code = self._ask(failure) or (self.rank, 0)
             if first != self.rank:
                 fault = FailedElsewhere(code)
+        if self._is_waiting:  # for a rank that is stopped, say: freeing the group would wait, also as the process ends
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._control))
         self._control = None  # or its connections stay open, and the others wait on
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):

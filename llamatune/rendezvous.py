@@ -55,6 +55,22 @@ def aside(work: Callable[[], T], look: Callable[[], None]) -> T:
     return results[0]
 
 
+def within(seconds: float, work: Callable[[], T], look: Callable[[], None] = lambda: None) -> T:
+    """What ``work`` returns or raises, ``look`` as in ``aside``.
+
+    Raises:
+        RuntimeError: it takes longer: a rank is stopped, perhaps rank 0, whose process holds the store. torch waits on.
+    """
+    deadline = time.monotonic() + seconds
+
+    def look_at_the_time() -> None:
+        look()
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no answer within {seconds:g} s")
+
+    return aside(work, look_at_the_time)
+
+
 def failure(store: Store) -> tuple[int, int]:
     """The rank that failed first, and its exit code."""
     rank, code = store.get(FAILED).split()
@@ -73,7 +89,8 @@ def report_stop(launch: Launch, seconds: float) -> bool | None:
     The others leave with it instead of waiting for it. None: the store cannot be reached in so many seconds. Rank 0
     holds it open so long for them.
     """
-    with contextlib.suppress(EnvironmentFault, FailedElsewhere, RuntimeError):
+
+    def tell() -> bool:
         store, deadline = open_store(launch, seconds, lambda: None), time.monotonic() + seconds
         mine = f"{launch.rank} {Stopped.exit_code}".encode()
         first = store.compare_set(FAILED, "", mine.decode()) == mine
@@ -82,6 +99,9 @@ def report_stop(launch: Launch, seconds: float) -> bool | None:
             time.sleep(_POLL_S)
             left = store.add(LEFT, 0)
         return first
+
+    with contextlib.suppress(EnvironmentFault, FailedElsewhere, RuntimeError):
+        return within(3 * seconds, tell)  # once to connect, once to hold it open
     return None
 
 

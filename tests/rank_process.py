@@ -41,9 +41,11 @@ def work(ranks: Ranks, case: str, timeout_s: float) -> None:
             time.sleep(2 * timeout_s)
         ranks.wait()
         return
-    elif mine and name in ("kill", "stop"):
+    elif mine and name in ("kill", "stop", "freeze"):
         Path("ready").touch()
         os.kill(os.getpid(), signal.SIGKILL if name == "kill" else signal.SIGSTOP)
+    elif name == "freeze":  # the others ask the store alone whether all are alive
+        ranks.wait()
     elif mine and name == "error":
         raise CheckpointError("a bad file", "here", "mend it")
     elif mine and name == "memory":
@@ -56,7 +58,16 @@ def work(ranks: Ranks, case: str, timeout_s: float) -> None:
     ranks.wait()
 
 
+def stop_while_connecting() -> None:
+    """This rank, between its two process groups."""
+    import torch.distributed as dist
+
+    dist.new_group = lambda **_: os.kill(os.getpid(), signal.SIGSTOP)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == f"connect-{os.environ['RANK']}":
+        stop_while_connecting()
     try:
         with connected("cpu", float(sys.argv[2])) as ranks:
             work(ranks, sys.argv[1], float(sys.argv[2]))

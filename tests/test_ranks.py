@@ -72,15 +72,28 @@ def test_one_rank_speaks_and_all_leave_with_its_code(case: str, codes: list[int]
     assert time.monotonic() - started < 45
 
 
-@pytest.mark.parametrize("rank", [0, slow(1)])
-def test_a_stopped_rank_is_noticed_within_the_timeout(rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "rank", "line"),
+    [
+        ("stop", 0, VANISHED),
+        slow("stop", 1, VANISHED),
+        ("freeze", 0, VANISHED),
+        ("freeze", 1, VANISHED),
+        slow("freeze", 2, VANISHED),
+        ("connect", 0, "the ranks cannot connect to each other"),
+        ("connect", 1, "the ranks cannot connect to each other"),
+        slow("connect", 2, "the ranks cannot connect to each other"),
+    ],
+)
+def test_a_stopped_rank_is_noticed_within_the_timeout(case: str, rank: int, line: str, tmp_path: Path) -> None:
+    """While the others compute, while they only wait, as for one that saves, and while they connect."""
     port = free_port()
-    processes = [start(number, 3, port, f"stop-{rank}", tmp_path) for number in range(3)]
+    processes = [start(number, 3, port, f"{case}-{rank}", tmp_path) for number in range(3)]
     try:
         others = [process for number, process in enumerate(processes) if number != rank]
         codes, lines = ended(others)
         assert (codes, len(lines)) == ([5, 5], 1), lines
-        assert VANISHED in lines[0]
+        assert line in lines[0]
     finally:
         processes[rank].send_signal(signal.SIGKILL)
         processes[rank].communicate()
