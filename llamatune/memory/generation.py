@@ -24,7 +24,7 @@ from llamatune.shapes.generation_sizes import (
 from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES, LlamaConfig, linear_module
 from llamatune.shapes.recurring_sizes import filled_up
 from llamatune.shapes.rope_scaling import DynamicScaling
-from llamatune.shapes.tile_sizes import CAST_AT_ONCE
+from llamatune.shapes.tile_sizes import CAST_AT_ONCE, codes_rows
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def plan_generation(model: HeldModel, work: Work, limit_bytes: int | None = None
     z = model.sizes()
     weights = z.block * model.config.num_hidden_layers + z.other_parameters * z.w
     copies = 2 if work.compare and model.replaces else 1
-    held = GenerationBytes(copies * weights, _adapter_bytes(z), 0, copies * max(z.unpacking, _cast_joined(z)))
+    held = GenerationBytes(copies * weights, _adapter_bytes(z), 0, copies * max(z.unpacking, _cast_codes(z)))
     moments = {"loading": dataclasses.replace(held, temporary=max(0, _loading_peak(z, model) - weights))}
     if work.rows is None:
         free = None if limit_bytes is None else limit_bytes - moments["loading"].peak
@@ -138,11 +138,13 @@ def plan_generation(model: HeldModel, work: Work, limit_bytes: int | None = None
     return GenerationPlan(moments, work.at_once, rooms.last, limit_bytes)
 
 
-def _cast_joined(z: ModelSizes) -> int:
-    """The buffer that codes of joined matrices in int8 are cast into, on a CPU in bf16."""
+def _cast_codes(z: ModelSizes) -> int:
+    """What codes in int8 are cast to at once, on a CPU in bf16: with AMX those of joined matrices."""
     if z.dtype != "int8" or z.cuda or z.c != 2:
         return 0
     together = [sum(map(z.count, group)) for group in (GATE_UP_MODULES, QKV_MODULES)]
+    if not has_amx():
+        return z.c * min(codes_rows(z.D) * z.D, max(together))
     return z.c * max((count for count in together if count <= CAST_AT_ONCE), default=0)
 
 

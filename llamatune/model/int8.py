@@ -10,7 +10,7 @@ few rows, as in decoding one prompt, and slower than unpacking for more. In fp32
 For some more rows of generation x is written with two digits in int8 (Ozaki et al. 2012 split matrices so), and
 ``torch._int_mm`` multiplies codes by digits exactly. The digits hold 15 bits below the largest of a row, more than
 rounding the products to bf16 leaves. ``benchmarks/few_rows.py`` measures it. For a longer prompt the codes are cast,
-and the products are scaled.
+of large matrices by oneDNN (``onednn_int8``), and the products are scaled.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamatune.model.adjacent_tensors import adjacent
+from llamatune.model.onednn_int8 import casts_codes, product_with_codes
 from llamatune.model.packed_weight import PackedWeight, Scratch
 from llamatune.model.products import LEAST_ELEMENTS, in_rows
 from llamatune.processor import has_amx
@@ -93,6 +94,8 @@ class Int8Weight(PackedWeight):
     def multiplies_joined(self, x: Tensor) -> bool:
         if x.numel() <= _MOST_ROWS_OF_DIGITS * self.shape[1]:
             return self.multiplies_codes(x) or self.multiplies_digits(x)
+        if self.casts_in_product(x):
+            return True
         return self.room <= CAST_AT_ONCE and x.dtype == torch.bfloat16 and self.scales_products(x)
 
     def product(self, x: Tensor, out: Tensor | None = None, added: Tensor | None = None) -> Tensor:
@@ -101,6 +104,8 @@ class Int8Weight(PackedWeight):
             y = torch._weight_int8pack_mm(rows.contiguous(), self.codes, self.scales)
         elif self.multiplies_digits(x):
             y = self._by_digits(rows)
+        elif self.casts_in_product(x):
+            y = product_with_codes(rows, self.codes, self.scales)
         elif self.scales_products(x):
             y = self._by_cast_codes(rows)
         else:
@@ -127,6 +132,12 @@ class Int8Weight(PackedWeight):
         suits = 0 < x.numel() <= _MOST_ROWS_OF_DIGITS * self.shape[1] and least >= LEAST_ELEMENTS
         is_quick = suits and x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.cpu._is_vnni_supported()
         return is_quick and torch.is_inference_mode_enabled()
+
+    def casts_in_product(self, x: Tensor) -> bool:
+        """Whether the product with ``x`` of more rows is one in which oneDNN casts the codes, in generation alone."""
+        suits = x.numel() > _MOST_ROWS_OF_DIGITS * self.shape[1] and self.codes.numel() >= LEAST_ELEMENTS
+        is_bf16 = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        return suits and is_bf16 and torch.is_inference_mode_enabled() and casts_codes()
 
     def scales_products(self, x: Tensor) -> bool:
         """Whether the product with ``x``, if it is no other, is scaled in place of the weights, which are more.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from llamatune.model import int8
+from llamatune.model import int8, onednn_int8
 from llamatune.model.int8 import Int8Weight
+from llamatune.model.onednn_int8 import casts_codes, product_with_codes
 from llamatune.model.packed_weight import Scratch
-from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
+from llamatune.shapes import tile_sizes
+from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE, codes_rows
 
 SHAPES = [(64, 64), (37, 53), (1, 1), (3, 5), (1, 200), (130, 129), (48, 112)]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
@@ -150,6 +154,7 @@ def test_a_product_in_any_layout_has_the_numbers_of_one_in_rows(rows: int, amx: 
 
 
 def test_too_many_codes_are_not_cast_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch, with a small matrix."""
     weight, x = Int8Weight.quantize(matrix((64, 128)), Scratch()), matrix((65, 128), 1.0, 3).bfloat16()
     with torch.inference_mode():
         for most, cast in ((64 * 128, True), (64 * 128 - 1, False)):
@@ -182,3 +187,70 @@ def test_joined_matrices_take_the_way_of_each_of_them() -> None:
                 if quicker and count <= 64:
                     assert torch.equal(found, apart)
                 torch.testing.assert_close(found, apart, rtol=2**-6, atol=2**-6 * apart.abs().max().item())
+
+
+def test_a_machine_with_bf16_in_onednn_and_no_amx_has_codes_cast_by_onednn(amx: bool) -> None:
+    """What torch's documentation does not say may change; then this fails, and products are those by torch."""
+    assert casts_codes() == (torch.ops.mkldnn._is_mkldnn_bf16_supported() and not amx)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 on this processor")
+@pytest.mark.parametrize("shape", [(37, 53), (130, 64), (1024, 1024), (1, 8), (515, 4099)], ids=str)
+@pytest.mark.parametrize("rows", [1, 9, 65, 200])
+def test_products_with_codes_that_onednn_casts_are_rounded_and_scaled(
+    shape: tuple[int, int], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once and in portions, the last of which has fewer rows, of x in rows and in columns."""
+    weight = Int8Weight.quantize(matrix(shape) * torch.logspace(-2, 2, shape[0])[:, None], Scratch())
+    x = matrix((rows, shape[1]), 2.0, 1).bfloat16()
+    exact = (x.double() @ weight.codes.double().T) * weight.scales.double()
+    bound = (x.double().abs() @ held(weight).abs().T) * 2**-7 + 1e-9
+    with torch.inference_mode():
+        whole = product_with_codes(x, weight.codes, weight.scales)
+        assert torch.equal(product_with_codes(x.T.contiguous().T, weight.codes, weight.scales), whole)
+        monkeypatch.setattr(tile_sizes, "_CODES_AT_ONCE", 64 * shape[1])
+        assert codes_rows(shape[1]) == 64
+        in_portions = product_with_codes(x, weight.codes, weight.scales)
+    assert (whole.shape, whole.dtype, whole.is_contiguous()) == ((rows, shape[0]), x.dtype, True)
+    for found in (whole, in_portions):
+        assert bool(((found.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 on this processor")
+def test_codes_are_cast_in_products_of_large_matrices_in_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in training, in another dtype, of few rows or of a small matrix; joined matrices are one product."""
+    monkeypatch.setattr(int8, "casts_codes", lambda: True)
+    whole = Int8Weight.quantize(matrix((2048, 1024)), Scratch())
+    small = Int8Weight.quantize(matrix((1023, 1024)), Scratch())
+    x = matrix((70, 1024), 1.0, 3).bfloat16()
+    assert not whole.casts_in_product(x)
+    with torch.inference_mode():
+        assert whole.casts_in_product(x)
+        assert not any(whole.casts_in_product(other) for other in (x.float(), x.half(), x[:64], x.to("meta")))
+        assert not small.casts_in_product(x)
+        monkeypatch.setattr(int8, "product_with_codes", lambda x, codes, scales: x.new_full((len(x), len(codes)), 7))
+        assert bool((whole.product(x) == 7).all())
+        assert bool((whole.product(x, added=torch.ones(70, 2048).bfloat16()) == 8).all())
+        assert bool((whole.product(x[:64]) != 7).any())
+        assert not bool((small.product(x) == 7).any())
+        monkeypatch.setattr(int8, "CAST_AT_ONCE", 0)
+        assert whole.multiplies_joined(x)
+        assert not small.multiplies_joined(x)
+
+
+def _refuses(x: Tensor, W: Tensor) -> Tensor:
+    raise RuntimeError("could not create a primitive descriptor")
+
+
+def _errs(x: Tensor, W: Tensor) -> Tensor:
+    return torch.zeros(len(x), len(W), dtype=torch.bfloat16).to_mkldnn()
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 on this processor")
+@pytest.mark.parametrize("linear", [_refuses, _errs])
+def test_a_onednn_that_refuses_or_errs_is_not_used(
+    linear: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert onednn_int8._is_possible.__wrapped__()
+    monkeypatch.setattr(onednn_int8.F, "linear", linear)
+    assert not onednn_int8._is_possible.__wrapped__()
