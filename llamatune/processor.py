@@ -1,4 +1,4 @@
-"""The processor: its model name, whether it has AMX, and how many of its cores this process may use. No torch."""
+"""The processor: its model name, AVX-512 and AMX, and how many of its cores this process may use. No torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,20 @@ def processor_name() -> str:
 
 
 @functools.cache
+def has_avx512() -> bool:
+    """Whether it has AVX-512 with 8-bit and 16-bit integers, for which oneDNN has products in bf16."""
+    return any("avx512bw" in flags.split() for flags in _values("flags"))
+
+
+@functools.cache
 def has_amx() -> bool:
     """Whether it multiplies tiles of bf16, of 16 rows each (AMX of Intel's Xeons since 2023)."""
     return any("amx_bf16" in flags.split() for flags in _values("flags"))
+
+
+def casts_by_onednn() -> bool:
+    """Whether oneDNN casts int8 for long prompts on it. With AMX torch does: the other was not measured there."""
+    return has_avx512() and not has_amx()
 
 
 def _values(name: str) -> Iterator[str]:

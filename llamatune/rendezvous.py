@@ -101,7 +101,7 @@ def report_stop(launch: Launch, seconds: float) -> bool | None:
         return first
 
     with contextlib.suppress(EnvironmentFault, FailedElsewhere, RuntimeError):
-        return within(3 * seconds, tell)  # once to connect, once to hold it open
+        return within(3 * seconds, tell)  # to connect, to be answered, to hold it open
     return None
 
 

@@ -12,8 +12,13 @@ from llamatune import processor
 @pytest.fixture(params=[True, False], ids=["AMX", "no AMX"])
 def amx(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Whether ``has_amx`` says so; torch and oneDNN compute as the real processor can."""
-    flags = "avx512_bf16 amx_bf16" if request.param else "avx512_bf16"
+    flags = "avx512bw avx512_bf16 amx_bf16" if request.param else "avx512bw avx512_bf16"
+
+    def clear() -> None:
+        processor.has_amx.cache_clear()
+        processor.has_avx512.cache_clear()
+
     monkeypatch.setattr(processor, "_values", lambda name: iter([flags] if name == "flags" else []))
-    processor.has_amx.cache_clear()
+    clear()
     yield request.param
-    processor.has_amx.cache_clear()
+    clear()

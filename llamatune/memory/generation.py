@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from llamatune.memory.generation_pass import Cache, Choice, Pass, choose_beams, highest, sample, take_likeliest
 from llamatune.memory.model_sizes import ModelSizes
-from llamatune.processor import has_amx
+from llamatune.processor import casts_by_onednn, has_amx
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.attention_kernels import Gpu, takes_mask
 from llamatune.shapes.dtypes import WEIGHT_BYTES
@@ -24,7 +24,7 @@ from llamatune.shapes.generation_sizes import (
 from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES, LlamaConfig, linear_module
 from llamatune.shapes.recurring_sizes import filled_up
 from llamatune.shapes.rope_scaling import DynamicScaling
-from llamatune.shapes.tile_sizes import CAST_AT_ONCE, codes_rows
+from llamatune.shapes.tile_sizes import CAST_AT_ONCE, rows_cast_by_onednn
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ def plan_generation(model: HeldModel, work: Work, limit_bytes: int | None = None
 
 
 def _cast_codes(z: ModelSizes) -> int:
-    """What codes in int8 are cast to at once, on a CPU in bf16: with AMX those of joined matrices."""
+    """What codes in int8 are cast to at once on a CPU in bf16: a part of a matrix, or by torch joined matrices."""
     if z.dtype != "int8" or z.cuda or z.c != 2:
         return 0
     together = [sum(map(z.count, group)) for group in (GATE_UP_MODULES, QKV_MODULES)]
-    if not has_amx():
-        return z.c * min(codes_rows(z.D) * z.D, max(together))
+    if casts_by_onednn():
+        return z.c * min(rows_cast_by_onednn(z.D) * z.D, max(together))
     return z.c * max((count for count in together if count <= CAST_AT_ONCE), default=0)
 
 

@@ -94,9 +94,8 @@ class Int8Weight(PackedWeight):
     def multiplies_joined(self, x: Tensor) -> bool:
         if x.numel() <= _MOST_ROWS_OF_DIGITS * self.shape[1]:
             return self.multiplies_codes(x) or self.multiplies_digits(x)
-        if self.casts_in_product(x):
-            return True
-        return self.room <= CAST_AT_ONCE and x.dtype == torch.bfloat16 and self.scales_products(x)
+        is_small = self.room <= CAST_AT_ONCE
+        return self.casts_in_product(x) or (is_small and x.dtype == torch.bfloat16 and self.scales_products(x))
 
     def product(self, x: Tensor, out: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])

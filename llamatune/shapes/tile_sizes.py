@@ -42,16 +42,18 @@ COMPARED_AT_ONCE = 1 << 18
 WEIGHTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 19}
 """NF4 weights that are unpacked in one piece: what stays in a core's cache, and on a GPU 64 MiB of indices."""
 
-_CODES_AT_ONCE, _CODES_ROWS = 1 << 21, 64
-
-
-def codes_rows(columns: int) -> int:
-    """Rows of codes in int8 that oneDNN casts and multiplies at once: whole tiles of its kernel, 4 MiB in bf16."""
-    return -(-max(1, _CODES_AT_ONCE // max(1, columns)) // _CODES_ROWS) * _CODES_ROWS
-
-
 CAST_AT_ONCE = 1 << 24
-"""Most codes in int8 that a CPU casts at once for a product of joined matrices; more are cast matrix by matrix."""
+"""Most codes in int8 that torch casts at once for a product of joined matrices; more are cast matrix by matrix."""
+
+_CAST_BY_ONEDNN = 1 << 21
+"""Codes in int8 that oneDNN casts at once, about: 4 MiB in bf16, which stay in the last cache."""
+_ROWS_OF_A_TILE = 64
+
+
+def rows_cast_by_onednn(columns: int) -> int:
+    """Rows of a matrix in int8 that are cast at once: whole tiles of oneDNN's kernel."""
+    return -(-_CAST_BY_ONEDNN // (columns * _ROWS_OF_A_TILE)) * _ROWS_OF_A_TILE
+
 
 ELEMENTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 17}
 """Elements of 8-bit optimizer state that are updated in one piece."""

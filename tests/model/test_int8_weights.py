@@ -13,7 +13,7 @@ from llamatune.model.int8 import Int8Weight
 from llamatune.model.onednn_int8 import casts_codes, product_with_codes
 from llamatune.model.packed_weight import Scratch
 from llamatune.shapes import tile_sizes
-from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE, codes_rows
+from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE, rows_cast_by_onednn
 
 SHAPES = [(64, 64), (37, 53), (1, 1), (3, 5), (1, 200), (130, 129), (48, 112)]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
@@ -200,7 +200,7 @@ def test_a_machine_with_bf16_in_onednn_and_no_amx_has_codes_cast_by_onednn(amx: 
 def test_products_with_codes_that_onednn_casts_are_rounded_and_scaled(
     shape: tuple[int, int], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once and in portions, the last of which has fewer rows, of x in rows and in columns."""
+    """At once and in parts, the last of which has fewer rows, of x in rows and in columns."""
     weight = Int8Weight.quantize(matrix(shape) * torch.logspace(-2, 2, shape[0])[:, None], Scratch())
     x = matrix((rows, shape[1]), 2.0, 1).bfloat16()
     exact = (x.double() @ weight.codes.double().T) * weight.scales.double()
@@ -208,11 +208,11 @@ def test_products_with_codes_that_onednn_casts_are_rounded_and_scaled(
     with torch.inference_mode():
         whole = product_with_codes(x, weight.codes, weight.scales)
         assert torch.equal(product_with_codes(x.T.contiguous().T, weight.codes, weight.scales), whole)
-        monkeypatch.setattr(tile_sizes, "_CODES_AT_ONCE", 64 * shape[1])
-        assert codes_rows(shape[1]) == 64
-        in_portions = product_with_codes(x, weight.codes, weight.scales)
+        monkeypatch.setattr(tile_sizes, "_CAST_BY_ONEDNN", 64 * shape[1])
+        assert rows_cast_by_onednn(shape[1]) == 64
+        in_parts = product_with_codes(x, weight.codes, weight.scales)
     assert (whole.shape, whole.dtype, whole.is_contiguous()) == ((rows, shape[0]), x.dtype, True)
-    for found in (whole, in_portions):
+    for found in (whole, in_parts):
         assert bool(((found.double() - exact).abs() <= bound).all())
 
 
