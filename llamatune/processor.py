@@ -28,6 +28,17 @@ def has_amx() -> bool:
     return any("amx_bf16" in flags.split() for flags in _values("flags"))
 
 
+@functools.cache
+def has_vnni() -> bool:
+    """Whether it adds products of 8-bit integers to 32-bit ones in one instruction, of 512 bits (AVX-512 VNNI)."""
+    return any("avx512_vnni" in flags.split() for flags in _values("flags"))
+
+
+def multiplies_int8_blocks() -> bool:
+    """Whether large matrices in int8 are held in oneDNN's layout on it. With AMX that was not measured."""
+    return has_vnni() and not has_amx()
+
+
 def casts_by_onednn() -> bool:
     """Whether oneDNN casts int8 for long prompts on it. With AMX torch does: the other was not measured there."""
     return has_avx512() and not has_amx()

@@ -1,4 +1,4 @@
-"""A fixture that runs a test twice: as if the processor had AMX, and as if it had not."""
+"""A fixture that runs a test twice: as if the processor had AMX, and as if it had neither that nor VNNI."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def amx(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     def clear() -> None:
         processor.has_amx.cache_clear()
         processor.has_avx512.cache_clear()
+        processor.has_vnni.cache_clear()
 
     monkeypatch.setattr(processor, "_values", lambda name: iter([flags] if name == "flags" else []))
     clear()

@@ -20,9 +20,11 @@ from llamatune.training.model_and_optimizer import Learner
 
 @dataclass(eq=False, slots=True)
 class Followed:
-    """A storage from the operation that first shows it until it is freed; ``existing``: it is older than that."""
+    """A storage, or a tensor in oneDNN's layout, which has none, from the operation that first shows it until it is
+    freed; ``existing``: it is older than that.
+    """
 
-    reference: weakref.ref[torch.UntypedStorage]
+    reference: weakref.ref[torch.UntypedStorage | Tensor]
     bytes: int = 0
     category: str = "temporary"
     existing: bool = False
@@ -46,16 +48,16 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return result
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
-            self._follow(tensor.untyped_storage())
+            self._follow(_memory_of(tensor))
         return result
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that exist already."""
         for tensor in tensors:
-            self._follow(tensor.untyped_storage())
+            self._follow(_memory_of(tensor))
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
+    def _follow(self, storage: torch.UntypedStorage | Tensor) -> None:
+        key, size = id(storage), storage.nbytes if isinstance(storage, Tensor) else storage.nbytes()
         if key not in self._alive:
             self._alive[key] = Followed(weakref.ref(storage, lambda _: self._release(key)))
         followed = self._alive[key]
@@ -141,10 +143,10 @@ class CategoryMeter(StorageMeter):  # type: ignore[no-untyped-call]
 
     def _followed(self, values: Any) -> list[Followed]:
         """The storages of all tensors in nested ``values`` that are on the device."""
-        keys = [id(tensor.untyped_storage()) for tensor in _tensors(values)]
+        keys = [id(_memory_of(tensor)) for tensor in _tensors(values)]
         return [self._alive[key] for key in keys if key in self._alive]
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
+    def _follow(self, storage: torch.UntypedStorage | Tensor) -> None:
         if storage.device.type == self._learner.device.type:
             super()._follow(storage)
 
@@ -173,6 +175,10 @@ class CategoryMeter(StorageMeter):  # type: ignore[no-untyped-call]
     def _mark_gradients(self) -> None:
         for followed in self._followed([parameter.grad for parameter in self._learner.parameters.values()]):
             followed.category = "gradients"
+
+
+def _memory_of(tensor: Tensor) -> torch.UntypedStorage | Tensor:
+    return tensor if tensor.is_mkldnn else tensor.untyped_storage()
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -24,8 +24,8 @@ from llamatune.model.huge_pages import HugePages, room_of
 from llamatune.model.joined_products import copied_modules, join_products
 from llamatune.model.packed_weight import PackedWeight, hold_quantized
 from llamatune.model.streamed_blocks import StreamedBlocks
-from llamatune.model.transformer import Transformer
-from llamatune.shapes.llama_config import LlamaConfig, linear_module
+from llamatune.model.transformer import Block, Transformer
+from llamatune.shapes.llama_config import LINEAR_MODULES, LlamaConfig, linear_module
 
 _LEAST_MAPPED = 1 << 20
 """Bytes of a tensor from which on it may stay in the page cache: Linux maps up to 64 KiB on either side of it, too."""
@@ -74,11 +74,21 @@ def warn_of_broken(names: list[str], checkpoint: Checkpoint, on_event: OnEvent) 
         on_event(Notice(f"{checkpoint.path}: the weights of {names[0]}{more} hold NaN or infinity", "warning"))
 
 
-def _bytes_of_codes(config: LlamaConfig, kind: type[PackedWeight]) -> int:
-    """What the codes of all blocks take in huge pages."""
-    shapes = [shape for name, shape in config.parameter_shapes() if linear_module(name)]
-    codes = [kind.storage(shape)["codes"] for shape in shapes]
-    return sum(room_of(math.prod(shape) * dtype.itemsize) for dtype, shape in codes)
+def _modules_in_pages(config: LlamaConfig, kind: type[PackedWeight], joined: bool) -> list[str]:
+    """The linear layers whose codes go to huge pages: what is rearranged takes room of its own."""
+    return [name for name in LINEAR_MODULES if not (joined and kind.is_rearranged(config.elements_of_product(name)))]
+
+
+def _bytes_of_codes(config: LlamaConfig, kind: type[PackedWeight], modules: Collection[str]) -> int:
+    """What the codes of these linear layers of all blocks take in huge pages."""
+    codes = [kind.storage(config.linear_shape(name))["codes"] for name in modules]
+    return config.num_hidden_layers * sum(room_of(math.prod(shape) * dtype.itemsize) for dtype, shape in codes)
+
+
+def _ends_of_blocks(names: list[str]) -> dict[str, int]:
+    """The last tensor of each block, and which block that is."""
+    last = {int(name.split(".")[2]): name for name in names if ".layers." in name}
+    return {name: layer for layer, name in last.items()}
 
 
 def _refuse_stop(should_stop: ShouldStop, checkpoint: Checkpoint) -> None:
@@ -112,7 +122,8 @@ def load_model(
         joined: join products of the blocks where that is faster, on a CPU without gradients, and use freed blocks of
             memory again from then on (``host_memory.reuse_freed``).
 
-    Quantised weights on a CPU are held in huge pages where the system gives them, unless they are few.
+    Quantised weights on a CPU are held in huge pages where the system gives them, unless they are few, or are
+    rearranged for generation (``PackedWeight.rearrange``), block by block.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, on_event)
     warn_of_missing_head(checkpoint.path, checkpoint.format, checkpoint.config, on_event)
@@ -126,6 +137,8 @@ def load_model(
         assert set(names) == {name for name, _ in model.named_parameters()}, "the model's names are the checkpoint's"
         broken, joined_by_copy = [], copied_modules(config) if joined else frozenset()
         pages: HugePages | None = None
+        in_pages: list[str] = []
+        ends = _ends_of_blocks(names)
         unshared_bytes = 0
         for done, name in enumerate(names):
             _refuse_stop(should_stop, checkpoint)
@@ -136,8 +149,11 @@ def load_model(
                 if streamed is not None:
                     streamed.hold_packed(name, packed)
                 else:
-                    pages = pages or HugePages(_bytes_of_codes(config, type(packed)), device)
-                    packed.hold_in(pages)
+                    if pages is None:
+                        in_pages = _modules_in_pages(config, type(packed), joined)
+                        pages = HugePages(_bytes_of_codes(config, type(packed), in_pages), device)
+                    if linear_module(name) in in_pages:
+                        packed.hold_in(pages)
                 hold_quantized(model.get_submodule(path), packed)
             else:
                 rows = None if streamed is None else streamed.rows_kept(name)
@@ -156,6 +172,10 @@ def load_model(
                 if streamed is not None and rows is not None:
                     tensor = streamed.hold(name, tensor, rows.start)
                 setattr(model.get_submodule(path), attribute, torch.nn.Parameter(tensor, requires_grad=False))
+            if joined and (layer := ends.get(name)) is not None:
+                block = model.model.layers[layer]
+                assert isinstance(block, Block)
+                join_products(block, config)
             unshared_bytes += 0 if shared else stored_bytes
             if device.type == "cpu" and unshared_bytes >= _GIVEN_BACK_AT:
                 give_back()
@@ -164,8 +184,6 @@ def load_model(
         if streamed is not None:
             broken = streamed.named_anywhere(broken)
         warn_of_broken(broken, checkpoint, on_event)
-        if joined:
-            join_products(model)
         if device.type == "cpu":
             give_back()
     return model

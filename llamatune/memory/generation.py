@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from llamatune.memory import int8_products
 from llamatune.memory.generation_pass import Cache, Choice, Pass, choose_beams, highest, sample, take_likeliest
 from llamatune.memory.model_sizes import ModelSizes
-from llamatune.processor import casts_by_onednn, has_amx
+from llamatune.processor import has_amx
 from llamatune.shapes.adapter import AdapterSpec
 from llamatune.shapes.attention_kernels import Gpu, takes_mask
 from llamatune.shapes.dtypes import WEIGHT_BYTES
@@ -21,10 +22,9 @@ from llamatune.shapes.generation_sizes import (
     tokens_in_a_pass,
     with_filling,
 )
-from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES, LlamaConfig, linear_module
+from llamatune.shapes.llama_config import LlamaConfig, linear_module
 from llamatune.shapes.recurring_sizes import filled_up
 from llamatune.shapes.rope_scaling import DynamicScaling
-from llamatune.shapes.tile_sizes import CAST_AT_ONCE, rows_cast_by_onednn
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def plan_generation(model: HeldModel, work: Work, limit_bytes: int | None = None
     z = model.sizes()
     weights = z.block * model.config.num_hidden_layers + z.other_parameters * z.w
     copies = 2 if work.compare and model.replaces else 1
-    held = GenerationBytes(copies * weights, _adapter_bytes(z), 0, copies * max(z.unpacking, _cast_codes(z)))
+    held = GenerationBytes(copies * weights, _adapter_bytes(z), 0, copies * int8_products.buffers(z))
     moments = {"loading": dataclasses.replace(held, temporary=max(0, _loading_peak(z, model) - weights))}
     if work.rows is None:
         free = None if limit_bytes is None else limit_bytes - moments["loading"].peak
@@ -136,16 +136,6 @@ def plan_generation(model: HeldModel, work: Work, limit_bytes: int | None = None
         temporary = held.temporary + found[1] + captured  # the logits of captured steps, in fp32
         moments[name] = dataclasses.replace(held, keys_and_values=found[0], temporary=temporary)
     return GenerationPlan(moments, work.at_once, rooms.last, limit_bytes)
-
-
-def _cast_codes(z: ModelSizes) -> int:
-    """What codes in int8 are cast to at once on a CPU in bf16: a part of a matrix, or by torch joined matrices."""
-    if z.dtype != "int8" or z.cuda or z.c != 2:
-        return 0
-    together = [sum(map(z.count, group)) for group in (GATE_UP_MODULES, QKV_MODULES)]
-    if casts_by_onednn():
-        return z.c * min(rows_cast_by_onednn(z.D) * z.D, max(together))
-    return z.c * max((count for count in together if count <= CAST_AT_ONCE), default=0)
 
 
 def _usual_rows(model: HeldModel, work: Work, free_bytes: int | None) -> int:
@@ -175,7 +165,8 @@ def _loading_peak(z: ModelSizes, model: HeldModel) -> int:
         packs = z.quantized and module is not None
         held += z.packed(shape) if packs else count * z.w
         converts = packs or model.stored != model.others
-        peak = max(peak, held + (count * WEIGHT_BYTES[model.stored] if converts else 0))
+        rearranged = int8_products.rearranged(z) if ".layers." in name else 0
+        peak = max(peak, held + max(rearranged, count * WEIGHT_BYTES[model.stored] if converts else 0))
     return peak
 
 

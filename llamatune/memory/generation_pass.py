@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from llamatune.memory import int8_products
 from llamatune.memory.attention import AttentionBytes
 from llamatune.memory.ledger import Ledger, Tensor
 from llamatune.memory.model_sizes import ModelSizes
@@ -185,7 +186,9 @@ def _product(ledger: Ledger, z: ModelSizes, name: str, rows: int) -> Tensor:
 def _use_beside(ledger: Ledger, z: ModelSizes, name: str, rows: int) -> None:
     """What the product of a linear layer needs beside its output, and LoRA's output in fp32."""
     out, in_ = z.config.linear_shape(name)
-    ledger.use("unpacked weights, x in float8", z.beside_product(name, rows, back=False))
+    by_digits = int8_products.in_blocks(z, name)
+    ledger.use("x in digits", int8_products.digits(z, name, rows))
+    ledger.use("unpacked weights, x in float8", 0 if by_digits else z.beside_product(name, rows, back=False))
     if name in z.targets:
         wide = in_ * (4 if z.c < 4 else 0) + 4 * z.rank(name) + out * (16 if z.dora else 8 + z.c)
         ledger.use(f"{name}: rows whose norms DoRA takes", z.normed_at_once(name))

@@ -7,10 +7,10 @@ the unpacked matrix.
 The kernel, ``torch._weight_int8pack_mm``, reads the codes and nothing else. It is quicker than a product in bf16 for a
 few rows, as in decoding one prompt, and slower than unpacking for more. In fp32 it is always slower than unpacking.
 
-For some more rows of generation x is written with two digits in int8 (Ozaki et al. 2012 split matrices so), and
-``torch._int_mm`` multiplies codes by digits exactly. The digits hold 15 bits below the largest of a row, more than
-rounding the products to bf16 leaves. ``benchmarks/few_rows.py`` measures it. For a longer prompt the codes are cast,
-of large matrices by oneDNN (``onednn_int8``), and the products are scaled.
+For some more rows of generation the codes are multiplied by digits of x (``int8_digits``), which
+``benchmarks/few_rows.py`` measures. For a longer prompt they are cast, those of large matrices by oneDNN
+(``onednn_int8``), and the products are scaled. The largest matrices are held in oneDNN's layout for generation, on
+processors that gain by it, and multiplied by digits whatever the rows.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamatune.model.adjacent_tensors import adjacent
+from llamatune.model.int8_digits import CodeBlocks, columns_by_digits, has_blocks
 from llamatune.model.onednn_int8 import casts_codes, product_with_codes
 from llamatune.model.packed_weight import PackedWeight, Scratch
 from llamatune.model.products import LEAST_ELEMENTS, in_rows
 from llamatune.processor import has_amx
-from llamatune.shapes.tile_sizes import CAST_AT_ONCE, WEIGHTS_AT_ONCE
+from llamatune.shapes.tile_sizes import CAST_AT_ONCE, CODES_IN_BLOCKS, WEIGHTS_AT_ONCE
 
 LARGEST = 127
 _LEAST_SCALE = 2.0**-126
@@ -39,8 +40,6 @@ _MOST_ROWS_OF_DIGITS = 64
 """Of x, that two digits are quicker for than unpacking, of a matrix that is read from memory."""
 _MOST_COLUMNS, _MOST_TRANSPOSED = 256, 128
 """Of x, that cast codes are quicker for as the left factor: with the columns as they come, and put into rows."""
-_BASE = 128
-"""Of the digits: x is a multiple of its scale, which is the base times the first digit plus the second."""
 _COLUMNS = 32
 """The kernel reads beyond the end of rows that are not in whole vectors."""
 
@@ -52,6 +51,10 @@ class Int8Weight(PackedWeight):
     scales: Tensor
     _by_parts: Sequence[Int8Weight] = ()
     """Of joined matrices, each: the bits of few rows are those of their products apart."""
+    _in_blocks: CodeBlocks | None = None
+    """The codes once they are rearranged, alone or with those of other matrices."""
+    _begin = 0
+    """The first of its rows there."""
 
     @staticmethod
     def storage(shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -69,9 +72,10 @@ class Int8Weight(PackedWeight):
         return cls(tuple(W.shape), {"codes": codes, "scales": scales}, scratch)
 
     def unpack_into(self, flat: Tensor) -> None:
-        W, step = flat.view(self.shape), _rows_at_once(self.codes)
+        W = flat.view(self.shape)
+        step = _rows_at_once(W)
         scales = self.scales if W.dtype == torch.bfloat16 else self.scales.float()  # fp16 has no numbers so small
-        for codes, scale, into in zip(*_pieces(step, self.codes, scales, W), strict=True):
+        for codes, scale, into in zip(*_pieces(step, self._codes_in_rows(), scales, W), strict=True):
             into.copy_(codes).mul_(scale[:, None])
 
     @classmethod
@@ -80,7 +84,8 @@ class Int8Weight(PackedWeight):
         rows, columns = [part.shape[0] for part in parts], parts[0].shape[1]
         codes = adjacent([part.codes for part in parts])
         if codes is None:
-            if sum(rows) * columns >= LEAST_ELEMENTS:
+            elements = sum(rows) * columns
+            if elements >= LEAST_ELEMENTS and not cls.is_rearranged(elements):
                 return None
             codes = torch.cat([part.codes for part in parts])
         tensors = {"codes": codes, "scales": torch.cat([part.scales for part in parts])}
@@ -91,7 +96,32 @@ class Int8Weight(PackedWeight):
         joined._by_parts, joined.any_layout = parts, parts[0].any_layout
         return joined
 
+    @classmethod
+    def is_rearranged(cls, elements: int) -> bool:
+        return elements >= CODES_IN_BLOCKS and has_blocks()
+
+    def rearrange(self) -> None:
+        if self.device.type != "cpu" or not self.is_rearranged(self.codes.numel()):
+            return
+        blocks, begin = CodeBlocks(self.codes, self.scales), 0
+        for part in self._by_parts:
+            part._take(blocks, begin)
+            begin += part.shape[0]
+        self._take(blocks, 0)
+
+    def _take(self, blocks: CodeBlocks, begin: int) -> None:
+        self._in_blocks, self._begin = blocks, begin
+        self.codes = self.codes.new_empty(0, self.shape[1])
+        self.register_buffer("blocks", blocks.blocks, persistent=False)
+
+    def _codes_in_rows(self) -> Tensor:
+        if self._in_blocks is None:
+            return self.codes
+        return self._in_blocks.codes()[self._begin : self._begin + self.shape[0]]
+
     def multiplies_joined(self, x: Tensor) -> bool:
+        if self._in_blocks is not None:
+            return self.multiplies_blocks(x)
         if x.numel() <= _MOST_ROWS_OF_DIGITS * self.shape[1]:
             return self.multiplies_codes(x) or self.multiplies_digits(x)
         is_small = self.room <= CAST_AT_ONCE
@@ -99,10 +129,14 @@ class Int8Weight(PackedWeight):
 
     def product(self, x: Tensor, out: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if self.multiplies_codes(x):
+        if self._in_blocks is not None:
+            if not self.multiplies_blocks(x):
+                return super().product(x, out, added)
+            y = self._in_blocks.product(rows)
+        elif self.multiplies_codes(x):
             y = torch._weight_int8pack_mm(rows.contiguous(), self.codes, self.scales)
         elif self.multiplies_digits(x):
-            y = self._by_digits(rows)
+            y = in_rows(columns_by_digits(rows, self.codes, self.scales), self.any_layout)  # attention wants rows
         elif self.casts_in_product(x):
             y = product_with_codes(rows, self.codes, self.scales)
         elif self.scales_products(x):
@@ -116,6 +150,11 @@ class Int8Weight(PackedWeight):
         if added is not None:
             y.add_(added)
         return y if out is None else out.copy_(y)
+
+    def multiplies_blocks(self, x: Tensor) -> bool:
+        """Whether the product with ``x`` of rearranged codes is by digits; in another dtype they are unpacked."""
+        is_whole = self._in_blocks is not None and self._in_blocks.height == self.shape[0]
+        return is_whole and x.dtype == torch.bfloat16 and x.numel() > 0
 
     def multiplies_codes(self, x: Tensor) -> bool:
         """Whether the product with ``x`` is the kernel's."""
@@ -160,18 +199,6 @@ class Int8Weight(PackedWeight):
 
     def _cast_codes_into(self, flat: Tensor) -> None:
         flat.view(self.shape).copy_(self.codes)
-
-    def _by_digits(self, x: Tensor) -> Tensor:
-        """x (N, in) W^T; each row is what it would be in any other company."""
-        wide = x.float()
-        scales = wide.abs().amax(1, keepdim=True).div_(LARGEST * _BASE).clamp_min_(_LEAST_SCALE)  # (N, 1)
-        multiples = wide.div_(scales).round_()
-        first = multiples.div(_BASE).round_()
-        second = multiples.sub_(first, alpha=_BASE)
-        digits = torch.cat((first, second)).to(torch.int8)  # (2N, in)
-        products = torch._int_mm(self.codes, digits.T).float()  # (out, 2N)
-        y = torch.add(products[:, len(x) :], products[:, : len(x)], alpha=_BASE).mul_(self.scales.float()[:, None])
-        return in_rows(y.mul_(scales.T).to(x.dtype), self.any_layout)  # attention's kernel wants rows
 
 
 def _bf16_above(x: Tensor) -> Tensor:

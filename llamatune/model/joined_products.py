@@ -18,7 +18,7 @@ from llamatune.model.layers import Linear, linear
 from llamatune.model.packed_weight import PackedWeight
 from llamatune.model.products import LEAST_ELEMENTS
 from llamatune.model.rope import Rotation, rotate, rotate_alike
-from llamatune.model.transformer import Attention, Block, FeedForward, Transformer
+from llamatune.model.transformer import Attention, Block, FeedForward
 from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES, LlamaConfig
 
 
@@ -33,19 +33,22 @@ def _is_small(config: LlamaConfig, group: Sequence[str]) -> bool:
     return elements < LEAST_ELEMENTS and len(has_biases) == 1
 
 
-def join_products(model: Transformer) -> None:
-    """Let a model with plain layers, which may get adapters later, compute joined products where they can be.
+def join_products(block: Block, config: LlamaConfig) -> None:
+    """Let a block with plain layers, which may get adapters later, compute joined products where they can be.
 
     These are of ``copied_modules``, of matrices behind one another, and of quantised layers. The weights of the layers
-    become rows of the joined ones. Those of a group that differ in dtype stay apart.
+    become rows of the joined ones. Those of a group that differ in dtype stay apart. Packed weights are rearranged.
     """
-    names = copied_modules(model.config)
-    for block in model.model.layers:
-        assert isinstance(block, Block)
-        if (joined := _join(block.self_attn, QKV_MODULES, names)) is not None:
-            block.self_attn = _JoinedAttention(block.self_attn, joined)
-        if (joined := _join(block.mlp, GATE_UP_MODULES, names)) is not None:
-            block.mlp = _JoinedFeedForward(block.mlp, joined)
+    names, weights = copied_modules(config), []
+    if (joined := _join(block.self_attn, QKV_MODULES, names)) is not None:
+        block.self_attn = _JoinedAttention(block.self_attn, joined)
+        weights.append(joined.weight)
+    if (joined := _join(block.mlp, GATE_UP_MODULES, names)) is not None:
+        block.mlp = _JoinedFeedForward(block.mlp, joined)
+        weights.append(joined.weight)
+    for weight in (*weights, *block.modules()):  # joined ones before their parts
+        if isinstance(weight, PackedWeight):
+            weight.rearrange()
 
 
 @dataclass(frozen=True)

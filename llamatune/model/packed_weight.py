@@ -111,6 +111,14 @@ class PackedWeight(nn.Module):
         """Whether the product of joined matrices with ``x`` is quicker than the products of each."""
         return False
 
+    @classmethod
+    def is_rearranged(cls, elements: int) -> bool:
+        """Whether ``rearrange`` changes how a matrix of so many elements, joined if it is to be, is held."""
+        return False
+
+    def rearrange(self) -> None:
+        """Hold it as products of generation read it fastest on a CPU, and no longer as ``storage`` says."""
+
     def hold_in(self, pages: HugePages) -> None:
         """Move the codes to huge pages."""
         self.codes = pages.copied(self.codes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -103,6 +104,11 @@ class LlamaConfig:
         out, into = LINEAR_SIZES[module]
         sizes = self.sizes()
         return sizes[out], sizes[into]
+
+    def elements_of_product(self, module: str) -> int:
+        """Elements of a linear layer's matrix with those it may be joined with: of q, k and v, or of gate and up."""
+        group = next((group for group in (QKV_MODULES, GATE_UP_MODULES) if module in group), (module,))
+        return sum(math.prod(self.linear_shape(name)) for name in group)
 
     def sizes(self) -> dict[str, int]:
         """The sizes that ``LINEAR_SIZES`` names, and that of the vocabulary."""

@@ -23,7 +23,7 @@ from llamatune.inference.engine import Engine, completions
 from llamatune.inference.model_source import open_model
 from llamatune.memory.generation import HeldModel, Work, plan_generation
 from llamatune.model.joined_products import join_products
-from llamatune.model.transformer import Transformer
+from llamatune.model.transformer import Block, Transformer
 from llamatune.shapes import generation_sizes
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
@@ -203,7 +203,9 @@ def test_the_peak_is_that_of_the_tensors(shape: str, asked: str, dtype: str, amx
     for parameter in model.parameters():
         parameter.normal_(0, 0.05)
     model = model.to(getattr(torch, dtype))
-    join_products(model)  # as generation on a CPU does
+    for block in model.model.layers:
+        assert isinstance(block, Block)
+        join_products(block, model.config)  # as generation on a CPU does
     meter = StorageMeter()  # type: ignore[no-untyped-call]
     for parameter in model.parameters():
         meter._follow(parameter.untyped_storage())
