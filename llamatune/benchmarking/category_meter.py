@@ -98,7 +98,7 @@ class CategoryMeter(StorageMeter):  # type: ignore[no-untyped-call]
 
     def assign(self, category: str, tensors: Iterable[Tensor]) -> None:
         """Set the category of tensors that exist already, unless they have one."""
-        for storage in (tensor.untyped_storage() for tensor in tensors):
+        for storage in map(_memory_of, tensors):
             if id(storage) not in self._alive and storage.device.type == self._learner.device.type:
                 self._follow(storage)
                 followed = self._alive[id(storage)]

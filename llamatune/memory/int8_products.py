@@ -5,7 +5,14 @@ from __future__ import annotations
 from llamatune.memory.model_sizes import ModelSizes
 from llamatune.processor import casts_by_onednn, multiplies_int8_blocks
 from llamatune.shapes.llama_config import GATE_UP_MODULES, LINEAR_MODULES, QKV_MODULES
-from llamatune.shapes.tile_sizes import CAST_AT_ONCE, CODES_IN_BLOCKS, ROWS_OF_DIGITS, WIDE_DIGITS, rows_cast_by_onednn
+from llamatune.shapes.tile_sizes import (
+    CAST_AT_ONCE,
+    CODES_IN_BLOCKS,
+    DIGITS_TOGETHER,
+    ROWS_OF_DIGITS,
+    WIDE_DIGITS,
+    rows_cast_by_onednn,
+)
 
 
 def applies(z: ModelSizes) -> bool:
@@ -14,7 +21,7 @@ def applies(z: ModelSizes) -> bool:
 
 
 def in_blocks(z: ModelSizes, name: str) -> bool:
-    """Whether the codes of a matrix, joined or not, are held in oneDNN's layout."""
+    """Whether the codes of a matrix, joined or not, are held in oneDNN's layout, if that has exact products here."""
     return applies(z) and multiplies_int8_blocks() and z.config.elements_of_product(name) >= CODES_IN_BLOCKS
 
 
@@ -28,17 +35,27 @@ def buffers(z: ModelSizes) -> int:
     if not applies(z):
         return z.unpacking
     in_rows = [name for name in LINEAR_MODULES if not in_blocks(z, name)]
-    unpacked = max((z.c * z.count(name) for name in in_rows), default=0)
+    unpacked = [name for name in LINEAR_MODULES if name in in_rows or _takes_norms(z, name)]
+    room = z.c * max(map(z.count, unpacked), default=0)
     together = [sum(map(z.count, group)) for group in (GATE_UP_MODULES, QKV_MODULES) if group[0] in in_rows]
     if casts_by_onednn():
-        return max(unpacked, z.c * min(rows_cast_by_onednn(z.D) * z.D, max(together, default=0)))
-    return max(unpacked, z.c * max((count for count in together if count <= CAST_AT_ONCE), default=0))
+        return max(room, z.c * min(rows_cast_by_onednn(z.D) * z.D, max(together, default=0)))
+    return max(room, z.c * max((count for count in together if count <= CAST_AT_ONCE), default=0))
+
+
+def _takes_norms(z: ModelSizes, name: str) -> bool:
+    """Whether DoRA takes the norms of the rows, for which the matrix is unpacked."""
+    return z.dora and name in z.targets
 
 
 def digits(z: ModelSizes, name: str, rows: int) -> int:
-    """Beside the output of a product of so many rows by digits: x in whole units, its digits, and what each gives."""
+    """Beside the output of a product of so many rows by digits: x in whole units, its digits, and what these give.
+
+    Or the codes in rows that DoRA takes the norms of.
+    """
     if not in_blocks(z, name):
         return 0
-    in_ = z.config.linear_shape(name)[1]
-    out, at_once = z.config.elements_of_product(name) // in_, min(rows, ROWS_OF_DIGITS)
-    return at_once * ((2 + 2) * in_ + 2 * out * (4 if rows <= WIDE_DIGITS else 2))
+    elements, in_ = z.config.elements_of_product(name), z.config.linear_shape(name)[1]
+    products = (2 if rows <= DIGITS_TOGETHER else 1) * elements // in_ * (4 if rows <= WIDE_DIGITS else 2)
+    by_digits = min(rows, ROWS_OF_DIGITS) * max(6 * in_, 4 * in_ + products)
+    return max(by_digits, elements if _takes_norms(z, name) else 0)

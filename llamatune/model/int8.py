@@ -10,7 +10,7 @@ few rows, as in decoding one prompt, and slower than unpacking for more. In fp32
 For some more rows of generation the codes are multiplied by digits of x (``int8_digits``), which
 ``benchmarks/few_rows.py`` measures. For a longer prompt they are cast, those of large matrices by oneDNN
 (``onednn_int8``), and the products are scaled. The largest matrices are held in oneDNN's layout for generation, on
-processors that gain by it, and multiplied by digits whatever the rows.
+processors that gain by it, and multiplied by digits of any number of rows in bf16.
 """
 
 from __future__ import annotations
@@ -117,7 +117,11 @@ class Int8Weight(PackedWeight):
     def _codes_in_rows(self) -> Tensor:
         if self._in_blocks is None:
             return self.codes
-        return self._in_blocks.codes()[self._begin : self._begin + self.shape[0]]
+        return self._of_own_rows(self._in_blocks.codes())
+
+    def _of_own_rows(self, whole: Tensor) -> Tensor:
+        """Of what is in blocks, or its product."""
+        return whole[self._begin : self._begin + self.shape[0]]
 
     def multiplies_joined(self, x: Tensor) -> bool:
         if self._in_blocks is not None:
@@ -132,7 +136,7 @@ class Int8Weight(PackedWeight):
         if self._in_blocks is not None:
             if not self.multiplies_blocks(x):
                 return super().product(x, out, added)
-            y = self._in_blocks.product(rows)
+            y = self._of_own_rows(self._in_blocks.product(rows).T).T
         elif self.multiplies_codes(x):
             y = torch._weight_int8pack_mm(rows.contiguous(), self.codes, self.scales)
         elif self.multiplies_digits(x):
@@ -153,8 +157,7 @@ class Int8Weight(PackedWeight):
 
     def multiplies_blocks(self, x: Tensor) -> bool:
         """Whether the product with ``x`` of rearranged codes is by digits; in another dtype they are unpacked."""
-        is_whole = self._in_blocks is not None and self._in_blocks.height == self.shape[0]
-        return is_whole and x.dtype == torch.bfloat16 and x.numel() > 0
+        return self._in_blocks is not None and x.dtype == torch.bfloat16 and x.numel() > 0
 
     def multiplies_codes(self, x: Tensor) -> bool:
         """Whether the product with ``x`` is the kernel's."""

@@ -69,9 +69,10 @@ class Scratch:
 
 
 class PackedWeight(nn.Module):
-    """A frozen matrix (out, in) in a packed form; calling it gives x W^T. Its buffers are those of ``storage``.
+    """A frozen matrix (out, in) in a packed form; calling it gives x W^T.
 
-    A kind of quantisation is a subclass: ``storage``, ``quantize`` and ``unpack_into``.
+    Its buffers are those of ``storage``, until it is rearranged. A kind of quantisation is a subclass: ``storage``,
+    ``quantize`` and ``unpack_into``.
     """
 
     codes: Tensor

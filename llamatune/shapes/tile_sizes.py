@@ -55,17 +55,17 @@ def rows_cast_by_onednn(columns: int) -> int:
     return -(-_CAST_BY_ONEDNN // (columns * _ROWS_OF_A_TILE)) * _ROWS_OF_A_TILE
 
 
-CODES_IN_BLOCKS = 1 << 22
+CODES_IN_BLOCKS = 1 << 21
 """Least codes in int8 of a matrix, or of joined ones, that generation holds in oneDNN's layout: of fewer, writing one
-row of x in digits takes longer than is gained."""
+row of x in digits takes longer than prompts gain."""
 
-ROWS_OF_DIGITS = 256
+ROWS_OF_DIGITS = 512
 """Of x, that are multiplied by such a matrix at once: with fewer it is read more often, and with more each takes as
 long and more room."""
 
-WIDE_DIGITS = 64
-"""Most rows of x whose products with both digits are added in fp32; of more they are rounded to bf16 first, which takes
-less time."""
+WIDE_DIGITS, DIGITS_TOGETHER = 64, 128
+"""Most rows of x whose products with both digits are added in fp32, and most with which one call gives both, so that
+the matrix is read once. What is not added in fp32 is rounded to bf16 first, which takes less time."""
 
 ELEMENTS_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 17}
 """Elements of 8-bit optimizer state that are updated in one piece."""

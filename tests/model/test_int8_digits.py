@@ -81,7 +81,7 @@ def test_a_processor_that_gains_by_it_has_exact_products_in_onednns_layout() -> 
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 5, 64, 65, 257, 513])
+@pytest.mark.parametrize("rows", [1, 2, 5, 64, 65, 128, 129, 513])
 @pytest.mark.usefixtures("blocks")
 def test_products_are_those_of_the_held_numbers(shape: tuple[int, int], rows: int) -> None:
     weight = weight_of(shape)
@@ -202,15 +202,17 @@ def test_a_model_generates_with_rearranged_matrices(
 
 
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=repr)
+@pytest.mark.parametrize("family", [{}, {"model_type": "qwen2"}], ids=repr)
 @pytest.mark.usefixtures("blocks")
 def test_adapters_act_on_rearranged_matrices(
     loaded: Callable[..., Iterator[Transformer]],
     tiny_base: Callable[..., Path],
     peft_adapter: Callable[..., Path],
     kind: dict[str, Any],
+    family: dict[str, Any],
 ) -> None:
-    model, apart = loaded(peft_adapter(tiny_base(torch.bfloat16), **kind))
-    (plain, _) = loaded()
+    model, apart = loaded(peft_adapter(tiny_base(torch.bfloat16, **family), **kind), **family)
+    (plain, _) = loaded(**family)
     ids = torch.randint(3, 30, (1, 20), generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         found, expected, without = (each(ids) for each in (model, apart, plain))
