@@ -186,7 +186,7 @@ def _product(ledger: Ledger, z: ModelSizes, name: str, rows: int) -> Tensor:
 def _use_beside(ledger: Ledger, z: ModelSizes, name: str, rows: int) -> None:
     """What the product of a linear layer needs beside its output, and LoRA's output in fp32."""
     out, in_ = z.config.linear_shape(name)
-    by_digits = int8_products.in_blocks(z, name)
+    by_digits = int8_products.in_onednn_layout(z, name)
     ledger.use("x in digits", int8_products.digits(z, name, rows))
     ledger.use("unpacked weights, x in float8", 0 if by_digits else z.beside_product(name, rows, back=False))
     if name in z.targets:

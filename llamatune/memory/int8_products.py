@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from llamatune.memory.model_sizes import ModelSizes
-from llamatune.processor import casts_by_onednn, multiplies_int8_blocks
+from llamatune.processor import casts_by_onednn, gains_by_onednn_layout
 from llamatune.shapes.llama_config import GATE_UP_MODULES, LINEAR_MODULES, QKV_MODULES
 from llamatune.shapes.tile_sizes import (
     CAST_AT_ONCE,
-    CODES_IN_BLOCKS,
     DIGITS_TOGETHER,
+    LEAST_IN_ONEDNN_LAYOUT,
     ROWS_OF_DIGITS,
     WIDE_DIGITS,
     rows_cast_by_onednn,
@@ -20,21 +20,21 @@ def applies(z: ModelSizes) -> bool:
     return z.dtype == "int8" and not z.cuda and z.c == 2
 
 
-def in_blocks(z: ModelSizes, name: str) -> bool:
+def in_onednn_layout(z: ModelSizes, name: str) -> bool:
     """Whether the codes of a matrix, joined or not, are held in oneDNN's layout, if that has exact products here."""
-    return applies(z) and multiplies_int8_blocks() and z.config.elements_of_product(name) >= CODES_IN_BLOCKS
+    return applies(z) and gains_by_onednn_layout() and z.config.elements_of_product(name) >= LEAST_IN_ONEDNN_LAYOUT
 
 
 def rearranged(z: ModelSizes) -> int:
     """The largest codes that are held twice while they are rearranged."""
-    return max((z.config.elements_of_product(name) for name in LINEAR_MODULES if in_blocks(z, name)), default=0)
+    return max((z.config.elements_of_product(name) for name in LINEAR_MODULES if in_onednn_layout(z, name)), default=0)
 
 
 def buffers(z: ModelSizes) -> int:
     """What matrices are unpacked into, or cast to a part or several at a time; it stays."""
     if not applies(z):
         return z.unpacking
-    in_rows = [name for name in LINEAR_MODULES if not in_blocks(z, name)]
+    in_rows = [name for name in LINEAR_MODULES if not in_onednn_layout(z, name)]
     unpacked = [name for name in LINEAR_MODULES if name in in_rows or _takes_norms(z, name)]
     room = z.c * max(map(z.count, unpacked), default=0)
     together = [sum(map(z.count, group)) for group in (GATE_UP_MODULES, QKV_MODULES) if group[0] in in_rows]
@@ -53,7 +53,7 @@ def digits(z: ModelSizes, name: str, rows: int) -> int:
 
     Or the codes in rows that DoRA takes the norms of.
     """
-    if not in_blocks(z, name):
+    if not in_onednn_layout(z, name):
         return 0
     elements, in_ = z.config.elements_of_product(name), z.config.linear_shape(name)[1]
     products = (2 if rows <= DIGITS_TOGETHER else 1) * elements // in_ * (4 if rows <= WIDE_DIGITS else 2)

@@ -8,9 +8,9 @@ The kernel, ``torch._weight_int8pack_mm``, reads the codes and nothing else. It 
 few rows, as in decoding one prompt, and slower than unpacking for more. In fp32 it is always slower than unpacking.
 
 For some more rows of generation the codes are multiplied by digits of x (``int8_digits``), which
-``benchmarks/few_rows.py`` measures. For a longer prompt they are cast, those of large matrices by oneDNN
-(``onednn_int8``), and the products are scaled. The largest matrices are held in oneDNN's layout for generation, on
-processors that gain by it, and multiplied by digits of any number of rows in bf16.
+``benchmarks/few_rows.py`` measures. For a longer prompt they are cast, those of larger matrices by oneDNN
+(``int8_casts``), and the products are scaled. The largest matrices are held in oneDNN's layout (``onednn_layout``) for
+generation in bf16, on processors that gain by it, and multiplied by digits, whatever the rows.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamatune.model.adjacent_tensors import adjacent
-from llamatune.model.int8_digits import CodeBlocks, columns_by_digits, has_blocks
-from llamatune.model.onednn_int8 import casts_codes, product_with_codes
+from llamatune.model.int8_casts import casts_codes, product_with_codes
+from llamatune.model.int8_digits import columns_by_digits
+from llamatune.model.onednn_layout import OnednnMatrix, has_onednn_layout
 from llamatune.model.packed_weight import PackedWeight, Scratch
 from llamatune.model.products import LEAST_ELEMENTS, in_rows
 from llamatune.processor import has_amx
-from llamatune.shapes.tile_sizes import CAST_AT_ONCE, CODES_IN_BLOCKS, WEIGHTS_AT_ONCE
+from llamatune.shapes.tile_sizes import CAST_AT_ONCE, LEAST_IN_ONEDNN_LAYOUT, WEIGHTS_AT_ONCE
 
 LARGEST = 127
 _LEAST_SCALE = 2.0**-126
@@ -51,7 +52,7 @@ class Int8Weight(PackedWeight):
     scales: Tensor
     _by_parts: Sequence[Int8Weight] = ()
     """Of joined matrices, each: the bits of few rows are those of their products apart."""
-    _in_blocks: CodeBlocks | None = None
+    _in_layout: OnednnMatrix | None = None
     """The codes once they are rearranged, alone or with those of other matrices."""
     _begin = 0
     """The first of its rows there."""
@@ -98,34 +99,34 @@ class Int8Weight(PackedWeight):
 
     @classmethod
     def is_rearranged(cls, elements: int) -> bool:
-        return elements >= CODES_IN_BLOCKS and has_blocks()
+        return elements >= LEAST_IN_ONEDNN_LAYOUT and has_onednn_layout()
 
     def rearrange(self) -> None:
         if self.device.type != "cpu" or not self.is_rearranged(self.codes.numel()):
             return
-        blocks, begin = CodeBlocks(self.codes, self.scales), 0
+        matrix, begin = OnednnMatrix(self.codes, self.scales), 0
         for part in self._by_parts:
-            part._take(blocks, begin)
+            part._take(matrix, begin)
             begin += part.shape[0]
-        self._take(blocks, 0)
+        self._take(matrix, 0)
 
-    def _take(self, blocks: CodeBlocks, begin: int) -> None:
-        self._in_blocks, self._begin = blocks, begin
+    def _take(self, matrix: OnednnMatrix, begin: int) -> None:
+        self._in_layout, self._begin = matrix, begin
         self.codes = self.codes.new_empty(0, self.shape[1])
-        self.register_buffer("blocks", blocks.blocks, persistent=False)
+        self.register_buffer("laid_out", matrix.laid_out, persistent=False)
 
     def _codes_in_rows(self) -> Tensor:
-        if self._in_blocks is None:
+        if self._in_layout is None:
             return self.codes
-        return self._of_own_rows(self._in_blocks.codes())
+        return self._of_own_rows(self._in_layout.codes())
 
     def _of_own_rows(self, whole: Tensor) -> Tensor:
-        """Of what is in blocks, or its product."""
+        """Of what is in the layout, or of its product transposed."""
         return whole[self._begin : self._begin + self.shape[0]]
 
     def multiplies_joined(self, x: Tensor) -> bool:
-        if self._in_blocks is not None:
-            return self.multiplies_blocks(x)
+        if self._in_layout is not None:
+            return self.multiplies_in_layout(x)
         if x.numel() <= _MOST_ROWS_OF_DIGITS * self.shape[1]:
             return self.multiplies_codes(x) or self.multiplies_digits(x)
         is_small = self.room <= CAST_AT_ONCE
@@ -133,10 +134,10 @@ class Int8Weight(PackedWeight):
 
     def product(self, x: Tensor, out: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if self._in_blocks is not None:
-            if not self.multiplies_blocks(x):
+        if self._in_layout is not None:
+            if not self.multiplies_in_layout(x):
                 return super().product(x, out, added)
-            y = self._of_own_rows(self._in_blocks.product(rows).T).T
+            y = self._of_own_rows(self._in_layout.product(rows).T).T
         elif self.multiplies_codes(x):
             y = torch._weight_int8pack_mm(rows.contiguous(), self.codes, self.scales)
         elif self.multiplies_digits(x):
@@ -155,9 +156,9 @@ class Int8Weight(PackedWeight):
             y.add_(added)
         return y if out is None else out.copy_(y)
 
-    def multiplies_blocks(self, x: Tensor) -> bool:
+    def multiplies_in_layout(self, x: Tensor) -> bool:
         """Whether the product with ``x`` of rearranged codes is by digits; in another dtype they are unpacked."""
-        return self._in_blocks is not None and x.dtype == torch.bfloat16 and x.numel() > 0
+        return self._in_layout is not None and x.dtype == torch.bfloat16 and x.numel() > 0
 
     def multiplies_codes(self, x: Tensor) -> bool:
         """Whether the product with ``x`` is the kernel's."""

@@ -55,7 +55,7 @@ def rows_cast_by_onednn(columns: int) -> int:
     return -(-_CAST_BY_ONEDNN // (columns * _ROWS_OF_A_TILE)) * _ROWS_OF_A_TILE
 
 
-CODES_IN_BLOCKS = 1 << 21
+LEAST_IN_ONEDNN_LAYOUT = 1 << 21
 """Least codes in int8 of a matrix, or of joined ones, that generation holds in oneDNN's layout: of fewer, writing one
 row of x in digits takes longer than prompts gain."""
 

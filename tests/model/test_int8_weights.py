@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamatune.model import int8, onednn_int8
+from llamatune.model import int8, int8_casts
 from llamatune.model.int8 import Int8Weight
-from llamatune.model.onednn_int8 import casts_codes, product_with_codes
+from llamatune.model.int8_casts import casts_codes, product_with_codes
 from llamatune.model.packed_weight import Scratch
 from llamatune.shapes import tile_sizes
 from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE, rows_cast_by_onednn
@@ -251,6 +251,6 @@ def _errs(x: Tensor, W: Tensor) -> Tensor:
 def test_a_onednn_that_refuses_or_errs_is_not_used(
     linear: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert onednn_int8._is_possible.__wrapped__()
-    monkeypatch.setattr(onednn_int8.F, "linear", linear)
-    assert not onednn_int8._is_possible.__wrapped__()
+    assert int8_casts._is_possible.__wrapped__()
+    monkeypatch.setattr(int8_casts.F, "linear", linear)
+    assert not int8_casts._is_possible.__wrapped__()

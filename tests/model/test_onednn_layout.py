@@ -19,28 +19,29 @@ from llamatune.inference.engine import completions
 from llamatune.inference.model_source import open_model
 from llamatune.memory import int8_products
 from llamatune.memory.generation import HeldModel, Work, plan_generation
-from llamatune.model import int8, int8_digits
+from llamatune.model import int8, onednn_layout
 from llamatune.model.int8 import Int8Weight
-from llamatune.model.int8_digits import CodeBlocks, columns_by_digits, has_blocks
+from llamatune.model.int8_digits import columns_by_digits
 from llamatune.model.joined_products import join_products
+from llamatune.model.onednn_layout import OnednnMatrix, has_onednn_layout
 from llamatune.model.packed_weight import Scratch, quantize_blocks
 from llamatune.model.transformer import Block, Transformer
-from llamatune.processor import multiplies_int8_blocks
+from llamatune.processor import gains_by_onednn_layout
 from llamatune.shapes.llama_config import LlamaConfig
 
 SHAPES = [(64, 64), (37, 53), (1, 1), (130, 67), (515, 1031)]
 
 
 @pytest.fixture
-def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices of 1,024 elements and more are rearranged."""
-    monkeypatch.setattr(int8_digits, "multiplies_int8_blocks", lambda: True)
-    if not has_blocks.__wrapped__():
+    monkeypatch.setattr(onednn_layout, "gains_by_onednn_layout", lambda: True)
+    if not has_onednn_layout.__wrapped__():
         pytest.skip("oneDNN has no exact products of int8 on this processor")
     for module in (int8, int8_products):
-        monkeypatch.setattr(module, "CODES_IN_BLOCKS", 1 << 10)
-    monkeypatch.setattr(int8, "has_blocks", lambda: True)
-    monkeypatch.setattr(int8_products, "multiplies_int8_blocks", lambda: True)
+        monkeypatch.setattr(module, "LEAST_IN_ONEDNN_LAYOUT", 1 << 10)
+    monkeypatch.setattr(int8, "has_onednn_layout", lambda: True)
+    monkeypatch.setattr(int8_products, "gains_by_onednn_layout", lambda: True)
 
 
 def drawn(shape: tuple[int, ...], std: float, seed: int) -> Tensor:
@@ -77,20 +78,20 @@ def assert_no_further(found: Tensor, other: Tensor, exact: Tensor) -> None:
 
 def test_a_processor_that_gains_by_it_has_exact_products_in_onednns_layout() -> None:
     """What torch's documentation does not say may change; then this fails, and matrices stay in rows."""
-    assert has_blocks() == multiplies_int8_blocks()
+    assert has_onednn_layout() == gains_by_onednn_layout()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 5, 64, 65, 128, 129, 513])
-@pytest.mark.usefixtures("blocks")
+@pytest.mark.usefixtures("layout")
 def test_products_are_those_of_the_held_numbers(shape: tuple[int, int], rows: int) -> None:
     weight = weight_of(shape)
     held, x = weight.codes.double() * weight.scales.double()[:, None], odd_rows(rows, shape[1])
-    in_blocks = CodeBlocks(weight.codes, weight.scales)
-    assert torch.equal(in_blocks.codes(), weight.codes)
+    in_layout = OnednnMatrix(weight.codes, weight.scales)
+    assert torch.equal(in_layout.codes(), weight.codes)
     with torch.inference_mode():
-        found = in_blocks.product(x)
-        across = in_blocks.product(x.T.contiguous().T)
+        found = in_layout.product(x)
+        across = in_layout.product(x.T.contiguous().T)
     assert (found.shape, found.is_contiguous()) == ((rows, shape[0]), True)
     assert torch.equal(across, found)
     assert_close(found, x, held, 1 if rows <= 64 else 3)
@@ -98,30 +99,30 @@ def test_products_are_those_of_the_held_numbers(shape: tuple[int, int], rows: in
         assert_close(columns_by_digits(x, weight.codes, weight.scales).T, x, held)
 
 
-@pytest.mark.usefixtures("blocks")
+@pytest.mark.usefixtures("layout")
 def test_a_row_is_the_same_in_other_company() -> None:
     weight, x = weight_of((515, 1031)), odd_rows(64, 1031)
-    in_blocks = CodeBlocks(weight.codes, weight.scales)
-    whole, columns = in_blocks.product(x), columns_by_digits(x, weight.codes, weight.scales)
+    in_layout = OnednnMatrix(weight.codes, weight.scales)
+    whole, columns = in_layout.product(x), columns_by_digits(x, weight.codes, weight.scales)
     for row in range(8):
-        assert torch.equal(in_blocks.product(x[row : row + 1])[0], whole[row])
+        assert torch.equal(in_layout.product(x[row : row + 1])[0], whole[row])
         assert torch.equal(columns_by_digits(x[row : row + 2], weight.codes, weight.scales)[:, 0], columns[:, row])
-    assert torch.equal(in_blocks.product(x[5:21]), whole[5:21])
+    assert torch.equal(in_layout.product(x[5:21]), whole[5:21])
 
 
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, torch.finfo(torch.bfloat16).max])
 @pytest.mark.parametrize("rows", [1, 3, 70])
-@pytest.mark.usefixtures("blocks")
-def test_a_row_that_is_not_finite_gives_nothing_finite(value: float, rows: int) -> None:
+@pytest.mark.usefixtures("layout")
+def test_a_row_that_is_not_finite_or_at_the_end_of_bf16_gives_nothing_finite(value: float, rows: int) -> None:
     weight, x = weight_of((48, 64)), drawn((rows, 64), 1.0, 3).bfloat16()
     x[0, 5] = value
-    by_blocks = CodeBlocks(weight.codes, weight.scales).product(x)
-    for found in (by_blocks, columns_by_digits(x, weight.codes, weight.scales).T if rows > 1 else by_blocks):
+    by_layout = OnednnMatrix(weight.codes, weight.scales).product(x)
+    for found in (by_layout, columns_by_digits(x, weight.codes, weight.scales).T if rows > 1 else by_layout):
         assert not bool(found[0].isfinite().any())
         assert bool(found[1:].isfinite().all())
 
 
-@pytest.mark.usefixtures("blocks")
+@pytest.mark.usefixtures("layout")
 def test_a_rearranged_matrix_is_the_same_matrix() -> None:
     """In no other memory, alone and joined, in other dtypes, and for no rows."""
     whole = weight_of((96, 64))
@@ -166,10 +167,10 @@ def _errs(x: Tensor, *arguments: object) -> Tensor:
 
 @pytest.mark.parametrize("operator", [_refuses, _errs])
 def test_a_onednn_that_refuses_or_errs_is_not_used(
-    operator: Callable[..., Tensor], blocks: None, monkeypatch: pytest.MonkeyPatch
+    operator: Callable[..., Tensor], layout: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.ops.onednn.qlinear_pointwise, "default", operator)
-    assert not has_blocks.__wrapped__()
+    assert not has_onednn_layout.__wrapped__()
 
 
 @pytest.fixture
@@ -184,13 +185,13 @@ def loaded(tiny_base: Callable[..., Path]) -> Callable[..., Iterator[Transformer
 
 
 @pytest.mark.parametrize("family", [{}, {"model_type": "qwen2"}, {"model_type": "qwen3"}], ids=repr)
-@pytest.mark.usefixtures("blocks")
+@pytest.mark.usefixtures("layout")
 def test_a_model_generates_with_rearranged_matrices(
     loaded: Callable[..., Iterator[Transformer]], family: dict[str, Any]
 ) -> None:
     model, apart = loaded(**family)
     codes = sum(name.endswith(".codes") and tensor.numel() for name, tensor in model.named_buffers())
-    held = {id(tensor): tensor.nbytes for name, tensor in model.named_buffers() if name.endswith(".blocks")}
+    held = {id(tensor): tensor.nbytes for name, tensor in model.named_buffers() if name.endswith(".laid_out")}
     assert sum(held.values()) > codes
     assert weight_bytes(model) == weight_bytes(apart)
     ids = torch.randint(3, 30, (2, 70), generator=torch.Generator().manual_seed(3))
@@ -203,7 +204,7 @@ def test_a_model_generates_with_rearranged_matrices(
 
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=repr)
 @pytest.mark.parametrize("family", [{}, {"model_type": "qwen2"}], ids=repr)
-@pytest.mark.usefixtures("blocks")
+@pytest.mark.usefixtures("layout")
 def test_adapters_act_on_rearranged_matrices(
     loaded: Callable[..., Iterator[Transformer]],
     tiny_base: Callable[..., Path],
@@ -221,7 +222,7 @@ def test_adapters_act_on_rearranged_matrices(
 
 
 @pytest.mark.parametrize("work", [Work(100, 3, 1, 1, draws=False), Work(9, 3, 4, 4, draws=False)], ids=repr)
-@pytest.mark.usefixtures("blocks")
+@pytest.mark.usefixtures("layout")
 def test_the_planned_peak_is_that_of_the_tensors(work: Work) -> None:
     config = LlamaConfig(128, 512, 2, 4, 4, 97)
     torch.manual_seed(1)
