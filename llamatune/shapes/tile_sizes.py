@@ -55,9 +55,9 @@ def rows_cast_by_onednn(columns: int) -> int:
     return -(-_CAST_BY_ONEDNN // (columns * _ROWS_OF_A_TILE)) * _ROWS_OF_A_TILE
 
 
-LEAST_IN_ONEDNN_LAYOUT = 1 << 21
+LEAST_IN_ONEDNN_LAYOUT = 10 << 20
 """Least codes in int8 of a matrix, or of joined ones, that generation holds in oneDNN's layout: of fewer, writing one
-row of x in digits takes longer than prompts gain."""
+row of x in digits takes longer than is gained."""
 
 ROWS_OF_DIGITS = 512
 """Of x, that are multiplied by such a matrix at once: with fewer it is read more often, and with more each takes as
