@@ -1,4 +1,4 @@
-"""The processor: its model name, AVX-512 and AMX, and how many of its cores this process may use. No torch."""
+"""The processor: its model name, AVX-512, VNNI and AMX, and how many of its cores this process may use. No torch."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def processor_name() -> str:
 @functools.cache
 def has_avx512() -> bool:
     """Whether it has AVX-512 with 8-bit and 16-bit integers, for which oneDNN has products in bf16."""
-    return any("avx512bw" in flags.split() for flags in _values("flags"))
+    return _has("avx512bw")
 
 
 @functools.cache
 def has_amx() -> bool:
     """Whether it multiplies tiles of bf16, of 16 rows each (AMX of Intel's Xeons since 2023)."""
-    return any("amx_bf16" in flags.split() for flags in _values("flags"))
+    return _has("amx_bf16")
 
 
 @functools.cache
 def has_vnni() -> bool:
     """Whether it adds products of 8-bit integers to 32-bit ones in one instruction, of 512 bits (AVX-512 VNNI)."""
-    return any("avx512_vnni" in flags.split() for flags in _values("flags"))
+    return _has("avx512_vnni")
 
 
 def gains_by_onednn_layout() -> bool:
@@ -42,6 +42,10 @@ def gains_by_onednn_layout() -> bool:
 def casts_by_onednn() -> bool:
     """Whether oneDNN casts int8 for long prompts on it. With AMX torch does: the other was not measured there."""
     return has_avx512() and not has_amx()
+
+
+def _has(feature: str) -> bool:
+    return any(feature in flags.split() for flags in _values("flags"))
 
 
 def _values(name: str) -> Iterator[str]:

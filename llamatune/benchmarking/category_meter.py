@@ -1,4 +1,4 @@
-"""Measures memory by category (parameters, activations, ...) at the peak of training steps."""
+"""Measures the peak memory of tensors: in all, and in training steps by category (parameters, activations, ...)."""
 
 from __future__ import annotations
 
@@ -178,6 +178,7 @@ class CategoryMeter(StorageMeter):  # type: ignore[no-untyped-call]
 
 
 def _memory_of(tensor: Tensor) -> torch.UntypedStorage | Tensor:
+    """What holds its numbers, which other tensors may share."""
     return tensor if tensor.is_mkldnn else tensor.untyped_storage()
 
 

@@ -1,6 +1,7 @@
 """Loads a model directory of either format into a ``Transformer``; peak memory is the model and one tensor.
 
 Of streamed blocks it is what this process stores of them, their rooms and one tensor, or the rows of it that it stores.
+Where packed weights are rearranged for generation, it is the model and the largest matrix of a product.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ class Int8Weight(PackedWeight):
     """Of joined matrices, each: the bits of few rows are those of their products apart."""
     _in_layout: OnednnMatrix | None = None
     """The codes once they are rearranged, alone or with those of other matrices."""
-    _begin = 0
-    """The first of its rows there."""
+    _own_rows = slice(None)
+    """Of what is in the layout: all, or those of one of the joined matrices."""
 
     @staticmethod
     def storage(shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -106,23 +106,19 @@ class Int8Weight(PackedWeight):
             return
         matrix, begin = OnednnMatrix(self.codes, self.scales), 0
         for part in self._by_parts:
-            part._take(matrix, begin)
+            part._take(matrix, slice(begin, begin + part.shape[0]))
             begin += part.shape[0]
-        self._take(matrix, 0)
+        self._take(matrix, slice(None))
 
-    def _take(self, matrix: OnednnMatrix, begin: int) -> None:
-        self._in_layout, self._begin = matrix, begin
+    def _take(self, matrix: OnednnMatrix, own_rows: slice) -> None:
+        self._in_layout, self._own_rows = matrix, own_rows
         self.codes = self.codes.new_empty(0, self.shape[1])
         self.register_buffer("laid_out", matrix.laid_out, persistent=False)
 
     def _codes_in_rows(self) -> Tensor:
         if self._in_layout is None:
             return self.codes
-        return self._of_own_rows(self._in_layout.codes())
-
-    def _of_own_rows(self, whole: Tensor) -> Tensor:
-        """Of what is in the layout, or of its product transposed."""
-        return whole[self._begin : self._begin + self.shape[0]]
+        return self._in_layout.codes()[self._own_rows]
 
     def multiplies_joined(self, x: Tensor) -> bool:
         if self._in_layout is not None:
@@ -137,7 +133,7 @@ class Int8Weight(PackedWeight):
         if self._in_layout is not None:
             if not self.multiplies_in_layout(x):
                 return super().product(x, out, added)
-            y = self._of_own_rows(self._in_layout.product(rows).T).T
+            y = self._in_layout.product(rows)[:, self._own_rows]
         elif self.multiplies_codes(x):
             y = torch._weight_int8pack_mm(rows.contiguous(), self.codes, self.scales)
         elif self.multiplies_digits(x):

@@ -1,6 +1,6 @@
-"""Int8 matrices in oneDNN's own layout, which its kernel reads faster than rows: for generation in bf16 on a CPU.
+"""Int8 matrices in oneDNN's packed layout, which its kernel reads faster than rows: for generation in bf16 on a CPU.
 
-They are multiplied by digits of x (``int8_digits``), so nothing is cast, whatever the rows of x.
+They are multiplied by digits of x (``int8_digits``), so nothing is cast, of however many rows x is.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class OnednnMatrix:
         self.laid_out: Tensor = torch.ops.onednn.qlinear_prepack(codes, None)
         """As a tensor that has no storage."""
         self._height = len(codes)
-        self._scales, self._zeros = scales.float(), torch.zeros(1, dtype=torch.int32)
+        self._weights = self.laid_out, scales.float(), torch.zeros(1, dtype=torch.int32)
 
     def codes(self) -> Tensor:
         """A copy of them (out, in) in int8."""
@@ -65,14 +65,12 @@ class OnednnMatrix:
 
     def products(self, digits: Tensor, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
         """Digits (N, in), less 128, by W^T, scaled, (N, out); in fp32 exact if all scales are 1 and the sums small."""
-        weights = self.laid_out, self._scales, self._zeros
         return torch.ops.onednn.qlinear_pointwise.default(  # type: ignore[no-any-return]
-            digits, scale, ZERO, *weights, None, 1.0, 0, dtype, "none", [], ""
+            digits, scale, ZERO, *self._weights, None, 1.0, 0, dtype, "none", [], ""
         )
 
     def added(self, y: Tensor, digits: Tensor) -> Tensor:
         """y (N, out) in bf16 plus 256 times the product of digits, in y's memory."""
-        weights = self.laid_out, self._scales, self._zeros
         return torch.ops.onednn.qlinear_pointwise.binary(  # type: ignore[no-any-return]
-            digits, float(BASE), ZERO, *weights, y, None, 1.0, 0, y.dtype, 1.0, 0, "sum", 1.0, "none", [], ""
+            digits, float(BASE), ZERO, *self._weights, y, None, 1.0, 0, y.dtype, 1.0, 0, "sum", 1.0, "none", [], ""
         )

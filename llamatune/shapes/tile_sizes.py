@@ -1,4 +1,4 @@
-"""How much is computed at once: tile sizes and portions that bound the memory in flight. No torch.
+"""How much is computed at once: tile sizes and portions that bound the memory in flight, and least sizes. No torch.
 
 The model computes by them and the memory plan counts by them. Portions differ by device: ``cuda`` or ``cpu``.
 """
