@@ -11,9 +11,9 @@ from llamatune.memory.attention import AttentionBytes
 from llamatune.memory.ledger import Ledger, Tensor
 from llamatune.memory.model_sizes import ModelSizes
 from llamatune.processor import has_amx
-from llamatune.shapes.attention_kernels import Kernel, beyond_window, choose_kernel, head_room
+from llamatune.shapes.attention_kernels import Kernel, beyond_window, choose_kernel, head_room, widens_one_query
 from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES
-from llamatune.shapes.tile_sizes import COMPARED_AT_ONCE, drawn_rows
+from llamatune.shapes.tile_sizes import COMPARED_AT_ONCE, WIDENED_AT_ONCE, drawn_rows
 
 CACHE = "keys and values"
 
@@ -237,9 +237,9 @@ def _attention_in_parts(ledger: Ledger, z: ModelSizes, N: int) -> None:
 
 
 def _to_keys(z: ModelSizes, p: Pass) -> int:
-    """Beside q, k and v of rows that go on, on a GPU: the mask in the dtype of scores, and what the kernel wants."""
+    """Beside q, k and v of rows that go on: the mask in the dtype of scores, and what the kernel wants."""
     if z.device == "cpu":
-        return 0
+        return _widened(z, p)
     kernel = choose_kernel(z.capability, z.computed, z.config.head_dim, p.tokens // p.rows, 1, "given")
     mask = p.tokens * p.keys * z.c
     if kernel is not Kernel.EFFICIENT:
@@ -252,6 +252,14 @@ def _to_keys(z: ModelSizes, p: Pass) -> int:
     repeated = 2 * keys * z.Q * z.c if z.Q != z.K else 0
     filled = (2 * keys + p.tokens) * heads * room * z.c if room > z.config.head_dim else 0
     return mask + repeated + filled
+
+
+def _widened(z: ModelSizes, p: Pass) -> int:
+    """The keys and values that a CPU has in fp32 at once, for the only query of each row."""
+    heads = z.config.num_attention_heads // z.config.num_key_value_heads
+    if p.tokens > p.rows or not widens_one_query(z.computed, heads, has_amx()):
+        return 0
+    return 2 * 4 * min(WIDENED_AT_ONCE, p.rows * p.keys * z.K)
 
 
 def highest(z: ModelSizes, passes: Sequence[Pass]) -> tuple[int, int]:

@@ -14,10 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamatune.devices import capability_of
-from llamatune.model.attention_in_fp32 import CPU_KERNEL, attend_in_fp32
+from llamatune.model.attention_in_fp32 import CPU_KERNEL, attend_in_fp32, attend_one_in_fp32
 from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.processor import has_amx
-from llamatune.shapes.attention_kernels import Kernel, beyond_window, choose_kernel, head_room, takes_mask
+from llamatune.shapes.attention_kernels import (
+    Kernel,
+    beyond_window,
+    choose_kernel,
+    head_room,
+    takes_mask,
+    widens_one_query,
+)
 from llamatune.shapes.recurring_sizes import filled_up
 
 
@@ -94,7 +101,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Docu
     if mask is not None or q.shape[2] != k.shape[2]:
         kind = "none" if mask is None else "given"
         if q.shape[2] == 1 and _pays_grouped(q, k):
-            return _attend(_grouped(q, k), k, v, kind, mask).reshape(q.shape)
+            return _attend_one(_grouped(q, k), k, v, kind, mask).reshape(q.shape)
         return _attend(q, k, v, kind, mask)
     if documents is None or len(documents.lengths) == 1:
         return _attend_to_sample(q, k, v, documents)
@@ -152,9 +159,17 @@ def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return o.to(q.dtype)
 
 
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, kind: str, mask: Tensor | None) -> Tensor:
+    """The only queries of heads that share one of k, (B, K, H / K, E)."""
+    is_on_cpu = q.device.type == "cpu" and torch.is_inference_mode_enabled()
+    if is_on_cpu and widens_one_query(DTYPE_NAMES[q.dtype], q.shape[2], has_amx()):
+        return attend_one_in_fp32(q, k, v, mask)
+    return _attend(q, k, v, kind, mask)
+
+
 def _pays_grouped(q: Tensor, k: Tensor) -> bool:
-    """Whether ``_grouped`` is no slower: not for two heads or three in bf16 on a CPU, by measurement."""
-    return q.is_cuda or q.dtype != torch.bfloat16 or q.shape[1] >= 4 * k.shape[1]
+    """Whether ``_grouped`` is no slower: not for two heads or three in bf16 on a CPU with AMX, by measurement."""
+    return q.is_cuda or q.dtype != torch.bfloat16 or q.shape[1] >= 4 * k.shape[1] or not has_amx()
 
 
 def _grouped(q: Tensor, k: Tensor) -> Tensor:

@@ -63,6 +63,15 @@ def takes_mask(start: int, queries: int, window: int | None, device: str) -> boo
     return start > 0 and queries > 1 and (device != "cpu" or queries < FEWEST_IN_PARTS)
 
 
+def widens_one_query(dtype: str, heads: int, has_amx: bool) -> bool:
+    """Whether a CPU casts keys and values to fp32 for the only query of each head, ``heads`` of which share a key.
+
+    The kernel in bf16 multiplies two rows or more by oneDNN, which has no products in fp16 there. With AMX it was not
+    measured.
+    """
+    return not has_amx and (dtype == "float16" or (dtype == "bfloat16" and heads == 1))
+
+
 def beyond_window(lengths: Sequence[int], window: int | None) -> list[int]:
     """The lengths of those samples that a sliding window cuts, each once: they are computed with a mask.
 

@@ -12,6 +12,9 @@ SHORT_TOKENS = 256
 """Longest sample of bf16 whose attention is computed in fp32 on a CPU: it is quicker than the kernel in bf16 where a
 length is new, about twice at 120 tokens. Where code for a length is compiled, bf16 is quicker, 2 to 5 times."""
 
+WIDENED_AT_ONCE = 1 << 18
+"""Numbers of keys, and as many of values, that a CPU casts to fp32 at once for one query: they stay in its caches."""
+
 LOGIT_BYTES_AT_ONCE = {"cuda": 1 << 26, "cpu": 1 << 24}
 """Bytes of logits in flight: in 16 bits 1,048 rows of LLaMA-2's vocabulary; on a CPU 262, which stay near its cache."""
 
@@ -55,7 +58,7 @@ def rows_cast_by_onednn(columns: int) -> int:
     return -(-_CAST_BY_ONEDNN // (columns * _ROWS_OF_A_TILE)) * _ROWS_OF_A_TILE
 
 
-LEAST_IN_ONEDNN_LAYOUT = 10 << 20
+LEAST_IN_ONEDNN_LAYOUT = 3 << 20
 """Least codes in int8 of a matrix, or of joined ones, that generation holds in oneDNN's layout: of fewer, writing one
 row of x in digits takes longer than is gained."""
 
