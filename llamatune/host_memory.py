@@ -17,6 +17,8 @@ _LEAST_REUSED, _MOST_REUSED = 4 << 20, 16 << 20
 _GIVEN_BACK_AT_ONCE = 1 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of ``malloc.h``."""
+_limit = 0
+"""The bytes up to which freed blocks are used again, as set here; 0: glibc's own way."""
 _LIMITS = ("mmap_threshold", "trim_threshold", "top_pad", "mmap_max")
 """What users may set of glibc's allocator, as the variables and tunables are called."""
 
@@ -57,6 +59,12 @@ def reuse_freed(most_bytes: int) -> None:
     _set_limit(min(max(most_bytes, _LEAST_REUSED), _MOST_REUSED))
 
 
+def reuse_freed_too(bytes_of_block: int) -> None:
+    """Let glibc use freed blocks of this size again, too, up to 16 MiB, where ``reuse_freed`` has set a lower limit."""
+    if 0 < _limit < bytes_of_block:
+        reuse_freed(bytes_of_block)
+
+
 @contextlib.contextmanager
 def freed_at_once(reused_after: int) -> Iterator[None]:
     """Let glibc give blocks of 1 MiB and more back as they are freed; afterwards ``reuse_freed(reused_after)``.
@@ -73,6 +81,7 @@ def freed_at_once(reused_after: int) -> Iterator[None]:
 
 def _set_limit(reused: int) -> None:
     """Of the bytes of a block that is used again; the user's limits stay."""
+    global _limit
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if any(f"MALLOC_{name.upper()}_" in os.environ or f"glibc.malloc.{name}" in tunables for name in _LIMITS):
         return
@@ -80,6 +89,7 @@ def _set_limit(reused: int) -> None:
         set_limit = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
+    _limit = reused
     set_limit(_M_MMAP_THRESHOLD, reused)
     set_limit(_M_TRIM_THRESHOLD, 2 * reused)
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from llamatune.command_options.inference import Drawing, Sampling
 from llamatune.errors import Stopped
 from llamatune.events import OnEvent, ShouldStop, ignore_event, never_stop
-from llamatune.host_memory import give_back
+from llamatune.host_memory import give_back, reuse_freed_too
 from llamatune.inference.beam_search import beam_search
 from llamatune.inference.captured_steps import CapturedSteps, Launched
 from llamatune.inference.completion import Completion
@@ -60,6 +60,7 @@ class Engine:
         self._element_bytes = torch.finfo(model.product_dtype).bits // 8
         self._tokens_in_a_pass = tokens_in_a_pass(model.config, self._element_bytes, model.device.type)
         self._cache = new_rows(model, rows)
+        reuse_freed_too(rows * model.config.vocab_size * self._element_bytes)  # logits, which each step makes and frees
         self._running: list[RunningSequence] = []  # by their rows of the cache
         self._waiting: deque[RunningSequence] = deque()
         self._added, self._has_decoded = 0, False

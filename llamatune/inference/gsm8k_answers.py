@@ -7,7 +7,9 @@ answer without the mark is wrong.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import re
 from collections.abc import Sequence
 
@@ -37,9 +39,12 @@ class AnswerEnds:
     def __init__(self, tokenizer: Tokenizer, few_shot: bool) -> None:
         self._tokenizer, self._few_shot = tokenizer, few_shot
         self._specials = frozenset(tokenizer.special_ids.values())
+        self._weight = functools.cache(self._weight_of)
 
     def is_enough(self, prompt: Sequence[int], ids: Sequence[int]) -> bool:
         """``is_answered`` of the text of ``ids``, if it was not of any that they begin with."""
+        if sum(map(self._weight, ids[-_TAIL:])) < _TAIL - _BESIDE_NUMBER:
+            return False  # there is neither a mark nor a long number in them, and they need not be decoded
         size, of_text = _TAIL, range(self._tokenizer.vocab_size)
         while True:
             shown = (token for token in reversed(ids) if token in of_text and token not in self._specials)
@@ -52,3 +57,10 @@ class AnswerEnds:
             if len(tail) < size or not re.search(rf"[0-9.,]{{{digits}}}[^0-9.,]", text):
                 return False
             size *= 2
+
+    def _weight_of(self, token: int) -> float:
+        """Its characters that a number may have; without bound if it has no text, or may be of what ends an answer."""
+        if not 0 <= token < self._tokenizer.vocab_size or token in self._specials:
+            return math.inf
+        text = self._tokenizer.decode([token])
+        return math.inf if "#" in text or ":" in text else len(re.findall(r"[0-9.,]", text))

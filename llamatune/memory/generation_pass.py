@@ -11,9 +11,16 @@ from llamatune.memory.attention import AttentionBytes
 from llamatune.memory.ledger import Ledger, Tensor
 from llamatune.memory.model_sizes import ModelSizes
 from llamatune.processor import has_amx
-from llamatune.shapes.attention_kernels import Kernel, beyond_window, choose_kernel, head_room, widens_one_query
+from llamatune.shapes.attention_kernels import (
+    Kernel,
+    beyond_window,
+    choose_kernel,
+    head_room,
+    multiplies_one_query,
+    widens_one_query,
+)
 from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES
-from llamatune.shapes.tile_sizes import COMPARED_AT_ONCE, WIDENED_AT_ONCE, drawn_rows
+from llamatune.shapes.tile_sizes import COMPARED_AT_ONCE, KEYS_IN_CACHES, drawn_rows
 
 CACHE = "keys and values"
 
@@ -239,7 +246,7 @@ def _attention_in_parts(ledger: Ledger, z: ModelSizes, N: int) -> None:
 def _to_keys(z: ModelSizes, p: Pass) -> int:
     """Beside q, k and v of rows that go on: the mask in the dtype of scores, and what the kernel wants."""
     if z.device == "cpu":
-        return _widened(z, p)
+        return _of_one_query(z, p)
     kernel = choose_kernel(z.capability, z.computed, z.config.head_dim, p.tokens // p.rows, 1, "given")
     mask = p.tokens * p.keys * z.c
     if kernel is not Kernel.EFFICIENT:
@@ -254,12 +261,19 @@ def _to_keys(z: ModelSizes, p: Pass) -> int:
     return mask + repeated + filled
 
 
-def _widened(z: ModelSizes, p: Pass) -> int:
-    """The keys and values that a CPU has in fp32 at once, for the only query of each row."""
-    heads = z.config.num_attention_heads // z.config.num_key_value_heads
-    if p.tokens > p.rows or not widens_one_query(z.computed, heads, has_amx()):
+def _of_one_query(z: ModelSizes, p: Pass) -> int:
+    """For the only query of each row on a CPU: the keys and values that are in fp32 at once, or two matrices of scores.
+
+    Scores of heads that share keys are laid out anew.
+    """
+    heads, keys = z.config.num_attention_heads // z.config.num_key_value_heads, p.rows * p.keys * z.K
+    if p.tokens > p.rows or has_amx():
         return 0
-    return 2 * 4 * min(WIDENED_AT_ONCE, p.rows * p.keys * z.K)
+    if widens_one_query(z.computed, heads):
+        return 2 * 4 * min(KEYS_IN_CACHES, keys)
+    if multiplies_one_query(z.computed, keys):
+        return (2 if heads == 1 else 3) * 4 * p.rows * p.keys * z.config.num_attention_heads
+    return 0
 
 
 def highest(z: ModelSizes, passes: Sequence[Pass]) -> tuple[int, int]:

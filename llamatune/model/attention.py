@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamatune.devices import capability_of
-from llamatune.model.attention_in_fp32 import CPU_KERNEL, attend_in_fp32, attend_one_in_fp32
+from llamatune.model.attention_in_fp32 import CPU_KERNEL, attend_in_fp32
+from llamatune.model.attention_of_one_query import by_products, in_fp32
+from llamatune.model.row_groups import Groups
 from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.processor import has_amx
 from llamatune.shapes.attention_kernels import (
@@ -22,6 +24,7 @@ from llamatune.shapes.attention_kernels import (
     beyond_window,
     choose_kernel,
     head_room,
+    multiplies_one_query,
     takes_mask,
     widens_one_query,
 )
@@ -86,7 +89,9 @@ def _window_mask(T: int, window: int, device: torch.device, dtype: torch.dtype) 
     return room.masked_fill_(~_inside(places[:, None], places, window), -torch.inf)[None, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Documents | None, groups: Groups = ()
+) -> Tensor:
     """softmax(q k^T / sqrt(E)) v, causal; (B, H, T, E) from q of that shape and k, v (B, K, S, E).
 
     The queries are the last T of S tokens.
@@ -95,7 +100,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Docu
         mask: (B, 1, T, S), bool, True where a query may look, or ``added`` to scores; in place of causality. None only
             where ``takes_mask`` says so.
         documents: B is 1 and the row holds these samples; each attends to itself only.
+        groups: of rows, that see fewer keys than S by ``mask``.
     """
+    if groups:
+        return _attend_in_groups(q, k, v, mask, groups)
     if mask is None and 1 < q.shape[2] < k.shape[2]:
         return _attend_in_parts(q, k, v)
     if mask is not None or q.shape[2] != k.shape[2]:
@@ -143,6 +151,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "causal", mask: Tensor 
     return o[..., :E] if missing else o
 
 
+def _attend_in_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, groups: Groups) -> Tensor:
+    """Each group of rows with the keys that it sees."""
+    found, begin = [], 0
+    for rows, keys in groups:
+        part, begin = slice(begin, begin + rows), begin + rows
+        seen = None if mask is None else mask[part, ..., :keys]
+        found.append(attend(q[part], k[part, :, :keys], v[part, :, :keys], seen, None))
+    return torch.cat(found)
+
+
 def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The last T of S tokens on a CPU, without gradients: tokens before them, then themselves, joined by softmax sums.
 
@@ -161,9 +179,11 @@ def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, kind: str, mask: Tensor | None) -> Tensor:
     """The only queries of heads that share one of k, (B, K, H / K, E)."""
-    is_on_cpu = q.device.type == "cpu" and torch.is_inference_mode_enabled()
-    if is_on_cpu and widens_one_query(DTYPE_NAMES[q.dtype], q.shape[2], has_amx()):
-        return attend_one_in_fp32(q, k, v, mask)
+    if q.device.type == "cpu" and torch.is_inference_mode_enabled() and not has_amx():
+        if widens_one_query(DTYPE_NAMES[q.dtype], q.shape[2]):
+            return in_fp32(q, k, v, mask)
+        if multiplies_one_query(DTYPE_NAMES[q.dtype], k.numel()):
+            return by_products(q, k, v, mask)
     return _attend(q, k, v, kind, mask)
 
 

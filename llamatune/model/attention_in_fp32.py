@@ -1,7 +1,6 @@
-"""Attention of tensors in 16 bits computed in fp32, on a CPU: of short samples in bf16, and of one query for each head.
+"""Causal attention of bf16 tensors computed in fp32, for short samples on a CPU; what is kept for gradients is in bf16.
 
-For a sample the kernel in bf16 compiles code for every new length; what is kept for gradients is in bf16. For one query
-the kernels in 16 bits multiply a row at a time, without the processor's products of matrices.
+There the fp32 kernel is quicker than the one in bf16, which compiles code for every new length of a sample.
 """
 
 from __future__ import annotations
@@ -10,9 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-from llamatune.shapes.tile_sizes import WIDENED_AT_ONCE
 
 CPU_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """torch's FlashAttention on a CPU in any precision, which returns the logarithms of the softmaxes' sums, too."""
@@ -54,30 +50,3 @@ def attend_in_fp32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if torch.is_inference_mode_enabled():
         return _forward(q, k, v)[0]
     return _AttentionInFp32.apply(q, k, v)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def attend_one_in_fp32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(E) + mask) v, of few queries for each head, (B, K, T, E), and many keys, (B, K, S, E).
-
-    Some rows of the batch, or some heads of one, at a time: their keys and values in fp32 stay in the caches.
-
-    Args:
-        mask: (B, 1, 1, S), what is added to scores.
-    """
-    B, K, S, E = k.shape
-    heads = max(1, min(K, WIDENED_AT_ONCE // (S * E)))
-    rows = max(1, WIDENED_AT_ONCE // (K * S * E))
-    if rows >= B and heads == K:
-        return _attend_widened(q, k, v, mask)
-    o = torch.empty_like(q)
-    for row in range(0, B, rows):
-        seen = None if mask is None else mask[row : row + rows]
-        for head in range(0, K, heads):
-            part = slice(row, row + rows), slice(head, head + heads)
-            o[part] = _attend_widened(q[part], k[part], v[part], seen)
-    return o
-
-
-def _attend_widened(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    mask = None if mask is None else mask.float()
-    return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from llamatune.model.row_groups import Groups, groups_of_rows
 from llamatune.shapes.generation_sizes import grown_room
 from llamatune.shapes.llama_config import LlamaConfig
+from llamatune.shapes.tile_sizes import KEYS_TO_SAVE
 
 
 class LayerCache(Protocol):
     """What attention asks of a cache: ``update`` takes a layer's new keys and values (B, K, T, E) and returns all that
-    the queries may see, (B, K, S, E). ``length``: the tokens before the new ones, of each row alike."""
+    the queries may see, (B, K, S, E). ``length``: the tokens before the new ones, of each row alike. ``groups``: rows
+    that see fewer keys; without any all see S."""
 
     length: int
+    groups: Groups
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -32,6 +37,7 @@ class RowCache:
         self._layers, self._window, self.rows = config.num_hidden_layers, config.sliding_window, rows
         shape = (2, rows, config.num_key_value_heads, 0, config.head_dim)
         self._stored = [torch.empty(shape, dtype=dtype, device=device) for _ in range(self._layers)]
+        self._saved = max(1, KEYS_TO_SAVE // (config.num_key_value_heads * config.head_dim))
         self.lengths: list[int] = []
         self.capacity = 0
 
@@ -67,7 +73,13 @@ class RowCache:
         outside = self._window is not None and longest > self._window
         if min(self.lengths) == longest and not outside:
             return _FirstRows(self, None, rows, longest), None
-        return _FirstRows(self, places, rows, longest), self._mask(places, longest)
+        return _FirstRows(self, places, rows, longest, self._groups()), self._mask(places, longest)
+
+    def _groups(self) -> Groups:
+        """A GPU has one: its steps take long to launch, or are captured with all rows."""
+        if self._stored[0].is_cuda:
+            return [(len(self.lengths), max(self.lengths))]
+        return groups_of_rows(self.lengths, self._saved)
 
     def fixed_step(self, places: Tensor) -> tuple[LayerCache, Tensor]:
         """For passes over a further token of the first rows, at ``places`` (rows,), and their mask (rows, 1, 1, room).
@@ -106,12 +118,20 @@ class RowCache:
         return seen[:, None, None]
 
     def drop(self, rows: Sequence[int]) -> list[int]:
-        """Give up ``rows``; the last rows that stay take their places. Returns where each row that stays came from."""
-        gone = set(rows)
-        count = len(self.lengths) - len(gone)
-        moving = [row for row in range(count, len(self.lengths)) if row not in gone]
-        origin = [moving.pop() if row in gone else row for row in range(count)]
-        for place, row in enumerate(origin):
+        """Give up ``rows``. Returns where each row that stays came from.
+
+        The last row of a group takes a place that is free in it, and the last of the next group that row's: the groups
+        stay, and few rows move.
+        """
+        origin = list(range(len(self.lengths)))
+        ends = list(accumulate(rows for rows, _ in self._groups()))
+        for free in sorted(rows, reverse=True):
+            for group, end in enumerate(ends):
+                if end > free:
+                    origin[free] = origin[end - 1]
+                    free, ends[group] = end - 1, end - 1
+            del origin[-1]
+        for place, row in enumerate(origin):  # a row moves to an earlier place, so none is overwritten before it moves
             if place != row:
                 for stored in self._stored:
                     stored[:, place, :, : self.lengths[row]] = stored[:, row, :, : self.lengths[row]]
@@ -136,6 +156,8 @@ class RowCache:
 class _NewRows:
     """New sequences from row ``first`` on, one after another in the pass."""
 
+    groups: Groups = ()
+
     def __init__(self, cache: RowCache, first: int, to_come: int) -> None:
         self._cache, self._first, self.length = cache, first, 0
         self._held = max(cache.lengths[:first], default=0)
@@ -154,6 +176,8 @@ class _NewRows:
 class _LastRow:
     """The last sequence goes on by several tokens."""
 
+    groups: Groups = ()
+
     def __init__(self, cache: RowCache, tokens: int) -> None:
         self._cache, self.length = cache, cache.lengths[-1] - tokens
         self._held = max([*cache.lengths[:-1], self.length])
@@ -169,8 +193,9 @@ class _LastRow:
 class _FirstRows:
     """The first ``rows`` go on by a token, at ``places`` (rows,), and see ``keys`` places; None: all at the last."""
 
-    def __init__(self, cache: RowCache, places: Tensor | None, rows: int, keys: int) -> None:
+    def __init__(self, cache: RowCache, places: Tensor | None, rows: int, keys: int, groups: Groups = ()) -> None:
         self._cache, self._places, self._count, self.length = cache, places, rows, keys - 1
+        self.groups = groups if len(groups) > 1 else ()
         self._rows = None if places is None else torch.arange(rows, device=places.device)
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,6 +215,8 @@ class KVCache:
     ``update`` of a layer appends (1, K, T, E) and returns all of it, (1, K, S, E); ``length`` grows with the last one.
     Room doubles as it is used up, up to ``capacity`` tokens, and a layer at a time, so that little is held twice.
     """
+
+    groups: Groups = ()
 
     def __init__(self, config: LlamaConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self._capacity, self._layers = capacity, config.num_hidden_layers

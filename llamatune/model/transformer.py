@@ -18,6 +18,7 @@ from llamatune.model.attention import Documents, added, attend, mask_behind
 from llamatune.model.kv_cache import LayerCache
 from llamatune.model.layers import Embedding, Linear, RMSNorm, linear, product_dtype, swiglu
 from llamatune.model.rope import Rotation, rotary_angles, rotate
+from llamatune.model.row_groups import Groups
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shapes.rope_scaling import DynamicScaling
 
@@ -57,9 +58,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self.rotated(x, context.rotation)
-        if context.cache is not None:
-            k, v = context.cache.update(self.layer, k, v)  # (B, K, S, E)
-        o = attend(q, k, v, context.mask, context.documents)  # (B, H, T, E)
+        cache = context.cache
+        groups: Groups = ()
+        if cache is not None:
+            (k, v), groups = cache.update(self.layer, k, v), cache.groups  # (B, K, S, E)
+        o = attend(q, k, v, context.mask, context.documents, groups)  # (B, H, T, E)
         o = o.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * E)
         return self.o_proj(select_rows(o, rows))  # type: ignore[no-any-return]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from enum import Enum
 
 from llamatune.shapes.capabilities import OLDEST_WITH_BF16, Capability
-from llamatune.shapes.tile_sizes import SHORT_TOKENS
+from llamatune.shapes.tile_sizes import KEYS_IN_CACHES, SHORT_TOKENS
 
 Gpu = bool | Capability | None
 """What a step is planned for. A capability, or True: a GPU that is not at hand. Otherwise a CPU."""
@@ -63,13 +63,18 @@ def takes_mask(start: int, queries: int, window: int | None, device: str) -> boo
     return start > 0 and queries > 1 and (device != "cpu" or queries < FEWEST_IN_PARTS)
 
 
-def widens_one_query(dtype: str, heads: int, has_amx: bool) -> bool:
+def widens_one_query(dtype: str, heads: int) -> bool:
     """Whether a CPU casts keys and values to fp32 for the only query of each head, ``heads`` of which share a key.
 
-    The kernel in bf16 multiplies two rows or more by oneDNN, which has no products in fp16 there. With AMX it was not
-    measured.
+    The kernel in bf16 multiplies two rows or more by oneDNN, which has no products in fp16 there. With AMX neither this
+    nor the following was measured.
     """
-    return not has_amx and (dtype == "float16" or (dtype == "bfloat16" and heads == 1))
+    return dtype == "float16" or (dtype == "bfloat16" and heads == 1)
+
+
+def multiplies_one_query(dtype: str, keys: int) -> bool:
+    """Whether a CPU computes attention of the only query of each head by two products; ``keys``: numbers of all."""
+    return dtype == "float32" and keys >= KEYS_IN_CACHES
 
 
 def beyond_window(lengths: Sequence[int], window: int | None) -> list[int]:

@@ -12,8 +12,13 @@ SHORT_TOKENS = 256
 """Longest sample of bf16 whose attention is computed in fp32 on a CPU: it is quicker than the kernel in bf16 where a
 length is new, about twice at 120 tokens. Where code for a length is compiled, bf16 is quicker, 2 to 5 times."""
 
-WIDENED_AT_ONCE = 1 << 18
-"""Numbers of keys, and as many of values, that a CPU casts to fp32 at once for one query: they stay in its caches."""
+KEYS_IN_CACHES = 1 << 18
+"""Numbers of keys that stay in a CPU's caches in fp32, with as many of values: what is cast at once for one query, and
+the least of which a step of decoding computes attention by products of matrices."""
+
+KEYS_TO_SAVE = 1 << 16
+"""Numbers of keys that are not read where a CPU computes attention of shorter rows by a further call: about as many as
+it reads in the time that a call takes."""
 
 LOGIT_BYTES_AT_ONCE = {"cuda": 1 << 26, "cpu": 1 << 24}
 """Bytes of logits in flight: in 16 bits 1,048 rows of LLaMA-2's vocabulary; on a CPU 262, which stay near its cache."""

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llamatune.model import attention, attention_in_fp32
+from llamatune.model import attention, attention_of_one_query
 from llamatune.model.attention import added, attend
 
 ERRORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
@@ -64,7 +64,7 @@ def test_is_the_closed_form_in_any_dtype_and_in_parts_of_any_size(
     mask = None if seen is None else added(seen, dtype)
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(attention, "has_amx", lambda: amx)
-        patch.setattr(attention_in_fp32, "WIDENED_AT_ONCE", at_once)
+        patch.setattr(attention_of_one_query, "KEYS_IN_CACHES", at_once)
         found = attend(q, k, v, mask, None)
     expected = in_fp64(q, k, v, seen)
     assert found.dtype == dtype
@@ -116,7 +116,7 @@ def test_no_more_is_widened_at_once_than_is_allowed(
 ) -> None:
     found = calls(monkeypatch)
     monkeypatch.setattr(attention, "has_amx", lambda: False)
-    monkeypatch.setattr(attention_in_fp32, "WIDENED_AT_ONCE", 1 << 14)
+    monkeypatch.setattr(attention_of_one_query, "KEYS_IN_CACHES", 1 << 14)
     q, k, v, _ = drawn(rows, keys, (heads, heads), 16, torch.bfloat16, ragged=False)
     with torch.inference_mode():
         attend(q, k, v, None, None)
