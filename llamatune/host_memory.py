@@ -61,8 +61,9 @@ def reuse_freed(most_bytes: int) -> None:
 
 def reuse_freed_too(bytes_of_block: int) -> None:
     """Let glibc use freed blocks of this size again, too, up to 16 MiB, where ``reuse_freed`` has set a lower limit."""
-    if 0 < _limit < bytes_of_block:
-        reuse_freed(bytes_of_block)
+    beyond = bytes_of_block + resource.getpagesize()  # its header, and where it is aligned
+    if 0 < _limit < beyond:
+        reuse_freed(beyond)
 
 
 @contextlib.contextmanager

@@ -28,22 +28,22 @@ def test_freed_memory_between_what_is_held_is_given_back() -> None:
 
 BLOCKS = """
 import ctypes, resource, sys
-from llamatune.host_memory import freed_at_once
+from llamatune.host_memory import freed_at_once, reuse_freed_too
 library = ctypes.CDLL(None)
 library.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page is one fault
 library.malloc.restype = ctypes.c_void_p
-def use(count):
-    blocks = [ctypes.c_void_p(library.malloc(ctypes.c_size_t(1 << 20))) for _ in range(count)]
+def use(count, size):
+    blocks = [ctypes.c_void_p(library.malloc(ctypes.c_size_t(size))) for _ in range(count)]
     for block in blocks:
-        ctypes.memset(block, 1, 1 << 20)
+        ctypes.memset(block, 1, size)
     for block in blocks:
         library.free(block)
-def print_faults():
-    use(1)
-    use(4)
+def print_faults(count=4, size=1 << 20):
+    use(1, size)
+    use(count, size)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
-        use(4)
+        use(count, size)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 if sys.argv[1] == "left":
     print_faults()
@@ -54,6 +54,9 @@ else:
             raise ValueError
     except ValueError:
         print_faults()
+    for asked in (1 << 20, 8 << 20):
+        reuse_freed_too(asked)
+        print_faults(1, 8 << 20)
 """
 
 
@@ -71,4 +74,6 @@ def test_freed_blocks_are_given_back_at_once_and_then_used_again_without_new_pag
     assert faults["left"][0] > 10 * pages, "the system's limits show nothing"
     assert faults["reused"][0] > 10 * pages  # within the block
     assert faults["reused"][1] < pages  # after it, though it ended by an error
+    assert faults["reused"][2] > 10 * pages, "a lower limit changes nothing"
+    assert faults["reused"][3] < pages
     assert min(faults["set by the user"]) > 10 * pages

@@ -21,10 +21,12 @@ from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.inference import engine
 from llamatune.inference.engine import Engine, completions
 from llamatune.inference.model_source import open_model
+from llamatune.memory import generation_pass
 from llamatune.memory.generation import HeldModel, Work, plan_generation
+from llamatune.model import attention_of_one_query
 from llamatune.model.joined_products import join_products
 from llamatune.model.transformer import Block, Transformer
-from llamatune.shapes import generation_sizes
+from llamatune.shapes import attention_kernels, generation_sizes
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.shapes.generation_sizes import tokens_in_a_pass
@@ -152,6 +154,10 @@ SHAPES = {
     "mostly attention and grouped": replace(SHAPE, intermediate_size=32, num_key_value_heads=2),
     "large vocabulary": replace(SHAPE, vocab_size=20000, tie_word_embeddings=True),
     "odd vocabulary": replace(SHAPE, vocab_size=20001, tie_word_embeddings=True),
+    "many keys": replace(SHAPE, vocab_size=40, num_hidden_layers=2, intermediate_size=32),
+    "many keys and grouped": replace(
+        SHAPE, vocab_size=40, num_hidden_layers=2, intermediate_size=32, num_key_value_heads=2
+    ),
     "wide": replace(SHAPE, intermediate_size=1024),
     "window": replace(SHAPE, sliding_window=150),
     "head norms": replace(SHAPE, head_norms=True, intermediate_size=32),
@@ -197,6 +203,29 @@ WORKS = {
 )
 def test_the_peak_is_that_of_the_tensors(shape: str, asked: str, dtype: str, amx: bool) -> None:
     """All tensors that operations make, but not those inside an operator: in bf16 short samples are widened in one."""
+    check_peak(shape, asked, dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "asked", "dtype", "keys"),
+    [
+        ("many keys", "a full batch", "float32", 1),
+        ("many keys and grouped", "a full batch", "float32", 1),
+        ("many keys", "a full batch", "bfloat16", 1 << 30),
+        ("many keys", "a full batch", "bfloat16", 1 << 17),
+    ],
+)
+def test_the_peak_is_that_of_steps_that_compute_attention_in_other_ways(
+    shape: str, asked: str, dtype: str, keys: int, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By products, and in fp32: in steps, where each row has a query."""
+    for module in (attention_of_one_query, attention_kernels, generation_pass):
+        monkeypatch.setattr(module, "KEYS_IN_CACHES", keys)
+    check_peak(shape, asked, dtype)
+
+
+def check_peak(shape: str, asked: str, dtype: str) -> None:
+    """Of the tensors, against the plan."""
     config, (prompts, work) = SHAPES[shape], WORKS[asked]
     torch.manual_seed(1)
     model = Transformer(config).requires_grad_(False).eval()
