@@ -116,7 +116,7 @@ class _Joined(nn.Module):
 
     @property
     def layers(self) -> list[Linear]:
-        return [getattr(self, name) for name in self.group]
+        return [self._modules[name] for name in self.group]  # type: ignore[misc]  # in less time than as attributes
 
     def products(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(..., in) -> (..., out of all layers), with the updates of adapters in it, and its parts by layers."""

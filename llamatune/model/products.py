@@ -62,12 +62,13 @@ def suits_few_rows(x: Tensor, W: Tensor, any_layout: bool = False) -> bool:
     in any layout, and for x in columns. Training does not use it: the bits of a step do not depend on whether a pass is
     for gradients.
     """
-    if x.dtype != torch.bfloat16 or W.dtype != x.dtype or x.device.type != "cpu":
+    if x.dtype != torch.bfloat16 or W.dtype != x.dtype or not (x.is_cpu and torch.is_inference_mode_enabled()):
         return False
     rows = x.numel() // x.shape[-1]
-    suits_left_factor = has_amx() and (W.numel() >= LEAST_ELEMENTS or any_layout or x.stride(-1) != 1)
-    fits = rows <= max(1, _rows_without_onednn(W)) or (rows <= _FEW_ROWS and suits_left_factor)
-    return fits and torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+    is_few = rows == 1 or rows <= _rows_without_onednn(W)
+    if not is_few and rows <= _FEW_ROWS:
+        is_few = has_amx() and (W.numel() >= LEAST_ELEMENTS or any_layout or x.stride(-1) != 1)
+    return is_few and not torch.is_autocast_enabled("cpu")
 
 
 def few_rows_linear(x: Tensor, W: Tensor, bias: Tensor | None = None, any_layout: bool = False) -> Tensor:
@@ -77,9 +78,9 @@ def few_rows_linear(x: Tensor, W: Tensor, bias: Tensor | None = None, any_layout
     small, as its calls take longer than the product, and without AMX, where torch's own kernel reads W twice as fast,
     so that two rows take no longer there. ``benchmarks/few_rows.py`` measures both.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= _rows_without_onednn(W):
+    if x.numel() <= _rows_without_onednn(W) * x.shape[-1]:
         return _without_onednn(x, W, bias)
+    rows = x.reshape(-1, x.shape[-1])
     y = torch.mv(W, rows[0])[None] if len(rows) == 1 else _by_left_factor(rows, W, any_layout)
     y = y.view(*x.shape[:-1], len(W))
     return y if bias is None else y + bias

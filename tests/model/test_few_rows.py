@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from llamatune.model.layers import linear, rms_norm, swiglu
+from llamatune.model.layers import RMSNorm, linear, rms_norm, swiglu
 from llamatune.model.products import few_rows_linear, suits_few_rows
 from llamatune.model.transformer import FeedForward
 from llamatune.shapes.llama_config import LlamaConfig
@@ -53,6 +54,29 @@ def test_only_generation_in_bf16_uses_it(amx: bool) -> None:
         assert not suits_few_rows(x.half(), W.half())
         with torch.autocast("cpu", torch.bfloat16):
             assert not suits_few_rows(x, W)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 96), (3, 5, 96), (170, 96), (171, 96)])
+def test_norms_of_few_numbers_in_generation_are_torchs_and_give_the_same_bits(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm = RMSNorm(96, 1e-5).requires_grad_(False)
+    norm.weight.data = torch.rand(96).add_(0.5).to(dtype)
+    x = torch.randn(shape, dtype=dtype) * 3
+    used: list[Any] = []
+    real = F.rms_norm
+    monkeypatch.setattr(F, "rms_norm", lambda *args: used.append(args) or real(*args))
+    trained = norm(x)
+    assert not used
+    with torch.inference_mode():
+        assert torch.equal(norm(x), trained)
+        assert torch.equal(norm(x), rms_norm(x, norm.weight, 1e-5))
+        assert bool(used) == (shape != (171, 96))
+        norm.weight.data = norm.weight.data.double()  # of another dtype than x
+        used.clear()
+        norm(x)
+        assert not used
 
 
 @pytest.mark.parametrize("width", [2048, 160])
