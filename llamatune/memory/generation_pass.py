@@ -13,14 +13,14 @@ from llamatune.memory.model_sizes import ModelSizes
 from llamatune.processor import has_amx
 from llamatune.shapes.attention_kernels import (
     Kernel,
+    OneQuery,
     beyond_window,
+    choose_for_one_query,
     choose_kernel,
     head_room,
-    multiplies_one_query,
-    widens_one_query,
 )
 from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES
-from llamatune.shapes.tile_sizes import COMPARED_AT_ONCE, KEYS_IN_CACHES, drawn_rows
+from llamatune.shapes.tile_sizes import COMPARED_AT_ONCE, WIDENED_AT_ONCE, drawn_rows
 
 CACHE = "keys and values"
 
@@ -262,17 +262,18 @@ def _to_keys(z: ModelSizes, p: Pass) -> int:
 
 
 def _of_one_query(z: ModelSizes, p: Pass) -> int:
-    """For the only query of each row on a CPU: the keys and values that are in fp32 at once, or two matrices of scores.
-
-    Scores of heads that share keys are laid out anew.
-    """
-    heads, keys = z.config.num_attention_heads // z.config.num_key_value_heads, p.rows * p.keys * z.K
+    """What a CPU makes for the only query of each row."""
+    heads, keys = z.config.num_attention_heads, p.rows * p.keys * z.K
+    of_a_key = heads // z.config.num_key_value_heads
     if p.tokens > p.rows or has_amx():
         return 0
-    if widens_one_query(z.computed, heads):
-        return 2 * 4 * min(KEYS_IN_CACHES, keys)
-    if multiplies_one_query(z.computed, keys):
-        return (2 if heads == 1 else 3) * 4 * p.rows * p.keys * z.config.num_attention_heads
+    match choose_for_one_query(z.computed, of_a_key, keys):
+        case OneQuery.TWICE:
+            return 3 * p.rows * z.Q * z.c  # queries and outputs, of which one is that of attention
+        case OneQuery.WIDENED:
+            return 2 * 4 * max(WIDENED_AT_ONCE, p.keys * z.config.head_dim)
+        case OneQuery.PRODUCTS:  # scores before and after softmax; those of heads that share keys are laid out anew
+            return (2 if of_a_key == 1 else 3) * 4 * p.rows * p.keys * heads
     return 0
 
 

@@ -15,18 +15,17 @@ from torch.nn import functional as F
 
 from llamatune.devices import capability_of
 from llamatune.model.attention_in_fp32 import CPU_KERNEL, attend_in_fp32
-from llamatune.model.attention_of_one_query import by_products, in_fp32
+from llamatune.model.attention_of_one_query import attend_to_keys
 from llamatune.model.row_groups import Groups
 from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.processor import has_amx
 from llamatune.shapes.attention_kernels import (
     Kernel,
     beyond_window,
+    choose_for_one_query,
     choose_kernel,
     head_room,
-    multiplies_one_query,
     takes_mask,
-    widens_one_query,
 )
 from llamatune.shapes.recurring_sizes import filled_up
 
@@ -179,11 +178,8 @@ def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, kind: str, mask: Tensor | None) -> Tensor:
     """The only queries of heads that share one of k, (B, K, H / K, E)."""
-    if q.device.type == "cpu" and torch.is_inference_mode_enabled() and not has_amx():
-        if widens_one_query(DTYPE_NAMES[q.dtype], q.shape[2]):
-            return in_fp32(q, k, v, mask)
-        if multiplies_one_query(DTYPE_NAMES[q.dtype], k.numel()):
-            return by_products(q, k, v, mask)
+    if q.is_cpu and torch.is_inference_mode_enabled() and not has_amx():
+        return attend_to_keys(q, k, v, mask, choose_for_one_query(DTYPE_NAMES[q.dtype], q.shape[2], k.numel()))
     return _attend(q, k, v, kind, mask)
 
 

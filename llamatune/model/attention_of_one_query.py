@@ -1,7 +1,7 @@
-"""Attention of the only query of each head on a CPU, as in a step of decoding: by products of matrices, and in fp32.
+"""Attention of the only query of each head on a CPU, as in a step of decoding: how torch's kernel is spared.
 
-torch's FlashAttention multiplies keys and values by one row at a time, in 16 bits without the processor's products of
-matrices. ``benchmarks/one_query.py`` measures both.
+torch's FlashAttention multiplies keys and values by one row: in 16 bits without the processor's products of matrices,
+in fp32 at a half of what the memory gives. ``benchmarks/one_query.py`` measures ``attend`` against it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llamatune.shapes.tile_sizes import KEYS_IN_CACHES
+from llamatune.shapes.attention_kernels import OneQuery
+from llamatune.shapes.tile_sizes import WIDENED_AT_ONCE
 
 
-def by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(E) + mask) v; (B, K, T, E) from q of that shape and k, v (B, K, S, E), mask (B, 1, 1, S).
+def attend_to_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, way: OneQuery) -> Tensor:
+    """softmax(q k^T / sqrt(E) + mask) v; (B, K, T, E) from q of that shape and k, v (B, K, S, E), mask (B, 1, 1, S)."""
+    match way:
+        case OneQuery.TWICE:
+            return F.scaled_dot_product_attention(torch.cat((q, q), dim=2), k, v, attn_mask=mask)[:, :, : q.shape[2]]
+        case OneQuery.WIDENED:
+            return _widened(q, k, v, mask)
+        case OneQuery.PRODUCTS:
+            return _by_products(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """By two products of matrices in fp32.
 
     Keys are the left factor, which MKL reads faster. A row hardly depends on what is masked behind it or on other rows,
     as it does in FlashAttention: the bits are the same but for very short rows.
@@ -28,24 +41,23 @@ def by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return torch.bmm(scores.flatten(0, 1), v.flatten(0, 1)).view(q.shape)
 
 
-def in_fp32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same of tensors in 16 bits.
-
-    Some rows of the batch, or some heads of one, at a time: their keys and values in fp32 stay in the caches.
-    """
+def _widened(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """In fp32, some rows of the batch, or some heads of one, at a time: their keys and values stay in the caches."""
     B, K, S, E = k.shape
-    rows, heads = max(1, KEYS_IN_CACHES // (K * S * E)), max(1, KEYS_IN_CACHES // (S * E))
-    if rows >= B and heads >= K:
-        return _widened(q, k, v, mask)
-    o = torch.empty_like(q)
+    rows, heads = max(1, WIDENED_AT_ONCE // (K * S * E)), max(1, WIDENED_AT_ONCE // (S * E))
+    # Of one size: what is as long as the keys would be of another size in each step, and take other memory.
+    room = torch.empty(2, max(WIDENED_AT_ONCE, S * E), dtype=torch.float32)
+    wide, o = q.float(), torch.empty_like(q)
+    added = None if mask is None else mask.float()
     for row in range(0, B, rows):
-        seen = None if mask is None else mask[row : row + rows]
+        seen = None if added is None else added[row : row + rows]
         for head in range(0, K, heads):
             part = slice(row, row + rows), slice(head, head + heads)
-            o[part] = _widened(q[part], k[part], v[part], seen)
+            keys, values = (_copied(x[part], to) for x, to in zip((k, v), room, strict=True))
+            o[part] = F.scaled_dot_product_attention(wide[part], keys, values, attn_mask=seen)
     return o
 
 
-def _widened(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    mask = None if mask is None else mask.float()
-    return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
+def _copied(x: Tensor, room: Tensor) -> Tensor:
+    """In the first places of ``room``, in its dtype."""
+    return room[: x.numel()].view(x.shape).copy_(x)

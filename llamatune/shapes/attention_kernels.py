@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from enum import Enum
 
 from llamatune.shapes.capabilities import OLDEST_WITH_BF16, Capability
-from llamatune.shapes.tile_sizes import KEYS_IN_CACHES, SHORT_TOKENS
+from llamatune.shapes.tile_sizes import LEAST_BY_PRODUCTS, SHORT_TOKENS
 
 Gpu = bool | Capability | None
 """What a step is planned for. A capability, or True: a GPU that is not at hand. Otherwise a CPU."""
@@ -26,6 +26,19 @@ class Kernel(Enum):
     """The same by its memory-efficient kernel, for which k and v are repeated and heads filled up to ``head_room``."""
     FP32 = "fp32"
     """torch's scaled_dot_product_attention in fp32, of tensors in bf16, which are what is kept."""
+
+
+class OneQuery(Enum):
+    """How a CPU computes attention of the only query of each head."""
+
+    KERNEL = "kernel"
+    """torch's scaled_dot_product_attention."""
+    TWICE = "twice"
+    """The same, with each query twice: two rows or more of bf16 are multiplied by oneDNN, in half of the time."""
+    WIDENED = "widened"
+    """The same in fp32, of tensors in fp16, for which oneDNN has no products there."""
+    PRODUCTS = "products"
+    """Two products of matrices."""
 
 
 def choose_kernel(
@@ -63,18 +76,16 @@ def takes_mask(start: int, queries: int, window: int | None, device: str) -> boo
     return start > 0 and queries > 1 and (device != "cpu" or queries < FEWEST_IN_PARTS)
 
 
-def widens_one_query(dtype: str, heads: int) -> bool:
-    """Whether a CPU casts keys and values to fp32 for the only query of each head, ``heads`` of which share a key.
+def choose_for_one_query(dtype: str, heads: int, keys: int) -> OneQuery:
+    """How a CPU without AMX, with which it was not measured, computes attention of the only query of each head.
 
-    The kernel in bf16 multiplies two rows or more by oneDNN, which has no products in fp16 there. With AMX neither this
-    nor the following was measured.
+    ``heads`` of them share a key; ``keys``: numbers of all keys.
     """
-    return dtype == "float16" or (dtype == "bfloat16" and heads == 1)
-
-
-def multiplies_one_query(dtype: str, keys: int) -> bool:
-    """Whether a CPU computes attention of the only query of each head by two products; ``keys``: numbers of all."""
-    return dtype == "float32" and keys >= KEYS_IN_CACHES
+    if dtype == "float32" and keys >= LEAST_BY_PRODUCTS:
+        return OneQuery.PRODUCTS
+    if dtype == "float16":
+        return OneQuery.WIDENED
+    return OneQuery.TWICE if dtype == "bfloat16" and heads == 1 else OneQuery.KERNEL
 
 
 def beyond_window(lengths: Sequence[int], window: int | None) -> list[int]:

@@ -12,9 +12,11 @@ SHORT_TOKENS = 256
 """Longest sample of bf16 whose attention is computed in fp32 on a CPU: it is quicker than the kernel in bf16 where a
 length is new, about twice at 120 tokens. Where code for a length is compiled, bf16 is quicker, 2 to 5 times."""
 
-KEYS_IN_CACHES = 1 << 18
-"""Numbers of keys that stay in a CPU's caches in fp32, with as many of values: what is cast at once for one query, and
-the least of which a step of decoding computes attention by products of matrices."""
+WIDENED_AT_ONCE = 1 << 17
+"""Numbers of keys, and as many of values, that a CPU casts to fp32 at once for one query: they stay in its caches."""
+
+LEAST_BY_PRODUCTS = 1 << 18
+"""Least numbers of keys in fp32 of which a step of decoding on a CPU computes attention by products of matrices."""
 
 KEYS_TO_SAVE = 1 << 16
 """Numbers of keys that are not read where a CPU computes attention of shorter rows by a further call: about as many as

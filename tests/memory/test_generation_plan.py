@@ -211,16 +211,18 @@ def test_the_peak_is_that_of_the_tensors(shape: str, asked: str, dtype: str, amx
     [
         ("many keys", "a full batch", "float32", 1),
         ("many keys and grouped", "a full batch", "float32", 1),
-        ("many keys", "a full batch", "bfloat16", 1 << 30),
-        ("many keys", "a full batch", "bfloat16", 1 << 17),
+        ("many keys", "a full batch", "bfloat16", 1),
+        ("many keys", "a full batch", "float16", 1 << 10),
+        ("many keys", "a full batch", "float16", 1 << 16),
     ],
 )
 def test_the_peak_is_that_of_steps_that_compute_attention_in_other_ways(
     shape: str, asked: str, dtype: str, keys: int, amx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By products, and in fp32: in steps, where each row has a query."""
-    for module in (attention_of_one_query, attention_kernels, generation_pass):
-        monkeypatch.setattr(module, "KEYS_IN_CACHES", keys)
+    """By products, of queries that stand twice, and in fp32: in steps, where each row has a query."""
+    monkeypatch.setattr(attention_kernels, "LEAST_BY_PRODUCTS", keys)
+    for module in (attention_of_one_query, generation_pass):
+        monkeypatch.setattr(module, "WIDENED_AT_ONCE", keys)
     check_peak(shape, asked, dtype)
 
 

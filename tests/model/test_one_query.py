@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llamatune.model import attention, attention_of_one_query
 from llamatune.model.attention import added, attend
+from llamatune.shapes import attention_kernels
 
 ERRORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 
@@ -48,6 +49,7 @@ def drawn(
     dtype=st.sampled_from(list(ERRORS)),
     ragged=st.booleans(),
     at_once=st.sampled_from([1, 300, 2000, 1 << 18]),
+    by_products=st.booleans(),
     amx=st.booleans(),
 )
 def test_is_the_closed_form_in_any_dtype_and_in_parts_of_any_size(
@@ -58,13 +60,15 @@ def test_is_the_closed_form_in_any_dtype_and_in_parts_of_any_size(
     dtype: torch.dtype,
     ragged: bool,
     at_once: int,
+    by_products: bool,
     amx: bool,
 ) -> None:
     q, k, v, seen = drawn(rows, keys, heads, size, dtype, ragged)
     mask = None if seen is None else added(seen, dtype)
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(attention, "has_amx", lambda: amx)
-        patch.setattr(attention_of_one_query, "KEYS_IN_CACHES", at_once)
+        patch.setattr(attention_of_one_query, "WIDENED_AT_ONCE", at_once)
+        patch.setattr(attention_kernels, "LEAST_BY_PRODUCTS", 1 if by_products else 1 << 30)
         found = attend(q, k, v, mask, None)
     expected = in_fp64(q, k, v, seen)
     assert found.dtype == dtype
@@ -86,28 +90,56 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype, tuple[int,
 
 
 @pytest.mark.parametrize(
-    ("dtype", "heads", "amx", "wide", "grouped"),
+    ("dtype", "heads", "amx", "used", "shape"),
     [
-        (torch.bfloat16, (6, 6), False, True, 6),
-        (torch.bfloat16, (6, 3), False, False, 3),
-        (torch.float16, (6, 3), False, True, 3),
-        (torch.float32, (6, 3), False, False, 3),
-        (torch.bfloat16, (6, 6), True, False, 6),
-        (torch.bfloat16, (6, 3), True, False, 6),  # heads of keys are repeated by the kernel
-        (torch.bfloat16, (8, 2), True, False, 2),
+        (torch.bfloat16, (6, 6), False, torch.bfloat16, (2, 6, 2, 16)),  # each query twice
+        (torch.bfloat16, (6, 3), False, torch.bfloat16, (2, 3, 2, 16)),
+        (torch.float16, (6, 3), False, torch.float32, (2, 3, 2, 16)),
+        (torch.float32, (6, 3), False, torch.float32, (2, 3, 2, 16)),
+        (torch.bfloat16, (6, 6), True, torch.bfloat16, (2, 6, 1, 16)),
+        (torch.bfloat16, (6, 3), True, torch.bfloat16, (2, 6, 1, 16)),  # heads of keys are repeated by the kernel
+        (torch.bfloat16, (8, 2), True, torch.bfloat16, (2, 2, 4, 16)),
     ],
 )
 def test_the_kernel_is_the_one_that_was_fastest(
-    dtype: torch.dtype, heads: tuple[int, int], amx: bool, wide: bool, grouped: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    amx: bool,
+    used: torch.dtype,
+    shape: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = calls(monkeypatch)
     monkeypatch.setattr(attention, "has_amx", lambda: amx)
     q, k, v, _ = drawn(2, 9, heads, 16, dtype, ragged=False)
     with torch.inference_mode():
         attend(q, k, v, None, None)
-    ((used, shape, _),) = found
-    assert used == (torch.float32 if wide else dtype)
-    assert shape[1] == grouped
+    assert [(kind, of_q) for kind, of_q, _ in found] == [(used, shape)]
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_many_keys_in_fp32_are_multiplied_without_the_kernel(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = calls(monkeypatch)
+    monkeypatch.setattr(attention, "has_amx", lambda: amx)
+    q, k, v, seen = drawn(9, 500, (4, 4), 16, torch.float32, ragged=True)  # 288,000 numbers
+    assert seen is not None
+    with torch.inference_mode():
+        o = attend(q, k, v, added(seen, torch.float32), None)
+    assert bool(found) == amx
+    torch.testing.assert_close(o.double(), in_fp64(q, k, v, seen), atol=1e-5, rtol=0)
+
+
+def test_a_row_by_products_is_as_alone_without_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "has_amx", lambda: False)
+    monkeypatch.setattr(attention_kernels, "LEAST_BY_PRODUCTS", 1)
+    q, k, v, seen = drawn(7, 300, (6, 3), 48, torch.float32, ragged=True)
+    assert seen is not None
+    with torch.inference_mode():
+        together = attend(q, k, v, added(seen, torch.float32), None)
+        for row, length in enumerate(seen.sum(-1).flatten().tolist()):
+            one = slice(row, row + 1)
+            alone = attend(q[one], k[one, :, :length], v[one, :, :length], None, None)
+            torch.testing.assert_close(alone, together[one], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("rows", "keys", "heads"), [(5, 40, 6), (2, 400, 6), (1, 1000, 3)])
@@ -116,8 +148,8 @@ def test_no_more_is_widened_at_once_than_is_allowed(
 ) -> None:
     found = calls(monkeypatch)
     monkeypatch.setattr(attention, "has_amx", lambda: False)
-    monkeypatch.setattr(attention_of_one_query, "KEYS_IN_CACHES", 1 << 14)
-    q, k, v, _ = drawn(rows, keys, (heads, heads), 16, torch.bfloat16, ragged=False)
+    monkeypatch.setattr(attention_of_one_query, "WIDENED_AT_ONCE", 1 << 14)
+    q, k, v, _ = drawn(rows, keys, (heads, heads), 16, torch.float16, ragged=False)
     with torch.inference_mode():
         attend(q, k, v, None, None)
     assert len(found) > 1
