@@ -17,7 +17,7 @@ _LEAST_REUSED, _MOST_REUSED = 4 << 20, 16 << 20
 _GIVEN_BACK_AT_ONCE = 1 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of ``malloc.h``."""
-_limit = 0
+_reused_bytes = 0
 """The bytes up to which freed blocks are used again, as set here; 0: glibc's own way."""
 _LIMITS = ("mmap_threshold", "trim_threshold", "top_pad", "mmap_max")
 """What users may set of glibc's allocator, as the variables and tunables are called."""
@@ -60,9 +60,12 @@ def reuse_freed(most_bytes: int) -> None:
 
 
 def reuse_freed_too(bytes_of_block: int) -> None:
-    """Let glibc use freed blocks of this size again, too, up to 16 MiB, where ``reuse_freed`` has set a lower limit."""
+    """Let glibc use freed blocks of this size again, too, if it is below 16 MiB and ``reuse_freed`` set a lower limit.
+
+    The limit stays for what is smaller later. While another thread loads a model its blocks are kept up to it, too.
+    """
     beyond = bytes_of_block + resource.getpagesize()  # its header, and where it is aligned
-    if 0 < _limit < beyond:
+    if 0 < _reused_bytes < beyond <= _MOST_REUSED:
         reuse_freed(beyond)
 
 
@@ -82,7 +85,7 @@ def freed_at_once(reused_after: int) -> Iterator[None]:
 
 def _set_limit(reused: int) -> None:
     """Of the bytes of a block that is used again; the user's limits stay."""
-    global _limit
+    global _reused_bytes
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if any(f"MALLOC_{name.upper()}_" in os.environ or f"glibc.malloc.{name}" in tunables for name in _LIMITS):
         return
@@ -90,7 +93,7 @@ def _set_limit(reused: int) -> None:
         set_limit = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    _limit = reused
+    _reused_bytes = reused
     set_limit(_M_MMAP_THRESHOLD, reused)
     set_limit(_M_TRIM_THRESHOLD, 2 * reused)
 

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from llamatune.host_memory import give_back, held_host_bytes
+from llamatune import host_memory
+from llamatune.host_memory import give_back, held_host_bytes, reuse_freed_too
 
 MIB = 1 << 20
 
@@ -46,6 +47,7 @@ def print_faults(count=4, size=1 << 20):
         use(count, size)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 if sys.argv[1] == "left":
+    reuse_freed_too(8 << 20)
     print_faults()
 else:
     try:
@@ -77,3 +79,15 @@ def test_freed_blocks_are_given_back_at_once_and_then_used_again_without_new_pag
     assert faults["reused"][2] > 10 * pages, "a lower limit changes nothing"
     assert faults["reused"][3] < pages
     assert min(faults["set by the user"]) > 10 * pages
+
+
+@pytest.mark.parametrize(("limit", "asked", "raised"), [(4, 8, True), (0, 8, False), (8, 4, False), (4, 40, False)])
+def test_a_limit_is_raised_for_blocks_that_can_be_used_again(
+    limit: int, asked: int, raised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(host_memory, "_reused_bytes", limit * MIB)
+    monkeypatch.setattr(host_memory, "reuse_freed", found.append)
+    reuse_freed_too(asked * MIB)
+    assert bool(found) == raised
+    assert all(size > asked * MIB for size in found)

@@ -39,11 +39,11 @@ class AnswerEnds:
     def __init__(self, tokenizer: Tokenizer, few_shot: bool) -> None:
         self._tokenizer, self._few_shot = tokenizer, few_shot
         self._specials = frozenset(tokenizer.special_ids.values())
-        self._weight = functools.cache(self._weight_of)
+        self._number_characters = functools.cache(self._number_characters_of)
 
     def is_enough(self, prompt: Sequence[int], ids: Sequence[int]) -> bool:
         """``is_answered`` of the text of ``ids``, if it was not of any that they begin with."""
-        if sum(map(self._weight, ids[-_TAIL:])) < _TAIL - _BESIDE_NUMBER:
+        if sum(map(self._number_characters, ids[-_TAIL:])) < _TAIL - _BESIDE_NUMBER:
             return False  # there is neither a mark nor a long number in them, and they need not be decoded
         size, of_text = _TAIL, range(self._tokenizer.vocab_size)
         while True:
@@ -58,7 +58,7 @@ class AnswerEnds:
                 return False
             size *= 2
 
-    def _weight_of(self, token: int) -> float:
+    def _number_characters_of(self, token: int) -> float:
         """Its characters that a number may have; without bound if it has no text, or may be of what ends an answer."""
         if not 0 <= token < self._tokenizer.vocab_size or token in self._specials:
             return math.inf

@@ -262,18 +262,15 @@ def _to_keys(z: ModelSizes, p: Pass) -> int:
 
 
 def _of_one_query(z: ModelSizes, p: Pass) -> int:
-    """What a CPU makes for the only query of each row."""
-    heads, keys = z.config.num_attention_heads, p.rows * p.keys * z.K
-    of_a_key = heads // z.config.num_key_value_heads
+    """What a CPU makes for the only query of each row; queries that stand twice are fewer than the rotation's parts."""
+    heads, cells = z.config.num_attention_heads, p.rows * p.keys
     if p.tokens > p.rows or has_amx():
         return 0
-    match choose_for_one_query(z.computed, of_a_key, keys):
-        case OneQuery.TWICE:
-            return 3 * p.rows * z.Q * z.c  # queries and outputs, of which one is that of attention
-        case OneQuery.WIDENED:
-            return 2 * 4 * max(WIDENED_AT_ONCE, p.keys * z.config.head_dim)
-        case OneQuery.PRODUCTS:  # scores before and after softmax; those of heads that share keys are laid out anew
-            return (2 if of_a_key == 1 else 3) * 4 * p.rows * p.keys * heads
+    match choose_for_one_query(z.computed, heads // z.config.num_key_value_heads, cells * z.K):
+        case OneQuery.WIDENED:  # keys and values of a part, all queries, the mask
+            return 4 * (2 * max(WIDENED_AT_ONCE, p.keys * z.config.head_dim) + p.rows * z.Q + cells)
+        case OneQuery.PRODUCTS:  # scores before and after softmax, as if all rows were as long
+            return 2 * 4 * cells * heads
     return 0
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from llamatune.devices import capability_of
 from llamatune.model.attention_in_fp32 import CPU_KERNEL, attend_in_fp32
-from llamatune.model.attention_of_one_query import attend_to_keys
+from llamatune.model.attention_of_one_query import attend_one_query
 from llamatune.model.row_groups import Groups
 from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.processor import has_amx
@@ -99,7 +99,7 @@ def attend(
         mask: (B, 1, T, S), bool, True where a query may look, or ``added`` to scores; in place of causality. None only
             where ``takes_mask`` says so.
         documents: B is 1 and the row holds these samples; each attends to itself only.
-        groups: of rows, that see fewer keys than S by ``mask``.
+        groups: of rows, each with the keys of its longest row; ``mask`` hides what is beyond a row's own.
     """
     if groups:
         return _attend_in_groups(q, k, v, mask, groups)
@@ -152,11 +152,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "causal", mask: Tensor 
 
 def _attend_in_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, groups: Groups) -> Tensor:
     """Each group of rows with the keys that it sees."""
+    assert mask is not None, "a row may be shorter than its group"
     found, begin = [], 0
     for rows, keys in groups:
         part, begin = slice(begin, begin + rows), begin + rows
-        seen = None if mask is None else mask[part, ..., :keys]
-        found.append(attend(q[part], k[part, :, :keys], v[part, :, :keys], seen, None))
+        found.append(attend(q[part], k[part, :, :keys], v[part, :, :keys], mask[part, ..., :keys], None))
     return torch.cat(found)
 
 
@@ -179,7 +179,7 @@ def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, kind: str, mask: Tensor | None) -> Tensor:
     """The only queries of heads that share one of k, (B, K, H / K, E)."""
     if q.is_cpu and torch.is_inference_mode_enabled() and not has_amx():
-        return attend_to_keys(q, k, v, mask, choose_for_one_query(DTYPE_NAMES[q.dtype], q.shape[2], k.numel()))
+        return attend_one_query(q, k, v, mask, choose_for_one_query(DTYPE_NAMES[q.dtype], q.shape[2], k.numel()))
     return _attend(q, k, v, kind, mask)
 
 

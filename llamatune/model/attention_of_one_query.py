@@ -1,7 +1,8 @@
-"""Attention of the only query of each head on a CPU, as in a step of decoding: how torch's kernel is spared.
+"""Attention of the only query of each head on a CPU, as in a step of decoding: in the fastest of four ways.
 
-torch's FlashAttention multiplies keys and values by one row: in 16 bits without the processor's products of matrices,
-in fp32 at a half of what the memory gives. ``benchmarks/one_query.py`` measures ``attend`` against it.
+torch's FlashAttention multiplies keys and values by one row, which MKL does slowly: in bf16 two rows take about half of
+the time, in fp16 any number takes several times as long as in fp32, and fp32 is read at half of the memory's bandwidth.
+``benchmarks/one_query.py`` measures ``attend`` against it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from llamatune.shapes.attention_kernels import OneQuery
 from llamatune.shapes.tile_sizes import WIDENED_AT_ONCE
 
 
-def attend_to_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, way: OneQuery) -> Tensor:
+def attend_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, way: OneQuery) -> Tensor:
     """softmax(q k^T / sqrt(E) + mask) v; (B, K, T, E) from q of that shape and k, v (B, K, S, E), mask (B, 1, 1, S)."""
     match way:
         case OneQuery.TWICE:
@@ -29,12 +30,13 @@ def attend_to_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, way: On
 def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """By two products of matrices in fp32.
 
-    Keys are the left factor, which MKL reads faster. A row hardly depends on what is masked behind it or on other rows,
-    as it does in FlashAttention: the bits are the same but for very short rows.
+    Keys are the left factor, which MKL reads faster. The bits of a row depend less often on other rows, and on what is
+    masked behind it, than those of FlashAttention.
     """
     B, K, S, E = k.shape
     queries = q.reshape(B * K, -1, E) * E**-0.5
     scores = torch.bmm(k.flatten(0, 1), queries.transpose(1, 2)).view(B, K, S, -1).transpose(2, 3)
+    scores = scores.contiguous()  # here and not within softmax, so that only two such matrices are there at once
     if mask is not None:
         scores = scores.add_(mask)
     scores = torch.softmax(scores, -1)

@@ -18,7 +18,7 @@ from llamatune.shapes.tile_sizes import KEYS_TO_SAVE
 class LayerCache(Protocol):
     """What attention asks of a cache: ``update`` takes a layer's new keys and values (B, K, T, E) and returns all that
     the queries may see, (B, K, S, E). ``length``: the tokens before the new ones, of each row alike. ``groups``: rows
-    that see fewer keys; without any all see S."""
+    with the keys of the longest of each; the pass has a mask then. Without groups all see S."""
 
     length: int
     groups: Groups
@@ -37,7 +37,7 @@ class RowCache:
         self._layers, self._window, self.rows = config.num_hidden_layers, config.sliding_window, rows
         shape = (2, rows, config.num_key_value_heads, 0, config.head_dim)
         self._stored = [torch.empty(shape, dtype=dtype, device=device) for _ in range(self._layers)]
-        self._saved = max(1, KEYS_TO_SAVE // (config.num_key_value_heads * config.head_dim))
+        self._least_saved = max(1, KEYS_TO_SAVE // (config.num_key_value_heads * config.head_dim))
         self.lengths: list[int] = []
         self.capacity = 0
 
@@ -76,10 +76,10 @@ class RowCache:
         return _FirstRows(self, places, rows, longest, self._groups()), self._mask(places, longest)
 
     def _groups(self) -> Groups:
-        """A GPU has one: its steps take long to launch, or are captured with all rows."""
+        """A GPU has one: its steps take long to launch, or are captured with all rows. Measured without AMX."""
         if self._stored[0].is_cuda:
             return [(len(self.lengths), max(self.lengths))]
-        return groups_of_rows(self.lengths, self._saved)
+        return groups_of_rows(self.lengths, self._least_saved)
 
     def fixed_step(self, places: Tensor) -> tuple[LayerCache, Tensor]:
         """For passes over a further token of the first rows, at ``places`` (rows,), and their mask (rows, 1, 1, room).
@@ -124,7 +124,7 @@ class RowCache:
         stay, and few rows move.
         """
         origin = list(range(len(self.lengths)))
-        ends = list(accumulate(rows for rows, _ in self._groups()))
+        ends = list(accumulate(count for count, _ in self._groups()))
         for free in sorted(rows, reverse=True):
             for group, end in enumerate(ends):
                 if end > free:

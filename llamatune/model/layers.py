@@ -20,7 +20,7 @@ from llamatune.model.kernels.choice import by_kernel
 from llamatune.model.products import at_once, few_rows_linear, product, product_back, suits_few_rows
 from llamatune.shapes.llama_config import LlamaConfig
 
-_FEW = 1 << 14
+_NORMED_IN_ONE_CALL = 1 << 14
 """Numbers through a norm whose temporaries stay in a core's cache."""
 Trained = tuple[Tensor, ...]
 """The trained tensors of one linear layer, or their gradients. What each means, only its kind of adapter knows."""
@@ -217,8 +217,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu and x.numel() <= _FEW and x.dtype == self.weight.dtype and torch.is_inference_mode_enabled():
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # the same in one call, of more temporaries
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -226,6 +224,9 @@ class RMSNorm(nn.Module):
 @compilable
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, in x's dtype."""
+    is_few = x.is_cpu and x.numel() <= _NORMED_IN_ONE_CALL and x.dtype == weight.dtype
+    if torch.is_inference_mode_enabled() and is_few:
+        return F.rms_norm(x, weight.shape, weight, eps)  # the same bits by fewer calls, with more temporaries
     wide = widened(x)
     if wide is not x and torch.is_inference_mode_enabled():
         scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()

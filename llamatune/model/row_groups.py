@@ -1,4 +1,4 @@
-"""Groups of rows of a batch that hold about as many tokens, so that attention reads few keys that no row has."""
+"""Groups of rows of a batch that hold about as many tokens, so that attention reads little padding of keys."""
 
 from __future__ import annotations
 

@@ -34,9 +34,9 @@ class OneQuery(Enum):
     KERNEL = "kernel"
     """torch's scaled_dot_product_attention."""
     TWICE = "twice"
-    """The same, with each query twice: two rows or more of bf16 are multiplied by oneDNN, in half of the time."""
+    """The same, with each query twice: MKL multiplies two rows of bf16 in about half of the time of one."""
     WIDENED = "widened"
-    """The same in fp32, of tensors in fp16, for which oneDNN has no products there."""
+    """The same in fp32, of tensors in fp16, which MKL multiplies slowly."""
     PRODUCTS = "products"
     """Two products of matrices."""
 
@@ -76,16 +76,18 @@ def takes_mask(start: int, queries: int, window: int | None, device: str) -> boo
     return start > 0 and queries > 1 and (device != "cpu" or queries < FEWEST_IN_PARTS)
 
 
-def choose_for_one_query(dtype: str, heads: int, keys: int) -> OneQuery:
+def choose_for_one_query(dtype: str, queries_of_a_key: int, key_numbers: int) -> OneQuery:
     """How a CPU without AMX, with which it was not measured, computes attention of the only query of each head.
 
-    ``heads`` of them share a key; ``keys``: numbers of all keys.
+    Args:
+        queries_of_a_key: heads of queries that share a head of keys.
+        key_numbers: of all keys (B, K, S, E).
     """
-    if dtype == "float32" and keys >= LEAST_BY_PRODUCTS:
+    if dtype == "float32" and key_numbers >= LEAST_BY_PRODUCTS:
         return OneQuery.PRODUCTS
     if dtype == "float16":
         return OneQuery.WIDENED
-    return OneQuery.TWICE if dtype == "bfloat16" and heads == 1 else OneQuery.KERNEL
+    return OneQuery.TWICE if dtype == "bfloat16" and queries_of_a_key == 1 else OneQuery.KERNEL
 
 
 def beyond_window(lengths: Sequence[int], window: int | None) -> list[int]:

@@ -66,8 +66,9 @@ def rows_cast_by_onednn(columns: int) -> int:
 
 
 LEAST_IN_ONEDNN_LAYOUT = 3 << 20
-"""Least codes in int8 of a matrix, or of joined ones, that generation holds in oneDNN's layout: of fewer, writing one
-row of x in digits takes longer than is gained."""
+"""Least codes in int8 of a matrix, or of joined ones, that generation holds in oneDNN's layout: prompts and batches
+are quicker from one million on, one row is slower up to about ten, since it is written in digits. With three million
+both are quicker than in bf16 by transformers, for 0.5 billion parameters."""
 
 ROWS_OF_DIGITS = 512
 """Of x, that are multiplied by such a matrix at once: with fewer it is read more often, and with more each takes as

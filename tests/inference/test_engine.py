@@ -291,6 +291,17 @@ def test_the_cache_takes_room_for_what_is_used_of_the_length(
     assert rooms == [{len(PROMPTS[2]) + beams * 40}, {256}]
 
 
+@pytest.mark.parametrize(("dtype", "bytes_of_one"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_memory_of_the_logits_of_a_step_is_used_again(
+    tiny_base: Callable[..., Path], dtype: torch.dtype, bytes_of_one: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(engine, "reuse_freed_too", asked.append)
+    model = load_model(tiny_base(), dtype)
+    list(completions(model, PROMPTS[:3], Sampling(2, 0), (), 16))
+    assert asked == [3 * model.config.vocab_size * bytes_of_one]
+
+
 def test_several_prompts_with_beams_are_completed_as_alone(model: Transformer) -> None:
     sampling = Sampling(max_new_tokens=8, num_beams=3)
     alone = [complete(model, [prompt], sampling, {9, 40})[0] for prompt in PROMPTS]

@@ -154,6 +154,18 @@ def test_a_token_costs_the_same_at_any_length(directories: dict[str, Path], monk
     assert sum(decoded) < 100
 
 
+def test_text_without_a_mark_or_a_long_number_is_not_decoded_to_find_its_end(
+    directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, decoded = load_tokenizer(directories["sentencepiece"]), list[list[int]]()
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(ids) or decode(ids))
+    ids, enough = tokenizer.encode("the river has 12 stones " * 20)[1:], AnswerEnds(tokenizer, few_shot=True).is_enough
+    assert not any(enough([], ids[:end]) for end in range(1, len(ids) + 1))
+    assert max(map(len, decoded)) == 1, "each token once, alone"
+    assert len(decoded) == len(set(map(tuple, decoded)))
+
+
 GSM8K = ["#### ", "####", " ", "#", "18", "-", "7", ",", ".", "\n", "Question:", "Quest", "ion:", "é", "日本", "river"]
 
 

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,13 @@ import pytest
 import torch
 
 from llamatune import cli
-from llamatune.benchmarking.category_meter import StorageMeter
 from llamatune.checkpoints.model_directory import read_config, stored_dtype
 from llamatune.command_options.inference import ModelSource, Sampling
 from llamatune.inference import engine
 from llamatune.inference.engine import Engine, completions
 from llamatune.inference.model_source import open_model
-from llamatune.memory import generation_pass
 from llamatune.memory.generation import HeldModel, Work, plan_generation
-from llamatune.model import attention_of_one_query
-from llamatune.model.joined_products import join_products
-from llamatune.model.transformer import Block, Transformer
-from llamatune.shapes import attention_kernels, generation_sizes
+from llamatune.shapes import generation_sizes
 from llamatune.shapes.attention_kernels import Gpu
 from llamatune.shapes.dtypes import QUANTIZED_DTYPES
 from llamatune.shapes.generation_sizes import tokens_in_a_pass
@@ -143,110 +137,6 @@ def test_a_cache_has_a_row_for_each_completion_and_no_more(tiny_base: Callable[.
             sampling = Sampling(3, num_return_sequences=sequences)
             assert len(list(completions(model, [[1, 5]] * prompts, sampling, (), 16))) == prompts * sequences
     assert [one._cache._stored[0].shape[1] for one in made] == [1, 6, 16]
-
-
-SHAPE = LlamaConfig(96, 256, 4, 6, 6, 500, max_position_embeddings=4096)
-SHAPES = {
-    "llama": SHAPE,
-    "grouped": replace(SHAPE, num_key_value_heads=2),
-    "one layer": replace(SHAPE, num_hidden_layers=1),
-    "mostly attention": replace(SHAPE, intermediate_size=32),
-    "mostly attention and grouped": replace(SHAPE, intermediate_size=32, num_key_value_heads=2),
-    "large vocabulary": replace(SHAPE, vocab_size=20000, tie_word_embeddings=True),
-    "odd vocabulary": replace(SHAPE, vocab_size=20001, tie_word_embeddings=True),
-    "many keys": replace(SHAPE, vocab_size=40, num_hidden_layers=2, intermediate_size=32),
-    "many keys and grouped": replace(
-        SHAPE, vocab_size=40, num_hidden_layers=2, intermediate_size=32, num_key_value_heads=2
-    ),
-    "wide": replace(SHAPE, intermediate_size=1024),
-    "window": replace(SHAPE, sliding_window=150),
-    "head norms": replace(SHAPE, head_norms=True, intermediate_size=32),
-    "biases": replace(SHAPE, biased_modules=("q_proj", "k_proj", "v_proj")),
-}
-WORKS = {
-    "one": (1, Work(100, 4, 1, 1)),
-    "a full batch": (16, Work(120, 3, 16, 16)),
-    "that grows": (3, Work(250, 10, 3, 3)),
-    "more than rows": (4, Work(130, 5, 2)),
-    "greedy": (4, Work(40, 8, 4, 4, draws=False)),
-    "in parts": (1, Work(2500, 2, 1, 1)),
-    "beams": (1, Work(150, 6, beams=4)),
-}
-
-
-@pytest.mark.parametrize(
-    ("shape", "asked", "dtype"),
-    [
-        ("llama", "one", "float32"),
-        ("llama", "in parts", "float32"),
-        ("llama", "beams", "float32"),
-        ("grouped", "that grows", "float32"),
-        ("one layer", "that grows", "float32"),
-        ("mostly attention", "more than rows", "float32"),
-        ("large vocabulary", "greedy", "float32"),
-        ("large vocabulary", "greedy", "bfloat16"),
-        ("odd vocabulary", "greedy", "bfloat16"),
-        ("wide", "one", "float32"),
-        ("wide", "in parts", "bfloat16"),
-        ("wide", "a full batch", "bfloat16"),
-        ("wide", "greedy", "bfloat16"),
-        ("large vocabulary", "a full batch", "float32"),
-        ("large vocabulary", "a full batch", "bfloat16"),
-        ("large vocabulary", "beams", "bfloat16"),
-        ("window", "in parts", "bfloat16"),
-        ("mostly attention", "in parts", "float32"),
-        ("mostly attention and grouped", "in parts", "float32"),
-        ("mostly attention and grouped", "in parts", "bfloat16"),
-        ("head norms", "one", "float32"),
-        ("biases", "more than rows", "float32"),
-    ],
-)
-def test_the_peak_is_that_of_the_tensors(shape: str, asked: str, dtype: str, amx: bool) -> None:
-    """All tensors that operations make, but not those inside an operator: in bf16 short samples are widened in one."""
-    check_peak(shape, asked, dtype)
-
-
-@pytest.mark.parametrize(
-    ("shape", "asked", "dtype", "keys"),
-    [
-        ("many keys", "a full batch", "float32", 1),
-        ("many keys and grouped", "a full batch", "float32", 1),
-        ("many keys", "a full batch", "bfloat16", 1),
-        ("many keys", "a full batch", "float16", 1 << 10),
-        ("many keys", "a full batch", "float16", 1 << 16),
-    ],
-)
-def test_the_peak_is_that_of_steps_that_compute_attention_in_other_ways(
-    shape: str, asked: str, dtype: str, keys: int, amx: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By products, of queries that stand twice, and in fp32: in steps, where each row has a query."""
-    monkeypatch.setattr(attention_kernels, "LEAST_BY_PRODUCTS", keys)
-    for module in (attention_of_one_query, generation_pass):
-        monkeypatch.setattr(module, "WIDENED_AT_ONCE", keys)
-    check_peak(shape, asked, dtype)
-
-
-def check_peak(shape: str, asked: str, dtype: str) -> None:
-    """Of the tensors, against the plan."""
-    config, (prompts, work) = SHAPES[shape], WORKS[asked]
-    torch.manual_seed(1)
-    model = Transformer(config).requires_grad_(False).eval()
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.05)
-    model = model.to(getattr(torch, dtype))
-    for block in model.model.layers:
-        assert isinstance(block, Block)
-        join_products(block, model.config)  # as generation on a CPU does
-    meter = StorageMeter()  # type: ignore[no-untyped-call]
-    for parameter in model.parameters():
-        meter._follow(parameter.untyped_storage())
-    weights = meter.peak_bytes
-    sampling = Sampling(work.new_tokens, temperature=0.6 * work.draws, num_beams=work.beams)
-    with meter:
-        list(completions(model, [[1] * work.prompt_tokens] * prompts, sampling, (), work.rows))
-    planned = plan_generation(HeldModel(config, dtype, dtype, dtype), work).memory
-    assert planned.weights == weights
-    assert planned.peak - weights == pytest.approx(meter.peak_bytes - weights, rel=0.04)
 
 
 def test_what_is_converted_is_held_twice_while_it_is_read(tiny_base: Callable[..., Path]) -> None:

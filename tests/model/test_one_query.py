@@ -117,6 +117,19 @@ def test_the_kernel_is_the_one_that_was_fastest(
     assert [(kind, of_q) for kind, of_q, _ in found] == [(used, shape)]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_only_generation_computes_it_otherwise_than_torchs_kernel(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = calls(monkeypatch)
+    monkeypatch.setattr(attention, "has_amx", lambda: False)
+    monkeypatch.setattr(attention_kernels, "LEAST_BY_PRODUCTS", 1)
+    q, k, v, _ = drawn(2, 9, (6, 6), 16, dtype, ragged=False)
+    with torch.no_grad():  # as samples while a model trains are computed
+        attend(q, k, v, None, None)
+    assert [(kind, of_q) for kind, of_q, _ in found] == [(dtype, (2, 6, 1, 16))]
+
+
 @pytest.mark.parametrize("amx", [False, True])
 def test_many_keys_in_fp32_are_multiplied_without_the_kernel(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     found = calls(monkeypatch)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from llamatune.command_options.inference import Sampling
 from llamatune.inference.engine import completions
-from llamatune.model import attention_of_one_query, kv_cache
+from llamatune.model import attention, attention_of_one_query, kv_cache
+from llamatune.model.attention import added, attend
 from llamatune.model.kv_cache import RowCache
 from llamatune.model.row_groups import groups_of_rows
 from llamatune.model.transformer import Transformer
@@ -72,8 +76,50 @@ def test_a_cache_keeps_rows_and_groups_when_some_are_dropped(lengths: list[int],
             assert (cache.layer(layer, 0)[:, place, :, : lengths[row]] == 100 * layer + row).all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=2, max_size=12), amx=st.booleans())
+def test_attention_reads_the_keys_of_the_groups_alone(lengths: list[int], amx: bool) -> None:
+    """And gives what it gives of all keys, most of which the mask hides."""
+    longest, found = max(lengths), []
+    q, k, v = (torch.randn(len(lengths), heads, tokens, 8) for heads, tokens in ((6, 1), (3, longest), (3, longest)))
+    mask = added(torch.arange(longest) < torch.tensor(lengths)[:, None], torch.float32)[:, None, None]
+    groups = groups_of_rows(lengths, 1)
+    real = attention._attend_one
+
+    def noted(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+        found.append((len(k), k.shape[2]))
+        return real(q, k, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(attention, "has_amx", lambda: amx)
+        patch.setattr(attention, "_attend_one", noted)
+        together = attend(q, k, v, mask, None, groups)
+        assert found == groups
+        torch.testing.assert_close(together, attend(q, k, v, mask, None), atol=1e-6, rtol=0)
+
+
+def test_steps_on_a_cpu_are_in_groups_that_save_enough_and_on_a_gpu_in_one() -> None:
+    def cache(device: str) -> RowCache:
+        made = RowCache(CONFIG, 3, torch.float32, torch.device(device))
+        made.capacity, made.lengths = 20_000, [15_000, 100, 100]
+        return made
+
+    assert kv_cache.KEYS_TO_SAVE < 2 * 14_900 * 24  # three heads of eight numbers
+    layers, mask = cache("cpu").next_token(torch.tensor([15_000, 100, 100]))
+    assert layers.groups == [(1, 15_001), (2, 101)]
+    assert mask is not None
+    alike = cache("cpu")
+    alike.lengths = [kv_cache.KEYS_TO_SAVE // 24, 1, 1]  # two rows that are shorter by less than half of the numbers
+    alike.lengths[1:] = [alike.lengths[0] // 2 + 1] * 2
+    layers, _ = alike.next_token(torch.tensor(alike.lengths))
+    assert layers.groups == ()
+    on_gpu = cache("cpu")
+    with mock.patch.object(Tensor, "is_cuda", True):
+        assert on_gpu._groups() == [(3, 15_000)]
+
+
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_completions_in_groups_are_those_of_prompts_alone(
     dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,5 +146,5 @@ def test_completions_in_groups_are_those_of_prompts_alone(
         monkeypatch.setattr(attention_of_one_query, "WIDENED_AT_ONCE", most)
         together = list(completions(model, prompts, sampling, (4, 5), 6))
         same = sum(one.ids == other.ids for one, other in zip(alone, together, strict=True))
-        assert same == len(prompts) if dtype == torch.float32 else same >= 7  # in bf16 near ties may fall otherwise
+        assert same >= len(prompts) - 2 * (dtype != torch.float32)  # in 16 bits near ties may fall otherwise
     assert max(seen) > 2
