@@ -2,7 +2,7 @@
 
 torch's FlashAttention multiplies keys and values by one row, which MKL does slowly: in bf16 two rows take about half of
 the time, in fp16 any number takes several times as long as in fp32, and fp32 is read at half of the memory's bandwidth.
-``benchmarks/one_query.py`` measures ``attend`` against it.
+``benchmarks/attention_of_one_query.py`` measures ``attend`` against it.
 """
 
 from __future__ import annotations
