@@ -1,7 +1,7 @@
 """Compares attention of one query for each head on a CPU with torch's kernel, as a step of decoding has it.
 
-``python benchmarks/attention_of_one_query.py``. Several layers have a cache each, used in turn, and rows of other lengths
-are masked. Both alternate; a ratio above 1: ``attend`` is faster. ``--dtype`` of keys and values.
+``python benchmarks/attention_of_one_query.py``. Several layers have a cache each, used in turn, and rows of other
+lengths are masked. Both alternate; a ratio above 1: ``attend`` is faster. ``--dtype`` of keys and values.
 """
 
 from __future__ import annotations
