@@ -1,6 +1,6 @@
-"""Free memory of the host for this process: MemAvailable, control groups, ulimit -v; return and reuse of freed blocks.
+"""Free memory of the host for this process (MemAvailable, control groups, ulimit -v); what glibc's malloc keeps.
 
-No torch.
+Freed blocks are given back to the system or used again. No torch.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from llamatune.memory.ledger import Ledger, Tensor
 from llamatune.memory.model_sizes import ModelSizes
 from llamatune.processor import has_amx
 from llamatune.shapes.attention_kernels import (
+    WIDENED_AT_ONCE,
     Kernel,
     OneQuery,
     beyond_window,
@@ -20,7 +21,7 @@ from llamatune.shapes.attention_kernels import (
     head_room,
 )
 from llamatune.shapes.llama_config import GATE_UP_MODULES, QKV_MODULES
-from llamatune.shapes.tile_sizes import COMPARED_AT_ONCE, WIDENED_AT_ONCE, drawn_rows
+from llamatune.shapes.tile_sizes import COMPARED_AT_ONCE, drawn_rows
 
 CACHE = "keys and values"
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from llamatune.memory.model_sizes import ModelSizes
 from llamatune.processor import casts_by_onednn, gains_by_onednn_layout
-from llamatune.shapes.llama_config import GATE_UP_MODULES, LINEAR_MODULES, QKV_MODULES
-from llamatune.shapes.tile_sizes import (
+from llamatune.shapes.int8_products import (
     CAST_AT_ONCE,
     DIGITS_TOGETHER,
     LEAST_IN_ONEDNN_LAYOUT,
@@ -13,6 +12,7 @@ from llamatune.shapes.tile_sizes import (
     WIDE_DIGITS,
     rows_cast_by_onednn,
 )
+from llamatune.shapes.llama_config import GATE_UP_MODULES, LINEAR_MODULES, QKV_MODULES
 
 
 def applies(z: ModelSizes) -> bool:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from llamatune.devices import capability_of
 from llamatune.model.attention_in_fp32 import CPU_KERNEL, attend_in_fp32
 from llamatune.model.attention_of_one_query import attend_one_query
-from llamatune.model.row_groups import Groups
+from llamatune.model.rows_by_length import Groups
 from llamatune.model.torch_dtypes import DTYPE_NAMES
 from llamatune.processor import has_amx
 from llamatune.shapes.attention_kernels import (

@@ -1,4 +1,4 @@
-"""Attention of the only query of each head on a CPU, as in a step of decoding: in the fastest of four ways.
+"""Attention of one query for each head on a CPU, in decoding: torch's kernel, doubled queries, fp32, or two products.
 
 torch's FlashAttention multiplies keys and values by one row, which MKL does slowly: in bf16 two rows take about half of
 the time, in fp16 any number takes several times as long as in fp32, and fp32 is read at half of the memory's bandwidth.
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llamatune.shapes.attention_kernels import OneQuery
-from llamatune.shapes.tile_sizes import WIDENED_AT_ONCE
+from llamatune.shapes.attention_kernels import WIDENED_AT_ONCE, OneQuery
 
 
 def attend_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, way: OneQuery) -> Tensor:

@@ -30,7 +30,8 @@ from llamatune.model.onednn_layout import OnednnMatrix, has_onednn_layout
 from llamatune.model.packed_weight import PackedWeight, Scratch
 from llamatune.model.products import LEAST_ELEMENTS, in_rows
 from llamatune.processor import has_amx
-from llamatune.shapes.tile_sizes import CAST_AT_ONCE, LEAST_IN_ONEDNN_LAYOUT, WEIGHTS_AT_ONCE
+from llamatune.shapes.int8_products import CAST_AT_ONCE, LEAST_IN_ONEDNN_LAYOUT
+from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
 
 LARGEST = 127
 _LEAST_SCALE = 2.0**-126

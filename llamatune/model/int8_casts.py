@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamatune.processor import casts_by_onednn
-from llamatune.shapes.tile_sizes import rows_cast_by_onednn
+from llamatune.shapes.int8_products import rows_cast_by_onednn
 
 
 def casts_codes() -> bool:

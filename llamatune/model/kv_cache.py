@@ -9,10 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llamatune.model.row_groups import Groups, groups_of_rows
+from llamatune.model.rows_by_length import KEYS_TO_SAVE, Groups, groups_of_rows
 from llamatune.shapes.generation_sizes import grown_room
 from llamatune.shapes.llama_config import LlamaConfig
-from llamatune.shapes.tile_sizes import KEYS_TO_SAVE
 
 
 class LayerCache(Protocol):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llamatune.model.int8_digits import BASE, ZERO, unsigned_digits, unsigned_digits_of_one
 from llamatune.processor import gains_by_onednn_layout
-from llamatune.shapes.tile_sizes import DIGITS_TOGETHER, ROWS_OF_DIGITS, WIDE_DIGITS
+from llamatune.shapes.int8_products import DIGITS_TOGETHER, ROWS_OF_DIGITS, WIDE_DIGITS
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from llamatune.model.attention import Documents, added, attend, mask_behind
 from llamatune.model.kv_cache import LayerCache
 from llamatune.model.layers import Embedding, Linear, RMSNorm, linear, product_dtype, swiglu
 from llamatune.model.rope import Rotation, rotary_angles, rotate
-from llamatune.model.row_groups import Groups
+from llamatune.model.rows_by_length import Groups
 from llamatune.shapes.llama_config import LlamaConfig
 from llamatune.shapes.rope_scaling import DynamicScaling
 

@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from enum import Enum
 
 from llamatune.shapes.capabilities import OLDEST_WITH_BF16, Capability
-from llamatune.shapes.tile_sizes import LEAST_BY_PRODUCTS, SHORT_TOKENS
+from llamatune.shapes.tile_sizes import SHORT_TOKENS
 
 Gpu = bool | Capability | None
 """What a step is planned for. A capability, or True: a GPU that is not at hand. Otherwise a CPU."""
 
 FEWEST_IN_PARTS = 128
 """Queries behind other tokens that a CPU computes in two parts about as fast as with a mask, which takes memory."""
+
+WIDENED_AT_ONCE = 1 << 17
+"""Numbers of keys, and as many of values, that a CPU casts to fp32 at once for one query: they stay in its caches."""
+
+LEAST_BY_PRODUCTS = 1 << 18
+"""Least numbers of keys in fp32 of which a step of decoding on a CPU computes attention by products of matrices."""
 
 
 class Kernel(Enum):

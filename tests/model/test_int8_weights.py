@@ -12,8 +12,9 @@ from llamatune.model import int8, int8_casts
 from llamatune.model.int8 import Int8Weight
 from llamatune.model.int8_casts import casts_codes, product_with_codes
 from llamatune.model.packed_weight import Scratch
-from llamatune.shapes import tile_sizes
-from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE, rows_cast_by_onednn
+from llamatune.shapes import int8_products
+from llamatune.shapes.int8_products import rows_cast_by_onednn
+from llamatune.shapes.tile_sizes import WEIGHTS_AT_ONCE
 
 SHAPES = [(64, 64), (37, 53), (1, 1), (3, 5), (1, 200), (130, 129), (48, 112)]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
@@ -208,7 +209,7 @@ def test_products_with_codes_that_onednn_casts_are_rounded_and_scaled(
     with torch.inference_mode():
         whole = product_with_codes(x, weight.codes, weight.scales)
         assert torch.equal(product_with_codes(x.T.contiguous().T, weight.codes, weight.scales), whole)
-        monkeypatch.setattr(tile_sizes, "_CAST_BY_ONEDNN", 64 * shape[1])
+        monkeypatch.setattr(int8_products, "_CAST_BY_ONEDNN", 64 * shape[1])
         assert rows_cast_by_onednn(shape[1]) == 64
         in_parts = product_with_codes(x, weight.codes, weight.scales)
     assert (whole.shape, whole.dtype, whole.is_contiguous()) == ((rows, shape[0]), x.dtype, True)

@@ -18,7 +18,7 @@ from llamatune.inference.engine import completions
 from llamatune.model import attention, attention_of_one_query, kv_cache
 from llamatune.model.attention import added, attend
 from llamatune.model.kv_cache import RowCache
-from llamatune.model.row_groups import groups_of_rows
+from llamatune.model.rows_by_length import groups_of_rows
 from llamatune.model.transformer import Transformer
 from llamatune.shapes import attention_kernels
 from llamatune.shapes.llama_config import LlamaConfig

@@ -1,9 +1,13 @@
-"""Groups of rows of a batch that hold about as many tokens, so that attention reads little padding of keys."""
+"""Rows of a batch in groups by length, so that attention in a step of decoding reads little padding of keys."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+
+KEYS_TO_SAVE = 1 << 16
+"""Numbers of keys that are not read where a CPU computes attention of shorter rows by a further call: about as many as
+it reads in the time that a call takes."""
 
 Groups = Sequence[tuple[int, int]]
 """(rows, keys) of each group: so many rows, one after another, the longest of which has so many keys."""
